@@ -1,0 +1,1 @@
+"""Adding a branch back to the residual stream through a gate."""

@@ -1,0 +1,15 @@
+"""The definition of the gated residual: the gate, the product and the sum are each rounded."""
+
+from torch import Tensor
+
+
+def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
+    """``x + y * gate``.
+
+    Args:
+        x_BLD, y_BLD: residual stream and branch, ``[B, L, D]``, one float type.
+        gate_BD: float32 ``[B, D]``, rounded to the type of `x` before it is used.
+
+    Source: spec/turbodiffusion.md 2, step 5.
+    """
+    return x_BLD + y_BLD * gate_BD[:, None].to(x_BLD.dtype)

@@ -1,0 +1,51 @@
+"""The definition of layer norm as TurboDiffusion runs it: float32 inside, one rounding at the end."""
+
+import torch
+from torch import Tensor
+
+
+def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Tensor:
+    """Each token less its mean, over its standard deviation, in float32.
+
+    Args:
+        x_BLD: ``[..., D]``, any float type.
+        eps: added to the variance.
+        padded_variance: repeat the fault of upstream's FastLayerNorm, which pads D to P, the next power of two, and
+            counts the padding's distance from the mean: variance + (P - D) / D * mean^2. Needed only for pictures
+            that match upstream's bit for bit. Source: spec/turbodiffusion.md 5.2.
+    """
+    x = x_BLD.float()
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    if padded_variance:
+        width = x.shape[-1]
+        padding = (1 << (width - 1).bit_length()) - width
+        variance = variance + padding / width * mean.square()
+    return (x - mean) * torch.rsqrt(variance + eps)
+
+
+def layer_norm(
+    x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, padded_variance: bool = False
+) -> Tensor:
+    """Layer norm with weights. Returns the type of `x`, rounded once."""
+    y_BLD = normalise(x_BLD, eps, padded_variance=padded_variance) * weight_D.float() + bias_D.float()
+    return y_BLD.to(x_BLD.dtype)
+
+
+def modulated_norm(
+    x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor, eps: float, *, padded_variance: bool = False
+) -> Tensor:
+    """Layer norm without weights, then ``n * (1 + scale) + shift`` per sample.
+
+    Args:
+        x_BLD: hidden states ``[B, L, D]``, any float type.
+        shift_BD, scale_BD: float32 ``[B, D]``.
+
+    Returns:
+        ``[B, L, D]`` in the type of `x`. The normalised value is rounded to that type before it is modulated in
+        float32, as upstream does.
+
+    Source: adaLN-Zero (arXiv:2212.09748, 3.2); roundings: spec/turbodiffusion.md 2, step 5.
+    """
+    n_BLD = normalise(x_BLD, eps, padded_variance=padded_variance).to(x_BLD.dtype)
+    return (n_BLD.float() * (1 + scale_BD[:, None]) + shift_BD[:, None]).to(x_BLD.dtype)

@@ -1,0 +1,1 @@
+"""Sparse-linear attention: softmax over the best key blocks, plus a linear branch over all keys."""

@@ -1,0 +1,43 @@
+"""Sparse-linear attention as the networks call it."""
+
+from torch import Tensor
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.onnx_node import emit, is_exporting
+from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.sparse_linear_attention.reference import sparse_linear_attention as reference
+
+__all__ = ["Blocks", "sparse_linear_attention"]
+
+
+def sparse_linear_attention(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    slots_S: Tensor,
+    proj_weight_KK: Tensor,
+    proj_bias_K: Tensor,
+    blocks: Blocks,
+) -> Tensor:
+    """Attention over the best key blocks plus a linear branch; see `reference.sparse_linear_attention`.
+
+    Args:
+        slots_S: one place per selected key block. Only its length is read: a length is known to a compiled graph
+            and to the host without copying anything back, so one engine serves every top-k
+            (docs/decisions/0004-top-k-is-a-shape.md).
+
+    Raises:
+        ShapeError: the tensors do not fit each other, or more blocks are asked for than there are.
+    """
+    if not q_BLHK.shape == k_BLHK.shape == v_BLHK.shape:
+        raise ShapeError(
+            f"q {tuple(q_BLHK.shape)}, k {tuple(k_BLHK.shape)} and v {tuple(v_BLHK.shape)} must be equal in shape"
+        )
+    if is_exporting():
+        inputs = (q_BLHK, k_BLHK, v_BLHK, slots_S, proj_weight_KK, proj_bias_K)
+        attributes = {"block_q": blocks.q, "block_k": blocks.k, "arithmetic": blocks.arithmetic}
+        return emit("SparseLinearAttention", inputs, attributes, like=q_BLHK, shape=q_BLHK.shape)
+    available = blocks.num_keys(q_BLHK.shape[1])
+    if not 1 <= len(slots_S) <= available:
+        raise ShapeError(f"{len(slots_S)} key blocks selected of {available}; at least one and at most all can be")
+    return reference(q_BLHK, k_BLHK, v_BLHK, len(slots_S), proj_weight_KK, proj_bias_K, blocks)

@@ -1,0 +1,166 @@
+"""The definition of sparse-linear attention (SLA) and of its 8-bit form (SageSLA).
+
+Letters: B batch, L tokens, H heads, K channels of a head; M query blocks of q rows, N key blocks of k rows,
+S selected key blocks.
+
+Source: spec/turbodiffusion.md 4; SLA (arXiv:2509.24006); SageAttention2 (arXiv:2411.10958).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, softmax
+
+INT8_FULL_SCALE = 127.0
+INT8_SCALE_FLOOR = 1e-7
+FP8_VALUE_FULL_SCALE = 2.25
+FP8_PROBABILITY_OFFSET = 8.807
+LINEAR_EPS = 1e-5
+
+Arithmetic = Literal["sla", "sage_fp8", "sage_fp16"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block shape and number formats of the sparse branch."""
+
+    q: int = 128
+    """Query rows per block."""
+    k: int = 64
+    """Key rows per block."""
+    arithmetic: Arithmetic = "sla"
+    """``sla``: q, k, p and v in the compute type. ``sage_*``: q and k in int8, p and v in fp8 or fp16."""
+
+    def num_keys(self, tokens: int) -> int:
+        return -(-tokens // self.k)
+
+
+def sparse_linear_attention(
+    q_BLHK: Tensor,
+    k_BLHK: Tensor,
+    v_BLHK: Tensor,
+    num_selected: int,
+    proj_weight_KK: Tensor,
+    proj_bias_K: Tensor,
+    blocks: Blocks,
+) -> Tensor:
+    """Attention whose softmax sees only the best key blocks of each query block, plus a linear branch over all keys.
+
+    Args:
+        q_BLHK, k_BLHK, v_BLHK: ``[B, L, H, K]``, one float type, rotated, any strides; L need not fill a block.
+        num_selected: key blocks per query block, 1 to ceil(L / blocks.k).
+        proj_weight_KK, proj_bias_K: ``[K, K]`` and ``[K]``, the learned map of the linear branch, shared by heads.
+
+    Returns:
+        ``[B, L, H, K]`` in the type of `q`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    smooth_k = k - k.mean(2, keepdim=True)
+    selected_BHMS = select_blocks(block_scores(q, smooth_k, blocks), num_selected)
+    sparse = sparse_branch(q, k, smooth_k, v, selected_BHMS, blocks)
+    projected = linear(linear_branch(q, k, v), proj_weight_KK.to(q.dtype), proj_bias_K.to(q.dtype))
+    return (sparse + projected).transpose(1, 2)
+
+
+def block_scores(q_BHLK: Tensor, smooth_k_BHLK: Tensor, blocks: Blocks) -> Tensor:
+    """Scores ``[B, H, M, N]`` between the means of query and key blocks, in the type of `q`, neither scaled nor
+    normalised: only their order counts."""
+    return mean_pool(q_BHLK, blocks.q) @ mean_pool(smooth_k_BHLK, blocks.k).transpose(-1, -2)
+
+
+def mean_pool(x_BHLK: Tensor, size: int) -> Tensor:
+    """Mean of each block of `size` rows, ``[B, H, ceil(L/size), K]``: float32 sums over what the block really holds."""
+    length = x_BHLK.shape[2]
+    sums = split_rows(x_BHLK.float(), size).sum(3)
+    starts = torch.arange(0, length, size, device=x_BHLK.device)
+    counts = (length - starts).clamp(max=size)[:, None]
+    return (sums / counts).to(x_BHLK.dtype)
+
+
+def split_rows(x_BHLK: Tensor, size: int) -> Tensor:
+    """``[B, H, L, K]`` as ``[B, H, ceil(L/size), size, K]``, the last block filled up with zeros."""
+    return pad(x_BHLK, (0, 0, 0, -x_BHLK.shape[2] % size)).unflatten(2, (-1, size))
+
+
+def select_blocks(scores_BHMN: Tensor, num_selected: int) -> Tensor:
+    """Indices of the best key blocks of each query block, ``int64 [B, H, M, S]``, ascending. Among equal scores the
+    lower index wins."""
+    order = scores_BHMN.float().sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :num_selected].sort(-1).values
+
+
+def sparse_branch(
+    q_BHLK: Tensor, k_BHLK: Tensor, smooth_k_BHLK: Tensor, v_BHLK: Tensor, selected_BHMS: Tensor, blocks: Blocks
+) -> Tensor:
+    """Softmax attention over the selected blocks, taken in ascending order with a running maximum.
+
+    The order matters to the last bits: probabilities are rounded to their format relative to the maximum so far.
+    """
+    length, softmax_scale = q_BHLK.shape[2], q_BHLK.shape[3] ** -0.5 * math.log2(math.e)
+    offset = 0.0
+    if blocks.arithmetic == "sla":
+        q, k = split_rows(q_BHLK.float(), blocks.q), split_rows(k_BHLK.float(), blocks.k)
+        logit_scale_BHMN = None
+        p_type, v, v_scale = q_BHLK.dtype, v_BHLK, None
+    else:
+        q, q_scale = quantise_rows(q_BHLK, blocks.q)
+        k, k_scale = quantise_rows(smooth_k_BHLK, blocks.k)
+        logit_scale_BHMN = q_scale[..., :, None] * k_scale[..., None, :]
+        p_type, v, v_scale = torch.float16, v_BHLK.half(), None
+        if blocks.arithmetic == "sage_fp8":
+            p_type, offset = torch.float8_e4m3fn, FP8_PROBABILITY_OFFSET
+            v, v_scale = quantise_values(v_BHLK)
+    v_blocks = split_rows(v.float(), blocks.k)
+
+    maximum = q.new_full((*q.shape[:-1], 1), -math.inf)
+    total, output = torch.zeros_like(maximum), torch.zeros_like(q)
+    for chosen_BHM in selected_BHMS.unbind(-1):
+        index = chosen_BHM[..., None, None]
+        logits = q @ k.take_along_dim(index, 2).transpose(-1, -2) * softmax_scale
+        if logit_scale_BHMN is not None:
+            logits = logits * logit_scale_BHMN.take_along_dim(chosen_BHM[..., None], -1)[..., None]
+        position = index * blocks.k + torch.arange(blocks.k, device=q.device)
+        logits = logits.masked_fill(position >= length, -math.inf)
+
+        previous, maximum = maximum, torch.maximum(maximum, logits.amax(-1, keepdim=True))
+        shrink = torch.exp2(previous - maximum)
+        p = torch.exp2(logits - maximum + offset)
+        total = total * shrink + p.sum(-1, keepdim=True)
+        output = output * shrink + p.to(p_type).float() @ v_blocks.take_along_dim(index, 2)
+
+    attended = (output / total).flatten(2, 3)[:, :, :length]
+    return (attended if v_scale is None else attended * v_scale).to(q_BHLK.dtype)
+
+
+def quantise_rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Round each block of `size` rows to steps of its largest magnitude over 127, halves away from zero.
+
+    Returns:
+        The integers as float32 ``[B, H, blocks, size, K]`` (products of two such rows are exact there), and the
+        step ``[B, H, blocks]``.
+    """
+    x = split_rows(x_BHLK.float(), size)
+    step = x.abs().amax((-1, -2)) / INT8_FULL_SCALE + INT8_SCALE_FLOOR
+    scaled = x / step[..., None, None]
+    return torch.trunc(scaled + 0.5 * torch.sign(x)), step
+
+
+def quantise_values(v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each channel to a largest magnitude of 2.25 and round to e4m3; returns the values and what undoes the
+    scale. 448 * 2.25 * 64 keys stays below float16's largest number, in which the kernels add up. A channel that is
+    zero throughout stays zero; upstream makes it NaN."""
+    v = v_BHLK.float()
+    amax = v.abs().amax(2, keepdim=True)
+    factor = torch.where(amax > 0, FP8_VALUE_FULL_SCALE / amax, 1.0)
+    return (v * factor).to(torch.float8_e4m3fn), amax / FP8_VALUE_FULL_SCALE
+
+
+def linear_branch(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor) -> Tensor:
+    """Linear attention over all keys with softmax over channels as the feature map, ``[B, H, L, K]``; every
+    intermediate is rounded to the type of `q`."""
+    phi_q, phi_k = softmax(q_BHLK, -1), softmax(k_BHLK, -1)
+    weighted = phi_q @ (phi_k.transpose(-1, -2) @ v_BHLK)
+    return weighted / (LINEAR_EPS + (phi_q * phi_k.sum(2, keepdim=True)).sum(-1, keepdim=True))

@@ -1,0 +1,27 @@
+"""The W8A8 linear as the networks call it."""
+
+from torch import Tensor
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.onnx_node import emit, is_exporting
+from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.plugins.w8a8_linear.reference import w8a8_linear as reference
+
+
+def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
+    """``x @ W.T + bias`` with 8-bit weights, `x` quantised on the fly; arguments as in `reference.w8a8_linear`.
+
+    Raises:
+        ShapeError: K is not a multiple of 128, or the tensors do not fit each other.
+    """
+    outputs, inputs = int8_weight_NK.shape
+    if inputs % TILE:
+        raise ShapeError(f"K is {inputs}; the W8A8 linear needs a multiple of {TILE}: keep this layer unquantised")
+    if x.shape[-1] != inputs or scale.shape != (-(-outputs // TILE), inputs // TILE) or bias_N.shape != (outputs,):
+        raise ShapeError(
+            f"x {tuple(x.shape)}, weight {tuple(int8_weight_NK.shape)}, scale {tuple(scale.shape)} and "
+            f"bias {tuple(bias_N.shape)} do not fit"
+        )
+    if is_exporting():
+        return emit("W8A8Linear", (x, int8_weight_NK, scale, bias_N), {}, like=x, shape=(*x.shape[:-1], outputs))
+    return reference(x, int8_weight_NK, scale, bias_N)

@@ -1,0 +1,70 @@
+"""The definition of the W8A8 linear: quantise per tile, multiply in integers, rescale per tile of K."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+TILE = 128
+FULL_SCALE = 128.0
+AMAX_FLOOR = 1e-8
+
+
+def quantise_tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix symmetrically, one scale per tile of 128 rows and 128 columns.
+
+    The full scale is 128, not 127: the largest negative value of a tile maps to -128 exactly, the largest positive
+    one saturates at 127. Halves round to even. A ragged last tile counts what lies outside as zero.
+
+    Args:
+        x_RC: ``[R, C]``, any float type; the arithmetic is float32.
+
+    Returns:
+        ``int8 [R, C]`` and ``float32 [ceil(R/128), ceil(C/128)]``, the factor that restores the value.
+
+    Source: spec/turbodiffusion.md 3.1 (TurboDiffusion, ops/quant).
+    """
+    rows, columns = x_RC.shape
+    padded = pad(x_RC.float(), (0, -columns % TILE, 0, -rows % TILE))
+    tiles = padded.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE))
+    amax = tiles.abs().amax(dim=(1, 3), keepdim=True).clamp_min(AMAX_FLOOR)
+    steps = torch.round(tiles * (FULL_SCALE / amax)).clamp(-128, 127).to(torch.int8)
+    return steps.flatten(2).flatten(0, 1)[:rows, :columns], (amax / FULL_SCALE)[:, 0, :, 0]
+
+
+def dequantise_tiles(int8_RC: Tensor, scale: Tensor) -> Tensor:
+    """Restore float32 values from `quantise_tiles`; each is off by at most one scale (half of one below +127)."""
+    rows, columns = int8_RC.shape
+    per_element = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
+    return int8_RC.float() * per_element
+
+
+def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
+    """``x @ W.T + bias`` with `x` quantised on the fly.
+
+    Each 128-wide slab of K is multiplied in integers, which is exact (at most 2^21, so float32 holds every partial
+    sum), then rescaled and added up in float32 in ascending order. The sum is rounded to the type of `x`, and again
+    after the bias.
+
+    Args:
+        x: ``[..., K]``, float32, float16 or bfloat16. Rows are tiled in storage order, across leading dimensions.
+        int8_weight_NK: ``int8 [N, K]``, K a multiple of 128.
+        scale: ``float32 [ceil(N/128), K/128]``.
+        bias_N: ``[N]``, any float type.
+
+    Returns:
+        ``[..., N]``, the type of `x`.
+
+    Source: spec/turbodiffusion.md 3.2 (TurboDiffusion, ops/gemm).
+    """
+    x_MK = x.reshape(-1, x.shape[-1])
+    int8_x_MK, x_scale = quantise_tiles(x_MK)
+    rows, columns = x_MK.shape[0], int8_weight_NK.shape[0]
+    total_MN = x_MK.new_zeros((rows, columns), dtype=torch.float32)
+    for slab, (x_steps, w_steps) in enumerate(
+        zip(int8_x_MK.split(TILE, 1), int8_weight_NK.split(TILE, 1), strict=True)
+    ):
+        row_scale = x_scale[:, slab].repeat_interleave(TILE)[:rows, None]
+        column_scale = scale[:, slab].repeat_interleave(TILE)[:columns]
+        total_MN += (x_steps.float() @ w_steps.float().T) * (row_scale * column_scale)
+    y_MN = total_MN.to(x.dtype) + bias_N.to(x.dtype)
+    return y_MN.unflatten(0, x.shape[:-1])

@@ -1,0 +1,56 @@
+"""From a picture file to what the network is conditioned on.
+
+Source: spec/turbodiffusion.md 6.3.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from wanforge.errors import RequestError
+
+MASK_CHANNELS = 4
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture in RGB.
+
+    Raises:
+        RequestError: the file is missing, is no picture, is damaged, or unpacks to an absurd size.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise RequestError(f"{path}: unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
+    except UnidentifiedImageError:
+        raise RequestError(f"{path}: not an image in a format Pillow reads") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RequestError(f"{path}: damaged image ({error})") from None
+
+
+def to_pixels(image: Image.Image, width_px: int, height_px: int) -> Tensor:
+    """Stretch a picture to exactly the video's size and scale it to [-1, 1], float32 ``[1, 3, H, W]``.
+
+    Bilinear with antialiasing, rounded to 8 bits before scaling, as upstream's resize is; the aspect is not kept.
+    """
+    resized = image.resize((width_px, height_px), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
+    return pixels.float() / 127.5 - 1.0
+
+
+def condition(latents_BCFHW: Tensor) -> Tensor:
+    """The 20 channels that go with the noise: a mask, one on the first latent frame, then the latents of a clip
+    whose first frame is the picture and whose others are grey."""
+    batch, _, frames, height, width = latents_BCFHW.shape
+    mask = latents_BCFHW.new_zeros(batch, MASK_CHANNELS, frames, height, width)
+    mask[:, :, 0] = 1.0
+    return torch.cat((mask, latents_BCFHW), 1)

@@ -1,0 +1,1 @@
+"""The networks in plain PyTorch, exact by specification: what every other path is held against."""

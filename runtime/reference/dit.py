@@ -1,0 +1,319 @@
+"""The denoiser: Wan's video transformer as TurboDiffusion runs it.
+
+Letters: B samples, C channels, F H W latent frames, rows and columns, L tokens, D width, T text rows, E text width,
+P rotated channel pairs (64).
+
+The compute type is that of the latents: weights are cast to it where they are used, the time path, the modulation
+and the head run in float32. Parameters carry upstream's names, so a published state dict loads as it is.
+
+Source: spec/turbodiffusion.md 2; spec/wan_models.md 1.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wanforge.configs.schema import HEAD_DIM, PATCH, DiTConfig, Recipe
+from wanforge.errors import ShapeError
+from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
+from wanforge.plugins.w8a8_linear.op import w8a8_linear
+
+ROPE_THETA = 10000.0
+ROPE_PAIRS = (22, 21, 21)
+"""Channel pairs of a head that turn with time, height and width."""
+
+
+class Linear(nn.Module):
+    """Linear layer whose stored type may differ from the type it computes in, that of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class W8A8Linear(nn.Module):
+    """The linear of a ``-quant`` checkpoint."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        tiles = (-(-out_features // 128), -(-in_features // 128))
+        self.register_buffer("int8_weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(tiles))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w8a8_linear(x, self.int8_weight, self.scale, self.bias)
+
+
+class GELU(nn.Module):
+    """GELU by its tanh approximation, as everywhere in this network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return rms_norm(x_BLD, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    def __init__(self, dim: int, eps: float, padded_variance: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps, self.padded_variance = eps, padded_variance
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return layer_norm(x_BLD, self.weight, self.bias, self.eps, padded_variance=self.padded_variance)
+
+
+def split_heads(x_BLD: Tensor) -> Tensor:
+    """``[B, L, D]`` as ``[B, L, heads, 128]``."""
+    return x_BLD.unflatten(-1, (-1, HEAD_DIM))
+
+
+def dense_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
+    """Softmax attention over all keys; `key_bias_T` is added to every row of logits. Returns ``[B, L, H, K]``."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
+    bias = None if key_bias_T is None else key_bias_T.to(q.dtype)[None, None, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+class SparseLinear(nn.Module):
+    """The learned map of the linear branch; the nesting repeats upstream's parameter names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local_attn = nn.Module()
+        self.local_attn.proj_l = Linear(HEAD_DIM, HEAD_DIM)
+
+    def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, slots_S: Tensor, blocks: Blocks) -> Tensor:
+        proj = self.local_attn.proj_l
+        return sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, slots_S, proj.weight, proj.bias, blocks)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        super().__init__()
+        make_linear = LINEARS[recipe.linear]
+        self.q, self.k, self.v, self.o = (make_linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+        self.blocks = attention_blocks(recipe)
+        if self.blocks is not None:
+            self.attn_op = SparseLinear()
+
+    def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, slots_S: Tensor) -> Tensor:
+        q_BLHK = rotate(split_heads(self.norm_q(self.q(x_BLD))), cos_LP, sin_LP)
+        k_BLHK = rotate(split_heads(self.norm_k(self.k(x_BLD))), cos_LP, sin_LP)
+        v_BLHK = split_heads(self.v(x_BLD))
+        if self.blocks is None:
+            y_BLHK = dense_attention(q_BLHK, k_BLHK, v_BLHK)
+        else:
+            y_BLHK = self.attn_op(q_BLHK, k_BLHK, v_BLHK, slots_S, self.blocks)
+        return self.o(y_BLHK.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text. Keys and values depend on the prompt alone, so they are made apart."""
+
+    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        super().__init__()
+        make_linear = LINEARS[recipe.linear]
+        self.q, self.k, self.v, self.o = (make_linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def keys_values(self, context_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k(self.k(context_BTD)), self.v(context_BTD)
+
+    def forward(self, x_BLD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, key_bias_T: Tensor | None) -> Tensor:
+        q_BLHK = split_heads(self.norm_q(self.q(x_BLD)))
+        y_BLHK = dense_attention(q_BLHK, split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
+        return self.o(y_BLHK.flatten(2))
+
+
+class Block(nn.Module):
+    """One layer. Its modulation is the learned table plus the timestep's: shift, scale, gate for attention, then
+    for the feed-forward."""
+
+    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        super().__init__()
+        make_linear = LINEARS[recipe.linear]
+        self.eps, self.padded_variance = config.eps, recipe.layer_norm == "upstream"
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
+        self.self_attn = SelfAttention(config, recipe)
+        self.norm3 = LayerNorm(config.dim, config.eps, self.padded_variance)
+        self.cross_attn = CrossAttention(config, recipe)
+        self.ffn = nn.Sequential(
+            make_linear(config.dim, config.ffn_dim), GELU(), make_linear(config.ffn_dim, config.dim)
+        )
+
+    def modulate(self, x_BLD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+        return modulated_norm(x_BLD, shift_BD, scale_BD, self.eps, padded_variance=self.padded_variance)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        modulation_B6D: Tensor,
+        keys_BTD: Tensor,
+        values_BTD: Tensor,
+        key_bias_T: Tensor | None,
+        cos_LP: Tensor,
+        sin_LP: Tensor,
+        slots_S: Tensor,
+    ) -> Tensor:
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D.unbind(1)
+        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), cos_LP, sin_LP, slots_S)
+        x_BLD = gated_residual(x_BLD, y_BLD, gate_sa)
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), keys_BTD, values_BTD, key_bias_T)
+        y_BLD = self.ffn(self.modulate(x_BLD, shift_ffn, scale_ffn))
+        return gated_residual(x_BLD, y_BLD, gate_ffn)
+
+
+class Head(nn.Module):
+    """Last norm and projection, in float32; its norm never has upstream's fault."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim), requires_grad=False)
+        self.head = Linear(config.dim, PATCH * PATCH * config.out_channels)
+
+    def forward(self, x_BLD: Tensor, modulation_B2D: Tensor) -> Tensor:
+        n_BLD = F.layer_norm(x_BLD.float(), x_BLD.shape[-1:], eps=self.eps).to(x_BLD.dtype)
+        shift_BD, scale_BD = modulation_B2D.unbind(1)
+        return self.head(n_BLD.float() * (1 + scale_BD[:, None]) + shift_BD[:, None])
+
+
+class DiT(nn.Module):
+    """The whole denoiser.
+
+    Args:
+        config: its sizes.
+        recipe: number format of the block linears, kind of self-attention, which layer norm.
+    """
+
+    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        super().__init__()
+        self.config, self.recipe = config, recipe
+        dim = config.dim
+        self.patch_embedding = Linear(PATCH * PATCH * config.in_channels, dim)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), GELU(), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear(config.frequency_dim, dim), nn.SiLU(), Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config, recipe) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def embed_time(self, sinusoid_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulation of every layer ``[N, B, 6, D]`` and of the head ``[B, 2, D]``, float32."""
+        e_BD = self.time_embedding(sinusoid_BS)
+        e0_B6D = self.time_projection(e_BD).unflatten(1, (6, -1))
+        layers = torch.stack([block.modulation.float() + e0_B6D for block in self.blocks])
+        return layers, self.head.modulation.float() + e_BD[:, None]
+
+    def forward(
+        self, latents_BCFHW: Tensor, timestep_B: Tensor, text_BTE: Tensor, *, num_selected: int = 1
+    ) -> Tensor:
+        """The velocity of rectified flow at these latents.
+
+        Args:
+            latents_BCFHW: ``[B, 16, F, H, W]``; for image-to-video the condition's 20 channels follow. H and W
+                even. Its type is the compute type.
+            timestep_B: 0 to 1000, any float type; published models expect values rounded to bfloat16.
+            text_BTE: ``[B, 512, E]``, rows past the prompt's length zero: they are attended to.
+            num_selected: key blocks per query block, where attention is sparse; see `configs.schema.selected_blocks`.
+
+        Returns:
+            ``[B, 16, F, H, W]`` in float32.
+
+        Raises:
+            ShapeError: channels or text width are not this model's, or the latents do not divide into patches.
+        """
+        check_latents(latents_BCFHW, text_BTE, self.config)
+        _, _, frames, height, width = latents_BCFHW.shape
+        cos_LP, sin_LP = rope_tables((frames, height // PATCH, width // PATCH), latents_BCFHW.device)
+        slots_S = torch.zeros(num_selected, dtype=torch.int32, device=latents_BCFHW.device)
+        layers, head_modulation = self.embed_time(sinusoid(timestep_B, self.config.frequency_dim))
+        context_BTD = self.text_embedding(text_BTE.to(latents_BCFHW.dtype))
+
+        x_BLD = self.patch_embedding(patchify(latents_BCFHW))
+        for block, modulation_B6D in zip(self.blocks, layers, strict=True):
+            keys_BTD, values_BTD = block.cross_attn.keys_values(context_BTD)
+            x_BLD = block(x_BLD, modulation_B6D, keys_BTD, values_BTD, None, cos_LP, sin_LP, slots_S)
+        return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
+
+
+LINEARS = {"bf16": Linear, "w8a8": W8A8Linear}
+
+
+def attention_blocks(recipe: Recipe) -> Blocks | None:
+    """Block shape and arithmetic of a recipe's sparse attention; None where attention is dense."""
+    match recipe.attention:
+        case "dense":
+            return None
+        case "sla":
+            return Blocks(recipe.block_q, recipe.block_k, "sla")
+        case "sagesla":
+            return Blocks(recipe.block_q, recipe.block_k, "sage_fp8" if recipe.pv == "fp8" else "sage_fp16")
+
+
+def check_latents(latents_BCFHW: Tensor, text_BTE: Tensor, config: DiTConfig) -> None:
+    shape = tuple(latents_BCFHW.shape)
+    if len(shape) != 5 or shape[1] != config.in_channels or shape[3] % PATCH or shape[4] % PATCH:
+        raise ShapeError(
+            f"latents have shape {shape}; expected [B, {config.in_channels}, F, H, W] with H and W multiples of {PATCH}"
+        )
+    if text_BTE.shape[1:] != (config.text_rows, config.text_dim):
+        raise ShapeError(
+            f"text has shape {tuple(text_BTE.shape)}; expected [B, {config.text_rows}, {config.text_dim}]"
+        )
+
+
+def patchify(latents_BCFHW: Tensor) -> Tensor:
+    """``[B, C, F, H, W]`` as tokens ``[B, L, C * 4]``: frames, rows, columns in order; channel slowest in a token."""
+    x = latents_BCFHW.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
+    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(tokens_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Tokens ``[B, L, 4 * C]`` as ``[B, C, F, H, W]``: here the channel is the fastest in a token."""
+    x = tokens_BLC.unflatten(1, grid).unflatten(4, (PATCH, PATCH, -1))
+    return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
+    """Cosines then sines of a timestep at `dim` / 2 frequencies, ``[B, dim]`` float32, worked out in float64."""
+    half = dim // 2
+    frequency = ROPE_THETA ** (-torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half)
+    angle = timestep_B.double()[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), 1).float()
+
+
+def rope_angles(grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
+    """Angle of each token and channel pair, float32 ``[L, 64]``: pairs of time, then height, then width."""
+    axes = []
+    for axis, (positions, pairs) in enumerate(zip(grid, ROPE_PAIRS, strict=True)):
+        exponent = torch.arange(0, 2 * pairs, 2, device=device).float() / (2 * pairs)
+        angle = torch.outer(torch.arange(positions, device=device).float(), 1.0 / ROPE_THETA**exponent)
+        shape = [1, 1, 1, pairs]
+        shape[axis] = positions
+        axes.append(angle.view(shape).expand(*grid, pairs))
+    return torch.cat(axes, -1).flatten(0, 2)
+
+
+def rope_tables(grid: tuple[int, int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `rope_angles`."""
+    angles = rope_angles(grid, device)
+    return angles.cos(), angles.sin()

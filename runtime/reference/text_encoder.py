@@ -1,0 +1,150 @@
+"""The umT5 encoder, run at the prompt's real length.
+
+Letters: B prompts, T tokens, E width, H heads, K channels of a head.
+
+The compute type is chosen by the caller; norms and softmax run in float32. Every layer has its own table of relative
+positions, and logits are not scaled. Parameters carry the names of Wan's file.
+
+Source: spec/wan_models.md 3.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wanforge.configs.schema import TextEncoderConfig
+from wanforge.plugins.rms_norm_rope.reference import rms_norm
+
+
+class Linear(nn.Module):
+    """Linear layer without bias, its weights cast to the type of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Table(nn.Module):
+    """Rows to look up by index."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+class Norm(nn.Module):
+    """RMS norm; unlike the denoiser's it rounds before it applies the weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x_BTE: Tensor) -> Tensor:
+        return rms_norm(x_BTE, torch.ones_like(self.weight), self.eps) * self.weight.to(x_BTE.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+
+    def forward(self, x_BTE: Tensor, bias_HTT: Tensor) -> Tensor:
+        q, k, v = (part(x_BTE).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        logits_BHTT = q @ k.transpose(-1, -2) + bias_HTT
+        weights_BHTT = F.softmax(logits_BHTT.float(), -1).to(x_BTE.dtype)
+        return self.o((weights_BHTT @ v).transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """``fc2(gelu(gate(x)) * fc1(x))``, GELU by its tanh approximation."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(Linear(config.dim, config.ffn_dim))
+        self.fc1 = Linear(config.dim, config.ffn_dim)
+        self.fc2 = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.gate(x), approximate="tanh") * self.fc1(x))
+
+
+class RelativePosition(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.embedding = Table(config.num_buckets, config.num_heads)
+
+    def forward(self, buckets_TT: Tensor) -> Tensor:
+        return self.embedding(buckets_TT).permute(2, 0, 1)
+
+
+class TextBlock(nn.Module):
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(config.dim, config.eps), Norm(config.dim, config.eps)
+        self.attn, self.ffn = Attention(config), FeedForward(config)
+        self.pos_embedding = RelativePosition(config)
+
+    def forward(self, x_BTE: Tensor, buckets_TT: Tensor) -> Tensor:
+        x_BTE = x_BTE + self.attn(self.norm1(x_BTE), self.pos_embedding(buckets_TT).to(x_BTE.dtype))
+        return x_BTE + self.ffn(self.norm2(x_BTE))
+
+
+class TextEncoder(nn.Module):
+    """umT5's encoder."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = Table(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.num_layers))
+        self.norm = Norm(config.dim, config.eps)
+
+    def forward(self, ids_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Embed token ids of one length, all of them real.
+
+        Masked padding changes nothing for real rows, so there is none: prompts of different lengths go one by one.
+
+        Args:
+            ids_BT: int64 ``[B, T]``.
+            dtype: compute type; that of the weights where none is given.
+
+        Returns:
+            ``[B, T, E]`` in the compute type.
+        """
+        x_BTE = self.token_embedding(ids_BT)
+        x_BTE = x_BTE if dtype is None else x_BTE.to(dtype)
+        buckets_TT = position_buckets(ids_BT.shape[1], self.config).to(ids_BT.device)
+        for block in self.blocks:
+            x_BTE = block(x_BTE, buckets_TT)
+        return self.norm(x_BTE)
+
+
+def position_buckets(length: int, config: TextEncoderConfig) -> Tensor:
+    """Bucket of each key's distance from each query, int64 ``[T, T]``.
+
+    Half of the buckets are for keys after the query. In each half, the first half counts single steps and the rest
+    grow in ratio up to the largest distance. Worked out in float64: powers of two fall on the edges.
+    """
+    position = torch.arange(length)
+    offset = position[None, :] - position[:, None]
+    half = config.num_buckets // 2
+    exact = half // 2
+    distance = offset.abs()
+    ratio = torch.log(distance.clamp_min(exact).double() / exact) / math.log(config.max_distance / exact)
+    far = (exact + (ratio * (half - exact) + 1e-12).long()).clamp(max=half - 1)
+    return torch.where(offset > 0, half, 0) + torch.where(distance < exact, distance, far)
+
+
+def pad_rows(embedding_TE: Tensor, rows: int) -> Tensor:
+    """An embedded prompt as ``[rows, E]``: zeros after its own rows."""
+    return F.pad(embedding_TE, (0, 0, 0, rows - embedding_TE.shape[0]))

@@ -1,0 +1,326 @@
+"""The Wan2.1 VAE: causal in time, so a clip passes through it in chunks that hand on what they have seen.
+
+Letters: B clips, C channels, T frames at the current rate, H W rows and columns.
+
+One definition serves three ways of running it. What differs is only where a causal layer takes its past from, and
+that is a `History`: `Whole` sees all frames at once; `First` is the opening chunk (one frame) and records; `Next`
+takes up what the chunk before recorded. Parameters carry upstream's names.
+
+Source: spec/wan_models.md 2.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
+from wanforge.errors import ShapeError
+
+# fmt: off
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+WIDTHS = (1, 2, 4, 4)
+TEMPORAL_DOWNSAMPLING = (False, True, True)
+PAST = 2
+"""Frames of its own input that a causal 3x3x3 convolution looks back on."""
+
+Convolution = Callable[[Tensor], Tensor]
+
+
+class Whole:
+    """All frames at once: the past of the first frame is zeros.
+
+    Upstream's chunked protocol never lets the first frame through the temporal resamplers; here it is set apart.
+    """
+
+    def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
+        return convolve(F.pad(x, (0, 0, 0, 0, PAST, 0)))
+
+    def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        return torch.cat((x[:, :, :1], convolve(x)), 2) if x.shape[2] > 1 else x
+
+    def upsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        if x.shape[2] == 1:
+            return x
+        return torch.cat((x[:, :, :1], interleave(self.causal(x[:, :, 1:], convolve))), 2)
+
+
+class First(Whole):
+    """The opening chunk of one frame; `kept` collects what the next chunk needs, in order of execution."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
+        padded = F.pad(x, (0, 0, 0, 0, PAST, 0))
+        self.kept.append(padded[:, :, -PAST:])
+        return convolve(padded)
+
+    def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        self.kept.append(x)
+        return x
+
+    def upsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        self.kept.append(torch.zeros_like(x).repeat(1, 1, PAST, 1, 1))
+        return x
+
+
+class Next:
+    """A later chunk: every causal layer sees the frames kept from the chunk before."""
+
+    def __init__(self, past: Sequence[Tensor]) -> None:
+        self.past = iter(past)
+        self.kept: list[Tensor] = []
+
+    def join(self, x: Tensor) -> Tensor:
+        past = next(self.past)
+        joined = torch.cat((past, x), 2)
+        self.kept.append(joined[:, :, -past.shape[2] :])
+        return joined
+
+    def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
+        return convolve(self.join(x))
+
+    def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        return convolve(self.join(x))
+
+    def upsample(self, x: Tensor, convolve: Convolution) -> Tensor:
+        return interleave(convolve(self.join(x)))
+
+
+History = Whole | Next
+
+
+def interleave(x_BCTHW: Tensor) -> Tensor:
+    """``[B, 2C, T, H, W]`` as ``[B, C, 2T, H, W]``: the first half of the channels are the even frames."""
+    return torch.stack(x_BCTHW.chunk(2, 1), 3).flatten(2, 3)
+
+
+class Conv(nn.Module):
+    """A convolution over the last axes, its weights cast to the type of its input."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, ...], stride: int = 1, padding: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
+        # Time is never padded here (the history does that), and only time convolutions stride in three dimensions.
+        self.stride = (stride, 1, 1) if len(kernel) == 3 else (stride, stride)
+        self.padding = (0, padding, padding) if len(kernel) == 3 else (padding, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        convolve = F.conv3d if weight.ndim == 5 else F.conv2d
+        return convolve(x, weight, bias, self.stride, self.padding)
+
+
+class ChannelNorm(nn.Module):
+    """Each position's channels over their L2 norm, times sqrt(C) and a weight; float32 inside."""
+
+    def __init__(self, dim: int, axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(dim, *(1,) * axes), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit = F.normalize(x.float(), dim=1)
+        return (unit * self.gamma.shape[0] ** 0.5 * self.gamma.float()).to(x.dtype)
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.residual = nn.ModuleDict(
+            {
+                "0": ChannelNorm(inputs, 3),
+                "2": Conv(inputs, outputs, (3, 3, 3), padding=1),
+                "3": ChannelNorm(outputs, 3),
+                "6": Conv(outputs, outputs, (3, 3, 3), padding=1),
+            }
+        )
+        self.shortcut = Conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        part = self.residual
+        y = history.causal(F.silu(part["0"](x)), part["2"])
+        y = history.causal(F.silu(part["3"](y)), part["6"])
+        return self.shortcut(x) + y
+
+
+class FrameAttention(nn.Module):
+    """Self-attention over the positions of each frame, one head as wide as the layer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(dim, 2)
+        self.to_qkv = Conv(dim, 3 * dim, (1, 1))
+        self.proj = Conv(dim, dim, (1, 1))
+
+    def forward(self, x_BCTHW: Tensor, history: History) -> Tensor:
+        batch, _, frames, height, width = x_BCTHW.shape
+        x_NCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
+        q, k, v = self.to_qkv(self.norm(x_NCHW)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+        y_NLC = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        y_NCHW = self.proj(y_NLC.transpose(1, 2).unflatten(2, (height, width)))
+        return x_BCTHW + y_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns; with `temporal`, then half the frames."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv(dim, dim, (3, 3), stride=2)})
+        self.time_conv = Conv(dim, dim, (3, 1, 1), stride=2) if temporal else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        x = per_frame(x, lambda frames: self.resample["1"](F.pad(frames, (0, 1, 0, 1))))
+        return x if self.time_conv is None else history.downsample(x, self.time_conv)
+
+
+class Upsample(nn.Module):
+    """With `temporal`, twice the frames; then twice the rows and columns with half the channels."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": Conv(dim, dim // 2, (3, 3), padding=1)})
+        self.time_conv = Conv(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        if self.time_conv is not None:
+            x = history.upsample(x, self.time_conv)
+        return per_frame(x, lambda frames: self.resample["1"](double(frames)))
+
+
+def per_frame(x_BCTHW: Tensor, function: Convolution) -> Tensor:
+    """Apply a picture's operation to every frame."""
+    batch = x_BCTHW.shape[0]
+    y_NCHW = function(x_BCTHW.transpose(1, 2).flatten(0, 1))
+    return y_NCHW.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def double(x_NCHW: Tensor) -> Tensor:
+    """Every pixel four times: nearest-neighbour upsampling, without a Resize, which TensorRT lacks in bfloat16."""
+    wide = torch.stack((x_NCHW, x_NCHW), -1).flatten(-2)
+    return torch.stack((wide, wide), -2).flatten(-3, -2)
+
+
+def run(layers: nn.ModuleList, x: Tensor, history: History) -> Tensor:
+    for layer in layers:
+        x = layer(x, history)
+    return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        dims = [config.dim * factor for factor in (1, *WIDTHS)]
+        self.conv1 = Conv(3, dims[0], (3, 3, 3), padding=1)
+        self.downsamples = nn.ModuleList()
+        for level, (inputs, outputs) in enumerate(zip(dims, dims[1:], strict=False)):
+            self.downsamples += [Residual(inputs, outputs), Residual(outputs, outputs)]
+            if level < len(TEMPORAL_DOWNSAMPLING):
+                self.downsamples.append(Downsample(outputs, TEMPORAL_DOWNSAMPLING[level]))
+        self.middle = middle(dims[-1])
+        self.head = head(dims[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        x = history.causal(x, self.conv1)
+        x = run(self.middle, run(self.downsamples, x, history), history)
+        return history.causal(F.silu(self.head["0"](x)), self.head["2"])
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        dims = [config.dim * factor for factor in (WIDTHS[-1], *reversed(WIDTHS))]
+        self.conv1 = Conv(config.latent_channels, dims[0], (3, 3, 3), padding=1)
+        self.middle = middle(dims[0])
+        self.upsamples = nn.ModuleList()
+        temporal = TEMPORAL_DOWNSAMPLING[::-1]
+        for level, (inputs, outputs) in enumerate(zip(dims, dims[1:], strict=False)):
+            # An upsampler halves the channels of the level before it.
+            inputs = inputs // 2 if level else inputs
+            self.upsamples += [Residual(inputs, outputs), Residual(outputs, outputs), Residual(outputs, outputs)]
+            if level < len(temporal):
+                self.upsamples.append(Upsample(outputs, temporal[level]))
+        self.head = head(dims[-1], 3)
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        x = history.causal(x, self.conv1)
+        x = run(self.upsamples, run(self.middle, x, history), history)
+        return history.causal(F.silu(self.head["0"](x)), self.head["2"])
+
+
+def middle(dim: int) -> nn.ModuleList:
+    return nn.ModuleList([Residual(dim, dim), FrameAttention(dim), Residual(dim, dim)])
+
+
+def head(inputs: int, outputs: int) -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(inputs, 3), "2": Conv(inputs, outputs, (3, 3, 3), padding=1)})
+
+
+class VAE(nn.Module):
+    """Pixels in [-1, 1] to normalised latents and back. The compute type is that of what goes in."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.conv1 = Conv(2 * channels, 2 * channels, (1, 1, 1))
+        self.conv2 = Conv(channels, channels, (1, 1, 1))
+
+    def encode(self, pixels_BCTHW: Tensor) -> Tensor:
+        """A whole clip ``[B, 3, 4n+1, H, W]`` to its normalised latents ``[B, 16, n+1, H/8, W/8]``, without noise.
+
+        Raises:
+            ShapeError: the number of frames is not 4n+1, or H or W is not a multiple of 8.
+        """
+        _, channels, frames, height, width = pixels_BCTHW.shape
+        if channels != 3 or frames % TEMPORAL_STRIDE != 1 or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
+            raise ShapeError(
+                f"pixels have shape {tuple(pixels_BCTHW.shape)}; expected [B, 3, 4n+1, H, W], H and W multiples of 8"
+            )
+        return self.encode_chunk(pixels_BCTHW, Whole())
+
+    def decode(self, latents_BCTHW: Tensor) -> Tensor:
+        """Normalised latents of a whole clip to pixels, not clamped."""
+        return self.decode_chunk(latents_BCTHW, Whole())
+
+    def encode_first(self, pixels_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The first frame; returns its latent frame and 24 caches for `encode_next`."""
+        history = First()
+        return self.encode_chunk(pixels_BCTHW, history), history.kept
+
+    def encode_next(self, pixels_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Four more frames; returns one latent frame and the caches for the next call."""
+        history = Next(caches)
+        return self.encode_chunk(pixels_BCTHW, history), history.kept
+
+    def decode_first(self, latents_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The first latent frame; returns one frame of pixels and 32 caches for `decode_next`."""
+        history = First()
+        return self.decode_chunk(latents_BCTHW, history), history.kept
+
+    def decode_next(self, latents_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One more latent frame; returns four frames and the caches for the next call."""
+        history = Next(caches)
+        return self.decode_chunk(latents_BCTHW, history), history.kept
+
+    def encode_chunk(self, pixels_BCTHW: Tensor, history: History) -> Tensor:
+        mean_BCTHW = self.conv1(self.encoder(pixels_BCTHW, history)).chunk(2, 1)[0]
+        mean, std = latent_statistics(mean_BCTHW)
+        return (mean_BCTHW - mean) * (1.0 / std)
+
+    def decode_chunk(self, latents_BCTHW: Tensor, history: History) -> Tensor:
+        mean, std = latent_statistics(latents_BCTHW)
+        return self.decoder(self.conv2(latents_BCTHW / (1.0 / std) + mean), history)
+
+
+def latent_statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per latent channel in the type of `like`, ``[16, 1, 1, 1]``."""
+    return like.new_tensor(LATENT_MEAN)[:, None, None, None], like.new_tensor(LATENT_STD)[:, None, None, None]

@@ -1,0 +1,76 @@
+"""From what a user types to token ids: cleaning, then the published tokenizer.
+
+Source: spec/wan_models.md 3.4.
+"""
+
+import html
+from pathlib import Path
+
+import ftfy
+from tokenizers import Tokenizer as Tokens
+
+from wanforge.errors import CheckpointError, RequestError
+
+END, PAD = "</s>", "<pad>"
+
+
+def clean(prompt: str) -> str:
+    """Repair encoding, resolve HTML entities twice, and make every run of white space one space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+class Tokenizer:
+    """umT5's tokenizer, read from the ``tokenizer.json`` that is published with it.
+
+    Raises:
+        CheckpointError: the file is missing or is not a tokenizer with an end-of-text token.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.tokens = Tokens.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of damage
+            raise CheckpointError(f"{path}: not a tokenizer.json ({error})") from None
+        end = self.tokens.token_to_id(END)
+        if end is None:
+            raise CheckpointError(f"{path}: has no token {END}; this is not umT5's tokenizer")
+        self.end: int = end
+        self.tokens.no_padding()
+        self.tokens.no_truncation()
+
+    def __len__(self) -> int:
+        size: int = self.tokens.get_vocab_size()
+        return size
+
+    def encode(self, prompt: str, max_tokens: int) -> list[int]:
+        """Token ids of a cleaned prompt, ending in end-of-text.
+
+        Raises:
+            RequestError: the prompt is empty, or longer than the model was made for.
+        """
+        cleaned = clean(prompt)
+        if not cleaned:
+            raise RequestError("the prompt is empty; describe the video in a sentence or more, in English")
+        ids = [i for i in self.tokens.encode(cleaned, add_special_tokens=False).ids if i != self.end]
+        ids.append(self.end)
+        if len(ids) > max_tokens:
+            raise RequestError(
+                f"the prompt is {len(ids)} tokens long; the model reads {max_tokens}, so shorten it by about "
+                f"{1 - max_tokens / len(ids):.0%}"
+            )
+        return ids
+
+
+def find_tokenizer(path: Path) -> Path:
+    """The ``tokenizer.json`` at `path`, a file or the directory that was published.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if (path / "tokenizer.json").is_file():
+        return path / "tokenizer.json"
+    raise CheckpointError(
+        f"{path}: no tokenizer.json here; it is published as google/umt5-xxl in the repositories of Wan 2.1"
+    )

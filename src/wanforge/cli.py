@@ -1,0 +1,88 @@
+"""The front door: names every command and imports its module only when it is used."""
+
+import errno
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from wanforge import __version__
+from wanforge.errors import WanforgeError
+
+# In pipeline order; the summary stands here so that `wanforge --help` imports no torch.
+COMMANDS = {
+    "synth": ("wanforge.exporter.cli:synth", "Write checkpoint files in the published formats, with random weights."),
+    "import": ("wanforge.exporter.cli:import_", "Check published checkpoint files and turn them into a bundle."),
+    "export": ("wanforge.exporter.cli:export", "Write a bundle's ONNX graphs."),
+    "inspect": ("wanforge.runtime.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
+    "generate": ("wanforge.runtime.cli:generate", "Make a video from a prompt, or from an image and a prompt."),
+    "parity": ("wanforge.runtime.cli:parity", "Hold a backend against the reference, step by step."),
+    "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request."),
+}
+
+
+class LazyCommands(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except ModuleNotFoundError as missing:
+            raise click.ClickException(
+                f"`wanforge {args[0]}` needs the package {missing.name}, which is not installed; "
+                "run: pip install wanforge"
+            ) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WanforgeError as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            where = f" at {error.filename}" if error.filename else ""
+            raise click.ClickException(f"{error.strerror}{where}; free some space or choose another place") from None
+
+
+@click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="wanforge")
+def cli() -> None:
+    """Compile TurboDiffusion's distilled Wan video models, and run them.
+
+    checkpoint files -> import -> bundle -> export -> ONNX graphs -> generate -> mp4
+    """
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 refused with a message, 2 wrong usage, 130 interrupted."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.Abort:
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What a user can get wrong. Each message says what is wrong, what was found, and what to do.
+
+    WanforgeError
+    ├── ConfigError        a TOML file, a model, target or recipe name, a resolution or frame count
+    ├── CheckpointError    a file that upstream publishes: missing, truncated, of another model
+    ├── BundleError        a bundle: incomplete, damaged, stale
+    ├── RequestError       one generation request: prompt, image, steps, top-k
+    ├── ShapeError         tensors handed to an op or a module
+    └── ResourceError      this machine: disk, memory, a package that is not installed
+
+The command line prints them without a traceback and exits with 1; click's usage errors exit with 2.
+"""
+
+from collections.abc import Sequence
+
+
+class WanforgeError(Exception):
+    """Base of everything that a user can cause and cure."""
+
+
+class ConfigError(WanforgeError, ValueError):
+    """A configuration file or a name in it does not make sense."""
+
+
+class CheckpointError(WanforgeError):
+    """A checkpoint file is missing, damaged, or not what it was said to be."""
+
+
+class BundleError(WanforgeError):
+    """A bundle is incomplete, damaged or stale."""
+
+
+class RequestError(WanforgeError):
+    """A generation request cannot be served as asked."""
+
+
+class ShapeError(WanforgeError, ValueError):
+    """Tensors do not fit an op or a module."""
+
+
+class ResourceError(WanforgeError):
+    """This machine lacks disk, memory or a package."""
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    shown = ", ".join(names[:6])
+    return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
