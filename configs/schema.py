@@ -99,6 +99,8 @@ class ModelConfig(Record):
 
     name: str
     task: Literal["t2v", "i2v"]
+    checkpoint: str
+    """Stem of the published denoiser files; ``{expert}`` stands for high or low."""
     dit: DiTConfig
     video: VideoConfig
     vae: VAEConfig = VAEConfig()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Tokens
 
 from wanforge.errors import CheckpointError, RequestError
 
-END, PAD = "</s>", "<pad>"
+END = "</s>"
 
 
 def clean(prompt: str) -> str:
@@ -51,8 +51,7 @@ class Tokenizer:
         cleaned = clean(prompt)
         if not cleaned:
             raise RequestError("the prompt is empty; describe the video in a sentence or more, in English")
-        ids = [i for i in self.tokens.encode(cleaned, add_special_tokens=False).ids if i != self.end]
-        ids.append(self.end)
+        ids = [*self.tokens.encode(cleaned, add_special_tokens=False).ids, self.end]
         if len(ids) > max_tokens:
             raise RequestError(
                 f"the prompt is {len(ids)} tokens long; the model reads {max_tokens}, so shorten it by about "

@@ -1,0 +1,1 @@
+"""What is on disk between building and running: tensor files, bundles and what they were made from."""

@@ -1,0 +1,191 @@
+"""A bundle: the directory that holds one model, from its weights to its engines.
+
+    BUNDLE/
+      manifest.json              what is here, from what it was made, and each file's SHA-256
+      weights/*.safetensors      dit (or dit.high and dit.low), vae, text_encoder; canonical names
+      tokenizer/tokenizer.json
+      dit*.onnx, vae_*.onnx      graphs that point into weights/ (they may not lie deeper, see decisions/0003)
+      onnx/<type>/*.onnx         graphs whose weights are inputs
+
+The manifest is written last, so a directory without one is not a bundle.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+
+from wanforge import __version__
+from wanforge.configs.schema import ModelConfig, Record, Recipe
+from wanforge.engines.tensorfile import sha256_of
+from wanforge.errors import BundleError
+
+MANIFEST = "manifest.json"
+VERIFIED = ".verified.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+FORMAT = 1
+
+Progress = Callable[[int], object]
+
+
+class FileRecord(Record):
+    """One file of a bundle."""
+
+    sha256: str
+    bytes: int
+    source: str = ""
+    """Where it came from, for people; never used to find anything."""
+    key: str = ""
+    """For what is made from other things: a digest of all of them. A different key means stale."""
+
+
+class Manifest(Record):
+    """What a bundle holds."""
+
+    format: Literal[1]
+    made_by: str
+    model: ModelConfig
+    recipe: Recipe
+    files: dict[str, FileRecord]
+    """By path relative to the bundle."""
+
+
+class Bundle:
+    """An opened bundle.
+
+    Raises:
+        BundleError: there is no manifest, or it makes no sense.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root, self.manifest = root, manifest
+        self.model, self.recipe = manifest.model, manifest.recipe
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        path = root / MANIFEST
+        try:
+            return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
+        except (FileNotFoundError, NotADirectoryError):
+            hint = "its import was interrupted; run it again" if root.is_dir() and any(root.iterdir()) else "make one"
+            raise BundleError(f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}") from None
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise BundleError(f"{path}: damaged, or of another version of wanforge ({error})") from None
+
+    @classmethod
+    def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
+        """Declare a directory to be a bundle, now that every file is in place."""
+        manifest = Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files)
+        bundle = cls(root, manifest)
+        bundle._write()
+        return bundle
+
+    def add(self, files: dict[str, FileRecord], *, replacing: str = "") -> None:
+        """Record more files; those whose path begins with `replacing` are forgotten first."""
+        kept = {k: v for k, v in self.manifest.files.items() if not (replacing and k.startswith(replacing))}
+        self.manifest = msgspec.structs.replace(self.manifest, files={**kept, **files})
+        self._write()
+
+    def _write(self) -> None:
+        text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=1)
+        write_atomically(self.root / MANIFEST, text)
+
+    def path(self, name: str) -> Path:
+        """Where a file of the manifest lies.
+
+        Raises:
+            BundleError: the manifest does not have it, or the file is gone.
+        """
+        path = self.root / name
+        if name not in self.manifest.files or not path.is_file():
+            raise BundleError(f"{self.root}: {name} is missing; {remedy(name, self.root)}")
+        return path
+
+    def weights(self, component: str) -> Path:
+        """The safetensors file of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``."""
+        return self.path(weights_name(component))
+
+    def verify(self, names: Iterable[str], progress: Progress = lambda size: None, *, again: bool = False) -> None:
+        """Compare files with the manifest's SHA-256.
+
+        A file that was verified before and has not changed in size or time since is taken at its word, unless
+        `again`.
+
+        Raises:
+            BundleError: a file is missing or is not what was written.
+        """
+        stamps = self._stamps()
+        for name in names:
+            path, record = self.path(name), self.manifest.files[name]
+            status = path.stat()
+            stamp = [record.sha256, status.st_size, status.st_mtime_ns]
+            if stamps.get(name) == stamp and not again:
+                continue
+            if status.st_size != record.bytes:
+                raise BundleError(
+                    f"{path}: damaged; {status.st_size:,} bytes where {record.bytes:,} were written; "
+                    f"{remedy(name, self.root)}"
+                )
+            if (found := sha256_of(path, progress)) != record.sha256:
+                raise BundleError(
+                    f"{path}: damaged; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
+                    f"{remedy(name, self.root)}"
+                )
+            stamps[name] = stamp
+        self._save_stamps(stamps)
+
+    def unverified(self, names: Iterable[str]) -> int:
+        """Bytes that `verify` would have to read."""
+        stamps = self._stamps()
+        paths = [(n, self.root / n) for n in names if (self.root / n).is_file()]
+        return sum(p.stat().st_size for n, p in paths if stamps.get(n, [None])[0] != self.manifest.files[n].sha256)
+
+    def _stamps(self) -> dict[str, list[str | int]]:
+        try:
+            return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, list[str | int]])
+        except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
+            return {}
+
+    def _save_stamps(self, stamps: dict[str, list[str | int]]) -> None:
+        if stamps != self._stamps() and os.access(self.root, os.W_OK):
+            write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+
+
+def weights_name(component: str) -> str:
+    """Path in a bundle of a component's weights."""
+    return f"weights/{component}.safetensors"
+
+
+def dit_component(expert: str) -> str:
+    """Component of a denoiser: ``dit``, ``dit.high`` or ``dit.low``."""
+    return f"dit.{expert}" if expert else "dit"
+
+
+def components(model: ModelConfig) -> list[str]:
+    """Every component with weights, in the order of a request."""
+    return ["text_encoder", *(dit_component(expert) for expert in model.experts), "vae"]
+
+
+def remedy(name: str, root: Path) -> str:
+    """What to do about a missing or damaged file."""
+    if name.endswith(".onnx"):
+        return f"write it again with: wanforge export {root}"
+    return "import the checkpoint again"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+

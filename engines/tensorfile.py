@@ -1,0 +1,250 @@
+"""safetensors files down to the byte: where each tensor lies, and writing one that is larger than memory.
+
+ONNX external data points into these files by offset, and weights are mapped from them without copying, so the header
+is read here rather than through the library, which keeps offsets to itself.
+
+Layout: 8 bytes of header length (little-endian), the header in JSON, then the tensors back to back.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from wanforge.errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+"""Bytes; the safetensors library refuses larger headers too."""
+METADATA = "__metadata__"
+CHUNK = 16 << 20
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Type, in safetensors' spelling, and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The table of contents of one safetensors file.
+
+    Attributes:
+        path: where it is.
+        tensors: type and shape by name, in the order of the data.
+        offsets: first byte of each tensor, from the start of the file.
+        metadata: free text.
+    """
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def read_header(path: Path) -> TensorFile:
+    """Read and check the header: every tensor inside the file, none overlapping, nothing left over.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not in this format.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path}: not a safetensors file, or truncated (its {size} bytes announce a header of {length})"
+                )
+            header = json.loads(file.read(length).decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged header ({error})") from None
+    return _check_header(path, header, 8 + length, size)
+
+
+def _check_header(path: Path, header: Any, start: int, size: int) -> TensorFile:
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: damaged header (not a table of tensors)")
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: damaged header ({METADATA} is not a table of text)")
+    spans = {name: _span(path, name, entry) for name, entry in header.items()}
+    position = 0
+    tensors, offsets = {}, {}
+    for name, (spec, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
+        if begin != position or end - begin != spec.nbytes:
+            raise CheckpointError(
+                f"{path}: damaged header ({name} is {spec}, {spec.nbytes} bytes, and lies at {begin} to {end} "
+                f"where {position} was next)"
+            )
+        tensors[name], offsets[name], position = spec, start + begin, end
+    if start + position != size:
+        raise CheckpointError(
+            f"{path}: truncated or damaged; the header describes {start + position:,} bytes and the file has "
+            f"{size:,}. Fetch it again"
+        )
+    return TensorFile(path, tensors, offsets, metadata)
+
+
+def _span(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
+    def is_size(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
+            dtype in ITEM_BITS and all(map(is_size, shape)) and is_size(begin) and is_size(end)
+        ):
+            return TensorSpec(dtype, tuple(shape)), begin, end
+    raise CheckpointError(f"{path}: damaged header (entry {name!r} makes no sense: {str(entry)[:80]})")
+
+
+def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The header with its length, padded so that the data begins at a multiple of 64 bytes."""
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    position = 0
+    for name, spec in tensors.items():
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+class TensorWriter:
+    """Writes one safetensors file tensor by tensor, and takes up where an interrupted run stopped.
+
+    The data goes to ``<path>.partial``; `finish` flushes it and renames it, so `path` is whole or absent. A partial
+    file with the same header is kept up to its last complete tensor; `metadata` must therefore say what the tensors
+    are made from.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.tensors = tensors
+        self._digest = hashlib.sha256()
+        self._names = iter(tensors)
+        self._file: IO[bytes] = self._open(encode_header(tensors, metadata))
+
+    def _open(self, header: bytes) -> IO[bytes]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        resumable = self.partial.exists() and self._starts_with(header)
+        file = self.partial.open("r+b" if resumable else "w+b")
+        if not resumable:
+            file.write(header)
+        self._digest.update(header)
+        self.kept = 0
+        """Tensors taken over from an interrupted run."""
+        if resumable:
+            end = self._keep(file, len(header), self.partial.stat().st_size)
+            file.truncate(end)
+            file.seek(end)
+        return file
+
+    def _starts_with(self, header: bytes) -> bool:
+        with self.partial.open("rb") as file:
+            return file.read(len(header)) == header
+
+    def _keep(self, file: IO[bytes], position: int, size: int) -> int:
+        file.seek(position)
+        for spec in self.tensors.values():
+            if position + spec.nbytes > size:
+                break
+            for chunk in read_chunks(file, spec.nbytes):
+                self._digest.update(chunk)
+            position += spec.nbytes
+            self.kept += 1
+            next(self._names)
+        return position
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Append the next tensor, which must be `name`."""
+        expected = next(self._names)
+        assert name == expected, f"{name} written where {expected} was due"
+        written = 0
+        for chunk in chunks:
+            self._file.write(chunk)
+            self._digest.update(chunk)
+            written += len(chunk)
+        assert written == self.tensors[name].nbytes, f"{name}: {written} bytes, {self.tensors[name]}"
+
+    def finish(self) -> str:
+        """Flush, rename to the final name, and return the SHA-256 of the file."""
+        assert next(self._names, None) is None, "tensors are missing"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
+    """The next `size` bytes of an open file, a few megabytes at a time.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    while size:
+        chunk = file.read(min(CHUNK, size))
+        if not chunk:
+            raise CheckpointError(f"{file.name}: truncated; {size:,} bytes are missing. Fetch it again")
+        size -= len(chunk)
+        yield chunk
+
+
+def sha256_of(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file; `progress` is told the size of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()

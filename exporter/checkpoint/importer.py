@@ -1,0 +1,338 @@
+"""Checkpoint files in, bundle out: every tensor checked, renamed, brought to its canonical type, and written once."""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe, named
+from wanforge.engines.bundle import (
+    MANIFEST,
+    TOKENIZER,
+    Bundle,
+    FileRecord,
+    dit_component,
+    weights_name,
+    write_atomically,
+)
+from wanforge.engines.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
+from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
+from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
+from wanforge.exporter.checkpoint.names import has_sla, is_quantised, looks_like, match_names
+from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, open_checkpoint
+from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+from wanforge.runtime.text import Tokenizer, find_tokenizer
+
+KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
+BAND = 8 * TILE
+"""Rows quantised at a time: whole tiles, so the result does not depend on it."""
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of one model, by component: ``dit`` (or ``dit.high`` and ``dit.low``), ``vae``, ``text_encoder``."""
+
+    weights: Mapping[str, Path]
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component, checked and ready to be written.
+
+    Attributes:
+        source: the file given.
+        stored: the source's tensor for each canonical one; a weight to be quantised stands under its own name.
+        target: what will be written.
+    """
+
+    component: str
+    source: Path
+    stored: Mapping[str, StoredTensor]
+    target: Layout
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.target.values())
+
+
+def import_checkpoint(
+    model: ModelConfig,
+    sources: Sources,
+    out: Path,
+    *,
+    recipe: Recipe | None = None,
+    link: bool = False,
+    replace: bool = False,
+    progress: Callable[[str, int], Progress] = lambda title, total: lambda size: None,
+) -> Bundle:
+    """Turn published files into a bundle.
+
+    Nothing is written before every file has been checked; an interrupted import is taken up by running it again.
+
+    Args:
+        recipe: what the bundle is for. By default what the files are: quantised or not, with or without SLA.
+            `w8a8` on unquantised files quantises them, with the bytes upstream's own quantiser gives.
+        link: take canonical safetensors files in place, by a link, instead of copying them.
+        replace: write over an existing bundle.
+        progress: called with a title and a total in bytes; what it returns is told of each piece.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of another kind or model; or quantised and not, mixed.
+        BundleError: `out` is a bundle already and `replace` is not set.
+        ResourceError: the disk is too small.
+    """
+    if (out / MANIFEST).exists():
+        if not replace:
+            raise BundleError(f"{out}: is a bundle already; choose another --out, or pass --replace")
+        (out / MANIFEST).unlink()
+    tokenizer = find_tokenizer(sources.tokenizer)
+    check_tokenizer(tokenizer, model)
+    opened = {component: open_checkpoint(path) for component, path in sources.weights.items()}
+    recipe = settle_recipe(model, sources.weights, opened, recipe)
+    parts = [
+        check_part(component, sources.weights[component], contents, model, recipe)
+        for component, contents in opened.items()
+    ]
+    if not link:
+        check_disk(out, parts)
+
+    files = {}
+    for part in parts:
+        name = weights_name(part.component)
+        tick = progress(part.component, part.nbytes)
+        digest = link_part(part, out / name, tick) if link else write_part(part, out / name, tick)
+        files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
+    write_atomically(out / TOKENIZER, tokenizer.read_bytes())
+    files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
+    check_experts(files, model)
+    return Bundle.create(out, model, recipe, files)
+
+
+def check_tokenizer(path: Path, model: ModelConfig) -> None:
+    """Refuse a tokenizer with more tokens than the text encoder has rows."""
+    if (size := len(Tokenizer(path))) > model.text_encoder.vocab_size:
+        raise CheckpointError(
+            f"{path}: {size:,} tokens, but the text encoder of {model.name} knows {model.text_encoder.vocab_size:,}"
+        )
+
+
+def check_experts(files: Mapping[str, FileRecord], model: ModelConfig) -> None:
+    """Refuse the same file given for both experts."""
+    records = [files[weights_name(dit_component(expert))] for expert in model.experts]
+    if len(records) > 1 and records[0].sha256 == records[1].sha256:
+        raise CheckpointError(
+            f"{records[0].source} and {records[1].source} hold the same tensors; give the high-noise expert with "
+            "--dit and the low-noise one with --dit-low"
+        )
+
+
+def settle_recipe(
+    model: ModelConfig, paths: Mapping[str, Path], opened: Mapping[str, Contents], wanted: Recipe | None
+) -> Recipe:
+    """The recipe of the bundle, given what the denoisers' files hold."""
+    denoisers = [dit_component(expert) for expert in model.experts]
+    quantised = {c: is_quantised(opened[c]) for c in denoisers}
+    if len(set(quantised.values())) > 1:
+        kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
+        raise CheckpointError(f"the experts do not match: {kinds}; give two files of one kind")
+    first = denoisers[0]
+    if wanted is None:
+        by_content = "w8a8" if quantised[first] else "bf16-sla" if has_sla(opened[first]) else "bf16"
+        return load_recipe(by_content)
+    if wanted.linear == "bf16" and quantised[first]:
+        raise CheckpointError(
+            f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
+            "unquantised file, or use --recipe w8a8"
+        )
+    if wanted.attention != "dense" and not has_sla(opened[first]):
+        raise CheckpointError(
+            f"{paths[first]}: has no proj_l tensors, so it was not trained for sparse-linear attention; recipe "
+            f"{wanted.name!r} needs them, use --recipe bf16"
+        )
+    return wanted
+
+
+def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:
+    """Hold every name, shape and type of a file against what the model needs.
+
+    Raises:
+        CheckpointError: with what is missing, unexpected or wrong.
+    """
+    target = layout(component, model, recipe)
+    expected = target
+    if component not in KINDS:
+        expected = layout(component, model, published_recipe(is_quantised(contents), has_sla(contents)))
+    matched, unexpected = match_names(component, expected, contents)
+    missing = [name for name in expected if name not in matched]
+    wrong = [
+        f"{name} is {contents[matched[name]].spec}, expected {spec}"
+        for name, spec in expected.items()
+        if name in matched and not fits(contents[matched[name]].spec, spec)
+    ]
+    if missing or unexpected or wrong:
+        raise CheckpointError(complaint(component, path, contents, model, missing, unexpected, wrong))
+    stored = {name: contents[found] for name, found in matched.items()}
+    return Part(component, path, stored, target)
+
+
+def fits(found: TensorSpec, expected: TensorSpec) -> bool:
+    """Whether a stored tensor can become the expected one: any float for a float, the same elements in order."""
+    same_kind = found.dtype == expected.dtype or {found.dtype, expected.dtype} <= FLOATS
+    # A patch embedding may be stored as a convolution: the same numbers in the same order.
+    return same_kind and (found.shape == expected.shape or _flattened(found.shape) == expected.shape)
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 5:
+        return shape
+    inner = shape[1] * shape[2] * shape[3] * shape[4]
+    return (shape[0], inner)
+
+
+def complaint(
+    component: str,
+    path: Path,
+    contents: Contents,
+    model: ModelConfig,
+    missing: list[str],
+    unexpected: list[str],
+    wrong: list[str],
+) -> str:
+    """What is wrong with a file, and a guess at why."""
+    kind = KINDS.get(component, "a denoiser")
+    looks = looks_like(contents)
+    if looks not in (kind, None):
+        return f"{path}: looks like {looks}, but was given as {kind}"
+    lines = [f"{path}: does not fit {model.name}"]
+    if component not in KINDS and (other := guess_model(contents)) not in (None, model.name):
+        lines[0] += f"; it looks like {other}, so try --model {other}"
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
+        if names:
+            lines.append(f"  {title} ({len(names)}): {join_names(names)}")
+    return "\n".join(lines)
+
+
+def guess_model(contents: Contents) -> str | None:
+    """The known model whose unquantised or quantised denoiser this is."""
+    for name in named("models"):
+        candidate = load_model(name)
+        expected = layout("dit", candidate, published_recipe(is_quantised(contents), has_sla(contents)))
+        matched, unexpected = match_names("dit", expected, contents)
+        if len(matched) == len(expected) and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
+            return name
+    return None
+
+
+def check_disk(out: Path, parts: Iterable[Part]) -> None:
+    """Refuse before writing where the disk cannot hold the result."""
+    needed = sum(part.nbytes for part in parts)
+    place = next(p for p in (out, *out.parents, Path.cwd()) if p.exists())
+    done = sum(file.stat().st_size for file in out.glob("weights/*")) if out.exists() else 0
+    free = shutil.disk_usage(place).free
+    if needed - done > free:
+        raise ResourceError(
+            f"{out}: {(needed - done) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, or use "
+            "--link with canonical safetensors files"
+        )
+
+
+def fingerprint(part: Part) -> dict[str, str]:
+    """What a partial file must have been made from to be taken up again."""
+    paths = sorted({str(stored.path) for stored in part.stored.values()})
+    sizes = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in paths]
+    return {"made_from": "; ".join(f"{p} ({size} bytes, {mtime})" for p, (size, mtime) in zip(paths, sizes, strict=True))}
+
+
+def write_part(part: Part, path: Path, progress: Progress) -> str:
+    """Write one component's safetensors file, or what is still missing of it; returns its SHA-256."""
+    metadata = fingerprint(part)
+    if path.exists() and _begins_with(path, encode_header(part.target, metadata)):
+        return sha256_of(path, progress)
+    with TensorWriter(path, part.target, metadata) as writer:
+        for index, (name, chunks) in enumerate(outputs(part)):
+            if index >= writer.kept:
+                writer.write(name, chunks)
+            progress(part.target[name].nbytes)
+        return writer.finish()
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
+    """Every tensor to write with its bytes, which are made only when they are asked for."""
+    scales: dict[str, Quantiser] = {}
+    for name, spec in part.target.items():
+        stored = part.stored.get(name)
+        if stored is not None:
+            yield name, converted(stored, spec)
+            continue
+        weight = name.rpartition(".")[0] + ".weight"
+        quantiser = scales.setdefault(weight, Quantiser(part.stored[weight]))
+        yield name, quantiser.int8_rows() if name.endswith(".int8_weight") else quantiser.scale()
+
+
+def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
+    """A tensor's bytes in the type of `spec`."""
+    for chunk in stored.chunks():
+        yield as_bytes(chunk.to(DTYPES[spec.dtype]))
+
+
+class Quantiser:
+    """One weight on its way to 8 bits, a band of rows at a time."""
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
+        self.scales: list[Tensor] = []
+
+    def bands(self) -> Iterator[tuple[Tensor, Tensor]]:
+        columns = self.stored.spec.shape[1]
+        for band in self.stored.chunks(rows=BAND):
+            # Published weights are bfloat16; a wider source is rounded first, as upstream's conversion does.
+            yield quantise_tiles(band.to(torch.bfloat16).unflatten(0, (-1, columns)))
+
+    def int8_rows(self) -> Iterator[memoryview]:
+        self.scales = []
+        for steps, scale in self.bands():
+            self.scales.append(scale)
+            yield as_bytes(steps)
+
+    def scale(self) -> Iterator[memoryview]:
+        # A resumed import may have written the integers in an earlier run.
+        for scale in self.scales or (scale for _, scale in self.bands()):
+            yield as_bytes(scale)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, in order."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
+
+
+def link_part(part: Part, path: Path, progress: Progress) -> str:
+    """Put a link to a canonical safetensors file into the bundle; returns the file's SHA-256.
+
+    Raises:
+        CheckpointError: the file is not canonical, so linking would not do.
+    """
+    if part.source.suffix != ".safetensors":
+        raise CheckpointError(f"{part.source}: --link takes .safetensors files; import this one without it")
+    header = read_header(part.source)
+    if dict(header.tensors) != dict(part.target):
+        differing = [n for n, s in part.target.items() if header.tensors.get(n) != s]
+        raise CheckpointError(
+            f"{part.source}: not in canonical form, {join_names(differing) or 'it has other tensors too'} differ; "
+            "import it without --link"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(part.source.resolve())
+    return sha256_of(path, progress)

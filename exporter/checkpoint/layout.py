@@ -1,0 +1,68 @@
+"""Which tensors each published file holds: names, shapes and types, read off the reference networks.
+
+Source: spec/turbodiffusion.md 1.4 to 1.6; spec/wan_models.md 2.3 and 3.2.
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.engines.tensorfile import TensorSpec
+from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.reference.text_encoder import TextEncoder
+from wanforge.runtime.reference.vae import VAE
+
+Layout = dict[str, TensorSpec]
+
+FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.scale$")
+"""Tensors of a denoiser that are float32 in the published files; the rest is bfloat16 or int8."""
+
+
+def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
+    """The tensors of one component in canonical naming, in the order in which a bundle stores them."""
+    module = meta_module(component, model, recipe)
+    return {name: TensorSpec(_dtype(component, name, tensor), tuple(tensor.shape)) for name, tensor in _ordered(module)}
+
+
+def meta_module(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:
+    """The reference network of a component without any memory behind it."""
+    with torch.device("meta"):
+        match component:
+            case "vae":
+                return VAE(model.vae)
+            case "text_encoder":
+                return TextEncoder(model.text_encoder)
+        return DiT(model.dit, recipe)
+
+
+def published_recipe(quantised: bool, has_sla: bool) -> Recipe:
+    """A stand-in recipe with the tensors of a published file of this kind."""
+    return Recipe(
+        name="published", linear="w8a8" if quantised else "bf16", attention="sla" if has_sla else "dense"
+    )
+
+
+def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The state with the parts of each linear together: a module lists its buffers after its parameters."""
+    part = {"weight": 0, "int8_weight": 0, "scale": 1, "bias": 2}
+    state = module.state_dict()
+    owners = {name.rpartition(".")[0]: index for index, name in reversed(list(enumerate(state)))}
+
+    def position(name: str) -> tuple[int, int]:
+        owner, _, leaf = name.rpartition(".")
+        return owners[owner], part.get(leaf, 3)
+
+    return [(name, state[name]) for name in sorted(state, key=position)]
+
+
+def _dtype(component: str, name: str, tensor: Tensor) -> str:
+    if component == "vae":
+        return "F32"
+    if component.startswith("dit"):
+        if tensor.dtype == torch.int8:
+            return "I8"
+        if FLOAT32.search(name):
+            return "F32"
+    return "BF16"

@@ -1,0 +1,143 @@
+"""What the tensors are called elsewhere: diffusers, transformers, wrappers that add a prefix.
+
+The canonical names are those of TurboDiffusion's and Wan's own files. Source: spec/wan_models.md 1.3, 2.3, 3.2.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+PREFIXES = ("net.", "module.", "model.diffusion_model.")
+
+Rules = tuple[tuple[str, str], ...]
+
+DENOISER: Rules = (
+    (r"^text_embedding\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_embedding\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^time_projection\.1\.", "condition_embedder.time_proj."),
+    (r"^head\.head\.", "proj_out."),
+    (r"^head\.modulation$", "scale_shift_table"),
+    (r"\.modulation$", ".scale_shift_table"),
+    (r"\.(self|cross)_attn\.([qkv])\.", r".\1_attn.to_\2."),
+    (r"\.(self|cross)_attn\.o\.", r".\1_attn.to_out.0."),
+    (r"\.self_attn\.", ".attn1."),
+    (r"\.cross_attn\.", ".attn2."),
+    (r"\.norm3\.", ".norm2."),
+    (r"\.ffn\.0\.", ".ffn.net.0.proj."),
+    (r"\.ffn\.2\.", ".ffn.net.2."),
+    (r"\.int8_weight$", ".weight"),
+    (r"\.scale$", ".weight_scale_inv"),
+)
+"""Canonical to diffusers, applied one after the other; the last two are of quantised re-uploads."""
+
+PROJECTIONS = ("attn1.attn_impl.proj_l", "attn1.local_attn.proj_l")
+"""What FastVideo and SGLang call `attn1.attn_op.local_attn.proj_l`."""
+
+VAE: Rules = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"coder\.conv1\.", "coder.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.downsamples\.", ".down_blocks."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
+
+TEXT_ENCODER: Rules = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
+    (
+        r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+        r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
+    ),
+    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+)
+
+
+def aliases(component: str, name: str) -> list[str]:
+    """Every known spelling of a canonical name, itself first."""
+    match component:
+        case "vae":
+            return [name, _upsampler(_apply(VAE, name))]
+        case "text_encoder":
+            other = _apply(TEXT_ENCODER, name)
+            return [name, other, *(["encoder.embed_tokens.weight"] if other == "shared.weight" else [])]
+    other = _apply(DENOISER, name)
+    return [name, other, *(other.replace("attn1.attn_op.local_attn.proj_l", short) for short in PROJECTIONS)]
+
+
+def _apply(rules: Rules, name: str) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _upsampler(name: str) -> str:
+    """diffusers groups the decoder's flat list by level: three residual blocks and, but for the last, an upsampler."""
+
+    def grouped(match: re.Match[str]) -> str:
+        level, place = divmod(int(match[1]), 4)
+        return f".up_blocks.{level}." + ("upsamplers.0." if place == 3 else f"resnets.{place}.")
+
+    return re.sub(r"\.upsamples\.(\d+)\.", grouped, name)
+
+
+def strip_prefix(names: Iterable[str]) -> dict[str, str]:
+    """Names as they are in a file, by the name without a wrapper's prefix; a prefix counts only where all have it."""
+    found = list(names)
+    for prefix in PREFIXES:
+        if found and all(name.startswith(prefix) for name in found):
+            return {name.removeprefix(prefix): name for name in found}
+    return {name: name for name in found}
+
+
+def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Find each canonical tensor in a file.
+
+    Returns:
+        The file's name by canonical name, for those that are there, and what in the file nothing asks for.
+    """
+    in_file = strip_prefix(found)
+    matched: dict[str, str] = {}
+    used: set[str] = set()
+    for name in canonical:
+        spellings = [alias for alias in aliases(component, name) if alias in in_file]
+        used.update(spellings)
+        if spellings:
+            matched[name] = in_file[spellings[0]]
+    return matched, [in_file[name] for name in in_file if name not in used]
+
+
+def is_quantised(names: Iterable[str]) -> bool:
+    """Whether a denoiser's file holds 8-bit linears."""
+    return any(name.endswith((".int8_weight", ".weight_scale_inv")) for name in names)
+
+
+def has_sla(names: Iterable[str]) -> bool:
+    """Whether a denoiser's file holds the linear branch of sparse-linear attention."""
+    return any(".proj_l." in name for name in names)
+
+
+def looks_like(names: Mapping[str, object]) -> str | None:
+    """What kind of file this is, by its names, for a message to someone who mixed files up."""
+    joined = " ".join(list(strip_prefix(names))[:400])
+    if "patch_embedding" in joined:
+        return "a denoiser"
+    if "decoder." in joined and ("time_conv" in joined or "conv_in" in joined):
+        return "a VAE"
+    if "token_embedding" in joined or "shared.weight" in joined or "SelfAttention" in joined:
+        return "a text encoder"
+    return None

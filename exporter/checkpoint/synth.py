@@ -1,0 +1,180 @@
+"""Checkpoint files in the published formats with random weights, for any model at any size.
+
+A file is laid out first, without data, and its tensors are then filled in one by one, so a 28 GB checkpoint needs
+little memory; a sparse one stays without data and takes next to no disk.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wanforge.configs.schema import ModelConfig
+from wanforge.engines.bundle import dit_component, write_atomically
+from wanforge.engines.tensorfile import TensorSpec
+from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
+from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, open_checkpoint
+from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+
+VAE_FILE = "Wan2.1_VAE.pth"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
+PIECE = 4 << 20
+"""Elements drawn at a time."""
+
+Progress = Callable[[int], object]
+
+# Enough text to train a small vocabulary on; what it says does not matter.
+CORPUS = (
+    "A red kite turns slowly over a windy beach at dusk while the camera follows it from below.",
+    "Two children run through tall yellow grass towards a white house under a bright blue sky.",
+    "A black cat jumps from the window onto a wooden table, knocks over a glass and looks away.",
+    "Close-up of rain falling on dark green leaves, with soft light and a shallow depth of field.",
+    "An old steam train crosses a stone bridge in the mountains, smoke drifting to the left.",
+    "A large circle moves right, a small square moves up, a blue triangle turns in the middle.",
+    "The astronaut walks across grey dust, her visor reflecting the earth; slow motion, wide shot.",
+    "Waves break on the rocks again and again; gulls cry; the sun sets behind a distant ship.",
+)
+
+
+def file_names(model: ModelConfig) -> dict[str, str]:
+    """What the published files are called, by part: ``dit``, ``dit-quant`` (per expert), ``vae`` and so on."""
+    names = {}
+    for expert in model.experts:
+        stem = model.checkpoint.format(expert=expert)
+        names[dit_component(expert)] = f"{stem}.pth"
+        names[dit_component(expert) + "-quant"] = f"{stem}-quant.pth"
+    return names | {"vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE, "tokenizer": TOKENIZER_FILE}
+
+
+def write_checkpoint(
+    model: ModelConfig,
+    out: Path,
+    *,
+    parts: set[str] | None = None,
+    sparse: bool = False,
+    seed: int = 0,
+    progress: Callable[[str, int], Progress] = lambda title, total: lambda size: None,
+) -> list[Path]:
+    """Write a model's files; the same seed gives the same bytes.
+
+    Args:
+        parts: which of `file_names`; all where none are named. Quantised denoisers hold the same weights as the
+            unquantised ones, quantised.
+        sparse: full-size files of zeros that take no disk space.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for part, name in file_names(model).items():
+        if parts is not None and part not in parts:
+            continue
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if part == "tokenizer":
+            write_atomically(path, train_tokenizer(model.text_encoder.vocab_size).to_str().encode())
+        else:
+            component, _, quantised = part.partition("-quant")[0], None, part.endswith("-quant")
+            specs = layout(component, model, published_recipe(quantised, has_sla=True))
+            tick = progress(name, sum(spec.nbytes for spec in specs.values()))
+            write_torch_file(path, specs, None if sparse else random_tensors(component, specs, seed), tick)
+        written.append(path)
+    return written
+
+
+def write_torch_file(
+    path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, progress: Progress
+) -> None:
+    """Write a flat state dict as `torch.save` does, its data filled in afterwards from `values`."""
+    partial = path.with_name(path.name + ".partial")
+    with FakeTensorMode():
+        state = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(state, partial)
+    if values is not None:
+        fill(partial, specs, values, progress)
+    partial.replace(path)
+
+
+def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], progress: Progress) -> None:
+    """Put data into the tensors of a file that was laid out without."""
+    contents: Mapping[str, StoredTensor] = open_checkpoint(path)
+    with path.open("r+b") as file:
+        for name, spec in specs.items():
+            file.seek(contents[name].offset)
+            for piece in values(name):
+                data = piece.contiguous().view(torch.uint8).numpy()
+                file.write(data)
+                progress(data.nbytes)
+            assert file.tell() == contents[name].offset + spec.nbytes, name
+
+
+def random_tensors(component: str, specs: Layout, seed: int) -> Callable[[str], Iterator[Tensor]]:
+    """Random values of realistic scale for each tensor, the same for a name whatever else the file holds."""
+
+    def values(name: str) -> Iterator[Tensor]:
+        spec = specs[name]
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in ("int8_weight", "scale"):
+            yield from draw(component, name, spec, seed)
+            return
+        outputs, inputs = specs[f"{stem}.int8_weight"].shape
+        plain = draw(component, f"{stem}.weight", TensorSpec("BF16", (outputs, inputs)), seed)
+        for band in plain:
+            steps, scale = quantise_tiles(band.unflatten(0, (-1, inputs)))
+            yield steps if leaf == "int8_weight" else scale
+
+    return values
+
+
+def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Tensor]:
+    """One tensor in flat pieces of whole 128-row bands: normal around a mean that suits its role."""
+    mean, deviation = scale_of(name, spec.shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{component}/{name}".encode()))
+    row = math.prod(spec.shape[1:])
+    rows_per_piece = max(1, PIECE // row // TILE) * TILE
+    left = spec.shape[0]
+    while left:
+        rows = min(rows_per_piece, left)
+        left -= rows
+        yield torch.randn(rows * row, generator=generator).mul_(deviation).add_(mean).to(DTYPES[spec.dtype])
+
+
+def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and deviation: unit gain through each layer, norms near one, small biases."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "gamma" or "norm" in name.split(".")[-2] and leaf == "weight":
+        return 1.0, 0.1
+    if leaf == "bias":
+        return 0.0, 0.02
+    if leaf == "modulation":
+        return 0.0, 0.3
+    if name.startswith("token_embedding"):
+        return 0.0, 1.0
+    if ".pos_embedding." in name:
+        return 0.0, 0.5
+    if ".attn.q." in name:
+        # umT5 does not scale its logits: the scale is in the query weights.
+        return 0.0, shape[1] ** -0.5 * 0.25
+    return 0.0, math.prod(shape[1:]) ** -0.5
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """A small tokenizer of umT5's kind: unigram pieces, ``<pad>`` 0, ``</s>`` 1, ``<unk>`` 2."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=min(vocab_size, 384), special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    letters = [" ".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-")]
+    tokenizer.train_from_iterator([*CORPUS, *letters], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer
