@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Tensor:
@@ -14,13 +15,12 @@ def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Te
             counts the padding's distance from the mean: variance + (P - D) / D * mean^2. Needed only for pictures
             that match upstream's bit for bit. Source: spec/turbodiffusion.md 5.2.
     """
-    x = x_BLD.float()
+    x, width = x_BLD.float(), x_BLD.shape[-1]
+    if not padded_variance:
+        return F.layer_norm(x, (width,), eps=eps)
+    padding = (1 << (width - 1).bit_length()) - width
     mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    if padded_variance:
-        width = x.shape[-1]
-        padding = (1 << (width - 1).bit_length()) - width
-        variance = variance + padding / width * mean.square()
+    variance = (x - mean).square().mean(-1, keepdim=True) + padding / width * mean.square()
     return (x - mean) * torch.rsqrt(variance + eps)
 
 

@@ -16,9 +16,13 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
     Source: Zhang & Sennrich 2019, eq. 4; roundings: spec/turbodiffusion.md 5.1.
     """
+    return (unit_rms(x_BLD, eps) * weight_D.float()).to(x_BLD.dtype)
+
+
+def unit_rms(x_BLD: Tensor, eps: float) -> Tensor:
+    """Each token over its root mean square, in float32."""
     x = x_BLD.float()
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.float()
-    return y.to(x_BLD.dtype)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def rotate(x_BLHK: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:

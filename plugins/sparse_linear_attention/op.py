@@ -1,9 +1,11 @@
 """Sparse-linear attention as the networks call it."""
 
+from typing import cast
+
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.onnx_node import emit, is_exporting
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.sparse_linear_attention.reference import sparse_linear_attention as reference
 
@@ -33,10 +35,9 @@ def sparse_linear_attention(
         raise ShapeError(
             f"q {tuple(q_BLHK.shape)}, k {tuple(k_BLHK.shape)} and v {tuple(v_BLHK.shape)} must be equal in shape"
         )
-    if is_exporting():
-        inputs = (q_BLHK, k_BLHK, v_BLHK, slots_S, proj_weight_KK, proj_bias_K)
-        attributes = {"block_q": blocks.q, "block_k": blocks.k, "arithmetic": blocks.arithmetic}
-        return emit("SparseLinearAttention", inputs, attributes, like=q_BLHK, shape=q_BLHK.shape)
+    arguments = (q_BLHK, k_BLHK, v_BLHK, slots_S, proj_weight_KK, proj_bias_K, blocks)
+    if has_torch_function_unary(q_BLHK):  # a tracer records the op as one node
+        return cast(Tensor, handle_torch_function(sparse_linear_attention, (q_BLHK,), *arguments))
     available = blocks.num_keys(q_BLHK.shape[1])
     if not 1 <= len(slots_S) <= available:
         raise ShapeError(f"{len(slots_S)} key blocks selected of {available}; at least one and at most all can be")

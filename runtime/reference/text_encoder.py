@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanforge.configs.schema import TextEncoderConfig
-from wanforge.plugins.rms_norm_rope.reference import rms_norm
+from wanforge.plugins.rms_norm_rope.reference import unit_rms
 
 
 class Linear(nn.Module):
@@ -49,7 +49,7 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTE: Tensor) -> Tensor:
-        return rms_norm(x_BTE, torch.ones_like(self.weight), self.eps) * self.weight.to(x_BTE.dtype)
+        return unit_rms(x_BTE, self.eps).to(x_BTE.dtype) * self.weight.to(x_BTE.dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,139 @@
+"""One graph of a request as one ONNX model."""
+
+from collections.abc import Mapping, Sequence
+
+import onnx
+import torch
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+import wanforge.exporter.lowerings  # noqa: F401  fills the table of the tracer
+from wanforge import __version__
+from wanforge.configs.schema import Recipe
+from wanforge.engines.tensorfile import TensorFile
+from wanforge.exporter.tracer import ELEMENT_TYPES, Tape, Traced, live_nodes, value_info
+from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
+from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
+from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
+from wanforge.runtime.graphs import Graph, Port
+from wanforge.runtime.reference.dit import attention_blocks
+
+IR_VERSION = 10
+STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+
+
+def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile, prefix: str = "") -> GraphProto:
+    """Write down what a graph does in one compute type.
+
+    Args:
+        graph: the piece.
+        dtype: float32, float16 or bfloat16, for every port that says ``compute``.
+        weights: the file that holds its weights; their stored types become those of the graph's inputs, cast inside
+            where they differ.
+        prefix: of the weights' names in that file.
+    """
+    tape = Tape()
+    inputs = [tape.input(port.name, port.shape, port_type(port, dtype)) for port in graph.inputs]
+    stored = {name: weights.tensors[prefix + name] for name in graph.weights}
+    state = {name: Traced(tape, name, spec.shape, STORED_TYPES[spec.dtype]) for name, spec in stored.items()}
+    results = graph.run(state, inputs)
+
+    outputs = []
+    for port, result in zip(graph.outputs, results, strict=True):
+        result = result.to(port_type(port, dtype))
+        assert isinstance(result, Traced)
+        assert result.shape_ == port.shape, f"{graph.name}.{port.name} is {result.shape_}, declared {port.shape}"
+        outputs.append(result.name_)
+    nodes = live_nodes(name_outputs(tape.nodes, outputs, [port.name for port in graph.outputs]), names_of(graph.outputs))
+
+    ports = [value_info(port.name, port.shape, port_type(port, dtype)) for port in graph.inputs]
+    weight_infos = [value_info(name, traced.shape_, traced.dtype) for name, traced in state.items()]
+    return helper.make_graph(
+        nodes,
+        graph.name,
+        ports if graph.has_constants else ports + weight_infos,
+        [value_info(port.name, port.shape, port_type(port, dtype)) for port in graph.outputs],
+        [external(name, weights, prefix) for name in state] if graph.has_constants else [],
+    )
+
+
+def names_of(ports: Sequence[Port]) -> list[str]:
+    return [port.name for port in ports]
+
+
+def port_type(port: Port, dtype: torch.dtype) -> torch.dtype:
+    """The element type of a port in a run that computes in `dtype`."""
+    if port.dtype == "compute":
+        return dtype
+    found: torch.dtype = getattr(torch, port.dtype)
+    return found
+
+
+def name_outputs(nodes: Sequence[NodeProto], found: Sequence[str], wanted: Sequence[str]) -> list[NodeProto]:
+    """Give the graph's outputs the names of its ports."""
+    renamed = dict(zip(found, wanted, strict=True))
+    for node in nodes:
+        for field in (node.input, node.output):
+            field[:] = [renamed.get(name, name) for name in field]
+    return list(nodes)
+
+
+def external(name: str, file: TensorFile, prefix: str, *, stored_as: str | None = None) -> TensorProto:
+    """An initializer whose data lies in a bundle's weights, by offset."""
+    spec = file.tensors[stored_as or prefix + name]
+    tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[STORED_TYPES[spec.dtype]], dims=spec.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    place = {
+        "location": f"{file.path.parent.name}/{file.path.name}",
+        "offset": str(file.offsets[stored_as or prefix + name]),
+        "length": str(spec.nbytes),
+    }
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
+    """The function bodies that these nodes call."""
+    called = {node.op_type for node in nodes if node.domain == DOMAIN}
+    found = []
+    if w8a8_linear.NAME in called:
+        found += w8a8_linear.functions()
+    if sparse_linear_attention.NAME in called:
+        blocks = attention_blocks(recipe)
+        assert blocks is not None
+        found += sparse_linear_attention.functions(blocks.arithmetic)
+    return found
+
+
+def onnx_model(graph: GraphProto, functions: Sequence[FunctionProto]) -> ModelProto:
+    """A model of one graph and the functions it calls."""
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    return helper.make_model(
+        graph,
+        functions=functions,
+        opset_imports=opsets if functions else opsets[:1],
+        ir_version=IR_VERSION,
+        producer_name="wanforge",
+        producer_version=__version__,
+    )
+
+
+def model_from_graph(
+    graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: TensorFile, prefix: str = ""
+) -> ModelProto:
+    """The ONNX model of one graph in one compute type."""
+    traced = trace(graph, dtype, weights, prefix)
+    return onnx_model(traced, bodies(recipe, traced.node))
+
+
+def check(model: ModelProto | str) -> None:
+    """Pass a model, or the file of one with external data, through onnx's checker with full shape inference."""
+    onnx.checker.check_model(model, full_check=True)
+
+
+def summary(model: ModelProto) -> Mapping[str, int]:
+    """How often each op occurs."""
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts

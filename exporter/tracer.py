@@ -1,0 +1,202 @@
+"""Runs a reference network on tensors that are not there, and writes down what it does as ONNX nodes.
+
+The reference is ordinary PyTorch; every call it makes on a `Traced` tensor lands in `lowerings.py`, which adds nodes
+to a `Tape`. Tracing a graph takes milliseconds, and what comes out depends on the reference alone: see
+docs/decisions/0002-own-tracer.md for why this is not PyTorch's exporter.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor
+
+from wanforge.runtime.graphs import Dim, Size
+
+ELEMENT_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int8: TensorProto.INT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+Shape = tuple[Dim, ...]
+Lowering = Callable[..., Any]
+LOWERINGS: dict[str, Lowering] = {}
+"""What each PyTorch function becomes, by the function's name."""
+
+
+def lowers(*names: str) -> Callable[[Lowering], Lowering]:
+    """Register the ONNX form of PyTorch functions: called with the tape and the function's own arguments."""
+
+    def register(lowering: Lowering) -> Lowering:
+        LOWERINGS.update(dict.fromkeys(names, lowering))
+        return lowering
+
+    return register
+
+
+class Tape:
+    """The nodes recorded so far. The same operation on the same values is recorded once."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.inputs: dict[str, Traced] = {}
+        self._known: dict[Any, list[str]] = {}
+        self._counts: dict[str, int] = {}
+
+    def input(self, name: str, shape: Shape, dtype: torch.dtype) -> "Traced":
+        """Declare a graph input."""
+        self.inputs[name] = Traced(self, name, shape, dtype)
+        return self.inputs[name]
+
+    def node(
+        self, op: str, inputs: Sequence["Traced | Tensor | str"], outputs: int = 1, *, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Record one node and return the names of its outputs. Real tensors among the inputs become constants."""
+        names = [self.name_of(x) for x in inputs]
+        key = (domain, op, tuple(names), outputs, repr(sorted(attributes.items())))
+        if key not in self._known:
+            self._counts[op] = number = self._counts.get(op, -1) + 1
+            results = [f"{op}_{number}" if outputs == 1 else f"{op}_{number}.{i}" for i in range(outputs)]
+            self.nodes.append(
+                helper.make_node(op, names, results, name=f"{op}_{number}", domain=domain, **attributes)
+            )
+            self._known[key] = results
+        return self._known[key]
+
+    def emit(
+        self, op: str, inputs: Sequence["Traced | Tensor | str"], shape: Shape, dtype: torch.dtype, **attributes: Any
+    ) -> "Traced":
+        """Record a node with one output of a known shape and type."""
+        return Traced(self, self.node(op, inputs, **attributes)[0], shape, dtype)
+
+    def name_of(self, x: "Traced | Tensor | str") -> str:
+        if isinstance(x, str):
+            return x
+        return x.name_ if isinstance(x, Traced) else self.constant(x)
+
+    def constant(self, value: Tensor) -> str:
+        """A constant's name; equal constants share one."""
+        tensor = tensor_proto(value)
+        key = ("constant", tensor.data_type, tuple(tensor.dims), tensor.raw_data)
+        if key not in self._known:
+            name = f"constant_{sum(n.op_type == 'Constant' for n in self.nodes)}"
+            self.nodes.append(helper.make_node("Constant", [], [name], name=name, value=tensor))
+            self._known[key] = [name]
+        return self._known[key][0]
+
+    def shape_tensor(self, dims: Sequence[Dim], free: int | None = None) -> str:
+        """A shape as an int64 vector; the dimension at index `free` is left to be inferred."""
+        pieces: list[str] = []
+        fixed: list[int] = []
+        for index, dim in enumerate(dims):
+            if isinstance(dim, int) or index == free:
+                fixed.append(-1 if index == free else int(dim))  # type: ignore[call-overload]
+                continue
+            if fixed:
+                pieces.append(self.constant(torch.tensor(fixed)))
+                fixed = []
+            pieces.append(self.size(dim))
+        if fixed:
+            pieces.append(self.constant(torch.tensor(fixed)))
+        return pieces[0] if len(pieces) == 1 else self.node("Concat", pieces, axis=0)[0]
+
+    def size(self, size: Size) -> str:
+        """A run-time size as an int64 vector of one element, taken from the inputs that have it."""
+        result = self._named_size(size.names[0], size.factor)
+        for name in size.names[1:]:
+            result = self.node("Mul", [result, self._named_size(name, 1)])[0]
+        return result
+
+    def _named_size(self, name: str, factor: int) -> str:
+        for traced in self.inputs.values():
+            for axis, dim in enumerate(traced.shape_):
+                if isinstance(dim, Size) and dim.names == (name,):
+                    size = self.node("Shape", [traced], start=axis, end=axis + 1)[0]
+                    if factor == dim.factor:
+                        return size
+                    op, ratio = ("Mul", factor // dim.factor) if factor > dim.factor else ("Div", dim.factor // factor)
+                    return self.node(op, [size, torch.tensor([ratio])])[0]
+        raise AssertionError(f"no input has the size {name}")
+
+
+class Traced(Tensor):
+    """A tensor known by name, shape and type. Calls on it are recorded on its tape."""
+
+    tape_: Tape
+    name_: str
+    shape_: Shape
+
+    @staticmethod
+    def __new__(cls, tape: Tape, name: str, shape: Shape, dtype: torch.dtype) -> "Traced":
+        traced: Traced = torch.Tensor._make_wrapper_subclass(cls, (), dtype=dtype, device="meta")
+        traced.tape_, traced.name_, traced.shape_ = tape, name, tuple(shape)
+        return traced
+
+    def __init__(self, tape: Tape, name: str, shape: Shape, dtype: torch.dtype) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.__name__
+        if name == "__get__":
+            return _attribute(func, args[0])
+        if name not in LOWERINGS:
+            raise NotImplementedError(f"nothing says what {name} becomes in ONNX; add a lowering")
+        return LOWERINGS[name](_tape_of(args), *args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *rest: Any) -> Any:
+        raise AssertionError(f"{func} reached the dispatcher without a lowering")
+
+
+def _attribute(getter: Any, traced: Traced) -> Any:
+    match getter.__self__.__name__:
+        case "shape":
+            return traced.shape_
+        case "ndim":
+            return len(traced.shape_)
+    with torch._C.DisableTorchFunctionSubclass():
+        return getter(traced)
+
+
+def _tape_of(args: Sequence[Any]) -> Tape:
+    for arg in args:
+        for leaf in arg if isinstance(arg, (list, tuple)) else [arg]:
+            if isinstance(leaf, Traced):
+                return leaf.tape_
+    raise AssertionError("no traced tensor among the arguments")
+
+
+def tensor_proto(value: Tensor) -> TensorProto:
+    """A PyTorch tensor as ONNX data, bfloat16 included."""
+    if value.dtype == torch.bfloat16:
+        bits = value.contiguous().view(torch.int16).numpy()
+        return helper.make_tensor("", TensorProto.BFLOAT16, list(value.shape), bits.tobytes(), raw=True)
+    return numpy_helper.from_array(np.ascontiguousarray(value.numpy()))
+
+
+def value_info(name: str, shape: Shape, dtype: torch.dtype) -> ValueInfoProto:
+    """A graph input or output."""
+    return helper.make_tensor_value_info(
+        name, ELEMENT_TYPES[dtype], [dim if isinstance(dim, int) else str(dim) for dim in shape]
+    )
+
+
+def live_nodes(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that the outputs depend on, in order."""
+    needed, live = set(outputs), []
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            live.append(node)
+            needed |= set(node.input)
+    return live[::-1]

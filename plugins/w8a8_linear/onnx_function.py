@@ -1,0 +1,55 @@
+"""The W8A8 linear in ONNX's own ops.
+
+Activations and weights are rounded to their 8-bit steps and multiplied as float32: every step is a float32 number, so
+this differs from integer arithmetic only in the last bits of the sums. Weights pass through DequantizeLinear, the one
+place where TensorRT accepts 8-bit data outside a plugin.
+"""
+
+from onnx import FunctionProto
+from onnxscript import opset23 as op
+from onnxscript import script
+
+from wanforge.plugins.onnx_body import FLOAT, function_proto, ops
+
+NAME = "W8A8Linear"
+
+
+@script(ops)
+def W8A8Linear(x, int8_weight, scale, bias):  # type: ignore[no-untyped-def]
+    tile = op.Constant(value_ints=[128])
+    zero = op.Constant(value_ints=[0])
+    outputs = op.Shape(int8_weight, start=0, end=1)
+    inputs = op.Shape(int8_weight, start=1, end=2)
+    column_tiles = op.Div(inputs, tile)
+
+    # Whole tiles of rows, filled up with zeros.
+    rows = op.Reshape(op.Cast(x, to=FLOAT), op.Concat(op.Constant(value_ints=[-1]), inputs, axis=0))
+    count = op.Shape(rows, start=0, end=1)
+    row_tiles = op.Div(op.Add(count, op.Constant(value_ints=[127])), tile)
+    missing = op.Sub(op.Mul(row_tiles, tile), count)
+    padded = op.Pad(rows, op.Concat(zero, zero, missing, zero, axis=0))
+    tiles = op.Reshape(padded, op.Concat(row_tiles, tile, column_tiles, tile, axis=0))
+
+    full_scale = op.Constant(value_float=128.0)
+    largest = op.ReduceMax(op.Abs(tiles), op.Constant(value_ints=[1, 3]), keepdims=1)
+    amax = op.Max(largest, op.Constant(value_float=1e-8))
+    steps = op.Round(op.Mul(tiles, op.Div(full_scale, amax)))
+    clipped = op.Clip(steps, op.Constant(value_float=-128.0), op.Constant(value_float=127.0))
+    restored = op.Reshape(op.Mul(clipped, op.Div(amax, full_scale)), op.Shape(padded))
+    activations = op.Slice(restored, zero, count, zero)
+
+    scale_tiles = op.Unsqueeze(scale, op.Constant(value_ints=[1, 3]))
+    output_tiles = op.Shape(scale, start=0, end=1)
+    spread = op.Expand(scale_tiles, op.Concat(output_tiles, tile, column_tiles, tile, axis=0))
+    scales = op.Reshape(spread, op.Concat(op.Mul(output_tiles, tile), inputs, axis=0))
+    integers = op.DequantizeLinear(int8_weight, op.Constant(value_float=1.0))
+    weight = op.Mul(integers, op.Slice(scales, zero, outputs, zero))
+
+    product = op.CastLike(op.MatMul(activations, op.Transpose(weight, perm=[1, 0])), x)
+    y = op.Add(product, op.CastLike(bias, x))
+    return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), outputs, axis=0))
+
+
+def functions() -> list[FunctionProto]:
+    """The body."""
+    return [function_proto(W8A8Linear)]

@@ -1,0 +1,261 @@
+"""The graphs that a request is made of: small pieces of the reference networks with their weights as inputs.
+
+One `block` serves every layer, both experts and every LoRA; the runtime binds each layer's tensors to it. The
+exporter turns each graph into one ONNX file, the torch backend runs it as it is.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wanforge.configs.schema import HEAD_DIM, PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig, Recipe
+from wanforge.runtime.reference.dit import Block, DiT
+from wanforge.runtime.reference.text_encoder import TextEncoder
+from wanforge.runtime.reference.vae import VAE
+
+ElementType = Literal["compute", "float32", "int32", "int64"]
+"""``compute`` is float32, float16 or bfloat16, one for a whole run."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A dimension known only at run time: a number times named ones."""
+
+    names: tuple[str, ...]
+    factor: int = 1
+
+    def __str__(self) -> str:
+        return "*".join([*([] if self.factor == 1 else [str(self.factor)]), *self.names])
+
+    def __mul__(self, other: "Dim") -> "Size":
+        if isinstance(other, int):
+            return Size(self.names, self.factor * other)
+        return Size(tuple(sorted(self.names + other.names)), self.factor * other.factor)
+
+    __rmul__ = __mul__
+
+    def value(self, sizes: Mapping[str, int]) -> int:
+        """The number, once the named ones are known."""
+        return self.factor * math.prod(sizes[name] for name in self.names)
+
+
+Dim = int | Size
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: ElementType = "compute"
+
+    def concrete(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape, once the named sizes are known."""
+        return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One piece of a network.
+
+    Attributes:
+        inputs, outputs: what it computes from what; weights apart.
+        owner: the reference module it belongs to, on the meta device.
+        call: runs the piece, ``(owner, *inputs) -> output or outputs``.
+        weights: names of the owner's tensors that it reads.
+        has_constants: whether its ONNX file points at the weights of the bundle instead of taking them as inputs.
+    """
+
+    name: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    owner: nn.Module
+    call: Callable[..., Any]
+    weights: tuple[str, ...]
+    has_constants: bool = False
+
+    def run(self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the piece in PyTorch with these weights, named as in `weights`."""
+        state = {f"owner.{name}": weights[name] for name in self.weights}
+        result = torch.func.functional_call(_Piece(self.owner, self.call), state, tuple(inputs))
+        return (result,) if isinstance(result, Tensor) else tuple(_flatten(result))
+
+
+class _Piece(nn.Module):
+    def __init__(self, owner: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.owner, self.call = owner, call
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.call(self.owner, *inputs)
+
+
+def _flatten(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [leaf for part in result for leaf in _flatten(part)]
+
+
+def _graph(
+    name: str,
+    inputs: Sequence[Port],
+    outputs: Sequence[Port],
+    owner: nn.Module,
+    call: Callable[..., Any],
+    uses: Callable[[str], bool] = lambda name: True,
+    *,
+    has_constants: bool = False,
+) -> Graph:
+    weights = tuple(name for name in owner.state_dict() if uses(name))
+    return Graph(name, tuple(inputs), tuple(outputs), owner, call, weights, has_constants)
+
+
+def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
+    """Every graph of a model by name, in the order of a request."""
+    with torch.device("meta"):
+        text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
+    found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit), *_vae_graphs(vae, model.task)]
+    return {graph.name: graph for graph in found}
+
+
+def _text_graphs(encoder: TextEncoder) -> list[Graph]:
+    length, width = Size(("prompt_tokens",)), encoder.config.dim
+    ids = Port("ids", (1, length), "int64")
+    hidden, hidden_out = (Port(name, (1, length, width)) for name in ("hidden", "hidden_out"))
+    buckets = Port("buckets", (length, length), "int64")
+    embedding = Port("embedding", (1, length, width))
+    return [
+        _graph("text_embed", [ids], [hidden], encoder, _embed_ids, lambda name: name.startswith("token_embedding.")),
+        _graph("text_block", [hidden, buckets], [hidden_out], encoder.blocks[0], _forward),
+        _graph("text_final", [hidden], [embedding], encoder, _final_norm, lambda name: name.startswith("norm.")),
+    ]
+
+
+def _denoiser_graphs(dit: DiT) -> list[Graph]:
+    config, block = dit.config, dit.blocks[0]
+    dim, rows, layers = config.dim, config.text_rows, config.num_layers
+    tokens, keys_kept, slots = Size(("tokens",)), Size(("context_rows",)), Size(("slots",))
+    area = PATCH * PATCH
+
+    patches = Port("patches", (1, tokens, area * config.in_channels))
+    hidden, hidden_out = (Port(name, (1, tokens, dim)) for name in ("hidden", "hidden_out"))
+    velocity = Port("velocity", (1, tokens, area * config.out_channels), "float32")
+    text, context = Port("text", (1, rows, config.text_dim)), Port("context", (1, rows, dim))
+    kept = Port("kept_rows", (keys_kept,), "int64")
+    keys, values = (Port(name, (1, keys_kept, dim)) for name in ("keys", "values"))
+    key_bias = Port("key_bias", (keys_kept,), "float32")
+    cos, sin = (Port(name, (tokens, HEAD_DIM // 2), "float32") for name in ("cos", "sin"))
+    sinusoid = Port("sinusoid", (1, config.frequency_dim), "float32")
+    all_modulation = Port("layers", (layers, 1, 6, dim), "float32")
+    modulation, head_modulation = Port("modulation", (1, 6, dim), "float32"), Port("head", (1, 2, dim), "float32")
+    places = Port("slots", (slots,), "int32")
+
+    return [
+        _graph("context", [text], [context], dit, _embed_text, lambda name: name.startswith("text_embedding.")),
+        _graph("cross_kv", [context, kept], [keys, values], block, _cross_keys_values, _is_cross_kv),
+        _graph("time", [sinusoid], [all_modulation, head_modulation], dit, DiT.embed_time, _is_time),
+        _graph("stem", [patches], [hidden], dit, _embed_patches, lambda name: name.startswith("patch_embedding.")),
+        _graph(
+            "block",
+            [hidden, modulation, keys, values, key_bias, cos, sin, places],
+            [hidden_out],
+            block,
+            _forward,
+            lambda name: not _is_cross_kv(name) and name != "modulation",
+        ),
+        _graph("head", [hidden, head_modulation], [velocity], dit.head, _forward, lambda name: name != "modulation"),
+    ]
+
+
+def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
+    rows, columns = Size(("latent_height",)), Size(("latent_width",))
+    channels = vae.config.latent_channels
+    latent = Port("latent", (1, channels, 1, rows, columns))
+    tall, wide = rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE
+    frame, frames = (Port("pixels", (1, 3, n, tall, wide)) for n in (1, TEMPORAL_STRIDE))
+
+    def is_decoder(name: str) -> bool:
+        return name.startswith(("decoder.", "conv2."))
+
+    def is_encoder(name: str) -> bool:
+        return name.startswith(("encoder.", "conv1."))
+
+    past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
+    found = [
+        _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
+        _graph(
+            "vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True
+        ),
+    ]
+    if task == "i2v":
+        past, kept = (
+            _cache_ports(vae.encode_first, 3, SPATIAL_STRIDE, (rows, columns), suffix) for suffix in ("", "_out")
+        )
+        found += [
+            _graph("vae_encode_first", [frame], [latent, *kept], vae, VAE.encode_first, is_encoder, has_constants=True),
+            _graph(
+                "vae_encode_next", [frames, *past], [latent, *kept], vae, _encode_next, is_encoder, has_constants=True
+            ),
+        ]
+    return found
+
+
+def _cache_ports(
+    first: Callable[[Tensor], tuple[Tensor, list[Tensor]]],
+    channels: int,
+    scale: int,
+    space: tuple[Size, Size],
+    suffix: str,
+) -> list[Port]:
+    """The caches of a VAE half, measured on the meta device and put in terms of the latent's rows and columns."""
+    probe = 8
+    _, caches = first(torch.empty(1, channels, 1, probe * scale, probe * scale, device="meta"))
+    ports = []
+    for slot, cache in enumerate(caches):
+        factor = cache.shape[3] // probe
+        ports.append(Port(f"cache_{slot:02}{suffix}", (*cache.shape[:3], *(factor * size for size in space))))
+    return ports
+
+
+def _is_cross_kv(name: str) -> bool:
+    return name.startswith(("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k."))
+
+
+def _is_time(name: str) -> bool:
+    return name.startswith("time_") or name.endswith("modulation")
+
+
+def _forward(owner: nn.Module, *inputs: Tensor) -> Any:
+    return owner(*inputs)
+
+
+def _embed_ids(encoder: TextEncoder, ids_BT: Tensor) -> Tensor:
+    return encoder.token_embedding(ids_BT)  # type: ignore[no-any-return]
+
+
+def _final_norm(encoder: TextEncoder, hidden_BTE: Tensor) -> Tensor:
+    return encoder.norm(hidden_BTE)  # type: ignore[no-any-return]
+
+
+def _embed_text(dit: DiT, text_BTE: Tensor) -> Tensor:
+    return dit.text_embedding(text_BTE)  # type: ignore[no-any-return]
+
+
+def _embed_patches(dit: DiT, patches_BLC: Tensor) -> Tensor:
+    return dit.patch_embedding(patches_BLC)  # type: ignore[no-any-return]
+
+
+def _cross_keys_values(block: Block, context_BTD: Tensor, kept_rows: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = block.cross_attn.keys_values(context_BTD)
+    return keys.index_select(1, kept_rows), values.index_select(1, kept_rows)
+
+
+def _decode_next(vae: VAE, latent: Tensor, *caches: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return vae.decode_next(latent, caches)
+
+
+def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return vae.encode_next(pixels, caches)
