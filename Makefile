@@ -19,7 +19,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup      ## checkpoint files -> bundle -> ONNX -> mp4 on this machine's CPU, checked against the reference
-	@$(BIN)/wanforge demo --out $(OUT) --prompt "$(PROMPT)"
+	@rm -rf $(OUT)
+	$(BIN)/wanforge synth --model tiny-t2v --out $(OUT)/checkpoint
+	$(BIN)/wanforge import --model tiny-t2v --dit $(OUT)/checkpoint/tiny-t2v-quant.pth \
+	  --vae $(OUT)/checkpoint/Wan2.1_VAE.pth \
+	  --text-encoder $(OUT)/checkpoint/models_t5_umt5-xxl-enc-bf16.pth \
+	  --tokenizer $(OUT)/checkpoint/google/umt5-xxl --out $(OUT)/bundle
+	$(BIN)/wanforge export $(OUT)/bundle
+	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
+	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
 
 test: setup      ## run every test
 	$(BIN)/python -m pytest -q
@@ -29,6 +37,10 @@ check: setup     ## formatting, lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+bench: setup     ## time the demo's bundle, ONNX Runtime beside the reference
+	@test -d $(OUT)/bundle || $(MAKE) --no-print-directory demo
+	$(BIN)/wanforge bench $(OUT)/bundle
 
 format: setup    ## rewrite the files the way check wants them
 	$(BIN)/ruff format .

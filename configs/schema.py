@@ -33,7 +33,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of every record: immutable, unknown keys refused."""
 
 
-class DiTConfig(Record):
+class DiTConfig(Record, frozen=True):
     """One denoiser. Source: spec/turbodiffusion.md 1.3."""
 
     dim: Multiple128
@@ -55,7 +55,7 @@ class DiTConfig(Record):
         return self.dim // HEAD_DIM
 
 
-class VAEConfig(Record):
+class VAEConfig(Record, frozen=True):
     """The Wan2.1 VAE, which Wan2.2-A14B shares. Source: spec/wan_models.md 2.1."""
 
     dim: Count = 96
@@ -63,7 +63,7 @@ class VAEConfig(Record):
     latent_channels: Count = 16
 
 
-class TextEncoderConfig(Record):
+class TextEncoderConfig(Record, frozen=True):
     """umT5-xxl's encoder. Source: spec/wan_models.md 3.1."""
 
     vocab_size: Count = 256384
@@ -76,7 +76,7 @@ class TextEncoderConfig(Record):
     eps: Positive = 1e-6
 
 
-class SamplerConfig(Record):
+class SamplerConfig(Record, frozen=True):
     """rCM sampling. Source: spec/turbodiffusion.md 6."""
 
     steps: Annotated[int, Meta(ge=1, le=4)] = 4
@@ -85,7 +85,7 @@ class SamplerConfig(Record):
     """Rectified-flow time below which the low-noise expert takes over; None where there is one denoiser."""
 
 
-class VideoConfig(Record):
+class VideoConfig(Record, frozen=True):
     """The clip that a model makes when nothing is asked for."""
 
     width_px: Multiple16
@@ -94,7 +94,7 @@ class VideoConfig(Record):
     fps: Count = 16
 
 
-class ModelConfig(Record):
+class ModelConfig(Record, frozen=True):
     """One published model, or a tiny one of the same shape."""
 
     name: str
@@ -124,7 +124,7 @@ class ModelConfig(Record):
         return ("",) if self.sampler.boundary is None else ("high", "low")
 
 
-class Recipe(Record):
+class Recipe(Record, frozen=True):
     """A precision plan: what runs in which number format, and how much of attention is computed."""
 
     name: str
@@ -137,9 +137,11 @@ class Recipe(Record):
     """SageSLA only: format of probabilities and values. fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
     layer_norm: Literal["correct", "upstream"] = "correct"
     """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
+    parity_psnr_db: Positive = 40.0
+    """A clip made by another backend in float32 must be this near to the reference's."""
 
 
-class Target(Record):
+class Target(Record, frozen=True):
     """One GPU. Peaks are the vendor's dense figures with float32 (int32) accumulation, in TFLOP/s (TOP/s)
     at boost clock; 0 where the format is missing."""
 
@@ -194,11 +196,11 @@ def load_recipe(name: str) -> Recipe:
     return _load_named("recipe", "recipes", name, Recipe)
 
 
-class _Targets(Record):
+class _Targets(Record, frozen=True):
     targets: dict[str, Target]
 
 
-class _Resolutions(Record):
+class _Resolutions(Record, frozen=True):
     resolutions: dict[str, dict[str, tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]]]
 
 
@@ -244,7 +246,7 @@ def latent_frames(frames: int) -> int:
     return 1 + (frames - 1) // TEMPORAL_STRIDE
 
 
-class ClipShape(Record):
+class ClipShape(Record, frozen=True):
     """Pixels and frames of a clip, and what follows from them."""
 
     width_px: int
@@ -303,4 +305,3 @@ def least_topk(num_key_blocks: int) -> float:
     """The smallest top-k, to three decimals, that selects one of `num_key_blocks`."""
     topk = -(-1000 // num_key_blocks) / 1000
     return topk if int(topk * num_key_blocks) else topk + 0.001
-

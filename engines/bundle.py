@@ -11,37 +11,40 @@ The manifest is written last, so a directory without one is not a bundle.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
 import msgspec
 
 from wanforge import __version__
-from wanforge.configs.schema import ModelConfig, Record, Recipe
+from wanforge.configs.schema import ModelConfig, Recipe, Record
 from wanforge.engines.tensorfile import sha256_of
 from wanforge.errors import BundleError
 
 MANIFEST = "manifest.json"
 VERIFIED = ".verified.json"
 TOKENIZER = "tokenizer/tokenizer.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
+SHORT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 Progress = Callable[[int], object]
+Stamp = list[str | int]
+"""SHA-256, size and time of a file when it was last verified."""
 
 
-class FileRecord(Record):
+class FileRecord(Record, frozen=True):
     """One file of a bundle."""
 
     sha256: str
     bytes: int
     source: str = ""
     """Where it came from, for people; never used to find anything."""
-    key: str = ""
-    """For what is made from other things: a digest of all of them. A different key means stale."""
+    key: dict[str, str] = msgspec.field(default_factory=dict)
+    """For what is made from other things: a digest of each of them. Any difference means stale."""
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True):
     """What a bundle holds."""
 
     format: Literal[1]
@@ -70,7 +73,9 @@ class Bundle:
             return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
         except (FileNotFoundError, NotADirectoryError):
             hint = "its import was interrupted; run it again" if root.is_dir() and any(root.iterdir()) else "make one"
-            raise BundleError(f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}") from None
+            raise BundleError(
+                f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}"
+            ) from None
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise BundleError(f"{path}: damaged, or of another version of wanforge ({error})") from None
 
@@ -82,9 +87,9 @@ class Bundle:
         bundle._write()
         return bundle
 
-    def add(self, files: dict[str, FileRecord], *, replacing: str = "") -> None:
-        """Record more files; those whose path begins with `replacing` are forgotten first."""
-        kept = {k: v for k, v in self.manifest.files.items() if not (replacing and k.startswith(replacing))}
+    def add(self, files: dict[str, FileRecord], *, replacing_suffix: str) -> None:
+        """Record files in place of all those recorded with this suffix."""
+        kept = {name: record for name, record in self.manifest.files.items() if not name.endswith(replacing_suffix)}
         self.manifest = msgspec.structs.replace(self.manifest, files={**kept, **files})
         self._write()
 
@@ -120,7 +125,7 @@ class Bundle:
         for name in names:
             path, record = self.path(name), self.manifest.files[name]
             status = path.stat()
-            stamp = [record.sha256, status.st_size, status.st_mtime_ns]
+            stamp: Stamp = [record.sha256, status.st_size, status.st_mtime_ns]
             if stamps.get(name) == stamp and not again:
                 continue
             if status.st_size != record.bytes:
@@ -136,19 +141,28 @@ class Bundle:
             stamps[name] = stamp
         self._save_stamps(stamps)
 
+    def stale(self, key: Mapping[str, str]) -> dict[str, list[str]]:
+        """Files that were made from something else than `key` says, and what of it differs."""
+        found = {}
+        for name, record in self.manifest.files.items():
+            differing = [part for part, digest in key.items() if record.key.get(part) != digest]
+            if record.key and differing:
+                found[name] = differing
+        return found
+
     def unverified(self, names: Iterable[str]) -> int:
         """Bytes that `verify` would have to read."""
         stamps = self._stamps()
         paths = [(n, self.root / n) for n in names if (self.root / n).is_file()]
         return sum(p.stat().st_size for n, p in paths if stamps.get(n, [None])[0] != self.manifest.files[n].sha256)
 
-    def _stamps(self) -> dict[str, list[str | int]]:
+    def _stamps(self) -> dict[str, Stamp]:
         try:
-            return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, list[str | int]])
+            return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, Stamp])
         except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
             return {}
 
-    def _save_stamps(self, stamps: dict[str, list[str | int]]) -> None:
+    def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
         if stamps != self._stamps() and os.access(self.root, os.W_OK):
             write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
 
@@ -189,3 +203,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def graph_name(graph: str, dtype: object, has_constants: bool) -> str:
+    """Path in a bundle of a graph in one compute type (a PyTorch type or its name)."""
+    short = SHORT_TYPES[str(dtype).removeprefix("torch.")]
+    return f"{graph}.{short}.onnx" if has_constants else f"onnx/{short}/{graph}.onnx"

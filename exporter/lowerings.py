@@ -162,11 +162,17 @@ def lower_attention(tape: Tape, q: Traced, k: Traced, v: Traced, attn_mask: Trac
     head = q.shape_[-1]
     assert isinstance(head, int)
     if head <= MAX_FUSED_HEAD:
-        mask = [] if attn_mask is None else [attn_mask]
+        mask = [] if attn_mask is None else [per_query(tape, attn_mask, q.shape_[-2])]
         return tape.emit("Attention", [q, k, v, *mask], q.shape_, q.dtype, scale=head**-0.5)
     assert attn_mask is None
     logits = lower_matmul(tape, q, lower_transpose(tape, k, -1, -2)) * head**-0.5
     return lower_matmul(tape, lower_softmax(tape, logits, -1), v)
+
+
+def per_query(tape: Tape, mask: Traced, queries: Dim) -> Traced:
+    """A mask with a row for every query: ONNX Runtime's CPU kernel does not broadcast that axis."""
+    shape = (*mask.shape_[:-2], queries, mask.shape_[-1])
+    return tape.emit("Expand", [mask, tape.shape_tensor(shape)], shape, mask.dtype)
 
 
 @lowers("conv2d", "conv3d")
@@ -191,7 +197,7 @@ def windows(size: Dim, kernel: Dim, stride: int, padding: int) -> Dim:
     if isinstance(size, Padded):
         assert (kernel, stride, padding) == (3, 2, 0)
         return Size(size.names, size.factor // 2)
-    assert kernel == 1 + 2 * padding and stride == 1
+    assert (kernel, stride) == (1 + 2 * padding, 1)
     return size
 
 
@@ -251,7 +257,8 @@ def quotient(whole: Dim, parts: Sequence[Dim]) -> Dim:
     """What is left of a dimension after its known factors."""
     divisor = product(parts)
     if isinstance(whole, int):
-        assert isinstance(divisor, int) and whole % divisor == 0
+        assert isinstance(divisor, int)
+        assert whole % divisor == 0
         return whole // divisor
     names = list(whole.names)
     for name in divisor.names if isinstance(divisor, Size) else ():
@@ -271,8 +278,8 @@ def lower_stack(tape: Tape, tensors: Sequence[Traced], dim: int = 0) -> Traced:
 @lowers("cat")
 def lower_cat(tape: Tape, tensors: Sequence[Traced], dim: int = 0) -> Traced:
     first, axis = tensors[0], axis_of(tensors[0], dim)
-    along = [x.shape_[axis] for x in tensors]
-    assert all(isinstance(n, int) for n in along)
+    along = [n for n in (x.shape_[axis] for x in tensors) if isinstance(n, int)]
+    assert len(along) == len(tensors)
     shape = (*first.shape_[:axis], sum(along), *first.shape_[axis + 1 :])
     return tape.emit("Concat", tensors, shape, first.dtype, axis=axis)
 
@@ -283,7 +290,8 @@ def unsqueeze(tape: Tape, x: Traced, axis: int) -> Traced:
 
 def split(tape: Tape, x: Traced, parts: int, axis: int) -> list[Traced]:
     size = x.shape_[axis]
-    assert isinstance(size, int) and size % parts == 0
+    assert isinstance(size, int)
+    assert size % parts == 0
     shape = (*x.shape_[:axis], size // parts, *x.shape_[axis + 1 :])
     names = tape.node("Split", [x], parts, axis=axis, num_outputs=parts)
     return [Traced(tape, name, shape, x.dtype) for name in names]
@@ -375,8 +383,6 @@ def lower_new_tensor(tape: Tape, x: Traced, data: Sequence[float]) -> Tensor:
     return torch.tensor(data, dtype=x.dtype)
 
 
-
-
 # The project's own ops
 
 
@@ -391,6 +397,4 @@ def lower_w8a8_linear(tape: Tape, x: Traced, int8_weight: Traced, scale: Traced,
 def lower_sparse_linear_attention(tape: Tape, *arguments: Any) -> Traced:
     *inputs, blocks = arguments
     q, attributes = inputs[0], sparse_linear_attention.attributes(blocks)
-    return tape.emit(
-        sparse_linear_attention.NAME, inputs, q.shape_, q.dtype, domain=DOMAIN, **attributes, **PLUGIN
-    )
+    return tape.emit(sparse_linear_attention.NAME, inputs, q.shape_, q.dtype, domain=DOMAIN, **attributes, **PLUGIN)

@@ -43,7 +43,9 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile, prefix: str = "
         assert isinstance(result, Traced)
         assert result.shape_ == port.shape, f"{graph.name}.{port.name} is {result.shape_}, declared {port.shape}"
         outputs.append(result.name_)
-    nodes = live_nodes(name_outputs(tape.nodes, outputs, [port.name for port in graph.outputs]), names_of(graph.outputs))
+    nodes = live_nodes(
+        name_outputs(tape.nodes, outputs, [port.name for port in graph.outputs]), names_of(graph.outputs)
+    )
 
     ports = [value_info(port.name, port.shape, port_type(port, dtype)) for port in graph.inputs]
     weight_infos = [value_info(name, traced.shape_, traced.dtype) for name, traced in state.items()]

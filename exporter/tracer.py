@@ -8,7 +8,6 @@ docs/decisions/0002-own-tracer.md for why this is not PyTorch's exporter.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -57,7 +56,13 @@ class Tape:
         return self.inputs[name]
 
     def node(
-        self, op: str, inputs: Sequence["Traced | Tensor | str"], outputs: int = 1, *, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence["Traced | Tensor | str"],
+        outputs: int = 1,
+        *,
+        domain: str = "",
+        **attributes: Any,
     ) -> list[str]:
         """Record one node and return the names of its outputs. Real tensors among the inputs become constants."""
         names = [self.name_of(x) for x in inputs]
@@ -65,14 +70,17 @@ class Tape:
         if key not in self._known:
             self._counts[op] = number = self._counts.get(op, -1) + 1
             results = [f"{op}_{number}" if outputs == 1 else f"{op}_{number}.{i}" for i in range(outputs)]
-            self.nodes.append(
-                helper.make_node(op, names, results, name=f"{op}_{number}", domain=domain, **attributes)
-            )
+            self.nodes.append(helper.make_node(op, names, results, name=f"{op}_{number}", domain=domain, **attributes))
             self._known[key] = results
         return self._known[key]
 
     def emit(
-        self, op: str, inputs: Sequence["Traced | Tensor | str"], shape: Shape, dtype: torch.dtype, **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence["Traced | Tensor | str"],
+        shape: Shape,
+        dtype: torch.dtype,
+        **attributes: Any,
     ) -> "Traced":
         """Record a node with one output of a known shape and type."""
         return Traced(self, self.node(op, inputs, **attributes)[0], shape, dtype)
@@ -97,8 +105,8 @@ class Tape:
         pieces: list[str] = []
         fixed: list[int] = []
         for index, dim in enumerate(dims):
-            if isinstance(dim, int) or index == free:
-                fixed.append(-1 if index == free else int(dim))  # type: ignore[call-overload]
+            if index == free or isinstance(dim, int):
+                fixed.append(dim if isinstance(dim, int) else -1)
                 continue
             if fixed:
                 pieces.append(self.constant(torch.tensor(fixed)))
@@ -136,7 +144,7 @@ class Traced(Tensor):
 
     @staticmethod
     def __new__(cls, tape: Tape, name: str, shape: Shape, dtype: torch.dtype) -> "Traced":
-        traced: Traced = torch.Tensor._make_wrapper_subclass(cls, (), dtype=dtype, device="meta")
+        traced: Traced = torch.Tensor._make_wrapper_subclass(cls, (), dtype=dtype, device=torch.device("meta"))
         traced.tape_, traced.name_, traced.shape_ = tape, name, tuple(shape)
         return traced
 
@@ -182,7 +190,7 @@ def tensor_proto(value: Tensor) -> TensorProto:
     if value.dtype == torch.bfloat16:
         bits = value.contiguous().view(torch.int16).numpy()
         return helper.make_tensor("", TensorProto.BFLOAT16, list(value.shape), bits.tobytes(), raw=True)
-    return numpy_helper.from_array(np.ascontiguousarray(value.numpy()))
+    return numpy_helper.from_array(value.contiguous().numpy())
 
 
 def value_info(name: str, shape: Shape, dtype: torch.dtype) -> ValueInfoProto:

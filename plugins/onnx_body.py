@@ -5,6 +5,7 @@ Bodies compute in float32 and return the type they were given, so one body serve
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper
@@ -26,7 +27,7 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Attributes of a node that let TensorRT take the plugin over the body (spec/tensorrt.md 3.4)."""
 
 
-def function_proto(function: OnnxFunction, name: str | None = None) -> FunctionProto:
+def function_proto(function: OnnxFunction[Any, Any], name: str | None = None) -> FunctionProto:
     """The body as ONNX stores it, under another name where one is given.
 
     TensorRT's parser wants every node named apart, in nested graphs too, and a loop to have a condition.
@@ -49,7 +50,10 @@ def _with_condition(node: NodeProto) -> Sequence[NodeProto]:
         return [node]
     go_on = f"{node.output[0]}_go_on"
     node.input[1] = go_on
-    return [helper.make_node("Constant", [], [go_on], value=helper.make_tensor("", TensorProto.BOOL, [], [True])), node]
+    return [
+        helper.make_node("Constant", [], [go_on], value=helper.make_tensor("", TensorProto.BOOL, [], [True])),
+        node,
+    ]
 
 
 def _walk(nodes: Iterable[NodeProto]) -> Iterable[NodeProto]:

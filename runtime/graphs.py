@@ -128,7 +128,14 @@ def _text_graphs(encoder: TextEncoder) -> list[Graph]:
     buckets = Port("buckets", (length, length), "int64")
     embedding = Port("embedding", (1, length, width))
     return [
-        _graph("text_embed", [ids], [hidden], encoder, _embed_ids, lambda name: name.startswith("token_embedding.")),
+        _graph(
+            "text_embed",
+            [ids],
+            [hidden],
+            encoder,
+            _embed_ids,
+            lambda name: name.startswith("token_embedding."),
+        ),
         _graph("text_block", [hidden, buckets], [hidden_out], encoder.blocks[0], _forward),
         _graph("text_final", [hidden], [embedding], encoder, _final_norm, lambda name: name.startswith("norm.")),
     ]
@@ -150,7 +157,10 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
     cos, sin = (Port(name, (tokens, HEAD_DIM // 2), "float32") for name in ("cos", "sin"))
     sinusoid = Port("sinusoid", (1, config.frequency_dim), "float32")
     all_modulation = Port("layers", (layers, 1, 6, dim), "float32")
-    modulation, head_modulation = Port("modulation", (1, 6, dim), "float32"), Port("head", (1, 2, dim), "float32")
+    modulation, head_modulation = (
+        Port("modulation", (1, 6, dim), "float32"),
+        Port("head", (1, 2, dim), "float32"),
+    )
     places = Port("slots", (slots,), "int32")
 
     return [
@@ -166,7 +176,14 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
             _forward,
             lambda name: not _is_cross_kv(name) and name != "modulation",
         ),
-        _graph("head", [hidden, head_modulation], [velocity], dit.head, _forward, lambda name: name != "modulation"),
+        _graph(
+            "head",
+            [hidden, head_modulation],
+            [velocity],
+            dit.head,
+            _forward,
+            lambda name: name != "modulation",
+        ),
     ]
 
 
@@ -185,9 +202,23 @@ def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
 
     past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
     found = [
-        _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
         _graph(
-            "vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True
+            "vae_decode_first",
+            [latent],
+            [frame, *kept],
+            vae,
+            VAE.decode_first,
+            is_decoder,
+            has_constants=True,
+        ),
+        _graph(
+            "vae_decode_next",
+            [latent, *past],
+            [frames, *kept],
+            vae,
+            _decode_next,
+            is_decoder,
+            has_constants=True,
         ),
     ]
     if task == "i2v":
@@ -195,9 +226,23 @@ def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
             _cache_ports(vae.encode_first, 3, SPATIAL_STRIDE, (rows, columns), suffix) for suffix in ("", "_out")
         )
         found += [
-            _graph("vae_encode_first", [frame], [latent, *kept], vae, VAE.encode_first, is_encoder, has_constants=True),
             _graph(
-                "vae_encode_next", [frames, *past], [latent, *kept], vae, _encode_next, is_encoder, has_constants=True
+                "vae_encode_first",
+                [frame],
+                [latent, *kept],
+                vae,
+                VAE.encode_first,
+                is_encoder,
+                has_constants=True,
+            ),
+            _graph(
+                "vae_encode_next",
+                [frames, *past],
+                [latent, *kept],
+                vae,
+                _encode_next,
+                is_encoder,
+                has_constants=True,
             ),
         ]
     return found
@@ -233,19 +278,19 @@ def _forward(owner: nn.Module, *inputs: Tensor) -> Any:
 
 
 def _embed_ids(encoder: TextEncoder, ids_BT: Tensor) -> Tensor:
-    return encoder.token_embedding(ids_BT)  # type: ignore[no-any-return]
+    return encoder.token_embedding(ids_BT)
 
 
 def _final_norm(encoder: TextEncoder, hidden_BTE: Tensor) -> Tensor:
-    return encoder.norm(hidden_BTE)  # type: ignore[no-any-return]
+    return encoder.norm(hidden_BTE)
 
 
 def _embed_text(dit: DiT, text_BTE: Tensor) -> Tensor:
-    return dit.text_embedding(text_BTE)  # type: ignore[no-any-return]
+    return dit.text_embedding(text_BTE)
 
 
 def _embed_patches(dit: DiT, patches_BLC: Tensor) -> Tensor:
-    return dit.patch_embedding(patches_BLC)  # type: ignore[no-any-return]
+    return dit.patch_embedding(patches_BLC)
 
 
 def _cross_keys_values(block: Block, context_BTD: Tensor, kept_rows: Tensor) -> tuple[Tensor, Tensor]:

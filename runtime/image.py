@@ -30,7 +30,9 @@ def open_image(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise RequestError(f"{path}: no such image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RequestError(f"{path}: unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first") from None
+        raise RequestError(
+            f"{path}: unpacks to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down first"
+        ) from None
     except UnidentifiedImageError:
         raise RequestError(f"{path}: not an image in a format Pillow reads") from None
     except (OSError, SyntaxError, ValueError) as error:

@@ -22,7 +22,7 @@ from wanforge.engines.tensorfile import TensorSpec, TensorWriter, encode_header,
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.names import has_sla, is_quantised, looks_like, match_names
-from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, open_checkpoint
+from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
 from wanforge.runtime.text import Tokenizer, find_tokenizer
 
@@ -79,7 +79,8 @@ def import_checkpoint(
     Args:
         recipe: what the bundle is for. By default what the files are: quantised or not, with or without SLA.
             `w8a8` on unquantised files quantises them, with the bytes upstream's own quantiser gives.
-        link: take canonical safetensors files in place, by a link, instead of copying them.
+        link: take canonical safetensors files of denoisers and text encoder in place, by a link. The VAE is small and
+            always copied: its graphs point into its file, and ONNX tools follow no links.
         replace: write over an existing bundle.
         progress: called with a title and a total in bytes; what it returns is told of each piece.
 
@@ -100,14 +101,15 @@ def import_checkpoint(
         check_part(component, sources.weights[component], contents, model, recipe)
         for component, contents in opened.items()
     ]
-    if not link:
-        check_disk(out, parts)
+    linked = {part.component for part in parts if link and part.component != "vae"}
+    check_disk(out, [part for part in parts if part.component not in linked])
 
     files = {}
     for part in parts:
         name = weights_name(part.component)
         tick = progress(part.component, part.nbytes)
-        digest = link_part(part, out / name, tick) if link else write_part(part, out / name, tick)
+        place = link_part if part.component in linked else write_part
+        digest = place(part, out / name, tick)
         files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
     write_atomically(out / TOKENIZER, tokenizer.read_bytes())
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
@@ -224,7 +226,7 @@ def guess_model(contents: Contents) -> str | None:
     for name in named("models"):
         candidate = load_model(name)
         expected = layout("dit", candidate, published_recipe(is_quantised(contents), has_sla(contents)))
-        matched, unexpected = match_names("dit", expected, contents)
+        matched, _ = match_names("dit", expected, contents)
         if len(matched) == len(expected) and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
             return name
     return None
@@ -247,7 +249,9 @@ def fingerprint(part: Part) -> dict[str, str]:
     """What a partial file must have been made from to be taken up again."""
     paths = sorted({str(stored.path) for stored in part.stored.values()})
     sizes = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in paths]
-    return {"made_from": "; ".join(f"{p} ({size} bytes, {mtime})" for p, (size, mtime) in zip(paths, sizes, strict=True))}
+    return {
+        "made_from": "; ".join(f"{p} ({size} bytes, {mtime})" for p, (size, mtime) in zip(paths, sizes, strict=True))
+    }
 
 
 def write_part(part: Part, path: Path, progress: Progress) -> str:
@@ -310,11 +314,6 @@ class Quantiser:
         # A resumed import may have written the integers in an earlier run.
         for scale in self.scales or (scale for _, scale in self.bands()):
             yield as_bytes(scale)
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, in order."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy()).cast("B")
 
 
 def link_part(part: Part, path: Path, progress: Progress) -> str:

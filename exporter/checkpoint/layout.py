@@ -39,9 +39,7 @@ def meta_module(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module
 
 def published_recipe(quantised: bool, has_sla: bool) -> Recipe:
     """A stand-in recipe with the tensors of a published file of this kind."""
-    return Recipe(
-        name="published", linear="w8a8" if quantised else "bf16", attention="sla" if has_sla else "dense"
-    )
+    return Recipe(name="published", linear="w8a8" if quantised else "bf16", attention="sla" if has_sla else "dense")
 
 
 def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -65,6 +65,11 @@ class StoredTensor:
 Contents = dict[str, StoredTensor]
 
 
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, in order."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def open_checkpoint(path: Path) -> Contents:
     """The table of contents of a checkpoint: ``.pth``, ``.safetensors``, a sharded index, or a directory with one.
 
@@ -147,8 +152,8 @@ def _locate(path: Path, name: str, tensor: Tensor, size: int) -> StoredTensor:
             f"{path}: {name} is stored as {tensor.dtype} with strides {tensor.stride()}; save it contiguously"
         )
     spec = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-    start = tensor.untyped_storage()._checkpoint_offset
-    offset = start + tensor.storage_offset() * tensor.element_size()
+    start = tensor.untyped_storage()._checkpoint_offset or 0
+    offset = start + int(tensor.storage_offset()) * tensor.element_size()
     if offset + spec.nbytes > size:
         raise CheckpointError(f"{path}: truncated; {name} lies beyond its {size:,} bytes. Fetch it again")
     return StoredTensor(spec, path, offset)

@@ -18,7 +18,7 @@ from wanforge.configs.schema import ModelConfig
 from wanforge.engines.bundle import dit_component, write_atomically
 from wanforge.engines.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, open_checkpoint
+from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
 
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -109,9 +109,7 @@ def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], p
         for name, spec in specs.items():
             file.seek(contents[name].offset)
             for piece in values(name):
-                data = piece.contiguous().view(torch.uint8).numpy()
-                file.write(data)
-                progress(data.nbytes)
+                progress(file.write(as_bytes(piece)))
             assert file.tell() == contents[name].offset + spec.nbytes, name
 
 
@@ -149,7 +147,7 @@ def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Ten
 def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     """Mean and deviation: unit gain through each layer, norms near one, small biases."""
     leaf = name.rpartition(".")[2]
-    if leaf == "gamma" or "norm" in name.split(".")[-2] and leaf == "weight":
+    if leaf == "gamma" or ("norm" in name.split(".")[-2] and leaf == "weight"):
         return 1.0, 0.1
     if leaf == "bias":
         return 0.0, 0.02

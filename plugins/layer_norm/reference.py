@@ -24,9 +24,7 @@ def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Te
     return (x - mean) * torch.rsqrt(variance + eps)
 
 
-def layer_norm(
-    x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, padded_variance: bool = False
-) -> Tensor:
+def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, padded_variance: bool = False) -> Tensor:
     """Layer norm with weights. Returns the type of `x`, rounded once."""
     y_BLD = normalise(x_BLD, eps, padded_variance=padded_variance) * weight_D.float() + bias_D.float()
     return y_BLD.to(x_BLD.dtype)

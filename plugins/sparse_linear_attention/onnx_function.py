@@ -19,7 +19,7 @@ NAME = "SparseLinearAttention"
 
 
 @script(ops)
-def SplitRows(x, rows):  # type: ignore[no-untyped-def]
+def SplitRows(x, rows):
     """[B, H, L, K] as [B, H, blocks, rows, K], zeros at the end."""
     length = op.Shape(x, start=2, end=3)
     blocks = op.Div(op.Add(length, op.Sub(rows, op.Constant(value_ints=[1]))), rows)
@@ -31,7 +31,7 @@ def SplitRows(x, rows):  # type: ignore[no-untyped-def]
 
 
 @script(ops)
-def MeanPool(x, rows):  # type: ignore[no-untyped-def]
+def MeanPool(x, rows):
     """Mean of each block over what it really holds."""
     sums = op.ReduceSum(ops.SplitRows(x, rows), op.Constant(value_ints=[3]), keepdims=0)
     ones = op.Expand(op.Constant(value_float=1.0), op.Concat(op.Shape(x, start=0, end=3), [1], axis=0))
@@ -40,14 +40,14 @@ def MeanPool(x, rows):  # type: ignore[no-untyped-def]
 
 
 @script(ops)
-def StepsPlain(x, smooth_x, rows):  # type: ignore[no-untyped-def]
+def StepsPlain(x, smooth_x, rows):
     split = ops.SplitRows(x, rows)
     ones = op.Mul(op.ReduceMax(split, op.Constant(value_ints=[3, 4]), keepdims=0), op.Constant(value_float=0.0))
     return split, op.Add(ones, op.Constant(value_float=1.0))
 
 
 @script(ops)
-def StepsInt8(x, smooth_x, rows):  # type: ignore[no-untyped-def]
+def StepsInt8(x, smooth_x, rows):
     split = ops.SplitRows(smooth_x, rows)
     largest = op.ReduceMax(op.Abs(split), op.Constant(value_ints=[3, 4]), keepdims=1)
     step = op.Add(op.Div(largest, op.Constant(value_float=127.0)), op.Constant(value_float=1e-7))
@@ -57,17 +57,21 @@ def StepsInt8(x, smooth_x, rows):  # type: ignore[no-untyped-def]
 
 
 @script(ops)
-def ValuesPlain(v):  # type: ignore[no-untyped-def]
+def ValuesPlain(v):
     return v, op.Constant(value_float=1.0), op.Constant(value_float=0.0)
 
 
 @script(ops)
-def ValuesFp16(v):  # type: ignore[no-untyped-def]
-    return op.Cast(op.Cast(v, to=FLOAT16), to=FLOAT), op.Constant(value_float=1.0), op.Constant(value_float=0.0)
+def ValuesFp16(v):
+    return (
+        op.Cast(op.Cast(v, to=FLOAT16), to=FLOAT),
+        op.Constant(value_float=1.0),
+        op.Constant(value_float=0.0),
+    )
 
 
 @script(ops)
-def ValuesFp8(v):  # type: ignore[no-untyped-def]
+def ValuesFp8(v):
     largest = op.ReduceMax(op.Abs(v), op.Constant(value_ints=[2]), keepdims=1)
     full_scale = op.Constant(value_float=2.25)
     is_zero = op.Equal(largest, op.Constant(value_float=0.0))
@@ -78,23 +82,23 @@ def ValuesFp8(v):  # type: ignore[no-untyped-def]
 
 
 @script(ops)
-def ProbabilityPlain(p, like):  # type: ignore[no-untyped-def]
+def ProbabilityPlain(p, like):
     return op.Cast(op.CastLike(p, like), to=FLOAT)
 
 
 @script(ops)
-def ProbabilityFp16(p, like):  # type: ignore[no-untyped-def]
+def ProbabilityFp16(p, like):
     return op.Cast(op.Cast(p, to=FLOAT16), to=FLOAT)
 
 
 @script(ops)
-def ProbabilityFp8(p, like):  # type: ignore[no-untyped-def]
+def ProbabilityFp8(p, like):
     one = op.Constant(value_float=1.0)
     return op.DequantizeLinear(op.QuantizeLinear(p, one, output_dtype=FLOAT8), one)
 
 
 @script(ops)
-def LinearBranch(q, k, v):  # type: ignore[no-untyped-def]
+def LinearBranch(q, k, v):
     phi_q = op.Softmax(q, axis=-1)
     phi_k = op.Softmax(k, axis=-1)
     weighted = op.MatMul(phi_q, op.MatMul(op.Transpose(phi_k, perm=[0, 1, 3, 2]), v))
@@ -104,9 +108,7 @@ def LinearBranch(q, k, v):  # type: ignore[no-untyped-def]
 
 
 @script(ops)
-def SparseLinearAttention(  # type: ignore[no-untyped-def]
-    q_BLHK, k_BLHK, v_BLHK, slots, proj_weight, proj_bias, block_q: int, block_k: int
-):
+def SparseLinearAttention(q_BLHK, k_BLHK, v_BLHK, slots, proj_weight, proj_bias, block_q: int, block_k: int):
     q = op.Transpose(op.Cast(q_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
     k = op.Transpose(op.Cast(k_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
     v = op.Transpose(op.Cast(v_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
@@ -120,8 +122,8 @@ def SparseLinearAttention(  # type: ignore[no-untyped-def]
     q_means = ops.MeanPool(q, q_rows)
     k_means = ops.MeanPool(smooth_k, k_rows)
     scores = op.MatMul(q_means, op.Transpose(k_means, perm=[0, 1, 3, 2]))
-    best_scores, best = op.TopK(scores, count, axis=-1, largest=1, sorted=1)
-    selected, order = op.TopK(best, count, axis=-1, largest=0, sorted=1)
+    _scores, best = op.TopK(scores, count, axis=-1, largest=1, sorted=1)
+    selected, _order = op.TopK(best, count, axis=-1, largest=0, sorted=1)
 
     q_steps, q_step = ops.Steps(q, q, q_rows)
     k_steps, k_step = ops.Steps(k, smooth_k, k_rows)
@@ -155,7 +157,10 @@ def SparseLinearAttention(  # type: ignore[no-untyped-def]
         output = op.Add(op.Mul(output, shrink), op.MatMul(ops.Probability(p, q_BLHK), blocks))
         maximum = higher
 
-    attended = op.Reshape(op.Div(output, total), op.Concat(op.Shape(q, start=0, end=2), [-1], op.Shape(q, start=3, end=4), axis=0))
+    attended = op.Reshape(
+        op.Div(output, total),
+        op.Concat(op.Shape(q, start=0, end=2), [-1], op.Shape(q, start=3, end=4), axis=0),
+    )
     sparse = op.Mul(op.Slice(attended, [0], op.Shape(q, start=2, end=3), [2]), value_scale)
     weight = op.Transpose(op.Cast(proj_weight, to=FLOAT), perm=[1, 0])
     projected = op.Add(op.MatMul(ops.LinearBranch(q, k, v), weight), op.Cast(proj_bias, to=FLOAT))

@@ -1,7 +1,5 @@
 """Sparse-linear attention as the networks call it."""
 
-from typing import cast
-
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -37,7 +35,7 @@ def sparse_linear_attention(
         )
     arguments = (q_BLHK, k_BLHK, v_BLHK, slots_S, proj_weight_KK, proj_bias_K, blocks)
     if has_torch_function_unary(q_BLHK):  # a tracer records the op as one node
-        return cast(Tensor, handle_torch_function(sparse_linear_attention, (q_BLHK,), *arguments))
+        return handle_torch_function(sparse_linear_attention, (q_BLHK,), *arguments)
     available = blocks.num_keys(q_BLHK.shape[1])
     if not 1 <= len(slots_S) <= available:
         raise ShapeError(f"{len(slots_S)} key blocks selected of {available}; at least one and at most all can be")

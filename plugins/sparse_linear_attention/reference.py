@@ -93,7 +93,12 @@ def select_blocks(scores_BHMN: Tensor, num_selected: int) -> Tensor:
 
 
 def sparse_branch(
-    q_BHLK: Tensor, k_BHLK: Tensor, smooth_k_BHLK: Tensor, v_BHLK: Tensor, selected_BHMS: Tensor, blocks: Blocks
+    q_BHLK: Tensor,
+    k_BHLK: Tensor,
+    smooth_k_BHLK: Tensor,
+    v_BHLK: Tensor,
+    selected_BHMS: Tensor,
+    blocks: Blocks,
 ) -> Tensor:
     """Softmax attention over the selected blocks, taken in ascending order with a running maximum.
 

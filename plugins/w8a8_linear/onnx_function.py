@@ -15,7 +15,7 @@ NAME = "W8A8Linear"
 
 
 @script(ops)
-def W8A8Linear(x, int8_weight, scale, bias):  # type: ignore[no-untyped-def]
+def W8A8Linear(x, int8_weight, scale, bias):
     tile = op.Constant(value_ints=[128])
     zero = op.Constant(value_ints=[0])
     outputs = op.Shape(int8_weight, start=0, end=1)

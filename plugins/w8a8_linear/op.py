@@ -1,7 +1,5 @@
 """The W8A8 linear as the networks call it."""
 
-from typing import cast
-
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -25,5 +23,5 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
             f"bias {tuple(bias_N.shape)} do not fit"
         )
     if has_torch_function_unary(x):  # a tracer records the op as one node
-        return cast(Tensor, handle_torch_function(w8a8_linear, (x,), x, int8_weight_NK, scale, bias_N))
+        return handle_torch_function(w8a8_linear, (x,), x, int8_weight_NK, scale, bias_N)
     return reference(x, int8_weight_NK, scale, bias_N)

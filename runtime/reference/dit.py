@@ -41,6 +41,9 @@ class Linear(nn.Module):
 class W8A8Linear(nn.Module):
     """The linear of a ``-quant`` checkpoint."""
 
+    int8_weight: Tensor
+    scale: Tensor
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         tiles = (-(-out_features // 128), -(-in_features // 128))
@@ -92,13 +95,20 @@ def dense_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-class SparseLinear(nn.Module):
-    """The learned map of the linear branch; the nesting repeats upstream's parameter names."""
+class LinearBranch(nn.Module):
+    """The learned map of the linear branch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.local_attn = nn.Module()
-        self.local_attn.proj_l = Linear(HEAD_DIM, HEAD_DIM)
+        self.proj_l = Linear(HEAD_DIM, HEAD_DIM)
+
+
+class SparseAttention(nn.Module):
+    """Sparse-linear attention; the nesting repeats upstream's parameter names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local_attn = LinearBranch()
 
     def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, slots_S: Tensor, blocks: Blocks) -> Tensor:
         proj = self.local_attn.proj_l
@@ -113,7 +123,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
         self.blocks = attention_blocks(recipe)
         if self.blocks is not None:
-            self.attn_op = SparseLinear()
+            self.attn_op = SparseAttention()
 
     def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, slots_S: Tensor) -> Tensor:
         q_BLHK = rotate(split_heads(self.norm_q(self.q(x_BLD))), cos_LP, sin_LP)
@@ -223,9 +233,7 @@ class DiT(nn.Module):
         layers = torch.stack([block.modulation.float() + e0_B6D for block in self.blocks])
         return layers, self.head.modulation.float() + e_BD[:, None]
 
-    def forward(
-        self, latents_BCFHW: Tensor, timestep_B: Tensor, text_BTE: Tensor, *, num_selected: int = 1
-    ) -> Tensor:
+    def forward(self, latents_BCFHW: Tensor, timestep_B: Tensor, text_BTE: Tensor, *, num_selected: int = 1) -> Tensor:
         """The velocity of rectified flow at these latents.
 
         Args:
@@ -250,6 +258,7 @@ class DiT(nn.Module):
 
         x_BLD = self.patch_embedding(patchify(latents_BCFHW))
         for block, modulation_B6D in zip(self.blocks, layers, strict=True):
+            assert isinstance(block, Block)
             keys_BTD, values_BTD = block.cross_attn.keys_values(context_BTD)
             x_BLD = block(x_BLD, modulation_B6D, keys_BTD, values_BTD, None, cos_LP, sin_LP, slots_S)
         return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
@@ -276,9 +285,7 @@ def check_latents(latents_BCFHW: Tensor, text_BTE: Tensor, config: DiTConfig) ->
             f"latents have shape {shape}; expected [B, {config.in_channels}, F, H, W] with H and W multiples of {PATCH}"
         )
     if text_BTE.shape[1:] != (config.text_rows, config.text_dim):
-        raise ShapeError(
-            f"text has shape {tuple(text_BTE.shape)}; expected [B, {config.text_rows}, {config.text_dim}]"
-        )
+        raise ShapeError(f"text has shape {tuple(text_BTE.shape)}; expected [B, {config.text_rows}, {config.text_dim}]")
 
 
 def patchify(latents_BCFHW: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Source: spec/turbodiffusion.md 6 (rCM, arXiv:2510.08431).
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def schedule(num_steps: int, sigma_max: float, boundary: float | None = None) ->
     times = (angles.sin() / (angles.sin() + angles.cos())).tolist()
     return [
         Step(index, time, next_time, network_timestep(time), expert_at(time, boundary))
-        for index, (time, next_time) in enumerate(zip(times, times[1:], strict=False))
+        for index, (time, next_time) in enumerate(pairwise(times))
     ]
 
 

@@ -10,6 +10,7 @@ Source: spec/wan_models.md 2.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +221,7 @@ class Encoder(nn.Module):
         dims = [config.dim * factor for factor in (1, *WIDTHS)]
         self.conv1 = Conv(3, dims[0], (3, 3, 3), padding=1)
         self.downsamples = nn.ModuleList()
-        for level, (inputs, outputs) in enumerate(zip(dims, dims[1:], strict=False)):
+        for level, (inputs, outputs) in enumerate(pairwise(dims)):
             self.downsamples += [Residual(inputs, outputs), Residual(outputs, outputs)]
             if level < len(TEMPORAL_DOWNSAMPLING):
                 self.downsamples.append(Downsample(outputs, TEMPORAL_DOWNSAMPLING[level]))
@@ -241,10 +242,14 @@ class Decoder(nn.Module):
         self.middle = middle(dims[0])
         self.upsamples = nn.ModuleList()
         temporal = TEMPORAL_DOWNSAMPLING[::-1]
-        for level, (inputs, outputs) in enumerate(zip(dims, dims[1:], strict=False)):
+        for level, (inputs, outputs) in enumerate(pairwise(dims)):
             # An upsampler halves the channels of the level before it.
             inputs = inputs // 2 if level else inputs
-            self.upsamples += [Residual(inputs, outputs), Residual(outputs, outputs), Residual(outputs, outputs)]
+            self.upsamples += [
+                Residual(inputs, outputs),
+                Residual(outputs, outputs),
+                Residual(outputs, outputs),
+            ]
             if level < len(temporal):
                 self.upsamples.append(Upsample(outputs, temporal[level]))
         self.head = head(dims[-1], 3)

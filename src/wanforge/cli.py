@@ -12,11 +12,20 @@ from wanforge.errors import WanforgeError
 
 # In pipeline order; the summary stands here so that `wanforge --help` imports no torch.
 COMMANDS = {
-    "synth": ("wanforge.exporter.cli:synth", "Write checkpoint files in the published formats, with random weights."),
-    "import": ("wanforge.exporter.cli:import_", "Check published checkpoint files and turn them into a bundle."),
+    "synth": (
+        "wanforge.exporter.cli:synth",
+        "Write checkpoint files in the published formats, with random weights.",
+    ),
+    "import": (
+        "wanforge.exporter.cli:import_",
+        "Check published checkpoint files and turn them into a bundle.",
+    ),
     "export": ("wanforge.exporter.cli:export", "Write a bundle's ONNX graphs."),
-    "inspect": ("wanforge.runtime.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
-    "generate": ("wanforge.runtime.cli:generate", "Make a video from a prompt, or from an image and a prompt."),
+    "inspect": ("wanforge.exporter.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
+    "generate": (
+        "wanforge.runtime.cli:generate",
+        "Make a video from a prompt, or from an image and a prompt.",
+    ),
     "parity": ("wanforge.runtime.cli:parity", "Hold a backend against the reference, step by step."),
     "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request."),
 }

@@ -1,0 +1,152 @@
+"""The commands of build time: synth, import, export, inspect."""
+
+import json
+from pathlib import Path
+
+import click
+
+from wanforge.configs.schema import load_model, load_recipe, named
+from wanforge.engines.bundle import Bundle, dit_component
+from wanforge.errors import CheckpointError, ConfigError
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
+from wanforge.exporter.export import DTYPES
+from wanforge.exporter.export import export as export_bundle
+from wanforge.exporter.graph_key import graph_key
+from wanforge.runtime.inspection import describe, inspect_bundle
+from wanforge.runtime.progress import Bars
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+PATH = click.Path(path_type=Path)
+MODEL_HELP = f"One of {', '.join(named('models'))}, or a .toml file."
+
+
+@click.command()
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--out", required=True, type=FOLDER, help="Directory to write into.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    help="Only this file: dit, dit-quant, vae, text_encoder, tokenizer; repeatable.",
+)
+@click.option("--sparse", is_flag=True, help="Full-size files of zeros that take no disk space.")
+@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
+def synth(model: str, out: Path, parts: tuple[str, ...], sparse: bool, seed: int) -> None:
+    """Write checkpoint files in the formats that upstream publishes, with random weights.
+
+    The names are the published ones, the -quant files hold the same weights quantised.
+    """
+    config = load_model(model)
+    names = file_names(config)
+    wanted = {name for name in names if not parts or name in parts or _family(name) in parts}
+    if unknown := [part for part in parts if part not in names and part not in map(_family, names)]:
+        raise ConfigError(f"{config.name} has no part {', '.join(unknown)}; known: {', '.join(names)}")
+    with Bars() as bars:
+        for path in write_checkpoint(config, out, parts=wanted, sparse=sparse, seed=seed, progress=bars.bytes_of):
+            click.echo(path)
+
+
+def _family(part: str) -> str:
+    """``dit`` of ``dit.high``, ``dit-quant`` of ``dit.low-quant``."""
+    return part.replace(".high", "").replace(".low", "")
+
+
+@click.command("import")
+@click.option("--model", required=True, help=MODEL_HELP)
+@click.option(
+    "--dit",
+    required=True,
+    type=PATH,
+    help="Denoiser: .pth, .safetensors, sharded index or its directory; the high-noise expert of two.",
+)
+@click.option("--dit-low", type=PATH, help="The low-noise expert.")
+@click.option("--vae", required=True, type=PATH, help="Wan2.1_VAE.pth, or its diffusers form.")
+@click.option(
+    "--text-encoder",
+    required=True,
+    type=PATH,
+    help="models_t5_umt5-xxl-enc-bf16.pth, or its transformers form.",
+)
+@click.option("--tokenizer", required=True, type=PATH, help="tokenizer.json of google/umt5-xxl, or its directory.")
+@click.option("--out", required=True, type=FOLDER, help="The bundle to make.")
+@click.option(
+    "--recipe",
+    help=f"One of {', '.join(named('recipes'))}, or a .toml file; by default what the files are. w8a8 quantises.",
+)
+@click.option("--link", is_flag=True, help="Link to canonical .safetensors files instead of copying them.")
+@click.option("--replace", is_flag=True, help="Write over an existing bundle.")
+def import_(
+    model: str,
+    dit: Path,
+    dit_low: Path | None,
+    vae: Path,
+    text_encoder: Path,
+    tokenizer: Path,
+    out: Path,
+    recipe: str | None,
+    link: bool,
+    replace: bool,
+) -> None:
+    """Check published checkpoint files and turn them into a bundle.
+
+    Every tensor's name, shape and type is checked before anything is written. An interrupted import goes on where it
+    stopped when it is run again.
+    """
+    config = load_model(model)
+    denoisers = [path for path in (dit, dit_low) if path is not None]
+    if len(denoisers) != len(config.experts):
+        need = "two denoisers; give the low-noise one with --dit-low" if dit_low is None else "one; leave out --dit-low"
+        raise CheckpointError(f"{config.name} has {need}")
+    weights = {dit_component(e): path for e, path in zip(config.experts, denoisers, strict=True)}
+    sources = Sources({**weights, "vae": vae, "text_encoder": text_encoder}, tokenizer)
+    wanted = None if recipe is None else load_recipe(recipe)
+    with Bars() as bars:
+        bundle = import_checkpoint(
+            config, sources, out, recipe=wanted, link=link, replace=replace, progress=bars.bytes_of
+        )
+    total = sum(record.bytes for record in bundle.manifest.files.values())
+    click.echo(f"{out}: {config.name}, recipe {bundle.recipe.name}, {total / 1e9:.2f} GB; next: wanforge export {out}")
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Compute types; all by default."
+)
+@click.option("--json", "as_json", is_flag=True, help="List the files as JSON.")
+def export(bundle: Path, dtypes: tuple[str, ...], as_json: bool) -> None:
+    """Write a bundle's ONNX graphs.
+
+    Graphs whose weights are inputs go to onnx/<type>/; those that point into weights/ (the VAE, and the denoiser as
+    one model for ONNX tools) lie beside the manifest. Every one passes onnx's checker first.
+    """
+    opened = Bundle.open(bundle)
+    with Bars() as bars:
+        done = export_bundle(opened, dtypes or tuple(DTYPES), lambda name, *count: bars("export", *count))
+    size = sum(opened.manifest.files[name].bytes for name in done.written)
+    if as_json:
+        click.echo(json.dumps({"written": done.written, "skipped": done.skipped, "bytes": size}))
+        return
+    for name, reason in done.skipped.items():
+        click.echo(f"not written: {name}, {reason}", err=True)
+    click.echo(
+        f"{bundle}: {len(done.written)} graphs, {size / 1e6:.2f} MB; next: wanforge generate {bundle} --prompt …"
+    )
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+    """Show what a bundle holds, and what is missing, stale or damaged, and why.
+
+    Exits with 1 where something is.
+    """
+    with Bars() as bars:
+        opened = Bundle.open(bundle)
+        found = inspect_bundle(opened, key=graph_key(opened), verify=verify, progress=bars.bytes_of)
+    click.echo(json.dumps(found.as_json()) if as_json else describe(found))
+    if found.problems:
+        click.get_current_context().exit(1)

@@ -1,0 +1,39 @@
+"""What a bundle's graphs are made of, as digests to tell whether they are stale. Needs no ONNX."""
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+import wanforge
+from wanforge.engines.bundle import Bundle, components
+from wanforge.engines.tensorfile import read_header
+
+SOURCES = ("plugins", "runtime/reference", "runtime/graphs.py", "exporter")
+"""The code that decides what a graph contains."""
+
+
+def graph_key(bundle: Bundle) -> dict[str, str]:
+    """Digests of the model and recipe, of where each tensor lies, and of the code."""
+    return {
+        "model": digest_of(msgspec.json.encode([bundle.model, bundle.recipe])),
+        "weights": digest_of(*(_layout(bundle.weights(component)) for component in components(bundle.model))),
+        "code": digest_of(*(path.read_bytes() for path in _sources(Path(wanforge.__file__).parent))),
+    }
+
+
+def digest_of(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _layout(path: Path) -> bytes:
+    header = read_header(path)
+    return repr([(name, str(spec), header.offsets[name]) for name, spec in header.tensors.items()]).encode()
+
+
+def _sources(package: Path) -> list[Path]:
+    places = [package / name for name in SOURCES]
+    return [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]

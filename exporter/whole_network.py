@@ -1,0 +1,84 @@
+"""The denoiser as one ONNX model: calls of the graphs as functions, weights by offset into the bundle's file.
+
+Nothing runs it in production; it is what onnx's checker, Netron, ONNX Runtime and polygraphy can open to see or to
+compare the whole network at once.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
+
+from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.engines.tensorfile import TensorFile
+from wanforge.exporter.onnx_model import bodies, external, onnx_model, port_type, trace
+from wanforge.exporter.tracer import tensor_proto, value_info
+from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
+from wanforge.runtime.graphs import Graph
+
+INPUTS = ("patches", "sinusoid", "text", "kept_rows", "key_bias", "cos", "sin", "slots")
+PIECES = {
+    "context": "Context",
+    "cross_kv": "CrossKV",
+    "time": "Time",
+    "stem": "Stem",
+    "block": "Block",
+    "head": "Head",
+}
+"""Graphs of the denoiser and the functions they become."""
+
+
+def whole_network(
+    model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], dtype: torch.dtype, weights: TensorFile
+) -> ModelProto:
+    """One model of a denoiser.
+
+    Its inputs are those of the graphs that no graph produces: ``patches``, ``sinusoid``, ``text``, ``kept_rows``,
+    ``key_bias``, ``cos``, ``sin`` and ``slots``; its output is ``velocity``.
+    """
+    prefixes = {"cross_kv": "blocks.0.", "block": "blocks.0.", "head": "head."}
+    traced = {name: trace(graphs[name], dtype, weights, prefixes.get(name, "")) for name in PIECES}
+    functions = [as_function(traced[name], function) for name, function in PIECES.items()]
+    ops = bodies(recipe, [node for graph in traced.values() for node in graph.node])
+    nodes = list(_calls(model, graphs))
+    inputs = [port for name in PIECES for port in graphs[name].inputs if port.name in INPUTS]
+    unique = {port.name: port for port in inputs}
+    graph = helper.make_graph(
+        nodes,
+        "dit",
+        [value_info(p.name, p.shape, port_type(p, dtype)) for p in unique.values()],
+        [value_info(p.name, p.shape, port_type(p, dtype)) for p in graphs["head"].outputs],
+        [external(name, weights, "") for name in weights.tensors if any(name in node.input for node in nodes)],
+    )
+    return onnx_model(graph, [*ops, *functions])
+
+
+def as_function(graph: GraphProto, name: str) -> FunctionProto:
+    """A traced graph as a function: the same nodes, without types on its ports."""
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
+    return helper.make_function(DOMAIN, name, inputs, outputs, list(graph.node), opsets)
+
+
+def _calls(model: ModelConfig, graphs: Mapping[str, Graph]) -> Sequence[NodeProto]:
+    nodes: list[NodeProto] = []
+
+    def call(piece: str, inputs: Sequence[str], outputs: Sequence[str], prefix: str = "", label: str = "") -> None:
+        weights = [prefix + name for name in graphs[piece].weights]
+        function = PIECES[piece]
+        nodes.append(helper.make_node(function, [*inputs, *weights], outputs, name=f"{function}{label}", domain=DOMAIN))
+
+    call("time", ["sinusoid"], ["layers", "head_modulation"])
+    call("context", ["text"], ["context"])
+    call("stem", ["patches"], ["hidden.0"])
+    for layer in range(model.dit.num_layers):
+        prefix, label = f"blocks.{layer}.", f".{layer}"
+        index = helper.make_node("Constant", [], [f"layer{label}"], value=tensor_proto(torch.tensor(layer)))
+        pick = helper.make_node("Gather", ["layers", f"layer{label}"], [f"modulation{label}"], axis=0)
+        index.name, pick.name = f"layer{label}", f"modulation{label}"
+        nodes.extend([index, pick])
+        call("cross_kv", ["context", "kept_rows"], [f"keys{label}", f"values{label}"], prefix, label)
+        inputs = [f"hidden{label}", f"modulation{label}", f"keys{label}", f"values{label}"]
+        call("block", [*inputs, "key_bias", "cos", "sin", "slots"], [f"hidden.{layer + 1}"], prefix, label)
+    call("head", [f"hidden.{model.dit.num_layers}", "head_modulation"], ["velocity"], "head.")
+    return nodes

@@ -1,0 +1,32 @@
+"""What runs graphs: one file per backend, chosen by name and imported when it is asked for."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+from wanforge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from wanforge.engines.bundle import Bundle
+    from wanforge.runtime.backends.base import Backend
+
+BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend"}
+
+
+def create_backend(name: str, bundle: "Bundle", dtype: torch.dtype = torch.float32) -> "Backend":
+    """A backend over a bundle.
+
+    Args:
+        name: ``torch`` (the reference itself) or ``ort`` (ONNX Runtime).
+        dtype: compute type of the run.
+
+    Raises:
+        ConfigError: there is no such backend.
+        BundleError: the bundle lacks what the backend needs.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"no backend is called {name!r}; known: {', '.join(BACKENDS)}")
+    module = import_module(f"wanforge.runtime.backends.{name}")
+    backend: Backend = getattr(module, BACKENDS[name])(bundle, dtype)
+    return backend

@@ -1,0 +1,68 @@
+"""ONNX Runtime: the exported graphs as they stand, on the CPU, their weights bound where the bundle is mapped."""
+
+from collections.abc import Sequence
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.errors import BundleError
+from wanforge.runtime.backends.base import Bound
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.schedule import Launch
+from wanforge.runtime.weights import Weights
+
+# TensorProto's numbers, so that running needs no onnx.
+ELEMENT_TYPES = {
+    torch.float32: 1,
+    torch.int8: 3,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.bfloat16: 16,
+}
+FATAL = 4
+
+
+class OrtBackend:
+    """ONNX Runtime's CPU provider. It has no bfloat16 arithmetic, so graphs are float32 or float16."""
+
+    name = "ort"
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype) -> None:
+        if dtype == torch.bfloat16:
+            raise BundleError("ONNX Runtime computes in float32 or float16 on a CPU, not in bfloat16")
+        self.bundle, self.device, self.dtype = bundle, torch.device("cpu"), dtype
+        self.weights = Weights(bundle)
+        self.graphs = graphs(bundle.model, bundle.recipe)
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def session(self, name: str) -> ort.InferenceSession:
+        """The graph's session, made on first use."""
+        if name not in self._sessions:
+            path = self.bundle.path(graph_name(name, self.dtype, self.graphs[name].has_constants))
+            options = ort.SessionOptions()
+            options.log_severity_level = FATAL
+            # The sessions take turns: threads that spin while they wait would only be in each other's way.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            self._sessions[name] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return self._sessions[name]
+
+    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        graph, session = self.graphs[launch.graph], self.session(launch.graph)
+        binding = session.io_binding()
+        for port, buffer in zip(graph.inputs, inputs, strict=True):
+            bind(binding.bind_input, port.name, buffer)
+        if not graph.has_constants:
+            stored = self.weights.component(launch.component)
+            for name in graph.weights:
+                bind(binding.bind_input, name, stored[launch.prefix + name])
+        for port, buffer in zip(graph.outputs, outputs, strict=True):
+            bind(binding.bind_output, port.name, buffer)
+        return lambda: session.run_with_iobinding(binding)
+
+
+def bind(bind_port: "type[ort.IOBinding.bind_input]", name: str, buffer: Tensor) -> None:
+    """Hand a tensor's memory to ONNX Runtime without a copy."""
+    bind_port(name, "cpu", 0, ELEMENT_TYPES[buffer.dtype], list(buffer.shape), buffer.data_ptr())

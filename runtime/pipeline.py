@@ -1,0 +1,289 @@
+"""One request from prompt to frames: text, condition, denoising, decoding, each timed.
+
+prompt ─ tokens ─ embedding ─┐
+image ── condition ──────────┼─ steps of the denoiser ── latents ── frames
+seed ─── noise ──────────────┘
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
+from wanforge.engines.bundle import TOKENIZER, Bundle
+from wanforge.errors import RequestError, ResourceError
+from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.image import condition, open_image, to_pixels
+from wanforge.runtime.memory import needed_bytes
+from wanforge.runtime.reference.dit import attention_blocks, patchify, rope_tables, sinusoid, unpatchify
+from wanforge.runtime.reference.sampler import Step, gaussian, sample, schedule
+from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
+from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
+from wanforge.runtime.text import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage, how many of its parts are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. What is None follows from the model.
+
+    Attributes:
+        prompt: text, in English for these models.
+        shape: size and length of the clip.
+        image: first frame, for image-to-video models.
+        seed: of the noise.
+        steps: 1 to 4.
+        topk: share of key blocks that attention sees.
+        ode: follow the flow without fresh noise.
+        noise: file to take the noise from, instead of the seed.
+    """
+
+    prompt: str
+    shape: ClipShape
+    image: Path | None = None
+    seed: int = 0
+    steps: int | None = None
+    sigma_max: float | None = None
+    topk: float | None = None
+    ode: bool = False
+    noise: Path | None = None
+
+
+@dataclass
+class Timings:
+    """Seconds per stage, and per step of the denoiser."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has been checked against the model and found possible."""
+
+    request: Request
+    ids: list[int]
+    steps: list[Step]
+    slots: int
+
+
+class Pipeline:
+    """A model ready to serve requests, one after the other."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend = bundle, backend
+        self.model: ModelConfig = bundle.model
+        self.recipe = bundle.recipe
+        self.graphs = graphs(bundle.model, bundle.recipe)
+        self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
+
+    def check(self, request: Request) -> Job:
+        """Everything that can be wrong with a request, before anything is computed.
+
+        Raises:
+            RequestError, ConfigError: the request does not make sense for this model.
+            ResourceError: this machine's memory is too small for it.
+        """
+        model = self.model
+        if (request.image is None) == (model.task == "i2v"):
+            need = "needs an image; give one with --image" if request.image is None else "takes no image"
+            raise RequestError(f"{model.name} {need}")
+        blocks = attention_blocks(self.recipe)
+        if blocks is None and request.topk is not None:
+            raise RequestError(
+                f"recipe {self.recipe.name!r} attends to every key, so top-k means nothing; leave it out"
+            )
+        slots = 1
+        if blocks is not None:
+            slots = selected_blocks(request.topk or model.topk, blocks.num_keys(request.shape.tokens))
+        sampler = model.sampler
+        steps = schedule(request.steps or sampler.steps, request.sigma_max or sampler.sigma_max, sampler.boundary)
+        ids = self.tokenizer.encode(request.prompt, model.dit.text_rows)
+        self._check_memory(request.shape)
+        return Job(request, ids, steps, slots)
+
+    def _check_memory(self, shape: ClipShape) -> None:
+        needed = needed_bytes(self.model, self.recipe, shape, self.backend.dtype.itemsize)
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise ResourceError(
+                f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
+                f"memory on this backend and {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
+            )
+
+    def latents(self, job: Job, timings: Timings, progress: Progress = lambda *_: None) -> Tensor:
+        """Run a request up to its clean latents, float64 ``[1, 16, F, H, W]``."""
+        denoiser = self.denoiser(job, timings, progress)
+        with timings.stage("denoise"):
+            return sample(denoiser, job.steps, self.noise(job), ode=job.request.ode)
+
+    def denoiser(self, job: Job, timings: Timings, progress: Progress = lambda *_: None) -> "Denoiser":
+        """Embed the prompt, encode the image, and compute whatever the steps share."""
+        with timings.stage("text"):
+            text = self.embed(job.ids, progress)
+        channels = None
+        if job.request.image is not None:
+            with timings.stage("condition"):
+                channels = self.encode_image(job.request.image, job.request.shape, progress)
+        with timings.stage("prepare"):
+            return Denoiser(self, job, text, channels, timings, progress)
+
+    def embed(self, ids: list[int], progress: Progress = lambda *_: None) -> Tensor:
+        """An embedded prompt ``[1, 512, E]``, zeros after its own rows."""
+        session = Session(self.backend, text_schedule(self.model, self.graphs, len(ids)))
+        session["ids"].copy_(torch.tensor([ids]))
+        session["buckets"].copy_(position_buckets(len(ids), self.model.text_encoder))
+        run(session, "text", "text", progress)
+        return pad_rows(session["embedding"][0], self.model.dit.text_rows)[None]
+
+    def encode_image(self, path: Path, shape: ClipShape, progress: Progress = lambda *_: None) -> Tensor:
+        """The 20 channels that an image-to-video denoiser is conditioned on, in the compute type."""
+        session = Session(self.backend, vae_schedule(self.graphs, shape, "encode"))
+        first = to_pixels(open_image(path), shape.width_px, shape.height_px)
+        session["first_pixels"].copy_(first[:, :, None])
+        session["pixels"].zero_()
+        latents = []
+        for index, program, output in chunks(shape.latent_frames, "latent"):
+            session.run(program)
+            latents.append(session[output].clone())
+            progress("condition", index + 1, shape.latent_frames)
+        return condition(torch.cat(latents, 2))
+
+    def noise(self, job: Job) -> Iterator[Tensor]:
+        """The request's noise: from its seed, or from its file."""
+        shape = self.latent_shape(job.request.shape)
+        if job.request.noise is None:
+            return gaussian(shape, job.request.seed)
+        return load_noise(job.request.noise, shape, 1 if job.request.ode else 1 + len(job.steps))
+
+    def latent_shape(self, shape: ClipShape) -> tuple[int, ...]:
+        channels = self.model.dit.out_channels
+        return (1, channels, shape.latent_frames, shape.latent_height, shape.latent_width)
+
+    def frames(
+        self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = lambda *_: None
+    ) -> Iterator[Tensor]:
+        """Decode latents frame by frame: uint8 ``[H, W, 3]``, as they come."""
+        session = Session(self.backend, vae_schedule(self.graphs, shape, "decode"))
+        for index, program, output in chunks(shape.latent_frames, "pixels"):
+            with timings.stage("decode"):
+                source = session["first_latent" if index == 0 else "latent"]
+                source.copy_(latents[:, :, index : index + 1])
+                session.run(program)
+                pixels = session[output][0].float().clamp(-1, 1)
+                # Halves go up: what upstream's writer does.
+                images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            progress("decode", index + 1, shape.latent_frames)
+            yield from images.cpu()
+
+
+class Denoiser:
+    """The denoiser of one request: what depends on the prompt, the steps and the shape alone is computed here, once."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        job: Job,
+        text: Tensor,
+        channels: Tensor | None,
+        timings: Timings,
+        progress: Progress,
+    ) -> None:
+        self.shape, self.channels, self.timings, self.progress = (
+            job.request.shape,
+            channels,
+            timings,
+            progress,
+        )
+        model = pipeline.model
+        tile = TILE if pipeline.recipe.linear == "w8a8" else 1
+        kept, counts = context_rows(len(job.ids), model.dit.text_rows, tile)
+        experts = [step.expert for step in job.steps]
+        self.session = session = Session(
+            pipeline.backend,
+            denoise_schedule(model, pipeline.graphs, self.shape, experts, context_rows=len(kept), slots=job.slots),
+        )
+        session["text"].copy_(text)
+        session["kept_rows"].copy_(torch.tensor(kept))
+        session["key_bias"].copy_(torch.tensor(counts).log())
+        for name, table in zip(("cos", "sin"), rope_tables(self.shape.grid), strict=True):
+            session[name].copy_(table)
+        session["slots"].zero_()
+        for step in job.steps:
+            timestep = torch.tensor([step.timestep])
+            session[f"sinusoid.{step.index}"].copy_(sinusoid(timestep, model.dit.frequency_dim))
+        run(session, "prompt", "prepare", progress)
+        run(session, "times", "prepare", progress)
+
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
+        start = time.perf_counter()
+        session = self.session
+        x = latents.to(session["patches"].dtype)
+        x = x if self.channels is None else torch.cat((x, self.channels), 1)
+        session["patches"].copy_(patchify(x))
+        run(session, f"step.{step.index}", f"step {step.index + 1}", self.progress)
+        velocity = unpatchify(session["velocity"], self.shape.grid)
+        self.timings.steps.append(time.perf_counter() - start)
+        return velocity
+
+
+def run(session: Session, program: str, stage: str, progress: Progress) -> None:
+    """Run a program launch by launch, saying so."""
+    launches = session.bound(program)
+    for index, launch in enumerate(launches):
+        launch()
+        progress(stage, index + 1, len(launches))
+
+
+def chunks(latent_frames: int, output: str) -> Iterator[tuple[int, str, str]]:
+    """Index, program and output buffer of each chunk of a clip on its way through the VAE."""
+    yield 0, "first", f"first_{output}"
+    for index in range(1, latent_frames):
+        yield index, f"next.{(index - 1) % 2}", output
+
+
+def write_noise(path: Path, shape: tuple[int, ...], seed: int, steps: int) -> None:
+    """Write the noise that a seed stands for: ``initial`` and one tensor per step."""
+    source = gaussian(shape, seed)
+    names = ["initial", *(f"step.{index}" for index in range(steps))]
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: next(source) for name in names}, partial)
+    partial.replace(path)
+
+
+def load_noise(path: Path, shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
+    """Noise from a file that `write_noise`, or anything else, wrote.
+
+    Raises:
+        RequestError: the file is missing or damaged, or its noise is of another shape or for fewer steps.
+    """
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such noise file") from None
+    except SafetensorError as error:
+        raise RequestError(f"{path}: not a noise file ({error})") from None
+    names = ["initial", *(f"step.{index}" for index in range(count - 1))]
+    for name in names:
+        if name not in found or tuple(found[name].shape) != shape:
+            what = list(found[name].shape) if name in found else "missing"
+            raise RequestError(f"{path}: {name} is {what}, this request needs {list(shape)}")
+    return iter([found[name].float() for name in names])

@@ -1,0 +1,179 @@
+"""Which graph runs when, on which buffers, with which weights: the same lists for every backend.
+
+A stage of a request (text, denoising, VAE) is a `Schedule`: named buffers of known shape, and programs, each a list
+of launches. A backend only binds and launches; what is computed once and what at every step is decided here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from wanforge.configs.schema import ClipShape, ModelConfig
+from wanforge.engines.bundle import dit_component
+from wanforge.runtime.graphs import ElementType, Graph, Port
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """Shape and type of a buffer."""
+
+    shape: tuple[int, ...]
+    dtype: ElementType
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A buffer, or one entry along its first axis."""
+
+    buffer: str
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of a graph.
+
+    Attributes:
+        graph: its name.
+        inputs, outputs: what is bound to its ports, in their order.
+        component: whose weights it takes.
+        prefix: what the component puts before the graph's names of its weights.
+    """
+
+    graph: str
+    inputs: tuple[Ref, ...]
+    outputs: tuple[Ref, ...]
+    component: str
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The buffers and programs of one stage."""
+
+    buffers: Mapping[str, BufferSpec]
+    programs: Mapping[str, tuple[Launch, ...]]
+
+
+class _Builder:
+    """Collects buffers as launches name them."""
+
+    def __init__(self, graphs: Mapping[str, Graph], sizes: Mapping[str, int]) -> None:
+        self.graphs, self.sizes = graphs, sizes
+        self.buffers: dict[str, BufferSpec] = {}
+
+    def launch(
+        self,
+        name: str,
+        inputs: Sequence[str | Ref],
+        outputs: Sequence[str | Ref],
+        component: str,
+        prefix: str = "",
+    ) -> Launch:
+        graph = self.graphs[name]
+        return Launch(
+            name,
+            tuple(self._refs(graph.inputs, inputs)),
+            tuple(self._refs(graph.outputs, outputs)),
+            component,
+            prefix,
+        )
+
+    def _refs(self, ports: Sequence[Port], bound: Sequence[str | Ref]) -> Iterator[Ref]:
+        for port, item in zip(ports, bound, strict=True):
+            ref = Ref(item) if isinstance(item, str) else item
+            if ref.index is None:
+                spec = BufferSpec(port.concrete(self.sizes), port.dtype)
+                known = self.buffers.setdefault(ref.buffer, spec)
+                assert known == spec, f"{ref.buffer} is {known} and {spec}"
+            yield ref
+
+
+def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens: int) -> Schedule:
+    """``ids`` and ``buckets`` to ``embedding``, at the prompt's real length."""
+    build = _Builder(graphs, {"prompt_tokens": prompt_tokens})
+    component, layers = "text_encoder", model.text_encoder.num_layers
+    launches = [build.launch("text_embed", ["ids"], ["hidden.0"], component)]
+    for layer in range(layers):
+        here, there = f"hidden.{layer % 2}", f"hidden.{(layer + 1) % 2}"
+        launches.append(build.launch("text_block", [here, "buckets"], [there], component, f"blocks.{layer}."))
+    launches.append(build.launch("text_final", [f"hidden.{layers % 2}"], ["embedding"], component))
+    return Schedule(build.buffers, {"text": tuple(launches)})
+
+
+def denoise_schedule(
+    model: ModelConfig,
+    graphs: Mapping[str, Graph],
+    shape: ClipShape,
+    steps: Sequence[str],
+    *,
+    context_rows: int,
+    slots: int,
+) -> Schedule:
+    """The denoiser of one clip.
+
+    Programs: ``prompt`` makes the keys and values of cross-attention for every layer and expert; ``times`` makes the
+    modulation of every layer for every step; ``step.<i>`` takes ``patches`` to ``velocity``.
+
+    Args:
+        steps: the expert of each step.
+        context_rows: distinct rows of text, see `context_rows`.
+        slots: key blocks selected per query block.
+    """
+    build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "slots": slots})
+    layers = range(model.dit.num_layers)
+    prompt, times, programs = [], [], {}
+    for expert in dict.fromkeys(steps):
+        dit, context = dit_component(expert), f"context.{expert}"
+        prompt.append(build.launch("context", ["text"], [context], dit))
+        for layer in layers:
+            keys_values = [f"keys.{expert}.{layer}", f"values.{expert}.{layer}"]
+            prompt.append(build.launch("cross_kv", [context, "kept_rows"], keys_values, dit, f"blocks.{layer}."))
+    for index, expert in enumerate(steps):
+        dit = dit_component(expert)
+        modulation, head = f"modulation.{index}", f"head_modulation.{index}"
+        times.append(build.launch("time", [f"sinusoid.{index}"], [modulation, head], dit))
+        launches = [build.launch("stem", ["patches"], ["hidden.0"], dit)]
+        for layer in layers:
+            inputs: list[str | Ref] = [
+                f"hidden.{layer % 2}",
+                Ref(modulation, layer),
+                f"keys.{expert}.{layer}",
+                f"values.{expert}.{layer}",
+                *("key_bias", "cos", "sin", "slots"),
+            ]
+            outputs = [f"hidden.{(layer + 1) % 2}"]
+            launches.append(build.launch("block", inputs, outputs, dit, f"blocks.{layer}."))
+        launches.append(build.launch("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
+        programs[f"step.{index}"] = tuple(launches)
+    return Schedule(build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
+
+
+def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
+    """One half of the VAE, ``decode`` or ``encode``: program ``first`` for the opening chunk, then ``next.0`` and
+    ``next.1`` in turn, which hand the caches back and forth."""
+    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
+    caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
+    chunk_in, chunk_out = following.inputs[0].name, following.outputs[0].name
+    opening = build.launch(first.name, [f"first_{chunk_in}"], [f"first_{chunk_out}", *caches[0]], "vae")
+    programs = {"first": (opening,)}
+    for side in (0, 1):
+        inputs, outputs = [chunk_in, *caches[side]], [chunk_out, *caches[1 - side]]
+        programs[f"next.{side}"] = (build.launch(following.name, inputs, outputs, "vae"),)
+    return Schedule(build.buffers, programs)
+
+
+def context_rows(prompt_tokens: int, rows: int, tile: int) -> tuple[list[int], list[int]]:
+    """Which rows of the padded text differ, and how often each occurs.
+
+    The rows after the prompt are equal, so attention sees one of them, weighted by their number. Where the linears
+    quantise by tiles of `tile` rows, padding that shares a tile with the prompt comes out apart from padding that
+    fills tiles of its own; both are kept. Exact: softmax over equal keys adds up.
+    """
+    border = min(rows, -(-prompt_tokens // tile) * tile)
+    kept, counts = list(range(prompt_tokens)), [1] * prompt_tokens
+    for start, stop in ((prompt_tokens, border), (border, rows)):
+        if stop > start:
+            kept.append(start)
+            counts.append(stop - start)
+    return kept, counts

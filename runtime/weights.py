@@ -1,0 +1,46 @@
+"""A bundle's weights as tensors that are the mapped file itself: nothing is read before it is used, nothing copied."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanforge.engines.bundle import Bundle
+from wanforge.engines.tensorfile import read_header
+from wanforge.errors import BundleError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+
+
+class Weights:
+    """The tensors of each component, mapped on first use."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._mapped: dict[str, dict[str, Tensor]] = {}
+
+    def component(self, name: str) -> dict[str, Tensor]:
+        """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
+        if name not in self._mapped:
+            self._mapped[name] = map_tensors(self.bundle.weights(name))
+        return self._mapped[name]
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the CPU, sharing the file's pages. They must not be written to.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        BundleError: a tensor has a type or an alignment that nothing here writes.
+    """
+    header = read_header(path)
+    storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+    tensors = {}
+    for name, spec in header.tensors.items():
+        dtype, offset = DTYPES.get(spec.dtype), header.offsets[name]
+        if dtype is None or offset % dtype.itemsize:
+            raise BundleError(f"{path}: {name} is {spec} at byte {offset}, which cannot be mapped; import it again")
+        strides = torch.empty(spec.shape, device="meta").stride()
+        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, spec.shape, strides)
+    return tensors
