@@ -164,6 +164,8 @@ class TensorWriter:
         self.tensors = tensors
         self._digest = hashlib.sha256()
         self._names = iter(tensors)
+        self.kept = 0
+        """Tensors taken over from an interrupted run."""
         self._file: IO[bytes] = self._open(encode_header(tensors, metadata))
 
     def _open(self, header: bytes) -> IO[bytes]:
@@ -173,8 +175,6 @@ class TensorWriter:
         if not resumable:
             file.write(header)
         self._digest.update(header)
-        self.kept = 0
-        """Tensors taken over from an interrupted run."""
         if resumable:
             end = self._keep(file, len(header), self.partial.stat().st_size)
             file.truncate(end)

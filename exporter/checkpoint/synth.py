@@ -157,6 +157,9 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, 1.0
     if ".pos_embedding." in name:
         return 0.0, 0.5
+    if name.startswith("decoder.head.2"):
+        # Pixels lie in [-1, 1]; four levels of upsampling would leave it.
+        return 0.0, math.prod(shape[1:]) ** -0.5 * 0.3
     if ".attn.q." in name:
         # umT5 does not scale its logits: the scale is in the query weights.
         return 0.0, shape[1] ** -0.5 * 0.25

@@ -1,0 +1,81 @@
+"""Fixtures that every test may use: tiny checkpoints and bundles, made once; memory that is poisoned."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanforge.configs.schema import load_model, load_recipe
+from wanforge.engines.bundle import Bundle, dit_component
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
+from wanforge.exporter.export import export
+
+torch.set_num_threads(2)
+
+
+def checkpoint_sources(model_name: str, folder: Path, *, quantised: bool) -> Sources:
+    """The files of a synthetic checkpoint, by component."""
+    model = load_model(model_name)
+    names = file_names(model)
+    suffix = "-quant" if quantised else ""
+    denoisers = {dit_component(e): folder / names[dit_component(e) + suffix] for e in model.experts}
+    rest = {component: folder / names[component] for component in ("vae", "text_encoder")}
+    return Sources({**denoisers, **rest}, folder / names["tokenizer"])
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of synthetic checkpoint files by model: tiny-t2v, tiny-i2v."""
+    folders = {}
+    for name in ("tiny-t2v", "tiny-i2v"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        write_checkpoint(load_model(name), folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def bundle_of(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Bundle]:
+    """Exported bundles by model and recipe, each made once. Tests must not change them."""
+    made: dict[tuple[str, str], Bundle] = {}
+
+    def bundle(model_name: str, recipe_name: str) -> Bundle:
+        key = (model_name, recipe_name)
+        if key not in made:
+            recipe = load_recipe(recipe_name)
+            sources = checkpoint_sources(model_name, checkpoints[model_name], quantised=recipe.linear == "w8a8")
+            out = tmp_path_factory.mktemp("bundle") / f"{model_name}-{recipe_name}"
+            made[key] = import_checkpoint(load_model(model_name), sources, out, recipe=recipe)
+            export(made[key])
+        return made[key]
+
+    return bundle
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or the largest number of an integer type, so that what is never written shows."""
+    empty = torch.empty
+
+    def poison(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if tensor.device.type == "meta" or tensor.dtype == torch.bool:
+            return tensor
+        value = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+        return tensor.fill_(value)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A small PNG with structure in it."""
+    from PIL import Image
+
+    path = tmp_path / "picture.png"
+    gradient = Image.linear_gradient("L").resize((120, 90))
+    Image.merge("RGB", (gradient, gradient.rotate(90), gradient.rotate(180))).save(path)
+    return path
