@@ -1,0 +1,56 @@
+"""Runs ONNX in ONNX Runtime on PyTorch tensors, whatever their type."""
+
+from collections.abc import Mapping, Sequence
+
+import onnxruntime as ort
+import torch
+from onnx import FunctionProto, ModelProto, helper
+from torch import Tensor
+
+from wanforge.exporter.onnx_model import check, onnx_model
+from wanforge.exporter.tracer import ELEMENT_TYPES, value_info
+from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
+
+TYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
+
+
+def run_model(
+    model: ModelProto | str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]]
+) -> list[Tensor]:
+    """Run a model, or the file of one with external data; `outputs` gives each output's shape.
+
+    Outputs are bound to memory that holds NaN.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    source = model if isinstance(model, str) else model.SerializeToString()
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    for name, tensor in kept.items():
+        binding.bind_input(name, "cpu", 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+    results = []
+    for found in session.get_outputs():
+        dtype = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}[found.type]
+        result = torch.full(tuple(outputs[found.name]), float("nan"), dtype=dtype)
+        binding.bind_output(found.name, "cpu", 0, ELEMENT_TYPES[dtype], list(result.shape), result.data_ptr())
+        results.append(result)
+    session.run_with_iobinding(binding)
+    return results
+
+
+def run_body(
+    name: str,
+    functions: Sequence[FunctionProto],
+    inputs: Sequence[Tensor],
+    shape: Sequence[int],
+    attributes: Mapping[str, int | str] | None = None,
+) -> Tensor:
+    """Run one of the project's ops by its ONNX body; passes onnx's checker first."""
+    names = [f"input_{i}" for i in range(len(inputs))]
+    node = helper.make_node(name, names, ["output"], domain=DOMAIN, **(attributes or {}), **PLUGIN)
+    infos = [value_info(n, tuple(t.shape), t.dtype) for n, t in zip(names, inputs, strict=True)]
+    graph = helper.make_graph([node], name, infos, [value_info("output", tuple(shape), inputs[0].dtype)])
+    model = onnx_model(graph, functions)
+    check(model)
+    return run_model(model, dict(zip(names, inputs, strict=True)), {"output": shape})[0]

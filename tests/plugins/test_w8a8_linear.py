@@ -1,0 +1,157 @@
+"""The W8A8 linear: to the bit against integer arithmetic and upstream's recorded values."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import golden
+from tests.numerics import assert_matches, relative_rms
+from tests.onnx_runner import run_body
+from wanforge.errors import ShapeError
+from wanforge.plugins.w8a8_linear import onnx_function
+from wanforge.plugins.w8a8_linear.op import w8a8_linear
+from wanforge.plugins.w8a8_linear.reference import TILE, dequantise_tiles, quantise_tiles
+
+SHAPES = {  # rows, inputs, outputs
+    "one row": (1, 128, 8),
+    "one tile": (128, 128, 128),
+    "ragged rows": (130, 256, 128),
+    "ragged rows and outputs": (333, 384, 200),
+    "Wan 1.3B's narrow side": (77, 1536, 72),
+}
+# The body adds up K products in one float32 sum, the reference slab by slab: a few spacings of float32 each.
+BODY_TOLERANCE = 1e-6
+
+
+def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows * 7919 + inputs + outputs)
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    steps, scale = quantise_tiles(torch.randn(outputs, inputs, generator=generator))
+    return x, steps, scale, torch.randn(outputs, generator=generator).to(torch.bfloat16)
+
+
+def integer_linear(x: Tensor, w_steps: Tensor, w_scale: Tensor, bias: Tensor) -> np.ndarray:
+    """The definition spelled out in numpy with int32 sums, sharing nothing with the reference but rounding to even."""
+    rows, inputs = x.shape
+    values = x.float().numpy()
+    total = np.zeros((rows, len(w_steps)), np.float32)
+    for i in range(0, rows, TILE):
+        for k in range(0, inputs, TILE):
+            tile = values[i : i + TILE, k : k + TILE]
+            amax = np.float32(max(np.float32(1e-8), np.abs(tile).max()))
+            steps = np.clip(np.rint(tile * (np.float32(128) / amax)), -128, 127).astype(np.int32)
+            for j in range(0, len(w_steps), TILE):
+                sums = steps @ w_steps[j : j + TILE, k : k + TILE].numpy().astype(np.int32).T
+                factor = np.float32(amax / np.float32(128)) * w_scale[j // TILE, k // TILE].numpy()
+                total[i : i + TILE, j : j + TILE] += sums.astype(np.float32) * factor
+    return total.astype(np.float32) + bias.float().numpy()
+
+
+@pytest.mark.parametrize("name", ["int8_linear_ragged_m", "int8_linear_ragged_mn"])
+def test_equals_the_recorded_values_to_the_bit(name: str) -> None:
+    case = golden.load(name)
+    for source, key in (("input:x", "output:x_"), ("weight:X.weight", "weight:X.")):
+        steps, scale = quantise_tiles(case[source])
+        weight = "int8_weight" if key.startswith("weight") else "int8"
+        assert_matches(steps, case[f"{key}{weight}"], 0, name=f"{source} steps")
+        assert_matches(scale, case[f"{key}scale"], 0, name=f"{source} scale")
+    y = w8a8_linear(case["input:x"], case["weight:X.int8_weight"], case["weight:X.scale"], case["weight:X.bias"])
+    assert_matches(y, case["output:y_bf16_plus_bias"], 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_integer_arithmetic_to_the_bit(shape: tuple[int, int, int]) -> None:
+    x, steps, scale, bias = operands(*shape, torch.float32)
+    expected = integer_linear(x, steps, scale, bias)
+    assert_matches(w8a8_linear(x, steps, scale, bias), torch.from_numpy(expected), 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 300), slabs=st.integers(1, 4), outputs=st.integers(1, 200))
+def test_equals_integer_arithmetic_for_any_shape(rows: int, slabs: int, outputs: int) -> None:
+    x, steps, scale, bias = operands(rows, slabs * TILE, outputs, torch.float32)
+    assert_matches(w8a8_linear(x, steps, scale, bias), torch.from_numpy(integer_linear(x, steps, scale, bias)), 0)
+
+
+def test_largest_values_map_to_minus_128_and_127() -> None:
+    x = torch.zeros(128, 256)
+    x[3, 5], x[4, 6], x[5, 7] = -2.0, 2.0, 1.0
+    x[0, 130] = 1e-12  # a tile below the floor of 1e-8 keeps its zeros
+    steps, scale = quantise_tiles(x)
+    assert [int(steps[3, 5]), int(steps[4, 6]), int(steps[5, 7])] == [-128, 127, 64]
+    assert scale.tolist() == [[2.0 / 128, np.float32(1e-8) / np.float32(128)]]
+    assert int(steps[:, 128:].abs().sum()) == 0
+
+
+def test_halves_round_to_even() -> None:
+    x = torch.zeros(1, 128)
+    x[0, :5] = torch.tensor([128.0, 0.5, 1.5, 2.5, -0.5])
+    assert quantise_tiles(x)[0][0, :5].tolist() == [127, 0, 2, 2, 0]
+
+
+def test_all_zero_input_gives_the_bias() -> None:
+    _, steps, scale, bias = operands(5, 256, 40, torch.float32)
+    y = w8a8_linear(torch.zeros(5, 256), steps, scale, bias)
+    assert_matches(y, bias.float().expand(5, 40), 0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 260),
+    columns=st.integers(1, 260),
+    magnitude=st.sampled_from([1e-20, 1e-6, 1.0, 1e6, 1e30]),
+    seed=st.integers(0, 2**31),
+)
+def test_restored_values_are_off_by_at_most_one_step(rows: int, columns: int, magnitude: float, seed: int) -> None:
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * magnitude
+    steps, scale = quantise_tiles(x)
+    assert steps.shape == x.shape
+    assert scale.shape == (-(-rows // TILE), -(-columns // TILE))
+    allowed = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns] * 1.0001
+    assert ((dequantise_tiles(steps, scale) - x).abs() <= allowed).all()
+
+
+def test_rounds_to_the_activation_type_before_and_after_the_bias() -> None:
+    x, steps, scale, bias = operands(64, 256, 96, torch.bfloat16)
+    without_bias = w8a8_linear(x, steps, scale, torch.zeros_like(bias))
+    assert_matches(w8a8_linear(x, steps, scale, bias), without_bias + bias, 0)
+    exact = integer_linear(x, steps, scale, torch.zeros_like(bias))
+    assert_matches(without_bias, torch.from_numpy(exact).to(torch.bfloat16), 0)
+
+
+def test_takes_strided_and_batched_input() -> None:
+    x, steps, scale, bias = operands(260, 256, 64, torch.float32)
+    expected = w8a8_linear(x, steps, scale, bias)
+    strided = torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
+    assert_matches(w8a8_linear(strided, steps, scale, bias), expected, 0, name="strided")
+    # Tiles run across the leading dimensions, so samples of 130 rows share the middle tile.
+    assert_matches(w8a8_linear(x.view(2, 130, 256), steps, scale, bias), expected.view(2, 130, 64), 0, name="batched")
+    alone = w8a8_linear(x[130:], steps, scale, bias)
+    assert relative_rms(alone, expected[130:]) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("inputs", "scale_shape", "bias", "message"),
+    [
+        (100, (1, 1), 40, "K is 100"),
+        (256, (1, 3), 40, "do not fit"),
+        (256, (1, 2), 41, "do not fit"),
+    ],
+)
+def test_refuses_tensors_that_do_not_fit(inputs: int, scale_shape: tuple[int, int], bias: int, message: str) -> None:
+    weight = torch.zeros(40, inputs, dtype=torch.int8)
+    with pytest.raises(ShapeError, match=message):
+        w8a8_linear(torch.zeros(3, inputs), weight, torch.ones(scale_shape), torch.zeros(bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_onnx_body_matches(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, steps, scale, bias = operands(*shape, dtype)
+    expected = w8a8_linear(x[None], steps, scale, bias)
+    actual = run_body(onnx_function.NAME, onnx_function.functions(), [x[None], steps, scale, bias], expected.shape)
+    # ONNX Runtime's CPU has no float16 sum and leaves out the rounding between product and bias: half a spacing.
+    assert_matches(actual, expected, BODY_TOLERANCE if dtype == torch.float32 else 5e-4)
