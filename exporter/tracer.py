@@ -162,6 +162,9 @@ class Traced(Tensor):
             raise NotImplementedError(f"nothing says what {name} becomes in ONNX; add a lowering")
         return LOWERINGS[name](_tape_of(args), *args, **(kwargs or {}))
 
+    def __repr__(self, **_: Any) -> str:
+        return f"{self.name_}: {self.dtype} {[str(dim) for dim in self.shape_]}"
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, *rest: Any) -> Any:
         raise AssertionError(f"{func} reached the dispatcher without a lowering")

@@ -1,0 +1,184 @@
+"""Every exported graph in ONNX Runtime against the piece of the reference that it was traced from."""
+
+from collections.abc import Callable, Mapping
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from tests.numerics import assert_matches, relative_rms
+from tests.onnx_runner import run_model
+from wanforge.configs.schema import selected_blocks
+from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.exporter.export import home
+from wanforge.runtime.graphs import Graph, Port, graphs
+from wanforge.runtime.reference.dit import DiT, patchify, rope_tables, sinusoid, unpatchify
+from wanforge.runtime.weights import Weights
+
+CASES = [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")]
+SIZES = {"tokens": 333, "context_rows": 21, "slots": 2, "prompt_tokens": 19, "latent_height": 5, "latent_width": 7}
+GRAPHS = [
+    *("text_embed", "text_block", "text_final", "context", "cross_kv", "time", "stem", "block", "head"),
+    *("vae_decode_first", "vae_decode_next", "vae_encode_first", "vae_encode_next"),
+]
+# float32: sums in another order. With 8-bit linears some values fall to the other side of a step (see the op's tests).
+TOLERANCE = {"w8a8": 1e-3, "bf16": 1e-5, "bf16-sla": 1e-5}
+# float16 carries 11 bits and the reference rounds where ONNX Runtime keeps float32; in 8-bit blocks steps flip.
+HALF_TOLERANCE = {"w8a8": 2e-2, "bf16": 5e-3, "bf16-sla": 5e-3}
+
+BundleOf = Callable[[str, str], Bundle]
+
+
+def example(port: Port, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Plausible values for an input of any graph."""
+    shape = port.concrete(SIZES)
+    if port.name in ("ids", "buckets"):
+        return torch.randint(0, 32, shape, generator=generator)
+    if port.name == "kept_rows":
+        return torch.randperm(512, generator=generator)[: shape[0]]
+    if port.name == "slots":
+        return torch.zeros(shape, dtype=torch.int32)
+    value = torch.randn(shape, generator=generator)
+    return value if port.dtype == "float32" else value.to(dtype)
+
+
+def weights_for(graph: Graph, bundle: Bundle) -> tuple[dict[str, Tensor], str]:
+    component, prefix = home(graph, bundle)
+    stored = Weights(bundle).component(component)
+    return {name: stored[prefix + name] for name in graph.weights}, component
+
+
+def run_both(bundle: Bundle, name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Graph]:
+    graph = graphs(bundle.model, bundle.recipe)[name]
+    generator = torch.Generator().manual_seed(len(name))
+    inputs = [example(port, dtype, generator) for port in graph.inputs]
+    weights, _ = weights_for(graph, bundle)
+    with torch.inference_mode():
+        expected = graph.run(weights, inputs)
+    feeds = dict(zip((port.name for port in graph.inputs), inputs, strict=True))
+    path = bundle.path(graph_name(name, dtype, graph.has_constants))
+    shapes = {port.name: port.concrete(SIZES) for port in graph.outputs}
+    actual = run_model(str(path), feeds if graph.has_constants else feeds | weights, shapes)
+    return actual, [e.to(a.dtype) for a, e in zip(actual, expected, strict=True)], graph
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, name: str) -> None:
+    if name.startswith("vae_encode") and model == "tiny-t2v":
+        pytest.skip("text-to-video models have no encoder graphs")
+    actual, expected, graph = run_both(bundle_of(model, recipe), name, torch.float32)
+    for port, a, e in zip(graph.outputs, actual, expected, strict=True):
+        assert_matches(a, e, TOLERANCE[recipe], name=f"{name}.{port.name}")
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES[:2])
+@pytest.mark.parametrize("name", GRAPHS[:11])
+def test_matches_the_reference_in_float16(bundle_of: BundleOf, model: str, recipe: str, name: str) -> None:
+    actual, expected, graph = run_both(bundle_of(model, recipe), name, torch.float16)
+    for port, a, e in zip(graph.outputs, actual, expected, strict=True):
+        assert_matches(a, e, HALF_TOLERANCE[recipe], name=f"{name}.{port.name}")
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, model: str, recipe: str) -> None:
+    bundle = bundle_of(model, recipe)
+    half, brain = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+    for graph in graphs(bundle.model, bundle.recipe).values():
+        models = [
+            onnx.load(str(bundle.path(graph_name(graph.name, t, graph.has_constants))), load_external_data=False)
+            for t in ("float16", "bfloat16")
+        ]
+        # What is stored in bfloat16 needs no cast in the bfloat16 graph; all else is the same, node for node.
+        steps = [[n.op_type for n in m.graph.node if n.op_type not in ("Cast", "Constant")] for m in models]
+        assert steps[0] == steps[1], graph.name
+        for found, dtype in zip(models, (half, brain), strict=True):
+            ports = {p.name for p in (*graph.inputs, *graph.outputs) if p.dtype == "compute"}
+            infos = [*found.graph.input, *found.graph.output]
+            assert {i.type.tensor_type.elem_type for i in infos if i.name in ports} <= {dtype}
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_every_graph_passes_the_checker(bundle_of: BundleOf, model: str, recipe: str) -> None:
+    bundle = bundle_of(model, recipe)
+    files = [name for name in bundle.manifest.files if name.endswith(".onnx")]
+    # Thirteen graphs (eleven without the VAE's encoder) and one whole network per expert, in three types.
+    assert len(files) == 3 * (14 + 1 if model == "tiny-i2v" else 11 + 1)
+    for name in files:
+        onnx.checker.check_model(str(bundle.path(name)), full_check=True)
+
+
+def test_custom_ops_are_nodes_with_bodies(bundle_of: BundleOf) -> None:
+    model = onnx.load(str(bundle_of("tiny-t2v", "w8a8").path("onnx/bf16/block.onnx")))
+    ours = [node for node in model.graph.node if node.domain == "wanforge"]
+    assert sorted(node.op_type for node in ours) == ["SparseLinearAttention", *["W8A8Linear"] * 8]
+    for node in ours:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes["plugin_namespace"] == b"wanforge"
+        assert attributes["plugin_version"] == b"1"
+    assert {"W8A8Linear", "SparseLinearAttention"} <= {function.name for function in model.functions}
+    assert not any(tensor.name for tensor in model.graph.initializer)
+    assert max(len(node.attribute) and len(node.SerializeToString()) for node in model.graph.node) < 2000
+
+
+@pytest.mark.parametrize(("model", "recipe"), [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")])
+@torch.inference_mode()
+def test_the_whole_network_in_one_file_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:
+    bundle = bundle_of(model, recipe)
+    config, expert = bundle.model, bundle.model.experts[-1]
+    component = f"dit.{expert}" if expert else "dit"
+    inputs, latents, text, timestep, grid = whole_inputs(bundle)
+    shape = {"velocity": (1, len(inputs["cos"]), 64)}
+    velocity = run_model(str(bundle.path(f"{component}.fp32.onnx")), inputs, shape)[0]
+
+    with torch.device("meta"):
+        dit = DiT(config.dit, bundle.recipe)
+    dit.load_state_dict(Weights(bundle).component(component), assign=True)
+    expected = dit(latents, timestep, text, num_selected=len(inputs["slots"]))
+    # A whole step of 8-bit layers: flipped steps add up from layer to layer.
+    assert relative_rms(unpatchify(velocity, grid), expected) < {"w8a8": 2e-2}.get(recipe, 1e-5)
+
+
+def whole_inputs(bundle: Bundle) -> tuple[Mapping[str, Tensor], Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """Inputs of the whole network, with all text rows kept, and what the reference takes instead."""
+    config, grid = bundle.model, (3, 6, 11)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, config.dit.in_channels, 3, 12, 22, generator=generator)
+    text = torch.randn(1, 512, config.dit.text_dim, generator=generator)
+    timestep = torch.tensor([932.0])
+    cos, sin = rope_tables(grid)
+    selected = selected_blocks(config.topk, -(-len(cos) // 64)) if bundle.recipe.attention != "dense" else 1
+    inputs = {
+        "patches": patchify(latents),
+        "sinusoid": sinusoid(timestep, 256),
+        "text": text,
+        "kept_rows": torch.arange(512),
+        "key_bias": torch.zeros(512),
+        "cos": cos,
+        "sin": sin,
+        "slots": torch.zeros(selected, dtype=torch.int32),
+    }
+    return inputs, latents, text, timestep, grid
+
+
+def test_weights_lie_in_the_bundle_and_nowhere_else(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "w8a8")
+    model = onnx.load(str(bundle.path("dit.bf16.onnx")), load_external_data=False)
+    stored = Weights(bundle).component("dit")
+    assert {tensor.name for tensor in model.graph.initializer} == set(stored)
+    data = (bundle.root / "weights/dit.safetensors").read_bytes()
+    for tensor in model.graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert place["location"] == "weights/dit.safetensors"
+        start, length = int(place["offset"]), int(place["length"])
+        assert data[start : start + length] == stored[tensor.name].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_polygraphy_opens_the_whole_network(bundle_of: BundleOf) -> None:
+    from polygraphy.backend.onnx import onnx_from_path
+    from polygraphy.backend.onnx.util import str_from_onnx
+
+    model = onnx_from_path(str(bundle_of("tiny-t2v", "w8a8").path("dit.fp32.onnx")))
+    assert "SparseLinearAttention" in {f.name for f in model.functions}
+    assert "velocity" in str_from_onnx(model)
