@@ -1,6 +1,7 @@
 """The commands of deploy time: generate, parity, bench."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One request of a prompt file."""
 
     prompt: str
-    image: Path | None = None
+    image: str | None = None
     seed: int | None = None
-    out: Path | None = None
+    out: str | None = None
 
 
 @click.command()
@@ -105,13 +106,13 @@ def generate(
         pipeline = Pipeline(opened, create_backend(backend, opened))
         jobs = []
         for line in lines:
-            picture = line.image or image
+            picture = image if line.image is None else Path(line.image)
             shape = clip_shape(opened.model, resolution, aspect, frames, picture if adaptive else None)
             for sample in range(samples):
                 start = seed if line.seed is None else line.seed
                 request = Request(line.prompt, shape, picture, start + sample, steps, sigma_max, topk, ode, noise)
-                jobs.append((pipeline.check(request), line.out))
-        places = output_paths(out, [place for _, place in jobs], samples)
+                jobs.append((pipeline.check(request), out if line.out is None else Path(line.out)))
+        places = output_paths([place for _, place in jobs])
         results = []
         for (job, _), place in zip(jobs, places, strict=True):
             if save_noise is not None:
@@ -172,17 +173,16 @@ def clip_shape(
     return ClipShape(*size, frames or model.video.frames)
 
 
-def output_paths(out: Path, wanted: list[Path | None], samples: int) -> list[Path]:
-    """Where each video goes: as asked, else `out`, numbered where several would share a name."""
-    if out.suffix.lower() != ".mp4" or any(p is not None and p.suffix.lower() != ".mp4" for p in wanted):
-        raise RequestError(f"{out}: videos are written as .mp4")
-    bases = [place or out for place in wanted]
-    shared = {base for base in bases if bases.count(base) > 1}
-    counts: dict[Path, int] = {}
+def output_paths(wanted: list[Path]) -> list[Path]:
+    """Where each video goes: as asked, numbered where several would share a name."""
+    if strangers := [path for path in wanted if path.suffix.lower() != ".mp4"]:
+        raise RequestError(f"{strangers[0]}: videos are written as .mp4")
+    counts = Counter(wanted)
+    numbers: Counter[Path] = Counter()
     paths = []
-    for base in bases:
-        counts[base] = counts.get(base, 0) + 1
-        paths.append(base.with_stem(f"{base.stem}-{counts[base]:03}") if base in shared else base)
+    for path in wanted:
+        numbers[path] += 1
+        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:03}") if counts[path] > 1 else path)
     return paths
 
 

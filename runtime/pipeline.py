@@ -106,6 +106,7 @@ class Pipeline:
         if (request.image is None) == (model.task == "i2v"):
             need = "needs an image; give one with --image" if request.image is None else "takes no image"
             raise RequestError(f"{model.name} {need}")
+        ids = self.tokenizer.encode(request.prompt, model.dit.text_rows)
         blocks = attention_blocks(self.recipe)
         if blocks is None and request.topk is not None:
             raise RequestError(
@@ -116,7 +117,6 @@ class Pipeline:
             slots = selected_blocks(request.topk or model.topk, blocks.num_keys(request.shape.tokens))
         sampler = model.sampler
         steps = schedule(request.steps or sampler.steps, request.sigma_max or sampler.sigma_max, sampler.boundary)
-        ids = self.tokenizer.encode(request.prompt, model.dit.text_rows)
         self._check_memory(request.shape)
         return Job(request, ids, steps, slots)
 

@@ -1,5 +1,6 @@
 """Frames in, mp4 out, whole or not at all."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterato
     """Write an H.264 video under a temporary name; `path` appears when the block ends without an error.
 
     Raises:
-        ResourceError: the encoder failed, for example on a full disk.
+        ResourceError: the encoder stopped, for example on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
@@ -33,17 +34,23 @@ def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterato
         str(partial),
         (width_px, height_px),
         fps=fps,
+        codec="libx264",
         quality=QUALITY,
-        macro_block_size=1,
+        macro_block_size=1,  # sizes are multiples of 16 anyway; imageio must not pad
         ffmpeg_log_level="error",
     )
     try:
         encoder.send(None)
         yield lambda frame: encoder.send(frame.numpy().tobytes())
         encoder.close()
+        if not partial.exists() or not partial.stat().st_size:
+            raise OSError("the encoder wrote nothing")
         partial.replace(path)
-    except OSError as error:
-        raise ResourceError(f"{path}: the video could not be written ({str(error).strip().splitlines()[-1]})") from None
+    except OSError:
+        free = shutil.disk_usage(path.parent).free
+        raise ResourceError(
+            f"{path}: the video encoder stopped; {free / 1e6:.1f} MB are free on that disk. What it said stands above"
+        ) from None
     finally:
         encoder.close()
         partial.unlink(missing_ok=True)

@@ -1,0 +1,262 @@
+"""Configurations hold the published sizes, and what is misspelt in one is named by file and key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.golden import load_json
+from wanforge.configs.schema import (
+    CONFIGS,
+    ClipShape,
+    adaptive_size,
+    latent_frames,
+    least_topk,
+    load_model,
+    load_recipe,
+    load_resolutions,
+    load_targets,
+    named,
+    selected_blocks,
+    size_of,
+)
+from wanforge.errors import ConfigError
+
+TINY = (CONFIGS / "models" / "tiny-t2v.toml").read_text()
+
+# dim, ffn_dim, layers, heads, input channels, sigma_max, boundary, clip: spec/turbodiffusion.md 1.1, 1.3, 8.
+PUBLISHED = {
+    "turbowan2.1-t2v-1.3b-480p": (1536, 8960, 30, 12, 16, 80.0, None, (832, 480)),
+    "turbowan2.1-t2v-14b-480p": (5120, 13824, 40, 40, 16, 80.0, None, (832, 480)),
+    "turbowan2.1-t2v-14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
+    "turbowan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 200.0, 0.9, (1280, 720)),
+}
+# linear, attention
+RECIPES = {"bf16": ("bf16", "dense"), "bf16-sla": ("bf16", "sla"), "w8a8": ("w8a8", "sagesla")}
+# SM, bandwidth, bf16 and int8 peaks: spec/wan_models.md 5.3, NVIDIA's papers for the rest.
+TARGETS = {
+    "rtx5090": (120, 1792.0, 209.5, 838.0),
+    "rtx5080": (120, 960.0, 112.6, 450.2),
+    "rtx4090": (89, 1008.0, 165.2, 660.6),
+    "rtx4080": (89, 716.8, 97.5, 389.9),
+    "rtx3090": (86, 936.2, 71.0, 284.0),
+    "l40s": (89, 864.0, 362.05, 733.0),
+    "a100": (80, 2039.0, 312.0, 624.0),
+    "h100": (90, 3350.0, 989.4, 1978.9),
+    "h200": (90, 4800.0, 989.4, 1978.9),
+    "b200": (100, 8000.0, 2250.0, 4500.0),
+}
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "mine.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_shipped_files_are_the_ones_with_published_sizes() -> None:
+    assert set(named("models")) == {*PUBLISHED, "tiny-t2v", "tiny-i2v"}
+    assert set(named("recipes")) == set(RECIPES)
+    assert set(load_targets()) == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_model_has_the_published_sizes(name: str) -> None:
+    model = load_model(name)
+    dit, video, sampler = model.dit, model.video, model.sampler
+    found = (dit.dim, dit.ffn_dim, dit.num_layers, dit.num_heads, dit.in_channels, sampler.sigma_max)
+    assert (*found, sampler.boundary, (video.width_px, video.height_px)) == PUBLISHED[name]
+    assert (dit.out_channels, dit.text_dim, dit.text_rows, dit.frequency_dim, dit.eps) == (16, 4096, 512, 256, 1e-6)
+    assert (video.frames, video.fps, sampler.steps, model.topk) == (81, 16, 4, 0.1)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "tiny-t2v", "tiny-i2v"])
+def test_model_is_consistent(name: str) -> None:
+    model = load_model(name)
+    assert model.name == name
+    assert model.task == ("i2v" if "i2v" in name else "t2v")
+    assert model.experts == (("high", "low") if model.task == "i2v" else ("",))
+    assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
+    clip = ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    assert selected_blocks(model.topk, -(-clip.tokens // 64)) >= 1
+
+
+def test_support_networks_have_the_published_sizes() -> None:
+    model = load_model("turbowan2.1-t2v-1.3b-480p")
+    text = model.text_encoder
+    assert (model.vae.dim, model.vae.latent_channels) == (96, 16)
+    assert (text.vocab_size, text.dim, text.ffn_dim, text.num_heads, text.num_layers) == (256384, 4096, 10240, 64, 24)
+    assert (text.num_buckets, text.max_distance, text.eps) == (32, 128, 1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_what_its_name_says(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.name, recipe.linear, recipe.attention) == (name, *RECIPES[name])
+    assert (recipe.block_q, recipe.block_k, recipe.layer_norm) == (128, 64, "correct")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_has_the_published_peaks(name: str) -> None:
+    target = load_targets()[name]
+    assert (target.sm, target.bandwidth_gbs, target.bf16_tflops, target.int8_tops) == TARGETS[name]
+    assert (target.fp8_tflops > 0) == (target.sm >= 89)
+    assert (target.fp4_tflops > 0) == (target.sm >= 100)
+
+
+def test_resolutions_are_upstreams() -> None:
+    rows: list[dict[str, Any]] = load_json("resolution_table")
+    assert sum(map(len, load_resolutions().values())) == len(rows)
+    for row in rows:
+        width, height = size_of(row["resolution"], row["aspect_ratio"])
+        assert (width, height) == (row["width"], row["height"])
+        clip = ClipShape(width, height, 81)
+        assert [clip.latent_height, clip.latent_width] == row["latent_hw"]
+        assert clip.tokens == row["tokens_81_frames"]
+
+
+def test_adaptive_size_is_upstreams() -> None:
+    for row in load_json("adaptive_resolution"):
+        area = size_of(row["resolution"], row["aspect_ratio"])
+        assert adaptive_size(tuple(row["image_wh"]), area) == tuple(row["output_wh"]), row
+
+
+def test_adaptive_size_rounds_halves_to_even() -> None:
+    # 16 x 2.5 and 16 x 3.5 pixels.
+    assert adaptive_size((1, 1), (40, 40)) == (32, 32)
+    assert adaptive_size((1, 1), (56, 56)) == (64, 64)
+
+
+def test_selected_blocks_are_upstreams() -> None:
+    for row in load_json("sla_selected_count"):
+        if row["selected"]:
+            assert selected_blocks(row["topk"], row["key_blocks"]) == row["selected"], row
+        else:
+            with pytest.raises(ConfigError, match=f"top-k {row['topk']} of {row['key_blocks']}"):
+                selected_blocks(row["topk"], row["key_blocks"])
+
+
+def test_selected_blocks_truncates_the_double_precision_product() -> None:
+    assert selected_blocks(0.29, 100) == 28
+
+
+@pytest.mark.parametrize(("topk", "key_blocks", "least"), [(0.1, 8, "0.125"), (0.1, 9, "0.112"), (0.001, 999, "0.002")])
+def test_selecting_nothing_names_the_least_topk(topk: float, key_blocks: int, least: str) -> None:
+    with pytest.raises(ConfigError, match=f"use at least {least}$"):
+        selected_blocks(topk, key_blocks)
+
+
+@pytest.mark.parametrize("key_blocks", [range(1, 2000), range(2000, 6000, 37)])
+def test_least_topk_selects_and_nothing_smaller_does(key_blocks: range) -> None:
+    for count in key_blocks:
+        thousandths = round(least_topk(count) * 1000)
+        assert least_topk(count) == thousandths / 1000, f"{least_topk(count)} is more than three decimals"
+        assert selected_blocks(least_topk(count), count) == max(1, count // 1000)
+        assert int((thousandths - 1) / 1000 * count) < 1
+
+
+@pytest.mark.parametrize(("frames", "latent"), [(1, 1), (5, 2), (17, 5), (77, 20), (81, 21)])
+def test_latent_frames(frames: int, latent: int) -> None:
+    assert latent_frames(frames) == latent
+
+
+@pytest.mark.parametrize(
+    ("frames", "advice"),
+    [(80, "77 or 81"), (82, "81 or 85"), (84, "81 or 85"), (2, "1 or 5"), (0, "1 or 5"), (-3, "1")],
+)
+def test_other_frame_counts_name_the_nearest(frames: int, advice: str) -> None:
+    with pytest.raises(ConfigError, match=f"{frames} frames cannot be encoded; use 4n\\+1, for example {advice}"):
+        latent_frames(frames)
+
+
+@given(st.integers(-500, 500))
+@settings(derandomize=True, deadline=None)
+def test_latent_frames_accepts_4n_plus_1_alone(frames: int) -> None:
+    if frames > 0 and frames % 4 == 1:
+        assert 4 * (latent_frames(frames) - 1) + 1 == frames
+    else:
+        with pytest.raises(ConfigError):
+            latent_frames(frames)
+
+
+def test_clip_shape_counts_tokens() -> None:
+    clip = ClipShape(832, 480, 81)
+    assert (clip.latent_frames, clip.latent_height, clip.latent_width) == (21, 60, 104)
+    assert clip.grid == (21, 30, 52)
+    assert clip.tokens == 32760
+
+
+@pytest.mark.parametrize("size", [(100, 160), (160, 100), (0, 16), (16, 0), (-16, 16), (8, 8)])
+def test_clip_shape_refuses_what_does_not_divide_by_16(size: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{size[0]}x{size[1]} .*multiples of 16"):
+        ClipShape(*size, 5)
+
+
+def test_clip_shape_refuses_other_frame_counts() -> None:
+    with pytest.raises(ConfigError, match="6 frames"):
+        ClipShape(16, 16, 6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("dim = 256", "dimm = 256", r"unknown field `dimm` - at `\$\.dit`"),
+        ("frames = 17", "framse = 17", r"unknown field `framse` - at `\$\.video`"),
+        ('task = "t2v"', 'tusk = "t2v"', r"unknown field `tusk`"),
+        ("frames = 17", "frames = 18", "18 frames cannot be encoded"),
+        ("height_px = 128", "height_px = 100", r"multiple of 16 - at `\$\.video\.height_px`"),
+        ("dim = 256", "dim = 200", r"multiple of 128 - at `\$\.dit\.dim`"),
+        ("topk = 0.3", "topk = 0.0", r"> 0.0 - at `\$\.topk`"),
+        ("topk = 0.3", "topk = 1.5", r"<= 1.0 - at `\$\.topk`"),
+        ('task = "t2v"', 'task = "i2v"', "task 'i2v' does not go with 16 input channels"),
+        ("text_dim = 64", "text_dim = 96", "text_encoder.dim is 64 but the denoiser expects 96"),
+        ("[dit]", "[dit", "mine.toml: "),
+    ],
+)
+def test_rejects_what_a_model_file_may_not_say(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    assert old in TINY
+    path = write(tmp_path, TINY.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        load_model(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_rejects_unknown_key_of_a_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, 'name = "x"\nlinear = "bf16"\nattention = "dense"\nblock_h = 64')
+    with pytest.raises(ConfigError, match="unknown field `block_h`") as caught:
+        load_recipe(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loader", "name"), [(load_model, "turbowan"), (load_recipe, "fp8"), (load_model, "../models/tiny-t2v")]
+)
+def test_unknown_name_lists_the_known(loader: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is called .*; known: .*, or give a \.toml file"):
+        loader(name)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "aspect", "known"), [("1080p", "16:9", "480p, 720p"), ("480p", "2:1", "1:1, 4:3, 3:4, 16:9, 9:16")]
+)
+def test_unknown_size_lists_the_known(resolution: str, aspect: str, known: str) -> None:
+    with pytest.raises(ConfigError, match=known):
+        size_of(resolution, aspect)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.toml: no such configuration file"):
+        load_model(str(tmp_path / "mine.toml"))
+
+
+def test_rejects_what_is_not_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        load_model(str(write(tmp_path, b'name = "\xff"')))
+
+
+def test_rejects_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        load_model(str(tmp_path / "mine.toml"))

@@ -1,0 +1,423 @@
+"""Any container is opened to the same tensors; what is damaged, hostile or not tensors is refused, and never run."""
+
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.numerics import assert_matches
+from wanforge.engines.tensorfile import CHUNK
+from wanforge.errors import CheckpointError
+from wanforge.exporter.checkpoint.reader import (
+    DTYPES,
+    INDEX,
+    Contents,
+    StoredTensor,
+    as_bytes,
+    open_checkpoint,
+)
+
+BASE = torch.arange(60, dtype=torch.float32).view(6, 10)
+STATE: dict[str, Tensor] = {
+    "blocks.0.weight": BASE,
+    "blocks.0.bias": torch.tensor([1.5, -2.0, 3.25], dtype=torch.bfloat16),
+    "steps": torch.arange(-8, 8, dtype=torch.int8).view(4, 4),
+    "scalar": torch.tensor(7.0, dtype=torch.float16),
+    "none": torch.zeros(0, 5),
+}
+
+many = settings(derandomize=True, deadline=None, max_examples=300)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that examples may write into one after the other."""
+    return tmp_path_factory.mktemp("reader")
+
+
+def pth(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def rewritten(content: bytes, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A `.pth` file with some records changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name.partition("/")[2], old.read(name)))
+    return buffer.getvalue()
+
+
+def with_pickle(content: bytes, table: bytes) -> bytes:
+    return rewritten(content, lambda name, data: table if name == "data.pkl" else data)
+
+
+def read(stored: StoredTensor) -> Tensor:
+    data = b"".join(bytes(as_bytes(piece)) for piece in stored.chunks())
+    empty = torch.empty(stored.spec.shape, dtype=DTYPES[stored.spec.dtype])
+    return torch.frombuffer(bytearray(data), dtype=empty.dtype).view(empty.shape) if data else empty
+
+
+def assert_holds(contents: Contents, expected: dict[str, Tensor]) -> None:
+    assert contents.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_matches(read(contents[name]), tensor.detach(), rms=0, name=name)
+
+
+def write_shards(folder: Path, shards: dict[str, dict[str, Tensor]]) -> Path:
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    path = folder / f"model{INDEX}"
+    path.write_text(json.dumps({"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}))
+    return path
+
+
+def halves() -> dict[str, dict[str, Tensor]]:
+    items = list(STATE.items())
+    return {"model-1-of-2.safetensors": dict(items[:2]), "model-2-of-2.safetensors": dict(items[2:])}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {"module": state}},
+        lambda state: {name: torch.nn.Parameter(t, requires_grad=False) for name, t in state.items()},
+    ],
+    ids=["flat", "state_dict", "nested", "parameters"],
+)
+def test_opens_pth_flat_or_wrapped(tmp_path: Path, wrap: Callable[[dict[str, Tensor]], object]) -> None:
+    torch.save(wrap(STATE), tmp_path / "a.pth")
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), STATE)
+
+
+def test_keeps_names_as_they_are_in_the_file(tmp_path: Path) -> None:
+    torch.save({f"net.{name}": tensor for name, tensor in STATE.items()}, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt")) == [f"net.{name}" for name in STATE]
+
+
+def test_opens_safetensors_alone_or_in_a_directory(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "a.safetensors")
+    assert_holds(open_checkpoint(tmp_path / "a.safetensors"), STATE)
+    assert_holds(open_checkpoint(tmp_path), STATE)
+
+
+def test_opens_shards_by_index_or_directory(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, halves())
+    assert_holds(open_checkpoint(path), STATE)
+    assert_holds(open_checkpoint(tmp_path), STATE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opens_every_type(tmp_path: Path, dtype: str) -> None:
+    tensor = torch.arange(2).to(DTYPES[dtype])
+    torch.save({"x": tensor}, tmp_path / "a.pth")
+    stored = open_checkpoint(tmp_path / "a.pth")["x"]
+    assert (stored.spec.dtype, stored.spec.shape) == (dtype, (2,))
+    assert b"".join(stored.path.read_bytes()[stored.offset :][: stored.spec.nbytes] for _ in "x") == bytes(
+        as_bytes(tensor)
+    )
+
+
+def test_opens_views_of_one_storage(tmp_path: Path) -> None:
+    views = {"whole": BASE, "rows": BASE[2:4], "one": BASE[3, 7:8], "again": BASE}
+    torch.save(views, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").stat().st_size < 2000, "the storage was saved more than once"
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), views)
+
+
+def test_reads_large_tensors_in_pieces(tmp_path: Path) -> None:
+    tensor = torch.arange(CHUNK // 2 + 3, dtype=torch.int32)
+    torch.save({"x": tensor}, tmp_path / "a.pth")
+    stored = open_checkpoint(tmp_path / "a.pth")["x"]
+    assert [piece.nbytes for piece in stored.chunks()] == [CHUNK, CHUNK, 12]
+    assert torch.equal(torch.cat(list(stored.chunks())), tensor)
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [10] * 6), (4, [40, 20]), (9, [60])])
+def test_reads_groups_of_whole_rows(tmp_path: Path, rows: int, sizes: list[int]) -> None:
+    torch.save(STATE, tmp_path / "a.pth")
+    pieces = list(open_checkpoint(tmp_path / "a.pth")["blocks.0.weight"].chunks(rows=rows))
+    assert [piece.numel() for piece in pieces] == sizes
+    assert torch.equal(torch.cat(pieces), BASE.flatten())
+
+
+@pytest.mark.parametrize(
+    "tensor", [BASE.T, BASE[:, ::2], BASE[0, 0].expand(4)], ids=["transposed", "strided", "expanded"]
+)
+def test_refuses_what_is_not_contiguous(tmp_path: Path, tensor: Tensor) -> None:
+    torch.save({"fine": BASE, "odd": tensor}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: odd is stored .* strides .*; save it contiguously"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int16, torch.float8_e5m2])
+def test_refuses_a_type_that_no_checkpoint_has(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.save({"odd": torch.zeros(3).to(dtype)}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=f"odd is stored as {dtype}") as caught:
+        open_checkpoint(tmp_path / "a.pth")
+    assert "contiguous" not in str(caught.value), "blames the strides"
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(3, device="meta"), torch._neg_view(torch.ones(3)), torch.eye(3).to_sparse()],
+    ids=["without-data", "negated-when-read", "sparse"],
+)
+def test_refuses_tensors_whose_bytes_are_not_their_values(tmp_path: Path, tensor: Tensor) -> None:
+    torch.save({"odd": tensor}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth: .*odd"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("state", "complaint"),
+    [
+        ([BASE], "holds list, not a table of tensors"),
+        (3, "holds int, not a table of tensors"),
+        ({}, "not a table of tensors"),
+        ({"a": BASE, "epoch": 3}, "not tensors: epoch"),
+        ({"a": {"b": BASE}, "c": BASE}, "not tensors: a"),
+        ({"state_dict": {"a": [BASE]}}, "not tensors: a"),
+        ({str(i): i for i in range(9)}, "not tensors: 0, 1, 2, 3, 4, 5 and 3 more"),
+        ({0: BASE}, "0"),
+    ],
+)
+def test_refuses_what_is_not_a_table_of_tensors(tmp_path: Path, state: object, complaint: str) -> None:
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=rf"a\.pth: .*{complaint}"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.proof}",)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": BASE, "b": x}, lambda x: {"state_dict": {"a": x}}])
+def test_refuses_a_pickle_that_runs_commands_and_does_not_run_it(
+    tmp_path: Path, wrap: Callable[[Hostile], object]
+) -> None:
+    proof, path = tmp_path / "proof", tmp_path / "a.pth"
+    torch.save(wrap(Hostile(proof)), path)
+    with pytest.raises(CheckpointError, match=r"a\.pth: refused, it holds more than tensors") as caught:
+        open_checkpoint(path)
+    assert not proof.exists()
+    assert "system" in str(caught.value), "does not say what else it holds"
+    assert "weights_only" not in str(caught.value), "tells how to run it all the same"
+    assert "\n" not in str(caught.value)
+    # The file does what it says when it is opened without restrictions.
+    torch.load(path, weights_only=False)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x80\x02}.", b"not a checkpoint", pickle.dumps({"a": 1}), pth(STATE)[:-1]],
+    ids=["empty", "pickle", "text", "old-pickle", "one-byte-short"],
+)
+def test_refuses_what_is_not_a_zip(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth: not a PyTorch file, or truncated"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_refuses_a_file_from_before_pytorch_1_6(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before PyTorch 1\.6 must be saved anew"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_refuses_another_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as file:
+        file.writestr("word/document.xml", "<w/>")
+    with pytest.raises(CheckpointError, match=r"a\.pth: damaged PyTorch file"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_compressed_records_are_not_read_as_weights(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(rewritten(pth(STATE), lambda name, data: data, zipfile.ZIP_DEFLATED))
+    with pytest.raises(CheckpointError, match=r"a\.pth: .*compressed"):
+        open_checkpoint(path)
+
+
+def test_refuses_a_tensor_that_is_larger_than_its_storage(tmp_path: Path) -> None:
+    # The pickled shape (6, 10), one byte per number.
+    content = rewritten(
+        pth({"a": BASE}), lambda name, data: data.replace(b"K\x06K\n", b"K\x07K\n") if name == "data.pkl" else data
+    )
+    assert content != pth({"a": BASE})
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_every_truncation_of_a_pth_is_refused(scratch: Path) -> None:
+    content, path = pth(STATE), scratch / "a.pth"
+    path.write_bytes(content)
+    assert_holds(open_checkpoint(path), STATE)
+    for size in range(0, len(content), 7):
+        path.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"a\.pth: not a PyTorch file, or truncated"):
+            open_checkpoint(path)
+
+
+def test_every_truncation_of_a_shard_is_refused(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, halves())
+    shard = tmp_path / "model-2-of-2.safetensors"
+    content = shard.read_bytes()
+    for size in range(0, len(content), 5):
+        shard.write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"model-2-of-2\.safetensors"):
+            open_checkpoint(path)
+
+
+def refused_or_as_torch(path: Path, content: bytes) -> None:
+    """The file is refused, or it holds what PyTorch finds in it."""
+    path.write_bytes(content)
+    try:
+        contents = open_checkpoint(path)
+        found = {name: read(stored) for name, stored in contents.items()}
+    except CheckpointError:
+        return
+    try:
+        expected = torch.load(path, weights_only=True)
+    except Exception:  # damaged data, which the table of contents does not show
+        return
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)) or not tensor.numel(), name
+
+
+@given(st.binary(max_size=200))
+@example(b"PK\x05\x06" + b"\0" * 18)
+@many
+def test_random_bytes_are_refused(scratch: Path, content: bytes) -> None:
+    (scratch / "a.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        open_checkpoint(scratch / "a.pth")
+
+
+@given(st.binary(max_size=30))
+@example(b"")
+@example(b"\x80\x02.")
+@example(b"\x80\x02K\x01Q.")
+@example(b"\x80\x02]q\x01h\x05.")
+@example(b"X\xff\xff\xff\x7f")
+@example(b"\x80\x02}q\x00K\x01K\x02s.")
+@example(b"cos\nsystem\n(S'x'\ntR.")
+@many
+def test_random_tables_are_refused(scratch: Path, table: bytes) -> None:
+    (scratch / "a.pth").write_bytes(with_pickle(pth({"a": BASE}), table))
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        open_checkpoint(scratch / "a.pth")
+
+
+TABLE = zipfile.ZipFile(io.BytesIO(pth(STATE))).read("archive/data.pkl")
+
+
+@given(st.integers(0, len(TABLE) - 1), st.binary(max_size=3), st.integers(0, 3))
+@many
+def test_a_damaged_table_is_refused_or_read_as_torch_does(scratch: Path, at: int, new: bytes, removed: int) -> None:
+    refused_or_as_torch(scratch / "a.pth", with_pickle(pth(STATE), TABLE[:at] + new + TABLE[at + removed :]))
+
+
+@pytest.mark.parametrize("size", range(0, len(TABLE), 11))
+def test_a_table_that_ends_early_is_refused(scratch: Path, size: int) -> None:
+    (scratch / "a.pth").write_bytes(with_pickle(pth(STATE), TABLE[:size]))
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        open_checkpoint(scratch / "a.pth")
+
+
+@given(st.data())
+@many
+def test_a_damaged_file_is_refused_or_read_as_torch_does(scratch: Path, data: st.DataObject) -> None:
+    content = pth(STATE)
+    at = data.draw(st.integers(0, len(content)))
+    removed = data.draw(st.integers(0, 80))
+    refused_or_as_torch(scratch / "a.pth", content[:at] + data.draw(st.binary(max_size=40)) + content[at + removed :])
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.pth: no such file"):
+        open_checkpoint(tmp_path / "gone.pth")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [([], "none"), (["a.safetensors", "b.safetensors"], r"a\.safetensors, b\.safetensors"), (["a.pth"], "none")],
+)
+def test_directory_must_hold_one_checkpoint(tmp_path: Path, files: list[str], found: str) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=rf"expected one \.safetensors\.index\.json or .*, found {found}$"):
+        open_checkpoint(tmp_path)
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, halves())
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-2-of-2\.safetensors: no such file"):
+        open_checkpoint(path)
+
+
+def test_tensor_that_no_shard_holds_is_named(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, halves())
+    index = json.loads(path.read_text())
+    index["weight_map"]["lost"] = "model-1-of-2.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="its shards lack lost; fetch them again"):
+        open_checkpoint(path)
+
+
+def test_shards_are_looked_up_beside_their_index_alone(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    save_file(STATE, tmp_path / "outside.safetensors")
+    path = tmp_path / "inside" / f"model{INDEX}"
+    path.write_text(json.dumps({"weight_map": {"steps": "../outside.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"inside/outside\.safetensors: no such file"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "",
+        "[]",
+        "5",
+        "{}",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 5}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+        '{"weight_map": {}}',
+        "[" * 10**5,
+        "\udcff",
+    ],
+    ids=lambda index: ascii(index)[:30],
+)
+def test_refuses_what_is_not_an_index(tmp_path: Path, index: str) -> None:
+    path: Any = tmp_path / f"model{INDEX}"
+    path.write_bytes(index.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"not an index of shards"):
+        open_checkpoint(path)

@@ -1,0 +1,205 @@
+"""generate, parity and bench as a user types them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from wanforge.cli import cli
+from wanforge.engines.bundle import Bundle
+from wanforge.runtime import cli as runtime_cli
+
+BundleOf = Callable[[str, str], Bundle]
+PROMPT = "A red kite turns slowly over a windy beach."
+SMALL = ["--frames", "5", "--topk", "0.5"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def bundle(bundle_of: BundleOf) -> Path:
+    return bundle_of("tiny-t2v", "bf16-sla").root
+
+
+def test_generate_writes_a_video_and_says_where_the_time_went(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clip.mp4"
+    done = run("generate", bundle, "--prompt", PROMPT, "--out", out, *SMALL)
+    assert done.exit_code == 0, done.output
+    assert out.stat().st_size > 1000
+    for stage in ("text", "prepare", "denoise", "decode", "write", "total"):
+        assert f"\n  {stage} " in done.output
+    assert "192x128, 5 frames, 192 tokens, seed 0, ort, recipe bf16-sla" in done.output
+
+
+def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
+    done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--json", "--steps", 2, *SMALL)
+    (result,) = json.loads(done.stdout)
+    assert result["frames"] == 5
+    assert len(result["step_seconds"]) == 2
+    assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()))
+
+
+def test_several_samples_are_numbered_and_differ(bundle: Path, tmp_path: Path) -> None:
+    done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--samples", 2, "--json", *SMALL)
+    results = json.loads(done.stdout)
+    assert [Path(r["out"]).name for r in results] == ["a-001.mp4", "a-002.mp4"]
+    assert [r["seed"] for r in results] == [0, 1]
+    assert (tmp_path / "a-001.mp4").read_bytes() != (tmp_path / "a-002.mp4").read_bytes()
+
+
+def test_a_prompt_file_has_a_prompt_or_an_object_per_line(bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    named = tmp_path / "named.mp4"
+    line = json.dumps({"prompt": "A cat jumps.", "seed": 7, "out": str(named)})
+    prompts.write_text(f"{PROMPT}\n\n{line}\nAnother one.\n")
+    done = run("generate", bundle, "--prompt-file", prompts, "--out", tmp_path / "a.mp4", "--json", *SMALL)
+    results = json.loads(done.stdout)
+    assert [Path(r["out"]).name for r in results] == ["a-001.mp4", "named.mp4", "a-002.mp4"]
+    assert [r["seed"] for r in results] == [0, 7, 0]
+
+
+def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
+    bundle = bundle_of("tiny-i2v", "w8a8").root
+    arguments = ("--prompt", PROMPT, "--image", picture, "--out", tmp_path / "a.mp4", "--json", *SMALL)
+    (fixed,) = json.loads(run("generate", bundle, *arguments).stdout)
+    assert (fixed["width_px"], fixed["height_px"]) == (192, 128)
+    (adaptive,) = json.loads(run("generate", bundle, *arguments, "--adaptive").stdout)
+    assert (adaptive["width_px"], adaptive["height_px"]) == (176, 144) or adaptive["width_px"] > adaptive["height_px"]
+    assert adaptive["width_px"] / adaptive["height_px"] == pytest.approx(120 / 90, rel=0.1)
+
+
+def test_noise_is_saved_and_taken_again(bundle: Path, tmp_path: Path) -> None:
+    noise, first, second = tmp_path / "noise.safetensors", tmp_path / "a.mp4", tmp_path / "b.mp4"
+    assert run("generate", bundle, "--prompt", PROMPT, "--out", first, "--save-noise", noise, *SMALL).exit_code == 0
+    done = run("generate", bundle, "--prompt", PROMPT, "--out", second, "--noise", noise, "--seed", 9, *SMALL)
+    assert done.exit_code == 0, done.output
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "kite " * 600], "tokens long"),
+        (["--prompt", PROMPT, "--frames", "8"], "8 frames cannot be encoded; use 4n+1, for example 5 or 9"),
+        (["--prompt", PROMPT, "--resolution", "4k"], "no resolution is called '4k'; known: 480p, 720p"),
+        (["--prompt", PROMPT, "--resolution", "480p", "--aspect", "2:1"], "no aspect ratio '2:1' at 480p"),
+        (["--prompt", PROMPT, "--aspect", "1:1"], "give --resolution with it"),
+        (["--prompt", PROMPT, "--topk", "0.01"], "selects no block; use at least 0.125"),
+        (["--prompt", PROMPT, "--steps", "9"], "1 to 4"),
+        (["--prompt", PROMPT, "--out", "clip.gif"], "videos are written as .mp4"),
+        (["--prompt", PROMPT, "--image", "absent.png"], "takes no image"),
+        (["--prompt-file", "absent.txt"], "not a text file of prompts"),
+        (["--prompt", PROMPT, "--noise", "absent.safetensors"], "no such noise file"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_reason(
+    bundle: Path, arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("generate", bundle, *arguments)
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: ")
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_is_no_request_is_named(bundle: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(PROMPT + '\n{"promt": "x"}\n')
+    done = run("generate", bundle, "--prompt-file", prompts)
+    assert done.exit_code == 1
+    assert "line 2" in done.output
+    prompts.write_text("\n\n")
+    assert "holds no prompt" in run("generate", bundle, "--prompt-file", prompts).output
+
+
+def test_wrong_usage_exits_with_2(bundle: Path) -> None:
+    for arguments in ([], ["--prompt", "a", "--prompt-file", "b"], ["--prompt", "a", "--backend", "tpu"]):
+        assert run("generate", bundle, *arguments).exit_code == 2
+
+
+def test_a_missing_bundle_and_missing_graphs_are_told_apart(bundle_of: BundleOf, tmp_path: Path) -> None:
+    done = run("generate", tmp_path / "absent", "--prompt", PROMPT)
+    assert done.exit_code == 1
+    assert "not a bundle" in done.output
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    source = bundle_of("tiny-t2v", "bf16-sla")
+    for name in ("weights", "tokenizer"):
+        (bare / name).symlink_to(source.root / name)
+    manifest = json.loads((source.root / "manifest.json").read_text())
+    manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.endswith(".onnx")}
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    done = run("generate", bare, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4")
+    assert done.exit_code == 1
+    assert "wanforge export" in done.output
+    # The reference needs no graphs.
+    done = run("generate", bare, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4", "--backend", "torch")
+    assert done.exit_code == 0, done.output
+
+
+def test_a_damaged_bundle_is_refused(bundle_of: BundleOf, tmp_path: Path) -> None:
+    source, copy = bundle_of("tiny-t2v", "bf16-sla").root, tmp_path / "copy"
+    for path in source.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(source)).write_bytes(path.read_bytes())
+    weights = copy / "weights/dit.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    done = run("generate", copy, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4")
+    assert done.exit_code == 1
+    assert "dit.safetensors: damaged; its SHA-256 is" in done.output
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "least"),
+    [("tiny-t2v", "bf16", 60), ("tiny-i2v", "bf16", 60), ("tiny-t2v", "w8a8", 40), ("tiny-i2v", "w8a8", 40)],
+)
+def test_onnx_runtime_passes_parity(bundle_of: BundleOf, model: str, recipe: str, least: float, picture: Path) -> None:
+    image = ["--image", picture] if model == "tiny-i2v" else []
+    done = run("parity", bundle_of(model, recipe).root, "--json", *image)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["clip_psnr_db"] is None or result["clip_psnr_db"] >= least
+    assert len(result["step_errors"]) == 4
+    # 8-bit steps that flip compound through two layers; without them only the order of sums differs.
+    assert max(result["step_errors"]) < (1e-5 if recipe == "bf16" else 3e-2)
+
+
+def test_parity_fails_where_a_weight_differs(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wanforge.runtime.backends import ort as ort_backend
+
+    bind = ort_backend.bind
+
+    def doubled(bind_port: object, name: str, buffer: torch.Tensor) -> None:
+        kept.append(buffer * 2 if name == "ffn.0.weight" else buffer)
+        bind(bind_port, name, kept[-1])  # type: ignore[arg-type]
+
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(ort_backend, "bind", doubled)
+    done = run("parity", bundle_of("tiny-t2v", "bf16").root)
+    assert done.exit_code == 1
+    assert "parity FAILED" in done.output
+
+
+def test_bench_reports_every_stage_of_every_backend(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_cli, "PROMPT", PROMPT)
+    done = run("bench", bundle_of("tiny-t2v", "bf16").root, "--repeats", 2, "--json")
+    rows = json.loads(done.stdout)
+    assert [row["backend"] for row in rows] == ["torch", "ort"]
+    for row in rows:
+        assert set(row["stages"]) == {"text", "prepare", "denoise", "decode", "step", "total"}
+        assert all(len(stage["runs"]) == 2 for stage in row["stages"].values())
+        assert row["stages"]["total"]["median"] >= row["stages"]["decode"]["median"]
+    table = run("bench", bundle_of("tiny-t2v", "bf16").root, "--repeats", 1, "--backend", "ort").stdout
+    assert table.splitlines()[0].split() == ["stage", "ort"]

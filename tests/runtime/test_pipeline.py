@@ -1,0 +1,160 @@
+"""Requests: what is refused before anything is computed, and noise that can be kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.numerics import assert_matches
+from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.engines.bundle import Bundle
+from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.memory import needed_bytes
+from wanforge.runtime.pipeline import Pipeline, Request, Timings, write_noise
+
+BundleOf = Callable[[str, str], Bundle]
+SHAPE = ClipShape(96, 64, 9)
+PROMPT = "A red kite turns slowly over a windy beach."
+
+
+@pytest.fixture
+def pipeline(bundle_of: BundleOf) -> Pipeline:
+    bundle = bundle_of("tiny-t2v", "bf16-sla")
+    return Pipeline(bundle, create_backend("ort", bundle))
+
+
+def test_a_seed_gives_the_same_frames_and_another_seed_others(pipeline: Pipeline) -> None:
+    def frames(seed: int) -> torch.Tensor:
+        latents = pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, seed=seed, topk=0.5)), Timings())
+        return torch.stack(list(pipeline.frames(latents, SHAPE, Timings())))
+
+    first = frames(1)
+    assert first.shape == (9, 64, 96, 3)
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, frames(1))
+    assert not torch.equal(first, frames(2))
+
+
+def test_saved_noise_stands_for_its_seed(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "noise.safetensors"
+    write_noise(path, pipeline.latent_shape(SHAPE), 5, 4)
+    assert list(tmp_path.iterdir()) == [path]
+    by_seed, by_file = (
+        pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, seed=seed, topk=0.5, noise=noise)), Timings())
+        for seed, noise in ((5, None), (99, path))
+    )
+    assert_matches(by_file, by_seed, 0)
+
+
+def test_noise_that_does_not_fit_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "noise.safetensors"
+
+    def attempt(steps: int) -> None:
+        pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=0.5, noise=path)), Timings())
+
+    with pytest.raises(RequestError, match="no such noise file"):
+        attempt(4)
+    path.write_bytes(b"nonsense")
+    with pytest.raises(RequestError, match="not a noise file"):
+        attempt(4)
+    write_noise(path, pipeline.latent_shape(SHAPE), 0, 2)
+    attempt(2)
+    with pytest.raises(RequestError, match=r"step.2 is missing"):
+        attempt(4)
+    noise = load_file(path)
+    save_file(noise | {"initial": torch.zeros(1, 16, 1, 8, 12)}, path)
+    with pytest.raises(RequestError, match=r"initial is \[1, 16, 1, 8, 12\], this request needs \[1, 16, 3, 8, 12\]"):
+        attempt(2)
+
+
+def test_steps_top_k_and_ode_change_the_result(pipeline: Pipeline) -> None:
+    def latents(**options: object) -> torch.Tensor:
+        job = pipeline.check(Request(PROMPT, SHAPE, **{"topk": 0.5, **options}))  # type: ignore[arg-type]
+        return pipeline.latents(job, Timings())
+
+    base = latents()
+    for options in ({"steps": 2}, {"topk": 1.0}, {"ode": True}, {"sigma_max": 1600.0}):
+        assert not torch.equal(latents(**options), base), options
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (Request("", SHAPE), RequestError, "empty"),
+        (Request("kite " * 600, SHAPE), RequestError, "tokens long"),
+        (Request(PROMPT, SHAPE, topk=0.1), ConfigError, "selects no block; use at least 0.5"),
+        (Request(PROMPT, SHAPE, image=Path("x.png")), RequestError, "takes no image"),
+        (Request(PROMPT, SHAPE, topk=0.5, steps=5), RequestError, "1 to 4"),
+        (Request(PROMPT, SHAPE, topk=0.5, sigma_max=3.0), RequestError, "above 14.1"),
+    ],
+    ids=["empty", "long", "top-k", "image", "steps", "sigma"],
+)
+def test_refuses(pipeline: Pipeline, request_: Request, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipeline.check(request_)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "message"),
+    [(96, 60, 9, "multiples of 16"), (0, 64, 9, "multiples of 16"), (96, 64, 8, "4n\\+1, for example 5 or 9")],
+)
+def test_refuses_sizes_the_model_cannot_make(width: int, height: int, frames: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ClipShape(width, height, frames)
+
+
+def test_an_image_model_needs_an_image(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-i2v", "bf16-sla")
+    with pytest.raises(RequestError, match="--image"):
+        Pipeline(bundle, create_backend("ort", bundle)).check(Request(PROMPT, SHAPE))
+
+
+def test_top_k_without_sparse_attention_is_refused(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "bf16")
+    with pytest.raises(RequestError, match="means nothing"):
+        Pipeline(bundle, create_backend("ort", bundle)).check(Request(PROMPT, SHAPE, topk=0.2))
+
+
+def test_too_little_memory_is_refused_before_anything_starts(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 10_000_000})())
+    with pytest.raises(ResourceError, match=r"needs about 0\.6 GB .* 0\.0 GB are free"):
+        pipeline.check(Request(PROMPT, SHAPE, topk=0.5))
+
+
+def test_the_memory_estimate_grows_with_the_clip_and_with_dense_attention() -> None:
+    model = load_model("turbowan2.1-t2v-1.3b-480p")
+    sparse, dense = load_recipe("w8a8"), load_recipe("bf16")
+    small, large = ClipShape(480, 480, 81), ClipShape(832, 480, 81)
+    assert needed_bytes(model, sparse, small, 4) < needed_bytes(model, sparse, large, 4)
+    # Twelve heads of 32,760 x 32,760 float32 logits are 51 GB.
+    assert needed_bytes(model, dense, large, 4) > 51e9
+
+
+def test_unknown_backends_and_types_are_refused(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "bf16")
+    with pytest.raises(ConfigError, match="known: torch, ort"):
+        create_backend("tpu", bundle)
+    with pytest.raises(BundleError, match="not in bfloat16"):
+        create_backend("ort", bundle, torch.bfloat16)
+
+
+def test_timings_cover_every_stage(bundle_of: BundleOf, picture: Path) -> None:
+    bundle = bundle_of("tiny-i2v", "w8a8")
+    pipeline, timings = Pipeline(bundle, create_backend("ort", bundle)), Timings()
+    job = pipeline.check(Request(PROMPT, SHAPE, picture, topk=0.5))
+    seen: list[tuple[str, int, int]] = []
+    latents = pipeline.latents(job, timings, lambda *event: seen.append(event))
+    assert len(list(pipeline.frames(latents, SHAPE, timings, lambda *event: seen.append(event)))) == 9
+    assert list(timings.stages) == ["text", "condition", "prepare", "denoise", "decode"]
+    assert len(timings.steps) == 4
+    assert sum(timings.steps) <= timings.stages["denoise"]
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["text", "condition", "prepare", "step 1", "step 2", "step 3", "step 4", "decode"]
+    for stage in stages[3:]:
+        assert [e for e in seen if e[0] == stage][-1][1] == [e for e in seen if e[0] == stage][-1][2]

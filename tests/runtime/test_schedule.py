@@ -1,0 +1,135 @@
+"""What is computed once, and that it changes nothing; buffers and launches as data."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.numerics import assert_matches, relative_rms
+from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.engines.bundle import Bundle
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.reference.dit import DiT, dense_attention
+from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
+from wanforge.runtime.weights import Weights
+
+BundleOf = Callable[[str, str], Bundle]
+SHAPE = ClipShape(96, 64, 9)
+PROMPT = "A red kite turns slowly over a windy beach at dusk."
+
+
+@given(prompt=st.integers(1, 512), tile=st.sampled_from([1, 64, 128]))
+def test_distinct_rows_stand_for_every_row_of_the_text(prompt: int, tile: int) -> None:
+    kept, counts = context_rows(prompt, 512, tile)
+    assert sum(counts) == 512
+    assert kept == sorted(set(kept))
+    assert kept[:prompt] == list(range(prompt))
+    assert len(kept) <= prompt + 2
+    # Rows that one stands for are padding, and share their tile's make-up with it.
+    for row, count in zip(kept[prompt:], counts[prompt:], strict=True):
+        tiles = {r // tile for r in range(row, row + count)}
+        assert len(tiles) == 1 or row % tile == 0
+
+
+@pytest.mark.parametrize("prompt", [1, 26, 128, 200, 512])
+def test_attention_over_distinct_rows_is_attention_over_all(prompt: int) -> None:
+    torch.manual_seed(prompt)
+    # In float64, where nothing but the algebra shows.
+    q, keys, values = (torch.randn(1, n, 2, 128, dtype=torch.float64) for n in (50, 512, 512))
+    keys[:, prompt:], values[:, prompt:] = keys[:, -1:].clone(), values[:, -1:].clone()
+    kept, counts = context_rows(prompt, 512, 1)
+    few = dense_attention(q, keys[:, kept], values[:, kept], torch.tensor(counts).double().log())
+    assert_matches(few, dense_attention(q, keys, values), 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "tolerance"),
+    [
+        ("tiny-t2v", "bf16", 2e-6),
+        ("tiny-t2v", "bf16-sla", 2e-6),
+        ("tiny-i2v", "bf16-sla", 2e-6),
+        # Rounding moves with the last bit of the softmax: what 8-bit layers make of it.
+        ("tiny-t2v", "w8a8", 2e-2),
+    ],
+)
+def test_computing_once_changes_nothing(
+    bundle_of: BundleOf, model: str, recipe: str, tolerance: float, picture: object
+) -> None:
+    """The schedule (keys and values once per prompt, equal rows as one, modulation once per step) against the plain
+    network, which does everything at every step on all 512 rows."""
+    bundle = bundle_of(model, recipe)
+    pipeline = Pipeline(bundle, create_backend("torch", bundle))
+    image = picture if bundle.model.task == "i2v" else None
+    job = pipeline.check(Request(PROMPT, SHAPE, image, topk=0.5 if recipe != "bf16" else None))  # type: ignore[arg-type]
+    denoiser = pipeline.denoiser(job, Timings())
+    text = pipeline.embed(job.ids)
+    for step in job.steps:
+        latents = torch.randn(pipeline.latent_shape(SHAPE), dtype=torch.float64)
+        with torch.device("meta"):
+            dit = DiT(bundle.model.dit, bundle.recipe)
+        component = f"dit.{step.expert}" if step.expert else "dit"
+        dit.load_state_dict(Weights(bundle).component(component), assign=True)
+        x = latents.float() if denoiser.channels is None else torch.cat((latents.float(), denoiser.channels), 1)
+        with torch.inference_mode():
+            expected = dit(x, torch.tensor([step.timestep]), text, num_selected=job.slots)
+        assert_matches(denoiser(latents, step), expected, tolerance, name=f"step {step.index}")
+
+
+def test_keys_and_values_are_made_once_per_prompt_and_modulation_once_per_step() -> None:
+    model, recipe = load_model("tiny-i2v"), load_recipe("w8a8")
+    found = graphs(model, recipe)
+    steps = ["high", "high", "low", "low"]
+    schedule = denoise_schedule(model, found, SHAPE, steps, context_rows=12, slots=1)
+    layers = model.dit.num_layers
+    count = lambda program: [launch.graph for launch in schedule.programs[program]]  # noqa: E731
+    assert count("prompt") == ["context", *["cross_kv"] * layers] * 2
+    assert count("times") == ["time"] * 4
+    for index, expert in enumerate(steps):
+        assert count(f"step.{index}") == ["stem", *["block"] * layers, "head"]
+        assert {launch.component for launch in schedule.programs[f"step.{index}"]} == {f"dit.{expert}"}
+    # Layers write into the buffer they do not read.
+    for launch in schedule.programs["step.0"]:
+        assert not set(launch.inputs) & set(launch.outputs)
+    assert schedule.buffers["keys.low.1"].shape == (1, 12, model.dit.dim)
+
+
+def test_text_runs_at_the_prompts_length() -> None:
+    model = load_model("tiny-t2v")
+    schedule = text_schedule(model, graphs(model, load_recipe("bf16")), 7)
+    assert schedule.buffers["embedding"].shape == (1, 7, model.text_encoder.dim)
+    prefixes = [launch.prefix for launch in schedule.programs["text"] if launch.graph == "text_block"]
+    assert prefixes == ["blocks.0.", "blocks.1."]
+
+
+@pytest.mark.parametrize("half", ["decode", "encode"])
+def test_caches_go_back_and_forth(half: str) -> None:
+    model = load_model("tiny-i2v")
+    schedule = vae_schedule(graphs(model, load_recipe("bf16")), SHAPE, half)
+    (first,), (even,), (odd,) = (schedule.programs[name] for name in ("first", "next.0", "next.1"))
+    assert first.outputs[1:] == even.inputs[1:] == odd.outputs[1:]
+    assert even.outputs[1:] == odd.inputs[1:]
+    assert not set(even.inputs) & set(even.outputs)
+
+
+def test_every_output_is_written(bundle_of: BundleOf, poisoned: None) -> None:
+    bundle = bundle_of("tiny-t2v", "w8a8")
+    for name in ("torch", "ort"):
+        pipeline = Pipeline(bundle, create_backend(name, bundle))
+        job = pipeline.check(Request(PROMPT, SHAPE, topk=0.5))
+        latents = pipeline.latents(job, Timings())
+        assert torch.isfinite(latents).all()
+        assert all(int(frame.max()) > 0 for frame in pipeline.frames(latents, SHAPE, Timings()))
+
+
+def test_both_backends_run_the_same_schedule_to_the_same_place(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "bf16-sla")
+    results: list[Tensor] = []
+    for name in ("torch", "ort"):
+        pipeline = Pipeline(bundle, create_backend(name, bundle))
+        results.append(pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, topk=0.5)), Timings()))
+    assert relative_rms(results[1], results[0]) < 1e-5
