@@ -135,7 +135,7 @@ class Recipe(Record, frozen=True):
     block_k: Literal[64, 128] = 64
     pv: Literal["fp8", "fp16"] = "fp8"
     """SageSLA only: format of probabilities and values. fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
-    layer_norm: Literal["correct", "upstream"] = "correct"
+    compat: Literal["none", "upstream"] = "none"
     """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
     parity_psnr_db: Positive = 40.0
     """A clip made by another backend in float32 must be this near to the reference's."""

@@ -162,7 +162,7 @@ class Traced(Tensor):
             raise NotImplementedError(f"nothing says what {name} becomes in ONNX; add a lowering")
         return LOWERINGS[name](_tape_of(args), *args, **(kwargs or {}))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{self.name_}: {self.dtype} {[str(dim) for dim in self.shape_]}"
 
     @classmethod

@@ -161,7 +161,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
         make_linear = LINEARS[recipe.linear]
-        self.eps, self.padded_variance = config.eps, recipe.layer_norm == "upstream"
+        self.eps, self.padded_variance = config.eps, recipe.compat == "upstream"
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = SelfAttention(config, recipe)
         self.norm3 = LayerNorm(config.dim, config.eps, self.padded_variance)

@@ -18,7 +18,7 @@ from wanforge.runtime.reference.text_encoder import TextEncoder, pad_rows
 from wanforge.runtime.reference.vae import VAE
 
 BF16 = torch.bfloat16
-UPSTREAM = Recipe(name="test", linear="bf16", attention="sla", layer_norm="upstream")
+UPSTREAM = Recipe(name="test", linear="bf16", attention="sla", compat="upstream")
 
 
 def load(module: torch.nn.Module, weights: dict[str, Tensor]) -> Any:

@@ -28,7 +28,7 @@ def recipe(case: golden.Case, *, upstream: bool) -> Recipe:
         name="test",
         linear="w8a8" if arguments.get("quant_linear") else "bf16",
         attention="dense" if arguments["attention_type"] == "original" else "sla",
-        layer_norm="upstream" if upstream else "correct",
+        compat="upstream" if upstream else "none",
     )
 
 
