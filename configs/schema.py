@@ -25,6 +25,9 @@ HEAD_DIM = 128
 PATCH = 2
 """Latent rows and columns per token; the time axis is not patched."""
 
+MAX_POSITIONS = 1024
+"""Tokens along one axis that Wan's rotary embedding is defined for."""
+
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
 """Frames and pixels per latent frame and latent pixel of the Wan VAE."""
 
@@ -260,7 +263,12 @@ class ClipShape(Record, frozen=True):
                 f"{self.width_px}x{self.height_px} is not a video size this model can make; "
                 f"width and height are multiples of {side}"
             )
-        latent_frames(self.frames)
+        if max(self.grid) > MAX_POSITIONS:
+            most = TEMPORAL_STRIDE * (MAX_POSITIONS - 1) + 1
+            raise ConfigError(
+                f"{self.width_px}x{self.height_px} with {self.frames} frames is out of the model's range: at most "
+                f"{most} frames and {MAX_POSITIONS * side} pixels a side"
+            )
 
     @property
     def latent_frames(self) -> int:

@@ -72,12 +72,12 @@ class Bundle:
         try:
             return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
         except (FileNotFoundError, NotADirectoryError):
-            hint = "its import was interrupted; run it again" if root.is_dir() and any(root.iterdir()) else "make one"
+            hint = "its import was interrupted; run it again" if root.is_dir() and (root / "weights").is_dir() else "make one"
             raise BundleError(
                 f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}"
             ) from None
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise BundleError(f"{path}: damaged, or of another version of wanforge ({error})") from None
+            raise BundleError(f"{path}: damaged, or of another version of wanforge ({error}); import it again") from None
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:

@@ -43,12 +43,13 @@ def whole_network(
     nodes = list(_calls(model, graphs))
     inputs = [port for name in PIECES for port in graphs[name].inputs if port.name in INPUTS]
     unique = {port.name: port for port in inputs}
+    used = {name for node in nodes for name in node.input}
     graph = helper.make_graph(
         nodes,
         "dit",
         [value_info(p.name, p.shape, port_type(p, dtype)) for p in unique.values()],
         [value_info(p.name, p.shape, port_type(p, dtype)) for p in graphs["head"].outputs],
-        [external(name, weights, "") for name in weights.tensors if any(name in node.input for node in nodes)],
+        [external(name, weights, "") for name in weights.tensors if name in used],
     )
     return onnx_model(graph, [*ops, *functions])
 

@@ -240,7 +240,7 @@ def check_disk(out: Path, parts: Iterable[Part]) -> None:
     free = shutil.disk_usage(place).free
     if needed - done > free:
         raise ResourceError(
-            f"{out}: {(needed - done) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; make room, or use "
+            f"{out}: {(needed - done) / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room, or use "
             "--link with canonical safetensors files"
         )
 

@@ -95,7 +95,7 @@ def test_support_networks_have_the_published_sizes() -> None:
 def test_recipe_is_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.name, recipe.linear, recipe.attention) == (name, *RECIPES[name])
-    assert (recipe.block_q, recipe.block_k, recipe.layer_norm) == (128, 64, "correct")
+    assert (recipe.block_q, recipe.block_k, recipe.compat) == (128, 64, "none")
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -26,7 +26,7 @@ from wanforge.engines.tensorfile import (
 )
 from wanforge.errors import CheckpointError
 
-many = settings(derandomize=True, deadline=None, max_examples=300)
+many = settings(derandomize=True, deadline=None, max_examples=200)
 
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -214,6 +214,12 @@ tables = st.dictionaries(
 @many
 def test_malformed_tables_are_refused_or_read_as_the_library_does(file: Path, table: Any, data: bytes) -> None:
     agrees_with_library(file, with_length(json.dumps(table).encode(), data))
+
+
+def test_entries_may_be_listed_in_any_order(file: Path) -> None:
+    table = {"b": entry(offsets=(4, 8)), "none": entry(shape=(0,), offsets=(4, 4)), "a": entry()}
+    assert agrees_with_library(file, with_length(json.dumps(table).encode(), b"aaaabbbb"))
+    assert list(read_header(file).tensors) == ["a", "none", "b"]
 
 
 @pytest.mark.parametrize(

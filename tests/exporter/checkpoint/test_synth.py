@@ -1,0 +1,212 @@
+"""Synthetic checkpoints are published files in name and form, repeatable, and cheap at any size."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.golden import load_json
+from tests.numerics import assert_matches
+from wanforge.configs.schema import load_model, named
+from wanforge.exporter.checkpoint.layout import layout, published_recipe
+from wanforge.exporter.checkpoint.reader import DTYPES, open_checkpoint
+from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
+from wanforge.plugins.w8a8_linear.reference import quantise_tiles
+from wanforge.runtime.text import Tokenizer
+
+SUPPORT = {"Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"}
+WEIGHTS = {"dit", "dit-quant", "vae", "text_encoder"}
+
+# spec/turbodiffusion.md 1.1
+PUBLISHED = {
+    "turbowan2.1-t2v-1.3b-480p": {"TurboWan2.1-T2V-1.3B-480P.pth", "TurboWan2.1-T2V-1.3B-480P-quant.pth"},
+    "turbowan2.1-t2v-14b-480p": {"TurboWan2.1-T2V-14B-480P.pth", "TurboWan2.1-T2V-14B-480P-quant.pth"},
+    "turbowan2.1-t2v-14b-720p": {"TurboWan2.1-T2V-14B-720P.pth", "TurboWan2.1-T2V-14B-720P-quant.pth"},
+    "turbowan2.2-i2v-a14b-720p": {
+        "TurboWan2.2-I2V-A14B-high-720P.pth",
+        "TurboWan2.2-I2V-A14B-low-720P.pth",
+        "TurboWan2.2-I2V-A14B-high-720P-quant.pth",
+        "TurboWan2.2-I2V-A14B-low-720P-quant.pth",
+    },
+}
+
+
+def content(folder: Path, parts: set[str], seed: int = 0) -> dict[str, bytes]:
+    """What is written, by file name."""
+    written = write_checkpoint(load_model("tiny-t2v"), folder, parts=parts, seed=seed)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in written}
+
+
+@pytest.mark.parametrize("model_name", PUBLISHED)
+def test_files_have_the_published_names(model_name: str) -> None:
+    assert set(file_names(load_model(model_name)).values()) == PUBLISHED[model_name] | SUPPORT
+
+
+@pytest.mark.parametrize("model_name", named("models"))
+def test_no_two_files_share_a_name(model_name: str) -> None:
+    names = list(file_names(load_model(model_name)).values())
+    assert len(names) == len(set(names))
+
+
+def test_every_file_is_written(checkpoints: dict[str, Path]) -> None:
+    for model_name, folder in checkpoints.items():
+        found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert found == set(file_names(load_model(model_name)).values())
+
+
+@pytest.mark.parametrize("model_name", ["tiny-t2v", "tiny-i2v"])
+def test_pytorch_reads_every_file(checkpoints: dict[str, Path], model_name: str) -> None:
+    model = load_model(model_name)
+    for part, file in file_names(model).items():
+        if part == "tokenizer":
+            continue
+        state = torch.load(checkpoints[model_name] / file, weights_only=True)
+        specs = layout(part.partition("-")[0], model, published_recipe(part.endswith("-quant"), True))
+        assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == {
+            n: (DTYPES[spec.dtype], spec.shape) for n, spec in specs.items()
+        }
+        assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("expert", ["", "-high", "-low"])
+def test_quant_file_holds_the_plain_one_quantised(checkpoints: dict[str, Path], expert: str) -> None:
+    model_name = "tiny-i2v" if expert else "tiny-t2v"
+    stem = checkpoints[model_name] / (model_name + expert)
+    plain = torch.load(stem.with_name(stem.name + ".pth"), weights_only=True)
+    quant = torch.load(stem.with_name(stem.name + "-quant.pth"), weights_only=True)
+    for name, tensor in quant.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "int8_weight":
+            steps, scale = quantise_tiles(plain.pop(f"{owner}.weight"))
+            assert_matches(tensor, steps, rms=0, name=name)
+            assert_matches(quant[f"{owner}.scale"], scale, rms=0, name=name)
+        elif leaf != "scale":
+            assert_matches(tensor, plain.pop(name), rms=0, name=name)
+    assert not plain, "these are in the plain file alone"
+
+
+def test_experts_differ(checkpoints: dict[str, Path]) -> None:
+    high, low = (
+        torch.load(checkpoints["tiny-i2v"] / f"tiny-i2v-{expert}.pth", weights_only=True) for expert in ("high", "low")
+    )
+    assert not [name for name in high if torch.equal(high[name], low[name])]
+
+
+def test_same_seed_gives_the_same_bytes(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    once, again = content(tmp_path / "a", WEIGHTS), content(tmp_path / "b", WEIGHTS)
+    assert once == again == {name: (checkpoints["tiny-t2v"] / name).read_bytes() for name in once}
+
+
+def test_a_file_does_not_depend_on_the_others(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    alone = content(tmp_path, {"dit-quant"})
+    assert alone == {"tiny-t2v-quant.pth": (checkpoints["tiny-t2v"] / "tiny-t2v-quant.pth").read_bytes()}
+    assert {path.name for path in tmp_path.iterdir()} == set(alone)
+
+
+def test_other_seed_changes_every_tensor(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    for file in content(tmp_path, WEIGHTS, seed=1):
+        one = torch.load(checkpoints["tiny-t2v"] / file, weights_only=True)
+        other = torch.load(tmp_path / file, weights_only=True)
+        assert not [name for name in one if torch.equal(one[name], other[name])], file
+
+
+def test_values_have_the_scale_of_trained_ones(checkpoints: dict[str, Path]) -> None:
+    state = torch.load(checkpoints["tiny-t2v"] / "tiny-t2v.pth", weights_only=True)
+    for name, (mean, deviation) in {
+        "blocks.0.norm3.weight": (1.0, 0.1),
+        "blocks.1.self_attn.norm_q.weight": (1.0, 0.1),
+        "blocks.0.norm3.bias": (0.0, 0.02),
+        "blocks.0.modulation": (0.0, 0.3),
+        "blocks.0.ffn.0.weight": (0.0, 256**-0.5),
+        "blocks.0.ffn.2.weight": (0.0, 512**-0.5),
+    }.items():
+        tensor = state[name].float()
+        assert float(tensor.mean()) == pytest.approx(mean, abs=5 * deviation / tensor.numel() ** 0.5), name
+        assert float(tensor.std()) == pytest.approx(deviation, rel=0.2), name
+
+
+def test_interruption_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
+    def stop(size: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(load_model("tiny-t2v"), tmp_path, progress=lambda title, total: stop)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert content(tmp_path, {"dit"})
+    assert [path.suffix for path in tmp_path.iterdir()] == [".pth"]
+
+
+def test_progress_adds_up_to_the_tensors(tmp_path: Path) -> None:
+    expected: dict[str, int] = {}
+    seen: dict[str, int] = {}
+
+    def progress(title: str, total: int) -> Callable[[int], object]:
+        expected[title] = total
+        return lambda size: seen.update({title: seen.get(title, 0) + size})
+
+    write_checkpoint(load_model("tiny-t2v"), tmp_path, parts=WEIGHTS, progress=progress)
+    assert seen == expected
+    for file, total in expected.items():
+        assert total == sum(stored.spec.nbytes for stored in open_checkpoint(tmp_path / file).values())
+
+
+WRITE_SPARSE = """
+import json, psutil, resource, sys
+from pathlib import Path
+from wanforge.configs.schema import load_model
+from wanforge.exporter.checkpoint.synth import write_checkpoint
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+write_checkpoint(load_model("tiny-t2v"), Path(sys.argv[1]), parts={"dit"}, sparse=True)
+before = peak()
+# Memory that is asked for and not touched does not show in the peak.
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (4 << 30), -1))
+write_checkpoint(load_model("turbowan2.1-t2v-14b-720p"), Path(sys.argv[1]), parts={"dit-quant"}, sparse=True)
+write_checkpoint(load_model("turbowan2.2-i2v-a14b-720p"), Path(sys.argv[1]), parts={"dit.low"}, sparse=True)
+print(json.dumps(peak() - before))
+"""
+
+
+def test_sparse_14b_files_take_no_disk_and_little_memory(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", WRITE_SPARSE, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) < 200e6, "memory grows with the file"
+    table = load_json("checkpoint_keys")
+    for file, nbytes in {
+        "TurboWan2.1-T2V-14B-720P-quant.pth": table["Wan2.1-14B-quant"]["bytes"],
+        # Image-to-video has 20 more input channels, of 4 bfloat16 numbers each.
+        "TurboWan2.2-I2V-A14B-low-720P.pth": table["Wan2.1-14B"]["bytes"] + 5120 * 20 * 4 * 2,
+    }.items():
+        stored = open_checkpoint(tmp_path / file)
+        assert sum(tensor.spec.nbytes for tensor in stored.values()) == nbytes
+        status = (tmp_path / file).stat()
+        assert nbytes < status.st_size < nbytes + 2e6
+        assert status.st_blocks * 512 < 20e6
+        assert not any(next(iter(stored["head.modulation"].chunks())))
+        (tmp_path / file).unlink()
+
+
+def test_tokenizer_is_of_umt5s_kind(checkpoints: dict[str, Path]) -> None:
+    tokenizer = Tokenizer(checkpoints["tiny-t2v"] / "google/umt5-xxl/tokenizer.json")
+    assert [tokenizer.tokens.token_to_id(token) for token in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
+    assert len(tokenizer) <= load_model("tiny-t2v").text_encoder.vocab_size
+    for sentence in CORPUS:
+        ids = tokenizer.encode(sentence, 512)
+        assert ids[-1] == 1
+        assert not {0, 1, 2} & set(ids[:-1]), "a piece of the corpus is unknown"
+        assert tokenizer.tokens.encode(sentence).ids == ids, "the file's own template ends differently"
+
+
+@pytest.mark.parametrize("vocab_size", [120, 200, 512, 256384])
+def test_tokenizer_is_no_larger_than_the_text_encoder(vocab_size: int) -> None:
+    assert train_tokenizer(vocab_size).get_vocab_size() <= min(vocab_size, 384)
+
+
+def test_tokenizer_is_the_same_every_time() -> None:
+    assert len({train_tokenizer(512).to_str() for _ in range(5)}) == 1
