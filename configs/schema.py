@@ -119,6 +119,8 @@ class ModelConfig(Record, frozen=True):
             raise ValueError(
                 f"text_encoder.dim is {self.text_encoder.dim} but the denoiser expects {self.dit.text_dim}"
             )
+        if ("{expert}" in self.checkpoint) != (self.sampler.boundary is not None):
+            raise ValueError("checkpoint names an {expert} where, and only where, sampler.boundary is set")
         latent_frames(self.video.frames)
 
     @property
@@ -172,7 +174,7 @@ def load(path: Path, record: type[T]) -> T:
         return msgspec.toml.decode(path.read_bytes(), type=record)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -234,7 +236,8 @@ def adaptive_size(image_wh: tuple[int, int], area_wh: tuple[int, int]) -> tuple[
     Halves round to even, as upstream's do. Source: spec/turbodiffusion.md 6.3.
     """
     area, aspect = area_wh[0] * area_wh[1], image_wh[1] / image_wh[0]
-    return 16 * round((area / aspect) ** 0.5 / 16), 16 * round((area * aspect) ** 0.5 / 16)
+    width, height = 16 * round((area / aspect) ** 0.5 / 16), 16 * round((area * aspect) ** 0.5 / 16)
+    return max(16, width), max(16, height)
 
 
 def latent_frames(frames: int) -> int:
@@ -311,5 +314,4 @@ def selected_blocks(topk: float, num_key_blocks: int) -> int:
 
 def least_topk(num_key_blocks: int) -> float:
     """The smallest top-k, to three decimals, that selects one of `num_key_blocks`."""
-    topk = -(-1000 // num_key_blocks) / 1000
-    return topk if int(topk * num_key_blocks) else topk + 0.001
+    return -(-1000 // num_key_blocks) / 1000

@@ -28,6 +28,9 @@ TOKENIZER = "tokenizer/tokenizer.json"
 FORMAT: Literal[1] = 1
 SHORT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
+UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, IsADirectoryError)
+"""What reading a damaged JSON file raises."""
+
 Progress = Callable[[int], object]
 Stamp = list[str | int]
 """SHA-256, size and time of a file when it was last verified."""
@@ -72,12 +75,12 @@ class Bundle:
         try:
             return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
         except (FileNotFoundError, NotADirectoryError):
-            hint = "its import was interrupted; run it again" if root.is_dir() and (root / "weights").is_dir() else "make one"
+            hint = "its import was interrupted; run it again" if (root / "weights").is_dir() else "make one"
             raise BundleError(
                 f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}"
             ) from None
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise BundleError(f"{path}: damaged, or of another version of wanforge ({error}); import it again") from None
+        except UNREADABLE as error:
+            raise BundleError(f"{path}: damaged, or of another version ({error}); import it again") from None
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
@@ -122,12 +125,19 @@ class Bundle:
             BundleError: a file is missing or is not what was written.
         """
         stamps = self._stamps()
+        try:
+            self._compare(names, stamps, progress, again)
+        finally:
+            self._save_stamps(stamps)
+
+    def _compare(self, names: Iterable[str], stamps: dict[str, Stamp], progress: Progress, again: bool) -> None:
         for name in names:
             path, record = self.path(name), self.manifest.files[name]
             status = path.stat()
             stamp: Stamp = [record.sha256, status.st_size, status.st_mtime_ns]
             if stamps.get(name) == stamp and not again:
                 continue
+            stamps.pop(name, None)
             if status.st_size != record.bytes:
                 raise BundleError(
                     f"{path}: damaged; {status.st_size:,} bytes where {record.bytes:,} were written; "
@@ -139,7 +149,6 @@ class Bundle:
                     f"{remedy(name, self.root)}"
                 )
             stamps[name] = stamp
-        self._save_stamps(stamps)
 
     def stale(self, key: Mapping[str, str]) -> dict[str, list[str]]:
         """Files that were made from something else than `key` says, and what of it differs."""
@@ -153,13 +162,17 @@ class Bundle:
     def unverified(self, names: Iterable[str]) -> int:
         """Bytes that `verify` would have to read."""
         stamps = self._stamps()
-        paths = [(n, self.root / n) for n in names if (self.root / n).is_file()]
-        return sum(p.stat().st_size for n, p in paths if stamps.get(n, [None])[0] != self.manifest.files[n].sha256)
+        found = [(name, (self.root / name).stat()) for name in names if (self.root / name).is_file()]
+        return sum(
+            status.st_size
+            for name, status in found
+            if stamps.get(name) != [self.manifest.files[name].sha256, status.st_size, status.st_mtime_ns]
+        )
 
     def _stamps(self) -> dict[str, Stamp]:
         try:
             return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, Stamp])
-        except (FileNotFoundError, msgspec.DecodeError, msgspec.ValidationError):
+        except (FileNotFoundError, *UNREADABLE):
             return {}
 
     def _save_stamps(self, stamps: dict[str, Stamp]) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ from wanforge.errors import CheckpointError
 MAX_HEADER = 100_000_000
 """Bytes; the safetensors library refuses larger headers too."""
 METADATA = "__metadata__"
+LARGEST = 1 << 60
+"""Bounds sizes and their products, which the library computes in 64 bits."""
 CHUNK = 16 << 20
 ITEM_BITS = {
     "BOOL": 8,
@@ -91,12 +94,21 @@ def read_header(path: Path) -> TensorFile:
                 raise CheckpointError(
                     f"{path}: not a safetensors file, or truncated (its {size} bytes announce a header of {length})"
                 )
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = json.loads(file.read(length).decode("utf-8"), parse_constant=_refuse)
+            # JSON's escapes can spell half a surrogate, which is no text.
+            json.dumps(header, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a directory, not a safetensors file") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged header ({error})") from None
     return _check_header(path, header, 8 + length, size)
+
+
+def _refuse(constant: str) -> None:
+    """NaN and infinities, which Python's parser takes."""
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _check_header(path: Path, header: Any, start: int, size: int) -> TensorFile:
@@ -125,11 +137,13 @@ def _check_header(path: Path, header: Any, start: int, size: int) -> TensorFile:
 
 def _span(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
     def is_size(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
 
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
-            dtype in ITEM_BITS and all(map(is_size, shape)) and is_size(begin) and is_size(end)
+            dtype in ITEM_BITS
+            and all(map(is_size, [*shape, begin, end]))
+            and math.prod(size for size in shape if size) < LARGEST
         ):
             return TensorSpec(dtype, tuple(shape)), begin, end
     raise CheckpointError(f"{path}: damaged header (entry {name!r} makes no sense: {str(entry)[:80]})")
@@ -161,25 +175,30 @@ class TensorWriter:
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.tensors = tensors
-        self._digest = hashlib.sha256()
-        self._names = iter(tensors)
+        self.tensors, self.header = tensors, encode_header(tensors, metadata)
         self.kept = 0
         """Tensors taken over from an interrupted run."""
-        self._file: IO[bytes] = self._open(encode_header(tensors, metadata))
+        self._digest = hashlib.sha256(self.header)
+        self._names = iter(tensors)
 
-    def _open(self, header: bytes) -> IO[bytes]:
+    def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        resumable = self.partial.exists() and self._starts_with(header)
-        file = self.partial.open("r+b" if resumable else "w+b")
-        if not resumable:
-            file.write(header)
-        self._digest.update(header)
-        if resumable:
-            end = self._keep(file, len(header), self.partial.stat().st_size)
-            file.truncate(end)
-            file.seek(end)
-        return file
+        resumable = self.partial.exists() and self._starts_with(self.header)
+        with ExitStack() as on_failure:
+            self._file: IO[bytes] = on_failure.enter_context(self.partial.open("r+b" if resumable else "w+b"))
+            if resumable:
+                end = self._keep(self._file, len(self.header), self.partial.stat().st_size)
+                self._file.truncate(end)
+                self._file.seek(end)
+            else:
+                self._file.write(self.header)
+            on_failure.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
 
     def _starts_with(self, header: bytes) -> bool:
         with self.partial.open("rb") as file:
@@ -216,14 +235,6 @@ class TensorWriter:
         self._file.close()
         os.replace(self.partial, self.path)
         return self._digest.hexdigest()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
 
 
 def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:

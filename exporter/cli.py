@@ -7,7 +7,7 @@ import click
 
 from wanforge.configs.schema import load_model, load_recipe, named
 from wanforge.engines.bundle import Bundle, dit_component
-from wanforge.errors import CheckpointError, ConfigError
+from wanforge.errors import CheckpointError, ConfigError, WanforgeError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import DTYPES
@@ -96,7 +96,9 @@ def import_(
     config = load_model(model)
     denoisers = [path for path in (dit, dit_low) if path is not None]
     if len(denoisers) != len(config.experts):
-        need = "two denoisers; give the low-noise one with --dit-low" if dit_low is None else "one; leave out --dit-low"
+        need = "two denoisers; give the low-noise one with --dit-low"
+        if dit_low is not None:
+            need = "one denoiser; leave out --dit-low"
         raise CheckpointError(f"{config.name} has {need}")
     weights = {dit_component(e): path for e, path in zip(config.experts, denoisers, strict=True)}
     sources = Sources({**weights, "vae": vae, "text_encoder": text_encoder}, tokenizer)
@@ -146,7 +148,11 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """
     with Bars() as bars:
         opened = Bundle.open(bundle)
-        found = inspect_bundle(opened, key=graph_key(opened), verify=verify, progress=bars.bytes_of)
+        try:
+            key = graph_key(opened)
+        except WanforgeError:
+            key = None  # a weight file is missing or damaged, which the inspection reports
+        found = inspect_bundle(opened, key=key, verify=verify, progress=bars.bytes_of)
     click.echo(json.dumps(found.as_json()) if as_json else describe(found))
     if found.problems:
         click.get_current_context().exit(1)

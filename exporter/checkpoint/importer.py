@@ -1,7 +1,7 @@
 """Checkpoint files in, bundle out: every tensor checked, renamed, brought to its canonical type, and written once."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from wanforge.engines.bundle import (
     TOKENIZER,
     Bundle,
     FileRecord,
+    components,
     dit_component,
     weights_name,
     write_atomically,
@@ -89,20 +90,27 @@ def import_checkpoint(
         BundleError: `out` is a bundle already and `replace` is not set.
         ResourceError: the disk is too small.
     """
-    if (out / MANIFEST).exists():
-        if not replace:
-            raise BundleError(f"{out}: is a bundle already; choose another --out, or pass --replace")
-        (out / MANIFEST).unlink()
+    if (out / MANIFEST).exists() and not replace:
+        raise BundleError(f"{out}: is a bundle already; choose another --out, or pass --replace")
+    if absent := set(components(model)) - set(sources.weights):
+        raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)
     check_tokenizer(tokenizer, model)
     opened = {component: open_checkpoint(path) for component, path in sources.weights.items()}
+    for component, found in opened.items():
+        check_kind(component, sources.weights[component], found)
     recipe = settle_recipe(model, sources.weights, opened, recipe)
     parts = [
         check_part(component, sources.weights[component], contents, model, recipe)
         for component, contents in opened.items()
     ]
     linked = {part.component for part in parts if link and part.component != "vae"}
+    for part in parts:
+        if part.component in linked:
+            check_link(part, out / weights_name(part.component))
+    check_experts([part for part in parts if part.component.startswith("dit.")])
     check_disk(out, [part for part in parts if part.component not in linked])
+    (out / MANIFEST).unlink(missing_ok=True)
 
     files = {}
     for part in parts:
@@ -113,7 +121,6 @@ def import_checkpoint(
         files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
     write_atomically(out / TOKENIZER, tokenizer.read_bytes())
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
-    check_experts(files, model)
     return Bundle.create(out, model, recipe, files)
 
 
@@ -125,14 +132,28 @@ def check_tokenizer(path: Path, model: ModelConfig) -> None:
         )
 
 
-def check_experts(files: Mapping[str, FileRecord], model: ModelConfig) -> None:
-    """Refuse the same file given for both experts."""
-    records = [files[weights_name(dit_component(expert))] for expert in model.experts]
-    if len(records) > 1 and records[0].sha256 == records[1].sha256:
+def check_experts(parts: Sequence[Part]) -> None:
+    """Refuse the same weights given for both experts. Their small tensors tell."""
+    if len(parts) < 2:
+        return
+    first, second = parts
+    small = [name for name, stored in first.stored.items() if stored.spec.nbytes < 1 << 20]
+    if all(_bytes_of(first.stored[name]) == _bytes_of(second.stored[name]) for name in small):
         raise CheckpointError(
-            f"{records[0].source} and {records[1].source} hold the same tensors; give the high-noise expert with "
-            "--dit and the low-noise one with --dit-low"
+            f"{first.source} and {second.source} hold the same tensors; give the high-noise expert with --dit and "
+            "the low-noise one with --dit-low"
         )
+
+
+def _bytes_of(stored: StoredTensor) -> bytes:
+    return b"".join(bytes(as_bytes(chunk)) for chunk in stored.chunks())
+
+
+def check_kind(component: str, path: Path, contents: Contents) -> None:
+    """Refuse a file of another kind than it was given as."""
+    kind, looks = KINDS.get(component, "a denoiser"), looks_like(contents)
+    if looks not in (kind, None):
+        raise CheckpointError(f"{path}: looks like {looks}, but was given as {kind}")
 
 
 def settle_recipe(
@@ -145,8 +166,15 @@ def settle_recipe(
         kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
         raise CheckpointError(f"the experts do not match: {kinds}; give two files of one kind")
     first = denoisers[0]
+    sla = {c: has_sla(opened[c]) for c in denoisers}
+    without = next((paths[c] for c in denoisers if not sla[c]), None)
+    if without is not None and (quantised[first] or any(sla.values())):
+        raise CheckpointError(
+            f"{without}: has no proj_l tensors, which sparse-linear attention needs; give the file that upstream "
+            "publishes"
+        )
     if wanted is None:
-        by_content = "w8a8" if quantised[first] else "bf16-sla" if has_sla(opened[first]) else "bf16"
+        by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
         return load_recipe(by_content)
     if wanted.linear == "bf16" and quantised[first]:
         raise CheckpointError(
@@ -208,10 +236,6 @@ def complaint(
     wrong: list[str],
 ) -> str:
     """What is wrong with a file, and a guess at why."""
-    kind = KINDS.get(component, "a denoiser")
-    looks = looks_like(contents)
-    if looks not in (kind, None):
-        return f"{path}: looks like {looks}, but was given as {kind}"
     lines = [f"{path}: does not fit {model.name}"]
     if component not in KINDS and (other := guess_model(contents)) not in (None, model.name):
         lines[0] += f"; it looks like {other}, so try --model {other}"
@@ -232,17 +256,26 @@ def guess_model(contents: Contents) -> str | None:
     return None
 
 
-def check_disk(out: Path, parts: Iterable[Part]) -> None:
+def check_disk(out: Path, parts: Sequence[Part]) -> None:
     """Refuse before writing where the disk cannot hold the result."""
     needed = sum(part.nbytes for part in parts)
     place = next(p for p in (out, *out.parents, Path.cwd()) if p.exists())
-    done = sum(file.stat().st_size for file in out.glob("weights/*")) if out.exists() else 0
+    done = sum(_done(part, out / weights_name(part.component)) for part in parts)
     free = shutil.disk_usage(place).free
     if needed - done > free:
         raise ResourceError(
             f"{out}: {(needed - done) / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room, or use "
             "--link with canonical safetensors files"
         )
+
+
+def _done(part: Part, path: Path) -> int:
+    """Bytes that an interrupted import wrote of a file."""
+    header = encode_header(part.target, fingerprint(part))
+    for candidate in (path, path.with_name(path.name + ".partial")):
+        if candidate.exists() and _begins_with(candidate, header):
+            return candidate.stat().st_size
+    return 0
 
 
 def fingerprint(part: Part) -> dict[str, str]:
@@ -316,11 +349,11 @@ class Quantiser:
             yield as_bytes(scale)
 
 
-def link_part(part: Part, path: Path, progress: Progress) -> str:
-    """Put a link to a canonical safetensors file into the bundle; returns the file's SHA-256.
+def check_link(part: Part, path: Path) -> None:
+    """Refuse to link what is not a canonical safetensors file, or is the bundle's own.
 
     Raises:
-        CheckpointError: the file is not canonical, so linking would not do.
+        CheckpointError: linking would not do.
     """
     if part.source.suffix != ".safetensors":
         raise CheckpointError(f"{part.source}: --link takes .safetensors files; import this one without it")
@@ -331,6 +364,12 @@ def link_part(part: Part, path: Path, progress: Progress) -> str:
             f"{part.source}: not in canonical form, {join_names(differing) or 'it has other tensors too'} differ; "
             "import it without --link"
         )
+    if path.absolute() in (part.source.absolute(), part.source.resolve()):
+        raise CheckpointError(f"{part.source}: is the bundle's own file; choose another --out")
+
+
+def link_part(part: Part, path: Path, progress: Progress) -> str:
+    """Put a link to a canonical safetensors file into the bundle; returns the file's SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(part.source.resolve())

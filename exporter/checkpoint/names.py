@@ -133,7 +133,7 @@ def has_sla(names: Iterable[str]) -> bool:
 
 def looks_like(names: Mapping[str, object]) -> str | None:
     """What kind of file this is, by its names, for a message to someone who mixed files up."""
-    joined = " ".join(list(strip_prefix(names))[:400])
+    joined = " ".join(strip_prefix(names))
     if "patch_embedding" in joined:
         return "a denoiser"
     if "decoder." in joined and ("time_conv" in joined or "conv_in" in joined):

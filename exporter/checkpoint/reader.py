@@ -4,8 +4,10 @@ A `.pth` file is a pickle: it is opened here and nowhere else, with PyTorch's re
 contents alone. Tensors are then read from the file by offset, a few megabytes at a time.
 """
 
+import io
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, _weights_only_unpickler
 
 from wanforge.engines.tensorfile import CHUNK, TensorSpec, read_chunks, read_header
 from wanforge.errors import CheckpointError, join_names
@@ -104,7 +105,9 @@ def _open_index(path: Path) -> Contents:
     try:
         shards: dict[str, str] = json.loads(path.read_text())["weight_map"]
         files = {name: path.parent / Path(file).name for name, file in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not files or not all(file.name.endswith(".safetensors") for file in files.values()):
+            raise ValueError("it names no .safetensors files")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({error!r})") from None
     contents: Contents = {}
     for file in sorted(set(files.values())):
@@ -121,16 +124,56 @@ def _open_torch(path: Path) -> Contents:
             "before PyTorch 1.6 must be saved anew"
         )
     try:
-        with FakeTensorMode():
-            # Fake tensors carry shapes, types and file offsets, and no data.
-            loaded = torch.load(path, weights_only=True, map_location="cpu")
+        with zipfile.ZipFile(path) as archive:
+            loaded = _unpickle(archive)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+        # PyTorch goes on to say how to run it all the same.
+        reason = str(error).partition(" was not an allowed")[0].splitlines()[0]
         raise CheckpointError(f"{path}: refused, it holds more than tensors ({reason})") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged PyTorch file ({str(error).splitlines()[0]})") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged table can fail anywhere in the unpickler
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: damaged PyTorch file ({reason})") from None
     size = path.stat().st_size
     return {name: _locate(path, name, tensor, size) for name, tensor in _flat(path, loaded).items()}
+
+
+def _unpickle(archive: zipfile.ZipFile) -> Any:
+    """The pickled table by PyTorch's restricted unpickler, its tensors without data.
+
+    Each storage is told where the zip directory says its bytes are. `torch.load` would work that out from how PyTorch
+    lays out a file, and be wrong for one that was packed anew.
+    """
+    tables = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
+    if len(tables) != 1:
+        raise ValueError("it has no data.pkl")
+    folder = tables[0].removesuffix("data.pkl")
+
+    def storage(saved: Any) -> Any:
+        kind, storage_type, key, _, count = saved
+        dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+        size = count * dtype.itemsize
+        record = archive.getinfo(f"{folder}data/{key}")
+        if kind != "storage" or size > record.file_size:
+            raise ValueError(f"record {key} is too short")
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError("its data is compressed; unpack it and save it anew")
+        untyped: Any = torch.UntypedStorage(size, device="meta")
+        untyped.place = (_data_offset(archive, record), size)
+        return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+    unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(archive.read(tables[0])), encoding="utf-8")
+    unpickler.persistent_load = storage
+    return unpickler.load()
+
+
+def _data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin: after its local header, whose two variable lengths stand in bytes 26 to 30."""
+    assert archive.fp is not None
+    archive.fp.seek(record.header_offset)
+    header = archive.fp.read(30)
+    return record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
 
 
 def _flat(path: Path, loaded: Any) -> Mapping[str, Tensor]:
@@ -141,19 +184,28 @@ def _flat(path: Path, loaded: Any) -> Mapping[str, Tensor]:
             table = table[wrapper]
     if not isinstance(table, Mapping) or not table:
         raise CheckpointError(f"{path}: holds {type(table).__name__}, not a table of tensors")
+    if odd := [repr(name) for name in table if not isinstance(name, str)]:
+        raise CheckpointError(f"{path}: these names are not text: {join_names(odd)}")
     if strangers := [str(name) for name, value in table.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(f"{path}: these entries are not tensors: {join_names(strangers)}")
     return table
 
 
 def _locate(path: Path, name: str, tensor: Tensor, size: int) -> StoredTensor:
-    if not tensor.is_contiguous() or tensor.dtype not in DTYPE_NAMES:
+    if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise CheckpointError(f"{path}: {name} is a view or sparse; save its values")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, which no checkpoint of Wan uses")
+    if not tensor.is_contiguous():
         raise CheckpointError(
             f"{path}: {name} is stored as {tensor.dtype} with strides {tensor.stride()}; save it contiguously"
         )
     spec = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-    start = tensor.untyped_storage()._checkpoint_offset or 0
-    offset = start + int(tensor.storage_offset()) * tensor.element_size()
-    if offset + spec.nbytes > size:
+    place = getattr(tensor.untyped_storage(), "place", None)
+    if place is None:
+        raise CheckpointError(f"{path}: {name} was saved without data")
+    start, length = place
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    if first + spec.nbytes > length or start + first + spec.nbytes > size:
         raise CheckpointError(f"{path}: truncated; {name} lies beyond its {size:,} bytes. Fetch it again")
-    return StoredTensor(spec, path, offset)
+    return StoredTensor(spec, path, start + first)

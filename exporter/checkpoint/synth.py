@@ -6,11 +6,12 @@ little memory; a sparse one stays without data and takes next to no disk.
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,7 +81,7 @@ def write_checkpoint(
         if part == "tokenizer":
             write_atomically(path, train_tokenizer(model.text_encoder.vocab_size).to_str().encode())
         else:
-            component, _, quantised = part.partition("-quant")[0], None, part.endswith("-quant")
+            component, quantised = part.removesuffix("-quant"), part.endswith("-quant")
             specs = layout(component, model, published_recipe(quantised, has_sla=True))
             tick = progress(name, sum(spec.nbytes for spec in specs.values()))
             write_torch_file(path, specs, None if sparse else random_tensors(component, specs, seed), tick)
@@ -168,14 +169,16 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
     """A small tokenizer of umT5's kind: unigram pieces, ``<pad>`` 0, ``</s>`` 1, ``<unk>`` 2."""
-    tokenizer = Tokenizer(models.Unigram())
+    special = ["<pad>", "</s>", "<unk>"]
+    words = [f"\u2581{word}" for sentence in CORPUS for word in sentence.split()]
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-"
+    counts = Counter(word[i:j] for word in words for i in range(len(word)) for j in range(i + 2, len(word) + 1))
+    common = sorted((piece for piece in counts if counts[piece] > 1), key=lambda p: (-counts[p] * len(p), p))
+    singles = sorted({"\u2581", *letters, *"".join(words)})
+    pieces = [*special, *singles, *common][: min(vocab_size, 384)]
+    tokenizer = Tokenizer(models.Unigram([(piece, math.log(counts[piece] or 1) - 8) for piece in pieces], unk_id=2))
+    tokenizer.add_special_tokens(special)
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=min(vocab_size, 384), special_tokens=special, unk_token="<unk>", show_progress=False
-    )
-    letters = [" ".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-")]
-    tokenizer.train_from_iterator([*CORPUS, *letters], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer

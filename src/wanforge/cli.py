@@ -65,10 +65,15 @@ class LazyCommands(click.Group):
         except WanforgeError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-                raise
             where = f" at {error.filename}" if error.filename else ""
-            raise click.ClickException(f"{error.strerror}{where}; free some space or choose another place") from None
+            match error.errno:
+                case errno.ENOSPC | errno.EDQUOT:
+                    advice = "free some space or choose another place"
+                case errno.EACCES | errno.EROFS | errno.EPERM | errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
+                    advice = "check the path and its permissions"
+                case _:
+                    raise
+            raise click.ClickException(f"{error.strerror}{where}; {advice}") from None
 
 
 @click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
