@@ -161,6 +161,17 @@ class Target(Record, frozen=True):
     source: str
 
 
+class Tile(Record, frozen=True):
+    """How a kernel is cut on some architectures."""
+
+    sms: Annotated[list[int], Meta(min_length=1)]
+    num_warps: Literal[1, 2, 4, 8, 16]
+    num_stages: Annotated[int, Meta(ge=1, le=8)]
+    reason: str
+    blocks: dict[str, int] = {}
+    """Constants of the kernel that choose its tile."""
+
+
 T = TypeVar("T", bound=Record)
 
 
@@ -205,6 +216,10 @@ class _Targets(Record, frozen=True):
     targets: dict[str, Target]
 
 
+class _Tiles(Record, frozen=True):
+    tiles: dict[str, dict[str, list[Tile]]]
+
+
 class _Resolutions(Record, frozen=True):
     resolutions: dict[str, dict[str, tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]]]
 
@@ -212,6 +227,12 @@ class _Resolutions(Record, frozen=True):
 def load_targets() -> dict[str, Target]:
     """Every known GPU by name."""
     return load(CONFIGS / "targets.toml", _Targets).targets
+
+
+def load_tiles() -> dict[str, list[Tile]]:
+    """The tile table: rows by kernel, named ``<op>.<function>``."""
+    table = load(CONFIGS / "tiles.toml", _Tiles).tiles
+    return {f"{op}.{function}": rows for op, functions in table.items() for function, rows in functions.items()}
 
 
 def load_resolutions() -> dict[str, dict[str, tuple[int, int]]]:
