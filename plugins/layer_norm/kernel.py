@@ -31,9 +31,10 @@ def norm(
         tile_mean = tl.sum(values, 1, keep_dims=True) * (1.0 / TILE)
         centred = values - tile_mean
         delta = tile_mean - mean
-        share = TILE / (column + TILE).to(tl.float32)
+        before = column * 1.0
+        share = TILE / (before + TILE)
         mean += delta * share
-        distance += tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (column * share)
+        distance += tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (before * share)
     scale = tl.rsqrt(distance * (1.0 / D) + padding * mean * mean + eps)
 
     for column in range(0, D, TILE):

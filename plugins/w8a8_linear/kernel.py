@@ -27,7 +27,7 @@ def rounded(x, dtype: tl.constexpr):
 def gelu(x):
     """GELU by its tanh approximation, written with one exponential: x * sigmoid(2u)."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(-2.0 * u))
+    return x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
 
 
 @triton.jit
@@ -53,11 +53,13 @@ def gemm(
     M, N,
     K: tl.constexpr,
     GELU: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """int8 x [M, K] times one to three int8 weights [N, K], which share x. What a None leaves out is not compiled.
 
-    y_i [M, N]; the biases [N] have the compute type, to which the reference rounds. `y_scale` asks for y quantised; `residual` [M, N] for residual + y * gate, `gate` [N].
+    y_i [M, N]; the biases [N] have the compute type, to which the reference rounds. `y_scale` asks for y quantised,
+    `residual` [M, N] for residual + y * gate with `gate` [N].
     """
     row_tiles, column_tiles = tl.cdiv(M, TILE), tl.cdiv(N, TILE)
     tiles = row_tiles * column_tiles
@@ -69,9 +71,10 @@ def gemm(
     column_tile = tile % (GROUP * column_tiles) // group
 
     weight, scale, bias, y = weight_0, scale_0, bias_0, y_0
-    if weight_1 is not None:
+    if WEIGHTS > 1:
         if which == 1:
             weight, scale, bias, y = weight_1, scale_1, bias_1, y_1
+    if WEIGHTS > 2:
         if which == 2:
             weight, scale, bias, y = weight_2, scale_2, bias_2, y_2
 

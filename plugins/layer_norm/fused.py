@@ -1,0 +1,66 @@
+"""Layer norm as a kernel, quantised in the same pass where a W8A8 linear follows."""
+
+import torch
+from torch import Tensor
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.launch import Kernel
+from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
+
+NORM = Kernel(
+    "layer_norm",
+    "norm",
+    ("cdiv(M, 128)",),
+    {"M": "i32", "x_stride": "i32:16", "eps": "fp32", "padding": "fp32"},
+)
+
+
+def norm(
+    x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
+) -> Tensor:
+    """`reference.layer_norm`, or `reference.modulated_norm` of one sample: then the gain is its scale, the offset its
+    shift. Rows of x may lie apart."""
+    y_LD = torch.empty(x_LD.shape, dtype=x_LD.dtype, device=x_LD.device)
+    _norm(x_LD, y_LD, None, gain_D, offset_D, eps, modulated, padded_variance)
+    return y_LD
+
+
+def norm_quantised(
+    x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
+) -> Quantised:
+    """`norm`, quantised for the linear that follows."""
+    y = empty_quantised(*x_LD.shape, x_LD.device)
+    _norm(x_LD, y.steps_MK, y.scale, gain_D, offset_D, eps, modulated, padded_variance)
+    return y
+
+
+def _norm(
+    x_LD: Tensor,
+    y_LD: Tensor,
+    y_scale: Tensor | None,
+    gain_D: Tensor,
+    offset_D: Tensor,
+    eps: float,
+    modulated: bool,
+    padded_variance: bool,
+) -> None:
+    rows, width = x_LD.shape
+    if width % 128 or x_LD.stride(1) != 1 or not gain_D.shape == offset_D.shape == (width,):
+        raise ShapeError(
+            f"x {tuple(x_LD.shape)}, strides {x_LD.stride()}, gain {tuple(gain_D.shape)} and offset "
+            f"{tuple(offset_D.shape)} do not fit; the width is a multiple of 128"
+        )
+    padding = ((1 << (width - 1).bit_length()) - width) / width if padded_variance else 0.0
+    NORM(
+        x=x_LD,
+        y=y_LD,
+        y_scale=y_scale,
+        gain=gain_D,
+        offset=offset_D,
+        M=rows,
+        x_stride=x_LD.stride(0),
+        eps=eps,
+        padding=padding,
+        D=width,
+        MODULATED=modulated,
+    )

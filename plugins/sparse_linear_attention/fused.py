@@ -1,0 +1,220 @@
+"""Sparse-linear attention as kernels: five short launches over keys, values and block means, then the attention itself
+with the linear branch, and the quantiser of the linear that follows, in its last lines."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.launch import Kernel
+from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
+
+HEAD = 128
+CHUNKS = 64
+"""Parts into which the keys are cut for sums over all of them: enough programs for any GPU, few enough to add up."""
+
+STATISTICS = Kernel(
+    "sparse_linear_attention",
+    "statistics",
+    ("C", "H"),
+    {"L": "i32", "k_stride": "i32:16", "v_stride": "i32:16", "chunk_rows": "i32:16"},
+)
+KEYS_VALUES = Kernel(
+    "sparse_linear_attention",
+    "keys_values",
+    ("C", "H"),
+    {"L": "i32", "k_stride": "i32:16", "v_stride": "i32:16", "chunk_rows": "i32:16", "padded": "i32:16"},
+)
+LINEAR_STATE = Kernel("sparse_linear_attention", "linear_state", ("H", "128 // ROWS"))
+SCORES = Kernel(
+    "sparse_linear_attention",
+    "scores",
+    ("cdiv(M, QUERIES)", "H"),
+    {"L": "i32", "q_stride": "i32:16", "M": "i32", "N": "i32"},
+)
+SELECT = Kernel("sparse_linear_attention", "select", ("M * H",), {"M": "i32", "N": "i32", "S": "i32"})
+ATTENTION = Kernel(
+    "sparse_linear_attention",
+    "attention",
+    ("M", "H"),
+    {
+        **{name: "i32" for name in ("L", "M", "N", "S")},
+        **{name: "i32:16" for name in ("q_stride", "k_stride", "v_stride", "padded")},
+    },
+)
+
+
+class Keys(NamedTuple):
+    """What attention wants of all keys and values; see `kernel.keys_values` and `kernel.linear_state`."""
+
+    k: Tensor
+    k_step: Tensor | None
+    v: Tensor
+    v_scale: Tensor | None
+    pooled_HNK: Tensor
+    folded_HKK: Tensor
+    folded_mass_HK: Tensor
+
+
+def sparse_linear_attention(
+    q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
+) -> Tensor:
+    """`reference.sparse_linear_attention` of one sample, its heads side by side: ``[L, H * 128]``. Rows of q, k and v may
+    lie apart."""
+    y_LD = torch.empty(q_LD.shape, dtype=q_LD.dtype, device=q_LD.device)
+    _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y_LD, None)
+    return y_LD
+
+
+def sparse_linear_attention_quantised(
+    q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
+) -> Quantised:
+    """`sparse_linear_attention`, quantised for the linear that follows. Needs query blocks of 128: then the output of a
+    program is a tile of the quantiser."""
+    if blocks.q != HEAD:
+        raise ShapeError(f"query blocks of {blocks.q} rows are no tiles of the quantiser, which has 128")
+    y = empty_quantised(*q_LD.shape, q_LD.device)
+    _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y.steps_MK, y.scale)
+    return y
+
+
+def _attend(
+    q_LD: Tensor,
+    k_LD: Tensor,
+    v_LD: Tensor,
+    num_selected: int,
+    proj_KK: Tensor,
+    proj_bias_K: Tensor,
+    blocks: Blocks,
+    y_LD: Tensor,
+    y_scale: Tensor | None,
+) -> None:
+    length, heads = _check(q_LD, k_LD, v_LD, num_selected, blocks)
+    keys = prepare_keys(k_LD, v_LD, proj_KK, blocks)
+    score_HMN = block_scores(q_LD, keys.pooled_HNK, blocks)
+    selected_HMS = select_blocks(score_HMN, num_selected)
+    _, num_queries, num_keys = score_HMN.shape
+    ATTENTION(
+        q=q_LD,
+        k=keys.k,
+        k_step=keys.k_step,
+        v=keys.v,
+        v_scale=keys.v_scale,
+        selected=selected_HMS,
+        folded=keys.folded_HKK,
+        folded_mass=keys.folded_mass_HK,
+        bias=proj_bias_K,
+        y=y_LD,
+        y_scale=y_scale,
+        L=length,
+        q_stride=q_LD.stride(0),
+        k_stride=k_LD.stride(0),
+        v_stride=v_LD.stride(0),
+        padded=num_keys * blocks.k,
+        M=num_queries,
+        N=num_keys,
+        S=num_selected,
+        H=heads,
+        ARITHMETIC=blocks.arithmetic,
+        BLOCK_Q=blocks.q,
+        BLOCK_K=blocks.k,
+    )
+
+
+def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: Blocks) -> tuple[int, int]:
+    length, width = q_LD.shape
+    if not q_LD.shape == k_LD.shape == v_LD.shape or width % HEAD:
+        raise ShapeError(
+            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} must be equal in shape, heads of {HEAD}"
+        )
+    if any(x.stride(1) != 1 for x in (q_LD, k_LD, v_LD)):
+        raise ShapeError("the channels of q, k and v must lie side by side; rows may lie apart")
+    if not 1 <= num_selected <= blocks.num_keys(length):
+        raise ShapeError(f"{num_selected} key blocks selected of {blocks.num_keys(length)}; at least one, at most all")
+    return length, width // HEAD
+
+
+def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) -> Keys:
+    """Everything that the query blocks share."""
+    (length, width), device, dtype = k_LD.shape, k_LD.device, k_LD.dtype
+    heads, num_keys = width // HEAD, blocks.num_keys(length)
+    padded = num_keys * blocks.k
+    is_plain, is_fp8 = blocks.arithmetic == "sla", blocks.arithmetic == "sage_fp8"
+    # Chunks of whole blocks, of 64 as of 128 keys.
+    chunk_rows = HEAD * -(-length // (CHUNKS * HEAD))
+
+    def empty(*shape: int, type: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=type, device=device)
+
+    sizes = {
+        "L": length,
+        "k_stride": k_LD.stride(0),
+        "v_stride": v_LD.stride(0),
+        "chunk_rows": chunk_rows,
+        "H": heads,
+        "C": CHUNKS,
+    }
+    k_sum, v_amax = empty(CHUNKS, heads, HEAD), empty(CHUNKS, heads, HEAD) if is_fp8 else None
+    STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, **sizes)
+
+    k = k_LD if is_plain else empty(heads, padded, HEAD, type=torch.int8)
+    k_step = None if is_plain else empty(heads, num_keys)
+    if is_plain:
+        v = v_LD
+    elif is_fp8:
+        v = empty(heads, HEAD, padded, type=torch.float8_e4m3fn)
+    else:
+        v = empty(heads, padded, HEAD, type=torch.float16)
+    v_scale = empty(heads, HEAD) if is_fp8 else None
+    pooled_HNK = empty(heads, num_keys, HEAD, type=dtype)
+    state, mass = empty(CHUNKS, heads, HEAD, HEAD), empty(CHUNKS, heads, HEAD)
+    KEYS_VALUES(
+        k=k_LD,
+        v=v_LD,
+        k_sum=k_sum,
+        v_amax=v_amax,
+        k_steps=None if is_plain else k,
+        k_step=k_step,
+        k_pooled=pooled_HNK,
+        v_steps=None if is_plain else v,
+        v_scale=v_scale,
+        state=state,
+        mass=mass,
+        padded=padded,
+        ARITHMETIC=blocks.arithmetic,
+        BLOCK_K=blocks.k,
+        **sizes,
+    )
+    folded, folded_mass = empty(heads, HEAD, HEAD, type=dtype), empty(heads, HEAD)
+    LINEAR_STATE(state=state, mass=mass, projection=proj_KK, folded=folded, folded_mass=folded_mass, H=heads, C=CHUNKS)
+    return Keys(k, k_step, v, v_scale, pooled_HNK, folded, folded_mass)
+
+
+def block_scores(q_LD: Tensor, pooled_HNK: Tensor, blocks: Blocks) -> Tensor:
+    """`reference.block_scores` from the queries and the pooled keys, ``[H, M, N]``."""
+    heads, num_keys, _ = pooled_HNK.shape
+    num_queries = -(-len(q_LD) // blocks.q)
+    score_HMN = pooled_HNK.new_empty(heads, num_queries, num_keys)
+    SCORES(
+        q=q_LD,
+        k_pooled=pooled_HNK,
+        score=score_HMN,
+        L=len(q_LD),
+        q_stride=q_LD.stride(0),
+        M=num_queries,
+        N=num_keys,
+        H=heads,
+        BLOCK_Q=blocks.q,
+    )
+    return score_HMN
+
+
+def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
+    """`reference.select_blocks`, ``int32 [H, M, S]``."""
+    heads, num_queries, num_keys = score_HMN.shape
+    selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMN.device)
+    lanes = 1 << (num_keys - 1).bit_length()
+    SELECT(score=score_HMN, selected=selected, N=num_keys, S=num_selected, M=num_queries, H=heads, LANES=lanes)
+    return selected

@@ -1,0 +1,291 @@
+"""Kernels of sparse-linear attention. Letters as in the reference: L tokens, H heads of K = 128 channels, M query blocks,
+N key blocks, S selected ones; C chunks of tokens, over which sums are taken in a fixed order.
+
+Five launches: `statistics`, `keys_values`, `linear_state` and `scores` read each key and value a few times at memory
+speed; `select` and `attention` follow. ARITHMETIC is that of `reference.Blocks`.
+"""
+
+import triton
+import triton.language as tl
+from triton.knobs import runtime
+
+from wanforge.plugins.w8a8_linear.kernel import quantise_tile, rounded
+
+HEAD = tl.constexpr(128)
+INTERPRETED = tl.constexpr(runtime.interpret)
+SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * 1.4426950408889634)
+
+
+@triton.jit
+def to_e4m3(x):
+    """x in fp8, rounded to nearest even and held within its range.
+
+    The interpreter drops the carry of a mantissa that rounds up; there, x is rounded first, and the cast is exact.
+    """
+    if INTERPRETED:
+        exponent = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        unit = tl.maximum(exponent * 0.125, 0.001953125)
+        x = tl.clamp(((x / unit + 12582912.0) - 12582912.0) * unit, -448.0, 448.0)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_steps(x, step):
+    """x in whole steps, halves away from zero, as int8."""
+    half = tl.where(x > 0, 0.5, tl.where(x < 0, -0.5, 0.0))
+    return (x / step + half).to(tl.int8)
+
+
+@triton.jit
+def feature_map(x, dtype: tl.constexpr):
+    """Softmax over the channels."""
+    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
+    return rounded(e / tl.sum(e, 1, keep_dims=True), dtype)
+
+
+@triton.jit
+def statistics(
+    k, v, k_sum, v_amax, L, k_stride, v_stride, chunk_rows, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
+):
+    """Per chunk: the sum of the keys and the largest magnitude of the values, [C, H, K] float32."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    lane = tl.arange(0, HEAD)
+    first = chunk.to(tl.int64) * chunk_rows
+    total = tl.zeros((ROWS, HEAD), tl.float32)
+    largest = tl.zeros((ROWS, HEAD), tl.float32)
+    for start in range(0, chunk_rows, ROWS):
+        rows = (first + start + tl.arange(0, ROWS))[:, None]
+        inside = rows < L
+        total += tl.load(k + rows * k_stride + head * HEAD + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+        if v_amax is not None:
+            values = tl.load(v + rows * v_stride + head * HEAD + lane[None, :], mask=inside, other=0.0)
+            largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
+    place = (chunk * H + head) * HEAD + lane
+    tl.store(k_sum + place, tl.sum(total, 0))
+    if v_amax is not None:
+        tl.store(v_amax + place, tl.max(largest, 0))
+
+
+@triton.jit
+def keys_values(
+    k, v, k_sum, v_amax,
+    k_steps, k_step, k_pooled, v_steps, v_scale, state, mass,
+    L, k_stride, v_stride, chunk_rows, padded,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A chunk of one head's keys and values: pooled keys [H, N, K]; in 8-bit arithmetic keys as int8 [H, padded, K] with
+    a step per block [H, N] and values as fp8 [H, K, padded] or fp16 [H, padded, K]; and the chunk's share of the linear
+    branch, phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K], float32."""
+    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, HEAD)
+    lanes = lane[None, :]
+    dtype = k.dtype.element_ty
+
+    chunks = tl.arange(0, C)[:, None] * (H * HEAD) + head * HEAD + lanes
+    mean = rounded(tl.sum(tl.load(k_sum + chunks), 0) / L, dtype)
+    if ARITHMETIC == "sage_fp8":
+        amax = tl.max(tl.load(v_amax + chunks), 0)
+        factor = tl.where(amax > 0, tl.math.div_rn(2.25, tl.where(amax > 0, amax, 1.0)), 1.0)
+        if chunk == 0:
+            tl.store(v_scale + head * HEAD + lane, tl.math.div_rn(amax, 2.25))
+
+    blocks = padded // BLOCK_K
+    total = tl.zeros((HEAD, HEAD), tl.float32)
+    weight = tl.zeros((HEAD,), tl.float32)
+    first = chunk * (chunk_rows // BLOCK_K)
+    for block in range(first, tl.minimum(first + chunk_rows // BLOCK_K, blocks)):
+        row = tl.cast(block, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        rows = row[:, None]
+        inside = rows < L
+        key = tl.load(k + rows * k_stride + head * HEAD + lanes, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(v + rows * v_stride + head * HEAD + lanes, mask=inside, other=0.0)
+
+        smooth = tl.where(inside, rounded(key - mean[None, :], dtype), 0.0)
+        held = tl.minimum(L - block * BLOCK_K, BLOCK_K) * 1.0
+        tl.store(k_pooled + (head * blocks + block) * HEAD + lane, (tl.sum(smooth, 0) / held).to(dtype))
+        if ARITHMETIC != "sla":
+            step = tl.math.div_rn(tl.max(tl.abs(smooth)), 127.0) + 1e-7
+            tl.store(k_steps + (head * padded + rows) * HEAD + lanes, to_steps(smooth, step))
+            tl.store(k_step + head * blocks + block, step)
+        if ARITHMETIC == "sage_fp8":
+            scaled = to_e4m3(value.to(tl.float32) * factor[None, :])
+            tl.store(v_steps + (head * HEAD + lane[:, None]) * padded + row[None, :], tl.trans(scaled))
+        if ARITHMETIC == "sage_fp16":
+            tl.store(v_steps + (head * padded + rows) * HEAD + lanes, value.to(tl.float16))
+
+        feature = tl.where(inside, feature_map(key, dtype), 0.0)
+        weight += tl.sum(feature, 0)
+        total = tl.dot(tl.trans(feature).to(dtype), value, total, input_precision="ieee")
+
+    place = chunk * H + head
+    tl.store(mass + place * HEAD + lane, weight)
+    tl.store(state + (place * HEAD + lane[:, None]) * HEAD + lanes, total)
+
+
+@triton.jit
+def linear_state(
+    state, mass, projection, folded, folded_mass,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """The linear branch of one head, all chunks: phi(k)^T v times projection^T [K, K], and the sum of phi(k) [K]."""
+    head = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    lane = tl.arange(0, HEAD)
+    dtype = folded.dtype.element_ty
+    total = tl.zeros((ROWS, HEAD), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    for chunk in range(C):
+        place = chunk * H + head
+        total += tl.load(state + (place * HEAD + rows[:, None]) * HEAD + lane[None, :])
+        weight += tl.load(mass + place * HEAD + rows)
+    transposed = tl.load(projection + lane[None, :] * HEAD + lane[:, None]).to(dtype)
+    product = tl.dot(total.to(dtype), transposed, input_precision="ieee")
+    tl.store(folded + (head * HEAD + rows[:, None]) * HEAD + lane[None, :], product.to(dtype))
+    tl.store(folded_mass + head * HEAD + rows, rounded(weight, dtype))
+
+
+@triton.jit
+def scores(
+    q, k_pooled, score,
+    L, q_stride, M, N,
+    H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Products of the means of query and key blocks, [H, M, N] in the compute type, QUERIES of them a program."""
+    first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
+    lanes = tl.arange(0, HEAD)[None, :]
+    query = tl.arange(0, QUERIES)[:, None]
+    dtype = q.dtype.element_ty
+    pooled = tl.zeros((QUERIES, HEAD), tl.float32)
+    for i in range(QUERIES):
+        start = (first + i) * BLOCK_Q
+        rows = (tl.cast(start, tl.int64) + tl.arange(0, BLOCK_Q))[:, None]
+        values = tl.load(q + rows * q_stride + head * HEAD + lanes, mask=rows < L, other=0.0).to(tl.float32)
+        held = tl.maximum(tl.minimum(L - start, BLOCK_Q), 1) * 1.0
+        pooled = tl.where(query == i, (tl.sum(values, 0) / held)[None, :], pooled)
+    pooled = pooled.to(dtype)
+    for key in range(0, N, KEYS):
+        keys = key + tl.arange(0, KEYS)[:, None]
+        means = tl.load(k_pooled + (head * N + keys) * HEAD + lanes, mask=keys < N, other=0.0)
+        product = tl.dot(pooled, tl.trans(means), input_precision="ieee")
+        columns = key + tl.arange(0, KEYS)[None, :]
+        place = (head * M + first + query) * N + columns
+        tl.store(score + place, product.to(dtype), mask=(first + query < M) & (columns < N))
+
+
+@triton.jit
+def select(score, selected, M, N, S, H: tl.constexpr, LANES: tl.constexpr):
+    """The S best of N scores, indices ascending; among equal ones the lower index. A program has one query block.
+
+    The S-th best score is found bit by bit, on integers in the order of the floats.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    inside = lane < N
+    value = tl.load(score + row * N + lane, mask=inside, other=0.0).to(tl.float32) + 0.0  # -0 becomes 0
+    bits = value.to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 2147483648, tl.uint32)
+    for _ in range(32):
+        candidate = threshold | bit
+        enough = tl.sum((inside & (order >= candidate)).to(tl.int32)) >= S
+        threshold = tl.where(enough, candidate, threshold)
+        bit = bit >> 1
+    better = inside & (order > threshold)
+    equal = inside & (order == threshold)
+    left = S - tl.sum(better.to(tl.int32))
+    chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(selected + row * S + place, lane, mask=chosen)
+
+
+@triton.jit
+def attention(
+    q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
+    L, q_stride, k_stride, v_stride, padded, M, N, S,
+    H: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One query block of one head: softmax over its selected key blocks, in ascending order with a running maximum, plus
+    the linear branch. y [L, H * K]; `y_scale` [M, H] asks for it quantised, and BLOCK_Q is then 128.
+
+    `k` and `v` are the compute type's [L, H * K], or what `keys_values` made of them.
+    """
+    block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, HEAD)
+    lanes = lane[None, :]
+    rows = (block.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
+    inside = rows < L
+    q += rows * q_stride + head * HEAD + lanes
+    dtype = q.dtype.element_ty
+    query = tl.load(q, mask=inside, other=0.0)
+    q_step = 1.0
+    offset = 0.0
+    if ARITHMETIC != "sla":
+        query = query.to(tl.float32)
+        q_step = tl.math.div_rn(tl.max(tl.abs(query)), 127.0) + 1e-7
+        query = to_steps(query, q_step)
+    if ARITHMETIC == "sage_fp8":
+        offset = 8.807
+
+    maximum = tl.full((BLOCK_Q, 1), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q, 1), tl.float32)
+    output = tl.zeros((BLOCK_Q, HEAD), tl.float32)
+    selected += (head * M + block) * S
+    for i in range(S):
+        chosen = tl.load(selected + i)
+        key = chosen.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        is_key = key < L
+        if ARITHMETIC == "sla":
+            keys = tl.load(k + key[None, :] * k_stride + head * HEAD + lane[:, None], mask=is_key[None, :], other=0.0)
+            values = tl.load(v + key[:, None] * v_stride + head * HEAD + lanes, mask=is_key[:, None], other=0.0)
+            logits = tl.dot(query, keys, input_precision="ieee") * SOFTMAX_SCALE
+        else:
+            keys = tl.load(k + (head * padded + key[None, :]) * HEAD + lane[:, None])
+            step = SOFTMAX_SCALE * (q_step * tl.load(k_step + head * N + chosen))
+            logits = tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32) * step
+            if ARITHMETIC == "sage_fp8":
+                values = tl.trans(tl.load(v + (head * HEAD + lane[:, None]) * padded + key[None, :]))
+            else:
+                values = tl.load(v + (head * padded + key[:, None]) * HEAD + lanes)
+        logits += tl.where(is_key, 0.0, -float("inf"))[None, :]
+
+        higher = tl.maximum(maximum, tl.max(logits, 1, keep_dims=True))
+        shrink = tl.exp2(maximum - higher)
+        p = tl.exp2(logits - (higher - offset))
+        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        # Each block is added up apart: tensor cores add fp8 products with few bits.
+        if ARITHMETIC == "sage_fp8":
+            output = tl.dot(to_e4m3(p), values, output * shrink, max_num_imprecise_acc=BLOCK_K)
+        else:
+            output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
+        maximum = higher
+
+    output = output / total
+    if ARITHMETIC == "sage_fp8":
+        output *= tl.load(v_scale + head * HEAD + lanes)
+    output = rounded(output, dtype)
+
+    feature = feature_map(tl.load(q, mask=inside, other=0.0).to(tl.float32), dtype)
+    mass = tl.sum(feature * tl.load(folded_mass + head * HEAD + lanes), 1, keep_dims=True)
+    matrix = tl.load(folded + (head * HEAD + lane[:, None]) * HEAD + lanes)
+    linear = tl.dot(feature.to(dtype), matrix, input_precision="ieee") / (mass + 1e-5)
+    output += rounded(linear + tl.load(bias + lanes).to(tl.float32), dtype)
+    output = rounded(output, dtype)
+    place = rows * (H * HEAD) + head * HEAD + lanes
+    if y_scale is not None:
+        steps, scale = quantise_tile(tl.where(inside, output, 0.0))
+        tl.store(y + place, steps, mask=inside)
+        tl.store(y_scale + block.to(tl.int64) * H + head, scale)
+    else:
+        tl.store(y + place, output.to(dtype), mask=inside)

@@ -1,0 +1,105 @@
+"""The W8A8 linear as kernels, with what comes before and after it in the same launch.
+
+Inputs are on a GPU, or on the CPU, where Triton's interpreter runs the same kernels, or on the meta device, where
+launches are recorded. All are contiguous, unless said otherwise.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.launch import Kernel
+from wanforge.plugins.w8a8_linear.reference import TILE
+
+QUANTISE = Kernel("w8a8_linear", "quantise", ("cdiv(M, 128)", "K // 128"), {"M": "i32", "x_stride": "i32:16"})
+GEMM = Kernel("w8a8_linear", "gemm", ("WEIGHTS * cdiv(M, 128) * cdiv(N, 128)",), {"M": "i32", "N": "i32:16"})
+
+
+class Quantised(NamedTuple):
+    """A matrix in 8-bit steps, one scale per tile of 128x128; see `reference.quantise_tiles`."""
+
+    steps_MK: Tensor
+    scale: Tensor
+
+
+class Weight(NamedTuple):
+    """A W8A8 linear's weights: ``int8 [N, K]``, ``float32 [ceil(N/128), K/128]``, ``[N]`` in the compute type."""
+
+    int8_NK: Tensor
+    scale: Tensor
+    bias_N: Tensor
+
+
+def empty_quantised(rows: int, columns: int, device: torch.device) -> Quantised:
+    """Room for a quantised matrix."""
+    tiles = (-(-rows // TILE), -(-columns // TILE))
+    return Quantised(
+        torch.empty(rows, columns, dtype=torch.int8, device=device),
+        torch.empty(tiles, dtype=torch.float32, device=device),
+    )
+
+
+def quantise(x_MK: Tensor) -> Quantised:
+    """`reference.quantise_tiles` of a matrix whose rows may lie apart; K a multiple of 128."""
+    rows, columns = x_MK.shape
+    if columns % TILE or x_MK.stride(1) != 1:
+        raise ShapeError(f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: wants rows of whole tiles of {TILE}")
+    y = empty_quantised(rows, columns, x_MK.device)
+    QUANTISE(x=x_MK, y=y.steps_MK, y_scale=y.scale, M=rows, x_stride=x_MK.stride(0), K=columns)
+    return y
+
+
+def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
+    """One to three linears of one input, in one launch: ``[M, N]`` each, in the type of the biases."""
+    outputs = [w.bias_N.new_empty(len(x.steps_MK), len(w.bias_N)) for w in weights]
+    _gemm(x, weights, outputs)
+    return outputs
+
+
+def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
+    """``gelu(x @ W.T + bias)``, quantised for the linear that follows."""
+    y = empty_quantised(len(x.steps_MK), len(weight.bias_N), x.steps_MK.device)
+    _gemm(x, [weight], [y.steps_MK], y_scale=y.scale, gelu=True)
+    return y
+
+
+def linear_residual(x: Quantised, weight: Weight, residual_MN: Tensor, gate_N: Tensor | None) -> Tensor:
+    """``residual + (x @ W.T + bias) * gate``, written over the residual; no gate is a gate of one."""
+    _gemm(x, [weight], [residual_MN], residual=residual_MN, gate=gate_N)
+    return residual_MN
+
+
+def _gemm(
+    x: Quantised,
+    weights: Sequence[Weight],
+    outputs: Sequence[Tensor],
+    *,
+    y_scale: Tensor | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> None:
+    (rows, inputs), outs = x.steps_MK.shape, len(weights[0].bias_N)
+    for weight in weights:
+        if weight.int8_NK.shape != (outs, inputs) or inputs % TILE or outs % TILE:
+            raise ShapeError(f"weight {tuple(weight.int8_NK.shape)} does not go with x {tuple(x.steps_MK.shape)}")
+    pointers: dict[str, Tensor | None] = {}
+    for i in range(3):
+        weight, y = (weights[i], outputs[i]) if i < len(weights) else (Weight(*3 * (None,)), None)  # type: ignore[arg-type]
+        pointers |= {f"weight_{i}": weight.int8_NK, f"scale_{i}": weight.scale, f"bias_{i}": weight.bias_N, f"y_{i}": y}
+    GEMM(
+        x=x.steps_MK,
+        x_scale=x.scale,
+        **pointers,
+        y_scale=y_scale,
+        residual=residual,
+        gate=gate,
+        M=rows,
+        N=outs,
+        K=inputs,
+        GELU=gelu,
+        WEIGHTS=len(weights),
+    )
