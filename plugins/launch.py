@@ -36,6 +36,8 @@ POINTERS = {
     torch.int64: "*i64",
 }
 
+INT32 = torch.iinfo(torch.int32)
+
 INTERPRETED_SM = 80
 """Whose tiles the interpreter takes."""
 
@@ -71,7 +73,7 @@ class Kernel:
             arguments: every parameter by name, but for what the tile table gives. An absent tensor is None.
 
         Raises:
-            ShapeError: a pointer or a scalar declared a multiple of 16 is none.
+            ShapeError: a tensor or a scalar is not what its type says, see `Launch.check_arguments`.
             ResourceError: there is neither a cubin for this GPU nor a Triton to make one.
         """
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
@@ -142,17 +144,32 @@ class Launch:
         x, y, z = (*sizes, 1, 1, 1)[:3]
         return x, y, z
 
-    def check_alignment(self) -> None:
-        """Refuse what the compiled code relies on and does not hold."""
-        for name, value in self.arguments.items():
-            is_aligned_int = self.kernel.scalars.get(name, "").endswith(":16")
-            number = value.data_ptr() if isinstance(value, Tensor) else value if is_aligned_int else 0
-            if isinstance(number, int) and number % ALIGNMENT:
-                raise ShapeError(f"{self.kernel.name}: {name} is {number}, which is no multiple of {ALIGNMENT}")
+    def check_arguments(self) -> None:
+        """Refuse what the compiled code relies on and does not hold.
+
+        Raises:
+            ShapeError: a tensor lies elsewhere than the first, or an argument is not aligned or does not fit its type.
+        """
+        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) > 1:
+            raise ShapeError(f"{self.kernel.name}: tensors on {' and '.join(sorted(map(str, devices)))}")
+        for name, tensor in tensors.items():
+            self._check_multiple(name, tensor.data_ptr())
+        for name, kind in self.kernel.scalars.items():
+            value = self.arguments.get(name)
+            if isinstance(value, int) and kind.endswith(":16"):
+                self._check_multiple(name, value)
+            if isinstance(value, int) and kind.startswith("i32") and not INT32.min <= value <= INT32.max:
+                raise ShapeError(f"{self.kernel.name}: {name} is {value}, which is no 32-bit integer")
+
+    def _check_multiple(self, name: str, number: int) -> None:
+        if number % ALIGNMENT:
+            raise ShapeError(f"{self.kernel.name}: {name} is {number}, which is no multiple of {ALIGNMENT}")
 
     def interpret(self) -> None:
         """Run in Triton's interpreter, on the CPU."""
-        self.check_alignment()
+        self.check_arguments()
         load_function(self.kernel.op, self.kernel.function)[self.grid](**self.arguments)
 
 
@@ -226,4 +243,9 @@ def evaluate(expression: str, names: Mapping[str, int]) -> int:
                 return -(-value(a) // value(b))
         raise ValueError(f"a grid rule cannot hold {ast.unparse(node)!r}")
 
-    return value(ast.parse(expression, mode="eval").body)
+    return value(_parsed(expression))
+
+
+@lru_cache
+def _parsed(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body

@@ -21,6 +21,10 @@ COMMANDS = {
         "Check published checkpoint files and turn them into a bundle.",
     ),
     "export": ("wanforge.exporter.cli:export", "Write a bundle's ONNX graphs."),
+    "kernels": (
+        "wanforge.runtime.kernels_cli:kernels",
+        "Compile the GPU kernels, and say what they cost.",
+    ),
     "inspect": ("wanforge.exporter.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
     "generate": (
         "wanforge.runtime.cli:generate",

@@ -1,0 +1,146 @@
+"""The child process that compiles kernels: a request a line on stdin, an answer a line on stdout, both JSON.
+
+It is a process of its own because Triton decides at its import whether kernels are interpreted, and because a compiler
+that crashes takes its process along. It imports no torch, so that it starts quickly.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+Constant = int | float | bool | str | None
+
+TENSOR_CORE = re.compile(r"(?<![.\w])[A-Z]+MMA(?:\.\w+)*")
+"""IMMA, HMMA and QMMA are mma.sync, IGMMA, HGMMA and QGMMA wgmma, UTC*MMA tcgen05. HFMA2.MMA is none of them."""
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A `Specialisation`, field by field."""
+
+    kernel: str
+    types: list[tuple[str, str]]
+    constants: list[tuple[str, Constant]]
+    num_warps: int
+    num_stages: int
+    sm: int
+
+
+class Compiled(msgspec.Struct, frozen=True, tag=True):
+    """A cubin and what the compiler says of it."""
+
+    code: bytes
+    entry: str
+    parameters: list[tuple[str, str]]
+    threads: int
+    shared_bytes: int
+    tensor_memory: int
+    registers: int
+    spill_bytes: int
+    mma: list[str]
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Why there is no cubin."""
+
+    message: str
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # What the compiler prints must not come between the answers.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin.buffer:
+        answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=Request))) + b"\n")
+        answers.flush()
+
+
+def answer(request: Request) -> Compiled | Failed:
+    try:
+        return compile_kernel(request)
+    # Whatever stops a compiler is for the parent to report.
+    except Exception as error:
+        causes = [error]
+        while isinstance(cause := causes[-1].__cause__, Exception):
+            causes.append(cause)
+        return Failed("\n".join(str(cause).strip() or type(cause).__name__ for cause in causes))
+
+
+def compile_kernel(request: Request) -> Compiled:
+    """Compile one kernel for one architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    op, _, name = request.kernel.rpartition(".")
+    function = getattr(import_module(f"wanforge.plugins.{op}.kernel"), name)
+    types, constants = dict(request.types), dict(request.constants)
+    if wrong := set(function.arg_names) ^ (types.keys() | constants.keys()):
+        raise TypeError(f"parameters and arguments differ in {', '.join(sorted(wrong))}")
+    parameters = [(name, types[name]) for name in function.arg_names if name in types]
+    source = ASTSource(
+        fn=function,
+        signature={name: types.get(name, "constexpr").removesuffix(":16") for name in function.arg_names},
+        constexprs=constants,
+        attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name, t in parameters if is_aligned(t)},
+    )
+    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=options)
+    code, metadata = made.asm["cubin"], made.metadata
+    if metadata.global_scratch_size or metadata.profile_scratch_size:
+        raise ValueError("the kernel wants scratch memory, which the launcher does not give")
+    registers, spill_bytes = resources(code, metadata.name)
+    return Compiled(
+        code,
+        metadata.name,
+        parameters,
+        32 * metadata.num_warps,
+        metadata.shared,
+        getattr(metadata, "tmem_size", None) or 0,
+        registers,
+        spill_bytes,
+        tensor_core_instructions(code),
+    )
+
+
+def is_aligned(kind: str) -> bool:
+    """Pointers are multiples of 16 by contract, integers where their type says so."""
+    return kind.startswith("*") or kind.endswith(":16")
+
+
+def resources(code: bytes, entry: str) -> tuple[int, int]:
+    """Registers and bytes of local memory of each thread."""
+    usage = _inspect("cuobjdump", "-res-usage", code)
+    numbers = re.search(rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if numbers is None:
+        raise ValueError(f"cuobjdump names no registers of {entry}: {usage}")
+    registers, stack, local = map(int, numbers.groups())
+    return registers, stack + local
+
+
+def tensor_core_instructions(code: bytes) -> list[str]:
+    """The kinds of matrix instruction in the machine code, sorted."""
+    return sorted(set(TENSOR_CORE.findall(_inspect("nvdisasm", "-c", code))))
+
+
+def _inspect(tool: str, option: str, code: bytes) -> str:
+    """What one of the tools in Triton's own package prints of a cubin."""
+    from triton import knobs
+
+    program: Any = getattr(knobs.nvidia, tool)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(code)
+        done = subprocess.run([program.path, option, str(path)], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

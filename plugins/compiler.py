@@ -1,0 +1,293 @@
+"""Kernels to cubins, ahead of time and in parallel, on a machine with or without a GPU.
+
+Triton runs in child processes only (`compile_worker`): in this one it may be interpreting the same kernels.
+"""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import msgspec
+
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins import compile_worker
+from wanforge.plugins.compile_worker import Compiled, Failed
+from wanforge.plugins.cubins import Cubin, Store, source_hash
+from wanforge.plugins.launch import Launch, Specialisation
+
+Progress = Callable[[str, int, int], object]
+"""Told a title, how many are done, and of how many."""
+
+KIB = 1024
+
+
+class Origin(NamedTuple):
+    """What a cubin is made from, besides its specialisation. Any difference means stale."""
+
+    source_hash: str
+    triton: str
+    grid: tuple[str, ...]
+
+
+def compile_kernels(
+    launches: Iterable[Launch],
+    folder: Path,
+    jobs: int | None = None,
+    progress: Progress = lambda title, done, total: None,
+) -> list[Cubin]:
+    """Make sure that a folder holds the cubin of every launch.
+
+    Each is kept as soon as it is made, so that a failure or an interruption costs only what was being compiled.
+
+    Args:
+        launches: what to compile for, as `launch.recording` collects it; equal ones are compiled once.
+        folder: where the cubins and their manifest go.
+        jobs: compilers at a time; as many as there are processors by default.
+
+    Returns:
+        One record per specialisation, in the order of the launches.
+
+    Raises:
+        WanforgeError: some kernels do not compile. The others have been.
+        ResourceError: Triton is not installed.
+    """
+    wanted = _distinct(launches)
+    missing = _distinct(outdated(wanted.values(), folder))
+    store, failures = Store(folder), []
+    with closing(_compiled(list(missing), jobs or os.cpu_count() or 1)) as answers:
+        for done, (specialisation, answer) in enumerate(answers, 1):
+            if isinstance(answer, Failed):
+                failures.append(
+                    f"{specialisation.kernel} does not compile for sm_{specialisation.sm}: {answer.message}"
+                )
+            else:
+                launch = missing[specialisation]
+                store.add(_record(specialisation, answer, _origin(launch)), answer.code)
+            progress("compile", done, len(missing))
+    if failures:
+        others = f"\n({len(failures) - 1} more kernels do not compile)" if len(failures) > 1 else ""
+        raise WanforgeError(failures[0] + others)
+    cubins = store.cubins()
+    return [cubins[specialisation.key] for specialisation in wanted]
+
+
+def outdated(launches: Iterable[Launch], folder: Path) -> list[Launch]:
+    """Launches, one per specialisation, of which a folder has no cubin, a damaged one, or one made from something
+    else."""
+    store = Store(folder)
+    cubins = store.cubins()
+
+    def is_current(launch: Launch) -> bool:
+        cubin = cubins.get(launch.specialisation.key)
+        if cubin is None or Origin(cubin.source_hash, cubin.triton, cubin.grid) != _origin(launch):
+            return False
+        try:
+            store.read(cubin)
+        except ResourceError:
+            return False
+        return True
+
+    return [launch for launch in _distinct(launches).values() if not is_current(launch)]
+
+
+def _distinct(launches: Iterable[Launch]) -> dict[Specialisation, Launch]:
+    return {launch.specialisation: launch for launch in launches}
+
+
+def _origin(launch: Launch) -> Origin:
+    try:
+        return Origin(source_hash(launch.kernel.op), version("triton"), launch.kernel.grid)
+    except PackageNotFoundError:
+        raise ResourceError("compiling kernels needs triton, which is not installed; run: pip install triton") from None
+
+
+def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> Cubin:
+    digest = hashlib.sha256(made.code).hexdigest()
+    return Cubin(
+        key=specialisation.key,
+        kernel=specialisation.kernel,
+        sm=specialisation.sm,
+        file=f"{specialisation.kernel}.sm_{specialisation.sm}.{specialisation.key}-{digest[:8]}.cubin",
+        sha256=digest,
+        bytes=len(made.code),
+        entry=made.entry,
+        parameters=tuple(made.parameters),
+        constants=dict(specialisation.constants),
+        grid=origin.grid,
+        threads=made.threads,
+        num_stages=specialisation.num_stages,
+        shared_bytes=made.shared_bytes,
+        tensor_memory=made.tensor_memory,
+        registers=made.registers,
+        spill_bytes=made.spill_bytes,
+        mma=tuple(made.mma),
+        source_hash=origin.source_hash,
+        triton=origin.triton,
+    )
+
+
+class Worker:
+    """A child process that compiles one kernel after another; started when it is first needed."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.errors = scratch / f"errors-{id(self)}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def compile(self, specialisation: Specialisation) -> Compiled | Failed:
+        """Compile one kernel; a compiler that crashes fails this kernel only."""
+        if self.process is None:
+            self.process = self._start()
+        process = self.process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(msgspec.json.encode(specialisation) + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if line:
+            return msgspec.json.decode(line, type=Compiled | Failed)
+        self.close()
+        return Failed(f"the compiler crashed ({process.returncode})\n{self.errors.read_text(errors='replace')[-2000:]}")
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "TRITON_INTERPRET": "0",
+            # Triton's own cache would answer for a compiler that has changed beneath it.
+            "TRITON_CACHE_DIR": str(self.scratch),
+            "TMPDIR": str(self.scratch),
+        }
+        # A session of its own, so that Ctrl-C reaches this process alone, which ends the child and its children.
+        with self.errors.open("wb") as errors:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", compile_worker.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the child, whatever it is doing."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+            self.process = None
+
+
+def _compiled(
+    specialisations: list[Specialisation], jobs: int
+) -> Generator[tuple[Specialisation, Compiled | Failed], None, None]:
+    """Each specialisation with what came of it, in the order in which they are done."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, ThreadPoolExecutor(jobs) as threads:
+        workers = [Worker(Path(scratch)) for _ in range(jobs)]
+        idle: SimpleQueue[Worker] = SimpleQueue()
+
+        def compile_one(specialisation: Specialisation) -> tuple[Specialisation, Compiled | Failed]:
+            worker = idle.get()
+            try:
+                return specialisation, worker.compile(specialisation)
+            finally:
+                idle.put(worker)
+
+        for worker in workers:
+            idle.put(worker)
+        try:
+            for future in as_completed([threads.submit(compile_one, each) for each in specialisations]):
+                yield future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.close()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an SM has to share among the programs that run on it, beside its 64 K registers."""
+
+    shared_per_program: int
+    shared: int
+    warps: int
+    programs: int
+
+
+LIMITS = {
+    80: Limits(163 * KIB, 164 * KIB, 64, 32),
+    86: Limits(99 * KIB, 100 * KIB, 48, 16),
+    89: Limits(99 * KIB, 100 * KIB, 48, 24),
+    90: Limits(227 * KIB, 228 * KIB, 64, 32),
+    100: Limits(227 * KIB, 228 * KIB, 64, 32),
+    120: Limits(99 * KIB, 100 * KIB, 48, 24),
+}
+"""By SM. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
+
+REGISTERS, QUARTERS = 64 * KIB, 4
+REGISTER_STEP = 256
+"""Registers are given to a warp in multiples of it."""
+RESERVED_SHARED, SHARED_STEP = KIB, 128
+"""Bytes of shared memory that the system keeps of each program, and multiples in which they are given."""
+TENSOR_MEMORY = 512
+"""Columns of an SM's tensor memory."""
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How much of an SM a kernel fills."""
+
+    programs: int
+    """That run on one SM at a time."""
+    warps: float
+    """Share of the warps an SM can hold."""
+    shared: float
+    """Share of the shared memory a program may have."""
+
+
+def occupancy(cubin: Cubin) -> Occupancy:
+    """What a cubin's registers, shared memory and threads leave room for."""
+    limits = LIMITS[cubin.sm]
+    warps = cubin.threads // 32
+    shared = _rounded_up(cubin.shared_bytes + RESERVED_SHARED, SHARED_STEP)
+    # A warp's registers lie in one quarter of the SM, so a program's warps are spread in fours.
+    warps_by_registers = QUARTERS * (REGISTERS // QUARTERS // _rounded_up(32 * cubin.registers, REGISTER_STEP))
+    programs = min(
+        limits.programs,
+        limits.warps // warps,
+        limits.shared // shared,
+        warps_by_registers // _rounded_up(warps, QUARTERS),
+        TENSOR_MEMORY // cubin.tensor_memory if cubin.tensor_memory else limits.programs,
+    )
+    return Occupancy(programs, programs * warps / limits.warps, cubin.shared_bytes / limits.shared_per_program)
+
+
+def _rounded_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def faults(cubin: Cubin) -> list[str]:
+    """Why a cubin should not be shipped: it spills, or its program does not fit an SM."""
+    found = []
+    if cubin.spill_bytes:
+        found.append(f"spills {cubin.spill_bytes} bytes a thread")
+    limit = LIMITS[cubin.sm].shared_per_program
+    if cubin.shared_bytes > limit:
+        found.append(f"needs {cubin.shared_bytes / KIB:.1f} KiB of shared memory, of {limit // KIB}")
+    elif occupancy(cubin).programs == 0:
+        found.append("does not fit an SM")
+    return found

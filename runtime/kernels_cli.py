@@ -1,0 +1,145 @@
+"""The command that compiles kernels ahead of time and says what they cost."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from wanforge.configs.schema import load_model, load_recipe, load_targets, load_tiles, named
+from wanforge.errors import ConfigError
+from wanforge.plugins.compiler import KIB, compile_kernels, faults, occupancy, outdated
+from wanforge.plugins.cubins import Cubin, cache_folder
+from wanforge.plugins.launch import Launch
+from wanforge.runtime.progress import Bars
+
+
+@click.command()
+@click.option(
+    "--target",
+    "targets",
+    required=True,
+    help="GPUs by name or architecture, with commas between: rtx5090,h100,sm_80; all for every architecture.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help=f"Whose shapes: {', '.join(named('models'))}, or a .toml file; repeatable, all by default.",
+)
+@click.option(
+    "--recipe",
+    default="w8a8",
+    show_default=True,
+    help=f"One of {', '.join(named('recipes'))}, or a .toml file.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the cubins and their manifest; by default the cache, where launching looks for them.",
+)
+@click.option("--jobs", type=click.IntRange(1), help="Compilers at a time; one per processor by default.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def kernels(
+    targets: str, models: tuple[str, ...], recipe: str, out: Path | None, jobs: int | None, as_json: bool
+) -> None:
+    """Compile the kernels of a model's denoiser for GPUs that need not be here.
+
+    What is compiled already is taken as it is, unless a kernel's source or Triton has changed. WANFORGE_KERNELS names
+    the folder of --out to the machine that runs them.
+
+    \b
+    Example:
+      wanforge kernels --target rtx5090,h100 --model turbowan2.1-t2v-1.3b-480p --out kernels
+    """
+    folder = out or cache_folder()
+    launches = launches_of(sms_of(targets), models or named("models"), recipe)
+    missing = len(outdated(launches, folder))
+    with Bars() as bars:
+        cubins = compile_kernels(launches, folder, jobs, bars)
+    if as_json:
+        report = {"folder": str(folder), "compiled": missing, "cubins": [as_dict(cubin) for cubin in cubins]}
+        click.echo(json.dumps(report))
+    else:
+        click.echo(table(cubins))
+        click.echo(f"{missing} compiled, {len(cubins) - missing} from the cache, {folder}")
+    for cubin in cubins:
+        for fault in faults(cubin):
+            click.echo(f"WARNING: {cubin.kernel} for sm_{cubin.sm} {fault}", err=True)
+
+
+def sms_of(targets: str) -> list[int]:
+    """Architectures of a list of targets, each once, in order.
+
+    Raises:
+        ConfigError: a target is unknown.
+    """
+    gpus = load_targets()
+    made_for = sorted({sm for rows in load_tiles().values() for row in rows for sm in row.sms})
+    known = {f"sm_{sm}": [sm] for sm in made_for} | {name: [gpu.sm] for name, gpu in gpus.items()} | {"all": made_for}
+    names = [name.strip() for name in targets.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(known)}")
+    return list(dict.fromkeys(sm for name in names for sm in known[name]))
+
+
+def launches_of(sms: Iterable[int], models: Iterable[str], recipe: str) -> list[Launch]:
+    """What the denoisers of some models launch on some architectures."""
+    from wanforge.runtime.fused_block import launches
+
+    plan, configs = load_recipe(recipe), [load_model(name) for name in models]
+    return [launch for sm in sms for config in configs for launch in launches(config, plan, sm)]
+
+
+def as_dict(cubin: Cubin) -> dict[str, Any]:
+    """A cubin's record, with what follows from it."""
+    filled = occupancy(cubin)
+    derived = {"programs_per_sm": filled.programs, "occupancy": filled.warps, "shared_share": filled.shared}
+    return {**msgspec.to_builtins(cubin), **derived, "faults": faults(cubin)}
+
+
+HEAD = ("", "kernel", "SM", "variant", "warps", "regs", "spills", "shared", "CTAs/SM", "occupancy", "MMA", "size")
+
+
+def table(cubins: Sequence[Cubin]) -> str:
+    """Cubins as a table, marked with ! where one should not be shipped."""
+    rows = [HEAD, *(row(cubin, [other for other in cubins if other.kernel == cubin.kernel]) for cubin in cubins)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def row(cubin: Cubin, siblings: Sequence[Cubin]) -> tuple[str, ...]:
+    filled = occupancy(cubin)
+    return (
+        "!" if faults(cubin) else "",
+        cubin.kernel,
+        f"sm_{cubin.sm}",
+        variant(cubin, siblings),
+        str(cubin.threads // 32),
+        str(cubin.registers),
+        str(cubin.spill_bytes),
+        f"{cubin.shared_bytes / KIB:.1f} KiB ({filled.shared:.0%})",
+        str(filled.programs),
+        f"{filled.warps:.0%}",
+        " ".join(cubin.mma) or "-",
+        f"{cubin.bytes / KIB:.0f} KiB",
+    )
+
+
+def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
+    """Which of a kernel's cubins this is: its constants, and the tensors that others lack or have of another type."""
+    constants = [
+        name if value is True else f"{name}={value}"
+        for name, value in cubin.constants.items()
+        if value is not None and value is not False
+    ]
+    types = [dict(other.parameters) for other in siblings]
+    tensors = [
+        f"{name}:{kind.removeprefix('*')}"
+        for name, kind in cubin.parameters
+        if any(other.get(name) != kind for other in types)
+    ]
+    return " ".join(constants + tensors) or "-"
