@@ -1,8 +1,10 @@
 """Frames in, mp4 out, whole or not at all."""
 
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -11,46 +13,77 @@ from torch import Tensor
 
 from wanforge.errors import ResourceError
 
-QUALITY = 5
-"""imageio's scale of 0 to 10; what upstream uses."""
+RATE_FACTOR = 25
+"""Of x264, 0 to 51, lower is better; what upstream's writer settles on (imageio's quality 5)."""
 
 
 class FrameSink(Protocol):
     """Takes one frame after the other, uint8 ``[H, W, 3]``."""
 
-    def __call__(self, frame: Tensor) -> None: ...
+    def __call__(self, frame: Tensor) -> object: ...
+
+
+def partial_path(path: Path) -> Path:
+    """Where a video lies until it is whole."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
+
+
+def check_place(path: Path) -> None:
+    """Make the folder of a video, and find out whether it can be written there, before there is one to write.
+
+    Raises:
+        OSError: it cannot.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path(path).touch()
+    partial_path(path).unlink()
 
 
 @contextmanager
 def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterator[FrameSink]:
-    """Write an H.264 video under a temporary name; `path` appears when the block ends without an error.
+    """Write an H.264 video under a temporary name; `path` appears when the block ends and the encoder has said that
+    all of it is written.
 
     Raises:
-        ResourceError: the encoder stopped, for example on a full disk.
+        ResourceError: the encoder stopped or failed, for example on a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    encoder = imageio_ffmpeg.write_frames(
-        str(partial),
-        (width_px, height_px),
-        fps=fps,
-        codec="libx264",
-        quality=QUALITY,
-        macro_block_size=1,  # sizes are multiples of 16 anyway; imageio must not pad
-        ffmpeg_log_level="error",
+    partial = partial_path(path)
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width_px}x{height_px}", "-r", str(fps), "-i", "-"]
+    target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR), "-v", "error", str(partial)]
+    # What ffmpeg says goes to a file: a pipe that nobody reads would fill up and stop it.
+    with tempfile.TemporaryFile() as said:
+        encoder = subprocess.Popen(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", *source, *target],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        assert encoder.stdin is not None
+        write = encoder.stdin.write
+        try:
+            try:
+                yield lambda frame: write(frame.numpy().tobytes())
+                encoder.stdin.close()
+                is_fed = True
+            except BrokenPipeError:
+                is_fed = False  # the encoder is gone, and has said why
+            if encoder.wait() or not is_fed:
+                said.seek(0)
+                raise failure(path, said.read().decode(errors="replace"))
+            partial.replace(path)
+        finally:
+            encoder.kill()
+            encoder.wait()
+            with suppress(BrokenPipeError):
+                encoder.stdin.close()
+            partial.unlink(missing_ok=True)
+
+
+def failure(path: Path, said: str) -> ResourceError:
+    """What to tell of an encoder that stopped: its last words, and how full the disk is."""
+    free = shutil.disk_usage(path.parent).free
+    words = " ".join(said.split()[-40:]) or "nothing"
+    return ResourceError(
+        f"{path}: the video encoder stopped; it said: {words}. {free / 1e6:.1f} MB are free on that disk"
     )
-    try:
-        encoder.send(None)
-        yield lambda frame: encoder.send(frame.numpy().tobytes())
-        encoder.close()
-        if not partial.exists() or not partial.stat().st_size:
-            raise OSError("the encoder wrote nothing")
-        partial.replace(path)
-    except OSError:
-        free = shutil.disk_usage(path.parent).free
-        raise ResourceError(
-            f"{path}: the video encoder stopped; {free / 1e6:.1f} MB are free on that disk. What it said stands above"
-        ) from None
-    finally:
-        encoder.close()
-        partial.unlink(missing_ok=True)

@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from wanforge.errors import ResourceError
-from wanforge.runtime.video import video_writer
-
-# imageio-ffmpeg leaves a pipe open where ffmpeg ends before it is told to.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+from wanforge.runtime.video import check_place, video_writer
 
 
 def read_video(path: Path) -> tuple[dict[str, object], torch.Tensor]:
@@ -58,17 +55,41 @@ def test_an_interrupted_video_leaves_the_one_before(tmp_path: Path) -> None:
     assert path.read_bytes() == b"before"
 
 
-def test_an_encoder_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Each as ffmpeg with the path of the video as its last argument: gone at once; at work until the end and then out of
+# disk; done before it has seen every frame.
+FAILURES = {
+    "absent": "echo no such codec >&2; exit 1",
+    "full-disk": 'for last; do :; done; cat > /dev/null; echo some > "$last"; echo No space left on device >&2; exit 1',
+    "early": 'for last; do :; done; echo some > "$last"; echo enough seen >&2; exit 0',
+}
+
+
+@pytest.mark.parametrize("frames", [1, 50])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_an_encoder_that_fails_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str, frames: int
+) -> None:
     fake = tmp_path / "ffmpeg"
-    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.write_text(f"#!/bin/sh\n{FAILURES[failure]}\n")
     fake.chmod(0o755)
-    monkeypatch.setattr(imageio_ffmpeg._io, "get_ffmpeg_exe", lambda: str(fake))
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(fake))
 
     def write_clip() -> None:
         with video_writer(tmp_path / "clip.mp4", 512, 512, 16) as write:
-            for _ in range(50):
+            for _ in range(frames):
                 write(torch.zeros(512, 512, 3, dtype=torch.uint8))
 
-    with pytest.raises(ResourceError, match="encoder stopped"):
+    said = {"absent": "no such codec", "full-disk": "No space left on device", "early": "enough seen"}[failure]
+    with pytest.raises(ResourceError, match=rf"encoder stopped; it said: {said}\. .* MB are free"):
         write_clip()
     assert [file.name for file in tmp_path.iterdir()] == ["ffmpeg"]
+
+
+def test_a_place_where_no_video_can_lie_is_known_beforehand(tmp_path: Path) -> None:
+    check_place(tmp_path / "deep" / "clip.mp4")
+    assert list((tmp_path / "deep").iterdir()) == []
+    with pytest.raises(OSError, match="name too long"):
+        check_place(tmp_path / f"{'x' * 300}.mp4")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        check_place(tmp_path / "file" / "clip.mp4")
