@@ -157,7 +157,8 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         "C": CHUNKS,
     }
     k_sum, v_amax = empty(CHUNKS, heads, HEAD), empty(CHUNKS, heads, HEAD) if is_fp8 else None
-    STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, **sizes)
+    state, mass = empty(CHUNKS, heads, HEAD, HEAD), empty(CHUNKS, heads, HEAD)
+    STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, **sizes)
 
     k = k_LD if is_plain else empty(heads, padded, HEAD, type=torch.int8)
     k_step = None if is_plain else empty(heads, num_keys)
@@ -169,7 +170,6 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         v = empty(heads, padded, HEAD, type=torch.float16)
     v_scale = empty(heads, HEAD) if is_fp8 else None
     pooled_HNK = empty(heads, num_keys, HEAD, type=dtype)
-    state, mass = empty(CHUNKS, heads, HEAD, HEAD), empty(CHUNKS, heads, HEAD)
     KEYS_VALUES(
         k=k_LD,
         v=v_LD,
@@ -180,8 +180,6 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         k_pooled=pooled_HNK,
         v_steps=None if is_plain else v,
         v_scale=v_scale,
-        state=state,
-        mass=mass,
         padded=padded,
         ARITHMETIC=blocks.arithmetic,
         BLOCK_K=blocks.k,

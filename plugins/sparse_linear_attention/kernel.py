@@ -1,8 +1,8 @@
 """Kernels of sparse-linear attention. Letters as in the reference: L tokens, H heads of K = 128 channels, M query blocks,
 N key blocks, S selected ones; C chunks of tokens, over which sums are taken in a fixed order.
 
-Five launches: `statistics`, `keys_values`, `linear_state` and `scores` read each key and value a few times at memory
-speed; `select` and `attention` follow. ARITHMETIC is that of `reference.Blocks`.
+`statistics` and `keys_values` read the keys and values once each, at memory speed; `linear_state`, `scores` and `select`
+are small; `attention` follows. ARITHMETIC is that of `reference.Blocks`.
 """
 
 import triton
@@ -40,51 +40,70 @@ def to_steps(x, step):
 def feature_map(x, dtype: tl.constexpr):
     """Softmax over the channels."""
     e = tl.exp(x - tl.max(x, 1, keep_dims=True))
-    return rounded(e / tl.sum(e, 1, keep_dims=True), dtype)
+    return rounded(e * (1.0 / tl.sum(e, 1, keep_dims=True)), dtype)
 
 
 @triton.jit
 def statistics(
-    k, v, k_sum, v_amax, L, k_stride, v_stride, chunk_rows, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):
-    """Per chunk: the sum of the keys and the largest magnitude of the values, [C, H, K] float32."""
+    k, v, k_sum, v_amax, state, mass,
+    L, k_stride, v_stride, chunk_rows,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Per chunk and head, float32: the sum of the keys and the largest magnitude of the values, [C, H, K], and the share
+    of the linear branch, phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K]."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, HEAD)
+    lanes = lane[None, :]
+    dtype = k.dtype.element_ty
+    # Addresses are a 64-bit number plus small offsets, here and below: 64-bit tiles would fill the registers.
     first = chunk.to(tl.int64) * chunk_rows
-    total = tl.zeros((ROWS, HEAD), tl.float32)
-    largest = tl.zeros((ROWS, HEAD), tl.float32)
-    for start in range(0, chunk_rows, ROWS):
-        rows = (first + start + tl.arange(0, ROWS))[:, None]
-        inside = rows < L
-        total += tl.load(k + rows * k_stride + head * HEAD + lane[None, :], mask=inside, other=0.0).to(tl.float32)
+    row = tl.arange(0, ROWS)[:, None]
+    k += first * k_stride + head * HEAD + (row * k_stride + lanes)
+    v += first * v_stride + head * HEAD + (row * v_stride + lanes)
+    total = tl.zeros((HEAD, HEAD), tl.float32)
+    weight = tl.zeros((HEAD,), tl.float32)
+    key_sum = tl.zeros((HEAD,), tl.float32)
+    largest = tl.zeros((HEAD,), tl.float32)
+    for start in range(0, tl.minimum(chunk_rows, L - chunk * chunk_rows), ROWS):
+        inside = row < L - chunk * chunk_rows - start
+        key = tl.load(k, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(v, mask=inside, other=0.0)
+        key_sum += tl.sum(key, 0)
+        feature = tl.where(inside, feature_map(key, dtype), 0.0)
+        weight += tl.sum(feature, 0)
+        total = tl.dot(tl.trans(feature).to(dtype), value, total, input_precision="ieee")
         if v_amax is not None:
-            values = tl.load(v + rows * v_stride + head * HEAD + lane[None, :], mask=inside, other=0.0)
-            largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
-    place = (chunk * H + head) * HEAD + lane
-    tl.store(k_sum + place, tl.sum(total, 0))
+            largest = tl.maximum(largest, tl.max(tl.abs(value.to(tl.float32)), 0))
+        k += ROWS * k_stride
+        v += ROWS * v_stride
+    place = chunk.to(tl.int64) * H + head
+    tl.store(k_sum + place * HEAD + lane, key_sum)
+    tl.store(mass + place * HEAD + lane, weight)
+    tl.store(state + place * (HEAD * HEAD) + (lane[:, None] * HEAD + lanes), total)
     if v_amax is not None:
-        tl.store(v_amax + place, tl.max(largest, 0))
+        tl.store(v_amax + place * HEAD + lane, largest)
 
 
 @triton.jit
 def keys_values(
     k, v, k_sum, v_amax,
-    k_steps, k_step, k_pooled, v_steps, v_scale, state, mass,
+    k_steps, k_step, k_pooled, v_steps, v_scale,
     L, k_stride, v_stride, chunk_rows, padded,
     H: tl.constexpr,
     C: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one head's keys and values: pooled keys [H, N, K]; in 8-bit arithmetic keys as int8 [H, padded, K] with
-    a step per block [H, N] and values as fp8 [H, K, padded] or fp16 [H, padded, K]; and the chunk's share of the linear
-    branch, phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K], float32."""
+    """A chunk of one head's keys and values: means of key blocks [H, N, K], and in 8-bit arithmetic keys as int8
+    [H, padded, K] with a step per block [H, N], and values as fp8 [H, K, padded] or fp16 [H, padded, K]."""
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
     dtype = k.dtype.element_ty
 
-    chunks = tl.arange(0, C)[:, None] * (H * HEAD) + head * HEAD + lanes
+    chunks = tl.arange(0, C)[:, None] * (H * HEAD) + tl.program_id(1) * HEAD + lanes
     mean = rounded(tl.sum(tl.load(k_sum + chunks), 0) / L, dtype)
     if ARITHMETIC == "sage_fp8":
         amax = tl.max(tl.load(v_amax + chunks), 0)
@@ -93,36 +112,36 @@ def keys_values(
             tl.store(v_scale + head * HEAD + lane, tl.math.div_rn(amax, 2.25))
 
     blocks = padded // BLOCK_K
-    total = tl.zeros((HEAD, HEAD), tl.float32)
-    weight = tl.zeros((HEAD,), tl.float32)
+    row = tl.arange(0, BLOCK_K)
+    rows = row[:, None]
+    k += head * HEAD + (rows * k_stride + lanes)
+    v += head * HEAD + (rows * v_stride + lanes)
+    k_pooled += head * blocks * HEAD + lane
+    if ARITHMETIC != "sla":
+        k_steps += head * padded * HEAD + (rows * HEAD + lanes)
+        k_step += head * blocks
+    if ARITHMETIC == "sage_fp8":
+        v_steps += head * HEAD * padded + (lane[:, None] * padded + row[None, :])
+    if ARITHMETIC == "sage_fp16":
+        v_steps += head * padded * HEAD + (rows * HEAD + lanes)
+
     first = chunk * (chunk_rows // BLOCK_K)
     for block in range(first, tl.minimum(first + chunk_rows // BLOCK_K, blocks)):
-        row = tl.cast(block, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-        rows = row[:, None]
-        inside = rows < L
-        key = tl.load(k + rows * k_stride + head * HEAD + lanes, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(v + rows * v_stride + head * HEAD + lanes, mask=inside, other=0.0)
-
+        start = tl.cast(block, tl.int64) * BLOCK_K
+        held = tl.minimum(L - block * BLOCK_K, BLOCK_K)
+        inside = rows < held
+        key = tl.load(k + start * k_stride, mask=inside, other=0.0).to(tl.float32)
         smooth = tl.where(inside, rounded(key - mean[None, :], dtype), 0.0)
-        held = tl.minimum(L - block * BLOCK_K, BLOCK_K) * 1.0
-        tl.store(k_pooled + (head * blocks + block) * HEAD + lane, (tl.sum(smooth, 0) / held).to(dtype))
+        tl.store(k_pooled + block * HEAD, (tl.sum(smooth, 0) / (held * 1.0)).to(dtype))
         if ARITHMETIC != "sla":
             step = tl.math.div_rn(tl.max(tl.abs(smooth)), 127.0) + 1e-7
-            tl.store(k_steps + (head * padded + rows) * HEAD + lanes, to_steps(smooth, step))
-            tl.store(k_step + head * blocks + block, step)
-        if ARITHMETIC == "sage_fp8":
-            scaled = to_e4m3(value.to(tl.float32) * factor[None, :])
-            tl.store(v_steps + (head * HEAD + lane[:, None]) * padded + row[None, :], tl.trans(scaled))
-        if ARITHMETIC == "sage_fp16":
-            tl.store(v_steps + (head * padded + rows) * HEAD + lanes, value.to(tl.float16))
-
-        feature = tl.where(inside, feature_map(key, dtype), 0.0)
-        weight += tl.sum(feature, 0)
-        total = tl.dot(tl.trans(feature).to(dtype), value, total, input_precision="ieee")
-
-    place = chunk * H + head
-    tl.store(mass + place * HEAD + lane, weight)
-    tl.store(state + (place * HEAD + lane[:, None]) * HEAD + lanes, total)
+            tl.store(k_steps + start * HEAD, to_steps(smooth, step))
+            tl.store(k_step + block, step)
+            value = tl.load(v + start * v_stride, mask=inside, other=0.0)
+            if ARITHMETIC == "sage_fp8":
+                tl.store(v_steps + start, tl.trans(to_e4m3(value.to(tl.float32) * factor[None, :])))
+            else:
+                tl.store(v_steps + start * HEAD, value.to(tl.float16))
 
 
 @triton.jit
@@ -166,8 +185,9 @@ def scores(
     pooled = tl.zeros((QUERIES, HEAD), tl.float32)
     for i in range(QUERIES):
         start = (first + i) * BLOCK_Q
-        rows = (tl.cast(start, tl.int64) + tl.arange(0, BLOCK_Q))[:, None]
-        values = tl.load(q + rows * q_stride + head * HEAD + lanes, mask=rows < L, other=0.0).to(tl.float32)
+        rows = tl.arange(0, BLOCK_Q)[:, None]
+        tile = q + tl.cast(start, tl.int64) * q_stride + head * HEAD + (rows * q_stride + lanes)
+        values = tl.load(tile, mask=rows < L - start, other=0.0).to(tl.float32)
         held = tl.maximum(tl.minimum(L - start, BLOCK_Q), 1) * 1.0
         pooled = tl.where(query == i, (tl.sum(values, 0) / held)[None, :], pooled)
     pooled = pooled.to(dtype)
@@ -224,11 +244,12 @@ def attention(
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
-    rows = (block.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q))[:, None]
-    inside = rows < L
-    q += rows * q_stride + head * HEAD + lanes
+    rows = tl.arange(0, BLOCK_Q)[:, None]
+    start = block.to(tl.int64) * BLOCK_Q
+    inside = rows < L - block * BLOCK_Q
+    q += start * q_stride + head * HEAD
     dtype = q.dtype.element_ty
-    query = tl.load(q, mask=inside, other=0.0)
+    query = tl.load(q + rows * q_stride + lanes, mask=inside, other=0.0)
     q_step = 1.0
     offset = 0.0
     if ARITHMETIC != "sla":
@@ -238,26 +259,34 @@ def attention(
     if ARITHMETIC == "sage_fp8":
         offset = 8.807
 
+    key = tl.arange(0, BLOCK_K)
+    if ARITHMETIC == "sla":
+        k += head * HEAD
+        v += head * HEAD
+    else:
+        k += head * padded * HEAD
+        v += head * padded * HEAD
+        k_step += head * N
     maximum = tl.full((BLOCK_Q, 1), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q, 1), tl.float32)
     output = tl.zeros((BLOCK_Q, HEAD), tl.float32)
     selected += (head * M + block) * S
     for i in range(S):
         chosen = tl.load(selected + i)
-        key = chosen.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-        is_key = key < L
+        first = chosen.to(tl.int64) * BLOCK_K
+        is_key = key < L - chosen * BLOCK_K
         if ARITHMETIC == "sla":
-            keys = tl.load(k + key[None, :] * k_stride + head * HEAD + lane[:, None], mask=is_key[None, :], other=0.0)
-            values = tl.load(v + key[:, None] * v_stride + head * HEAD + lanes, mask=is_key[:, None], other=0.0)
+            keys = tl.load(k + first * k_stride + (key[None, :] * k_stride + lane[:, None]), mask=is_key[None, :], other=0.0)
+            values = tl.load(v + first * v_stride + (key[:, None] * v_stride + lanes), mask=is_key[:, None], other=0.0)
             logits = tl.dot(query, keys, input_precision="ieee") * SOFTMAX_SCALE
         else:
-            keys = tl.load(k + (head * padded + key[None, :]) * HEAD + lane[:, None])
-            step = SOFTMAX_SCALE * (q_step * tl.load(k_step + head * N + chosen))
+            keys = tl.load(k + first * HEAD + (key[None, :] * HEAD + lane[:, None]))
+            step = SOFTMAX_SCALE * (q_step * tl.load(k_step + chosen))
             logits = tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32) * step
             if ARITHMETIC == "sage_fp8":
-                values = tl.trans(tl.load(v + (head * HEAD + lane[:, None]) * padded + key[None, :]))
+                values = tl.trans(tl.load(v + first + (lane[:, None] * padded + key[None, :])))
             else:
-                values = tl.load(v + (head * padded + key[:, None]) * HEAD + lanes)
+                values = tl.load(v + first * HEAD + (key[:, None] * HEAD + lanes))
         logits += tl.where(is_key, 0.0, -float("inf"))[None, :]
 
         higher = tl.maximum(maximum, tl.max(logits, 1, keep_dims=True))
@@ -271,18 +300,19 @@ def attention(
             output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
         maximum = higher
 
-    output = output / total
+    # The linear branch is added up on top of the sparse one, and rounded once where the reference does so thrice.
+    output *= 1.0 / total
     if ARITHMETIC == "sage_fp8":
         output *= tl.load(v_scale + head * HEAD + lanes)
-    output = rounded(output, dtype)
-
-    feature = feature_map(tl.load(q, mask=inside, other=0.0).to(tl.float32), dtype)
+    query = tl.load(q + (rows * q_stride + lanes), mask=inside, other=0.0).to(tl.float32)
+    feature = tl.exp(query - tl.max(query, 1, keep_dims=True))
     mass = tl.sum(feature * tl.load(folded_mass + head * HEAD + lanes), 1, keep_dims=True)
-    matrix = tl.load(folded + (head * HEAD + lane[:, None]) * HEAD + lanes)
-    linear = tl.dot(feature.to(dtype), matrix, input_precision="ieee") / (mass + 1e-5)
-    output += rounded(linear + tl.load(bias + lanes).to(tl.float32), dtype)
-    output = rounded(output, dtype)
-    place = rows * (H * HEAD) + head * HEAD + lanes
+    feature *= 1.0 / (mass + 1e-5 * tl.sum(feature, 1, keep_dims=True))
+    matrix = tl.load(folded + head * (HEAD * HEAD) + (lane[:, None] * HEAD + lanes))
+    output = tl.dot(feature.to(dtype), matrix, output, input_precision="ieee")
+    output = rounded(output + tl.load(bias + lanes).to(tl.float32), dtype)
+    y += start * (H * HEAD) + head * HEAD
+    place = rows * (H * HEAD) + lanes
     if y_scale is not None:
         steps, scale = quantise_tile(tl.where(inside, output, 0.0))
         tl.store(y + place, steps, mask=inside)
