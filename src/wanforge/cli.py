@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from wanforge import __version__
-from wanforge.errors import WanforgeError
+from wanforge.errors import WanforgeError, memory_errors
 
 # In pipeline order; the summary stands here so that `wanforge --help` imports no torch.
 COMMANDS = {
@@ -65,18 +65,19 @@ class LazyCommands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with memory_errors():
+                return super().invoke(ctx)
         except WanforgeError as error:
             raise click.ClickException(str(error)) from None
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
             match error.errno:
+                case None | errno.EPIPE:  # not the system's, or click's to end quietly
+                    raise
                 case errno.ENOSPC | errno.EDQUOT:
                     advice = "free some space or choose another place"
-                case errno.EACCES | errno.EROFS | errno.EPERM | errno.ENOTDIR | errno.EEXIST | errno.EISDIR:
-                    advice = "check the path and its permissions"
                 case _:
-                    raise
+                    advice = "check the path and its permissions"
             raise click.ClickException(f"{error.strerror}{where}; {advice}") from None
 
 

@@ -11,7 +11,13 @@
 The command line prints them without a traceback and exits with 1; click's usage errors exit with 2.
 """
 
-from collections.abc import Sequence
+import errno
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
+"""How PyTorch and ONNX Runtime, which have no exception for it, say that an allocation failed."""
 
 
 class WanforgeError(Exception):
@@ -46,3 +52,24 @@ def join_names(names: Sequence[str]) -> str:
     """Names for a message: the first few, and how many more there are."""
     shown = ", ".join(names[:6])
     return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn every library's way of saying that memory ran out into a `ResourceError`."""
+    try:
+        yield
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise _out_of_memory(str(error)) from error
+    except Exception as error:
+        of_a_library = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+        if not of_a_library or (found := OUT_OF_MEMORY.search(str(error))) is None:
+            raise
+        raise _out_of_memory(str(error)[found.start() :]) from error
+
+
+def _out_of_memory(reason: str) -> ResourceError:
+    said = f" ({reason[:120].strip()})" if reason else ""
+    return ResourceError(f"memory ran out{said}; free some, or ask for a smaller or shorter clip")

@@ -239,6 +239,34 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_disk(
     assert "free some space" not in message
 
 
+@pytest.mark.parametrize("code", [errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENOENT])
+def test_whatever_the_system_refuses_ends_in_a_message(
+    tmp_path: Path, importing: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise OSError(code, os.strerror(code), "dit.pth")
+
+    monkeypatch.setattr(commands, "import_checkpoint", failing)
+    assert refused(*importing(tmp_path / "out")).startswith(f"Error: {os.strerror(code)} at dit.pth; check the path")
+
+
+def test_an_error_that_is_not_the_systems_keeps_its_traceback(
+    tmp_path: Path, importing: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise OSError("a fault of ours")
+
+    monkeypatch.setattr(commands, "import_checkpoint", failing)
+    assert isinstance(run(*importing(tmp_path / "out")).exception, OSError)
+
+
+def test_memory_that_runs_out_ends_in_a_message(
+    tmp_path: Path, importing: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "import_checkpoint", lambda *args, **kwargs: bytearray(1 << 62))
+    assert refused(*importing(tmp_path / "out")).startswith("Error: memory ran out; free some, or ask for a smaller")
+
+
 @pytest.mark.parametrize("command", ["export", "inspect"])
 @pytest.mark.parametrize("json_option", [[], ["--json"]])
 def test_what_is_not_a_bundle_is_refused(tmp_path: Path, command: str, json_option: list[str]) -> None:

@@ -1,0 +1,64 @@
+"""Allocations that fail, each as its library reports it."""
+
+import errno
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tests.onnx_runner import run_model
+from wanforge.errors import RequestError, ResourceError, memory_errors
+from wanforge.exporter.onnx_model import onnx_model
+
+HUGE = 1 << 58
+
+
+def huge_in_onnx_runtime() -> object:
+    shape = helper.make_tensor("shape", TensorProto.INT64, [1], [HUGE])
+    nodes = [
+        helper.make_node("Constant", [], ["shape"], value=shape),
+        helper.make_node("Expand", ["x", "shape"], ["y"]),
+        helper.make_node("ReduceSum", ["y"], ["sum"]),
+    ]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "sum")]
+    graph = helper.make_graph(nodes, "huge", infos[:1], infos[1:])
+    return run_model(onnx_model(graph, []), {"x": torch.ones(1)}, {"sum": (1,)})
+
+
+def no_memory_for_a_process() -> object:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+ALLOCATIONS: dict[str, Callable[[], object]] = {
+    "python": lambda: bytearray(HUGE),
+    "numpy": lambda: np.empty(HUGE),
+    "torch": lambda: torch.empty(HUGE),
+    "onnxruntime": huge_in_onnx_runtime,
+    "system": no_memory_for_a_process,
+}
+
+
+@pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_memory_that_runs_out_is_one_error(allocate: Callable[[], object]) -> None:
+    with pytest.raises(ResourceError, match=r"memory ran out.*; free some"), memory_errors():
+        allocate()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        RequestError("the prompt is about running out of memory"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        KeyError("out of memory"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_other_errors_pass_as_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, memory_errors():
+        raise error
+    assert caught.value is error
