@@ -89,8 +89,8 @@ def outdated(launches: Iterable[Launch], folder: Path) -> list[Launch]:
     cubins = store.cubins()
 
     def is_current(launch: Launch) -> bool:
-        cubin = cubins.get(launch.specialisation.key)
-        if cubin is None or Origin(cubin.source_hash, cubin.triton, cubin.grid) != _origin(launch):
+        cubin, origin = cubins.get(launch.specialisation.key), _origin(launch)
+        if cubin is None or Origin(cubin.source_hash, cubin.triton, cubin.grid) != origin:
             return False
         try:
             store.read(cubin)
@@ -161,7 +161,8 @@ class Worker:
         if line:
             return msgspec.json.decode(line, type=Compiled | Failed)
         self.close()
-        return Failed(f"the compiler crashed ({process.returncode})\n{self.errors.read_text(errors='replace')[-2000:]}")
+        said = self.errors.read_text(errors="replace")[-2000:]
+        return Failed(f"the compiler crashed ({process.returncode})\n{said}".strip())
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = {
@@ -264,13 +265,13 @@ def occupancy(cubin: Cubin) -> Occupancy:
     limits = LIMITS[cubin.sm]
     warps = cubin.threads // 32
     shared = _rounded_up(cubin.shared_bytes + RESERVED_SHARED, SHARED_STEP)
-    # A warp's registers lie in one quarter of the SM, so a program's warps are spread in fours.
+    # A warp's registers lie in one quarter of the SM.
     warps_by_registers = QUARTERS * (REGISTERS // QUARTERS // _rounded_up(32 * cubin.registers, REGISTER_STEP))
     programs = min(
         limits.programs,
         limits.warps // warps,
         limits.shared // shared,
-        warps_by_registers // _rounded_up(warps, QUARTERS),
+        warps_by_registers // warps,
         TENSOR_MEMORY // cubin.tensor_memory if cubin.tensor_memory else limits.programs,
     )
     return Occupancy(programs, programs * warps / limits.warps, cubin.shared_bytes / limits.shared_per_program)
