@@ -12,7 +12,7 @@ The manifest is written last, so a directory without one is not a bundle.
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
 import msgspec
@@ -33,7 +33,7 @@ UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, 
 
 Progress = Callable[[int], object]
 Stamp = list[str | int]
-"""SHA-256, size and time of a file when it was last verified."""
+"""SHA-256 of a file when it was last verified, and by what the file system tells it from any other: `stamp_of`."""
 
 
 class FileRecord(Record, frozen=True):
@@ -56,6 +56,11 @@ class Manifest(Record, frozen=True):
     recipe: Recipe
     files: dict[str, FileRecord]
     """By path relative to the bundle."""
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} lies outside the bundle")
 
 
 class Bundle:
@@ -90,11 +95,14 @@ class Bundle:
         bundle._write()
         return bundle
 
-    def add(self, files: dict[str, FileRecord], *, replacing_suffix: str) -> None:
-        """Record files in place of all those recorded with this suffix."""
-        kept = {name: record for name, record in self.manifest.files.items() if not name.endswith(replacing_suffix)}
+    def add(self, files: Mapping[str, FileRecord], *, dropping: Iterable[str] = ()) -> None:
+        """Record files that are in place, and delete others once the manifest no longer names them."""
+        dropped = set(dropping) - set(files)
+        kept = {name: record for name, record in self.manifest.files.items() if name not in dropped}
         self.manifest = msgspec.structs.replace(self.manifest, files={**kept, **files})
         self._write()
+        for name in dropped:
+            (self.root / name).unlink(missing_ok=True)
 
     def _write(self) -> None:
         text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=1)
@@ -118,8 +126,8 @@ class Bundle:
     def verify(self, names: Iterable[str], progress: Progress = lambda size: None, *, again: bool = False) -> None:
         """Compare files with the manifest's SHA-256.
 
-        A file that was verified before and has not changed in size or time since is taken at its word, unless
-        `again`.
+        A file that was verified before is taken at its word, unless `again`, as long as it is the same file of the
+        same file system and neither it nor its size or times have changed: a copy is verified for itself.
 
         Raises:
             BundleError: a file is missing or is not what was written.
@@ -134,7 +142,7 @@ class Bundle:
         for name in names:
             path, record = self.path(name), self.manifest.files[name]
             status = path.stat()
-            stamp: Stamp = [record.sha256, status.st_size, status.st_mtime_ns]
+            stamp = stamp_of(record, status)
             if stamps.get(name) == stamp and not again:
                 continue
             stamps.pop(name, None)
@@ -164,9 +172,7 @@ class Bundle:
         stamps = self._stamps()
         found = [(name, (self.root / name).stat()) for name in names if (self.root / name).is_file()]
         return sum(
-            status.st_size
-            for name, status in found
-            if stamps.get(name) != [self.manifest.files[name].sha256, status.st_size, status.st_mtime_ns]
+            status.st_size for name, status in found if stamps.get(name) != stamp_of(self.manifest.files[name], status)
         )
 
     def _stamps(self) -> dict[str, Stamp]:
@@ -178,6 +184,16 @@ class Bundle:
     def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
         if stamps != self._stamps() and os.access(self.root, os.W_OK):
             write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+
+
+def stamp_of(record: FileRecord, status: os.stat_result) -> Stamp:
+    """What a file verified against `record` looks like from outside. The time of the last change of its entry cannot
+    be set by hand, so neither a copy nor a byte changed under an old date passes for it."""
+    return [
+        record.sha256,
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+        *(status.st_dev, status.st_ino),
+    ]
 
 
 def weights_name(component: str) -> str:

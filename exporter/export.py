@@ -1,7 +1,8 @@
 """Every ONNX graph of a bundle, in every compute type."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from wanforge.exporter.whole_network import whole_network
 from wanforge.runtime.graphs import Graph, graphs
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WHOLE = "dit"
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,6 +43,8 @@ class Export:
 
 def export(bundle: Bundle, dtypes: Sequence[str] = tuple(DTYPES), progress: Progress = lambda *_: None) -> Export:
     """Write a bundle's graphs, all checked before any is in place, and note them in its manifest.
+
+    Graphs of other types stay as long as they are up to date; those that are stale are deleted.
 
     Args:
         dtypes: ``fp32``, ``fp16``, ``bf16``.
@@ -68,12 +70,15 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(DTYPES), progress: Prog
 
     key = graph_key(bundle)
     records = {}
-    for done, (name, model) in enumerate(models.items()):
-        data = model.SerializeToString(deterministic=True)
-        write_checked(bundle.root / name, data)
-        records[name] = FileRecord(hashlib.sha256(data).hexdigest(), len(data), source="wanforge export", key=key)
-        progress(name, done + 1, len(models))
-    bundle.add(records, replacing_suffix=".onnx")
+    with ExitStack() as candidates:
+        for done, (name, model) in enumerate(models.items()):
+            data = model.SerializeToString(deterministic=True)
+            candidates.enter_context(checked_candidate(bundle.root / name, data))
+            records[name] = FileRecord(hashlib.sha256(data).hexdigest(), len(data), source="wanforge export", key=key)
+            progress(name, done + 1, len(models))
+        for name in records:
+            candidate(bundle.root / name).replace(bundle.root / name)
+    bundle.add(records, dropping=bundle.stale(key))
     return Export(tuple(records), skipped)
 
 
@@ -88,15 +93,17 @@ def home(graph: Graph, bundle: Bundle) -> tuple[str, str]:
     return component, prefix.get(graph.name, "")
 
 
-def write_checked(path: Path, data: bytes) -> None:
-    """Write a graph beside its final name, pass it through onnx's checker there, then put it in place.
+def candidate(path: Path) -> Path:
+    """Where a graph lies until all of them are checked: beside its final name, from where it finds its weights."""
+    return path.with_name(f".{path.name}")
 
-    External data is looked up from the file's own directory, so the check needs the file.
-    """
-    candidate = path.with_name(f".{path.name}")
-    write_atomically(candidate, data)
+
+@contextmanager
+def checked_candidate(path: Path, data: bytes) -> Iterator[None]:
+    """Write a graph as a candidate and pass it through onnx's checker; what is still there at the end is deleted."""
     try:
-        check(str(candidate))
-        candidate.replace(path)
+        write_atomically(candidate(path), data)
+        check(str(candidate(path)))
+        yield
     finally:
-        candidate.unlink(missing_ok=True)
+        candidate(path).unlink(missing_ok=True)

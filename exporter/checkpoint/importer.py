@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def import_checkpoint(
             `w8a8` on unquantised files quantises them, with the bytes upstream's own quantiser gives.
         link: take canonical safetensors files of denoisers and text encoder in place, by a link. The VAE is small and
             always copied: its graphs point into its file, and ONNX tools follow no links.
-        replace: write over an existing bundle.
+        replace: write over an existing bundle; what was made from it, its graphs, is deleted.
         progress: called with a title and a total in bytes; what it returns is told of each piece.
 
     Raises:
@@ -110,6 +111,7 @@ def import_checkpoint(
             check_link(part, out / weights_name(part.component))
     check_experts([part for part in parts if part.component.startswith("dit.")])
     check_disk(out, [part for part in parts if part.component not in linked])
+    made_before = derived_files(out)
     (out / MANIFEST).unlink(missing_ok=True)
 
     files = {}
@@ -121,7 +123,17 @@ def import_checkpoint(
         files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
     write_atomically(out / TOKENIZER, tokenizer.read_bytes())
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
-    return Bundle.create(out, model, recipe, files)
+    bundle = Bundle.create(out, model, recipe, files)
+    for name in made_before:
+        (out / name).unlink(missing_ok=True)
+    return bundle
+
+
+def derived_files(out: Path) -> list[str]:
+    """What was made from the bundle at `out`; nothing where there is none, or where its manifest cannot be read."""
+    with suppress(BundleError):
+        return [name for name, record in Bundle.open(out).manifest.files.items() if record.key]
+    return []
 
 
 def check_tokenizer(path: Path, model: ModelConfig) -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,10 +128,24 @@ def test_unknown_key_is_named(bundle: Bundle) -> None:
         Bundle.open(bundle.root)
 
 
-def test_add_replaces_all_files_with_the_suffix(bundle: Bundle) -> None:
-    bundle.add({"onnx/fp32/head.onnx": record(b"head")}, replacing_suffix=".onnx")
-    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, "onnx/fp32/head.onnx"}
+def test_add_keeps_what_is_recorded_and_deletes_what_it_drops(bundle: Bundle) -> None:
+    head = "onnx/fp32/head.onnx"
+    bundle.add({head: record(b"head")})
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, GRAPH, head}
+    write_atomically(bundle.root / head, b"head")
+    bundle.add({head: record(b"head")}, dropping=[GRAPH, head])
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, head}
     assert Bundle.open(bundle.root).manifest == bundle.manifest
+    assert not (bundle.root / GRAPH).exists()
+    assert (bundle.root / head).exists()
+
+
+@pytest.mark.parametrize("name", ["../else", "onnx/../../else", "/etc/passwd"])
+def test_names_outside_the_bundle_are_refused(bundle: Bundle, name: str) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(changed(files={name: {"sha256": "0", "bytes": 1}})(manifest.read_bytes()))
+    with pytest.raises(BundleError, match="lies outside the bundle"):
+        Bundle.open(bundle.root)
 
 
 @pytest.mark.parametrize(
@@ -195,10 +210,25 @@ def test_verifies_again_after_a_file_changed(bundle: Bundle) -> None:
         bundle.verify(CONTENT)
 
 
+def test_a_byte_changed_under_an_old_date_is_found(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    rewrite(bundle.root / VAE, b"w" * 1000, keep_time=True)
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify(CONTENT)
+
+
+def test_a_copy_is_verified_for_itself(bundle: Bundle, tmp_path: Path) -> None:
+    bytes_read(bundle)
+    copy = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "copy")))
+    assert (copy.root / VERIFIED).exists()
+    assert (copy.root / VAE).stat().st_mtime_ns == (bundle.root / VAE).stat().st_mtime_ns
+    assert bytes_read(copy) == sum(map(len, CONTENT.values()))
+
+
 def test_verifies_again_after_the_manifest_changed(bundle: Bundle) -> None:
     bytes_read(bundle)
     rewrite(bundle.root / GRAPH, b"other", keep_time=True)
-    bundle.add({GRAPH: record(b"other")}, replacing_suffix=".onnx")
+    bundle.add({GRAPH: record(b"other")})
     assert bytes_read(bundle) == len(b"other")
 
 
@@ -238,8 +268,9 @@ def test_verifies_where_nothing_can_be_written(foreign: Path) -> None:
 def test_adding_where_nothing_can_be_written_changes_nothing(foreign: Path) -> None:
     opened = Bundle.open(foreign)
     with pytest.raises(PermissionError):
-        opened.add({}, replacing_suffix=".onnx")
+        opened.add({}, dropping=[GRAPH])
     assert set(Bundle.open(foreign).manifest.files) == set(CONTENT)
+    assert (foreign / GRAPH).exists()
 
 
 @pytest.mark.parametrize(

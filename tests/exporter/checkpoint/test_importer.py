@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.conftest import checkpoint_sources
 from tests.numerics import assert_matches
 from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe
-from wanforge.engines.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, components, weights_name
+from wanforge.engines.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
 from wanforge.engines.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
@@ -526,6 +526,19 @@ def test_existing_bundle_is_replaced_when_asked(
     tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
 ) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    (out / "onnx").mkdir()
+    (out / "onnx/stem.onnx").write_bytes(b"made from the weights")
+    (out / "notes.txt").write_bytes(b"a user's")
+    Bundle.open(out).add({"onnx/stem.onnx": FileRecord("0", 21, key={"code": "1"})})
+    import_checkpoint(T2V, given(quantised=True), out, replace=True)
+    assert files_in(out) == files_in(bundles["quant"].root) | {"notes.txt": b"a user's"}
+
+
+def test_damaged_bundle_is_replaced_when_asked(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    (out / MANIFEST).write_bytes(b"{")
     import_checkpoint(T2V, given(quantised=True), out, replace=True)
     assert files_in(out) == files_in(bundles["quant"].root)
 
