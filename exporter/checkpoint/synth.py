@@ -94,13 +94,16 @@ def write_torch_file(
 ) -> None:
     """Write a flat state dict as `torch.save` does, its data filled in afterwards from `values`."""
     partial = path.with_name(path.name + ".partial")
-    with FakeTensorMode():
-        state = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(state, partial)
-    if values is not None:
-        fill(partial, specs, values, progress)
-    partial.replace(path)
+    try:
+        with FakeTensorMode():
+            state = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(state, partial)
+        if values is not None:
+            fill(partial, specs, values, progress)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], progress: Progress) -> None:

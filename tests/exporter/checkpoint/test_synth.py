@@ -1,5 +1,6 @@
 """Synthetic checkpoints are published files in name and form, repeatable, and cheap at any size."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from tests.golden import load_json
 from tests.numerics import assert_matches
 from wanforge.configs.schema import load_model, named
+from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, open_checkpoint
 from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
@@ -50,6 +52,18 @@ def test_files_have_the_published_names(model_name: str) -> None:
 def test_no_two_files_share_a_name(model_name: str) -> None:
     names = list(file_names(load_model(model_name)).values())
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("failing", ["save", "fill"])
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    def full(*args: object) -> None:
+        (tmp_path / "Wan2.1_VAE.pth.partial").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((torch, "save") if failing == "save" else (synth, "fill")), full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"vae"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_file_is_written(checkpoints: dict[str, Path]) -> None:
@@ -129,13 +143,13 @@ def test_values_have_the_scale_of_trained_ones(checkpoints: dict[str, Path]) -> 
         assert float(tensor.std()) == pytest.approx(deviation, rel=0.2), name
 
 
-def test_interruption_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
+def test_interruption_leaves_nothing(tmp_path: Path) -> None:
     def stop(size: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(load_model("tiny-t2v"), tmp_path, progress=lambda title, total: stop)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
+    assert list(tmp_path.iterdir()) == []
     assert content(tmp_path, {"dit"})
     assert [path.suffix for path in tmp_path.iterdir()] == [".pth"]
 
