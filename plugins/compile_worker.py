@@ -17,7 +17,7 @@ import msgspec
 
 Constant = int | float | bool | str | None
 
-TENSOR_CORE = re.compile(r"(?<![.\w])[A-Z]+MMA(?:\.\w+)*")
+TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
 """IMMA, HMMA and QMMA are mma.sync, IGMMA, HGMMA and QGMMA wgmma, UTC*MMA tcgen05. HFMA2.MMA is none of them."""
 
 

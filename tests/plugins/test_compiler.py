@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -13,7 +15,7 @@ import pytest
 
 from tests.launches import gemm_launch, norm_launch
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins import compiler
+from wanforge.plugins import compile_worker, compiler
 from wanforge.plugins.compile_worker import TENSOR_CORE
 from wanforge.plugins.compiler import LIMITS, Worker, compile_kernels, faults, occupancy, outdated
 from wanforge.plugins.cubins import MANIFEST, Cubin, Store, source_hash
@@ -106,6 +108,31 @@ def test_only_what_changed_is_outdated(folder: Path, launches: list[Launch], mon
         assert outdated(launches, folder) == [launch for launch in launches if launch.kernel.op == "layer_norm"]
     monkeypatch.setattr(compiler, "version", lambda name: "0.0")
     assert outdated(launches, folder) == launches
+
+
+def test_a_damaged_file_is_outdated(folder: Path, launches: list[Launch], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / recorded(folder, launches[1]).file).write_bytes(b"damaged")
+    (copy / recorded(folder, launches[2]).file).unlink()
+    assert outdated(launches, copy) == launches[1:3]
+
+
+def test_pointers_and_strides_are_taken_to_be_aligned(folder: Path) -> None:
+    """Or each load would be of one element."""
+    triton = find_spec("triton")
+    assert triton is not None
+    assert triton.origin is not None
+    tool = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+    file = folder / recorded(folder, norm_launch(90)).file
+    code = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True).stdout
+    assert "LDG.E.128" in code
+    assert "STG.E.128" in code
+
+
+def test_spills_are_counted_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = " Function other:\n  REG:1 STACK:2 SHARED:0 LOCAL:3 \n Function norm:\n  REG:255 STACK:40 SHARED:0 LOCAL:8 "
+    monkeypatch.setattr(compile_worker, "_inspect", lambda tool, option, code: usage)
+    assert compile_worker.resources(b"", "norm") == (255, 48)
 
 
 def test_another_source_and_a_damaged_file_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +240,8 @@ def made_up(sm: int, warps: int, registers: int, shared_bytes: int, **others: in
         (made_up(80, 8, 136, 0), 1, 8 / 64),
         # 128 x 32 = 4096: 4 in a quarter, 16 in all, two programs.
         (made_up(80, 8, 128, 0), 2, 16 / 64),
-        # 129 is rounded up to 136.
-        (made_up(80, 8, 129, 0), 1, 8 / 64),
+        # 81 x 32 is rounded up to 11 x 256: 5 in a quarter, not 6.
+        (made_up(80, 4, 81, 0), 5, 20 / 64),
         # 4 warps of 32 registers: 12 programs fill the 48 warps before the limit of 16 programs is met.
         (made_up(86, 4, 32, 0), 12, 1.0),
         # One warp of 16 registers: 24 programs are the most.
