@@ -100,12 +100,13 @@ def as_dict(cubin: Cubin) -> dict[str, Any]:
     return {**msgspec.to_builtins(cubin), **derived, "faults": faults(cubin)}
 
 
-HEAD = ("", "kernel", "SM", "variant", "warps", "regs", "spills", "shared", "CTAs/SM", "occupancy", "MMA", "size")
+HEAD = ("", "kernel", "SM", "warps", "regs", "spills", "shared", "CTAs/SM", "occupancy", "size", "MMA", "variant")
 
 
 def table(cubins: Sequence[Cubin]) -> str:
-    """Cubins as a table, marked with ! where one should not be shipped."""
-    rows = [HEAD, *(row(cubin, [other for other in cubins if other.kernel == cubin.kernel]) for cubin in cubins)]
+    """Cubins as a table by kernel and architecture, marked with ! where one should not be shipped."""
+    ordered = sorted(cubins, key=lambda cubin: (cubin.kernel, cubin.sm))
+    rows = [HEAD, *(row(cubin, [other for other in cubins if other.kernel == cubin.kernel]) for cubin in ordered)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
@@ -117,29 +118,31 @@ def row(cubin: Cubin, siblings: Sequence[Cubin]) -> tuple[str, ...]:
         "!" if faults(cubin) else "",
         cubin.kernel,
         f"sm_{cubin.sm}",
-        variant(cubin, siblings),
         str(cubin.threads // 32),
         str(cubin.registers),
         str(cubin.spill_bytes),
         f"{cubin.shared_bytes / KIB:.1f} KiB ({filled.shared:.0%})",
         str(filled.programs),
         f"{filled.warps:.0%}",
-        " ".join(cubin.mma) or "-",
         f"{cubin.bytes / KIB:.0f} KiB",
+        " ".join(cubin.mma) or "-",
+        variant(cubin, siblings),
     )
 
 
 def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
-    """Which of a kernel's cubins this is: its constants, and the tensors that others lack or have of another type."""
+    """Which of a kernel's cubins this is: its constants, the tensors whose type differs among them, and after a +
+    those that others do without."""
     constants = [
         name if value is True else f"{name}={value}"
         for name, value in cubin.constants.items()
         if value is not None and value is not False
     ]
-    types = [dict(other.parameters) for other in siblings]
-    tensors = [
+    others = [dict(sibling.parameters) for sibling in siblings]
+    typed = [
         f"{name}:{kind.removeprefix('*')}"
         for name, kind in cubin.parameters
-        if any(other.get(name) != kind for other in types)
+        if any(types.get(name, kind) != kind for types in others)
     ]
-    return " ".join(constants + tensors) or "-"
+    added = [f"+{name}" for name, _ in cubin.parameters if any(name not in types for types in others)]
+    return " ".join(constants + typed + added) or "-"
