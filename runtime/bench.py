@@ -47,9 +47,9 @@ def bench_request(
     first = {name: sum(one_run(pipeline, request).values()) for name, pipeline in pipelines.items()}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in backends}
     for turn in range(repeats):
-        for name, pipeline in pipelines.items():
+        for place, (name, pipeline) in enumerate(pipelines.items(), 1):
             runs[name].append(one_run(pipeline, request))
-            progress("bench", turn * len(backends) + len(runs), repeats * len(backends))
+            progress("bench", turn * len(pipelines) + place, repeats * len(pipelines))
     return [
         Row(name, first[name], {stage: [run[stage] for run in runs[name]] for stage in runs[name][0]})
         for name in backends

@@ -2,14 +2,15 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
 
 from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, size_of
-from wanforge.engines.bundle import Bundle, components, weights_name
+from wanforge.engines.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS, create_backend
 from wanforge.runtime.bench import bench_request, table
@@ -17,7 +18,7 @@ from wanforge.runtime.image import open_image
 from wanforge.runtime.parity import parity as run_parity
 from wanforge.runtime.pipeline import Job, Pipeline, Request, Timings, write_noise
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.video import video_writer
+from wanforge.runtime.video import check_place, video_writer
 
 BUNDLE = click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -28,9 +29,29 @@ BACKEND = click.option(
     show_default=True,
     help="ort: ONNX Runtime. torch: the reference.",
 )
+IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+CLIP = (
+    click.option("--resolution", help="480p, 720p, 480, 512 or 720; the model's own by default."),
+    click.option("--aspect", help="1:1, 4:3, 3:4, 16:9 or 9:16, with --resolution; 16:9 by default."),
+    click.option("--frames", type=int, help="4n+1; the model's own by default (81, five seconds)."),
+    click.option("--steps", type=int, help="1 to 4; 4 by default."),
+    click.option(
+        "--topk", type=float, help="Share of key blocks that attention sees, up to 1: more is slower and better."
+    ),
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
+
+Command = TypeVar("Command", bound=Callable[..., object])
+
+
+def clip_options(command: Command) -> Command:
+    """What every command asks of a clip: size, length, steps and top-k."""
+    for option in reversed(CLIP):
+        command = option(command)
+    return command
 
 
 class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +71,7 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type=FILE,
     help='One prompt per line, or one JSON object: {"prompt": …, "image": …, "seed": …, "out": …}.',
 )
-@click.option("--image", type=FILE, help="First frame, for image-to-video models.")
+@IMAGE
 @click.option(
     "--out",
     type=FILE,
@@ -58,18 +79,16 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     show_default=True,
     help="The video; numbered where there are several.",
 )
-@click.option("--resolution", help="480p, 720p, 480, 512 or 720; the model's own by default.")
-@click.option("--aspect", help="1:1, 4:3, 3:4, 16:9 or 9:16; 16:9 by default.")
+@clip_options
 @click.option("--adaptive", is_flag=True, help="Take the aspect from the image, at the area of the resolution.")
-@click.option("--frames", type=int, help="4n+1; the model's own by default (81, five seconds).")
-@click.option("--steps", type=int, help="1 to 4; 4 by default.")
 @click.option("--sigma-max", type=float, help="Noise level of the first step.")
-@click.option("--topk", type=float, help="Share of key blocks that attention sees: more is slower and better.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first sample; each further one adds 1.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Videos per prompt.")
 @click.option("--ode", is_flag=True, help="No fresh noise between the steps.")
 @click.option("--noise", type=FILE, help="Take the noise from this file instead of the seed.")
-@click.option("--save-noise", type=FILE, help="Write the noise that the seed stands for.")
+@click.option(
+    "--save-noise", type=FILE, help="Write the noise that the seed stands for; numbered where there are several."
+)
 @BACKEND
 @JSON
 def generate(
@@ -80,11 +99,11 @@ def generate(
     out: Path,
     resolution: str | None,
     aspect: str | None,
-    adaptive: bool,
     frames: int | None,
     steps: int | None,
-    sigma_max: float | None,
     topk: float | None,
+    adaptive: bool,
+    sigma_max: float | None,
     seed: int,
     samples: int,
     ode: bool,
@@ -99,24 +118,28 @@ def generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give either --prompt or --prompt-file")
+    if noise is not None and (samples > 1 or save_noise is not None):
+        raise click.UsageError("--noise takes the place of the seed: no --samples, and no --save-noise, beside it")
     opened = Bundle.open(bundle)
     lines = read_prompts(prompt_file) if prompt_file is not None else [PromptLine(prompt or "")]
     with Bars() as bars:
-        verify(opened, bars)
+        verify(opened, [backend], bars)
         pipeline = Pipeline(opened, create_backend(backend, opened))
-        jobs = []
+        jobs, wanted = [], []
         for line in lines:
             picture = image if line.image is None else Path(line.image)
-            shape = clip_shape(opened.model, resolution, aspect, frames, picture if adaptive else None)
+            shape = clip_shape(opened.model, resolution, aspect, frames, adaptive, picture)
             for sample in range(samples):
                 start = seed if line.seed is None else line.seed
                 request = Request(line.prompt, shape, picture, start + sample, steps, sigma_max, topk, ode, noise)
-                jobs.append((pipeline.check(request), out if line.out is None else Path(line.out)))
-        places = output_paths([place for _, place in jobs])
+                jobs.append(pipeline.check(request))
+                wanted.append(out if line.out is None else Path(line.out))
+        places = video_places(wanted)
+        if save_noise is not None:
+            for job, place in zip(jobs, numbered([save_noise] * len(jobs)), strict=True):
+                write_noise(place, pipeline.latent_shape(job.request.shape), job.request.seed, len(job.steps))
         results = []
-        for (job, _), place in zip(jobs, places, strict=True):
-            if save_noise is not None:
-                write_noise(save_noise, pipeline.latent_shape(job.request.shape), job.request.seed, len(job.steps))
+        for job, place in zip(jobs, places, strict=True):
             results.append(make_video(pipeline, job, place, bars))
             if not as_json:
                 bars.close()
@@ -125,10 +148,10 @@ def generate(
         click.echo(json.dumps(results))
 
 
-def verify(bundle: Bundle, bars: Bars) -> None:
-    """Compare what a run will read with the manifest, once per file and machine."""
-    names = [weights_name(component) for component in components(bundle.model)]
-    names += [name for name in bundle.manifest.files if name.endswith(".onnx")]
+def verify(bundle: Bundle, backends: Iterable[str], bars: Bars) -> None:
+    """Compare what a run on these backends will open with the manifest, once per file."""
+    opened = [name for backend in backends for name in create_backend(backend, bundle).files()]
+    names = list(dict.fromkeys([TOKENIZER, *opened]))
     bundle.verify(names, bars.bytes_of("verify", bundle.unverified(names)))
 
 
@@ -159,26 +182,57 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 
 def clip_shape(
-    model: ModelConfig, resolution: str | None, aspect: str | None, frames: int | None, image: Path | None
+    model: ModelConfig,
+    resolution: str | None,
+    aspect: str | None,
+    frames: int | None,
+    adaptive: bool = False,
+    image: Path | None = None,
 ) -> ClipShape:
     """Size and length of a clip: the model's own, an entry of the resolution table, or the image's aspect at that
-    area."""
+    area.
+
+    Raises:
+        RequestError: the aspect is asked for twice, or from where there is none.
+        ConfigError: there is no such size, or no clip of this length.
+    """
     size = (model.video.width_px, model.video.height_px)
+    if adaptive and aspect is not None:
+        raise RequestError("--adaptive takes the aspect from the image; leave out --aspect")
+    if adaptive and image is None:
+        raise RequestError("--adaptive takes the aspect from an image, and there is none")
     if resolution is not None:
         size = size_of(resolution, aspect or "16:9")
     elif aspect is not None:
         raise RequestError("--aspect chooses from a row of the resolution table; give --resolution with it")
-    if image is not None:
+    if adaptive and image is not None:
         size = adaptive_size(open_image(image).size, size)
-    return ClipShape(*size, frames or model.video.frames)
+    return ClipShape(*size, model.video.frames if frames is None else frames)
 
 
-def output_paths(wanted: list[Path]) -> list[Path]:
-    """Where each video goes: as asked, numbered where several would share a name."""
+def video_places(wanted: list[Path]) -> list[Path]:
+    """Where each video goes: as asked, numbered where several would share a name, and each where it can be written.
+
+    Raises:
+        RequestError: a name is not that of a video, is a folder's, or would be written twice.
+        OSError: a file cannot be written there.
+    """
     if strangers := [path for path in wanted if path.suffix.lower() != ".mp4"]:
         raise RequestError(f"{strangers[0]}: videos are written as .mp4")
-    counts = Counter(wanted)
-    numbers: Counter[Path] = Counter()
+    places = numbered(wanted)
+    counts = Counter(place.absolute() for place in places)
+    if twice := [place for place in places if counts[place.absolute()] > 1]:
+        raise RequestError(f"{twice[0]}: two videos would be written under this name; give each its own")
+    for place in places:
+        if place.is_dir():
+            raise RequestError(f"{place}: is a folder; give the name of a file")
+        check_place(place)
+    return places
+
+
+def numbered(wanted: list[Path]) -> list[Path]:
+    """Names with -001, -002 and so on where several are the same."""
+    counts, numbers = Counter(wanted), Counter[Path]()
     paths = []
     for path in wanted:
         numbers[path] += 1
@@ -232,19 +286,22 @@ def summary(result: dict[str, Any]) -> str:
 @click.command()
 @BUNDLE
 @click.option("--prompt", default=PROMPT, help="Of the clip to compare on.")
-@click.option("--image", type=FILE, help="First frame, for image-to-video models.")
-@click.option("--seed", default=0, show_default=True)
+@IMAGE
+@SEED
+@clip_options
 @BACKEND
 @JSON
-def parity(bundle: Path, prompt: str, image: Path | None, seed: int, backend: str, as_json: bool) -> None:
+def parity(bundle: Path, prompt: str, image: Path | None, seed: int, backend: str, as_json: bool, **clip: Any) -> None:
     """Hold a backend against the reference on one clip.
 
     Each step starts from the reference's latents; then the backend runs the clip alone. Exits with 1 where the clip's
-    PSNR is below what the recipe asks for.
+    PSNR is below what the recipe asks for. A small clip shows as much as a large one, and sooner.
     """
     opened = Bundle.open(bundle)
+    request = request_of(opened.model, prompt, image, seed, **clip)
     with Bars() as bars:
-        result = run_parity(opened, backend, request_of(opened, prompt, image, seed), bars)
+        verify(opened, ["torch", backend], bars)
+        result = run_parity(opened, backend, request, bars)
     if as_json:
         click.echo(json.dumps(result.as_json()))
     else:
@@ -258,16 +315,29 @@ def parity(bundle: Path, prompt: str, image: Path | None, seed: int, backend: st
         click.get_current_context().exit(1)
 
 
-def request_of(bundle: Bundle, prompt: str, image: Path | None, seed: int = 0) -> Request:
-    """A request at the model's own size."""
-    video = bundle.model.video
-    return Request(prompt, ClipShape(video.width_px, video.height_px, video.frames), image, seed)
+def request_of(
+    model: ModelConfig,
+    prompt: str,
+    image: Path | None,
+    seed: int,
+    *,
+    resolution: str | None,
+    aspect: str | None,
+    frames: int | None,
+    steps: int | None,
+    topk: float | None,
+) -> Request:
+    """A request from the options that commands share."""
+    shape = clip_shape(model, resolution, aspect, frames)
+    return Request(prompt, shape, image, seed, steps, topk=topk)
 
 
 @click.command()
 @BUNDLE
 @click.option("--prompt", default=PROMPT, help="Of the clip to time.")
-@click.option("--image", type=FILE, help="First frame, for image-to-video models.")
+@IMAGE
+@SEED
+@clip_options
 @click.option(
     "--backend",
     "backends",
@@ -284,10 +354,19 @@ def request_of(bundle: Bundle, prompt: str, image: Path | None, seed: int = 0) -
 )
 @JSON
 def bench(
-    bundle: Path, prompt: str, image: Path | None, backends: tuple[str, ...], repeats: int, as_json: bool
+    bundle: Path,
+    prompt: str,
+    image: Path | None,
+    seed: int,
+    backends: tuple[str, ...],
+    repeats: int,
+    as_json: bool,
+    **clip: Any,
 ) -> None:
     """Time the stages of a request on each backend, in turns, and report medians and spread."""
-    opened = Bundle.open(bundle)
+    opened, chosen = Bundle.open(bundle), backends or tuple(BACKENDS)
+    request = request_of(opened.model, prompt, image, seed, **clip)
     with Bars() as bars:
-        rows = bench_request(opened, request_of(opened, prompt, image), backends or tuple(BACKENDS), repeats, bars)
+        verify(opened, chosen, bars)
+        rows = bench_request(opened, request, chosen, repeats, bars)
     click.echo(json.dumps([row.as_json() for row in rows]) if as_json else table(rows))

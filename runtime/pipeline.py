@@ -6,30 +6,32 @@ seed ─── noise ──────────────┘
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
-from wanforge.engines.bundle import TOKENIZER, Bundle
+from wanforge.engines.bundle import TOKENIZER, Bundle, write_atomically
 from wanforge.errors import RequestError, ResourceError
 from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.image import condition, open_image, to_pixels
-from wanforge.runtime.memory import needed_bytes
+from wanforge.runtime.memory import available_bytes, needed_bytes
 from wanforge.runtime.reference.dit import attention_blocks, patchify, rope_tables, sinusoid, unpatchify
 from wanforge.runtime.reference.sampler import Step, gaussian, sample, schedule
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
 from wanforge.runtime.text import Tokenizer
+
+SEEDS = 1 << 64
+"""Seeds that the generator tells apart: 0 up to this."""
 
 Progress = Callable[[str, int, int], None]
 """Told the stage, how many of its parts are done, and how many there are."""
@@ -84,6 +86,11 @@ class Job:
     steps: list[Step]
     slots: int
 
+    @property
+    def noise_names(self) -> list[str]:
+        """What its noise is called in a file, in the order of use."""
+        return ["initial"] if self.request.ode else noise_names(len(self.steps))
+
 
 class Pipeline:
     """A model ready to serve requests, one after the other."""
@@ -96,7 +103,7 @@ class Pipeline:
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
 
     def check(self, request: Request) -> Job:
-        """Everything that can be wrong with a request, before anything is computed.
+        """Everything that can be wrong with a request, its files included, before anything is computed.
 
         Raises:
             RequestError, ConfigError: the request does not make sense for this model.
@@ -106,6 +113,10 @@ class Pipeline:
         if (request.image is None) == (model.task == "i2v"):
             need = "needs an image; give one with --image" if request.image is None else "takes no image"
             raise RequestError(f"{model.name} {need}")
+        if request.image is not None:
+            open_image(request.image)
+        if not 0 <= request.seed < SEEDS:
+            raise RequestError(f"seed {request.seed} is out of range; use 0 to {SEEDS - 1}")
         ids = self.tokenizer.encode(request.prompt, model.dit.text_rows)
         blocks = attention_blocks(self.recipe)
         if blocks is None and request.topk is not None:
@@ -114,15 +125,22 @@ class Pipeline:
             )
         slots = 1
         if blocks is not None:
-            slots = selected_blocks(request.topk or model.topk, blocks.num_keys(request.shape.tokens))
+            topk = model.topk if request.topk is None else request.topk
+            if not 0 < topk <= 1:
+                raise RequestError(f"top-k {topk} is not a share of the key blocks; use more than 0 and at most 1")
+            slots = selected_blocks(topk, blocks.num_keys(request.shape.tokens))
         sampler = model.sampler
-        steps = schedule(request.steps or sampler.steps, request.sigma_max or sampler.sigma_max, sampler.boundary)
+        num_steps = sampler.steps if request.steps is None else request.steps
+        sigma_max = sampler.sigma_max if request.sigma_max is None else request.sigma_max
+        job = Job(request, ids, schedule(num_steps, sigma_max, sampler.boundary), slots)
+        if request.noise is not None:
+            check_noise(request.noise, self.latent_shape(request.shape), job.noise_names)
         self._check_memory(request.shape)
-        return Job(request, ids, steps, slots)
+        return job
 
     def _check_memory(self, shape: ClipShape) -> None:
         needed = needed_bytes(self.model, self.recipe, shape, self.backend.dtype.itemsize)
-        available = psutil.virtual_memory().available
+        available = available_bytes()
         if needed > available:
             raise ResourceError(
                 f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
@@ -172,7 +190,7 @@ class Pipeline:
         shape = self.latent_shape(job.request.shape)
         if job.request.noise is None:
             return gaussian(shape, job.request.seed)
-        return load_noise(job.request.noise, shape, 1 if job.request.ode else 1 + len(job.steps))
+        return load_noise(job.request.noise, shape, job.noise_names)
 
     def latent_shape(self, shape: ClipShape) -> tuple[int, ...]:
         channels = self.model.dit.out_channels
@@ -260,30 +278,38 @@ def chunks(latent_frames: int, output: str) -> Iterator[tuple[int, str, str]]:
         yield index, f"next.{(index - 1) % 2}", output
 
 
-def write_noise(path: Path, shape: tuple[int, ...], seed: int, steps: int) -> None:
-    """Write the noise that a seed stands for: ``initial`` and one tensor per step."""
+def noise_names(num_steps: int) -> list[str]:
+    """The tensors of a noise file: one to start from, and one per step."""
+    return ["initial", *(f"step.{index}" for index in range(num_steps))]
+
+
+def write_noise(path: Path, shape: tuple[int, ...], seed: int, num_steps: int) -> None:
+    """Write the noise that a seed stands for, whole or not at all."""
     source = gaussian(shape, seed)
-    names = ["initial", *(f"step.{index}" for index in range(steps))]
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: next(source) for name in names}, partial)
-    partial.replace(path)
+    write_atomically(path, save({name: next(source) for name in noise_names(num_steps)}))
 
 
-def load_noise(path: Path, shape: tuple[int, ...], count: int) -> Iterator[Tensor]:
-    """Noise from a file that `write_noise`, or anything else, wrote.
+def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> None:
+    """Look at a noise file without reading its data.
 
     Raises:
         RequestError: the file is missing or damaged, or its noise is of another shape or for fewer steps.
     """
     try:
-        found = load_file(path)
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise RequestError(f"{path}: no such noise file") from None
     except SafetensorError as error:
         raise RequestError(f"{path}: not a noise file ({error})") from None
-    names = ["initial", *(f"step.{index}" for index in range(count - 1))]
     for name in names:
-        if name not in found or tuple(found[name].shape) != shape:
-            what = list(found[name].shape) if name in found else "missing"
+        if found.get(name) != shape:
+            what = list(found[name]) if name in found else "missing"
             raise RequestError(f"{path}: {name} is {what}, this request needs {list(shape)}")
+
+
+def load_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Iterator[Tensor]:
+    """Noise from a file that `write_noise`, or anything else, wrote; refused as by `check_noise`."""
+    check_noise(path, shape, names)
+    found = load_file(path)
     return iter([found[name].float() for name in names])

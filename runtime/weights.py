@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle import Bundle, components, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.errors import BundleError
 
@@ -19,6 +19,10 @@ class Weights:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._mapped: dict[str, dict[str, Tensor]] = {}
+
+    def files(self) -> list[str]:
+        """Every component's file, by path in the bundle."""
+        return [weights_name(component) for component in components(self.bundle.model)]
 
     def component(self, name: str) -> dict[str, Tensor]:
         """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""

@@ -13,12 +13,16 @@ Bound = Callable[[], None]
 
 
 class Backend(Protocol):
-    """Binds graphs to buffers and weights. A new backend implements `bind`, and nothing else knows it is new."""
+    """Binds graphs to buffers and weights. A new backend implements this, and nothing else knows it is new."""
 
     name: str
     device: torch.device
     dtype: torch.dtype
     """Compute type."""
+
+    def files(self) -> list[str]:
+        """What of the bundle it opens, by path in it."""
+        ...
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""

@@ -38,10 +38,17 @@ class OrtBackend:
         self.graphs = graphs(bundle.model, bundle.recipe)
         self._sessions: dict[str, ort.InferenceSession] = {}
 
+    def files(self) -> list[str]:
+        return [*self.weights.files(), *map(self.file, self.graphs)]
+
+    def file(self, name: str) -> str:
+        """A graph's path in the bundle."""
+        return graph_name(name, self.dtype, self.graphs[name].has_constants)
+
     def session(self, name: str) -> ort.InferenceSession:
         """The graph's session, made on first use."""
         if name not in self._sessions:
-            path = self.bundle.path(graph_name(name, self.dtype, self.graphs[name].has_constants))
+            path = self.bundle.path(self.file(name))
             options = ort.SessionOptions()
             options.log_severity_level = FATAL
             # The sessions take turns: threads that spin while they wait would only be in each other's way.

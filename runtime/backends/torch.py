@@ -22,6 +22,9 @@ class TorchBackend:
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
 
+    def files(self) -> list[str]:
+        return self.weights.files()
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         graph, stored = self.graphs[launch.graph], self.weights.component(launch.component)
         state = {name: stored[launch.prefix + name] for name in graph.weights}

@@ -1,24 +1,26 @@
 """Requests: what is refused before anything is computed, and noise that can be kept."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.numerics import assert_matches
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
+from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.memory import needed_bytes
 from wanforge.runtime.pipeline import Pipeline, Request, Timings, write_noise
 
 BundleOf = Callable[[str, str], Bundle]
 SHAPE = ClipShape(96, 64, 9)
 PROMPT = "A red kite turns slowly over a windy beach."
+BAD_SHARES = (0.0, -0.5, 1.01, float("nan"), float("inf"))
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_noise_that_does_not_fit_is_refused(pipeline: Pipeline, tmp_path: Path) 
     path = tmp_path / "noise.safetensors"
 
     def attempt(steps: int) -> None:
-        pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=0.5, noise=path)), Timings())
+        pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=0.5, noise=path))
 
     with pytest.raises(RequestError, match="no such noise file"):
         attempt(4)
@@ -90,8 +92,11 @@ def test_steps_top_k_and_ode_change_the_result(pipeline: Pipeline) -> None:
         (Request(PROMPT, SHAPE, image=Path("x.png")), RequestError, "takes no image"),
         (Request(PROMPT, SHAPE, topk=0.5, steps=5), RequestError, "1 to 4"),
         (Request(PROMPT, SHAPE, topk=0.5, sigma_max=3.0), RequestError, "above 14.1"),
+        (Request(PROMPT, SHAPE, topk=0.5, steps=0), RequestError, "0 steps; .* 1 to 4"),
+        (Request(PROMPT, SHAPE, topk=0.5, sigma_max=0.0), RequestError, "sigma_max is 0.0"),
+        *((Request(PROMPT, SHAPE, topk=topk), RequestError, "is not a share") for topk in BAD_SHARES),
+        *((Request(PROMPT, SHAPE, topk=0.5, seed=seed), RequestError, "use 0 to 1844") for seed in (-1, 1 << 64)),
     ],
-    ids=["empty", "long", "top-k", "image", "steps", "sigma"],
 )
 def test_refuses(pipeline: Pipeline, request_: Request, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
@@ -113,6 +118,33 @@ def test_an_image_model_needs_an_image(bundle_of: BundleOf) -> None:
         Pipeline(bundle, create_backend("ort", bundle)).check(Request(PROMPT, SHAPE))
 
 
+def test_an_image_is_opened_before_anything_is_computed(bundle_of: BundleOf, tmp_path: Path) -> None:
+    bundle = bundle_of("tiny-i2v", "bf16-sla")
+    pipeline = Pipeline(bundle, create_backend("ort", bundle))
+    with pytest.raises(RequestError, match="no such image"):
+        pipeline.check(Request(PROMPT, SHAPE, tmp_path / "absent.png", topk=0.5))
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(RequestError, match="not an image"):
+        pipeline.check(Request(PROMPT, SHAPE, tmp_path / "text.png", topk=0.5))
+
+
+def test_the_largest_seed_is_a_seed(pipeline: Pipeline) -> None:
+    job = pipeline.check(Request(PROMPT, SHAPE, seed=(1 << 64) - 1, topk=0.5))
+    assert next(pipeline.noise(job)).std() == pytest.approx(1, abs=0.1)
+
+
+def test_noise_is_written_whole_or_not_at_all(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_noise(tmp_path / "noise.safetensors", pipeline.latent_shape(SHAPE), 0, 4)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_top_k_without_sparse_attention_is_refused(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
     with pytest.raises(RequestError, match="means nothing"):
@@ -122,18 +154,9 @@ def test_top_k_without_sparse_attention_is_refused(bundle_of: BundleOf) -> None:
 def test_too_little_memory_is_refused_before_anything_starts(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 10_000_000})())
+    monkeypatch.setattr(pipeline_module, "available_bytes", lambda: 10_000_000)
     with pytest.raises(ResourceError, match=r"needs about 0\.6 GB .* 0\.0 GB are free"):
         pipeline.check(Request(PROMPT, SHAPE, topk=0.5))
-
-
-def test_the_memory_estimate_grows_with_the_clip_and_with_dense_attention() -> None:
-    model = load_model("turbowan2.1-t2v-1.3b-480p")
-    sparse, dense = load_recipe("w8a8"), load_recipe("bf16")
-    small, large = ClipShape(480, 480, 81), ClipShape(832, 480, 81)
-    assert needed_bytes(model, sparse, small, 4) < needed_bytes(model, sparse, large, 4)
-    # Twelve heads of 32,760 x 32,760 float32 logits are 51 GB.
-    assert needed_bytes(model, dense, large, 4) > 51e9
 
 
 def test_unknown_backends_and_types_are_refused(bundle_of: BundleOf) -> None:
