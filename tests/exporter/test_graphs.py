@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.forcing import forced, run_with_decisions
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_model
 from wanforge.configs.schema import selected_blocks
@@ -22,17 +23,17 @@ GRAPHS = [
     *("text_embed", "text_block", "text_final", "context", "cross_kv", "time", "stem", "block", "head"),
     *("vae_decode_first", "vae_decode_next", "vae_encode_first", "vae_encode_next"),
 ]
-# float32: sums in another order. With 8-bit linears some values fall to the other side of a step (see the op's tests).
-TOLERANCE = {"w8a8": 1e-3, "bf16": 1e-5, "bf16-sla": 1e-5}
+# float32: sums in another order.
+TOLERANCE = 1e-5
 # float16 carries 11 bits and the reference rounds where ONNX Runtime keeps float32; in 8-bit blocks steps flip.
 HALF_TOLERANCE = {"w8a8": 2e-2, "bf16": 5e-3, "bf16-sla": 5e-3}
 
 BundleOf = Callable[[str, str], Bundle]
 
 
-def example(port: Port, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def example(port: Port, dtype: torch.dtype, generator: torch.Generator, sizes: Mapping[str, int] = SIZES) -> Tensor:
     """Plausible values for an input of any graph."""
-    shape = port.concrete(SIZES)
+    shape = port.concrete(sizes)
     if port.name in ("ids", "buckets"):
         return torch.randint(0, 32, shape, generator=generator)
     if port.name == "kept_rows":
@@ -49,14 +50,21 @@ def weights_for(graph: Graph, bundle: Bundle) -> tuple[dict[str, Tensor], str]:
     return {name: stored[prefix + name] for name in graph.weights}, component
 
 
+def seeded(
+    graph: Graph, bundle: Bundle, dtype: torch.dtype, seed: int, tokens: int = SIZES["tokens"]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and weights of a graph."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {**SIZES, "tokens": tokens}
+    inputs = {port.name: example(port, dtype, generator, sizes) for port in graph.inputs}
+    return inputs, weights_for(graph, bundle)[0]
+
+
 def run_both(bundle: Bundle, name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Graph]:
     graph = graphs(bundle.model, bundle.recipe)[name]
-    generator = torch.Generator().manual_seed(len(name))
-    inputs = [example(port, dtype, generator) for port in graph.inputs]
-    weights, _ = weights_for(graph, bundle)
+    feeds, weights = seeded(graph, bundle, dtype, len(name))
     with torch.inference_mode():
-        expected = graph.run(weights, inputs)
-    feeds = dict(zip((port.name for port in graph.inputs), inputs, strict=True))
+        expected = graph.run(weights, list(feeds.values()))
     path = bundle.path(graph_name(name, dtype, graph.has_constants))
     shapes = {port.name: port.concrete(SIZES) for port in graph.outputs}
     actual = run_model(str(path), feeds if graph.has_constants else feeds | weights, shapes)
@@ -66,11 +74,36 @@ def run_both(bundle: Bundle, name: str, dtype: torch.dtype) -> tuple[list[Tensor
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 @pytest.mark.parametrize("name", GRAPHS)
 def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, name: str) -> None:
+    if (name, recipe) == ("block", "w8a8"):
+        pytest.skip("compared where both round alike, below")
     if name.startswith("vae_encode") and model == "tiny-t2v":
         pytest.skip("text-to-video models have no encoder graphs")
     actual, expected, graph = run_both(bundle_of(model, recipe), name, torch.float32)
     for port, a, e in zip(graph.outputs, actual, expected, strict=True):
-        assert_matches(a, e, TOLERANCE[recipe], name=f"{name}.{port.name}")
+        assert_matches(a, e, TOLERANCE, name=f"{name}.{port.name}")
+
+
+@pytest.mark.parametrize("tokens", [333, 480])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("model", "name"), [("tiny-t2v", "block"), ("tiny-t2v", "cross_kv"), ("tiny-i2v", "block")])
+def test_matches_the_reference_where_both_round_alike(
+    bundle_of: BundleOf, model: str, name: str, seed: int, tokens: int
+) -> None:
+    """With 8-bit linears, what remains beside the rounding is as small as without them; and that hardly differs."""
+    bundle = bundle_of(model, "w8a8")
+    graph = graphs(bundle.model, bundle.recipe)[name]
+    inputs, weights = seeded(graph, bundle, torch.float32, seed, tokens)
+    path = bundle.path(graph_name(name, torch.float32, False))
+    found, decisions = run_with_decisions(path, inputs | weights)
+    with torch.inference_mode(), forced(decisions):
+        expected = graph.run(weights, list(inputs.values()))
+    for port, e in zip(graph.outputs, expected, strict=True):
+        assert_matches(found[port.name], e, TOLERANCE, name=f"{name}.{port.name}")
+    assert decisions.all_taken
+    assert len(decisions.linear) == {"block": 8, "cross_kv": 2}[name]
+    assert decisions.furthest <= 1
+    assert decisions.differing < 1e-4 * decisions.total
+    assert decisions.other_blocks == 0
 
 
 @pytest.mark.parametrize(("model", "recipe"), CASES[:2])
@@ -96,7 +129,9 @@ def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, mo
         for found, dtype in zip(models, (half, brain), strict=True):
             ports = {p.name for p in (*graph.inputs, *graph.outputs) if p.dtype == "compute"}
             infos = [*found.graph.input, *found.graph.output]
-            assert {i.type.tensor_type.elem_type for i in infos if i.name in ports} <= {dtype}
+            types = {i.name: i.type.tensor_type.elem_type for i in infos if i.name in ports}
+            assert ports or graph.name == "time"  # which is float32 throughout
+            assert types == dict.fromkeys(ports, dtype), graph.name
 
 
 @pytest.mark.parametrize(("model", "recipe"), CASES)
