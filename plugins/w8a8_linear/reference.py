@@ -31,13 +31,6 @@ def quantise_tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     return steps.flatten(2).flatten(0, 1)[:rows, :columns], (amax / FULL_SCALE)[:, 0, :, 0]
 
 
-def dequantise_tiles(int8_RC: Tensor, scale: Tensor) -> Tensor:
-    """Restore float32 values from `quantise_tiles`; each is off by at most one scale (half of one below +127)."""
-    rows, columns = int8_RC.shape
-    per_element = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
-    return int8_RC.float() * per_element
-
-
 def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
     """``x @ W.T + bias`` with `x` quantised on the fly.
 

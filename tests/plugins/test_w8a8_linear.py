@@ -13,7 +13,7 @@ from tests.onnx_runner import run_body
 from wanforge.errors import ShapeError
 from wanforge.plugins.w8a8_linear import onnx_function
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
-from wanforge.plugins.w8a8_linear.reference import TILE, dequantise_tiles, quantise_tiles
+from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
 
 SHAPES = {  # rows, inputs, outputs
     "one row": (1, 128, 8),
@@ -48,6 +48,13 @@ def integer_linear(x: Tensor, w_steps: Tensor, w_scale: Tensor, bias: Tensor) ->
                 factor = np.float32(amax / np.float32(128)) * w_scale[j // TILE, k // TILE].numpy()
                 total[i : i + TILE, j : j + TILE] += sums.astype(np.float32) * factor
     return total.astype(np.float32) + bias.float().numpy()
+
+
+def dequantise_tiles(int8_RC: Tensor, scale: Tensor) -> Tensor:
+    """Restore float32 values from `quantise_tiles`; each is off by at most one scale (half of one below +127)."""
+    rows, columns = int8_RC.shape
+    per_element = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
+    return int8_RC.float() * per_element
 
 
 @pytest.mark.parametrize("name", ["int8_linear_ragged_m", "int8_linear_ragged_mn"])
