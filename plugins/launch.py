@@ -41,7 +41,10 @@ INT32 = torch.iinfo(torch.int32)
 INTERPRETED_SM = 80
 """Whose tiles the interpreter takes."""
 
-Scalar = int | float
+# Triton reads it once, when it is imported, whoever imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 Constant = int | float | bool | str | None
 
 
@@ -175,8 +178,6 @@ class Launch:
 
 def load_function(op: str, function: str) -> Any:
     """The Triton function itself; interpreted, unless there is a GPU or TRITON_INTERPRET says otherwise."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
         module = import_module(f"wanforge.plugins.{op}.kernel")
     except ModuleNotFoundError as missing:

@@ -1,10 +1,15 @@
 """Fixtures that every test may use: tiny checkpoints and bundles, made once; memory that is poisoned."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+# Triton reads it once, when some library imports it first.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from wanforge.configs.schema import load_model, load_recipe
 from wanforge.engines.bundle import Bundle, dit_component

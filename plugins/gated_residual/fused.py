@@ -1,4 +1,4 @@
-"""The gated residual as a kernel, over the residual stream."""
+"""The gated residual as a kernel."""
 
 from torch import Tensor
 
@@ -8,10 +8,10 @@ from wanforge.plugins.launch import Kernel
 ADD = Kernel("gated_residual", "add", ("cdiv(M, ROWS)", "D // 128"), {"M": "i32", "y_stride": "i32:16"})
 
 
-def add_gated(x_LD: Tensor, y_LD: Tensor, gate_D: Tensor | None) -> Tensor:
-    """``x + y * gate`` in place of x; no gate is a gate of one. Rows of y may lie apart."""
+def add_gated(x_LD: Tensor, y_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> Tensor:
+    """``x + y * gate`` in `out`, which may be x; no gate is a gate of one. Rows of y may lie apart."""
     rows, width = x_LD.shape
     if y_LD.shape != x_LD.shape or width % 128 or not x_LD.is_contiguous() or y_LD.stride(1) != 1:
         raise ShapeError(f"x {tuple(x_LD.shape)} and y {tuple(y_LD.shape)} do not fit; the width is a multiple of 128")
-    ADD(x=x_LD, y=y_LD, gate=gate_D, M=rows, y_stride=y_LD.stride(0), D=width)
-    return x_LD
+    ADD(x=x_LD, y=y_LD, gate=gate_D, out=out_LD, M=rows, y_stride=y_LD.stride(0), D=width)
+    return out_LD

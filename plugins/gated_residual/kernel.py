@@ -8,12 +8,12 @@ from wanforge.plugins.w8a8_linear.kernel import rounded
 
 @triton.jit
 def add(
-    x, y, gate,
+    x, y, gate, out,
     M, y_stride,
     D: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x [M, D] + y [M, D] * gate [D], over x."""
+    """out = x [M, D] + y [M, D] * gate [D]."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)[None, :]
     inside = rows < M
@@ -22,4 +22,4 @@ def add(
     if gate is not None:
         branch = rounded(branch * rounded(tl.load(gate + columns), dtype), dtype)
     stream = tl.load(x + rows * D + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(x + rows * D + columns, (stream + branch).to(dtype), mask=inside)
+    tl.store(out + rows * D + columns, (stream + branch).to(dtype), mask=inside)

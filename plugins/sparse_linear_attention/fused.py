@@ -12,8 +12,8 @@ from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
 
 HEAD = 128
-CHUNKS = 64
-"""Parts into which the keys are cut for sums over all of them: enough programs for any GPU, few enough to add up."""
+CHUNK_ROWS, MOST_CHUNKS = 1024, 64
+"""Sums over all keys are taken in chunks of about so many: enough programs for any GPU, few enough to add up."""
 
 STATISTICS = Kernel(
     "sparse_linear_attention",
@@ -142,8 +142,9 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
     heads, num_keys = width // HEAD, blocks.num_keys(length)
     padded = num_keys * blocks.k
     is_plain, is_fp8 = blocks.arithmetic == "sla", blocks.arithmetic == "sage_fp8"
-    # Chunks of whole blocks, of 64 as of 128 keys.
-    chunk_rows = HEAD * -(-length // (CHUNKS * HEAD))
+    chunks = min(MOST_CHUNKS, _power_of_two(-(-length // CHUNK_ROWS)))
+    # Whole blocks, of 64 as of 128 keys.
+    chunk_rows = HEAD * -(-length // (chunks * HEAD))
 
     def empty(*shape: int, type: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=type, device=device)
@@ -154,10 +155,10 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         "v_stride": v_LD.stride(0),
         "chunk_rows": chunk_rows,
         "H": heads,
-        "C": CHUNKS,
+        "C": chunks,
     }
-    k_sum, v_amax = empty(CHUNKS, heads, HEAD), empty(CHUNKS, heads, HEAD) if is_fp8 else None
-    state, mass = empty(CHUNKS, heads, HEAD, HEAD), empty(CHUNKS, heads, HEAD)
+    k_sum, v_amax = empty(chunks, heads, HEAD), empty(chunks, heads, HEAD) if is_fp8 else None
+    state, mass = empty(chunks, heads, HEAD, HEAD), empty(chunks, heads, HEAD)
     STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, **sizes)
 
     k = k_LD if is_plain else empty(heads, padded, HEAD, type=torch.int8)
@@ -186,7 +187,7 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         **sizes,
     )
     folded, folded_mass = empty(heads, HEAD, HEAD, type=dtype), empty(heads, HEAD)
-    LINEAR_STATE(state=state, mass=mass, projection=proj_KK, folded=folded, folded_mass=folded_mass, H=heads, C=CHUNKS)
+    LINEAR_STATE(state=state, mass=mass, projection=proj_KK, folded=folded, folded_mass=folded_mass, H=heads, C=chunks)
     return Keys(k, k_step, v, v_scale, pooled_HNK, folded, folded_mass)
 
 
@@ -194,7 +195,7 @@ def block_scores(q_LD: Tensor, pooled_HNK: Tensor, blocks: Blocks) -> Tensor:
     """`reference.block_scores` from the queries and the pooled keys, ``[H, M, N]``."""
     heads, num_keys, _ = pooled_HNK.shape
     num_queries = -(-len(q_LD) // blocks.q)
-    score_HMN = pooled_HNK.new_empty(heads, num_queries, num_keys)
+    score_HMN = torch.empty(heads, num_queries, num_keys, dtype=q_LD.dtype, device=q_LD.device)
     SCORES(
         q=q_LD,
         k_pooled=pooled_HNK,
@@ -213,6 +214,11 @@ def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
     """`reference.select_blocks`, ``int32 [H, M, S]``."""
     heads, num_queries, num_keys = score_HMN.shape
     selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMN.device)
-    lanes = 1 << (num_keys - 1).bit_length()
+    lanes = _power_of_two(num_keys)
     SELECT(score=score_HMN, selected=selected, N=num_keys, S=num_selected, M=num_queries, H=heads, LANES=lanes)
     return selected
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (number - 1).bit_length()

@@ -276,7 +276,9 @@ def attention(
         first = chosen.to(tl.int64) * BLOCK_K
         is_key = key < L - chosen * BLOCK_K
         if ARITHMETIC == "sla":
-            keys = tl.load(k + first * k_stride + (key[None, :] * k_stride + lane[:, None]), mask=is_key[None, :], other=0.0)
+            keys = tl.load(
+                k + first * k_stride + (key[None, :] * k_stride + lane[:, None]), mask=is_key[None, :], other=0.0
+            )
             values = tl.load(v + first * v_stride + (key[:, None] * v_stride + lanes), mask=is_key[:, None], other=0.0)
             logits = tl.dot(query, keys, input_precision="ieee") * SOFTMAX_SCALE
         else:

@@ -54,7 +54,8 @@ def quantise(x_MK: Tensor) -> Quantised:
 
 def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
     """One to three linears of one input, in one launch: ``[M, N]`` each, in the type of the biases."""
-    outputs = [w.bias_N.new_empty(len(x.steps_MK), len(w.bias_N)) for w in weights]
+    rows = len(x.steps_MK)
+    outputs = [torch.empty(rows, len(b), dtype=b.dtype, device=b.device) for _, _, b in weights]
     _gemm(x, weights, outputs)
     return outputs
 
@@ -66,10 +67,10 @@ def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
     return y
 
 
-def linear_residual(x: Quantised, weight: Weight, residual_MN: Tensor, gate_N: Tensor | None) -> Tensor:
-    """``residual + (x @ W.T + bias) * gate``, written over the residual; no gate is a gate of one."""
-    _gemm(x, [weight], [residual_MN], residual=residual_MN, gate=gate_N)
-    return residual_MN
+def linear_residual(x: Quantised, weight: Weight, residual_MN: Tensor, gate_N: Tensor | None, out_MN: Tensor) -> Tensor:
+    """``residual + (x @ W.T + bias) * gate`` in `out`, which may be the residual; no gate is a gate of one."""
+    _gemm(x, [weight], [out_MN], residual=residual_MN, gate=gate_N)
+    return out_MN
 
 
 def _gemm(

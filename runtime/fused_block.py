@@ -1,0 +1,226 @@
+"""One denoiser block as kernels: what `runtime.reference.dit.Block` computes, in about twenty launches.
+
+Letters as in the reference; batch is one, so hidden states are matrices ``[L, D]``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wanforge.configs.schema import HEAD_DIM, ClipShape, DiTConfig, ModelConfig, Recipe, selected_blocks
+from wanforge.errors import ShapeError
+from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.launch import Launch, recording
+from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.plugins.sparse_linear_attention.fused import (
+    sparse_linear_attention,
+    sparse_linear_attention_quantised,
+)
+from wanforge.plugins.w8a8_linear.fused import (
+    Quantised,
+    Weight,
+    linear_gelu,
+    linear_residual,
+    linears,
+    quantise,
+)
+from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
+
+FIRST_FP8_SM = 89
+
+Input = Tensor | Quantised
+"""What a linear takes: hidden states, or the same quantised."""
+
+Weights = Mapping[str, Tensor]
+
+
+class Linears(Protocol):
+    """The linears of a block, with what is fused to them."""
+
+    def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Input:
+        """Layer norm, ready for a linear."""
+        ...
+
+    def pack(self, y_LD: Tensor) -> Input:
+        """Hidden states, ready for a linear."""
+        ...
+
+    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+        """Some linears of one input."""
+        ...
+
+    def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
+        """``out = residual + linear(x) * gate``."""
+        ...
+
+    def gelu(self, x: Input, name: str) -> Input:
+        """``gelu(linear(x))``, ready for a linear."""
+        ...
+
+
+class PlainLinears:
+    """Linears in the compute type: products are the library's."""
+
+    def __init__(self, weights: Weights, eps: float, padded_variance: bool) -> None:
+        self.weights, self.eps, self.padded_variance = weights, eps, padded_variance
+
+    def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Tensor:
+        return norm(x_LD, gain_D, offset_D, self.eps, modulated=modulated, padded_variance=self.padded_variance)
+
+    def pack(self, y_LD: Tensor) -> Tensor:
+        return y_LD
+
+    def linear(self, x_LD: Tensor, name: str) -> Tensor:
+        return F.linear(x_LD, *(self.weights[f"{name}.{part}"].to(x_LD.dtype) for part in ("weight", "bias")))
+
+    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+        assert isinstance(x, Tensor)
+        return [self.linear(x, name) for name in names]
+
+    def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
+        assert isinstance(x, Tensor)
+        add_gated(residual_LD, self.linear(x, name), gate_D, out_LD)
+
+    def gelu(self, x: Input, name: str) -> Tensor:
+        assert isinstance(x, Tensor)
+        return F.gelu(self.linear(x, name), approximate="tanh")
+
+
+class QuantisedLinears:
+    """W8A8 linears: every input is quantised by the kernel that makes it."""
+
+    def __init__(self, weights: Weights, eps: float, padded_variance: bool, dtype: torch.dtype) -> None:
+        self.weights, self.eps, self.padded_variance, self.dtype = weights, eps, padded_variance, dtype
+
+    def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Quantised:
+        return norm_quantised(
+            x_LD, gain_D, offset_D, self.eps, modulated=modulated, padded_variance=self.padded_variance
+        )
+
+    def pack(self, y_LD: Tensor) -> Quantised:
+        return quantise(y_LD)
+
+    def weight(self, name: str) -> Weight:
+        int8, scale, bias = (self.weights[f"{name}.{part}"] for part in ("int8_weight", "scale", "bias"))
+        return Weight(int8, scale, bias.to(self.dtype))
+
+    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+        assert isinstance(x, Quantised)
+        return linears(x, [self.weight(name) for name in names])
+
+    def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
+        assert isinstance(x, Quantised)
+        linear_residual(x, self.weight(name), residual_LD, gate_D, out_LD)
+
+    def gelu(self, x: Input, name: str) -> Quantised:
+        assert isinstance(x, Quantised)
+        return linear_gelu(x, self.weight(name))
+
+
+class FusedBlock:
+    """One layer of the denoiser as kernels.
+
+    Args:
+        config: its sizes.
+        recipe: its number formats, as they run: see `recipe_for`.
+    """
+
+    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
+
+    def run(self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor) -> None:
+        """Compute the graph ``block``.
+
+        Args:
+            weights: the layer's tensors, named as in the graph, on the device of the inputs.
+            inputs: in the order of the graph's ports; one sample.
+            out_BLD: takes ``hidden_out``; must not be ``hidden``.
+
+        Raises:
+            ShapeError: there is more than one sample.
+        """
+        hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T, cos_LP, sin_LP, slots_S = inputs
+        if len(hidden_BLD) != 1:
+            raise ShapeError(f"the kernels take one sample at a time, not {len(hidden_BLD)}")
+        x_LD, out_LD = hidden_BLD[0], out_BLD[0]
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D[0].unbind(0)
+        layers = self._linears(weights, x_LD.dtype)
+
+        a = layers.norm(x_LD, scale_sa, shift_sa, modulated=True)
+        q_LD, k_LD, v_LD = layers.project(a, ["self_attn.q", "self_attn.k", "self_attn.v"])
+        norms = [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
+        rms_norm_rotate([q_LD, k_LD], norms, self.config.eps, (cos_LP, sin_LP))
+        a = self._attend(layers, weights, q_LD, k_LD, v_LD, len(slots_S))
+        layers.add(a, "self_attn.o", x_LD, gate_sa, out_LD)
+
+        a = layers.norm(out_LD, weights["norm3.weight"], weights["norm3.bias"], modulated=False)
+        (q_LD,) = layers.project(a, ["cross_attn.q"])
+        rms_norm_rotate([q_LD], [weights["cross_attn.norm_q.weight"]], self.config.eps)
+        y_BLHK = dense_attention(split_heads(q_LD[None]), split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
+        layers.add(layers.pack(y_BLHK.flatten(2)[0]), "cross_attn.o", out_LD, None, out_LD)
+
+        a = layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True)
+        layers.add(layers.gelu(a, "ffn.0"), "ffn.2", out_LD, gate_ffn, out_LD)
+
+    def _linears(self, weights: Weights, dtype: torch.dtype) -> Linears:
+        padded_variance = self.recipe.compat == "upstream"
+        if self.recipe.linear == "w8a8":
+            return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
+        return PlainLinears(weights, self.config.eps, padded_variance)
+
+    def _attend(
+        self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
+    ) -> Input:
+        if self.blocks is None:
+            y_BLHK = dense_attention(*(split_heads(x[None]) for x in (q_LD, k_LD, v_LD)))
+            return layers.pack(y_BLHK.flatten(2)[0])
+        proj, bias = (weights[f"self_attn.attn_op.local_attn.proj_l.{part}"] for part in ("weight", "bias"))
+        arguments = (q_LD, k_LD, v_LD, num_selected, proj, bias, self.blocks)
+        if isinstance(layers, QuantisedLinears) and self.blocks.q == HEAD_DIM:
+            return sparse_linear_attention_quantised(*arguments)
+        return layers.pack(sparse_linear_attention(*arguments))
+
+
+def recipe_for(recipe: Recipe, sm: int) -> Recipe:
+    """A recipe as an architecture can run it: before sm_89 there is no fp8, and values are fp16."""
+    return msgspec.structs.replace(recipe, pv="fp16") if sm < FIRST_FP8_SM else recipe
+
+
+def launches(model: ModelConfig, recipe: Recipe, sm: int) -> list[Launch]:
+    """Every launch of one block on an architecture, in bfloat16, at the model's own clip; nothing runs.
+
+    Raises:
+        ConfigError: the clip is too short for its top-k.
+    """
+    runs = recipe_for(recipe, sm)
+    clip = ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    blocks = attention_blocks(runs)
+    slots = 1 if blocks is None else selected_blocks(model.topk, blocks.num_keys(clip.tokens))
+    block = graphs(model, runs)["block"]
+    sizes = {"tokens": clip.tokens, "context_rows": model.dit.text_rows, "slots": slots}
+    with recording(sm) as found, torch.device("meta"):
+        inputs = [torch.empty(port.concrete(sizes), dtype=_type(port.dtype)) for port in block.inputs]
+        FusedBlock(model.dit, runs).run(_empty_weights(block), inputs, torch.empty_like(inputs[0]))
+    return found
+
+
+def _type(element: str) -> torch.dtype:
+    dtype: torch.dtype = torch.bfloat16 if element == "compute" else getattr(torch, element)
+    return dtype
+
+
+def _empty_weights(block: Graph) -> dict[str, Tensor]:
+    """Weights on the meta device, in the types of a published file: norms in float32, the rest in bfloat16 or int8."""
+    state = block.owner.state_dict()
+    is_float32 = {name for name in block.weights if "norm" in name or name.endswith(".scale")}
+    found = {}
+    for name in block.weights:
+        kept = state[name].dtype == torch.int8 or name in is_float32
+        found[name] = state[name] if kept else state[name].to(torch.bfloat16)
+    return found

@@ -1,0 +1,32 @@
+"""What the tests of kernels share: one suite for two machines.
+
+Without a GPU Triton's interpreter runs the kernels, in float32 and float16: in bfloat16 it is unsound.
+"""
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+HALF_SPACING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Largest relative error of one rounding."""
+
+FLOAT32_ERROR = 2e-6
+"""Relative RMS of float32 arithmetic in another order, or with a GPU's exp2: some tens of spacings."""
+
+
+def rounding_error(dtype: torch.dtype, roundings: float = 1.0) -> float:
+    """A bound on the relative RMS that so many roundings, here done or left out, can make."""
+    return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers on every machine."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def strided(x_LD: Tensor) -> Tensor:
+    """The same rows, each followed by something else."""
+    wide = torch.full((x_LD.shape[0], x_LD.shape[1] + 48), 1e4, dtype=x_LD.dtype, device=x_LD.device)
+    wide[:, 16:-32] = x_LD
+    return wide[:, 16:-32]

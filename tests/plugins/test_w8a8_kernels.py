@@ -1,0 +1,150 @@
+"""The kernels of the W8A8 linear against its definition, to the bit, and its ONNX body."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.numerics import assert_matches, relative_rms
+from tests.onnx_runner import run_body
+from tests.plugins.kernels import DEVICE, DTYPES, randn, strided
+from wanforge.errors import ShapeError
+from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.w8a8_linear import onnx_function
+from wanforge.plugins.w8a8_linear.fused import (
+    Quantised,
+    Weight,
+    empty_quantised,
+    linear_gelu,
+    linear_residual,
+    linears,
+    quantise,
+)
+from wanforge.plugins.w8a8_linear.reference import quantise_tiles, w8a8_linear
+
+pytestmark = pytest.mark.usefixtures("guarded")
+
+SHAPES = {  # rows, outputs, inputs
+    "one row": (1, 128, 128),
+    "one tile": (128, 128, 128),
+    "ragged rows": (333, 256, 384),
+    "groups of row tiles cut short": (1290, 256, 128),
+    "the width of Wan 1.3B": (140, 128, 1536),
+}
+EXACT = 0.0 if DEVICE == "cpu" else 1e-6
+"""In the interpreter every operation is the reference's. On a GPU a product and a sum are one operation."""
+
+
+def weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
+    steps, scale = quantise_tiles(0.05 * randn(outputs, inputs, seed=seed))
+    return Weight(steps, scale, randn(outputs, seed=seed + 1, dtype=dtype))
+
+
+def quantised(rows: int, inputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, Quantised]:
+    x = randn(rows, inputs, seed=7, dtype=dtype)
+    return x, Quantised(*quantise_tiles(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_quantiser_is_the_reference_to_the_bit(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x = strided(3 * randn(shape[0], shape[2], seed=1, dtype=dtype))
+    assert_quantised(quantise(x), x)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-9, 6e-8, 6e4], ids=str)
+def test_quantiser_takes_zero_tiny_and_large_tiles(value: float) -> None:
+    x = randn(130, 256, seed=2, dtype=torch.float16)
+    x[:, 128:] = value
+    x[5, 200] = -value
+    assert_quantised(quantise(x), x)
+
+
+def assert_quantised(actual: Quantised, values: torch.Tensor) -> None:
+    steps, scale = quantise_tiles(values)
+    assert_matches(actual.steps_MK, steps, 0)
+    assert_matches(actual.scale, scale, 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_linears_are_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> None:
+    rows, outputs, inputs = shape
+    x, q = quantised(rows, inputs, dtype)
+    weights = [weight(outputs, inputs, 10 * i, dtype) for i in range(count)]
+    for y, w in zip(linears(q, weights), weights, strict=True):
+        assert_matches(y, w8a8_linear(x, *w), EXACT)
+
+
+def test_linear_holds_at_the_edge_of_int8() -> None:
+    """128 products of -128 * -128 in a slab, in every slab: the largest sum there is."""
+    steps = torch.full((128, 256), -128, dtype=torch.int8, device=DEVICE)
+    ones = torch.ones(1, 2, device=DEVICE)
+    bias = torch.zeros(128, device=DEVICE)
+    (y,) = linears(Quantised(steps, ones), [Weight(steps, ones, bias)])
+    assert torch.equal(y, torch.full_like(y, 2.0**22))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_and_quantiser_ride_in_the_epilogue(dtype: torch.dtype) -> None:
+    x, q = quantised(333, 256, dtype)
+    w = weight(384, 256, 3, dtype)
+    y = linear_gelu(q, w)
+    steps, scale = quantise_tiles(F.gelu(w8a8_linear(x, *w), approximate="tanh"))
+    # GELU is written with another function, whose last bit may round to another step.
+    assert (y.steps_MK.int() - steps.int()).abs().max() <= 1
+    assert (y.steps_MK != steps).float().mean() < 1e-3
+    assert_matches(y.scale, scale, 1e-3 if dtype != torch.float32 else 1e-6)
+
+
+@pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "apart"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gated_residual_rides_in_the_epilogue(dtype: torch.dtype, in_place: bool, has_gate: bool) -> None:
+    x, q = quantised(333, 256, dtype)
+    w, residual = weight(128, 256, 4, dtype), randn(333, 128, seed=5, dtype=dtype)
+    gate = randn(128, seed=6) if has_gate else None
+    ones = torch.ones(1, 128, device=DEVICE)
+    expected = gated_residual(residual[None], w8a8_linear(x, *w)[None], ones if gate is None else gate[None])[0]
+    before = residual.clone()
+    out = residual if in_place else torch.empty(333, 128, dtype=dtype, device=DEVICE)
+    assert linear_residual(q, w, residual, gate, out) is out
+    assert_matches(out, expected, EXACT)
+    assert in_place or torch.equal(residual, before)
+
+
+def test_linear_is_its_onnx_body() -> None:
+    x = randn(200, 256, seed=8)
+    w = weight(128, 256, 9, torch.float32)
+    (y,) = linears(quantise(x), [w])
+    inputs = [tensor.cpu() for tensor in (x, *w)]
+    body = run_body(onnx_function.NAME, onnx_function.functions(), inputs, y.shape)
+    # The body adds up all of K in one float32 sum.
+    assert relative_rms(y.cpu(), body) < 1e-6
+
+
+def test_runs_are_identical() -> None:
+    _, q = quantised(333, 384, DTYPES[1])
+    w = weight(256, 384, 11, DTYPES[1])
+    first, second = (linears(q, [w])[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(128, 100), (100, 128)], ids=["inputs", "outputs"])
+def test_sizes_that_are_no_tiles_are_refused(shape: tuple[int, int]) -> None:
+    q = empty_quantised(10, shape[1], torch.device(DEVICE))
+    w = Weight(
+        torch.zeros(shape, dtype=torch.int8, device=DEVICE),
+        torch.zeros(1, 1, device=DEVICE),
+        torch.zeros(shape[0], device=DEVICE),
+    )
+    with pytest.raises(ShapeError, match="does not go with"):
+        linears(q, [w])
+
+
+def test_rows_that_are_not_aligned_are_refused() -> None:
+    wide = torch.zeros(4, 137, device=DEVICE)
+    with pytest.raises(ShapeError, match="x_stride is 137"):
+        quantise(wide[:, :128])
+    with pytest.raises(ShapeError, match="x is"):
+        quantise(torch.zeros(4 * 144 + 1, device=DEVICE)[1:].view(4, 144)[:, :128])
