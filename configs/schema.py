@@ -37,7 +37,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DiTConfig(Record, frozen=True):
-    """One denoiser. Source: spec/turbodiffusion.md 1.3."""
+    """One denoiser. Source: TurboDiffusion, inference/modify_model.py (docs/sources.md)."""
 
     dim: Multiple128
     """Width of the residual stream: heads x 128."""
@@ -59,7 +59,7 @@ class DiTConfig(Record, frozen=True):
 
 
 class VAEConfig(Record, frozen=True):
-    """The Wan2.1 VAE, which Wan2.2-A14B shares. Source: spec/wan_models.md 2.1."""
+    """The Wan2.1 VAE, which Wan2.2-A14B shares. Source: Wan2.1, wan/modules/vae.py (docs/sources.md)."""
 
     dim: Count = 96
     """Channels at full resolution; 2x, 4x, 4x below."""
@@ -67,7 +67,7 @@ class VAEConfig(Record, frozen=True):
 
 
 class TextEncoderConfig(Record, frozen=True):
-    """umT5-xxl's encoder. Source: spec/wan_models.md 3.1."""
+    """umT5-xxl's encoder. Source: Wan2.1, wan/modules/t5.py (docs/sources.md)."""
 
     vocab_size: Count = 256384
     dim: Count = 4096
@@ -80,7 +80,7 @@ class TextEncoderConfig(Record, frozen=True):
 
 
 class SamplerConfig(Record, frozen=True):
-    """rCM sampling. Source: spec/turbodiffusion.md 6."""
+    """rCM sampling. Source: TurboDiffusion, inference/wan2.1_t2v_infer.py and wan2.2_i2v_infer.py (docs/sources.md)."""
 
     steps: Annotated[int, Meta(ge=1, le=4)] = 4
     sigma_max: Positive = 80.0
@@ -236,7 +236,10 @@ def load_tiles() -> dict[str, list[Tile]]:
 
 
 def load_resolutions() -> dict[str, dict[str, tuple[int, int]]]:
-    """``{resolution: {aspect ratio: (width, height)}}`` in pixels. Source: spec/turbodiffusion.md 7.3."""
+    """``{resolution: {aspect ratio: (width, height)}}`` in pixels.
+
+    Source: TurboDiffusion, rcm/datasets/utils.py (docs/sources.md).
+    """
     return load(CONFIGS / "resolutions.toml", _Resolutions).resolutions
 
 
@@ -254,7 +257,7 @@ def size_of(resolution: str, aspect: str) -> tuple[int, int]:
 def adaptive_size(image_wh: tuple[int, int], area_wh: tuple[int, int]) -> tuple[int, int]:
     """Width and height near the area of `area_wh` with the aspect of an image, to multiples of 16.
 
-    Halves round to even, as upstream's do. Source: spec/turbodiffusion.md 6.3.
+    Halves round to even, as upstream's do. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
     """
     area, aspect = area_wh[0] * area_wh[1], image_wh[1] / image_wh[0]
     width, height = 16 * round((area / aspect) ** 0.5 / 16), 16 * round((area * aspect) ** 0.5 / 16)
@@ -320,7 +323,7 @@ class ClipShape(Record, frozen=True):
 def selected_blocks(topk: float, num_key_blocks: int) -> int:
     """Key blocks that each query block attends to: the double-precision product, truncated.
 
-    Source: spec/turbodiffusion.md 4.2. Upstream divides zero by zero where the product is below one.
+    Source: TurboDiffusion, SLA/utils.py (docs/sources.md), which divides zero by zero where the product is below one.
 
     Raises:
         ConfigError: `topk` selects no block at all.

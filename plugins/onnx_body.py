@@ -24,7 +24,7 @@ ops = Opset(DOMAIN, VERSION)
 """The domain of the ops and of the functions their bodies are made of."""
 
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-"""Attributes of a node that let TensorRT take the plugin over the body (spec/tensorrt.md 3.4)."""
+"""Attributes of a node that let TensorRT take the plugin; without them its parser takes the body."""
 
 
 def function_proto(function: OnnxFunction[Any, Any], name: str | None = None) -> FunctionProto:

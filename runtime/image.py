@@ -1,6 +1,6 @@
 """From a picture file to what the network is conditioned on.
 
-Source: spec/turbodiffusion.md 6.3.
+Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
 """
 
 import warnings

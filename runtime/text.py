@@ -1,6 +1,6 @@
 """From what a user types to token ids: cleaning, then the published tokenizer.
 
-Source: spec/wan_models.md 3.4.
+Source: TurboDiffusion, rcm/utils/umt5.py (docs/sources.md).
 """
 
 import html

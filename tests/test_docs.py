@@ -36,6 +36,14 @@ def test_links_lead_somewhere() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+def test_documents_that_the_code_cites_exist() -> None:
+    folders = ("configs", "engines", "exporter", "plugins", "runtime", "src", "tests")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    cited = {name for path in sources for name in re.findall(r"docs/[\w./-]+\.md", path.read_text())}
+    assert "docs/sources.md" in cited
+    assert not {name for name in cited if not (ROOT / name).exists()}
+
+
 def test_every_command_of_the_readme_exists() -> None:
     from wanforge.cli import COMMANDS
 

@@ -1,6 +1,7 @@
 """Which tensors each published file holds: names, shapes and types, read off the reference networks.
 
-Source: spec/turbodiffusion.md 1.4 to 1.6; spec/wan_models.md 2.3 and 3.2.
+Source: TurboDiffusion, inference/modify_model.py and ops/core.py; Wan2.1, wan/modules/vae.py and t5.py
+(docs/sources.md).
 """
 
 import re

@@ -1,6 +1,7 @@
 """What the tensors are called elsewhere: diffusers, transformers, wrappers that add a prefix.
 
-The canonical names are those of TurboDiffusion's and Wan's own files. Source: spec/wan_models.md 1.3, 2.3, 3.2.
+The canonical names are those of TurboDiffusion's and Wan's own files.
+Source: diffusers, scripts/convert_wan_to_diffusers.py; Wan2.1, wan/modules (docs/sources.md).
 """
 
 import re

@@ -10,6 +10,6 @@ def gated_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
         x_BLD, y_BLD: residual stream and branch, ``[B, L, D]``, one float type.
         gate_BD: float32 ``[B, D]``, rounded to the type of `x` before it is used.
 
-    Source: spec/turbodiffusion.md 2, step 5.
+    Source: TurboDiffusion, rcm/networks/wan2pt1.py (docs/sources.md).
     """
     return x_BLD + y_BLD * gate_BD[:, None].to(x_BLD.dtype)

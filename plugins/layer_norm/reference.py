@@ -13,7 +13,8 @@ def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Te
         eps: added to the variance.
         padded_variance: repeat the fault of upstream's FastLayerNorm, which pads D to P, the next power of two, and
             counts the padding's distance from the mean: variance + (P - D) / D * mean^2. Needed only for pictures
-            that match upstream's bit for bit. Source: spec/turbodiffusion.md 5.2.
+            that match upstream's bit for bit. Source: TurboDiffusion, ops/core.py
+            (docs/sources.md).
     """
     x, width = x_BLD.float(), x_BLD.shape[-1]
     if not padded_variance:
@@ -43,7 +44,8 @@ def modulated_norm(
         ``[B, L, D]`` in the type of `x`. The normalised value is rounded to that type before it is modulated in
         float32, as upstream does.
 
-    Source: adaLN-Zero (arXiv:2212.09748, 3.2); roundings: spec/turbodiffusion.md 2, step 5.
+    Source: adaLN-Zero (arXiv:2212.09748, 3.2); roundings: TurboDiffusion, rcm/networks/wan2pt1.py
+    (docs/sources.md).
     """
     n_BLD = normalise(x_BLD, eps, padded_variance=padded_variance).to(x_BLD.dtype)
     return (n_BLD.float() * (1 + scale_BD[:, None]) + shift_BD[:, None]).to(x_BLD.dtype)

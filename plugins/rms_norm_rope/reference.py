@@ -14,7 +14,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Returns:
         ``[..., D]`` in the type of `x`: float32 throughout, rounded once.
 
-    Source: Zhang & Sennrich 2019, eq. 4; roundings: spec/turbodiffusion.md 5.1.
+    Source: Zhang & Sennrich 2019, eq. 4; roundings: TurboDiffusion, ops/core.py (docs/sources.md).
     """
     return (unit_rms(x_BLD, eps) * weight_D.float()).to(x_BLD.dtype)
 
@@ -35,7 +35,8 @@ def rotate(x_BLHK: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
     Returns:
         ``[B, L, H, K]`` in the type of `x`: float32 inside, rounded once.
 
-    Source: RoFormer (arXiv:2104.09864, 3.2); layout: spec/turbodiffusion.md 5.3.
+    Source: RoFormer (arXiv:2104.09864, 3.2); layout: TurboDiffusion, rcm/networks/wan2pt1.py
+    (docs/sources.md).
     """
     even, odd = x_BLHK.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_LP[:, None], sin_LP[:, None]

@@ -3,7 +3,8 @@
 Letters: B batch, L tokens, H heads, K channels of a head; M query blocks of q rows, N key blocks of k rows,
 S selected key blocks.
 
-Source: spec/turbodiffusion.md 4; SLA (arXiv:2509.24006); SageAttention2 (arXiv:2411.10958).
+Source: SLA (arXiv:2509.24006) and SageAttention2 (arXiv:2411.10958) as in TurboDiffusion, SLA/ and SpargeAttn,
+spas_sage_attn/ (docs/sources.md).
 """
 
 import math

@@ -21,7 +21,7 @@ def quantise_tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``int8 [R, C]`` and ``float32 [ceil(R/128), ceil(C/128)]``, the factor that restores the value.
 
-    Source: spec/turbodiffusion.md 3.1 (TurboDiffusion, ops/quant).
+    Source: TurboDiffusion, ops/quant (docs/sources.md).
     """
     rows, columns = x_RC.shape
     padded = pad(x_RC.float(), (0, -columns % TILE, 0, -rows % TILE))
@@ -47,7 +47,7 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
     Returns:
         ``[..., N]``, the type of `x`.
 
-    Source: spec/turbodiffusion.md 3.2 (TurboDiffusion, ops/gemm).
+    Source: TurboDiffusion, ops/gemm (docs/sources.md).
     """
     x_MK = x.reshape(-1, x.shape[-1])
     int8_x_MK, x_scale = quantise_tiles(x_MK)

@@ -6,7 +6,7 @@ P rotated channel pairs (64).
 The compute type is that of the latents: weights are cast to it where they are used, the time path, the modulation
 and the head run in float32. Parameters carry upstream's names, so a published state dict loads as it is.
 
-Source: spec/turbodiffusion.md 2; spec/wan_models.md 1.
+Source: TurboDiffusion, rcm/networks/wan2pt1.py and wan2pt2.py; Wan2.1, wan/modules/model.py (docs/sources.md).
 """
 
 import torch

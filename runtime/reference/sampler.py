@@ -2,7 +2,8 @@
 
 The state is float64; the network sees it in its compute type and a timestep rounded to bfloat16.
 
-Source: spec/turbodiffusion.md 6 (rCM, arXiv:2510.08431).
+Source: rCM (arXiv:2510.08431) as in TurboDiffusion, inference/wan2.1_t2v_infer.py and wan2.2_i2v_infer.py
+(docs/sources.md).
 """
 
 import math

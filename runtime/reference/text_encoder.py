@@ -5,7 +5,7 @@ Letters: B prompts, T tokens, E width, H heads, K channels of a head.
 The compute type is chosen by the caller; norms and softmax run in float32. Every layer has its own table of relative
 positions, and logits are not scaled. Parameters carry the names of Wan's file.
 
-Source: spec/wan_models.md 3.
+Source: Wan2.1, wan/modules/t5.py; TurboDiffusion, rcm/utils/umt5.py (docs/sources.md).
 """
 
 import math

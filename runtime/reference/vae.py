@@ -6,7 +6,7 @@ One definition serves three ways of running it. What differs is only where a cau
 that is a `History`: `Whole` sees all frames at once; `First` is the opening chunk (one frame) and records; `Next`
 takes up what the chunk before recorded. Parameters carry upstream's names.
 
-Source: spec/wan_models.md 2.
+Source: Wan2.1, wan/modules/vae.py; TurboDiffusion, rcm/tokenizers/wan2pt1.py (docs/sources.md).
 """
 
 from collections.abc import Callable, Sequence

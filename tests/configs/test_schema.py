@@ -26,7 +26,8 @@ from wanforge.errors import ConfigError
 
 TINY = (CONFIGS / "models" / "tiny-t2v.toml").read_text()
 
-# dim, ffn_dim, layers, heads, input channels, sigma_max, boundary, clip: spec/turbodiffusion.md 1.1, 1.3, 8.
+# dim, ffn_dim, layers, heads, input channels, sigma_max, boundary, clip: TurboDiffusion, README.md,
+# inference/modify_model.py and the two scripts beside it (docs/sources.md).
 PUBLISHED = {
     "turbowan2.1-t2v-1.3b-480p": (1536, 8960, 30, 12, 16, 80.0, None, (832, 480)),
     "turbowan2.1-t2v-14b-480p": (5120, 13824, 40, 40, 16, 80.0, None, (832, 480)),
@@ -35,7 +36,7 @@ PUBLISHED = {
 }
 # linear, attention
 RECIPES = {"bf16": ("bf16", "dense"), "bf16-sla": ("bf16", "sla"), "w8a8": ("w8a8", "sagesla")}
-# SM, bandwidth, bf16 and int8 peaks: spec/wan_models.md 5.3, NVIDIA's papers for the rest.
+# SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.
 TARGETS = {
     "rtx5090": (120, 1792.0, 209.5, 838.0),
     "rtx5080": (120, 960.0, 112.6, 450.2),

@@ -169,7 +169,8 @@ def test_finds_every_tensor_of_transformers_encoder(dropped: str) -> None:
     assert_same_tensors("text_encoder", layout("text_encoder", TINY, published_recipe(False, False)), state)
 
 
-# spec/wan_models.md 1.3, 2.3 and 3.2. diffusers numbers norms in the order of execution: its norm2 is norm3 here.
+# diffusers, scripts/convert_wan_to_diffusers.py (docs/sources.md). diffusers numbers norms in the order of execution:
+# its norm2 is norm3 here.
 SPELLINGS = [
     ("dit", "patch_embedding.weight", "patch_embedding.weight"),
     ("dit", "text_embedding.0.bias", "condition_embedder.text_embedder.linear_1.bias"),

@@ -23,7 +23,7 @@ from wanforge.runtime.text import Tokenizer
 SUPPORT = {"Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"}
 WEIGHTS = {"dit", "dit-quant", "vae", "text_encoder"}
 
-# spec/turbodiffusion.md 1.1
+# The names on huggingface.co/TurboDiffusion.
 PUBLISHED = {
     "turbowan2.1-t2v-1.3b-480p": {"TurboWan2.1-T2V-1.3B-480P.pth", "TurboWan2.1-T2V-1.3B-480P-quant.pth"},
     "turbowan2.1-t2v-14b-480p": {"TurboWan2.1-T2V-14B-480P.pth", "TurboWan2.1-T2V-14B-480P-quant.pth"},
