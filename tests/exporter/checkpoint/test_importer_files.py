@@ -1,0 +1,287 @@
+"""What an import does to files: those that are there before it, linked ones, and those it could not finish."""
+
+import os
+import resource
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.exporter.checkpoint.sources import (
+    SLA,
+    T2V,
+    W8A8,
+    State,
+    assert_refused,
+    contents,
+    spelt,
+    wider,
+    write_pth,
+    write_safetensors,
+)
+from tests.numerics import assert_matches
+from wanforge.configs.schema import Recipe
+from wanforge.engines.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
+from wanforge.engines.tensorfile import TensorSpec, read_header
+from wanforge.errors import BundleError, CheckpointError, ResourceError
+from wanforge.exporter.checkpoint import importer
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.reader import StoredTensor
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != VERIFIED)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_existing_bundle_is_refused_without_replace(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    with pytest.raises(BundleError, match="is a bundle already; choose another --out, or pass --replace"):
+        import_checkpoint(T2V, given(quantised=True), out)
+    assert files_in(out) == files_in(bundles["plain"].root)
+
+
+def test_existing_bundle_is_replaced_when_asked(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    (out / "onnx").mkdir()
+    (out / "onnx/stem.onnx").write_bytes(b"made from the weights")
+    (out / "notes.txt").write_bytes(b"a user's")
+    Bundle.open(out).add({"onnx/stem.onnx": FileRecord("0", 21, key={"code": "1"})})
+    import_checkpoint(T2V, given(quantised=True), out, replace=True)
+    assert files_in(out) == files_in(bundles["quant"].root) | {"notes.txt": b"a user's"}
+
+
+def test_damaged_bundle_is_replaced_when_asked(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    (out / MANIFEST).write_bytes(b"{")
+    import_checkpoint(T2V, given(quantised=True), out, replace=True)
+    assert files_in(out) == files_in(bundles["quant"].root)
+
+
+def test_refused_replacement_leaves_the_bundle(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    with pytest.raises(CheckpointError, match="no such file"):
+        import_checkpoint(T2V, given(dit=tmp_path / "typo.pth"), out, replace=True)
+    assert files_in(out) == files_in(bundles["plain"].root)
+
+
+@pytest.fixture
+def canonical(bundles: dict[str, Bundle], given: Callable[..., Sources]) -> Sources:
+    """Files that may be linked: those of another bundle."""
+    return given(**{component: bundles["plain"].weights(component) for component in components(T2V)})
+
+
+def test_link_copies_the_vae_alone(tmp_path: Path, canonical: Sources, bundles: dict[str, Bundle]) -> None:
+    bundle = import_checkpoint(T2V, canonical, tmp_path / "out", link=True)
+    assert {c: bundle.weights(c).is_symlink() for c in components(T2V)} == {
+        "text_encoder": True,
+        "dit": True,
+        "vae": False,
+    }
+    assert bundle.weights("dit").resolve() == canonical.weights["dit"].resolve()
+    for component in components(T2V):
+        assert contents(bundle, component) == contents(bundles["plain"], component)
+    bundle.verify(bundle.manifest.files, again=True)
+
+
+def test_link_holds_from_another_working_directory(
+    tmp_path: Path, canonical: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(canonical.weights["dit"].parent)
+    sources = Sources({**canonical.weights, "dit": Path("dit.safetensors")}, canonical.tokenizer)
+    import_checkpoint(T2V, sources, tmp_path / "out", link=True)
+    monkeypatch.chdir(tmp_path)
+    Bundle.open(tmp_path / "out").verify([weights_name("dit")], again=True)
+
+
+@pytest.mark.parametrize("component", ["dit", "text_encoder"])
+def test_link_refuses_what_is_not_safetensors(
+    tmp_path: Path, canonical: Sources, given: Callable[..., Sources], component: str
+) -> None:
+    mixed = Sources({**canonical.weights, component: given().weights[component]}, canonical.tokenizer)
+    assert_refused(tmp_path / "out", T2V, mixed, r"--link takes \.safetensors files", link=True)
+
+
+@pytest.mark.parametrize("form", ["respelt", "wider", "quantise"])
+def test_link_refuses_what_is_not_canonical(
+    tmp_path: Path, canonical: Sources, states: dict[str, State], form: str
+) -> None:
+    state = {"respelt": spelt("dit", states["dit"]), "wider": wider(states["dit"])}
+    (tmp_path / "in").mkdir()
+    source = write_safetensors(state.get(form, states["dit"]), tmp_path / "in")
+    sources = Sources({**canonical.weights, "dit": source}, canonical.tokenizer)
+    complaint = r"a\.safetensors: not in canonical form, .* differ; import it without --link"
+    assert_refused(tmp_path / "out", T2V, sources, complaint, W8A8 if form == "quantise" else None, link=True)
+
+
+def test_linking_a_bundle_to_its_own_files_keeps_them(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    before = files_in(out / "weights")
+    own = Sources({c: out / weights_name(c) for c in components(T2V)}, out / TOKENIZER)
+    try:
+        import_checkpoint(T2V, own, out, link=True, replace=True)
+    except CheckpointError:
+        assert files_in(out / "weights") == before
+    else:
+        Bundle.open(out).verify([weights_name(c) for c in components(T2V)], again=True)
+
+
+def stop_after(ticks: int) -> Callable[[str, int], Callable[[int], None]]:
+    """A progress callback that interrupts the import."""
+    left = ticks
+
+    def tick(size: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    return lambda title, total: tick
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ticks"),
+    [(SLA, 0), (SLA, 50), (SLA, 80), (SLA, 200), *((W8A8, ticks) for ticks in (0, 13, 14, 15, 16, 17, 90))],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_interrupted_import_is_taken_up(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], recipe: Recipe, ticks: int
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(), out, recipe=recipe, progress=stop_after(ticks))
+    with pytest.raises(BundleError, match="its import was interrupted; run it again"):
+        Bundle.open(out)
+    bundle = import_checkpoint(T2V, given(), out, recipe=recipe)
+    for component in components(T2V):
+        assert contents(bundle, component) == contents(bundles["quant" if recipe is W8A8 else "plain"], component)
+    bundle.verify(bundle.manifest.files, again=True)
+    assert not list(out.rglob("*.partial"))
+
+
+def test_what_was_written_before_an_interruption_is_not_made_again(
+    tmp_path: Path, given: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[StoredTensor] = []
+    original = importer.converted
+
+    def counted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
+        made.append(stored)
+        yield from original(stored, spec)
+
+    monkeypatch.setattr(importer, "converted", counted)
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(), tmp_path / "out", progress=stop_after(100))
+    assert len(made) == 101
+    bundle = import_checkpoint(T2V, given(), tmp_path / "out")
+    assert len(made) == sum(len(contents(bundle, component)[0]) for component in components(T2V))
+
+
+def test_interrupted_import_of_another_file_is_not_taken_up(
+    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+) -> None:
+    source = write_pth(states["dit"], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(dit=source), tmp_path / "out", progress=stop_after(30))
+    write_pth({name: tensor * 2 for name, tensor in states["dit"].items()}, tmp_path)
+    os.utime(source, ns=(1, 1))
+    found = load_file(import_checkpoint(T2V, given(dit=source), tmp_path / "out").weights("dit"))
+    for name, tensor in states["dit"].items():
+        assert_matches(found[name], tensor * 2, rms=0, name=name)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many bytes are free."""
+    usage = namedtuple("usage", "total used free")
+    return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
+
+
+def size_of(bundle: Bundle, *names: str) -> int:
+    return sum(read_header(bundle.weights(c)).nbytes for c in names or components(T2V))
+
+
+def test_full_disk_is_refused_before_writing(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], disk: Callable[[int], None]
+) -> None:
+    disk(size_of(bundles["plain"]) - 1)
+    with pytest.raises(ResourceError, match=r"out: [\d.,]+ .B are needed and [\d.,]+ .B are free; make room"):
+        import_checkpoint(T2V, given(), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_disk_needs_no_room_for_what_is_linked(
+    tmp_path: Path, canonical: Sources, bundles: dict[str, Bundle], disk: Callable[[int], None]
+) -> None:
+    disk(size_of(bundles["plain"], "vae"))
+    import_checkpoint(T2V, canonical, tmp_path / "linked", link=True)
+    with pytest.raises(ResourceError):
+        import_checkpoint(T2V, canonical, tmp_path / "copied")
+
+
+def test_disk_needs_no_room_for_what_an_interrupted_import_wrote(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], disk: Callable[[int], None]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(), tmp_path / "out", progress=stop_after(80))
+    done = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors*"))
+    disk(size_of(bundles["plain"]) - done + 100_000)
+    assert import_checkpoint(T2V, given(), tmp_path / "out").manifest.files
+
+
+@pytest.mark.parametrize("before", ["plain", "linked"])
+def test_files_that_are_replaced_make_no_room(
+    tmp_path: Path,
+    canonical: Sources,
+    given: Callable[..., Sources],
+    bundles: dict[str, Bundle],
+    disk: Callable[[int], None],
+    before: str,
+) -> None:
+    # The old file stays until the new one is whole; a link takes no room to begin with.
+    import_checkpoint(T2V, canonical, tmp_path / "out", link=before == "linked")
+    disk(size_of(bundles["quant"], "dit") - 1)
+    with pytest.raises(ResourceError):
+        import_checkpoint(T2V, given(quantised=True), tmp_path / "out", replace=True)
+    assert Bundle.open(tmp_path / "out").recipe == SLA
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Makes writes beyond this size fail for real, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 1_000_003, 4_000_000])
+def test_failing_write_leaves_nothing_that_looks_whole(
+    tmp_path: Path,
+    given: Callable[..., Sources],
+    bundles: dict[str, Bundle],
+    largest_file: Callable[[int], None],
+    size: int,
+) -> None:
+    out = tmp_path / "out"
+    largest_file(size)
+    with pytest.raises(OSError, match="File too large"):
+        import_checkpoint(T2V, given(), out)
+    assert not (out / MANIFEST).exists()
+    for path in (out / "weights").glob("*.safetensors"):
+        assert read_header(path).tensors, "a whole file, and small enough"
+        assert path.stat().st_size <= size
+    largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    bundle = import_checkpoint(T2V, given(), out)
+    for component in components(T2V):
+        assert contents(bundle, component) == contents(bundles["plain"], component)
