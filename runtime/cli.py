@@ -27,7 +27,7 @@ BACKEND = click.option(
     type=click.Choice(list(BACKENDS)),
     default="ort",
     show_default=True,
-    help="ort: ONNX Runtime. torch: the reference.",
+    help="ort: ONNX Runtime. torch: the reference. kernels: its blocks as kernels, interpreted where there is no GPU.",
 )
 IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
@@ -343,7 +343,9 @@ def request_of(
     "backends",
     multiple=True,
     type=click.Choice(list(BACKENDS)),
-    help="Side by side; all by default.",
+    default=["torch", "ort"],
+    show_default=True,
+    help="Side by side.",
 )
 @click.option(
     "--repeats",
@@ -364,7 +366,7 @@ def bench(
     **clip: Any,
 ) -> None:
     """Time the stages of a request on each backend, in turns, and report medians and spread."""
-    opened, chosen = Bundle.open(bundle), backends or tuple(BACKENDS)
+    opened, chosen = Bundle.open(bundle), backends
     request = request_of(opened.model, prompt, image, seed, **clip)
     with Bars() as bars:
         verify(opened, chosen, bars)

@@ -181,7 +181,7 @@ class Pipeline:
         latents = []
         for index, program, output in chunks(shape.latent_frames, "latent"):
             session.run(program)
-            latents.append(session[output].clone())
+            latents.append(session[output].to("cpu", copy=True))
             progress("condition", index + 1, shape.latent_frames)
         return condition(torch.cat(latents, 2))
 
@@ -258,7 +258,7 @@ class Denoiser:
         x = x if self.channels is None else torch.cat((x, self.channels), 1)
         session["patches"].copy_(patchify(x))
         run(session, f"step.{step.index}", f"step {step.index + 1}", self.progress)
-        velocity = unpatchify(session["velocity"], self.shape.grid)
+        velocity = unpatchify(session["velocity"].cpu(), self.shape.grid)
         self.timings.steps.append(time.perf_counter() - start)
         return velocity
 

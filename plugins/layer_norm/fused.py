@@ -29,7 +29,7 @@ def norm_quantised(
     x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
 ) -> Quantised:
     """`norm`, quantised for the linear that follows."""
-    y = empty_quantised(*x_LD.shape, x_LD.device)
+    y = empty_quantised(x_LD.shape[0], x_LD.shape[1], x_LD.device)
     _norm(x_LD, y.steps_MK, y.scale, gain_D, offset_D, eps, modulated, padded_variance)
     return y
 

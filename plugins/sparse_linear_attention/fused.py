@@ -40,8 +40,8 @@ ATTENTION = Kernel(
     "attention",
     ("M", "H"),
     {
-        **{name: "i32" for name in ("L", "M", "N", "S")},
-        **{name: "i32:16" for name in ("q_stride", "k_stride", "v_stride", "padded")},
+        **dict.fromkeys(("L", "M", "N", "S"), "i32"),
+        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "padded"), "i32:16"),
     },
 )
 
@@ -61,8 +61,8 @@ class Keys(NamedTuple):
 def sparse_linear_attention(
     q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
 ) -> Tensor:
-    """`reference.sparse_linear_attention` of one sample, its heads side by side: ``[L, H * 128]``. Rows of q, k and v may
-    lie apart."""
+    """`reference.sparse_linear_attention` of one sample, its heads side by side: ``[L, H * 128]``. Rows of q, k and v
+    may lie apart."""
     y_LD = torch.empty(q_LD.shape, dtype=q_LD.dtype, device=q_LD.device)
     _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y_LD, None)
     return y_LD
@@ -75,7 +75,7 @@ def sparse_linear_attention_quantised(
     program is a tile of the quantiser."""
     if blocks.q != HEAD:
         raise ShapeError(f"query blocks of {blocks.q} rows are no tiles of the quantiser, which has 128")
-    y = empty_quantised(*q_LD.shape, q_LD.device)
+    y = empty_quantised(q_LD.shape[0], q_LD.shape[1], q_LD.device)
     _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y.steps_MK, y.scale)
     return y
 
@@ -127,7 +127,7 @@ def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: 
     length, width = q_LD.shape
     if not q_LD.shape == k_LD.shape == v_LD.shape or width % HEAD:
         raise ShapeError(
-            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} must be equal in shape, heads of {HEAD}"
+            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} are not equal, or no heads of {HEAD}"
         )
     if any(x.stride(1) != 1 for x in (q_LD, k_LD, v_LD)):
         raise ShapeError("the channels of q, k and v must lie side by side; rows may lie apart")

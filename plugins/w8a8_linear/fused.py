@@ -89,8 +89,8 @@ def _gemm(
             raise ShapeError(f"weight {tuple(weight.int8_NK.shape)} does not go with x {tuple(x.steps_MK.shape)}")
     pointers: dict[str, Tensor | None] = {}
     for i in range(3):
-        weight, y = (weights[i], outputs[i]) if i < len(weights) else (Weight(*3 * (None,)), None)  # type: ignore[arg-type]
-        pointers |= {f"weight_{i}": weight.int8_NK, f"scale_{i}": weight.scale, f"bias_{i}": weight.bias_N, f"y_{i}": y}
+        given = (*weights[i], outputs[i]) if i < len(weights) else 4 * (None,)
+        pointers |= dict(zip((f"weight_{i}", f"scale_{i}", f"bias_{i}", f"y_{i}"), given, strict=True))
     GEMM(
         x=x.steps_MK,
         x_scale=x.scale,

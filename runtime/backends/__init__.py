@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from wanforge.engines.bundle import Bundle
     from wanforge.runtime.backends.base import Backend
 
-BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend"}
+BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend", "kernels": "KernelsBackend"}
 
 
-def create_backend(name: str, bundle: "Bundle", dtype: torch.dtype = torch.float32) -> "Backend":
+def create_backend(name: str, bundle: "Bundle", dtype: torch.dtype | None = None) -> "Backend":
     """A backend over a bundle.
 
     Args:
-        name: ``torch`` (the reference itself) or ``ort`` (ONNX Runtime).
-        dtype: compute type of the run.
+        name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime) or ``kernels`` (the reference with the denoiser's
+            blocks as kernels).
+        dtype: compute type of the run; float32 unless it says otherwise, and bfloat16 on a GPU.
 
     Raises:
         ConfigError: there is no such backend.

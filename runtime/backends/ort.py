@@ -30,10 +30,10 @@ class OrtBackend:
 
     name = "ort"
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype) -> None:
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
         if dtype == torch.bfloat16:
             raise BundleError("ONNX Runtime computes in float32 or float16 on a CPU, not in bfloat16")
-        self.bundle, self.device, self.dtype = bundle, torch.device("cpu"), dtype
+        self.bundle, self.device, self.dtype = bundle, torch.device("cpu"), dtype or torch.float32
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
         self._sessions: dict[str, ort.InferenceSession] = {}

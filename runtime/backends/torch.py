@@ -17,17 +17,24 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device("cpu"), dtype
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
+        self.device, self.dtype = torch.device("cpu"), dtype or torch.float32
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
 
     def files(self) -> list[str]:
         return self.weights.files()
 
+    def weight(self, component: str, name: str) -> Tensor:
+        """One tensor of the bundle, where it is computed with."""
+        return self.weights.component(component)[name]
+
+    def state(self, launch: Launch) -> dict[str, Tensor]:
+        """The weights of a launch, named as in its graph."""
+        return {n: self.weight(launch.component, launch.prefix + n) for n in self.graphs[launch.graph].weights}
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
-        graph, stored = self.graphs[launch.graph], self.weights.component(launch.component)
-        state = {name: stored[launch.prefix + name] for name in graph.weights}
+        graph, state = self.graphs[launch.graph], self.state(launch)
 
         def run() -> None:
             with torch.inference_mode():

@@ -166,7 +166,7 @@ def test_linear_branch_is_added_for_every_key(tokens: int) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, proj, bias = operands(200, 1, DTYPES[1])
     blocks = Blocks(128, 64)
-    with pytest.raises(ShapeError, match="equal in shape"):
+    with pytest.raises(ShapeError, match="are not equal"):
         sparse_linear_attention(q, k[:100], v, 2, proj, bias, blocks)
     with pytest.raises(ShapeError, match="side by side"):
         sparse_linear_attention(q, k, v.T.contiguous().T, 2, proj, bias, blocks)
