@@ -1,0 +1,230 @@
+"""The tables of docs/kernels.md. ``python -m wanforge.runtime.cost_page docs/kernels.md`` writes them anew."""
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wanforge.configs.schema import Target, load_model, load_targets
+from wanforge.runtime.cost import ASSUMED, IDEAL, Cost, Workload, block, published_workload, seconds
+from wanforge.runtime.fused_plan import fused_block, fused_request, fused_step
+from wanforge.runtime.unfused_plan import unfused_block, unfused_step
+
+GPUS = ("rtx5090", "rtx4090", "h100", "h200")
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+MEDIUM = "turbowan2.1-t2v-14b-480p"
+TITLES = {SMALL: "1.3B 480p", MEDIUM: "14B 480p", LARGE: "14B 720p"}
+PROMPT_ROWS = 128
+"""Distinct rows of text of a prompt of 126 tokens."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A time that somebody else states for the denoiser, text encoder and VAE excluded."""
+
+    who: str
+    model: str
+    gpu: str
+    steps: int
+    seconds: float
+
+
+PUBLISHED = (
+    Published("TurboDiffusion", SMALL, "rtx5090", 3, 1.9),
+    Published("TurboDiffusion", MEDIUM, "rtx5090", 3, 9.9),
+    Published("TurboDiffusion", LARGE, "rtx5090", 3, 24.0),
+    Published("SGLang", SMALL, "h200", 4, 0.93),
+)
+"""TurboDiffusion's README (docs/sources.md), with the number of steps inferred; SGLang's pull request 38182."""
+
+
+def unfused(name: str) -> Workload:
+    return published_workload(name, text_rows=load_model(name).dit.text_rows)
+
+
+def fused(name: str) -> Workload:
+    return published_workload(name, text_rows=PROMPT_ROWS)
+
+
+def gpus() -> list[Target]:
+    targets = load_targets()
+    return [targets[name] for name in GPUS]
+
+
+def number(x: float) -> str:
+    """Three digits, or more where there are more."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table whose first `words` columns are words, the others numbers."""
+    rule = ["---"] * words + ["--:"] * (len(header) - words)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def launch_table(name: str) -> str:
+    """Each launch of a fused block, its floor in italics where bytes set it."""
+
+    def row(launch: Cost) -> list[str]:
+        return [launch.name, work(launch), number(launch.total_bytes / 1e6), *(floor(launch, gpu) for gpu in gpus())]
+
+    def work(launch: Cost) -> str:
+        return " + ".join(f"{form} {number(flops / 1e9)}" for form, flops in launch.flops.items()) or "-"
+
+    def floor(launch: Cost, gpu: Target) -> str:
+        text = number(launch.floor(gpu) * 1e6)
+        return f"*{text}*" if launch.is_bound_by_bytes(gpu) else text
+
+    launches = block(fused_block(fused(name)))
+    rows = [[str(i), *row(launch)] for i, launch in enumerate(launches, 1)]
+    gflop, megabytes = (
+        sum(x) for x in zip(*((c.total_flops / 1e9, c.total_bytes / 1e6) for c in launches), strict=True)
+    )
+    floors = (number(seconds(launches, gpu) * 1e6) for gpu in gpus())
+    rows.append(["", "**block**", number(gflop), number(megabytes), *floors])
+    return markdown(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
+
+
+def parts_table(name: str) -> str:
+    """The parts of a block in either plan: launches, bytes, floor."""
+    gpu = gpus()[0]
+
+    def cells(launches: Sequence[Cost]) -> list[str]:
+        moved, floor = sum(launch.total_bytes for launch in launches), seconds(launches, gpu)
+        return [str(len(launches)), number(moved / 1e6), number(floor * 1e6)]
+
+    before, after = unfused_block(unfused(name)), fused_block(fused(name))
+    rows = [[part, *cells(before[part]), *cells(after[part])] for part in before]
+    rows.append(["**block**", *cells(block(before)), *cells(block(after))])
+    plan = ["launches", "MB", "floor, µs"]
+    return markdown(["part", *(f"unfused: {x}" for x in plan), *(f"fused: {x}" for x in plan)], rows)
+
+
+def steps_table() -> str:
+    """A whole step in either plan: floor, and what the assumed efficiency makes of it."""
+    plans: list[tuple[str, Callable[[Workload], list[Cost]], Callable[[str], Workload]]] = [
+        ("unfused", unfused_step, unfused),
+        ("fused", fused_step, fused),
+    ]
+    rows = []
+    for name in (SMALL, MEDIUM, LARGE):
+        for plan, step, workload in plans:
+            launches = step(workload(name))
+            times = ([1e3 * seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
+            rows.append(
+                [
+                    f"{TITLES[name]}, {plan}",
+                    f"{len(launches):,}",
+                    number(sum(launch.total_flops for launch in launches) / 1e12),
+                    number(sum(launch.total_bytes for launch in launches) / 1e9),
+                    *(f"{number(floor)} → {number(predicted)}" for floor, predicted in times),
+                ]
+            )
+    return markdown(["step", "launches", "TFLOP", "GB", *(gpu.title for gpu in gpus())], rows)
+
+
+def requests_table() -> str:
+    """The denoiser's share of a request of four steps, fused."""
+    rows = []
+    for name in (SMALL, MEDIUM, LARGE):
+        launches = fused_request(fused(name), 4)
+        times = ([seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
+        rows.append([TITLES[name], *(f"{floor:.2f} → {predicted:.2f}" for floor, predicted in times)])
+    return markdown(["4 steps and the prompt", *(gpu.title for gpu in gpus())], rows)
+
+
+def published_table() -> str:
+    """Times that others state, per step, over floor and prediction of both plans."""
+    targets, rows = load_targets(), []
+    for entry in PUBLISHED:
+        gpu, stated = targets[entry.gpu], 1e3 * entry.seconds / entry.steps
+        before, after = unfused_step(unfused(entry.model)), fused_step(fused(entry.model))
+        times = [1e3 * seconds(launches, gpu, e) for launches in (before, after) for e in (IDEAL, ASSUMED)]
+        ratios = (f"{number(t)} ({stated / t:.2f} x)" for t in times)
+        who = f"{entry.who}, {TITLES[entry.model]}, {gpu.title}"
+        rows.append([who, f"{entry.seconds:g} s / {entry.steps}", number(stated), *ratios])
+    plans = ["unfused: floor", "unfused: predicted", "fused: floor", "fused: predicted"]
+    header = ["who, what, where", "stated", "step, ms", *plans]
+    return markdown(header, rows)
+
+
+KINDS = {"gemm": "W8A8 linears", "attention": "sparse attention", "cross": "cross-attention"}
+"""Kinds of launches of a fused block by the first word of their names; the rest only pass over memory."""
+
+
+def kind(launch: Cost) -> str:
+    return KINDS.get(launch.name.split()[0], "the rest")
+
+
+def shares_table() -> str:
+    """What share of a fused block's floor each kind of launch has."""
+    rows = []
+    for name in (SMALL, LARGE):
+        launches = block(fused_block(fused(name)))
+        for group in [*KINDS.values(), "the rest"]:
+            mine = [launch for launch in launches if kind(launch) == group]
+            shares = (f"{seconds(mine, gpu) / seconds(launches, gpu):.0%}" for gpu in gpus())
+            rows.append([f"{TITLES[name]}: {group}", *shares])
+    return markdown(["share of a block's floor", *(gpu.title for gpu in gpus())], rows)
+
+
+def cache_table() -> str:
+    """What launches whose thread blocks share operands ask of the L2 cache, in all and per second at their floor."""
+    rows = []
+    for name in (SMALL, LARGE):
+        launches = {launch.name: launch for launch in block(fused_block(fused(name)))}
+        for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
+            rates = (f"{launch.bytes_fetched / launch.floor(gpu) / 1e12:.1f}" for gpu in gpus())
+            rows.append([f"{TITLES[name]}: {launch.name}", number(launch.bytes_fetched / 1e9), *rates])
+    return markdown(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
+
+
+def levers(w: Workload) -> dict[str, tuple[list[Cost], list[Cost]]]:
+    """What could still be merged or changed in the fused plan: its launches, and what they would become."""
+    of = {launch.name: launch for launch in block(fused_block(w))}
+    attention, cross, last = of["attention + quantise"], of["cross attention"], of["quantise"]
+    halves = {("fp8, fp16 sums" if form == "fp8" else form): flops for form, flops in attention.flops.items()}
+    return {
+        "P·V with fp16 sums": ([attention], [replace(attention, flops=halves)]),
+        "cross-attention that quantises": ([cross, last], [replace(cross, bytes_written=last.bytes_written)]),
+    }
+
+
+def levers_table() -> str:
+    """What each of `levers` would take off the floor of a block."""
+    rows = []
+    for name in (SMALL, LARGE):
+        whole = block(fused_block(fused(name)))
+        for lever, (before, after) in levers(fused(name)).items():
+            shares = ((seconds(before, gpu) - seconds(after, gpu)) / seconds(whole, gpu) for gpu in gpus())
+            rows.append([f"{TITLES[name]}: {lever}", *(f"{share:.1%}" for share in shares)])
+    return markdown(["share of a block's floor saved", *(gpu.title for gpu in gpus())], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "launches-1.3b-480p": lambda: launch_table(SMALL),
+    "launches-14b-720p": lambda: launch_table(LARGE),
+    "parts-1.3b-480p": lambda: parts_table(SMALL),
+    "parts-14b-720p": lambda: parts_table(LARGE),
+    "steps": steps_table,
+    "requests": requests_table,
+    "published": published_table,
+    "shares": shares_table,
+    "cache": cache_table,
+    "levers": levers_table,
+}
+
+
+def with_tables(page: str) -> str:
+    """A page whose every table after a line ``<!-- table: NAME -->`` is made anew."""
+
+    def table(mark: re.Match[str]) -> str:
+        return f"{mark[1]}\n{TABLES[mark[2]]()}\n\n"
+
+    return re.sub(r"(<!-- table: (\S+) -->)\n(?:\|.*\n)*\n", table, page)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(with_tables(path.read_text()))
