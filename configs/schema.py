@@ -133,8 +133,9 @@ class Recipe(Record, frozen=True):
     """A precision plan: what runs in which number format, and how much of attention is computed."""
 
     name: str
-    linear: Literal["bf16", "w8a8"]
-    """Linears of the blocks; everything else stays in the compute type or float32."""
+    linear: Literal["bf16", "w8a8", "w8a8-row"]
+    """Linears of the blocks; everything else stays in the compute type or float32. ``w8a8``: upstream's scales, one per
+    tile of 128x128. ``w8a8-row``: one per token and per output."""
     attention: Literal["dense", "sla", "sagesla"]
     block_q: Literal[64, 128] = 128
     block_k: Literal[64, 128] = 64

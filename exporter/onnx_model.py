@@ -99,7 +99,7 @@ def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
     called = {node.op_type for node in nodes if node.domain == DOMAIN}
     found = []
     if w8a8_linear.NAME in called:
-        found += w8a8_linear.functions()
+        found += w8a8_linear.functions(by_rows=recipe.linear == "w8a8-row")
     if sparse_linear_attention.NAME in called:
         blocks = attention_blocks(recipe)
         assert blocks is not None

@@ -28,6 +28,7 @@ from wanforge.plugins.w8a8_linear.fused import (
     linear_residual,
     linears,
     quantise,
+    quantise_rows,
 )
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
@@ -42,6 +43,9 @@ Weights = Mapping[str, Tensor]
 
 class Linears(Protocol):
     """The linears of a block, with what is fused to them."""
+
+    packs_tiles: bool
+    """Whether their input is quantised by tiles, which attention can do."""
 
     def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Input:
         """Layer norm, ready for a linear."""
@@ -66,6 +70,8 @@ class Linears(Protocol):
 
 class PlainLinears:
     """Linears in the compute type: products are the library's."""
+
+    packs_tiles = False
 
     def __init__(self, weights: Weights, eps: float, padded_variance: bool) -> None:
         self.weights, self.eps, self.padded_variance = weights, eps, padded_variance
@@ -93,7 +99,9 @@ class PlainLinears:
 
 
 class QuantisedLinears:
-    """W8A8 linears: every input is quantised by the kernel that makes it."""
+    """W8A8 linears with scales by tile: every input is quantised by the kernel that makes it."""
+
+    packs_tiles = True
 
     def __init__(self, weights: Weights, eps: float, padded_variance: bool, dtype: torch.dtype) -> None:
         self.weights, self.eps, self.padded_variance, self.dtype = weights, eps, padded_variance, dtype
@@ -121,6 +129,20 @@ class QuantisedLinears:
     def gelu(self, x: Input, name: str) -> Quantised:
         assert isinstance(x, Quantised)
         return linear_gelu(x, self.weight(name))
+
+
+class RowLinears(QuantisedLinears):
+    """W8A8 linears with scales by row: no kernel but the quantiser holds a row whole."""
+
+    packs_tiles = False
+
+    def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Quantised:
+        return self.pack(
+            norm(x_LD, gain_D, offset_D, self.eps, modulated=modulated, padded_variance=self.padded_variance)
+        )
+
+    def pack(self, y_LD: Tensor) -> Quantised:
+        return quantise_rows(y_LD)
 
 
 class FusedBlock:
@@ -170,9 +192,13 @@ class FusedBlock:
 
     def _linears(self, weights: Weights, dtype: torch.dtype) -> Linears:
         padded_variance = self.recipe.compat == "upstream"
-        if self.recipe.linear == "w8a8":
-            return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
-        return PlainLinears(weights, self.config.eps, padded_variance)
+        match self.recipe.linear:
+            case "bf16":
+                return PlainLinears(weights, self.config.eps, padded_variance)
+            case "w8a8":
+                return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
+            case "w8a8-row":
+                return RowLinears(weights, self.config.eps, padded_variance, dtype)
 
     def _attend(
         self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
@@ -182,7 +208,7 @@ class FusedBlock:
             return layers.pack(y_BLHK.flatten(2)[0])
         proj, bias = (weights[f"self_attn.attn_op.local_attn.proj_l.{part}"] for part in ("weight", "bias"))
         arguments = (q_LD, k_LD, v_LD, num_selected, proj, bias, self.blocks)
-        if isinstance(layers, QuantisedLinears) and self.blocks.q == HEAD_DIM:
+        if layers.packs_tiles and self.blocks.q == HEAD_DIM:
             return sparse_linear_attention_quantised(*arguments)
         return layers.pack(sparse_linear_attention(*arguments))
 

@@ -49,7 +49,7 @@ def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         key = (model_name, recipe_name)
         if key not in made:
             recipe = load_recipe(recipe_name)
-            sources = checkpoint_sources(model_name, checkpoints[model_name], quantised=recipe.linear == "w8a8")
+            sources = checkpoint_sources(model_name, checkpoints[model_name], quantised=recipe_name == "w8a8")
             out = tmp_path_factory.mktemp("bundle") / f"{model_name}-{recipe_name}"
             made[key] = import_checkpoint(load_model(model_name), sources, out, recipe=recipe)
             export(made[key])

@@ -25,7 +25,7 @@ from wanforge.errors import BundleError, CheckpointError, ResourceError, join_na
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
-from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
 from wanforge.runtime.text import Tokenizer, find_tokenizer
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
@@ -188,7 +188,7 @@ def settle_recipe(
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
         return load_recipe(by_content)
-    if wanted.linear == "bf16" and quantised[first]:
+    if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
             "unquantised file, or use --recipe w8a8"
@@ -326,7 +326,10 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
             yield name, converted(stored, spec)
             continue
         weight = name.rpartition(".")[0] + ".weight"
-        quantiser = scales.setdefault(weight, Quantiser(part.stored[weight]))
+        by_rows = len(part.target[name.rpartition(".")[0] + ".scale"].shape) == 1
+        quantiser = scales.setdefault(
+            weight, Quantiser(part.stored[weight], quantise_rows if by_rows else quantise_tiles)
+        )
         yield name, quantiser.int8_rows() if name.endswith(".int8_weight") else quantiser.scale()
 
 
@@ -339,15 +342,15 @@ def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
 class Quantiser:
     """One weight on its way to 8 bits, a band of rows at a time."""
 
-    def __init__(self, stored: StoredTensor) -> None:
-        self.stored = stored
+    def __init__(self, stored: StoredTensor, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self.stored, self.quantise = stored, quantise
         self.scales: list[Tensor] = []
 
     def bands(self) -> Iterator[tuple[Tensor, Tensor]]:
         columns = self.stored.spec.shape[1]
         for band in self.stored.chunks(rows=BAND):
             # Published weights are bfloat16; a wider source is rounded first, as upstream's conversion does.
-            yield quantise_tiles(band.to(torch.bfloat16).unflatten(0, (-1, columns)))
+            yield self.quantise(band.to(torch.bfloat16).unflatten(0, (-1, columns)))
 
     def int8_rows(self) -> Iterator[memoryview]:
         self.scales = []

@@ -127,7 +127,8 @@ def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: 
     length, width = q_LD.shape
     if not q_LD.shape == k_LD.shape == v_LD.shape or width % HEAD:
         raise ShapeError(
-            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} are not equal, or no heads of {HEAD}"
+            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} are not equal, "
+            f"or no heads of {HEAD}"
         )
     if any(x.stride(1) != 1 for x in (q_LD, k_LD, v_LD)):
         raise ShapeError("the channels of q, k and v must lie side by side; rows may lie apart")

@@ -15,18 +15,23 @@ from wanforge.plugins.launch import Kernel
 from wanforge.plugins.w8a8_linear.reference import TILE
 
 QUANTISE = Kernel("w8a8_linear", "quantise", ("cdiv(M, 128)", "K // 128"), {"M": "i32", "x_stride": "i32:16"})
-GEMM = Kernel("w8a8_linear", "gemm", ("WEIGHTS * cdiv(M, 128) * cdiv(N, 128)",), {"M": "i32", "N": "i32:16"})
+QUANTISE_ROWS = Kernel("w8a8_linear", "quantise_rows", ("cdiv(M, ROWS)",), {"M": "i32", "x_stride": "i32:16"})
+GEMM, GEMM_ROWS = (
+    Kernel("w8a8_linear", name, ("WEIGHTS * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)",), {"M": "i32", "N": "i32:16"})
+    for name in ("gemm", "gemm_rows")
+)
 
 
 class Quantised(NamedTuple):
-    """A matrix in 8-bit steps, one scale per tile of 128x128; see `reference.quantise_tiles`."""
+    """A matrix in 8-bit steps with a scale per tile of 128x128, ``[ceil(M/128), K/128]``, or per row, ``[M]``; see the
+    reference."""
 
     steps_MK: Tensor
     scale: Tensor
 
 
 class Weight(NamedTuple):
-    """A W8A8 linear's weights: ``int8 [N, K]``, ``float32 [ceil(N/128), K/128]``, ``[N]`` in the compute type."""
+    """A W8A8 linear's weights: ``int8 [N, K]``, their scales as in `Quantised`, ``[N]`` in the compute type."""
 
     int8_NK: Tensor
     scale: Tensor
@@ -45,11 +50,25 @@ def empty_quantised(rows: int, columns: int, device: torch.device) -> Quantised:
 def quantise(x_MK: Tensor) -> Quantised:
     """`reference.quantise_tiles` of a matrix whose rows may lie apart; K a multiple of 128."""
     rows, columns = x_MK.shape
-    if columns % TILE or x_MK.stride(1) != 1:
-        raise ShapeError(f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: wants rows of whole tiles of {TILE}")
+    _check_rows(x_MK)
     y = empty_quantised(rows, columns, x_MK.device)
     QUANTISE(x=x_MK, y=y.steps_MK, y_scale=y.scale, M=rows, x_stride=x_MK.stride(0), K=columns)
     return y
+
+
+def quantise_rows(x_MK: Tensor) -> Quantised:
+    """`reference.quantise_rows` of a matrix whose rows may lie apart; K a multiple of 128."""
+    rows, columns = x_MK.shape
+    _check_rows(x_MK)
+    steps = torch.empty(rows, columns, dtype=torch.int8, device=x_MK.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
+    QUANTISE_ROWS(x=x_MK, y=steps, y_scale=scale, M=rows, x_stride=x_MK.stride(0), K=columns)
+    return Quantised(steps, scale)
+
+
+def _check_rows(x_MK: Tensor) -> None:
+    if x_MK.shape[1] % TILE or x_MK.stride(1) != 1:
+        raise ShapeError(f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: wants rows of whole tiles of {TILE}")
 
 
 def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
@@ -61,7 +80,12 @@ def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
-    """``gelu(x @ W.T + bias)``, quantised for the linear that follows."""
+    """``gelu(x @ W.T + bias)``, quantised for the linear that follows: by tiles in the same launch, by rows, which no
+    block of the product holds whole, in one more."""
+    if weight.scale.dim() == 1:
+        y_MN = torch.empty(len(x.steps_MK), len(weight.bias_N), dtype=weight.bias_N.dtype, device=weight.bias_N.device)
+        _gemm(x, [weight], [y_MN], gelu=True)
+        return quantise_rows(y_MN)
     y = empty_quantised(len(x.steps_MK), len(weight.bias_N), x.steps_MK.device)
     _gemm(x, [weight], [y.steps_MK], y_scale=y.scale, gelu=True)
     return y
@@ -87,11 +111,13 @@ def _gemm(
     for weight in weights:
         if weight.int8_NK.shape != (outs, inputs) or inputs % TILE or outs % TILE:
             raise ShapeError(f"weight {tuple(weight.int8_NK.shape)} does not go with x {tuple(x.steps_MK.shape)}")
+        if weight.scale.dim() != x.scale.dim():
+            raise ShapeError("x and its weight are quantised by tiles and by rows, or the other way round")
     pointers: dict[str, Tensor | None] = {}
     for i in range(3):
         given = (*weights[i], outputs[i]) if i < len(weights) else 4 * (None,)
         pointers |= dict(zip((f"weight_{i}", f"scale_{i}", f"bias_{i}", f"y_{i}"), given, strict=True))
-    GEMM(
+    (GEMM_ROWS if x.scale.dim() == 1 else GEMM)(
         x=x.steps_MK,
         x_scale=x.scale,
         **pointers,

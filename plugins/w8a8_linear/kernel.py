@@ -1,5 +1,5 @@
-"""Kernels of the W8A8 linear. Letters: M rows, N outputs, K inputs; tiles are 128x128 throughout, so that a tile of the
-product has one scale per slab of K on either side."""
+"""Kernels of the W8A8 linear. Letters: M rows, N outputs, K inputs. With scales by tile a block of the product is one tile,
+so that it has one scale per slab of K on either side."""
 
 import triton
 import triton.language as tl
@@ -43,6 +43,74 @@ def quantise(x, y, y_scale, M, x_stride, K: tl.constexpr):
 
 
 @triton.jit
+def quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexpr):
+    """x [M, K] to int8 y [M, K] and y_scale [M], as `reference.quantise_rows` defines them. The second reading of x comes
+    from the cache."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    rows = row[:, None]
+    lanes = tl.arange(0, TILE)[None, :]
+    x += first * x_stride + (rows * x_stride + lanes)
+    y += first * K + (rows * K + lanes)
+    inside = rows < M - first
+    largest = tl.zeros((ROWS, TILE), tl.float32)
+    for column in range(0, K, TILE):
+        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=inside, other=0.0).to(tl.float32)))
+    amax = tl.maximum(tl.max(largest, 1, keep_dims=True), 1e-8)
+    factor = tl.math.div_rn(127.0, amax)
+    for column in range(0, K, TILE):
+        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + column, ((values * factor + ROUND) - ROUND).to(tl.int8), mask=inside)
+    scale = tl.reshape(tl.math.div_rn(amax, 127.0), (ROWS,))
+    tl.store(y_scale + first + row, scale, mask=row < M - first)
+
+
+@triton.jit
+def place_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Which weight a program multiplies with, and its tile's row and column: programs that run at the same time share
+    GROUP tiles of rows, so that both operands come from the cache."""
+    row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles = row_tiles * column_tiles
+    which, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first_row = tile // (GROUP * column_tiles) * GROUP
+    group = tl.minimum(row_tiles - first_row, GROUP)
+    row_tile = first_row + tile % (GROUP * column_tiles) % group
+    return which, row_tile, tile % (GROUP * column_tiles) // group
+
+
+@triton.jit
+def finish(
+    total, row, column, bias, residual, gate, y, y_scale,
+    M, N,
+    GELU: tl.constexpr,
+):  # fmt: skip
+    """What follows a product, in the registers that hold it: bias, GELU, gate and residual, and the store. `total` is a
+    tile from `row` and `column` on; the biases have the compute type, to which the reference rounds."""
+    rows = tl.arange(0, total.shape[0])[:, None]
+    columns = tl.arange(0, total.shape[1])
+    is_column = columns < N - column
+    inside = (rows < M - row) & is_column[None, :]
+    compute = bias.dtype.element_ty
+    offset = tl.load(bias + column + columns, mask=is_column, other=0.0)[None, :]
+    total = rounded(rounded(total, compute) + offset.to(tl.float32), compute)
+    if GELU:
+        total = rounded(gelu(total), compute)
+    start = row.to(tl.int64) * N + column
+    place = rows * N + columns[None, :]
+    if residual is not None:
+        if gate is not None:
+            factor = tl.load(gate + column + columns, mask=is_column, other=0.0)[None, :]
+            total = rounded(total * rounded(factor, compute), compute)
+        total += tl.load(residual + start + place, mask=inside, other=0.0).to(tl.float32)
+    if y_scale is not None:
+        steps, step = quantise_tile(tl.where(inside, total, 0.0))
+        tl.store(y + start + place, steps, mask=inside)
+        tl.store(y_scale + (row // TILE).to(tl.int64) * (N // TILE) + column // TILE, step)
+    else:
+        tl.store(y + start + place, total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def gemm(
     x, x_scale,
     weight_0, weight_1, weight_2,
@@ -54,22 +122,16 @@ def gemm(
     K: tl.constexpr,
     GELU: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """int8 x [M, K] times one to three int8 weights [N, K], which share x. What a None leaves out is not compiled.
+    """int8 x [M, K] times one to three int8 weights [N, K], which share x; scales by tile of 128x128, which is also the
+    block. What a None leaves out is not compiled.
 
-    y_i [M, N]; the biases [N] have the compute type, to which the reference rounds. `y_scale` asks for y quantised,
-    `residual` [M, N] for residual + y * gate with `gate` [N].
+    y_i [M, N]. `y_scale` asks for y quantised, `residual` [M, N] for residual + y * gate with `gate` [N].
     """
-    row_tiles, column_tiles = tl.cdiv(M, TILE), tl.cdiv(N, TILE)
-    tiles = row_tiles * column_tiles
-    which, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    # Programs that run at the same time share GROUP rows of x, so that both operands come from the cache.
-    first_row = tile // (GROUP * column_tiles) * GROUP
-    group = tl.minimum(row_tiles - first_row, GROUP)
-    row_tile = first_row + tile % (GROUP * column_tiles) % group
-    column_tile = tile % (GROUP * column_tiles) // group
-
+    which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     weight, scale, bias, y = weight_0, scale_0, bias_0, y_0
     if WEIGHTS > 1:
         if which == 1:
@@ -78,34 +140,54 @@ def gemm(
         if which == 2:
             weight, scale, bias, y = weight_2, scale_2, bias_2, y_2
 
-    rows = row_tile.to(tl.int64) * TILE + tl.arange(0, TILE)
-    columns = column_tile.to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     slab = tl.arange(0, TILE)
     # A ragged tile reads its last row again instead of a mask: what lies outside is never stored.
-    x_tile = x + tl.minimum(rows, M - 1)[:, None] * K + slab[None, :]
-    w_tile = weight + tl.minimum(columns, N - 1)[None, :] * K + slab[:, None]
+    x_tile = x + row.to(tl.int64) * K + (tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)[:, None] * K + slab[None, :])
+    w_tile = weight + column.to(tl.int64) * K + (tl.arange(0, BLOCK_N)[None, :] * K + slab[:, None])
     x_scale += row_tile.to(tl.int64) * (K // TILE)
     scale += column_tile.to(tl.int64) * (K // TILE)
-    total = tl.zeros((TILE, TILE), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(K // TILE):
         product = tl.dot(tl.load(x_tile + k * TILE), tl.load(w_tile + k * TILE), out_dtype=tl.int32)
         total += product.to(tl.float32) * (tl.load(x_scale + k) * tl.load(scale + k))
+    finish(total, row, column, bias, residual, gate, y, y_scale, M, N, GELU)
 
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    place = rows[:, None] * N + columns[None, :]
-    compute = bias.dtype.element_ty
-    offset = tl.load(bias + columns, mask=columns < N, other=0.0)[None, :]
-    total = rounded(rounded(total, compute) + offset.to(tl.float32), compute)
-    if GELU:
-        total = rounded(gelu(total), compute)
-    if residual is not None:
-        if gate is not None:
-            factor = tl.load(gate + columns, mask=columns < N, other=0.0)[None, :]
-            total = rounded(total * rounded(factor, compute), compute)
-        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
-    if y_scale is not None:
-        steps, step = quantise_tile(tl.where(inside, total, 0.0))
-        tl.store(y + place, steps, mask=inside)
-        tl.store(y_scale + row_tile.to(tl.int64) * column_tiles + column_tile, step)
-    else:
-        tl.store(y + place, total.to(y.dtype.element_ty), mask=inside)
+
+@triton.jit
+def gemm_rows(
+    x, x_scale,
+    weight_0, weight_1, weight_2,
+    scale_0, scale_1, scale_2,
+    bias_0, bias_1, bias_2,
+    y_0, y_1, y_2,
+    y_scale, residual, gate,
+    M, N,
+    K: tl.constexpr,
+    GELU: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """`gemm` with scales by row, x_scale [M] and scale_i [N]: all of K is added up in integers, and rescaled once."""
+    which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
+    weight, scale, bias, y = weight_0, scale_0, bias_0, y_0
+    if WEIGHTS > 1:
+        if which == 1:
+            weight, scale, bias, y = weight_1, scale_1, bias_1, y_1
+    if WEIGHTS > 2:
+        if which == 2:
+            weight, scale, bias, y = weight_2, scale_2, bias_2, y_2
+
+    row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
+    slab = tl.arange(0, TILE)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)
+    columns = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - column)
+    x_tile = x + row.to(tl.int64) * K + (rows[:, None] * K + slab[None, :])
+    w_tile = weight + column.to(tl.int64) * K + (columns[None, :] * K + slab[:, None])
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for k in range(K // TILE):
+        total = tl.dot(tl.load(x_tile + k * TILE), tl.load(w_tile + k * TILE), total, out_dtype=tl.int32)
+    factor = tl.load(x_scale + row + rows)[:, None] * tl.load(scale + column + columns)[None, :]
+    finish(total.to(tl.float32) * factor, row, column, bias, residual, gate, y, y_scale, M, N, GELU)

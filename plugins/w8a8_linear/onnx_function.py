@@ -50,6 +50,19 @@ def W8A8Linear(x, int8_weight, scale, bias):
     return op.Reshape(y, op.Concat(op.Shape(x, start=0, end=-1), outputs, axis=0))
 
 
-def functions() -> list[FunctionProto]:
-    """The body."""
-    return [function_proto(W8A8Linear)]
+@script(ops)
+def W8A8LinearByRow(x, int8_weight, scale, bias):
+    wide = op.Cast(x, to=FLOAT)
+    full_scale = op.Constant(value_float=127.0)
+    largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
+    amax = op.Max(largest, op.Constant(value_float=1e-8))
+    steps = op.Round(op.Mul(wide, op.Div(full_scale, amax)))
+    integers = op.DequantizeLinear(int8_weight, op.Constant(value_float=1.0))
+    sums = op.MatMul(steps, op.Transpose(integers, perm=[1, 0]))
+    product = op.CastLike(op.Mul(sums, op.Mul(op.Div(amax, full_scale), scale)), x)
+    return op.Add(product, op.CastLike(bias, x))
+
+
+def functions(*, by_rows: bool = False) -> list[FunctionProto]:
+    """The body, for scales by tile or by row."""
+    return [function_proto(W8A8LinearByRow if by_rows else W8A8Linear, NAME)]

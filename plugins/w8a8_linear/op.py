@@ -17,7 +17,8 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
     outputs, inputs = int8_weight_NK.shape
     if inputs % TILE:
         raise ShapeError(f"K is {inputs}; the W8A8 linear needs a multiple of {TILE}: keep this layer unquantised")
-    if x.shape[-1] != inputs or scale.shape != (-(-outputs // TILE), inputs // TILE) or bias_N.shape != (outputs,):
+    scales = ((-(-outputs // TILE), inputs // TILE), (outputs,))
+    if x.shape[-1] != inputs or scale.shape not in scales or bias_N.shape != (outputs,):
         raise ShapeError(
             f"x {tuple(x.shape)}, weight {tuple(int8_weight_NK.shape)}, scale {tuple(scale.shape)} and "
             f"bias {tuple(bias_N.shape)} do not fit"

@@ -1,4 +1,8 @@
-"""The definition of the W8A8 linear: quantise per tile, multiply in integers, rescale per tile of K."""
+"""The definition of the W8A8 linear: quantise, multiply in integers, rescale.
+
+Two granularities, told apart by the weight's scale. Upstream's has one scale per tile of 128x128 on either side, and
+rescales every 128 of K. The finer one has a scale per row, that is per token and per output, and rescales once.
+"""
 
 import torch
 from torch import Tensor
@@ -6,6 +10,7 @@ from torch.nn.functional import pad
 
 TILE = 128
 FULL_SCALE = 128.0
+ROW_FULL_SCALE = 127.0
 AMAX_FLOOR = 1e-8
 
 
@@ -31,17 +36,36 @@ def quantise_tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     return steps.flatten(2).flatten(0, 1)[:rows, :columns], (amax / FULL_SCALE)[:, 0, :, 0]
 
 
+def quantise_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix symmetrically, one scale per row; the largest magnitude of a row maps to 127, halves round to
+    even.
+
+    Args:
+        x_RC: ``[R, C]``, any float type; the arithmetic is float32.
+
+    Returns:
+        ``int8 [R, C]`` and ``float32 [R]``, the factor that restores the value.
+    """
+    x = x_RC.float()
+    amax = x.abs().amax(1).clamp_min(AMAX_FLOOR)
+    # A number over a tensor would be its reciprocal times the number, rounded twice.
+    factor = torch.full_like(amax, ROW_FULL_SCALE) / amax
+    steps = torch.round(x * factor[:, None])
+    return steps.to(torch.int8), amax / ROW_FULL_SCALE
+
+
 def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
     """``x @ W.T + bias`` with `x` quantised on the fly.
 
-    Each 128-wide slab of K is multiplied in integers, which is exact (at most 2^21, so float32 holds every partial
-    sum), then rescaled and added up in float32 in ascending order. The sum is rounded to the type of `x`, and again
-    after the bias.
+    By tiles, each 128-wide slab of K is multiplied in integers, which is exact (at most 2^21, so float32 holds every
+    partial sum), then rescaled and added up in float32 in ascending order. By rows, all of K is added up in integers
+    (exact in int32 up to K = 130,000, and here in float64), rounded to float32 and rescaled. The result is rounded to
+    the type of `x`, and again after the bias.
 
     Args:
         x: ``[..., K]``, float32, float16 or bfloat16. Rows are tiled in storage order, across leading dimensions.
         int8_weight_NK: ``int8 [N, K]``, K a multiple of 128.
-        scale: ``float32 [ceil(N/128), K/128]``.
+        scale: ``float32 [ceil(N/128), K/128]``, or ``[N]`` for scales by row.
         bias_N: ``[N]``, any float type.
 
     Returns:
@@ -50,6 +74,18 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
     Source: TurboDiffusion, ops/gemm (docs/sources.md).
     """
     x_MK = x.reshape(-1, x.shape[-1])
+    total_MN = _by_rows(x_MK, int8_weight_NK, scale) if scale.dim() == 1 else _by_tiles(x_MK, int8_weight_NK, scale)
+    y_MN = total_MN.to(x.dtype) + bias_N.to(x.dtype)
+    return y_MN.unflatten(0, x.shape[:-1])
+
+
+def _by_rows(x_MK: Tensor, int8_weight_NK: Tensor, scale_N: Tensor) -> Tensor:
+    int8_x_MK, x_scale_M = quantise_rows(x_MK)
+    sums_MN = (int8_x_MK.double() @ int8_weight_NK.double().T).float()
+    return sums_MN * (x_scale_M[:, None] * scale_N)
+
+
+def _by_tiles(x_MK: Tensor, int8_weight_NK: Tensor, scale: Tensor) -> Tensor:
     int8_x_MK, x_scale = quantise_tiles(x_MK)
     rows, columns = x_MK.shape[0], int8_weight_NK.shape[0]
     total_MN = x_MK.new_zeros((rows, columns), dtype=torch.float32)
@@ -59,5 +95,4 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
         row_scale = x_scale[:, slab].repeat_interleave(TILE)[:rows, None]
         column_scale = scale[:, slab].repeat_interleave(TILE)[:columns]
         total_MN += (x_steps.float() @ w_steps.float().T) * (row_scale * column_scale)
-    y_MN = total_MN.to(x.dtype) + bias_N.to(x.dtype)
-    return y_MN.unflatten(0, x.shape[:-1])
+    return total_MN

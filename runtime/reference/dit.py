@@ -55,6 +55,14 @@ class W8A8Linear(nn.Module):
         return w8a8_linear(x, self.int8_weight, self.scale, self.bias)
 
 
+class W8A8RowLinear(W8A8Linear):
+    """The same with a scale per output and per token."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = torch.empty(out_features)
+
+
 class GELU(nn.Module):
     """GELU by its tanh approximation, as everywhere in this network."""
 
@@ -264,7 +272,7 @@ class DiT(nn.Module):
         return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
 
 
-LINEARS = {"bf16": Linear, "w8a8": W8A8Linear}
+LINEARS = {"bf16": Linear, "w8a8": W8A8Linear, "w8a8-row": W8A8RowLinear}
 
 
 def attention_blocks(recipe: Recipe) -> Blocks | None:

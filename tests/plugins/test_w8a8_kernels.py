@@ -18,7 +18,9 @@ from wanforge.plugins.w8a8_linear.fused import (
     linear_residual,
     linears,
     quantise,
+    quantise_rows,
 )
+from wanforge.plugins.w8a8_linear.reference import quantise_rows as reference_rows
 from wanforge.plugins.w8a8_linear.reference import quantise_tiles, w8a8_linear
 
 pytestmark = pytest.mark.usefixtures("guarded")
@@ -36,6 +38,11 @@ EXACT = 0.0 if DEVICE == "cpu" else 1e-6
 
 def weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
     steps, scale = quantise_tiles(0.05 * randn(outputs, inputs, seed=seed))
+    return Weight(steps, scale, randn(outputs, seed=seed + 1, dtype=dtype))
+
+
+def row_weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
+    steps, scale = reference_rows(0.05 * randn(outputs, inputs, seed=seed))
     return Weight(steps, scale, randn(outputs, seed=seed + 1, dtype=dtype))
 
 
@@ -111,6 +118,55 @@ def test_gated_residual_rides_in_the_epilogue(dtype: torch.dtype, in_place: bool
     assert linear_residual(q, w, residual, gate, out) is out
     assert_matches(out, expected, EXACT)
     assert in_place or torch.equal(residual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_quantiser_by_rows_is_the_reference_to_the_bit(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x = strided(3 * randn(shape[0], shape[2], seed=1, dtype=dtype))
+    x[shape[0] // 2] = 0
+    actual = quantise_rows(x)
+    for found, expected in zip(actual, reference_rows(x), strict=True):
+        assert_matches(found, expected, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_linears_by_rows_are_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> None:
+    rows, outputs, inputs = shape
+    x = randn(rows, inputs, seed=7, dtype=dtype)
+    weights = [row_weight(outputs, inputs, 10 * i, dtype) for i in range(count)]
+    for y, w in zip(linears(quantise_rows(x), weights), weights, strict=True):
+        assert_matches(y, w8a8_linear(x, *w), EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_epilogues_by_rows_are_the_reference(dtype: torch.dtype) -> None:
+    x, w = randn(333, 256, seed=7, dtype=dtype), row_weight(384, 256, 3, dtype)
+    y = linear_gelu(quantise_rows(x), w)
+    steps, scale = reference_rows(F.gelu(w8a8_linear(x, *w), approximate="tanh"))
+    assert (y.steps_MK.int() - steps.int()).abs().max() <= 1
+    assert (y.steps_MK != steps).float().mean() < 1e-3
+    assert_matches(y.scale, scale, 1e-3 if dtype != torch.float32 else 1e-6)
+
+    residual, gate = randn(333, 384, seed=5, dtype=dtype), randn(384, seed=6)
+    expected = gated_residual(residual[None], w8a8_linear(x, *w)[None], gate[None])[0]
+    assert_matches(linear_residual(quantise_rows(x), w, residual, gate, residual), expected, EXACT)
+
+
+def test_the_largest_sum_by_rows_is_exact() -> None:
+    """13,824 products of 127 * 127, as in the 14B's last linear: beyond what float32 could add up."""
+    steps = torch.full((128, 13824), 127, dtype=torch.int8, device=DEVICE)
+    steps[:, 0] = 126
+    ones, bias = torch.ones(128, device=DEVICE), torch.zeros(128, device=DEVICE)
+    (y,) = linears(Quantised(steps, ones), [Weight(steps, ones, bias)])
+    assert torch.equal(y, torch.full_like(y, float(13823 * 127**2 + 126**2)))
+
+
+def test_scales_of_two_kinds_do_not_mix() -> None:
+    with pytest.raises(ShapeError, match="by tiles and by rows"):
+        linears(quantise_rows(randn(10, 128, seed=1)), [weight(128, 128, 2, torch.float32)])
 
 
 def test_linear_is_its_onnx_body() -> None:

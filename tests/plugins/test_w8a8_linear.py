@@ -1,5 +1,7 @@
 """The W8A8 linear: to the bit against integer arithmetic and upstream's recorded values."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tests.onnx_runner import run_body
 from wanforge.errors import ShapeError
 from wanforge.plugins.w8a8_linear import onnx_function
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
-from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
 
 SHAPES = {  # rows, inputs, outputs
     "one row": (1, 128, 8),
@@ -162,3 +164,56 @@ def test_onnx_body_matches(shape: tuple[int, int, int], dtype: torch.dtype) -> N
     actual = run_body(onnx_function.NAME, onnx_function.functions(), [x[None], steps, scale, bias], expected.shape)
     # ONNX Runtime's CPU has no float16 sum and leaves out the rounding between product and bias: half a spacing.
     assert_matches(actual, expected, BODY_TOLERANCE if dtype == torch.float32 else 5e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    outputs=st.integers(1, 9),
+    slabs=st.integers(1, 3),
+    magnitude=st.sampled_from([1e-12, 1e-3, 1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_scales_by_row_are_integer_arithmetic(
+    rows: int, outputs: int, slabs: int, magnitude: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(rows + 10 * outputs)
+    x = (magnitude * torch.randn(rows, 128 * slabs, generator=generator)).to(dtype)
+    w_steps, w_scale = quantise_rows(torch.randn(outputs, 128 * slabs, generator=generator))
+    bias = torch.randn(outputs, generator=generator).to(torch.bfloat16)
+    x32 = x.float().numpy()
+    amax = np.maximum(np.abs(x32).max(1), np.float32(1e-8))
+    steps = np.rint(x32 * (np.float32(127) / amax)[:, None]).astype(np.int64)
+    assert np.abs(steps).max() <= 127
+    sums = (steps @ w_steps.numpy().astype(np.int64).T).astype(np.float32)
+    scaled = torch.from_numpy(sums * ((amax / np.float32(127))[:, None] * w_scale.numpy()))
+    expected = scaled.to(dtype) + bias.to(dtype)
+    assert_matches(w8a8_linear(x, w_steps, w_scale, bias), expected, 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_body_by_row_is_the_reference(shape: tuple[int, int, int]) -> None:
+    rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(1, rows, inputs, generator=generator)
+    steps, scale = quantise_rows(torch.randn(outputs, inputs, generator=generator))
+    bias = torch.randn(outputs, generator=generator)
+    expected = w8a8_linear(x, steps, scale, bias)
+    body = onnx_function.functions(by_rows=True)
+    actual = run_body(onnx_function.NAME, body, [x, steps, scale, bias], expected.shape)
+    assert_matches(actual, expected, BODY_TOLERANCE)
+
+
+def test_finer_scales_are_more_accurate_where_channels_or_tokens_differ() -> None:
+    """Tokens of very different size: in a tile the largest one sets the step of all."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(256, 512, generator=generator) * torch.logspace(-1, 1, 256)[torch.randperm(256)][:, None]
+    weight = torch.randn(256, 512, generator=generator)
+    bias = torch.zeros(256)
+    exact = x.double() @ weight.double().T
+
+    def error(quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        y = w8a8_linear(x, *quantise(weight), bias).double()
+        return ((y - exact).norm(dim=1) / exact.norm(dim=1)).median()
+
+    assert error(quantise_rows) < 0.25 * error(quantise_tiles)
