@@ -28,7 +28,7 @@ class Decisions:
     """What a graph decided, by kind and in its order, and how the reference's own decisions differ.
 
     Attributes:
-        linear: int8 activations of each W8A8 linear, in whole tiles.
+        linear: int8 activations of each W8A8 linear, where scales are by tile in whole tiles.
         rows: int8 queries, then keys, of SageSLA.
         values: fp8 values of SageSLA.
         selected: key blocks of each query block.
@@ -98,7 +98,7 @@ def decision_names(model: ModelProto) -> dict[str, list[str]]:
         ]
 
     return {
-        "linear": outputs("Clip"),
+        "linear": outputs("Clip") or outputs("Round"),  # by tiles 128 is clipped to 127; by rows nothing is
         "rows": outputs("Mul", after="Sign"),
         "values": outputs("DequantizeLinear", after="QuantizeLinear"),
         "selected": outputs("TopK")[1::2],  # the first of each two finds them, the second sorts them
@@ -108,12 +108,18 @@ def decision_names(model: ModelProto) -> dict[str, list[str]]:
 @contextmanager
 def forced(decisions: Decisions) -> Iterator[None]:
     """Within the block, the reference ops round and select as decided, and count where they would not have."""
-    own_tiles, own_rows = w8a8.quantise_tiles, sla.quantise_rows
+    own_tiles, own_tokens, own_rows = w8a8.quantise_tiles, w8a8.quantise_rows, sla.quantise_rows
     own_values, own_blocks = sla.quantise_values, sla.select_blocks
 
     def tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
         own, scale = own_tiles(x_RC)
         taken = decisions.take("linear").flatten(2).flatten(0, 1)[: len(own)]
+        decisions.count(own, taken)
+        return taken.to(torch.int8), scale
+
+    def tokens(x_RC: Tensor) -> tuple[Tensor, Tensor]:
+        own, scale = own_tokens(x_RC)
+        taken = decisions.take("linear").flatten(0, -2)
         decisions.count(own, taken)
         return taken.to(torch.int8), scale
 
@@ -137,6 +143,7 @@ def forced(decisions: Decisions) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(w8a8, "quantise_tiles", tiles)
+        patch.setattr(w8a8, "quantise_rows", tokens)
         patch.setattr(sla, "quantise_rows", rows)
         patch.setattr(sla, "quantise_values", values)
         patch.setattr(sla, "select_blocks", blocks)

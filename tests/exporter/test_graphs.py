@@ -85,12 +85,21 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
 
 @pytest.mark.parametrize("tokens", [333, 480])
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("model", "name"), [("tiny-t2v", "block"), ("tiny-t2v", "cross_kv"), ("tiny-i2v", "block")])
+@pytest.mark.parametrize(
+    ("model", "name", "recipe"),
+    [
+        ("tiny-t2v", "block", "w8a8"),
+        ("tiny-t2v", "cross_kv", "w8a8"),
+        ("tiny-i2v", "block", "w8a8"),
+        ("tiny-t2v", "block", "w8a8-row"),
+        ("tiny-t2v", "cross_kv", "w8a8-row"),
+    ],
+)
 def test_matches_the_reference_where_both_round_alike(
-    bundle_of: BundleOf, model: str, name: str, seed: int, tokens: int
+    bundle_of: BundleOf, model: str, name: str, recipe: str, seed: int, tokens: int
 ) -> None:
     """With 8-bit linears, what remains beside the rounding is as small as without them; and that hardly differs."""
-    bundle = bundle_of(model, "w8a8")
+    bundle = bundle_of(model, recipe)
     graph = graphs(bundle.model, bundle.recipe)[name]
     inputs, weights = seeded(graph, bundle, torch.float32, seed, tokens)
     path = bundle.path(graph_name(name, torch.float32, False))

@@ -17,7 +17,7 @@ from wanforge.exporter.checkpoint.names import aliases
 from wanforge.exporter.checkpoint.reader import INDEX
 
 T2V, I2V = load_model("tiny-t2v"), load_model("tiny-i2v")
-W8A8, SLA, DENSE = load_recipe("w8a8"), load_recipe("bf16-sla"), load_recipe("bf16")
+W8A8, BY_ROW, SLA, DENSE = (load_recipe(name) for name in ("w8a8", "w8a8-row", "bf16-sla", "bf16"))
 PATCH = "patch_embedding.weight"
 State = dict[str, Tensor]
 

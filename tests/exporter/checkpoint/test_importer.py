@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.exporter.checkpoint.sources import (
+    BY_ROW,
     DENSE,
     I2V,
     PATCH,
@@ -31,7 +32,7 @@ from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.names import aliases
 from wanforge.exporter.checkpoint.synth import write_checkpoint
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles
+from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
 
 FORMS: dict[str, Callable[[str, State, Path], Path]] = {
     "wrapped": lambda c, state, folder: write_pth({"state_dict": state, "epoch": 1}, folder),  # type: ignore[dict-item]
@@ -205,6 +206,18 @@ def test_wider_sources_are_rounded_before_they_are_quantised(
     assert_matches(found[f"{name}.scale"], scale, rms=0)
 
 
+def test_scales_by_row_are_quantised_on_request(
+    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+) -> None:
+    source = write_pth(states["dit"], tmp_path)
+    found = load_file(import_checkpoint(T2V, given(dit=source), tmp_path / "out", recipe=BY_ROW).weights("dit"))
+    for name in ("blocks.0.ffn.0", "blocks.1.self_attn.o"):
+        steps, scale = quantise_rows(states["dit"][f"{name}.weight"])
+        assert_matches(found[f"{name}.int8_weight"], steps, rms=0)
+        assert_matches(found[f"{name}.scale"], scale, rms=0)
+        assert f"{name}.weight" not in found
+
+
 @pytest.mark.parametrize(
     ("part", "sla", "wanted", "expected"),
     [
@@ -214,6 +227,7 @@ def test_wider_sources_are_rounded_before_they_are_quantised(
         ("dit", True, DENSE, "bf16"),
         ("dit", False, DENSE, "bf16"),
         ("dit", True, W8A8, "w8a8"),
+        ("dit", True, BY_ROW, "w8a8-row"),
     ],
 )
 def test_recipe_follows_the_file_unless_told(

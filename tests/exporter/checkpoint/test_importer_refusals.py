@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.exporter.checkpoint.sources import DENSE, I2V, SLA, T2V, W8A8, State, assert_refused, without, write_pth
+from tests.exporter.checkpoint.sources import (
+    BY_ROW,
+    DENSE,
+    I2V,
+    SLA,
+    T2V,
+    W8A8,
+    State,
+    assert_refused,
+    without,
+    write_pth,
+)
 from wanforge.configs.schema import ModelConfig, Recipe, load_model
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
@@ -104,7 +115,7 @@ def test_files_given_in_the_wrong_place_are_recognised(
     assert_refused(tmp_path / "out", T2V, sources, complaint, recipe)
 
 
-@pytest.mark.parametrize("recipe", [DENSE, SLA], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [DENSE, SLA, BY_ROW], ids=lambda recipe: recipe.name)
 def test_refuses_a_quant_file_where_bfloat16_is_wanted(
     tmp_path: Path, given: Callable[..., Sources], recipe: Recipe
 ) -> None:
