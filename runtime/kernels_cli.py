@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from wanforge.errors import ConfigError
 from wanforge.plugins.compiler import KIB, compile_kernels, faults, occupancy, outdated
 from wanforge.plugins.cubins import Cubin, cache_folder
 from wanforge.plugins.launch import Launch
+from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.progress import Bars
 
 
@@ -42,8 +44,15 @@ from wanforge.runtime.progress import Bars
 )
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time; one per processor by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print it as two short tables in Markdown.")
 def kernels(
-    targets: str, models: tuple[str, ...], recipe: str, out: Path | None, jobs: int | None, as_json: bool
+    targets: str,
+    models: tuple[str, ...],
+    recipe: str,
+    out: Path | None,
+    jobs: int | None,
+    as_json: bool,
+    as_markdown: bool,
 ) -> None:
     """Compile the kernels of a model's denoiser for GPUs that need not be here.
 
@@ -54,6 +63,8 @@ def kernels(
     Example:
       wanforge kernels --target rtx5090,h100 --model turbowan2.1-t2v-1.3b-480p --out kernels
     """
+    if as_json and as_markdown:
+        raise click.UsageError("give either --json or --markdown")
     folder = out or cache_folder()
     launches = launches_of(sms_of(targets), models or named("models"), recipe)
     missing = len(outdated(launches, folder))
@@ -62,6 +73,8 @@ def kernels(
     if as_json:
         report = {"folder": str(folder), "compiled": missing, "cubins": [as_dict(cubin) for cubin in cubins]}
         click.echo(json.dumps(report))
+    elif as_markdown:
+        click.echo(summary(cubins))
     else:
         click.echo(table(cubins))
         click.echo(f"{missing} compiled, {len(cubins) - missing} from the cache, {folder}")
@@ -146,3 +159,53 @@ def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
     ]
     added = [f"+{name}" for name, _ in cubin.parameters if any(name not in types for types in others)]
     return " ".join(constants + typed + added) or "-"
+
+
+def summary(cubins: Sequence[Cubin]) -> str:
+    """Two Markdown tables by kernel and architecture: what the variant that fills an SM worst takes of it, and the
+    tensor-core instructions of all variants."""
+    kernels = sorted({cubin.kernel for cubin in cubins})
+    sms = sorted({cubin.sm for cubin in cubins})
+    variants = {key: [c for c in cubins if (c.kernel, c.sm) == key] for key in product(kernels, sms)}
+    names = [f"sm_{sm}" for sm in sms]
+    rows = [[kernel, *(footprint(variants[kernel, sm]) for sm in sms)] for kernel in kernels]
+    resources = markdown(["registers / shared KiB / CTAs per SM", *names], rows)
+    rows = [[kernel, *(instructions(variants[kernel, sm]) for sm in sms)] for kernel in kernels]
+    return f"{resources}\n\n{markdown(['tensor cores', *names], rows, words=len(names) + 1)}"
+
+
+def footprint(variants: Iterable[Cubin]) -> str:
+    """Registers, shared memory and programs per SM of the variant of which fewest fit, then the largest of those."""
+    worst = min(variants, key=lambda c: (occupancy(c).programs, -c.registers, -c.shared_bytes), default=None)
+    if worst is None:
+        return "-"
+    return f"{worst.registers} / {round(worst.shared_bytes / KIB, 1):g} / {occupancy(worst).programs}"
+
+
+INSTRUCTIONS = {
+    "IMMA": ("mma.sync", "int8"),
+    "QMMA": ("mma.sync", "fp8"),
+    "HMMA": ("mma.sync", "fp16"),
+    "IGMMA": ("wgmma", "int8"),
+    "QGMMA": ("wgmma", "fp8"),
+    "HGMMA": ("wgmma", "fp16"),
+    "UTCIMMA": ("tcgen05", "int8"),
+    "UTCQMMA": ("tcgen05", "fp8"),
+    "UTCHMMA": ("tcgen05", "fp16/bf16"),
+}
+"""What PTX calls the tensor-core instructions of the machine code. Which format `UTCHMMA` has, a descriptor says."""
+
+
+def instructions(variants: Iterable[Cubin]) -> str:
+    """The tensor-core instructions of some cubins: ``mma.sync int8 bf16, tcgen05 fp8``."""
+    found: dict[str, list[str]] = {}
+    kinds = {instruction(name) for cubin in variants for name in cubin.mma}
+    for family, form in sorted(kinds, key=lambda kind: (kind[0], "16" in kind[1], kind[1])):
+        found.setdefault(family, []).append(form)
+    return ", ".join(f"{family} {' '.join(forms)}" for family, forms in found.items()) or "-"
+
+
+def instruction(name: str) -> tuple[str, str]:
+    """Family and number format of an instruction: those of ``HMMA.16816.F32.BF16`` are mma.sync and bf16."""
+    family, form = INSTRUCTIONS.get(name.partition(".")[0], (name, ""))
+    return family, "bf16" if name.endswith(".BF16") else form

@@ -17,7 +17,7 @@ from wanforge.plugins.compiler import compile_kernels
 from wanforge.plugins.cubins import Cubin, Store
 from wanforge.plugins.launch import Launch
 from wanforge.runtime import kernels_cli
-from wanforge.runtime.kernels_cli import sms_of, table, variant
+from wanforge.runtime.kernels_cli import footprint, instructions, sms_of, table, variant
 
 ALL = [80, 86, 89, 90, 100, 120]
 
@@ -156,6 +156,43 @@ def test_a_row_shows_the_figures(compiled: Path) -> None:
     )
     figures = table([cubin]).splitlines()[1].split()[2:13]
     assert figures == ["8", "64", "0", "96.0", "KiB", "(42%)", "2", "25%", "2", "KiB", "IGMMA.64"]
+
+
+def test_the_summary_in_markdown(compiled: Path) -> None:
+    result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled, "--markdown")
+    resources, tensor_cores = result.stdout.rstrip("\n").split("\n\n")
+    assert resources.splitlines()[0] == "| registers / shared KiB / CTAs per SM | sm_80 | sm_90 |"
+    cells = " | ".join(footprint([cubin_of(compiled, sm)]) for sm in (80, 90))
+    assert resources.splitlines()[2] == f"| layer_norm.norm | {cells} |"
+    assert tensor_cores.splitlines()[2] == "| layer_norm.norm | - | - |"
+
+
+def test_the_variant_shown_is_the_one_of_which_fewest_fit(compiled: Path) -> None:
+    small = msgspec.structs.replace(cubin_of(compiled, 90), registers=96, threads=128, shared_bytes=100)
+    large = msgspec.structs.replace(small, registers=64, shared_bytes=96 * 1024 + 512)
+    larger = msgspec.structs.replace(small, registers=72, shared_bytes=96 * 1024)
+    assert footprint([small]) == "96 / 0.1 / 5"
+    assert footprint([small, large, larger]) == "72 / 96 / 2"
+    assert footprint([small, msgspec.structs.replace(large, shared_bytes=160 * 1024)]) == "64 / 160 / 1"
+    assert footprint([]) == "-"
+
+
+@pytest.mark.parametrize(
+    ("mma", "text"),
+    [
+        ((), "-"),
+        (("IGMMA.64x128x32.S8.S8",), "wgmma int8"),
+        (("HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.S8.S8.SAT"), "mma.sync int8 bf16 fp16"),
+        (("IMMA.16832.S8.S8.SAT", "UTCHMMA", "UTCQMMA.2CTA"), "mma.sync int8, tcgen05 fp8 fp16/bf16"),
+        (("HGMMA.64x64x16.F32.BF16", "HGMMA.64x64x16.F32", "QGMMA.64x128x32.F32.E4M3.E4M3"), "wgmma fp8 bf16 fp16"),
+    ],
+)
+def test_instructions_are_named_as_in_ptx(compiled: Path, mma: tuple[str, ...], text: str) -> None:
+    assert instructions([msgspec.structs.replace(cubin_of(compiled, 90), mma=mma)]) == text
+
+
+def test_json_and_markdown_are_two_things() -> None:
+    assert run("--target", "all", "--json", "--markdown").exit_code == 2
 
 
 def test_unknown_names_are_refused() -> None:
