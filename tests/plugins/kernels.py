@@ -3,6 +3,8 @@
 Without a GPU Triton's interpreter runs the kernels, in float32 and float16: in bfloat16 it is unsound.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,17 @@ def strided(x_LD: Tensor) -> Tensor:
     wide = torch.full((x_LD.shape[0], x_LD.shape[1] + 48), 1e4, dtype=x_LD.dtype, device=x_LD.device)
     wide[:, 16:-32] = x_LD
     return wide[:, 16:-32]
+
+
+def far_apart(x_LD: Tensor, folder: Path) -> Tensor:
+    """The same rows 2^24 elements apart: the last of more than 128 lies beyond 2^31. A sparse file on the CPU."""
+    rows, width = x_LD.shape
+    stride = 2**24
+    if DEVICE == "cpu":
+        size = rows * stride
+        flat = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x_LD.dtype)
+    else:
+        flat = torch.zeros(rows * stride, dtype=x_LD.dtype, device=DEVICE)
+    apart = flat.view(rows, stride)[:, :width]
+    apart.copy_(x_LD)
+    return apart

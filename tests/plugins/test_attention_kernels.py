@@ -1,12 +1,14 @@
 """The kernels of sparse-linear attention against its definition and its ONNX body."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
-from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, randn, rounding_error, strided
+from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.sparse_linear_attention import onnx_function, reference
 from wanforge.plugins.sparse_linear_attention.fused import (
@@ -141,6 +143,14 @@ def test_attention_is_its_onnx_body(arithmetic: str) -> None:
     functions, attributes = onnx_function.functions(arithmetic), onnx_function.attributes(blocks)
     body = run_body(onnx_function.NAME, functions, inputs, split[0].shape, attributes)
     assert relative_rms(actual, body.flatten(2)[0]) < (5e-5 if DEVICE == "cpu" else 2e-3)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_addresses_are_64_bits_wide(arithmetic: str, tmp_path: Path) -> None:
+    x, blocks = randn(260, 128, seed=10, dtype=torch.float16), Blocks(128, 64, arithmetic)
+    apart, proj, bias = far_apart(x, tmp_path), randn(128, 128, seed=5) / 11, randn(128, seed=6)
+    near = sparse_linear_attention(x, x, x, 2, proj, bias, blocks)
+    assert torch.equal(sparse_linear_attention(apart, apart, apart, 2, proj, bias, blocks), near)
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)

@@ -1,10 +1,12 @@
 """The kernels of layer norm, RMS norm with rotation and gated residual against their definitions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.numerics import assert_matches
-from tests.plugins.kernels import DEVICE, DTYPES, randn, rounding_error, strided
+from tests.plugins.kernels import DEVICE, DTYPES, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
@@ -103,6 +105,17 @@ def test_gated_residual_is_the_reference_to_the_bit(
     out = x if in_place else torch.empty(shape, dtype=dtype, device=DEVICE)
     add_gated(x, y, gate, out)
     assert_matches(out, expected, 0)
+
+
+def test_addresses_are_64_bits_wide(tmp_path: Path) -> None:
+    x, (gain, offset) = randn(133, 128, seed=9, dtype=torch.float16), randn(2, 128, seed=10)
+    apart = far_apart(x, tmp_path)
+    near = norm(x, gain, offset, EPS, modulated=True)
+    assert torch.equal(norm(apart, gain, offset, EPS, modulated=True), near)
+    assert torch.equal(add_gated(x, apart, gain, torch.empty_like(x)), add_gated(x, x, gain, torch.empty_like(x)))
+    rms_norm_rotate([apart], [gain], EPS)
+    rms_norm_rotate([x], [gain], EPS)
+    assert torch.equal(apart, x)
 
 
 def test_runs_are_identical() -> None:

@@ -1,12 +1,14 @@
 """The kernels of the W8A8 linear against its definition, to the bit, and its ONNX body."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
-from tests.plugins.kernels import DEVICE, DTYPES, randn, strided
+from tests.plugins.kernels import DEVICE, DTYPES, far_apart, randn, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.w8a8_linear import onnx_function
@@ -177,6 +179,14 @@ def test_linear_is_its_onnx_body() -> None:
     body = run_body(onnx_function.NAME, onnx_function.functions(), inputs, y.shape)
     # The body adds up all of K in one float32 sum.
     assert relative_rms(y.cpu(), body) < 1e-6
+
+
+def test_addresses_are_64_bits_wide(tmp_path: Path) -> None:
+    x = randn(133, 128, seed=12, dtype=torch.float16)
+    apart = far_apart(x, tmp_path)
+    assert_quantised(quantise(apart), x)
+    for found, expected in zip(quantise_rows(apart), reference_rows(x), strict=True):
+        assert_matches(found, expected, 0)
 
 
 def test_runs_are_identical() -> None:
