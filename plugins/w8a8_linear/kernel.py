@@ -103,7 +103,8 @@ def finish(
             total = rounded(total * rounded(factor, compute), compute)
         total += tl.load(residual + start + place, mask=inside, other=0.0).to(tl.float32)
     if y_scale is not None:
-        steps, step = quantise_tile(tl.where(inside, total, 0.0))
+        # Rows past the last one repeat it, so they change no tile's largest.
+        steps, step = quantise_tile(total)
         tl.store(y + start + place, steps, mask=inside)
         tl.store(y_scale + (row // TILE).to(tl.int64) * (N // TILE) + column // TILE, step)
     else:

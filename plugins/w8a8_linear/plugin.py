@@ -1,0 +1,52 @@
+"""The W8A8 linear as a TensorRT plugin: a quantiser and a product with its bias, two launches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.tensorrt_plugin import DYNAMIC, Expression, PluginOp, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TILE = 128
+
+
+@dataclass(frozen=True)
+class W8A8Linear(PluginOp):
+    """``x [..., K]``, ``int8_weight [N, K]``, its scales by tile of 128x128 or by row, ``bias [N]`` to ``[..., N]``.
+    Which scales they are, their number of dimensions says."""
+
+    name = "W8A8Linear"
+    inputs = ("x", "int8_weight", "scale", "bias")
+
+    def types(self, compute: str) -> tuple[tuple[str, ...], ...]:
+        return (compute,), ("int8",), ("float32",), (compute,)
+
+    def check_shapes(self, shapes: Sequence[Shape]) -> None:
+        x, weight, scale, bias = shapes
+        if DYNAMIC in (x[-1], *weight, *scale, *bias):
+            raise ShapeError("only the number of rows of x may be dynamic")
+        outputs, columns = weight
+        if columns % TILE or outputs % TILE:
+            raise ShapeError(f"weight {weight}: wants multiples of {TILE}; keep this layer unquantised")
+        if x[-1] != columns or scale not in ((outputs // TILE, columns // TILE), (outputs,)) or bias != (outputs,):
+            raise ShapeError(f"x {x}, weight {weight}, scale {scale} and bias {bias} do not fit")
+
+    def output(self, shapes: Sequence[Sequence[Expression]]) -> list[Expression]:
+        x, weight, *_ = shapes
+        return [*x[:-1], weight[0]]
+
+    def run(self, inputs: Sequence["Tensor"]) -> "Tensor":
+        from wanforge.plugins.w8a8_linear import fused
+
+        x, *given = inputs
+        weight = fused.Weight(*given)
+        self.check_shapes([tuple(each.shape) for each in inputs])
+        quantise = fused.quantise_rows if weight.scale.dim() == 1 else fused.quantise
+        (y,) = fused.linears(quantise(x.reshape(-1, x.shape[-1])), [weight])
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+OP = W8A8Linear

@@ -1,0 +1,84 @@
+"""No kernel reads or writes past its tensors: each tensor ends where readable memory ends, and touching more is death.
+
+In the interpreter only, in a process of its own.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+PRELUDE = """
+import ctypes, mmap
+import torch
+
+libc, PAGE, kept = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+def empty(*shape, dtype=torch.float32, device=None):
+    sizes = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+    size = -(-sizes.numel() * dtype.itemsize // 16) * 16
+    pages = -(-size // PAGE)
+    area = mmap.mmap(-1, (pages + 1) * PAGE)
+    kept.append(area)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(area)) + pages * PAGE
+    assert libc.mprotect(ctypes.c_void_p(end), ctypes.c_size_t(PAGE), 0) == 0
+    return torch.frombuffer(area, dtype=dtype, count=sizes.numel(), offset=pages * PAGE - size).view(sizes)
+
+def edge(x):
+    return empty(x.shape, dtype=x.dtype).copy_(x)
+
+torch.empty = empty
+torch.manual_seed(0)
+"""
+
+CASES = {
+    "w8a8_linear": """
+from wanforge.plugins.w8a8_linear.fused import *
+from wanforge.plugins.w8a8_linear.reference import quantise_rows as rows_of, quantise_tiles
+x, residual = edge(torch.randn(133, 256)), edge(torch.randn(133, 128))
+for quantiser, weigh in ((quantise, quantise_tiles), (quantise_rows, rows_of)):
+    weights = [Weight(*map(edge, (*weigh(torch.randn(128, 256)), torch.randn(128)))) for _ in range(3)]
+    q = quantiser(x)
+    linears(q, weights), linear_gelu(q, weights[0])
+    linear_residual(q, weights[0], residual, edge(torch.randn(128)), empty(133, 128))
+""",
+    "norms": """
+from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+x, y, gain = edge(torch.randn(133, 256)), edge(torch.randn(133, 256)), edge(torch.randn(256))
+norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(x, gain, gain, 1e-6, modulated=False)
+rms_norm_rotate([x, y], [gain, gain], 1e-6, (edge(torch.randn(133, 64)), edge(torch.randn(133, 64))))
+add_gated(x, y, gain, empty(133, 256))
+""",
+    "sparse_linear_attention": """
+from wanforge.plugins.sparse_linear_attention.fused import *
+q, k, v = (edge(torch.randn(261, 256)) for _ in range(3))
+proj, bias = edge(torch.randn(128, 128)), edge(torch.randn(128))
+for arithmetic in ("sla", "sage_fp16", "sage_fp8"):
+    sparse_linear_attention(q, k, v, 2, proj, bias, Blocks(64, 128, arithmetic))
+    sparse_linear_attention_quantised(q, k, v, 5, proj, bias, Blocks(128, 64, arithmetic))
+""",
+}
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRELUDE + code]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs mprotect and the interpreter")
+@pytest.mark.parametrize("op", CASES)
+def test_no_kernel_leaves_its_tensors(op: str) -> None:
+    done = run(CASES[op])
+    assert done.returncode == 0, done.stderr[-500:] or f"killed by signal {-done.returncode}"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs mprotect and the interpreter")
+def test_the_edge_is_deadly() -> None:
+    assert run("ctypes.string_at(edge(torch.zeros(8)).data_ptr(), 33)").returncode == -11
