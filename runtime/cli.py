@@ -9,12 +9,15 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, size_of
+from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, load_model, named, size_of
 from wanforge.engines.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS, create_backend
 from wanforge.runtime.bench import bench_request, table
 from wanforge.runtime.image import open_image
+from wanforge.runtime.op_bench.bench import bench_ops, device_here, timer_for, workload
+from wanforge.runtime.op_bench.cases import OPS
+from wanforge.runtime.op_bench.report import table as op_table
 from wanforge.runtime.parity import parity as run_parity
 from wanforge.runtime.pipeline import Job, Pipeline, Request, Timings, write_noise
 from wanforge.runtime.progress import Bars
@@ -31,14 +34,14 @@ BACKEND = click.option(
 )
 IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-CLIP = (
+SHAPE = (
     click.option("--resolution", help="480p, 720p, 480, 512 or 720; the model's own by default."),
     click.option("--aspect", help="1:1, 4:3, 3:4, 16:9 or 9:16, with --resolution; 16:9 by default."),
     click.option("--frames", type=int, help="4n+1; the model's own by default (81, five seconds)."),
-    click.option("--steps", type=int, help="1 to 4; 4 by default."),
-    click.option(
-        "--topk", type=float, help="Share of key blocks that attention sees, up to 1: more is slower and better."
-    ),
+)
+STEPS = click.option("--steps", type=int, help="1 to 4; 4 by default.")
+TOPK = click.option(
+    "--topk", type=float, help="Share of key blocks that attention sees, up to 1: more is slower and better."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -49,7 +52,12 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 def clip_options(command: Command) -> Command:
     """What every command asks of a clip: size, length, steps and top-k."""
-    for option in reversed(CLIP):
+    return shape_options(STEPS(TOPK(command)))
+
+
+def shape_options(command: Command) -> Command:
+    """Size and length of a clip."""
+    for option in reversed(SHAPE):
         command = option(command)
     return command
 
@@ -332,7 +340,66 @@ def request_of(
     return Request(prompt, shape, image, seed, steps, topk=topk)
 
 
-@click.command()
+@click.command("op")
+@click.argument("name", metavar="NAME", type=click.Choice([*OPS, "all"]))
+@click.option(
+    "--model",
+    "model_name",
+    default="turbowan2.1-t2v-1.3b-480p",
+    show_default=True,
+    help=f"Whose sizes: {', '.join(named('models'))}, or a .toml file.",
+)
+@shape_options
+@TOPK
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Timed runs of each contender.",
+)
+@JSON
+def bench_op(
+    name: str,
+    model_name: str,
+    resolution: str | None,
+    aspect: str | None,
+    frames: int | None,
+    topk: float | None,
+    repeats: int,
+    as_json: bool,
+) -> None:
+    """Time the kernels of one op beside what else could do its work, in turns, on this machine's GPU.
+
+    NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, sparse_linear_attention, block (a whole layer) or
+    all. First the kernels are held against their definition, at a small size: an op that is wrong gets no number, and
+    the command exits with 1. Without a GPU that is all.
+    """
+    model, device = load_model(model_name), device_here()
+    sizes = workload(model, clip_shape(model, resolution, aspect, frames), topk, device)
+    with Bars() as bars:
+        report = bench_ops(list(OPS) if name == "all" else [name], sizes, device, timer_for(device), repeats, bars)
+    click.echo(json.dumps(report.as_json()) if as_json else op_table(report))
+    if not report.passed:
+        click.get_current_context().exit(1)
+
+
+class BundleOrOp(click.Command):
+    """A command that takes a bundle, unless its first word is ``op``: then it is `bench_op`."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args[:1] == [bench_op.name]:
+            return bench_op.make_context(f"{info_name} {bench_op.name}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_usage(ctx, formatter)
+        formatter.write_usage(ctx.command_path, f"{bench_op.name} [OPTIONS] NAME", prefix="   or: ")
+
+
+@click.command(cls=BundleOrOp)
 @BUNDLE
 @click.option("--prompt", default=PROMPT, help="Of the clip to time.")
 @IMAGE
@@ -365,7 +432,10 @@ def bench(
     as_json: bool,
     **clip: Any,
 ) -> None:
-    """Time the stages of a request on each backend, in turns, and report medians and spread."""
+    """Time the stages of a request on each backend, in turns, and report medians and spread.
+
+    `bench op` times the kernels of one op instead, see `bench op --help`; a bundle of that name is ./op.
+    """
     opened, chosen = Bundle.open(bundle), backends
     request = request_of(opened.model, prompt, image, seed, **clip)
     with Bars() as bars:
