@@ -118,18 +118,18 @@ class CudaTimer:
     CYCLES_PER_SECOND = 3e9
     """At least a GPU's clock."""
 
-    LONGEST_HOLD = 0.05
-    """Seconds; a run that takes the host longer is timed with its gaps."""
+    FIRST_HOLD, LONGEST_HOLD = 0.001, 0.05
+    """Seconds. A run that takes the host longer than the first is taken again; longer than the last, with its gaps."""
 
     def __init__(self, device: torch.device) -> None:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * cache_bytes, dtype=torch.int8, device=device)
-        self.hold = 1e-3
 
     def seconds(self, run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        hold = self.FIRST_HOLD
         while True:
-            torch.cuda._sleep(int(self.hold * self.CYCLES_PER_SECOND))
+            torch.cuda._sleep(int(hold * self.CYCLES_PER_SECOND))
             self.flush.zero_()
             begun = time.perf_counter()
             start.record()
@@ -137,9 +137,9 @@ class CudaTimer:
             end.record()
             launching = time.perf_counter() - begun
             end.synchronize()
-            if launching < self.hold or self.hold == self.LONGEST_HOLD:
+            if launching < hold or hold == self.LONGEST_HOLD:
                 return start.elapsed_time(end) / 1000
-            self.hold = min(2 * launching, self.LONGEST_HOLD)
+            hold = min(2 * launching, self.LONGEST_HOLD)
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,44 @@ def test_progress_is_told() -> None:
     assert seen == [*WARM_UP * [("case", 0, 2)], ("case", 1, 2), ("case", 2, 2)]
 
 
+class Device:
+    """What a timer asks of CUDA, on a clock of its own; events count from when the device is let go."""
+
+    L2_cache_size = 64
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.holds: list[float] = []
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.holds.append(cycles / 3e9))
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "Device") -> float:
+        return 4.0
+
+
+@pytest.mark.parametrize(
+    ("launching", "holds"), [(0.0005, [0.001]), (0.004, [0.001, 0.008]), (0.2, [0.001, 0.05])], ids=str
+)
+def test_the_device_waits_for_the_host(monkeypatch: pytest.MonkeyPatch, launching: float, holds: list[float]) -> None:
+    device = Device(monkeypatch)
+
+    def run() -> None:
+        device.now += launching
+
+    timer = timing.CudaTimer(CPU)
+    timer.flush.fill_(1)
+    assert timer.seconds(run) == 0.004
+    assert device.holds == pytest.approx(holds)
+    assert len(timer.flush) == 128
+    assert not timer.flush.any()
+
+
 # Numbers from times.
 
 
