@@ -19,7 +19,8 @@ from wanforge.runtime.graphs import Dim, Size
 Operand = Traced | Tensor | float | int
 
 MAX_FUSED_HEAD = 256
-"""Channels per head up to which fused attention kernels exist; wider attention is spelled out."""
+"""Channels per head up to which fused attention kernels exist; wider attention is spelled out, and so is that of one
+head, for which TensorRT-RTX 1.7.1 has no kernel at any width."""
 
 
 def shape_of(x: Traced | Tensor) -> Shape:
@@ -161,7 +162,7 @@ def lower_matmul(tape: Tape, a: Traced, b: Traced) -> Traced:
 def lower_attention(tape: Tape, q: Traced, k: Traced, v: Traced, attn_mask: Traced | None = None) -> Traced:
     head = q.shape_[-1]
     assert isinstance(head, int)
-    if head <= MAX_FUSED_HEAD:
+    if head <= MAX_FUSED_HEAD and q.shape_[1] != 1:
         mask = [] if attn_mask is None else [per_query(tape, attn_mask, q.shape_[-2])]
         return tape.emit("Attention", [q, k, v, *mask], q.shape_, q.dtype, scale=head**-0.5)
     assert attn_mask is None

@@ -234,6 +234,22 @@ class Driver:
         """PyTorch's current stream."""
         return torch.cuda.current_stream(device).cuda_stream
 
+    def current_device(self) -> torch.device:
+        """The device of the context that is current in this thread."""
+        return torch.device("cuda", int(self._checked(self.cuda.cuCtxGetDevice())))
+
+    def sm(self, device: torch.device) -> int:
+        """A device's architecture, as in ``sm_90``."""
+        attributes = self.cuda.CUdevice_attribute
+        major, minor = (
+            self._checked(self.cuda.cuDeviceGetAttribute(attribute, device.index))
+            for attribute in (
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        )
+        return 10 * major + minor
+
     def load(self, device: torch.device, code: bytes, entry: str, shared_bytes: int) -> Any:
         """A function of a cubin, allowed as much dynamic shared memory as it needs."""
         cuda = self.cuda
@@ -285,6 +301,7 @@ class Driver:
 class Loaded:
     """A cubin in a device's memory."""
 
+    device: torch.device
     cubin: Cubin
     function: Any
     types: tuple[type, ...]
@@ -307,29 +324,38 @@ class Launcher:
         """
         launch.check_arguments()
         device = next(value.device for value in launch.arguments.values() if isinstance(value, Tensor))
+        loaded = self.load(device, launch)
+        given = (launch.arguments[name] for name, _ in loaded.cubin.parameters)
+        values: list[Constant] = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
+        self.put(loaded, launch.grid, values, self.driver.stream(device))
+
+    def load(self, device: torch.device, launch: Launch) -> Loaded:
+        """The cubin of a launch, in a device's memory; only its types and constants are looked at.
+
+        Raises:
+            ResourceError: there is none, or it is damaged.
+        """
         place = device, launch.specialisation
         if place not in self.loaded:
-            self.loaded[place] = self._load(device, launch)
-        loaded = self.loaded[place]
+            store, cubin = find(launch)
+            types = [_ctype(kind) for _, kind in cubin.parameters]
+            function = self.driver.load(device, store.read(cubin), cubin.entry, cubin.shared_bytes)
+            self.loaded[place] = Loaded(device, cubin, function, (*types, ctypes.c_void_p, ctypes.c_void_p))
+        return self.loaded[place]
+
+    def put(self, loaded: Loaded, grid: tuple[int, int, int], values: Sequence[Constant], stream: int) -> None:
+        """Put a kernel on a stream, with the cubin's parameters in their order, pointers as addresses."""
         cubin = loaded.cubin
-        given = (launch.arguments[name] for name, _ in cubin.parameters)
-        values: list[Constant] = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
         self.driver.launch(
-            device,
+            loaded.device,
             loaded.function,
-            launch.grid,
+            grid,
             cubin.threads,
             cubin.shared_bytes,
-            self.driver.stream(device),
+            stream,
             [*values, 0, 0],
             loaded.types,
         )
-
-    def _load(self, device: torch.device, launch: Launch) -> Loaded:
-        store, cubin = find(launch)
-        types = [_ctype(kind) for _, kind in cubin.parameters]
-        function = self.driver.load(device, store.read(cubin), cubin.entry, cubin.shared_bytes)
-        return Loaded(cubin, function, (*types, ctypes.c_void_p, ctypes.c_void_p))
 
 
 def _ctype(kind: str) -> type:
@@ -337,10 +363,11 @@ def _ctype(kind: str) -> type:
 
 
 @cache
-def _launcher() -> Launcher:
+def launcher() -> Launcher:
+    """The one of this process."""
     return Launcher(Driver())
 
 
 def run(launch: Launch) -> None:
     """Launch a kernel on the GPU of its tensors; see `Launcher`."""
-    _launcher()(launch)
+    launcher()(launch)

@@ -10,13 +10,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
 """Lowest first; `errors` and `cli` lie below them all."""
+TENSORRT = ["tensorrt", "tensorrt_rtx"]
+"""Optional, and two of them: opened when something is built or run."""
 ABSENT = {
-    "configs": ["torch", "onnx", "onnxscript", "triton", "numpy"],
-    "plugins": ["triton"],
-    "engines": ["torch", "onnx", "onnxscript", "triton"],
+    "configs": ["torch", "onnx", "onnxscript", "triton", "numpy", *TENSORRT],
+    "plugins": ["triton", *TENSORRT],
+    "engines": ["torch", "onnx", "onnxscript", "triton", *TENSORRT],
     # A deployed image has no ONNX, no Triton and no compiler.
-    "runtime": ["onnx", "onnxscript", "triton"],
-    "exporter": ["triton"],
+    "runtime": ["onnx", "onnxscript", "triton", *TENSORRT],
+    "exporter": ["triton", *TENSORRT],
 }
 BODIES = ("onnx_body", "onnx_function")
 """Modules of `plugins` that hold ONNX; runtime must do without them."""

@@ -1,8 +1,8 @@
 """The W8A8 linear in ONNX's own ops.
 
 Activations and weights are rounded to their 8-bit steps and multiplied as float32: every step is a float32 number, so
-this differs from integer arithmetic only in the last bits of the sums. Weights pass through DequantizeLinear, the one
-place where TensorRT accepts 8-bit data outside a plugin.
+this differs from integer arithmetic only in the last bits of the sums. Weights pass through Cast, which TensorRT takes
+for inputs of a graph; DequantizeLinear it takes once per function, for it names that layer after the function's node.
 """
 
 from onnx import FunctionProto
@@ -42,7 +42,7 @@ def W8A8Linear(x, int8_weight, scale, bias):
     output_tiles = op.Shape(scale, start=0, end=1)
     spread = op.Expand(scale_tiles, op.Concat(output_tiles, tile, column_tiles, tile, axis=0))
     scales = op.Reshape(spread, op.Concat(op.Mul(output_tiles, tile), inputs, axis=0))
-    integers = op.DequantizeLinear(int8_weight, op.Constant(value_float=1.0))
+    integers = op.Cast(int8_weight, to=FLOAT)
     weight = op.Mul(integers, op.Slice(scales, zero, outputs, zero))
 
     product = op.CastLike(op.MatMul(activations, op.Transpose(weight, perm=[1, 0])), x)
@@ -57,7 +57,7 @@ def W8A8LinearByRow(x, int8_weight, scale, bias):
     largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
     amax = op.Max(largest, op.Constant(value_float=1e-8))
     steps = op.Round(op.Mul(wide, op.Div(full_scale, amax)))
-    integers = op.DequantizeLinear(int8_weight, op.Constant(value_float=1.0))
+    integers = op.Cast(int8_weight, to=FLOAT)
     sums = op.MatMul(steps, op.Transpose(integers, perm=[1, 0]))
     product = op.CastLike(op.Mul(sums, op.Mul(op.Div(amax, full_scale), scale)), x)
     return op.Add(product, op.CastLike(bias, x))

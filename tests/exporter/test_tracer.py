@@ -48,8 +48,9 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], tuple[Dim, ...]]] = {
     "attention": (lambda x: F.scaled_dot_product_attention(x, x * 2.0, x + 1.0), (1, 2, H, 16)),
     "attention with a bias per key": (
         lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x.mean(-1, keepdim=True).transpose(-1, -2)),
-        (1, 1, H, 16),
+        (1, 2, H, 16),
     ),
+    "attention with one head": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 1, H, 16)),
     "attention with a wide head": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 1, H, 384)),
     "matrix product": (lambda x: x @ x.transpose(-1, -2), (2, H, 4)),
     "constants": (lambda x: (x - x.new_tensor((1.0, 2.0))) * (1.0 / x.new_tensor((3.0, 4.0))), (H, 2)),
