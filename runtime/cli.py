@@ -191,9 +191,9 @@ def read_prompts(path: Path) -> list[PromptLine]:
 
 def clip_shape(
     model: ModelConfig,
-    resolution: str | None,
-    aspect: str | None,
-    frames: int | None,
+    resolution: str | None = None,
+    aspect: str | None = None,
+    frames: int | None = None,
     adaptive: bool = False,
     image: Path | None = None,
 ) -> ClipShape:

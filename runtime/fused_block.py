@@ -218,14 +218,14 @@ def recipe_for(recipe: Recipe, sm: int) -> Recipe:
     return msgspec.structs.replace(recipe, pv="fp16") if sm < FIRST_FP8_SM else recipe
 
 
-def launches(model: ModelConfig, recipe: Recipe, sm: int) -> list[Launch]:
-    """Every launch of one block on an architecture, in bfloat16, at the model's own clip; nothing runs.
+def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
+    """Every launch of one block on an architecture, in bfloat16, at a clip's size or the model's own; nothing runs.
 
     Raises:
         ConfigError: the clip is too short for its top-k.
     """
     runs = recipe_for(recipe, sm)
-    clip = ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    clip = shape or ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
     blocks = attention_blocks(runs)
     slots = 1 if blocks is None else selected_blocks(model.topk, blocks.num_keys(clip.tokens))
     block = graphs(model, runs)["block"]

@@ -1,7 +1,7 @@
 """The command that compiles kernels ahead of time and says what they cost."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from wanforge.errors import ConfigError
 from wanforge.plugins.compiler import KIB, compile_kernels, faults, occupancy, outdated
 from wanforge.plugins.cubins import Cubin, cache_folder
 from wanforge.plugins.launch import Launch
+from wanforge.runtime.cli import clip_shape, shape_options
 from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.progress import Bars
 
@@ -42,6 +43,7 @@ from wanforge.runtime.progress import Bars
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the cubins and their manifest; by default the cache, where launching looks for them.",
 )
+@shape_options
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time; one per processor by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print it as two short tables in Markdown.")
@@ -53,11 +55,13 @@ def kernels(
     jobs: int | None,
     as_json: bool,
     as_markdown: bool,
+    **clip: Any,
 ) -> None:
     """Compile the kernels of a model's denoiser for GPUs that need not be here.
 
     What is compiled already is taken as it is, unless a kernel's source or Triton has changed. WANFORGE_KERNELS names
-    the folder of --out to the machine that runs them.
+    the folder of --out to the machine that runs them. Clips of half or twice as many tokens want kernels of their own:
+    --resolution and --frames compile them.
 
     \b
     Example:
@@ -66,7 +70,7 @@ def kernels(
     if as_json and as_markdown:
         raise click.UsageError("give either --json or --markdown")
     folder = out or cache_folder()
-    launches = launches_of(sms_of(targets), models or named("models"), recipe)
+    launches = launches_of(sms_of(targets), models or named("models"), recipe, clip)
     missing = len(outdated(launches, folder))
     with Bars() as bars:
         cubins = compile_kernels(launches, folder, jobs, bars)
@@ -98,12 +102,16 @@ def sms_of(targets: str) -> list[int]:
     return list(dict.fromkeys(sm for name in names for sm in known[name]))
 
 
-def launches_of(sms: Iterable[int], models: Iterable[str], recipe: str) -> list[Launch]:
+def launches_of(
+    sms: Iterable[int], models: Iterable[str], recipe: str, clip: Mapping[str, Any] | None = None
+) -> list[Launch]:
     """What the denoisers of some models launch on some architectures."""
     from wanforge.runtime.fused_block import launches
 
     plan, configs = load_recipe(recipe), [load_model(name) for name in models]
-    return [launch for sm in sms for config in configs for launch in launches(config, plan, sm)]
+    shapes = [clip_shape(config, **(clip or {})) for config in configs]
+    pairs = list(zip(configs, shapes, strict=True))
+    return [launch for sm in sms for config, shape in pairs for launch in launches(config, plan, sm, shape)]
 
 
 def as_dict(cubin: Cubin) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A block in kernels against the reference's block, and a clip made of such blocks against the reference's clip."""
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from wanforge.errors import ShapeError
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.fused_block import FusedBlock, launches, recipe_for
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.kernels_cli import launches_of
 from wanforge.runtime.parity import parity
 from wanforge.runtime.pipeline import Request
 
@@ -104,3 +106,14 @@ def test_launches_are_of_the_models_own_clip() -> None:
     assert attention.grid == (591, 40, 1)
     sizes = {name: attention.arguments[name] for name in ("L", "M", "N", "S")}
     assert sizes == {"L": 75600, "M": 591, "N": 1182, "S": 118}
+
+
+def test_other_clips_want_other_kernels() -> None:
+    """Lanes of the block selection follow from the clip: 512 key blocks at 480p, 88 with nine frames."""
+
+    def lanes(**clip: Any) -> set[object]:
+        found = launches_of([90], ["turbowan2.1-t2v-1.3b-480p"], "w8a8", clip)
+        return {launch.arguments["LANES"] for launch in found if launch.kernel.function == "select"}
+
+    assert (lanes(), lanes(frames=9)) == ({512}, {128})
+    assert lanes(resolution="720p") == {2048}

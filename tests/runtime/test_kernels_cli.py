@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from tests.launches import norm_launch
 from wanforge.cli import cli
-from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
 from wanforge.errors import ConfigError
 from wanforge.plugins.compiler import compile_kernels
 from wanforge.plugins.cubins import Cubin, Store
@@ -27,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """Stands in for what models launch, one norm of the model's width; lists what was asked for."""
     found: list[tuple[str, str, int]] = []
 
-    def launches(model: ModelConfig, recipe: Recipe, sm: int) -> list[Launch]:
+    def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape) -> list[Launch]:
         found.append((model.name, recipe.name, sm))
         return [norm_launch(sm, model.dit.dim)]
 
