@@ -184,11 +184,17 @@ class Worker:
                 start_new_session=True,
             )
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End the child, whatever it is doing."""
-        if self.process is not None:
+        process = self.process
+        if process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the child and close what led to it."""
+        self.kill()
+        if self.process is not None:
             self.process.communicate()
             self.process = None
 
@@ -215,6 +221,10 @@ def _compiled(
                 yield future.result()
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.kill()
+            # Each thread sees its compiler end and tidies up after it; two would be in each other's way.
+            threads.shutdown(wait=True)
             for worker in workers:
                 worker.close()
 

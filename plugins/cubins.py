@@ -24,7 +24,7 @@ import wanforge
 from wanforge import __version__
 from wanforge.configs.schema import Record
 from wanforge.errors import ResourceError
-from wanforge.plugins.launch import Constant, Launch, Specialisation
+from wanforge.plugins.launch import PARSING, Constant, Launch, Specialisation
 
 MANIFEST = "manifest.json"
 FORMAT: Literal[1] = 1
@@ -181,7 +181,9 @@ def source_hash(op: str) -> str:
 
 def _imported(module: str, source: bytes) -> Iterator[str]:
     """Names that may be modules of wanforge and are imported in a module."""
-    for node in ast.walk(ast.parse(source)):
+    with PARSING:
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]

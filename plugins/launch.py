@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -247,6 +248,11 @@ def evaluate(expression: str, names: Mapping[str, int]) -> int:
     return value(_parsed(expression))
 
 
+PARSING = Lock()
+"""Python 3.11 counts the depth of what it parses for all threads together, and stops when the count is off."""
+
+
 @lru_cache
 def _parsed(expression: str) -> ast.expr:
-    return ast.parse(expression, mode="eval").body
+    with PARSING:
+        return ast.parse(expression, mode="eval").body
