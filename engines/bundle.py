@@ -6,6 +6,7 @@
       tokenizer/tokenizer.json
       dit*.onnx, vae_*.onnx      graphs that point into weights/ (they may not lie deeper, see decisions/0003)
       onnx/<type>/*.onnx         graphs whose weights are inputs
+      engines/<architectures>/   compiled graphs, see `engine_files`
 
 The manifest is written last, so a directory without one is not a bundle.
 """
@@ -23,6 +24,8 @@ from wanforge.engines.tensorfile import sha256_of
 from wanforge.errors import BundleError
 
 MANIFEST = "manifest.json"
+ENGINES = "engines/"
+"""Where engines lie in a bundle."""
 VERIFIED = ".verified.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 FORMAT: Literal[1] = 1
@@ -159,11 +162,11 @@ class Bundle:
             stamps[name] = stamp
 
     def stale(self, key: Mapping[str, str]) -> dict[str, list[str]]:
-        """Files that were made from something else than `key` says, and what of it differs."""
+        """Graphs that were made from something else than `key` says, and what of it differs."""
         found = {}
         for name, record in self.manifest.files.items():
             differing = [part for part, digest in key.items() if record.key.get(part) != digest]
-            if record.key and differing:
+            if record.key and differing and not name.startswith(ENGINES):
                 found[name] = differing
         return found
 
@@ -215,6 +218,8 @@ def remedy(name: str, root: Path) -> str:
     """What to do about a missing or damaged file."""
     if name.endswith(".onnx"):
         return f"write it again with: wanforge export {root}"
+    if name.startswith(ENGINES):
+        return f"build it again with: wanforge build {root}"
     return "import the checkpoint again"
 
 

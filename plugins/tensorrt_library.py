@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from wanforge.errors import ResourceError
@@ -84,13 +85,13 @@ def open_library(flavour: Flavour) -> Library:
         if flavour.module not in str(error.name):
             raise ResourceError(f"{flavour.name} is installed but does not load ({error}); {install}") from None
         raise ResourceError(f"{flavour.name} is not installed; {install}") from None
-    version: str = trt.__version__
-    if numbers(version) < flavour.least:
+    found: str = trt.__version__
+    if numbers(found) < flavour.least:
         least = ".".join(map(str, flavour.least))
-        raise ResourceError(f"{flavour.name} {version} is too old, {flavour.reason}; for {least} or newer {install}")
-    if flavour is RTX and numbers(version)[: len(BROKEN)] == BROKEN:
+        raise ResourceError(f"{flavour.name} {found} is too old, {flavour.reason}; for {least} or newer {install}")
+    if flavour is RTX and numbers(found)[: len(BROKEN)] == BROKEN:
         provide_unversioned_name("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")
-    return Library(flavour, trt, version)
+    return Library(flavour, trt, found)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -158,3 +159,11 @@ def empty_library(name: str, needed: str) -> bytes:
     segments += struct.pack("<IIQQQQQQ", dynamic_segment, readable_writable, *(3 * [dynamic]), extent, extent, 8)
     body = header + segments + b"".join(struct.pack("<QQ", *entry) for entry in entries) + strings
     return body.ljust(size, b"\0")
+
+
+def installed_version(flavour: Flavour) -> str | None:
+    """The version that would be opened, without opening it: that takes a second."""
+    try:
+        return version(flavour.module)
+    except PackageNotFoundError:
+        return None

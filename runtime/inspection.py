@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from wanforge.engines.bundle import Bundle
+from wanforge.engines.engine_files import stale_engines
 from wanforge.engines.tensorfile import TensorFile, read_header
 from wanforge.errors import WanforgeError
 
@@ -50,6 +51,8 @@ def inspect_bundle(
     tensors, problems = {}, {}
     for name, parts in bundle.stale(key or {}).items():
         problems[name] = f"stale: {' and '.join(parts)} changed; run: wanforge export {bundle.root}"
+    for name, reason in stale_engines(bundle).items():
+        problems[name] = f"stale: {reason}; run: wanforge build {bundle.root}"
     for name, record in bundle.manifest.files.items():
         try:
             path = bundle.path(name)

@@ -58,7 +58,7 @@ def test_the_help_imports_no_torch() -> None:
     command = [sys.executable, "-c", code, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("synth", "import", "export", "kernels", "inspect", "generate", "parity", "bench"):
+    for name in ("synth", "import", "export", "kernels", "build", "inspect", "generate", "parity", "bench"):
         assert f"\n  {name} " in done.stdout
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
         "wanforge.runtime.kernels_cli:kernels",
         "Compile the GPU kernels, and say what they cost.",
     ),
+    "build": ("wanforge.runtime.build_cli:build", "Compile the graphs into engines for GPUs."),
     "inspect": ("wanforge.exporter.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
     "generate": (
         "wanforge.runtime.cli:generate",

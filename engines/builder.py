@@ -1,0 +1,267 @@
+"""ONNX graphs to engines, in this process; with TensorRT-RTX for several architectures at once and without a GPU."""
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins.tensorrt_library import RTX, Library
+from wanforge.plugins.tensorrt_plugin import registered
+
+Shape = tuple[int, ...]
+Progress = Callable[[str, int, int], object]
+"""Told a phase of the builder, how many of its steps are done, and of how many."""
+
+OVERHEAD = 500_000_000
+"""Bytes that a build takes whatever it builds: the library, its kernels' sources, PyTorch for planning plugins."""
+PER_CONSTANT = 3.1
+"""Bytes that a build takes per byte of constants, as measured with 3 GB of them."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The shapes of one input that an engine serves; it is made best for the usual one."""
+
+    least: Shape
+    usual: Shape
+    most: Shape
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build.
+
+    Attributes:
+        ranges: of the inputs that have dynamic dimensions in the ONNX file. Where all three shapes are equal the engine
+            is made for that one.
+        constant_bytes: of the weights that the file points at.
+    """
+
+    onnx: Path
+    ranges: Mapping[str, Range]
+    constant_bytes: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """An estimate of the memory that building takes."""
+        return OVERHEAD + int(PER_CONSTANT * self.constant_bytes)
+
+
+PRODUCTS = {"gemm", "fully_connected", "correlation", "runtime_fusion"}
+"""Kinds of layers that multiply matrices or convolve; ``runtime_fusion`` does so with what follows."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One kernel of an engine, as the builder lists it.
+
+    Attributes:
+        kind: ``kgen`` is generated code, ``custom_layer`` a plugin, others are kernels of the library.
+        inputs, outputs: element types: ``BFloat16``, ``Float``, ``Int8``.
+        constants: element types of what is built in.
+    """
+
+    name: str
+    kind: str
+    tactic: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: tuple[str, ...]
+
+    @property
+    def is_plugin(self) -> bool:
+        return self.kind == "custom_layer"
+
+    @property
+    def is_attention(self) -> bool:
+        return "mha" in self.tactic
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product, a convolution or an attention of the library's: what wants a tensor core."""
+        return self.kind in PRODUCTS or self.is_attention
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine.
+
+    Attributes:
+        plan: its bytes.
+        layers: what the builder fused the graph into.
+        activation_bytes: of its intermediate tensors, plugins' workspaces among them, by the builder's own account.
+        plugin_nodes: how many nodes of the graph were taken by plugins.
+    """
+
+    plan: bytes
+    layers: tuple[Layer, ...]
+    activation_bytes: int
+    plugin_nodes: int
+
+
+def build(
+    library: Library,
+    job: Job,
+    sms: Sequence[int],
+    *,
+    plugins: bool = True,
+    progress: Progress = lambda phase, done, total: None,
+) -> Built:
+    """Compile one graph.
+
+    Ctrl-C ends it at the builder's next step.
+
+    Args:
+        library: what compiles; TensorRT-RTX for every architecture in `sms`, TensorRT for the GPU that is here.
+        plugins: whether ops run as kernels; otherwise their ONNX bodies are compiled.
+
+    Raises:
+        WanforgeError: the library refuses the graph; the message is the library's, or the plugin's where one refused.
+    """
+    trt = library.trt
+    log = logger(trt)
+    with ExitStack() as stack:
+        refusals = stack.enter_context(registered(library)) if plugins else []
+        interrupted = stack.enter_context(cancelled_by_interrupt())
+        builder = trt.Builder(log)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(job.onnx)):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise refusal(library, job, "cannot read", [*refusals, *errors])
+        config = builder.create_builder_config()
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if library.flavour is RTX:
+            config.num_compute_capabilities = len(sms)
+            for place, sm in enumerate(sms):
+                config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
+        set_shapes(builder, network, config, job)
+        config.progress_monitor = monitor = monitor_of(trt, progress, interrupted)
+        plugin_kinds = (trt.LayerType.PLUGIN_V3,)
+        taken = sum(network.get_layer(i).type in plugin_kinds for i in range(network.num_layers))
+        plan = builder.build_serialized_network(network, config)
+        del monitor
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if plan is None or refusals:  # the library goes on without the workspace of a plugin that refuses
+            raise refusal(library, job, "cannot compile", [*refusals, *log.errors])
+        return Built(bytes(plan), tuple(layers(log.table)), log.activation_bytes, taken)
+
+
+def set_shapes(builder: Any, network: Any, config: Any, job: Job) -> None:
+    """Give every input its shape: the only one, or a range of them.
+
+    Raises:
+        WanforgeError: the job does not know an input, or says something else than the file.
+    """
+    profile, is_dynamic = builder.create_optimization_profile(), False
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        declared = tuple(tensor.shape)
+        wanted = job.ranges.get(tensor.name)
+        if wanted is None:
+            if -1 in declared:
+                raise WanforgeError(f"{job.onnx}: no shape is given for {tensor.name} {declared}")
+            continue
+        for shape in (wanted.least, wanted.usual, wanted.most):
+            if len(shape) != len(declared) or any(d not in (-1, n) for d, n in zip(declared, shape, strict=True)):
+                raise WanforgeError(f"{job.onnx}: {tensor.name} is {declared}, which cannot be {shape}")
+        if wanted.least == wanted.most:
+            tensor.shape = wanted.usual
+        else:
+            profile.set_shape(tensor.name, wanted.least, wanted.usual, wanted.most)
+            is_dynamic = True
+    if is_dynamic:
+        config.add_optimization_profile(profile)
+
+
+def refusal(library: Library, job: Job, what: str, reasons: Sequence[str]) -> WanforgeError:
+    """What to say where a graph does not compile."""
+    reasons = list(dict.fromkeys(reasons)) or ["it gives no reason"]
+    error = ResourceError if any("memory" in reason.lower() for reason in reasons) else WanforgeError
+    return error(f"{library} {what} {job.onnx.name}: {reasons[0].strip()}")
+
+
+TYPE = re.compile(r"Datatype: (\w+)")
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
+
+
+def layers(table: str) -> Iterator[Layer]:
+    """The builder's table of what it fused, as it prints it."""
+    for line in table.splitlines():
+        if line.startswith("Name: ") and "LayerType: " in line:
+            name, _, rest = line.removeprefix("Name: ").partition(", LayerType: ")
+            kind = rest.partition(",")[0]
+            before, _, after = rest.partition("Outputs: [")
+            given, _, constants = before.partition("Constants: [")
+            tactic = after.partition("TacticName: ")[2].partition(",")[0]
+            yield Layer(name, kind, tactic, *(tuple(TYPE.findall(part)) for part in (given, after, constants)))
+
+
+def logger(trt: Any) -> Any:
+    """A logger that keeps what a build is judged by: errors, the table of layers, the activations' size."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.table = ""
+            self.activation_bytes = 0
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif message.startswith("Layers:"):
+                self.table += message
+            elif found := ACTIVATIONS.search(message):
+                self.activation_bytes = int(found[1])
+
+    return Log()
+
+
+def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
+    """Passes the builder's progress on, and tells it to stop."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.totals[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.totals:
+                progress(phase, step + 1, self.totals[phase])
+            return not interrupted.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+    return Monitor()
+
+
+@contextmanager
+def cancelled_by_interrupt() -> Iterator[threading.Event]:
+    """Note Ctrl-C instead of raising it: an exception cannot pass through the library. Outside the main thread, where
+    Python delivers no signals, nothing changes."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,131 @@
+"""Engines on disk: their names, what each was made from, and loading those that are what they claim to be."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import wanforge
+from wanforge.configs.schema import ClipShape
+from wanforge.engines.bundle import ENGINES, Bundle, FileRecord, remedy, write_atomically
+from wanforge.errors import BundleError
+from wanforge.plugins.tensorrt_library import FLAVOURS, installed_version
+from wanforge.plugins.tensorrt_plugin import OPS
+
+NO_PLUGINS = "none"
+PACKAGE = Path(wanforge.__file__).parent
+
+
+def engine_name(graph: str, sms: Sequence[int], clip: ClipShape | None) -> str:
+    """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
+
+    Args:
+        clip: the shape that the engine is for; None where it serves every shape.
+    """
+    folder = "+".join(f"sm_{sm}" for sm in sorted(sms))
+    shape = "" if clip is None else f"{clip.width_px}x{clip.height_px}x{clip.frames}/"
+    return f"{ENGINES}{folder}/{shape}{graph}.bf16.engine"
+
+
+def plugin_digest() -> str:
+    """Of the code that decides what a plugin does: an engine keeps its attributes and the size of its workspace."""
+    folders = [PACKAGE / "plugins" / op for op in OPS]
+    files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):
+        digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def engine_key(
+    bundle: Bundle,
+    *,
+    library: str,
+    sms: Sequence[int],
+    onnx: str,
+    weights: str,
+    has_plugins: bool,
+    profile: Mapping[str, object],
+) -> dict[str, str]:
+    """Everything that an engine depends on, for people to read.
+
+    Args:
+        library: flavour and version.
+        onnx, weights: paths in the bundle of the graph and of the file it points at; empty where it points at none.
+        profile: the range of each named size.
+    """
+    files = bundle.manifest.files
+    return {
+        "library": library,
+        "architectures": " ".join(map(str, sorted(sms))),
+        "onnx": onnx,
+        "graph": files[onnx].sha256[:16],
+        "constants": f"{weights} {files[weights].sha256[:16]}" if weights else "",
+        "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
+        "recipe": bundle.recipe.name,
+        "profile": " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items())),
+    }
+
+
+def stale_engines(bundle: Bundle) -> dict[str, str]:
+    """Engines that would not be built the same way now, and why."""
+    versions = {f"{flavour.name} {installed_version(flavour)}" for flavour in FLAVOURS if installed_version(flavour)}
+    names = {version.partition(" ")[0] for version in versions}
+    found: dict[str, str] = {}
+    for name, record in bundle.manifest.files.items():
+        if not name.startswith(ENGINES):
+            continue
+        key, reasons = record.key, []
+        library = key.get("library", "an unknown library")
+        if library not in versions and library.partition(" ")[0] in names:
+            installed = next(v for v in versions if v.startswith(library.partition(" ")[0]))
+            reasons.append(f"made by {library}, installed is {installed}")
+        graph = bundle.manifest.files.get(key.get("onnx", ""))
+        if graph is None or graph.sha256[:16] != key.get("graph"):
+            reasons.append(f"{key.get('onnx')} changed")
+        constants, _, digest = key.get("constants", "").partition(" ")
+        if constants and bundle.manifest.files[constants].sha256[:16] != digest:
+            reasons.append(f"{constants} changed")
+        if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
+            reasons.append("the plugins changed")
+        if key.get("recipe") != bundle.recipe.name:
+            reasons.append("the recipe changed")
+        if reasons:
+            found[name] = " and ".join(reasons)
+    return found
+
+
+def write_engine(bundle: Bundle, name: str, plan: bytes, key: dict[str, str]) -> None:
+    """Put an engine in its place, whole, and then into the manifest."""
+    write_atomically(bundle.root / name, plan)
+    record = FileRecord(hashlib.sha256(plan).hexdigest(), len(plan), source="wanforge build", key=key)
+    bundle.add({name: record})
+
+
+def is_current(bundle: Bundle, name: str, key: Mapping[str, str]) -> bool:
+    """Whether an engine is there, whole, and made from just this."""
+    record = bundle.manifest.files.get(name)
+    if record is None or record.key != key:
+        return False
+    try:
+        return bool(read_engine(bundle, name))
+    except BundleError:
+        return False
+
+
+def read_engine(bundle: Bundle, name: str) -> bytes:
+    """An engine's plan.
+
+    Raises:
+        BundleError: it is missing, stale, or not the one that was written. An engine is code: one that does not match
+            is not to be loaded.
+    """
+    path, record = bundle.path(name), bundle.manifest.files[name]
+    if (reason := stale_engines(bundle).get(name)) is not None:
+        raise BundleError(f"{path}: stale, {reason}; {remedy(name, bundle.root)}")
+    plan = path.read_bytes()
+    if (found := hashlib.sha256(plan).hexdigest()) != record.sha256:
+        raise BundleError(
+            f"{path}: damaged, or not built here; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
+            f"{remedy(name, bundle.root)}"
+        )
+    return plan

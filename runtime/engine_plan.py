@@ -1,0 +1,215 @@
+"""Which engines a clip needs, for which shapes, and what each must have been fused into."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from wanforge.configs.schema import ClipShape, ModelConfig, Recipe, selected_blocks
+from wanforge.engines.builder import Built, Job, Range, build
+from wanforge.engines.bundle import Bundle, graph_name, weights_name
+from wanforge.engines.engine_files import engine_key, engine_name, is_current, write_engine
+from wanforge.engines.plugin_check import check_plugins
+from wanforge.errors import ResourceError
+from wanforge.plugins.tensorrt_library import Library
+from wanforge.runtime.graphs import Graph, Port, Size, graphs
+from wanforge.runtime.memory import available_bytes
+from wanforge.runtime.reference.dit import attention_blocks
+
+OF_THE_CLIP = {"tokens", "latent_height", "latent_width"}
+"""Sizes that one engine has one of; the others are ranges."""
+USUAL_PROMPT = 96
+"""Tokens of text that engines are made best for."""
+
+SINGLE_PRECISION = {"time", "head"}
+"""Graphs that the reference computes in float32."""
+
+DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The least, usual and most that a named size can be."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.usual) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What came of one engine.
+
+    Attributes:
+        seconds: that building took; nothing where it was there already.
+        faults: where it is not fused as it should be.
+    """
+
+    name: str
+    graph: str
+    sms: tuple[int, ...]
+    bytes: int
+    seconds: float = 0.0
+    layers: int = 0
+    plugins: int = 0
+    activation_bytes: int = 0
+    is_cached: bool = False
+    faults: list[str] = field(default_factory=list)
+
+
+def sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape) -> dict[str, Sizes]:
+    """Every named size: the clip's own, and ranges for what a request decides."""
+    rows, blocks = model.dit.text_rows, attention_blocks(recipe)
+    keys = 1 if blocks is None else blocks.num_keys(clip.tokens)
+    fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
+    return {
+        **{name: Sizes(n, n, n) for name, n in fixed.items()},
+        "prompt_tokens": Sizes(1, min(USUAL_PROMPT, rows), rows),
+        "context_rows": Sizes(1, min(USUAL_PROMPT, rows), rows),
+        "slots": Sizes(1, 1 if blocks is None else selected_blocks(model.topk, keys), keys),
+    }
+
+
+def names_in(ports: Iterable[Port]) -> set[str]:
+    """The named sizes of some ports."""
+    return {name for port in ports for dim in port.shape if isinstance(dim, Size) for name in dim.names}
+
+
+def ranges(graph: Graph, known: Mapping[str, Sizes]) -> dict[str, Range]:
+    """The shapes of a graph's dynamic inputs."""
+    least, usual, most = ({name: getattr(n, part) for name, n in known.items()} for part in ("least", "usual", "most"))
+    return {
+        port.name: Range(port.concrete(least), port.concrete(usual), port.concrete(most))
+        for port in graph.inputs
+        if names_in([port])
+    }
+
+
+def expected_plugins(graph: str, recipe: Recipe) -> int:
+    """How many nodes of a graph are ops of this project's."""
+    is_quantised, is_sparse = recipe.linear != "bf16", recipe.attention != "dense"
+    return {"block": 8 * is_quantised + is_sparse, "cross_kv": 2 * is_quantised}.get(graph, 0)
+
+
+def expected_attentions(graph: str, recipe: Recipe) -> int:
+    """How many attentions of a graph the library has a fused kernel for."""
+    return {"block": 1 + (recipe.attention == "dense"), "text_block": 1}.get(graph, 0)
+
+
+def faults(built: Built, graph: str, recipe: Recipe, *, plugins: bool = True) -> list[str]:
+    """Where an engine is not fused as it should be: it would run, and slowly.
+
+    Args:
+        plugins: whether it was built with them.
+    """
+    found = []
+    ops = expected_plugins(graph, recipe)
+    wanted = ops if plugins else 0
+    compiled = sum(layer.is_plugin for layer in built.layers)
+    if not built.plugin_nodes == compiled == wanted:
+        found.append(f"{wanted} ops should be plugins; {built.plugin_nodes} were taken and {compiled} compiled")
+    attentions = sum(layer.is_attention for layer in built.layers)
+    if attentions != expected_attentions(graph, recipe):
+        found.append(f"{attentions} fused attentions, of {expected_attentions(graph, recipe)}")
+    single = [layer.name for layer in built.layers if layer.is_product and set(layer.inputs) == {"Float"}]
+    if single and graph not in SINGLE_PRECISION and (plugins or not ops):
+        found.append(f"{len(single)} products in float32: {single[0]}")
+    return found
+
+
+def build_engines(
+    bundle: Bundle,
+    clip: ClipShape,
+    library: Library,
+    sms: Sequence[int],
+    *,
+    only: Sequence[str] = (),
+    plugins: bool = True,
+    progress: Callable[[str, int, int], object] = lambda title, done, total: None,
+    done: Callable[[Engine], object] = lambda engine: None,
+) -> list[Engine]:
+    """Build the engines of a bundle that are missing or stale. Each is kept as soon as it is made.
+
+    Args:
+        only: names of graphs; all by default.
+        progress: told the graph and the builder's phase, how many of its steps are done, and of how many.
+        done: told of each engine, built or found.
+
+    Raises:
+        WanforgeError: a graph is missing, or does not compile.
+        ResourceError: there is too little memory.
+    """
+    known, made = sizes(bundle.model, bundle.recipe, clip), []
+    wanted = [graph for graph in graphs(bundle.model, bundle.recipe).values() if not only or graph.name in only]
+    for index, graph in enumerate(wanted, 1):
+        job, key, name = plan(bundle, graph, clip, known, library, sms, plugins)
+        if is_current(bundle, name, key):
+            engine = Engine(name, graph.name, tuple(sms), bundle.manifest.files[name].bytes, is_cached=True)
+        else:
+            check_memory(graph.name, job)
+            if plugins and expected_plugins(graph.name, bundle.recipe):
+                check_plugins(library.flavour, job.onnx)
+            title, start = f"{graph.name} ({index} of {len(wanted)})", perf_counter()
+            built = build(library, job, sms, plugins=plugins, progress=phases(progress, title))
+            write_engine(bundle, name, built.plan, key)
+            engine = Engine(
+                name,
+                graph.name,
+                tuple(sms),
+                len(built.plan),
+                perf_counter() - start,
+                len(built.layers),
+                built.plugin_nodes,
+                built.activation_bytes,
+                faults=faults(built, graph.name, bundle.recipe, plugins=plugins),
+            )
+        made.append(engine)
+        done(engine)
+    return made
+
+
+def phases(progress: Callable[[str, int, int], object], title: str) -> Callable[[str, int, int], object]:
+    """The builder's phases under a graph's title."""
+    return lambda phase, done, total: progress(title, done, total)
+
+
+def plan(
+    bundle: Bundle,
+    graph: Graph,
+    clip: ClipShape,
+    known: Mapping[str, Sizes],
+    library: Library,
+    sms: Sequence[int],
+    plugins: bool,
+) -> tuple[Job, dict[str, str], str]:
+    """What to build for a graph, what it depends on, and where it goes."""
+    onnx = graph_name(graph.name, DTYPE, graph.has_constants)
+    bundle.verify([onnx])
+    weights = weights_name("vae") if graph.has_constants else ""
+    used = names_in(graph.inputs)
+    key = engine_key(
+        bundle,
+        library=str(library),
+        sms=sms,
+        onnx=onnx,
+        weights=weights,
+        has_plugins=plugins and expected_plugins(graph.name, bundle.recipe) > 0,
+        profile={name: known[name] for name in used},
+    )
+    constant_bytes = bundle.manifest.files[weights].bytes if weights else 0
+    job = Job(bundle.path(onnx), ranges(graph, known), constant_bytes)
+    return job, key, engine_name(graph.name, sms, clip if used & (OF_THE_CLIP | {"slots"}) else None)
+
+
+def check_memory(graph: str, job: Job) -> None:
+    """Refuse a build that will not fit.
+
+    Raises:
+        ResourceError: it will not.
+    """
+    if job.needed_bytes > (free := available_bytes()):
+        raise ResourceError(
+            f"building {graph} takes about {job.needed_bytes / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        )

@@ -1,0 +1,126 @@
+"""Graphs become engines in this process, or are refused with the reason; Ctrl-C ends a build and leaves nothing."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.tensorrt_flavours import linear, rtx
+from wanforge.engines import plugin_check
+from wanforge.engines.builder import Job, Range, build, layers
+from wanforge.engines.plugin_check import check_plugins
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins.tensorrt_library import RTX
+
+STATIC = Range((1, 300, 256), (1, 300, 256), (1, 300, 256))
+TABLE = """Layers:
+Name: gemm, LayerType: gemm, Inputs: [ { Name: a, Dimensions: [1,2], Datatype: Float }, { Name: b, Datatype: Half }], \
+Constants: [ { Name: c, Datatype: Int8 }], Outputs: [ { Name: y, Datatype: BFloat16 }], TacticName: mm, StreamId: 0
+Name: op, LayerType: custom_layer, Inputs: [ { Name: a, Datatype: Half }], \
+Outputs: [ { Name: y, Datatype: Half }], StreamId: 0
+
+I/O Tensors:
+ Name: a, IOMode: Input, DataType: Float
+"""
+
+
+def job(folder: Path, x: Range = STATIC) -> Job:
+    return Job(linear(folder), {"x": x})
+
+
+@pytest.mark.parametrize("sms", [[120], [80, 86, 89, 120]])
+def test_an_engine_serves_every_architecture_asked_for(sms: list[int], tmp_path: Path) -> None:
+    seen = []
+    built = build(rtx(), job(tmp_path), sms, progress=lambda *counts: seen.append(counts))
+    (layer,) = built.layers
+    assert layer.is_plugin
+    assert layer.inputs == ("BFloat16", "Int8", "Float", "BFloat16")
+    assert layer.outputs == ("BFloat16", "UInt8")  # the second is the workspace
+    assert built.plugin_nodes == 1
+    assert built.plan
+    assert seen
+    assert all(0 < done <= total for _, done, total in seen)
+
+
+def test_a_range_of_rows_is_compiled_for_all_of_them(tmp_path: Path) -> None:
+    shapes = Range((1, 1, 256), (1, 300, 256), (1, 4096, 256))
+    few, many = (build(rtx(), job(tmp_path, x), [89]) for x in (STATIC, shapes))
+    assert sum(layer.is_plugin for layer in many.layers) == 1
+    assert many.activation_bytes > few.activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [((1, 300, 128), r"x is \(1, -1, 256\), which cannot be \(1, 300, 128\)"), ((300, 256), "which cannot be")],
+)
+def test_a_profile_for_other_shapes_is_refused(shape: tuple[int, ...], said: str, tmp_path: Path) -> None:
+    with pytest.raises(WanforgeError, match=said):
+        build(rtx(), job(tmp_path, Range(shape, shape, shape)), [120])
+
+
+def test_a_missing_profile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WanforgeError, match="no shape is given for x"):
+        build(rtx(), Job(linear(tmp_path), {}), [120])
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(WanforgeError, match=r"cannot read broken\.onnx: "):
+        build(rtx(), Job(path, {}), [120])
+
+
+def test_a_node_without_its_plugin_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WanforgeError, match=r"cannot read linear\.onnx: .*Plugin not found"):
+        build(rtx(), job(tmp_path), [120], plugins=False)
+
+
+def test_what_a_plugin_refuses_ends_the_build(tmp_path: Path) -> None:
+    with pytest.raises(WanforgeError, match="W8A8Linear: bias is float16, and can be bfloat16 only"):
+        build(rtx(), replace(job(tmp_path), onnx=linear(tmp_path, bias="float16")), [120])
+
+
+def test_an_interrupt_ends_a_build(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    calls = []
+
+    def interrupt(*counts: object) -> None:
+        calls.append(counts)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(rtx(), job(tmp_path), [120], progress=interrupt)
+    assert calls
+    assert signal.getsignal(signal.SIGINT) is before
+    assert build(rtx(), job(tmp_path), [120]).plan
+
+
+def test_the_table_is_read() -> None:
+    product, plugin = layers(TABLE)
+    assert (product.name, product.kind, product.tactic) == ("gemm", "gemm", "mm")
+    assert (product.inputs, product.constants, product.outputs) == (("Float", "Half"), ("Int8",), ("BFloat16",))
+    assert product.is_product
+    assert plugin.is_plugin
+    assert not plugin.is_product
+
+
+def test_constants_cost_memory() -> None:
+    small, large = (Job(Path(), {}, size).needed_bytes for size in (0, 1_000_000_000))
+    assert large - small == 3_100_000_000
+
+
+def test_a_child_process_tries_the_plugins_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+    monkeypatch.setattr(plugin_check, "_known", {})
+    path = linear(tmp_path)
+    check_plugins(RTX, path)
+    assert plugin_check._known == {RTX: (0, "")}
+
+
+def test_a_parser_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "some words\nterminate called without an active exception\n"
+    monkeypatch.setattr(plugin_check, "_known", {RTX: (-6, said)})
+    with pytest.raises(ResourceError, match=r"does not survive .* \(signal 6: terminate called .*\); run: pip install"):
+        check_plugins(RTX, Path("graph.onnx"))

@@ -1,0 +1,168 @@
+"""Every graph of a tiny model compiles for several architectures, and is fused as it should be; breaks are caught."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.tensorrt_flavours import rtx
+from wanforge.cli import cli
+from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.engines.builder import Built, build
+from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.engines.engine_files import read_engine
+from wanforge.errors import BundleError, ConfigError, ResourceError
+from wanforge.runtime import engine_plan
+from wanforge.runtime.build_cli import groups, sms_of
+from wanforge.runtime.engine_plan import build_engines, faults, plan, sizes
+from wanforge.runtime.graphs import graphs
+
+CLIP = ClipShape(192, 128, 17)
+
+
+@pytest.fixture
+def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
+    rtx()
+    shutil.copytree(bundle_of("tiny-t2v", "w8a8").root, tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
+def built(bundle: Bundle, graph: str, *, plugins: bool = True, dtype: str = "bfloat16") -> Built:
+    """One graph of a bundle, compiled for sm_89."""
+    one = graphs(bundle.model, bundle.recipe)[graph]
+    job, *_ = plan(bundle, one, CLIP, sizes(bundle.model, bundle.recipe, CLIP), rtx(), [89], plugins)
+    path = bundle.root / graph_name(graph, dtype, one.has_constants)
+    return build(rtx(), replace(job, onnx=path), [89], plugins=plugins)
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "sms"),
+    [("tiny-t2v", "w8a8", [89, 120]), ("tiny-i2v", "w8a8", [80, 86]), ("tiny-t2v", "bf16", [120])],
+)
+def test_every_graph_compiles_and_is_fused(
+    model: str, recipe: str, sms: Sequence[int], bundle_of: Callable[[str, str], Bundle], tmp_path: Path
+) -> None:
+    library = rtx()
+    shutil.copytree(bundle_of(model, recipe).root, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    engines = build_engines(bundle, CLIP, library, sms)
+    assert [engine.graph for engine in engines] == list(graphs(bundle.model, bundle.recipe))
+    assert [engine.faults for engine in engines] == [[] for _ in engines]
+    plugins = {engine.graph: engine.plugins for engine in engines if engine.plugins}
+    assert plugins == ({"block": 9, "cross_kv": 2} if recipe == "w8a8" else {})
+    for engine in engines:
+        assert len(read_engine(bundle, engine.name)) == engine.bytes
+    again = build_engines(bundle, CLIP, library, sms)
+    assert all(engine.is_cached for engine in again)
+
+
+def test_the_unregistered_plugin_is_caught(bundle: Bundle) -> None:
+    found = faults(built(bundle, "cross_kv", plugins=False), "cross_kv", bundle.recipe)
+    assert found[0] == "2 ops should be plugins; 0 were taken and 0 compiled"
+    assert "products in float32" in found[1]
+    assert faults(built(bundle, "cross_kv", plugins=False), "cross_kv", bundle.recipe, plugins=False) == []
+
+
+def test_a_leak_of_float32_is_caught(bundle: Bundle) -> None:
+    (fault,) = faults(built(bundle, "stem", dtype="float32"), "stem", bundle.recipe)
+    assert "1 products in float32" in fault
+    assert faults(built(bundle, "stem"), "stem", bundle.recipe) == []
+
+
+def test_attention_that_is_not_fused_is_caught(bundle: Bundle) -> None:
+    one = built(bundle, "text_block")
+    assert faults(one, "text_block", bundle.recipe) == []
+    without = tuple(layer for layer in one.layers if not layer.is_attention)
+    assert faults(replace(one, layers=without), "text_block", bundle.recipe) == ["0 fused attentions, of 1"]
+
+
+def test_sizes_are_the_clips_and_ranges_of_requests() -> None:
+    model, recipe = load_model("tiny-t2v"), load_recipe("w8a8")
+    found = {name: str(size) for name, size in sizes(model, recipe, CLIP).items()}
+    assert found == {
+        "tokens": "480",
+        "latent_height": "16",
+        "latent_width": "24",
+        "prompt_tokens": "1..512",
+        "context_rows": "1..512",
+        "slots": "1..8",
+    }
+
+
+def test_too_little_memory_is_said_before_the_start(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_plan, "available_bytes", lambda: 1e8)
+    with pytest.raises(ResourceError, match=r"building stem takes about 0\.5 GB of memory, and 0\.1 GB are free"):
+        build_engines(bundle, CLIP, rtx(), [120], only=["stem"])
+    assert not (bundle.root / "engines").exists()
+
+
+def test_an_interrupted_build_keeps_what_is_done(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(engine: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(bundle, CLIP, rtx(), [120], only=["stem", "head"], done=interrupt)
+    again = build_engines(Bundle.open(bundle.root), CLIP, rtx(), [120], only=["stem", "head"])
+    assert [engine.is_cached for engine in again] == [True, False]
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], standalone_mode=False)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        return 1, done.output + str(done.exception)
+    return done.return_value or 0, done.output
+
+
+def test_the_command_builds_and_inspect_tells_what_is_wrong(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, said = run("build", bundle.root, "--target", "rtx5090,rtx4090", "--graph", "stem", "--json")
+    report = json.loads(said)
+    assert (code, report["failures"]) == (0, [])
+    (engine,) = report["engines"]
+    assert engine["name"] == "engines/sm_89+sm_120/192x128x17/stem.bf16.engine"
+    assert engine["faults"] == []
+    assert run("inspect", bundle.root)[0] == 0
+
+    path = bundle.root / engine["name"]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    code, said = run("inspect", bundle.root, "--verify")
+    assert code == 1
+    assert "damaged" in said
+    with pytest.raises(BundleError, match="damaged, or not built here"):
+        read_engine(Bundle.open(bundle.root), engine["name"])
+    assert "1 built" in run("build", bundle.root, "--target", "rtx5090,rtx4090", "--graph", "stem")[1]
+
+    monkeypatch.setattr("wanforge.engines.engine_files.installed_version", lambda flavour: "9.9")
+    code, said = run("inspect", bundle.root)
+    assert code == 1
+    assert "installed is tensorrt-rtx 9.9; run: wanforge build" in said
+
+
+def test_hopper_is_refused_and_the_rest_is_built(bundle: Bundle) -> None:
+    code, said = run("build", bundle.root, "--target", "h100,rtx3090", "--graph", "stem")
+    assert code == 1
+    assert "1 built" in said
+    assert "sm_90: " in said
+    assert "tensorrt" in said.lower()
+    assert (bundle.root / "engines" / "sm_86").is_dir()
+    assert not (bundle.root / "engines" / "sm_90").exists()
+
+
+def test_an_unknown_graph_is_refused(bundle: Bundle) -> None:
+    assert (
+        "no graph is called 'bolck'; known: text_embed"
+        in run("build", bundle.root, "--target", "rtx5090", "--graph", "bolck")[1]
+    )
+
+
+def test_targets_are_architectures() -> None:
+    assert sms_of("rtx5090, rtx5080,sm_86,h200") == [86, 90, 120]
+    names = [(flavour.name, group) for flavour, group in groups([86, 90, 100, 120])]
+    assert names == [("tensorrt-rtx", (86, 120)), ("tensorrt", (90,)), ("tensorrt", (100,))]
+    with pytest.raises(ConfigError, match="no target is called 'rtx6090'; known: rtx5090"):
+        sms_of("rtx6090")
+    with pytest.raises(ConfigError, match="sm_75 has no bfloat16, in which engines compute; sm_80 is the first"):
+        sms_of("sm_75,rtx5090")
