@@ -35,7 +35,12 @@ PUBLISHED = {
     "turbowan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 200.0, 0.9, (1280, 720)),
 }
 # linear, attention
-RECIPES = {"bf16": ("bf16", "dense"), "bf16-sla": ("bf16", "sla"), "w8a8": ("w8a8", "sagesla")}
+RECIPES = {
+    "bf16": ("bf16", "dense"),
+    "bf16-sla": ("bf16", "sla"),
+    "w8a8": ("w8a8", "sagesla"),
+    "w8a8-row": ("w8a8-row", "sagesla"),
+}
 # SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.
 TARGETS = {
     "rtx5090": (120, 1792.0, 209.5, 838.0),
