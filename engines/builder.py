@@ -8,11 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.tensorrt_library import RTX, Library
-from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.plugins.tensorrt_plugin import Account, PluginOp, registered
+
+if TYPE_CHECKING:
+    from wanforge.plugins.launch import Launch
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], object]
@@ -103,6 +106,12 @@ class Built:
     layers: tuple[Layer, ...]
     activation_bytes: int
     plugin_nodes: int
+    calls: tuple[tuple[PluginOp, tuple[tuple[Shape, str], ...]], ...] = ()
+    """The distinct ones of them, with the largest inputs they will have."""
+
+    def launches(self, sms: Sequence[int]) -> list["Launch"]:
+        """What the plugins launch on some architectures, for the ahead-of-time compiler."""
+        return [planned.launch for op, inputs in self.calls for sm in sms for planned in op.plan(inputs, sm).launches]
 
 
 def build(
@@ -127,14 +136,14 @@ def build(
     trt = library.trt
     log = logger(trt)
     with ExitStack() as stack:
-        refusals = stack.enter_context(registered(library)) if plugins else []
+        account = stack.enter_context(registered(library)) if plugins else Account()
         interrupted = stack.enter_context(cancelled_by_interrupt())
         builder = trt.Builder(log)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(job.onnx)):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise refusal(library, job, "cannot read", [*refusals, *errors])
+            raise refusal(library, job, "cannot read", [*account.refusals, *errors])
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if library.flavour is RTX:
@@ -149,9 +158,9 @@ def build(
         del monitor
         if interrupted.is_set():
             raise KeyboardInterrupt
-        if plan is None or refusals:  # the library goes on without the workspace of a plugin that refuses
-            raise refusal(library, job, "cannot compile", [*refusals, *log.errors])
-        return Built(bytes(plan), tuple(layers(log.table)), log.activation_bytes, taken)
+        if plan is None or account.refusals:  # the library goes on without the workspace of a plugin that refuses
+            raise refusal(library, job, "cannot compile", [*account.refusals, *log.errors])
+        return Built(bytes(plan), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
 
 
 def set_shapes(builder: Any, network: Any, config: Any, job: Job) -> None:

@@ -14,7 +14,7 @@ Nothing here imports PyTorch until a plan is made: parsing needs none.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -154,7 +154,7 @@ class Attributes:
 
     def __init__(self, trt: Any, op: type[PluginOp]) -> None:
         self.trt = trt
-        self.kinds = {field.name: field.type for field in fields(op)}  # type: ignore[arg-type]
+        self.kinds = {each.name: each.type for each in fields(op)}  # type: ignore[arg-type]
 
     def names(self) -> Any:
         """What to look for in a node."""
@@ -175,20 +175,29 @@ class Attributes:
     def read(self, collection: Any) -> dict[str, int | str]:
         """What a node or a plan says; unknown fields are left out."""
         found: dict[str, int | str] = {}
-        for field in collection:
-            if field.name in self.kinds:
-                is_number = self.kinds[field.name] in (int, "int")
-                data = np.asarray(field.data)
-                found[field.name] = int(data[0]) if is_number else data.tobytes().rstrip(b"\0").decode()
+        for each in collection:
+            if each.name in self.kinds:
+                is_number = self.kinds[each.name] in (int, "int")
+                data = np.asarray(each.data)
+                found[each.name] = int(data[0]) if is_number else data.tobytes().rstrip(b"\0").decode()
         return found
 
 
-def plugin_class(trt: Any, refusals: list[str]) -> type:
-    """The class of all plugins, for one flavour's module.
+@dataclass
+class Account:
+    """What happened to the plugins of a build.
 
-    Args:
-        refusals: what is not taken goes there with its reason, for TensorRT's own message has none.
+    Attributes:
+        refusals: what was not taken and why, for TensorRT's own message does not say.
+        calls: each op with the largest inputs that it was sized for.
     """
+
+    refusals: list[str] = field(default_factory=list)
+    calls: dict[tuple[PluginOp, tuple[tuple[Shape, str], ...]], None] = field(default_factory=dict)
+
+
+def plugin_class(trt: Any, account: Account) -> type:
+    """The class of all plugins, for one flavour's module."""
 
     def type_of(desc: Any) -> str:
         return TYPES.get(desc.type.name, desc.type.name.lower())
@@ -229,22 +238,23 @@ def plugin_class(trt: Any, refusals: list[str]) -> type:
             found = [type_of(each.desc) for each in described[: position + 1]]
             refusal = self.op.refusal(position, found)
             if refusal:
-                refusals.append(refusal)
+                account.refusals.append(refusal)
             return not refusal and described[position].desc.format == trt.TensorFormat.LINEAR
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             try:
                 self.op.check_shapes([shape_of(each.desc.dims) for each in inputs])
             except ShapeError as error:
-                refusals.append(f"{self.op.name}: {error}")
+                account.refusals.append(f"{self.op.name}: {error}")
                 raise
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-            largest = [(shape_of(each.max), type_of(each.desc)) for each in inputs]
+            largest = tuple((shape_of(each.max), type_of(each.desc)) for each in inputs)
+            account.calls[self.op, largest] = None
             try:
                 return self.op.workspace_bytes(largest)
             except ShapeError as error:
-                refusals.append(f"{self.op.name}: {error}")
+                account.refusals.append(f"{self.op.name}: {error}")
                 raise
 
         # Running
@@ -303,21 +313,17 @@ def creator_class(trt: Any) -> type:
 
 
 @contextmanager
-def registered(library: Library) -> Iterator[list[str]]:
-    """Let a flavour take the plugins of all ops; without, it compiles their ONNX bodies.
-
-    Yields:
-        What plugins refused so far, and why.
-    """
-    refusals: list[str] = []
-    plugin, creator = plugin_class(library.trt, refusals), creator_class(library.trt)
+def registered(library: Library) -> Iterator[Account]:
+    """Let a flavour take the plugins of all ops; without, it compiles their ONNX bodies."""
+    account = Account()
+    plugin, creator = plugin_class(library.trt, account), creator_class(library.trt)
     creators = [creator(find_op(folder), plugin) for folder in OPS]
     registry = library.trt.get_plugin_registry()
     for each in creators:
         if not registry.register_creator(each, NAMESPACE):
             raise AssertionError(f"a plugin {each.name} is registered already")
     try:
-        yield refusals
+        yield account
     finally:
         for each in creators:
             registry.deregister_creator(each)

@@ -32,6 +32,7 @@ FIRST_BF16_SM = 80
 @shape_options
 @click.option("--graph", "only", multiple=True, help="Only this graph, as inspect names it; repeatable.")
 @click.option("--no-plugins", is_flag=True, help="Compile the ops' ONNX bodies instead, for comparison: far slower.")
+@click.option("--kernels", is_flag=True, help="Compile what the plugins launch, too, into the cache of kernels.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def build(
     bundle: Path,
@@ -41,6 +42,7 @@ def build(
     frames: int | None,
     only: tuple[str, ...],
     no_plugins: bool,
+    kernels: bool,
     as_json: bool,
 ) -> None:
     """Compile a bundle's bf16 graphs into engines, for GPUs that need not be here.
@@ -64,7 +66,9 @@ def build(
     start = perf_counter()
     for flavour, group in groups(sms):
         try:
-            engines += build_group(opened, clip, flavour, group, only, plugins=not no_plugins, show=not as_json)
+            engines += build_group(
+                opened, clip, flavour, group, only, plugins=not no_plugins, kernels=kernels, show=not as_json
+            )
         except WanforgeError as error:
             failures.append(f"{', '.join(f'sm_{sm}' for sm in group)}: {error}")
     if as_json:
@@ -91,6 +95,7 @@ def build_group(
     only: tuple[str, ...],
     *,
     plugins: bool,
+    kernels: bool,
     show: bool,
 ) -> list[Engine]:
     """Build for architectures that one engine can serve, with a line for each graph."""
@@ -104,7 +109,9 @@ def build_group(
             if show:
                 click.echo(line(engine))
 
-        return build_engines(bundle, clip, library, sms, only=only, plugins=plugins, progress=bars, done=report)
+        return build_engines(
+            bundle, clip, library, sms, only=only, plugins=plugins, kernels=kernels, progress=bars, done=report
+        )
 
 
 def line(engine: Engine) -> str:
@@ -112,6 +119,7 @@ def line(engine: Engine) -> str:
     if engine.is_cached:
         return f"  {engine.graph:18} {'up to date':>7}"
     fused = f"{engine.layers} layers" + (f", {engine.plugins} plugins" if engine.plugins else "")
+    fused += f", {engine.kernels} kernels" if engine.kernels else ""
     return (
         f"  {engine.graph:18} {engine.seconds:5.2f} s  {engine.bytes / 1e6:6.2f} MB  "
         f"{engine.activation_bytes / 1e6:8.1f} MB activations  {fused}"

@@ -10,6 +10,9 @@ from wanforge.engines.bundle import Bundle, graph_name, weights_name
 from wanforge.engines.engine_files import engine_key, engine_name, is_current, write_engine
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError
+from wanforge.plugins.compiler import compile_kernels
+from wanforge.plugins.cubins import cache_folder
+from wanforge.plugins.launch import Launch
 from wanforge.plugins.tensorrt_library import Library
 from wanforge.runtime.graphs import Graph, Port, Size, graphs
 from wanforge.runtime.memory import available_bytes
@@ -45,6 +48,7 @@ class Engine:
     Attributes:
         seconds: that building took; nothing where it was there already.
         faults: where it is not fused as it should be.
+        kernels: how many its plugins launch, over all architectures; known where they were asked for.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Engine:
     activation_bytes: int = 0
     is_cached: bool = False
     faults: list[str] = field(default_factory=list)
+    kernels: int = 0
 
 
 def sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape) -> dict[str, Sizes]:
@@ -127,6 +132,7 @@ def build_engines(
     *,
     only: Sequence[str] = (),
     plugins: bool = True,
+    kernels: bool = False,
     progress: Callable[[str, int, int], object] = lambda title, done, total: None,
     done: Callable[[Engine], object] = lambda engine: None,
 ) -> list[Engine]:
@@ -134,6 +140,8 @@ def build_engines(
 
     Args:
         only: names of graphs; all by default.
+        kernels: compile the kernels that plugins launch, into the cache of this machine. A graph
+            with plugins is then built again to learn of them.
         progress: told the graph and the builder's phase, how many of its steps are done, and of how many.
         done: told of each engine, built or found.
 
@@ -145,7 +153,9 @@ def build_engines(
     wanted = [graph for graph in graphs(bundle.model, bundle.recipe).values() if not only or graph.name in only]
     for index, graph in enumerate(wanted, 1):
         job, key, name = plan(bundle, graph, clip, known, library, sms, plugins)
-        if is_current(bundle, name, key):
+        launches: list[Launch] = []
+        has_kernels = kernels and plugins and expected_plugins(graph.name, bundle.recipe) > 0
+        if not has_kernels and is_current(bundle, name, key):
             engine = Engine(name, graph.name, tuple(sms), bundle.manifest.files[name].bytes, is_cached=True)
         else:
             check_memory(graph.name, job)
@@ -154,16 +164,21 @@ def build_engines(
             title, start = f"{graph.name} ({index} of {len(wanted)})", perf_counter()
             built = build(library, job, sms, plugins=plugins, progress=phases(progress, title))
             write_engine(bundle, name, built.plan, key)
+            seconds = perf_counter() - start
+            if has_kernels:
+                launches = built.launches(sms)
+                compile_kernels(launches, cache_folder(), progress=progress)
             engine = Engine(
                 name,
                 graph.name,
                 tuple(sms),
                 len(built.plan),
-                perf_counter() - start,
+                seconds,
                 len(built.layers),
                 built.plugin_nodes,
                 built.activation_bytes,
                 faults=faults(built, graph.name, bundle.recipe, plugins=plugins),
+                kernels=len({launch.specialisation for launch in launches}),
             )
         made.append(engine)
         done(engine)

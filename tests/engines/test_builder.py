@@ -39,6 +39,8 @@ def test_an_engine_serves_every_architecture_asked_for(sms: list[int], tmp_path:
     assert layer.inputs == ("BFloat16", "Int8", "Float", "BFloat16")
     assert layer.outputs == ("BFloat16", "UInt8")  # the second is the workspace
     assert built.plugin_nodes == 1
+    launched = [(launch.sm, launch.kernel.function) for launch in built.launches(sms)]
+    assert launched == [(sm, function) for sm in sms for function in ("quantise", "gemm")]
     assert built.plan
     assert seen
     assert all(0 < done <= total for _, done, total in seen)

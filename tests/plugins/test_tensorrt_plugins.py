@@ -19,7 +19,7 @@ class Build:
         library = rtx()
         trt = library.trt
         log = trt.Logger(trt.Logger.INTERNAL_ERROR)
-        with registered(library) as self.refusals:
+        with registered(library) as account:
             builder = trt.Builder(log)
             network = builder.create_network(0)
             parser = trt.OnnxParser(network, log)
@@ -38,6 +38,7 @@ class Build:
                     shapes = [[size if dim == -1 else dim for dim in tensor.shape] for size in rows]
                     profile.set_shape(tensor.name, *shapes)
             config.add_optimization_profile(profile)
+            self.refusals = account.refusals
             self.plan = builder.build_serialized_network(network, config)
 
 

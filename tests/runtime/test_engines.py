@@ -16,6 +16,7 @@ from wanforge.engines.builder import Built, build
 from wanforge.engines.bundle import Bundle, graph_name
 from wanforge.engines.engine_files import read_engine
 from wanforge.errors import BundleError, ConfigError, ResourceError
+from wanforge.plugins.launch import Launch
 from wanforge.runtime import engine_plan
 from wanforge.runtime.build_cli import groups, sms_of
 from wanforge.runtime.engine_plan import build_engines, faults, plan, sizes
@@ -98,6 +99,26 @@ def test_too_little_memory_is_said_before_the_start(bundle: Bundle, monkeypatch:
     with pytest.raises(ResourceError, match=r"building stem takes about 0\.5 GB of memory, and 0\.1 GB are free"):
         build_engines(bundle, CLIP, rtx(), [120], only=["stem"])
     assert not (bundle.root / "engines").exists()
+
+
+def test_the_kernels_of_plugins_are_compiled_on_demand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Launch] = []
+    monkeypatch.setattr(engine_plan, "compile_kernels", lambda launches, folder, progress: asked.extend(launches))
+    arguments = ("build", bundle.root, "--target", "rtx3090,rtx4090", "--graph", "block", "--graph", "stem")
+    code, said = run(*arguments, "--kernels")
+    assert code == 0
+    specialisations = {launch.specialisation for launch in asked}
+    assert f"9 plugins, {len(specialisations)} kernels" in said
+    assert {one.sm for one in specialisations} == {86, 89}
+    attention = {
+        one.sm: dict(one.constants)["ARITHMETIC"] for one in specialisations if one.kernel.endswith(".attention")
+    }
+    assert attention == {86: "sage_fp16", 89: "sage_fp8"}
+    asked.clear()
+    assert run(*arguments)[1].count("up to date") == 2 + 1
+    assert not asked
+    assert "1 built, 1 up to date" in run(*arguments, "--kernels")[1]
+    assert asked
 
 
 def test_an_interrupted_build_keeps_what_is_done(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
