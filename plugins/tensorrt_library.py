@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import struct
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -89,7 +90,7 @@ def open_library(flavour: Flavour) -> Library:
     if numbers(found) < flavour.least:
         least = ".".join(map(str, flavour.least))
         raise ResourceError(f"{flavour.name} {found} is too old, {flavour.reason}; for {least} or newer {install}")
-    if flavour is RTX and numbers(found)[: len(BROKEN)] == BROKEN:
+    if flavour is RTX and numbers(found)[: len(BROKEN)] == BROKEN and sys.platform == "linux":
         provide_unversioned_name("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")
     return Library(flavour, trt, found)
 
