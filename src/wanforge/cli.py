@@ -32,7 +32,7 @@ COMMANDS = {
         "Make a video from a prompt, or from an image and a prompt.",
     ),
     "parity": ("wanforge.runtime.cli:parity", "Hold a backend against the reference, step by step."),
-    "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request."),
+    "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request, or the kernels of an op."),
 }
 
 
