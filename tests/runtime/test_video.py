@@ -1,5 +1,6 @@
 """Videos are whole or absent."""
 
+import warnings
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -12,10 +13,14 @@ from wanforge.runtime.video import check_place, video_writer
 
 def read_video(path: Path) -> tuple[dict[str, object], torch.Tensor]:
     """A video's properties and its frames, uint8 ``[F, H, W, 3]``."""
-    reader = imageio_ffmpeg.read_frames(str(path))
-    properties = next(reader)
-    width, height = properties["size"]
-    frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in reader]
+    with warnings.catch_warnings():
+        # Where ffmpeg has ended before the last frame was taken, imageio-ffmpeg leaves its pipes open.
+        warnings.simplefilter("ignore", ResourceWarning)
+        reader = imageio_ffmpeg.read_frames(str(path))
+        properties = next(reader)
+        width, height = properties["size"]
+        frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in reader]
+        del reader
     return properties, torch.stack(frames)
 
 
