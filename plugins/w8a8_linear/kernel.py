@@ -66,6 +66,19 @@ def quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexp
 
 
 @triton.jit
+def pick(which, first, second, third, WEIGHTS: tl.constexpr):
+    """One of up to three pointers; those past WEIGHTS are None."""
+    chosen = first
+    if WEIGHTS > 1:
+        if which == 1:
+            chosen = second
+    if WEIGHTS > 2:
+        if which == 2:
+            chosen = third
+    return chosen
+
+
+@triton.jit
 def place_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Which weight a program multiplies with, and its tile's row and column: programs that run at the same time share
     GROUP tiles of rows, so that both operands come from the cache."""
@@ -133,13 +146,8 @@ def gemm(
     y_i [M, N]. `y_scale` asks for y quantised, `residual` [M, N] for residual + y * gate with `gate` [N].
     """
     which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
-    weight, scale, bias, y = weight_0, scale_0, bias_0, y_0
-    if WEIGHTS > 1:
-        if which == 1:
-            weight, scale, bias, y = weight_1, scale_1, bias_1, y_1
-    if WEIGHTS > 2:
-        if which == 2:
-            weight, scale, bias, y = weight_2, scale_2, bias_2, y_2
+    weight, scale = pick(which, weight_0, weight_1, weight_2, WEIGHTS), pick(which, scale_0, scale_1, scale_2, WEIGHTS)
+    bias, y = pick(which, bias_0, bias_1, bias_2, WEIGHTS), pick(which, y_0, y_1, y_2, WEIGHTS)
 
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     slab = tl.arange(0, TILE)
@@ -173,13 +181,8 @@ def gemm_rows(
 ):  # fmt: skip
     """`gemm` with scales by row, x_scale [M] and scale_i [N]: all of K is added up in integers, and rescaled once."""
     which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
-    weight, scale, bias, y = weight_0, scale_0, bias_0, y_0
-    if WEIGHTS > 1:
-        if which == 1:
-            weight, scale, bias, y = weight_1, scale_1, bias_1, y_1
-    if WEIGHTS > 2:
-        if which == 2:
-            weight, scale, bias, y = weight_2, scale_2, bias_2, y_2
+    weight, scale = pick(which, weight_0, weight_1, weight_2, WEIGHTS), pick(which, scale_0, scale_1, scale_2, WEIGHTS)
+    bias, y = pick(which, bias_0, bias_1, bias_2, WEIGHTS), pick(which, y_0, y_1, y_2, WEIGHTS)
 
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     slab = tl.arange(0, TILE)
