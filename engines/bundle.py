@@ -22,6 +22,7 @@ from wanforge import __version__
 from wanforge.configs.schema import ModelConfig, Recipe, Record
 from wanforge.engines.tensorfile import sha256_of
 from wanforge.errors import BundleError
+from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
 ENGINES = "engines/"
@@ -221,20 +222,6 @@ def remedy(name: str, root: Path) -> str:
     if name.startswith(ENGINES):
         return f"build it again with: wanforge build {root}"
     return "import the checkpoint again"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def graph_name(graph: str, dtype: object, has_constants: bool) -> str:

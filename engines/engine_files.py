@@ -6,10 +6,11 @@ from pathlib import Path
 
 import wanforge
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import ENGINES, Bundle, FileRecord, remedy, write_atomically
+from wanforge.engines.bundle import ENGINES, Bundle, FileRecord, remedy
 from wanforge.errors import BundleError
 from wanforge.plugins.tensorrt_library import FLAVOURS, installed_version
 from wanforge.plugins.tensorrt_plugin import OPS
+from wanforge.whole_file import write_atomically
 
 NO_PLUGINS = "none"
 PACKAGE = Path(wanforge.__file__).parent

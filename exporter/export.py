@@ -15,13 +15,13 @@ from wanforge.engines.bundle import (
     components,
     dit_component,
     graph_name,
-    write_atomically,
 )
 from wanforge.engines.tensorfile import read_header
 from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph
 from wanforge.exporter.whole_network import whole_network
 from wanforge.runtime.graphs import Graph, graphs
+from wanforge.whole_file import write_atomically
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -25,6 +25,7 @@ from wanforge import __version__
 from wanforge.configs.schema import Record
 from wanforge.errors import ResourceError
 from wanforge.plugins.launch import PARSING, Constant, Launch, Specialisation
+from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT: Literal[1] = 1
@@ -132,13 +133,13 @@ class Store:
     def add(self, cubin: Cubin, code: bytes) -> None:
         """Keep a cubin in place of the one of the same key; the manifest changes last."""
         with self._locked():
-            _write(self.folder / cubin.file, code)
+            write_atomically(self.folder / cubin.file, code)
             cubins = self.cubins()
             replaced = cubins.get(cubin.key)
             cubins[cubin.key] = cubin
             ordered = sorted(cubins.values(), key=lambda cubin: (cubin.kernel, cubin.sm, cubin.key))
             data = msgspec.json.encode(Manifest(FORMAT, f"wanforge {__version__}", ordered))
-            _write(self.folder / MANIFEST, msgspec.json.format(data, indent=1))
+            write_atomically(self.folder / MANIFEST, msgspec.json.format(data, indent=1))
             if replaced is not None and replaced.file != cubin.file:
                 (self.folder / replaced.file).unlink(missing_ok=True)
 
@@ -148,19 +149,6 @@ class Store:
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def source_hash(op: str) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
-from wanforge.engines.bundle import TOKENIZER, Bundle, write_atomically
+from wanforge.engines.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError, ResourceError
 from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.backends.base import Backend, Session
@@ -29,6 +29,7 @@ from wanforge.runtime.reference.sampler import Step, gaussian, sample, schedule
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
 from wanforge.runtime.text import Tokenizer
+from wanforge.whole_file import write_atomically
 
 SEEDS = 1 << 64
 """Seeds that the generator tells apart: 0 up to this."""

@@ -18,7 +18,6 @@ from wanforge.engines.bundle import (
     components,
     dit_component,
     weights_name,
-    write_atomically,
 )
 from wanforge.engines.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
@@ -27,6 +26,7 @@ from wanforge.exporter.checkpoint.names import has_sla, is_quantised, looks_like
 from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
 from wanforge.runtime.text import Tokenizer, find_tokenizer
+from wanforge.whole_file import write_atomically
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 BAND = 8 * TILE

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanforge.configs.schema import ModelConfig
-from wanforge.engines.bundle import dit_component, write_atomically
+from wanforge.engines.bundle import dit_component
 from wanforge.engines.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+from wanforge.whole_file import write_atomically
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

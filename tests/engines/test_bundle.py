@@ -23,9 +23,9 @@ from wanforge.engines.bundle import (
     dit_component,
     graph_name,
     weights_name,
-    write_atomically,
 )
 from wanforge.errors import BundleError
+from wanforge.whole_file import write_atomically
 
 VAE, GRAPH = weights_name("vae"), "onnx/fp32/stem.onnx"
 CONTENT = {VAE: b"v" * 1000, GRAPH: b"graph"}
