@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from wanforge.configs.schema import ClipShape, ModelConfig, Recipe, selected_blocks
+from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
 from wanforge.engines.builder import Built, Job, Range, build
 from wanforge.engines.bundle import Bundle, graph_name, weights_name
 from wanforge.engines.engine_files import engine_key, engine_name, is_current, write_engine
@@ -73,7 +73,7 @@ def sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape) -> dict[str, Size
         **{name: Sizes(n, n, n) for name, n in fixed.items()},
         "prompt_tokens": Sizes(1, min(USUAL_PROMPT, rows), rows),
         "context_rows": Sizes(1, min(USUAL_PROMPT, rows), rows),
-        "slots": Sizes(1, 1 if blocks is None else selected_blocks(model.topk, keys), keys),
+        "slots": Sizes(1, max(1, int(model.topk * keys)), keys),
     }
 
 

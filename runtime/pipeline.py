@@ -136,7 +136,9 @@ class Pipeline:
         job = Job(request, ids, schedule(num_steps, sigma_max, sampler.boundary), slots)
         if request.noise is not None:
             check_noise(request.noise, self.latent_shape(request.shape), job.noise_names)
-        self._check_memory(request.shape)
+        if self.backend.device.type == "cpu":
+            self._check_memory(request.shape)
+        self.backend.prepare(request.shape)
         return job
 
     def _check_memory(self, shape: ClipShape) -> None:

@@ -6,6 +6,7 @@ of launches. A backend only binds and launches; what is computed once and what a
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from wanforge.configs.schema import ClipShape, ModelConfig
 from wanforge.engines.bundle import dit_component
@@ -48,10 +49,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The buffers and programs of one stage."""
+    """The buffers and programs of one stage; the programs in the order in which a request runs them."""
 
+    stage: str
     buffers: Mapping[str, BufferSpec]
     programs: Mapping[str, tuple[Launch, ...]]
+
+    def launches(self) -> Iterator[Launch]:
+        """Every launch of every program, in order."""
+        return chain.from_iterable(self.programs.values())
 
 
 class _Builder:
@@ -97,7 +103,7 @@ def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens
         here, there = f"hidden.{layer % 2}", f"hidden.{(layer + 1) % 2}"
         launches.append(build.launch("text_block", [here, "buckets"], [there], component, f"blocks.{layer}."))
     launches.append(build.launch("text_final", [f"hidden.{layers % 2}"], ["embedding"], component))
-    return Schedule(build.buffers, {"text": tuple(launches)})
+    return Schedule("text", build.buffers, {"text": tuple(launches)})
 
 
 def denoise_schedule(
@@ -145,7 +151,7 @@ def denoise_schedule(
             launches.append(build.launch("block", inputs, outputs, dit, f"blocks.{layer}."))
         launches.append(build.launch("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
         programs[f"step.{index}"] = tuple(launches)
-    return Schedule(build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
+    return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
 
 
 def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
@@ -160,7 +166,7 @@ def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Sc
     for side in (0, 1):
         inputs, outputs = [chunk_in, *caches[side]], [chunk_out, *caches[1 - side]]
         programs[f"next.{side}"] = (build.launch(following.name, inputs, outputs, "vae"),)
-    return Schedule(build.buffers, programs)
+    return Schedule(half, build.buffers, programs)
 
 
 def context_rows(prompt_tokens: int, rows: int, tile: int) -> tuple[list[int], list[int]]:

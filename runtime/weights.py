@@ -1,6 +1,7 @@
 """A bundle's weights as tensors that are the mapped file itself: nothing is read before it is used, nothing copied."""
 
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from wanforge.engines.bundle import Bundle, components, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.errors import BundleError
+from wanforge.runtime.schedule import Launch
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
@@ -19,6 +21,7 @@ class Weights:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._mapped: dict[str, dict[str, Tensor]] = {}
+        self._mapping = Lock()
 
     def files(self) -> list[str]:
         """Every component's file, by path in the bundle."""
@@ -26,9 +29,14 @@ class Weights:
 
     def component(self, name: str) -> dict[str, Tensor]:
         """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
-        if name not in self._mapped:
-            self._mapped[name] = map_tensors(self.bundle.weights(name))
+        with self._mapping:  # a second mapping would take the first from under whoever has its address
+            if name not in self._mapped:
+                self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
+
+    def of(self, launch: Launch, name: str) -> Tensor:
+        """A launch's weight by its name in the graph."""
+        return self.component(launch.component)[launch.prefix + name]
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,15 +1,14 @@
 """What a backend is, and the session that runs a schedule on one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wanforge.runtime.graphs import ElementType
+from wanforge.configs.schema import ClipShape
+from wanforge.runtime.arena import Bound, Memory
 from wanforge.runtime.schedule import Launch, Ref, Schedule
-
-Bound = Callable[[], None]
 
 
 class Backend(Protocol):
@@ -19,33 +18,43 @@ class Backend(Protocol):
     device: torch.device
     dtype: torch.dtype
     """Compute type."""
+    memory: Memory
 
     def files(self) -> list[str]:
         """What of the bundle it opens, by path in it."""
         ...
 
+    def prepare(self, clip: ClipShape) -> None:
+        """Make ready for requests for this size and length of clip.
+
+        Raises:
+            ResourceError: there is too little memory for it.
+            BundleError: the bundle lacks what it takes.
+        """
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""
         ...
+
+    def program(self, schedule: Schedule, name: str, launches: Sequence[Bound]) -> list[Bound]:
+        """A program of bound launches as the backend would run it: one by one, or as one."""
+        return list(launches)
 
 
 class Session:
     """The buffers of one schedule on one backend, and its programs bound to them.
 
-    Buffers live as long as the session, at fixed addresses; launches are bound the first time a program runs.
+    Buffers live as long as the session, at fixed addresses; launches are bound the first time a program runs. Where
+    memory is shared between stages, a session that is made ends the one before.
     """
 
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
         self.backend, self.schedule = backend, schedule
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = backend.memory.enter(schedule)
         self._bound: dict[str, list[Bound]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """A buffer, to fill or to read."""
-        if name not in self._buffers:
-            spec = self.schedule.buffers[name]
-            dtype = element_type(spec.dtype, self.backend.dtype)
-            self._buffers[name] = torch.empty(spec.shape, dtype=dtype, device=self.backend.device)
         return self._buffers[name]
 
     def run(self, program: str) -> None:
@@ -56,21 +65,15 @@ class Session:
     def bound(self, program: str) -> list[Bound]:
         """A program's launches, ready to call one by one."""
         if program not in self._bound:
-            self._bound[program] = [
+            launches = [
                 self.backend.bind(
                     launch, [self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs]
                 )
                 for launch in self.schedule.programs[program]
             ]
+            guarded = self.backend.memory.guarded(self.schedule, program, launches)
+            self._bound[program] = self.backend.program(self.schedule, program, guarded)
         return self._bound[program]
 
     def _view(self, ref: Ref) -> Tensor:
         return self[ref.buffer] if ref.index is None else self[ref.buffer][ref.index]
-
-
-def element_type(name: ElementType, compute: torch.dtype) -> torch.dtype:
-    """The type behind a port's or buffer's element type."""
-    if name == "compute":
-        return compute
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

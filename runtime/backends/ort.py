@@ -6,10 +6,14 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import Bundle, graph_name
 from wanforge.errors import BundleError
-from wanforge.runtime.backends.base import Bound
+from wanforge.runtime.arena import Arena, Bound, Memory, Unbounded
+from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory_plan import plan_request
+from wanforge.runtime.residency import ThreadMover
 from wanforge.runtime.schedule import Launch
 from wanforge.runtime.weights import Weights
 
@@ -25,17 +29,25 @@ ELEMENT_TYPES = {
 FATAL = 4
 
 
-class OrtBackend:
-    """ONNX Runtime's CPU provider. It has no bfloat16 arithmetic, so graphs are float32 or float16."""
+class OrtBackend(Backend):
+    """ONNX Runtime's CPU provider. It has no bfloat16 arithmetic, so graphs are float32 or float16.
+
+    Args:
+        budget: bytes that weights and buffers may take; by default weights are where the bundle is mapped, all of them.
+            What ONNX Runtime takes for intermediate tensors comes on top.
+    """
 
     name = "ort"
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None) -> None:
         if dtype == torch.bfloat16:
             raise BundleError("ONNX Runtime computes in float32 or float16 on a CPU, not in bfloat16")
         self.bundle, self.device, self.dtype = bundle, torch.device("cpu"), dtype or torch.float32
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
+        self.budget = budget
+        self.memory: Memory = Unbounded(self.device, self.dtype, self.weights.of)
+        self._clip: ClipShape | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
 
     def files(self) -> list[str]:
@@ -56,15 +68,23 @@ class OrtBackend:
             self._sessions[name] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         return self._sessions[name]
 
+    def prepare(self, clip: ClipShape) -> None:
+        if self.budget is None or clip == self._clip:
+            return
+        plan = plan_request(self.bundle, self.graphs, clip, {}, self.dtype.itemsize, self.budget)
+        self.memory = Arena(
+            plan, self.device, self.dtype, lambda slots: ThreadMover(slots, self.weights.component), self.weights.of
+        )
+        self._clip = clip
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         graph, session = self.graphs[launch.graph], self.session(launch.graph)
         binding = session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
             bind(binding.bind_input, port.name, buffer)
         if not graph.has_constants:
-            stored = self.weights.component(launch.component)
-            for name in graph.weights:
-                bind(binding.bind_input, name, stored[launch.prefix + name])
+            for name, weight in self.memory.weights(launch, graph.weights).items():
+                bind(binding.bind_input, name, weight)
         for port, buffer in zip(graph.outputs, outputs, strict=True):
             bind(binding.bind_output, port.name, buffer)
         return lambda: session.run_with_iobinding(binding)

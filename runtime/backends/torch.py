@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle import Bundle
-from wanforge.runtime.backends.base import Bound
+from wanforge.runtime.arena import Bound, Unbounded
+from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.schedule import Launch
 from wanforge.runtime.weights import Weights
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     """PyTorch, eager, on the CPU."""
 
     name = "torch"
@@ -21,17 +22,18 @@ class TorchBackend:
         self.device, self.dtype = torch.device("cpu"), dtype or torch.float32
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
+        self.memory = Unbounded(self.device, self.dtype, self.weight)
 
     def files(self) -> list[str]:
         return self.weights.files()
 
-    def weight(self, component: str, name: str) -> Tensor:
-        """One tensor of the bundle, where it is computed with."""
-        return self.weights.component(component)[name]
+    def weight(self, launch: Launch, name: str) -> Tensor:
+        """One of a launch's weights, where it is computed with."""
+        return self.weights.of(launch, name)
 
     def state(self, launch: Launch) -> dict[str, Tensor]:
         """The weights of a launch, named as in its graph."""
-        return {n: self.weight(launch.component, launch.prefix + n) for n in self.graphs[launch.graph].weights}
+        return self.memory.weights(launch, self.graphs[launch.graph].weights)
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         graph, state = self.graphs[launch.graph], self.state(launch)

@@ -1,0 +1,33 @@
+"""Bundles of published size without their weights: the files' headers, and nothing behind them but a hole. Enough to
+export and to compile, for neither reads a weight that is an input of its graph."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.engines.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
+from wanforge.engines.tensorfile import encode_header
+from wanforge.exporter.checkpoint.layout import layout
+
+
+def skeleton(root: Path, model: ModelConfig, recipe: Recipe) -> Bundle:
+    """A bundle of a model's size. Its VAE, whose graphs do read weights, holds small random numbers."""
+    files = {}
+    for component in components(model):
+        name, tensors = weights_name(component), layout(component, model, recipe)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(spec.nbytes for spec in tensors.values())
+        with path.open("wb") as file:
+            file.write(header := encode_header(tensors, {}))
+            if component == "vae":
+                assert {spec.dtype for spec in tensors.values()} == {"F32"}
+                file.write(np.random.default_rng(0).normal(0, 0.02, size // 4).astype("<f4").tobytes())
+            file.truncate(len(header) + size)
+        files[name] = FileRecord(hashlib.sha256(header).hexdigest(), path.stat().st_size)
+    (root / TOKENIZER).parent.mkdir()
+    (root / TOKENIZER).write_text("{}")
+    files[TOKENIZER] = FileRecord(hashlib.sha256(b"{}").hexdigest(), 2)
+    return Bundle.create(root, model, recipe, files)
