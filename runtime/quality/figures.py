@@ -1,0 +1,105 @@
+"""What TinyWan draws: colours, shapes, directions and speeds by name, and shapes as signed distances.
+
+Letters: H W rows and columns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Field = NDArray[np.floating[Any]]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "yellow": (225, 215, 40),
+    "green": (40, 190, 50),
+    "cyan": (40, 200, 215),
+    "blue": (45, 65, 225),
+    "purple": (190, 50, 205),
+}
+"""Sixty degrees of hue apart, so that a colour can be told from its hue alone."""
+
+DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+"""Steps along x and y; y grows downwards."""
+
+SPEEDS: dict[str, float] = {"slowly": 1.0, "": 2.1, "quickly": 3.3}
+"""Pixels per frame by adverb."""
+
+SPEED_BORDERS = (1.5, 2.65)
+"""Between slow, ordinary and quick."""
+
+RING_HOLE = 0.5
+"""Inner radius of a ring over its outer one."""
+
+
+def circle(x_HW: Field, y_HW: Field) -> Field:
+    return np.hypot(x_HW, y_HW) - 1
+
+
+def square(x_HW: Field, y_HW: Field) -> Field:
+    return np.maximum(np.abs(x_HW), np.abs(y_HW)) - 0.9
+
+
+def triangle(x_HW: Field, y_HW: Field) -> Field:
+    """Equilateral, upright, around its centroid."""
+    inner = 0.62
+    slope = 3**0.5 / 2 * np.abs(x_HW) - 0.5 * y_HW
+    return np.maximum(slope, y_HW) - inner
+
+
+def ring(x_HW: Field, y_HW: Field) -> Field:
+    middle, half = (1 + RING_HOLE) / 2, (1 - RING_HOLE) / 2
+    return np.abs(np.hypot(x_HW, y_HW) - middle) - half
+
+
+SHAPES: dict[str, Callable[[Field, Field], Field]] = {
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+    "ring": ring,
+}
+"""Signed distance from the outline, negative inside, of a shape of radius about one at the origin."""
+
+AREAS: dict[str, float] = {
+    "circle": np.pi,
+    "square": 1.8**2,
+    "triangle": 3 * 3**0.5 * 0.62**2,
+    "ring": np.pi * (1 - RING_HOLE**2),
+}
+"""Areas of these."""
+
+
+def coverage(shape: str, centre_xy: tuple[float, float], radius: float, size_wh: tuple[int, int]) -> Field:
+    """How much of each pixel a shape covers, 0 to 1, ``[H, W]``: smooth over one pixel at the outline."""
+    width, height = size_wh
+    x_HW = (np.arange(width) + 0.5 - centre_xy[0])[None, :] / radius
+    y_HW = (np.arange(height) + 0.5 - centre_xy[1])[:, None] / radius
+    return np.clip(0.5 - radius * SHAPES[shape](x_HW, y_HW), 0, 1)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing that a prompt asks for.
+
+    Attributes:
+        speed: an adverb of `SPEEDS`; empty where the prompt does not say.
+    """
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str = ""
+
+
+def is_held_out(subject: Subject) -> bool:
+    """Whether a combination is never trained on: a quarter of them, such that every pair of colour and shape, colour
+    and direction, and shape and direction remains."""
+    places = (
+        list(COLOURS).index(subject.colour),
+        list(SHAPES).index(subject.shape),
+        list(DIRECTIONS).index(subject.direction),
+    )
+    return sum(places) % 4 == 0
