@@ -155,6 +155,7 @@ class Target(Record, frozen=True):
     sm: Annotated[int, Meta(ge=75)]
     vram_gib: Positive
     bandwidth_gbs: Positive
+    pcie_gbs: Positive
     bf16_tflops: Positive
     int8_tops: Positive
     fp8_tflops: float

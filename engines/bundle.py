@@ -49,6 +49,8 @@ class FileRecord(Record, frozen=True):
     """Where it came from, for people; never used to find anything."""
     key: dict[str, str] = msgspec.field(default_factory=dict)
     """For what is made from other things: a digest of each of them. Any difference means stale."""
+    facts: dict[str, int] = msgspec.field(default_factory=dict)
+    """What its maker learned of it, for those who use it."""
 
 
 class Manifest(Record, frozen=True):

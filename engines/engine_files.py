@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import wanforge
@@ -27,6 +28,7 @@ def engine_name(graph: str, sms: Sequence[int], clip: ClipShape | None) -> str:
     return f"{ENGINES}{folder}/{shape}{graph}.bf16.engine"
 
 
+@cache
 def plugin_digest() -> str:
     """Of the code that decides what a plugin does: an engine keeps its attributes and the size of its workspace."""
     folders = [PACKAGE / "plugins" / op for op in OPS]
@@ -63,7 +65,7 @@ def engine_key(
         "constants": f"{weights} {files[weights].sha256[:16]}" if weights else "",
         "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
         "recipe": bundle.recipe.name,
-        "profile": " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items())),
+        "profile": profile_text(profile),
     }
 
 
@@ -95,11 +97,54 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
     return found
 
 
-def write_engine(bundle: Bundle, name: str, plan: bytes, key: dict[str, str]) -> None:
+def profile_text(profile: Mapping[str, object]) -> str:
+    """The range of each named size, as a key has it."""
+    return " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items()))
+
+
+def write_engine(bundle: Bundle, name: str, plan: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
     """Put an engine in its place, whole, and then into the manifest."""
     write_atomically(bundle.root / name, plan)
-    record = FileRecord(hashlib.sha256(plan).hexdigest(), len(plan), source="wanforge build", key=key)
-    bundle.add({name: record})
+    digest = hashlib.sha256(plan).hexdigest()
+    bundle.add({name: FileRecord(digest, len(plan), source="wanforge build", key=key, facts=dict(facts))})
+
+
+def built_clips(bundle: Bundle) -> list[ClipShape]:
+    """Sizes and lengths of clip that a bundle has engines for."""
+    folders = {
+        name.split("/")[2] for name in bundle.manifest.files if name.startswith(ENGINES) and name.count("/") == 3
+    }
+    return [ClipShape(*map(int, folder.split("x"))) for folder in sorted(folders)]
+
+
+def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object]) -> str:
+    """The engine of a graph for an architecture and these sizes, by its path in the bundle.
+
+    Raises:
+        BundleError: there is none, or it is stale.
+    """
+    engines = {
+        name: record.key
+        for name, record in bundle.manifest.files.items()
+        if name.startswith(ENGINES) and record.key.get("onnx") == onnx
+    }
+    wanted = profile_text(profile)
+    fitting = [
+        name for name, key in engines.items() if str(sm) in key["architectures"].split() and key["profile"] == wanted
+    ]
+    stale = stale_engines(bundle)
+    current = [name for name in fitting if name not in stale]
+    if current:
+        return current[0]
+    if fitting:
+        raise BundleError(
+            f"{bundle.root}: {fitting[0]} is stale, {stale[fitting[0]]}; {remedy(fitting[0], bundle.root)}"
+        )
+    there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
+    raise BundleError(
+        f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
+        f"{'; '.join(sorted(there)) or 'none at all'}; run: wanforge build {bundle.root} --target sm_{sm}"
+    )
 
 
 def is_current(bundle: Bundle, name: str, key: Mapping[str, str]) -> bool:

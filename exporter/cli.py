@@ -7,6 +7,7 @@ import click
 
 from wanforge.configs.schema import load_model, load_recipe, named
 from wanforge.engines.bundle import Bundle, dit_component
+from wanforge.engines.engine_files import built_clips
 from wanforge.errors import CheckpointError, ConfigError, WanforgeError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
@@ -14,6 +15,7 @@ from wanforge.exporter.export import DTYPES
 from wanforge.exporter.export import export as export_bundle
 from wanforge.exporter.graph_key import graph_key
 from wanforge.runtime.inspection import describe, inspect_bundle
+from wanforge.runtime.memory_report import gpus_of, report, table
 from wanforge.runtime.progress import Bars
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -140,12 +142,14 @@ def export(bundle: Path, dtypes: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256.")
+@click.option("--plan", metavar="GPUS", help="What each clip there are engines for takes of these GPUs' memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
+def inspect(bundle: Path, verify: bool, plan: str | None, as_json: bool) -> None:
     """Show what a bundle holds, and what is missing, stale or damaged, and why.
 
     Exits with 1 where something is.
     """
+    gpus = gpus_of(plan) if plan else {}
     with Bars() as bars:
         opened = Bundle.open(bundle)
         try:
@@ -153,6 +157,10 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         except WanforgeError:
             key = None  # a weight file is missing or damaged, which the inspection reports
         found = inspect_bundle(opened, key=key, verify=verify, progress=bars.bytes_of)
-    click.echo(json.dumps(found.as_json()) if as_json else describe(found))
+    plans = [report(opened, clip, name, gpu) for clip in built_clips(opened) for name, gpu in gpus.items()]
+    if as_json:
+        click.echo(json.dumps({**found.as_json(), "plans": [one.as_json() for one in plans]}))
+    else:
+        click.echo("\n".join([describe(found), *([table(plans)] if plans else [])]))
     if found.problems:
         click.get_current_context().exit(1)

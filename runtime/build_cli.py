@@ -15,6 +15,7 @@ from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, flavour_fo
 from wanforge.runtime.cli import clip_shape, shape_options
 from wanforge.runtime.engine_plan import Engine, build_engines
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory_report import gpus_of, report, table
 from wanforge.runtime.progress import Bars
 
 FIRST_BF16_SM = 80
@@ -33,6 +34,7 @@ FIRST_BF16_SM = 80
 @click.option("--graph", "only", multiple=True, help="Only this graph, as inspect names it; repeatable.")
 @click.option("--no-plugins", is_flag=True, help="Compile the ops' ONNX bodies instead, for comparison: far slower.")
 @click.option("--kernels", is_flag=True, help="Compile what the plugins launch, too, into the cache of kernels.")
+@click.option("--plan", "show_plan", is_flag=True, help="Then show what a clip takes of each GPU's memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def build(
     bundle: Path,
@@ -43,6 +45,7 @@ def build(
     only: tuple[str, ...],
     no_plugins: bool,
     kernels: bool,
+    show_plan: bool,
     as_json: bool,
 ) -> None:
     """Compile a bundle's bf16 graphs into engines, for GPUs that need not be here.
@@ -56,6 +59,7 @@ def build(
       wanforge build turbo-1.3b --target rtx5090,rtx4090
     """
     sms = sms_of(targets)
+    gpus = gpus_of(targets) if show_plan else {}
     opened = Bundle.open(bundle)
     known = list(graphs(opened.model, opened.recipe))
     if unknown := [name for name in only if name not in known]:
@@ -71,15 +75,23 @@ def build(
             )
         except WanforgeError as error:
             failures.append(f"{', '.join(f'sm_{sm}' for sm in group)}: {error}")
+    plans = []
+    for name, gpu in gpus.items():
+        try:
+            plans.append(report(opened, clip, name, gpu))
+        except WanforgeError as error:
+            failures.append(f"no plan for {name}: {error}")
     if as_json:
-        report = {"engines": [asdict(engine) for engine in engines], "failures": failures}
-        click.echo(json.dumps({**report, "seconds": perf_counter() - start}))
+        made = {"engines": [asdict(engine) for engine in engines], "plans": [plan.as_json() for plan in plans]}
+        click.echo(json.dumps({**made, "failures": failures, "seconds": perf_counter() - start}))
     elif engines:
         size, built = sum(engine.bytes for engine in engines), sum(not engine.is_cached for engine in engines)
         click.echo(
             f"{bundle}: {built} built, {len(engines) - built} up to date, {size / 1e6:.2f} MB, "
             f"{perf_counter() - start:.1f} s"
         )
+    if plans and not as_json:
+        click.echo(table(plans))
     for engine in engines:
         for fault in engine.faults:
             click.echo(f"WARNING: {engine.name}: {fault}", err=True)
@@ -104,13 +116,13 @@ def build_group(
         check_gpu(sms)
     with Bars(quiet=not show) as bars:
 
-        def report(engine: Engine) -> None:
+        def show_line(engine: Engine) -> None:
             bars.close()
             if show:
                 click.echo(line(engine))
 
         return build_engines(
-            bundle, clip, library, sms, only=only, plugins=plugins, kernels=kernels, progress=bars, done=report
+            bundle, clip, library, sms, only=only, plugins=plugins, kernels=kernels, progress=bars, done=show_line
         )
 
 

@@ -82,6 +82,11 @@ def names_in(ports: Iterable[Port]) -> set[str]:
     return {name for port in ports for dim in port.shape if isinstance(dim, Size) for name in dim.names}
 
 
+def profile(graph: Graph, known: Mapping[str, Sizes]) -> dict[str, Sizes]:
+    """The sizes that a graph's inputs depend on."""
+    return {name: known[name] for name in sorted(names_in(graph.inputs))}
+
+
 def ranges(graph: Graph, known: Mapping[str, Sizes]) -> dict[str, Range]:
     """The shapes of a graph's dynamic inputs."""
     least, usual, most = ({name: getattr(n, part) for name, n in known.items()} for part in ("least", "usual", "most"))
@@ -156,14 +161,20 @@ def build_engines(
         launches: list[Launch] = []
         has_kernels = kernels and plugins and expected_plugins(graph.name, bundle.recipe) > 0
         if not has_kernels and is_current(bundle, name, key):
-            engine = Engine(name, graph.name, tuple(sms), bundle.manifest.files[name].bytes, is_cached=True)
+            record = bundle.manifest.files[name]
+            engine = Engine(name, graph.name, tuple(sms), record.bytes, 0.0, *facts_of(record.facts), is_cached=True)
         else:
             check_memory(graph.name, job)
             if plugins and expected_plugins(graph.name, bundle.recipe):
                 check_plugins(library.flavour, job.onnx)
             title, start = f"{graph.name} ({index} of {len(wanted)})", perf_counter()
             built = build(library, job, sms, plugins=plugins, progress=phases(progress, title))
-            write_engine(bundle, name, built.plan, key)
+            facts = {
+                "layers": len(built.layers),
+                "plugins": built.plugin_nodes,
+                "activation_bytes": built.activation_bytes,
+            }
+            write_engine(bundle, name, built.plan, key, facts)
             seconds = perf_counter() - start
             if has_kernels:
                 launches = built.launches(sms)
@@ -174,15 +185,18 @@ def build_engines(
                 tuple(sms),
                 len(built.plan),
                 seconds,
-                len(built.layers),
-                built.plugin_nodes,
-                built.activation_bytes,
+                *facts_of(facts),
                 faults=faults(built, graph.name, bundle.recipe, plugins=plugins),
                 kernels=len({launch.specialisation for launch in launches}),
             )
         made.append(engine)
         done(engine)
     return made
+
+
+def facts_of(facts: Mapping[str, int]) -> tuple[int, int, int]:
+    """Layers, plugins and bytes of intermediate tensors of an engine, as `Engine` has them."""
+    return facts["layers"], facts["plugins"], facts["activation_bytes"]
 
 
 def phases(progress: Callable[[str, int, int], object], title: str) -> Callable[[str, int, int], object]:
@@ -211,7 +225,7 @@ def plan(
         onnx=onnx,
         weights=weights,
         has_plugins=plugins and expected_plugins(graph.name, bundle.recipe) > 0,
-        profile={name: known[name] for name in used},
+        profile=profile(graph, known),
     )
     constant_bytes = bundle.manifest.files[weights].bytes if weights else 0
     job = Job(bundle.path(onnx), ranges(graph, known), constant_bytes)

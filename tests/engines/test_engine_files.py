@@ -56,7 +56,7 @@ def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[
 def name(bundle: Bundle) -> str:
     """An engine in the bundle."""
     name = engine_name("block", [120, 89], CLIP)
-    write_engine(bundle, name, b"plan", key(bundle))
+    write_engine(bundle, name, b"plan", key(bundle), {})
     return name
 
 
@@ -104,7 +104,7 @@ def test_where_nothing_is_installed_no_version_is_wrong(
 
 def test_other_plugins_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without = engine_name("stem", [89], CLIP)
-    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False))
+    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False), {})
     monkeypatch.setattr(engine_files, "plugin_digest", lambda: "another")
     assert stale_engines(bundle) == {name: "the plugins changed"}
 
@@ -118,7 +118,7 @@ def test_another_graph_or_recipe_makes_it_stale(bundle: Bundle, name: str) -> No
 
 def test_other_weights_make_an_engine_that_holds_them_stale(bundle: Bundle) -> None:
     weights, name = "weights/vae.safetensors", "engines/sm_89/vae.bf16.engine"
-    write_engine(bundle, name, b"plan", key(bundle, weights=weights))
+    write_engine(bundle, name, b"plan", key(bundle, weights=weights), {})
     assert stale_engines(bundle) == {}
     bundle.add({weights: msgspec.structs.replace(bundle.manifest.files[weights], sha256="0" * 64)})
     assert stale_engines(bundle) == {name: f"{weights} changed"}
