@@ -1,7 +1,7 @@
 """The memory of buffers and weights while a request runs: as much as they like, or an arena laid out by a plan."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -84,15 +84,10 @@ class Arena:
         self.bytes = memory[start : start + plan.arena_bytes]
         self.slots = [self.bytes[offset : offset + size] for offset, size in plan.places]
         self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
-        self._entered: Schedule | None = None
-
-    @property
-    def workspace(self) -> Tensor:
-        """What intermediate tensors share; it is as large as the stage that runs says."""
-        return self.bytes
+        self.entered: Schedule | None = None
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
-        self._entered = schedule
+        self.entered = schedule
         self.residency.evict(self.plan.overrun(schedule.stage))
         self.residency.begin(self.residency.turns(schedule))
         offsets = self.plan.buffer_offsets(schedule, self.dtype.itemsize)
@@ -117,13 +112,22 @@ class Arena:
     def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
         turns = iter(self.residency.turns(schedule))
         of_program = {name: [next(turns) for _ in each] for name, each in schedule.programs.items()}[program]
+        return [Guarded(self, schedule, turn, launch) for turn, launch in zip(of_program, launches, strict=True)]
 
-        def run(turn: Turn, launch: Bound) -> None:
-            if self._entered is not schedule:
-                raise RuntimeError(f"the memory of {schedule.stage} has gone to another stage since")
-            self.residency.run(turn, launch)
 
-        return [partial(run, turn, launch) for turn, launch in zip(of_program, launches, strict=True)]
+@dataclass(frozen=True)
+class Guarded:
+    """A launch that finds its weights in their slot."""
+
+    arena: Arena
+    schedule: Schedule
+    turn: Turn
+    bound: Bound
+
+    def __call__(self) -> None:
+        if self.arena.entered is not self.schedule:
+            raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage since")
+        self.arena.residency.run(self.turn, self.bound)
 
 
 def element_type(name: ElementType, compute: torch.dtype) -> torch.dtype:

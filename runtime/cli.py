@@ -30,7 +30,14 @@ BACKEND = click.option(
     type=click.Choice(list(BACKENDS)),
     default="ort",
     show_default=True,
-    help="ort: ONNX Runtime. torch: the reference. kernels: its blocks as kernels, interpreted where there is no GPU.",
+    help="ort: ONNX Runtime. torch: the reference. kernels: its blocks as kernels, interpreted where there is no GPU. "
+    "trt: TensorRT, on a GPU that engines were built for.",
+)
+MEMORY = click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    help="GB to keep to; weights that do not fit are streamed. trt: of the GPU, all that is free by default. ort: for "
+    "weights and buffers. The others have no such limit.",
 )
 IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
@@ -98,6 +105,7 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     "--save-noise", type=FILE, help="Write the noise that the seed stands for; numbered where there are several."
 )
 @BACKEND
+@MEMORY
 @JSON
 def generate(
     bundle: Path,
@@ -118,6 +126,7 @@ def generate(
     noise: Path | None,
     save_noise: Path | None,
     backend: str,
+    memory: float | None,
     as_json: bool,
 ) -> None:
     """Make a video from a prompt, or from an image and a prompt.
@@ -132,7 +141,8 @@ def generate(
     lines = read_prompts(prompt_file) if prompt_file is not None else [PromptLine(prompt or "")]
     with Bars() as bars:
         verify(opened, [backend], bars)
-        pipeline = Pipeline(opened, create_backend(backend, opened))
+        budget = None if memory is None else memory * 1e9
+        pipeline = Pipeline(opened, create_backend(backend, opened, budget=budget))
         jobs, wanted = [], []
         for line in lines:
             picture = image if line.image is None else Path(line.image)

@@ -13,6 +13,7 @@ replaces the other; layers pass through the two slots as well, all but as many a
 that those that stay give the others time to arrive.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +79,12 @@ class MemoryPlan:
     def overrun(self, stage: str) -> list[int]:
         """The slots that a stage runs over."""
         return [slot for slot, (offset, _) in enumerate(self.places) if offset < self.stages[stage].extent]
+
+    def returning(self) -> frozenset[GroupName]:
+        """Groups that are copied once and again: they share a slot, or a stage runs over it."""
+        tenants = Counter(self.slots.values())
+        lost = {slot for stage in self.stages for slot in self.overrun(stage)}
+        return frozenset(name for name, slot in self.slots.items() if tenants[slot] > 1 or slot in lost)
 
     def peak_bytes(self, stage: str) -> int:
         """Of the arena, while a stage runs: what it needs itself, and the weights that stay."""

@@ -1,4 +1,4 @@
-"""What a clip takes of a GPU's memory, for GPUs that need not be here: engines say what they use, the rest is counted."""
+"""What a clip takes of a GPU's memory, for GPUs that need not be here: engines say what they use, we count the rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ def gpus_of(targets: str) -> dict[str, Target]:
     Raises:
         ConfigError: a name is none.
     """
-    known, found = load_targets(), {}
+    known, found = load_targets(), dict[str, Target]()
     for wanted in (name.strip() for name in targets.split(",")):
         fitting = {name: gpu for name, gpu in known.items() if wanted in (name, f"sm_{gpu.sm}")}
         if not fitting:

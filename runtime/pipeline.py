@@ -154,7 +154,8 @@ class Pipeline:
         """Run a request up to its clean latents, float64 ``[1, 16, F, H, W]``."""
         denoiser = self.denoiser(job, timings, progress)
         with timings.stage("denoise"):
-            return sample(denoiser, job.steps, self.noise(job), ode=job.request.ode)
+            noise = (each.to(self.backend.device) for each in self.noise(job))
+            return sample(denoiser, job.steps, noise, ode=job.request.ode).cpu()
 
     def denoiser(self, job: Job, timings: Timings, progress: Progress = lambda *_: None) -> "Denoiser":
         """Embed the prompt, encode the image, and compute whatever the steps share."""
@@ -169,7 +170,7 @@ class Pipeline:
 
     def embed(self, ids: list[int], progress: Progress = lambda *_: None) -> Tensor:
         """An embedded prompt ``[1, 512, E]``, zeros after its own rows."""
-        session = Session(self.backend, text_schedule(self.model, self.graphs, len(ids)))
+        session = self.backend.session(text_schedule(self.model, self.graphs, len(ids)))
         session["ids"].copy_(torch.tensor([ids]))
         session["buckets"].copy_(position_buckets(len(ids), self.model.text_encoder))
         run(session, "text", "text", progress)
@@ -177,7 +178,7 @@ class Pipeline:
 
     def encode_image(self, path: Path, shape: ClipShape, progress: Progress = lambda *_: None) -> Tensor:
         """The 20 channels that an image-to-video denoiser is conditioned on, in the compute type."""
-        session = Session(self.backend, vae_schedule(self.graphs, shape, "encode"))
+        session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
         first = to_pixels(open_image(path), shape.width_px, shape.height_px)
         session["first_pixels"].copy_(first[:, :, None])
         session["pixels"].zero_()
@@ -203,7 +204,7 @@ class Pipeline:
         self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = lambda *_: None
     ) -> Iterator[Tensor]:
         """Decode latents frame by frame: uint8 ``[H, W, 3]``, as they come."""
-        session = Session(self.backend, vae_schedule(self.graphs, shape, "decode"))
+        session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
         for index, program, output in chunks(shape.latent_frames, "pixels"):
             with timings.stage("decode"):
                 source = session["first_latent" if index == 0 else "latent"]
@@ -228,18 +229,13 @@ class Denoiser:
         timings: Timings,
         progress: Progress,
     ) -> None:
-        self.shape, self.channels, self.timings, self.progress = (
-            job.request.shape,
-            channels,
-            timings,
-            progress,
-        )
+        self.backend, self.shape, self.timings, self.progress = pipeline.backend, job.request.shape, timings, progress
+        self.channels = None if channels is None else channels.to(self.backend.device)
         model = pipeline.model
         tile = TILE if pipeline.recipe.linear == "w8a8" else 1
-        kept, counts = context_rows(len(job.ids), model.dit.text_rows, tile)
+        kept, counts = context_rows(len(job.ids), model.dit.text_rows, tile, pipeline.backend.text_rows_multiple)
         experts = [step.expert for step in job.steps]
-        self.session = session = Session(
-            pipeline.backend,
+        self.session = session = pipeline.backend.session(
             denoise_schedule(model, pipeline.graphs, self.shape, experts, context_rows=len(kept), slots=job.slots),
         )
         session["text"].copy_(text)
@@ -257,11 +253,12 @@ class Denoiser:
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         start = time.perf_counter()
         session = self.session
-        x = latents.to(session["patches"].dtype)
+        x = latents.to(self.backend.device, self.backend.dtype)
         x = x if self.channels is None else torch.cat((x, self.channels), 1)
         session["patches"].copy_(patchify(x))
         run(session, f"step.{step.index}", f"step {step.index + 1}", self.progress)
-        velocity = unpatchify(session["velocity"].cpu(), self.shape.grid)
+        velocity = unpatchify(session["velocity"], self.shape.grid).to(latents.device)
+        self.backend.synchronise()
         self.timings.steps.append(time.perf_counter() - start)
         return velocity
 

@@ -213,6 +213,15 @@ class Residency:
         if turn.follower is not None:
             self._fetch(slot, turn.follower)
 
+    def run_settled(self, turns: Iterable["Turn"], launch: Callable[[], None]) -> None:
+        """Run launches that `are_settled` all at once."""
+        slots = {self.slots[turn.group] for turn in turns if turn.group is not None}
+        for slot in slots:
+            self.mover.wait(slot)
+        launch()
+        for slot in slots:
+            self.mover.release(slot)
+
     def are_settled(self, turns: Iterable["Turn"]) -> bool:
         """Whether these launches find all their weights in place and copy nothing, now and when they are repeated."""
         return all(

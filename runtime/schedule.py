@@ -169,12 +169,15 @@ def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Sc
     return Schedule(half, build.buffers, programs)
 
 
-def context_rows(prompt_tokens: int, rows: int, tile: int) -> tuple[list[int], list[int]]:
+def context_rows(prompt_tokens: int, rows: int, tile: int, multiple: int = 1) -> tuple[list[int], list[int]]:
     """Which rows of the padded text differ, and how often each occurs.
 
     The rows after the prompt are equal, so attention sees one of them, weighted by their number. Where the linears
     quantise by tiles of `tile` rows, padding that shares a tile with the prompt comes out apart from padding that
     fills tiles of its own; both are kept. Exact: softmax over equal keys adds up.
+
+    Args:
+        multiple: of how many rows there are to be; those that fill up occur 0 times, so that attention gives them none.
     """
     border = min(rows, -(-prompt_tokens // tile) * tile)
     kept, counts = list(range(prompt_tokens)), [1] * prompt_tokens
@@ -182,4 +185,5 @@ def context_rows(prompt_tokens: int, rows: int, tile: int) -> tuple[list[int], l
         if stop > start:
             kept.append(start)
             counts.append(stop - start)
-    return kept, counts
+    filling = min(rows, -(-len(kept) // multiple) * multiple) - len(kept)
+    return kept + [0] * filling, counts + [0] * filling

@@ -11,23 +11,33 @@ if TYPE_CHECKING:
     from wanforge.engines.bundle import Bundle
     from wanforge.runtime.backends.base import Backend
 
-BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend", "kernels": "KernelsBackend"}
+BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend", "kernels": "KernelsBackend", "trt": "TrtBackend"}
+BOUNDED = ("ort", "trt")
+"""Those that keep to a budget of memory."""
 
 
-def create_backend(name: str, bundle: "Bundle", dtype: torch.dtype | None = None) -> "Backend":
+def create_backend(
+    name: str, bundle: "Bundle", dtype: torch.dtype | None = None, budget: float | None = None
+) -> "Backend":
     """A backend over a bundle.
 
     Args:
-        name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime) or ``kernels`` (the reference with the denoiser's
-            blocks as kernels).
+        name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime), ``trt`` (TensorRT) or ``kernels`` (the reference
+            with the denoiser's blocks as kernels).
         dtype: compute type of the run; float32 unless it says otherwise, and bfloat16 on a GPU.
+        budget: bytes of memory to keep to, by streaming weights where they are more; only for some.
 
     Raises:
-        ConfigError: there is no such backend.
+        ConfigError: there is no such backend, or it keeps to no budget.
         BundleError: the bundle lacks what the backend needs.
     """
     if name not in BACKENDS:
         raise ConfigError(f"no backend is called {name!r}; known: {', '.join(BACKENDS)}")
     module = import_module(f"wanforge.runtime.backends.{name}")
-    backend: Backend = getattr(module, BACKENDS[name])(bundle, dtype)
-    return backend
+    if budget is None:
+        backend: Backend = getattr(module, BACKENDS[name])(bundle, dtype)
+        return backend
+    if name not in BOUNDED:
+        raise ConfigError(f"the backend {name} keeps to no budget of memory; {' and '.join(BOUNDED)} do")
+    bounded: Backend = getattr(module, BACKENDS[name])(bundle, dtype, budget)
+    return bounded

@@ -19,6 +19,8 @@ class Backend(Protocol):
     dtype: torch.dtype
     """Compute type."""
     memory: Memory
+    text_rows_multiple: int = 1
+    """Rows of text that are attended to are filled up to a multiple of this, with rows of no weight."""
 
     def files(self) -> list[str]:
         """What of the bundle it opens, by path in it."""
@@ -40,6 +42,13 @@ class Backend(Protocol):
         """A program of bound launches as the backend would run it: one by one, or as one."""
         return list(launches)
 
+    def session(self, schedule: Schedule) -> "Session":
+        """The schedule's buffers and programs, for a stage that begins."""
+        return Session(self, schedule)
+
+    def synchronise(self) -> None:
+        """Wait until everything launched is done."""
+
 
 class Session:
     """The buffers of one schedule on one backend, and its programs bound to them.
@@ -50,8 +59,12 @@ class Session:
 
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
         self.backend, self.schedule = backend, schedule
-        self._buffers = backend.memory.enter(schedule)
         self._bound: dict[str, list[Bound]] = {}
+        self.enter()
+
+    def enter(self) -> None:
+        """Take the stage's buffers, where an earlier run of it had them."""
+        self._buffers = self.backend.memory.enter(self.schedule)
 
     def __getitem__(self, name: str) -> Tensor:
         """A buffer, to fill or to read."""

@@ -57,7 +57,7 @@ class OrtBackend(Backend):
         """A graph's path in the bundle."""
         return graph_name(name, self.dtype, self.graphs[name].has_constants)
 
-    def session(self, name: str) -> ort.InferenceSession:
+    def graph_session(self, name: str) -> ort.InferenceSession:
         """The graph's session, made on first use."""
         if name not in self._sessions:
             path = self.bundle.path(self.file(name))
@@ -78,7 +78,7 @@ class OrtBackend(Backend):
         self._clip = clip
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
-        graph, session = self.graphs[launch.graph], self.session(launch.graph)
+        graph, session = self.graphs[launch.graph], self.graph_session(launch.graph)
         binding = session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
             bind(binding.bind_input, port.name, buffer)

@@ -1,0 +1,183 @@
+"""TensorRT: every graph an engine, on the schedule that the other backends run.
+
+Buffers and weights lie in one arena (`memory_plan`), engines share one workspace, a step whose weights all stay is
+captured into a CUDA graph when it runs for the second time. The table of text embeddings is read where the bundle is
+mapped: of its two gigabytes a prompt takes a few rows.
+
+Has not run on a GPU. What is launched, on which addresses, with which weights, and when they are copied, is tested on a
+CPU against a stand-in for TensorRT and CUDA that runs the same graphs in ONNX Runtime.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape
+from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.engines.engine_files import find_engine
+from wanforge.engines.engine_loader import Loaded, Loader
+from wanforge.errors import BundleError
+from wanforge.plugins.tensorrt_library import Library, flavour_for, open_library
+from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.runtime.arena import Arena, Bound, Guarded, Memory, Unbounded
+from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.cuda import Cuda, StreamMover, cache_file
+from wanforge.runtime.engine_plan import names_in, profile, sizes
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory_plan import MemoryPlan, plan_request
+from wanforge.runtime.memory_report import RESERVE
+from wanforge.runtime.residency import HOST_GRAPHS, Residency
+from wanforge.runtime.schedule import Launch, Schedule
+from wanforge.runtime.weights import Weights
+
+
+class TrtBackend(Backend):
+    """TensorRT-RTX, or TensorRT where that has no engine for the GPU.
+
+    Args:
+        budget: bytes of the GPU's memory to use; by default what is free, less a reserve.
+
+    Raises:
+        ResourceError: there is no GPU, or no library for it.
+    """
+
+    name = "trt"
+    text_rows_multiple = 64
+    """Prompts of many lengths share a captured graph, for what is attended to is filled up to this."""
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None) -> None:
+        self.cuda = Cuda()
+        self.bundle, self.device, self.dtype = bundle, self.cuda.device, dtype or torch.bfloat16
+        self.budget = budget
+        self.weights = Weights(bundle)
+        self.graphs = graphs(bundle.model, bundle.recipe)
+        self.library = open_library(flavour_for(self.cuda.sm))
+        self.loader = Loader(self.library, cache_file(str(self.library), self.cuda.name))
+        self.memory: Memory = Unbounded(self.device, self.dtype, self.weights.of)
+        self.engines: dict[str, Loaded] = {}
+        self._clip: ClipShape | None = None
+        self._sessions: dict[str, Session] = {}
+
+    def files(self) -> list[str]:
+        return self.weights.files()
+
+    def prepare(self, clip: ClipShape) -> None:
+        """Load the engines of a clip and lay out the GPU's memory for it."""
+        if clip == self._clip:
+            return
+        register_plugins(self.library)
+        self._sessions, self._clip = {}, None
+        self.memory = Unbounded(self.device, self.dtype, self.weights.of)
+        known = sizes(self.bundle.model, self.bundle.recipe, clip)
+        wanted = {
+            graph.name: find_engine(
+                self.bundle,
+                graph_name(graph.name, self.dtype, graph.has_constants),
+                self.cuda.sm,
+                profile(graph, known),
+            )
+            for graph in self.graphs.values()
+            if graph.name not in HOST_GRAPHS
+        }
+        loaded = {engine.name: engine for engine in self.engines.values()}
+        self.engines = {
+            graph: loaded.get(name) or self.loader.load(self.bundle, name) for graph, name in wanted.items()
+        }
+        workspaces = {graph: engine.workspace_bytes for graph, engine in self.engines.items()}
+        free = self.cuda.free_bytes() - RESERVE if self.budget is None else self.budget
+        plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, free)
+        arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.weights.of)
+        for engine in self.engines.values():
+            engine.place(arena.bytes.data_ptr(), engine.workspace_bytes)
+        self.memory, self._clip = arena, clip
+
+    def _mover(self, plan: MemoryPlan, slots: Sequence[Tensor]) -> StreamMover:
+        return StreamMover(self.cuda, slots, self.weights.component, plan.returning())
+
+    def session(self, schedule: Schedule) -> Session:
+        """The stage's last session again, where it was the same: what it captured stays."""
+        last = self._sessions.get(schedule.stage)
+        if last is not None and last.schedule == schedule:
+            last.enter()
+            return last
+        self._sessions[schedule.stage] = Session(self, schedule)
+        return self._sessions[schedule.stage]
+
+    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        graph = self.graphs[launch.graph]
+        if graph.name in HOST_GRAPHS:
+            return partial(self._run_on_host, launch, inputs, outputs)
+        engine = self.engines[graph.name]
+        ports = [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]
+        tensors = {port.name: buffer for port, buffer in ports}
+        if not graph.has_constants:
+            tensors |= self.memory.weights(launch, graph.weights)
+        addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        if missing := engine.tensors - addresses.keys():
+            raise BundleError(
+                f"{engine.name} takes {', '.join(sorted(missing))}, which {graph.name} has not; build again"
+            )
+        shapes = {
+            port.name: tuple(buffer.shape)
+            for port, buffer in zip(graph.inputs, inputs, strict=True)
+            if names_in([port])
+        }
+
+        def run() -> None:
+            engine.enqueue(addresses, shapes, self.cuda.stream())
+
+        return run
+
+    def _run_on_host(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        graph = self.graphs[launch.graph]
+        state = {name: self.weights.of(launch, name) for name in graph.weights}
+        with torch.inference_mode():
+            results = graph.run(state, [each.cpu() for each in inputs])
+        for buffer, result in zip(outputs, results, strict=True):
+            buffer.copy_(result)
+
+    def program(self, schedule: Schedule, name: str, launches: Sequence[Bound]) -> list[Bound]:
+        guarded = [launch for launch in launches if isinstance(launch, Guarded)]
+        if not name.startswith("step.") or len(guarded) < len(launches):
+            return list(launches)
+        return [Step(self.cuda, guarded)]
+
+    def synchronise(self) -> None:
+        self.cuda.synchronise()
+
+
+@cache
+def register_plugins(library: Library) -> ExitStack:
+    """Let a flavour find the plugins of engines for as long as this process lives."""
+    stack = ExitStack()
+    stack.enter_context(registered(library))
+    return stack
+
+
+class Step:
+    """A step as one launch: one by one at first, then captured, then replayed; one by one for as long as its weights
+    are on the move, for then they take far longer than launching."""
+
+    def __init__(self, cuda: Cuda, launches: Sequence[Guarded]) -> None:
+        self.cuda, self.launches = cuda, launches
+        self.has_run = False
+        self.replay: Bound | None = None
+
+    def __call__(self) -> None:
+        residency: Residency = self.launches[0].arena.residency
+        turns = [launch.turn for launch in self.launches]
+        if not self.has_run or not residency.are_settled(turns):
+            for launch in self.launches:
+                launch()
+            self.has_run = True
+            return
+        if self.replay is None:
+            self.replay = self.cuda.record(self._launch_bare)
+        residency.run_settled(turns, self.replay)
+
+    def _launch_bare(self) -> None:
+        for launch in self.launches:
+            launch.bound()

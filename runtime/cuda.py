@@ -1,0 +1,147 @@
+"""What the `trt` backend asks of CUDA, through PyTorch: two streams, events between them, pinned memory, graphs.
+
+Has not run on a GPU; tests put a stand-in in its place.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanforge.errors import ResourceError
+from wanforge.runtime.memory import available_bytes
+from wanforge.runtime.residency import Group, GroupName
+
+Event = Any
+
+KEPT_FREE = 4_000_000_000
+"""Bytes of the machine's memory that pinning leaves alone."""
+
+
+class Cuda:
+    """One GPU: a stream that computes, which becomes PyTorch's current one, and one that copies.
+
+    Raises:
+        ResourceError: PyTorch sees no GPU.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ResourceError("the backend trt needs an NVIDIA GPU, and PyTorch sees none; see: wanforge doctor")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.computing, self.copying = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.set_stream(self.computing)  # TensorRT wants one that is not the default
+
+    @property
+    def sm(self) -> int:
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return 10 * major + minor
+
+    @property
+    def name(self) -> str:
+        """GPU and driver, as a file may be called."""
+        properties = torch.cuda.get_device_properties(self.device)
+        driver = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else torch.version.cuda
+        return f"{properties.name} {driver}".replace(" ", "-").replace("/", "-")
+
+    def free_bytes(self) -> int:
+        """Of the GPU's memory."""
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def stream(self) -> int:
+        """The current stream: the computing one, or one that is being captured."""
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
+
+    def pinned(self, size: int) -> Tensor:
+        """Memory of the machine that a GPU copies from by itself."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
+        """Copy each second tensor into the first, on the copying stream, after an event; gives the event of its end."""
+        if after is not None:
+            self.copying.wait_event(after)
+        with torch.cuda.stream(self.copying):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return self.copying.record_event()
+
+    def mark(self) -> Event:
+        """An event after all that was launched up to now."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self, event: Event) -> None:
+        """Let what is launched from now on wait for an event."""
+        torch.cuda.current_stream(self.device).wait_event(event)
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """Capture what a function launches into a graph, which the result replays. Nothing runs meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
+            launch()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def synchronise(self) -> None:
+        """Wait until everything launched is done."""
+        self.computing.synchronize()
+
+
+class StreamMover:
+    """Copies groups into slots on the copying stream.
+
+    Groups that share a slot are copied again and again: each is kept packed in pinned memory, while there is enough.
+
+    Args:
+        slots: the bytes of each.
+        source: the mapped tensors of a component.
+        returning: groups that will be copied more than once.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        slots: Sequence[Tensor],
+        source: Callable[[str], Mapping[str, Tensor]],
+        returning: frozenset[GroupName],
+    ) -> None:
+        self.cuda, self.slots, self.source, self.returning = cuda, slots, source, returning
+        self._packed: dict[GroupName, Tensor] = {}
+        self._ready: dict[int, Event] = {}
+        self._released: dict[int, Event] = {}
+
+    def fetch(self, slot: int, group: Group) -> None:
+        self._ready[slot] = self.cuda.copy(self._pairs(slot, group), self._released.get(slot))
+
+    def _pairs(self, slot: int, group: Group) -> list[tuple[Tensor, Tensor]]:
+        memory = self.slots[slot]
+        if group.name in self.returning:
+            if group.name not in self._packed and available_bytes() > group.bytes + KEPT_FREE:
+                self._packed[group.name] = self._pack(group)
+            if group.name in self._packed:
+                return [(memory[: group.bytes], self._packed[group.name])]
+        tensors = self.source(group.name.component)
+        return [(view, tensors[name]) for name, view in group.views(memory).items()]
+
+    def _pack(self, group: Group) -> Tensor:
+        packed = self.cuda.pinned(group.bytes)
+        tensors = self.source(group.name.component)
+        for name, view in group.views(packed).items():
+            view.copy_(tensors[name])
+        return packed
+
+    def wait(self, slot: int) -> None:
+        if slot in self._ready:
+            self.cuda.wait(self._ready.pop(slot))
+
+    def release(self, slot: int) -> None:
+        self._released[slot] = self.cuda.mark()
+
+
+def cache_file(library: str, gpu: str) -> Path:
+    """Where TensorRT-RTX's own cache for a GPU and driver is kept."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(root) if root else Path.home() / ".cache"
+    return folder / "wanforge" / "tensorrt" / f"{library.replace(' ', '-')}-{gpu}.cache"
