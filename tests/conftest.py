@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -38,6 +39,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp(name)
         write_checkpoint(load_model(name), folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """tiny-t2v with five layers, so that layers can take turns. Tests must not change it."""
+    tiny = load_model("tiny-t2v")
+    model = msgspec.structs.replace(tiny, name="deep", dit=msgspec.structs.replace(tiny.dit, num_layers=5))
+    folder = tmp_path_factory.mktemp("deep")
+    write_checkpoint(model, folder)
+    names = file_names(model)
+    weights = {name: folder / names[name] for name in ("vae", "text_encoder")} | {"dit": folder / names["dit-quant"]}
+    sources = Sources(weights, folder / names["tokenizer"])
+    bundle = import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe("w8a8"))
+    export(bundle, ["fp32"])
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,278 @@
+"""Stand-ins for TensorRT and CUDA on a CPU: engines that run the graph they were "built" from in ONNX Runtime, on the
+very addresses they are given, and a copying stream that is as early or as late as its events allow."""
+
+import ctypes
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntFlag
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape
+from wanforge.engines.bundle import Bundle
+from wanforge.engines.engine_files import write_engine
+from wanforge.plugins.tensorrt_library import RTX, Library
+from wanforge.runtime import engine_plan
+from wanforge.runtime.graphs import Graph, Size, graphs
+
+ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}
+VERSION = "1.7.1.116"
+HEADER = b"engine for sm_89".ljust(64)
+WORKSPACE = 100_000
+Shape = tuple[int, ...]
+
+
+class EngineValidity(Enum):
+    INVALID, SUBOPTIMAL, VALID = range(3)
+
+
+class EngineInvalidityDiagnostics(IntFlag):
+    VERSION_MISMATCH, UNSUPPORTED_CC, MALFORMED_ENGINE = 1, 2, 4
+
+
+class Strategy(Enum):
+    STATIC, USER_MANAGED = range(2)
+
+
+class CudaGraphStrategy(Enum):
+    DISABLED = 0
+
+
+@dataclass
+class Config:
+    """What contexts are made with; its cache remembers what it was given."""
+
+    strategy: Strategy = Strategy.STATIC
+    cuda_graph_strategy: Any = None
+    cache: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Any:
+        return Cache()
+
+    def set_runtime_cache(self, cache: Any) -> None:
+        self.cache = cache
+
+
+@dataclass
+class Cache:
+    known: bytes = b""
+
+    def deserialize(self, known: bytes) -> bool:
+        self.known = known
+        return True
+
+    def serialize(self) -> bytes:
+        return self.known + b"compiled;"
+
+
+class Engine:
+    """A graph in ONNX Runtime."""
+
+    device_memory_size_v2 = WORKSPACE
+
+    def __init__(self, stand_in: "StandIn", path: Path, graph: Graph) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        self.stand_in, self.graph = stand_in, graph
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.names = [port.name for port in (*self.session.get_inputs(), *self.session.get_outputs())]
+        self.num_io_tensors = len(self.names)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def create_runtime_config(self) -> Config:
+        return Config()
+
+    def create_execution_context(self, config: Config) -> "Context":
+        assert config.strategy is Strategy.USER_MANAGED
+        return Context(self)
+
+
+class Context:
+    """Runs a graph on the addresses and with the shapes it was told last; captured, on those it had then."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.memory: Any = None
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        assert size >= self.engine.device_memory_size_v2
+        self.memory = (ctypes.c_uint8 * size).from_address(address)
+
+    def set_input_shape(self, name: str, shape: Shape) -> bool:
+        self.shapes[name] = shape
+        return shape != self.engine.stand_in.refused
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert name in self.engine.names
+        assert address % 256 == 0, f"{name} lies at {address:#x}"
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        run = partial(self._run, dict(self.addresses), dict(self.shapes))
+        self.engine.stand_in.launched.append(self.engine.graph.name)
+        if self.engine.stand_in.capturing is not None:
+            self.engine.stand_in.capturing.append(run)
+        else:
+            run()
+        return True
+
+    def _run(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
+        ctypes.memset(self.memory, 0xA5, len(self.memory))  # whoever keeps something there loses it
+        session, graph, sizes = self.engine.session, self.engine.graph, dict[str, int]()
+        for port in graph.inputs:
+            for dim, number in zip(port.shape, shapes.get(port.name, ()), strict=False):
+                if isinstance(dim, Size) and len(dim.names) == 1:
+                    sizes[dim.names[0]] = number // dim.factor
+        known = {port.name: list(port.concrete(sizes)) for port in (*graph.inputs, *graph.outputs)}
+        binding = session.io_binding()
+        for bind, ports in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
+            for port in ports:
+                shape = known.get(port.name, port.shape)
+                bind(port.name, "cpu", 0, ELEMENTS[port.type], shape, addresses[port.name])
+        session.run_with_iobinding(binding)
+
+
+class Runtime:
+    engine_header_size = len(HEADER)
+
+    def __init__(self, stand_in: "StandIn") -> None:
+        self.stand_in = stand_in
+
+    def get_engine_validity(self, header: bytes) -> tuple[EngineValidity, EngineInvalidityDiagnostics]:
+        kinds = EngineInvalidityDiagnostics
+        if header == HEADER:
+            return EngineValidity.VALID, kinds(0)
+        return EngineValidity.INVALID, kinds.VERSION_MISMATCH | kinds.UNSUPPORTED_CC
+
+    def deserialize_cuda_engine(self, plan: bytes) -> Engine:
+        told = json.loads(plan[len(HEADER) :])
+        return Engine(self.stand_in, Path(told["onnx"]), self.stand_in.graphs[told["graph"]])
+
+
+class Event:
+    """Of the copying stream: `finish` does what was to be done until then."""
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        self.finish = finish
+
+
+@dataclass
+class StandIn:
+    """TensorRT and CUDA in one.
+
+    Attributes:
+        is_late: copies happen when somebody waits for them, and not before; otherwise at once.
+        refused: a shape that engines do not take.
+        launched: names of the graphs that were put on a stream.
+        replays: how often a captured graph ran.
+    """
+
+    bundle: Bundle
+    is_late: bool
+    refused: Shape = ()
+    free: int = 1 << 34
+    launched: list[str] = field(default_factory=list)
+    capturing: list[Callable[[], None]] | None = None
+    replays: int = 0
+    copied: int = 0
+    pinned_bytes: int = 0
+
+    device = torch.device("cpu")
+    sm = 89
+    name = "GPU-1.0"
+
+    def __post_init__(self) -> None:
+        self.graphs = graphs(self.bundle.model, self.bundle.recipe)
+        self.queue: list[Callable[[], None]] = []
+
+    @property
+    def library(self) -> Library:
+        trt = SimpleNamespace(
+            Runtime=lambda log: Runtime(self),
+            Logger=SimpleNamespace,
+            EngineValidity=EngineValidity,
+            EngineInvalidityDiagnostics=EngineInvalidityDiagnostics,
+            ExecutionContextAllocationStrategy=Strategy,
+            CudaGraphStrategy=CudaGraphStrategy,
+        )
+        trt.Logger = type("Logger", (), {"WARNING": 0, "__init__": lambda self, level: None})
+        return Library(RTX, trt, VERSION)
+
+    def free_bytes(self) -> int:
+        return self.free
+
+    def stream(self) -> int:
+        return 7
+
+    def pinned(self, size: int) -> Tensor:
+        self.pinned_bytes += size
+        return torch.empty(size, dtype=torch.uint8)
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
+        assert self.capturing is None
+        self.copied += sum(source.nbytes for _, source in pairs)
+
+        def copy() -> None:
+            for target, source in pairs:
+                target.copy_(source)
+
+        self.queue.append(copy)
+        event = Event(partial(self._finish, len(self.queue), list(self.queue)))
+        if not self.is_late:
+            event.finish()
+        return event
+
+    def _finish(self, count: int, queued: list[Callable[[], None]]) -> None:
+        """The stream does things in order: all that was queued before is done, too."""
+        for each in queued[:count]:
+            if each in self.queue:
+                self.queue.remove(each)
+                each()
+
+    def mark(self) -> Event:
+        return Event(lambda: None)
+
+    def wait(self, event: Event) -> None:
+        assert self.capturing is None
+        event.finish()
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        self.capturing = captured = []
+        launch()
+        self.capturing = None
+
+        def replay() -> None:
+            self.replays += 1
+            for each in captured:
+                each()
+
+        return replay
+
+    def synchronise(self) -> None:
+        pass
+
+
+def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:
+    """Engines of every graph, "built" from what ONNX Runtime can run."""
+    known = engine_plan.sizes(bundle.model, bundle.recipe, clip)
+    facts = {"layers": 1, "plugins": 0, "activation_bytes": WORKSPACE}
+    for graph in stand_in.graphs.values():
+        job, key, name = engine_plan.plan(bundle, graph, clip, known, stand_in.library, [89], True)
+        plan = HEADER + json.dumps({"onnx": str(job.onnx), "graph": graph.name}).encode()
+        write_engine(bundle, name, plan, key, facts)
