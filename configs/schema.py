@@ -143,8 +143,38 @@ class Recipe(Record, frozen=True):
     """SageSLA only: format of probabilities and values. fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
     compat: Literal["none", "upstream"] = "none"
     """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
-    parity_psnr_db: Positive = 40.0
-    """A clip made by another backend in float32 must be this near to the reference's."""
+
+
+class Limits(Record, frozen=True):
+    """How far a backend may be from the reference at one depth. What is None is not asked for; numbers that are not
+    finite never pass."""
+
+    reason: str
+    rms: Positive | None = None
+    """RMS of the difference over RMS of the reference, at most."""
+    max: Positive | None = None
+    """Largest difference over RMS of the reference, at most."""
+    cosine: Fraction | None = None
+    """At least."""
+    psnr_db: Positive | None = None
+    """At least."""
+    ssim: Fraction | None = None
+    """At least."""
+
+
+class Depths(Record, frozen=True):
+    """What a recipe is held to, in one compute type; see `runtime.parity`."""
+
+    op: Limits
+    """Every op on the reference's inputs, and every graph that is little more than one op."""
+    attention: Limits
+    """The op of sparse attention, which rounds and selects inside."""
+    block: Limits
+    """A layer of the denoiser on the reference's inputs."""
+    step: Limits
+    """A step on the reference's latents."""
+    clip: Limits
+    """The frames of a whole request."""
 
 
 class Target(Record, frozen=True):
@@ -222,6 +252,10 @@ class _Tiles(Record, frozen=True):
     tiles: dict[str, dict[str, list[Tile]]]
 
 
+class _Parity(Record, frozen=True):
+    parity: dict[str, dict[str, Depths]]
+
+
 class _Resolutions(Record, frozen=True):
     resolutions: dict[str, dict[str, tuple[Annotated[int, Meta(ge=1)], Annotated[int, Meta(ge=1)]]]]
 
@@ -235,6 +269,18 @@ def load_tiles() -> dict[str, list[Tile]]:
     """The tile table: rows by kernel, named ``<op>.<function>``."""
     table = load(CONFIGS / "tiles.toml", _Tiles).tiles
     return {f"{op}.{function}": rows for op, functions in table.items() for function, rows in functions.items()}
+
+
+def load_limits(recipe: Recipe, compute: str) -> Depths | None:
+    """What a backend that computes in this type (``float32``) is held to; None where nobody has looked.
+
+    A recipe of another name is held to what the known one with its number formats is.
+    """
+    for name, types in load(CONFIGS / "parity.toml", _Parity).parity.items():
+        known = load_recipe(name)
+        if (known.linear, known.attention) == (recipe.linear, recipe.attention):
+            return types.get(compute)
+    return None
 
 
 def load_resolutions() -> dict[str, dict[str, tuple[int, int]]]:

@@ -1,4 +1,4 @@
-"""The commands of deploy time: generate, parity, bench."""
+"""The commands of deploy time: generate, bench."""
 
 import json
 from collections import Counter
@@ -18,7 +18,6 @@ from wanforge.runtime.image import open_image
 from wanforge.runtime.op_bench.bench import bench_ops, device_here, timer_for, workload
 from wanforge.runtime.op_bench.cases import OPS
 from wanforge.runtime.op_bench.report import table as op_table
-from wanforge.runtime.parity import parity as run_parity
 from wanforge.runtime.pipeline import Job, Pipeline, Request, Timings, write_noise
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.video import check_place, video_writer
@@ -299,38 +298,6 @@ def summary(result: dict[str, Any]) -> str:
         f"  {name:<10}{s:>9.3f} s{'   per step ' + steps if name == 'denoise' else ''}" for name, s in seconds.items()
     ]
     return "\n".join([head, *rows, f"  {'total':<10}{result['total_seconds']:>9.3f} s"])
-
-
-@click.command()
-@BUNDLE
-@click.option("--prompt", default=PROMPT, help="Of the clip to compare on.")
-@IMAGE
-@SEED
-@clip_options
-@BACKEND
-@JSON
-def parity(bundle: Path, prompt: str, image: Path | None, seed: int, backend: str, as_json: bool, **clip: Any) -> None:
-    """Hold a backend against the reference on one clip.
-
-    Each step starts from the reference's latents; then the backend runs the clip alone. Exits with 1 where the clip's
-    PSNR is below what the recipe asks for. A small clip shows as much as a large one, and sooner.
-    """
-    opened = Bundle.open(bundle)
-    request = request_of(opened.model, prompt, image, seed, **clip)
-    with Bars() as bars:
-        verify(opened, ["torch", backend], bars)
-        result = run_parity(opened, backend, request, bars)
-    if as_json:
-        click.echo(json.dumps(result.as_json()))
-    else:
-        worst = max(result.step_errors)
-        click.echo(
-            f"parity {'passed' if result.passed else 'FAILED'}: {backend} against the reference, clip "
-            f"{result.clip_psnr_db:.1f} dB (at least {result.required_psnr_db:.0f}), worst step off by {worst:.1e}, "
-            f"cosine {min(result.step_cosines):.6f}"
-        )
-    if not result.passed:
-        click.get_current_context().exit(1)
 
 
 def request_of(

@@ -7,6 +7,7 @@ exporter turns each graph into one ONNX file, the torch backend runs it as it is
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -113,8 +114,9 @@ def _graph(
     return Graph(name, tuple(inputs), tuple(outputs), owner, call, weights, has_constants)
 
 
+@cache
 def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
-    """Every graph of a model by name, in the order of a request."""
+    """Every graph of a model by name, in the order of a request. Made once: callers leave it as it is."""
     with torch.device("meta"):
         text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
     found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit), *_vae_graphs(vae, model.task)]
@@ -259,9 +261,9 @@ def _cache_ports(
     probe = 8
     _, caches = first(torch.empty(1, channels, 1, probe * scale, probe * scale, device="meta"))
     ports = []
-    for slot, cache in enumerate(caches):
-        factor = cache.shape[3] // probe
-        ports.append(Port(f"cache_{slot:02}{suffix}", (*cache.shape[:3], *(factor * size for size in space))))
+    for slot, kept in enumerate(caches):
+        factor = kept.shape[3] // probe
+        ports.append(Port(f"cache_{slot:02}{suffix}", (*kept.shape[:3], *(factor * size for size in space))))
     return ports
 
 

@@ -1,5 +1,7 @@
-"""A bundle's weights as tensors that are the mapped file itself: nothing is read before it is used, nothing copied."""
+"""A bundle's weights as tensors that are the mapped file itself: nothing is read before it is used, nothing copied,
+unless they are read by another recipe than the bundle's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 from wanforge.engines.bundle import Bundle, components, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.errors import BundleError
+from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.schedule import Launch
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
@@ -31,12 +34,31 @@ class Weights:
         """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
         with self._mapping:  # a second mapping would take the first from under whoever has its address
             if name not in self._mapped:
-                self._mapped[name] = map_tensors(self.bundle.weights(name))
+                by_rows = self.bundle.recipe.linear == "w8a8-row"
+                self._mapped[name] = Quantising(map_tensors(self.bundle.weights(name)), by_rows)
         return self._mapped[name]
 
     def of(self, launch: Launch, name: str) -> Tensor:
         """A launch's weight by its name in the graph."""
         return self.component(launch.component)[launch.prefix + name]
+
+
+class Quantising(dict[str, Tensor]):
+    """Tensors by name; 8-bit weights that are asked for and not there are made of the unquantised ones, and kept, with
+    the bytes that an import makes of them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], by_rows: bool) -> None:
+        super().__init__(tensors)
+        self.by_rows = by_rows
+
+    def __missing__(self, name: str) -> Tensor:
+        layer, _, part = name.rpartition(".")
+        weight = self.get(f"{layer}.weight")
+        if part not in ("int8_weight", "scale") or weight is None:
+            raise KeyError(name)
+        quantise = quantise_rows if self.by_rows else quantise_tiles
+        self[f"{layer}.int8_weight"], self[f"{layer}.scale"] = quantise(weight.to(torch.bfloat16))
+        return self[name]
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
+# Threads that spin while they wait hold up everyone where processors are shared. Read once, when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 # Triton reads it once, when some library imports it first.

@@ -78,15 +78,16 @@ class Session:
     def bound(self, program: str) -> list[Bound]:
         """A program's launches, ready to call one by one."""
         if program not in self._bound:
-            launches = [
-                self.backend.bind(
-                    launch, [self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs]
-                )
-                for launch in self.schedule.programs[program]
-            ]
-            guarded = self.backend.memory.guarded(self.schedule, program, launches)
-            self._bound[program] = self.backend.program(self.schedule, program, guarded)
+            self._bound[program] = self.backend.program(self.schedule, program, self.launches(program))
         return self._bound[program]
+
+    def launches(self, program: str) -> list[Bound]:
+        """A program's launches bound anew, one for each."""
+        launches = [
+            self.backend.bind(launch, [self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])
+            for launch in self.schedule.programs[program]
+        ]
+        return self.backend.memory.guarded(self.schedule, program, launches)
 
     def _view(self, ref: Ref) -> Tensor:
         return self[ref.buffer] if ref.index is None else self[ref.buffer][ref.index]

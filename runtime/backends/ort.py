@@ -1,6 +1,6 @@
 """ONNX Runtime: the exported graphs as they stand, on the CPU, their weights bound where the bundle is mapped."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnxruntime as ort
 import torch
@@ -11,6 +11,8 @@ from wanforge.engines.bundle import Bundle, graph_name
 from wanforge.errors import BundleError
 from wanforge.runtime.arena import Arena, Bound, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.onnx_points import FORCED, Opened, open_at_points
+from wanforge.runtime.backends.points import Points
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import plan_request
 from wanforge.runtime.residency import ThreadMover
@@ -49,6 +51,7 @@ class OrtBackend(Backend):
         self.memory: Memory = Unbounded(self.device, self.dtype, self.weights.of)
         self._clip: ClipShape | None = None
         self._sessions: dict[str, ort.InferenceSession] = {}
+        self._opened: dict[str, tuple[Opened, ort.InferenceSession]] = {}
 
     def files(self) -> list[str]:
         return [*self.weights.files(), *map(self.file, self.graphs)]
@@ -60,12 +63,7 @@ class OrtBackend(Backend):
     def graph_session(self, name: str) -> ort.InferenceSession:
         """The graph's session, made on first use."""
         if name not in self._sessions:
-            path = self.bundle.path(self.file(name))
-            options = ort.SessionOptions()
-            options.log_severity_level = FATAL
-            # The sessions take turns: threads that spin while they wait would only be in each other's way.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            self._sessions[name] = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._sessions[name] = new_session(str(self.bundle.path(self.file(name))))
         return self._sessions[name]
 
     def prepare(self, clip: ClipShape) -> None:
@@ -78,16 +76,53 @@ class OrtBackend(Backend):
         self._clip = clip
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
-        graph, session = self.graphs[launch.graph], self.graph_session(launch.graph)
-        binding = session.io_binding()
+        session = self.graph_session(launch.graph)
+        binding = self.bound_inputs(session, launch, inputs)
+        for port, buffer in zip(self.graphs[launch.graph].outputs, outputs, strict=True):
+            bind(binding.bind_output, port.name, buffer)
+        return lambda: session.run_with_iobinding(binding)
+
+    def bound_inputs(self, session: ort.InferenceSession, launch: Launch, inputs: Sequence[Tensor]) -> ort.IOBinding:
+        """A binding of a launch's inputs and weights."""
+        graph, binding = self.graphs[launch.graph], session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
             bind(binding.bind_input, port.name, buffer)
         if not graph.has_constants:
             for name, weight in self.memory.weights(launch, graph.weights).items():
                 bind(binding.bind_input, name, weight)
-        for port, buffer in zip(graph.outputs, outputs, strict=True):
-            bind(binding.bind_output, port.name, buffer)
-        return lambda: session.run_with_iobinding(binding)
+        return binding
+
+    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
+        assert forced is not None, "an opened graph reads every one of its points"
+        graph, (opened, session) = self.graphs[launch.graph], self.opened(launch.graph)
+        binding = self.bound_inputs(session, launch, inputs)
+        given = {value: forced[point].to(self.dtype).contiguous() for point, value in opened.points.items()}
+        for value, tensor in given.items():
+            bind(binding.bind_input, value + FORCED, tensor)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, "cpu")
+        session.run_with_iobinding(binding)
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, map(torch.from_numpy, binding.copy_outputs_to_cpu()), strict=True))
+        return {
+            point: found[value] for point, value in [*opened.points.items(), *((p.name, p.name) for p in graph.outputs)]
+        }
+
+    def opened(self, name: str) -> tuple[Opened, ort.InferenceSession]:
+        """A graph opened at its points, and its session."""
+        if name not in self._opened:
+            opened = open_at_points(self.bundle.path(self.file(name)), self.graphs[name].weights)
+            self._opened[name] = opened, new_session(opened.model)
+        return self._opened[name]
+
+
+def new_session(model: str | bytes) -> ort.InferenceSession:
+    """A session of a file or of its contents."""
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL
+    # The sessions take turns: threads that spin while they wait would only be in each other's way.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def bind(bind_port: "type[ort.IOBinding.bind_input]", name: str, buffer: Tensor) -> None:

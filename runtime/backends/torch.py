@@ -1,6 +1,6 @@
 """The reference as a backend: every graph is the piece of the reference network that it was traced from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from wanforge.engines.bundle import Bundle
 from wanforge.runtime.arena import Bound, Unbounded
 from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.points import Points, tapped
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.schedule import Launch
 from wanforge.runtime.weights import Weights
@@ -44,3 +45,9 @@ class TorchBackend(Backend):
                     buffer.copy_(result)
 
         return run
+
+    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
+        graph = self.graphs[launch.graph]
+        with torch.inference_mode(), tapped(graph.owner, forced or {}) as found:
+            (found[graph.outputs[0].name],) = graph.run(self.state(launch), inputs)
+        return found

@@ -26,7 +26,7 @@ from wanforge.runtime.fused_block import FusedBlock
 from wanforge.runtime.op_bench.cases import block_inputs, block_weights, recipe_on
 from wanforge.runtime.op_bench.linears import ROWS, TILES, Scheme
 from wanforge.runtime.op_bench.timing import Draw
-from wanforge.runtime.parity import relative_rms
+from wanforge.runtime.parity.metrics import relative_rms
 from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
 
 GRID = (1, 3, 67)

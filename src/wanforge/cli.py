@@ -31,7 +31,7 @@ COMMANDS = {
         "wanforge.runtime.cli:generate",
         "Make a video from a prompt, or from an image and a prompt.",
     ),
-    "parity": ("wanforge.runtime.cli:parity", "Hold a backend against the reference, step by step."),
+    "parity": ("wanforge.runtime.parity_cli:parity", "Hold a backend against the reference: op, block, step, clip."),
     "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request, or the kernels of an op."),
 }
 

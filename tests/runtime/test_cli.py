@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from wanforge.cli import cli
 from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import TOKENIZER, Bundle, weights_name
-from wanforge.errors import RequestError
-from wanforge.runtime import cli as runtime_cli
 from wanforge.runtime.bench import bench_request
 from wanforge.runtime.pipeline import Request
 from wanforge.runtime.reference.sampler import gaussian
@@ -248,52 +246,6 @@ def test_what_a_backend_does_not_open_may_be_damaged(bundle: Path, tmp_path: Pat
     assert run("generate", copy, "--prompt", PROMPT, "--steps", 1, "--out", out, *SMALL).exit_code == 1
     done = run("generate", copy, "--prompt", PROMPT, "--steps", 1, "--out", out, *SMALL, "--backend", "torch")
     assert done.exit_code == 0, done.output
-
-
-@pytest.mark.parametrize(
-    ("model", "recipe", "least"),
-    [("tiny-t2v", "bf16", 60), ("tiny-i2v", "bf16", 60), ("tiny-t2v", "w8a8", 40), ("tiny-i2v", "w8a8", 40)],
-)
-def test_onnx_runtime_passes_parity(bundle_of: BundleOf, model: str, recipe: str, least: float, picture: Path) -> None:
-    image = ["--image", picture] if model == "tiny-i2v" else []
-    done = run("parity", bundle_of(model, recipe).root, "--json", *image)
-    assert done.exit_code == 0, done.output
-    result = json.loads(done.stdout)
-    assert result["clip_psnr_db"] is None or result["clip_psnr_db"] >= least
-    assert len(result["step_errors"]) == 4
-    # 8-bit steps that flip compound through two layers; without them only the order of sums differs.
-    assert max(result["step_errors"]) < (1e-5 if recipe == "bf16" else 3e-2)
-
-
-def test_parity_fails_where_a_weight_differs(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanforge.runtime.backends import ort as ort_backend
-
-    bind = ort_backend.bind
-
-    def doubled(bind_port: object, name: str, buffer: torch.Tensor) -> None:
-        kept.append(buffer * 2 if name == "ffn.0.weight" else buffer)
-        bind(bind_port, name, kept[-1])  # type: ignore[arg-type]
-
-    kept: list[torch.Tensor] = []
-    monkeypatch.setattr(ort_backend, "bind", doubled)
-    done = run("parity", bundle_of("tiny-t2v", "bf16").root)
-    assert done.exit_code == 1
-    assert "parity FAILED" in done.output
-
-
-def test_parity_and_bench_take_smaller_clips(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Request] = []
-
-    def asking(bundle: Bundle, backends: object, request: Request, *others: object) -> None:
-        asked.append(request)
-        raise RequestError("asked")
-
-    monkeypatch.setattr(runtime_cli, "run_parity", asking)
-    monkeypatch.setattr(runtime_cli, "bench_request", lambda bundle, request, *rest: asking(bundle, rest, request))
-    options = ["--resolution", "480p", "--aspect", "1:1", "--frames", 9, "--steps", 2, "--topk", "0.25", "--seed", 3]
-    for command in ("parity", "bench"):
-        assert "asked" in run(command, bundle, "--prompt", PROMPT, *options).output
-    assert asked == 2 * [Request(PROMPT, ClipShape(640, 640, 9), None, 3, 2, topk=0.25)]
 
 
 def test_bench_says_how_far_it_is(bundle_of: BundleOf) -> None:
