@@ -12,8 +12,12 @@ from wanforge.engines.tensorfile import encode_header
 from wanforge.exporter.checkpoint.layout import layout
 
 
-def skeleton(root: Path, model: ModelConfig, recipe: Recipe) -> Bundle:
-    """A bundle of a model's size. Its VAE, whose graphs do read weights, holds small random numbers."""
+def skeleton(root: Path, model: ModelConfig, recipe: Recipe, *, has_vae: bool = False) -> Bundle:
+    """A bundle of a model's size.
+
+    Args:
+        has_vae: fill the VAE, whose graphs do read weights, with small random numbers.
+    """
     files = {}
     for component in components(model):
         name, tensors = weights_name(component), layout(component, model, recipe)
@@ -22,7 +26,7 @@ def skeleton(root: Path, model: ModelConfig, recipe: Recipe) -> Bundle:
         size = sum(spec.nbytes for spec in tensors.values())
         with path.open("wb") as file:
             file.write(header := encode_header(tensors, {}))
-            if component == "vae":
+            if component == "vae" and has_vae:
                 assert {spec.dtype for spec in tensors.values()} == {"F32"}
                 file.write(np.random.default_rng(0).normal(0, 0.02, size // 4).astype("<f4").tobytes())
             file.truncate(len(header) + size)
