@@ -3,7 +3,6 @@
 Has not run on a GPU; tests put a stand-in in its place.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ResourceError
+from wanforge.plugins.cubins import cache_folder as kernel_cache
 from wanforge.runtime.memory import available_bytes
 from wanforge.runtime.residency import Group, GroupName
 
@@ -140,8 +140,11 @@ class StreamMover:
         self._released[slot] = self.cuda.mark()
 
 
+def cache_folder() -> Path:
+    """Where TensorRT-RTX's own caches are kept."""
+    return kernel_cache().with_name("tensorrt")
+
+
 def cache_file(library: str, gpu: str) -> Path:
-    """Where TensorRT-RTX's own cache for a GPU and driver is kept."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(root) if root else Path.home() / ".cache"
-    return folder / "wanforge" / "tensorrt" / f"{library.replace(' ', '-')}-{gpu}.cache"
+    """The one for a version, a GPU and its driver."""
+    return cache_folder() / f"{library.replace(' ', '-')}-{gpu}.cache"

@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "parity": ("wanforge.runtime.parity_cli:parity", "Hold a backend against the reference: op, block, step, clip."),
     "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request, or the kernels of an op."),
+    "doctor": ("wanforge.runtime.doctor_cli:doctor", "Say what this machine can do, and what is missing."),
 }
 
 

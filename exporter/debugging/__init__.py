@@ -1,0 +1,1 @@
+"""Scripts for Polygraphy, see docs/debugging.md."""

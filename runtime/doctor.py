@@ -1,0 +1,229 @@
+"""What this machine can do of the whole way from checkpoint to video, what is missing, and what to do about it."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from wanforge.engines.plugin_check import check_plugins
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins import cubins
+from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, open_library
+from wanforge.runtime.cuda import cache_folder as tensorrt_cache
+from wanforge.runtime.memory import available_bytes
+
+Status = Literal["ok", "missing", "broken"]
+MARKS = {"ok": "ok", "missing": "--", "broken": "!!"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        status: ``missing`` is fine as long as nobody wants what it is for; ``broken`` is there and does not work.
+        needed_for: what cannot be done without.
+        remedy: what to do where it is not ok.
+    """
+
+    name: str
+    status: Status
+    found: str
+    needed_for: str
+    remedy: str = ""
+
+
+def checks() -> Iterator[Check]:
+    """Look at everything, cheap things first."""
+    yield machine()
+    yield from packages()
+    yield ffmpeg()
+    yield driver()
+    yield gpu()
+    yield compiler()
+    for flavour, what in ((RTX, "engines for GeForce and A100"), (TENSORRT, "engines for Hopper and data-centre GPUs")):
+        yield tensorrt(flavour, what)
+    yield cubin_cache()
+    yield engine_cache()
+
+
+def machine() -> Check:
+    """Processors and memory."""
+    found = (
+        f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} processors, "
+        f"{available_bytes() / 1e9:.1f} GB of memory free"
+    )
+    return Check("machine", "ok", found, "everything")
+
+
+PACKAGES = {
+    "torch": ("everything", "pip install wanforge"),
+    "onnxruntime": ("generate, parity and bench with --backend ort", "pip install wanforge"),
+    "onnx": ("export", "pip install wanforge"),
+    "triton": ("compiling kernels", "pip install triton"),
+    "cuda.bindings": ("launching kernels and plugins on a GPU", "pip install 'wanforge[gpu]'"),
+    "polygraphy": ("the recipes of docs/debugging.md", "pip install polygraphy"),
+}
+DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "cuda.bindings": ("cuda-bindings",)}
+
+
+def packages() -> Iterator[Check]:
+    """Python packages, by what they are imported as."""
+    for module, (needed_for, remedy) in PACKAGES.items():
+        found = installed(module)
+        yield Check(module, "ok" if found else "missing", found or "not installed", needed_for, "" if found else remedy)
+
+
+def installed(module: str) -> str:
+    """The version of the package that a module comes from; empty where there is none."""
+    try:
+        if find_spec(module) is None:
+            return ""
+    except ModuleNotFoundError:
+        return ""
+    for name in DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+def ffmpeg() -> Check:
+    """Whether videos can be written."""
+    needed_for = "writing videos"
+    try:
+        import imageio_ffmpeg
+
+        path = imageio_ffmpeg.get_ffmpeg_exe()
+        said = subprocess.run([path, "-version"], capture_output=True, text=True, check=True).stdout
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return Check("ffmpeg", "broken", str(error), needed_for, "pip install --force-reinstall imageio-ffmpeg")
+    return Check("ffmpeg", "ok", " ".join(said.split()[:3]), needed_for)
+
+
+def driver() -> Check:
+    """NVIDIA's driver."""
+    needed_for = "anything on a GPU; compiling for one needs none"
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Check("driver", "missing", "no libcuda.so.1", needed_for, "install NVIDIA's driver")
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)):
+        return Check("driver", "broken", "it does not answer", needed_for, "restart, or install the driver anew")
+    return Check("driver", "ok", f"CUDA {number.value // 1000}.{number.value % 1000 // 10}", needed_for)
+
+
+def gpu() -> Check:
+    """What PyTorch sees of GPUs."""
+    needed_for = "--backend trt, and --backend kernels at speed"
+    import torch
+
+    if not torch.cuda.is_available():
+        build = torch.version.cuda
+        built = f"this PyTorch is built for {'CUDA ' + build if build else 'the CPU alone'}"
+        return Check("GPU", "missing", f"PyTorch sees none; {built}", needed_for, "https://pytorch.org/get-started")
+    names = []
+    for index in range(torch.cuda.device_count()):
+        seen = torch.cuda.get_device_properties(index)
+        names.append(f"{seen.name} (sm_{seen.major}{seen.minor}, {seen.total_memory / 1e9:.1f} GB)")
+    return Check("GPU", "ok", ", ".join(names), needed_for)
+
+
+def compiler() -> Check:
+    """Whether Triton finds what it makes machine code with."""
+    needed_for = "compiling kernels for GPUs that need not be here"
+    if find_spec("triton") is None:
+        return Check("compiler", "missing", "no Triton", needed_for, "pip install triton")
+    from triton import knobs
+
+    try:
+        path, said = knobs.nvidia.ptxas.path, knobs.nvidia.ptxas.version
+    except (RuntimeError, OSError) as error:
+        return Check("compiler", "broken", str(error), needed_for, "pip install --force-reinstall triton")
+    return Check("compiler", "ok", f"{Path(path).name} {said}", needed_for)
+
+
+def tensorrt(flavour: Flavour, what: str) -> Check:
+    """A flavour of TensorRT, and whether its parser survives a graph with plugins."""
+    remedy = f"pip install 'wanforge[{flavour.extra}]'"
+    if not installed(flavour.module):
+        return Check(flavour.name, "missing", "not installed", what, remedy)
+    try:
+        library = open_library(flavour)
+        found = library.version
+        if flavour.sms:
+            found += f" for {', '.join(f'sm_{sm}' for sm in flavour.sms)}"
+        if find_spec("onnx") is None:
+            return Check(flavour.name, "ok", f"{found}; plugins not tried, for want of onnx", what)
+        with tempfile.TemporaryDirectory() as folder:
+            check_plugins(flavour, plugin_graph(Path(folder)))
+    except ResourceError as error:
+        return Check(flavour.name, "broken", str(error), what, remedy)
+    return Check(flavour.name, "ok", f"{found}; takes plugins", what)
+
+
+def plugin_graph(folder: Path) -> Path:
+    """The file of a graph of one op that only a plugin can make compile."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    from wanforge.plugins.tensorrt_plugin import NAMESPACE, VERSION
+
+    ports = {
+        "x": (TensorProto.FLOAT16, (1, 64, 128)),
+        "w": (TensorProto.INT8, (128, 128)),
+        "scale": (TensorProto.FLOAT, (1, 1)),
+        "bias": (TensorProto.FLOAT16, (128,)),
+    }
+    attributes = {"plugin_namespace": NAMESPACE, "plugin_version": VERSION}
+    node = helper.make_node("W8A8Linear", list(ports), ["y"], domain=NAMESPACE, **attributes)
+    inputs = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in ports.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT16, (1, 64, 128))
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(NAMESPACE, 1)]
+    path = folder / "plugin.onnx"
+    graph = helper.make_graph([node], "plugin", inputs, [output])
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    return path
+
+
+def cubin_cache() -> Check:
+    """Compiled kernels."""
+    folder = cubins.cache_folder()
+    remedy = f"delete {folder}"
+    try:
+        known = cubins.Store(folder).cubins()
+        for cubin in known.values():
+            cubins.Store(folder).read(cubin)
+    except WanforgeError as error:
+        return Check("kernels", "broken", str(error), "a faster start", remedy)
+    sms = ", ".join(f"sm_{sm}" for sm in sorted({cubin.sm for cubin in known.values()}))
+    return Check("kernels", "ok", f"{len(known)} in {folder}" + (f" for {sms}" if sms else ""), "a faster start")
+
+
+def engine_cache() -> Check:
+    """What TensorRT-RTX compiled on this machine."""
+    folder = tensorrt_cache()
+    files = sorted(folder.glob("*.cache")) if folder.is_dir() else []
+    size = sum(path.stat().st_size for path in files)
+    return Check("engine cache", "ok", f"{len(files)} files in {folder}, {size / 1e6:.1f} MB", "a faster start")
+
+
+def as_json(found: list[Check]) -> list[dict[str, Any]]:
+    return [asdict(check) for check in found]
+
+
+def line(check: Check) -> str:
+    """A check as a line, and what to do as a second one."""
+    text = f"  {MARKS[check.status]:3} {check.name:14} {check.found}"
+    if check.status == "ok":
+        return text
+    return f"{text}\n{'':21}needed for {check.needed_for}; {check.remedy}"

@@ -1,0 +1,25 @@
+"""The command that looks at the machine."""
+
+import json
+
+import click
+
+from wanforge.runtime.doctor import as_json, checks, line
+
+
+@click.command()
+@click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON.")
+def doctor(as_json_: bool) -> None:
+    """Say what this machine can do, what is missing, and what to do about it.
+
+    Exits with 1 where something is installed and does not work; what is missing may not be wanted.
+    """
+    found = []
+    for check in checks():
+        found.append(check)
+        if not as_json_:
+            click.echo(line(check))
+    if as_json_:
+        click.echo(json.dumps(as_json(found)))
+    if any(check.status == "broken" for check in found):
+        click.get_current_context().exit(1)

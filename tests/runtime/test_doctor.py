@@ -1,0 +1,109 @@
+"""What is missing and what is broken are told apart, each with what to do about it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tests.tensorrt_flavours import rtx
+from wanforge.cli import cli
+from wanforge.errors import ResourceError
+from wanforge.plugins.tensorrt_library import RTX
+from wanforge.runtime import doctor
+from wanforge.runtime.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def run(*options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(cli, ["doctor", *options], standalone_mode=False)
+    return done.return_value or done.exit_code, done.output
+
+
+def test_every_check_is_shown_and_nothing_here_is_broken() -> None:
+    code, said = run("--json")
+    found = {check["name"]: check for check in json.loads(said)}
+    assert code == 0
+    assert {"machine", "torch", "onnxruntime", "ffmpeg", "driver", "GPU", "tensorrt-rtx", "tensorrt"} <= set(found)
+    assert {name for name, check in found.items() if check["status"] == "broken"} == set()
+    assert all(check["remedy"] for check in found.values() if check["status"] == "missing")
+    assert found["torch"]["found"].startswith("torch 2.")
+
+
+def test_plugins_are_tried_in_a_child_process() -> None:
+    rtx()
+    assert tensorrt(RTX, "engines").found.endswith("takes plugins")
+
+
+def test_a_library_that_does_not_survive_plugins_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx()
+
+    def dies(flavour: object, onnx: Path) -> None:
+        assert onnx.stat().st_size > 0
+        raise ResourceError("does not survive a graph with plugins (signal 6)")
+
+    monkeypatch.setattr(doctor, "check_plugins", dies)
+    found = tensorrt(RTX, "engines")
+    assert (found.status, found.remedy) == ("broken", "pip install 'wanforge[rtx]'")
+    monkeypatch.setattr(doctor, "checks", lambda: iter([found]))
+    monkeypatch.setattr("wanforge.runtime.doctor_cli.checks", lambda: iter([found]))
+    code, said = run()
+    assert code == 1
+    assert "!!  tensorrt-rtx   does not survive" in said
+
+
+def test_what_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    found = {check.name: check for check in packages()}
+    assert found["polygraphy"] == Check(
+        "polygraphy", "missing", "not installed", "the recipes of docs/debugging.md", "pip install polygraphy"
+    )
+    assert line(found["polygraphy"]).splitlines()[1].strip() == (
+        "needed for the recipes of docs/debugging.md; pip install polygraphy"
+    )
+    assert tensorrt(RTX, "engines").status == "missing"
+    assert doctor.compiler().status == "missing"
+
+
+def test_a_damaged_cubin_is_found(cache: Path) -> None:
+    assert cubin_cache().found.startswith("0 in ")
+    (cache / "wanforge" / "kernels").mkdir(parents=True)
+    (cache / "wanforge" / "kernels" / "manifest.json").write_text("{")
+    found = cubin_cache()
+    assert found.status == "broken"
+    assert "damaged" in found.found
+
+
+def test_a_broken_ffmpeg_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ffmpeg().found.startswith("ffmpeg version")
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "/nowhere/ffmpeg")
+    assert ffmpeg().status == "broken"
+
+
+def test_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen:
+        name, major, minor, total_memory = "RTX", 8, 9, 24e9
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Seen)
+    assert gpu().found == "RTX (sm_89, 24.0 GB), RTX (sm_89, 24.0 GB)"
+
+
+def test_a_driver_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, place: object) -> int:
+            return 999
+
+    monkeypatch.setattr("ctypes.CDLL", Library)
+    assert driver().status == "broken"
