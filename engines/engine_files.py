@@ -14,17 +14,21 @@ from wanforge.plugins.tensorrt_plugin import OPS
 from wanforge.whole_file import write_atomically
 
 NO_PLUGINS = "none"
+UP_TO = "up-to-"
+"""Before the clip in the name of an engine that serves smaller ones, too."""
 PACKAGE = Path(wanforge.__file__).parent
 
 
-def engine_name(graph: str, sms: Sequence[int], clip: ClipShape | None) -> str:
+def engine_name(graph: str, sms: Sequence[int], clip: ClipShape | None, *, smaller: bool = False) -> str:
     """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
 
     Args:
         clip: the shape that the engine is for; None where it serves every shape.
+        smaller: whether it serves smaller and shorter clips as well.
     """
     folder = "+".join(f"sm_{sm}" for sm in sorted(sms))
-    shape = "" if clip is None else f"{clip.width_px}x{clip.height_px}x{clip.frames}/"
+    up_to = UP_TO if smaller else ""
+    shape = "" if clip is None else f"{up_to}{clip.width_px}x{clip.height_px}x{clip.frames}/"
     return f"{ENGINES}{folder}/{shape}{graph}.bf16.engine"
 
 
@@ -97,6 +101,24 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
     return found
 
 
+def size_text(least: int, most: int) -> str:
+    """A size, or a range of it, as a profile has it."""
+    return str(least) if least == most else f"{least}..{most}"
+
+
+def covers(profile: str, wanted: str) -> bool:
+    """Whether an engine's profile holds every size that is wanted of it."""
+
+    def ranges(text: str) -> dict[str, tuple[int, int]]:
+        pairs = (each.partition("=") for each in text.split())
+        return {name: (int(size.partition("..")[0]), int(size.rpartition("..")[2])) for name, _, size in pairs}
+
+    has, wants = ranges(profile), ranges(wanted)
+    return has.keys() == wants.keys() and all(
+        has[name][0] <= least and most <= has[name][1] for name, (least, most) in wants.items()
+    )
+
+
 def profile_text(profile: Mapping[str, object]) -> str:
     """The range of each named size, as a key has it."""
     return " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items()))
@@ -114,11 +136,13 @@ def built_clips(bundle: Bundle) -> list[ClipShape]:
     folders = {
         name.split("/")[2] for name in bundle.manifest.files if name.startswith(ENGINES) and name.count("/") == 3
     }
-    return [ClipShape(*map(int, folder.split("x"))) for folder in sorted(folders)]
+    shapes = {folder.removeprefix(UP_TO) for folder in folders}
+    return [ClipShape(*map(int, shape.split("x"))) for shape in sorted(shapes)]
 
 
 def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object]) -> str:
-    """The engine of a graph for an architecture and these sizes, by its path in the bundle.
+    """The engine of a graph for an architecture and these sizes, by its path in the bundle: the one made for just them
+    before one that serves them as well.
 
     Raises:
         BundleError: there is none, or it is stale.
@@ -129,8 +153,9 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object
         if name.startswith(ENGINES) and record.key.get("onnx") == onnx
     }
     wanted = profile_text(profile)
+    best_first = sorted(engines.items(), key=lambda engine: engine[1]["profile"] != wanted)
     fitting = [
-        name for name, key in engines.items() if str(sm) in key["architectures"].split() and key["profile"] == wanted
+        name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
     ]
     stale = stale_engines(bundle)
     current = [name for name in fitting if name not in stale]

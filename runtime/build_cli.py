@@ -31,6 +31,7 @@ FIRST_BF16_SM = 80
     "TensorRT-RTX's.",
 )
 @shape_options
+@click.option("--smaller", is_flag=True, help="Serve smaller and shorter clips with the same engines, if less well.")
 @click.option("--graph", "only", multiple=True, help="Only this graph, as inspect names it; repeatable.")
 @click.option("--no-plugins", is_flag=True, help="Compile the ops' ONNX bodies instead, for comparison: far slower.")
 @click.option("--kernels", is_flag=True, help="Compile what the plugins launch, too, into the cache of kernels.")
@@ -42,6 +43,7 @@ def build(
     resolution: str | None,
     aspect: str | None,
     frames: int | None,
+    smaller: bool,
     only: tuple[str, ...],
     no_plugins: bool,
     kernels: bool,
@@ -50,9 +52,10 @@ def build(
 ) -> None:
     """Compile a bundle's bf16 graphs into engines, for GPUs that need not be here.
 
-    An engine is made for one size and length of clip, and for every prompt and top-k. What is built already is taken
-    as it is, unless something it was made from has changed. Data-centre GPUs from sm_90 on take TensorRT and
-    a GPU of that kind; where that is missing everything else is still built, and the exit code is 1.
+    An engine is made for one size and length of clip, or with --smaller for those up to it, and for every prompt and
+    top-k. What is built already is taken as it is, unless something it was made from has changed. Data-centre GPUs
+    from sm_90 on take TensorRT and a GPU of that kind; where that is missing everything else is still built, and the
+    exit code is 1.
 
     \b
     Example:
@@ -71,7 +74,7 @@ def build(
     for flavour, group in groups(sms):
         try:
             engines += build_group(
-                opened, clip, flavour, group, only, plugins=not no_plugins, kernels=kernels, show=not as_json
+                opened, clip, flavour, group, only, smaller, plugins=not no_plugins, kernels=kernels, show=not as_json
             )
         except WanforgeError as error:
             failures.append(f"{', '.join(f'sm_{sm}' for sm in group)}: {error}")
@@ -105,6 +108,7 @@ def build_group(
     flavour: Flavour,
     sms: tuple[int, ...],
     only: tuple[str, ...],
+    smaller: bool,
     *,
     plugins: bool,
     kernels: bool,
@@ -122,7 +126,16 @@ def build_group(
                 click.echo(line(engine))
 
         return build_engines(
-            bundle, clip, library, sms, only=only, plugins=plugins, kernels=kernels, progress=bars, done=show_line
+            bundle,
+            clip,
+            library,
+            sms,
+            only=only,
+            plugins=plugins,
+            kernels=kernels,
+            smaller=smaller,
+            progress=bars,
+            done=show_line,
         )
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.configs.schema import PATCH, ClipShape, ModelConfig, Recipe
 from wanforge.engines.builder import Built, Job, Range, build
 from wanforge.engines.bundle import Bundle, graph_name, weights_name
-from wanforge.engines.engine_files import engine_key, engine_name, is_current, write_engine
+from wanforge.engines.engine_files import engine_key, engine_name, is_current, size_text, write_engine
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError
 from wanforge.plugins.compiler import compile_kernels
@@ -18,8 +18,8 @@ from wanforge.runtime.graphs import Graph, Port, Size, graphs
 from wanforge.runtime.memory import available_bytes
 from wanforge.runtime.reference.dit import attention_blocks
 
-OF_THE_CLIP = {"tokens", "latent_height", "latent_width"}
-"""Sizes that one engine has one of; the others are ranges."""
+LEAST_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
+"""Sizes that follow from a clip, and their least. An engine has one of each, unless it is for smaller clips, too."""
 USUAL_PROMPT = 96
 """Tokens of text that engines are made best for."""
 
@@ -38,7 +38,7 @@ class Sizes:
     most: int
 
     def __str__(self) -> str:
-        return str(self.usual) if self.least == self.most else f"{self.least}..{self.most}"
+        return size_text(self.least, self.most)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,17 @@ class Engine:
     kernels: int = 0
 
 
-def sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape) -> dict[str, Sizes]:
-    """Every named size: the clip's own, and ranges for what a request decides."""
+def sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False) -> dict[str, Sizes]:
+    """Every named size: the clip's own, and ranges for what a request decides.
+
+    Args:
+        smaller: whether the clip is only the largest of those that are meant.
+    """
     rows, blocks = model.dit.text_rows, attention_blocks(recipe)
     keys = 1 if blocks is None else blocks.num_keys(clip.tokens)
     fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
     return {
-        **{name: Sizes(n, n, n) for name, n in fixed.items()},
+        **{name: Sizes(LEAST_CLIP[name] if smaller else n, n, n) for name, n in fixed.items()},
         "prompt_tokens": Sizes(1, min(USUAL_PROMPT, rows), rows),
         "context_rows": Sizes(1, min(USUAL_PROMPT, rows), rows),
         "slots": Sizes(1, max(1, int(model.topk * keys)), keys),
@@ -138,6 +142,7 @@ def build_engines(
     only: Sequence[str] = (),
     plugins: bool = True,
     kernels: bool = False,
+    smaller: bool = False,
     progress: Callable[[str, int, int], object] = lambda title, done, total: None,
     done: Callable[[Engine], object] = lambda engine: None,
 ) -> list[Engine]:
@@ -145,6 +150,7 @@ def build_engines(
 
     Args:
         only: names of graphs; all by default.
+        smaller: make engines that serve smaller and shorter clips as well.
         kernels: compile the kernels that plugins launch, into the cache of this machine. A graph
             with plugins is then built again to learn of them.
         progress: told the graph and the builder's phase, how many of its steps are done, and of how many.
@@ -154,10 +160,10 @@ def build_engines(
         WanforgeError: a graph is missing, or does not compile.
         ResourceError: there is too little memory.
     """
-    known, made = sizes(bundle.model, bundle.recipe, clip), []
+    known, made = sizes(bundle.model, bundle.recipe, clip, smaller=smaller), []
     wanted = [graph for graph in graphs(bundle.model, bundle.recipe).values() if not only or graph.name in only]
     for index, graph in enumerate(wanted, 1):
-        job, key, name = plan(bundle, graph, clip, known, library, sms, plugins)
+        job, key, name = plan(bundle, graph, clip, known, library, sms, plugins, smaller)
         launches: list[Launch] = []
         has_kernels = kernels and plugins and expected_plugins(graph.name, bundle.recipe) > 0
         if not has_kernels and is_current(bundle, name, key):
@@ -212,6 +218,7 @@ def plan(
     library: Library,
     sms: Sequence[int],
     plugins: bool,
+    smaller: bool = False,
 ) -> tuple[Job, dict[str, str], str]:
     """What to build for a graph, what it depends on, and where it goes."""
     onnx = graph_name(graph.name, DTYPE, graph.has_constants)
@@ -229,7 +236,7 @@ def plan(
     )
     constant_bytes = bundle.manifest.files[weights].bytes if weights else 0
     job = Job(bundle.path(onnx), ranges(graph, known), constant_bytes)
-    return job, key, engine_name(graph.name, sms, clip if used & (OF_THE_CLIP | {"slots"}) else None)
+    return job, key, engine_name(graph.name, sms, clip if used & {*LEAST_CLIP, "slots"} else None, smaller=smaller)
 
 
 def check_memory(graph: str, job: Job) -> None:

@@ -14,12 +14,12 @@ from wanforge.cli import cli
 from wanforge.configs.schema import ClipShape, load_model, load_recipe
 from wanforge.engines.builder import Built, build
 from wanforge.engines.bundle import Bundle, graph_name
-from wanforge.engines.engine_files import read_engine
+from wanforge.engines.engine_files import built_clips, covers, find_engine, read_engine
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.plugins.launch import Launch
 from wanforge.runtime import engine_plan
 from wanforge.runtime.build_cli import groups, sms_of
-from wanforge.runtime.engine_plan import build_engines, faults, plan, sizes
+from wanforge.runtime.engine_plan import build_engines, faults, plan, profile, sizes
 from wanforge.runtime.graphs import graphs
 
 CLIP = ClipShape(192, 128, 17)
@@ -59,6 +59,42 @@ def test_every_graph_compiles_and_is_fused(
         assert len(read_engine(bundle, engine.name)) == engine.bytes
     again = build_engines(bundle, CLIP, library, sms)
     assert all(engine.is_cached for engine in again)
+
+
+def test_one_engine_serves_every_smaller_clip(bundle: Bundle) -> None:
+    small, large = ClipShape(96, 64, 9), ClipShape(208, 128, 17)
+    (engine,) = build_engines(bundle, CLIP, rtx(), [89], only=["block"], smaller=True)
+    assert engine.name == "engines/sm_89/up-to-192x128x17/block.bf16.engine"
+    assert engine.faults == []
+    one = graphs(bundle.model, bundle.recipe)["block"]
+    onnx = graph_name("block", "bfloat16", one.has_constants)
+
+    def found(clip: ClipShape) -> str:
+        return find_engine(bundle, onnx, 89, profile(one, sizes(bundle.model, bundle.recipe, clip)))
+
+    assert found(small) == found(CLIP) == engine.name
+    with pytest.raises(
+        BundleError, match=r"no engine of onnx/bf16/block\.onnx for sm_89 and .*tokens=520; there is sm_89"
+    ):
+        found(large)
+    (exact,) = build_engines(bundle, small, rtx(), [89], only=["block"])
+    assert (found(small), found(CLIP)) == (exact.name, engine.name)
+    assert built_clips(bundle) == [CLIP, small]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_covered"),
+    [
+        ("rows=1..512 tokens=480", True),
+        ("rows=1..512 tokens=1..480", True),
+        ("rows=1..512 tokens=481", False),
+        ("rows=1..513 tokens=480", False),
+        ("tokens=480", False),
+        ("rows=1..512 steps=1 tokens=480", False),
+    ],
+)
+def test_a_profile_covers_what_lies_in_it(wanted: str, is_covered: bool) -> None:
+    assert covers("rows=1..512 tokens=1..480", wanted) == is_covered
 
 
 def test_the_unregistered_plugin_is_caught(bundle: Bundle) -> None:

@@ -16,6 +16,7 @@ from wanforge.errors import ConfigError, ResourceError
 from wanforge.exporter.checkpoint.layout import layout
 from wanforge.runtime.arena import Arena
 from wanforge.runtime.backends import create_backend
+from wanforge.runtime.cuda import StreamMover
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import RING, MemoryPlan, lay_out, plan_memory, request_schedules, traffic, ways
 from wanforge.runtime.pipeline import Pipeline, Request, Timings
@@ -202,6 +203,62 @@ def test_copies_hide_behind_computing_that_takes_longer() -> None:
     early = sum(group.bytes for group in GROUPS.values() if group.name.graph not in ("block", "stem", "head"))
     lost = sum(PLANNED.places[slot][1] for slot in (*PLANNED.overrun("decode"), *RING))
     assert 0.95 * early / 25e9 <= busy.stall_seconds <= 1.05 * (early + lost) / 25e9
+
+
+class Streams:
+    """What `StreamMover` asks of CUDA, written down."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.events = 0
+        self.pinned_bytes = 0
+
+    def event(self, said: str) -> str:
+        self.events += 1
+        self.said.append(f"{said} -> e{self.events}")
+        return f"e{self.events}"
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: str | None) -> str:
+        for target, source in pairs:
+            target.copy_(source)
+        return self.event(f"copy {len(pairs)} after {after}")
+
+    def mark(self) -> str:
+        return self.event("mark")
+
+    def wait(self, event: str) -> None:
+        self.said.append(f"wait {event}")
+
+    def pinned(self, size: int) -> torch.Tensor:
+        self.pinned_bytes += size
+        return torch.empty(size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("is_returning", [False, True])
+def test_a_copy_waits_for_the_last_launch_that_reads_its_slot(
+    is_returning: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.arange(4, dtype=torch.int8), "b": torch.ones(300)}
+    specs = {"a": TensorSpec("I8", (4,)), "b": TensorSpec("F32", (300,))}
+    both = Group(name(0), specs, {"a": 0, "b": 256}, 1536)
+    cuda, slot = Streams(), torch.zeros(2048, dtype=torch.uint8)
+    returning = frozenset({name(0)}) if is_returning else frozenset[GroupName]()
+    mover = StreamMover(cuda, [slot], lambda component: tensors, returning)  # type: ignore[arg-type]
+    mover.fetch(0, both)
+    mover.wait(0)
+    mover.wait(0)
+    mover.release(0)
+    mover.fetch(0, both)
+    pieces = 1 if is_returning else 2
+    assert cuda.said == [f"copy {pieces} after None -> e1", "wait e1", "mark -> e2", f"copy {pieces} after e2 -> e3"]
+    assert cuda.pinned_bytes == (1536 if is_returning else 0)
+    views = both.views(slot)
+    assert torch.equal(views["a"], tensors["a"])
+    assert torch.equal(views["b"], tensors["b"])
+    monkeypatch.setattr("wanforge.runtime.cuda.available_bytes", lambda: 0)
+    crowded = StreamMover(cuda, [slot], lambda component: tensors, returning)  # type: ignore[arg-type]
+    crowded.fetch(0, both)
+    assert cuda.pinned_bytes == (1536 if is_returning else 0)
 
 
 @pytest.mark.parametrize(("share", "residency"), [(1.0, "everything stays"), (0.86, "3 of 5"), (0.69, "0 of 5")])
