@@ -3,6 +3,7 @@
 Has not run on a GPU; tests put a stand-in in its place.
 """
 
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,7 @@ class Cuda:
     def name(self) -> str:
         """GPU and driver, as a file may be called."""
         properties = torch.cuda.get_device_properties(self.device)
-        driver = torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else torch.version.cuda
-        return f"{properties.name} {driver}".replace(" ", "-").replace("/", "-")
+        return f"{properties.name} {driver_version()}".replace(" ", "-").replace("/", "-")
 
     def free_bytes(self) -> int:
         """Of the GPU's memory."""
@@ -138,6 +138,22 @@ class StreamMover:
 
     def release(self, slot: int) -> None:
         self._released[slot] = self.cuda.mark()
+
+
+def driver_version() -> str:
+    """The newest CUDA that NVIDIA's driver here can run; empty where there is no driver.
+
+    Raises:
+        ResourceError: there is one, and it does not answer.
+    """
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""
+    number = ctypes.c_int()
+    if library.cuDriverGetVersion(ctypes.byref(number)):
+        raise ResourceError("NVIDIA's driver does not answer")
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def cache_folder() -> Path:

@@ -1,6 +1,5 @@
 """What this machine can do of the whole way from checkpoint to video, what is missing, and what to do about it."""
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins import cubins
 from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, open_library
 from wanforge.runtime.cuda import cache_folder as tensorrt_cache
+from wanforge.runtime.cuda import driver_version
 from wanforge.runtime.memory import available_bytes
 
 Status = Literal["ok", "missing", "broken"]
@@ -113,13 +113,12 @@ def driver() -> Check:
     """NVIDIA's driver."""
     needed_for = "anything on a GPU; compiling for one needs none"
     try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+        found = driver_version()
+    except ResourceError as error:
+        return Check("driver", "broken", str(error), needed_for, "restart, or install the driver anew")
+    if not found:
         return Check("driver", "missing", "no libcuda.so.1", needed_for, "install NVIDIA's driver")
-    number = ctypes.c_int()
-    if library.cuDriverGetVersion(ctypes.byref(number)):
-        return Check("driver", "broken", "it does not answer", needed_for, "restart, or install the driver anew")
-    return Check("driver", "ok", f"CUDA {number.value // 1000}.{number.value % 1000 // 10}", needed_for)
+    return Check("driver", "ok", f"CUDA {found}", needed_for)
 
 
 def gpu() -> Check:

@@ -189,8 +189,8 @@ def plan_memory(
     assert plan is not None
     tightest = max(stages, key=lambda name: stages[name].extent)
     raise ResourceError(
-        f"this takes at least {plan.arena_bytes / 1e9:.1f} GB of memory with every layer streamed "
-        f"({stages[tightest].extent / 1e9:.1f} GB of it for {tightest} itself), and {max(0, budget) / 1e9:.1f} GB are "
+        f"this takes at least {plan.arena_bytes / 1e9:.3g} GB of memory with every layer streamed "
+        f"({stages[tightest].extent / 1e9:.3g} GB of it for {tightest} itself), and {max(0, budget) / 1e9:.3g} GB are "
         "there; make the clip smaller or shorter"
     )
 
