@@ -88,7 +88,7 @@ class Arena:
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         self.entered = schedule
-        self.residency.evict(self.plan.overrun(schedule.stage))
+        self.residency.lend(self.plan.overrun(schedule.stage))
         self.residency.begin(self.residency.turns(schedule))
         offsets = self.plan.buffer_offsets(schedule, self.dtype.itemsize)
         return {name: self._buffer(spec, offsets[name]) for name, spec in schedule.buffers.items()}

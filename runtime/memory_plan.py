@@ -299,7 +299,7 @@ def traffic(
     for _ in range(2):
         before = Traffic(clock.copied, 0.0, clock.stalled)
         for schedule in schedules:
-            residency.evict(plan.overrun(schedule.stage))
+            residency.lend(plan.overrun(schedule.stage))
             turns = residency.turns(schedule)
             residency.begin(turns)
             for turn in turns:

@@ -170,10 +170,14 @@ class Residency:
     def __init__(self, groups: Mapping[GroupName, Group], slots: Mapping[GroupName, int], mover: Mover) -> None:
         self.groups, self.slots, self.mover = groups, slots, mover
         self._tenants: dict[int, GroupName] = {}
+        self._lent: list[int] = []
 
-    def evict(self, slots: Iterable[int]) -> None:
-        """These slots' memory is about to be used for something else."""
-        for slot in slots:
+    def lend(self, slots: Iterable[int]) -> None:
+        """From now on these slots' memory is used for something else; that of those lent before is no more."""
+        for slot in self._lent:
+            self.mover.release(slot)
+        self._lent = list(slots)
+        for slot in self._lent:
             self.mover.wait(slot)  # a copy on its way would land in what comes next
             self._tenants.pop(slot, None)
 

@@ -56,7 +56,7 @@ class Movements:
             self.holds[slot] = self.coming.pop(slot)
 
     def release(self, slot: int) -> None:
-        pass
+        self.said.append(f"release {slot}")
 
     def launch(self, slot: int, wanted: GroupName) -> None:
         assert slot not in self.coming
@@ -83,7 +83,7 @@ def test_every_launch_finds_its_weights(order: list[int], slots: list[int], evic
     residency.begin(turns)
     for index, turn in enumerate(turns):
         if index == evicted:
-            residency.evict([0, 1])
+            residency.lend([0, 1])
         assert turn.group is not None
         residency.run(turn, partial(mover.launch, placed[turn.group], turn.group))
     launches = [said for said in mover.said if said.startswith("launch")]
@@ -101,11 +101,23 @@ def test_the_next_layer_is_copied_while_one_computes() -> None:
         residency.run(turn, partial(mover.launch, placed[turn.group], turn.group))
     assert mover.said == [
         *("fetch blocks.0.0", "fetch blocks.1.1"),
-        *("launch blocks.0.", "fetch blocks.2.0", "launch blocks.1.", "fetch blocks.3.1"),
-        *("launch blocks.2.", "launch blocks.3."),
+        *("launch blocks.0.", "release 0", "fetch blocks.2.0", "launch blocks.1.", "release 1", "fetch blocks.3.1"),
+        *("launch blocks.2.", "release 0", "launch blocks.3.", "release 1"),
     ]
     assert not residency.are_settled(turns)
     assert residency.are_settled(residency.turns(Schedule("denoise", {}, {"step.0": (launch(2), launch(3))})))
+
+
+def test_a_slot_that_was_lent_is_filled_after_what_used_its_memory() -> None:
+    mover = Movements()
+    residency = Residency({name(0): group(0)}, {name(0): 0}, mover)
+    turns = residency.turns(Schedule("denoise", {}, {"step.0": (launch(0),)}))
+    residency.begin(turns)
+    residency.lend([0])
+    mover.said.append("another stage")
+    residency.lend([])
+    residency.begin(turns)
+    assert mover.said == ["fetch blocks.0.0", "another stage", "release 0", "fetch blocks.0.0"]
 
 
 def test_tensors_lie_apart_and_aligned() -> None:
@@ -261,11 +273,11 @@ def test_a_copy_waits_for_the_last_launch_that_reads_its_slot(
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
 
 
-@pytest.mark.parametrize(("share", "residency"), [(1.0, "everything stays"), (0.86, "3 of 5"), (0.69, "0 of 5")])
+@pytest.mark.parametrize(("share", "residency"), [(0.96, "everything stays"), (0.82, "3 of 5"), (0.65, "0 of 5")])
 def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     deep_bundle: Bundle, share: float, residency: str
 ) -> None:
-    clip = ClipShape(32, 32, 5)
+    clip = ClipShape(64, 64, 5)
 
     def frames(budget: float | None) -> tuple[torch.Tensor, Arena | None]:
         backend = create_backend("ort", deep_bundle, budget=budget)
@@ -282,6 +294,7 @@ def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     found, arena = frames(share * whole.plan.arena_bytes)
     assert arena is not None
     assert residency in arena.plan.residency
+    assert arena.plan.overrun("decode"), "decoding runs over weights, which the second request needs again"
     assert arena.plan.arena_bytes <= share * whole.plan.arena_bytes
     assert torch.equal(found, wanted)
 
