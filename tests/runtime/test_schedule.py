@@ -36,13 +36,16 @@ def test_distinct_rows_stand_for_every_row_of_the_text(prompt: int, tile: int) -
         assert len(tiles) == 1 or row % tile == 0
 
 
+@pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("prompt", [1, 26, 128, 200, 512])
-def test_attention_over_distinct_rows_is_attention_over_all(prompt: int) -> None:
+def test_attention_over_distinct_rows_is_attention_over_all(prompt: int, multiple: int) -> None:
     torch.manual_seed(prompt)
     # In float64, where nothing but the algebra shows.
     q, keys, values = (torch.randn(1, n, 2, 128, dtype=torch.float64) for n in (50, 512, 512))
     keys[:, prompt:], values[:, prompt:] = keys[:, -1:].clone(), values[:, -1:].clone()
-    kept, counts = context_rows(prompt, 512, 1)
+    kept, counts = context_rows(prompt, 512, 1, multiple)
+    assert len(kept) % multiple == 0
+    assert len(kept) == len(counts) <= prompt + 1 + multiple
     few = dense_attention(q, keys[:, kept], values[:, kept], torch.tensor(counts).double().log())
     assert_matches(few, dense_attention(q, keys, values), 1e-14)
 
