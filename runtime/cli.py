@@ -1,4 +1,4 @@
-"""The commands of deploy time: generate, bench."""
+"""Making videos, and the options that commands about a clip share."""
 
 import json
 from collections import Counter
@@ -9,15 +9,11 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, load_model, named, size_of
+from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, size_of
 from wanforge.engines.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS, create_backend
-from wanforge.runtime.bench import bench_request, table
 from wanforge.runtime.image import open_image
-from wanforge.runtime.op_bench.bench import bench_ops, device_here, timer_for, workload
-from wanforge.runtime.op_bench.cases import OPS
-from wanforge.runtime.op_bench.report import table as op_table
 from wanforge.runtime.pipeline import Job, Pipeline, Request, Timings, write_noise
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.video import check_place, video_writer
@@ -268,7 +264,7 @@ def make_video(pipeline: Pipeline, job: Job, out: Path, bars: Bars) -> dict[str,
         for frame in pipeline.frames(latents, shape, timings, bars):
             write(frame)
     # Decoding and encoding take turns: what the encoder took is the rest.
-    timings.stages["write"] -= timings.stages["decode"]
+    timings.stages["write"] -= timings.stages["decode"] + timings.stages["transfer"]
     return {
         "out": str(out),
         "prompt": job.request.prompt,
@@ -315,107 +311,3 @@ def request_of(
     """A request from the options that commands share."""
     shape = clip_shape(model, resolution, aspect, frames)
     return Request(prompt, shape, image, seed, steps, topk=topk)
-
-
-@click.command("op")
-@click.argument("name", metavar="NAME", type=click.Choice([*OPS, "all"]))
-@click.option(
-    "--model",
-    "model_name",
-    default="turbowan2.1-t2v-1.3b-480p",
-    show_default=True,
-    help=f"Whose sizes: {', '.join(named('models'))}, or a .toml file.",
-)
-@shape_options
-@TOPK
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=50,
-    show_default=True,
-    help="Timed runs of each contender.",
-)
-@JSON
-def bench_op(
-    name: str,
-    model_name: str,
-    resolution: str | None,
-    aspect: str | None,
-    frames: int | None,
-    topk: float | None,
-    repeats: int,
-    as_json: bool,
-) -> None:
-    """Time the kernels of one op beside what else could do its work, in turns, on this machine's GPU.
-
-    NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, sparse_linear_attention, block (a whole layer) or
-    all. First the kernels are held against their definition, at a small size: an op that is wrong gets no number, and
-    the command exits with 1. Without a GPU that is all.
-    """
-    model, device = load_model(model_name), device_here()
-    sizes = workload(model, clip_shape(model, resolution, aspect, frames), topk, device)
-    with Bars() as bars:
-        report = bench_ops(list(OPS) if name == "all" else [name], sizes, device, timer_for(device), repeats, bars)
-    click.echo(json.dumps(report.as_json()) if as_json else op_table(report))
-    if not report.passed:
-        click.get_current_context().exit(1)
-
-
-class BundleOrOp(click.Command):
-    """A command that takes a bundle, unless its first word is ``op``: then it is `bench_op`."""
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        if args[:1] == [bench_op.name]:
-            return bench_op.make_context(f"{info_name} {bench_op.name}", args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_usage(ctx, formatter)
-        formatter.write_usage(ctx.command_path, f"{bench_op.name} [OPTIONS] NAME", prefix="   or: ")
-
-
-@click.command(cls=BundleOrOp)
-@BUNDLE
-@click.option("--prompt", default=PROMPT, help="Of the clip to time.")
-@IMAGE
-@SEED
-@clip_options
-@click.option(
-    "--backend",
-    "backends",
-    multiple=True,
-    type=click.Choice(list(BACKENDS)),
-    default=["torch", "ort"],
-    show_default=True,
-    help="Side by side.",
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Timed runs, after one that is not.",
-)
-@JSON
-def bench(
-    bundle: Path,
-    prompt: str,
-    image: Path | None,
-    seed: int,
-    backends: tuple[str, ...],
-    repeats: int,
-    as_json: bool,
-    **clip: Any,
-) -> None:
-    """Time the stages of a request on each backend, in turns, and report medians and spread.
-
-    `bench op` times the kernels of one op instead, see `bench op --help`; a bundle of that name is ./op.
-    """
-    opened, chosen = Bundle.open(bundle), backends
-    request = request_of(opened.model, prompt, image, seed, **clip)
-    with Bars() as bars:
-        verify(opened, chosen, bars)
-        rows = bench_request(opened, request, chosen, repeats, bars)
-    click.echo(json.dumps([row.as_json() for row in rows]) if as_json else table(rows))

@@ -213,8 +213,11 @@ class Pipeline:
                 pixels = session[output][0].float().clamp(-1, 1)
                 # Halves go up: what upstream's writer does.
                 images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+                self.backend.synchronise()
+            with timings.stage("transfer"):
+                images = images.cpu()
             progress("decode", index + 1, shape.latent_frames)
-            yield from images.cpu()
+            yield from images
 
 
 class Denoiser:

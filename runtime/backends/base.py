@@ -33,6 +33,7 @@ class Backend(Protocol):
             ResourceError: there is too little memory for it.
             BundleError: the bundle lacks what it takes.
         """
+        return
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""
@@ -48,6 +49,7 @@ class Backend(Protocol):
 
     def synchronise(self) -> None:
         """Wait until everything launched is done."""
+        return
 
 
 class Session:

@@ -18,12 +18,17 @@ DEVICES = {
 """Targets by what PyTorch calls the GPU, where that is not NVIDIA and the target's title."""
 
 
+def target_name(gpu: str) -> str | None:
+    """The target that a GPU is, by PyTorch's name for it; None where it is not one of `configs/targets.toml`, or a
+    variant."""
+    known = {f"NVIDIA {target.title}": name for name, target in load_targets().items()}
+    return (known | DEVICES).get(gpu)
+
+
 def target_of(gpu: str) -> Target | None:
-    """The peaks of a GPU by PyTorch's name for it; None where it is not one of `configs/targets.toml`, or a variant."""
-    targets = load_targets()
-    known = {f"NVIDIA {target.title}": target for target in targets.values()}
-    known |= {name: targets[key] for name, key in DEVICES.items()}
-    return known.get(gpu)
+    """The peaks of a GPU by PyTorch's name for it, where they are known."""
+    name = target_name(gpu)
+    return None if name is None else load_targets()[name]
 
 
 def machine_of(device: torch.device) -> dict[str, str | None]:
@@ -34,7 +39,7 @@ def machine_of(device: torch.device) -> dict[str, str | None]:
         "gpu": torch.cuda.get_device_name(device) if has_gpu else None,
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": installed("triton"),
         "wanforge": __version__,
         "commit": commit(),

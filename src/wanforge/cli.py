@@ -32,7 +32,14 @@ COMMANDS = {
         "Make a video from a prompt, or from an image and a prompt.",
     ),
     "parity": ("wanforge.runtime.parity_cli:parity", "Hold a backend against the reference: op, block, step, clip."),
-    "bench": ("wanforge.runtime.cli:bench", "Time the stages of a request, or the kernels of an op."),
+    "bench": (
+        "wanforge.runtime.bench_cli:bench",
+        "Time whole requests, or the kernels of an op; sweep; compare with before.",
+    ),
+    "suite": (
+        "wanforge.exporter.suite_cli:suite",
+        "Measure what any machine can: export, build, host overhead, ONNX Runtime.",
+    ),
     "doctor": ("wanforge.runtime.doctor_cli:doctor", "Say what this machine can do, and what is missing."),
 }
 

@@ -174,7 +174,7 @@ def test_timings_cover_every_stage(bundle_of: BundleOf, picture: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     latents = pipeline.latents(job, timings, lambda *event: seen.append(event))
     assert len(list(pipeline.frames(latents, SHAPE, timings, lambda *event: seen.append(event)))) == 9
-    assert list(timings.stages) == ["text", "condition", "prepare", "denoise", "decode"]
+    assert list(timings.stages) == ["text", "condition", "prepare", "denoise", "decode", "transfer"]
     assert len(timings.steps) == 4
     assert sum(timings.steps) <= timings.stages["denoise"]
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))

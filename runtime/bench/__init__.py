@@ -1,0 +1,1 @@
+"""Times requests, sweeps over what may change their quality, and remembers: `wanforge bench`."""

@@ -1,0 +1,89 @@
+"""Memory and energy of what runs within a block. What this machine cannot measure is None."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+
+INTERVAL = 0.01
+"""Seconds between two looks at memory."""
+
+
+@dataclass
+class Reading:
+    """What was measured, once the block has ended.
+
+    Attributes:
+        host_bytes: most memory of this process at any time.
+        device_bytes: most memory in use on the GPU, everybody's.
+        joules: energy that the GPU took.
+    """
+
+    seconds: float = 0.0
+    host_bytes: int = 0
+    device_bytes: int | None = None
+    joules: float | None = None
+
+
+class Nvml:
+    """NVIDIA's management library over the first GPU, from the package nvidia-ml-py."""
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        self.library, self.handle = library, handle
+
+    @classmethod
+    def open(cls) -> "Nvml | None":
+        """None where the package, the driver or the GPU is missing."""
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            pynvml.nvmlInit()
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+        except pynvml.NVMLError:
+            return None
+
+    def used_bytes(self) -> int:
+        return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
+
+    def joules(self) -> float | None:
+        """Since the driver was loaded; None before Volta."""
+        try:
+            return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
+        except self.library.NVMLError:
+            return None
+
+
+@contextmanager
+def metered(nvml: Nvml | None) -> Iterator[Reading]:
+    """Measure what runs within the block."""
+    reading, process, ended = Reading(), psutil.Process(), Event()
+
+    def look() -> None:
+        reading.host_bytes = max(reading.host_bytes, process.memory_info().rss)
+        if nvml is not None:
+            reading.device_bytes = max(reading.device_bytes or 0, nvml.used_bytes())
+
+    def watch() -> None:
+        while not ended.wait(INTERVAL):
+            look()
+
+    look()
+    watcher = Thread(target=watch, daemon=True)
+    before, start = nvml.joules() if nvml is not None else None, time.perf_counter()
+    watcher.start()
+    try:
+        yield reading
+    finally:
+        reading.seconds = time.perf_counter() - start
+        ended.set()
+        watcher.join()
+        look()
+        after = nvml.joules() if nvml is not None else None
+        if before is not None and after is not None:
+            reading.joules = after - before

@@ -1,0 +1,272 @@
+"""One setting at a time: what quality it costs, and what time and memory.
+
+Each point's clip is held against the same seed's clip at the setting of most quality, where there is one: every key
+block, the most steps, unquantised weights. Frames and resolution have none; there the backend is held against the
+reference at the same setting.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape, Recipe, load_recipe, size_of
+from wanforge.engines.bundle import Bundle
+from wanforge.errors import BundleError, RequestError
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.bench.meters import Nvml, Reading, metered
+from wanforge.runtime.bench.request import one_run
+from wanforge.runtime.other_recipe import check_recipe, read_as
+from wanforge.runtime.parity.metrics import Difference, clip_difference, difference
+from wanforge.runtime.pipeline import Pipeline, Progress, Request, Timings
+from wanforge.runtime.quality.held_out import Rates, held_out_prompts, measure
+from wanforge.runtime.reference.sampler import MAX_STEPS
+
+Setting = tuple[Request, Recipe]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What can be swept.
+
+    Attributes:
+        set: a request and a recipe with a value, as it is typed.
+        best: the value of most quality, as it is typed; empty where there is none.
+    """
+
+    set: Callable[[Setting, str], Setting]
+    best: str = ""
+
+
+def of_request(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
+    """A field of the request."""
+    return lambda setting, value: (replace(setting[0], **{name: parse(value)}), setting[1])
+
+
+def of_recipe(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
+    """A field of the recipe."""
+
+    def change(setting: Setting, value: str) -> Setting:
+        plain: dict[str, Any] = {**msgspec.to_builtins(setting[1]), name: parse(value)}
+        return setting[0], msgspec.convert(plain, Recipe)
+
+    return change
+
+
+def set_frames(setting: Setting, value: str) -> Setting:
+    shape = setting[0].shape
+    return replace(setting[0], shape=ClipShape(shape.width_px, shape.height_px, int(value))), setting[1]
+
+
+def set_resolution(setting: Setting, value: str) -> Setting:
+    """``480p``, or pixels as ``640x384``."""
+    width, by, height = value.partition("x")
+    size = (int(width), int(height)) if by else size_of(value, "16:9")
+    return replace(setting[0], shape=ClipShape(*size, setting[0].shape.frames)), setting[1]
+
+
+def set_recipe(setting: Setting, value: str) -> Setting:
+    """A recipe by name; one that attends to every key has no top-k."""
+    recipe = load_recipe(value)
+    request = replace(setting[0], topk=None) if recipe.attention == "dense" else setting[0]
+    return request, recipe
+
+
+PARAMETERS = {
+    "topk": Parameter(of_request("topk", float), best="1.0"),
+    "steps": Parameter(of_request("steps", int), best=str(MAX_STEPS)),
+    "sigma_max": Parameter(of_request("sigma_max", float)),
+    "recipe": Parameter(set_recipe, best="bf16-sla"),
+    "block_q": Parameter(of_recipe("block_q", int)),
+    "block_k": Parameter(of_recipe("block_k", int)),
+    "frames": Parameter(set_frames),
+    "resolution": Parameter(set_resolution),
+}
+
+OF_THE_CLIP = ("frames", "resolution")
+"""Parameters whose clips are not comparable with each other."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a sweep.
+
+    Attributes:
+        total_seconds, step_seconds: medians.
+        clip, latents: against the best value's; None where a point is the best one, or there is none.
+        rates: what of held-out prompts comes out right, where that was asked for.
+    """
+
+    value: str
+    tokens: int
+    total_seconds: float
+    step_seconds: float
+    meters: Reading
+    clip: Difference | None
+    latents: Difference | None
+    rates: Rates | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "tokens": self.tokens,
+            "total_seconds": self.total_seconds,
+            "step_seconds": self.step_seconds,
+            "peak_host_bytes": self.meters.host_bytes,
+            "peak_device_bytes": self.meters.device_bytes,
+            "joules_per_video": self.meters.joules,
+            "clip": None if self.clip is None else self.clip.as_json(),
+            "latents": None if self.latents is None else self.latents.as_json(),
+            "rates": None if self.rates is None else dict(vars(self.rates)),
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All values of one parameter.
+
+    Attributes:
+        against: what the clips are held against, in words.
+    """
+
+    parameter: str
+    backend: str
+    against: str
+    points: list[Point]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "points": [point.as_json() for point in self.points]}
+
+
+def parse(text: str) -> tuple[str, list[str]]:
+    """``topk=0.05,0.1`` as a parameter and its values.
+
+    Raises:
+        RequestError: there is no such parameter, or no value.
+    """
+    name, _, values = text.partition("=")
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if name not in PARAMETERS or not found:
+        raise RequestError(f"{text!r} is no sweep; write NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}")
+    return name, found
+
+
+def run_sweep(
+    bundle: Bundle,
+    request: Request,
+    backend: str,
+    name: str,
+    values: Sequence[str],
+    repeats: int,
+    prompts: int = 0,
+    progress: Progress = lambda *_: None,
+) -> Sweep:
+    """Measure every value of a parameter.
+
+    Args:
+        prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
+
+    Raises:
+        RequestError, ConfigError, BundleError, ResourceError: a value makes no sense here.
+    """
+    sweep = _Sweep(bundle, request, backend, name)
+    pipelines = [sweep.at(value) for value in values]  # every value is refused or taken before any is measured
+    points = []
+    for done, (value, (pipeline, asked)) in enumerate(zip(values, pipelines, strict=True), 1):
+        points.append(sweep.point(value, pipeline, asked, repeats, prompts))
+        progress(name, done, len(values))
+    return Sweep(name, backend, sweep.against, points)
+
+
+Made = tuple[Tensor, Tensor]
+"""Clean latents, and frames."""
+
+
+class _Sweep:
+    def __init__(self, bundle: Bundle, request: Request, backend: str, name: str) -> None:
+        self.bundle, self.backend, self.name = bundle, backend, name
+        self.parameter = PARAMETERS[name]
+        self.setting: Setting = (request, bundle.recipe)
+        self.nvml = Nvml.open()
+        self.best: Made | None = None
+        self.against = "the reference at the same setting"
+        if name not in OF_THE_CLIP:
+            self._find_best()
+
+    def _find_best(self) -> None:
+        """Make the clip that the others are held against: of the best value, or of the setting without the sweep."""
+        try:
+            pipeline, asked = self.at(self.parameter.best) if self.parameter.best else self.with_(self.setting)
+            self.against = f"{self.name} {self.parameter.best}" if self.parameter.best else f"{self.name} as it is"
+        except BundleError:  # quantised weights have no better recipe than their own
+            pipeline, asked = self.with_(self.setting)
+            self.against = f"recipe {self.bundle.recipe.name}"
+        self.best = make(pipeline, asked)
+
+    def at(self, value: str) -> tuple[Pipeline, Request]:
+        """A pipeline and a request with a value of the parameter."""
+        try:
+            setting = self.parameter.set(self.setting, value)
+        except (ValueError, msgspec.ValidationError) as error:
+            raise RequestError(f"{self.name} cannot be {value!r}: {error}") from None
+        return self.with_(setting)
+
+    def with_(self, setting: Setting) -> tuple[Pipeline, Request]:
+        request, recipe = setting
+        read = self.bundle if recipe == self.bundle.recipe else read_as(self.bundle, recipe)
+        backend = create_backend(self.backend, read)
+        check_recipe(self.bundle, backend, recipe)
+        pipeline = Pipeline(read, backend)
+        pipeline.check(request)
+        return pipeline, request
+
+    def point(self, value: str, pipeline: Pipeline, request: Request, repeats: int, prompts: int) -> Point:
+        made = make(pipeline, request)
+        best = self.best or make(Pipeline(pipeline.bundle, create_backend("torch", pipeline.bundle)), request)
+        with tempfile.TemporaryDirectory() as folder:
+            runs, meters = [], []
+            for _ in range(repeats):
+                with metered(self.nvml) as reading:
+                    runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
+                meters.append(reading)
+        return Point(
+            value,
+            request.shape.tokens,
+            statistics.median(run["total"] for run in runs),
+            statistics.median(run["step"] for run in runs),
+            median_reading(meters),
+            clip_difference(made[1], best[1]),
+            difference(made[0], best[0]),
+            rates(pipeline, request, prompts) if prompts else None,
+        )
+
+
+def make(pipeline: Pipeline, request: Request) -> Made:
+    """One clip."""
+    latents = pipeline.latents(pipeline.check(request), Timings())
+    return latents, torch.stack(list(pipeline.frames(latents, request.shape, Timings())))
+
+
+def median_reading(meters: Sequence[Reading]) -> Reading:
+    """The most memory, the median energy."""
+    devices = [each.device_bytes for each in meters if each.device_bytes is not None]
+    joules = [each.joules for each in meters if each.joules is not None]
+    return Reading(
+        statistics.median(each.seconds for each in meters),
+        max(each.host_bytes for each in meters),
+        max(devices) if devices else None,
+        statistics.median(joules) if joules else None,
+    )
+
+
+def rates(pipeline: Pipeline, request: Request, prompts: int) -> Rates:
+    """What of some held-out prompts comes out right, spread over all of them."""
+    every = held_out_prompts()
+    chosen = every[:: max(1, len(every) // prompts)][:prompts]
+    return measure(pipeline, steps=request.steps, topk=request.topk, prompts=chosen).rates
