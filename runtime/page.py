@@ -148,19 +148,33 @@ def picture(frame_HWC: Tensor, caption: str) -> str:
 
 
 def plot(chart: Plot) -> str:
-    """A plot as SVG."""
+    """A plot, with its title and what its colours mean."""
+    return f"<figure><figcaption>{escape(chart.title)}{_legend(chart)}</figcaption>{_svg(chart)}</figure>"
+
+
+def picture_of(chart: Plot) -> str:
+    """A plot as an SVG file, for pages that are not ours: its colours go with light and dark."""
+    names = [
+        f'<text x="{LEFT + 12 + 110 * i}" y="{TOP + 10}" style="fill:var(--c{i})">● {escape(series.name)}</text>'
+        for i, series in enumerate(chart.series)
+    ]
+    style = f"<style>{STYLE}</style>"
+    return _svg(chart, f' xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"', [style], names) + "\n"
+
+
+def _svg(chart: Plot, attributes: str = "", before: Sequence[str] = (), after: Sequence[str] = ()) -> str:
     xs = [x for series in chart.series for x, _, _ in series.points]
     ys = [y for series in chart.series for _, y, _ in series.points] + [y for _, y in chart.marks]
     across = Axis(xs, (LEFT, WIDTH - RIGHT), chart.log_x, from_zero=False)
     up = Axis(ys, (HEIGHT - BOTTOM, TOP), chart.log_y, from_zero=True)
-    parts = [*_grid(chart, across, up)]
+    parts = [*before, *_grid(chart, across, up)]
     for name, y in chart.marks:
         parts.append(_line(LEFT, up(y), WIDTH - RIGHT, up(y), "var(--bad)", ' stroke-dasharray="5 4"'))
         parts.append(_text(WIDTH - RIGHT - 4, up(y) - 5, name, "end"))
     for index, series in enumerate(chart.series):
         parts += _series(series, f"var(--c{index % COLOURS})", across, up)
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{escape(chart.title)}{_legend(chart)}</figcaption>{svg}</figure>"
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}"'
+    return f"<svg {box}{attributes}>{''.join([*parts, *after])}</svg>"
 
 
 def _legend(chart: Plot) -> str:

@@ -1,7 +1,8 @@
 """Results kept from run to run, one JSON object per line, and a run against those before it: only like with like.
 
 A number is compared with the median of the last runs of the same thing on the same machine. It is a regression where
-it is slower by more than a margin: 5 %, or three times the noise between those runs or within them, whichever is most.
+it is slower by more than a margin: 5 %, 50 microseconds, or three times the noise between those runs or within them,
+whichever is most.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ import msgspec
 from wanforge.errors import RequestError
 from wanforge.runtime.bench.machine import COMPARABLE, Facts
 
-WINDOW = 10
-"""Runs before this one that count."""
-LEAST_MARGIN = 0.05
+WINDOW, FEWEST = 10, 3
+"""Most runs before this one that count, and the fewest from which their noise can be told."""
+LEAST_MARGIN, LEAST_SECONDS = 0.05, 50e-6
 NOISES = 3.0
 """Deviations that a number may be off by chance."""
 DEVIATION = 1.4826
@@ -125,12 +126,13 @@ def compare_value(name: str, now: Entry, alike: Sequence[Entry]) -> Comparison:
     runs = now.values[name]
     current = statistics.median(runs)
     before = [each.values[name] for each in alike if each.values.get(name)]
-    if not before:
-        return Comparison(name, "not comparable", current, note="never measured before")
+    if len(before) < FEWEST:
+        note = f"{len(before)} runs like it in the history, {FEWEST} are needed"
+        return Comparison(name, "not comparable", current, note=note)
     medians = [statistics.median(each) for each in before]
     usual = statistics.median(medians)
     within = [noise(each) / len(each) ** 0.5 for each in [*before, runs]]
-    margin = max(LEAST_MARGIN * usual, NOISES * noise(medians), NOISES * statistics.median(within))
+    margin = max(LEAST_SECONDS, LEAST_MARGIN * usual, NOISES * noise(medians), NOISES * statistics.median(within))
     verdict: Verdict = "regression" if current - usual > margin else "pass"
     share = margin / usual if usual else 0.0
     return Comparison(name, verdict, current, usual, share, len(before), changes(alike[-1], now))
@@ -147,17 +149,3 @@ def changes(before: Entry, now: Entry) -> str:
     names = ("torch", "triton", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "tensorrt", "python", "clock_mhz")
     pairs = ((name, before.machine.get(name), now.machine.get(name)) for name in names)
     return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
-
-
-def table(found: Sequence[Comparison]) -> str:
-    """A line for each number."""
-    lines = []
-    for each in found:
-        line = f"{each.verdict:<15}{each.name:<28}{1000 * each.now:>12.3f} ms"
-        if each.before is not None and each.margin is not None:
-            line += (
-                f"{1000 * each.before:>12.3f} ms before ({each.count} runs){each.now / each.before - 1:>+8.1%}, "
-                f"{each.margin:.1%} allowed"
-            )
-        lines.append(f"{line}  {each.note}".rstrip())
-    return "\n".join(lines)

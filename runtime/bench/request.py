@@ -14,6 +14,7 @@ from wanforge.engines.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.compiled import CompiledBackend
 from wanforge.runtime.bench.meters import Nvml, Reading, metered
+from wanforge.runtime.graphs import graphs
 from wanforge.runtime.pipeline import Pipeline, Progress, Request, Timings
 from wanforge.runtime.video import video_writer
 
@@ -109,6 +110,7 @@ def bench_request(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "clip.mp4"
         for name in contenders:
+            graphs.cache_clear()  # made for the one before
             start = time.perf_counter()
             pipelines[name] = make_pipeline(bundle, name)
             pipelines[name].check(request)

@@ -12,10 +12,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import TOKENIZER, Bundle, weights_name
-from wanforge.runtime.bench import bench_request
-from wanforge.runtime.pipeline import Request
 from wanforge.runtime.reference.sampler import gaussian
 
 BundleOf = Callable[[str, str], Bundle]
@@ -246,23 +243,3 @@ def test_what_a_backend_does_not_open_may_be_damaged(bundle: Path, tmp_path: Pat
     assert run("generate", copy, "--prompt", PROMPT, "--steps", 1, "--out", out, *SMALL).exit_code == 1
     done = run("generate", copy, "--prompt", PROMPT, "--steps", 1, "--out", out, *SMALL, "--backend", "torch")
     assert done.exit_code == 0, done.output
-
-
-def test_bench_says_how_far_it_is(bundle_of: BundleOf) -> None:
-    bundle = bundle_of("tiny-t2v", "bf16")
-    seen: list[tuple[str, int, int]] = []
-    request = Request(PROMPT, ClipShape(96, 64, 5), steps=1)
-    bench_request(bundle, request, ("torch", "ort"), 2, lambda *event: seen.append(event))
-    assert seen == [("bench", done, 4) for done in (1, 2, 3, 4)]
-
-
-def test_bench_reports_every_stage_of_every_backend(bundle_of: BundleOf) -> None:
-    done = run("bench", bundle_of("tiny-t2v", "bf16").root, "--prompt", PROMPT, "--repeats", 2, "--json")
-    rows = json.loads(done.stdout)
-    assert [row["backend"] for row in rows] == ["torch", "ort"]
-    for row in rows:
-        assert set(row["stages"]) == {"text", "prepare", "denoise", "decode", "step", "total"}
-        assert all(len(stage["runs"]) == 2 for stage in row["stages"].values())
-        assert row["stages"]["total"]["median"] >= row["stages"]["decode"]["median"]
-    table = run("bench", bundle_of("tiny-t2v", "bf16").root, "--repeats", 1, "--backend", "ort").stdout
-    assert table.splitlines()[0].split() == ["stage", "ort"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.skeletons import skeleton
 from tests.tensorrt_flavours import rtx
 from wanforge.configs.schema import load_model, load_recipe
 from wanforge.engines.bundle import Bundle
+from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
 
 DENOISER = {"context", "cross_kv", "time", "stem", "block", "head"}

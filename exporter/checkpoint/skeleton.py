@@ -10,6 +10,8 @@ from wanforge.configs.schema import ModelConfig, Recipe
 from wanforge.engines.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
 from wanforge.engines.tensorfile import encode_header
 from wanforge.exporter.checkpoint.layout import layout
+from wanforge.exporter.checkpoint.synth import train_tokenizer
+from wanforge.whole_file import write_atomically
 
 
 def skeleton(root: Path, model: ModelConfig, recipe: Recipe, *, has_vae: bool = False) -> Bundle:
@@ -31,7 +33,7 @@ def skeleton(root: Path, model: ModelConfig, recipe: Recipe, *, has_vae: bool = 
                 file.write(np.random.default_rng(0).normal(0, 0.02, size // 4).astype("<f4").tobytes())
             file.truncate(len(header) + size)
         files[name] = FileRecord(hashlib.sha256(header).hexdigest(), path.stat().st_size)
-    (root / TOKENIZER).parent.mkdir()
-    (root / TOKENIZER).write_text("{}")
-    files[TOKENIZER] = FileRecord(hashlib.sha256(b"{}").hexdigest(), 2)
+    tokenizer = train_tokenizer(model.text_encoder.vocab_size).to_str().encode()
+    write_atomically(root / TOKENIZER, tokenizer)
+    files[TOKENIZER] = FileRecord(hashlib.sha256(tokenizer).hexdigest(), len(tokenizer))
     return Bundle.create(root, model, recipe, files)
