@@ -38,9 +38,10 @@ check: setup     ## formatting, lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
 
-bench: setup     ## time the demo's bundle, ONNX Runtime beside the reference
-	@test -d $(OUT)/bundle || $(MAKE) --no-print-directory demo
-	$(BIN)/wanforge bench $(OUT)/bundle
+bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md
+	@touch benchmarks.jsonl
+	$(BIN)/wanforge suite --markdown docs/benchmarks.md --against benchmarks.jsonl --history benchmarks.jsonl; \
+	  code=$$?; test $$code -eq 3 || exit $$code  # 3: nothing to compare with yet
 
 format: setup    ## rewrite the files the way check wants them
 	$(BIN)/ruff format .

@@ -167,8 +167,8 @@ class Depths(Record, frozen=True):
 
     op: Limits
     """Every op on the reference's inputs, and every graph that is little more than one op."""
-    attention: Limits
-    """The op of sparse attention, which rounds and selects inside."""
+    rounded: Limits
+    """Ops that round or select inside: sparse attention, and whatever a backend quantises in the same launch."""
     block: Limits
     """A layer of the denoiser on the reference's inputs."""
     step: Limits

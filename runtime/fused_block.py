@@ -145,6 +145,24 @@ class RowLinears(QuantisedLinears):
         return quantise_rows(y_LD)
 
 
+class Tap:
+    """Sees what goes from op to op, by the names of `backends.points`, and passes it on; this one as it is."""
+
+    def value(self, name: str, x_LD: Tensor) -> Tensor:
+        """What an op gave, and the next one may write over."""
+        return x_LD
+
+    def input(self, name: str, x: Input, layers: Linears) -> Input:
+        """What `layers` take."""
+        return x
+
+    def stream(self, name: str, x_LD: Tensor) -> None:
+        """The residual stream, in place."""
+
+
+NO_TAP = Tap()
+
+
 class FusedBlock:
     """One layer of the denoiser as kernels.
 
@@ -156,13 +174,14 @@ class FusedBlock:
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
 
-    def run(self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor) -> None:
+    def run(self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor, tap: "Tap" = NO_TAP) -> None:
         """Compute the graph ``block``.
 
         Args:
             weights: the layer's tensors, named as in the graph, on the device of the inputs.
             inputs: in the order of the graph's ports; one sample.
             out_BLD: takes ``hidden_out``; must not be ``hidden``.
+            tap: sees what goes from op to op.
 
         Raises:
             ShapeError: there is more than one sample.
@@ -174,21 +193,28 @@ class FusedBlock:
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D[0].unbind(0)
         layers = self._linears(weights, x_LD.dtype)
 
-        a = layers.norm(x_LD, scale_sa, shift_sa, modulated=True)
-        q_LD, k_LD, v_LD = layers.project(a, ["self_attn.q", "self_attn.k", "self_attn.v"])
+        a = tap.input("self_attn.q.in", layers.norm(x_LD, scale_sa, shift_sa, modulated=True), layers)
+        qkv = ["self_attn.q", "self_attn.k", "self_attn.v"]
+        q_LD, k_LD, v_LD = (tap.value(*each) for each in zip(qkv, layers.project(a, qkv), strict=True))
         norms = [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
         rms_norm_rotate([q_LD, k_LD], norms, self.config.eps, (cos_LP, sin_LP))
-        a = self._attend(layers, weights, q_LD, k_LD, v_LD, len(slots_S))
+        q_LD, k_LD = tap.value("self_attn.attn_op.q", q_LD), tap.value("self_attn.attn_op.k", k_LD)
+        a = tap.input("self_attn.o.in", self._attend(layers, weights, q_LD, k_LD, v_LD, len(slots_S)), layers)
         layers.add(a, "self_attn.o", x_LD, gate_sa, out_LD)
+        tap.stream("norm3.in", out_LD)
 
         a = layers.norm(out_LD, weights["norm3.weight"], weights["norm3.bias"], modulated=False)
-        (q_LD,) = layers.project(a, ["cross_attn.q"])
+        (q_LD,) = layers.project(tap.input("norm3", a, layers), ["cross_attn.q"])
+        q_LD = tap.value("cross_attn.q", q_LD)
         rms_norm_rotate([q_LD], [weights["cross_attn.norm_q.weight"]], self.config.eps)
+        q_LD = tap.value("cross_attn.norm_q", q_LD)
         y_BLHK = dense_attention(split_heads(q_LD[None]), split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
-        layers.add(layers.pack(y_BLHK.flatten(2)[0]), "cross_attn.o", out_LD, None, out_LD)
+        a = tap.input("cross_attn.o.in", layers.pack(y_BLHK.flatten(2)[0]), layers)
+        layers.add(a, "cross_attn.o", out_LD, None, out_LD)
 
-        a = layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True)
-        layers.add(layers.gelu(a, "ffn.0"), "ffn.2", out_LD, gate_ffn, out_LD)
+        a = tap.input("ffn.0.in", layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True), layers)
+        a = tap.input("ffn.2.in", layers.gelu(a, "ffn.0"), layers)
+        layers.add(a, "ffn.2", out_LD, gate_ffn, out_LD)
 
     def _linears(self, weights: Weights, dtype: torch.dtype) -> Linears:
         padded_variance = self.recipe.compat == "upstream"

@@ -1,6 +1,6 @@
 """ONNX Runtime: the exported graphs as they stand, on the CPU, their weights bound where the bundle is mapped."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnxruntime as ort
 import torch
@@ -12,7 +12,7 @@ from wanforge.errors import BundleError
 from wanforge.runtime.arena import Arena, Bound, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.onnx_points import FORCED, Opened, open_at_points
-from wanforge.runtime.backends.points import Points
+from wanforge.runtime.backends.points import ATTENTION, Points
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import plan_request
 from wanforge.runtime.residency import ThreadMover
@@ -40,6 +40,7 @@ class OrtBackend(Backend):
     """
 
     name = "ort"
+    rounds_at: Collection[str] = (ATTENTION,)
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None) -> None:
         if dtype == torch.bfloat16:

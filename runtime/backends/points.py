@@ -5,7 +5,7 @@ be looked into runs a block with every point *forced*: each op gets the referenc
 it made of theirs, so that the ops that differ are the ops that are wrong.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,10 +21,15 @@ LAYERS = (Linear, W8A8Linear, RMSNorm, LayerNorm, SparseAttention)
 
 QKV = ("q", "k", "v")
 
+ATTENTION = "self_attn.attn_op"
+
 
 @runtime_checkable
 class Transparent(Protocol):
     """A backend that can be looked into."""
+
+    rounds_at: Collection[str]
+    """Points that are made by rounding to 8 bits, or by selecting: there the last bit of a sum can decide."""
 
     def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
         """Every point of a launch of ``block``, in order, as the backend makes it; those in `forced` go on with these

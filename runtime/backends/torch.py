@@ -1,6 +1,6 @@
 """The reference as a backend: every graph is the piece of the reference network that it was traced from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from wanforge.engines.bundle import Bundle
 from wanforge.runtime.arena import Bound, Unbounded
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.points import Points, tapped
+from wanforge.runtime.backends.points import ATTENTION, Points, tapped
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.schedule import Launch
 from wanforge.runtime.weights import Weights
@@ -18,6 +18,7 @@ class TorchBackend(Backend):
     """PyTorch, eager, on the CPU."""
 
     name = "torch"
+    rounds_at: Collection[str] = (ATTENTION,)
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
         self.device, self.dtype = torch.device("cpu"), dtype or torch.float32

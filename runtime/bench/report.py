@@ -232,11 +232,11 @@ def stages_plot(report: Report) -> str:
         return [(i, max(ms, 1e-3), f"{name}, {stage}: {ms:.3g} ms") for i, ms, stage in found]
 
     series = [
-        Series(r.contender, points(r.contender, {s: statistics.median(r.seconds(s)) for s in stages}))
+        Series(r.contender, points(r.contender, {s: statistics.median(r.seconds(s)) for s in stages}), is_joined=False)
         for r in report.rows
     ]
     for name, bounds in report.bounds.items():
-        series.append(Series(f"{name} floor", points(f"{name} floor", {s: b.floor for s, b in bounds.items()})))
+        series.append(Series(f"{name} floor", points(f"{name} floor", {s: b.floor for s, b in bounds.items()}), False))
     return plot(Plot("median of each stage", "stage", "ms", series, log_y=True, x_names=stages))
 
 

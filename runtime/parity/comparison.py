@@ -31,7 +31,6 @@ from wanforge.runtime.schedule import Launch
 DEPTHS = ("op", "block", "step", "clip")
 BLOCK = "block"
 """The graph of a layer, whose ops are looked at."""
-ATTENTION = "self_attn.attn_op"
 COARSENESS = ("float32", "float16", "bfloat16")
 
 
@@ -345,15 +344,18 @@ class _Run:
             self.found.clips.extend((expected, frames))
 
     def _add(self, place: Place, apart: Difference) -> None:
-        self.found.comparisons.append(Comparison(place, apart, limits_at(self.found.limits, place)))
+        backend = self.other.backend
+        rounds = isinstance(backend, Transparent) and place.point in backend.rounds_at
+        self.found.comparisons.append(Comparison(place, apart, limits_at(self.found.limits, place, rounds)))
 
 
-def limits_at(depths: Depths | None, place: Place) -> Limits | None:
-    """What is asked for at a place. A graph other than a layer is held to what an op is."""
+def limits_at(depths: Depths | None, place: Place, rounds: bool) -> Limits | None:
+    """What is asked for at a place, where the backend may round inside. A graph other than a layer is held to what an
+    op is."""
     if depths is None:
         return None
     if place.depth == "op":
-        return depths.attention if place.point == ATTENTION else depths.op
+        return depths.rounded if rounds else depths.op
     if place.depth == "block":
         return depths.block if place.graph == BLOCK else depths.op
     limits: Limits = getattr(depths, place.depth)

@@ -103,7 +103,7 @@ def page(parity: Parity) -> str:
     return document("wanforge parity", parts)
 
 
-def line(name: str, found: Sequence[Comparison]) -> Series:
+def line(name: str, found: Sequence[Comparison], is_joined: bool = True) -> Series:
     """The errors of some comparisons, side by side."""
     return Series(
         name,
@@ -131,7 +131,7 @@ def _layers(parity: Parity) -> list[str]:
         heading("Error per layer"),
         paragraph("Each launch on the reference's inputs, in the order of the run.", "soft"),
         errors("layers of the denoiser", "layer", series, names, layers[0].limits),
-        errors("other graphs", "launch", [line("", others)], [c.place.graph for c in others], others[0].limits),
+        errors("other graphs", "launch", [line("", others, False)], [c.place.graph for c in others], others[0].limits),
     ]
 
 
@@ -156,7 +156,7 @@ def _ops(parity: Parity) -> list[str]:
     ]
     return [
         heading("Error per op"),
-        errors("worst layer of each op", "op", [line("", worst)], numbers, worst[0].limits),
+        errors("worst layer of each op", "op", [line("", worst, False)], numbers, worst[0].limits),
         table(("", "op", "worst layer", "rms", "max", "verdict"), rows, words=2, verdicts=True),
     ]
 
@@ -211,7 +211,7 @@ def _limits(parity: Parity) -> list[str]:
     if parity.limits is None:
         return []
     rows = []
-    for name in ("op", "attention", "block", "step", "clip"):
+    for name in ("op", "rounded", "block", "step", "clip"):
         limits = getattr(parity.limits, name)
         said = [f"{key} {value:g}" for key, value in msgspec.to_builtins(limits).items() if isinstance(value, float)]
         rows.append([name, ", ".join(said), limits.reason])

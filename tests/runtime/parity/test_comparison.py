@@ -254,3 +254,18 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
     assert found.notes == ["op: the backend opaque cannot be looked into"]
     assert not found.at("op")
     assert found.passed
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "bf16-sla"])
+def test_kernels_are_looked_into(bundle_of: BundleOf, recipe: str) -> None:
+    bundle = bundle_of("tiny-t2v", recipe)
+    found = compare(bundle, Contender("kernels"), CLIP, depths=("op",))
+    assert found.passed, found.first
+    points = {c.place.point for c in found.comparisons}
+    assert {"self_attn.q.in", "self_attn.v", "self_attn.o.in", "norm3.in", "ffn.2.in", "hidden_out"} <= points
+    kernels = create_backend("kernels", bundle)
+    doubled("blocks.1.cross_attn.q.bias")(kernels.weights.component("dit"))  # type: ignore[attr-defined]
+    reference = Pipeline(bundle, create_backend("torch", bundle))
+    wrong = compare_pipelines(reference, Pipeline(bundle, kernels), CLIP, ("op",))
+    places = {(c.place.layer, c.place.point) for c in wrong.comparisons if not c.passed}
+    assert places == {(1, "cross_attn.q")}
