@@ -17,7 +17,7 @@ from wanforge.runtime.bench.floors import bounds
 from wanforge.runtime.bench.machine import Facts, fingerprint
 from wanforge.runtime.bench.report import Report, page, text
 from wanforge.runtime.bench.request import COMPILED, Row, bench_request
-from wanforge.runtime.bench.sweep import PARAMETERS, parse, run_sweep
+from wanforge.runtime.bench.sweep import PARAMETERS, Plan, parse
 from wanforge.runtime.cli import (
     BUNDLE,
     FILE,
@@ -184,7 +184,8 @@ def bench(
     contenders = [*backends, *(name for name in baselines if name not in missing)]
     with Bars() as bars:
         verify(opened, backends, bars)
-        found = [run_sweep(opened, request, backends[-1], *each, repeats, rates or 0, bars) for each in asked]
+        plans = [Plan(opened, request, backends[-1], *each) for each in asked]
+        found = [plan.run(repeats, rates or 0, bars) for plan in plans]
         rows = [] if asked else bench_request(opened, request, contenders, repeats, warm_up, bars)
     machine = fingerprint()
     here = target_name(str(machine["gpu"]))

@@ -198,7 +198,7 @@ def _grid(chart: Plot, across: Axis, up: Axis) -> Iterable[str]:
         ]
     else:
         values = sorted({x for series in chart.series for x, _, _ in series.points})
-        ticks = [(x, f"{x:g}") for x in (values if len(values) <= 12 else across.ticks())]
+        ticks = [(x, f"{x:.3g}" if x < 1000 else f"{x:g}") for x in (values if len(values) <= 12 else across.ticks())]
     for x, name in ticks:
         is_last = across(x) > WIDTH - RIGHT - 40
         yield _text(across(x), HEIGHT - BOTTOM + 18, name, "end" if is_last else "middle")

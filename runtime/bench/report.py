@@ -139,9 +139,9 @@ def point_cells(point: Point) -> list[str]:
         gigabytes(meters.host_bytes),
         gigabytes(meters.device_bytes),
         energy(meters.joules),
-        "-" if clip is None else f"{clip.psnr_db:.1f}",
-        "-" if clip is None or clip.ssim is None else f"{clip.ssim:.4f}",
-        "-" if latents is None else f"{latents.cosine:.6f}",
+        f"{clip.psnr_db:.1f}",
+        "-" if clip.ssim is None else f"{clip.ssim:.4f}",
+        f"{latents.cosine:.6f}",
     ]
     rates = point.rates
     return cells + ([f"{x:.0%}" for x in (rates.colour, rates.shape, rates.direction, rates.all)] if rates else [])
@@ -271,7 +271,7 @@ def sweep_plots(sweep: Sweep) -> list[str]:
         chart(
             f"clip against {sweep.against}",
             "PSNR, dB",
-            [None if p.clip is None else p.clip.psnr_db for p in sweep.points],
+            [p.clip.psnr_db for p in sweep.points],
         ),
     ]
 

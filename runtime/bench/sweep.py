@@ -99,7 +99,7 @@ class Point:
 
     Attributes:
         total_seconds, step_seconds: medians.
-        clip, latents: against the best value's; None where a point is the best one, or there is none.
+        clip, latents: against what the sweep is held against.
         rates: what of held-out prompts comes out right, where that was asked for.
     """
 
@@ -108,8 +108,8 @@ class Point:
     total_seconds: float
     step_seconds: float
     meters: Reading
-    clip: Difference | None
-    latents: Difference | None
+    clip: Difference
+    latents: Difference
     rates: Rates | None
 
     def as_json(self) -> dict[str, Any]:
@@ -121,8 +121,8 @@ class Point:
             "peak_host_bytes": self.meters.host_bytes,
             "peak_device_bytes": self.meters.device_bytes,
             "joules_per_video": self.meters.joules,
-            "clip": None if self.clip is None else self.clip.as_json(),
-            "latents": None if self.latents is None else self.latents.as_json(),
+            "clip": self.clip.as_json(),
+            "latents": self.latents.as_json(),
             "rates": None if self.rates is None else dict(vars(self.rates)),
         }
 
@@ -157,57 +157,51 @@ def parse(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
-def run_sweep(
-    bundle: Bundle,
-    request: Request,
-    backend: str,
-    name: str,
-    values: Sequence[str],
-    repeats: int,
-    prompts: int = 0,
-    progress: Progress = lambda *_: None,
-) -> Sweep:
-    """Measure every value of a parameter.
-
-    Args:
-        prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
-
-    Raises:
-        RequestError, ConfigError, BundleError, ResourceError: a value makes no sense here.
-    """
-    sweep = _Sweep(bundle, request, backend, name)
-    pipelines = [sweep.at(value) for value in values]  # every value is refused or taken before any is measured
-    points = []
-    for done, (value, (pipeline, asked)) in enumerate(zip(values, pipelines, strict=True), 1):
-        points.append(sweep.point(value, pipeline, asked, repeats, prompts))
-        progress(name, done, len(values))
-    return Sweep(name, backend, sweep.against, points)
-
-
 Made = tuple[Tensor, Tensor]
 """Clean latents, and frames."""
 
 
-class _Sweep:
-    def __init__(self, bundle: Bundle, request: Request, backend: str, name: str) -> None:
+class Plan:
+    """A sweep whose every value has been found possible, before any is measured.
+
+    Raises:
+        RequestError, ConfigError, BundleError, ResourceError: a value makes no sense here.
+    """
+
+    def __init__(self, bundle: Bundle, request: Request, backend: str, name: str, values: Sequence[str]) -> None:
         self.bundle, self.backend, self.name = bundle, backend, name
         self.parameter = PARAMETERS[name]
         self.setting: Setting = (request, bundle.recipe)
-        self.nvml = Nvml.open()
-        self.best: Made | None = None
-        self.against = "the reference at the same setting"
-        if name not in OF_THE_CLIP:
-            self._find_best()
+        self.values = {value: self.at(value) for value in values}
+        self.against, self.best = self._best()
 
-    def _find_best(self) -> None:
-        """Make the clip that the others are held against: of the best value, or of the setting without the sweep."""
+    def _best(self) -> tuple[str, "tuple[Pipeline, Request] | None"]:
+        """What the clips are held against, in words and ready to run: the best value, the setting without the sweep,
+        or, where clips differ in size, none of them."""
+        if self.name in OF_THE_CLIP:
+            return "the reference at the same setting", None
+        if not self.parameter.best:
+            return f"{self.name} as it is", self.with_(self.setting)
         try:
-            pipeline, asked = self.at(self.parameter.best) if self.parameter.best else self.with_(self.setting)
-            self.against = f"{self.name} {self.parameter.best}" if self.parameter.best else f"{self.name} as it is"
+            return f"{self.name} {self.parameter.best}", self.at(self.parameter.best)
         except BundleError:  # quantised weights have no better recipe than their own
-            pipeline, asked = self.with_(self.setting)
-            self.against = f"recipe {self.bundle.recipe.name}"
-        self.best = make(pipeline, asked)
+            return f"recipe {self.bundle.recipe.name}", self.with_(self.setting)
+
+    def run(self, repeats: int, prompts: int = 0, progress: Progress = lambda *_: None) -> Sweep:
+        """Measure every value.
+
+        Args:
+            prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
+        """
+        best, nvml = None if self.best is None else make(*self.best), Nvml.open()
+        points = []
+        for value, (pipeline, request) in self.values.items():
+            reference = best
+            if reference is None:
+                reference = make(Pipeline(pipeline.bundle, create_backend("torch", pipeline.bundle)), request)
+            points.append(point(value, pipeline, request, reference, repeats, prompts, nvml))
+            progress(self.name, len(points), len(self.values))
+        return Sweep(self.name, self.backend, self.against, points)
 
     def at(self, value: str) -> tuple[Pipeline, Request]:
         """A pipeline and a request with a value of the parameter."""
@@ -226,25 +220,28 @@ class _Sweep:
         pipeline.check(request)
         return pipeline, request
 
-    def point(self, value: str, pipeline: Pipeline, request: Request, repeats: int, prompts: int) -> Point:
-        made = make(pipeline, request)
-        best = self.best or make(Pipeline(pipeline.bundle, create_backend("torch", pipeline.bundle)), request)
-        with tempfile.TemporaryDirectory() as folder:
-            runs, meters = [], []
-            for _ in range(repeats):
-                with metered(self.nvml) as reading:
-                    runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
-                meters.append(reading)
-        return Point(
-            value,
-            request.shape.tokens,
-            statistics.median(run["total"] for run in runs),
-            statistics.median(run["step"] for run in runs),
-            median_reading(meters),
-            clip_difference(made[1], best[1]),
-            difference(made[0], best[0]),
-            rates(pipeline, request, prompts) if prompts else None,
-        )
+
+def point(
+    value: str, pipeline: Pipeline, request: Request, reference: Made, repeats: int, prompts: int, nvml: Nvml | None
+) -> Point:
+    """Measure one value."""
+    latents, frames = make(pipeline, request)
+    with tempfile.TemporaryDirectory() as folder:
+        runs, meters = [], []
+        for _ in range(repeats):
+            with metered(nvml) as reading:
+                runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
+            meters.append(reading)
+    return Point(
+        value,
+        request.shape.tokens,
+        statistics.median(run["total"] for run in runs),
+        statistics.median(run["step"] for run in runs),
+        median_reading(meters),
+        clip_difference(frames, reference[1]),
+        difference(latents, reference[0]),
+        rates(pipeline, request, prompts) if prompts else None,
+    )
 
 
 def make(pipeline: Pipeline, request: Request) -> Made:

@@ -20,7 +20,7 @@ from wanforge.runtime.backends import compiled, create_backend
 from wanforge.runtime.bench.floors import bounds, operations, stage_costs
 from wanforge.runtime.bench.overhead import Stub, step_seconds
 from wanforge.runtime.bench.request import bench_request
-from wanforge.runtime.bench.sweep import parse, run_sweep
+from wanforge.runtime.bench.sweep import Plan, parse
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.pipeline import Pipeline, Request, Timings
 
@@ -115,17 +115,17 @@ def test_the_page_has_stages_floors_and_sweeps(bundle_of: BundleOf, tmp_path: Pa
 def test_a_sweep_holds_each_value_against_the_best(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16-sla")
     request = Request(PROMPT, ClipShape(256, 160, 1), steps=1, topk=0.7)
-    topk = run_sweep(bundle, request, "ort", "topk", ["0.4", "0.7", "1.0"], 1)
+    topk = Plan(bundle, request, "ort", "topk", ["0.4", "0.7", "1.0"]).run(1)
     assert topk.against == "topk 1.0"
-    errors = [point.latents.rms for point in topk.points if point.latents is not None]
+    errors = [point.latents.rms for point in topk.points]
     assert errors[0] > errors[1] > errors[2] == 0
     assert {point.tokens for point in topk.points} == {160}
-    recipe = run_sweep(bundle, request, "torch", "recipe", ["bf16", "w8a8", "w8a8-row"], 1)
+    recipe = Plan(bundle, request, "torch", "recipe", ["bf16", "w8a8", "w8a8-row"]).run(1)
     assert recipe.against == "recipe bf16-sla"
-    assert all(point.latents is not None and 0 < point.latents.rms < 0.5 for point in recipe.points)
-    frames = run_sweep(bundle, request, "ort", "frames", ["1", "5"], 1)
+    assert all(0 < point.latents.rms < 0.5 for point in recipe.points)
+    frames = Plan(bundle, request, "ort", "frames", ["1", "5"]).run(1)
     assert [point.tokens for point in frames.points] == [160, 320]
-    assert all(point.latents is not None and point.latents.rms < 1e-4 for point in frames.points)
+    assert all(point.latents.rms < 1e-4 for point in frames.points)
 
 
 @pytest.mark.parametrize("text", ["topk", "topk=", "sharpness=1", "=1"])
@@ -147,7 +147,7 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(
 ) -> None:
     request = Request(PROMPT, SHAPE, steps=1, topk=1.0)
     with pytest.raises(RequestError, match=message):
-        run_sweep(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value], 1)
+        Plan(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value])
 
 
 def test_the_count_of_a_graph_is_that_of_its_products() -> None:

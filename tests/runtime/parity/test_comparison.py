@@ -48,6 +48,7 @@ class Planted(OrtBackend):
     ) -> None:
         super().__init__(bundle, None)
         self.layer, self.inputs = layer, inputs
+        self.kept: list[Sequence[Tensor]] = []
         if weights is not None:
             weights(self.weights.component(component))
 
@@ -55,7 +56,8 @@ class Planted(OrtBackend):
         if self.inputs is not None and launch.graph == "block" and launch.prefix == f"blocks.{self.layer}.":
             named = dict(zip((port.name for port in self.graphs["block"].inputs), inputs, strict=True))
             self.inputs(named)
-            inputs = self.kept = [x.contiguous() for x in named.values()]
+            inputs = [x.contiguous() for x in named.values()]
+            self.kept.append(inputs)  # ONNX Runtime only has their addresses
         return super().bound_inputs(session, launch, inputs)
 
 
