@@ -5,6 +5,7 @@ block, the most steps, unquantised weights. Frames and resolution have none; the
 reference at the same setting.
 """
 
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -175,17 +176,17 @@ class Plan:
         self.values = {value: self.at(value) for value in values}
         self.against, self.best = self._best()
 
-    def _best(self) -> tuple[str, "tuple[Pipeline, Request] | None"]:
-        """What the clips are held against, in words and ready to run: the best value, the setting without the sweep,
-        or, where clips differ in size, none of them."""
+    def _best(self) -> tuple[str, Setting | None]:
+        """What the clips are held against, in words and as a setting: the best value, the setting without the sweep,
+        or, where clips differ in size, none."""
         if self.name in OF_THE_CLIP:
             return "the reference at the same setting", None
         if not self.parameter.best:
-            return f"{self.name} as it is", self.with_(self.setting)
+            return f"{self.name} as it is", self.setting
         try:
             return f"{self.name} {self.parameter.best}", self.at(self.parameter.best)
         except BundleError:  # quantised weights have no better recipe than their own
-            return f"recipe {self.bundle.recipe.name}", self.with_(self.setting)
+            return f"recipe {self.bundle.recipe.name}", self.setting
 
     def run(self, repeats: int, prompts: int = 0, progress: Progress = lambda *_: None) -> Sweep:
         """Measure every value.
@@ -193,32 +194,36 @@ class Plan:
         Args:
             prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
         """
-        best, nvml = None if self.best is None else make(*self.best), Nvml.open()
-        points = []
-        for value, (pipeline, request) in self.values.items():
-            reference = best
-            if reference is None:
-                reference = make(Pipeline(pipeline.bundle, create_backend("torch", pipeline.bundle)), request)
-            points.append(point(value, pipeline, request, reference, repeats, prompts, nvml))
+        best, nvml = None if self.best is None else self.made(self.best, self.backend), Nvml.open()
+        points: list[Point] = []
+        for value, setting in self.values.items():
+            reference = self.made(setting, "torch") if best is None else best
+            gc.collect()  # no memory but its own is to count
+            pipeline = self.pipeline(setting, self.backend)
+            points.append(point(value, pipeline, setting[0], reference, repeats, prompts, nvml))
             progress(self.name, len(points), len(self.values))
         return Sweep(self.name, self.backend, self.against, points)
 
-    def at(self, value: str) -> tuple[Pipeline, Request]:
-        """A pipeline and a request with a value of the parameter."""
+    def at(self, value: str) -> Setting:
+        """The setting with a value of the parameter, found possible."""
         try:
             setting = self.parameter.set(self.setting, value)
         except (ValueError, msgspec.ValidationError) as error:
             raise RequestError(f"{self.name} cannot be {value!r}: {error}") from None
-        return self.with_(setting)
+        self.pipeline(setting, self.backend).check(setting[0])
+        return setting
 
-    def with_(self, setting: Setting) -> tuple[Pipeline, Request]:
-        request, recipe = setting
+    def pipeline(self, setting: Setting, backend: str) -> Pipeline:
+        """A setting ready to run."""
+        _, recipe = setting
         read = self.bundle if recipe == self.bundle.recipe else read_as(self.bundle, recipe)
-        backend = create_backend(self.backend, read)
-        check_recipe(self.bundle, backend, recipe)
-        pipeline = Pipeline(read, backend)
-        pipeline.check(request)
-        return pipeline, request
+        created = create_backend(backend, read)
+        check_recipe(self.bundle, created, recipe)
+        return Pipeline(read, created)
+
+    def made(self, setting: Setting, backend: str) -> Made:
+        """The clip of a setting."""
+        return make(self.pipeline(setting, backend), setting[0])
 
 
 def point(
