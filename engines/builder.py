@@ -147,6 +147,8 @@ def build(
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if library.flavour is RTX:
+            # Memory that is taken at run time is in no memory plan, and cannot be captured into a CUDA graph.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
             config.num_compute_capabilities = len(sms)
             for place, sm in enumerate(sms):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)

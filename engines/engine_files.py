@@ -14,22 +14,26 @@ from wanforge.plugins.tensorrt_plugin import OPS
 from wanforge.whole_file import write_atomically
 
 NO_PLUGINS = "none"
+BODIES = ".bodies"
 UP_TO = "up-to-"
 """Before the clip in the name of an engine that serves smaller ones, too."""
 PACKAGE = Path(wanforge.__file__).parent
 
 
-def engine_name(graph: str, sms: Sequence[int], clip: ClipShape | None, *, smaller: bool = False) -> str:
+def engine_name(
+    graph: str, sms: Sequence[int], clip: ClipShape | None, *, smaller: bool = False, bodies: bool = False
+) -> str:
     """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
 
     Args:
         clip: the shape that the engine is for; None where it serves every shape.
         smaller: whether it serves smaller and shorter clips as well.
+        bodies: whether its ops are compiled from their ONNX bodies, where there are plugins for them.
     """
     folder = "+".join(f"sm_{sm}" for sm in sorted(sms))
     up_to = UP_TO if smaller else ""
     shape = "" if clip is None else f"{up_to}{clip.width_px}x{clip.height_px}x{clip.frames}/"
-    return f"{ENGINES}{folder}/{shape}{graph}.bf16.engine"
+    return f"{ENGINES}{folder}/{shape}{graph}{BODIES if bodies else ''}.bf16.engine"
 
 
 @cache
@@ -84,7 +88,7 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
         key, reasons = record.key, []
         library = key.get("library", "an unknown library")
         if library not in versions and library.partition(" ")[0] in names:
-            installed = next(v for v in versions if v.startswith(library.partition(" ")[0]))
+            installed = next(v for v in versions if v.partition(" ")[0] == library.partition(" ")[0])
             reasons.append(f"made by {library}, installed is {installed}")
         graph = bundle.manifest.files.get(key.get("onnx", ""))
         if graph is None or graph.sha256[:16] != key.get("graph"):
@@ -153,7 +157,7 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object
         if name.startswith(ENGINES) and record.key.get("onnx") == onnx
     }
     wanted = profile_text(profile)
-    best_first = sorted(engines.items(), key=lambda engine: engine[1]["profile"] != wanted)
+    best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
     fitting = [
         name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
     ]

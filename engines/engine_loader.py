@@ -18,6 +18,9 @@ from wanforge.whole_file import write_atomically
 
 Shape = tuple[int, ...]
 
+OF_THE_ENGINE = {"VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"}
+"""What TensorRT-RTX may say of an engine that building it again cures; the rest is about the machine."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -36,6 +39,12 @@ class Loaded:
     def place(self, address: int, size: int) -> None:
         """Give it memory for its intermediate tensors, which engines that take turns can share."""
         self.context.set_device_memory(address, size)
+
+    def is_capturable(self, stream: int) -> bool:
+        """Whether a run, with the shapes of the last one, can be captured into a CUDA graph; TensorRT has no such
+        question, for there every run can."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream))
 
     def enqueue(self, addresses: Mapping[str, int], shapes: Mapping[str, Shape], stream: int) -> None:
         """Put one run on a stream.
@@ -96,8 +105,11 @@ class Loader:
         validity, reasons = self.runtime.get_engine_validity(header)
         if validity == trt.EngineValidity.INVALID:
             kinds = trt.EngineInvalidityDiagnostics
-            said = [name for name in sorted(dir(kinds)) if name.isupper() and int(getattr(kinds, name)) & int(reasons)]
-            raise BundleError(f"{what}: not for this machine ({', '.join(said) or 'no reason given'}); {cure}")
+            said = {name for name in dir(kinds) if name.isupper() and int(getattr(kinds, name)) & int(reasons)}
+            listed = ", ".join(sorted(said)) or "no reason given"
+            if said and said <= OF_THE_ENGINE:
+                raise BundleError(f"{what}: not for this machine ({listed}); {cure}")
+            raise ResourceError(f"{what}: this GPU or its driver will not do ({listed}); see: wanforge doctor")
 
     def _context(self, engine: Any) -> Any:
         """An execution context without memory of its own."""
@@ -107,6 +119,8 @@ class Loader:
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
+        # A fallback until the right kernel is compiled would be captured for good.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # whole steps are captured, not single engines
         if self._cache is None and self.cache_file is not None:
             self._cache = config.create_runtime_cache()

@@ -1,6 +1,7 @@
 """The commands of build time: synth, import, export, inspect."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import click
@@ -157,10 +158,18 @@ def inspect(bundle: Path, verify: bool, plan: str | None, as_json: bool) -> None
         except WanforgeError:
             key = None  # a weight file is missing or damaged, which the inspection reports
         found = inspect_bundle(opened, key=key, verify=verify, progress=bars.bytes_of)
-    plans = [report(opened, clip, name, gpu) for clip in built_clips(opened) for name, gpu in gpus.items()]
+    plans, unplanned = [], []
+    for clip, (name, gpu) in product(built_clips(opened), gpus.items()):
+        try:
+            plans.append(report(opened, clip, name, gpu))
+        except WanforgeError as error:
+            unplanned.append(f"no plan for {name}: {error}")
+    if gpus and not plans and not unplanned:
+        unplanned.append(f"no plan: there are no engines; run: wanforge build {bundle}")
     if as_json:
-        click.echo(json.dumps({**found.as_json(), "plans": [one.as_json() for one in plans]}))
+        told = {**found.as_json(), "plans": [one.as_json() for one in plans], "failures": unplanned}
+        click.echo(json.dumps(told))
     else:
-        click.echo("\n".join([describe(found), *([table(plans)] if plans else [])]))
-    if found.problems:
+        click.echo("\n".join([describe(found), *([table(plans)] if plans else []), *unplanned]))
+    if found.problems or unplanned:
         click.get_current_context().exit(1)

@@ -92,7 +92,7 @@ def open_library(flavour: Flavour) -> Library:
         raise ResourceError(f"{flavour.name} {found} is too old, {flavour.reason}; for {least} or newer {install}")
     if flavour is RTX and numbers(found)[: len(BROKEN)] == BROKEN and sys.platform == "linux":
         provide_unversioned_name("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")
-    return Library(flavour, trt, found)
+    return Library(flavour, trt, installed_version(flavour) or found)
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from wanforge.configs.schema import load_tiles
-from wanforge.errors import ShapeError
+from wanforge.errors import WanforgeError
 from wanforge.plugins.tensorrt_library import Library
 
 if TYPE_CHECKING:
@@ -196,6 +196,16 @@ class Account:
     calls: dict[tuple[PluginOp, tuple[tuple[Shape, str], ...]], None] = field(default_factory=dict)
 
 
+@contextmanager
+def noted(account: Account, op: PluginOp) -> Iterator[None]:
+    """Keep what goes wrong, for TensorRT does not pass it on."""
+    try:
+        yield
+    except WanforgeError as error:
+        account.refusals.append(f"{op.name}: {error}")
+        raise
+
+
 def plugin_class(trt: Any, account: Account) -> type:
     """The class of all plugins, for one flavour's module."""
 
@@ -242,20 +252,14 @@ def plugin_class(trt: Any, account: Account) -> type:
             return not refusal and described[position].desc.format == trt.TensorFormat.LINEAR
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            try:
+            with noted(account, self.op):
                 self.op.check_shapes([shape_of(each.desc.dims) for each in inputs])
-            except ShapeError as error:
-                account.refusals.append(f"{self.op.name}: {error}")
-                raise
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             largest = tuple((shape_of(each.max), type_of(each.desc)) for each in inputs)
             account.calls[self.op, largest] = None
-            try:
+            with noted(account, self.op):
                 return self.op.workspace_bytes(largest)
-            except ShapeError as error:
-                account.refusals.append(f"{self.op.name}: {error}")
-                raise
 
         # Running
 
@@ -270,7 +274,8 @@ def plugin_class(trt: Any, account: Account) -> type:
             pass
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            self.preparation.ready(self._inputs(inputs), self._launcher())
+            with noted(account, self.op):
+                self.preparation.ready(self._inputs(inputs), self._launcher())
 
         def enqueue(
             self,
@@ -281,9 +286,10 @@ def plugin_class(trt: Any, account: Account) -> type:
             workspace: int,
             stream: int,
         ) -> None:
-            launcher = self._launcher()
-            ready = self.preparation.ready(self._inputs(input_desc), launcher)
-            ready.put(launcher, [*inputs, *outputs, workspace], stream)
+            with noted(account, self.op):
+                launcher = self._launcher()
+                ready = self.preparation.ready(self._inputs(input_desc), launcher)
+                ready.put(launcher, [*inputs, *outputs, workspace], stream)
 
         def _inputs(self, described: Iterable[Any]) -> tuple[tuple[Shape, str], ...]:
             return tuple((shape_of(desc.dims), type_of(desc)) for desc in described)

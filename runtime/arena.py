@@ -87,6 +87,7 @@ class Arena:
         self.entered: Schedule | None = None
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        self.plan.check(schedule, self.dtype.itemsize)
         self.entered = schedule
         self.residency.lend(self.plan.overrun(schedule.stage))
         self.residency.begin(self.residency.turns(schedule))
@@ -125,9 +126,13 @@ class Guarded:
     bound: Bound
 
     def __call__(self) -> None:
+        self.check()
+        self.arena.residency.run(self.turn, self.bound)
+
+    def check(self) -> None:
+        """Refuse to run in memory that is another stage's by now."""
         if self.arena.entered is not self.schedule:
             raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage since")
-        self.arena.residency.run(self.turn, self.bound)
 
 
 def element_type(name: ElementType, compute: torch.dtype) -> torch.dtype:

@@ -73,8 +73,17 @@ def build(
     start = perf_counter()
     for flavour, group in groups(sms):
         try:
-            engines += build_group(
-                opened, clip, flavour, group, only, smaller, plugins=not no_plugins, kernels=kernels, show=not as_json
+            build_group(
+                engines,
+                opened,
+                clip,
+                flavour,
+                group,
+                only,
+                smaller,
+                plugins=not no_plugins,
+                kernels=kernels,
+                show=not as_json,
             )
         except WanforgeError as error:
             failures.append(f"{', '.join(f'sm_{sm}' for sm in group)}: {error}")
@@ -103,6 +112,7 @@ def build(
 
 
 def build_group(
+    engines: list[Engine],
     bundle: Bundle,
     clip: ClipShape,
     flavour: Flavour,
@@ -113,19 +123,24 @@ def build_group(
     plugins: bool,
     kernels: bool,
     show: bool,
-) -> list[Engine]:
-    """Build for architectures that one engine can serve, with a line for each graph."""
+) -> None:
+    """Build for architectures that one engine can serve, with a line for each graph.
+
+    Args:
+        engines: takes each as soon as it is there.
+    """
     library = open_library(flavour)
     if flavour is TENSORRT:
         check_gpu(sms)
     with Bars(quiet=not show) as bars:
 
         def show_line(engine: Engine) -> None:
+            engines.append(engine)
             bars.close()
             if show:
                 click.echo(line(engine))
 
-        return build_engines(
+        build_engines(
             bundle,
             clip,
             library,
@@ -142,7 +157,7 @@ def build_group(
 def line(engine: Engine) -> str:
     """One engine as a line of a table."""
     if engine.is_cached:
-        return f"  {engine.graph:18} {'up to date':>7}"
+        return f"  {engine.graph:18} up to date"
     fused = f"{engine.layers} layers" + (f", {engine.plugins} plugins" if engine.plugins else "")
     fused += f", {engine.kernels} kernels" if engine.kernels else ""
     return (

@@ -4,6 +4,8 @@ Has not run on a GPU; tests put a stand-in in its place.
 """
 
 import ctypes
+import gc
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,14 +57,19 @@ class Cuda:
         """The current stream: the computing one, or one that is being captured."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
-    def pinned(self, size: int) -> Tensor:
-        """Memory of the machine that a GPU copies from by itself."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    def pinned(self, size: int) -> Tensor | None:
+        """Memory of the machine that a GPU copies from by itself; None where the driver gives no more of it. Not
+        PyTorch's own, which is rounded up to a power of two."""
+        memory = torch.empty(size, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)):
+            return None
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
+        return memory
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event) -> Event:
         """Copy each second tensor into the first, on the copying stream, after an event; gives the event of its end."""
-        if after is not None:
-            self.copying.wait_event(after)
+        self.copying.wait_event(after)
         with torch.cuda.stream(self.copying):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
@@ -85,8 +92,15 @@ class Cuda:
         return replay
 
     def synchronise(self) -> None:
-        """Wait until everything launched is done."""
-        self.computing.synchronize()
+        """Wait until everything launched is done, copies as well."""
+        torch.cuda.current_stream(self.device).synchronize()
+        self.copying.synchronize()
+
+    def reclaim(self) -> None:
+        """Give memory that is no longer used back to the GPU, once nothing runs that might use it."""
+        self.synchronise()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class StreamMover:
@@ -98,6 +112,7 @@ class StreamMover:
         slots: the bytes of each.
         source: the mapped tensors of a component.
         returning: groups that will be copied more than once.
+        packed: where those are kept.
     """
 
     def __init__(
@@ -106,31 +121,31 @@ class StreamMover:
         slots: Sequence[Tensor],
         source: Callable[[str], Mapping[str, Tensor]],
         returning: frozenset[GroupName],
+        packed: dict[GroupName, Tensor],
     ) -> None:
-        self.cuda, self.slots, self.source, self.returning = cuda, slots, source, returning
-        self._packed: dict[GroupName, Tensor] = {}
+        self.cuda, self.slots, self.source, self.returning, self.packed = cuda, slots, source, returning, packed
         self._ready: dict[int, Event] = {}
-        self._released: dict[int, Event] = {}
+        # What used this memory before the slots were in it must be done with it, too.
+        self._released: dict[int, Event] = dict.fromkeys(range(len(slots)), cuda.mark())
 
     def fetch(self, slot: int, group: Group) -> None:
-        self._ready[slot] = self.cuda.copy(self._pairs(slot, group), self._released.get(slot))
+        self._ready[slot] = self.cuda.copy(self._pairs(slot, group), self._released[slot])
 
     def _pairs(self, slot: int, group: Group) -> list[tuple[Tensor, Tensor]]:
-        memory = self.slots[slot]
-        if group.name in self.returning:
-            if group.name not in self._packed and available_bytes() > group.bytes + KEPT_FREE:
-                self._packed[group.name] = self._pack(group)
-            if group.name in self._packed:
-                return [(memory[: group.bytes], self._packed[group.name])]
-        tensors = self.source(group.name.component)
+        memory, tensors = self.slots[slot], self.source(group.name.component)
+        if group.name in self.returning and group.name not in self.packed:
+            self._pack(group, tensors)
+        if group.name in self.packed:
+            return [(memory[: group.bytes], self.packed[group.name])]
         return [(view, tensors[name]) for name, view in group.views(memory).items()]
 
-    def _pack(self, group: Group) -> Tensor:
-        packed = self.cuda.pinned(group.bytes)
-        tensors = self.source(group.name.component)
+    def _pack(self, group: Group, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a group in pinned memory, if there is enough of it."""
+        if available_bytes() <= group.bytes + KEPT_FREE or (packed := self.cuda.pinned(group.bytes)) is None:
+            return
         for name, view in group.views(packed).items():
             view.copy_(tensors[name])
-        return packed
+        self.packed[group.name] = packed
 
     def wait(self, slot: int) -> None:
         if slot in self._ready:

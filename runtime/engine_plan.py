@@ -20,7 +20,7 @@ from wanforge.runtime.reference.dit import attention_blocks
 
 LEAST_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
 """Sizes that follow from a clip, and their least. An engine has one of each, unless it is for smaller clips, too."""
-USUAL_PROMPT = 96
+USUAL_PROMPT = 128
 """Tokens of text that engines are made best for."""
 
 SINGLE_PRECISION = {"time", "head"}
@@ -236,7 +236,9 @@ def plan(
     )
     constant_bytes = bundle.manifest.files[weights].bytes if weights else 0
     job = Job(bundle.path(onnx), ranges(graph, known), constant_bytes)
-    return job, key, engine_name(graph.name, sms, clip if used & {*LEAST_CLIP, "slots"} else None, smaller=smaller)
+    has_ops = expected_plugins(graph.name, bundle.recipe) > 0
+    of_clip = clip if used & {*LEAST_CLIP, "slots"} else None
+    return job, key, engine_name(graph.name, sms, of_clip, smaller=smaller, bodies=has_ops and not plugins)
 
 
 def check_memory(graph: str, job: Job) -> None:

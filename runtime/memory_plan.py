@@ -71,11 +71,6 @@ class MemoryPlan:
     places: tuple[tuple[int, int], ...]
     arena_bytes: int
 
-    @property
-    def slot_bytes(self) -> int:
-        """Of all slots together."""
-        return sum(size for _, size in self.places)
-
     def overrun(self, stage: str) -> list[int]:
         """The slots that a stage runs over."""
         return [slot for slot, (offset, _) in enumerate(self.places) if offset < self.stages[stage].extent]
@@ -91,6 +86,14 @@ class MemoryPlan:
         lost = self.overrun(stage)
         kept = sum(size for slot, (_, size) in enumerate(self.places) if slot not in lost)
         return self.stages[stage].extent + kept
+
+    def check(self, schedule: Schedule, itemsize: int) -> None:
+        """Refuse a schedule of another clip than the plan is for."""
+        stage, needed = self.stages[schedule.stage], buffers_bytes(schedule, itemsize)
+        if needed > stage.buffer_bytes:
+            raise RuntimeError(
+                f"{schedule.stage} needs {needed} bytes of buffers where {stage.buffer_bytes} were planned for it"
+            )
 
     def buffer_offsets(self, schedule: Schedule, itemsize: int) -> dict[str, int]:
         """Where a schedule's buffers lie."""
@@ -126,6 +129,11 @@ def buffer_bytes(spec: BufferSpec, itemsize: int) -> int:
         itemsize: bytes of the compute type.
     """
     return aligned(prod(spec.shape) * ITEM_BYTES.get(spec.dtype, itemsize))
+
+
+def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
+    """Of all buffers of a schedule."""
+    return sum(buffer_bytes(spec, itemsize) for spec in schedule.buffers.values())
 
 
 def request_schedules(
@@ -176,7 +184,7 @@ def plan_memory(
     stages = {
         schedule.stage: Stage(
             max(workspaces.get(launch.graph, 0) for launch in schedule.launches()),
-            sum(buffer_bytes(spec, itemsize) for spec in schedule.buffers.values()),
+            buffers_bytes(schedule, itemsize),
         )
         for schedule in schedules
     }
@@ -200,9 +208,8 @@ def ways(groups: Mapping[GroupName, Group], schedules: Sequence[Schedule]) -> It
     of_steps = {
         group_name(launch)
         for schedule in schedules
-        for program, launches in schedule.programs.items()
-        if program.startswith("step.")
-        for launch in launches
+        for program in schedule.steps()
+        for launch in schedule.programs[program]
     }
     once = [name for name in groups if name not in of_steps]
     again = [name for name in groups if name in of_steps]

@@ -14,6 +14,7 @@ from wanforge.runtime.fused_block import recipe_for
 from wanforge.runtime.fused_plan import fused_block
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import MemoryPlan, Traffic, plan_request, request_schedules, traffic
+from wanforge.runtime.residency import HOST_GRAPHS
 from wanforge.runtime.schedule import Launch
 
 RESERVE = 1_000_000_000
@@ -108,6 +109,7 @@ def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report
             find_engine(bundle, graph_name(piece.name, DTYPE, piece.has_constants), target.sm, profile(piece, known))
         ]
         for piece in pieces.values()
+        if piece.name not in HOST_GRAPHS
     }
     fixed = RESERVE + sum(record.bytes for record in engines.values())
     vram = int(target.vram_gib * 2**30)

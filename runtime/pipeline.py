@@ -159,8 +159,10 @@ class Pipeline:
 
     def denoiser(self, job: Job, timings: Timings, progress: Progress = lambda *_: None) -> "Denoiser":
         """Embed the prompt, encode the image, and compute whatever the steps share."""
+        self.backend.prepare(job.request.shape)
         with timings.stage("text"):
             text = self.embed(job.ids, progress)
+            self.backend.synchronise()
         channels = None
         if job.request.image is not None:
             with timings.stage("condition"):
@@ -204,6 +206,7 @@ class Pipeline:
         self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = lambda *_: None
     ) -> Iterator[Tensor]:
         """Decode latents frame by frame: uint8 ``[H, W, 3]``, as they come."""
+        self.backend.prepare(shape)
         session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
         for index, program, output in chunks(shape.latent_frames, "pixels"):
             with timings.stage("decode"):
@@ -252,6 +255,7 @@ class Denoiser:
             session[f"sinusoid.{step.index}"].copy_(sinusoid(timestep, model.dit.frequency_dim))
         run(session, "prompt", "prepare", progress)
         run(session, "times", "prepare", progress)
+        self.backend.synchronise()
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
         start = time.perf_counter()

@@ -171,6 +171,7 @@ class Residency:
         self.groups, self.slots, self.mover = groups, slots, mover
         self._tenants: dict[int, GroupName] = {}
         self._lent: list[int] = []
+        self._coming: set[int] = set()
 
     def lend(self, slots: Iterable[int]) -> None:
         """From now on these slots' memory is used for something else; that of those lent before is no more."""
@@ -178,7 +179,7 @@ class Residency:
             self.mover.release(slot)
         self._lent = list(slots)
         for slot in self._lent:
-            self.mover.wait(slot)  # a copy on its way would land in what comes next
+            self._wait(slot)  # a copy on its way would land in what comes next
             self._tenants.pop(slot, None)
 
     def turns(self, schedule: Schedule) -> list["Turn"]:
@@ -211,7 +212,7 @@ class Residency:
             return
         slot = self.slots[turn.group]
         self._fetch(slot, turn.group)
-        self.mover.wait(slot)
+        self._wait(slot)
         launch()
         self.mover.release(slot)
         if turn.follower is not None:
@@ -219,21 +220,31 @@ class Residency:
 
     def run_settled(self, turns: Iterable["Turn"], launch: Callable[[], None]) -> None:
         """Run launches that `are_settled` all at once."""
-        slots = {self.slots[turn.group] for turn in turns if turn.group is not None}
-        for slot in slots:
-            self.mover.wait(slot)
         launch()
-        for slot in slots:
+        for slot in {self.slots[turn.group] for turn in turns if turn.group is not None}:
             self.mover.release(slot)
 
     def are_settled(self, turns: Iterable["Turn"]) -> bool:
         """Whether these launches find all their weights in place and copy nothing, now and when they are repeated."""
-        return all(
-            turn.group is None or (turn.follower is None and self._tenants.get(self.slots[turn.group]) == turn.group)
-            for turn in turns
-        )
+        return all(turn.group is None or (turn.follower is None and self._is_there(turn.group)) for turn in turns)
+
+    def _is_there(self, name: GroupName) -> bool:
+        slot = self.slots[name]
+        return self._tenants.get(slot) == name and slot not in self._coming
 
     def _fetch(self, slot: int, name: GroupName) -> None:
         if self._tenants.get(slot) != name:
-            self._tenants[slot] = name
+            self._tenants.pop(slot, None)
             self.mover.fetch(slot, self.groups[name])
+            self._tenants[slot] = name
+            self._coming.add(slot)
+
+    def _wait(self, slot: int) -> None:
+        """Wait for the slot's copy; one that failed leaves nothing there."""
+        if slot in self._coming:
+            self._coming.remove(slot)
+            try:
+                self.mover.wait(slot)
+            except BaseException:
+                self._tenants.pop(slot, None)
+                raise

@@ -55,6 +55,10 @@ class Schedule:
     buffers: Mapping[str, BufferSpec]
     programs: Mapping[str, tuple[Launch, ...]]
 
+    def steps(self) -> list[str]:
+        """The programs that a request's steps are."""
+        return [program for program in self.programs if program.startswith("step.")]
+
     def launches(self) -> Iterator[Launch]:
         """Every launch of every program, in order."""
         return chain.from_iterable(self.programs.values())

@@ -34,7 +34,7 @@ class EngineValidity(Enum):
 
 
 class EngineInvalidityDiagnostics(IntFlag):
-    VERSION_MISMATCH, UNSUPPORTED_CC, MALFORMED_ENGINE = 1, 2, 4
+    VERSION_MISMATCH, UNSUPPORTED_CC, OLD_CUDA_DRIVER = 1, 2, 4
 
 
 class Strategy(Enum):
@@ -45,12 +45,17 @@ class CudaGraphStrategy(Enum):
     DISABLED = 0
 
 
+class Specialisation(Enum):
+    LAZY, EAGER = range(2)
+
+
 @dataclass
 class Config:
     """What contexts are made with; its cache remembers what it was given."""
 
     strategy: Strategy = Strategy.STATIC
     cuda_graph_strategy: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Specialisation = Specialisation.LAZY
     cache: Any = None
 
     def set_execution_context_allocation_strategy(self, strategy: Strategy) -> None:
@@ -96,6 +101,7 @@ class Engine:
 
     def create_execution_context(self, config: Config) -> "Context":
         assert config.strategy is Strategy.USER_MANAGED
+        assert config.dynamic_shapes_kernel_specialization_strategy is Specialisation.EAGER
         return Context(self)
 
 
@@ -122,6 +128,9 @@ class Context:
         assert address % 256 == 0, f"{name} lies at {address:#x}"
         self.addresses[name] = address
         return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.stand_in.is_capturable
 
     def execute_async_v3(self, stream: int) -> bool:
         run = partial(self._run, dict(self.addresses), dict(self.shapes))
@@ -158,6 +167,8 @@ class Runtime:
         kinds = EngineInvalidityDiagnostics
         if header == HEADER:
             return EngineValidity.VALID, kinds(0)
+        if header.startswith(b"new"):
+            return EngineValidity.INVALID, kinds.OLD_CUDA_DRIVER
         return EngineValidity.INVALID, kinds.VERSION_MISMATCH | kinds.UNSUPPORTED_CC
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine:
@@ -179,6 +190,7 @@ class StandIn:
     Attributes:
         is_late: copies happen when somebody waits for them, and not before; otherwise at once.
         refused: a shape that engines do not take.
+        is_capturable: whether they can be captured.
         launched: names of the graphs that were put on a stream.
         replays: how often a captured graph ran.
     """
@@ -186,11 +198,11 @@ class StandIn:
     bundle: Bundle
     is_late: bool
     refused: Shape = ()
+    is_capturable: bool = True
     free: int = 1 << 34
     launched: list[str] = field(default_factory=list)
     capturing: list[Callable[[], None]] | None = None
     replays: int = 0
-    copied: int = 0
     pinned_bytes: int = 0
 
     device = torch.device("cpu")
@@ -210,6 +222,7 @@ class StandIn:
             EngineInvalidityDiagnostics=EngineInvalidityDiagnostics,
             ExecutionContextAllocationStrategy=Strategy,
             CudaGraphStrategy=CudaGraphStrategy,
+            DynamicShapesKernelSpecializationStrategy=Specialisation,
         )
         trt.Logger = type("Logger", (), {"WARNING": 0, "__init__": lambda self, level: None})
         return Library(RTX, trt, VERSION)
@@ -226,7 +239,6 @@ class StandIn:
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
         assert self.capturing is None
-        self.copied += sum(source.nbytes for _, source in pairs)
 
         def copy() -> None:
             for target, source in pairs:
@@ -246,7 +258,11 @@ class StandIn:
                 each()
 
     def mark(self) -> Event:
+        assert self.capturing is None
         return Event(lambda: None)
+
+    def reclaim(self) -> None:
+        pass
 
     def wait(self, event: Event) -> None:
         assert self.capturing is None

@@ -25,7 +25,10 @@ def load_network() -> tuple[Any, Any, Any]:
     if "WANFORGE_ONNX" not in os.environ:
         raise ConfigError("name the graph in WANFORGE_ONNX")
     path = os.environ["WANFORGE_ONNX"]
-    sizes = dict(each.split("=") for each in os.environ.get("WANFORGE_SIZES", "").split())
+    try:
+        sizes = {name: int(size) for name, size in (s.split("=") for s in os.environ.get("WANFORGE_SIZES", "").split())}
+    except ValueError:
+        raise ConfigError(f"WANFORGE_SIZES is {os.environ['WANFORGE_SIZES']!r}, not like: tokens=480 slots=2") from None
     library = open_library(RTX if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1" else TENSORRT)
     trt = library.trt
     _kept.enter_context(registered(library))
@@ -37,5 +40,5 @@ def load_network() -> tuple[Any, Any, Any]:
         raise ConfigError(f"{path}: {parser.get_error(0).desc()}")
     for tensor in map(network.get_input, range(network.num_inputs)):
         names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
-        tensor.shape = [int(sizes.get(name, dim)) for name, dim in zip(names, tensor.shape, strict=True)]
+        tensor.shape = [sizes.get(name, dim) for name, dim in zip(names, tensor.shape, strict=True)]
     return builder, network, parser

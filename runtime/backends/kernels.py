@@ -48,6 +48,10 @@ class KernelsBackend(TorchBackend):
             resident = self._resident[place] = stored.to(self.device)
         return resident
 
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         if launch.graph != "block":
             return super().bind(launch, inputs, outputs)

@@ -8,8 +8,8 @@ Has not run on a GPU. What is launched, on which addresses, with which weights, 
 CPU against a stand-in for TensorRT and CUDA that runs the same graphs in ONNX Runtime.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import atexit
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 
 import torch
@@ -19,9 +19,9 @@ from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import Bundle, graph_name
 from wanforge.engines.engine_files import find_engine
 from wanforge.engines.engine_loader import Loaded, Loader
-from wanforge.errors import BundleError
+from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt_library import Library, flavour_for, open_library
-from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.plugins.tensorrt_plugin import Account, registered
 from wanforge.runtime.arena import Arena, Bound, Guarded, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.cuda import Cuda, StreamMover, cache_file
@@ -29,7 +29,7 @@ from wanforge.runtime.engine_plan import names_in, profile, sizes
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import MemoryPlan, plan_request
 from wanforge.runtime.memory_report import RESERVE
-from wanforge.runtime.residency import HOST_GRAPHS, Residency
+from wanforge.runtime.residency import HOST_GRAPHS, GroupName, Residency
 from wanforge.runtime.schedule import Launch, Schedule
 from wanforge.runtime.weights import Weights
 
@@ -60,6 +60,7 @@ class TrtBackend(Backend):
         self.engines: dict[str, Loaded] = {}
         self._clip: ClipShape | None = None
         self._sessions: dict[str, Session] = {}
+        self._packed: dict[GroupName, Tensor] = {}
 
     def files(self) -> list[str]:
         return self.weights.files()
@@ -68,9 +69,10 @@ class TrtBackend(Backend):
         """Load the engines of a clip and lay out the GPU's memory for it."""
         if clip == self._clip:
             return
-        register_plugins(self.library)
+        self.plugins = register_plugins(self.library)
         self._sessions, self._clip = {}, None
         self.memory = Unbounded(self.device, self.dtype, self.weights.of)
+        self.cuda.reclaim()
         known = sizes(self.bundle.model, self.bundle.recipe, clip)
         wanted = {
             graph.name: find_engine(
@@ -87,15 +89,20 @@ class TrtBackend(Backend):
             graph: loaded.get(name) or self.loader.load(self.bundle, name) for graph, name in wanted.items()
         }
         workspaces = {graph: engine.workspace_bytes for graph, engine in self.engines.items()}
-        free = self.cuda.free_bytes() - RESERVE if self.budget is None else self.budget
-        plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, free)
+        plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, self._arena_bytes())
         arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.weights.of)
         for engine in self.engines.values():
             engine.place(arena.bytes.data_ptr(), engine.workspace_bytes)
         self.memory, self._clip = arena, clip
 
+    def _arena_bytes(self) -> float:
+        """What there is for an arena, beside the engines, which are in the GPU's memory by now."""
+        free = self.cuda.free_bytes() - RESERVE
+        engines = sum(self.bundle.manifest.files[engine.name].bytes for engine in self.engines.values())
+        return free if self.budget is None else min(free, self.budget - engines)
+
     def _mover(self, plan: MemoryPlan, slots: Sequence[Tensor]) -> StreamMover:
-        return StreamMover(self.cuda, slots, self.weights.component, plan.returning())
+        return StreamMover(self.cuda, slots, self.weights.component, plan.returning(), self._packed)
 
     def session(self, schedule: Schedule) -> Session:
         """The stage's last session again, where it was the same: what it captured stays."""
@@ -127,7 +134,10 @@ class TrtBackend(Backend):
         }
 
         def run() -> None:
-            engine.enqueue(addresses, shapes, self.cuda.stream())
+            try:
+                engine.enqueue(addresses, shapes, self.cuda.stream())
+            except ResourceError as error:
+                raise ResourceError("; ".join([str(error), *self.plugins.refusals])) from None
 
         return run
 
@@ -141,39 +151,46 @@ class TrtBackend(Backend):
 
     def program(self, schedule: Schedule, name: str, launches: Sequence[Bound]) -> list[Bound]:
         guarded = [launch for launch in launches if isinstance(launch, Guarded)]
-        if not name.startswith("step.") or len(guarded) < len(launches):
+        if name not in schedule.steps() or len(guarded) < len(launches):
             return list(launches)
-        return [Step(self.cuda, guarded)]
+        engines = {self.engines[launch.graph] for launch in schedule.programs[name]}
+        return [Step(self.cuda, guarded, lambda: all(each.is_capturable(self.cuda.stream()) for each in engines))]
 
     def synchronise(self) -> None:
         self.cuda.synchronise()
 
 
 @cache
-def register_plugins(library: Library) -> ExitStack:
+def register_plugins(library: Library) -> Account:
     """Let a flavour find the plugins of engines for as long as this process lives."""
-    stack = ExitStack()
-    stack.enter_context(registered(library))
-    return stack
+    registration = registered(library)
+    account = registration.__enter__()
+    atexit.register(registration.__exit__, None, None, None)
+    return account
 
 
 class Step:
     """A step as one launch: one by one at first, then captured, then replayed; one by one for as long as its weights
-    are on the move, for then they take far longer than launching."""
+    are on the move, for then they take far longer than launching.
 
-    def __init__(self, cuda: Cuda, launches: Sequence[Guarded]) -> None:
-        self.cuda, self.launches = cuda, launches
+    Args:
+        is_capturable: whether every engine of it can be captured.
+    """
+
+    def __init__(self, cuda: Cuda, launches: Sequence[Guarded], is_capturable: Callable[[], bool]) -> None:
+        self.cuda, self.launches, self.is_capturable = cuda, launches, is_capturable
         self.has_run = False
         self.replay: Bound | None = None
 
     def __call__(self) -> None:
         residency: Residency = self.launches[0].arena.residency
         turns = [launch.turn for launch in self.launches]
-        if not self.has_run or not residency.are_settled(turns):
+        if not self.has_run or not residency.are_settled(turns) or not self.is_capturable():
             for launch in self.launches:
                 launch()
             self.has_run = True
             return
+        self.launches[0].check()
         if self.replay is None:
             self.replay = self.cuda.record(self._launch_bare)
         residency.run_settled(turns, self.replay)

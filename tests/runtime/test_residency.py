@@ -108,6 +108,26 @@ def test_the_next_layer_is_copied_while_one_computes() -> None:
     assert residency.are_settled(residency.turns(Schedule("denoise", {}, {"step.0": (launch(2), launch(3))})))
 
 
+def test_a_copy_that_fails_leaves_nothing_behind() -> None:
+    class Failing(Movements):
+        fails = 1
+
+        def wait(self, slot: int) -> None:
+            if self.fails:
+                self.fails -= 1
+                raise OSError("the file is gone")
+            super().wait(slot)
+
+    mover = Failing()
+    residency = Residency({name(0): group(0)}, {name(0): 0}, mover)
+    turns = residency.turns(Schedule("denoise", {}, {"step.0": (launch(0),)}))
+    with pytest.raises(OSError, match="gone"):
+        residency.run(turns[0], lambda: None)
+    residency.run(turns[0], partial(mover.launch, 0, name(0)))
+    assert mover.said[-2:] == ["launch blocks.0.", "release 0"]
+    assert mover.said.count("fetch blocks.0.0") == 2
+
+
 def test_a_slot_that_was_lent_is_filled_after_what_used_its_memory() -> None:
     mover = Movements()
     residency = Residency({name(0): group(0)}, {name(0): 0}, mover)
@@ -255,20 +275,23 @@ def test_a_copy_waits_for_the_last_launch_that_reads_its_slot(
     both = Group(name(0), specs, {"a": 0, "b": 256}, 1536)
     cuda, slot = Streams(), torch.zeros(2048, dtype=torch.uint8)
     returning = frozenset({name(0)}) if is_returning else frozenset[GroupName]()
-    mover = StreamMover(cuda, [slot], lambda component: tensors, returning)  # type: ignore[arg-type]
+    mover = StreamMover(cuda, [slot], lambda component: tensors, returning, {})  # type: ignore[arg-type]
     mover.fetch(0, both)
     mover.wait(0)
     mover.wait(0)
     mover.release(0)
     mover.fetch(0, both)
     pieces = 1 if is_returning else 2
-    assert cuda.said == [f"copy {pieces} after None -> e1", "wait e1", "mark -> e2", f"copy {pieces} after e2 -> e3"]
+    assert cuda.said == [
+        *("mark -> e1", f"copy {pieces} after e1 -> e2", "wait e2"),
+        *("mark -> e3", f"copy {pieces} after e3 -> e4"),
+    ]
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
     views = both.views(slot)
     assert torch.equal(views["a"], tensors["a"])
     assert torch.equal(views["b"], tensors["b"])
     monkeypatch.setattr("wanforge.runtime.cuda.available_bytes", lambda: 0)
-    crowded = StreamMover(cuda, [slot], lambda component: tensors, returning)  # type: ignore[arg-type]
+    crowded = StreamMover(cuda, [slot], lambda component: tensors, returning, {})  # type: ignore[arg-type]
     crowded.fetch(0, both)
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
 
@@ -297,6 +320,28 @@ def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     assert arena.plan.overrun("decode"), "decoding runs over weights, which the second request needs again"
     assert arena.plan.arena_bytes <= share * whole.plan.arena_bytes
     assert torch.equal(found, wanted)
+
+
+def test_clips_of_two_sizes_do_not_meet_in_memory(deep_bundle: Bundle) -> None:
+    """Both are checked before either runs, as a file of prompts is."""
+    large, small = ClipShape(64, 64, 5), ClipShape(32, 32, 5)
+
+    def frames(budget: float | None) -> list[torch.Tensor]:
+        pipeline = Pipeline(deep_bundle, create_backend("ort", deep_bundle, budget=budget))
+        jobs = [pipeline.check(Request("a kite", clip, topk=1.0)) for clip in (large, small)]
+        return [
+            torch.stack(list(pipeline.frames(pipeline.latents(job, Timings()), job.request.shape, Timings())))
+            for job in jobs
+        ]
+
+    for found, wanted in zip(frames(20e6), frames(None), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_plan_is_for_its_clip() -> None:
+    larger = request_schedules(MODEL, RECIPE, GRAPHS, ClipShape(1280, 720, 85))
+    with pytest.raises(RuntimeError, match=r"denoise needs \d+ bytes of buffers where \d+ were planned for it"):
+        PLANNED.check(next(schedule for schedule in larger if schedule.stage == "denoise"), 2)
 
 
 def test_backends_without_a_limit_refuse_one(bundle_of: Callable[[str, str], Bundle]) -> None:

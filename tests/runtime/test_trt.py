@@ -17,6 +17,7 @@ from wanforge.engines.bundle import Bundle
 from wanforge.engines.engine_loader import Loader
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt_library import RTX
+from wanforge.plugins.tensorrt_plugin import Account
 from wanforge.runtime import engine_plan
 from wanforge.runtime.arena import Arena
 from wanforge.runtime.backends import trt as trt_module
@@ -34,7 +35,7 @@ BundleOf = Callable[[str, str], Bundle]
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.7.1.116" if flavour is RTX else None)
     monkeypatch.setattr(engine_plan, "DTYPE", "float32")
-    monkeypatch.setattr(trt_module, "register_plugins", lambda library: None)
+    monkeypatch.setattr(trt_module, "register_plugins", lambda library: Account())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -82,6 +83,10 @@ def plan_of(backend: TrtBackend) -> MemoryPlan:
     return backend.memory.plan
 
 
+def engine_bytes(backend: TrtBackend) -> int:
+    return sum(backend.bundle.manifest.files[engine.name].bytes for engine in backend.engines.values())
+
+
 def stand_in_of(backend: TrtBackend) -> StandIn:
     assert isinstance(backend.cuda, StandIn)
     return backend.cuda
@@ -98,12 +103,12 @@ def stand_in_of(backend: TrtBackend) -> StandIn:
 def test_it_gives_the_same_clip_at_every_budget(
     model: str, shares: dict[float, str], is_late: bool, make: Callable[..., TrtBackend], tmp_path: Path
 ) -> None:
-    backend = make(model, is_late=is_late)
-    wanted = expected(backend.bundle, tmp_path)
-    backend.prepare(CLIP)
-    whole = plan_of(backend).arena_bytes
+    first = make(model, is_late=is_late)
+    wanted = expected(first.bundle, tmp_path)
+    first.prepare(CLIP)
     for share, residency in shares.items():
-        backend = make(model, budget=share * whole, is_late=is_late)
+        budget = share * plan_of(first).arena_bytes + engine_bytes(first)
+        backend = make(model, budget=budget, is_late=is_late)
         found = clips(backend, tmp_path)
         assert residency in plan_of(backend).residency
         assert torch.equal(found, wanted), residency
@@ -122,10 +127,29 @@ def test_a_step_is_captured_when_it_runs_again_and_then_replayed(
     assert stand_in.pinned_bytes == 0
 
 
+def test_what_cannot_be_captured_is_launched_each_time(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
+    backend = make()
+    wanted = expected(backend.bundle, tmp_path)
+    stand_in_of(backend).is_capturable = False
+    assert torch.equal(clips(backend, tmp_path), wanted)
+    assert stand_in_of(backend).replays == 0
+
+
+def test_why_a_plugin_failed_is_said(make: Callable[..., TrtBackend]) -> None:
+    backend = make()
+    backend.prepare(CLIP)
+    backend.plugins.refusals.append("W8A8Linear: no cubin of w8a8_linear.gemm for sm_89")
+    stand_in_of(backend).refused = (1, 8, 64)
+    pipeline = Pipeline(backend.bundle, backend)
+    denoiser = pipeline.denoiser(pipeline.check(Request("x", CLIP, topk=1.0)), Timings())
+    with pytest.raises(ResourceError, match="build it for this clip; W8A8Linear: no cubin of"):
+        denoiser.session.run("step.0")
+
+
 def test_what_streams_is_not_captured(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
     backend = make()
     backend.prepare(CLIP)
-    backend = make(budget=0.7 * plan_of(backend).arena_bytes)
+    backend = make(budget=0.7 * plan_of(backend).arena_bytes + engine_bytes(backend))
     clips(backend, tmp_path)
     stand_in = stand_in_of(backend)
     assert "0 of 5 layers stay" in plan_of(backend).residency
@@ -154,6 +178,9 @@ def test_an_engine_for_another_machine_is_not_loaded(make: Callable[..., TrtBack
     path.write_bytes(b"x" * len(HEADER) + good[len(HEADER) :])
     with pytest.raises(BundleError, match=r"not for this machine \(UNSUPPORTED_CC, VERSION_MISMATCH\); build it again"):
         backend.prepare(CLIP)
+    path.write_bytes(b"new" + good[3:])
+    with pytest.raises(ResourceError, match=r"GPU or its driver will not do \(OLD_CUDA_DRIVER\); see: wanforge doctor"):
+        backend.prepare(CLIP)
     path.write_bytes(good + b" ")
     with pytest.raises(BundleError, match="damaged, or not built here"):
         backend.prepare(CLIP)
@@ -177,6 +204,9 @@ def test_two_sessions_do_not_share_memory_unnoticed(make: Callable[..., TrtBacke
     backend = make()
     pipeline = Pipeline(backend.bundle, backend)
     denoiser = pipeline.denoiser(pipeline.check(Request("x", CLIP, topk=1.0)), Timings())
+    for _ in range(3):  # launched, captured, replayed
+        denoiser.session.run("step.0")
+    assert stand_in_of(backend).replays == 2
     pipeline.embed([1, 2, 3])
     with pytest.raises(RuntimeError, match="the memory of denoise has gone to another stage"):
         denoiser.session.run("step.0")
