@@ -22,8 +22,8 @@ TARGETS = "rtx5090,rtx4090,rtx3090,a100"
 @pytest.fixture
 def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     rtx()
-    name, has_vae = request.param
-    made = skeleton(tmp_path / "bundle", load_model(name), load_recipe("w8a8"), has_vae=has_vae)
+    name, recipe, has_vae = request.param
+    made = skeleton(tmp_path / "bundle", load_model(name), load_recipe(recipe), has_vae=has_vae)
     export(made, ["bf16"])
     return made
 
@@ -50,7 +50,7 @@ def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
 
 @pytest.mark.parametrize(
     "bundle",
-    [("turbowan2.1-t2v-1.3b-480p", True), ("turbowan2.2-i2v-a14b-720p", True)],
+    [("turbowan2.1-t2v-1.3b-480p", "w8a8", True), ("turbowan2.2-i2v-a14b-720p", "w8a8", True)],
     indirect=True,
     ids=["1.3b", "a14b"],
 )
@@ -68,13 +68,13 @@ def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(
     "bundle",
-    [("turbowan2.1-t2v-14b-480p", False), ("turbowan2.1-t2v-14b-720p", False)],
+    [("turbowan2.1-t2v-14b-480p", "bf16", False), ("turbowan2.1-t2v-14b-720p", "w8a8", False)],
     indirect=True,
-    ids=["14b-480p", "14b-720p"],
+    ids=["14b-480p-bf16", "14b-720p-w8a8"],
 )
 def test_the_14b_denoiser_takes_little_to_compile(bundle: Bundle) -> None:
     only = [option for name in sorted(DENOISER) for option in ("--graph", name)]
-    report, rss = build(bundle, "--target", "rtx5090,rtx4090", *only)
+    report, rss = build(bundle, "--target", TARGETS, *only)
     assert [engine["faults"] for engine in report["engines"]] == [[]] * len(DENOISER)
     assert sum(engine["bytes"] for engine in report["engines"]) <= 15e6
     assert rss <= 1e9

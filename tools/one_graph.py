@@ -1,0 +1,90 @@
+"""What it costs to compile a denoiser as one graph with its weights as constants, beside the way it is done here: six
+graphs whose weights are inputs. Run as ``python tools/one_graph.py``; it takes 9 GB of memory and as much of the disk.
+
+Both compile for sm_89 and sm_120 with TensorRT-RTX, each in a process of its own, one after the other. The model is the
+1.3B in bf16 with dense attention, its weights random: W8A8 does not parse as one graph, see docs/log.md.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.engines.builder import Job, Range, build
+from wanforge.engines.bundle import Bundle, weights_name
+from wanforge.engines.tensorfile import read_header
+from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.exporter.export import export
+from wanforge.plugins.tensorrt_library import RTX, open_library
+from wanforge.runtime.engine_plan import build_engines, ranges, sizes
+from wanforge.runtime.graphs import graphs
+
+MODEL, RECIPE, SMS = "turbowan2.1-t2v-1.3b-480p", "bf16", (89, 120)
+CLIP = ClipShape(832, 480, 81)
+GRAPHS = ("context", "cross_kv", "time", "stem", "block", "head")
+
+
+def make(root: Path) -> None:
+    """A bundle whose denoiser holds random numbers, for a library may store equal ones once."""
+    bundle = skeleton(root, load_model(MODEL), load_recipe(RECIPE))
+    header, random = read_header(bundle.weights("dit")), np.random.default_rng(0)
+    with bundle.weights("dit").open("r+b") as file:
+        for name, spec in header.tensors.items():
+            file.seek(header.offsets[name])
+            values = random.standard_normal(spec.nbytes // (4 if spec.dtype == "F32" else 2), np.float32) / 50
+            file.write((values if spec.dtype == "F32" else (values.view("<u4") >> 16).astype("<u2")).tobytes())
+    export(bundle, ["bf16"])
+
+
+def compile_six(bundle: Bundle) -> int:
+    """Bytes of the engines that are made of a denoiser."""
+    return sum(engine.bytes for engine in build_engines(bundle, CLIP, open_library(RTX), SMS, only=GRAPHS))
+
+
+def compile_one(bundle: Bundle) -> int:
+    """Bytes of the engine of the denoiser as one graph."""
+    known, shapes = sizes(bundle.model, bundle.recipe, CLIP), dict[str, Range]()
+    for graph in graphs(bundle.model, bundle.recipe).values():
+        usual = {name: (range_.usual,) * 3 for name, range_ in ranges(graph, known).items()}
+        shapes |= {name: Range(*shape) for name, shape in usual.items()}
+    constants = bundle.manifest.files[weights_name("dit")].bytes
+    return len(build(open_library(RTX), Job(bundle.path("dit.bf16.onnx"), shapes, constants), SMS).plan)
+
+
+WAYS = {"six graphs": compile_six, "one graph": compile_one}
+
+
+def measure(way: str, root: Path) -> None:
+    """Compile one way; print seconds, peak memory and size."""
+    start = perf_counter()
+    size = WAYS[way](Bundle.open(root))
+    seconds = perf_counter() - start
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "engine_bytes": size}))
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        measure(sys.argv[1], Path(sys.argv[2]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "bundle"
+        make(root)
+        found = {}
+        for way in WAYS:
+            command = [sys.executable, __file__, way, str(root)]
+            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            found[way] = json.loads(said.splitlines()[-1])
+    for what in ("seconds", "peak_bytes", "engine_bytes"):
+        six, one = (found[way][what] for way in WAYS)
+        print(f"{what:14} six graphs {six:16,.1f}   one graph {one:16,.1f}   ratio {one / six:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
