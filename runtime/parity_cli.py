@@ -1,6 +1,7 @@
 """The command that holds a backend against the reference."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from wanforge.runtime.parity.comparison import DEPTHS, Contender, compare
 from wanforge.runtime.parity.report import as_json as report_json
 from wanforge.runtime.parity.report import page, text
 from wanforge.runtime.progress import Bars
+from wanforge.runtime.quality.held_out import MOST_LOST, measure
+from wanforge.runtime.quality.held_out import table as quality_table
+from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.whole_file import write_atomically
 
 RECIPES = ", ".join(named("recipes"))
@@ -48,6 +52,11 @@ RECIPES = ", ".join(named("recipes"))
     "--depth", "depths", multiple=True, type=click.Choice(DEPTHS), help="Only this one; repeatable, all by default."
 )
 @click.option("--html", type=FILE, help="Write the report as one page, with plots and frames.")
+@click.option(
+    "--quality",
+    is_flag=True,
+    help="Make tinywan's held-out prompts on both instead, and count how often the clip shows what they say.",
+)
 @JSON
 def parity(
     bundle: Path,
@@ -62,6 +71,7 @@ def parity(
     reference_recipe: str | None,
     depths: tuple[str, ...],
     html: Path | None,
+    quality: bool,
     as_json: bool,
     **clip: Any,
 ) -> None:
@@ -80,6 +90,7 @@ def parity(
     Examples:
       wanforge parity turbo-1.3b --resolution 480 --aspect 1:1 --frames 5 --html parity.html
       wanforge parity turbo-1.3b --backend torch --recipe w8a8-row --reference-recipe bf16-sla
+      wanforge parity tinywan --quality --backend torch --recipe w8a8 --reference-recipe bf16
     """
     opened = Bundle.open(bundle)
     request = request_of(opened.model, prompt, image, seed, **clip)
@@ -87,6 +98,9 @@ def parity(
         Contender(name, None if how is None else load_recipe(how), None if kind is None else getattr(torch, kind))
         for name, how, kind in ((reference, reference_recipe, None), (backend, recipe, dtype))
     ]
+    if quality:
+        count_right(opened, contenders, clip["steps"], clip["topk"], as_json)
+        return
     with Bars() as bars:
         verify(opened, [reference, backend], bars)
         found = compare(
@@ -96,4 +110,31 @@ def parity(
         write_atomically(html, page(found).encode())
     click.echo(json.dumps(report_json(found)) if as_json else text(found))
     if not found.passed:
+        click.get_current_context().exit(1)
+
+
+def count_right(
+    bundle: Bundle, contenders: Sequence[Contender], steps: int | None, topk: float | None, as_json: bool
+) -> None:
+    """Measure the quality of a reference and of what is held against it; exits with 1 where too much of it is lost."""
+    with Bars() as bars:
+        verify(bundle, [contender.name for contender in contenders], bars)
+        found = []
+        for contender in contenders:
+            pipeline = contender.pipeline(bundle)
+            # Where every key is attended to there is no top-k to choose.
+            chosen = None if attention_blocks(pipeline.recipe) is None else topk
+            found.append(measure(pipeline, steps=steps, topk=chosen, progress=bars))
+    lost = found[1].lost_to(found[0])
+    passed = max(lost.values()) <= MOST_LOST
+    if as_json:
+        click.echo(json.dumps({"passed": passed, "lost": lost, "measured": [one.as_json() for one in found]}))
+    else:
+        points = ", ".join(f"{name} {100 * share:+.1f}" for name, share in lost.items())
+        click.echo(quality_table(found))
+        click.echo(
+            f"quality {'passed' if passed else 'FAILED'}: points lost to the reference: {points} "
+            f"(at most {100 * MOST_LOST:.0f})"
+        )
+    if not passed:
         click.get_current_context().exit(1)

@@ -27,6 +27,8 @@ WORDINGS = (
 """Adverb and wording; one says ``up`` and not ``to the up``."""
 PAIRS = 16
 """Prompts with two things, after those with one."""
+MOST_LOST = 0.02
+"""Share of colours, shapes or directions that a recipe may lose to the reference."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class Quality:
     rates: Rates
     single: Rates
     paired: Rates | None
+
+    def lost_to(self, reference: "Quality") -> dict[str, float]:
+        """By how much less of colour, shape and direction is right than on the reference; negative where it is more."""
+        return {
+            name: getattr(reference.rates, name) - getattr(self.rates, name)
+            for name in ("colour", "shape", "direction")
+        }
 
     def as_json(self) -> dict[str, Any]:
         groups = {"all": self.rates, "single": self.single, "paired": self.paired}

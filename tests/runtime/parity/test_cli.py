@@ -17,7 +17,8 @@ from wanforge.errors import RequestError
 from wanforge.runtime import parity_cli
 from wanforge.runtime.backends import ort as ort_backend
 from wanforge.runtime.parity.report import amplified
-from wanforge.runtime.pipeline import Request
+from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.quality.held_out import Quality, Rates
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
@@ -138,3 +139,24 @@ def test_a_smaller_clip_is_asked_for(bundle_of: BundleOf, monkeypatch: pytest.Mo
     options = ["--resolution", "480p", "--aspect", "1:1", "--frames", 9, "--steps", 2, "--topk", "0.25", "--seed", 3]
     assert "asked" in run("parity", bundle_of("tiny-t2v", "bf16-sla").root, "--prompt", PROMPT, *options).output
     assert asked == [Request(PROMPT, ClipShape(640, 640, 9), None, 3, 2, topk=0.25)]
+
+
+@pytest.mark.parametrize(("colour", "code"), [(0.95, 0), (0.93, 1)])
+def test_quality_of_two_recipes_over_the_same_weights(
+    bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch, colour: float, code: int
+) -> None:
+    """Dense attention has no top-k to be told; more than two points lost is a failure."""
+    asked = []
+
+    def measured(pipeline: Pipeline, *, steps: int, topk: float | None, progress: object) -> Quality:
+        asked.append((pipeline.recipe.name, steps, topk))
+        rates = Rates(128, 0.96 if pipeline.recipe.name == "bf16" else colour, 0.9, 0.9, None, 0.8)
+        return Quality(pipeline.backend.name, pipeline.recipe.name, steps, topk, rates, rates, None)
+
+    monkeypatch.setattr(parity_cli, "measure", measured)
+    options = ["--quality", "--backend", "torch", "--recipe", "w8a8", "--reference-recipe", "bf16"]
+    done = run("parity", bundle_of("tiny-t2v", "bf16-sla").root, *options, "--steps", 3, "--topk", 0.4)
+    assert asked == [("bf16", 3, None), ("w8a8", 3, 0.4)]
+    assert done.exit_code == code, done.output
+    assert f"{colour:.1%}" in done.stdout
+    assert f"colour {96 - 100 * colour:+.1f}" in done.stdout
