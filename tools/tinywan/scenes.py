@@ -131,13 +131,18 @@ WAYS = {
     "up": ("up", "up", "upwards", "from bottom to top"),
 }
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "": ("",), "large": ("large", "big", "huge")}
+PLAIN = 0.3
+"""Share of captions in the plainest words, from which the others' are learned."""
 OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "an animation of ")
 
 
 def caption(rng: Generator, scene: Scene) -> str:
     """One of many ways to say what a scene shows. Colour, shape and direction are always said, a slow or quick pace
     too; size and background sometimes."""
-    parts = [phrase(rng, thing) for thing in scene.things]
+    plain = rng.random() < PLAIN
+    parts = [phrase(rng, thing, plain) for thing in scene.things]
+    if plain:
+        return " and ".join(parts)
     joiner = str(rng.choice([" and ", " and ", ", ", " while "]))
     text = joiner.join(parts)
     if rng.random() < 0.5:
@@ -150,8 +155,10 @@ def caption(rng: Generator, scene: Scene) -> str:
     return text + ("." if rng.random() < 0.4 else "")
 
 
-def phrase(rng: Generator, thing: Thing) -> str:
+def phrase(rng: Generator, thing: Thing, plain: bool) -> str:
     subject = thing.subject
+    if plain:
+        return " ".join(filter(None, ("a", subject.colour, subject.shape, "moving", subject.direction, subject.speed)))
     words = [str(rng.choice(SIZE_WORDS[thing.size])) if rng.random() < 0.6 else "", subject.colour, subject.shape]
     verb = str(rng.choice(VERBS))
     if rng.random() < 0.25:

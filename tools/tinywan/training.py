@@ -1,0 +1,182 @@
+"""What every phase shares: initial weights, the loop with its checkpoints, averaged weights, the log.
+
+Whatever a step draws at random depends on the seed and the step's number alone, so a run that was interrupted goes on
+bit for bit as if it had not been.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+
+SAVE_SECONDS = 120.0
+MATRIX_RATE = 3.0
+"""Learning rate of matrices under Muon over that of the rest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how a phase trains.
+
+    Attributes:
+        steps: of the optimiser.
+        batch: samples per step.
+        rate: peak learning rate, reached after `warmup` steps, then falling by a cosine to a fiftieth.
+        decay: of the averaged weights, per step.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 100
+    decay: float = 0.998
+    seed: int = 0
+    muon: bool = False
+    """Orthogonalised momentum for matrices, except tables to look up in."""
+
+
+def generators(phase: str, seed: int, step: int) -> tuple[Generator, torch.Generator]:
+    """numpy's and PyTorch's random numbers of one step."""
+    key = [seed, step, *phase.encode()]
+    rng = np.random.default_rng(key)
+    return rng, torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+
+
+def train(
+    phase: str,
+    folder: Path,
+    plan: Plan,
+    model: nn.Module,
+    loss_of: Callable[[Generator, torch.Generator], tuple[Tensor, dict[str, float]]],
+    *,
+    stop_at: int | None = None,
+    tell: Callable[[str], None] = print,
+) -> nn.Module:
+    """Train a model, or go on with it; returns it with its averaged weights.
+
+    Args:
+        folder: where ``<phase>.pt`` and ``<phase>.jsonl`` are kept.
+        loss_of: the loss of one step's random numbers, and what else to log.
+        stop_at: leave after this step, to be continued.
+    """
+    parameters = [p.requires_grad_(True) for p in model.parameters()]
+    optimisers = optimisers_of(model, plan)
+    averaged = [p.detach().clone() for p in parameters]
+    path, log = folder / f"{phase}.pt", folder / f"{phase}.jsonl"
+    step = 0
+    if path.exists():
+        state = torch.load(path, map_location=parameters[0].device)
+        step = state["step"]
+        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        restore(parameters, state["model"])
+        restore(averaged, state["averaged"])
+    folder.mkdir(parents=True, exist_ok=True)
+    saved, begun, first = time.monotonic(), time.monotonic(), step
+    last = plan.steps if stop_at is None else min(stop_at, plan.steps)
+    totals: dict[str, float] = {}
+    while step < last:
+        for optimiser in optimisers:
+            factor = MATRIX_RATE if isinstance(optimiser, Matrices) else 1.0
+            for group in optimiser.param_groups:
+                group["lr"] = factor * plan.rate * shape_of_rate(step, plan)
+        loss, notes = loss_of(*generators(phase, plan.seed, step))
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        step += 1
+        follow(averaged, parameters, min(plan.decay, (1 + step) / (10 + step)))
+        for name, value in {"loss": float(loss.detach()), "norm": float(norm), **notes}.items():
+            totals[name] = totals.get(name, 0.0) + value
+        if step % 20 == 0 or step == last:
+            count = step % 20 or 20
+            line = {"step": step, **{k: round(v / min(count, step - first), 6) for k, v in totals.items()}}
+            line["seconds"] = round((time.monotonic() - begun) / (step - first), 3)
+            totals = {}
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            tell(f"{phase} {json.dumps(line)}")
+        if step == last or time.monotonic() - saved > SAVE_SECONDS:
+            save(
+                path,
+                {
+                    "step": step,
+                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
+                    "model": [p.detach() for p in parameters],
+                    "averaged": averaged,
+                },
+            )
+            saved = time.monotonic()
+    restore(parameters, averaged)
+    return model
+
+
+class Matrices(torch.optim.Muon):
+    """Muon for weights of any number of dimensions, each seen as a matrix with a row per output."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], rate: float) -> None:
+        self.weights = weights
+        self.views = [weight.data.flatten(1) for weight in weights]
+        super().__init__(self.views, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, closure: Any = None) -> None:
+        for view, weight in zip(self.views, self.weights, strict=True):
+            view.grad = None if weight.grad is None else weight.grad.flatten(1)
+        super().step(closure)
+
+
+def optimisers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    """AdamW, and with `muon` Muon beside it, for whatever multiplies."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [
+        p
+        for name, p in named
+        if plan.muon and name.endswith("weight") and p.ndim > 1 and "embedding.weight" not in name
+    ]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    adam = torch.optim.AdamW(rest, plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    return [adam, Matrices(matrices, plan.rate)] if matrices else [adam]
+
+
+def shape_of_rate(step: int, plan: Plan) -> float:
+    """The learning rate over its peak."""
+    if step < plan.warmup:
+        return (step + 1) / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def load_averaged(phase: str, folder: Path, model: nn.Module) -> nn.Module:
+    """A model with the averaged weights that a phase has reached."""
+    restore(list(model.parameters()), torch.load(folder / f"{phase}.pt", map_location="cpu")["averaged"])
+    return model
+
+
+@torch.no_grad()
+def follow(averaged: list[Tensor], parameters: list[nn.Parameter], decay: float) -> None:
+    torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
+
+
+@torch.no_grad()
+def restore(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def save(path: Path, state: Any) -> None:
+    """Write a checkpoint, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    torch.save(state, partial)
+    partial.replace(path)

@@ -1,0 +1,196 @@
+"""The VAE: pixels to latents and back, on crops.
+
+The latents get noise of a fixed size before they are decoded, which together with a small pull towards zero is a
+variational bottleneck with a constant deviation: neighbouring latents must mean neighbouring pictures.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tools.tinywan.scenes import draw_scene, render
+from tools.tinywan.training import Plan, train
+from wanforge.configs.schema import ModelConfig
+from wanforge.runtime.reference.vae import (
+    LATENT_MEAN,
+    LATENT_STD,
+    VAE,
+    ChannelNorm,
+    Conv,
+    Downsample,
+    FrameAttention,
+    Residual,
+    Upsample,
+)
+
+NOISE = 0.15
+"""Deviation of the noise on latents, whose own is about one."""
+PULL = 1e-3
+"""Weight of the mean square of the latents."""
+SMOOTH = 0.2
+"""Error in pixels, whose range is 2, from which it counts by its size and no longer by its square."""
+FOREGROUND = 4.0
+"""Weight of a pixel that is not background, which has 1."""
+
+
+def new_vae(model: ModelConfig, seed: int = 0) -> VAE:
+    """A VAE ready to be trained: unit gain, residuals that begin near nothing, latents around zero.
+
+    It begins as an autoencoder of single pictures: convolutions see the present alone, and the temporal resamplers
+    average and repeat. Begun with random weights for the past too, it learns each place in the clip anew.
+    """
+    vae = VAE(model.vae)
+    generator = torch.Generator().manual_seed(seed)
+    for module in vae.modules():
+        if isinstance(module, Conv):
+            present = module.weight.data[:, :, -1:] if module.weight.ndim == 5 else module.weight.data
+            module.weight.data.zero_()
+            present.normal_(0, present[0].numel() ** -0.5, generator=generator)
+            module.bias.data.zero_()
+        if isinstance(module, ChannelNorm):
+            module.gamma.data.fill_(1)
+    for module in vae.modules():
+        if isinstance(module, Residual):
+            last = module.residual["6"]
+            assert isinstance(last, Conv)
+            last.weight.data.mul_(0.2)
+        if isinstance(module, Downsample | Upsample) and module.time_conv is not None:
+            weight = module.time_conv.weight.data[..., 0, 0]
+            weight.normal_(0, 0.2 * weight[0].numel() ** -0.5, generator=generator)
+            same = torch.eye(weight.shape[1])
+            if isinstance(module, Downsample):
+                weight += torch.stack((torch.zeros_like(same), same / 2, same / 2), -1)
+            else:
+                weight[..., -1] += torch.cat((same, same))
+        if isinstance(module, FrameAttention):
+            module.proj.weight.data.mul_(0.2)
+    channels = model.vae.latent_channels
+    mean, deviation = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
+    shape = (-1, 1, 1, 1, 1)
+    # In the pipeline's normalised latents the last layer begins as if it had no statistics.
+    vae.conv1.weight.data[:channels] *= deviation.view(shape)
+    vae.conv1.bias.data[:channels] = mean
+    vae.conv1.weight.data[channels:] = 0
+    vae.conv1.bias.data[channels:] = float(np.log(NOISE**2))
+    vae.conv2.weight.data /= deviation.view(1, -1, 1, 1, 1)
+    vae.conv2.bias.data -= vae.conv2.weight.data.flatten(1) @ mean
+    return vae
+
+
+def train_vae(
+    model: ModelConfig,
+    vae: VAE,
+    phase: str,
+    folder: Path,
+    plan: Plan,
+    *,
+    frames: int,
+    side: int,
+    stop_at: int | None = None,
+) -> VAE:
+    """Train on crops of `frames` frames and `side` pixels; every fifth step on some whole frames, since the layer with
+    attention sees a frame at once."""
+
+    def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        whole = rng.random() < 0.2
+        shown = (1 if frames > 1 else 4, min(frames, 5), None) if whole else (plan.batch, frames, side)
+        device = vae.conv1.weight.device
+        pixels, weight = (x.to(device) for x in crops(rng, model, *shown))
+        noise = torch.randn(latent_shape(pixels, model), generator=generator).to(device) * NOISE
+        latents = vae.encode(quick(pixels)).float()
+        out = vae.decode(quick(latents + noise)).float()
+        pull = latents.square().mean()
+        notes = {"l1": float((out - pixels).detach().abs().mean()), "latent_rms": float(pull.detach().sqrt())}
+        return infidelity(out, pixels, weight) + PULL * pull, notes
+
+    train(phase, folder, plan, vae, loss_of, stop_at=stop_at)
+    return vae
+
+
+def infidelity(out: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
+    """Weighted distance, absolute beyond `SMOOTH` and square below.
+
+    A plain absolute one pulls every pixel of a background with the same force however near it is, which a batch of a
+    few clips does not average out: clips then got worse with every step.
+    """
+    error = F.smooth_l1_loss(out, pixels, beta=SMOOTH, reduction="none")
+    return (error * weight).sum() / (weight.sum() * 3)
+
+
+def latent_shape(pixels_BCTHW: Tensor, model: ModelConfig) -> tuple[int, ...]:
+    batch, _, frames, height, width = pixels_BCTHW.shape
+    return (batch, model.vae.latent_channels, 1 + (frames - 1) // 4, height // 8, width // 8)
+
+
+def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int | None) -> tuple[Tensor, Tensor]:
+    """Pixels in [-1, 1] ``[B, 3, T, S, S]`` and each pixel's weight ``[B, 1, T, S, S]``, cut from whole clips around
+    one of the things in them; whole frames where `side` is None."""
+    size = (model.video.width_px, model.video.height_px)
+    clips, weights = [], []
+    for _ in range(batch):
+        scene = draw_scene(rng, size)
+        start = int(rng.integers(model.video.frames - frames + 1))
+        clip = render(scene, model.video.frames, size, range(start, start + frames))
+        if side is not None:
+            centre = scene.things[-1].centre_xy
+            x, y = (
+                int(np.clip(at + rng.uniform(-side, side) / 2 - side / 2, 0, extent - side))
+                for at, extent in zip(centre, size, strict=True)
+            )
+            clip = clip[:, y : y + side, x : x + side]
+        weights.append(1 + (FOREGROUND - 1) * (np.ptp(clip, -1) > 24))
+        clips.append(clip)
+    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    return pixels.contiguous(), torch.from_numpy(np.stack(weights)).float()[:, None]
+
+
+@torch.no_grad()
+def settle_latents(vae: VAE, model: ModelConfig, samples: int = 64, seed: int = 1) -> VAE:
+    """Fold the statistics of trained latents into the layers next to them, so that every channel has mean 0 and
+    deviation 1; what is decoded stays the same."""
+    rng = np.random.default_rng(seed)
+    clips = [crops(rng, model, 1, model.video.frames, None)[0] for _ in range(samples)]
+    latents = torch.cat([vae.encode(quick(clip)).float() for clip in clips])
+    mean, deviation = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    pipeline_mean, pipeline_deviation = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
+    channels = model.vae.latent_channels
+    vae.conv1.weight[:channels] /= deviation.view(-1, 1, 1, 1, 1)
+    vae.conv1.bias[:channels] = (
+        vae.conv1.bias[:channels] - pipeline_mean - pipeline_deviation * mean
+    ) / deviation + pipeline_mean
+    vae.conv2.bias += vae.conv2.weight.flatten(1) @ (pipeline_mean * (1 - deviation) + mean * pipeline_deviation)
+    vae.conv2.weight *= deviation.view(1, -1, 1, 1, 1)
+    return vae
+
+
+def train_decoder(model: ModelConfig, vae: VAE, folder: Path, plan: Plan, *, stop_at: int | None = None) -> VAE:
+    """Go on with the decoder alone, on latents that stay as they are: the denoiser may train beside it."""
+    decoder = decoder_of(vae)
+
+    def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        whole = rng.random() < 0.25
+        shown = (1, 9, None) if whole else (plan.batch, 13, 48)
+        pixels, weight = (x.to(vae.conv1.weight.device) for x in crops(rng, model, *shown))
+        with torch.no_grad():
+            latents = vae.encode(quick(pixels)).float()
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device) * NOISE
+        out = vae.decode(quick(latents + noise)).float()
+        return infidelity(out, pixels, weight), {"l1": float((out - pixels).detach().abs().mean())}
+
+    vae.requires_grad_(False)
+    train("decoder", folder, plan, decoder, loss_of, stop_at=stop_at)
+    return vae
+
+
+def decoder_of(vae: VAE) -> nn.Module:
+    """What turns latents into pixels."""
+    return nn.ModuleList([vae.conv2, vae.decoder])
+
+
+def quick(x_BCTHW: Tensor) -> Tensor:
+    """In bfloat16 and in the layout in which the convolutions of a CPU are quickest."""
+    return x_BCTHW.bfloat16().contiguous(memory_format=torch.channels_last_3d)
