@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tools.tinywan.distillation import Lessons, Teacher, state_times, steps_of, train_student
+from tools.tinywan.distillation import (
+    FLOW_STEPS,
+    GUIDED_ABOVE,
+    Lessons,
+    Teacher,
+    state_times,
+    steps_of,
+    train_student,
+)
 from tools.tinywan.flow import Velocity, draw_times, foreground, plain_attention, train_teacher
 from tools.tinywan.latents import Pool, encode, fill_pool, pixels_of
 from tools.tinywan.networks import Network, make_tokenizer, token_ids
@@ -199,8 +207,9 @@ def test_the_teacher_follows_its_flow_to_the_end(lessons: Lessons) -> None:
     states = torch.lerp(clean, noise, times.view(-1, 1, 1, 1, 1))
     ends = lessons.teacher.end(states, times, prompted)
     assert torch.allclose(ends[:2], clean[:2], atol=1e-5)
-    # Guidance of 2 beyond half a velocity is one and a half velocities, above time 0.6: on 5 of the 12 steps.
-    beyond = 0.95 * 5 / 12 * 0.5
+    # Guidance of 2 beyond half a velocity is one and a half velocities, on the steps above time 0.6.
+    guided = sum(0.95 * (1 - step / FLOW_STEPS) > GUIDED_ABOVE for step in range(FLOW_STEPS))
+    beyond = 0.95 * guided / FLOW_STEPS * 0.5
     assert torch.allclose(ends[2], clean[2] + beyond * (clean[2] - noise[2]), atol=1e-5)
 
 

@@ -26,9 +26,9 @@ PLANS = {
     "vae-pictures": Plan(steps=3000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=3000, batch=3, rate=5e-4, warmup=20, decay=0.98),
     "decoder": Plan(steps=4000, batch=3, rate=5e-4, warmup=30, decay=0.99),
-    "teacher": Plan(steps=20000, batch=32, rate=1e-3, decay=0.998, muon=True),
-    "student": Plan(steps=2000, batch=32, rate=5e-4, warmup=20, decay=0.995, muon=True),
-    "sparse": Plan(steps=500, batch=32, rate=3e-4, warmup=20, decay=0.99, muon=True),
+    "teacher": Plan(steps=6000, batch=32, rate=1e-3, decay=0.998, muon=True),
+    "student": Plan(steps=500, batch=32, rate=5e-4, warmup=20, decay=0.995, muon=True),
+    "sparse": Plan(steps=250, batch=32, rate=3e-4, warmup=20, decay=0.99, muon=True),
 }
 """An estimate: no run has got to their end yet, see README.md."""
 SHARDS = 64

@@ -31,7 +31,7 @@ GUIDANCE = 2.0
 """How far the prompt's velocity is followed beyond that without a prompt."""
 GUIDED_ABOVE = 0.6
 """Below this time nothing is left for the prompt to decide."""
-FLOW_STEPS = 12
+FLOW_STEPS = 8
 """Of the teacher, from any state to the end."""
 
 
