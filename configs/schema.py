@@ -137,6 +137,9 @@ class Recipe(Record, frozen=True):
     """Linears of the blocks; everything else stays in the compute type or float32. ``w8a8``: upstream's scales, one per
     tile of 128x128. ``w8a8-row``: one per token and per output."""
     attention: Literal["dense", "sla", "sagesla"]
+    tile: Literal[64, 128, 256] = 128
+    """``w8a8`` only: rows and columns of a tile. 128 is upstream's, and what ONNX graphs and kernels are made for; the
+    others are for the reference, to see what they would be worth."""
     block_q: Literal[64, 128] = 128
     block_k: Literal[64, 128] = 64
     pv: Literal["fp8", "fp16"] = "fp8"

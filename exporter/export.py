@@ -17,9 +17,11 @@ from wanforge.engines.bundle import (
     graph_name,
 )
 from wanforge.engines.tensorfile import read_header
+from wanforge.errors import ConfigError
 from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph
 from wanforge.exporter.whole_network import whole_network
+from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.whole_file import write_atomically
 
@@ -50,6 +52,8 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(DTYPES), progress: Prog
         dtypes: ``fp32``, ``fp16``, ``bf16``.
         progress: told the file's name, how many are done and how many there are.
     """
+    if bundle.recipe.tile != TILE:
+        raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
     weights = {component: read_header(bundle.weights(component)) for component in components(bundle.model)}
     all_graphs = graphs(bundle.model, bundle.recipe)
     skipped: dict[str, str] = {}

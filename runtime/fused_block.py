@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wanforge.configs.schema import HEAD_DIM, ClipShape, DiTConfig, ModelConfig, Recipe, selected_blocks
-from wanforge.errors import ShapeError
+from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
@@ -30,6 +30,7 @@ from wanforge.plugins.w8a8_linear.fused import (
     quantise,
     quantise_rows,
 )
+from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
 
@@ -172,6 +173,8 @@ class FusedBlock:
     """
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+        if recipe.tile != TILE:
+            raise ConfigError(f"kernels are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
 
     def run(self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor, tap: "Tap" = NO_TAP) -> None:

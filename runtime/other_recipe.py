@@ -24,13 +24,18 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
         for graph, prefix in prefixes.items():
             for name in wanted[graph].weights:
                 plain = prefix + name.replace(".int8_weight", ".weight").replace(".scale", ".weight")
-                same = bundle.recipe.linear == recipe.linear and prefix + name in stored
+                same = scales(bundle.recipe) == scales(recipe) and prefix + name in stored
                 if not same and plain not in stored:
                     raise BundleError(
                         f"{bundle.root}: recipe {recipe.name!r} needs {plain}, and these weights, of recipe "
                         f"{bundle.recipe.name!r}, do not have it; import the unquantised files"
                     )
     return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
+
+
+def scales(recipe: Recipe) -> tuple[str, int]:
+    """What decides the shape of quantised weights' scales."""
+    return recipe.linear, recipe.tile
 
 
 def check_recipe(bundle: Bundle, backend: Backend, recipe: Recipe) -> None:

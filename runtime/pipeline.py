@@ -19,7 +19,6 @@ from torch import Tensor
 from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
 from wanforge.engines.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError, ResourceError
-from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.image import condition, open_image, to_pixels
@@ -238,7 +237,7 @@ class Denoiser:
         self.backend, self.shape, self.timings, self.progress = pipeline.backend, job.request.shape, timings, progress
         self.channels = None if channels is None else channels.to(self.backend.device)
         model = pipeline.model
-        tile = TILE if pipeline.recipe.linear == "w8a8" else 1
+        tile = pipeline.recipe.tile if pipeline.recipe.linear == "w8a8" else 1
         kept, counts = context_rows(len(job.ids), model.dit.text_rows, tile, pipeline.backend.text_rows_multiple)
         experts = [step.expert for step in job.steps]
         self.session = session = pipeline.backend.session(

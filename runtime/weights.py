@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanforge.configs.schema import Recipe
 from wanforge.engines.bundle import Bundle, components, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.errors import BundleError
@@ -34,8 +35,7 @@ class Weights:
         """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
         with self._mapping:  # a second mapping would take the first from under whoever has its address
             if name not in self._mapped:
-                by_rows = self.bundle.recipe.linear == "w8a8-row"
-                self._mapped[name] = Quantising(map_tensors(self.bundle.weights(name)), by_rows)
+                self._mapped[name] = Quantising(map_tensors(self.bundle.weights(name)), self.bundle.recipe)
         return self._mapped[name]
 
     def of(self, launch: Launch, name: str) -> Tensor:
@@ -47,17 +47,19 @@ class Quantising(dict[str, Tensor]):
     """Tensors by name; 8-bit weights that are asked for and not there are made of the unquantised ones, and kept, with
     the bytes that an import makes of them."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], by_rows: bool) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
         super().__init__(tensors)
-        self.by_rows = by_rows
+        self.recipe = recipe
 
     def __missing__(self, name: str) -> Tensor:
         layer, _, part = name.rpartition(".")
         weight = self.get(f"{layer}.weight")
         if part not in ("int8_weight", "scale") or weight is None:
             raise KeyError(name)
-        quantise = quantise_rows if self.by_rows else quantise_tiles
-        self[f"{layer}.int8_weight"], self[f"{layer}.scale"] = quantise(weight.to(torch.bfloat16))
+        rounded = weight.to(torch.bfloat16)
+        by_rows = self.recipe.linear == "w8a8-row"
+        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, self.recipe.tile)
+        self[f"{layer}.int8_weight"], self[f"{layer}.scale"] = steps, scale
         return self[name]
 
 

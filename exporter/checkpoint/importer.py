@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -326,10 +327,9 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
             yield name, converted(stored, spec)
             continue
         weight = name.rpartition(".")[0] + ".weight"
-        by_rows = len(part.target[name.rpartition(".")[0] + ".scale"].shape) == 1
-        quantiser = scales.setdefault(
-            weight, Quantiser(part.stored[weight], quantise_rows if by_rows else quantise_tiles)
-        )
+        columns, scale = part.stored[weight].spec.shape[1], part.target[name.rpartition(".")[0] + ".scale"].shape
+        quantise = quantise_rows if len(scale) == 1 else partial(quantise_tiles, tile=columns // scale[1])
+        quantiser = scales.setdefault(weight, Quantiser(part.stored[weight], quantise))
         yield name, quantiser.int8_rows() if name.endswith(".int8_weight") else quantiser.scale()
 
 

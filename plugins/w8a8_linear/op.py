@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.plugins.w8a8_linear.reference import TILE, TILES
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear as reference
 
 
@@ -17,7 +17,7 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
     outputs, inputs = int8_weight_NK.shape
     if inputs % TILE:
         raise ShapeError(f"K is {inputs}; the W8A8 linear needs a multiple of {TILE}: keep this layer unquantised")
-    scales = ((-(-outputs // TILE), inputs // TILE), (outputs,))
+    scales = ((outputs,), *((-(-outputs // tile), inputs // tile) for tile in TILES if inputs % tile == 0))
     if x.shape[-1] != inputs or scale.shape not in scales or bias_N.shape != (outputs,):
         raise ShapeError(
             f"x {tuple(x.shape)}, weight {tuple(int8_weight_NK.shape)}, scale {tuple(scale.shape)} and "

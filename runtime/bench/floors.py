@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from wanforge.configs.schema import Recipe, Target
 from wanforge.engines.bundle import Bundle
 from wanforge.engines.tensorfile import read_header
-from wanforge.plugins.w8a8_linear.reference import TILE
 from wanforge.runtime.arena import element_type
 from wanforge.runtime.cost import ASSUMED, IDEAL, Cost, Workload, block, seconds
 from wanforge.runtime.fused_block import recipe_for
@@ -62,7 +61,7 @@ def bounds(bundle: Bundle, job: Job, target: Target) -> dict[str, Bound]:
 def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost]]:
     """What each stage launches."""
     model, shape, known = bundle.model, job.request.shape, graphs(bundle.model, recipe)
-    tile = TILE if recipe.linear == "w8a8" else 1
+    tile = recipe.tile if recipe.linear == "w8a8" else 1
     rows = len(context_rows(len(job.ids), model.dit.text_rows, tile)[0])
     experts = [step.expert for step in job.steps]
     denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, slots=job.slots)

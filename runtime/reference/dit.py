@@ -9,6 +9,9 @@ and the head run in float32. Parameters carry upstream's names, so a published s
 Source: TurboDiffusion, rcm/networks/wan2pt1.py and wan2pt2.py; Wan2.1, wan/modules/model.py (docs/sources.md).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +23,7 @@ from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
+from wanforge.plugins.w8a8_linear.reference import TILE
 
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
@@ -39,14 +43,14 @@ class Linear(nn.Module):
 
 
 class W8A8Linear(nn.Module):
-    """The linear of a ``-quant`` checkpoint."""
+    """The linear of a ``-quant`` checkpoint, or one with other tiles."""
 
     int8_weight: Tensor
     scale: Tensor
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, tile: int = TILE) -> None:
         super().__init__()
-        tiles = (-(-out_features // 128), -(-in_features // 128))
+        tiles = (-(-out_features // tile), -(-in_features // tile))
         self.register_buffer("int8_weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(tiles))
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
@@ -126,7 +130,7 @@ class SparseAttention(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
-        make_linear = LINEARS[recipe.linear]
+        make_linear = linear_of(recipe)
         self.q, self.k, self.v, self.o = (make_linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
         self.blocks = attention_blocks(recipe)
@@ -149,7 +153,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
-        make_linear = LINEARS[recipe.linear]
+        make_linear = linear_of(recipe)
         self.q, self.k, self.v, self.o = (make_linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
 
@@ -168,7 +172,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
-        make_linear = LINEARS[recipe.linear]
+        make_linear = linear_of(recipe)
         self.eps, self.padded_variance = config.eps, recipe.compat == "upstream"
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim), requires_grad=False)
         self.self_attn = SelfAttention(config, recipe)
@@ -272,7 +276,15 @@ class DiT(nn.Module):
         return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
 
 
-LINEARS = {"bf16": Linear, "w8a8": W8A8Linear, "w8a8-row": W8A8RowLinear}
+def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
+    """What makes the linears of a recipe's blocks, from their inputs and outputs."""
+    match recipe.linear:
+        case "bf16":
+            return Linear
+        case "w8a8":
+            return partial(W8A8Linear, tile=recipe.tile)
+        case "w8a8-row":
+            return W8A8RowLinear
 
 
 def attention_blocks(recipe: Recipe) -> Blocks | None:

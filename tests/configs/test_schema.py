@@ -40,6 +40,8 @@ RECIPES = {
     "bf16-sla": ("bf16", "sla"),
     "w8a8": ("w8a8", "sagesla"),
     "w8a8-row": ("w8a8-row", "sagesla"),
+    "w8a8-64": ("w8a8", "sagesla"),
+    "w8a8-256": ("w8a8", "sagesla"),
 }
 # SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.
 TARGETS = {

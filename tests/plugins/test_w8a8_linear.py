@@ -28,27 +28,29 @@ SHAPES = {  # rows, inputs, outputs
 BODY_TOLERANCE = 1e-6
 
 
-def operands(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def operands(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, tile: int = TILE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows * 7919 + inputs + outputs)
     x = torch.randn(rows, inputs, generator=generator).to(dtype)
-    steps, scale = quantise_tiles(torch.randn(outputs, inputs, generator=generator))
+    steps, scale = quantise_tiles(torch.randn(outputs, inputs, generator=generator), tile)
     return x, steps, scale, torch.randn(outputs, generator=generator).to(torch.bfloat16)
 
 
-def integer_linear(x: Tensor, w_steps: Tensor, w_scale: Tensor, bias: Tensor) -> np.ndarray:
+def integer_linear(x: Tensor, w_steps: Tensor, w_scale: Tensor, bias: Tensor, size: int = TILE) -> np.ndarray:
     """The definition spelled out in numpy with int32 sums, sharing nothing with the reference but rounding to even."""
     rows, inputs = x.shape
     values = x.float().numpy()
     total = np.zeros((rows, len(w_steps)), np.float32)
-    for i in range(0, rows, TILE):
-        for k in range(0, inputs, TILE):
-            tile = values[i : i + TILE, k : k + TILE]
+    for i in range(0, rows, size):
+        for k in range(0, inputs, size):
+            tile = values[i : i + size, k : k + size]
             amax = np.float32(max(np.float32(1e-8), np.abs(tile).max()))
             steps = np.clip(np.rint(tile * (np.float32(128) / amax)), -128, 127).astype(np.int32)
-            for j in range(0, len(w_steps), TILE):
-                sums = steps @ w_steps[j : j + TILE, k : k + TILE].numpy().astype(np.int32).T
-                factor = np.float32(amax / np.float32(128)) * w_scale[j // TILE, k // TILE].numpy()
-                total[i : i + TILE, j : j + TILE] += sums.astype(np.float32) * factor
+            for j in range(0, len(w_steps), size):
+                sums = steps @ w_steps[j : j + size, k : k + size].numpy().astype(np.int32).T
+                factor = np.float32(amax / np.float32(128)) * w_scale[j // size, k // size].numpy()
+                total[i : i + size, j : j + size] += sums.astype(np.float32) * factor
     return total.astype(np.float32) + bias.float().numpy()
 
 
@@ -57,6 +59,23 @@ def dequantise_tiles(int8_RC: Tensor, scale: Tensor) -> Tensor:
     rows, columns = int8_RC.shape
     per_element = scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
     return int8_RC.float() * per_element
+
+
+@pytest.mark.parametrize("tile", [64, 256])
+def test_other_tiles_are_the_same_arithmetic(tile: int) -> None:
+    x, steps, scale, bias = operands(333, 512, 200, torch.float32, tile)
+    assert scale.shape == (-(-200 // tile), 512 // tile)
+    found = w8a8_linear(x, steps, scale, bias)
+    assert_matches(found, torch.from_numpy(integer_linear(x, steps, scale, bias, tile)), 0)
+
+
+def test_finer_tiles_are_nearer() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(512, 512) * torch.rand(512, 1), torch.randn(256, 512) * torch.rand(512)
+    errors = [
+        relative_rms(w8a8_linear(x, *quantise_tiles(w, tile), torch.zeros(256)), x @ w.T) for tile in (64, 128, 256)
+    ]
+    assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize("name", ["int8_linear_ragged_m", "int8_linear_ragged_mn"])

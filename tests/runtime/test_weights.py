@@ -7,13 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from wanforge.configs.schema import load_recipe
 from wanforge.engines.bundle import Bundle
 from wanforge.engines.tensorfile import read_header
-from wanforge.errors import BundleError
+from wanforge.errors import BundleError, ConfigError
+from wanforge.exporter.export import export
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends import ort as ort_backend
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.other_recipe import read_as
 from wanforge.runtime.schedule import text_schedule
 from wanforge.runtime.weights import Weights, map_tensors
 
@@ -55,6 +58,21 @@ def test_onnx_runtime_binds_the_mapped_weights(
     stored = backend.weights.component("text_encoder")  # type: ignore[attr-defined]
     assert bound["token_embedding.weight"] == stored["token_embedding.weight"].data_ptr()
     assert bound["attn.q.weight"] == stored["blocks.1.attn.q.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-64", "w8a8-256"])
+def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, str], Bundle], recipe: str) -> None:
+    plain = bundle_of("tiny-t2v", "bf16-sla")
+    other = read_as(plain, load_recipe(recipe))
+    scale = Weights(other).component("dit")["blocks.0.ffn.0.scale"]
+    tile = load_recipe(recipe).tile
+    assert scale.shape == (plain.model.dit.ffn_dim // tile, plain.model.dit.dim // tile)
+    with pytest.raises(ConfigError, match=f"graphs are made for tiles of 128, not {tile}; use the backend torch"):
+        export(other)
+    with pytest.raises(ConfigError, match=f"kernels are made for tiles of 128, not {tile}"):
+        create_backend("kernels", other)
+    with pytest.raises(BundleError, match=r"needs blocks\.0.*import the unquantised files"):
+        read_as(bundle_of("tiny-t2v", "w8a8"), load_recipe(recipe))
 
 
 def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
