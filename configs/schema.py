@@ -3,6 +3,7 @@
 Shapes of a published model are the defaults, so a file only says where a model differs.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -295,10 +296,13 @@ def load_resolutions() -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def size_of(resolution: str, aspect: str) -> tuple[int, int]:
-    """Width and height in pixels of an entry of the resolution table."""
+    """Width and height in pixels of an entry of the resolution table; of ``1920x1088``, those."""
+    if re.fullmatch(r"\d+x\d+", resolution):
+        width, height = map(int, resolution.split("x"))
+        return width, height
     table = load_resolutions()
     if resolution not in table:
-        raise ConfigError(f"no resolution is called {resolution!r}; known: {', '.join(table)}")
+        raise ConfigError(f"no resolution is called {resolution!r}; known: {', '.join(table)}, or 1920x1088")
     if aspect not in table[resolution]:
         known = ", ".join(table[resolution])
         raise ConfigError(f"no aspect ratio {aspect!r} at {resolution}; known: {known}")

@@ -37,7 +37,7 @@ MEMORY = click.option(
 IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
 SHAPE = (
-    click.option("--resolution", help="480p, 720p, 480, 512 or 720; the model's own by default."),
+    click.option("--resolution", help="480p, 720p, 480, 512 or 720, or 1920x1088; the model's own by default."),
     click.option("--aspect", help="1:1, 4:3, 3:4, 16:9 or 9:16, with --resolution; 16:9 by default."),
     click.option("--frames", type=int, help="4n+1; the model's own by default (81, five seconds)."),
 )

@@ -67,9 +67,7 @@ def set_frames(setting: Setting, value: str) -> Setting:
 
 def set_resolution(setting: Setting, value: str) -> Setting:
     """``480p``, or pixels as ``640x384``."""
-    width, by, height = value.partition("x")
-    size = (int(width), int(height)) if by else size_of(value, "16:9")
-    return replace(setting[0], shape=ClipShape(*size, setting[0].shape.frames)), setting[1]
+    return replace(setting[0], shape=ClipShape(*size_of(value, "16:9"), setting[0].shape.frames)), setting[1]
 
 
 def set_recipe(setting: Setting, value: str) -> Setting:

@@ -254,6 +254,12 @@ def test_unknown_size_lists_the_known(resolution: str, aspect: str, known: str) 
         size_of(resolution, aspect)
 
 
+def test_a_size_can_be_given_in_pixels() -> None:
+    assert size_of("1920x1088", "16:9") == (1920, 1088)
+    with pytest.raises(ConfigError, match="no resolution is called '1920x'"):
+        size_of("1920x", "16:9")
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mine\.toml: no such configuration file"):
         load_model(str(tmp_path / "mine.toml"))
