@@ -36,6 +36,8 @@ img { display: block; width: 100%; image-rendering: pixelated }
 
 WIDTH, HEIGHT = 1000, 300
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 52
+CHARACTER = 7
+"""About as wide is one in a plot."""
 COLOURS = 6
 
 
@@ -199,9 +201,14 @@ def _grid(chart: Plot, across: Axis, up: Axis) -> Iterable[str]:
     else:
         values = sorted({x for series in chart.series for x, _, _ in series.points})
         ticks = [(x, f"{x:.3g}" if x < 1000 else f"{x:g}") for x in (values if len(values) <= 12 else across.ticks())]
+    free = 0.0
     for x, name in ticks:
         is_last = across(x) > WIDTH - RIGHT - 40
-        yield _text(across(x), HEIGHT - BOTTOM + 18, name, "end" if is_last else "middle")
+        width = CHARACTER * len(name)
+        start = across(x) - width * (1 if is_last else 0.5)
+        if start >= free:  # names do not run into each other
+            free = start + width + CHARACTER
+            yield _text(across(x), HEIGHT - BOTTOM + 18, name, "end" if is_last else "middle")
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield f'<g transform="rotate(-90 16 {middle})">{_text(16, middle, chart.y, "middle")}</g>'
