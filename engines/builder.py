@@ -21,6 +21,8 @@ Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], object]
 """Told a phase of the builder, how many of its steps are done, and of how many."""
 
+FLAGS = ("REQUIRE_USER_ALLOCATION",)
+"""Set for TensorRT-RTX: memory taken at run time is in no memory plan, and cannot be captured into a CUDA graph."""
 OVERHEAD = 500_000_000
 """Bytes that a build takes whatever it builds: the library, its kernels' sources, PyTorch for planning plugins."""
 PER_CONSTANT = 3.1
@@ -147,8 +149,8 @@ def build(
         config = builder.create_builder_config()
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if library.flavour is RTX:
-            # Memory that is taken at run time is in no memory plan, and cannot be captured into a CUDA graph.
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            for flag in FLAGS:
+                config.set_flag(getattr(trt.BuilderFlag, flag))
             config.num_compute_capabilities = len(sms)
             for place, sm in enumerate(sms):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import wanforge
 from wanforge.configs.schema import ClipShape
+from wanforge.engines.builder import FLAGS
 from wanforge.engines.bundle import ENGINES, Bundle, FileRecord, remedy
 from wanforge.errors import BundleError
 from wanforge.plugins.tensorrt_library import FLAVOURS, installed_version
@@ -72,6 +73,7 @@ def engine_key(
         "graph": files[onnx].sha256[:16],
         "constants": f"{weights} {files[weights].sha256[:16]}" if weights else "",
         "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
+        "flags": " ".join(FLAGS),
         "recipe": bundle.recipe.name,
         "profile": profile_text(profile),
     }
@@ -98,6 +100,8 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
             reasons.append(f"{constants} changed")
         if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
             reasons.append("the plugins changed")
+        if key.get("flags") != " ".join(FLAGS):
+            reasons.append("the builder's flags changed")
         if key.get("recipe") != bundle.recipe.name:
             reasons.append("the recipe changed")
         if reasons:

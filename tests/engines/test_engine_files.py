@@ -109,6 +109,16 @@ def test_other_plugins_make_it_stale(bundle: Bundle, name: str, monkeypatch: pyt
     assert stale_engines(bundle) == {name: "the plugins changed"}
 
 
+def test_other_flags_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_files, "FLAGS", ())
+    assert stale_engines(bundle) == {name: "the builder's flags changed"}
+
+
+def test_engines_from_bodies_and_for_smaller_clips_have_names_of_their_own() -> None:
+    assert engine_name("block", [89], CLIP, bodies=True) == "engines/sm_89/192x128x17/block.bodies.bf16.engine"
+    assert engine_name("block", [89], CLIP, smaller=True) == "engines/sm_89/up-to-192x128x17/block.bf16.engine"
+
+
 def test_another_graph_or_recipe_makes_it_stale(bundle: Bundle, name: str) -> None:
     record = bundle.manifest.files[ONNX]
     bundle.add({ONNX: msgspec.structs.replace(record, sha256="0" * 64)})
