@@ -111,8 +111,8 @@ def forced(decisions: Decisions) -> Iterator[None]:
     own_tiles, own_tokens, own_rows = w8a8.quantise_tiles, w8a8.quantise_rows, sla.quantise_rows
     own_values, own_blocks = sla.quantise_values, sla.select_blocks
 
-    def tiles(x_RC: Tensor) -> tuple[Tensor, Tensor]:
-        own, scale = own_tiles(x_RC)
+    def tiles(x_RC: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+        own, scale = own_tiles(x_RC, tile)
         taken = decisions.take("linear").flatten(2).flatten(0, 1)[: len(own)]
         decisions.count(own, taken)
         return taken.to(torch.int8), scale
