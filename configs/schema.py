@@ -148,6 +148,11 @@ class Recipe(Record, frozen=True):
     compat: Literal["none", "upstream"] = "none"
     """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
 
+    @property
+    def rows_per_scale(self) -> int:
+        """Rows of activations that linears quantise with one scale; 1 where rows do not affect each other."""
+        return self.tile if self.linear == "w8a8" else 1
+
 
 class Limits(Record, frozen=True):
     """How far a backend may be from the reference at one depth. What is None is not asked for; numbers that are not

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanforge.runtime.graphs import ElementType
 from wanforge.runtime.memory_plan import MemoryPlan
-from wanforge.runtime.residency import ALIGNMENT, Group, Mover, Residency, Turn, group_name
+from wanforge.runtime.residency import ALIGNMENT, Mover, Residency, Turn, group_name
 from wanforge.runtime.schedule import BufferSpec, Launch, Schedule
 
 Bound = Callable[[], None]
@@ -100,15 +100,11 @@ class Arena:
         return self.bytes[offset : offset + size].view(dtype).view(spec.shape)
 
     def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
-        group, slot = self._group(launch)
-        if group is None:
+        group = group_name(launch)
+        if group not in self.plan.groups:
             return {name: self.weight(launch, name) for name in names}
-        views = group.views(self.slots[slot])
+        views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
         return {name: views[launch.prefix + name] for name in names}
-
-    def _group(self, launch: Launch) -> tuple[Group | None, int]:
-        name = group_name(launch)
-        return self.plan.groups.get(name), self.plan.slots.get(name, -1)
 
     def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
         turns = iter(self.residency.turns(schedule))

@@ -7,7 +7,7 @@ from time import perf_counter
 from wanforge.configs.schema import PATCH, ClipShape, ModelConfig, Recipe
 from wanforge.engines.builder import Built, Job, Range, build
 from wanforge.engines.bundle import Bundle, graph_name, weights_name
-from wanforge.engines.engine_files import engine_key, engine_name, is_current, size_text, write_engine
+from wanforge.engines.engine_files import engine_key, engine_name, find_engine, is_current, size_text, write_engine
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError
 from wanforge.plugins.compiler import compile_kernels
@@ -17,6 +17,7 @@ from wanforge.plugins.tensorrt_library import Library
 from wanforge.runtime.graphs import Graph, Port, Size, graphs
 from wanforge.runtime.memory import available_bytes
 from wanforge.runtime.reference.dit import attention_blocks
+from wanforge.runtime.residency import HOST_GRAPHS
 
 LEAST_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
 """Sizes that follow from a clip, and their least. An engine has one of each, unless it is for smaller clips, too."""
@@ -165,13 +166,14 @@ def build_engines(
     for index, graph in enumerate(wanted, 1):
         job, key, name = plan(bundle, graph, clip, known, library, sms, plugins, smaller)
         launches: list[Launch] = []
-        has_kernels = kernels and plugins and expected_plugins(graph.name, bundle.recipe) > 0
+        has_plugins = plugins and expected_plugins(graph.name, bundle.recipe) > 0
+        has_kernels = kernels and has_plugins
         if not has_kernels and is_current(bundle, name, key):
             record = bundle.manifest.files[name]
             engine = Engine(name, graph.name, tuple(sms), record.bytes, 0.0, *facts_of(record.facts), is_cached=True)
         else:
             check_memory(graph.name, job)
-            if plugins and expected_plugins(graph.name, bundle.recipe):
+            if has_plugins:
                 check_plugins(library.flavour, job.onnx)
             title, start = f"{graph.name} ({index} of {len(wanted)})", perf_counter()
             built = build(library, job, sms, plugins=plugins, progress=phases(progress, title))
@@ -224,21 +226,35 @@ def plan(
     onnx = graph_name(graph.name, DTYPE, graph.has_constants)
     bundle.verify([onnx])
     weights = weights_name("vae") if graph.has_constants else ""
-    used = names_in(graph.inputs)
+    used, has_ops = names_in(graph.inputs), expected_plugins(graph.name, bundle.recipe) > 0
     key = engine_key(
         bundle,
         library=str(library),
         sms=sms,
         onnx=onnx,
         weights=weights,
-        has_plugins=plugins and expected_plugins(graph.name, bundle.recipe) > 0,
+        has_plugins=plugins and has_ops,
         profile=profile(graph, known),
     )
     constant_bytes = bundle.manifest.files[weights].bytes if weights else 0
     job = Job(bundle.path(onnx), ranges(graph, known), constant_bytes)
-    has_ops = expected_plugins(graph.name, bundle.recipe) > 0
     of_clip = clip if used & {*LEAST_CLIP, "slots"} else None
     return job, key, engine_name(graph.name, sms, of_clip, smaller=smaller, bodies=has_ops and not plugins)
+
+
+def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = DTYPE) -> dict[str, str]:
+    """The engine of every graph that a clip takes on an architecture, by its path in the bundle; graphs that run on the
+    host have none.
+
+    Raises:
+        BundleError: one is missing or stale.
+    """
+    known = sizes(bundle.model, bundle.recipe, clip)
+    return {
+        graph.name: find_engine(bundle, graph_name(graph.name, dtype, graph.has_constants), sm, profile(graph, known))
+        for graph in graphs(bundle.model, bundle.recipe).values()
+        if graph.name not in HOST_GRAPHS
+    }
 
 
 def check_memory(graph: str, job: Job) -> None:

@@ -71,6 +71,11 @@ class MemoryPlan:
     places: tuple[tuple[int, int], ...]
     arena_bytes: int
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of all groups, whether they stay or not."""
+        return sum(group.bytes for group in self.groups.values())
+
     def overrun(self, stage: str) -> list[int]:
         """The slots that a stage runs over."""
         return [slot for slot, (offset, _) in enumerate(self.places) if offset < self.stages[stage].extent]

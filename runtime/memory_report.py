@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanforge.configs.schema import ClipShape, Target, load_targets, selected_blocks
-from wanforge.engines.bundle import Bundle, graph_name
-from wanforge.engines.engine_files import find_engine
+from wanforge.engines.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError
 from wanforge.runtime.cost import ASSUMED, Workload, block, cdiv, seconds
-from wanforge.runtime.engine_plan import DTYPE, profile, sizes
+from wanforge.runtime.engine_plan import engines_of
 from wanforge.runtime.fused_block import recipe_for
 from wanforge.runtime.fused_plan import fused_block
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import MemoryPlan, Traffic, plan_request, request_schedules, traffic
-from wanforge.runtime.residency import HOST_GRAPHS
 from wanforge.runtime.schedule import Launch
 
 RESERVE = 1_000_000_000
@@ -72,7 +70,7 @@ class Report:
         return {
             **found,
             "residency": self.plan.residency,
-            "weight_bytes": sum(group.bytes for group in self.plan.groups.values()),
+            "weight_bytes": self.plan.weight_bytes,
             "stages": stages,
             "pcie_bytes": self.traffic.bytes,
             "pcie_seconds": self.traffic.copy_seconds,
@@ -103,14 +101,8 @@ def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report
         BundleError: an engine for it is missing or stale, so that nothing is known of its intermediate tensors.
     """
     model, recipe = bundle.model, bundle.recipe
-    pieces, known = graphs(model, recipe), sizes(model, recipe, clip)
-    engines = {
-        piece.name: bundle.manifest.files[
-            find_engine(bundle, graph_name(piece.name, DTYPE, piece.has_constants), target.sm, profile(piece, known))
-        ]
-        for piece in pieces.values()
-        if piece.name not in HOST_GRAPHS
-    }
+    pieces = graphs(model, recipe)
+    engines = {graph: bundle.manifest.files[name] for graph, name in engines_of(bundle, clip, target.sm).items()}
     fixed = RESERVE + sum(record.bytes for record in engines.values())
     vram = int(target.vram_gib * 2**30)
     workspaces = {name: record.facts["activation_bytes"] for name, record in engines.items()}
@@ -156,7 +148,6 @@ def _lines(one: Report) -> list[str]:
     if one.plan is None or one.traffic is None:
         return [title + "does not fit", f"  {one.refusal}"]
     plan, moved = one.plan, one.traffic
-    all_weights = sum(group.bytes for group in plan.groups.values())
     lines = [
         title + plan.residency,
         "  GB         intermediate   buffers   weights     peak",
@@ -170,7 +161,7 @@ def _lines(one: Report) -> list[str]:
         )
     lines.append(
         f"  {one.fixed_bytes / 1e9:.2f} GB of each peak are engines and a reserve; "
-        f"all weights together are {all_weights / 1e9:.2f} GB"
+        f"all weights together are {plan.weight_bytes / 1e9:.2f} GB"
     )
     if moved.bytes:
         hiding = "predicted" if one.is_predicted else "taking nothing to hide it"

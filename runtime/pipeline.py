@@ -237,7 +237,7 @@ class Denoiser:
         self.backend, self.shape, self.timings, self.progress = pipeline.backend, job.request.shape, timings, progress
         self.channels = None if channels is None else channels.to(self.backend.device)
         model = pipeline.model
-        tile = pipeline.recipe.tile if pipeline.recipe.linear == "w8a8" else 1
+        tile = pipeline.recipe.rows_per_scale
         kept, counts = context_rows(len(job.ids), model.dit.text_rows, tile, pipeline.backend.text_rows_multiple)
         experts = [step.expert for step in job.steps]
         self.session = session = pipeline.backend.session(

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle import Bundle
-from wanforge.runtime.arena import Bound
-from wanforge.runtime.backends.torch import TorchBackend
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.backends.torch import Runner, TorchBackend
+from wanforge.runtime.graphs import Graph
 
 
 def has_compiler() -> bool:
@@ -29,16 +28,7 @@ class CompiledBackend(TorchBackend):
         def run(weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return block.run(weights, inputs)
 
-        self.block = torch.compile(run, dynamic=False)
+        self.block: Runner = torch.compile(run, dynamic=False)
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
-        if launch.graph != "block":
-            return super().bind(launch, inputs, outputs)
-        state = self.state(launch)
-
-        def run() -> None:
-            with torch.inference_mode():
-                (result,) = self.block(state, inputs)
-                outputs[0].copy_(result)
-
-        return run
+    def runner(self, graph: Graph) -> Runner:
+        return self.block if graph.name == "block" else super().runner(graph)

@@ -1,6 +1,6 @@
 """The reference as a backend: every graph is the piece of the reference network that it was traced from."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,9 +9,11 @@ from wanforge.engines.bundle import Bundle
 from wanforge.runtime.arena import Bound, Unbounded
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.points import ATTENTION, Points, tapped
-from wanforge.runtime.graphs import graphs
+from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.schedule import Launch
 from wanforge.runtime.weights import Weights
+
+Runner = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 class TorchBackend(Backend):
@@ -37,12 +39,16 @@ class TorchBackend(Backend):
         """The weights of a launch, named as in its graph."""
         return self.memory.weights(launch, self.graphs[launch.graph].weights)
 
+    def runner(self, graph: Graph) -> Runner:
+        """What computes a graph from its weights and inputs."""
+        return graph.run
+
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
-        graph, state = self.graphs[launch.graph], self.state(launch)
+        compute, state = self.runner(self.graphs[launch.graph]), self.state(launch)
 
         def run() -> None:
             with torch.inference_mode():
-                for buffer, result in zip(outputs, graph.run(state, inputs), strict=True):
+                for buffer, result in zip(outputs, compute(state, inputs), strict=True):
                     buffer.copy_(result)
 
         return run

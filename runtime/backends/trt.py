@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import Bundle, graph_name
-from wanforge.engines.engine_files import find_engine
+from wanforge.engines.bundle import Bundle
 from wanforge.engines.engine_loader import Loaded, Loader
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt_library import Library, flavour_for, open_library
@@ -25,7 +24,7 @@ from wanforge.plugins.tensorrt_plugin import Account, registered
 from wanforge.runtime.arena import Arena, Bound, Guarded, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.cuda import Cuda, StreamMover, cache_file
-from wanforge.runtime.engine_plan import names_in, profile, sizes
+from wanforge.runtime.engine_plan import engines_of, names_in
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory_plan import MemoryPlan, plan_request
 from wanforge.runtime.memory_report import RESERVE
@@ -73,17 +72,7 @@ class TrtBackend(Backend):
         self._sessions, self._clip = {}, None
         self.memory = Unbounded(self.device, self.dtype, self.weights.of)
         self.cuda.reclaim()
-        known = sizes(self.bundle.model, self.bundle.recipe, clip)
-        wanted = {
-            graph.name: find_engine(
-                self.bundle,
-                graph_name(graph.name, self.dtype, graph.has_constants),
-                self.cuda.sm,
-                profile(graph, known),
-            )
-            for graph in self.graphs.values()
-            if graph.name not in HOST_GRAPHS
-        }
+        wanted = engines_of(self.bundle, clip, self.cuda.sm, self.dtype)
         loaded = {engine.name: engine for engine in self.engines.values()}
         self.engines = {
             graph: loaded.get(name) or self.loader.load(self.bundle, name) for graph, name in wanted.items()
@@ -179,13 +168,13 @@ class Step:
 
     def __init__(self, cuda: Cuda, launches: Sequence[Guarded], is_capturable: Callable[[], bool]) -> None:
         self.cuda, self.launches, self.is_capturable = cuda, launches, is_capturable
+        self.residency: Residency = launches[0].arena.residency
+        self.turns = [launch.turn for launch in launches]
         self.has_run = False
         self.replay: Bound | None = None
 
     def __call__(self) -> None:
-        residency: Residency = self.launches[0].arena.residency
-        turns = [launch.turn for launch in self.launches]
-        if not self.has_run or not residency.are_settled(turns) or not self.is_capturable():
+        if not self.has_run or not self.residency.are_settled(self.turns) or not self.is_capturable():
             for launch in self.launches:
                 launch()
             self.has_run = True
@@ -193,7 +182,7 @@ class Step:
         self.launches[0].check()
         if self.replay is None:
             self.replay = self.cuda.record(self._launch_bare)
-        residency.run_settled(turns, self.replay)
+        self.residency.run_settled(self.turns, self.replay)
 
     def _launch_bare(self) -> None:
         for launch in self.launches:

@@ -61,8 +61,7 @@ def bounds(bundle: Bundle, job: Job, target: Target) -> dict[str, Bound]:
 def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost]]:
     """What each stage launches."""
     model, shape, known = bundle.model, job.request.shape, graphs(bundle.model, recipe)
-    tile = recipe.tile if recipe.linear == "w8a8" else 1
-    rows = len(context_rows(len(job.ids), model.dit.text_rows, tile)[0])
+    rows = len(context_rows(len(job.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
     experts = [step.expert for step in job.steps]
     denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, slots=job.slots)
     count = Counter(bundle, known, recipe, job, rows)
