@@ -1,15 +1,17 @@
 """The commands of build time: synth, import, export, inspect."""
 
 import json
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
 import click
 
-from wanforge.configs.schema import load_model, load_recipe, named
+from wanforge.configs.schema import ModelConfig, load_model, load_recipe, named
 from wanforge.engines.bundle import Bundle, dit_component
 from wanforge.engines.engine_files import built_clips
-from wanforge.errors import CheckpointError, ConfigError, WanforgeError
+from wanforge.errors import CheckpointError, ConfigError, WanforgeError, join_names
+from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import DTYPES
@@ -56,22 +58,20 @@ def _family(part: str) -> str:
 
 
 @click.command("import")
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", default=EMBEDDED, show_default=True, help=MODEL_HELP)
 @click.option(
     "--dit",
-    required=True,
     type=PATH,
     help="Denoiser: .pth, .safetensors, sharded index or its directory; the high-noise expert of two.",
 )
 @click.option("--dit-low", type=PATH, help="The low-noise expert.")
-@click.option("--vae", required=True, type=PATH, help="Wan2.1_VAE.pth, or its diffusers form.")
+@click.option("--vae", type=PATH, help="Wan2.1_VAE.pth, or its diffusers form.")
 @click.option(
     "--text-encoder",
-    required=True,
     type=PATH,
     help="models_t5_umt5-xxl-enc-bf16.pth, or its transformers form.",
 )
-@click.option("--tokenizer", required=True, type=PATH, help="tokenizer.json of google/umt5-xxl, or its directory.")
+@click.option("--tokenizer", type=PATH, help="tokenizer.json of google/umt5-xxl, or its directory.")
 @click.option("--out", required=True, type=FOLDER, help="The bundle to make.")
 @click.option(
     "--recipe",
@@ -81,11 +81,11 @@ def _family(part: str) -> str:
 @click.option("--replace", is_flag=True, help="Write over an existing bundle.")
 def import_(
     model: str,
-    dit: Path,
+    dit: Path | None,
     dit_low: Path | None,
-    vae: Path,
-    text_encoder: Path,
-    tokenizer: Path,
+    vae: Path | None,
+    text_encoder: Path | None,
+    tokenizer: Path | None,
     out: Path,
     recipe: str | None,
     link: bool,
@@ -94,17 +94,12 @@ def import_(
     """Check published checkpoint files and turn them into a bundle.
 
     Every tensor's name, shape and type is checked before anything is written. An interrupted import goes on where it
-    stopped when it is run again.
+    stopped when it is run again. tinywan's files come with the package: without any, the bundle is made of those.
     """
     config = load_model(model)
-    denoisers = [path for path in (dit, dit_low) if path is not None]
-    if len(denoisers) != len(config.experts):
-        need = "two denoisers; give the low-noise one with --dit-low"
-        if dit_low is not None:
-            need = "one denoiser; leave out --dit-low"
-        raise CheckpointError(f"{config.name} has {need}")
-    weights = {dit_component(e): path for e, path in zip(config.experts, denoisers, strict=True)}
-    sources = Sources({**weights, "vae": vae, "text_encoder": text_encoder}, tokenizer)
+    files = {"dit": dit, "dit-low": dit_low, "vae": vae, "text-encoder": text_encoder, "tokenizer": tokenizer}
+    given = {name: path for name, path in files.items() if path is not None}
+    sources = sources_of(config, given) if given else embedded(config)
     wanted = None if recipe is None else load_recipe(recipe)
     with Bars() as bars:
         bundle = import_checkpoint(
@@ -112,6 +107,22 @@ def import_(
         )
     total = sum(record.bytes for record in bundle.manifest.files.values())
     click.echo(f"{out}: {config.name}, recipe {bundle.recipe.name}, {total / 1e9:.2f} GB; next: wanforge export {out}")
+
+
+def sources_of(model: ModelConfig, given: Mapping[str, Path]) -> Sources:
+    """The files given for a model, by option.
+
+    Raises:
+        CheckpointError: one is missing, or one too many.
+    """
+    denoisers = dict(zip(model.experts, ("dit", "dit-low"), strict=False))
+    needed = [*denoisers.values(), "vae", "text-encoder", "tokenizer"]
+    if missing := [name for name in needed if name not in given]:
+        raise CheckpointError(f"{model.name} needs {join_names([f'--{name}' for name in missing])} as well")
+    if "dit-low" in given.keys() - set(needed):
+        raise CheckpointError(f"{model.name} has one denoiser; leave out --dit-low")
+    weights = {dit_component(expert): given[name] for expert, name in denoisers.items()}
+    return Sources({**weights, "vae": given["vae"], "text_encoder": given["text-encoder"]}, given["tokenizer"])
 
 
 @click.command()

@@ -25,10 +25,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 """Steps along x and y; y grows downwards."""
 
-SPEEDS: dict[str, float] = {"slowly": 1.0, "": 2.1, "quickly": 3.3}
+SPEEDS: dict[str, float] = {"slowly": 0.9, "": 1.8, "quickly": 2.8}
 """Pixels per frame by adverb."""
 
-SPEED_BORDERS = (1.5, 2.65)
+SPEED_BORDERS = (1.35, 2.3)
 """Between slow, ordinary and quick."""
 
 RING_HOLE = 0.5

@@ -27,6 +27,8 @@ CONTRAST = 45.0
 """Distance in RGB from which a pixel is no longer background."""
 CHROMA = 40.0
 """Largest channel less smallest, from which a pixel has a hue."""
+FEWEST = 3
+"""Coloured pixels in a square of nine around one that is believed."""
 LEAST_AREA = 40.0
 """Pixels per frame that a thing has at least."""
 LEAST_SHARE = 0.2
@@ -86,7 +88,7 @@ def read(frames_TCHW: NDArray[np.uint8]) -> Reading:
     pixels = frames_TCHW.astype(np.float64).transpose(0, 2, 3, 1)
     background_H1C = np.median(pixels, (0, 2))[:, None]
     contrast = np.linalg.norm(pixels - background_H1C, axis=-1)
-    coloured = (contrast > CONTRAST) & (np.ptp(pixels, -1) > CHROMA)
+    coloured = without_specks((contrast > CONTRAST) & (np.ptp(pixels, -1) > CHROMA))
     nearest = nearest_colour(pixels)
     total = max(1, int(coloured.sum()))
     things = []
@@ -96,6 +98,14 @@ def read(frames_TCHW: NDArray[np.uint8]) -> Reading:
         if area >= LEAST_AREA and mask.sum() >= LEAST_SHARE * total:
             things.append(sight(colour, mask, contrast))
     return Reading(tuple(sorted(things, key=lambda thing: -thing.area)))
+
+
+def without_specks(mask_THW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Without pixels that hardly have neighbours, which noise makes, and not even a triangle's tips."""
+    height, width = mask_THW.shape[1:]
+    padded = np.pad(mask_THW, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
+    around = sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
+    return mask_THW & (around >= FEWEST)
 
 
 def nearest_colour(pixels: Pixels) -> NDArray[np.int64]:

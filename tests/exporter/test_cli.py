@@ -173,7 +173,7 @@ def test_export_prints_what_it_left_out_and_why(
         ("tiny-t2v", {"recipe": "bf16"}, "tiny-t2v-quant.pth: a -quant file"),
         ("tiny-t2v", {"tokenizer": "gone"}, "gone: no tokenizer.json here"),
         ("tiny-t2v", {"dit_low": "x.pth"}, "tiny-t2v has one denoiser; leave out --dit-low"),
-        ("tiny-i2v", {"dit_low": None}, "tiny-i2v has two denoisers; give the low-noise one with --dit-low"),
+        ("tiny-i2v", {"dit_low": None}, "tiny-i2v needs --dit-low as well"),
     ],
 )
 def test_import_refuses(

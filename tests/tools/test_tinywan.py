@@ -11,24 +11,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tools.tinywan.distillation import (
-    FLOW_STEPS,
-    GUIDED_ABOVE,
-    Lessons,
-    Teacher,
-    state_times,
-    steps_of,
-    train_student,
-)
-from tools.tinywan.flow import Velocity, draw_times, foreground, plain_attention, train_teacher
-from tools.tinywan.latents import Pool, encode, fill_pool, pixels_of
+from tools.tinywan.denoiser import Denoiser, foreground, lesson_loss, plain_attention, train_denoiser
+from tools.tinywan.latents import Pool, encode, fill_pool, nearest_window, pixels_of, window
+from tools.tinywan.lessons import Lessons, state_times, steps_of
 from tools.tinywan.networks import Network, make_tokenizer, token_ids
 from tools.tinywan.pictures import HEIGHT, MARGIN, curves
 from tools.tinywan.publish import publish
-from tools.tinywan.scenes import caption, draw_scene, vocabulary
-from tools.tinywan.sparse import train_sparse
+from tools.tinywan.scenes import SIZES, Scene, caption, draw_scene, render, vocabulary
 from tools.tinywan.training import Plan, load_averaged, train
 from tools.tinywan.vae import new_vae, settle_latents, train_decoder, train_vae
+from tools.tinywan.words import Reader, answers, train_words
 from wanforge.configs.schema import (
     DiTConfig,
     ModelConfig,
@@ -39,11 +31,12 @@ from wanforge.configs.schema import (
     load_recipe,
 )
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.runtime.quality.figures import COLOURS
 from wanforge.runtime.quality.held_out import held_out_prompts
 from wanforge.runtime.reference.dit import dense_attention
 from wanforge.runtime.reference.vae import VAE
 
-TINYWAN = load_model("tools/tinywan/tinywan.toml")
+TINYWAN = load_model("tinywan")
 MODEL = ModelConfig(
     name="smallest",
     task="t2v",
@@ -54,6 +47,7 @@ MODEL = ModelConfig(
     text_encoder=TextEncoderConfig(vocab_size=128, dim=16, ffn_dim=16, num_heads=2, num_layers=1),
     video=VideoConfig(width_px=80, height_px=80, frames=13),
 )
+FRAME, FRAMES = (MODEL.video.width_px, MODEL.video.height_px), MODEL.video.frames
 SHAPE = (16, 4, 10, 10)
 """Of its latents."""
 SHORT = Plan(steps=4, batch=2, rate=1e-3, warmup=1)
@@ -62,6 +56,10 @@ SHORT = Plan(steps=4, batch=2, rate=1e-3, warmup=1)
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     torch.manual_seed(0)
+
+
+def scene_of(seed: int) -> Scene:
+    return draw_scene(np.random.default_rng(seed), FRAME, FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +96,7 @@ def test_training_lowers_the_loss_and_muon_takes_the_matrices(tmp_path: Path) ->
 
 def test_the_vae_begins_as_one_of_pictures_and_learns(tmp_path: Path) -> None:
     vae = new_vae(MODEL)
-    still = pixels_of(MODEL, draw_scene(np.random.default_rng(0), (80, 80)))[:, :, :1].expand(-1, -1, 9, -1, -1)
+    still = pixels_of(MODEL, scene_of(0))[:, :, :1].expand(-1, -1, 9, -1, -1)
     with torch.no_grad():
         latents = vae.encode(still)
     # Nothing but the small noise of the temporal resamplers tells one time from another yet.
@@ -111,9 +109,9 @@ def test_the_vae_begins_as_one_of_pictures_and_learns(tmp_path: Path) -> None:
 def test_settled_latents_have_unit_deviation_and_decode_to_the_same(vae: VAE) -> None:
     settled = new_vae(MODEL)
     settle_latents(settled, MODEL, samples=6, seed=5)
-    clips = [pixels_of(MODEL, draw_scene(np.random.default_rng(i), (80, 80))) for i in range(3)]
+    clips = [pixels_of(MODEL, scene_of(i)) for i in range(3)]
     with torch.no_grad():
-        latents = torch.cat([settled.encode(clip) for clip in clips])
+        latents = torch.cat([settled.encode(clip).flatten() for clip in clips])
         assert 0.7 < float(latents.std()) < 1.4
         before, after = vae.decode(vae.encode(clips[0])), settled.decode(settled.encode(clips[0]))
     assert torch.allclose(before, after, atol=1e-3)
@@ -137,17 +135,17 @@ def test_the_pool_is_the_same_whoever_fills_it(tmp_path: Path, vae: VAE, monkeyp
     assert len(list(fill_pool(MODEL, vae, tmp_path / "b", range(1, 2)))) == 1
     whole, part = Pool(tmp_path / "a", range(2)), Pool(tmp_path / "b", range(1, 2))
     assert whole.scenes[2:] == part.scenes
-    assert torch.equal(whole.latents[2:], part.latents)
-    assert torch.equal(encode(MODEL, vae, whole.scenes[3])[0].half(), whole.latents[3])
+    assert all(map(torch.equal, whole.latents[2:], part.latents))
+    assert torch.equal(encode(MODEL, vae, whole.scenes[3]).half(), whole.latents[3])
     assert growing.scenes == whole.scenes
-    assert torch.equal(growing.latents, whole.latents)
+    assert all(map(torch.equal, growing.latents, whole.latents))
 
 
 def test_captions_say_what_is_shown_in_known_words() -> None:
     tokens, rng = make_tokenizer(), np.random.default_rng(0)
     unknown = tokens.token_to_id("<unk>")
     for _ in range(200):
-        scene = draw_scene(rng, (128, 112))
+        scene = draw_scene(rng, (128, 112), 21)
         text = caption(rng, scene)
         for thing in scene.things:
             assert thing.subject.colour in text.lower()
@@ -181,60 +179,90 @@ def test_plain_attention_is_dense_attention() -> None:
     assert torch.allclose(plain_attention(q, k, v, bias), dense_attention(q, k, v, bias), atol=1e-5)
 
 
-def test_times_are_what_the_network_can_be_told() -> None:
-    times = draw_times(64, torch.Generator().manual_seed(0))
-    assert torch.equal((times * 1000).bfloat16().float(), times * 1000)
-    assert float(times.min()) < 0.4
-    assert float(times.max()) > 0.95
+@pytest.mark.parametrize("seed", range(6))
+def test_every_window_of_a_scene_shows_its_things_whole(seed: int) -> None:
+    scene = draw_scene(np.random.default_rng(seed), (128, 112), 21)
+    (width, height), background = scene.size_wh, render(scene, 21)[0, 0, 0]
+    assert width % 8 == height % 8 == 0
+    shown = (render(scene, 21) != background).any((0, 3))
+    rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+    # The last window begins where a frame still fits; the first ends a frame's size from the corner.
+    assert rows[0] >= height - 112
+    assert rows[-1] < 112
+    assert columns[0] >= width - 128
+    assert columns[-1] < 128
+    assert max(width - 128, height - 112) > 0
+    assert columns[-1] - columns[0] >= 2 * min(SIZES.values()) - 2
+
+
+def test_what_a_caption_does_not_say_is_ordinary() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        scene = draw_scene(rng, (128, 112), 21)
+        text = caption(rng, scene).lower()
+        assert ("background" in text) or scene.background == "black"
+        words = set(text.replace(".", "").split())
+        small, large = {"small", "little", "tiny"}, {"large", "big", "huge"}
+        sizes = {thing.size for thing in scene.things}
+        assert bool(words & small) == ("small" in sizes)
+        assert bool(words & large) == ("large" in sizes)
+
+
+def test_the_nearest_window_is_the_one_that_noise_was_put_on() -> None:
+    scene, noise = torch.randn(16, 4, 14, 15), torch.randn(SHAPE)
+    for corner in ((0, 0), (4, 5), (2, 3)):
+        clean = window(scene, corner, SHAPE)
+        assert torch.equal(nearest_window(scene, torch.lerp(clean, noise, 0.7), 0.3), clean)
+    every = [window(scene, (y, x), SHAPE) for y in range(5) for x in range(6)]
+    for signal in (0.01, 0.9):
+        distances = [float((noise - signal * clean).square().sum()) for clean in every]
+        assert torch.equal(nearest_window(scene, noise, signal), every[int(np.argmin(distances))])
 
 
 @pytest.fixture
 def lessons() -> Lessons:
-    rng, tokens = np.random.default_rng(0), make_tokenizer()
     pool = Pool(Path("nowhere"), range(0))
-    pool.scenes = [draw_scene(rng, (80, 80)) for _ in range(2)]
-    pool.latents = torch.randn(2, *SHAPE)
-    return Lessons(Teacher(Network(MODEL, load_recipe("bf16"))), pool, tokens)
-
-
-def test_the_teacher_follows_its_flow_to_the_end(lessons: Lessons) -> None:
-    """The straight flow from noise to a clip ends at the clip from anywhere on it; guided, it goes too far."""
-    noise, clean = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
-    prompted = [[5, 1], [5, 1], [5, 1]]
-    # Without a prompt the text is zeros, and this flow leads half as far.
-    lessons.teacher.velocity = lambda latents, times, text: (noise - clean) * (1.0 if text.any() else 0.5)  # type: ignore[assignment]
-    times = torch.tensor([0.5, 0.3, 0.95])
-    states = torch.lerp(clean, noise, times.view(-1, 1, 1, 1, 1))
-    ends = lessons.teacher.end(states, times, prompted)
-    assert torch.allclose(ends[:2], clean[:2], atol=1e-5)
-    # Guidance of 2 beyond half a velocity is one and a half velocities, on the steps above time 0.6.
-    guided = sum(0.95 * (1 - step / FLOW_STEPS) > GUIDED_ABOVE for step in range(FLOW_STEPS))
-    beyond = 0.95 * guided / FLOW_STEPS * 0.5
-    assert torch.allclose(ends[2], clean[2] + beyond * (clean[2] - noise[2]), atol=1e-5)
+    pool.scenes = [scene_of(seed) for seed in range(2)]
+    pool.latents = [torch.randn(16, 4, 12, 11).half() for _ in range(2)]
+    return Lessons(MODEL, pool, make_tokenizer())
 
 
 def test_lessons_are_noise_on_clips_and_on_guesses(lessons: Lessons) -> None:
-    """A student that always guesses zero: the states made from its guesses are noise alone, like the first ones."""
-    network = Network(MODEL, load_recipe("bf16"))
+    """A network that always guesses zero: the states made from its guesses are noise alone, like the first ones."""
+    network = Network(MODEL, load_recipe("bf16-sla"))
 
     def velocity(noisy: Tensor, times: Tensor, text: Tensor) -> Tensor:
         exact = torch.tensor(state_times(MODEL))
         return noisy / exact[(exact[:, None] - times).abs().argmin(0)].view(-1, 1, 1, 1, 1)
 
-    lessons.teacher.end = lambda latents, times, prompts: latents + 1  # type: ignore[method-assign]
-    lessons.pool.latents = lessons.pool.latents[:1].repeat(2, 1, 1, 1, 1)
-    clean = lessons.pool.latents[0]
+    clean = torch.randn(SHAPE).half()
+    lessons.pool.latents = [clean, clean]
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    noisy, times, text, goal = lessons.draw(velocity, network, rng, generator, 32)  # type: ignore[arg-type]
+    noisy, times, text, goal = lessons.draw(velocity, network, rng, generator, 32)
+    clean = clean.float()
     assert times.tolist() == pytest.approx([state_times(MODEL)[step] for step in steps_of(32)])
     assert text.shape == (32, 40, 16)
-    assert torch.equal(goal, noisy + 1)
+    assert all(torch.equal(one, clean) for one in goal)
     shares = torch.stack([(x * clean).sum() / clean.square().sum() for x in noisy])
     of_clip = torch.zeros(32, dtype=torch.bool)
     of_clip[9::2] = True
     # What is left of the clip, within the chance product of noise with some thousand numbers.
     assert torch.allclose(shares[of_clip], 1 - times[of_clip], atol=0.08)
     assert torch.allclose(shares[~of_clip], torch.zeros(20), atol=0.08)
+
+
+def test_the_goal_is_near_the_state(lessons: Lessons) -> None:
+    network = Network(MODEL, load_recipe("bf16-sla"))
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    noisy, times, _, goals = lessons.draw(lambda x, t, text: x, network, rng, generator, 8)
+    windows = [
+        window(scene.float(), (y, x), SHAPE) for scene in lessons.pool.latents for y in range(3) for x in range(2)
+    ]
+    for state, time, goal in zip(noisy, times, goals, strict=True):
+        place = next(i for i, each in enumerate(windows) if torch.equal(each, goal))
+        of_scene = windows[place // 6 * 6 :][:6]
+        distances = [float((state - (1 - time) * each).square().sum()) for each in of_scene]
+        assert int(np.argmin(distances)) == place % 6
 
 
 def test_a_batch_is_shared_among_the_steps() -> None:
@@ -250,34 +278,57 @@ def test_things_weigh_more_than_background() -> None:
     assert float(weight[0, 0, 0, 5, 5]) == pytest.approx(4 * float(weight[0, 0, 0, 0, 0]))
 
 
-def test_teacher_student_and_sparse_attention_learn_one_batch(
-    tmp_path: Path, vae: VAE, lessons: Lessons, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each phase lowers its loss on two clips, and takes up the weights of the one before."""
-    monkeypatch.setattr("tools.tinywan.distillation.FLOW_STEPS", 1)
+def test_words_teach_the_text_encoder_what_is_shown(tmp_path: Path) -> None:
+    network = Network(MODEL, load_recipe("bf16-sla"))
+    before = {name: value.clone() for name, value in network.dit.state_dict().items()}
+    train_words(network, make_tokenizer(), tmp_path, Plan(steps=60, batch=16, rate=1e-2, warmup=5, decay=0.5))
+    found = losses(tmp_path / "words.jsonl")
+    assert found[-1] < 0.85 * found[0]
+    assert all(torch.equal(value, before[name]) for name, value in network.dit.state_dict().items())
+    again = Network(MODEL, load_recipe("bf16-sla"), seed=1)
+    load_averaged("words", tmp_path, Reader(again))
+    assert torch.equal(again.embed([[5, 1]]), network.embed([[5, 1]]))
+    alone, pair = (next(s for s in map(scene_of, range(50)) if len(s.things) == count) for count in (1, 2))
+    assert answers(alone)[5:10] == [6, 4, 4, 3, 3]
+    assert answers(pair)[5] == list(COLOURS).index(pair.things[1].subject.colour)
+
+
+def test_dense_and_sparse_attention_learn_one_batch(tmp_path: Path, vae: VAE, lessons: Lessons) -> None:
+    """Each phase lowers its loss on two scenes, and the second takes up the weights of the first."""
     plan = Plan(steps=40, batch=4, rate=3e-3, warmup=5, decay=0.5, muon=True)
-    teacher = Network(MODEL, load_recipe("bf16"))
-    train_teacher(teacher, lessons.pool, lessons.tokens, tmp_path, plan)
-    student = load_averaged("teacher", tmp_path, Network(MODEL, load_recipe("bf16")))
-    assert isinstance(student, Network)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(), strict=True))
-    lessons.teacher = Teacher(teacher)
-    train_student(student, lessons, tmp_path, plan)
-    sparse = Network(MODEL, load_recipe("bf16-sla"))
-    missing = sparse.load_state_dict(student.state_dict(), strict=False).missing_keys
-    assert all(".proj_l." in name for name in missing)
-    train_sparse(sparse, lessons, tmp_path, replace(plan, steps=4))
-    for phase in ("teacher", "student"):
-        found = losses(tmp_path / f"{phase}.jsonl")
-        assert found[-1] < 0.97 * found[0], phase
-    trained = dict(sparse.named_parameters())
-    assert all(trained[name].abs().sum() > 0 for name in missing)
+    network = Network(MODEL, load_recipe("bf16-sla"))
+    train_denoiser("dense", network, lessons, tmp_path, plan, dense_share=1.0)
+    found = losses(tmp_path / "dense.jsonl")
+    assert found[-1] < 0.97 * found[0]
+    linear = [p for name, p in network.named_parameters() if ".proj_l." in name]
+    assert not any(p.any() for p in linear)
+    sparse = load_averaged("dense", tmp_path, Network(MODEL, load_recipe("bf16-sla")))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), sparse.parameters(), strict=True))
+    train_denoiser("sparse", sparse, lessons, tmp_path, replace(plan, steps=4), dense_share=0.0)
+    assert all(p.any() for name, p in sparse.named_parameters() if ".proj_l." in name)
 
     paths = publish(sparse, vae, tmp_path / "files")
     weights = {path.stem: path for path in paths if path.suffix == ".safetensors"}
     assert {tensor.itemsize for path in weights.values() for tensor in load_file(path).values()} == {2}
     bundle = import_checkpoint(MODEL, Sources(weights, paths[-1]), tmp_path / "bundle")
     assert bundle.recipe.name == "bf16-sla"
+
+
+def test_a_guess_at_the_goal_costs_nothing(lessons: Lessons) -> None:
+    network = Network(MODEL, load_recipe("bf16-sla"))
+    clean = lessons.pool.latents[0][:, :, :10, :10]
+    lessons.pool.latents = [clean, clean]
+    exact = torch.tensor(state_times(MODEL))
+
+    def velocity(noisy: Tensor, times: Tensor, text: Tensor) -> Tensor:
+        time = exact[(exact[:, None] - times).abs().argmin(0)].view(-1, 1, 1, 1, 1)
+        return (noisy - clean.float() - 0.5) / time
+
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    loss, notes = lesson_loss(velocity, network, lessons, 8, rng, generator)
+    # Half off everywhere, over the time squared.
+    assert [notes[f"step{step}"] for step in range(4)] == pytest.approx([0.25 / float(t) ** 2 for t in exact], rel=1e-3)
+    assert float(loss) == pytest.approx(np.mean(list(notes.values())))
 
 
 def test_curves_take_the_later_of_two_lines(tmp_path: Path) -> None:
@@ -290,12 +341,17 @@ def test_curves_take_the_later_of_two_lines(tmp_path: Path) -> None:
     assert heights == pytest.approx([ceiling, floor - (floor - ceiling) / 4])
 
 
-def test_the_velocity_is_the_denoisers() -> None:
-    network = Network(MODEL, load_recipe("bf16"))
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_velocity_is_the_denoisers(dense: bool) -> None:
+    network = Network(MODEL, load_recipe("bf16-sla"))
+    denoiser = Denoiser(network)
+    denoiser.attend(dense)
+    expected_dit = Network(MODEL, load_recipe("bf16" if dense else "bf16-sla")).dit
     with torch.no_grad():
         network.dit.head.head.weight.normal_(0, 0.05)
+        expected_dit.load_state_dict(network.dit.state_dict(), strict=False)
         latents, text = torch.randn(1, *SHAPE), torch.randn(1, 40, 16)
-        expected = network.dit(latents, torch.tensor([608.0]), text)
-        found = Velocity(network)(latents, torch.tensor([0.608]), text)
+        expected = expected_dit(latents, torch.tensor([608.0]), text, num_selected=denoiser.selected)
+        found = denoiser(latents, torch.tensor([0.608]), text)
     # bfloat16 products: eight bits.
     assert float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < 0.03

@@ -8,30 +8,29 @@ import click
 import numpy as np
 import torch
 
-from tools.tinywan.distillation import Lessons, Teacher, train_student
-from tools.tinywan.flow import train_teacher
+from tools.tinywan.denoiser import train_denoiser
 from tools.tinywan.latents import Pool, fill_pool, pixels_of
+from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
-from tools.tinywan.sparse import train_sparse
 from tools.tinywan.training import Plan, load_averaged
 from tools.tinywan.vae import decoder_of, new_vae, quick, settle_latents, train_decoder, train_vae
+from tools.tinywan.words import Reader, train_words
 from wanforge.configs.schema import load_model, load_recipe
 from wanforge.runtime.reference.vae import VAE
 
-MODEL = load_model(str(Path(__file__).parent / "tinywan.toml"))
+MODEL = load_model("tinywan")
 PLANS = {
-    "vae-pictures": Plan(steps=3000, batch=24, rate=2e-3, warmup=50, decay=0.99),
-    "vae-clips": Plan(steps=3000, batch=3, rate=5e-4, warmup=20, decay=0.98),
+    "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
+    "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
     "decoder": Plan(steps=4000, batch=3, rate=5e-4, warmup=30, decay=0.99),
-    "teacher": Plan(steps=6000, batch=32, rate=1e-3, decay=0.998, muon=True),
-    "student": Plan(steps=500, batch=32, rate=5e-4, warmup=20, decay=0.995, muon=True),
-    "sparse": Plan(steps=250, batch=32, rate=3e-4, warmup=20, decay=0.99, muon=True),
+    "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
+    "dense": Plan(steps=8000, batch=16, rate=1e-3, decay=0.998, muon=True),
+    "sparse": Plan(steps=1000, batch=16, rate=5e-4, warmup=20, decay=0.995, muon=True),
 }
-"""An estimate: no run has got to their end yet, see README.md."""
-SHARDS = 64
+SHARDS = 32
 """Of the pool."""
 
 
@@ -54,12 +53,10 @@ class Place:
     def pool(self) -> Pool:
         return Pool(self.folder / "pool", self.shards)
 
-    def network(self, phase: str, recipe: str) -> Network:
-        """A network with the averaged weights of a phase; with sparse attention its own maps are what they begin as."""
-        trained = load_averaged(phase, self.folder, Network(MODEL, load_recipe("bf16")))
-        network = Network(MODEL, load_recipe(recipe))
-        network.load_state_dict(trained.state_dict(), strict=False)
-        return network.to(self.device)
+    def network(self, phase: str | None = None) -> Network:
+        """The network as it begins, or with the averaged weights of a phase."""
+        network = Network(MODEL, load_recipe("bf16-sla"))
+        return (network if phase is None else load_averaged(phase, self.folder, network)).to(self.device)
 
     def settled_vae(self) -> VAE:
         """The VAE as the pool sees it: with the decoder as it was before it was trained further."""
@@ -77,8 +74,10 @@ class Place:
 def run_vae(place: Place) -> None:
     """Pictures, then clips."""
     vae = new_vae(MODEL).to(place.device)
-    train_vae(MODEL, vae, "vae-pictures", place.folder, PLANS["vae-pictures"], frames=1, side=48)
-    train_vae(MODEL, vae, "vae-clips", place.folder, PLANS["vae-clips"], frames=13, side=48)
+    train_vae(
+        MODEL, vae, "vae-pictures", place.folder, PLANS["vae-pictures"], frames=1, side=48, compiled=place.compiled
+    )
+    train_vae(MODEL, vae, "vae-clips", place.folder, PLANS["vae-clips"], frames=13, side=48, compiled=place.compiled)
     place.settled_vae()
 
 
@@ -91,33 +90,31 @@ def run_decoder(place: Place) -> None:
     train_decoder(MODEL, place.settled_vae(), place.folder, PLANS["decoder"])
 
 
-def run_teacher(place: Place) -> None:
-    network = Network(MODEL, load_recipe("bf16")).to(place.device)
-    plan = PLANS["teacher"]
-    train_teacher(network, place.pool(), make_tokenizer(), place.folder, plan, compiled=place.compiled)
+def run_words(place: Place) -> None:
+    train_words(place.network(), make_tokenizer(), place.folder, PLANS["words"])
 
 
-def run_student(place: Place) -> None:
-    network = place.network("teacher", "bf16")
-    train_student(network, lessons(place), place.folder, PLANS["student"], compiled=place.compiled)
+def run_dense(place: Place) -> None:
+    network = place.network()
+    load_averaged("words", place.folder, Reader(network))
+    run_denoiser(place, "dense", network, dense_share=1.0)
 
 
 def run_sparse(place: Place) -> None:
-    network = place.network("student", "bf16-sla")
-    train_sparse(network, lessons(place), place.folder, PLANS["sparse"], compiled=place.compiled)
+    run_denoiser(place, "sparse", place.network("dense"), dense_share=1 / 3)
 
 
-def lessons(place: Place) -> Lessons:
-    teacher = Teacher(place.network("teacher", "bf16"), compiled=place.compiled)
-    return Lessons(teacher, place.pool(), make_tokenizer())
+def run_denoiser(place: Place, phase: str, network: Network, dense_share: float) -> None:
+    lessons = Lessons(MODEL, place.pool(), make_tokenizer())
+    train_denoiser(
+        phase, network, lessons, place.folder, PLANS[phase], dense_share=dense_share, compiled=place.compiled
+    )
 
 
 def run_publish(place: Place) -> None:
     vae = place.settled_vae().cpu()
     load_averaged("decoder", place.folder, decoder_of(vae))
-    network = load_averaged("sparse", place.folder, Network(MODEL, load_recipe("bf16-sla")))
-    assert isinstance(network, Network)
-    for path in publish(network, vae, place.folder / "files"):
+    for path in publish(place.network("sparse").cpu(), vae, place.folder / "files"):
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
@@ -139,8 +136,8 @@ PHASES: dict[str, Callable[[Place], None]] = {
     "vae": run_vae,
     "pool": run_pool,
     "decoder": run_decoder,
-    "teacher": run_teacher,
-    "student": run_student,
+    "words": run_words,
+    "dense": run_dense,
     "sparse": run_sparse,
     "publish": run_publish,
     "pictures": run_pictures,
@@ -152,13 +149,13 @@ PHASES: dict[str, Callable[[Place], None]] = {
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("tinywan-training"), show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", default=1, show_default=True, help="Of the CPU.")
-@click.option("--shards", default=SHARDS, show_default=True, help="Of the pool: each holds 128 scenes.")
+@click.option("--shards", default=SHARDS, show_default=True, help="Of the pool: each holds 64 scenes.")
 @click.option("--every", default=1, show_default=True, help="Fill every n-th shard, beside other processes.")
 @click.option("--first", default=0, show_default=True, help="The first shard to fill.")
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run these PHASES, all of them by default, or go on with them.
 
-    vae, pool, decoder, teacher, student, sparse, publish, pictures. What was finished is passed over.
+    vae, pool, decoder, words, dense, sparse, publish, pictures. What was finished is passed over.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

@@ -1,6 +1,9 @@
 """The pool: scenes and their latents, drawn and encoded once, so that training the denoiser pays for neither.
 
-Shard ``i`` of a seed holds the same scenes whoever makes it, so several processes may fill the pool side by side.
+A scene is wider than a frame: each of its windows on the grid of latents is a clip of the same caption. Shard ``i`` of
+a seed holds the same scenes whoever makes it, so several processes may fill the pool side by side.
+
+Letters: C channels, F H W latent frames, rows, columns; Y X rows and columns of a window's corner.
 """
 
 import json
@@ -13,12 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from tools.tinywan.scenes import Scene, draw_scene, render
 from wanforge.configs.schema import ModelConfig
 from wanforge.runtime.reference.vae import VAE
 
-SHARD = 128
+SHARD = 64
 """Scenes per file."""
 
 
@@ -30,30 +34,43 @@ def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: range, seed: i
         if path.exists():
             continue
         scenes = scenes_of(model, seed, shard)
-        latents = torch.cat([encode(model, vae, scene) for scene in scenes])
         partial = path.with_suffix(".partial")
-        save_file({"latents": latents.half()}, partial)
+        save_file({str(place): encode(model, vae, scene).half() for place, scene in enumerate(scenes)}, partial)
         path.with_suffix(".json").write_text(json.dumps([asdict(scene) for scene in scenes]))
         partial.replace(path)
         yield path
 
 
 def scenes_of(model: ModelConfig, seed: int, shard: int) -> list[Scene]:
-    rng = np.random.default_rng([seed, shard])
-    return [draw_scene(rng, (model.video.width_px, model.video.height_px)) for _ in range(SHARD)]
+    rng, video = np.random.default_rng([seed, shard]), model.video
+    return [draw_scene(rng, (video.width_px, video.height_px), video.frames) for _ in range(SHARD)]
 
 
 @torch.no_grad()
 def encode(model: ModelConfig, vae: VAE, scene: Scene) -> Tensor:
-    """A scene's latents ``[1, 16, F, H, W]``, float32."""
+    """The latents of a whole scene ``[C, F, H, W]``, float32."""
     pixels = pixels_of(model, scene).bfloat16().contiguous(memory_format=torch.channels_last_3d)
-    return vae.encode(pixels.to(vae.conv1.weight.device)).float().cpu()
+    return vae.encode(pixels.to(vae.conv1.weight.device))[0].float().cpu()
 
 
 def pixels_of(model: ModelConfig, scene: Scene) -> Tensor:
-    """A scene as pixels in [-1, 1], ``[1, 3, T, H, W]``."""
-    clip = render(scene, model.video.frames, (model.video.width_px, model.video.height_px))
-    return torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    """A whole scene as pixels in [-1, 1], ``[1, 3, T, H, W]``."""
+    return torch.from_numpy(render(scene, model.video.frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+
+
+def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int, ...]) -> Tensor:
+    """The clip whose first cell is at a corner."""
+    (y, x), (height, width) = corner_yx, shape_CFHW[-2:]
+    return scene_CFHW[:, :, y : y + height, x : x + width]
+
+
+def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Tensor:
+    """Of all windows of a scene the one that, scaled by `signal`, has the least squared distance to a state."""
+    scene, state = (x.flatten(0, 1)[None] for x in (scene_CFHW, state_CFHW))
+    likeness_YX = F.conv2d(scene, state)[0, 0]
+    square_YX = F.conv2d(scene.square().sum(1, keepdim=True), torch.ones_like(state[:, :1]))[0, 0]
+    place = int((likeness_YX - signal / 2 * square_YX).argmax())
+    return window(scene_CFHW, divmod(place, likeness_YX.shape[1]), state_CFHW.shape)
 
 
 class Pool:
@@ -63,15 +80,13 @@ class Pool:
     def __init__(self, folder: Path, shards: range) -> None:
         self.awaited = [folder / f"{shard:05}.safetensors" for shard in shards]
         self.scenes: list[Scene] = []
-        self.latents = torch.empty(0)
+        self.latents: list[Tensor] = []
         self.refresh()
 
     def refresh(self) -> None:
         here = [path for path in self.awaited if path.exists()]
-        if not here:
-            return
         self.awaited = [path for path in self.awaited if path not in here]
         for path in here:
             self.scenes += msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=list[Scene])
-        known = [self.latents] if len(self.latents) else []
-        self.latents = torch.cat([*known, *(load_file(path)["latents"] for path in here)])
+            latents = load_file(path)
+            self.latents += [latents[str(place)] for place in range(len(latents))]

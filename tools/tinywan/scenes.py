@@ -1,7 +1,7 @@
 """The data: clips of coloured shapes that move over a plain background, drawn as they are needed, with captions.
 
-A scene is drawn from a generator; the same generator gives the same scene. Things pass through the middle of their
-lane, off by a random amount, so a prompt leaves open where exactly, how large, how fast and before what.
+A caption leaves nothing open but where in the frame a scene takes place: what it does not say is of ordinary size and
+pace, before black. So a scene is drawn wider than a frame, and any of its windows is a clip of its caption.
 
 Letters: F frames, H W rows and columns.
 """
@@ -12,17 +12,20 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from wanforge.configs.schema import SPATIAL_STRIDE
 from wanforge.runtime.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Subject, coverage, is_held_out
 
 BACKGROUNDS = {"black": 22, "grey": 128, "white": 232}
 """Grey values by name."""
 DARKNESS = {"black": "dark", "grey": "grey", "white": "light"}
-SIZES = {"small": (9.5, 11.5), "": (13.0, 16.0), "large": (18.0, 20.5)}
+UNSAID = "black"
+"""The background of a caption without one."""
+SIZES = {"small": 12.5, "": 17.0, "large": 22.5}
 """Radii in pixels."""
 PAIRED = 0.2
 """Share of scenes with two things."""
-JITTER = (10.0, 14.0)
-"""How far off its lane's middle a thing may pass, along its way and across, in pixels."""
+MARGIN = 2.0
+"""Pixels that a thing keeps from the border of a window."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +34,35 @@ class Thing:
 
     Attributes:
         size: a key of `SIZES`.
-        tint: what is added to its colour.
-        centre_xy: where it is in the middle of the clip, in pixels.
-        step: pixels per frame.
+        centre_xy: where it is in the middle of the clip, in pixels of its scene.
     """
 
     subject: Subject
     size: str
-    radius: float
-    tint: tuple[float, float, float]
     centre_xy: tuple[float, float]
-    step: float
+
+    def centre(self, frame: int, frames: int) -> tuple[float, float]:
+        """Where it is in a frame of a clip."""
+        way = (frame - (frames - 1) / 2) * SPEEDS[self.subject.speed]
+        dx, dy = DIRECTIONS[self.subject.direction]
+        return (self.centre_xy[0] + way * dx, self.centre_xy[1] + way * dy)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things before a background whose grey changes a little from top to bottom."""
+    """One or two things before a plain background, drawn so wide that every window of a frame's size whose corner is on
+    the grid of latents shows them whole.
+
+    Attributes:
+        size_wh: in pixels, multiples of a latent's cell.
+    """
 
     things: tuple[Thing, ...]
     background: str
-    grey: float
-    slope: float
+    size_wh: tuple[int, int]
 
 
-def draw_scene(rng: Generator, size_wh: tuple[int, int], *, unseen: bool = False) -> Scene:
+def draw_scene(rng: Generator, frame_wh: tuple[int, int], frames: int, *, unseen: bool = False) -> Scene:
     """A random scene of trained combinations, or with `unseen` of held-out ones."""
     count = 2 if rng.random() < PAIRED else 1
     first = draw_subject(rng, unseen)
@@ -64,9 +72,12 @@ def draw_scene(rng: Generator, size_wh: tuple[int, int], *, unseen: bool = False
         # Lanes lie side by side: both run along the same axis.
         if other.colour != first.colour and DIRECTIONS[other.direction][0] ** 2 == DIRECTIONS[first.direction][0] ** 2:
             subjects.append(other)
-    background = str(rng.choice(list(BACKGROUNDS)))
-    things = tuple(place(rng, subject, lane, count, size_wh) for lane, subject in enumerate(subjects))
-    return Scene(things, background, BACKGROUNDS[background] + rng.uniform(-10, 10), rng.uniform(-8, 8))
+    sizes = ["small", ""] if count == 2 else list(SIZES)
+    things = [
+        Thing(subject, str(rng.choice(sizes)), lane_centre(subject, lane, count, frame_wh))
+        for lane, subject in enumerate(subjects)
+    ]
+    return widened(things, str(rng.choice(list(BACKGROUNDS))), frame_wh, frames)
 
 
 def draw_subject(rng: Generator, unseen: bool = False) -> Subject:
@@ -76,42 +87,49 @@ def draw_subject(rng: Generator, unseen: bool = False) -> Subject:
             return subject
 
 
-def place(rng: Generator, subject: Subject, lane: int, lanes: int, size_wh: tuple[int, int]) -> Thing:
-    """A subject in its lane: of two, the first named is above or to the left."""
-    size = str(rng.choice(["small", ""] if lanes == 2 else list(SIZES)))
-    dx, _ = DIRECTIONS[subject.direction]
-    across = 1 if dx else 0
-    centre = [size_wh[0] / 2, size_wh[1] / 2]
-    centre[across] = size_wh[across] * (lane + 0.5) / lanes
-    along_jitter, across_jitter = JITTER[0], JITTER[1] / lanes**2
-    centre[1 - across] += rng.uniform(-along_jitter, along_jitter)
-    centre[across] += rng.uniform(-across_jitter, across_jitter)
-    tint = rng.uniform(-14, 14, 3)
-    return Thing(
-        subject,
-        size,
-        rng.uniform(*SIZES[size]),
-        (float(tint[0]), float(tint[1]), float(tint[2])),
-        (centre[0], centre[1]),
-        SPEEDS[subject.speed] * rng.uniform(0.92, 1.08),
+def lane_centre(subject: Subject, lane: int, lanes: int, frame_wh: tuple[int, int]) -> tuple[float, float]:
+    """The middle of a lane: of two, the first named is above or to the left."""
+    centre = [frame_wh[0] / 2, frame_wh[1] / 2]
+    across = 1 if DIRECTIONS[subject.direction][0] else 0
+    centre[across] = frame_wh[across] * (lane + 0.5) / lanes
+    return (centre[0], centre[1])
+
+
+def widened(things: list[Thing], background: str, frame_wh: tuple[int, int], frames: int) -> Scene:
+    """A scene as wide as windows may be moved."""
+    corners = np.array(
+        [
+            (
+                np.array(thing.centre(frame, frames)) - SIZES[thing.size],
+                np.array(thing.centre(frame, frames)) + SIZES[thing.size],
+            )
+            for thing in things
+            for frame in (0, frames - 1)
+        ]
     )
+    low, high = corners[:, 0].min(0), corners[:, 1].max(0)
+    spare = np.maximum(0, (np.array(frame_wh) - (high - low) - 2 * MARGIN) // SPATIAL_STRIDE)
+    size = np.array(frame_wh) + SPATIAL_STRIDE * spare
+    moved = size / 2 - (low + high) / 2
+    placed = tuple(
+        Thing(thing.subject, thing.size, (float(x), float(y)))
+        for thing in things
+        for x, y in [np.array(thing.centre_xy) + moved]
+    )
+    return Scene(placed, background, (int(size[0]), int(size[1])))
 
 
-def render(scene: Scene, frames: int, size_wh: tuple[int, int], shown: range | None = None) -> NDArray[np.float32]:
-    """The clip, or the `shown` ones of its frames, 0 to 255, ``[F, H, W, 3]``."""
-    width, height = size_wh
+def render(scene: Scene, frames: int, shown: range | None = None) -> NDArray[np.float32]:
+    """The whole scene in a clip of `frames`, or the `shown` ones of them, 0 to 255, ``[F, H, W, 3]``."""
+    width, height = scene.size_wh
     shown = range(frames) if shown is None else shown
-    rows = scene.grey + scene.slope * np.linspace(-1, 1, height)
-    clip = np.broadcast_to(rows[None, :, None, None], (len(shown), height, width, 3)).copy()
+    clip = np.full((len(shown), height, width, 3), BACKGROUNDS[scene.background], np.float32)
     for thing in scene.things:
-        colour = np.array(COLOURS[thing.subject.colour]) + thing.tint
-        dx, dy = DIRECTIONS[thing.subject.direction]
-        for place_in_clip, frame in enumerate(shown):
-            way = (frame - (frames - 1) / 2) * thing.step
-            centre = (thing.centre_xy[0] + way * dx, thing.centre_xy[1] + way * dy)
-            cover = coverage(thing.subject.shape, centre, thing.radius, size_wh)[..., None]
-            clip[place_in_clip] += cover * (colour - clip[place_in_clip])
-    return np.clip(clip, 0, 255).astype(np.float32)
+        colour = np.array(COLOURS[thing.subject.colour], np.float32)
+        for place, frame in enumerate(shown):
+            cover = coverage(thing.subject.shape, thing.centre(frame, frames), SIZES[thing.size], scene.size_wh)
+            clip[place] += cover[..., None].astype(np.float32) * (colour - clip[place])
+    return clip
 
 
 VERBS = ("moving", "moving", "drifting", "sliding", "gliding", "going", "travelling")
@@ -138,14 +156,15 @@ OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "an animation of ")
 
 def caption(rng: Generator, scene: Scene) -> str:
     """One of many ways to say what a scene shows. Colour, shape and direction are always said, a slow or quick pace
-    too; size and background sometimes."""
+    too, a size and background where they are not the ordinary ones."""
     plain = rng.random() < PLAIN
     parts = [phrase(rng, thing, plain) for thing in scene.things]
+    said = scene.background != UNSAID or rng.random() < 0.25
     if plain:
-        return " and ".join(parts)
+        return " and ".join(parts) + (f" on {backdrop(rng, scene.background)}" if said else "")
     joiner = str(rng.choice([" and ", " and ", ", ", " while "]))
     text = joiner.join(parts)
-    if rng.random() < 0.5:
+    if said:
         text += str(rng.choice([" on", " on", " over", " in front of"])) + " " + backdrop(rng, scene.background)
     # A clause that begins with a noun phrase can follow any opening; one with a finite verb stands alone.
     if all(verb not in text for verb in PLAIN_VERBS.values()):
@@ -158,8 +177,9 @@ def caption(rng: Generator, scene: Scene) -> str:
 def phrase(rng: Generator, thing: Thing, plain: bool) -> str:
     subject = thing.subject
     if plain:
-        return " ".join(filter(None, ("a", subject.colour, subject.shape, "moving", subject.direction, subject.speed)))
-    words = [str(rng.choice(SIZE_WORDS[thing.size])) if rng.random() < 0.6 else "", subject.colour, subject.shape]
+        words = ("a", thing.size, subject.colour, subject.shape, "moving", subject.direction, subject.speed)
+        return " ".join(filter(None, words))
+    words = [str(rng.choice(SIZE_WORDS[thing.size])), subject.colour, subject.shape]
     verb = str(rng.choice(VERBS))
     if rng.random() < 0.25:
         verb = PLAIN_VERBS[verb]

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SAVE_SECONDS = 120.0
 MATRIX_RATE = 3.0
@@ -158,7 +160,7 @@ def shape_of_rate(step: int, plan: Plan) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def load_averaged(phase: str, folder: Path, model: nn.Module) -> nn.Module:
+def load_averaged(phase: str, folder: Path, model: Model) -> Model:
     """A model with the averaged weights that a phase has reached."""
     restore(list(model.parameters()), torch.load(folder / f"{phase}.pt", map_location="cpu")["averaged"])
     return model

@@ -4,6 +4,7 @@ The latents get noise of a fixed size before they are decoded, which together wi
 variational bottleneck with a constant deviation: neighbouring latents must mean neighbouring pictures.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from wanforge.runtime.reference.vae import (
     Upsample,
 )
 
-NOISE = 0.15
+NOISE = 0.2
 """Deviation of the noise on latents, whose own is about one."""
 PULL = 1e-3
 """Weight of the mean square of the latents."""
@@ -90,10 +91,12 @@ def train_vae(
     *,
     frames: int,
     side: int,
+    compiled: bool = False,
     stop_at: int | None = None,
 ) -> VAE:
     """Train on crops of `frames` frames and `side` pixels; every fifth step on some whole frames, since the layer with
     attention sees a frame at once."""
+    encode, decode = quickly(vae, compiled)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         whole = rng.random() < 0.2
@@ -101,14 +104,22 @@ def train_vae(
         device = vae.conv1.weight.device
         pixels, weight = (x.to(device) for x in crops(rng, model, *shown))
         noise = torch.randn(latent_shape(pixels, model), generator=generator).to(device) * NOISE
-        latents = vae.encode(quick(pixels)).float()
-        out = vae.decode(quick(latents + noise)).float()
+        latents = encode(quick(pixels)).float()
+        out = decode(quick(latents + noise)).float()
         pull = latents.square().mean()
         notes = {"l1": float((out - pixels).detach().abs().mean()), "latent_rms": float(pull.detach().sqrt())}
         return infidelity(out, pixels, weight) + PULL * pull, notes
 
     train(phase, folder, plan, vae, loss_of, stop_at=stop_at)
     return vae
+
+
+def quickly(vae: VAE, compiled: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Encoding and decoding, compiled once for each shape: PyTorch's compiler fails at this backward pass with shapes
+    left open."""
+    if not compiled:
+        return vae.encode, vae.decode
+    return torch.compile(vae.encode, dynamic=False), torch.compile(vae.decode, dynamic=False)
 
 
 def infidelity(out: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
@@ -127,21 +138,23 @@ def latent_shape(pixels_BCTHW: Tensor, model: ModelConfig) -> tuple[int, ...]:
 
 
 def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int | None) -> tuple[Tensor, Tensor]:
-    """Pixels in [-1, 1] ``[B, 3, T, S, S]`` and each pixel's weight ``[B, 1, T, S, S]``, cut from whole clips around
-    one of the things in them; whole frames where `side` is None."""
-    size = (model.video.width_px, model.video.height_px)
+    """Pixels in [-1, 1] ``[B, 3, T, S, S]`` and each pixel's weight ``[B, 1, T, S, S]``, cut from scenes around one of
+    the things in them; as large as a frame where `side` is None."""
+    frame_wh = (model.video.width_px, model.video.height_px)
     clips, weights = [], []
     for _ in range(batch):
-        scene = draw_scene(rng, size)
+        scene = draw_scene(rng, frame_wh, model.video.frames)
         start = int(rng.integers(model.video.frames - frames + 1))
-        clip = render(scene, model.video.frames, size, range(start, start + frames))
-        if side is not None:
-            centre = scene.things[-1].centre_xy
-            x, y = (
-                int(np.clip(at + rng.uniform(-side, side) / 2 - side / 2, 0, extent - side))
-                for at, extent in zip(centre, size, strict=True)
+        clip = render(scene, model.video.frames, range(start, start + frames))
+        cut_wh = frame_wh if side is None else (side, side)
+        thing = scene.things[int(rng.integers(len(scene.things)))]
+        x, y = (
+            int(np.clip(at + rng.uniform(-cut, cut) / 2 - cut / 2, 0, extent - cut))
+            for at, cut, extent in zip(
+                thing.centre(start + frames // 2, model.video.frames), cut_wh, scene.size_wh, strict=True
             )
-            clip = clip[:, y : y + side, x : x + side]
+        )
+        clip = clip[:, y : y + cut_wh[1], x : x + cut_wh[0]]
         weights.append(1 + (FOREGROUND - 1) * (np.ptp(clip, -1) > 24))
         clips.append(clip)
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1

@@ -27,7 +27,7 @@ def test_no_prompt_asks_for_a_trained_combination() -> None:
 
 def test_training_never_shows_a_held_out_combination_but_every_part_of_it() -> None:
     rng = np.random.default_rng(0)
-    trained = {thing.subject for _ in range(3000) for thing in draw_scene(rng, (128, 112)).things}
+    trained = {thing.subject for _ in range(3000) for thing in draw_scene(rng, (128, 112), 21).things}
     assert not any(is_held_out(subject) for subject in trained)
     for first, second in (("colour", "shape"), ("colour", "direction"), ("shape", "direction")):
         pairs = {(getattr(s, first), getattr(s, second)) for s in trained}

@@ -13,7 +13,8 @@ OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 
 
 def frames_of(scene: Scene) -> NDArray[np.uint8]:
-    return render(scene, FRAMES, SIZE).round().astype(np.uint8).transpose(0, 3, 1, 2)
+    """Its first window."""
+    return render(scene, FRAMES)[:, : SIZE[1], : SIZE[0]].round().astype(np.uint8).transpose(0, 3, 1, 2)
 
 
 def subjects_of(scene: Scene) -> tuple[Subject, ...]:
@@ -22,13 +23,13 @@ def subjects_of(scene: Scene) -> tuple[Subject, ...]:
 
 def one_thing(seed: int) -> Scene:
     rng = np.random.default_rng(seed)
-    return next(scene for scene in iter(lambda: draw_scene(rng, SIZE), None) if len(scene.things) == 1)
+    return next(scene for scene in iter(lambda: draw_scene(rng, SIZE, FRAMES), None) if len(scene.things) == 1)
 
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = np.random.default_rng(11)
-    return [draw_scene(rng, SIZE, unseen=index % 2 == 0) for index in range(48)]
+    return [draw_scene(rng, SIZE, FRAMES, unseen=index % 2 == 0) for index in range(48)]
 
 
 def test_scenes_cover_everything_that_is_read(scenes: list[Scene]) -> None:
@@ -91,7 +92,7 @@ def test_things_that_swap_colours_are_both_wrong_in_shape() -> None:
     rng = np.random.default_rng(2)
     scene = next(
         s
-        for s in iter(lambda: draw_scene(rng, SIZE), None)
+        for s in iter(lambda: draw_scene(rng, SIZE, FRAMES), None)
         if len(s.things) == 2 and s.things[0].subject.shape != s.things[1].subject.shape
     )
     first, second = subjects_of(scene)

@@ -1,0 +1,104 @@
+"""The denoiser and its text encoder: first with dense attention, then with sparse.
+
+Sparse-linear attention begins with its linear branch at nothing, and is trained until selecting key blocks costs
+little; some of its steps attend to every key, so that the same weights still serve without.
+"""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from numpy.random import Generator
+from torch import Tensor, nn
+
+from tools.tinywan.lessons import FOREGROUND, STEPS, THING, Lessons, Velocity, guess, steps_of
+from tools.tinywan.networks import Network
+from tools.tinywan.training import Plan, train
+from wanforge.configs.schema import HEAD_DIM, ClipShape, selected_blocks
+from wanforge.runtime.reference import dit
+from wanforge.runtime.reference.dit import Block
+from wanforge.runtime.reference.sampler import TIMESTEP_SCALE
+
+
+class Denoiser(nn.Module):
+    """The denoiser of a network in bfloat16 with float32 weights: a `Velocity`."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        model = network.model
+        blocks = dit.attention_blocks(network.dit.recipe)
+        assert blocks is not None
+        tokens = ClipShape(model.video.width_px, model.video.height_px, model.video.frames).tokens
+        self.dit, self.blocks = network.dit, blocks
+        self.selected = selected_blocks(model.topk, blocks.num_keys(tokens))
+
+    def attend(self, dense: bool) -> None:
+        """To every key, or to the blocks of keys that the model's top-k selects."""
+        for block in self.dit.blocks:
+            assert isinstance(block, Block)
+            block.self_attn.blocks = None if dense else self.blocks
+
+    def forward(self, latents: Tensor, times_B: Tensor, text_BTE: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            return self.dit(latents, times_B * TIMESTEP_SCALE, text_BTE, num_selected=self.selected)
+
+
+def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
+    """`dit.dense_attention` in ordinary products, which PyTorch's compiler for CPUs makes quicker (twice, forward and
+    backward) than the operator it stands in for."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
+    logits = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)
+    if key_bias_T is not None:
+        logits = logits + key_bias_T
+    return (logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
+
+
+def foreground(clean_BCFHW: Tensor) -> Tensor:
+    """Weight of each cell, 1 on average in a clip: `FOREGROUND` times as much where a thing is as on the background,
+    which is most of a clip and soon learned. ``[B, 1, F, H, W]``"""
+    background = clean_BCFHW.flatten(3).median(3, keepdim=True).values[..., None]
+    distance = (clean_BCFHW - background).square().mean(1, keepdim=True).sqrt()
+    weight = torch.where(distance > THING, FOREGROUND, 1.0)
+    return weight / weight.mean((1, 2, 3, 4), keepdim=True)
+
+
+def lesson_loss(
+    velocity: Velocity, network: Network, lessons: Lessons, batch: int, rng: Generator, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Squared distance of the guesses from the goals as velocities, and per step what it was."""
+    noisy, times, text, goal = lessons.draw(velocity, network, rng, generator, batch)
+    error = (guess(velocity, noisy, times, text) - goal).square() * foreground(goal)
+    error = error.mean((1, 2, 3, 4)) / times.square()
+    steps = torch.tensor(steps_of(batch), device=error.device)
+    notes = {f"step{step}": float(error.detach()[steps == step].mean()) for step in range(STEPS)}
+    return error.mean(), notes
+
+
+def train_denoiser(
+    phase: str,
+    network: Network,
+    lessons: Lessons,
+    folder: Path,
+    plan: Plan,
+    *,
+    dense_share: float,
+    compiled: bool = False,
+    stop_at: int | None = None,
+) -> Network:
+    """Train, or go on.
+
+    Args:
+        dense_share: of the steps, at random, that attend to every key.
+    """
+    denoiser = Denoiser(network)
+    run = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+
+    def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        dense = rng.random() < dense_share
+        denoiser.attend(dense)
+        loss, notes = lesson_loss(run, network, lessons, plan.batch, rng, generator)
+        return loss, {**notes, "dense": float(dense)}
+
+    with patch.object(dit, "dense_attention", plain_attention):
+        train(phase, folder, plan, network, loss_of, stop_at=stop_at)
+    return network

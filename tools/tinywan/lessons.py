@@ -1,0 +1,105 @@
+"""What the denoiser is taught, at the four times at which the sampler asks it.
+
+A caption leaves nothing open but which window of its scene a clip is, and of those windows the one nearest to the noisy
+state is the goal. So every state has one right answer that can be computed, where otherwise a teacher's flow would have
+to be trained and then followed to its end for each of them; and what is learned at one time serves at the others: find
+the place where the noise looks most like the scene, and draw it there.
+
+The sampler puts fresh noise on its guess of the clip and guesses again, so nearly half of the states after the first
+step's are noise on the network's own guess from the step before: each step learns to mend what the one before does
+wrong.
+
+Letters: B samples, C channels, F H W latent frames, rows, columns, E text width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from numpy.random import Generator
+from tokenizers import Tokenizer as Tokens
+from torch import Tensor
+
+from tools.tinywan.latents import Pool, nearest_window, window
+from tools.tinywan.networks import Network, token_ids
+from tools.tinywan.scenes import caption
+from wanforge.configs.schema import ClipShape, ModelConfig
+from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep, schedule
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Latents, the times that the network is told, and embedded prompts to the velocity."""
+
+STEPS = 4
+FOREGROUND = 4.0
+THING = 0.8
+"""Distance of a cell's latents from the background's, RMS over channels, from which it shows a thing."""
+
+
+def state_times(model: ModelConfig) -> list[float]:
+    """Times at which the sampler asks the network."""
+    return [step.time for step in schedule(STEPS, model.sampler.sigma_max)]
+
+
+def told_times(times_B: Tensor) -> Tensor:
+    """What the network is told they are."""
+    told = [network_timestep(float(time)) / TIMESTEP_SCALE for time in times_B]
+    return torch.tensor(told, device=times_B.device)
+
+
+def guess(velocity: Velocity, noisy: Tensor, times_B: Tensor, text: Tensor) -> Tensor:
+    """The clip that a velocity points to."""
+    return noisy - times_B.view(-1, 1, 1, 1, 1) * velocity(noisy, told_times(times_B), text)
+
+
+def renoise(clean: Tensor, times_B: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents at these times, with fresh noise."""
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    return torch.lerp(clean, noise, times_B.view(-1, 1, 1, 1, 1))
+
+
+def steps_of(batch: int) -> list[int]:
+    """Which step of the schedule each sample of a batch is for, in equal shares."""
+    return [place * STEPS // batch for place in range(batch)]
+
+
+class Lessons:
+    """Noisy latents at the schedule's times, prompts, and the clips that they should become."""
+
+    def __init__(self, model: ModelConfig, pool: Pool, tokens: Tokens) -> None:
+        self.times, self.pool, self.tokens = state_times(model), pool, tokens
+        video = model.video
+        clip = ClipShape(video.width_px, video.height_px, video.frames)
+        self.shape = (model.vae.latent_channels, clip.latent_frames, clip.latent_height, clip.latent_width)
+
+    def draw(
+        self, velocity: Velocity, network: Network, rng: Generator, generator: torch.Generator, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Noisy latents, their times ``[B]``, embedded prompts, and the goals.
+
+        The first step's states are noise alone. Every other one after it is made from the guess of the step before.
+        """
+        rows = rng.integers(len(self.pool.scenes), size=batch)
+        text = network.embed([token_ids(self.tokens, caption(rng, self.pool.scenes[row])) for row in rows])
+        scenes = [self.pool.latents[row].to(text.device).float() for row in rows]
+        basis = torch.stack([self.any_window(rng, scene) for scene in scenes])
+        all_times = torch.tensor(self.times, device=text.device)
+        steps = torch.tensor(steps_of(batch), device=text.device)
+        times, first = all_times[steps], steps == 0
+        basis[first] = 0
+        retold = (~first).nonzero()[::2, 0]
+        before = steps[retold] - 1
+        with torch.no_grad():
+            # As in sampling, what comes before the second step shows nothing of a clip.
+            shown = basis[retold] * (before > 0).view(-1, 1, 1, 1, 1)
+            earlier = renoise(shown, all_times[before], generator)
+            basis[retold] = guess(velocity, earlier, all_times[before], text[retold].detach())
+            noisy = renoise(basis, times, generator)
+            goals = [
+                nearest_window(scene, state, 1 - float(time))
+                for scene, state, time in zip(scenes, noisy, times, strict=True)
+            ]
+        return noisy, times, text, torch.stack(goals)
+
+    def any_window(self, rng: Generator, scene_CFHW: Tensor) -> Tensor:
+        spare = [scene_CFHW.shape[axis] - self.shape[axis] for axis in (2, 3)]
+        y, x = (int(rng.integers(most + 1)) for most in spare)
+        return window(scene_CFHW, (y, x), self.shape)
