@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= A red kite turning slowly over a windy beach at dusk, filmed from below.
+PROMPT ?= a red circle moving right
 OUT    ?= demo
 
 .PHONY: help setup demo test check format bench clean
@@ -18,13 +18,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rtx,dev]'
 	@touch $@
 
-demo: setup      ## checkpoint files -> bundle -> ONNX -> mp4 on this machine's CPU, checked against the reference
+demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, checked against the reference
 	@rm -rf $(OUT)
-	$(BIN)/wanforge synth --model tiny-t2v --out $(OUT)/checkpoint
-	$(BIN)/wanforge import --model tiny-t2v --dit $(OUT)/checkpoint/tiny-t2v-quant.pth \
-	  --vae $(OUT)/checkpoint/Wan2.1_VAE.pth \
-	  --text-encoder $(OUT)/checkpoint/models_t5_umt5-xxl-enc-bf16.pth \
-	  --tokenizer $(OUT)/checkpoint/google/umt5-xxl --out $(OUT)/bundle
+	$(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle
 	$(BIN)/wanforge export $(OUT)/bundle
 	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"

@@ -12,14 +12,17 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from tests.conftest import checkpoint_sources
 from wanforge.cli import COMMANDS, cli, main
-from wanforge.configs.schema import CONFIGS
+from wanforge.configs.schema import CONFIGS, load_model
 from wanforge.engines.bundle import MANIFEST, TOKENIZER, Bundle, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.exporter import cli as commands
+from wanforge.exporter.checkpoint.embedded import embedded
 
 DIT, VAE, TEXT = map(weights_name, ("dit", "vae", "text_encoder"))
 STEM = "onnx/fp32/stem.onnx"
@@ -174,6 +177,7 @@ def test_export_prints_what_it_left_out_and_why(
         ("tiny-t2v", {"tokenizer": "gone"}, "gone: no tokenizer.json here"),
         ("tiny-t2v", {"dit_low": "x.pth"}, "tiny-t2v has one denoiser; leave out --dit-low"),
         ("tiny-i2v", {"dit_low": None}, "tiny-i2v needs --dit-low as well"),
+        ("tiny-t2v", {"vae": None, "tokenizer": None}, "tiny-t2v needs --vae, --tokenizer as well"),
     ],
 )
 def test_import_refuses(
@@ -181,6 +185,19 @@ def test_import_refuses(
 ) -> None:
     assert complaint in refused(*importing(tmp_path / "out", model, **others))
     assert not (tmp_path / "out").exists()
+
+
+def test_import_without_files_takes_the_embedded_ones(tmp_path: Path) -> None:
+    result = succeeded("import", "--out", tmp_path / "b")
+    assert "tinywan, recipe bf16-sla" in result.stdout
+    files = embedded(load_model("tinywan"))
+    shipped = load_file(files.weights["text_encoder"])
+    kept = load_file(Bundle.open(tmp_path / "b").weights("text_encoder"))
+    assert all(torch.equal(kept[name], value) for name, value in shipped.items())
+    assert (tmp_path / "b" / TOKENIZER).read_bytes() == files.tokenizer.read_bytes()
+    message = refused("import", "--model", "tiny-t2v", "--out", tmp_path / "c")
+    assert "tiny-t2v does not come with the package; give its files with --dit" in message
+    assert not (tmp_path / "c").exists()
 
 
 def test_import_says_what_was_mixed_up(

@@ -19,7 +19,7 @@ from tools.tinywan.pictures import HEIGHT, MARGIN, curves
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import SIZES, Scene, caption, draw_scene, render, vocabulary
 from tools.tinywan.training import Plan, load_averaged, train
-from tools.tinywan.vae import new_vae, settle_latents, train_decoder, train_vae
+from tools.tinywan.vae import latent_crops, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, answers, train_words
 from wanforge.configs.schema import (
     DiTConfig,
@@ -117,12 +117,29 @@ def test_settled_latents_have_unit_deviation_and_decode_to_the_same(vae: VAE) ->
     assert torch.allclose(before, after, atol=1e-3)
 
 
-def test_the_decoder_alone_moves(tmp_path: Path) -> None:
-    vae = new_vae(MODEL)
-    before = {name: value.clone() for name, value in vae.state_dict().items()}
-    train_decoder(MODEL, vae, tmp_path, Plan(steps=2, batch=1, rate=1e-3, warmup=1))
-    moved = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+def test_the_decoder_alone_moves(tmp_path: Path, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.tinywan.latents.SHARD", 2)
+    list(fill_pool(MODEL, vae, tmp_path, range(1)))
+    trained = new_vae(MODEL)
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    plan = Plan(steps=2, batch=1, rate=1e-3, warmup=1)
+    train_decoder(MODEL, trained, Pool(tmp_path, range(1)), tmp_path, plan)
+    moved = {name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"decoder", "conv2"}
+
+
+@pytest.mark.parametrize("side", [48, None])
+def test_latents_and_pixels_are_cut_at_the_same_place(vae: VAE, side: int | None) -> None:
+    """A scene whose latents are its own pixels, every eighth, is cut alike."""
+    pool = Pool(Path("nowhere"), range(0))
+    pool.scenes = [scene_of(3), scene_of(4)]
+    pool.latents = [pixels_of(MODEL, scene)[0, :1, ::4, ::8, ::8].expand(16, -1, -1, -1) for scene in pool.scenes]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        latents, pixels, weight = latent_crops(rng, MODEL, pool, np.array([0, 1]), 3, side)
+        assert pixels.shape[2] == 9
+        assert torch.allclose(latents[:, :1], pixels[:, :1, ::4, ::8, ::8])
+        assert set(weight.unique().tolist()) == {1.0, 4.0}
 
 
 def test_the_pool_is_the_same_whoever_fills_it(tmp_path: Path, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,20 @@ from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
+from tools.tinywan.scores import draw, measured, write
 from tools.tinywan.training import Plan, load_averaged
 from tools.tinywan.vae import decoder_of, new_vae, quick, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
 from wanforge.configs.schema import load_model, load_recipe
+from wanforge.engines.bundle import components
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.runtime.reference.vae import VAE
 
 MODEL = load_model("tinywan")
 PLANS = {
     "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
-    "decoder": Plan(steps=4000, batch=3, rate=5e-4, warmup=30, decay=0.99),
+    "decoder": Plan(steps=1200, batch=3, rate=5e-4, warmup=30, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "dense": Plan(steps=8000, batch=16, rate=1e-3, decay=0.998, muon=True),
     "sparse": Plan(steps=1000, batch=16, rate=5e-4, warmup=20, decay=0.995, muon=True),
@@ -87,7 +90,8 @@ def run_pool(place: Place) -> None:
 
 
 def run_decoder(place: Place) -> None:
-    train_decoder(MODEL, place.settled_vae(), place.folder, PLANS["decoder"])
+    vae = place.settled_vae()
+    train_decoder(MODEL, vae, place.pool(), place.folder, PLANS["decoder"], compiled=place.compiled)
 
 
 def run_words(place: Place) -> None:
@@ -118,6 +122,16 @@ def run_publish(place: Place) -> None:
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
+def run_scores(place: Place) -> None:
+    """What the published files get right, over top-k and steps, and a sheet of prompts."""
+    files = place.folder / "files"
+    weights = {component: files / f"{component}.safetensors" for component in components(MODEL)}
+    sources = Sources(weights, files / "tokenizer.json")
+    bundle = import_checkpoint(MODEL, sources, place.folder / "bundle", replace=True)
+    draw(bundle, place.folder / "prompts.png")
+    write(measured(bundle), place.folder)
+
+
 def run_pictures(place: Place) -> None:
     """Curves, and what the VAE makes of six drawn clips: each above what comes back."""
     vae, rng = place.settled_vae(), np.random.default_rng(99)
@@ -141,6 +155,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
     "sparse": run_sparse,
     "publish": run_publish,
     "pictures": run_pictures,
+    "scores": run_scores,
 }
 
 
@@ -155,7 +170,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run these PHASES, all of them by default, or go on with them.
 
-    vae, pool, decoder, words, dense, sparse, publish, pictures. What was finished is passed over.
+    vae, pool, decoder, words, dense, sparse, publish, pictures, scores. What was finished is passed over.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

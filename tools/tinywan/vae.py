@@ -4,18 +4,20 @@ The latents get noise of a fixed size before they are decoded, which together wi
 variational bottleneck with a constant deviation: neighbouring latents must mean neighbouring pictures.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.tinywan.scenes import draw_scene, render
+from tools.tinywan.latents import Pool, window
+from tools.tinywan.scenes import Scene, draw_scene, render
 from tools.tinywan.training import Plan, train
-from wanforge.configs.schema import ModelConfig
+from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig
 from wanforge.runtime.reference.vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -140,23 +142,34 @@ def latent_shape(pixels_BCTHW: Tensor, model: ModelConfig) -> tuple[int, ...]:
 def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int | None) -> tuple[Tensor, Tensor]:
     """Pixels in [-1, 1] ``[B, 3, T, S, S]`` and each pixel's weight ``[B, 1, T, S, S]``, cut from scenes around one of
     the things in them; as large as a frame where `side` is None."""
-    frame_wh = (model.video.width_px, model.video.height_px)
-    clips, weights = [], []
+    video, cut_wh = model.video, cut_size(model, side)
+    clips = []
     for _ in range(batch):
-        scene = draw_scene(rng, frame_wh, model.video.frames)
-        start = int(rng.integers(model.video.frames - frames + 1))
-        clip = render(scene, model.video.frames, range(start, start + frames))
-        cut_wh = frame_wh if side is None else (side, side)
-        thing = scene.things[int(rng.integers(len(scene.things)))]
-        x, y = (
-            int(np.clip(at + rng.uniform(-cut, cut) / 2 - cut / 2, 0, extent - cut))
-            for at, cut, extent in zip(
-                thing.centre(start + frames // 2, model.video.frames), cut_wh, scene.size_wh, strict=True
-            )
-        )
-        clip = clip[:, y : y + cut_wh[1], x : x + cut_wh[0]]
-        weights.append(1 + (FOREGROUND - 1) * (np.ptp(clip, -1) > 24))
-        clips.append(clip)
+        scene = draw_scene(rng, (video.width_px, video.height_px), video.frames)
+        start = int(rng.integers(video.frames - frames + 1))
+        clip = render(scene, video.frames, range(start, start + frames))
+        x, y = corner(rng, scene, start + frames // 2, video.frames, cut_wh)
+        clips.append(clip[:, y : y + cut_wh[1], x : x + cut_wh[0]])
+    return weighted(clips)
+
+
+def cut_size(model: ModelConfig, side: int | None) -> tuple[int, int]:
+    return (model.video.width_px, model.video.height_px) if side is None else (side, side)
+
+
+def corner(rng: Generator, scene: Scene, frame: int, frames: int, cut_wh: tuple[int, int]) -> tuple[int, int]:
+    """Where to cut so that one of the scene's things is at least partly in it."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    x, y = (
+        int(np.clip(at + rng.uniform(-cut, cut) / 2 - cut / 2, 0, extent - cut))
+        for at, cut, extent in zip(thing.centre(frame, frames), cut_wh, scene.size_wh, strict=True)
+    )
+    return x, y
+
+
+def weighted(clips: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+    """Clips from 0 to 255 ``[T, H, W, 3]`` as pixels and weights, see `crops`."""
+    weights = [1 + (FOREGROUND - 1) * (np.ptp(clip, -1) > 24) for clip in clips]
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1
     return pixels.contiguous(), torch.from_numpy(np.stack(weights)).float()[:, None]
 
@@ -180,23 +193,51 @@ def settle_latents(vae: VAE, model: ModelConfig, samples: int = 64, seed: int = 
     return vae
 
 
-def train_decoder(model: ModelConfig, vae: VAE, folder: Path, plan: Plan, *, stop_at: int | None = None) -> VAE:
-    """Go on with the decoder alone, on latents that stay as they are: the denoiser may train beside it."""
+def train_decoder(
+    model: ModelConfig,
+    vae: VAE,
+    pool: Pool,
+    folder: Path,
+    plan: Plan,
+    *,
+    compiled: bool = False,
+    stop_at: int | None = None,
+) -> VAE:
+    """Go on with the decoder alone, on latents as the denoiser learns to make them."""
     decoder = decoder_of(vae)
+    _, decode = quickly(vae, compiled)
+    every = 1 + (model.video.frames - 1) // TEMPORAL_STRIDE
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        whole = rng.random() < 0.25
-        shown = (1, 9, None) if whole else (plan.batch, 13, 48)
-        pixels, weight = (x.to(vae.conv1.weight.device) for x in crops(rng, model, *shown))
-        with torch.no_grad():
-            latents = vae.encode(quick(pixels)).float()
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device) * NOISE
-        out = vae.decode(quick(latents + noise)).float()
+        whole = rng.random() < 0.2
+        rows = rng.integers(len(pool.scenes), size=1 if whole else plan.batch)
+        latents, pixels, weight = latent_crops(rng, model, pool, rows, *((2, None) if whole else (every, 48)))
+        device = vae.conv1.weight.device
+        latents = (latents + NOISE * torch.randn(latents.shape, generator=generator)).to(device)
+        out = decode(quick(latents)).float()
+        pixels, weight = pixels.to(device), weight.to(device)
         return infidelity(out, pixels, weight), {"l1": float((out - pixels).detach().abs().mean())}
 
     vae.requires_grad_(False)
     train("decoder", folder, plan, decoder, loss_of, stop_at=stop_at)
     return vae
+
+
+def latent_crops(
+    rng: Generator, model: ModelConfig, pool: Pool, rows: NDArray[np.int64], latent_frames: int, side: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first latent frames of some scenes of the pool ``[B, 16, F, S/8, S/8]``, and `crops` of what they show."""
+    video, cut_wh = model.video, cut_size(model, side)
+    frames = 1 + TEMPORAL_STRIDE * (latent_frames - 1)
+    latents, clips = [], []
+    for row in rows:
+        scene = pool.scenes[row]
+        cells = [at // SPATIAL_STRIDE for at in corner(rng, scene, int(rng.integers(frames)), video.frames, cut_wh)]
+        x, y = (SPATIAL_STRIDE * cell for cell in cells)
+        size = tuple(extent // SPATIAL_STRIDE for extent in cut_wh[::-1])
+        latents.append(window(pool.latents[row][:, :latent_frames], (cells[1], cells[0]), size))
+        clips.append(render(scene, video.frames, range(frames))[:, y : y + cut_wh[1], x : x + cut_wh[0]])
+    return (torch.stack(latents).float(), *weighted(clips))
 
 
 def decoder_of(vae: VAE) -> nn.Module:

@@ -1,0 +1,83 @@
+"""What the published files get right of the held-out prompts, over top-k and over steps, and what clips look like."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.tinywan.pictures import sheet
+from wanforge.configs.schema import ClipShape, load_recipe
+from wanforge.engines.bundle import Bundle
+from wanforge.runtime.page import Plot, Series, picture_of
+from wanforge.runtime.parity.comparison import Contender
+from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.quality.held_out import Quality, measure, table
+
+TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
+"""One, two, three, four and all of the six key blocks."""
+STEPS = (1, 2, 3, 4)
+READ = ("colour", "shape", "direction")
+SHOWN = (
+    "a red circle moving right",
+    "a blue square moving left on a white background",
+    "A large yellow triangle drifts slowly downwards.",
+    "a green ring moving up on a grey background",
+    "a purple circle moving up quickly",
+    "a small cyan square gliding to the right on a light background",
+    "a big red ring sliding left",
+    "a yellow circle moving down on a grey background",
+    "a video of a large blue triangle going right at high speed",
+    "a tiny purple square travelling from bottom to top",
+    "a red square moving right and a blue circle moving left",
+    "a green triangle moving up and a yellow ring moving down",
+)
+
+
+def measured(bundle: Bundle, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
+    """Rates over top-k and over steps, on the reference with sparse attention and without quantisation."""
+    pipeline = Contender("torch", load_recipe("bf16-sla")).pipeline(bundle)
+    found: dict[str, list[Quality]] = {"topk": [], "steps": []}
+    for topk in TOPKS:
+        found["topk"].append(measure(pipeline, topk=topk))
+        tell(table(found["topk"][-1:]).splitlines()[-1])
+    for steps in STEPS:
+        found["steps"].append(measure(pipeline, steps=steps))
+        tell(table(found["steps"][-1:]).splitlines()[-1])
+    return found
+
+
+def write(found: dict[str, list[Quality]], out: Path) -> None:
+    """The numbers, and a picture of each sweep."""
+    plain = {name: [each.as_json() for each in each_sweep] for name, each_sweep in found.items()}
+    (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
+    for name, title in (("topk", "top-k"), ("steps", "steps")):
+        series = [
+            Series(
+                what,
+                [
+                    (
+                        float(getattr(each, name)),
+                        100 * getattr(each.rates, what),
+                        f"{what} {getattr(each.rates, what):.1%}",
+                    )
+                    for each in found[name]
+                ],
+            )
+            for what in READ
+        ]
+        chart = Plot(f"held-out prompts that come out right, over {title}", title, "%", series)
+        (out / f"{name}.svg").write_text(picture_of(chart))
+
+
+def draw(bundle: Bundle, out: Path) -> None:
+    """Clips of a dozen prompts, as the package makes them by default."""
+    pipeline, video = Contender("torch").pipeline(bundle), bundle.model.video
+    shape = ClipShape(video.width_px, video.height_px, video.frames)
+    sheet([frames_of(pipeline, Request(text, shape, seed=seed)) for seed, text in enumerate(SHOWN)], out)
+
+
+def frames_of(pipeline: Pipeline, request: Request) -> NDArray[np.uint8]:
+    latents = pipeline.latents(pipeline.check(request), Timings())
+    return np.stack([frame.numpy() for frame in pipeline.frames(latents, request.shape, Timings())])
