@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tools.tinywan.denoiser import Denoiser, foreground, lesson_loss, plain_attention, train_denoiser
-from tools.tinywan.latents import Pool, encode, fill_pool, nearest_window, pixels_of, window
+from tools.tinywan.latents import Pool, encode, fill_pool, middle, nearest_window, pixels_of, window
 from tools.tinywan.lessons import Lessons, state_times, steps_of
 from tools.tinywan.networks import Network, make_tokenizer, token_ids
 from tools.tinywan.pictures import HEIGHT, MARGIN, curves
@@ -234,6 +234,23 @@ def test_the_nearest_window_is_the_one_that_noise_was_put_on() -> None:
     for signal in (0.01, 0.9):
         distances = [float((noise - signal * clean).square().sum()) for clean in every]
         assert torch.equal(nearest_window(scene, noise, signal), every[int(np.argmin(distances))])
+
+
+@pytest.mark.parametrize("side", [4, 6, 9])
+def test_the_middle_of_a_scene_leaves_its_things_in_smaller_windows(side: int) -> None:
+    """A thing of 4x3 cells in frames of 10x12: marked cells stay where windows can hold them."""
+    scene = torch.zeros(1, 2, 2 * 10 - 4, 2 * 12 - 3)
+    scene[:, :, 6:10, 9:12] = 1
+    part = middle(scene, (10, 12), side)
+    assert part.shape[2:] == (side + max(1, side - 4), side + max(1, side - 3))
+    windows = [
+        window(part, (y, x), (1, 2, side, side))
+        for y in range(part.shape[2] - side + 1)
+        for x in range(part.shape[3] - side + 1)
+    ]
+    shown = [int(one[0, 0].sum()) for one in windows]
+    assert max(shown) == 12
+    assert min(shown) == 12 if side > 4 else min(shown) >= 9
 
 
 @pytest.fixture

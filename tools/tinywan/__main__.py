@@ -28,12 +28,15 @@ MODEL = load_model("tinywan")
 PLANS = {
     "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
-    "decoder": Plan(steps=1200, batch=3, rate=5e-4, warmup=30, decay=0.99),
+    "decoder": Plan(steps=600, batch=3, rate=5e-4, warmup=30, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
-    "dense": Plan(steps=8000, batch=16, rate=1e-3, decay=0.998, muon=True),
-    "sparse": Plan(steps=1000, batch=16, rate=5e-4, warmup=20, decay=0.995, muon=True),
+    "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
+    "dense": Plan(steps=2200, batch=16, rate=7e-4, warmup=20, decay=0.998, muon=True),
+    "sparse": Plan(steps=800, batch=16, rate=3e-4, warmup=20, decay=0.995, muon=True),
 }
-SHARDS = 32
+CROP = 10
+"""Cells of the windows that the denoiser begins with: less than half a frame, of which things take twice the share."""
+SHARDS = 24
 """Of the pool."""
 
 
@@ -98,18 +101,22 @@ def run_words(place: Place) -> None:
     train_words(place.network(), make_tokenizer(), place.folder, PLANS["words"])
 
 
-def run_dense(place: Place) -> None:
+def run_crops(place: Place) -> None:
     network = place.network()
     load_averaged("words", place.folder, Reader(network))
-    run_denoiser(place, "dense", network, dense_share=1.0)
+    run_denoiser(place, "crops", network, dense_share=1.0, side=CROP)
+
+
+def run_dense(place: Place) -> None:
+    run_denoiser(place, "dense", place.network("crops"), dense_share=1.0)
 
 
 def run_sparse(place: Place) -> None:
     run_denoiser(place, "sparse", place.network("dense"), dense_share=1 / 3)
 
 
-def run_denoiser(place: Place, phase: str, network: Network, dense_share: float) -> None:
-    lessons = Lessons(MODEL, place.pool(), make_tokenizer())
+def run_denoiser(place: Place, phase: str, network: Network, *, dense_share: float, side: int | None = None) -> None:
+    lessons = Lessons(MODEL, place.pool(), make_tokenizer(), side)
     train_denoiser(
         phase, network, lessons, place.folder, PLANS[phase], dense_share=dense_share, compiled=place.compiled
     )
@@ -151,6 +158,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
     "pool": run_pool,
     "decoder": run_decoder,
     "words": run_words,
+    "crops": run_crops,
     "dense": run_dense,
     "sparse": run_sparse,
     "publish": run_publish,
@@ -170,7 +178,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run these PHASES, all of them by default, or go on with them.
 
-    vae, pool, decoder, words, dense, sparse, publish, pictures, scores. What was finished is passed over.
+    vae, pool, decoder, words, crops, dense, sparse, publish, pictures, scores. What was finished is passed over.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

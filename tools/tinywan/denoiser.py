@@ -97,7 +97,7 @@ def train_denoiser(
         dense = rng.random() < dense_share
         denoiser.attend(dense)
         loss, notes = lesson_loss(run, network, lessons, plan.batch, rng, generator)
-        return loss, {**notes, "dense": float(dense)}
+        return loss, {**notes, "dense": float(dense), "scenes": len(lessons.pool.scenes)}
 
     with patch.object(dit, "dense_attention", plain_attention):
         train(phase, folder, plan, network, loss_of, stop_at=stop_at)

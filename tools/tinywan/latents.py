@@ -64,6 +64,20 @@ def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int
     return scene_CFHW[:, :, y : y + height, x : x + width]
 
 
+def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
+    """The part of a scene whose windows of `side` cells have its things in them, or most of what they do.
+
+    A scene is wider than a frame by what its things leave free of one; here as much is left free of a smaller window,
+    one cell at least.
+    """
+    for axis, frame in zip((2, 3), frame_hw, strict=True):
+        extent = scene_CFHW.shape[axis]
+        taken = 2 * frame - extent
+        kept = min(extent, side + max(1, side - taken))
+        scene_CFHW = scene_CFHW.narrow(axis, (extent - kept) // 2, kept)
+    return scene_CFHW
+
+
 def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Tensor:
     """Of all windows of a scene the one that, scaled by `signal`, has the least squared distance to a state."""
     scene, state = (x.flatten(0, 1)[None] for x in (scene_CFHW, state_CFHW))

@@ -19,7 +19,7 @@ from numpy.random import Generator
 from tokenizers import Tokenizer as Tokens
 from torch import Tensor
 
-from tools.tinywan.latents import Pool, nearest_window, window
+from tools.tinywan.latents import Pool, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
 from wanforge.configs.schema import ClipShape, ModelConfig
@@ -29,6 +29,8 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents, the times that the network is told, and embedded prompts to the velocity."""
 
 STEPS = 4
+REFRESHED = 0.02
+"""Share of batches before which to look for shards that another process has finished."""
 FOREGROUND = 4.0
 THING = 0.8
 """Distance of a cell's latents from the background's, RMS over channels, from which it shows a thing."""
@@ -62,13 +64,19 @@ def steps_of(batch: int) -> list[int]:
 
 
 class Lessons:
-    """Noisy latents at the schedule's times, prompts, and the clips that they should become."""
+    """Noisy latents at the schedule's times, prompts, and the clips that they should become.
 
-    def __init__(self, model: ModelConfig, pool: Pool, tokens: Tokens) -> None:
-        self.times, self.pool, self.tokens = state_times(model), pool, tokens
+    Args:
+        side: of square windows, in cells of latents, in place of a frame's size.
+    """
+
+    def __init__(self, model: ModelConfig, pool: Pool, tokens: Tokens, side: int | None = None) -> None:
+        self.times, self.pool, self.tokens, self.side = state_times(model), pool, tokens, side
         video = model.video
         clip = ClipShape(video.width_px, video.height_px, video.frames)
-        self.shape = (model.vae.latent_channels, clip.latent_frames, clip.latent_height, clip.latent_width)
+        self.frame_hw = (clip.latent_height, clip.latent_width)
+        window_hw = self.frame_hw if side is None else (side, side)
+        self.shape = (model.vae.latent_channels, clip.latent_frames, *window_hw)
 
     def draw(
         self, velocity: Velocity, network: Network, rng: Generator, generator: torch.Generator, batch: int
@@ -77,9 +85,11 @@ class Lessons:
 
         The first step's states are noise alone. Every other one after it is made from the guess of the step before.
         """
+        if rng.random() < REFRESHED:
+            self.pool.refresh()
         rows = rng.integers(len(self.pool.scenes), size=batch)
         text = network.embed([token_ids(self.tokens, caption(rng, self.pool.scenes[row])) for row in rows])
-        scenes = [self.pool.latents[row].to(text.device).float() for row in rows]
+        scenes = [self.scene(row).to(text.device) for row in rows]
         basis = torch.stack([self.any_window(rng, scene) for scene in scenes])
         all_times = torch.tensor(self.times, device=text.device)
         steps = torch.tensor(steps_of(batch), device=text.device)
@@ -98,6 +108,10 @@ class Lessons:
                 for scene, state, time in zip(scenes, noisy, times, strict=True)
             ]
         return noisy, times, text, torch.stack(goals)
+
+    def scene(self, row: int) -> Tensor:
+        scene_CFHW = self.pool.latents[row].float()
+        return scene_CFHW if self.side is None else middle(scene_CFHW, self.frame_hw, self.side)
 
     def any_window(self, rng: Generator, scene_CFHW: Tensor) -> Tensor:
         spare = [scene_CFHW.shape[axis] - self.shape[axis] for axis in (2, 3)]
