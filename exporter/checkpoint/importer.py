@@ -20,10 +20,10 @@ from wanforge.engines.bundle import (
     dit_component,
     weights_name,
 )
+from wanforge.engines.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.engines.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
 from wanforge.runtime.text import Tokenizer, find_tokenizer

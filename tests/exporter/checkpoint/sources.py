@@ -10,10 +10,10 @@ from torch import Tensor
 
 from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe
 from wanforge.engines.bundle import Bundle
+from wanforge.engines.names import aliases
 from wanforge.engines.tensorfile import TensorSpec, read_header
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
-from wanforge.exporter.checkpoint.names import aliases
 from wanforge.exporter.checkpoint.reader import INDEX
 
 T2V, I2V = load_model("tiny-t2v"), load_model("tiny-i2v")

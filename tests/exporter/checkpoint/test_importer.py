@@ -28,9 +28,9 @@ from tests.exporter.checkpoint.sources import (
 from tests.numerics import assert_matches
 from wanforge.configs.schema import Recipe, load_recipe
 from wanforge.engines.bundle import TOKENIZER, Bundle, components, weights_name
+from wanforge.engines.names import aliases
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
-from wanforge.exporter.checkpoint.names import aliases
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
 

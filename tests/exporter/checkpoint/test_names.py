@@ -9,9 +9,7 @@ import torch
 
 from tests.golden import load_json
 from wanforge.configs.schema import load_model
-from wanforge.engines.tensorfile import TensorSpec
-from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.names import (
+from wanforge.engines.names import (
     aliases,
     has_sla,
     is_quantised,
@@ -19,6 +17,8 @@ from wanforge.exporter.checkpoint.names import (
     match_names,
     strip_prefix,
 )
+from wanforge.engines.tensorfile import TensorSpec
+from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 
 TINY = load_model("tiny-t2v")
 GOLDEN = {
