@@ -56,6 +56,18 @@ def quantise_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     return steps.to(torch.int8), amax / ROW_FULL_SCALE
 
 
+def dequantise(steps_RC: Tensor, scale: Tensor) -> Tensor:
+    """The values that 8-bit steps stand for, float32 ``[R, C]``.
+
+    Args:
+        scale: what `quantise_tiles` or `quantise_rows` made with them. As many columns as whole tiles fill.
+    """
+    if scale.dim() == 1:
+        return steps_RC.float() * scale[:, None]
+    tile = tile_of(steps_RC, scale)
+    return steps_RC.float() * scale.repeat_interleave(tile, 0)[: len(steps_RC)].repeat_interleave(tile, 1)
+
+
 def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
     """``x @ W.T + bias`` with `x` quantised on the fly.
 
@@ -82,7 +94,7 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
 
 
 def tile_of(int8_weight_NK: Tensor, scale: Tensor) -> int:
-    """Rows and columns of the tiles that a weight's scales are for."""
+    """Rows and columns of the tiles that a matrix's scales are for."""
     return int8_weight_NK.shape[1] // scale.shape[1]
 
 

@@ -2,7 +2,6 @@
 interpreter, which shows that the kernels are right, and takes its time."""
 
 from collections.abc import Mapping, Sequence
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -10,10 +9,10 @@ from torch import Tensor
 from wanforge.engines.bundle import Bundle
 from wanforge.plugins.launch import target_sm
 from wanforge.plugins.w8a8_linear.fused import Quantised
-from wanforge.plugins.w8a8_linear.reference import TILE
-from wanforge.runtime.arena import Bound, Unbounded
+from wanforge.plugins.w8a8_linear.reference import dequantise
+from wanforge.runtime.arena import Bound
 from wanforge.runtime.backends.points import Points
-from wanforge.runtime.backends.torch import TorchBackend
+from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
 from wanforge.runtime.fused_block import FusedBlock, Input, Linears, Tap, recipe_for
 from wanforge.runtime.schedule import Launch
 
@@ -27,30 +26,12 @@ class KernelsBackend(TorchBackend):
     name = "kernels"
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
-        has_gpu = torch.cuda.is_available()
-        super().__init__(bundle, dtype or (torch.bfloat16 if has_gpu else torch.float32))
-        self.device = torch.device("cuda" if has_gpu else "cpu")
-        self.memory = Unbounded(self.device, self.dtype, self.weight)
+        super().__init__(bundle, dtype, gpu_or_cpu())
+        has_gpu = self.device.type == "cuda"
         recipe = recipe_for(bundle.recipe, target_sm(self.device)) if has_gpu else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
         # The kernels before a W8A8 linear quantise for it; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
-        # Layers are bound once a step, and the weights of one stage leave the GPU with its session.
-        self._resident: WeakValueDictionary[tuple[str, str], Tensor] = WeakValueDictionary()
-
-    def weight(self, launch: Launch, name: str) -> Tensor:
-        stored = super().weight(launch, name)
-        if self.device.type == "cpu":
-            return stored
-        place = launch.component, launch.prefix + name
-        resident = self._resident.get(place)
-        if resident is None:
-            resident = self._resident[place] = stored.to(self.device)
-        return resident
-
-    def synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
         if launch.graph != "block":
@@ -101,15 +82,6 @@ class Forced(Tap):
         taken = layers.pack(exact_LD)
         assert isinstance(taken, Quantised)
         # The reference has not been rounded to 8 bits here: what counts is by how much the rounded values differ.
-        apart = dequantised(x) - dequantised(taken)
+        apart = dequantise(x.steps_MK, x.scale) - dequantise(taken.steps_MK, taken.scale)
         self.found[name] = expected.to(apart) + apart.view(expected.shape)
         return taken
-
-
-def dequantised(x: Quantised) -> Tensor:
-    """The values that 8-bit steps stand for, in float32."""
-    rows, columns = x.steps_MK.shape
-    if x.scale.dim() == 1:
-        return x.steps_MK.float() * x.scale[:, None]
-    scale = x.scale.repeat_interleave(TILE, 0)[:rows].repeat_interleave(TILE, 1)[:, :columns]
-    return x.steps_MK.float() * scale

@@ -1,6 +1,7 @@
 """The reference as a backend: every graph is the piece of the reference network that it was traced from."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -16,24 +17,42 @@ from wanforge.runtime.weights import Weights
 Runner = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
+CPU = torch.device("cpu")
+
+
+def gpu_or_cpu() -> torch.device:
+    """A GPU where PyTorch sees one."""
+    return torch.device("cuda") if torch.cuda.is_available() else CPU
+
+
 class TorchBackend(Backend):
-    """PyTorch, eager, on the CPU."""
+    """PyTorch, eager, on the CPU unless it says otherwise."""
 
     name = "torch"
     rounds_at: Collection[str] = (ATTENTION,)
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
-        self.device, self.dtype = torch.device("cpu"), dtype or torch.float32
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None, device: torch.device = CPU) -> None:
+        self.device = device
+        self.dtype = dtype or (torch.float32 if device == CPU else torch.bfloat16)
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.memory = Unbounded(self.device, self.dtype, self.weight)
+        # Layers are bound once a step, and the weights of one stage leave the GPU with its session.
+        self._resident: WeakValueDictionary[tuple[str, str], Tensor] = WeakValueDictionary()
 
     def files(self) -> list[str]:
         return self.weights.files()
 
     def weight(self, launch: Launch, name: str) -> Tensor:
         """One of a launch's weights, where it is computed with."""
-        return self.weights.of(launch, name)
+        stored = self.weights.of(launch, name)
+        if self.device == CPU:
+            return stored
+        place = launch.component, launch.prefix + name
+        resident = self._resident.get(place)
+        if resident is None:
+            resident = self._resident[place] = stored.to(self.device)
+        return resident
 
     def state(self, launch: Launch) -> dict[str, Tensor]:
         """The weights of a launch, named as in its graph."""
@@ -52,6 +71,10 @@ class TorchBackend(Backend):
                     buffer.copy_(result)
 
         return run
+
+    def synchronise(self) -> None:
+        if self.device != CPU:
+            torch.cuda.synchronize(self.device)
 
     def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
         graph = self.graphs[launch.graph]
