@@ -10,13 +10,12 @@ import click
 from wanforge.configs.schema import load_model, load_targets, named
 from wanforge.engines.bundle import Bundle
 from wanforge.errors import ConfigError
-from wanforge.runtime.backends import BACKENDS, create_backend
-from wanforge.runtime.backends.compiled import has_compiler
+from wanforge.runtime.backends import BACKENDS, BASELINES, create_backend, missing_baselines
 from wanforge.runtime.bench import history
 from wanforge.runtime.bench.floors import bounds
 from wanforge.runtime.bench.machine import Facts, fingerprint
 from wanforge.runtime.bench.report import Report, page, text
-from wanforge.runtime.bench.request import COMPILED, Row, bench_request
+from wanforge.runtime.bench.request import Row, bench_request
 from wanforge.runtime.bench.sweep import PARAMETERS, Plan, parse
 from wanforge.runtime.cli import (
     BUNDLE,
@@ -122,8 +121,9 @@ class BundleOrOp(click.Command):
     "--baseline",
     "baselines",
     multiple=True,
-    type=click.Choice([COMPILED]),
-    help="Beside them; compile: the reference with its layers compiled by PyTorch, where there is a compiler.",
+    type=click.Choice(list(BASELINES)),
+    help="Beside them. compile: the reference with its layers compiled by PyTorch, where there is a compiler. "
+    "diffusers: HuggingFace's transformer and VAE with these weights, where they are installed.",
 )
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each.")
 @click.option("--warm-up", type=click.IntRange(1), default=1, show_default=True, help="Runs of each before those.")
@@ -180,7 +180,7 @@ def bench(
     request = request_of(opened.model, prompt, image, seed, **clip)
     past = [] if against is None else history.read(against)
     asked = [parse(each) for each in sweeps]
-    missing = {name: why for name in baselines if (why := None if has_compiler() else "no C++ compiler is here")}
+    missing = missing_baselines(baselines)
     contenders = [*backends, *(name for name in baselines if name not in missing)]
     with Bars() as bars:
         verify(opened, backends, bars)

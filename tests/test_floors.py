@@ -17,7 +17,7 @@ ABSENT = {
     "plugins": ["triton", *TENSORRT],
     "engines": ["torch", "onnx", "onnxscript", "triton", *TENSORRT],
     # A deployed image has no ONNX, no Triton and no compiler.
-    "runtime": ["onnx", "onnxscript", "triton", *TENSORRT],
+    "runtime": ["onnx", "onnxscript", "triton", "diffusers", "transformers", *TENSORRT],
     "exporter": ["triton", *TENSORRT],
 }
 BODIES = ("onnx_body", "onnx_function")

@@ -1,5 +1,6 @@
 """What runs graphs: one file per backend, chosen by name and imported when it is asked for."""
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from wanforge.runtime.backends.base import Backend
 
 BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend", "kernels": "KernelsBackend", "trt": "TrtBackend"}
+BASELINES = {"compile": ("compiled", "CompiledBackend"), "diffusers": ("diffusers", "DiffusersBackend")}
+"""Module and class of what backends are timed beside."""
 BOUNDED = ("ort", "trt")
 """Those that keep to a budget of memory."""
 
@@ -41,3 +44,20 @@ def create_backend(
         raise ConfigError(f"the backend {name} keeps to no budget of memory; {' and '.join(BOUNDED)} do")
     bounded: Backend = getattr(module, BACKENDS[name])(bundle, dtype, budget)
     return bounded
+
+
+def create_baseline(name: str, bundle: "Bundle") -> "Backend":
+    """One of `BASELINES` over a bundle.
+
+    Raises:
+        ResourceError: this machine is too small for it.
+    """
+    module, made = BASELINES[name]
+    baseline: Backend = getattr(import_module(f"wanforge.runtime.backends.{module}"), made)(bundle, None)
+    return baseline
+
+
+def missing_baselines(names: Iterable[str]) -> dict[str, str]:
+    """Those of some baselines that there are none of here, and why."""
+    found = {name: import_module(f"wanforge.runtime.backends.{BASELINES[name][0]}").missing() for name in names}
+    return {name: reason for name, reason in found.items() if reason}

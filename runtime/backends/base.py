@@ -21,6 +21,8 @@ class Backend(Protocol):
     memory: Memory
     text_rows_multiple: int = 1
     """Rows of text that are attended to are filled up to a multiple of this, with rows of no weight."""
+    note: str = ""
+    """What has to be said beside its times, where it does not compute what the others do."""
 
     def files(self) -> list[str]:
         """What of the bundle it opens, by path in it."""

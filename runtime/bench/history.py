@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from wanforge.errors import RequestError
-from wanforge.runtime.bench.machine import COMPARABLE, Facts
+from wanforge.runtime.bench.machine import COMPARABLE, PACKAGES, Facts
 
 WINDOW, FEWEST = 10, 3
 """Most runs before this one that count, and the fewest from which their noise can be told."""
@@ -146,6 +146,6 @@ def noise(values: Sequence[float]) -> float:
 
 def changes(before: Entry, now: Entry) -> str:
     """Versions that are others than last time."""
-    names = ("torch", "triton", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "tensorrt", "python", "clock_mhz")
+    names = ("torch", "triton", *PACKAGES, "python", "clock_mhz")
     pairs = ((name, before.machine.get(name), now.machine.get(name)) for name in names)
     return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)

@@ -11,7 +11,7 @@ from wanforge.runtime.op_bench.machine import installed, machine_of, said
 
 Facts = dict[str, str | int | float | None]
 
-PACKAGES = ("onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "tensorrt", "numpy")
+PACKAGES = ("onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "tensorrt", "diffusers", "numpy")
 
 COMPARABLE = ("cpu", "processors", "gpu", "driver")
 """Where one of these differs, so do the numbers: they are not compared."""

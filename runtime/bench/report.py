@@ -163,7 +163,8 @@ def facts(machine: Facts) -> str:
 
 def notes(report: Report) -> list[str]:
     """What has to be said of the numbers."""
-    found = [f"{name}: not timed, {reason}" for name, reason in report.missing.items()]
+    found = [f"{row.contender}: {row.note}" for row in report.rows if row.note]
+    found += [f"{name}: not timed, {reason}" for name, reason in report.missing.items()]
     if report.rows and all(row.joules is None for row in report.rows):
         found.append("energy: unmeasured, NVML or a GPU is missing")
     for name in report.bounds:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from wanforge.engines.bundle import Bundle
-from wanforge.runtime.backends import create_backend
-from wanforge.runtime.backends.compiled import CompiledBackend
+from wanforge.runtime.backends import BASELINES, create_backend, create_baseline
 from wanforge.runtime.bench.meters import Nvml, Reading, metered
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.pipeline import Pipeline, Progress, Request, Timings
@@ -21,9 +20,6 @@ from wanforge.runtime.video import video_writer
 STAGES = ("text", "condition", "prepare", "denoise", "decode", "transfer", "mux")
 """Of a request, in order: prompt to embedding; image to latents; what the steps share; the steps; latents to pixels;
 pixels to the host; frames to the video file."""
-
-COMPILED = "compile"
-"""The baseline that is the reference with its denoiser compiled by PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Row:
         first_seconds: the first request, which compiles and maps what it needs.
         runs: seconds of each stage of every timed request, of its median ``step``, and of all (``total``).
         meters: memory and energy of every timed request.
+        note: what it computes, where that is not what the others do.
     """
 
     contender: str
@@ -42,6 +39,7 @@ class Row:
     first_seconds: float
     runs: list[dict[str, float]] = field(default_factory=list)
     meters: list[Reading] = field(default_factory=list)
+    note: str = ""
 
     @property
     def stages(self) -> list[str]:
@@ -70,6 +68,7 @@ class Row:
     def as_json(self, frames: int) -> dict[str, Any]:
         return {
             "contender": self.contender,
+            "note": self.note,
             "load_seconds": self.load_seconds,
             "first_seconds": self.first_seconds,
             "stages": {stage: spread(self.seconds(stage)) for stage in self.stages},
@@ -87,9 +86,9 @@ def spread(runs: Sequence[float]) -> dict[str, Any]:
 
 
 def make_pipeline(bundle: Bundle, contender: str) -> Pipeline:
-    """A contender ready to serve: a backend by name, or `COMPILED`."""
-    backend = CompiledBackend(bundle, None) if contender == COMPILED else create_backend(contender, bundle)
-    return Pipeline(bundle, backend)
+    """A contender ready to serve: a backend or a baseline by name."""
+    create = create_baseline if contender in BASELINES else create_backend
+    return Pipeline(bundle, create(contender, bundle))
 
 
 def bench_request(
@@ -116,7 +115,7 @@ def bench_request(
             pipelines[name].check(request)
             loaded = time.perf_counter()
             untimed = [one_run(pipelines[name], request, out)["total"] for _ in range(warm_up)]
-            rows.append(Row(name, loaded - start, untimed[0]))
+            rows.append(Row(name, loaded - start, untimed[0], note=pipelines[name].backend.note))
         for turn in range(repeats):
             order = rows if turn % 2 == 0 else list(reversed(rows))
             for place, row in enumerate(order, 1):
