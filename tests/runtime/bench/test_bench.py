@@ -186,6 +186,7 @@ def test_the_compiled_baseline_compiles_the_layers_and_nothing_else(
         return lambda *arguments: calls.append(1) or function(*arguments)
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bundle = bundle_of("tiny-t2v", "bf16-sla")
     request = Request(PROMPT, SHAPE, steps=2, topk=1.0)
     latents = []
