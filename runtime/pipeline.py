@@ -109,6 +109,18 @@ class Pipeline:
             RequestError, ConfigError: the request does not make sense for this model.
             ResourceError: this machine's memory is too small for it.
         """
+        job = self.job(request)
+        if self.backend.device.type == "cpu":
+            self._check_memory(request.shape)
+        self.backend.prepare(request.shape)
+        return job
+
+    def job(self, request: Request) -> Job:
+        """What a request comes to, on a machine that is large enough.
+
+        Raises:
+            RequestError, ConfigError: the request does not make sense for this model.
+        """
         model = self.model
         if (request.image is None) == (model.task == "i2v"):
             need = "needs an image; give one with --image" if request.image is None else "takes no image"
@@ -135,9 +147,6 @@ class Pipeline:
         job = Job(request, ids, schedule(num_steps, sigma_max, sampler.boundary), slots)
         if request.noise is not None:
             check_noise(request.noise, self.latent_shape(request.shape), job.noise_names)
-        if self.backend.device.type == "cpu":
-            self._check_memory(request.shape)
-        self.backend.prepare(request.shape)
         return job
 
     def _check_memory(self, shape: ClipShape) -> None:

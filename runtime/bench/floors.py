@@ -5,7 +5,7 @@ outputs, each once: what a graph hands on inside itself is taken to cost nothing
 with SageSLA is counted launch by launch instead, see `fused_plan`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +47,18 @@ class Bound:
 
 def bounds(bundle: Bundle, job: Job, target: Target) -> dict[str, Bound]:
     """The stages of a request on a GPU; those that copy or encode video have no bound."""
-    found = {}
-    for stage, costs in stage_costs(bundle, job, recipe_for(bundle.recipe, target.sm)).items():
-        found[stage] = Bound(
-            sum(cost.total_flops for cost in costs),
-            sum(cost.total_bytes for cost in costs),
-            seconds(costs, target, IDEAL),
-            seconds(costs, target, ASSUMED),
-        )
-    return found
+    stages = stage_costs(bundle, job, recipe_for(bundle.recipe, target.sm))
+    return {stage: bound(costs, target) for stage, costs in stages.items()}
+
+
+def bound(costs: Sequence[Cost], target: Target) -> Bound:
+    """Launches that run one after the other on a GPU."""
+    return Bound(
+        sum(cost.total_flops for cost in costs),
+        sum(cost.total_bytes for cost in costs),
+        seconds(costs, target, IDEAL),
+        seconds(costs, target, ASSUMED),
+    )
 
 
 def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost]]:
