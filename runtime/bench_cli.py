@@ -1,7 +1,7 @@
 """The commands that time: requests, and the kernels of one op."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from wanforge.runtime.bench import history
 from wanforge.runtime.bench.floors import bounds
 from wanforge.runtime.bench.machine import Facts, fingerprint
 from wanforge.runtime.bench.report import Report, page, text
-from wanforge.runtime.bench.request import Row, bench_request
-from wanforge.runtime.bench.sweep import PARAMETERS, Plan, parse
+from wanforge.runtime.bench.request import bench_request
+from wanforge.runtime.bench.sweep import PARAMETERS, Plan, Setting, parse
 from wanforge.runtime.cli import (
     BUNDLE,
     FILE,
@@ -189,16 +189,17 @@ def bench(
         rows = [] if asked else bench_request(opened, request, contenders, repeats, warm_up, bars)
     machine = fingerprint()
     here = target_name(str(machine["gpu"]))
-    entries = [entry_of(opened, request, machine, row) for row in rows]
-    compared = {
-        row.contender: history.compare(each, past)
-        for row, each in zip(rows, entries, strict=True)
-        if against is not None
-    }
+    setting = request, opened.recipe
+    entries = {row.contender: entry_of("request", opened, setting, machine, row.contender, row.runs) for row in rows}
+    for plan, sweep in zip(plans, found, strict=True):
+        for point in sweep.points:
+            title, setting = f"{sweep.backend}, {sweep.parameter} {point.value}", plan.values[point.value]
+            entries[title] = entry_of("sweep", opened, setting, machine, sweep.backend, point.runs)
+    compared = {title: history.compare(each, past) for title, each in entries.items() if against is not None}
     limits = bounds_of(opened, request, here, targets)
     report = Report(opened, request, machine, rows, limits, here, missing, found, compared)
     if kept is not None:
-        history.append(kept, entries)
+        history.append(kept, [*entries.values()])
     if html is not None:
         write_atomically(html, page(report).encode())
     click.echo(json.dumps(report.as_json()) if as_json else text(report))
@@ -216,23 +217,37 @@ def bounds_of(bundle: Bundle, request: Request, here: str | None, targets: Seque
     if unknown := [name for name in targets if name not in gpus]:
         raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(gpus)}")
     names = dict.fromkeys([*([here] if here else []), *targets])
-    job = Pipeline(bundle, create_backend("torch", bundle)).check(request)
+    job = Pipeline(bundle, create_backend("torch", bundle)).job(request)
     return {name: bounds(bundle, job, gpus[name]) for name in names}
 
 
-def entry_of(bundle: Bundle, request: Request, machine: Facts, row: Row) -> history.Entry:
-    """A contender's result as the history keeps it."""
+def entry_of(
+    what: str,
+    bundle: Bundle,
+    setting: Setting,
+    machine: Facts,
+    contender: str,
+    runs: Sequence[Mapping[str, float]],
+) -> history.Entry:
+    """Timed requests as the history keeps them: like others that were timed for the same purpose, at the same setting.
+
+    Args:
+        what: the purpose, ``request`` or ``sweep``.
+    """
+    request, recipe = setting
     subject = {
-        "what": "request",
+        "what": what,
         "model": bundle.model.name,
-        "recipe": history.digest(bundle.recipe),
+        "recipe": history.digest(recipe),
         "clip": [request.shape.width_px, request.shape.height_px, request.shape.frames],
         "steps": request.steps,
         "topk": request.topk,
         "prompt": history.digest(request.prompt),
-        "contender": row.contender,
+        "contender": contender,
     }
-    return history.entry(machine, subject, {stage: row.seconds(stage) for stage in row.stages})
+    if request.sigma_max is not None:
+        subject["sigma_max"] = request.sigma_max
+    return history.entry(machine, subject, {stage: [run[stage] for run in runs] for stage in runs[0]})
 
 
 def exit_by(verdicts: Sequence[str]) -> None:

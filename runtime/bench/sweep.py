@@ -97,19 +97,28 @@ class Point:
     """One value of a sweep.
 
     Attributes:
-        total_seconds, step_seconds: medians.
+        runs: seconds of each stage of every timed request, see `request.Row`.
         clip, latents: against what the sweep is held against.
         rates: what of held-out prompts comes out right, where that was asked for.
     """
 
     value: str
     tokens: int
-    total_seconds: float
-    step_seconds: float
+    runs: list[dict[str, float]]
     meters: Reading
     clip: Difference
     latents: Difference
     rates: Rates | None
+
+    @property
+    def total_seconds(self) -> float:
+        """Of a request, the median."""
+        return statistics.median(run["total"] for run in self.runs)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a request's median step, the median."""
+        return statistics.median(run["step"] for run in self.runs)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -238,8 +247,7 @@ def point(
     return Point(
         value,
         request.shape.tokens,
-        statistics.median(run["total"] for run in runs),
-        statistics.median(run["step"] for run in runs),
+        runs,
         median_reading(meters),
         clip_difference(frames, reference[1]),
         difference(latents, reference[0]),

@@ -17,6 +17,7 @@ from wanforge.errors import RequestError
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.runtime import bench_cli
 from wanforge.runtime.backends import compiled, create_backend
+from wanforge.runtime.bench import history, sweep
 from wanforge.runtime.bench.floors import bounds, operations, stage_costs
 from wanforge.runtime.bench.overhead import Stub, step_seconds
 from wanforge.runtime.bench.request import bench_request
@@ -93,6 +94,56 @@ def test_results_are_kept_and_compared(bundle_of: BundleOf, tmp_path: Path, monk
         found = {each["name"]: each["verdict"] for each in json.loads(done.stdout)["verdicts"]["ort"]}
         assert found == dict.fromkeys(("text", "total"), "regression" if expected else "pass")
     assert run("bench", bundle, "--against", tmp_path / "absent.jsonl").exit_code == 1
+
+
+def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
+    bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up; the fourth sweep is slower at one value of each parameter."""
+    slow: set[object] = set()
+
+    def timed(pipeline: Pipeline, request: Request, out: Path) -> dict[str, float]:
+        now = 2.0 if slow & {request.sigma_max, request.shape.frames, pipeline.recipe.block_k} else 1.0
+        return {"step": now, "total": now}
+
+    monkeypatch.setattr(sweep, "one_run", timed)
+    past, bundle = tmp_path / "history.jsonl", bundle_of("tiny-t2v", "bf16-sla").root
+    sweeps = ("--sweep", "sigma_max=40,80", "--sweep", "frames=1,5", "--sweep", "block_k=64,128")
+    options = (
+        "--resolution",
+        "96x64",
+        *SMALL,
+        "--topk",
+        1,
+        "--repeats",
+        2,
+        "--backend",
+        "torch",
+        *sweeps,
+        "--history",
+        past,
+    )
+    for _ in range(3):
+        assert run("bench", bundle, *options).exit_code == 0
+    entries = history.read(past)
+    assert len(entries) == 18
+    # One frame and key blocks of 64 are what the request has anyway: the same setting.
+    assert len({json.dumps(each.subject) for each in entries}) == 5
+    assert [each.values["total"] for each in entries] == [[1.0, 1.0]] * 18
+    slow |= {40.0, 5, 128}
+    done = run("bench", bundle, *options, "--against", past, "--json")
+    assert done.exit_code == 1, done.output
+    verdicts = {
+        title: {each["verdict"] for each in found} for title, found in json.loads(done.stdout)["verdicts"].items()
+    }
+    assert verdicts == {
+        "torch, sigma_max 40": {"regression"},
+        "torch, sigma_max 80": {"pass"},
+        "torch, frames 1": {"pass"},
+        "torch, frames 5": {"regression"},
+        "torch, block_k 64": {"pass"},
+        "torch, block_k 128": {"regression"},
+    }
 
 
 def test_the_page_has_stages_floors_and_sweeps(bundle_of: BundleOf, tmp_path: Path) -> None:
