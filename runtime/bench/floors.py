@@ -7,6 +7,7 @@ with SageSLA is counted launch by launch instead, see `fused_plan`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from wanforge.engines.bundle import Bundle
 from wanforge.engines.tensorfile import read_header
 from wanforge.runtime.arena import element_type
 from wanforge.runtime.cost import ASSUMED, IDEAL, Cost, Workload, block, seconds
+from wanforge.runtime.engine_plan import names_in
 from wanforge.runtime.fused_block import recipe_for
 from wanforge.runtime.fused_plan import fused_block
 from wanforge.runtime.graphs import Graph, graphs
@@ -131,6 +133,12 @@ class Counter:
 
 def operations(graph: Graph, sizes: Mapping[str, int]) -> int:
     """Of matrix products and convolutions, two per multiply-add."""
+    return _operations(graph, tuple((name, sizes[name]) for name in sorted(names_in(graph.inputs))))
+
+
+@lru_cache(maxsize=256)  # running a VAE takes a second, though its tensors are not there
+def _operations(graph: Graph, named: tuple[tuple[str, int], ...]) -> int:
+    sizes = dict(named)
     with torch.device("meta"), torch.inference_mode():
         inputs = [torch.empty(port.concrete(sizes), dtype=element_type(port.dtype, COMPUTE)) for port in graph.inputs]
         with FlopCounterMode(display=False) as counter:
