@@ -132,7 +132,8 @@ def page(suite: Suite) -> str:
     sms = " and ".join(f"sm_{sm}" for sm in SMS)
     parts = [
         "# Benchmarks",
-        f"Written by `{COMMAND}`, which `make bench` runs. What needs a GPU is not in here. Do not edit.",
+        f"Written by `{COMMAND}`, which `make bench` runs. What needs a GPU is not in here; what is "
+        "predicted of GPUs is in [scaling.md](scaling.md). Do not edit.",
         f"Measured on {where}, load {machine['load']} when it ended; "
         + ", ".join(f"{name} {machine[name]}" for name in versions if machine.get(name))
         + ". On a machine with other work ratios say more than times.",

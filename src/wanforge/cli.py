@@ -40,6 +40,10 @@ COMMANDS = {
         "wanforge.exporter.suite_cli:suite",
         "Measure what any machine can: export, build, host overhead, ONNX Runtime.",
     ),
+    "scaling": (
+        "wanforge.exporter.scaling_cli:scaling",
+        "Predict how time and memory grow with length and size, on any GPU.",
+    ),
     "doctor": ("wanforge.runtime.doctor_cli:doctor", "Say what this machine can do, and what is missing."),
 }
 
