@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tools.tinywan.denoiser import train_denoiser
 from tools.tinywan.latents import Pool, fill_pool, pixels_of
@@ -16,11 +18,12 @@ from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
 from tools.tinywan.scores import draw, measured, write
-from tools.tinywan.training import Plan, load_averaged
+from tools.tinywan.training import Plan, load_averaged, save
 from tools.tinywan.vae import decoder_of, new_vae, quick, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
 from wanforge.configs.schema import load_model, load_recipe
 from wanforge.engines.bundle import components
+from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.runtime.reference.vae import VAE
 
@@ -31,7 +34,7 @@ PLANS = {
     "decoder": Plan(steps=600, batch=3, rate=5e-4, warmup=30, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
-    "dense": Plan(steps=2200, batch=16, rate=7e-4, warmup=20, decay=0.998, muon=True),
+    "dense": Plan(steps=2800, batch=16, rate=7e-4, warmup=20, decay=0.998, muon=True),
     "sparse": Plan(steps=800, batch=16, rate=3e-4, warmup=20, decay=0.995, muon=True),
 }
 CROP = 10
@@ -59,22 +62,34 @@ class Place:
     def pool(self) -> Pool:
         return Pool(self.folder / "pool", self.shards)
 
-    def network(self, phase: str | None = None) -> Network:
-        """The network as it begins, or with the averaged weights of a phase."""
+    def network(self, phase: str) -> Network:
+        """The network with the averaged weights of a phase, or of the package where the folder has no such phase."""
         network = Network(MODEL, load_recipe("bf16-sla"))
-        return (network if phase is None else load_averaged(phase, self.folder, network)).to(self.device)
+        if (self.folder / f"{phase}.pt").exists():
+            load_averaged(phase, self.folder, network)
+        else:
+            network.dit.load_state_dict(shipped("dit"))
+            network.text_encoder.load_state_dict(shipped("text_encoder"))
+        return network.to(self.device)
 
     def settled_vae(self) -> VAE:
-        """The VAE as the pool sees it: with the decoder as it was before it was trained further."""
+        """The VAE as the pool sees it: with the decoder as it was before it was trained further. The package's where
+        the folder has none."""
         path = self.folder / "vae.settled.pt"
         vae = new_vae(MODEL)
-        if not path.exists():
+        if path.exists():
+            vae.load_state_dict(torch.load(path))
+        elif (self.folder / "vae-clips.pt").exists():
             load_averaged("vae-clips", self.folder, vae)
-            partial = path.with_suffix(".partial")
-            torch.save(settle_latents(vae, MODEL).state_dict(), partial)
-            partial.replace(path)
-        vae.load_state_dict(torch.load(path))
+            save(path, settle_latents(vae, MODEL).state_dict())
+        else:
+            vae.load_state_dict(shipped("vae"))
         return vae.to(self.device)
+
+
+def shipped(component: str) -> dict[str, Tensor]:
+    """Weights of the package, from which training can go on where an earlier run's folder is gone."""
+    return load_file(embedded(MODEL).weights[component])
 
 
 def run_vae(place: Place) -> None:
@@ -97,12 +112,16 @@ def run_decoder(place: Place) -> None:
     train_decoder(MODEL, vae, place.pool(), place.folder, PLANS["decoder"], compiled=place.compiled)
 
 
+def new_network(place: Place) -> Network:
+    return Network(MODEL, load_recipe("bf16-sla")).to(place.device)
+
+
 def run_words(place: Place) -> None:
-    train_words(place.network(), make_tokenizer(), place.folder, PLANS["words"])
+    train_words(new_network(place), make_tokenizer(), place.folder, PLANS["words"])
 
 
 def run_crops(place: Place) -> None:
-    network = place.network()
+    network = new_network(place)
     load_averaged("words", place.folder, Reader(network))
     run_denoiser(place, "crops", network, dense_share=1.0, side=CROP)
 
@@ -124,7 +143,8 @@ def run_denoiser(place: Place, phase: str, network: Network, *, dense_share: flo
 
 def run_publish(place: Place) -> None:
     vae = place.settled_vae().cpu()
-    load_averaged("decoder", place.folder, decoder_of(vae))
+    if (place.folder / "decoder.pt").exists():
+        load_averaged("decoder", place.folder, decoder_of(vae))
     for path in publish(place.network("sparse").cpu(), vae, place.folder / "files"):
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -142,10 +162,12 @@ def run_scores(place: Place) -> None:
 def run_pictures(place: Place) -> None:
     """Curves, and what the VAE makes of six drawn clips: each above what comes back."""
     vae, rng = place.settled_vae(), np.random.default_rng(99)
-    load_averaged("decoder", place.folder, decoder_of(vae))
-    clips = []
+    if (place.folder / "decoder.pt").exists():
+        load_averaged("decoder", place.folder, decoder_of(vae))
+    clips, width, height = [], MODEL.video.width_px, MODEL.video.height_px
     for _ in range(6):
-        pixels = pixels_of(MODEL, draw_scene(rng, (MODEL.video.width_px, MODEL.video.height_px), unseen=True))
+        scene = draw_scene(rng, (width, height), MODEL.video.frames, unseen=True)
+        pixels = pixels_of(MODEL, scene)[..., :height, :width]
         with torch.no_grad():
             back = vae.decode(quick(vae.encode(quick(pixels.to(place.device))))).float().cpu().clamp(-1, 1)
         clips += [((x[0] + 1) * 127.5 + 0.5).byte().permute(1, 2, 3, 0).numpy() for x in (pixels, back)]
@@ -178,7 +200,8 @@ PHASES: dict[str, Callable[[Place], None]] = {
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run these PHASES, all of them by default, or go on with them.
 
-    vae, pool, decoder, words, crops, dense, sparse, publish, pictures, scores. What was finished is passed over.
+    vae, pool, decoder, words, crops, dense, sparse, publish, pictures, scores. What was finished is passed over. A
+    phase whose predecessor is not in the folder begins with the package's weights.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

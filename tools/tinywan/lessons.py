@@ -28,7 +28,10 @@ from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep,
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents, the times that the network is told, and embedded prompts to the velocity."""
 
-STEPS = 4
+SHARES = (2, 4, 6, 4)
+"""Of a batch of 16, per step of the schedule: from noise alone there is least to learn, and where a clip begins to show
+through it most."""
+STEPS = len(SHARES)
 REFRESHED = 0.02
 """Share of batches before which to look for shards that another process has finished."""
 FOREGROUND = 4.0
@@ -59,8 +62,9 @@ def renoise(clean: Tensor, times_B: Tensor, generator: torch.Generator) -> Tenso
 
 
 def steps_of(batch: int) -> list[int]:
-    """Which step of the schedule each sample of a batch is for, in equal shares."""
-    return [place * STEPS // batch for place in range(batch)]
+    """Which step of the schedule each sample of a batch is for, in the proportions of `SHARES`."""
+    edges = [sum(SHARES[: place + 1]) / sum(SHARES) for place in range(STEPS)]
+    return [next(step for step, edge in enumerate(edges) if (place + 0.5) / batch < edge) for place in range(batch)]
 
 
 class Lessons:
