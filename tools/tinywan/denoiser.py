@@ -11,7 +11,8 @@ import torch
 from numpy.random import Generator
 from torch import Tensor, nn
 
-from tools.tinywan.lessons import FOREGROUND, STEPS, THING, Lessons, Velocity, guess, steps_of
+from tools.tinywan.latents import is_thing
+from tools.tinywan.lessons import FOREGROUND, STEPS, Lessons, Velocity, guess, steps_of
 from tools.tinywan.networks import Network
 from tools.tinywan.training import Plan, train
 from wanforge.configs.schema import HEAD_DIM, ClipShape, selected_blocks
@@ -56,9 +57,7 @@ def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: 
 def foreground(clean_BCFHW: Tensor) -> Tensor:
     """Weight of each cell, 1 on average in a clip: `FOREGROUND` times as much where a thing is as on the background,
     which is most of a clip and soon learned. ``[B, 1, F, H, W]``"""
-    background = clean_BCFHW.flatten(3).median(3, keepdim=True).values[..., None]
-    distance = (clean_BCFHW - background).square().mean(1, keepdim=True).sqrt()
-    weight = torch.where(distance > THING, FOREGROUND, 1.0)
+    weight = torch.where(is_thing(clean_BCFHW), FOREGROUND, 1.0)[:, None]
     return weight / weight.mean((1, 2, 3, 4), keepdim=True)
 
 

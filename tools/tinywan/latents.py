@@ -24,6 +24,8 @@ from wanforge.runtime.reference.vae import VAE
 
 SHARD = 64
 """Scenes per file."""
+THING = 0.8
+"""Distance of a cell's latents from the background's, RMS over channels, from which it shows a thing."""
 
 
 def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: range, seed: int = 0) -> Iterator[Path]:
@@ -80,11 +82,37 @@ def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
 
 def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Tensor:
     """Of all windows of a scene the one that, scaled by `signal`, has the least squared distance to a state."""
-    scene, state = (x.flatten(0, 1)[None] for x in (scene_CFHW, state_CFHW))
-    likeness_YX = F.conv2d(scene, state)[0, 0]
-    square_YX = F.conv2d(scene.square().sum(1, keepdim=True), torch.ones_like(state[:, :1]))[0, 0]
-    place = int((likeness_YX - signal / 2 * square_YX).argmax())
-    return window(scene_CFHW, divmod(place, likeness_YX.shape[1]), state_CFHW.shape)
+    likeness_YX = sums(scene_CFHW, state_CFHW)
+    square_YX = sums(scene_CFHW.square().sum(0), torch.ones_like(state_CFHW[0]))
+    return best_window(scene_CFHW, likeness_YX - signal / 2 * square_YX, state_CFHW.shape)
+
+
+def brightest_window(scene_CFHW: Tensor, noise_CFHW: Tensor) -> Tensor:
+    """Of all windows of a scene the one with the middles of its things where noise is largest, summed over channels."""
+    likeness_YX = sums(middles(is_thing(scene_CFHW).float()), noise_CFHW.sum(0))
+    return best_window(scene_CFHW, likeness_YX, noise_CFHW.shape)
+
+
+def middles(things_FHW: Tensor) -> Tensor:
+    """Things without holes, and less a cell all around: there is no smaller one left of which nothing is."""
+    filled = F.max_pool2d(things_FHW, 3, stride=1, padding=1)
+    return -F.max_pool2d(-filled, 5, stride=1, padding=2)
+
+
+def sums(scene: Tensor, weights: Tensor) -> Tensor:
+    """Sums over each window of a scene, weighted alike; both with as many axes before the last two."""
+    one, other = (x.reshape(1, -1, *x.shape[-2:]) for x in (scene, weights))
+    return F.conv2d(one, other)[0, 0]
+
+
+def best_window(scene_CFHW: Tensor, merit_YX: Tensor, shape_CFHW: tuple[int, ...]) -> Tensor:
+    return window(scene_CFHW, divmod(int(merit_YX.argmax()), merit_YX.shape[1]), shape_CFHW)
+
+
+def is_thing(clean_CFHW: Tensor) -> Tensor:
+    """Which cells show something else than the background, which is most of every frame; ``[..., F, H, W]``."""
+    background = clean_CFHW.flatten(-2).median(-1).values[..., None, None]
+    return (clean_CFHW - background).square().mean(-4).sqrt() > THING
 
 
 class Pool:

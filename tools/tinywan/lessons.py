@@ -19,7 +19,7 @@ from numpy.random import Generator
 from tokenizers import Tokenizer as Tokens
 from torch import Tensor
 
-from tools.tinywan.latents import Pool, middle, nearest_window, window
+from tools.tinywan.latents import Pool, brightest_window, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
 from wanforge.configs.schema import ClipShape, ModelConfig
@@ -28,15 +28,12 @@ from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep,
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents, the times that the network is told, and embedded prompts to the velocity."""
 
-SHARES = (2, 4, 6, 4)
-"""Of a batch of 16, per step of the schedule: from noise alone there is least to learn, and where a clip begins to show
-through it most."""
+SHARES = (5, 5, 4, 2)
+"""Of a batch of 16, per step of the schedule."""
 STEPS = len(SHARES)
 REFRESHED = 0.02
 """Share of batches before which to look for shards that another process has finished."""
 FOREGROUND = 4.0
-THING = 0.8
-"""Distance of a cell's latents from the background's, RMS over channels, from which it shows a thing."""
 
 
 def state_times(model: ModelConfig) -> list[float]:
@@ -108,8 +105,8 @@ class Lessons:
             basis[retold] = guess(velocity, earlier, all_times[before], text[retold].detach())
             noisy = renoise(basis, times, generator)
             goals = [
-                nearest_window(scene, state, 1 - float(time))
-                for scene, state, time in zip(scenes, noisy, times, strict=True)
+                nearest_window(scene, state, 1 - float(time)) if step else brightest_window(scene, state)
+                for scene, state, time, step in zip(scenes, noisy, times, steps, strict=True)
             ]
         return noisy, times, text, torch.stack(goals)
 
