@@ -66,6 +66,12 @@ def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int
     return scene_CFHW[:, :, y : y + height, x : x + width]
 
 
+def centre(scene_CFHW: Tensor, frame_hw: tuple[int, int]) -> Tensor:
+    """The window of a frame's size in the middle of a scene."""
+    y, x = ((extent - frame) // 2 for extent, frame in zip(scene_CFHW.shape[2:], frame_hw, strict=True))
+    return window(scene_CFHW, (y, x), (*scene_CFHW.shape[:2], *frame_hw))
+
+
 def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
     """The part of a scene whose windows of `side` cells have its things in them, or most of what they do.
 
@@ -85,18 +91,6 @@ def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Ten
     likeness_YX = sums(scene_CFHW, state_CFHW)
     square_YX = sums(scene_CFHW.square().sum(0), torch.ones_like(state_CFHW[0]))
     return best_window(scene_CFHW, likeness_YX - signal / 2 * square_YX, state_CFHW.shape)
-
-
-def brightest_window(scene_CFHW: Tensor, noise_CFHW: Tensor) -> Tensor:
-    """Of all windows of a scene the one with the middles of its things where noise is largest, summed over channels."""
-    likeness_YX = sums(middles(is_thing(scene_CFHW).float()), noise_CFHW.sum(0))
-    return best_window(scene_CFHW, likeness_YX, noise_CFHW.shape)
-
-
-def middles(things_FHW: Tensor) -> Tensor:
-    """Things without holes, and less a cell all around: there is no smaller one left of which nothing is."""
-    filled = F.max_pool2d(things_FHW, 3, stride=1, padding=1)
-    return -F.max_pool2d(-filled, 5, stride=1, padding=2)
 
 
 def sums(scene: Tensor, weights: Tensor) -> Tensor:

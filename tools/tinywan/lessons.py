@@ -1,9 +1,8 @@
-"""What the denoiser is taught, at the four times at which the sampler asks it.
+"""What the denoiser is taught, at the four times at which the sampler asks it: the clip of the caption, at once.
 
-A caption leaves nothing open but which window of its scene a clip is, and of those windows the one nearest to the noisy
-state is the goal. So every state has one right answer that can be computed, where otherwise a teacher's flow would have
-to be trained and then followed to its end for each of them; and what is learned at one time serves at the others: find
-the place where the noise looks most like the scene, and draw it there.
+A caption leaves nothing open, so every state has one right answer, where otherwise a teacher's flow would have to be
+trained and then followed to its end for each of them. Only small windows of a scene, on which training begins, may lie
+in several places: there the one nearest to the noisy state is the answer.
 
 The sampler puts fresh noise on its guess of the clip and guesses again, so nearly half of the states after the first
 step's are noise on the network's own guess from the step before: each step learns to mend what the one before does
@@ -19,7 +18,7 @@ from numpy.random import Generator
 from tokenizers import Tokenizer as Tokens
 from torch import Tensor
 
-from tools.tinywan.latents import Pool, brightest_window, middle, nearest_window, window
+from tools.tinywan.latents import Pool, centre, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
 from wanforge.configs.schema import ClipShape, ModelConfig
@@ -28,9 +27,7 @@ from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep,
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Latents, the times that the network is told, and embedded prompts to the velocity."""
 
-SHARES = (5, 5, 4, 2)
-"""Of a batch of 16, per step of the schedule."""
-STEPS = len(SHARES)
+STEPS = 4
 REFRESHED = 0.02
 """Share of batches before which to look for shards that another process has finished."""
 FOREGROUND = 4.0
@@ -59,9 +56,8 @@ def renoise(clean: Tensor, times_B: Tensor, generator: torch.Generator) -> Tenso
 
 
 def steps_of(batch: int) -> list[int]:
-    """Which step of the schedule each sample of a batch is for, in the proportions of `SHARES`."""
-    edges = [sum(SHARES[: place + 1]) / sum(SHARES) for place in range(STEPS)]
-    return [next(step for step, edge in enumerate(edges) if (place + 0.5) / batch < edge) for place in range(batch)]
+    """Which step of the schedule each sample of a batch is for, in equal shares."""
+    return [place * STEPS // batch for place in range(batch)]
 
 
 class Lessons:
@@ -105,14 +101,14 @@ class Lessons:
             basis[retold] = guess(velocity, earlier, all_times[before], text[retold].detach())
             noisy = renoise(basis, times, generator)
             goals = [
-                nearest_window(scene, state, 1 - float(time)) if step else brightest_window(scene, state)
-                for scene, state, time, step in zip(scenes, noisy, times, steps, strict=True)
+                nearest_window(scene, state, 1 - float(time))
+                for scene, state, time in zip(scenes, noisy, times, strict=True)
             ]
         return noisy, times, text, torch.stack(goals)
 
     def scene(self, row: int) -> Tensor:
         scene_CFHW = self.pool.latents[row].float()
-        return scene_CFHW if self.side is None else middle(scene_CFHW, self.frame_hw, self.side)
+        return centre(scene_CFHW, self.frame_hw) if self.side is None else middle(scene_CFHW, self.frame_hw, self.side)
 
     def any_window(self, rng: Generator, scene_CFHW: Tensor) -> Tensor:
         spare = [scene_CFHW.shape[axis] - self.shape[axis] for axis in (2, 3)]
