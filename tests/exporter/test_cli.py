@@ -108,7 +108,7 @@ def test_synth_follows_the_seed(tmp_path: Path, checkpoints: dict[str, Path]) ->
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--model", "tiny"], "no model is called 'tiny'; known: tiny-i2v, tiny-t2v, turbowan"),
+        (["--model", "tiny"], "no model is called 'tiny'; known: tiny-i2v, tiny-t2v, tinywan, turbowan"),
         (["--model", "gone.toml"], "gone.toml: no such configuration file"),
         (["--model", "tiny-t2v", "--part", "clip"], "tiny-t2v has no part clip; known: dit, dit-quant, vae"),
         (["--model", "tiny-t2v", "--part", "dit.low"], "tiny-t2v has no part dit.low"),
@@ -358,7 +358,7 @@ def test_export_cures_what_is_stale_or_damaged(bundle: Bundle) -> None:
     ("arguments", "complaint"),
     [
         (["synth", "--out", "x"], "Missing option '--model'"),
-        (["import", "--model", "tiny-t2v"], "Missing option '--dit'"),
+        (["import", "--model", "tiny-t2v"], "Missing option '--out'"),
         (["export"], "Missing argument 'BUNDLE'"),
         (["export", "x", "--dtype", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
         (["export", __file__], "is a file"),

@@ -1,0 +1,50 @@
+"""TinyWan as it comes with the package: small, and drawing what prompts ask for on every path."""
+
+from dataclasses import replace
+
+import pytest
+
+from wanforge.configs.schema import CONFIGS, load_model, load_recipe
+from wanforge.engines.bundle import Bundle
+from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.export import export
+from wanforge.runtime.parity.comparison import Contender
+from wanforge.runtime.quality.figures import Subject
+from wanforge.runtime.quality.held_out import Prompt, measure
+
+PROMPTS = [
+    Prompt("a red circle moving right", (Subject("red", "circle", "right"),)),
+    Prompt("a blue square moving left on a white background", (Subject("blue", "square", "left"),)),
+    Prompt("a video of a large blue triangle going right at high speed", (Subject("blue", "triangle", "right"),)),
+    Prompt("a yellow circle moving down on a grey background", (Subject("yellow", "circle", "down"),)),
+]
+
+
+@pytest.fixture(scope="module")
+def tinywan(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    model, folder = load_model("tinywan"), tmp_path_factory.mktemp("tinywan")
+    bundle = import_checkpoint(model, embedded(model), folder, recipe=load_recipe("w8a8"))
+    export(bundle, ("fp32",))
+    return Bundle.open(folder)
+
+
+def test_it_takes_eight_megabytes() -> None:
+    assert sum(path.stat().st_size for path in (CONFIGS / "models" / "tinywan").iterdir()) <= 8_000_000
+
+
+@pytest.mark.parametrize("backend", ["torch", "ort"])
+def test_clips_show_what_the_prompts_say(tinywan: Bundle, backend: str) -> None:
+    rates = measure(Contender(backend).pipeline(tinywan), prompts=PROMPTS).rates
+    assert (rates.colour, rates.shape, rates.direction) == (1.0, 1.0, 1.0)
+
+
+def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
+    """The same clips held against wrong answers: the rates can fall."""
+    (subject,) = PROMPTS[0].subjects
+    wrong = [
+        Prompt(PROMPTS[0].text, (replace(subject, **{name: value}),))
+        for name, value in (("colour", "blue"), ("shape", "triangle"), ("direction", "left"))
+    ]
+    rates = measure(Contender("torch").pipeline(tinywan), prompts=wrong).rates
+    assert (rates.colour, rates.shape, rates.direction) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
