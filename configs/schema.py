@@ -4,6 +4,7 @@ Shapes of a published model are the defaults, so a file only says where a model 
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -96,6 +97,10 @@ class VideoConfig(Record, frozen=True):
     height_px: Multiple16
     frames: Annotated[int, Meta(ge=1)] = 81
     fps: Count = 16
+
+    @property
+    def clip(self) -> "ClipShape":
+        return ClipShape(self.width_px, self.height_px, self.frames)
 
 
 class ModelConfig(Record, frozen=True):
@@ -214,6 +219,7 @@ class Tile(Record, frozen=True):
 
 
 T = TypeVar("T", bound=Record)
+Entry = TypeVar("Entry")
 
 
 def load(path: Path, record: type[T]) -> T:
@@ -272,6 +278,18 @@ class _Resolutions(Record, frozen=True):
 def load_targets() -> dict[str, Target]:
     """Every known GPU by name."""
     return load(CONFIGS / "targets.toml", _Targets).targets
+
+
+def targets_called(names: Iterable[str], known: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The entries of a table of targets that are asked for, in the order of asking.
+
+    Raises:
+        ConfigError: the table has no such target.
+    """
+    found = {name: known.get(name) for name in names}
+    if unknown := [name for name in found if name not in known]:
+        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(known)}")
+    return {name: known[name] for name in found}
 
 
 def load_tiles() -> dict[str, list[Tile]]:

@@ -16,6 +16,7 @@ from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt_library import RTX, Library, flavour_for, open_library
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.bench.floors import Bound, bound, stage_costs
+from wanforge.runtime.cli import PROMPT
 from wanforge.runtime.cost import Cost
 from wanforge.runtime.engine_plan import build_engines
 from wanforge.runtime.fused_block import recipe_for
@@ -23,7 +24,6 @@ from wanforge.runtime.memory_report import Report, report
 from wanforge.runtime.pipeline import Pipeline, Progress, Request
 
 RECIPE = "w8a8"
-PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
 ENDLESS_GIB = 1e6
 """Of a GPU on which everything stays."""
 QUADRATIC = ("attention + quantise", "pool q, block scores")
@@ -112,10 +112,10 @@ def predict(
 def points_of(bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]) -> list[Point]:
     """The time of a clip at each top-k."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
+    recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
     points = []
     for topk in topks:
         job = pipeline.job(Request(PROMPT, clip, topk=topk))
-        recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
         stages = {recipe: of_networks(stage_costs(bundle, job, recipe)) for recipe in set(recipes.values())}
         bounds = {
             name: {stage: bound(costs, target) for stage, costs in stages[recipes[name]].items()}

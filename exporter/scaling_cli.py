@@ -5,8 +5,7 @@ from pathlib import Path
 
 import click
 
-from wanforge.configs.schema import ClipShape, load_model, load_targets, named, size_of
-from wanforge.errors import ConfigError
+from wanforge.configs.schema import ClipShape, load_model, load_targets, named, size_of, targets_called
 from wanforge.exporter.scaling import predict
 from wanforge.exporter.scaling_report import MEMORY_PLOT, TIME_PLOT, memory_plot, page, text, time_plot
 from wanforge.exporter.scaling_report import as_json as plain
@@ -70,11 +69,9 @@ def scaling(
     Example:
       wanforge scaling --model turbowan2.1-t2v-14b-720p --resolution 720p --frames 81 --frames 161 --target rtx5090
     """
-    gpus = load_targets()
-    if unknown := [name for name in targets if name not in gpus]:
-        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(gpus)}")
+    known = load_targets()
+    wanted = targets_called(targets or known, known)
     clips = [ClipShape(*size_of(resolution, "16:9"), count) for resolution in resolutions for count in frames]
-    wanted = {name: gpus[name] for name in targets or gpus}
     with Bars() as bars:
         found = predict([load_model(name) for name in models], clips, topks, wanted, bars)
     if markdown is not None:

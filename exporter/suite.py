@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanforge.configs.schema import ClipShape, ModelConfig, load_model, load_recipe
+from wanforge.configs.schema import ModelConfig, load_model, load_recipe
 from wanforge.engines.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
@@ -22,6 +22,7 @@ from wanforge.runtime.bench.history import Entry, digest, entry
 from wanforge.runtime.bench.machine import Facts, fingerprint
 from wanforge.runtime.bench.overhead import step_seconds
 from wanforge.runtime.bench.request import Row, bench_request
+from wanforge.runtime.cli import PROMPT
 from wanforge.runtime.engine_plan import build_engines
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.pipeline import Progress, Request
@@ -35,7 +36,6 @@ SIZES = {
 DENOISER = ("context", "cross_kv", "time", "stem", "block", "head")
 SMS = (89, 120)
 """Of the GeForce 40 and 50."""
-PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
 
 HOST_LIMIT, ORT_LIMIT = 1e-3, 0.7
 """Most seconds of the host for a step of thirty layers, and most of eager PyTorch's time that ONNX Runtime may take."""
@@ -111,8 +111,7 @@ def run_suite(repeats: int, progress: Progress = lambda *_: None) -> Suite:
             scales.append(measure_scale(Path(folder) / title, title, load_model(name), repeats, builds=not missing))
             progress("export and build", len(scales), len(SIZES))
         bundle = tiny_bundle(Path(folder) / "files")
-        video = bundle.model.video
-        request = Request(PROMPT, ClipShape(video.width_px, video.height_px, video.frames))
+        request = Request(PROMPT, bundle.model.video.clip)
         rows = bench_request(bundle, request, ("torch", "ort"), repeats, progress=progress)
     return Suite(fingerprint(), scales, rows, missing)
 
@@ -134,9 +133,7 @@ def measure_scale(folder: Path, title: str, model: ModelConfig, repeats: int, *,
 
 
 def build(bundle: Bundle) -> None:
-    video = bundle.model.video
-    clip = ClipShape(video.width_px, video.height_px, video.frames)
-    build_engines(bundle, clip, open_library(RTX), SMS, only=DENOISER)
+    build_engines(bundle, bundle.model.video.clip, open_library(RTX), SMS, only=DENOISER)
 
 
 def timed(run: Callable[[], Any]) -> float:

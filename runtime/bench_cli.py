@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from wanforge.configs.schema import load_model, load_targets, named
+from wanforge.configs.schema import load_model, load_targets, named, targets_called
 from wanforge.engines.bundle import Bundle
-from wanforge.errors import ConfigError
 from wanforge.runtime.backends import BACKENDS, BASELINES, create_backend, missing_baselines
 from wanforge.runtime.bench import history
 from wanforge.runtime.bench.floors import bounds
@@ -213,12 +212,9 @@ def bounds_of(bundle: Bundle, request: Request, here: str | None, targets: Seque
     Raises:
         ConfigError: there is no such GPU.
     """
-    gpus = load_targets()
-    if unknown := [name for name in targets if name not in gpus]:
-        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(gpus)}")
-    names = dict.fromkeys([*([here] if here else []), *targets])
+    gpus = targets_called([*([here] if here else []), *targets], load_targets())
     job = Pipeline(bundle, create_backend("torch", bundle)).job(request)
-    return {name: bounds(bundle, job, gpus[name]) for name in names}
+    return {name: bounds(bundle, job, gpu) for name, gpu in gpus.items()}
 
 
 def entry_of(

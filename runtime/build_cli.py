@@ -8,7 +8,7 @@ from time import perf_counter
 import click
 import torch
 
-from wanforge.configs.schema import ClipShape, load_targets
+from wanforge.configs.schema import ClipShape, load_targets, targets_called
 from wanforge.engines.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError
 from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, flavour_for, open_library
@@ -175,14 +175,12 @@ def sms_of(targets: str) -> list[int]:
     gpus = load_targets()
     made_for = sorted({*RTX.sms, *(gpu.sm for gpu in gpus.values())})
     known = {name: gpu.sm for name, gpu in gpus.items()} | {f"sm_{sm}": sm for sm in made_for}
-    names = [name.strip() for name in targets.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(known)}")
-    if old := [name for name in names if known[name] < FIRST_BF16_SM]:
+    wanted = targets_called(map(str.strip, targets.split(",")), known)
+    if old := [name for name, sm in wanted.items() if sm < FIRST_BF16_SM]:
         raise ConfigError(
             f"{old[0]} has no bfloat16, in which engines compute; sm_{FIRST_BF16_SM} is the first that has"
         )
-    return sorted({known[name] for name in names})
+    return sorted(set(wanted.values()))
 
 
 def groups(sms: list[int]) -> list[tuple[Flavour, tuple[int, ...]]]:

@@ -199,7 +199,7 @@ class Workload:
 def published_workload(name: str, *, text_rows: int) -> Workload:
     """A published model with its own clip and top-k."""
     model, recipe = load_model(name), load_recipe("w8a8")
-    shape = ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    shape = model.video.clip
     num_selected = selected_blocks(model.topk, cdiv(shape.tokens, recipe.block_k))
     return Workload(model, shape, recipe, num_selected, text_rows)
 

@@ -254,7 +254,7 @@ def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | Non
         ConfigError: the clip is too short for its top-k.
     """
     runs = recipe_for(recipe, sm)
-    clip = shape or ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    clip = shape or model.video.clip
     blocks = attention_blocks(runs)
     slots = 1 if blocks is None else selected_blocks(model.topk, blocks.num_keys(clip.tokens))
     block = graphs(model, runs)["block"]

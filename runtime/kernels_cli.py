@@ -9,8 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from wanforge.configs.schema import load_model, load_recipe, load_targets, load_tiles, named
-from wanforge.errors import ConfigError
+from wanforge.configs.schema import load_model, load_recipe, load_targets, load_tiles, named, targets_called
 from wanforge.plugins.compiler import KIB, compile_kernels, faults, occupancy, outdated
 from wanforge.plugins.cubins import Cubin, cache_folder
 from wanforge.plugins.launch import Launch
@@ -96,10 +95,8 @@ def sms_of(targets: str) -> list[int]:
     gpus = load_targets()
     made_for = sorted({sm for rows in load_tiles().values() for row in rows for sm in row.sms})
     known = {f"sm_{sm}": [sm] for sm in made_for} | {name: [gpu.sm] for name, gpu in gpus.items()} | {"all": made_for}
-    names = [name.strip() for name in targets.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(known)}")
-    return list(dict.fromkeys(sm for name in names for sm in known[name]))
+    wanted = targets_called(map(str.strip, targets.split(",")), known)
+    return list(dict.fromkeys(sm for sms in wanted.values() for sm in sms))
 
 
 def launches_of(

@@ -158,6 +158,11 @@ class Pipeline:
                 f"memory on this backend and {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
             )
 
+    def make(self, request: Request) -> tuple[Tensor, Tensor]:
+        """A whole request: latents, float64 ``[1, 16, F, H, W]``, and frames, uint8 ``[T, H, W, 3]``."""
+        latents = self.latents(self.check(request), Timings())
+        return latents, torch.stack(list(self.frames(latents, request.shape, Timings())))
+
     def latents(self, job: Job, timings: Timings, progress: Progress = lambda *_: None) -> Tensor:
         """Run a request up to its clean latents, float64 ``[1, 16, F, H, W]``."""
         denoiser = self.denoiser(job, timings, progress)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape, Recipe, load_recipe, size_of
@@ -25,7 +24,7 @@ from wanforge.runtime.bench.meters import Nvml, Reading, metered
 from wanforge.runtime.bench.request import one_run
 from wanforge.runtime.other_recipe import check_recipe, read_as
 from wanforge.runtime.parity.metrics import Difference, clip_difference, difference
-from wanforge.runtime.pipeline import Pipeline, Progress, Request, Timings
+from wanforge.runtime.pipeline import Pipeline, Progress, Request
 from wanforge.runtime.quality.held_out import Rates, held_out_prompts, measure
 from wanforge.runtime.reference.sampler import MAX_STEPS
 
@@ -230,14 +229,14 @@ class Plan:
 
     def made(self, setting: Setting, backend: str) -> Made:
         """The clip of a setting."""
-        return make(self.pipeline(setting, backend), setting[0])
+        return self.pipeline(setting, backend).make(setting[0])
 
 
 def point(
     value: str, pipeline: Pipeline, request: Request, reference: Made, repeats: int, prompts: int, nvml: Nvml | None
 ) -> Point:
     """Measure one value."""
-    latents, frames = make(pipeline, request)
+    latents, frames = pipeline.make(request)
     with tempfile.TemporaryDirectory() as folder:
         runs, meters = [], []
         for _ in range(repeats):
@@ -253,12 +252,6 @@ def point(
         difference(latents, reference[0]),
         rates(pipeline, request, prompts) if prompts else None,
     )
-
-
-def make(pipeline: Pipeline, request: Request) -> Made:
-    """One clip."""
-    latents = pipeline.latents(pipeline.check(request), Timings())
-    return latents, torch.stack(list(pipeline.frames(latents, request.shape, Timings())))
 
 
 def median_reading(meters: Sequence[Reading]) -> Reading:

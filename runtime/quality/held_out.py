@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import torch
-
-from wanforge.configs.schema import ClipShape
 from wanforge.errors import RequestError
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Pipeline, Request
 from wanforge.runtime.quality.figures import COLOURS, DIRECTIONS, SHAPES, Subject, is_held_out
 from wanforge.runtime.quality.meter import Reading, Score, read, score
 
@@ -163,11 +160,8 @@ def measure(
 
 def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk: float | None) -> Reading:
     """Make one clip at the model's own size and read it."""
-    video = pipeline.model.video
-    shape = ClipShape(video.width_px, video.height_px, video.frames)
-    job = pipeline.check(Request(text, shape, seed=seed, steps=steps, topk=topk))
-    latents = pipeline.latents(job, Timings())
-    frames_THWC = torch.stack(list(pipeline.frames(latents, shape, Timings())))
+    request = Request(text, pipeline.model.video.clip, seed=seed, steps=steps, topk=topk)
+    _, frames_THWC = pipeline.make(request)
     return read(frames_THWC.permute(0, 3, 1, 2).numpy())
 
 

@@ -87,7 +87,7 @@ def test_model_is_consistent(name: str) -> None:
     assert model.task == ("i2v" if "i2v" in name else "t2v")
     assert model.experts == (("high", "low") if model.task == "i2v" else ("",))
     assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
-    clip = ClipShape(model.video.width_px, model.video.height_px, model.video.frames)
+    clip = model.video.clip
     assert selected_blocks(model.topk, -(-clip.tokens // 64)) >= 1
 
 

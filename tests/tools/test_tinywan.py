@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tools.tinywan.denoiser import Denoiser, foreground, lesson_loss, plain_attention, train_denoiser
+from tools.tinywan.denoiser import (
+    Denoiser,
+    foreground,
+    lesson_loss,
+    plain_attention,
+    plain_sparse_branch,
+    train_denoiser,
+)
 from tools.tinywan.latents import (
     Pool,
     centre,
@@ -40,6 +47,7 @@ from wanforge.configs.schema import (
     load_recipe,
 )
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.plugins.sparse_linear_attention.reference import Blocks, block_scores, select_blocks, sparse_branch
 from wanforge.runtime.quality.figures import COLOURS
 from wanforge.runtime.quality.held_out import held_out_prompts
 from wanforge.runtime.reference.dit import dense_attention
@@ -203,6 +211,19 @@ def test_plain_attention_is_dense_attention() -> None:
     bias = torch.randn(7)
     assert torch.allclose(plain_attention(q, k, v), dense_attention(q, k, v), atol=1e-5)
     assert torch.allclose(plain_attention(q, k, v, bias), dense_attention(q, k, v, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [256, 300])
+def test_plain_sparse_branch_is_the_reference_under_a_mask(tokens: int) -> None:
+    q, k, v = (torch.randn(2, 2, tokens, 128, requires_grad=True) for _ in range(3))
+    blocks = Blocks()
+    selected = select_blocks(block_scores(q, k, blocks), 3)
+    weight = torch.randn(2, 2, tokens, 128)
+    results = []
+    for branch in (sparse_branch, plain_sparse_branch):
+        out = branch(q, k, k, v, selected, blocks)
+        results.append([out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tools.tinywan.denoiser import train_denoiser
-from tools.tinywan.latents import Pool, fill_pool, pixels_of
+from tools.tinywan.latents import Pool, fill_pool, pixels_of, quick
 from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
@@ -19,12 +19,11 @@ from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
 from tools.tinywan.scores import draw, measured, write
 from tools.tinywan.training import Plan, load_averaged, save
-from tools.tinywan.vae import decoder_of, new_vae, quick, settle_latents, train_decoder, train_vae
+from tools.tinywan.vae import decoder_of, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
 from wanforge.configs.schema import load_model, load_recipe
-from wanforge.engines.bundle import components
-from wanforge.exporter.checkpoint.embedded import embedded
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.embedded import embedded, sources_in
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.runtime.reference.vae import VAE
 
 MODEL = load_model("tinywan")
@@ -64,13 +63,16 @@ class Place:
 
     def network(self, phase: str) -> Network:
         """The network with the averaged weights of a phase, or of the package where the folder has no such phase."""
-        network = Network(MODEL, load_recipe("bf16-sla"))
+        network = self.new_network()
         if (self.folder / f"{phase}.pt").exists():
             load_averaged(phase, self.folder, network)
         else:
             network.dit.load_state_dict(shipped("dit"))
             network.text_encoder.load_state_dict(shipped("text_encoder"))
-        return network.to(self.device)
+        return network
+
+    def new_network(self) -> Network:
+        return Network(MODEL, load_recipe("bf16-sla")).to(self.device)
 
     def settled_vae(self) -> VAE:
         """The VAE as the pool sees it: with the decoder as it was before it was trained further. The package's where
@@ -85,6 +87,13 @@ class Place:
         else:
             vae.load_state_dict(shipped("vae"))
         return vae.to(self.device)
+
+    def vae(self) -> VAE:
+        """The VAE as far as it has been trained."""
+        vae = self.settled_vae()
+        if (self.folder / "decoder.pt").exists():
+            load_averaged("decoder", self.folder, decoder_of(vae))
+        return vae
 
 
 def shipped(component: str) -> dict[str, Tensor]:
@@ -112,16 +121,12 @@ def run_decoder(place: Place) -> None:
     train_decoder(MODEL, vae, place.pool(), place.folder, PLANS["decoder"], compiled=place.compiled)
 
 
-def new_network(place: Place) -> Network:
-    return Network(MODEL, load_recipe("bf16-sla")).to(place.device)
-
-
 def run_words(place: Place) -> None:
-    train_words(new_network(place), make_tokenizer(), place.folder, PLANS["words"])
+    train_words(place.new_network(), make_tokenizer(), place.folder, PLANS["words"])
 
 
 def run_crops(place: Place) -> None:
-    network = new_network(place)
+    network = place.new_network()
     load_averaged("words", place.folder, Reader(network))
     run_denoiser(place, "crops", network, dense_share=1.0, side=CROP)
 
@@ -142,28 +147,21 @@ def run_denoiser(place: Place, phase: str, network: Network, *, dense_share: flo
 
 
 def run_publish(place: Place) -> None:
-    vae = place.settled_vae().cpu()
-    if (place.folder / "decoder.pt").exists():
-        load_averaged("decoder", place.folder, decoder_of(vae))
-    for path in publish(place.network("sparse").cpu(), vae, place.folder / "files"):
+    for path in publish(place.network("sparse").cpu(), place.vae().cpu(), place.folder / "files"):
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def run_scores(place: Place) -> None:
     """What the published files get right, over top-k and steps, and a sheet of prompts."""
-    files = place.folder / "files"
-    weights = {component: files / f"{component}.safetensors" for component in components(MODEL)}
-    sources = Sources(weights, files / "tokenizer.json")
-    bundle = import_checkpoint(MODEL, sources, place.folder / "bundle", replace=True)
+    files = sources_in(place.folder / "files", MODEL)
+    bundle = import_checkpoint(MODEL, files, place.folder / "bundle", replace=True)
     draw(bundle, place.folder / "prompts.png")
     write(measured(bundle), place.folder)
 
 
 def run_pictures(place: Place) -> None:
     """Curves, and what the VAE makes of six drawn clips: each above what comes back."""
-    vae, rng = place.settled_vae(), np.random.default_rng(99)
-    if (place.folder / "decoder.pt").exists():
-        load_averaged("decoder", place.folder, decoder_of(vae))
+    vae, rng = place.vae(), np.random.default_rng(99)
     clips, width, height = [], MODEL.video.width_px, MODEL.video.height_px
     for _ in range(6):
         scene = draw_scene(rng, (width, height), MODEL.video.frames, unseen=True)

@@ -15,7 +15,9 @@ from tools.tinywan.latents import is_thing
 from tools.tinywan.lessons import FOREGROUND, STEPS, Lessons, Velocity, guess, steps_of
 from tools.tinywan.networks import Network
 from tools.tinywan.training import Plan, train
-from wanforge.configs.schema import HEAD_DIM, ClipShape, selected_blocks
+from wanforge.configs.schema import HEAD_DIM, selected_blocks
+from wanforge.plugins.sparse_linear_attention import reference
+from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.reference import dit
 from wanforge.runtime.reference.dit import Block
 from wanforge.runtime.reference.sampler import TIMESTEP_SCALE
@@ -29,9 +31,8 @@ class Denoiser(nn.Module):
         model = network.model
         blocks = dit.attention_blocks(network.dit.recipe)
         assert blocks is not None
-        tokens = ClipShape(model.video.width_px, model.video.height_px, model.video.frames).tokens
         self.dit, self.blocks = network.dit, blocks
-        self.selected = selected_blocks(model.topk, blocks.num_keys(tokens))
+        self.selected = selected_blocks(model.topk, blocks.num_keys(model.video.clip.tokens))
 
     def attend(self, dense: bool) -> None:
         """To every key, or to the blocks of keys that the model's top-k selects."""
@@ -52,6 +53,21 @@ def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: 
     if key_bias_T is not None:
         logits = logits + key_bias_T
     return (logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
+
+
+def plain_sparse_branch(
+    q_BHLK: Tensor, k_BHLK: Tensor, smooth_k_BHLK: Tensor, v_BHLK: Tensor, selected_BHMS: Tensor, blocks: Blocks
+) -> Tensor:
+    """`reference.sparse_branch` as attention to every key under a mask: the same up to rounding. Its running maximum,
+    compiled, has gradients that are not numbers."""
+    batch, heads, length, _ = q_BHLK.shape
+    rows, columns = selected_BHMS.shape[2], blocks.num_keys(length)
+    chosen_BHMN = torch.zeros(batch, heads, rows, columns, dtype=torch.bool, device=q_BHLK.device)
+    chosen_BHMN = chosen_BHMN.scatter(-1, selected_BHMS, True)
+    seen = chosen_BHMN[:, :, :, None, :, None].expand(-1, -1, -1, blocks.q, -1, blocks.k)
+    seen_BHLL = seen.reshape(batch, heads, rows * blocks.q, columns * blocks.k)[:, :, :length, :length]
+    logits = ((q_BHLK * HEAD_DIM**-0.5) @ k_BHLK.transpose(-1, -2)).masked_fill(~seen_BHLL, -torch.inf)
+    return logits.softmax(-1, dtype=torch.float32).to(v_BHLK.dtype) @ v_BHLK
 
 
 def foreground(clean_BCFHW: Tensor) -> Tensor:
@@ -98,6 +114,9 @@ def train_denoiser(
         loss, notes = lesson_loss(run, network, lessons, plan.batch, rng, generator)
         return loss, {**notes, "dense": float(dense), "scenes": len(lessons.pool.scenes)}
 
-    with patch.object(dit, "dense_attention", plain_attention):
+    with (
+        patch.object(dit, "dense_attention", plain_attention),
+        patch.object(reference, "sparse_branch", plain_sparse_branch),
+    ):
         train(phase, folder, plan, network, loss_of, stop_at=stop_at)
     return network

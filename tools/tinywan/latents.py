@@ -51,8 +51,12 @@ def scenes_of(model: ModelConfig, seed: int, shard: int) -> list[Scene]:
 @torch.no_grad()
 def encode(model: ModelConfig, vae: VAE, scene: Scene) -> Tensor:
     """The latents of a whole scene ``[C, F, H, W]``, float32."""
-    pixels = pixels_of(model, scene).bfloat16().contiguous(memory_format=torch.channels_last_3d)
-    return vae.encode(pixels.to(vae.conv1.weight.device))[0].float().cpu()
+    return vae.encode(quick(pixels_of(model, scene).to(vae.conv1.weight.device)))[0].float().cpu()
+
+
+def quick(x_BCTHW: Tensor) -> Tensor:
+    """In bfloat16 and in the layout in which the convolutions of a CPU are quickest."""
+    return x_BCTHW.bfloat16().contiguous(memory_format=torch.channels_last_3d)
 
 
 def pixels_of(model: ModelConfig, scene: Scene) -> Tensor:
@@ -67,9 +71,9 @@ def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int
 
 
 def centre(scene_CFHW: Tensor, frame_hw: tuple[int, int]) -> Tensor:
-    """The window of a frame's size in the middle of a scene."""
+    """The window of this size in the middle of a scene."""
     y, x = ((extent - frame) // 2 for extent, frame in zip(scene_CFHW.shape[2:], frame_hw, strict=True))
-    return window(scene_CFHW, (y, x), (*scene_CFHW.shape[:2], *frame_hw))
+    return window(scene_CFHW, (y, x), frame_hw)
 
 
 def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
@@ -78,29 +82,24 @@ def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
     A scene is wider than a frame by what its things leave free of one; here as much is left free of a smaller window,
     one cell at least.
     """
-    for axis, frame in zip((2, 3), frame_hw, strict=True):
-        extent = scene_CFHW.shape[axis]
-        taken = 2 * frame - extent
-        kept = min(extent, side + max(1, side - taken))
-        scene_CFHW = scene_CFHW.narrow(axis, (extent - kept) // 2, kept)
-    return scene_CFHW
+    extents = scene_CFHW.shape[2:]
+    taken = [2 * frame - extent for extent, frame in zip(extents, frame_hw, strict=True)]
+    height, width = (min(extent, side + max(1, side - thing)) for extent, thing in zip(extents, taken, strict=True))
+    return centre(scene_CFHW, (height, width))
 
 
 def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Tensor:
     """Of all windows of a scene the one that, scaled by `signal`, has the least squared distance to a state."""
     likeness_YX = sums(scene_CFHW, state_CFHW)
     square_YX = sums(scene_CFHW.square().sum(0), torch.ones_like(state_CFHW[0]))
-    return best_window(scene_CFHW, likeness_YX - signal / 2 * square_YX, state_CFHW.shape)
+    merit_YX = likeness_YX - signal / 2 * square_YX
+    return window(scene_CFHW, divmod(int(merit_YX.argmax()), merit_YX.shape[1]), state_CFHW.shape)
 
 
 def sums(scene: Tensor, weights: Tensor) -> Tensor:
     """Sums over each window of a scene, weighted alike; both with as many axes before the last two."""
     one, other = (x.reshape(1, -1, *x.shape[-2:]) for x in (scene, weights))
     return F.conv2d(one, other)[0, 0]
-
-
-def best_window(scene_CFHW: Tensor, merit_YX: Tensor, shape_CFHW: tuple[int, ...]) -> Tensor:
-    return window(scene_CFHW, divmod(int(merit_YX.argmax()), merit_YX.shape[1]), shape_CFHW)
 
 
 def is_thing(clean_CFHW: Tensor) -> Tensor:

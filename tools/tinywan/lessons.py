@@ -21,7 +21,7 @@ from torch import Tensor
 from tools.tinywan.latents import Pool, centre, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
-from wanforge.configs.schema import ClipShape, ModelConfig
+from wanforge.configs.schema import ModelConfig
 from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -69,8 +69,7 @@ class Lessons:
 
     def __init__(self, model: ModelConfig, pool: Pool, tokens: Tokens, side: int | None = None) -> None:
         self.times, self.pool, self.tokens, self.side = state_times(model), pool, tokens, side
-        video = model.video
-        clip = ClipShape(video.width_px, video.height_px, video.frames)
+        clip = model.video.clip
         self.frame_hw = (clip.latent_height, clip.latent_width)
         window_hw = self.frame_hw if side is None else (side, side)
         self.shape = (model.vae.latent_channels, clip.latent_frames, *window_hw)

@@ -1,7 +1,7 @@
 """The data: clips of coloured shapes that move over a plain background, drawn as they are needed, with captions.
 
-A caption leaves nothing open but where in the frame a scene takes place: what it does not say is of ordinary size and
-pace, before black. So a scene is drawn wider than a frame, and any of its windows is a clip of its caption.
+A caption leaves nothing open: what it does not say is of ordinary size and pace, before black, in the middle of the
+frame. A scene is drawn wider than a frame, so that smaller windows of it can show its things whole too.
 
 Letters: F frames, H W rows and columns.
 """
@@ -97,17 +97,9 @@ def lane_centre(subject: Subject, lane: int, lanes: int, frame_wh: tuple[int, in
 
 def widened(things: list[Thing], background: str, frame_wh: tuple[int, int], frames: int) -> Scene:
     """A scene as wide as windows may be moved."""
-    corners = np.array(
-        [
-            (
-                np.array(thing.centre(frame, frames)) - SIZES[thing.size],
-                np.array(thing.centre(frame, frames)) + SIZES[thing.size],
-            )
-            for thing in things
-            for frame in (0, frames - 1)
-        ]
-    )
-    low, high = corners[:, 0].min(0), corners[:, 1].max(0)
+    ends = [(np.array(thing.centre(frame, frames)), SIZES[thing.size]) for thing in things for frame in (0, frames - 1)]
+    low = np.min([centre - radius for centre, radius in ends], 0)
+    high = np.max([centre + radius for centre, radius in ends], 0)
     spare = np.maximum(0, (np.array(frame_wh) - (high - low) - 2 * MARGIN) // SPATIAL_STRIDE)
     size = np.array(frame_wh) + SPATIAL_STRIDE * spare
     moved = size / 2 - (low + high) / 2

@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tools.tinywan.pictures import sheet
-from wanforge.configs.schema import ClipShape, load_recipe
+from wanforge.configs.schema import load_recipe
 from wanforge.engines.bundle import Bundle
 from wanforge.runtime.page import Plot, Series, picture_of
 from wanforge.runtime.parity.comparison import Contender
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Request
 from wanforge.runtime.quality.held_out import Quality, measure, table
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
@@ -38,14 +36,18 @@ SHOWN = (
 def measured(bundle: Bundle, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
     """Rates over top-k and over steps, on the reference with sparse attention and without quantisation."""
     pipeline = Contender("torch", load_recipe("bf16-sla")).pipeline(bundle)
-    found: dict[str, list[Quality]] = {"topk": [], "steps": []}
-    for topk in TOPKS:
-        found["topk"].append(measure(pipeline, topk=topk))
-        tell(table(found["topk"][-1:]).splitlines()[-1])
-    for steps in STEPS:
-        found["steps"].append(measure(pipeline, steps=steps))
-        tell(table(found["steps"][-1:]).splitlines()[-1])
-    return found
+    model = bundle.model
+
+    @cache
+    def at(steps: int, topk: float) -> Quality:
+        found = measure(pipeline, steps=steps, topk=topk)
+        tell(table([found]).splitlines()[-1])
+        return found
+
+    return {
+        "topk": [at(model.sampler.steps, topk) for topk in TOPKS],
+        "steps": [at(steps, model.topk) for steps in STEPS],
+    }
 
 
 def write(found: dict[str, list[Quality]], out: Path) -> None:
@@ -73,11 +75,6 @@ def write(found: dict[str, list[Quality]], out: Path) -> None:
 
 def draw(bundle: Bundle, out: Path) -> None:
     """Clips of a dozen prompts, as the package makes them by default."""
-    pipeline, video = Contender("torch").pipeline(bundle), bundle.model.video
-    shape = ClipShape(video.width_px, video.height_px, video.frames)
-    sheet([frames_of(pipeline, Request(text, shape, seed=seed)) for seed, text in enumerate(SHOWN)], out)
-
-
-def frames_of(pipeline: Pipeline, request: Request) -> NDArray[np.uint8]:
-    latents = pipeline.latents(pipeline.check(request), Timings())
-    return np.stack([frame.numpy() for frame in pipeline.frames(latents, request.shape, Timings())])
+    pipeline, clip = Contender("torch").pipeline(bundle), bundle.model.video.clip
+    requests = [Request(text, clip, seed=seed) for seed, text in enumerate(SHOWN)]
+    sheet([pipeline.make(request)[1].numpy() for request in requests], out)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tools.tinywan.latents import Pool, window
+from tools.tinywan.latents import Pool, quick, window
 from tools.tinywan.scenes import Scene, draw_scene, render
 from tools.tinywan.training import Plan, train
-from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig
+from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig, latent_frames
 from wanforge.runtime.reference.vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -136,7 +136,8 @@ def infidelity(out: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
 
 def latent_shape(pixels_BCTHW: Tensor, model: ModelConfig) -> tuple[int, ...]:
     batch, _, frames, height, width = pixels_BCTHW.shape
-    return (batch, model.vae.latent_channels, 1 + (frames - 1) // 4, height // 8, width // 8)
+    cells = (height // SPATIAL_STRIDE, width // SPATIAL_STRIDE)
+    return (batch, model.vae.latent_channels, latent_frames(frames), *cells)
 
 
 def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int | None) -> tuple[Tensor, Tensor]:
@@ -206,7 +207,7 @@ def train_decoder(
     """Go on with the decoder alone, on latents as the denoiser learns to make them."""
     decoder = decoder_of(vae)
     _, decode = quickly(vae, compiled)
-    every = 1 + (model.video.frames - 1) // TEMPORAL_STRIDE
+    every = latent_frames(model.video.frames)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         whole = rng.random() < 0.2
@@ -224,18 +225,18 @@ def train_decoder(
 
 
 def latent_crops(
-    rng: Generator, model: ModelConfig, pool: Pool, rows: NDArray[np.int64], latent_frames: int, side: int | None
+    rng: Generator, model: ModelConfig, pool: Pool, rows: NDArray[np.int64], count: int, side: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The first latent frames of some scenes of the pool ``[B, 16, F, S/8, S/8]``, and `crops` of what they show."""
     video, cut_wh = model.video, cut_size(model, side)
-    frames = 1 + TEMPORAL_STRIDE * (latent_frames - 1)
+    frames = 1 + TEMPORAL_STRIDE * (count - 1)
     latents, clips = [], []
     for row in rows:
         scene = pool.scenes[row]
         cells = [at // SPATIAL_STRIDE for at in corner(rng, scene, int(rng.integers(frames)), video.frames, cut_wh)]
         x, y = (SPATIAL_STRIDE * cell for cell in cells)
         size = tuple(extent // SPATIAL_STRIDE for extent in cut_wh[::-1])
-        latents.append(window(pool.latents[row][:, :latent_frames], (cells[1], cells[0]), size))
+        latents.append(window(pool.latents[row][:, :count], (cells[1], cells[0]), size))
         clips.append(render(scene, video.frames, range(frames))[:, y : y + cut_wh[1], x : x + cut_wh[0]])
     return (torch.stack(latents).float(), *weighted(clips))
 
@@ -243,8 +244,3 @@ def latent_crops(
 def decoder_of(vae: VAE) -> nn.Module:
     """What turns latents into pixels."""
     return nn.ModuleList([vae.conv2, vae.decoder])
-
-
-def quick(x_BCTHW: Tensor) -> Tensor:
-    """In bfloat16 and in the layout in which the convolutions of a CPU are quickest."""
-    return x_BCTHW.bfloat16().contiguous(memory_format=torch.channels_last_3d)
