@@ -17,13 +17,12 @@ from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
-from tools.tinywan.scores import draw, measured, write
+from tools.tinywan.scores import draw, import_both, measured, write
 from tools.tinywan.training import Plan, load_averaged, save
 from tools.tinywan.vae import decoder_of, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
 from wanforge.configs.schema import load_model, load_recipe
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
-from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.runtime.reference.vae import VAE
 
 MODEL = load_model("tinywan")
@@ -152,11 +151,12 @@ def run_publish(place: Place) -> None:
 
 
 def run_scores(place: Place) -> None:
-    """What the published files get right, over top-k and steps, and a sheet of prompts."""
-    files = sources_in(place.folder / "files", MODEL)
-    bundle = import_checkpoint(MODEL, files, place.folder / "bundle", replace=True)
-    draw(bundle, place.folder / "prompts.png")
-    write(measured(bundle), place.folder)
+    """What the published files, or the package's, get right by recipe, top-k and steps, and a sheet of prompts."""
+    files = place.folder / "files"
+    sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
+    bundles = import_both(MODEL, sources, place.folder / "bundles")
+    draw(bundles.shipped, place.folder / "prompts.png")
+    write(measured(bundles), place.folder)
 
 
 def run_pictures(place: Place) -> None:

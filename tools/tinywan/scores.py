@@ -1,16 +1,19 @@
-"""What the published files get right of the held-out prompts, over top-k and over steps, and what clips look like."""
+"""What TinyWan's files get right of the held-out prompts, by recipe, top-k and steps, and what its clips look like."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from tools.tinywan.pictures import sheet
-from wanforge.configs.schema import load_recipe
+from wanforge.configs.schema import ModelConfig, load_recipe
 from wanforge.engines.bundle import Bundle
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.export import export
 from wanforge.runtime.page import Plot, Series, picture_of
 from wanforge.runtime.parity.comparison import Contender
-from wanforge.runtime.pipeline import Request
+from wanforge.runtime.pipeline import Pipeline, Request
 from wanforge.runtime.quality.held_out import Quality, measure, table
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
@@ -33,20 +36,41 @@ SHOWN = (
 )
 
 
-def measured(bundle: Bundle, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
-    """Rates over top-k and over steps, on the reference with sparse attention and without quantisation."""
-    pipeline = Contender("torch", load_recipe("bf16-sla")).pipeline(bundle)
-    model = bundle.model
+@dataclass(frozen=True)
+class Bundles:
+    """TinyWan without quantisation, and as it is shipped."""
+
+    plain: Bundle
+    shipped: Bundle
+
+
+def import_both(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
+    plain, shipped = (
+        import_checkpoint(model, sources, folder / recipe, recipe=load_recipe(recipe), replace=True)
+        for recipe in ("bf16-sla", "w8a8")
+    )
+    export(shipped, ("fp32",))
+    return Bundles(plain, Bundle.open(shipped.root))
+
+
+def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
+    """Rates without quantisation, dense and sparse, then as shipped on the reference and as ONNX; of what is shipped
+    over top-k and over steps."""
+    usual, topk = bundles.plain.model.sampler.steps, bundles.plain.model.topk
+    references = [Contender("torch", load_recipe(recipe)).pipeline(bundles.plain) for recipe in ("bf16", "bf16-sla")]
+    torch, ort = (Contender(backend).pipeline(bundles.shipped) for backend in ("torch", "ort"))
 
     @cache
-    def at(steps: int, topk: float) -> Quality:
+    def at(pipeline: Pipeline, steps: int, topk: float | None) -> Quality:
         found = measure(pipeline, steps=steps, topk=topk)
         tell(table([found]).splitlines()[-1])
         return found
 
+    dense, sparse = references
     return {
-        "topk": [at(model.sampler.steps, topk) for topk in TOPKS],
-        "steps": [at(steps, model.topk) for steps in STEPS],
+        "recipes": [at(dense, usual, None), *(at(each, usual, topk) for each in (sparse, torch, ort))],
+        "topk": [at(torch, usual, share) for share in TOPKS],
+        "steps": [at(torch, steps, topk) for steps in STEPS],
     }
 
 
