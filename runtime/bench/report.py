@@ -13,6 +13,7 @@ from wanforge.runtime.bench.request import STAGES, Row
 from wanforge.runtime.bench.sweep import Point, Sweep
 from wanforge.runtime.page import Plot, Series, document, heading, paragraph, plot, table
 from wanforge.runtime.pipeline import Request
+from wanforge.runtime.quality.rates_plot import rates_plot
 
 UNMEASURED = "unmeasured"
 SHOWN = (*STAGES, "step", "total")
@@ -254,7 +255,7 @@ def runs_plot(report: Report) -> str:
 
 
 def sweep_plots(sweep: Sweep) -> list[str]:
-    """Time and quality over the parameter."""
+    """Time, likeness and, where they were counted, rates over the parameter."""
     numbers = [is_number(point.value) for point in sweep.points]
     places = [float(p.value) if all(numbers) else float(i) for i, p in enumerate(sweep.points)]
     names = [] if all(numbers) else [point.value for point in sweep.points]
@@ -267,6 +268,7 @@ def sweep_plots(sweep: Sweep) -> list[str]:
         ]
         return plot(Plot(title, sweep.parameter, y, [Series("", points)], x_names=names))
 
+    rated = [(x, p.value, p.rates) for x, p in zip(places, sweep.points, strict=True) if p.rates is not None]
     return [
         chart("time of a request", "ms", [1000 * point.total_seconds for point in sweep.points]),
         chart(
@@ -274,6 +276,7 @@ def sweep_plots(sweep: Sweep) -> list[str]:
             "PSNR, dB",
             [p.clip.psnr_db for p in sweep.points],
         ),
+        *([plot(rates_plot(sweep.parameter, rated, names))] if rated else []),
     ]
 
 

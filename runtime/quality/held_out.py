@@ -24,6 +24,8 @@ WORDINGS = (
 """Adverb and wording; one says ``up`` and not ``to the up``."""
 PAIRS = 16
 """Prompts with two things, after those with one."""
+ASKED = ("colour", "shape", "direction")
+"""What every prompt asks for."""
 MOST_LOST = 0.02
 """Share of colours, shapes or directions that a recipe may lose to the reference."""
 
@@ -71,10 +73,7 @@ class Quality:
 
     def lost_to(self, reference: "Quality") -> dict[str, float]:
         """By how much less of colour, shape and direction is right than on the reference; negative where it is more."""
-        return {
-            name: getattr(reference.rates, name) - getattr(self.rates, name)
-            for name in ("colour", "shape", "direction")
-        }
+        return {name: getattr(reference.rates, name) - getattr(self.rates, name) for name in ASKED}
 
     def as_json(self) -> dict[str, Any]:
         groups = {"all": self.rates, "single": self.single, "paired": self.paired}

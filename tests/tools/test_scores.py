@@ -48,5 +48,5 @@ def test_each_point_is_measured_once_and_drawn(tmp_path: Path, asked: list[tuple
     write(found, tmp_path)
     written = json.loads((tmp_path / "scores.json").read_text())
     assert [len(written[name]) for name in ("recipes", "topk", "steps")] == [4, len(TOPKS), len(STEPS)]
-    for name, best in (("topk", "shape 8.0%"), ("steps", "shape 11.0%")):
+    for name, best in (("topk", "top-k 1: shape 8.0 %"), ("steps", "steps 3: shape 11.0 %")):
         assert best in ElementTree.tostring(ElementTree.parse(tmp_path / f"{name}.svg").getroot(), "unicode")

@@ -11,15 +11,15 @@ from wanforge.configs.schema import ModelConfig, load_recipe
 from wanforge.engines.bundle import Bundle
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.export import export
-from wanforge.runtime.page import Plot, Series, picture_of
+from wanforge.runtime.page import picture_of
 from wanforge.runtime.parity.comparison import Contender
 from wanforge.runtime.pipeline import Pipeline, Request
 from wanforge.runtime.quality.held_out import Quality, measure, table
+from wanforge.runtime.quality.rates_plot import rates_plot
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
 """One, two, three, four and all of the six key blocks."""
 STEPS = (1, 2, 3, 4)
-READ = ("colour", "shape", "direction")
 SHOWN = (
     "a red circle moving right",
     "a blue square moving left on a white background",
@@ -79,22 +79,8 @@ def write(found: dict[str, list[Quality]], out: Path) -> None:
     plain = {name: [each.as_json() for each in each_sweep] for name, each_sweep in found.items()}
     (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
     for name, title in (("topk", "top-k"), ("steps", "steps")):
-        series = [
-            Series(
-                what,
-                [
-                    (
-                        float(getattr(each, name)),
-                        100 * getattr(each.rates, what),
-                        f"{what} {getattr(each.rates, what):.1%}",
-                    )
-                    for each in found[name]
-                ],
-            )
-            for what in READ
-        ]
-        chart = Plot(f"held-out prompts that come out right, over {title}", title, "%", series)
-        (out / f"{name}.svg").write_text(picture_of(chart))
+        points = [(float(at := getattr(each, name)), f"{at:g}", each.rates) for each in found[name]]
+        (out / f"{name}.svg").write_text(picture_of(rates_plot(title, points)))
 
 
 def draw(bundle: Bundle, out: Path) -> None:

@@ -1,9 +1,13 @@
 """TinyWan as it comes with the package: small, and drawing what prompts ask for on every path."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from wanforge.cli import cli
 from wanforge.configs.schema import CONFIGS, load_model, load_recipe
 from wanforge.engines.bundle import Bundle
 from wanforge.exporter.checkpoint.embedded import embedded
@@ -48,3 +52,17 @@ def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
     ]
     rates = measure(Contender("torch").pipeline(tinywan), prompts=wrong).rates
     assert (rates.colour, rates.shape, rates.direction) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+
+
+def test_a_sweep_counts_what_comes_out_right(tinywan: Bundle, tmp_path: Path) -> None:
+    """One step sees nothing but noise, so its clip is at best as good as four steps'."""
+    page = tmp_path / "sweep.html"
+    options = ("--sweep", "steps=1,4", "--rates", "2", "--repeats", "1", "--backend", "torch", "--html", str(page))
+    done = CliRunner().invoke(cli, ["bench", str(tinywan.root), *options, "--json"])
+    assert done.exit_code == 0, done.output
+    one, four = (point["rates"] for point in json.loads(done.stdout)["sweeps"][0]["points"])
+    assert one["subjects"] == four["subjects"] == 2
+    assert one["all"] <= four["all"] == 1.0
+    text = page.read_text()
+    assert text.count("<svg") == 3
+    assert "steps 4: shape 100.0 %" in text
