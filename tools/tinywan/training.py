@@ -21,6 +21,7 @@ from torch import Tensor, nn
 Model = TypeVar("Model", bound=nn.Module)
 
 SAVE_SECONDS = 120.0
+LOG_STEPS = 20
 MATRIX_RATE = 3.0
 """Learning rate of matrices under Muon over that of the rest."""
 
@@ -70,58 +71,88 @@ def train(
         loss_of: the loss of one step's random numbers, and what else to log.
         stop_at: leave after this step, to be continued.
     """
-    parameters = [p.requires_grad_(True) for p in model.parameters()]
-    optimisers = optimisers_of(model, plan)
-    averaged = [p.detach().clone() for p in parameters]
-    path, log = folder / f"{phase}.pt", folder / f"{phase}.jsonl"
-    step = 0
-    if path.exists():
-        state = torch.load(path, map_location=parameters[0].device)
-        step = state["step"]
-        for optimiser, kept in zip(optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-        restore(parameters, state["model"])
-        restore(averaged, state["averaged"])
     folder.mkdir(parents=True, exist_ok=True)
-    saved, begun, first = time.monotonic(), time.monotonic(), step
+    run, log = Run(model, plan, folder / f"{phase}.pt"), Log(phase, folder, tell)
     last = plan.steps if stop_at is None else min(stop_at, plan.steps)
-    totals: dict[str, float] = {}
-    while step < last:
-        for optimiser in optimisers:
+    saved = time.monotonic()
+    while run.step < last:
+        loss, notes = loss_of(*generators(phase, plan.seed, run.step))
+        norm = run.advance(loss)
+        log.add({"loss": float(loss.detach()), "norm": norm, **notes})
+        if run.step % LOG_STEPS == 0 or run.step == last:
+            log.write(run.step)
+        if run.step == last or time.monotonic() - saved > SAVE_SECONDS:
+            run.save()
+            saved = time.monotonic()
+    restore(run.parameters, run.averaged)
+    return model
+
+
+class Run:
+    """A model on its way through a plan, from its checkpoint on where there is one."""
+
+    def __init__(self, model: nn.Module, plan: Plan, path: Path) -> None:
+        self.model, self.plan, self.path, self.step = model, plan, path, 0
+        self.parameters = [p.requires_grad_(True) for p in model.parameters()]
+        self.optimisers = optimisers_of(model, plan)
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        if path.exists():
+            self.resume()
+
+    def resume(self) -> None:
+        state = torch.load(self.path, map_location=self.parameters[0].device)
+        self.step = state["step"]
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        restore(self.parameters, state["model"])
+        restore(self.averaged, state["averaged"])
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "model": [p.detach() for p in self.parameters],
+            "averaged": self.averaged,
+        }
+        save(self.path, state)
+
+    def advance(self, loss: Tensor) -> float:
+        """Take a step against a loss; returns the norm of the gradient, which is clipped to one."""
+        for optimiser in self.optimisers:
             factor = MATRIX_RATE if isinstance(optimiser, Matrices) else 1.0
             for group in optimiser.param_groups:
-                group["lr"] = factor * plan.rate * shape_of_rate(step, plan)
-        loss, notes = loss_of(*generators(phase, plan.seed, step))
-        model.zero_grad(set_to_none=True)
+                group["lr"] = factor * self.plan.rate * shape_of_rate(self.step, self.plan)
+        self.model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimiser in optimisers:
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimiser in self.optimisers:
             optimiser.step()
-        step += 1
-        follow(averaged, parameters, min(plan.decay, (1 + step) / (10 + step)))
-        for name, value in {"loss": float(loss.detach()), "norm": float(norm), **notes}.items():
-            totals[name] = totals.get(name, 0.0) + value
-        if step % 20 == 0 or step == last:
-            count = step % 20 or 20
-            line = {"step": step, **{k: round(v / min(count, step - first), 6) for k, v in totals.items()}}
-            line["seconds"] = round((time.monotonic() - begun) / (step - first), 3)
-            totals = {}
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            tell(f"{phase} {json.dumps(line)}")
-        if step == last or time.monotonic() - saved > SAVE_SECONDS:
-            save(
-                path,
-                {
-                    "step": step,
-                    "optimisers": [optimiser.state_dict() for optimiser in optimisers],
-                    "model": [p.detach() for p in parameters],
-                    "averaged": averaged,
-                },
-            )
-            saved = time.monotonic()
-    restore(parameters, averaged)
-    return model
+        self.step += 1
+        follow(self.averaged, self.parameters, min(self.plan.decay, (1 + self.step) / (10 + self.step)))
+        return float(norm)
+
+
+class Log:
+    """Means of what steps say, a line of JSON for some of them at a time, with the seconds that a step took."""
+
+    def __init__(self, phase: str, folder: Path, tell: Callable[[str], None]) -> None:
+        self.phase, self.path, self.tell = phase, folder / f"{phase}.jsonl", tell
+        self.totals: dict[str, float] = {}
+        self.count, self.begun = 0, time.monotonic()
+
+    def add(self, notes: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in notes.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def write(self, step: int) -> None:
+        now = time.monotonic()
+        line = {"step": step, **{name: round(total / self.count, 6) for name, total in self.totals.items()}}
+        line["seconds"] = round((now - self.begun) / self.count, 3)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.tell(f"{self.phase} {json.dumps(line)}")
+        self.totals, self.count, self.begun = {}, 0, now
 
 
 class Matrices(torch.optim.Muon):
