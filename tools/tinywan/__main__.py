@@ -33,11 +33,11 @@ PLANS = {
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
     "dense": Plan(steps=5000, batch=16, rate=2e-3, warmup=20, decay=0.998, muon=True),
-    "sparse": Plan(steps=520, batch=16, rate=5e-4, warmup=20, decay=0.995, muon=True),
+    "sparse": Plan(steps=5000, batch=16, rate=1e-3, warmup=50, decay=0.998, muon=True),
 }
 CROP = 10
 """Cells of the windows that the denoiser begins with: less than half a frame, of which things take twice the share."""
-SHARDS = 24
+SHARDS = 32
 """Of the pool."""
 
 
