@@ -286,10 +286,10 @@ def targets_called(names: Iterable[str], known: Mapping[str, Entry]) -> dict[str
     Raises:
         ConfigError: the table has no such target.
     """
-    found = {name: known.get(name) for name in names}
-    if unknown := [name for name in found if name not in known]:
-        raise ConfigError(f"no target is called {unknown[0]!r}; known: {', '.join(known)}")
-    return {name: known[name] for name in found}
+    try:
+        return {name: known[name] for name in names}
+    except KeyError as error:
+        raise ConfigError(f"no target is called {error.args[0]!r}; known: {', '.join(known)}") from None
 
 
 def load_tiles() -> dict[str, list[Tile]]:

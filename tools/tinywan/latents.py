@@ -70,10 +70,10 @@ def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int
     return scene_CFHW[:, :, y : y + height, x : x + width]
 
 
-def centre(scene_CFHW: Tensor, frame_hw: tuple[int, int]) -> Tensor:
+def centre(scene_CFHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """The window of this size in the middle of a scene."""
-    y, x = ((extent - frame) // 2 for extent, frame in zip(scene_CFHW.shape[2:], frame_hw, strict=True))
-    return window(scene_CFHW, (y, x), frame_hw)
+    y, x = ((extent - size) // 2 for extent, size in zip(scene_CFHW.shape[2:], size_hw, strict=True))
+    return window(scene_CFHW, (y, x), size_hw)
 
 
 def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
