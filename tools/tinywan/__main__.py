@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tools.tinywan import likeness, scores
 from tools.tinywan.denoiser import train_denoiser
 from tools.tinywan.latents import Pool, fill_pool, pixels_of, quick
 from tools.tinywan.lessons import Lessons
@@ -17,7 +18,7 @@ from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
-from tools.tinywan.scores import draw, import_both, measured, write
+from tools.tinywan.scores import import_both
 from tools.tinywan.training import Plan, load_averaged, save
 from tools.tinywan.vae import decoder_of, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
@@ -155,8 +156,9 @@ def run_scores(place: Place) -> None:
     files = place.folder / "files"
     sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
     bundles = import_both(MODEL, sources, place.folder / "bundles")
-    draw(bundles.shipped, place.folder / "prompts.png")
-    write(measured(bundles), place.folder)
+    scores.draw(bundles.shipped, place.folder / "prompts.png")
+    likeness.write(likeness.distances(bundles), place.folder)
+    scores.write(scores.measured(bundles), place.folder)
 
 
 def run_pictures(place: Place) -> None:

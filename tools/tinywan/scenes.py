@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from wanforge.configs.schema import SPATIAL_STRIDE
 from wanforge.runtime.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Subject, coverage, is_held_out
+from wanforge.runtime.quality.held_out import Prompt
 
 BACKGROUNDS = {"black": 22, "grey": 128, "white": 232}
 """Grey values by name."""
@@ -78,6 +79,19 @@ def draw_scene(rng: Generator, frame_wh: tuple[int, int], frames: int, *, unseen
         for lane, subject in enumerate(subjects)
     ]
     return widened(things, str(rng.choice(list(BACKGROUNDS))), frame_wh, frames)
+
+
+def scene_asked(prompt: Prompt, frame_wh: tuple[int, int], frames: int) -> Scene:
+    """What a held-out prompt asks for; what it leaves out is ordinary, as in `caption`."""
+    words = prompt.text.split()
+    size = next((name for name in ("small", "large") if name in words), "")
+    background = next((name for name, said in DARKNESS.items() if said in words), UNSAID)
+    lanes = len(prompt.subjects)
+    things = [
+        Thing(subject, size, lane_centre(subject, lane, lanes, frame_wh))
+        for lane, subject in enumerate(prompt.subjects)
+    ]
+    return widened(things, background, frame_wh, frames)
 
 
 def draw_subject(rng: Generator, unseen: bool = False) -> Subject:

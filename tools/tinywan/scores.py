@@ -43,6 +43,17 @@ class Bundles:
     plain: Bundle
     shipped: Bundle
 
+    def contenders(self) -> list[tuple[Pipeline, float | None]]:
+        """Without quantisation dense and sparse, then what is shipped on the reference and as ONNX; each with its
+        top-k."""
+        topk = self.plain.model.topk
+        return [
+            (Contender("torch", load_recipe("bf16")).pipeline(self.plain), None),
+            (Contender("torch", load_recipe("bf16-sla")).pipeline(self.plain), topk),
+            (Contender("torch").pipeline(self.shipped), topk),
+            (Contender("ort").pipeline(self.shipped), topk),
+        ]
+
 
 def import_both(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
     plain, shipped = (
@@ -54,11 +65,9 @@ def import_both(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
 
 
 def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
-    """Rates without quantisation, dense and sparse, then as shipped on the reference and as ONNX; of what is shipped
-    over top-k and over steps."""
-    usual, topk = bundles.plain.model.sampler.steps, bundles.plain.model.topk
-    references = [Contender("torch", load_recipe(recipe)).pipeline(bundles.plain) for recipe in ("bf16", "bf16-sla")]
-    torch, ort = (Contender(backend).pipeline(bundles.shipped) for backend in ("torch", "ort"))
+    """Rates of every contender, and of what is shipped over top-k and over steps, on the reference."""
+    usual, contenders = bundles.plain.model.sampler.steps, bundles.contenders()
+    shipped, usual_topk = contenders[2]
 
     @cache
     def at(pipeline: Pipeline, steps: int, topk: float | None) -> Quality:
@@ -66,11 +75,10 @@ def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str,
         tell(table([found]).splitlines()[-1])
         return found
 
-    dense, sparse = references
     return {
-        "recipes": [at(dense, usual, None), *(at(each, usual, topk) for each in (sparse, torch, ort))],
-        "topk": [at(torch, usual, share) for share in TOPKS],
-        "steps": [at(torch, steps, topk) for steps in STEPS],
+        "recipes": [at(pipeline, usual, topk) for pipeline, topk in contenders],
+        "topk": [at(shipped, usual, topk) for topk in TOPKS],
+        "steps": [at(shipped, steps, usual_topk) for steps in STEPS],
     }
 
 
