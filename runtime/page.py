@@ -36,6 +36,8 @@ img { display: block; width: 100%; image-rendering: pixelated }
 
 WIDTH, HEIGHT = 1000, 300
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 52
+LEGEND = 20
+"""Height of the names of lines, above a plot that is a file of its own."""
 CHARACTER = 7
 """About as wide is one in a plot."""
 COLOURS = 6
@@ -157,14 +159,15 @@ def plot(chart: Plot) -> str:
 def picture_of(chart: Plot) -> str:
     """A plot as an SVG file, for pages that are not ours: its colours go with light and dark."""
     names = [
-        f'<text x="{LEFT + 12 + 110 * i}" y="{TOP + 10}" style="fill:var(--c{i})">● {escape(series.name)}</text>'
+        f'<text x="{LEFT + 12 + 110 * i}" y="-6" style="fill:var(--c{i})">● {escape(series.name)}</text>'
         for i, series in enumerate(chart.series)
     ]
     style = f"<style>{STYLE}</style>"
-    return _svg(chart, f' xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}"', [style], names) + "\n"
+    size = f' xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT + LEGEND}"'
+    return _svg(chart, size, [style, *names], LEGEND) + "\n"
 
 
-def _svg(chart: Plot, attributes: str = "", before: Sequence[str] = (), after: Sequence[str] = ()) -> str:
+def _svg(chart: Plot, attributes: str = "", before: Sequence[str] = (), headroom: int = 0) -> str:
     xs = [x for series in chart.series for x, _, _ in series.points]
     ys = [y for series in chart.series for _, y, _ in series.points] + [y for _, y in chart.marks]
     across = Axis(xs, (LEFT, WIDTH - RIGHT), chart.log_x, from_zero=False)
@@ -175,8 +178,8 @@ def _svg(chart: Plot, attributes: str = "", before: Sequence[str] = (), after: S
         parts.append(_text(WIDTH - RIGHT - 4, up(y) - 5, name, "end"))
     for index, series in enumerate(chart.series):
         parts += _series(series, f"var(--c{index % COLOURS})", across, up)
-    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}"'
-    return f"<svg {box}{attributes}>{''.join([*parts, *after])}</svg>"
+    box = f'viewBox="0 {-headroom} {WIDTH} {HEIGHT + headroom}" role="img" aria-label="{escape(chart.title)}"'
+    return f"<svg {box}{attributes}>{''.join(parts)}</svg>"
 
 
 def _legend(chart: Plot) -> str:

@@ -120,8 +120,7 @@ def count_right(
     with Bars() as bars:
         verify(bundle, [contender.name for contender in contenders], bars)
         found = []
-        for contender in contenders:
-            pipeline = contender.pipeline(bundle)
+        for pipeline in [contender.pipeline(bundle) for contender in contenders]:
             # Where every key is attended to there is no top-k to choose.
             chosen = None if attention_blocks(pipeline.recipe) is None else topk
             found.append(measure(pipeline, steps=steps, topk=chosen, progress=bars))

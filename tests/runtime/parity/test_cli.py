@@ -160,3 +160,12 @@ def test_quality_of_two_recipes_over_the_same_weights(
     assert done.exit_code == code, done.output
     assert f"{colour:.1%}" in done.stdout
     assert f"colour {96 - 100 * colour:+.1f}" in done.stdout
+
+
+def test_quality_is_not_measured_where_one_of_two_cannot_be(
+    bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity_cli, "measure", lambda *_, **__: pytest.fail("measured before both were there"))
+    done = run("parity", bundle_of("tiny-t2v", "w8a8").root, "--quality", "--backend", "torch", "--recipe", "bf16")
+    assert done.exit_code == 1
+    assert "bf16" in done.stderr
