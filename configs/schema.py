@@ -99,6 +99,11 @@ class VideoConfig(Record, frozen=True):
     fps: Count = 16
 
     @property
+    def size_wh(self) -> tuple[int, int]:
+        """In pixels."""
+        return self.width_px, self.height_px
+
+    @property
     def clip(self) -> "ClipShape":
         return ClipShape(self.width_px, self.height_px, self.frames)
 

@@ -209,7 +209,7 @@ def clip_shape(
         RequestError: the aspect is asked for twice, or from where there is none.
         ConfigError: there is no such size, or no clip of this length.
     """
-    size = (model.video.width_px, model.video.height_px)
+    size = model.video.size_wh
     if adaptive and aspect is not None:
         raise RequestError("--adaptive takes the aspect from the image; leave out --aspect")
     if adaptive and image is None:

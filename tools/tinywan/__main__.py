@@ -18,7 +18,6 @@ from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
-from tools.tinywan.scores import import_both
 from tools.tinywan.training import Plan, load_averaged, save
 from tools.tinywan.vae import decoder_of, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
@@ -155,7 +154,7 @@ def run_scores(place: Place) -> None:
     """What the published files, or the package's, get right by recipe, top-k and steps, and a sheet of prompts."""
     files = place.folder / "files"
     sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
-    bundles = import_both(MODEL, sources, place.folder / "bundles")
+    bundles = scores.import_both(MODEL, sources, place.folder / "bundles")
     scores.draw(bundles.shipped, place.folder / "prompts.png")
     likeness.write(likeness.distances(bundles), place.folder)
     scores.write(scores.measured(bundles), place.folder)
@@ -164,7 +163,7 @@ def run_scores(place: Place) -> None:
 def run_pictures(place: Place) -> None:
     """Curves, and what the VAE makes of six drawn clips: each above what comes back."""
     vae, rng = place.vae(), np.random.default_rng(99)
-    clips, width, height = [], MODEL.video.width_px, MODEL.video.height_px
+    clips, (width, height) = [], MODEL.video.size_wh
     for _ in range(6):
         scene = draw_scene(rng, (width, height), MODEL.video.frames, unseen=True)
         pixels = pixels_of(MODEL, scene)[..., :height, :width]

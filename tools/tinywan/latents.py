@@ -45,7 +45,7 @@ def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: range, seed: i
 
 def scenes_of(model: ModelConfig, seed: int, shard: int) -> list[Scene]:
     rng, video = np.random.default_rng([seed, shard]), model.video
-    return [draw_scene(rng, (video.width_px, video.height_px), video.frames) for _ in range(SHARD)]
+    return [draw_scene(rng, video.size_wh, video.frames) for _ in range(SHARD)]
 
 
 @torch.no_grad()

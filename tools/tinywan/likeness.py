@@ -6,6 +6,7 @@ Rates say no more once everything is right; this does.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,19 +46,18 @@ class Point:
 def drawn_clip(model: ModelConfig, scene: Scene) -> Tensor:
     """The frames in the centre of a scene, float32 from 0 to 255, ``[T, H, W, 3]``; like `latents.centre` on whole
     cells of latents."""
-    frame_wh = (model.video.width_px, model.video.height_px)
+    width, height = frame_wh = model.video.size_wh
     spare = [(extent - frame) // SPATIAL_STRIDE for extent, frame in zip(scene.size_wh, frame_wh, strict=True)]
     x, y = (cells // 2 * SPATIAL_STRIDE for cells in spare)
-    return torch.from_numpy(render(scene, model.video.frames)[:, y : y + frame_wh[1], x : x + frame_wh[0]])
+    return torch.from_numpy(render(scene, model.video.frames)[:, y : y + height, x : x + width])
 
 
 def judge(pipeline: Pipeline, prompts: Sequence[Prompt], steps: int, topk: float | None) -> Point:
     """Make a clip of every prompt, each with the seed of its place, and hold it against the right one."""
     model, squares, scores = pipeline.model, list[Tensor](), list[Score]()
-    frame_wh = (model.video.width_px, model.video.height_px)
     for seed, prompt in enumerate(prompts):
         _, frames_THWC = pipeline.make(Request(prompt.text, model.video.clip, seed=seed, steps=steps, topk=topk))
-        right_THWC = drawn_clip(model, scene_asked(prompt, frame_wh, model.video.frames))
+        right_THWC = drawn_clip(model, scene_asked(prompt, model.video.size_wh, model.video.frames))
         squares.append((frames_THWC - right_THWC).square().mean())
         scores += score(read(frames_THWC.permute(0, 3, 1, 2).numpy()), prompt.subjects)
     rms = float(torch.stack(squares).mean().sqrt())
@@ -69,6 +69,7 @@ def distances(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str
     prompts, contenders = held_out_prompts()[::EVERY], bundles.contenders()
     usual, shipped = bundles.plain.model.sampler.steps, contenders[2][0]
 
+    @cache
     def at(pipeline: Pipeline, steps: int, topk: float | None) -> Point:
         point = judge(pipeline, prompts, steps, topk)
         tell(f"{point.backend} {point.recipe}, {steps} steps, top-k {topk}: {point.rms:.2f}, {point.right:.1%} right")

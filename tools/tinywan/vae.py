@@ -146,7 +146,7 @@ def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int
     video, cut_wh = model.video, cut_size(model, side)
     clips = []
     for _ in range(batch):
-        scene = draw_scene(rng, (video.width_px, video.height_px), video.frames)
+        scene = draw_scene(rng, video.size_wh, video.frames)
         start = int(rng.integers(video.frames - frames + 1))
         clip = render(scene, video.frames, range(start, start + frames))
         x, y = corner(rng, scene, start + frames // 2, video.frames, cut_wh)
@@ -155,7 +155,7 @@ def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int
 
 
 def cut_size(model: ModelConfig, side: int | None) -> tuple[int, int]:
-    return (model.video.width_px, model.video.height_px) if side is None else (side, side)
+    return model.video.size_wh if side is None else (side, side)
 
 
 def corner(rng: Generator, scene: Scene, frame: int, frames: int, cut_wh: tuple[int, int]) -> tuple[int, int]:

@@ -61,7 +61,7 @@ def train_words(network: Network, tokens: Tokens, folder: Path, plan: Plan, *, s
     reader = Reader(network)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scenes = [draw_scene(rng, (video.width_px, video.height_px), video.frames) for _ in range(plan.batch)]
+        scenes = [draw_scene(rng, video.size_wh, video.frames) for _ in range(plan.batch)]
         prompts = [token_ids(tokens, caption(rng, scene)) for scene in scenes]
         right = torch.tensor([answers(scene) for scene in scenes], device=reader.answers.weight.device)
         return reader.loss(prompts, right), {}
