@@ -1,8 +1,8 @@
 """Measure how the code is arranged: ``python tools/house.py [--root CHECKOUT] [--json] [--time]``.
 
-It counts lines per room (a folder's own files), the length of files and functions, functions with many parameters, public
-classes that share a name, modules that importing a backend loads, and import cycles. Every import counts, those inside
-functions as well. With ``--time`` it also runs ``make quick`` and ``make test`` in the checkout, which takes minutes.
+It counts lines per room (a folder's own files), the length of files and functions, functions with many parameters,
+public classes that share a name, modules that importing a backend loads, and import cycles. Every import counts, those
+inside functions as well. With ``--time`` it also runs ``make quick`` and ``make test``, which takes minutes.
 """
 
 import argparse
