@@ -11,11 +11,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.tensorrt_library import RTX, Library
-from wanforge.plugins.tensorrt_plugin import Account, PluginOp, registered
+from wanforge.plugins.tensorrt.library import RTX, Library
+from wanforge.plugins.tensorrt.plugin import Account, PluginOp, registered
 
 if TYPE_CHECKING:
-    from wanforge.plugins.launch import Launch
+    from wanforge.plugins.launching.launch import Launch
 
 Shape = tuple[int, ...]
 Progress = Callable[[str, int, int], object]

@@ -10,8 +10,8 @@ from wanforge.configs.schema import ClipShape
 from wanforge.engines.builder import FLAGS
 from wanforge.engines.bundle import ENGINES, Bundle, FileRecord, remedy
 from wanforge.errors import BundleError
-from wanforge.plugins.tensorrt_library import FLAVOURS, installed_version
-from wanforge.plugins.tensorrt_plugin import OPS
+from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
+from wanforge.plugins.tensorrt.plugin import OPS
 from wanforge.whole_file import write_atomically
 
 NO_PLUGINS = "none"
@@ -40,7 +40,7 @@ def engine_name(
 @cache
 def plugin_digest() -> str:
     """Of the code that decides what a plugin does: an engine keeps its attributes and the size of its workspace."""
-    folders = [PACKAGE / "plugins" / op for op in OPS]
+    folders = [PACKAGE / "plugins" / name for name in ("launching", "tensorrt", *OPS)]
     files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
     digest = hashlib.sha256()
     for path in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):

@@ -13,7 +13,7 @@ from typing import Any
 from wanforge.engines.bundle import Bundle, remedy
 from wanforge.engines.engine_files import read_engine
 from wanforge.errors import BundleError, ResourceError
-from wanforge.plugins.tensorrt_library import RTX, Library
+from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.whole_file import write_atomically
 
 Shape = tuple[int, ...]

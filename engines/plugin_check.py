@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from wanforge.errors import ResourceError
-from wanforge.plugins.tensorrt_library import FLAVOURS, Flavour, open_library
-from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.plugins.tensorrt.library import FLAVOURS, Flavour, open_library
+from wanforge.plugins.tensorrt.plugin import registered
 
 
 def check_plugins(flavour: Flavour, onnx: Path) -> None:

@@ -13,7 +13,7 @@ from wanforge.engines.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
-from wanforge.plugins.tensorrt_library import RTX, Library, flavour_for, open_library
+from wanforge.plugins.tensorrt.library import RTX, Library, flavour_for, open_library
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.bench.floors import Bound, bound, stage_costs
 from wanforge.runtime.cli import PROMPT

@@ -17,7 +17,7 @@ from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
-from wanforge.plugins.tensorrt_library import RTX, open_library
+from wanforge.plugins.tensorrt.library import RTX, open_library
 from wanforge.runtime.bench.history import Entry, digest, entry
 from wanforge.runtime.bench.machine import Facts, fingerprint
 from wanforge.runtime.bench.overhead import step_seconds

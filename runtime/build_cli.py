@@ -11,7 +11,7 @@ import torch
 from wanforge.configs.schema import ClipShape, load_targets, targets_called
 from wanforge.engines.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError
-from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, flavour_for, open_library
+from wanforge.plugins.tensorrt.library import RTX, TENSORRT, Flavour, flavour_for, open_library
 from wanforge.runtime.cli import clip_shape, shape_options
 from wanforge.runtime.engine_plan import Engine, build_engines
 from wanforge.runtime.graphs import graphs

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ResourceError
-from wanforge.plugins.cubins import cache_folder as kernel_cache
+from wanforge.plugins.launching.cubins import cache_folder as kernel_cache
 from wanforge.runtime.memory import available_bytes
 from wanforge.runtime.residency import Group, GroupName
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins import cubins
-from wanforge.plugins.tensorrt_library import RTX, TENSORRT, Flavour, open_library
+from wanforge.plugins.launching import cubins
+from wanforge.plugins.tensorrt.library import RTX, TENSORRT, Flavour, open_library
 from wanforge.runtime.cuda import cache_folder as tensorrt_cache
 from wanforge.runtime.cuda import driver_version
 from wanforge.runtime.memory import available_bytes
@@ -175,7 +175,7 @@ def plugin_graph(folder: Path) -> Path:
     import onnx
     from onnx import TensorProto, helper
 
-    from wanforge.plugins.tensorrt_plugin import NAMESPACE, VERSION
+    from wanforge.plugins.tensorrt.plugin import NAMESPACE, VERSION
 
     ports = {
         "x": (TensorProto.FLOAT16, (1, 64, 128)),

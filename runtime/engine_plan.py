@@ -10,10 +10,10 @@ from wanforge.engines.bundle import Bundle, graph_name, weights_name
 from wanforge.engines.engine_files import engine_key, engine_name, find_engine, is_current, size_text, write_engine
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError
-from wanforge.plugins.compiler import compile_kernels
-from wanforge.plugins.cubins import cache_folder
-from wanforge.plugins.launch import Launch
-from wanforge.plugins.tensorrt_library import Library
+from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import cache_folder
+from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.tensorrt.library import Library
 from wanforge.runtime.graphs import Graph, Port, Size, graphs
 from wanforge.runtime.memory import available_bytes
 from wanforge.runtime.reference.dit import attention_blocks

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from wanforge.configs.schema import HEAD_DIM, ClipShape, DiTConfig, ModelConfig, Recipe, selected_blocks
 from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
-from wanforge.plugins.launch import Launch, recording
+from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.sparse_linear_attention.fused import (

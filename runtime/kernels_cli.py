@@ -10,9 +10,9 @@ import click
 import msgspec
 
 from wanforge.configs.schema import load_model, load_recipe, load_targets, load_tiles, named, targets_called
-from wanforge.plugins.compiler import KIB, compile_kernels, faults, occupancy, outdated
-from wanforge.plugins.cubins import Cubin, cache_folder
-from wanforge.plugins.launch import Launch
+from wanforge.plugins.launching.compiler import KIB, compile_kernels, faults, occupancy, outdated
+from wanforge.plugins.launching.cubins import Cubin, cache_folder
+from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.cli import clip_shape, shape_options
 from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.progress import Bars

@@ -2,7 +2,7 @@
 
 import torch
 
-from wanforge.plugins.launch import Launch, recording
+from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm import fused as layer_norm
 from wanforge.plugins.w8a8_linear import fused as w8a8_linear
 

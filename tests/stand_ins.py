@@ -18,7 +18,7 @@ from torch import Tensor
 from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import Bundle
 from wanforge.engines.engine_files import write_engine
-from wanforge.plugins.tensorrt_library import RTX, Library
+from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.runtime import engine_plan
 from wanforge.runtime.graphs import Graph, Size, graphs
 

@@ -9,7 +9,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from wanforge.errors import ResourceError
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, PLUGIN, VERSION
-from wanforge.plugins.tensorrt_library import RTX, Library, open_library
+from wanforge.plugins.tensorrt.library import RTX, Library, open_library
 
 ELEMENTS = {
     "float32": TensorProto.FLOAT,

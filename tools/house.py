@@ -22,12 +22,12 @@ MOST_PARAMETERS = 7
 BACKENDS = ("torch", "ort", "kernels", "trt")
 WATCHED = {
     "builder": ("wanforge.engines.builder",),
-    "compiler": ("wanforge.plugins.compiler", "wanforge.plugins.launching.compiler"),
+    "compiler": ("wanforge.plugins.launching.compiler", "wanforge.plugins.launching.compiler"),
     "TensorRT": (
         "tensorrt",
         "tensorrt_rtx",
-        "wanforge.plugins.tensorrt_plugin",
-        "wanforge.plugins.tensorrt_library",
+        "wanforge.plugins.tensorrt.plugin",
+        "wanforge.plugins.tensorrt.library",
         "wanforge.plugins.tensorrt",
     ),
     "onnx": ("onnx", "onnxscript"),

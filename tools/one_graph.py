@@ -20,7 +20,7 @@ from wanforge.engines.bundle import Bundle, weights_name
 from wanforge.engines.tensorfile import read_header
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
-from wanforge.plugins.tensorrt_library import RTX, open_library
+from wanforge.plugins.tensorrt.library import RTX, open_library
 from wanforge.runtime.engine_plan import build_engines, ranges, sizes
 from wanforge.runtime.graphs import graphs
 

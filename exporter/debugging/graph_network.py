@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from wanforge.errors import ConfigError
-from wanforge.plugins.tensorrt_library import RTX, TENSORRT, open_library
-from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.plugins.tensorrt.library import RTX, TENSORRT, open_library
+from wanforge.plugins.tensorrt.plugin import registered
 
 _kept = ExitStack()
 """Plugins must stay registered for as long as the network is used."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launch import Kernel
+from wanforge.plugins.launching.launch import Kernel
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launch import Kernel
+from wanforge.plugins.launching.launch import Kernel
 from wanforge.plugins.w8a8_linear.reference import TILE
 
 QUANTISE = Kernel("w8a8_linear", "quantise", ("cdiv(M, 128)", "K // 128"), {"M": "i32", "x_stride": "i32:16"})

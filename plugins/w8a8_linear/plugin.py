@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.tensorrt_plugin import DYNAMIC, Expression, PluginOp, Shape
+from wanforge.plugins.tensorrt.plugin import DYNAMIC, Expression, PluginOp, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle import Bundle
-from wanforge.plugins.launch import target_sm
+from wanforge.plugins.launching.launch import target_sm
 from wanforge.plugins.w8a8_linear.fused import Quantised
 from wanforge.plugins.w8a8_linear.reference import dequantise
 from wanforge.runtime.arena import Bound

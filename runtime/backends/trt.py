@@ -19,8 +19,8 @@ from wanforge.configs.schema import ClipShape
 from wanforge.engines.bundle import Bundle
 from wanforge.engines.engine_loader import Loaded, Loader
 from wanforge.errors import BundleError, ResourceError
-from wanforge.plugins.tensorrt_library import Library, flavour_for, open_library
-from wanforge.plugins.tensorrt_plugin import Account, registered
+from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
+from wanforge.plugins.tensorrt.plugin import Account, registered
 from wanforge.runtime.arena import Arena, Bound, Guarded, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.cuda import Cuda, StreamMover, cache_file

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanforge.configs.schema import HEAD_DIM, DiTConfig, Recipe, load_recipe
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.launch import Constant, recording, target_sm
+from wanforge.plugins.launching.launch import Constant, recording, target_sm
 from wanforge.plugins.layer_norm.fused import norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate

@@ -12,7 +12,7 @@ from wanforge.engines import plugin_check
 from wanforge.engines.builder import Job, Range, build, layers
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.tensorrt_library import RTX
+from wanforge.plugins.tensorrt.library import RTX
 
 STATIC = Range((1, 300, 256), (1, 300, 256), (1, 300, 256))
 TABLE = """Layers:

@@ -21,7 +21,7 @@ from wanforge.engines.engine_files import (
 )
 from wanforge.errors import BundleError
 from wanforge.exporter.export import export
-from wanforge.plugins.tensorrt_library import RTX
+from wanforge.plugins.tensorrt.library import RTX
 
 CLIP = ClipShape(192, 128, 17)
 ONNX = "onnx/bf16/block.onnx"

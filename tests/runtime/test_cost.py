@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wanforge.configs.schema import ClipShape, VideoConfig, load_model, load_recipe, load_targets
 from wanforge.errors import ConfigError
-from wanforge.plugins.launch import Launch
+from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
 from wanforge.runtime import cost
 from wanforge.runtime.cost import Cost, Workload, block, seconds

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
 from wanforge.errors import ResourceError
-from wanforge.plugins.tensorrt_library import RTX
+from wanforge.plugins.tensorrt.library import RTX
 from wanforge.runtime import doctor
 from wanforge.runtime.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
 

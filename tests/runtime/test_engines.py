@@ -16,7 +16,7 @@ from wanforge.engines.builder import Built, build
 from wanforge.engines.bundle import Bundle, graph_name
 from wanforge.engines.engine_files import built_clips, covers, find_engine, read_engine
 from wanforge.errors import BundleError, ConfigError, ResourceError
-from wanforge.plugins.launch import Launch
+from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime import engine_plan
 from wanforge.runtime.build_cli import groups, sms_of
 from wanforge.runtime.engine_plan import build_engines, faults, plan, profile, sizes

@@ -13,9 +13,9 @@ from tests.launches import norm_launch
 from wanforge.cli import cli
 from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
 from wanforge.errors import ConfigError
-from wanforge.plugins.compiler import compile_kernels
-from wanforge.plugins.cubins import Cubin, Store
-from wanforge.plugins.launch import Launch
+from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import Cubin, Store
+from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime import kernels_cli
 from wanforge.runtime.kernels_cli import footprint, instructions, sms_of, table, variant
 

@@ -16,7 +16,7 @@ from tests.numerics import assert_matches
 from wanforge.cli import cli
 from wanforge.configs.schema import ClipShape, load_model, load_targets
 from wanforge.errors import ConfigError
-from wanforge.plugins.launch import recording
+from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.cost import Cost, Workload, block

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from wanforge.cli import cli
 from wanforge.configs.schema import load_tiles
-from wanforge.plugins.compiler import compile_kernels, faults
-from wanforge.plugins.cubins import Cubin
+from wanforge.plugins.launching.compiler import compile_kernels, faults
+from wanforge.plugins.launching.cubins import Cubin
 from wanforge.runtime.kernels_cli import launches_of
 
 ROOT = Path(__file__).parents[2]

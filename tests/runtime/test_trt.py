@@ -16,8 +16,8 @@ from wanforge.engines import engine_files
 from wanforge.engines.bundle import Bundle
 from wanforge.engines.engine_loader import Loader
 from wanforge.errors import BundleError, ResourceError
-from wanforge.plugins.tensorrt_library import RTX
-from wanforge.plugins.tensorrt_plugin import Account
+from wanforge.plugins.tensorrt.library import RTX
+from wanforge.plugins.tensorrt.plugin import Account
 from wanforge.runtime import engine_plan
 from wanforge.runtime.arena import Arena
 from wanforge.runtime.backends import trt as trt_module

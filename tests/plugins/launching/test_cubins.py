@@ -17,9 +17,9 @@ import torch
 
 import wanforge
 from wanforge.errors import ResourceError, ShapeError
-from wanforge.plugins import cubins
-from wanforge.plugins.cubins import MANIFEST, Cubin, Driver, Launcher, Store, source_hash
-from wanforge.plugins.launch import Kernel, Launch
+from wanforge.plugins.launching import cubins
+from wanforge.plugins.launching.cubins import MANIFEST, Cubin, Driver, Launcher, Store, source_hash
+from wanforge.plugins.launching.launch import Kernel, Launch
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)",), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 CODE = b"machine code"
@@ -169,7 +169,7 @@ def test_what_is_missing_is_compiled_into_the_cache(cache: Store, monkeypatch: p
         Store(folder).add(made, CODE)
         return [made]
 
-    monkeypatch.setattr("wanforge.plugins.compiler.compile_kernels", compile_kernels)
+    monkeypatch.setattr("wanforge.plugins.launching.compiler.compile_kernels", compile_kernels)
     driver = FakeDriver()
     Launcher(driver)(launch())
     assert len(driver.launches) == 1
@@ -237,7 +237,8 @@ def test_the_source_hash_of_a_real_kernel_covers_what_it_shares() -> None:
 
 
 def test_launching_imports_no_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import wanforge.plugins.cubins, wanforge.plugins.compiler"
+    modules = "wanforge.plugins.launching.cubins, wanforge.plugins.launching.compiler"
+    code = f"import sys; sys.modules['triton'] = None; import {modules}"
     environment = {**os.environ, "PYTHONPATH": str(Path(wanforge.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.cubins import Cubin, Driver, Launcher, source_hash
-from wanforge.plugins.launch import Launch, recording
-from wanforge.plugins.launch_plan import PLACE_ALIGNMENT, plan
+from wanforge.plugins.launching.cubins import Cubin, Driver, Launcher, source_hash
+from wanforge.plugins.launching.launch import Launch, recording
+from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, plan
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttention
-from wanforge.plugins.tensorrt_plugin import PluginOp, Preparation, architectures
+from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation, architectures
 from wanforge.plugins.w8a8_linear.plugin import W8A8Linear
 
 ROWS = 333
@@ -160,7 +160,7 @@ def stored(launch: Launch) -> tuple[Any, Cubin]:
 def test_the_driver_is_told_what_the_op_launches(
     op: PluginOp, inputs: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanforge.plugins.cubins.find", stored)
+    monkeypatch.setattr("wanforge.plugins.launching.cubins.find", stored)
     allocated: list[Any] = []
     preparation, launcher = Preparation(op), Launcher(Recorder())
     ready = preparation.ready(inputs, launcher)

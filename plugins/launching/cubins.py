@@ -24,7 +24,7 @@ import wanforge
 from wanforge import __version__
 from wanforge.configs.schema import Record
 from wanforge.errors import ResourceError
-from wanforge.plugins.launch import PARSING, Constant, Launch, Specialisation
+from wanforge.plugins.launching.launch import PARSING, Constant, Launch, Specialisation
 from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
@@ -197,7 +197,7 @@ def find(launch: Launch) -> tuple[Store, Cubin]:
             f"no cubin of {launch.kernel.name} for sm_{launch.sm} in {' or '.join(map(str, folders()))}; make it with: "
             f"wanforge kernels --target sm_{launch.sm}, or pip install triton"
         )
-    from wanforge.plugins.compiler import compile_kernels
+    from wanforge.plugins.launching.compiler import compile_kernels
 
     (cubin,) = compile_kernels([launch], cache_folder(), jobs=1)
     return Store(cache_folder()), cubin

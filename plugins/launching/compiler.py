@@ -21,10 +21,10 @@ from typing import NamedTuple
 import msgspec
 
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins import compile_worker
-from wanforge.plugins.compile_worker import Compiled, Failed
-from wanforge.plugins.cubins import Cubin, Store, source_hash
-from wanforge.plugins.launch import Launch, Specialisation
+from wanforge.plugins.launching import worker as compile_worker
+from wanforge.plugins.launching.cubins import Cubin, Store, source_hash
+from wanforge.plugins.launching.launch import Launch, Specialisation
+from wanforge.plugins.launching.worker import Compiled, Failed
 
 Progress = Callable[[str, int, int], object]
 """Told a title, how many are done, and of how many."""

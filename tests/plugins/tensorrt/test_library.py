@@ -9,7 +9,7 @@ import pytest
 
 from tests.tensorrt_flavours import rtx
 from wanforge.errors import ResourceError
-from wanforge.plugins.tensorrt_library import RTX, TENSORRT, flavour_for, numbers, open_library
+from wanforge.plugins.tensorrt.library import RTX, TENSORRT, flavour_for, numbers, open_library
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_what_is_too_old_is_refused(unopened: None, monkeypatch: pytest.MonkeyPa
 
 PARSE = """
 import sys
-from wanforge.plugins import tensorrt_library as library
-from wanforge.plugins.tensorrt_plugin import registered
+from wanforge.plugins.tensorrt import library
+from wanforge.plugins.tensorrt.plugin import registered
 if sys.argv[1] == "uncured":
     library.provide_unversioned_name = lambda name, needed: None
 opened = library.open_library(library.RTX)

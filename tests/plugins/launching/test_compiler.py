@@ -15,11 +15,12 @@ import pytest
 
 from tests.launches import gemm_launch, norm_launch
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins import compile_worker, compiler
-from wanforge.plugins.compile_worker import TENSOR_CORE
-from wanforge.plugins.compiler import LIMITS, Worker, compile_kernels, faults, occupancy, outdated
-from wanforge.plugins.cubins import MANIFEST, Cubin, Store, source_hash
-from wanforge.plugins.launch import Launch
+from wanforge.plugins.launching import compiler
+from wanforge.plugins.launching import worker as compile_worker
+from wanforge.plugins.launching.compiler import LIMITS, Worker, compile_kernels, faults, occupancy, outdated
+from wanforge.plugins.launching.cubins import MANIFEST, Cubin, Store, source_hash
+from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.launching.worker import TENSOR_CORE
 
 SMS = (80, 90)
 

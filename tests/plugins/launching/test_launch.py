@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.launches import gemm_launch, norm_launch
 from wanforge.configs.schema import load_tiles
 from wanforge.errors import ResourceError, ShapeError
-from wanforge.plugins import launch as launching
-from wanforge.plugins.launch import Kernel, Launch, evaluate, recording, target_sm, tile_for
+from wanforge.plugins.launching import launch as launching
+from wanforge.plugins.launching.launch import Kernel, Launch, evaluate, recording, target_sm, tile_for
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)", "D // 64"), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 

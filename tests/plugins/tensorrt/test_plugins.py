@@ -9,7 +9,7 @@ import pytest
 
 from tests.tensorrt_flavours import Port, linear, model, node, rtx
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttention
-from wanforge.plugins.tensorrt_plugin import NAMESPACE, Attributes, registered
+from wanforge.plugins.tensorrt.plugin import NAMESPACE, Attributes, registered
 
 
 class Build:

@@ -23,13 +23,13 @@ import numpy as np
 
 from wanforge.configs.schema import load_tiles
 from wanforge.errors import WanforgeError
-from wanforge.plugins.tensorrt_library import Library
+from wanforge.plugins.tensorrt.library import Library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wanforge.plugins.cubins import Launcher, Loaded
-    from wanforge.plugins.launch_plan import LaunchPlan, PlannedLaunch
+    from wanforge.plugins.launching.cubins import Launcher, Loaded
+    from wanforge.plugins.launching.plan import LaunchPlan, PlannedLaunch
 
 NAMESPACE, VERSION = "wanforge", "1"
 OPS = ("w8a8_linear", "sparse_linear_attention")
@@ -81,7 +81,7 @@ class PluginOp(ABC):
         """The op's launches for inputs of some shapes and types."""
         import torch
 
-        from wanforge.plugins.launch_plan import plan
+        from wanforge.plugins.launching.plan import plan
 
         return plan(self.on(sm).run, [(shape, getattr(torch, dtype)) for shape, dtype in inputs], sm)
 
@@ -295,7 +295,7 @@ def plugin_class(trt: Any, account: Account) -> type:
             return tuple((shape_of(desc.dims), type_of(desc)) for desc in described)
 
         def _launcher(self) -> "Launcher":
-            from wanforge.plugins.cubins import launcher
+            from wanforge.plugins.launching.cubins import launcher
 
             return launcher()
 

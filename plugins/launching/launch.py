@@ -90,7 +90,7 @@ class Kernel:
             case "cpu":
                 launch.interpret()
             case _:
-                cubins = import_module("wanforge.plugins.cubins")
+                cubins = import_module("wanforge.plugins.launching.cubins")
                 cubins.run(launch)
 
 

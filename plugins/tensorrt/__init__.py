@@ -1,0 +1,1 @@
+"""TensorRT in its two flavours: the libraries, and the ops as plugins."""
