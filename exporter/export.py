@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from onnx import ModelProto
 
-from wanforge.engines.bundle import (
+from wanforge.engines.bundle.bundle import (
     Bundle,
     FileRecord,
     components,
     dit_component,
     graph_name,
 )
-from wanforge.engines.tensorfile import read_header
+from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import ConfigError
 from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph

@@ -6,11 +6,19 @@ from pathlib import Path
 import msgspec
 
 import wanforge
-from wanforge.engines.bundle import Bundle, components
-from wanforge.engines.tensorfile import read_header
+from wanforge.engines.bundle.bundle import Bundle, components
+from wanforge.engines.bundle.tensorfile import read_header
 
-SOURCES = ("plugins", "runtime/reference", "runtime/graphs.py", "exporter")
-"""The code that decides what a graph contains."""
+SOURCES = (
+    "plugins/onnx_body.py",
+    "plugins/*/op.py",
+    "plugins/*/onnx_function.py",
+    "plugins/*/reference.py",
+    "runtime/graphs.py",
+    "runtime/reference/*.py",
+    "exporter/*.py",
+)
+"""The code that decides what a graph contains, as patterns of paths in the package."""
 
 
 def graph_key(bundle: Bundle) -> dict[str, str]:
@@ -35,5 +43,4 @@ def _layout(path: Path) -> bytes:
 
 
 def _sources(package: Path) -> list[Path]:
-    places = [package / name for name in SOURCES]
-    return [file for place in places for file in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    return [file for pattern in SOURCES for file in sorted(package.glob(pattern))]

@@ -10,7 +10,7 @@ import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
 from wanforge.configs.schema import ModelConfig, Recipe
-from wanforge.engines.tensorfile import TensorFile
+from wanforge.engines.bundle.tensorfile import TensorFile
 from wanforge.exporter.onnx_model import bodies, external, onnx_model, port_type, trace
 from wanforge.exporter.tracer import tensor_proto, value_info
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanforge.configs.schema import Target, load_model, load_targets
-from wanforge.runtime.cost import ASSUMED, IDEAL, Cost, Workload, block, published_workload, seconds
-from wanforge.runtime.fused_plan import fused_block, fused_request, fused_step
-from wanforge.runtime.unfused_plan import unfused_block, unfused_step
+from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
+from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, Cost, Workload, block, published_workload, seconds
+from wanforge.runtime.measure.cost.unfused import unfused_block, unfused_step
 
 GPUS = ("rtx5090", "rtx4090", "h100", "h200")
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"

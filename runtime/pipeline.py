@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
-from wanforge.engines.bundle import TOKENIZER, Bundle
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError, ResourceError
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.image import condition, open_image, to_pixels
-from wanforge.runtime.memory import available_bytes, needed_bytes
+from wanforge.runtime.memory.host import available_bytes, needed_bytes
 from wanforge.runtime.reference.dit import attention_blocks, patchify, rope_tables, sinusoid, unpatchify
 from wanforge.runtime.reference.sampler import Step, gaussian, sample, schedule
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets

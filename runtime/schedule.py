@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from wanforge.configs.schema import ClipShape, ModelConfig
-from wanforge.engines.bundle import dit_component
+from wanforge.engines.bundle.bundle import dit_component
 from wanforge.runtime.graphs import ElementType, Graph, Port
 
 

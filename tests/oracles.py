@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from wanforge.configs.schema import DiTConfig, TextEncoderConfig, VAEConfig
-from wanforge.engines.names import match_names
+from wanforge.runtime.reference.names import match_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of their own and their dependencies' deprecations

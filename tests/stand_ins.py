@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import Bundle
-from wanforge.engines.engine_files import write_engine
+from wanforge.engines import build as engine_plan
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
-from wanforge.runtime import engine_plan
 from wanforge.runtime.graphs import Graph, Size, graphs
 
 ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}

@@ -33,9 +33,9 @@ WATCHED = {
     "onnx": ("onnx", "onnxscript"),
     "Triton": ("triton",),
     "cost model": (
-        "wanforge.runtime.cost",
-        "wanforge.runtime.unfused_plan",
-        "wanforge.runtime.fused_plan",
+        "wanforge.runtime.measure.cost.launches",
+        "wanforge.runtime.measure.cost.unfused",
+        "wanforge.runtime.measure.cost.fused",
         "wanforge.runtime.measure",
     ),
 }

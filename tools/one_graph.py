@@ -15,13 +15,13 @@ from time import perf_counter
 import numpy as np
 
 from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.engines.build import build_engines, ranges, sizes
 from wanforge.engines.builder import Job, Range, build
-from wanforge.engines.bundle import Bundle, weights_name
-from wanforge.engines.tensorfile import read_header
+from wanforge.engines.bundle.bundle import Bundle, weights_name
+from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX, open_library
-from wanforge.runtime.engine_plan import build_engines, ranges, sizes
 from wanforge.runtime.graphs import graphs
 
 MODEL, RECIPE, SMS = "turbowan2.1-t2v-1.3b-480p", "bf16", (89, 120)

@@ -1,13 +1,14 @@
-"""TinyWan's files, which come with the package and lie beside its configuration."""
+"""TinyWan's files, which come with the package and lie in the folder ``tinywan``."""
 
 from pathlib import Path
 
-from wanforge.configs.schema import CONFIGS, ModelConfig
-from wanforge.engines.bundle import components
+from wanforge.configs.schema import ModelConfig
+from wanforge.engines.bundle.bundle import components
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources
 
 EMBEDDED = "tinywan"
+FOLDER = Path(__file__).parent / EMBEDDED
 
 
 def embedded(model: ModelConfig) -> Sources:
@@ -16,13 +17,12 @@ def embedded(model: ModelConfig) -> Sources:
     Raises:
         CheckpointError: there are none.
     """
-    folder = CONFIGS / "models" / model.name
-    if not folder.is_dir():
+    if model.name != EMBEDDED:
         raise CheckpointError(
             f"{model.name} does not come with the package; give its files with --dit, --vae, --text-encoder and "
             "--tokenizer"
         )
-    return sources_in(folder, model)
+    return sources_in(FOLDER, model)
 
 
 def sources_in(folder: Path, model: ModelConfig) -> Sources:

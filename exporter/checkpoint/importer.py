@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe, named
-from wanforge.engines.bundle import (
+from wanforge.engines.bundle.bundle import (
     MANIFEST,
     TOKENIZER,
     Bundle,
@@ -20,12 +20,12 @@ from wanforge.engines.bundle import (
     dit_component,
     weights_name,
 )
-from wanforge.engines.names import has_sla, is_quantised, looks_like, match_names
-from wanforge.engines.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
+from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
+from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.runtime.text import Tokenizer, find_tokenizer
 from wanforge.whole_file import write_atomically
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wanforge.configs.schema import ModelConfig, Recipe
-from wanforge.engines.tensorfile import TensorSpec
+from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE

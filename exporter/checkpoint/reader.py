@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, _weights_only_unpickler
 
-from wanforge.engines.tensorfile import CHUNK, TensorSpec, read_chunks, read_header
+from wanforge.engines.bundle.tensorfile import CHUNK, TensorSpec, read_chunks, read_header
 from wanforge.errors import CheckpointError, join_names
 
 DTYPES = {

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from wanforge.configs.schema import ModelConfig, Recipe
-from wanforge.engines.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
-from wanforge.engines.tensorfile import encode_header
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
+from wanforge.engines.bundle.tensorfile import encode_header
 from wanforge.exporter.checkpoint.layout import layout
 from wanforge.exporter.checkpoint.synth import train_tokenizer
 from wanforge.whole_file import write_atomically

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanforge.configs.schema import ModelConfig
-from wanforge.engines.bundle import dit_component
-from wanforge.engines.tensorfile import TensorSpec
+from wanforge.engines.bundle.bundle import dit_component
+from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles

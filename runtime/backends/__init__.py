@@ -9,7 +9,7 @@ import torch
 from wanforge.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wanforge.engines.bundle import Bundle
+    from wanforge.engines.bundle.bundle import Bundle
     from wanforge.runtime.backends.base import Backend
 
 BACKENDS = {"torch": "TorchBackend", "ort": "OrtBackend", "kernels": "KernelsBackend", "trt": "TrtBackend"}

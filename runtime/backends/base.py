@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape
-from wanforge.runtime.arena import Bound, Memory
+from wanforge.runtime.memory.arena import Bound, Memory
 from wanforge.runtime.schedule import Launch, Ref, Schedule
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.launch import target_sm
 from wanforge.plugins.w8a8_linear.fused import Quantised
 from wanforge.plugins.w8a8_linear.reference import dequantise
-from wanforge.runtime.arena import Bound
-from wanforge.runtime.backends.points import Points
+from wanforge.runtime.backends.fused_block import FusedBlock, Input, Linears, Tap, recipe_for
+from wanforge.runtime.backends.taps import Points
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
-from wanforge.runtime.fused_block import FusedBlock, Input, Linears, Tap, recipe_for
+from wanforge.runtime.memory.arena import Bound
 from wanforge.runtime.schedule import Launch
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.errors import BundleError
-from wanforge.runtime.arena import Arena, Bound, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.onnx_points import FORCED, Opened, open_at_points
-from wanforge.runtime.backends.points import ATTENTION, Points
+from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_points
+from wanforge.runtime.backends.taps import ATTENTION, Points
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.memory_plan import plan_request
-from wanforge.runtime.residency import ThreadMover
+from wanforge.runtime.memory.arena import Arena, Bound, Memory, Unbounded
+from wanforge.runtime.memory.plan import plan_request
+from wanforge.runtime.memory.residency import ThreadMover
+from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.schedule import Launch
-from wanforge.runtime.weights import Weights
 
 # TensorProto's numbers, so that running needs no onnx.
 ELEMENT_TYPES = {

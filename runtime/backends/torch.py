@@ -6,13 +6,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from wanforge.engines.bundle import Bundle
-from wanforge.runtime.arena import Bound, Unbounded
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.points import ATTENTION, Points, tapped
+from wanforge.runtime.backends.taps import ATTENTION, Points, tapped
 from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.memory.arena import Bound, Unbounded
+from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.schedule import Launch
-from wanforge.runtime.weights import Weights
 
 Runner = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import Bundle
-from wanforge.engines.engine_loader import Loaded, Loader
+from wanforge.engines.build import engines_of, names_in
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.loader import Loaded, Loader
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
 from wanforge.plugins.tensorrt.plugin import Account, registered
-from wanforge.runtime.arena import Arena, Bound, Guarded, Memory, Unbounded
 from wanforge.runtime.backends.base import Backend, Session
-from wanforge.runtime.cuda import Cuda, StreamMover, cache_file
-from wanforge.runtime.engine_plan import engines_of, names_in
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.memory_plan import MemoryPlan, plan_request
-from wanforge.runtime.memory_report import RESERVE
-from wanforge.runtime.residency import HOST_GRAPHS, GroupName, Residency
+from wanforge.runtime.measure.cost.memory import RESERVE
+from wanforge.runtime.memory.arena import Arena, Bound, Guarded, Memory, Unbounded
+from wanforge.runtime.memory.cuda import Cuda, StreamMover, cache_file
+from wanforge.runtime.memory.plan import MemoryPlan, plan_request
+from wanforge.runtime.memory.residency import HOST_GRAPHS, GroupName, Residency
+from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.schedule import Launch, Schedule
-from wanforge.runtime.weights import Weights
 
 
 class TrtBackend(Backend):

@@ -13,38 +13,44 @@ from wanforge.errors import WanforgeError, memory_errors
 # In pipeline order; the summary stands here so that `wanforge --help` imports no torch.
 COMMANDS = {
     "synth": (
-        "wanforge.exporter.cli:synth",
+        "wanforge.exporter.commands.import_:synth",
         "Write checkpoint files in the published formats, with random weights.",
     ),
     "import": (
-        "wanforge.exporter.cli:import_",
+        "wanforge.exporter.commands.import_:import_",
         "Check published checkpoint files and turn them into a bundle.",
     ),
-    "export": ("wanforge.exporter.cli:export", "Write a bundle's ONNX graphs."),
+    "export": ("wanforge.exporter.commands.import_:export", "Write a bundle's ONNX graphs."),
     "kernels": (
-        "wanforge.runtime.kernels_cli:kernels",
+        "wanforge.runtime.commands.kernels:kernels",
         "Compile the GPU kernels, and say what they cost.",
     ),
-    "build": ("wanforge.runtime.build_cli:build", "Compile the graphs into engines for GPUs."),
-    "inspect": ("wanforge.exporter.cli:inspect", "Show what a bundle holds, and what is stale or damaged."),
+    "build": ("wanforge.runtime.commands.build:build", "Compile the graphs into engines for GPUs."),
+    "inspect": (
+        "wanforge.exporter.commands.import_:inspect",
+        "Show what a bundle holds, and what is stale or damaged.",
+    ),
     "generate": (
-        "wanforge.runtime.cli:generate",
+        "wanforge.runtime.commands.generate:generate",
         "Make a video from a prompt, or from an image and a prompt.",
     ),
-    "parity": ("wanforge.runtime.parity_cli:parity", "Hold a backend against the reference: op, block, step, clip."),
+    "parity": (
+        "wanforge.runtime.commands.parity:parity",
+        "Hold a backend against the reference: op, block, step, clip.",
+    ),
     "bench": (
-        "wanforge.runtime.bench_cli:bench",
+        "wanforge.runtime.commands.bench:bench",
         "Time whole requests, or the kernels of an op; sweep; compare with before.",
     ),
     "suite": (
-        "wanforge.exporter.suite_cli:suite",
+        "wanforge.exporter.commands.suite:suite",
         "Measure what any machine can: export, build, host overhead, ONNX Runtime.",
     ),
     "scaling": (
-        "wanforge.exporter.scaling_cli:scaling",
+        "wanforge.exporter.commands.scaling:scaling",
         "Predict how time and memory grow with length and size, on any GPU.",
     ),
-    "doctor": ("wanforge.runtime.doctor_cli:doctor", "Say what this machine can do, and what is missing."),
+    "doctor": ("wanforge.runtime.commands.doctor:doctor", "Say what this machine can do, and what is missing."),
 }
 
 

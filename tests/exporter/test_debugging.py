@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.tensorrt_flavours import rtx
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "exporter" / "debugging" / "graph_network.py"

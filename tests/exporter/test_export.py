@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter import export as exporting
 from wanforge.exporter.export import export
 

@@ -11,11 +11,11 @@ from tests.forcing import forced, run_with_decisions
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_model
 from wanforge.configs.schema import selected_blocks
-from wanforge.engines.bundle import Bundle, graph_name
+from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.exporter.export import home
 from wanforge.runtime.graphs import Graph, Port, graphs
+from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.reference.dit import DiT, patchify, rope_tables, sinusoid, unpatchify
-from wanforge.runtime.weights import Weights
 
 CASES = [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")]
 SIZES = {"tokens": 333, "context_rows": 21, "slots": 2, "prompt_tokens": 19, "latent_height": 5, "latent_width": 7}

@@ -51,7 +51,7 @@ def test_a_library_that_does_not_survive_plugins_is_broken(monkeypatch: pytest.M
     monkeypatch.setattr(doctor, "check_plugins", dies)
     found = tensorrt(RTX, "engines")
     assert (found.status, found.remedy) == ("broken", "pip install 'wanforge[rtx]'")
-    monkeypatch.setattr("wanforge.runtime.doctor_cli.checks", lambda: iter([found]))
+    monkeypatch.setattr("wanforge.runtime.commands.doctor.checks", lambda: iter([found]))
     code, said = run()
     assert code == 1
     assert "!!  tensorrt-rtx   does not survive" in said

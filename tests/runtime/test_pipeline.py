@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.numerics import assert_matches
 from wanforge.configs.schema import ClipShape
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
 from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tests.numerics import assert_matches, relative_rms
 from wanforge.configs.schema import ClipShape, load_model, load_recipe
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.pipeline import Pipeline, Request, Timings
 from wanforge.runtime.reference.dit import DiT, dense_attention
 from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
-from wanforge.runtime.weights import Weights
 
 BundleOf = Callable[[str, str], Bundle]
 SHAPE = ClipShape(96, 64, 9)

@@ -17,9 +17,9 @@ from tools.tinywan.scenes import DARKNESS, render, scene_asked
 from tools.tinywan.scores import STEPS, TOPKS, import_both, measured, write
 from wanforge.configs.schema import load_model
 from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.runtime.measure.quality.held_out import Prompt, Quality, Rates, held_out_prompts, rates_of
+from wanforge.runtime.measure.quality.meter import read, score
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.quality.held_out import Prompt, Quality, Rates, held_out_prompts, rates_of
-from wanforge.runtime.quality.meter import read, score
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ from wanforge.configs.schema import (
 )
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.plugins.sparse_linear_attention.reference import Blocks, block_scores, select_blocks, sparse_branch
-from wanforge.runtime.quality.figures import COLOURS
-from wanforge.runtime.quality.held_out import held_out_prompts
+from wanforge.runtime.measure.quality.figures import COLOURS
+from wanforge.runtime.measure.quality.held_out import held_out_prompts
 from wanforge.runtime.reference.dit import dense_attention
 from wanforge.runtime.reference.vae import VAE
 

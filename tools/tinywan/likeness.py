@@ -15,10 +15,10 @@ from torch import Tensor
 from tools.tinywan.scenes import Scene, render, scene_asked
 from tools.tinywan.scores import STEPS, Bundles
 from wanforge.configs.schema import SPATIAL_STRIDE, ModelConfig
-from wanforge.runtime.page import Plot, Series, picture_of
+from wanforge.runtime.measure.page import Plot, Series, picture_of
+from wanforge.runtime.measure.quality.held_out import Prompt, held_out_prompts, rates_of
+from wanforge.runtime.measure.quality.meter import Score, read, score
 from wanforge.runtime.pipeline import Pipeline, Request
-from wanforge.runtime.quality.held_out import Prompt, held_out_prompts, rates_of
-from wanforge.runtime.quality.meter import Score, read, score
 
 TOPKS = (0.17, 0.34, 0.5, 1.0)
 """One, two, three and all of the six key blocks."""

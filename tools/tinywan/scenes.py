@@ -13,8 +13,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from wanforge.configs.schema import SPATIAL_STRIDE
-from wanforge.runtime.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Subject, coverage, is_held_out
-from wanforge.runtime.quality.held_out import Prompt
+from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Subject, coverage, is_held_out
+from wanforge.runtime.measure.quality.held_out import Prompt
 
 BACKGROUNDS = {"black": 22, "grey": 128, "white": 232}
 """Grey values by name."""

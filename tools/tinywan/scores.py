@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tools.tinywan.pictures import sheet
 from wanforge.configs.schema import ModelConfig, load_recipe
-from wanforge.engines.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.export import export
-from wanforge.runtime.page import picture_of
-from wanforge.runtime.parity.comparison import Contender
+from wanforge.runtime.measure.page import picture_of
+from wanforge.runtime.measure.parity.comparison import Contender
+from wanforge.runtime.measure.quality.held_out import Quality, measure, table
+from wanforge.runtime.measure.quality.rates_plot import rates_plot
 from wanforge.runtime.pipeline import Pipeline, Request
-from wanforge.runtime.quality.held_out import Quality, measure, table
-from wanforge.runtime.quality.rates_plot import rates_plot
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
 """One, two, three, four and all of the six key blocks."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import BACKGROUNDS, SIZES, Scene, caption, draw_scene
 from tools.tinywan.training import Plan, train
-from wanforge.runtime.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS
+from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 
 THING = (list(COLOURS), list(SHAPES), list(DIRECTIONS), list(SPEEDS), list(SIZES))
 THINGS = 2

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe
-from wanforge.engines.bundle import Bundle
-from wanforge.engines.names import aliases
-from wanforge.engines.tensorfile import TensorSpec, read_header
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.reader import INDEX
+from wanforge.runtime.reference.names import aliases
 
 T2V, I2V = load_model("tiny-t2v"), load_model("tiny-i2v")
 W8A8, BY_ROW, SLA, DENSE = (load_recipe(name) for name in ("w8a8", "w8a8-row", "bf16-sla", "bf16"))

@@ -27,12 +27,12 @@ from tests.exporter.checkpoint.sources import (
 )
 from tests.numerics import assert_matches
 from wanforge.configs.schema import Recipe, load_recipe
-from wanforge.engines.bundle import TOKENIZER, Bundle, components, weights_name
-from wanforge.engines.names import aliases
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
+from wanforge.runtime.reference.names import aliases
 
 FORMS: dict[str, Callable[[str, State, Path], Path]] = {
     "wrapped": lambda c, state, folder: write_pth({"state_dict": state, "epoch": 1}, folder),  # type: ignore[dict-item]

@@ -24,8 +24,8 @@ from tests.exporter.checkpoint.sources import (
 )
 from tests.numerics import assert_matches
 from wanforge.configs.schema import Recipe
-from wanforge.engines.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
-from wanforge.engines.tensorfile import TensorSpec, read_header
+from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
+from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint

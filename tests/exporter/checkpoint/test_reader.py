@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.numerics import assert_matches
-from wanforge.engines.tensorfile import CHUNK
+from wanforge.engines.bundle.tensorfile import CHUNK
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.reader import (
     DTYPES,

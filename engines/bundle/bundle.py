@@ -1,0 +1,232 @@
+"""A bundle: the directory that holds one model, from its weights to its engines.
+
+    BUNDLE/
+      manifest.json              what is here, from what it was made, and each file's SHA-256
+      weights/*.safetensors      dit (or dit.high and dit.low), vae, text_encoder; canonical names
+      tokenizer/tokenizer.json
+      dit*.onnx, vae_*.onnx      graphs that point into weights/ (they may not lie deeper, see decisions/0003)
+      onnx/<type>/*.onnx         graphs whose weights are inputs
+      engines/<architectures>/   compiled graphs, see `engine_files`
+
+The manifest is written last, so a directory without one is not a bundle.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
+
+import msgspec
+
+from wanforge import __version__
+from wanforge.configs.schema import ModelConfig, Recipe, Record
+from wanforge.engines.bundle.tensorfile import sha256_of
+from wanforge.errors import BundleError
+from wanforge.whole_file import write_atomically
+
+MANIFEST = "manifest.json"
+ENGINES = "engines/"
+"""Where engines lie in a bundle."""
+VERIFIED = ".verified.json"
+TOKENIZER = "tokenizer/tokenizer.json"
+FORMAT: Literal[1] = 1
+SHORT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, IsADirectoryError)
+"""What reading a damaged JSON file raises."""
+
+Progress = Callable[[int], object]
+Stamp = list[str | int]
+"""SHA-256 of a file when it was last verified, and by what the file system tells it from any other: `stamp_of`."""
+
+
+class FileRecord(Record, frozen=True):
+    """One file of a bundle."""
+
+    sha256: str
+    bytes: int
+    source: str = ""
+    """Where it came from, for people; never used to find anything."""
+    key: dict[str, str] = msgspec.field(default_factory=dict)
+    """For what is made from other things: a digest of each of them. Any difference means stale."""
+    facts: dict[str, int] = msgspec.field(default_factory=dict)
+    """What its maker learned of it, for those who use it."""
+
+
+class Manifest(Record, frozen=True):
+    """What a bundle holds."""
+
+    format: Literal[1]
+    made_by: str
+    model: ModelConfig
+    recipe: Recipe
+    files: dict[str, FileRecord]
+    """By path relative to the bundle."""
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} lies outside the bundle")
+
+
+class Bundle:
+    """An opened bundle.
+
+    Raises:
+        BundleError: there is no manifest, or it makes no sense.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root, self.manifest = root, manifest
+        self.model, self.recipe = manifest.model, manifest.recipe
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        path = root / MANIFEST
+        try:
+            return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
+        except (FileNotFoundError, NotADirectoryError):
+            hint = "its import was interrupted; run it again" if (root / "weights").is_dir() else "make one"
+            raise BundleError(
+                f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}"
+            ) from None
+        except UNREADABLE as error:
+            raise BundleError(f"{path}: damaged, or of another version ({error}); import it again") from None
+
+    @classmethod
+    def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
+        """Declare a directory to be a bundle, now that every file is in place."""
+        manifest = Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files)
+        bundle = cls(root, manifest)
+        bundle._write()
+        return bundle
+
+    def add(self, files: Mapping[str, FileRecord], *, dropping: Iterable[str] = ()) -> None:
+        """Record files that are in place, and delete others once the manifest no longer names them."""
+        dropped = set(dropping) - set(files)
+        kept = {name: record for name, record in self.manifest.files.items() if name not in dropped}
+        self.manifest = msgspec.structs.replace(self.manifest, files={**kept, **files})
+        self._write()
+        for name in dropped:
+            (self.root / name).unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=1)
+        write_atomically(self.root / MANIFEST, text)
+
+    def path(self, name: str) -> Path:
+        """Where a file of the manifest lies.
+
+        Raises:
+            BundleError: the manifest does not have it, or the file is gone.
+        """
+        path = self.root / name
+        if name not in self.manifest.files or not path.is_file():
+            raise BundleError(f"{self.root}: {name} is missing; {remedy(name, self.root)}")
+        return path
+
+    def weights(self, component: str) -> Path:
+        """The safetensors file of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``."""
+        return self.path(weights_name(component))
+
+    def verify(self, names: Iterable[str], progress: Progress = lambda size: None, *, again: bool = False) -> None:
+        """Compare files with the manifest's SHA-256.
+
+        A file that was verified before is taken at its word, unless `again`, as long as it is the same file of the
+        same file system and neither it nor its size or times have changed: a copy is verified for itself.
+
+        Raises:
+            BundleError: a file is missing or is not what was written.
+        """
+        stamps = self._stamps()
+        try:
+            self._compare(names, stamps, progress, again)
+        finally:
+            self._save_stamps(stamps)
+
+    def _compare(self, names: Iterable[str], stamps: dict[str, Stamp], progress: Progress, again: bool) -> None:
+        for name in names:
+            path, record = self.path(name), self.manifest.files[name]
+            status = path.stat()
+            stamp = stamp_of(record, status)
+            if stamps.get(name) == stamp and not again:
+                continue
+            stamps.pop(name, None)
+            if status.st_size != record.bytes:
+                raise BundleError(
+                    f"{path}: damaged; {status.st_size:,} bytes where {record.bytes:,} were written; "
+                    f"{remedy(name, self.root)}"
+                )
+            if (found := sha256_of(path, progress)) != record.sha256:
+                raise BundleError(
+                    f"{path}: damaged; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
+                    f"{remedy(name, self.root)}"
+                )
+            stamps[name] = stamp
+
+    def stale(self, key: Mapping[str, str]) -> dict[str, list[str]]:
+        """Graphs that were made from something else than `key` says, and what of it differs."""
+        found = {}
+        for name, record in self.manifest.files.items():
+            differing = [part for part, digest in key.items() if record.key.get(part) != digest]
+            if record.key and differing and not name.startswith(ENGINES):
+                found[name] = differing
+        return found
+
+    def unverified(self, names: Iterable[str]) -> int:
+        """Bytes that `verify` would have to read."""
+        stamps = self._stamps()
+        found = [(name, (self.root / name).stat()) for name in names if (self.root / name).is_file()]
+        return sum(
+            status.st_size for name, status in found if stamps.get(name) != stamp_of(self.manifest.files[name], status)
+        )
+
+    def _stamps(self) -> dict[str, Stamp]:
+        try:
+            return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, Stamp])
+        except (FileNotFoundError, *UNREADABLE):
+            return {}
+
+    def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
+        if stamps != self._stamps() and os.access(self.root, os.W_OK):
+            write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+
+
+def stamp_of(record: FileRecord, status: os.stat_result) -> Stamp:
+    """What a file verified against `record` looks like from outside. The time of the last change of its entry cannot
+    be set by hand, so neither a copy nor a byte changed under an old date passes for it."""
+    return [
+        record.sha256,
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+        *(status.st_dev, status.st_ino),
+    ]
+
+
+def weights_name(component: str) -> str:
+    """Path in a bundle of a component's weights."""
+    return f"weights/{component}.safetensors"
+
+
+def dit_component(expert: str) -> str:
+    """Component of a denoiser: ``dit``, ``dit.high`` or ``dit.low``."""
+    return f"dit.{expert}" if expert else "dit"
+
+
+def components(model: ModelConfig) -> list[str]:
+    """Every component with weights, in the order of a request."""
+    return ["text_encoder", *(dit_component(expert) for expert in model.experts), "vae"]
+
+
+def remedy(name: str, root: Path) -> str:
+    """What to do about a missing or damaged file."""
+    if name.endswith(".onnx"):
+        return f"write it again with: wanforge export {root}"
+    if name.startswith(ENGINES):
+        return f"build it again with: wanforge build {root}"
+    return "import the checkpoint again"
+
+
+def graph_name(graph: str, dtype: object, has_constants: bool) -> str:
+    """Path in a bundle of a graph in one compute type (a PyTorch type or its name)."""
+    short = SHORT_TYPES[str(dtype).removeprefix("torch.")]
+    return f"{graph}.{short}.onnx" if has_constants else f"onnx/{short}/{graph}.onnx"

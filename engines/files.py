@@ -1,0 +1,210 @@
+"""Engines on disk: their names, what each was made from, and loading those that are what they claim to be."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import wanforge
+from wanforge.configs.schema import ClipShape
+from wanforge.engines.builder import FLAGS
+from wanforge.engines.bundle.bundle import ENGINES, Bundle, FileRecord, remedy
+from wanforge.errors import BundleError
+from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
+from wanforge.plugins.tensorrt.plugin import OPS
+from wanforge.whole_file import write_atomically
+
+NO_PLUGINS = "none"
+BODIES = ".bodies"
+UP_TO = "up-to-"
+"""Before the clip in the name of an engine that serves smaller ones, too."""
+PACKAGE = Path(wanforge.__file__).parent
+
+
+def engine_name(
+    graph: str, sms: Sequence[int], clip: ClipShape | None, *, smaller: bool = False, bodies: bool = False
+) -> str:
+    """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
+
+    Args:
+        clip: the shape that the engine is for; None where it serves every shape.
+        smaller: whether it serves smaller and shorter clips as well.
+        bodies: whether its ops are compiled from their ONNX bodies, where there are plugins for them.
+    """
+    folder = "+".join(f"sm_{sm}" for sm in sorted(sms))
+    up_to = UP_TO if smaller else ""
+    shape = "" if clip is None else f"{up_to}{clip.width_px}x{clip.height_px}x{clip.frames}/"
+    return f"{ENGINES}{folder}/{shape}{graph}{BODIES if bodies else ''}.bf16.engine"
+
+
+@cache
+def plugin_digest() -> str:
+    """Of the code that decides what a plugin does: an engine keeps its attributes and the size of its workspace."""
+    folders = [PACKAGE / "plugins" / name for name in ("launching", "tensorrt", *OPS)]
+    files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):
+        digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def engine_key(
+    bundle: Bundle,
+    *,
+    library: str,
+    sms: Sequence[int],
+    onnx: str,
+    weights: str,
+    has_plugins: bool,
+    profile: Mapping[str, object],
+) -> dict[str, str]:
+    """Everything that an engine depends on, for people to read.
+
+    Args:
+        library: flavour and version.
+        onnx, weights: paths in the bundle of the graph and of the file it points at; empty where it points at none.
+        profile: the range of each named size.
+    """
+    files = bundle.manifest.files
+    return {
+        "library": library,
+        "architectures": " ".join(map(str, sorted(sms))),
+        "onnx": onnx,
+        "graph": files[onnx].sha256[:16],
+        "constants": f"{weights} {files[weights].sha256[:16]}" if weights else "",
+        "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
+        "flags": " ".join(FLAGS),
+        "recipe": bundle.recipe.name,
+        "profile": profile_text(profile),
+    }
+
+
+def stale_engines(bundle: Bundle) -> dict[str, str]:
+    """Engines that would not be built the same way now, and why."""
+    versions = {f"{flavour.name} {installed_version(flavour)}" for flavour in FLAVOURS if installed_version(flavour)}
+    names = {version.partition(" ")[0] for version in versions}
+    found: dict[str, str] = {}
+    for name, record in bundle.manifest.files.items():
+        if not name.startswith(ENGINES):
+            continue
+        key, reasons = record.key, []
+        library = key.get("library", "an unknown library")
+        if library not in versions and library.partition(" ")[0] in names:
+            installed = next(v for v in versions if v.partition(" ")[0] == library.partition(" ")[0])
+            reasons.append(f"made by {library}, installed is {installed}")
+        graph = bundle.manifest.files.get(key.get("onnx", ""))
+        if graph is None or graph.sha256[:16] != key.get("graph"):
+            reasons.append(f"{key.get('onnx')} changed")
+        constants, _, digest = key.get("constants", "").partition(" ")
+        if constants and bundle.manifest.files[constants].sha256[:16] != digest:
+            reasons.append(f"{constants} changed")
+        if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
+            reasons.append("the plugins changed")
+        if key.get("flags") != " ".join(FLAGS):
+            reasons.append("the builder's flags changed")
+        if key.get("recipe") != bundle.recipe.name:
+            reasons.append("the recipe changed")
+        if reasons:
+            found[name] = " and ".join(reasons)
+    return found
+
+
+def size_text(least: int, most: int) -> str:
+    """A size, or a range of it, as a profile has it."""
+    return str(least) if least == most else f"{least}..{most}"
+
+
+def covers(profile: str, wanted: str) -> bool:
+    """Whether an engine's profile holds every size that is wanted of it."""
+
+    def ranges(text: str) -> dict[str, tuple[int, int]]:
+        pairs = (each.partition("=") for each in text.split())
+        return {name: (int(size.partition("..")[0]), int(size.rpartition("..")[2])) for name, _, size in pairs}
+
+    has, wants = ranges(profile), ranges(wanted)
+    return has.keys() == wants.keys() and all(
+        has[name][0] <= least and most <= has[name][1] for name, (least, most) in wants.items()
+    )
+
+
+def profile_text(profile: Mapping[str, object]) -> str:
+    """The range of each named size, as a key has it."""
+    return " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items()))
+
+
+def write_engine(bundle: Bundle, name: str, plan: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
+    """Put an engine in its place, whole, and then into the manifest."""
+    write_atomically(bundle.root / name, plan)
+    digest = hashlib.sha256(plan).hexdigest()
+    bundle.add({name: FileRecord(digest, len(plan), source="wanforge build", key=key, facts=dict(facts))})
+
+
+def built_clips(bundle: Bundle) -> list[ClipShape]:
+    """Sizes and lengths of clip that a bundle has engines for."""
+    folders = {
+        name.split("/")[2] for name in bundle.manifest.files if name.startswith(ENGINES) and name.count("/") == 3
+    }
+    shapes = {folder.removeprefix(UP_TO) for folder in folders}
+    return [ClipShape(*map(int, shape.split("x"))) for shape in sorted(shapes)]
+
+
+def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object]) -> str:
+    """The engine of a graph for an architecture and these sizes, by its path in the bundle: the one made for just them
+    before one that serves them as well.
+
+    Raises:
+        BundleError: there is none, or it is stale.
+    """
+    engines = {
+        name: record.key
+        for name, record in bundle.manifest.files.items()
+        if name.startswith(ENGINES) and record.key.get("onnx") == onnx
+    }
+    wanted = profile_text(profile)
+    best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
+    fitting = [
+        name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
+    ]
+    stale = stale_engines(bundle)
+    current = [name for name in fitting if name not in stale]
+    if current:
+        return current[0]
+    if fitting:
+        raise BundleError(
+            f"{bundle.root}: {fitting[0]} is stale, {stale[fitting[0]]}; {remedy(fitting[0], bundle.root)}"
+        )
+    there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
+    raise BundleError(
+        f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
+        f"{'; '.join(sorted(there)) or 'none at all'}; run: wanforge build {bundle.root} --target sm_{sm}"
+    )
+
+
+def is_current(bundle: Bundle, name: str, key: Mapping[str, str]) -> bool:
+    """Whether an engine is there, whole, and made from just this."""
+    record = bundle.manifest.files.get(name)
+    if record is None or record.key != key:
+        return False
+    try:
+        return bool(read_engine(bundle, name))
+    except BundleError:
+        return False
+
+
+def read_engine(bundle: Bundle, name: str) -> bytes:
+    """An engine's plan.
+
+    Raises:
+        BundleError: it is missing, stale, or not the one that was written. An engine is code: one that does not match
+            is not to be loaded.
+    """
+    path, record = bundle.path(name), bundle.manifest.files[name]
+    if (reason := stale_engines(bundle).get(name)) is not None:
+        raise BundleError(f"{path}: stale, {reason}; {remedy(name, bundle.root)}")
+    plan = path.read_bytes()
+    if (found := hashlib.sha256(plan).hexdigest()) != record.sha256:
+        raise BundleError(
+            f"{path}: damaged, or not built here; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
+            f"{remedy(name, bundle.root)}"
+        )
+    return plan

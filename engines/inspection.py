@@ -1,0 +1,94 @@
+"""What a bundle holds and what is wrong with it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import TensorFile, read_header
+from wanforge.engines.files import stale_engines
+from wanforge.errors import WanforgeError
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A bundle's contents and problems.
+
+    Attributes:
+        tensors: number and types of the tensors of each weight file.
+        problems: what is missing, damaged or stale, by file.
+    """
+
+    bundle: Bundle
+    tensors: dict[str, str]
+    problems: dict[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        manifest: dict[str, Any] = msgspec.to_builtins(self.bundle.manifest)
+        return {
+            "bundle": str(self.bundle.root),
+            **manifest,
+            "tensors": self.tensors,
+            "problems": self.problems,
+        }
+
+
+def inspect_bundle(
+    bundle: Bundle,
+    *,
+    key: dict[str, str] | None = None,
+    verify: bool = False,
+    progress: Callable[[str, int], Callable[[int], object]] = lambda title, total: lambda size: None,
+) -> Inspection:
+    """Look at every file of a bundle.
+
+    Args:
+        key: what graphs made now would be made of; those made of something else are stale.
+        verify: read the files and compare their SHA-256, rather than their size alone.
+    """
+    tensors, problems = {}, {}
+    for name, parts in bundle.stale(key or {}).items():
+        problems[name] = f"stale: {' and '.join(parts)} changed; run: wanforge export {bundle.root}"
+    for name, reason in stale_engines(bundle).items():
+        problems[name] = f"stale: {reason}; run: wanforge build {bundle.root}"
+    for name, record in bundle.manifest.files.items():
+        try:
+            path = bundle.path(name)
+            if verify:
+                bundle.verify([name], progress(name, record.bytes), again=True)
+            elif path.stat().st_size != record.bytes:
+                bundle.verify([name])
+            if path.suffix == ".safetensors":
+                tensors[name] = contents(read_header(path))
+        except WanforgeError as error:
+            problems[name] = str(error)
+    return Inspection(bundle, tensors, problems)
+
+
+def contents(header: TensorFile) -> str:
+    """Number of tensors and how many of each type."""
+    counts: dict[str, int] = {}
+    for spec in header.tensors.values():
+        counts[spec.dtype] = counts.get(spec.dtype, 0) + 1
+    return f"{len(header.tensors)} tensors ({', '.join(f'{n} {t}' for t, n in sorted(counts.items()))})"
+
+
+def describe(found: Inspection) -> str:
+    """An inspection as text."""
+    manifest = found.bundle.manifest
+    model, recipe, video = manifest.model, manifest.recipe, manifest.model.video
+    lines = [
+        f"{found.bundle.root}: {model.name} ({model.task}), made by {manifest.made_by}",
+        f"  denoiser   {len(model.experts)} x {model.dit.num_layers} layers, width {model.dit.dim}",
+        f"  recipe     {recipe.name}: {recipe.linear} linears, {recipe.attention} attention, "
+        f"blocks {recipe.block_q}x{recipe.block_k}, top-k {model.topk}",
+        f"  clip       {video.width_px}x{video.height_px}, {video.frames} frames at {video.fps} fps",
+    ]
+    for name, record in sorted(manifest.files.items()):
+        extra = f"  {found.tensors[name]}" if name in found.tensors else ""
+        lines.append(f"  {record.bytes:>15,}  {record.sha256[:12]}  {name}{extra}")
+    lines += [f"  PROBLEM {name}: {problem}" for name, problem in sorted(found.problems.items())]
+    lines.append("  nothing missing, damaged or stale" if not found.problems else "")
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,158 @@
+"""How time and memory grow with a clip's length and size, predicted: published models as headers before a hole, floors
+by counting, memory by the engine builder's own account. Nothing is run, and no GPU is needed."""
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from wanforge.configs.schema import ClipShape, ModelConfig, Target, load_recipe, load_targets
+from wanforge.engines.build import build_engines
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.exporter.export import export
+from wanforge.plugins.tensorrt.library import RTX, Library, flavour_for, open_library
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.runtime.commands.generate import PROMPT
+from wanforge.runtime.measure.cost.launches import Cost
+from wanforge.runtime.measure.cost.memory import Report, report
+from wanforge.runtime.measure.cost.stages import Bound, bound, stage_costs
+from wanforge.runtime.pipeline import Pipeline, Progress, Request
+
+RECIPE = "w8a8"
+ENDLESS_GIB = 1e6
+"""Of a GPU on which everything stays."""
+QUADRATIC = ("attention + quantise", "pool q, block scores")
+"""Launches of a layer whose work grows with the square of its tokens."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One clip by one model at one top-k.
+
+    Attributes:
+        bounds: of ``denoise`` (with what its steps share) and ``decode``, by GPU.
+        quadratic: share of the denoiser's operations that grow with the square of the tokens.
+    """
+
+    model: str
+    clip: ClipShape
+    topk: float
+    bounds: Mapping[str, Mapping[str, Bound]]
+    quadratic: float
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of one clip by one model, for any prompt, any top-k and the most steps.
+
+    Attributes:
+        plan: with everything resident; None where there is none.
+        refusal: then, why.
+        plans: by GPU, of those that engines can be built for here.
+    """
+
+    model: str
+    clip: ClipShape
+    plan: Report | None = None
+    refusal: str = ""
+    plans: Mapping[str, Report] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """All predictions.
+
+    Attributes:
+        rooms: in the order of the clips; empty where nothing can be built.
+        missing: then, why.
+    """
+
+    targets: Mapping[str, Target]
+    points: Sequence[Point]
+    rooms: Sequence[Room]
+    missing: str = ""
+
+
+def predict(
+    models: Iterable[ModelConfig],
+    clips: Iterable[ClipShape],
+    topks: Sequence[float],
+    targets: Mapping[str, Target],
+    progress: Progress = lambda *_: None,
+) -> Scaling:
+    """Predict every clip by every model, W8A8 with SageSLA: time at each top-k, memory for all of them.
+
+    Raises:
+        ConfigError: a top-k selects no block of a clip.
+    """
+    points: list[Point] = []
+    rooms: list[Room] = []
+    missing = ""
+    try:
+        library = open_library(RTX)
+    except ResourceError as error:
+        library, missing = None, str(error)
+    ordered = sorted(clips, key=lambda clip: clip.tokens)
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = skeleton(Path(folder), model, load_recipe(RECIPE), has_vae=library is not None)
+            for clip in ordered:
+                points += points_of(bundle, clip, topks, targets)
+            if library is not None:
+                export(bundle, ["bf16"])
+                rooms += rooms_of(bundle, ordered, targets, library, progress)
+    return Scaling(targets, points, rooms, missing)
+
+
+def points_of(bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]) -> list[Point]:
+    """The time of a clip at each top-k."""
+    pipeline = Pipeline(bundle, create_backend("torch", bundle))
+    recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
+    points = []
+    for topk in topks:
+        job = pipeline.job(Request(PROMPT, clip, topk=topk))
+        stages = {recipe: of_networks(stage_costs(bundle, job, recipe)) for recipe in set(recipes.values())}
+        bounds = {
+            name: {stage: bound(costs, target) for stage, costs in stages[recipes[name]].items()}
+            for name, target in targets.items()
+        }
+        denoise = next(iter(stages.values()))["denoise"]
+        growing = sum(cost.total_flops for cost in denoise if cost.name in QUADRATIC)
+        share = growing / sum(cost.total_flops for cost in denoise)
+        points.append(Point(bundle.model.name, clip, topk, bounds, share))
+    return points
+
+
+def of_networks(stages: Mapping[str, list[Cost]]) -> dict[str, list[Cost]]:
+    """The denoiser with what its steps share, and the decoder."""
+    return {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
+
+
+def rooms_of(
+    bundle: Bundle, clips: Sequence[ClipShape], targets: Mapping[str, Target], library: Library, progress: Progress
+) -> list[Room]:
+    """The memory of clips, the smaller first: engines are built for each, until the builder refuses one. What is larger
+    is not tried, for a refusal can damage the builder's memory."""
+    buildable = {name: target for name, target in targets.items() if flavour_for(target.sm) is RTX}
+    sms = sorted({target.sm for target in buildable.values()} or {RTX.sms[-1]})
+    endless = msgspec.structs.replace(next(iter(load_targets().values())), sm=sms[0], vram_gib=ENDLESS_GIB)
+    rooms, refusal = list[Room](), ""
+    for done, clip in enumerate(clips, 1):
+        name = bundle.model.name
+        try:
+            if refusal:
+                raise ResourceError(refusal)
+            build_engines(bundle, clip, library, sms)
+        except WanforgeError as error:
+            refusal = str(error)
+            rooms.append(Room(name, clip, refusal=refusal))
+        else:
+            plans = {gpu: report(bundle, clip, gpu, target) for gpu, target in buildable.items()}
+            rooms.append(Room(name, clip, report(bundle, clip, "endless", endless), plans=plans))
+        progress(f"memory of {name}", done, len(clips))
+    return rooms

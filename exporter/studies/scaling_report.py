@@ -1,0 +1,306 @@
+"""Predictions as lines for a terminal, JSON, and docs/scaling.md with its plots."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from wanforge.configs.schema import ClipShape
+from wanforge.exporter.studies.scaling import Point, Room, Scaling
+from wanforge.runtime.cost_page import markdown, number
+from wanforge.runtime.measure.cost.launches import ASSUMED
+from wanforge.runtime.measure.cost.memory import Report
+from wanforge.runtime.measure.page import Plot, Series, picture_of
+from wanforge.runtime.measure.requests.report import aligned
+
+COMMAND = "wanforge scaling --markdown docs/scaling.md"
+TIME_PLOT, MEMORY_PLOT = "scaling-time.svg", "scaling-memory.svg"
+FPS = 16
+CLIP = ["size", "seconds", "tokens"]
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def as_json(scaling: Scaling) -> dict[str, Any]:
+    """Plain values, in bytes and seconds."""
+    return {
+        "points": [
+            {
+                "model": point.model,
+                **clip_facts(point.clip),
+                "topk": point.topk,
+                "quadratic_share": point.quadratic,
+                "bounds": {
+                    gpu: {stage: each.as_json() for stage, each in stages.items()}
+                    for gpu, stages in point.bounds.items()
+                },
+            }
+            for point in scaling.points
+        ],
+        "memory": [
+            {
+                "model": room.model,
+                **clip_facts(room.clip),
+                "refusal": room.refusal,
+                "resident": None if room.plan is None else room.plan.as_json(),
+                "plans": {gpu: plan.as_json() for gpu, plan in room.plans.items()},
+            }
+            for room in scaling.rooms
+        ],
+        "missing": scaling.missing,
+    }
+
+
+def size(model: str) -> str:
+    """What a model is called for short: ``14B``."""
+    return model.split("-")[-2].upper()
+
+
+def clip_facts(clip: ClipShape) -> dict[str, int]:
+    return {"width_px": clip.width_px, "height_px": clip.height_px, "frames": clip.frames, "tokens": clip.tokens}
+
+
+def clip_name(clip: ClipShape) -> str:
+    return f"{clip.width_px}x{clip.height_px}, {clip.frames} frames"
+
+
+def clip_cells(clip: ClipShape) -> list[str]:
+    return [f"{clip.width_px}x{clip.height_px}", f"{(clip.frames - 1) / FPS:g}", f"{clip.tokens:,}"]
+
+
+def by_clip(scaling: Scaling) -> Iterator[list[Point]]:
+    """The points of each model and clip, one for each top-k, lengths of one size after each other."""
+    ordered = sorted(scaling.points, key=lambda p: (models(scaling).index(p.model), area(p.clip), p.clip.frames))
+    for _, points in groupby(ordered, key=lambda p: (p.model, p.clip)):
+        yield list(points)
+
+
+def models(scaling: Scaling) -> list[str]:
+    return list(dict.fromkeys(point.model for point in scaling.points))
+
+
+def area(clip: ClipShape) -> int:
+    return clip.width_px * clip.height_px
+
+
+def floors_table(scaling: Scaling) -> Table:
+    """Floor of the denoiser, all its steps, on every GPU."""
+    rows = []
+    for point, *_ in by_clip(scaling):
+        floors = [number(point.bounds[gpu]["denoise"].floor) for gpu in scaling.targets]
+        rows.append([size(point.model), *clip_cells(point.clip), *floors])
+    return ["s", *CLIP, *scaling.targets], rows
+
+
+def decoder_table(scaling: Scaling) -> Table:
+    """Floor of the VAE's decoder, which all models share, on every GPU."""
+    first, rows = models(scaling)[0], []
+    for point, *_ in by_clip(scaling):
+        if point.model == first:
+            floors = [number(point.bounds[gpu]["decode"].floor) for gpu in scaling.targets]
+            rows.append([*clip_cells(point.clip), *floors])
+    return ["s: size", *CLIP[1:], *scaling.targets], rows
+
+
+def growth_table(scaling: Scaling) -> Table:
+    """What grows with the square of the tokens, how fast time grows, and what the top-k does to it."""
+    gpu, rows = next(iter(scaling.targets)), []
+    before: Point | None = None
+    for points in by_clip(scaling):
+        point = points[0]
+        follows = before is not None and (before.model, area(before.clip)) == (point.model, area(point.clip))
+        exponent = f"{growth(before, point, gpu):.2f}" if before is not None and follows else "-"
+        floors = [number(each.bounds[gpu]["denoise"].floor) for each in points]
+        rows.append([size(point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *floors])
+        before = point
+    topks = [f"top-k {point.topk:g}, s" for point in next(by_clip(scaling))]
+    return ["", *CLIP, "quadratic", "exponent", *topks], rows
+
+
+def growth(one: Point, other: Point, gpu: str) -> float:
+    """The power of the number of tokens that the denoiser's time grows with between two clips."""
+    times = (point.bounds[gpu]["denoise"].floor for point in (other, one))
+    return math.log(next(times) / next(times)) / math.log(other.clip.tokens / one.clip.tokens)
+
+
+def memory_table(scaling: Scaling) -> Table:
+    """What the stages need beside weights, all of it with everything resident, and what stays on each GPU."""
+    gpus = list(dict.fromkeys(gpu for room in scaling.rooms for gpu in room.plans))
+    rows = []
+    for room in sorted(scaling.rooms, key=lambda r: (models(scaling).index(r.model), area(r.clip), r.clip.frames)):
+        cells = [size(room.model), *clip_cells(room.clip)]
+        if room.plan is None:
+            rows.append([*cells, *["-"] * (3 + len(gpus))])
+            continue
+        extents = [gigabytes(extent(room, stage)) for stage in ("denoise", "decode")]
+        rows.append([*cells, *extents, gigabytes(peak(room.plan)), *(resident(room.plans[gpu]) for gpu in gpus)])
+    return ["GB", *CLIP, "denoiser", "decoder", "peak", *gpus], rows
+
+
+def extent(room: Room, stage: str) -> int:
+    """Bytes that a stage needs beside weights."""
+    assert room.plan is not None
+    assert room.plan.plan is not None
+    return room.plan.plan.stages[stage].extent
+
+
+def peak(plan: Report) -> int:
+    """The most bytes of a GPU in use at any time."""
+    assert plan.plan is not None
+    return plan.fixed_bytes + max(map(plan.plan.peak_bytes, plan.plan.stages))
+
+
+def resident(plan: Report) -> str:
+    """What stays on a GPU, and the seconds for which a request waits for what does not."""
+    if plan.plan is None or plan.traffic is None:
+        return "too small"
+    stays = plan.plan.residency.split(" stay")[0].removeprefix("the ")
+    return f"{stays}, {number(plan.traffic.stall_seconds)} s" if plan.traffic.bytes else stays
+
+
+def gigabytes(count: int) -> str:
+    return number(count / 1e9)
+
+
+def laws(scaling: Scaling) -> list[str]:
+    """The law of growth of each model, from the numbers."""
+    found = []
+    for model in models(scaling):
+        of_model = sorted((p for p in by_clip(scaling) if p[0].model == model), key=lambda p: p[0].clip.tokens)
+        halves = [f"{half_point(point):,.0f} at top-k {point.topk:g}" for point in of_model[-1]]
+        found.append(
+            f"{size(model)}: operations are a number times the tokens plus another times their square. The square is "
+            f"half of them from this many tokens on: {', '.join(halves)}."
+        )
+        if len(halves) > 1:
+            ratios = " and ".join(ratio(points, next(iter(scaling.targets))) for points in (of_model[0], of_model[-1]))
+            found.append(f"{size(model)}: {ratios}.")
+        planned = [room for room in scaling.rooms if room.model == model and room.plan is not None]
+        if len(planned) > 1:
+            few, many = planned[0], planned[-1]
+            slope = (extent(many, "denoise") - extent(few, "denoise")) / (many.clip.tokens - few.clip.tokens)
+            found.append(
+                f"{size(model)}: the denoiser's memory beside weights grows by {slope / 1e3:.0f} kB per token "
+                f"({few.clip.tokens:,} to {many.clip.tokens:,} tokens)."
+            )
+        refused = [room for room in scaling.rooms if room.model == model and room.plan is None]
+        if refused:
+            found.append(
+                f"{size(model)}: at {refused[0].clip.tokens:,} tokens there is no engine and so no plan, larger clips "
+                f"were not tried. The builder said: {refused[0].refusal}"
+            )
+    return found
+
+
+def ratio(points: Sequence[Point], gpu: str) -> str:
+    """What a clip's largest top-k costs, in words."""
+    most = max(points, key=lambda point: point.topk)
+    floors = [point.bounds[gpu]["denoise"].floor for point in (most, points[0])]
+    return (
+        f"at {most.clip.tokens:,} tokens top-k {most.topk:g} takes {floors[0] / floors[1]:.1f} times as long as "
+        f"{points[0].topk:g}"
+    )
+
+
+def half_point(point: Point) -> float:
+    """Tokens from which on half of the denoiser's operations grow with their square."""
+    return point.clip.tokens * (1 - point.quadratic) / point.quadratic
+
+
+def text(scaling: Scaling) -> str:
+    """For a terminal."""
+    parts = [
+        "predicted, not measured: floors at the vendors' peaks",
+        "denoiser",
+        aligned(*floors_table(scaling)),
+        "VAE decoder",
+        aligned(*decoder_table(scaling)),
+        "growth",
+        aligned(*growth_table(scaling)),
+    ]
+    if scaling.rooms:
+        parts += ["memory, predicted", aligned(*memory_table(scaling))]
+    return "\n".join([*parts, *laws(scaling), *([f"memory: {scaling.missing}"] if scaling.missing else [])])
+
+
+def page(scaling: Scaling) -> str:
+    """docs/scaling.md."""
+    gpu = next(iter(scaling.targets.values())).title
+    parts = [
+        "# How time and memory grow",
+        f"Written by `{COMMAND}`, in minutes, on a machine without a GPU. Do not edit. **Everything here is predicted, "
+        "nothing is measured.** The models' own clips have 81 frames, five seconds; whether longer ones look right is "
+        "not asked here.",
+        "Times are floors: every launch's operations and bytes at the vendor's peaks, each tensor once, W8A8 with "
+        "SageSLA, four steps. Nothing can be faster; kernels that reach the shares of the peaks that "
+        f"[kernels.md](kernels.md) assumes take {1 / ASSUMED.bandwidth:.2f} to {1 / ASSUMED.arithmetic:.2f} times as "
+        "long. The text encoder and the video file are left out: they do not grow with size, or hardly.",
+        "## The law",
+        "\n".join(f"- {law}" for law in laws(scaling)),
+        f"![Floor of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
+        f"Floors of the denoiser on a {gpu}. *Quadratic*: share of its operations, at the first top-k. *Exponent*: the "
+        "power of the tokens that its time has grown with since the length before.",
+        markdown(*growth_table(scaling), words=2),
+        "## Denoiser, all steps",
+        f"Floors in seconds at top-k {scaling.points[0].topk:g}.",
+        markdown(*floors_table(scaling), words=2),
+        "## VAE decoder",
+        "Floors in seconds, bf16; the same for all models, and all but in proportion to the pixels.",
+        markdown(*decoder_table(scaling)),
+        "## Memory",
+    ]
+    if scaling.rooms:
+        parts += [
+            "What TensorRT-RTX's builder says of every engine's intermediate tensors, buffers and weights counted "
+            "(`wanforge build --plan`), for any prompt and top-k. *Denoiser* and *decoder*: beside weights; *peak*: "
+            "with every weight resident, those of the text encoder, too, and a reserve of 1 GB, an assumption. "
+            "Then which weights have a place of their own on each GPU, and for how many seconds a request waits for "
+            "those that have none, or that a stage ran over. Engines for GPUs that are not in the table are built on "
+            "those GPUs only. The decoder takes four frames at a time, so its memory does not grow with the length.",
+            f"![Memory of the denoiser and of the decoder over tokens]({MEMORY_PLOT})",
+            markdown(*memory_table(scaling), words=2),
+        ]
+    if scaling.missing:
+        parts.append(f"Left out: {scaling.missing}")
+    return "\n\n".join(parts) + "\n"
+
+
+def time_plot(scaling: Scaling) -> str:
+    """Floor over tokens on the first GPU, at the first top-k and the last."""
+    gpu, found = next(iter(scaling.targets)), list(by_clip(scaling))
+
+    def floors(model: str, place: int, stage: str) -> list[tuple[ClipShape, float]]:
+        points = (each[place] for each in found if each[0].model == model)
+        return [(point.clip, point.bounds[gpu][stage].floor) for point in points]
+
+    places = dict.fromkeys((0, len(found[0]) - 1))
+    series = [
+        line(f"{size(model)} {found[0][place].topk:g}", floors(model, place, "denoise"), "s")
+        for model in models(scaling)
+        for place in places
+    ]
+    series.append(line("decoder", floors(models(scaling)[0], 0, "decode"), "s"))
+    title = f"floors over tokens on {scaling.targets[gpu].title}, by model and top-k"
+    return picture_of(
+        Plot(title, f"tokens; models by top-k, floor on {gpu}, predicted", "s", series, log_x=True, log_y=True)
+    )
+
+
+def memory_plot(scaling: Scaling) -> str:
+    """Memory beside weights over tokens."""
+
+    def extents(model: str, stage: str) -> list[tuple[ClipShape, float]]:
+        planned = (room for room in scaling.rooms if room.model == model and room.plan is not None)
+        return [(room.clip, extent(room, stage) / 1e9) for room in planned]
+
+    series = [line(size(model), extents(model, "denoise"), "GB") for model in models(scaling)]
+    series.append(line("decoder", extents(models(scaling)[0], "decode"), "GB", is_joined=False))
+    return picture_of(Plot("memory beside weights", "tokens; predicted", "GB", series, log_x=True, log_y=True))
+
+
+def line(name: str, found: Sequence[tuple[ClipShape, float]], unit: str, *, is_joined: bool = True) -> Series:
+    """A value of each clip over its tokens."""
+    ordered = sorted(found, key=lambda each: each[0].tokens)
+    return Series(
+        name, [(clip.tokens, y, f"{name}, {clip_name(clip)}: {number(y)} {unit}") for clip, y in ordered], is_joined
+    )

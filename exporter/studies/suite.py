@@ -1,0 +1,155 @@
+"""What can be measured on any machine, a GPU or not: what export and build cost as models grow, what the host takes for
+a step, and ONNX Runtime against PyTorch on the tiny model."""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wanforge.configs.schema import ModelConfig, load_model, load_recipe
+from wanforge.engines.build import build_engines
+from wanforge.engines.bundle.bundle import Bundle, dit_component
+from wanforge.errors import ResourceError
+from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
+from wanforge.exporter.export import export
+from wanforge.plugins.tensorrt.library import RTX, open_library
+from wanforge.runtime.commands.generate import PROMPT
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.machine import Facts, fingerprint
+from wanforge.runtime.measure.requests.history import Entry, digest, entry
+from wanforge.runtime.measure.requests.overhead import step_seconds
+from wanforge.runtime.measure.requests.timing import Row, bench_request
+from wanforge.runtime.pipeline import Progress, Request
+
+RECIPE = "w8a8"
+SIZES = {
+    "tiny": "tiny-t2v",
+    "1.3B": "turbowan2.1-t2v-1.3b-480p",
+    "14B": "turbowan2.1-t2v-14b-480p",
+}
+DENOISER = ("context", "cross_kv", "time", "stem", "block", "head")
+SMS = (89, 120)
+"""Of the GeForce 40 and 50."""
+
+HOST_LIMIT, ORT_LIMIT = 1e-3, 0.7
+"""Most seconds of the host for a step of thirty layers, and most of eager PyTorch's time that ONNX Runtime may take."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of model.
+
+    Attributes:
+        parameters: of its denoiser.
+        export_seconds: every run, all graphs in three compute types.
+        build_seconds: every run of the denoiser's graphs for two architectures; empty without TensorRT-RTX.
+        step_seconds: host time of one step, every run.
+    """
+
+    name: str
+    layers: int
+    parameters: int
+    export_seconds: list[float] = field(default_factory=list)
+    build_seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All of it.
+
+    Attributes:
+        rows: eager PyTorch, then ONNX Runtime, on the tiny model's own clip.
+        missing: what was left out, and why.
+    """
+
+    machine: Facts
+    scales: Sequence[Scale]
+    rows: Sequence[Row]
+    missing: Sequence[str] = ()
+
+    @property
+    def ort_ratio(self) -> float:
+        """Whole clip, of eager PyTorch's time."""
+        torch_seconds, ort_seconds = (statistics.median(row.seconds("total")) for row in self.rows)
+        return ort_seconds / torch_seconds
+
+    def entries(self) -> list[Entry]:
+        """As the history keeps them."""
+        recipe = digest(load_recipe(RECIPE))
+        found = []
+        for scale in self.scales:
+            values = {"export": scale.export_seconds, "build": scale.build_seconds, "host step": scale.step_seconds}
+            subject = {"what": "suite", "model": scale.name, "recipe": recipe}
+            found.append(entry(self.machine, subject, {name: runs for name, runs in values.items() if runs}))
+        for row in self.rows:
+            subject = {"what": "suite", "model": "tiny", "recipe": recipe, "contender": row.contender}
+            found.append(entry(self.machine, subject, {stage: row.seconds(stage) for stage in row.stages}))
+        return found
+
+
+def run_suite(repeats: int, progress: Progress = lambda *_: None) -> Suite:
+    """Measure everything, `repeats` times.
+
+    Raises:
+        ResourceError: the temporary folder has no room for a tiny model.
+    """
+    missing = []
+    try:
+        open_library(RTX)
+    except ResourceError as error:
+        missing.append(f"build: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        scales = []
+        for title, name in SIZES.items():
+            scales.append(measure_scale(Path(folder) / title, title, load_model(name), repeats, builds=not missing))
+            progress("export and build", len(scales), len(SIZES))
+        bundle = tiny_bundle(Path(folder) / "files")
+        request = Request(PROMPT, bundle.model.video.clip)
+        rows = bench_request(bundle, request, ("torch", "ort"), repeats, progress=progress)
+    return Suite(fingerprint(), scales, rows, missing)
+
+
+def measure_scale(folder: Path, title: str, model: ModelConfig, repeats: int, *, builds: bool) -> Scale:
+    """Export and build a model of a size, whose weights are a hole in the disk, and run its steps without kernels."""
+    recipe = load_recipe(RECIPE)
+    block = graphs(model, recipe)["block"]
+    parameters = model.dit.num_layers * sum(tensor.numel() for tensor in block.owner.state_dict().values())
+    scale = Scale(title, model.dit.num_layers, parameters)
+    for _ in range(repeats):
+        shutil.rmtree(folder, ignore_errors=True)
+        bundle = skeleton(folder, model, recipe)
+        scale.export_seconds.append(timed(lambda made=bundle: export(made)))  # type: ignore[misc]
+        if builds:
+            scale.build_seconds.append(timed(lambda made=bundle: build(made)))  # type: ignore[misc]
+    scale.step_seconds.extend(step_seconds(bundle))
+    return scale
+
+
+def build(bundle: Bundle) -> None:
+    build_engines(bundle, bundle.model.video.clip, open_library(RTX), SMS, only=DENOISER)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def tiny_bundle(folder: Path) -> Bundle:
+    """The demo's bundle, in float32."""
+    model = load_model(SIZES["tiny"])
+    names = file_names(model)
+    write_checkpoint(model, folder / "checkpoint")
+    paths = {dit_component(e): folder / "checkpoint" / names[f"{dit_component(e)}-quant"] for e in model.experts}
+    paths |= {part: folder / "checkpoint" / names[part] for part in ("vae", "text_encoder")}
+    sources = Sources(paths, folder / "checkpoint" / names["tokenizer"])
+    bundle = import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe(RECIPE))
+    export(bundle, ["fp32"])
+    return bundle

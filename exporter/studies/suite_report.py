@@ -1,0 +1,176 @@
+"""The suite's results: lines for a terminal, JSON, and docs/benchmarks.md with its plot."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from wanforge.exporter.studies.suite import HOST_LIMIT, ORT_LIMIT, SMS, Scale, Suite
+from wanforge.runtime.cost_page import markdown
+from wanforge.runtime.measure.page import Plot, Series, picture_of
+from wanforge.runtime.measure.requests.timing import STAGES, spread
+
+COMMAND = "wanforge suite --markdown docs/benchmarks.md"
+PLOT = "benchmarks.svg"
+
+
+def as_json(suite: Suite) -> dict[str, Any]:
+    """Plain values."""
+    return {
+        "machine": dict(suite.machine),
+        "scales": [
+            {
+                "model": scale.name,
+                "layers": scale.layers,
+                "block_parameters": scale.parameters,
+                "export": spread(scale.export_seconds),
+                "build": spread(scale.build_seconds) if scale.build_seconds else None,
+                "host_step": spread(scale.step_seconds),
+            }
+            for scale in suite.scales
+        ],
+        "rows": [row.as_json(1) for row in suite.rows],
+        "ort_over_torch": suite.ort_ratio,
+        "missing": list(suite.missing),
+    }
+
+
+def span(runs: Sequence[float], unit: float, form: str) -> str:
+    """Median, and the extremes."""
+    if not runs:
+        return "unmeasured"
+    middle, low, high = (format(unit * x, form) for x in (statistics.median(runs), min(runs), max(runs)))
+    return f"{middle} ({low} to {high})"
+
+
+def scale_rows(suite: Suite) -> list[list[str]]:
+    return [
+        [
+            scale.name,
+            str(scale.layers),
+            f"{scale.parameters / 1e9:.3g}",
+            span(scale.export_seconds, 1, ".2f"),
+            span(scale.build_seconds, 1, ".2f"),
+        ]
+        for scale in suite.scales
+    ]
+
+
+def host_rows(suite: Suite) -> list[list[str]]:
+    rows = []
+    for scale in suite.scales:
+        found = spread(scale.step_seconds)
+        per_layer = 1e6 * found["p50"] / scale.layers
+        rows.append(
+            [
+                scale.name,
+                str(scale.layers),
+                f"{1e3 * found['p50']:.3f}",
+                f"{1e3 * found['p95']:.3f}",
+                f"{per_layer:.1f}",
+            ]
+        )
+    return rows
+
+
+def request_rows(suite: Suite) -> list[list[str]]:
+    first, second = suite.rows
+    rows = []
+    for stage in (*(s for s in STAGES if s in first.stages), "step", "total"):
+        one, two = (spread(row.seconds(stage)) for row in (first, second))
+        cells = [f"{1e3 * found[key]:,.1f}" for found in (one, two) for key in ("p50", "p95")]
+        rows.append([stage, *cells, f"{two['p50'] / one['p50']:.2f}"])
+    return rows
+
+
+SCALES = ["model", "layers", "parameters of its layers, 10^9", "export, s", "build, s"]
+HOST = ["model", "layers", "p50, ms", "p95, ms", "per layer, us"]
+
+
+def text(suite: Suite) -> str:
+    """For a terminal."""
+    from wanforge.runtime.measure.requests.report import aligned, facts
+
+    names = [row.contender for row in suite.rows]
+    header = ["ms", *(f"{name} {key}" for name in names for key in ("p50", "p95")), "ratio"]
+    parts = [
+        facts(suite.machine),
+        aligned(SCALES, scale_rows(suite)),
+        "host time of a step, kernels stubbed",
+        aligned(HOST, host_rows(suite)),
+        aligned(header, request_rows(suite)),
+        *promises(suite),
+        *suite.missing,
+    ]
+    return "\n".join(parts)
+
+
+def promises(suite: Suite) -> list[str]:
+    """What is promised, and whether it holds here."""
+    thirty = next(scale for scale in suite.scales if scale.layers == 30)
+    host = statistics.median(thirty.step_seconds)
+
+    def verdict(holds: bool) -> str:
+        return "holds" if holds else "DOES NOT HOLD"
+
+    return [
+        f"A step of 30 layers takes the host {1e3 * host:.2f} ms, at most {1e3 * HOST_LIMIT:g} ms are promised: "
+        f"{verdict(host <= HOST_LIMIT)}.",
+        f"ONNX Runtime takes {suite.ort_ratio:.2f} of eager PyTorch's time for the tiny clip, at most {ORT_LIMIT:g} is "
+        f"promised: {verdict(suite.ort_ratio <= ORT_LIMIT)}.",
+    ]
+
+
+def page(suite: Suite) -> str:
+    """docs/benchmarks.md."""
+    machine = suite.machine
+    where = ", ".join(
+        f"{name} {machine[name]}" for name in ("cpu", "processors", "memory_gb", "gpu") if machine.get(name)
+    )
+    versions = ("python", "torch", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx", "wanforge", "commit")
+    names = [row.contender for row in suite.rows]
+    header = ["", *(f"{name} {key}, ms" for name in names for key in ("p50", "p95")), "ratio of medians"]
+    sms = " and ".join(f"sm_{sm}" for sm in SMS)
+    parts = [
+        "# Benchmarks",
+        f"Written by `{COMMAND}`, which `make bench` runs. What needs a GPU is not in here; what is "
+        "predicted of GPUs is in [scaling.md](scaling.md). Do not edit.",
+        f"Measured on {where}, load {machine['load']} when it ended; "
+        + ", ".join(f"{name} {machine[name]}" for name in versions if machine.get(name))
+        + ". On a machine with other work ratios say more than times.",
+        *(f"- {promise}" for promise in promises(suite)),
+        "## Export and build, as models grow",
+        "Every graph in three compute types, and the six graphs of the denoiser compiled by TensorRT-RTX for "
+        f"{sms}; median of {len(suite.scales[0].export_seconds)} runs and extremes. Weights are inputs of the graphs, "
+        "so their size costs nothing: the files here are headers before a hole.",
+        markdown(SCALES, scale_rows(suite)),
+        f"![Seconds of export and build over the model's size]({PLOT})",
+        "## Host time of a step",
+        "The whole path of a step with every kernel stubbed, one token: casting and cutting the latents, every launch, "
+        "putting the velocity together.",
+        markdown(HOST, host_rows(suite)),
+        "## ONNX Runtime against eager PyTorch",
+        "The tiny model's own clip, W8A8 and SageSLA, on the CPU in float32, taking turns.",
+        markdown(header, request_rows(suite)),
+        *(f"- Left out: {reason}" for reason in suite.missing),
+    ]
+    lists = "\n\n".join(parts).replace("\n\n- ", "\n- ").replace("times.\n- ", "times.\n\n- ")
+    return lists + "\n"
+
+
+def scaling_plot(suite: Suite) -> str:
+    """The plot beside the page."""
+
+    def series(name: str, runs: Sequence[tuple[Scale, Sequence[float]]]) -> Series:
+        points = [
+            (s.parameters / 1e9, statistics.median(r), f"{s.name}: {statistics.median(r):.2f} s") for s, r in runs if r
+        ]
+        return Series(name, points)
+
+    lines = [
+        series("export", [(scale, scale.export_seconds) for scale in suite.scales]),
+        series("build", [(scale, scale.build_seconds) for scale in suite.scales]),
+    ]
+    chart = Plot(
+        "seconds over parameters", "parameters of the layers, 10^9", "s", [s for s in lines if s.points], log_x=True
+    )
+    return picture_of(chart)

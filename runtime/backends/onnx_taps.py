@@ -1,0 +1,107 @@
+"""Opens an exported block at its points, see `points`. The one place of `runtime` that takes the onnx package, and only
+when it is used: a graph is not looked into where it is deployed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanforge.runtime.backends.taps import QKV
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
+
+FORCED = "/forced"
+"""What the name of an opened value ends with where it is read."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A graph whose points are outputs where they are made, and inputs where they are read.
+
+    Attributes:
+        model: the ONNX file.
+        points: the graph's value of each point.
+    """
+
+    model: bytes
+    points: Mapping[str, str]
+
+
+def open_at_points(path: Path, weights: tuple[str, ...]) -> Opened:
+    """Open a graph around its named layers.
+
+    Args:
+        weights: names of the graph's weights, which tell where the layers are.
+    """
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    graph = Values(model.graph)
+    points: dict[str, str] = {}
+    for layer in dict.fromkeys(name.rpartition(".")[0] for name in weights):
+        for point, value in graph.points_of(layer.removesuffix(".local_attn.proj_l")):
+            if value not in points.values():
+                points[point] = value
+    opened = set(points.values())
+    for node in model.graph.node:
+        node.input[:] = [name + FORCED if name in opened else name for name in node.input]
+    kept = {output.name for output in model.graph.output}
+    dtype = graph.compute_type()
+    for value in opened:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(value + FORCED, dtype, None))
+        if value not in kept:
+            model.graph.output.append(onnx.helper.make_tensor_value_info(value, dtype, None))
+    return Opened(model.SerializeToString(), points)
+
+
+class Values:
+    """Who makes and who reads each value of a graph."""
+
+    def __init__(self, graph: "GraphProto") -> None:
+        self.graph = graph
+        self.maker = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def compute_type(self) -> int:
+        """That of the first input."""
+        return self.graph.input[0].type.tensor_type.elem_type
+
+    def points_of(self, layer: str) -> Iterator[tuple[str, str]]:
+        """The points around a layer, found by what reads its weights."""
+        if (attention := self.consumer(f"{layer}.local_attn.proj_l.weight")) is not None:
+            yield from ((f"{layer}.{port}", value) for port, value in zip(QKV, attention.input, strict=False))
+            yield layer, attention.output[0]
+        elif (op := self.consumer(f"{layer}.int8_weight")) is not None:
+            yield f"{layer}.in", op.input[0]
+            yield layer, op.output[0]
+        elif (product := self.consumer(f"{layer}.weight")) is not None:
+            yield from ((f"{layer}.in", value) for value in self.read_by(product))
+            last = self.consumer(f"{layer}.bias") or product
+            yield layer, self.rounded(last.output[0])
+
+    def consumer(self, weight: str) -> "NodeProto | None":
+        """The node that computes with a weight, past those that cast and transpose it."""
+        while readers := self.readers.get(weight):
+            if readers[0].op_type not in ("Cast", "Transpose"):
+                return readers[0]
+            weight = readers[0].output[0]
+        return None
+
+    def rounded(self, value: str) -> str:
+        """A float32 result in the compute type, where that is another."""
+        readers = self.readers.get(value, [])
+        return readers[0].output[0] if [reader.op_type for reader in readers] == ["Cast"] else value
+
+    def read_by(self, product: "NodeProto") -> list[str]:
+        """What a linear, or a layer norm, reads; an RMS norm spells out its input, which a linear gives."""
+        if product.op_type == "MatMul":
+            return [product.input[0]]
+        norm = self.maker.get(product.input[0])
+        if norm is None or norm.op_type != "LayerNormalization":
+            return []
+        cast = self.maker.get(norm.input[0])
+        return [cast.input[0] if cast is not None and cast.op_type == "Cast" else norm.input[0]]

@@ -1,0 +1,1 @@
+"""The commands of a deployed package, one file each."""

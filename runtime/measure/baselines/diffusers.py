@@ -1,0 +1,218 @@
+"""HuggingFace diffusers' transformer and VAE with a bundle's weights, in our sampling loop: a baseline to be faster
+than, not a way to serve. diffusers is imported when this backend is made, and need not be installed otherwise."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanforge.configs.schema import HEAD_DIM, MAX_POSITIONS, PATCH, ClipShape, DiTConfig, Recipe, VAEConfig
+from wanforge.engines.bundle.bundle import Bundle, dit_component
+from wanforge.errors import ResourceError
+from wanforge.plugins.w8a8_linear.reference import dequantise
+from wanforge.runtime.backends.base import Session
+from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
+from wanforge.runtime.memory.arena import Bound
+from wanforge.runtime.memory.host import available_bytes
+from wanforge.runtime.reference.dit import patchify, unpatchify
+from wanforge.runtime.reference.names import match_names
+from wanforge.runtime.reference.vae import latent_statistics
+from wanforge.runtime.schedule import Launch, Ref, Schedule
+
+TRANSFORMER = "transformer"
+"""The launch that a step is, in place of the denoiser's graphs."""
+
+
+def wan_classes() -> tuple[Any, Any]:
+    """diffusers' transformer and VAE.
+
+    Raises:
+        ImportError, RuntimeError: it is not installed, too old, or broken.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own and its dependencies' deprecations
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    return WanTransformer3DModel, AutoencoderKLWan
+
+
+def missing() -> str | None:
+    """Why there is no such baseline here."""
+    try:
+        wan_classes()
+    except (ImportError, RuntimeError) as error:
+        return f"diffusers and its Wan networks are not here ({error}); run: pip install diffusers"
+    return None
+
+
+class DiffusersBackend(TorchBackend):
+    """The denoiser and the VAE as diffusers computes them, the text encoder as the reference does: on a GPU in
+    bfloat16, without one in float32.
+
+    A step is one call of the whole transformer, which makes keys and values of the text and the modulation anew each
+    time. The VAE is called chunk by chunk, as its own `decode` does.
+
+    Raises:
+        ResourceError: there is too little memory for the weights, which are held in the compute type.
+    """
+
+    name = "diffusers"
+
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
+        super().__init__(bundle, dtype, gpu_or_cpu())
+        model = bundle.model
+        self.note = note(bundle.recipe)
+        self.networks = {dit_component(expert): transformer(model.dit) for expert in model.experts}
+        self.networks["vae"] = vae(model.vae)
+        self._check_memory()
+        for component, network in self.networks.items():
+            load(network, component, self.weights.component(component), self.dtype)
+            network.to(self.device)
+
+    def _check_memory(self) -> None:
+        sizes = (p.numel() for network in self.networks.values() for p in network.parameters())
+        needed = sum(sizes) * self.dtype.itemsize
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_bytes()
+        if needed > free:
+            raise ResourceError(
+                f"diffusers holds its weights in {self.dtype}, which takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} "
+                "GB are free; leave out this baseline"
+            )
+
+    def prepare(self, clip: ClipShape) -> None:
+        self.grid = clip.grid
+
+    def session(self, schedule: Schedule) -> Session:
+        return super().session(merged(schedule))
+
+    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        network = self.networks.get(launch.component)
+        if network is None:
+            return super().bind(launch, inputs, outputs)
+        if launch.graph == TRANSFORMER:
+            compute = partial(velocity, network, grid=self.grid)
+        else:
+            _, half, chunk = launch.graph.split("_")
+            compute = partial(HALVES[half], network, is_first=chunk == "first")
+        (output,) = outputs
+
+        def run() -> None:
+            with torch.inference_mode():
+                output.copy_(compute(*inputs))
+
+        return run
+
+
+def note(recipe: Recipe) -> str:
+    """What this backend computes of a recipe."""
+    said = [
+        f"transformer and VAE of diffusers {version('diffusers')} in this sampling loop, text encoder of the reference"
+    ]
+    if recipe.attention != "dense":
+        said.append("dense attention in place of sparse-linear attention, whose linear branch it has not")
+    if recipe.linear != "bf16":
+        said.append("8-bit weights multiplied out, activations not rounded")
+    if recipe.compat == "upstream":
+        said.append("layer norms without upstream's fault")
+    return "; ".join(said)
+
+
+def transformer(config: DiTConfig) -> Any:
+    """diffusers' transformer without weights. It takes the timestep's sinusoid ``[S]`` as its timestep: diffusers would
+    form it in float32, which is off by up to 6e-5."""
+    make, _ = wan_classes()
+    with torch.device("meta"):
+        network = make(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=HEAD_DIM,
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            text_dim=config.text_dim,
+            freq_dim=config.frequency_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            eps=config.eps,
+        )
+    # Its tables are no weights: they are worked out where it is made.
+    network.rope = type(network.rope)(HEAD_DIM, network.config.patch_size, MAX_POSITIONS)
+    network.condition_embedder.timesteps_proj = nn.Unflatten(0, (1, -1))
+    return network.eval()
+
+
+def vae(config: VAEConfig) -> Any:
+    """diffusers' VAE without weights."""
+    _, make = wan_classes()
+    with torch.device("meta"):
+        return make(base_dim=config.dim, z_dim=config.latent_channels).eval()
+
+
+def load(network: Any, component: str, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a network its weights in the compute type, or in float32 where diffusers keeps them so."""
+    wanted = network.state_dict()
+    names, _ = match_names(component, weights, wanted)
+    exact: Collection[str] = network._keep_in_fp32_modules or ()
+    state = {}
+    for name, theirs in names.items():
+        value = weights[name]
+        if value.dtype == torch.int8:
+            value = dequantise(value, weights[f"{name.removesuffix('int8_weight')}scale"])
+        kept = torch.float32 if any(part in exact for part in theirs.split(".")) else dtype
+        state[theirs] = value.to(kept).reshape(wanted[theirs].shape)
+    network.load_state_dict(state, assign=True)
+
+
+def merged(schedule: Schedule) -> Schedule:
+    """A schedule with every step one launch, nothing before the steps, and a VAE that keeps its caches itself."""
+    if schedule.stage == "text":
+        return schedule
+    if schedule.stage != "denoise":
+        programs = {
+            name: tuple(replace(each, inputs=each.inputs[:1], outputs=each.outputs[:1]) for each in launches)
+            for name, launches in schedule.programs.items()
+        }
+        return replace(schedule, programs=programs)
+    programs = dict.fromkeys(schedule.programs, ())
+    for index, name in enumerate(schedule.steps()):
+        inputs = Ref("patches"), Ref(f"sinusoid.{index}"), Ref("text")
+        component = schedule.programs[name][0].component
+        programs[name] = (Launch(TRANSFORMER, inputs, (Ref("velocity"),), component),)
+    return replace(schedule, programs=programs)
+
+
+def velocity(
+    network: Any, patches_BLC: Tensor, sinusoid_BS: Tensor, text_BTE: Tensor, *, grid: tuple[int, int, int]
+) -> Tensor:
+    """Tokens of the velocity, their channel the fastest, from tokens of the latents, their channel the slowest."""
+    latents_BCFHW = unpatchify(channel_last(patches_BLC), grid)
+    (velocity_BCFHW,) = network(latents_BCFHW, sinusoid_BS[0], text_BTE, return_dict=False)
+    return channel_last(patchify(velocity_BCFHW))
+
+
+def channel_last(tokens_BLC: Tensor) -> Tensor:
+    """Tokens whose channel is the slowest, with it the fastest."""
+    return tokens_BLC.unflatten(-1, (-1, PATCH * PATCH)).transpose(-1, -2).flatten(-2)
+
+
+def decode(network: Any, latent_BCTHW: Tensor, *, is_first: bool) -> Tensor:
+    """The next chunk of a clip's pixels."""
+    if is_first:
+        network.clear_cache()
+    mean, std = latent_statistics(latent_BCTHW)
+    x = network.post_quant_conv(latent_BCTHW / (1.0 / std) + mean)
+    return network.decoder(x, feat_cache=network._feat_map, feat_idx=[0], first_chunk=is_first)
+
+
+def encode(network: Any, pixels_BCTHW: Tensor, *, is_first: bool) -> Tensor:
+    """The next chunk of a clip's normalised latents."""
+    if is_first:
+        network.clear_cache()
+    x = network.quant_conv(network.encoder(pixels_BCTHW, feat_cache=network._enc_feat_map, feat_idx=[0]))
+    mean, std = latent_statistics(x)
+    return (x.chunk(2, 1)[0] - mean) * (1.0 / std)
+
+
+HALVES = {"decode": decode, "encode": encode}

@@ -1,0 +1,132 @@
+"""The launches of the denoiser made of the kernels in `plugins/`, split into the same parts as `unfused_plan`.
+
+Time, stem, head and text run as PyTorch runs them, cross-attention as a library does. The counts are those of the
+kernels' own signatures.
+"""
+
+from wanforge.configs.schema import HEAD_DIM
+from wanforge.runtime.measure.cost.launches import (
+    BF16,
+    FP32,
+    INT8,
+    INT32,
+    TILE,
+    Cost,
+    Plan,
+    Workload,
+    block,
+    cdiv,
+    quantised,
+    scales,
+)
+from wanforge.runtime.measure.cost.unfused import context, cross_attention, cross_keys_values, head, stem, time
+
+
+def fused_block(w: Workload) -> Plan:
+    """One block in 19 launches. Between them lies only what must: inputs of linears as int8, and bf16 where a norm over
+    the whole width, or attention, needs every column first."""
+    x = w.stream
+    stream, gate = BF16 * x, FP32 * w.D
+    return {
+        "norm 1": [_norm_quantise("norm + quantise", w)],
+        "q, k, v": [_gemm("gemm q, k, v", w.L, w.D, w.D, BF16, weights=3)],
+        "RMS norm, RoPE": [
+            Cost("rotate q, k", {}, 2 * BF16 * x + 2 * FP32 * w.D + FP32 * w.L * HEAD_DIM, 2 * BF16 * x)
+        ],
+        "keys and values": [_statistics(w), _keys_values(w), _linear_state(w)],
+        "selection": [_scores(w), _select(w)],
+        "attention": [_attention(w)],
+        "o": [_gemm("gemm o + residual", w.L, w.D, w.D, BF16, residual=stream + gate)],
+        "cross-attention": [
+            _norm_quantise("norm 3 + quantise", w),
+            _gemm("gemm cross q", w.L, w.D, w.D, BF16),
+            Cost("norm cross q", {}, BF16 * x + FP32 * w.D, BF16 * x),
+            cross_attention(w),
+            Cost("quantise", {}, BF16 * x, quantised(w.L, w.D)),
+            _gemm("gemm cross o + residual", w.L, w.D, w.D, BF16, residual=stream),
+        ],
+        "feed-forward": [
+            _norm_quantise("norm 2 + quantise", w),
+            _gemm("gemm ffn.0 + GELU + quantise", w.L, w.D, w.F, INT8),
+            _gemm("gemm ffn.2 + residual", w.L, w.F, w.D, BF16, residual=stream + gate),
+        ],
+    }
+
+
+def _norm_quantise(name: str, w: Workload) -> Cost:
+    return Cost(name, {}, BF16 * w.stream + 2 * FP32 * w.D, quantised(w.L, w.D))
+
+
+def _gemm(
+    name: str, rows: int, inputs: int, outputs: int, output_bytes: int, *, weights: int = 1, residual: int = 0
+) -> Cost:
+    """A W8A8 product with its epilogue: an output of one byte is quantised, `residual` is what a residual reads."""
+    read = quantised(rows, inputs) + weights * (quantised(outputs, inputs) + BF16 * outputs) + residual
+    written = output_bytes * weights * rows * outputs + (scales(rows, outputs) if output_bytes == INT8 else 0)
+    tiles = weights * cdiv(rows, TILE) * cdiv(outputs, TILE)
+    return Cost(name, {"int8": 2 * weights * rows * inputs * outputs}, read, written, tiles * 2 * TILE * inputs)
+
+
+def _state(w: Workload) -> int:
+    """Bytes of the linear branch's partial sums: a matrix and a row per chunk and head."""
+    return FP32 * w.C * w.D * (HEAD_DIM + 1)
+
+
+def _extremes(w: Workload) -> int:
+    """Bytes of the partial sums of k, and for fp8 of the largest magnitudes of v."""
+    return (2 if w.recipe.pv == "fp8" else 1) * FP32 * w.C * w.D
+
+
+def _statistics(w: Workload) -> Cost:
+    written = _extremes(w) + _state(w)
+    return Cost("statistics, phi(k)^T v", {"bf16": w.state_flops}, 2 * BF16 * w.stream, written)
+
+
+def _keys_values(w: Workload) -> Cost:
+    keys = INT8 * w.padded_stream + FP32 * w.H * w.N + BF16 * w.N * w.D
+    values = w.value_bytes * w.padded_stream + (FP32 * w.D if w.recipe.pv == "fp8" else 0)
+    return Cost("keys, values", {}, 2 * BF16 * w.stream + _extremes(w), keys + values)
+
+
+def _linear_state(w: Workload) -> Cost:
+    read = _state(w) + BF16 * HEAD_DIM * HEAD_DIM
+    return Cost("linear state", {"bf16": 2 * w.D * HEAD_DIM * HEAD_DIM}, read, BF16 * w.D * HEAD_DIM + FP32 * w.D)
+
+
+def _scores(w: Workload) -> Cost:
+    read = BF16 * (w.stream + w.N * w.D)
+    return Cost("pool q, block scores", {"bf16": w.score_flops}, read, BF16 * w.H * w.M * w.N)
+
+
+def _select(w: Workload) -> Cost:
+    return Cost("select", {}, BF16 * w.H * w.M * w.N, INT32 * w.H * w.M * w.num_selected)
+
+
+def _attention(w: Workload) -> Cost:
+    queries, folded = BF16 * w.stream, BF16 * w.D * HEAD_DIM + FP32 * w.D
+    row = (INT8 + w.value_bytes) * HEAD_DIM
+    table = INT32 * w.H * w.M * w.num_selected
+    value_scale = FP32 * w.D if w.recipe.pv == "fp8" else 0
+    keys_values = (INT8 + w.value_bytes) * w.padded_stream + FP32 * w.H * w.N + value_scale
+    return Cost(
+        "attention + quantise",
+        {"int8": w.pair_flops, w.recipe.pv: w.pair_flops, "bf16": w.state_flops},
+        queries + keys_values + table + folded + BF16 * HEAD_DIM,
+        quantised(w.L, w.D),
+        queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,
+    )
+
+
+def fused_step(w: Workload) -> list[Cost]:
+    """One step once the prompt's keys and values are there."""
+    return [*time(w), *stem(w), *block(fused_block(w)) * w.model.dit.num_layers, *head(w)]
+
+
+def prompt(w: Workload) -> list[Cost]:
+    """What the fused plan does once per prompt and expert."""
+    return [*context(w), *cross_keys_values(w, w.model.dit.text_rows) * w.model.dit.num_layers]
+
+
+def fused_request(w: Workload, steps: int) -> list[Cost]:
+    """The denoiser's share of a request; text encoder and VAE are not counted."""
+    return prompt(w) * len(w.model.experts) + fused_step(w) * steps

@@ -1,0 +1,172 @@
+"""What a clip takes of a GPU's memory, for GPUs that need not be here: engines say what they use, we count the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wanforge.configs.schema import ClipShape, Target, load_targets, selected_blocks
+from wanforge.engines.build import engines_of
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ConfigError, ResourceError
+from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.cost.fused import fused_block
+from wanforge.runtime.measure.cost.launches import ASSUMED, Workload, block, cdiv, seconds
+from wanforge.runtime.memory.plan import MemoryPlan, Traffic, plan_request, request_schedules, traffic
+from wanforge.runtime.schedule import Launch
+
+RESERVE = 1_000_000_000
+"""Bytes of a GPU that are not for us: CUDA's context, the library, a desktop. An assumption, not measured."""
+
+USUAL_ROWS = 128
+"""Distinct rows of text that the prediction of a layer's time assumes."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One GPU and one clip.
+
+    Attributes:
+        vram_bytes: of the GPU.
+        fixed_bytes: outside the arena: the reserve, and engines with what they have built in.
+        plan: None where nothing fits.
+        refusal: then, why.
+        traffic: of weights, with the computing that it hides behind as predicted; None where nothing fits.
+        is_predicted: whether there is a prediction of a layer's time; otherwise no copy is taken to hide.
+    """
+
+    target: str
+    title: str
+    vram_bytes: int
+    clip: ClipShape
+    recipe: str
+    fixed_bytes: int
+    plan: MemoryPlan | None
+    refusal: str
+    traffic: Traffic | None
+    is_predicted: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, in bytes and seconds."""
+        found: dict[str, Any] = {
+            "target": self.target,
+            "vram_bytes": self.vram_bytes,
+            "clip": str(self.clip),
+            "recipe": self.recipe,
+            "fixed_bytes": self.fixed_bytes,
+            "refusal": self.refusal,
+        }
+        if self.plan is None or self.traffic is None:
+            return found
+        stages = {
+            name: {
+                "workspace_bytes": stage.workspace_bytes,
+                "buffer_bytes": stage.buffer_bytes,
+                "weight_bytes": self.plan.peak_bytes(name) - stage.extent,
+                "peak_bytes": self.fixed_bytes + self.plan.peak_bytes(name),
+            }
+            for name, stage in self.plan.stages.items()
+        }
+        return {
+            **found,
+            "residency": self.plan.residency,
+            "weight_bytes": self.plan.weight_bytes,
+            "stages": stages,
+            "pcie_bytes": self.traffic.bytes,
+            "pcie_seconds": self.traffic.copy_seconds,
+            "stall_seconds": self.traffic.stall_seconds,
+            "is_predicted": self.is_predicted,
+        }
+
+
+def gpus_of(targets: str) -> dict[str, Target]:
+    """GPUs of a list of names and architectures; an architecture stands for every GPU that has it.
+
+    Raises:
+        ConfigError: a name is none.
+    """
+    known, found = load_targets(), dict[str, Target]()
+    for wanted in (name.strip() for name in targets.split(",")):
+        fitting = {name: gpu for name, gpu in known.items() if wanted in (name, f"sm_{gpu.sm}")}
+        if not fitting:
+            raise ConfigError(f"no GPU is known by {wanted!r}; known: {', '.join(known)}")
+        found |= fitting
+    return found
+
+
+def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report:
+    """How a clip fits a GPU.
+
+    Raises:
+        BundleError: an engine for it is missing or stale, so that nothing is known of its intermediate tensors.
+    """
+    model, recipe = bundle.model, bundle.recipe
+    pieces = graphs(model, recipe)
+    engines = {graph: bundle.manifest.files[name] for graph, name in engines_of(bundle, clip, target.sm).items()}
+    fixed = RESERVE + sum(record.bytes for record in engines.values())
+    vram = int(target.vram_gib * 2**30)
+    workspaces = {name: record.facts["activation_bytes"] for name, record in engines.items()}
+    plan, refusal, moved = None, "", None
+    layer_seconds = predicted_layer(bundle, clip, target)
+    try:
+        plan = plan_request(bundle, pieces, clip, workspaces, 2, vram - fixed)
+    except ResourceError as error:
+        refusal = str(error)
+    else:
+
+        def predicted(launch: Launch) -> float:
+            return (layer_seconds or 0.0) if launch.graph == "block" else 0.0
+
+        rate = target.pcie_gbs * 1e9 * ASSUMED.bandwidth
+        moved = traffic(plan, request_schedules(model, recipe, pieces, clip), rate, predicted)
+    return Report(
+        name, target.title, vram, clip, recipe.name, fixed, plan, refusal, moved, is_predicted=layer_seconds is not None
+    )
+
+
+def predicted_layer(bundle: Bundle, clip: ClipShape, target: Target) -> float | None:
+    """Seconds of a layer on a GPU by the assumptions of docs/kernels.md; None for recipes not counted there."""
+    recipe = recipe_for(bundle.recipe, target.sm)
+    blocks = cdiv(clip.tokens, recipe.block_k)
+    try:
+        workload = Workload(bundle.model, clip, recipe, selected_blocks(bundle.model.topk, blocks), USUAL_ROWS)
+        return seconds(block(fused_block(workload)), target, ASSUMED)
+    except ConfigError:
+        return None
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Reports as text."""
+    return "\n".join(line for one in reports for line in _lines(one))
+
+
+def _lines(one: Report) -> list[str]:
+    clip = one.clip
+    title = (
+        f"{one.title} ({one.vram_bytes / 1e9:.1f} GB), {clip.width_px}x{clip.height_px}x{clip.frames}, {one.recipe}: "
+    )
+    if one.plan is None or one.traffic is None:
+        return [title + "does not fit", f"  {one.refusal}"]
+    plan, moved = one.plan, one.traffic
+    lines = [
+        title + plan.residency,
+        "  GB         intermediate   buffers   weights     peak",
+    ]
+    for name, stage in plan.stages.items():
+        weights = plan.peak_bytes(name) - stage.extent
+        peak = one.fixed_bytes + plan.peak_bytes(name)
+        lines.append(
+            f"  {name:10} {stage.workspace_bytes / 1e9:12.2f} {stage.buffer_bytes / 1e9:9.2f} {weights / 1e9:9.2f} "
+            f"{peak / 1e9:8.2f}"
+        )
+    lines.append(
+        f"  {one.fixed_bytes / 1e9:.2f} GB of each peak are engines and a reserve; "
+        f"all weights together are {plan.weight_bytes / 1e9:.2f} GB"
+    )
+    if moved.bytes:
+        hiding = "predicted" if one.is_predicted else "taking nothing to hide it"
+        lines.append(
+            f"  {moved.bytes / 1e9:.1f} GB of weights pass PCIe per request: {moved.copy_seconds:.2f} s, "
+            f"{moved.stall_seconds:.2f} s of it not hidden ({hiding})"
+        )
+    return lines

@@ -1,0 +1,146 @@
+"""What each stage of a request costs at least on a GPU, and what it is predicted to take on one that is not here.
+
+Operations are counted by running every graph on tensors that are not there, bytes are those of its inputs, weights and
+outputs, each once: what a graph hands on inside itself is taken to cost nothing, so a floor is a floor. A W8A8 layer
+with SageSLA is counted launch by launch instead, see `fused_plan`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from wanforge.configs.schema import Recipe, Target
+from wanforge.engines.build import names_in
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.measure.cost.fused import fused_block
+from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, Cost, Workload, block, seconds
+from wanforge.runtime.memory.arena import element_type
+from wanforge.runtime.pipeline import Job
+from wanforge.runtime.schedule import Launch, Schedule, context_rows, denoise_schedule, text_schedule, vae_schedule
+
+COMPUTE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A stage on a GPU.
+
+    Attributes:
+        floor: seconds below which it cannot end, at the vendor's peaks.
+        predicted: seconds with shares of the peaks that good kernels are taken to reach, see `cost.ASSUMED`: an
+            assumption, not a measurement.
+    """
+
+    flops: int
+    bytes: int
+    floor: float
+    predicted: float
+
+    def as_json(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def bounds(bundle: Bundle, job: Job, target: Target) -> dict[str, Bound]:
+    """The stages of a request on a GPU; those that copy or encode video have no bound."""
+    stages = stage_costs(bundle, job, recipe_for(bundle.recipe, target.sm))
+    return {stage: bound(costs, target) for stage, costs in stages.items()}
+
+
+def bound(costs: Sequence[Cost], target: Target) -> Bound:
+    """Launches that run one after the other on a GPU."""
+    return Bound(
+        sum(cost.total_flops for cost in costs),
+        sum(cost.total_bytes for cost in costs),
+        seconds(costs, target, IDEAL),
+        seconds(costs, target, ASSUMED),
+    )
+
+
+def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost]]:
+    """What each stage launches."""
+    model, shape, known = bundle.model, job.request.shape, graphs(bundle.model, recipe)
+    rows = len(context_rows(len(job.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
+    experts = [step.expert for step in job.steps]
+    denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, slots=job.slots)
+    count = Counter(bundle, known, recipe, job, rows)
+    steps = [count.program(denoise, f"step.{step.index}") for step in job.steps]
+    stages = {"text": count.program(text_schedule(model, known, len(job.ids)), "text")}
+    if model.task == "i2v":
+        stages["condition"] = count.clip(vae_schedule(known, shape, "encode"))
+    return stages | {
+        "prepare": count.program(denoise, "prompt") + count.program(denoise, "times"),
+        "denoise": [cost for step in steps for cost in step],
+        "decode": count.clip(vae_schedule(known, shape, "decode")),
+        "step": steps[0],
+    }
+
+
+class Counter:
+    """Costs of launches; each graph is counted once."""
+
+    def __init__(self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, job: Job, rows: int) -> None:
+        self.bundle, self.graphs, self.recipe, self.job, self.rows = bundle, known, recipe, job, rows
+        shape = job.request.shape
+        self.sizes = {
+            "prompt_tokens": len(job.ids),
+            "tokens": shape.tokens,
+            "context_rows": rows,
+            "slots": job.slots,
+            "latent_height": shape.latent_height,
+            "latent_width": shape.latent_width,
+        }
+        self._known: dict[str, list[Cost]] = {}
+
+    def program(self, schedule: Schedule, name: str) -> list[Cost]:
+        return [cost for launch in schedule.programs[name] for cost in self.launch(launch)]
+
+    def clip(self, schedule: Schedule) -> list[Cost]:
+        """One half of the VAE over a clip: the first chunk, then the others."""
+        others = self.program(schedule, "next.0") * (self.job.request.shape.latent_frames - 1)
+        return self.program(schedule, "first") + others
+
+    def launch(self, launch: Launch) -> list[Cost]:
+        if launch.graph not in self._known:
+            self._known[launch.graph] = self._count(launch)
+        return self._known[launch.graph]
+
+    def _count(self, launch: Launch) -> list[Cost]:
+        if launch.graph == "block" and (self.recipe.linear, self.recipe.attention) == ("w8a8", "sagesla"):
+            shape = self.job.request.shape
+            return block(fused_block(Workload(self.bundle.model, shape, self.recipe, self.job.slots, self.rows)))
+        graph = self.graphs[launch.graph]
+        stored = read_header(self.bundle.weights(launch.component)).tensors
+        weights = sum(stored[launch.prefix + name].nbytes for name in graph.weights if launch.prefix + name in stored)
+        # Of 8-bit layers some products are not in 8 bits: counted at that peak, the floor stays one.
+        eight_bits = launch.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
+        flops = {"int8" if eight_bits else "bf16": operations(graph, self.sizes)}
+        read, written = (
+            sum(self._bytes(port.concrete(self.sizes), port.dtype) for port in ports)
+            for ports in (graph.inputs, graph.outputs)
+        )
+        return [Cost(graph.name, flops, read + weights, written)]
+
+    def _bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
+        return torch.Size(shape).numel() * element_type(dtype, COMPUTE).itemsize
+
+
+def operations(graph: Graph, sizes: Mapping[str, int]) -> int:
+    """Of matrix products and convolutions, two per multiply-add."""
+    return _operations(graph, tuple((name, sizes[name]) for name in sorted(names_in(graph.inputs))))
+
+
+@lru_cache(maxsize=256)  # running a VAE takes a second, though its tensors are not there
+def _operations(graph: Graph, named: tuple[tuple[str, int], ...]) -> int:
+    sizes = dict(named)
+    with torch.device("meta"), torch.inference_mode():
+        inputs = [torch.empty(port.concrete(sizes), dtype=element_type(port.dtype, COMPUTE)) for port in graph.inputs]
+        with FlopCounterMode(display=False) as counter:
+            graph.run(graph.owner.state_dict(), inputs)
+    return int(counter.get_total_flops())

@@ -1,0 +1,68 @@
+"""Checks ops and times those that are right."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
+from wanforge.runtime.measure.cost.launches import Workload
+from wanforge.runtime.measure.kernels.cases import OPS, recipe_on
+from wanforge.runtime.measure.kernels.checks import check
+from wanforge.runtime.measure.kernels.machine import machine_of, target_of
+from wanforge.runtime.measure.kernels.report import Report, Result
+from wanforge.runtime.measure.kernels.timing import CudaTimer, Draw, Timer, measure
+from wanforge.runtime.pipeline import Progress
+from wanforge.runtime.reference.dit import attention_blocks
+
+TEXT_ROWS = 128
+"""Rows of text that cross-attention sees: those of a prompt of 126 tokens."""
+
+
+def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: torch.device) -> Workload:
+    """A model making a clip, in the number formats that the device has.
+
+    Raises:
+        ConfigError: the top-k selects no key block.
+    """
+    recipe = recipe_on(device)
+    blocks = attention_blocks(recipe)
+    assert blocks is not None
+    num_selected = selected_blocks(model.topk if topk is None else topk, blocks.num_keys(shape.tokens))
+    return Workload(model, shape, recipe, num_selected, TEXT_ROWS)
+
+
+def device_here() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    has_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+
+
+def timer_for(device: torch.device) -> Timer | None:
+    """What times a device; None for the CPU, whose interpreter's times mean nothing."""
+    return CudaTimer(device) if device.type == "cuda" else None
+
+
+def bench_ops(
+    ops: Sequence[str],
+    w: Workload,
+    device: torch.device,
+    timer: Timer | None,
+    repeats: int = 50,
+    progress: Progress = lambda *_: None,
+) -> Report:
+    """Check ops on a device, and time those that are right; without a timer, nothing is timed."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    verdicts = []
+    for done, op in enumerate(ops, 1):
+        verdicts += check(op, device, dtype)
+        progress("check", done, len(ops))
+    wrong = {verdict.op for verdict in verdicts if not verdict.passed}
+    cases = [(op, case) for op in ops if op not in wrong for case in OPS[op](w)]
+    machine = machine_of(device)
+    target, draw = target_of(machine["gpu"] or ""), partial(Draw, device=device, dtype=dtype)
+    results = []
+    for op, case in cases:
+        times, missing = ({}, {}) if timer is None else measure(case, draw, timer, repeats, progress)
+        results.append(Result(op, case, times, missing, target))
+    return Report(w, machine, repeats, verdicts, results)

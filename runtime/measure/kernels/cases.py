@@ -1,0 +1,222 @@
+"""What is timed of each op: its kernels at a model's own sizes, beside what does the same without them.
+
+Letters: L tokens, D width, P rotated channel pairs, K channels of a head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wanforge.configs.schema import HEAD_DIM, DiTConfig, Recipe, load_recipe
+from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.launching.launch import Constant, recording, target_sm
+from wanforge.plugins.layer_norm.fused import norm_quantised
+from wanforge.plugins.layer_norm.reference import modulated_norm
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
+from wanforge.plugins.w8a8_linear.fused import Quantised
+from wanforge.plugins.w8a8_linear.reference import quantise_tiles
+from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
+from wanforge.runtime.measure.cost.fused import fused_block
+from wanforge.runtime.measure.cost.launches import BF16, FP32, Cost, Workload, block
+from wanforge.runtime.measure.kernels.linears import linear_cases
+from wanforge.runtime.measure.kernels.timing import Case, Draw, Run, eager_and_compiled
+from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
+
+
+def recipe_on(device: torch.device) -> Recipe:
+    """The published precision as a device can run it; the interpreter has every format."""
+    recipe = load_recipe("w8a8")
+    return recipe_for(recipe, target_sm(device)) if device.type == "cuda" else recipe
+
+
+def plan(w: Workload) -> dict[str, Cost]:
+    """The launches of a block by name."""
+    return {cost.name: cost for cost in block(fused_block(w))}
+
+
+# Norms and the residual.
+
+
+def layer_norm_cases(w: Workload) -> list[Case]:
+    eps = w.model.dit.eps
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        return draw(w.L, w.D), draw.float32(w.D), draw.float32(w.D)
+
+    def kernel(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor) -> Quantised:
+        return norm_quantised(x_LD, scale_D, shift_D, eps, modulated=True)
+
+    def reference(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor) -> tuple[Tensor, Tensor]:
+        return quantise_tiles(modulated_norm(x_LD[None], shift_D[None], scale_D[None], eps)[0])
+
+    name = "norm + quantise"
+    return [Case(name, [plan(w)[name]], inputs, kernel, eager_and_compiled(reference))]
+
+
+def rms_norm_cases(w: Workload) -> list[Case]:
+    """In place, run after run on the same tensors: a weight of one keeps their size."""
+    eps = w.model.dit.eps
+
+    def one(draw: Draw) -> tuple[Tensor, ...]:
+        return draw(w.L, w.D), torch.ones(w.D, device=draw.device)
+
+    def two(draw: Draw) -> tuple[Tensor, ...]:
+        return (
+            draw(w.L, w.D),
+            draw(w.L, w.D),
+            torch.ones(w.D, device=draw.device),
+            *rope_tables(w.shape.grid, draw.device),
+        )
+
+    def turn(q_LD: Tensor, k_LD: Tensor, weight_D: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> None:
+        rms_norm_rotate([q_LD, k_LD], [weight_D, weight_D], eps, (cos_LP, sin_LP))
+
+    def turned(q_LD: Tensor, k_LD: Tensor, weight_D: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> list[Tensor]:
+        return [rotate(split_heads(rms_norm(x_LD, weight_D, eps)[None]), cos_LP, sin_LP) for x_LD in (q_LD, k_LD)]
+
+    def norm(x_LD: Tensor, weight_D: Tensor) -> None:
+        rms_norm_rotate([x_LD], [weight_D], eps)
+
+    def normed(x_LD: Tensor, weight_D: Tensor) -> Tensor:
+        return rms_norm(x_LD, weight_D, eps)
+
+    return [
+        Case("rotate q, k", [plan(w)["rotate q, k"]], two, turn, eager_and_compiled(turned)),
+        Case("norm cross q", [plan(w)["norm cross q"]], one, norm, eager_and_compiled(normed)),
+    ]
+
+
+def residual_cases(w: Workload) -> list[Case]:
+    """Where a linear is not quantised: in W8A8 it rides in the epilogue of a product."""
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        x_LD = draw(w.L, w.D)
+        return x_LD, draw(w.L, w.D), draw.float32(w.D), torch.empty_like(x_LD)
+
+    def reference(x_LD: Tensor, y_LD: Tensor, gate_D: Tensor, _: Tensor) -> Tensor:
+        return gated_residual(x_LD[None], y_LD[None], gate_D[None])
+
+    cost = Cost("gated residual", {}, 2 * BF16 * w.stream + FP32 * w.D, BF16 * w.stream)
+    return [Case(cost.name, [cost], inputs, add_gated, eager_and_compiled(reference))]
+
+
+# Sparse-linear attention.
+
+
+def attention_cases(w: Workload) -> list[Case]:
+    """The whole op against dense attention, then its launches one by one."""
+    parts = fused_block(w)
+    costs = [cost for part in ("keys and values", "selection", "attention") for cost in parts[part]]
+    blocks = attention_blocks(w.recipe)
+    assert blocks is not None
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        q_LD, k_LD, v_LD = (draw(w.L, w.D) for _ in range(3))
+        return q_LD, k_LD + draw(w.D), v_LD, draw(HEAD_DIM, HEAD_DIM, size=HEAD_DIM**-0.5), draw(HEAD_DIM)
+
+    def attend(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, bias_K: Tensor) -> Quantised:
+        return sparse_linear_attention_quantised(q_LD, k_LD, v_LD, w.num_selected, proj_KK, bias_K, blocks)
+
+    backends = {"dense, flash": SDPBackend.FLASH_ATTENTION, "dense, cuDNN": SDPBackend.CUDNN_ATTENTION}
+    dense = {name: partial(dense_attention, backend) for name, backend in backends.items()}
+    apart = [
+        Case(cost.name, [cost], lambda draw: tuple(launches_apart(attend, inputs(draw))), lambda *runs, i=i: runs[i]())
+        for i, cost in enumerate(costs)
+    ]
+    return [Case("sparse linear attention", costs, inputs, attend, dense), *apart]
+
+
+def dense_attention(backend: SDPBackend, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, *_: Tensor) -> Tensor:
+    """Attention over all keys by one of PyTorch's kernels; raises `RuntimeError` where it is not there."""
+    q, k, v = (split_heads(x_LD[None]).transpose(1, 2) for x_LD in (q_LD, k_LD, v_LD))
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> list[Run]:
+    """What `call` launches on `inputs`, one by one, each over what those before it left."""
+    device = inputs[0].device
+    blanks = [torch.empty_like(tensor, device="meta") for tensor in inputs]
+    with recording(target_sm(device)) as launches:
+        call(*blanks)
+    real = {id(blank): tensor for blank, tensor in zip(blanks, inputs, strict=True)}
+
+    def filled(value: Tensor | Constant) -> Tensor | Constant:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in real:
+            real[id(value)] = torch.empty_like(value, device=device)
+        return real[id(value)]
+
+    runs: list[Run] = [
+        partial(one.kernel, **{name: filled(value) for name, value in one.arguments.items()}) for one in launches
+    ]
+    for run in runs:
+        run()
+    return runs
+
+
+# The whole layer.
+
+
+def block_cases(w: Workload) -> list[Case]:
+    layer = FusedBlock(w.model.dit, w.recipe)
+
+    def inputs(draw: Draw) -> tuple[Any, ...]:
+        given = block_inputs(w.model.dit, draw, w.shape.grid, w.text_rows, w.num_selected)
+        return block_weights(w.model.dit, w.recipe, draw), given, torch.empty_like(given[0])
+
+    return [Case("block", block(fused_block(w)), inputs, layer.run)]
+
+
+def block_inputs(
+    config: DiTConfig, draw: Draw, grid: tuple[int, int, int], text_rows: int, num_selected: int
+) -> list[Tensor]:
+    """What `runtime.reference.dit.Block` takes, for one sample of frames x rows x columns tokens."""
+    cos_LP, sin_LP = rope_tables(grid, draw.device)
+    return [
+        draw(1, len(cos_LP), config.dim),
+        draw.float32(1, 6, config.dim, size=0.5),
+        draw(1, text_rows, config.dim),
+        draw(1, text_rows, config.dim),
+        torch.zeros(text_rows, device=draw.device),
+        cos_LP,
+        sin_LP,
+        torch.zeros(num_selected, dtype=torch.int32, device=draw.device),
+    ]
+
+
+def block_weights(config: DiTConfig, recipe: Recipe, draw: Draw) -> dict[str, Tensor]:
+    """A layer's tensors in the types of a published file: norms in float32, linears in 8 bits."""
+    with torch.device("meta"):
+        state = Block(config, recipe).state_dict()
+    weights: dict[str, Tensor] = {}
+    for name, blank in state.items():
+        layer, _, part = name.rpartition(".")
+        if part == "int8_weight":
+            drawn = draw(*blank.shape, size=blank.shape[1] ** -0.5)
+            weights[name], weights[f"{layer}.scale"] = quantise_tiles(drawn)
+        elif "norm" in name:
+            weights[name] = draw.float32(*blank.shape, size=0.1) + (part == "weight")
+        elif part != "scale":
+            weights[name] = draw(*blank.shape, size=0.1)
+    return weights
+
+
+OPS: Mapping[str, Callable[[Workload], list[Case]]] = {
+    "w8a8_linear": linear_cases,
+    "layer_norm": layer_norm_cases,
+    "rms_norm_rope": rms_norm_cases,
+    "gated_residual": residual_cases,
+    "sparse_linear_attention": attention_cases,
+    "block": block_cases,
+}
+"""What can be timed, by name."""

@@ -1,0 +1,213 @@
+"""Holds kernels against their definitions before they are timed: at a small ragged size, on the device at hand, with
+the tolerances of the tests."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from wanforge.configs.schema import DiTConfig
+from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.reference import modulated_norm
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.sparse_linear_attention import fused as attention
+from wanforge.plugins.sparse_linear_attention import reference as attention_reference
+from wanforge.plugins.w8a8_linear.fused import Quantised, Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.reference import w8a8_linear
+from wanforge.runtime.backends.fused_block import FusedBlock
+from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on
+from wanforge.runtime.measure.kernels.linears import ROWS, TILES, Scheme
+from wanforge.runtime.measure.kernels.timing import Draw
+from wanforge.runtime.measure.parity.metrics import relative_rms
+from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
+
+GRID = (1, 3, 67)
+"""Frames, rows and columns of tokens that fill neither blocks of 64 nor of 128."""
+TOKENS = math.prod(GRID)
+EPS = 1e-6
+HALF_SPACING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+"""Largest relative error of one rounding."""
+FLOAT32_ERROR = 2e-6
+"""Relative RMS of float32 arithmetic in another order, or with a GPU's exp2."""
+STEP = 5e-4
+"""Relative RMS where one key or probability in a million may round to another step of int8 or fp8."""
+FLIPPED = 1e-3
+"""Relative RMS where one step in a thousand is off by one: a tile's steps are about 32 large."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of holding a tensor against its definition.
+
+    Attributes:
+        error: relative RMS; infinite where shape or type differ, or something is not finite.
+        bound: what it may be; 0 asks for equality to the bit.
+    """
+
+    op: str
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+    def as_json(self) -> dict[str, Any]:
+        error = self.error if self.error < float("inf") else None
+        return {"op": self.op, "name": self.name, "error": error, "bound": self.bound, "passed": self.passed}
+
+    def __str__(self) -> str:
+        state = "right" if self.passed else "WRONG"
+        return f"{state}  {self.op}: {self.name}: relative error {self.error:.1e}, at most {self.bound:.1e}"
+
+
+Claim = tuple[str, Tensor, Tensor, float]
+"""A name, what a kernel made, what its definition makes, and how far apart they may be."""
+
+
+def check(op: str, device: torch.device, dtype: torch.dtype) -> list[Verdict]:
+    """Hold an op's kernels against their definitions."""
+    with torch.inference_mode():
+        claims = CHECKS[op](Draw(0, device, dtype))
+        return [Verdict(op, name, error(actual, expected), bound) for name, actual, expected, bound in claims]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative RMS of the difference; infinite where it means nothing."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype or not actual.double().isfinite().all():
+        return float("inf")
+    return 0.0 if torch.equal(actual, expected) else relative_rms(actual, expected)
+
+
+def rounding_error(dtype: torch.dtype, roundings: float) -> float:
+    """A bound on the relative RMS that so many roundings, here done or left out, can make."""
+    return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
+
+
+def quantised(
+    name: str,
+    actual: Quantised,
+    values: Tensor,
+    scheme: Scheme = TILES,
+    steps_bound: float = 0,
+    scales_bound: float = 0,
+) -> list[Claim]:
+    """That a kernel quantised these values."""
+    steps, scale = scheme.definition(values)
+    return [
+        (f"{name}, steps", actual.steps_MK, steps, steps_bound),
+        (f"{name}, scales", actual.scale, scale, scales_bound),
+    ]
+
+
+def linear_claims(draw: Draw) -> list[Claim]:
+    return [claim for scheme in (TILES, ROWS) for claim in scheme_claims(draw, scheme)]
+
+
+def scheme_claims(draw: Draw, scheme: Scheme) -> list[Claim]:
+    # In the interpreter every operation is the reference's. On a GPU a product and a sum are one operation.
+    exact = 0 if draw.device.type == "cpu" else 1e-6
+    x, residual, gate = draw(TOKENS, 384), draw(TOKENS, 256), draw.float32(256)
+    weights = [Weight(*scheme.definition(draw.float32(256, 384, size=0.05)), draw(256)) for _ in range(3)]
+    expected = [w8a8_linear(x, *weight) for weight in weights]
+    activated = F.gelu(expected[0], approximate="tanh")
+
+    given, how = Quantised(*scheme.definition(x)), scheme.suffix
+    added = linear_residual(given, weights[0], residual, gate, torch.empty_like(residual))
+    packed, scales_bound = linear_gelu(given, weights[0]), 1e-6 if draw.dtype == torch.float32 else 1e-3
+    return [
+        *quantised(f"quantise{how}", scheme.quantise(x), x, scheme),
+        *((f"{name}{how}", y, e, exact) for name, y, e in zip("qkv", linears(given, weights), expected, strict=True)),
+        (f"gated residual{how}", added, gated_residual(residual[None], expected[0][None], gate[None])[0], exact),
+        # GELU is written with another function, whose last bit may round to another step.
+        *quantised(f"GELU, quantised{how}", packed, activated, scheme, FLIPPED, scales_bound),
+    ]
+
+
+def hidden(draw: Draw, width: int) -> Tensor:
+    """Rows of different size around different means."""
+    x = draw.float32(TOKENS, width) * torch.linspace(0.01, 30, TOKENS, device=draw.device)[:, None] + 2
+    return x.to(draw.dtype)
+
+
+def layer_norm_claims(draw: Draw) -> list[Claim]:
+    x, scale, shift = hidden(draw, 384), draw.float32(384), draw.float32(384)
+    y = norm(x, scale, shift, EPS, modulated=True)
+    # In float32 the first row decides: its mean is 200 times what is left of it.
+    bound = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
+    return [
+        ("norm", y, modulated_norm(x[None], shift[None], scale[None], EPS)[0], bound),
+        *quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y),
+    ]
+
+
+def rms_norm_claims(draw: Draw) -> list[Claim]:
+    tensors, weights = [hidden(draw, 384) for _ in range(2)], [draw.float32(384) for _ in range(2)]
+    cross, angles = hidden(draw, 384), rope_tables(GRID, draw.device)
+    plain = rms_norm(cross, weights[0], EPS)
+    turned = [
+        rotate(split_heads(rms_norm(x, w, EPS)[None]), *angles).flatten(2)[0]
+        for x, w in zip(tensors, weights, strict=True)
+    ]
+    rms_norm_rotate(tensors, weights, EPS, angles)
+    rms_norm_rotate([cross], weights[:1], EPS)
+    bound = rounding_error(draw.dtype, 0.5)
+    names = ("q, rotated", "k, rotated", "cross q")
+    return [(*claim, bound) for claim in zip(names, [*tensors, cross], [*turned, plain], strict=True)]
+
+
+def residual_claims(draw: Draw) -> list[Claim]:
+    x, y, gate = draw(TOKENS, 384), draw(TOKENS, 384), draw.float32(384)
+    out = add_gated(x, y, gate, torch.empty_like(x))
+    return [("gated residual", out, gated_residual(x[None], y[None], gate[None])[0], 0)]
+
+
+def attention_claims(draw: Draw) -> list[Claim]:
+    blocks = attention_blocks(recipe_on(draw.device))
+    assert blocks is not None
+    q, k, v = (draw(TOKENS, 256) for _ in range(3))
+    k += draw(256)
+    proj, bias = draw.float32(128, 128, size=128**-0.5), draw.float32(128)
+    y = attention.sparse_linear_attention(q, k, v, 2, proj, bias, blocks)
+    q_BLHK, k_BLHK, v_BLHK = (split_heads(x[None]) for x in (q, k, v))
+    expected = attention_reference.sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, 2, proj, bias, blocks).flatten(2)[0]
+    packed = attention.sparse_linear_attention_quantised(q, k, v, 2, proj, bias, blocks)
+    # Beyond float32's own error: the reference rounds four times where the kernel does once.
+    return [
+        ("attention", y, expected, rounding_error(draw.dtype, 4) + STEP),
+        *quantised("attention, quantised", packed, y),
+    ]
+
+
+def block_claims(draw: Draw) -> list[Claim]:
+    config = DiTConfig(dim=256, ffn_dim=512, num_layers=1)
+    recipe = recipe_on(draw.device)
+    weights = block_weights(config, recipe, draw)
+    inputs = block_inputs(config, draw, GRID, text_rows=21, num_selected=2)
+    out = torch.full_like(inputs[0], float("nan"))
+    FusedBlock(config, recipe).run(weights, inputs, out)
+    with torch.device("meta"):
+        reference = Block(config, recipe)
+    # A value on the edge between two steps falls to the other side, and moves what follows by a step.
+    bound = 1e-2 if draw.dtype == torch.float32 else 2e-2
+    return [("block", out, functional_call(reference, weights, tuple(inputs)), bound)]
+
+
+CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {
+    "w8a8_linear": linear_claims,
+    "layer_norm": layer_norm_claims,
+    "rms_norm_rope": rms_norm_claims,
+    "gated_residual": residual_claims,
+    "sparse_linear_attention": attention_claims,
+    "block": block_claims,
+}
+"""By op, as in `cases.OPS`."""

@@ -1,0 +1,362 @@
+"""Holds a backend against the reference at four depths: op, block, step, clip.
+
+    op     every op of a block gets the reference's inputs
+    block  every launch of a request gets the reference's inputs: each layer of each graph
+    step   every step of the denoiser starts from the reference's latents
+    clip   the backend runs the request alone
+
+At op and block depth nothing that goes wrong is passed on, so what differs first is what is wrong.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import Depths, Limits, Recipe, load_limits
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.taps import Transparent
+from wanforge.runtime.measure.other_recipe import check_recipe, read_as
+from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
+from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
+from wanforge.runtime.pipeline import Job, Pipeline, Progress, Request, Timings
+from wanforge.runtime.reference.dit import attention_blocks
+from wanforge.runtime.reference.sampler import Step, sample
+from wanforge.runtime.schedule import Launch
+
+DEPTHS = ("op", "block", "step", "clip")
+BLOCK = "block"
+"""The graph of a layer, whose ops are looked at."""
+COARSENESS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was compared.
+
+    Attributes:
+        graph: its name; empty where more than one takes part.
+        component: whose weights it took.
+        layer: which of the graph's layers, None where it has one.
+        step: index of the step, None outside the denoiser's steps.
+        point: the op (see `backends.points`), or the output of the graph.
+    """
+
+    depth: str
+    seed: int
+    graph: str = ""
+    component: str = ""
+    layer: int | None = None
+    step: int | None = None
+    point: str = ""
+
+    def __str__(self) -> str:
+        if not self.graph:
+            return f"seed {self.seed}, " + ("the clip" if self.step is None else f"step {self.step + 1}")
+        layer = "" if self.layer is None else f", layer {self.layer}"
+        step = "" if self.step is None else f", step {self.step + 1}"
+        what = f": {self.point}" if self.depth == "op" else ""
+        return f"graph {self.graph}{layer} of {self.component}{step}{what}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two values of one place, and what they are held to."""
+
+    place: Place
+    difference: Difference
+    limits: Limits | None
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with it; empty where it passes."""
+        return faults(self.difference, self.limits)
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.place.__dict__, **self.difference.as_json(), "faults": self.faults}
+
+
+def faults(found: Difference, limits: Limits | None) -> list[str]:
+    """Which limits a difference breaks."""
+    wrong = [f"{count} {name}" for name, count in (("NaN", found.nan), ("Inf", found.inf)) if count]
+    if limits is None:
+        return wrong
+    for name in ("rms", "max"):
+        most, value = getattr(limits, name), getattr(found, name)
+        if most is not None and value > most:
+            wrong.append(f"{name} {value:.1e}, at most {most:.0e}")
+    for name, form in (("cosine", ".6f"), ("psnr_db", ".1f"), ("ssim", ".4f")):
+        least, value = getattr(limits, name), getattr(found, name)
+        if least is not None and value is not None and value < least:
+            wrong.append(f"{name} {value:{form}}, at least {least:g}")
+    return wrong
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared.
+
+    Attributes:
+        name: of the backend.
+        recipe: how it reads the bundle's weights.
+        compute: its compute type.
+    """
+
+    name: str
+    recipe: str
+    compute: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.compute}, {self.recipe})"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a backend was found to be.
+
+    Attributes:
+        limits: None where nobody has said what this pair must reach; then only finite numbers are asked for.
+        comparisons: in the order of the run.
+        notes: what was not looked at, and why.
+        clips: frames of the reference and of the backend, of the first seed.
+    """
+
+    backend: Side
+    reference: Side
+    request: Request
+    seeds: Sequence[int]
+    limits: Depths | None
+    comparisons: list[Comparison] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    clips: list[Tensor] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(comparison.passed for comparison in self.comparisons)
+
+    @property
+    def first(self) -> Comparison | None:
+        """The first divergence: what is wrong itself, rather than what it made wrong."""
+        return next((comparison for comparison in self.comparisons if not comparison.passed), None)
+
+    def at(self, depth: str) -> list[Comparison]:
+        return [comparison for comparison in self.comparisons if comparison.place.depth == depth]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A backend over a bundle, and how it reads it.
+
+    Attributes:
+        recipe: another than the bundle's, where its weights permit.
+        dtype: another compute type than the backend's own.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    dtype: torch.dtype | None = None
+
+    def pipeline(self, bundle: Bundle) -> Pipeline:
+        """Ready to run.
+
+        Raises:
+            ConfigError, BundleError: there is no such backend, or it cannot run the bundle so.
+        """
+        read = bundle if self.recipe is None else read_as(bundle, self.recipe)
+        backend = create_backend(self.name, read, self.dtype)
+        check_recipe(bundle, backend, read.recipe)
+        return Pipeline(read, backend)
+
+
+def compare(
+    bundle: Bundle,
+    backend: Contender,
+    request: Request,
+    *,
+    reference: Contender = Contender("torch"),
+    depths: Collection[str] = DEPTHS,
+    seeds: int = 1,
+    progress: Progress = lambda *_: None,
+) -> Parity:
+    """Run a request on two backends, from the same noise.
+
+    Args:
+        depths: which of `DEPTHS` to look at.
+        seeds: how many requests, each with a seed one higher.
+
+    Raises:
+        RequestError, ConfigError, BundleError, ResourceError: the request or the pair makes no sense here.
+    """
+    return compare_pipelines(reference.pipeline(bundle), backend.pipeline(bundle), request, depths, seeds, progress)
+
+
+def compare_pipelines(
+    reference: Pipeline,
+    other: Pipeline,
+    request: Request,
+    depths: Collection[str] = DEPTHS,
+    seeds: int = 1,
+    progress: Progress = lambda *_: None,
+) -> Parity:
+    """Run a request on two pipelines, see `compare`."""
+    limits = None
+    if reference.recipe == other.recipe:
+        limits = load_limits(other.recipe, coarser(reference.backend, other.backend))
+    numbers = range(request.seed, request.seed + seeds)
+    found = Parity(side(other), side(reference), request, numbers, limits)
+    if limits is None:
+        found.notes.append("no limits are known for this pair: only finite numbers are asked for")
+    opaque = [p.backend.name for p in (reference, other) if not isinstance(p.backend, Transparent)]
+    if "op" in depths and opaque:
+        found.notes.append(f"op: the backend {opaque[0]} cannot be looked into")
+    depths = [depth for depth in depths if depth != "op" or not opaque]
+    for seed in numbers:
+        _Run(reference, other, replace(request, seed=seed), depths, found, progress).run()
+    return found
+
+
+def side(pipeline: Pipeline) -> Side:
+    return Side(pipeline.backend.name, pipeline.recipe.name, compute_of(pipeline.backend))
+
+
+def compute_of(backend: Backend) -> str:
+    return str(backend.dtype).removeprefix("torch.")
+
+
+def coarser(*backends: Backend) -> str:
+    """The coarsest compute type among some backends."""
+    return max(map(compute_of, backends), key=COARSENESS.index)
+
+
+class _Run:
+    """One request on both."""
+
+    def __init__(
+        self,
+        reference: Pipeline,
+        other: Pipeline,
+        request: Request,
+        depths: Collection[str],
+        found: Parity,
+        progress: Progress,
+    ) -> None:
+        self.reference, self.other, self.depths, self.found, self.progress = reference, other, depths, found, progress
+        is_dense = {p: attention_blocks(p.recipe) is None for p in (reference, other)}
+        # Of two recipes one may have no top-k to choose; where neither has, asking for one is a mistake.
+        without = replace(request, topk=None) if len(set(is_dense.values())) > 1 else request
+        self.jobs = {p: p.check(without if is_dense[p] else request) for p in (reference, other)}
+        self.request = request
+        self.step: Step | None = None
+        self.looked_into: set[str] = set()
+
+    def run(self) -> None:
+        states, velocities, frames = self._reference()
+        if "step" in self.depths:
+            self._steps(states, velocities)
+        if "clip" in self.depths:
+            self._clip(frames)
+
+    def _reference(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """The reference's request: the latents before each step, its velocities, and the frames. The other backend goes
+        along launch by launch where that is asked for."""
+        pipeline = self.reference
+        if {"op", "block"} & set(self.depths):
+            slots = self.jobs[self.other].slots
+            backend = Lockstep(pipeline.backend, self.other.backend, slots, self._launched)
+            pipeline = Pipeline(self.reference.bundle, backend)
+        return self._trajectory(pipeline, self.jobs[self.reference])
+
+    def _trajectory(self, pipeline: Pipeline, job: Job) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        denoiser = pipeline.denoiser(job, Timings(), self.progress)
+        states: list[Tensor] = []
+        velocities: list[Tensor] = []
+
+        def observed(latents: Tensor, step: Step) -> Tensor:
+            self.step = step
+            states.append(latents)
+            velocities.append(denoiser(latents, step))
+            self.step = None
+            return velocities[-1]
+
+        latents = sample(observed, job.steps, pipeline.noise(job), ode=job.request.ode)
+        frames = torch.stack(list(pipeline.frames(latents, job.request.shape, Timings(), self.progress)))
+        return states, velocities, frames
+
+    def _launched(self, launch: Launch, mine: Ports, theirs: Ports) -> None:
+        """Compare one launch, and the ops inside where it is a layer of the first step of its expert."""
+        place = self._place(launch)
+        if "op" in self.depths and launch.graph == BLOCK and self._is_first(launch):
+            for point, pair in self._ops(launch, mine, theirs):
+                self._add(replace(place, depth="op", point=point), difference(*pair))
+        if "block" in self.depths:
+            ports = self.reference.graphs[launch.graph].outputs
+            pairs = zip(ports, theirs.outputs, mine.outputs, strict=True)
+            apart = {port.name: difference(found, expected) for port, found, expected in pairs}
+            worst = max(apart, key=lambda name: (apart[name].nan + apart[name].inf, apart[name].rms))
+            self._add(replace(place, point=worst), apart[worst])
+
+    def _place(self, launch: Launch) -> Place:
+        layers = [part for part in launch.prefix.split(".") if part.isdecimal()]
+        return Place(
+            "block",
+            self.request.seed,
+            launch.graph,
+            launch.component,
+            int(layers[0]) if layers else None,
+            None if self.step is None else self.step.index,
+        )
+
+    def _is_first(self, launch: Launch) -> bool:
+        """Whether this layer has not been looked into yet."""
+        key = f"{launch.component}.{launch.prefix}"
+        known = key in self.looked_into
+        self.looked_into.add(key)
+        return not known
+
+    def _ops(self, launch: Launch, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Each point of a layer as the other backend makes it of the reference's values, and as the reference does."""
+        reference, other = self.reference.backend, self.other.backend
+        assert isinstance(reference, Transparent)
+        assert isinstance(other, Transparent)
+        expected = reference.points(launch, mine.inputs)
+        found = other.points(launch, theirs.inputs, expected)
+        yield from ((point, (found[point], expected[point])) for point in expected if point in found)
+
+    def _steps(self, states: Sequence[Tensor], velocities: Sequence[Tensor]) -> None:
+        job = self.jobs[self.other]
+        denoiser = self.other.denoiser(job, Timings(), self.progress)
+        for state, step, expected in zip(states, job.steps, velocities, strict=True):
+            place = Place("step", self.request.seed, step=step.index, point="velocity")
+            self._add(place, difference(denoiser(state, step), expected))
+
+    def _clip(self, expected: Tensor) -> None:
+        _, _, frames = self._trajectory(self.other, self.jobs[self.other])
+        self._add(Place("clip", self.request.seed, point="frames"), clip_difference(frames, expected))
+        if not self.found.clips:
+            self.found.clips.extend((expected, frames))
+
+    def _add(self, place: Place, apart: Difference) -> None:
+        backend = self.other.backend
+        rounds = isinstance(backend, Transparent) and place.point in backend.rounds_at
+        self.found.comparisons.append(Comparison(place, apart, limits_at(self.found.limits, place, rounds)))
+
+
+def limits_at(depths: Depths | None, place: Place, rounds: bool) -> Limits | None:
+    """What is asked for at a place, where the backend may round inside. A graph other than a layer is held to what an
+    op is."""
+    if depths is None:
+        return None
+    if place.depth == "op":
+        return depths.rounded if rounds else depths.op
+    if place.depth == "block":
+        return depths.block if place.graph == BLOCK else depths.op
+    limits: Limits = getattr(depths, place.depth)
+    return limits

@@ -1,0 +1,100 @@
+"""Two backends at the same launches: the reference's run goes on, the other sees what the reference saw."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape
+from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.memory.arena import Bound
+from wanforge.runtime.schedule import BufferSpec, Launch, Schedule
+
+SLOTS = "slots"
+"""The buffer that only has a length: as many key blocks as a backend selects."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """What one backend had at a launch."""
+
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+Seen = Callable[[Launch, Ports, Ports], None]
+"""Told a launch, and what the reference and the other made of it."""
+
+
+class Lockstep(Backend):
+    """A backend that is the reference, and at every launch has the other one do the same on the same inputs.
+
+    Args:
+        slots: how many key blocks the other selects: where recipes differ, so may these.
+    """
+
+    name = "lockstep"
+
+    def __init__(self, reference: Backend, other: Backend, slots: int, seen: Seen) -> None:
+        self.reference, self.other, self.slots, self.seen = reference, other, slots, seen
+        self.device, self.dtype, self.memory = reference.device, reference.dtype, reference.memory
+        self.text_rows_multiple = other.text_rows_multiple
+
+    def files(self) -> list[str]:
+        return [*self.reference.files(), *self.other.files()]
+
+    def prepare(self, clip: ClipShape) -> None:
+        for backend in (self.reference, self.other):
+            backend.prepare(clip)
+
+    def synchronise(self) -> None:
+        for backend in (self.reference, self.other):
+            backend.synchronise()
+
+    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        return self.reference.bind(launch, inputs, outputs)
+
+    def session(self, schedule: Schedule) -> Session:
+        return LockstepSession(self, schedule)
+
+
+class Stage(Session):
+    """A stage whose launches stay apart."""
+
+    def bound(self, program: str) -> list[Bound]:
+        if program not in self._bound:
+            self._bound[program] = self.launches(program)
+        return self._bound[program]
+
+    def ports(self, launch: Launch) -> Ports:
+        return Ports([self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])
+
+
+class LockstepSession(Stage):
+    """A stage on both."""
+
+    def __init__(self, lockstep: Lockstep, schedule: Schedule) -> None:
+        super().__init__(lockstep, schedule)
+        self.lockstep = lockstep
+        buffers = dict(schedule.buffers)
+        if SLOTS in buffers:
+            buffers[SLOTS] = BufferSpec((lockstep.slots,), buffers[SLOTS].dtype)
+        self.other = Stage(lockstep.other, replace(schedule, buffers=buffers))
+
+    def launches(self, program: str) -> list[Bound]:
+        pairs = zip(super().launches(program), self.other.bound(program), strict=True)
+        return [partial(self._both, *each) for each in zip(self.schedule.programs[program], pairs, strict=True)]
+
+    def _both(self, launch: Launch, runs: tuple[Bound, Bound]) -> None:
+        mine, theirs = self.ports(launch), self.other.ports(launch)
+        run_reference, run_other = runs
+        run_reference()
+        for ref, source, target in zip(launch.inputs, mine.inputs, theirs.inputs, strict=True):
+            if ref.buffer == SLOTS:
+                target.zero_()
+            else:
+                target.copy_(source)
+        run_other()
+        self.lockstep.synchronise()
+        self.lockstep.seen(launch, mine, theirs)

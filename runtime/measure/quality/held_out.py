@@ -1,0 +1,197 @@
+"""The fixed prompts on which quality is measured, and the measurement.
+
+Every combination of colour, shape and direction in them is one that TinyWan was not trained on.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from wanforge.errors import RequestError
+from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, Subject, is_held_out
+from wanforge.runtime.measure.quality.meter import Reading, Score, read, score
+from wanforge.runtime.pipeline import Pipeline, Request
+
+Progress = Callable[[str, int, int], None]
+
+WORDINGS = (
+    ("", "a {colour} {shape} moving {direction}"),
+    ("slowly", "A small {colour} {shape} moves slowly to the {direction} on a dark background."),
+    ("quickly", "a {colour} {shape} moving {direction} quickly on a light background"),
+    ("", "a large {colour} {shape} drifting {direction} over a grey background"),
+)
+"""Adverb and wording; one says ``up`` and not ``to the up``."""
+PAIRS = 16
+"""Prompts with two things, after those with one."""
+ASKED = ("colour", "shape", "direction")
+"""What every prompt asks for."""
+MOST_LOST = 0.02
+"""Share of colours, shapes or directions that a recipe may lose to the reference."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what it asks for."""
+
+    text: str
+    subjects: tuple[Subject, ...]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of subjects, 0 to 1, of which something is right; None where nothing was asked.
+
+    Attributes:
+        subjects: how many were asked for.
+        all: colour, shape and direction at once, and speed where it was asked for.
+    """
+
+    subjects: int
+    colour: float
+    shape: float
+    direction: float
+    speed: float | None
+    all: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The end-to-end quality of a pipeline at some top-k and number of steps.
+
+    Attributes:
+        rates: over all subjects; `single` and `paired` over those of prompts with one thing and with two.
+    """
+
+    backend: str
+    recipe: str
+    steps: int
+    topk: float | None
+    rates: Rates
+    single: Rates
+    paired: Rates | None
+
+    def lost_to(self, reference: "Quality") -> dict[str, float]:
+        """By how much less of colour, shape and direction is right than on the reference; negative where it is more."""
+        return {name: getattr(reference.rates, name) - getattr(self.rates, name) for name in ASKED}
+
+    def as_json(self) -> dict[str, Any]:
+        groups = {"all": self.rates, "single": self.single, "paired": self.paired}
+        return {
+            "backend": self.backend,
+            "recipe": self.recipe,
+            "steps": self.steps,
+            "topk": self.topk,
+            "rates": {name: None if rates is None else dict(vars(rates)) for name, rates in groups.items()},
+        }
+
+
+def held_out_prompts() -> tuple[Prompt, ...]:
+    """112 prompts: each of the 24 combinations held out in training in four wordings, then 16 with two of them."""
+    singles = [
+        Prompt(wording.format_map(vars(subject)).replace("to the up", "up").replace("to the down", "down"), (subject,))
+        for subject in held_out_subjects()
+        for adverb, wording in WORDINGS
+        for subject in [replace(subject, speed=adverb)]
+    ]
+    return (*singles, *pair_prompts())
+
+
+def held_out_subjects() -> list[Subject]:
+    every = (Subject(*names) for names in product(COLOURS, SHAPES, DIRECTIONS))
+    return [subject for subject in every if is_held_out(subject)]
+
+
+def pair_prompts() -> list[Prompt]:
+    """Two things of two colours that move along one axis, as in training."""
+    subjects = held_out_subjects()
+    prompts: list[Prompt] = []
+    for offset, first in product(range(1, len(subjects)), subjects):
+        second = subjects[(subjects.index(first) + 5 * offset) % len(subjects)]
+        same_axis = DIRECTIONS[first.direction][0] ** 2 == DIRECTIONS[second.direction][0] ** 2
+        if len(prompts) < PAIRS and same_axis and first.colour != second.colour and not named_before(prompts, first):
+            text = " and ".join(f"a {s.colour} {s.shape} moving {s.direction}" for s in (first, second))
+            prompts.append(Prompt(text, (first, second)))
+    return prompts
+
+
+def named_before(prompts: Sequence[Prompt], first: Subject) -> bool:
+    return any(prompt.subjects[0] == first for prompt in prompts)
+
+
+def measure(
+    pipeline: Pipeline,
+    *,
+    steps: int | None = None,
+    topk: float | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Quality:
+    """Make a clip of every prompt, each with the seed of its place, and count what is right.
+
+    Args:
+        steps, topk: as in a request; the model's own by default.
+        prompts: all of `held_out_prompts` by default.
+
+    Raises:
+        RequestError: the model was not trained to draw these things.
+    """
+    model = pipeline.model
+    if model.task != "t2v":
+        raise RequestError(f"{model.name} needs an image, and the quality prompts have none")
+    prompts = held_out_prompts() if prompts is None else prompts
+    scores = []
+    for place, prompt in enumerate(prompts):
+        scores.append(score(read_clip(pipeline, prompt.text, place, steps, topk), prompt.subjects))
+        progress("quality", place + 1, len(prompts))
+    groups = {size: [s for one in scores if len(one) == size for s in one] for size in (1, 2)}
+    sparse = pipeline.recipe.attention != "dense"
+    return Quality(
+        pipeline.backend.name,
+        pipeline.recipe.name,
+        model.sampler.steps if steps is None else steps,
+        (model.topk if topk is None else topk) if sparse else None,
+        rates_of([s for one in scores for s in one]),
+        rates_of(groups[1]),
+        rates_of(groups[2]) if groups[2] else None,
+    )
+
+
+def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk: float | None) -> Reading:
+    """Make one clip at the model's own size and read it."""
+    request = Request(text, pipeline.model.video.clip, seed=seed, steps=steps, topk=topk)
+    _, frames_THWC = pipeline.make(request)
+    return read(frames_THWC.permute(0, 3, 1, 2).numpy())
+
+
+def rates_of(scores: Sequence[Score]) -> Rates:
+    """Count."""
+    asked = [s.speed for s in scores if s.speed is not None]
+    return Rates(
+        len(scores),
+        share(s.colour for s in scores),
+        share(s.shape for s in scores),
+        share(s.direction for s in scores),
+        share(asked) if asked else None,
+        share(s.colour and s.shape and s.direction and s.speed is not False for s in scores),
+    )
+
+
+def share(right: Iterable[bool]) -> float:
+    counted = list(right)
+    return sum(counted) / len(counted) if counted else 0.0
+
+
+def table(results: Sequence[Quality]) -> str:
+    """Percentages, a row per measurement."""
+    head = f"{'backend':<9}{'recipe':<12}{'steps':>6}{'top-k':>7}{'colour':>8}{'shape':>8}{'direction':>11}{'speed':>8}"
+    lines = [head + f"{'all':>8}"]
+    for result in results:
+        rates = result.rates
+        topk = "dense" if result.topk is None else f"{result.topk:.2f}"
+        speed = "-" if rates.speed is None else f"{rates.speed:.1%}"
+        lines.append(
+            f"{result.backend:<9}{result.recipe:<12}{result.steps:>6}{topk:>7}{rates.colour:>8.1%}{rates.shape:>8.1%}"
+            f"{rates.direction:>11.1%}{speed:>8}{rates.all:>8.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""What the host itself takes for a step of the denoiser: the request's own code over launches that do nothing."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.memory.arena import Bound, Unbounded
+from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.schedule import Launch
+
+SMALLEST = ClipShape(16, 16, 1)
+"""One token: what grows with the clip is the device's work, not the host's."""
+
+
+class Stub(Backend):
+    """Does nothing, launch by launch."""
+
+    name = "stub"
+
+    def __init__(self) -> None:
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.memory = Unbounded(self.device, self.dtype, lambda launch, name: torch.empty(0))
+        self.launched = 0
+
+    def files(self) -> list[str]:
+        return []
+
+    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        return self.launch
+
+    def launch(self) -> None:
+        self.launched += 1
+
+
+def step_seconds(bundle: Bundle, repeats: int = 200) -> list[float]:
+    """Seconds of the host for one step, time and again: casting and cutting the latents, every launch, and putting
+    the velocity together."""
+    pipeline = Pipeline(bundle, Stub())
+    job = pipeline.check(Request("a", SMALLEST, topk=1.0))
+    denoiser = pipeline.denoiser(job, Timings())
+    latents = torch.zeros(pipeline.latent_shape(SMALLEST), dtype=torch.float64)
+    runs = []
+    for _ in range(repeats + 10):
+        start = time.perf_counter()
+        denoiser(latents, job.steps[0])
+        runs.append(time.perf_counter() - start)
+    return runs[10:]  # the first ones bind

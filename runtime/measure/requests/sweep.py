@@ -1,0 +1,273 @@
+"""One setting at a time: what quality it costs, and what time and memory.
+
+Each point's clip is held against the same seed's clip at the setting of most quality, where there is one: every key
+block, the most steps, unquantised weights. Frames and resolution have none; there the backend is held against the
+reference at the same setting.
+"""
+
+import gc
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import Tensor
+
+from wanforge.configs.schema import ClipShape, Recipe, load_recipe, size_of
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import BundleError, RequestError
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.measure.other_recipe import check_recipe, read_as
+from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
+from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts, measure
+from wanforge.runtime.measure.requests.meters import Nvml, Reading, metered
+from wanforge.runtime.measure.requests.timing import one_run
+from wanforge.runtime.pipeline import Pipeline, Progress, Request
+from wanforge.runtime.reference.sampler import MAX_STEPS
+
+Setting = tuple[Request, Recipe]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What can be swept.
+
+    Attributes:
+        set: a request and a recipe with a value, as it is typed.
+        best: the value of most quality, as it is typed; empty where there is none.
+    """
+
+    set: Callable[[Setting, str], Setting]
+    best: str = ""
+
+
+def of_request(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
+    """A field of the request."""
+    return lambda setting, value: (replace(setting[0], **{name: parse(value)}), setting[1])
+
+
+def of_recipe(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
+    """A field of the recipe."""
+
+    def change(setting: Setting, value: str) -> Setting:
+        plain: dict[str, Any] = {**msgspec.to_builtins(setting[1]), name: parse(value)}
+        return setting[0], msgspec.convert(plain, Recipe)
+
+    return change
+
+
+def set_frames(setting: Setting, value: str) -> Setting:
+    shape = setting[0].shape
+    return replace(setting[0], shape=ClipShape(shape.width_px, shape.height_px, int(value))), setting[1]
+
+
+def set_resolution(setting: Setting, value: str) -> Setting:
+    """``480p``, or pixels as ``640x384``."""
+    return replace(setting[0], shape=ClipShape(*size_of(value, "16:9"), setting[0].shape.frames)), setting[1]
+
+
+def set_recipe(setting: Setting, value: str) -> Setting:
+    """A recipe by name; one that attends to every key has no top-k."""
+    recipe = load_recipe(value)
+    request = replace(setting[0], topk=None) if recipe.attention == "dense" else setting[0]
+    return request, recipe
+
+
+PARAMETERS = {
+    "topk": Parameter(of_request("topk", float), best="1.0"),
+    "steps": Parameter(of_request("steps", int), best=str(MAX_STEPS)),
+    "sigma_max": Parameter(of_request("sigma_max", float)),
+    "recipe": Parameter(set_recipe, best="bf16-sla"),
+    "block_q": Parameter(of_recipe("block_q", int)),
+    "block_k": Parameter(of_recipe("block_k", int)),
+    "frames": Parameter(set_frames),
+    "resolution": Parameter(set_resolution),
+}
+
+OF_THE_CLIP = ("frames", "resolution")
+"""Parameters whose clips are not comparable with each other."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a sweep.
+
+    Attributes:
+        runs: seconds of each stage of every timed request, see `request.Row`.
+        clip, latents: against what the sweep is held against.
+        rates: what of held-out prompts comes out right, where that was asked for.
+    """
+
+    value: str
+    tokens: int
+    runs: list[dict[str, float]]
+    meters: Reading
+    clip: Difference
+    latents: Difference
+    rates: Rates | None
+
+    @property
+    def total_seconds(self) -> float:
+        """Of a request, the median."""
+        return statistics.median(run["total"] for run in self.runs)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a request's median step, the median."""
+        return statistics.median(run["step"] for run in self.runs)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "tokens": self.tokens,
+            "total_seconds": self.total_seconds,
+            "step_seconds": self.step_seconds,
+            "peak_host_bytes": self.meters.host_bytes,
+            "peak_device_bytes": self.meters.device_bytes,
+            "joules_per_video": self.meters.joules,
+            "clip": self.clip.as_json(),
+            "latents": self.latents.as_json(),
+            "rates": None if self.rates is None else dict(vars(self.rates)),
+        }
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All values of one parameter.
+
+    Attributes:
+        against: what the clips are held against, in words.
+    """
+
+    parameter: str
+    backend: str
+    against: str
+    points: list[Point]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "points": [point.as_json() for point in self.points]}
+
+
+def parse(text: str) -> tuple[str, list[str]]:
+    """``topk=0.05,0.1`` as a parameter and its values.
+
+    Raises:
+        RequestError: there is no such parameter, or no value.
+    """
+    name, _, values = text.partition("=")
+    found = [value.strip() for value in values.split(",") if value.strip()]
+    if name not in PARAMETERS or not found:
+        raise RequestError(f"{text!r} is no sweep; write NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}")
+    return name, found
+
+
+Made = tuple[Tensor, Tensor]
+"""Clean latents, and frames."""
+
+
+class Plan:
+    """A sweep whose every value has been found possible, before any is measured.
+
+    Raises:
+        RequestError, ConfigError, BundleError, ResourceError: a value makes no sense here.
+    """
+
+    def __init__(self, bundle: Bundle, request: Request, backend: str, name: str, values: Sequence[str]) -> None:
+        self.bundle, self.backend, self.name = bundle, backend, name
+        self.parameter = PARAMETERS[name]
+        self.setting: Setting = (request, bundle.recipe)
+        self.values = {value: self.at(value) for value in values}
+        self.against, self.best = self._best()
+
+    def _best(self) -> tuple[str, Setting | None]:
+        """What the clips are held against, in words and as a setting: the best value, the setting without the sweep,
+        or, where clips differ in size, none."""
+        if self.name in OF_THE_CLIP:
+            return "the reference at the same setting", None
+        if not self.parameter.best:
+            return f"{self.name} as it is", self.setting
+        try:
+            return f"{self.name} {self.parameter.best}", self.at(self.parameter.best)
+        except BundleError:  # quantised weights have no better recipe than their own
+            return f"recipe {self.bundle.recipe.name}", self.setting
+
+    def run(self, repeats: int, prompts: int = 0, progress: Progress = lambda *_: None) -> Sweep:
+        """Measure every value.
+
+        Args:
+            prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
+        """
+        best, nvml = None if self.best is None else self.made(self.best, self.backend), Nvml.open()
+        points: list[Point] = []
+        for value, setting in self.values.items():
+            reference = self.made(setting, "torch") if best is None else best
+            gc.collect()  # no memory but its own is to count
+            pipeline = self.pipeline(setting, self.backend)
+            points.append(point(value, pipeline, setting[0], reference, repeats, prompts, nvml))
+            progress(self.name, len(points), len(self.values))
+        return Sweep(self.name, self.backend, self.against, points)
+
+    def at(self, value: str) -> Setting:
+        """The setting with a value of the parameter, found possible."""
+        try:
+            setting = self.parameter.set(self.setting, value)
+        except (ValueError, msgspec.ValidationError) as error:
+            raise RequestError(f"{self.name} cannot be {value!r}: {error}") from None
+        self.pipeline(setting, self.backend).check(setting[0])
+        return setting
+
+    def pipeline(self, setting: Setting, backend: str) -> Pipeline:
+        """A setting ready to run."""
+        _, recipe = setting
+        read = self.bundle if recipe == self.bundle.recipe else read_as(self.bundle, recipe)
+        created = create_backend(backend, read)
+        check_recipe(self.bundle, created, recipe)
+        return Pipeline(read, created)
+
+    def made(self, setting: Setting, backend: str) -> Made:
+        """The clip of a setting."""
+        return self.pipeline(setting, backend).make(setting[0])
+
+
+def point(
+    value: str, pipeline: Pipeline, request: Request, reference: Made, repeats: int, prompts: int, nvml: Nvml | None
+) -> Point:
+    """Measure one value."""
+    latents, frames = pipeline.make(request)
+    with tempfile.TemporaryDirectory() as folder:
+        runs, meters = [], []
+        for _ in range(repeats):
+            with metered(nvml) as reading:
+                runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
+            meters.append(reading)
+    return Point(
+        value,
+        request.shape.tokens,
+        runs,
+        median_reading(meters),
+        clip_difference(frames, reference[1]),
+        difference(latents, reference[0]),
+        rates(pipeline, request, prompts) if prompts else None,
+    )
+
+
+def median_reading(meters: Sequence[Reading]) -> Reading:
+    """The most memory, the median energy."""
+    devices = [each.device_bytes for each in meters if each.device_bytes is not None]
+    joules = [each.joules for each in meters if each.joules is not None]
+    return Reading(
+        statistics.median(each.seconds for each in meters),
+        max(each.host_bytes for each in meters),
+        max(devices) if devices else None,
+        statistics.median(joules) if joules else None,
+    )
+
+
+def rates(pipeline: Pipeline, request: Request, prompts: int) -> Rates:
+    """What of some held-out prompts comes out right, spread over all of them."""
+    every = held_out_prompts()
+    chosen = every[:: max(1, len(every) // prompts)][:prompts]
+    return measure(pipeline, steps=request.steps, topk=request.topk, prompts=chosen).rates

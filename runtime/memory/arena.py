@@ -1,0 +1,139 @@
+"""The memory of buffers and weights while a request runs: as much as they like, or an arena laid out by a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wanforge.runtime.graphs import ElementType
+from wanforge.runtime.memory.plan import MemoryPlan
+from wanforge.runtime.memory.residency import ALIGNMENT, Mover, Residency, Turn, group_name
+from wanforge.runtime.schedule import BufferSpec, Launch, Schedule
+
+Bound = Callable[[], None]
+Source = Callable[[Launch, str], Tensor]
+"""A launch's weight by its name in the graph."""
+
+
+class Memory(Protocol):
+    """Gives a session its buffers, and launches their weights."""
+
+    def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        """The buffers of a stage that begins; those of the stage before may be gone."""
+        ...
+
+    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+        """A launch's weights, by their names in the graph."""
+        ...
+
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+        """A program's launches, seen to that their weights are there when they run."""
+        ...
+
+
+class Unbounded:
+    """Every buffer its own, weights wherever the backend has them."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, weight: Source) -> None:
+        self.device, self.dtype, self.weight = device, dtype, weight
+
+    def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        return _Buffers(schedule.buffers, self.device, self.dtype)
+
+    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.weight(launch, name) for name in names}
+
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+        return list(launches)
+
+
+class _Buffers(dict[str, Tensor]):
+    """Buffers that are made when they are asked for."""
+
+    def __init__(self, specs: Mapping[str, BufferSpec], device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.specs, self.device, self.dtype = specs, device, dtype
+
+    def __missing__(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        self[name] = torch.empty(spec.shape, dtype=element_type(spec.dtype, self.dtype), device=self.device)
+        return self[name]
+
+
+class Arena:
+    """One piece of memory for all stages, see `memory_plan`.
+
+    Args:
+        mover: copies into the slots it is given.
+        weight: where weights that have no slot are.
+    """
+
+    def __init__(
+        self,
+        plan: MemoryPlan,
+        device: torch.device,
+        dtype: torch.dtype,
+        mover: Callable[[Sequence[Tensor]], Mover],
+        weight: Source,
+    ) -> None:
+        self.plan, self.dtype, self.weight = plan, dtype, weight
+        memory = torch.empty(plan.arena_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
+        start = -memory.data_ptr() % ALIGNMENT
+        self.bytes = memory[start : start + plan.arena_bytes]
+        self.slots = [self.bytes[offset : offset + size] for offset, size in plan.places]
+        self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
+        self.entered: Schedule | None = None
+
+    def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        self.plan.check(schedule, self.dtype.itemsize)
+        self.entered = schedule
+        self.residency.lend(self.plan.overrun(schedule.stage))
+        self.residency.begin(self.residency.turns(schedule))
+        offsets = self.plan.buffer_offsets(schedule, self.dtype.itemsize)
+        return {name: self._buffer(spec, offsets[name]) for name, spec in schedule.buffers.items()}
+
+    def _buffer(self, spec: BufferSpec, offset: int) -> Tensor:
+        dtype = element_type(spec.dtype, self.dtype)
+        size = torch.Size(spec.shape).numel() * dtype.itemsize
+        return self.bytes[offset : offset + size].view(dtype).view(spec.shape)
+
+    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+        group = group_name(launch)
+        if group not in self.plan.groups:
+            return {name: self.weight(launch, name) for name in names}
+        views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
+        return {name: views[launch.prefix + name] for name in names}
+
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+        turns = iter(self.residency.turns(schedule))
+        of_program = {name: [next(turns) for _ in each] for name, each in schedule.programs.items()}[program]
+        return [Guarded(self, schedule, turn, launch) for turn, launch in zip(of_program, launches, strict=True)]
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A launch that finds its weights in their slot."""
+
+    arena: Arena
+    schedule: Schedule
+    turn: Turn
+    bound: Bound
+
+    def __call__(self) -> None:
+        self.check()
+        self.arena.residency.run(self.turn, self.bound)
+
+    def check(self) -> None:
+        """Refuse to run in memory that is another stage's by now."""
+        if self.arena.entered is not self.schedule:
+            raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage since")
+
+
+def element_type(name: ElementType, compute: torch.dtype) -> torch.dtype:
+    """The type behind a port's or buffer's element type."""
+    if name == "compute":
+        return compute
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

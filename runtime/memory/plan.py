@@ -1,0 +1,320 @@
+"""Where everything lies in a GPU's memory through a request, and which weights stay there.
+
+    offset 0                                                                              arena's end
+    | workspace | buffers of the stage that runs …          … | slot n | …… | slot 1 | slot 0 |
+
+A request is a row of stages (text, image, denoising, decoding) that run one after the other, so they use the same
+memory. Weights lie in slots, see `residency`; a stage that needs more than what lies before the slots runs over those
+that it does not use itself, whose weights are fetched again when they are needed.
+
+The ways to keep weights, from the fastest on: everything has a slot of its own; what a request uses once (the text
+encoder, keys and values of the text) passes through two slots; the two experts' layers share slots, so that one
+replaces the other; layers pass through the two slots as well, all but as many as there is room for, evenly spread, so
+that those that stay give the others time to arrive.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+
+from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.engines.build import sizes
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.errors import ResourceError
+from wanforge.runtime.graphs import Graph
+from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
+from wanforge.runtime.reference.sampler import MAX_STEPS
+from wanforge.runtime.reference.sampler import schedule as sampler_steps
+from wanforge.runtime.schedule import BufferSpec, Launch, Schedule, denoise_schedule, text_schedule, vae_schedule
+
+RING = (0, 1)
+"""The slots that groups pass through, where they do."""
+
+Slots = dict[GroupName, int]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs beside weights.
+
+    Attributes:
+        workspace_bytes: of the intermediate tensors of its largest graph: they run one after the other.
+        buffer_bytes: of what its graphs hand on.
+    """
+
+    workspace_bytes: int
+    buffer_bytes: int
+
+    @property
+    def extent(self) -> int:
+        return aligned(self.workspace_bytes) + self.buffer_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The layout of an arena.
+
+    Attributes:
+        residency: how weights are kept, in words.
+        groups: all weights that have a slot.
+        slots: the slot of each group.
+        places: offset and size of each slot.
+    """
+
+    residency: str
+    stages: Mapping[str, Stage]
+    groups: Mapping[GroupName, Group]
+    slots: Mapping[GroupName, int]
+    places: tuple[tuple[int, int], ...]
+    arena_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all groups, whether they stay or not."""
+        return sum(group.bytes for group in self.groups.values())
+
+    def overrun(self, stage: str) -> list[int]:
+        """The slots that a stage runs over."""
+        return [slot for slot, (offset, _) in enumerate(self.places) if offset < self.stages[stage].extent]
+
+    def returning(self) -> frozenset[GroupName]:
+        """Groups that are copied once and again: they share a slot, or a stage runs over it."""
+        tenants = Counter(self.slots.values())
+        lost = {slot for stage in self.stages for slot in self.overrun(stage)}
+        return frozenset(name for name, slot in self.slots.items() if tenants[slot] > 1 or slot in lost)
+
+    def peak_bytes(self, stage: str) -> int:
+        """Of the arena, while a stage runs: what it needs itself, and the weights that stay."""
+        lost = self.overrun(stage)
+        kept = sum(size for slot, (_, size) in enumerate(self.places) if slot not in lost)
+        return self.stages[stage].extent + kept
+
+    def check(self, schedule: Schedule, itemsize: int) -> None:
+        """Refuse a schedule of another clip than the plan is for."""
+        stage, needed = self.stages[schedule.stage], buffers_bytes(schedule, itemsize)
+        if needed > stage.buffer_bytes:
+            raise RuntimeError(
+                f"{schedule.stage} needs {needed} bytes of buffers where {stage.buffer_bytes} were planned for it"
+            )
+
+    def buffer_offsets(self, schedule: Schedule, itemsize: int) -> dict[str, int]:
+        """Where a schedule's buffers lie."""
+        offsets, position = {}, aligned(self.stages[schedule.stage].workspace_bytes)
+        for name, spec in schedule.buffers.items():
+            offsets[name] = position
+            position += buffer_bytes(spec, itemsize)
+        return offsets
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What moving weights costs a request, after one like it.
+
+    Attributes:
+        bytes: copied to the GPU.
+        copy_seconds: that copying takes.
+        stall_seconds: of it, in which nothing is computed; the rest hides behind computing.
+    """
+
+    bytes: int
+    copy_seconds: float
+    stall_seconds: float
+
+
+ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8}
+
+
+def buffer_bytes(spec: BufferSpec, itemsize: int) -> int:
+    """Of a buffer, with what follows it up to where the next may start.
+
+    Args:
+        itemsize: bytes of the compute type.
+    """
+    return aligned(prod(spec.shape) * ITEM_BYTES.get(spec.dtype, itemsize))
+
+
+def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
+    """Of all buffers of a schedule."""
+    return sum(buffer_bytes(spec, itemsize) for spec in schedule.buffers.values())
+
+
+def request_schedules(
+    model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape
+) -> list[Schedule]:
+    """The stages of the largest request for a clip: the longest prompt, the most steps, every key block."""
+    most = {name: size.most for name, size in sizes(model, recipe, clip).items()}
+    steps = sampler_steps(MAX_STEPS, model.sampler.sigma_max, model.sampler.boundary)
+    experts = [step.expert for step in steps]
+    denoise = denoise_schedule(model, graphs, clip, experts, context_rows=most["context_rows"], slots=most["slots"])
+    image = [vae_schedule(graphs, clip, "encode")] if model.task == "i2v" else []
+    text = text_schedule(model, graphs, most["prompt_tokens"])
+    return [text, *image, denoise, vae_schedule(graphs, clip, "decode")]
+
+
+def plan_request(
+    bundle: Bundle,
+    graphs: Mapping[str, Graph],
+    clip: ClipShape,
+    workspaces: Mapping[str, int],
+    itemsize: int,
+    budget: float,
+) -> MemoryPlan:
+    """The plan for any request for a clip, see `plan_memory`."""
+    schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
+    groups = groups_of(schedules, graphs, lambda component: read_header(bundle.weights(component)).tensors)
+    return plan_memory(groups, schedules, workspaces, itemsize, budget)
+
+
+def plan_memory(
+    groups: Mapping[GroupName, Group],
+    schedules: Sequence[Schedule],
+    workspaces: Mapping[str, int],
+    itemsize: int,
+    budget: float,
+) -> MemoryPlan:
+    """The fastest way to keep weights that fits.
+
+    Args:
+        groups: all weights of `schedules`, see `residency.groups_of`.
+        workspaces: bytes of intermediate tensors of each graph, where they are to be in the arena.
+        itemsize: bytes of the compute type.
+        budget: bytes of the arena.
+
+    Raises:
+        ResourceError: not even passing every layer through two slots fits.
+    """
+    stages = {
+        schedule.stage: Stage(
+            max(workspaces.get(launch.graph, 0) for launch in schedule.launches()),
+            buffers_bytes(schedule, itemsize),
+        )
+        for schedule in schedules
+    }
+    used = {s.stage: [n for n in map(group_name, s.launches()) if n in groups] for s in schedules}
+    plan = None
+    for residency, slots in ways(groups, schedules):
+        plan = lay_out(residency, groups, slots, stages, used, budget)
+        if plan.arena_bytes <= budget:
+            return plan
+    assert plan is not None
+    tightest = max(stages, key=lambda name: stages[name].extent)
+    raise ResourceError(
+        f"this takes at least {plan.arena_bytes / 1e9:.3g} GB of memory with every layer streamed "
+        f"({stages[tightest].extent / 1e9:.3g} GB of it for {tightest} itself), and {max(0, budget) / 1e9:.3g} GB are "
+        "there; make the clip smaller or shorter"
+    )
+
+
+def ways(groups: Mapping[GroupName, Group], schedules: Sequence[Schedule]) -> Iterator[tuple[str, Slots]]:
+    """Every way to keep weights, from the fastest on."""
+    of_steps = {
+        group_name(launch)
+        for schedule in schedules
+        for program in schedule.steps()
+        for launch in schedule.programs[program]
+    }
+    once = [name for name in groups if name not in of_steps]
+    again = [name for name in groups if name in of_steps]
+    yield "everything stays", {name: slot for slot, name in enumerate(groups)}
+    ring = {name: RING[index % 2] for index, name in enumerate(once)}
+    own = {name: len(RING) + index for index, name in enumerate(again)}
+    yield "the denoiser stays, the rest is streamed", {**ring, **own}
+    shared: dict[tuple[str, str], int] = {}
+    for name in again:
+        shared.setdefault((name.prefix, name.graph), len(shared))
+    swapped = {name: len(RING) + shared[name.prefix, name.graph] for name in again}
+    if swapped != own:
+        yield "one expert stays, the other replaces it; the rest is streamed", {**ring, **swapped}
+    layers = [place for place in shared if place[1] == "block"]
+    for staying in reversed(range(len(layers))):
+        passing = [place for index, place in enumerate(layers) if index * staying % len(layers) >= staying]
+        streamed = {place: RING[index % 2] for index, place in enumerate(passing)}
+        kept = {place: len(RING) + index for index, place in enumerate(p for p in shared if p not in streamed)}
+        places = {**streamed, **kept}
+        yield (
+            f"{staying} of {len(layers)} layers stay, the rest is streamed",
+            {**ring, **{name: places[name.prefix, name.graph] for name in again}},
+        )
+
+
+def lay_out(
+    residency: str,
+    groups: Mapping[GroupName, Group],
+    slots: Mapping[GroupName, int],
+    stages: Mapping[str, Stage],
+    used: Mapping[str, Sequence[GroupName]],
+    budget: float,
+) -> MemoryPlan:
+    """Slots from the arena's end down, as far apart from the stages as `budget` allows.
+
+    Args:
+        used: the groups of each stage.
+    """
+    slot_bytes = [0] * (1 + max(slots.values()))
+    for name, slot in slots.items():
+        slot_bytes[slot] = max(slot_bytes[slot], groups[name].bytes)
+    from_end = [sum(slot_bytes[: slot + 1]) for slot in range(len(slot_bytes))]
+    deepest = {stage: max((from_end[slots[name]] for name in names), default=0) for stage, names in used.items()}
+    least = max(from_end[-1], *(stages[stage].extent + deepest[stage] for stage in stages))
+    most = max(stage.extent for stage in stages.values()) + from_end[-1]
+    arena = max(least, min(most, int(budget) // aligned(1) * aligned(1)))
+    places = tuple((arena - end, size) for end, size in zip(from_end, slot_bytes, strict=True))
+    return MemoryPlan(residency, stages, groups, slots, places, arena)
+
+
+class Clock:
+    """A `Mover` that only counts time: one engine that copies, one that computes.
+
+    Args:
+        bytes_per_second: of copies to the GPU.
+    """
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self.rate = bytes_per_second
+        self.computing = self.copying = self.stalled = 0.0
+        self.copied = 0
+        self._free: dict[int, float] = {}
+        self._ready: dict[int, float] = {}
+
+    def fetch(self, slot: int, group: Group) -> None:
+        self.copying = max(self.copying, self._free.get(slot, 0.0)) + group.bytes / self.rate
+        self.copied += group.bytes
+        self._ready[slot] = self.copying
+
+    def wait(self, slot: int) -> None:
+        waited = max(0.0, self._ready.get(slot, 0.0) - self.computing)
+        self.stalled += waited
+        self.computing += waited
+
+    def release(self, slot: int) -> None:
+        self._free[slot] = self.computing
+
+    def compute(self, seconds: float) -> None:
+        """Let a launch take its time."""
+        self.computing += seconds
+
+
+def traffic(
+    plan: MemoryPlan, schedules: Sequence[Schedule], bytes_per_second: float, seconds: Callable[[Launch], float]
+) -> Traffic:
+    """What moving weights costs the second of two requests.
+
+    Args:
+        seconds: that a launch computes.
+    """
+    clock = Clock(bytes_per_second)
+    residency = Residency(plan.groups, plan.slots, clock)
+    before = Traffic(0, 0.0, 0.0)
+    for _ in range(2):
+        before = Traffic(clock.copied, 0.0, clock.stalled)
+        for schedule in schedules:
+            residency.lend(plan.overrun(schedule.stage))
+            turns = residency.turns(schedule)
+            residency.begin(turns)
+            for turn in turns:
+                residency.run(turn, partial(clock.compute, seconds(turn.launch)))
+    copied = clock.copied - before.bytes
+    return Traffic(copied, copied / bytes_per_second, clock.stalled - before.stall_seconds)

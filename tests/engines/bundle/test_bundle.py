@@ -1,0 +1,324 @@
+"""A bundle knows its files, notices every change in them, and reads each only as often as it must."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wanforge.configs.schema import load_model, load_recipe
+from wanforge.engines.bundle.bundle import (
+    MANIFEST,
+    VERIFIED,
+    Bundle,
+    FileRecord,
+    components,
+    dit_component,
+    graph_name,
+    weights_name,
+)
+from wanforge.errors import BundleError
+from wanforge.whole_file import write_atomically
+
+VAE, GRAPH = weights_name("vae"), "onnx/fp32/stem.onnx"
+CONTENT = {VAE: b"v" * 1000, GRAPH: b"graph"}
+
+
+def record(content: bytes, **key: str) -> FileRecord:
+    return FileRecord(hashlib.sha256(content).hexdigest(), len(content), key=key)
+
+
+def make(root: Path) -> Bundle:
+    for name, content in CONTENT.items():
+        write_atomically(root / name, content)
+    files = {VAE: record(CONTENT[VAE]), GRAPH: record(CONTENT[GRAPH], code="1", weights="2")}
+    return Bundle.create(root, load_model("tiny-t2v"), load_recipe("bf16"), files)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make(tmp_path / "bundle")
+
+
+@pytest.fixture
+def foreign() -> Iterator[Path]:
+    """A bundle that this process may read and not write, even when the tests run as root."""
+    is_root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as name:
+        make(folder := Path(name))
+        folder.chmod(0o755 if is_root else 0o555)
+        if is_root:
+            os.setresuid(65534, 65534, 0)
+        yield folder
+        if is_root:
+            os.setresuid(0, 0, 0)
+        folder.chmod(0o755)
+
+
+def bytes_read(bundle: Bundle, *names: str, again: bool = False) -> int:
+    read: list[int] = []
+    bundle.verify(names or CONTENT, read.append, again=again)
+    return sum(read)
+
+
+def rewrite(path: Path, content: bytes, *, keep_time: bool = False) -> None:
+    status = path.stat()
+    path.write_bytes(content)
+    later = status.st_mtime_ns if keep_time else status.st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+
+
+def test_opens_what_was_created(bundle: Bundle) -> None:
+    opened = Bundle.open(bundle.root)
+    assert opened.manifest == bundle.manifest
+    assert (opened.model, opened.recipe) == (load_model("tiny-t2v"), load_recipe("bf16"))
+    assert opened.weights("vae") == bundle.root / VAE
+
+
+def test_without_a_manifest_an_import_was_interrupted(bundle: Bundle) -> None:
+    (bundle.root / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"no manifest\.json\); its import was interrupted; run it again with"):
+        Bundle.open(bundle.root)
+
+
+@pytest.mark.parametrize("make_it", [Path.mkdir, Path.touch, lambda path: None], ids=["empty", "file", "absent"])
+def test_nothing_there_is_not_a_bundle(tmp_path: Path, make_it: Callable[[Path], None]) -> None:
+    make_it(tmp_path / "some")
+    with pytest.raises(BundleError, match=rf"some: not a bundle .* make one with: wanforge import --out {tmp_path}"):
+        Bundle.open(tmp_path / "some")
+
+
+def changed(**change: Any) -> Callable[[bytes], bytes]:
+    return lambda text: json.dumps({**json.loads(text), **change}).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"",
+        lambda text: text[: len(text) // 2],
+        lambda text: b"\0" * len(text),
+        lambda text: b"[]",
+        lambda text: text.replace(b"tiny-t2v", b"tiny-\xff2v"),
+        changed(format=2),
+        changed(files={"a": {"sha256": "0", "bytes": "many"}}),
+        changed(colour="red"),
+        changed(files={"a": {"sha256": "0", "bytes": 1, "colour": "red"}}),
+    ],
+    ids=["empty", "half", "zeros", "list", "not-utf8", "format", "type", "unknown-key", "unknown-key-of-file"],
+)
+def test_damaged_manifest_is_refused_by_name(bundle: Bundle, damage: Callable[[bytes], bytes]) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(damage(manifest.read_bytes()))
+    with pytest.raises(BundleError, match=r"manifest\.json: damaged, or of another version"):
+        Bundle.open(bundle.root)
+
+
+def test_unknown_key_is_named(bundle: Bundle) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(changed(colour="red")(manifest.read_bytes()))
+    with pytest.raises(BundleError, match="unknown field `colour`"):
+        Bundle.open(bundle.root)
+
+
+def test_add_keeps_what_is_recorded_and_deletes_what_it_drops(bundle: Bundle) -> None:
+    head = "onnx/fp32/head.onnx"
+    bundle.add({head: record(b"head")})
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, GRAPH, head}
+    write_atomically(bundle.root / head, b"head")
+    bundle.add({head: record(b"head")}, dropping=[GRAPH, head])
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, head}
+    assert Bundle.open(bundle.root).manifest == bundle.manifest
+    assert not (bundle.root / GRAPH).exists()
+    assert (bundle.root / head).exists()
+
+
+@pytest.mark.parametrize("name", ["../else", "onnx/../../else", "/etc/passwd"])
+def test_names_outside_the_bundle_are_refused(bundle: Bundle, name: str) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(changed(files={name: {"sha256": "0", "bytes": 1}})(manifest.read_bytes()))
+    with pytest.raises(BundleError, match="lies outside the bundle"):
+        Bundle.open(bundle.root)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [(VAE, "import the checkpoint again"), (GRAPH, "write it again with: wanforge export")]
+)
+def test_missing_file_is_named_with_its_remedy(bundle: Bundle, name: str, remedy: str) -> None:
+    (bundle.root / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing; {remedy}"):
+        bundle.path(name)
+    with pytest.raises(BundleError, match=f"{name} is missing; {remedy}"):
+        bundle.verify([name])
+
+
+def test_file_that_is_there_but_not_recorded_is_missing(bundle: Bundle) -> None:
+    (bundle.root / weights_name("dit")).write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"weights/dit\.safetensors is missing"):
+        bundle.weights("dit")
+
+
+@pytest.mark.parametrize("position", [0, 500, 999])
+def test_flipped_byte_is_found(bundle: Bundle, position: int) -> None:
+    damaged = bytearray(CONTENT[VAE])
+    damaged[position] ^= 1
+    rewrite(bundle.root / VAE, bytes(damaged))
+    found, recorded = hashlib.sha256(damaged).hexdigest(), hashlib.sha256(CONTENT[VAE]).hexdigest()
+    with pytest.raises(BundleError, match=f"{VAE}: damaged; its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}"):
+        bundle.verify([VAE])
+
+
+@pytest.mark.parametrize("size", [0, 999, 1001])
+def test_changed_size_is_found_without_reading(bundle: Bundle, size: int) -> None:
+    rewrite(bundle.root / VAE, b"v" * size)
+    read: list[int] = []
+    with pytest.raises(BundleError, match=rf"{VAE}: damaged; {size:,} bytes where 1,000 were written"):
+        bundle.verify([VAE], read.append)
+    assert not read
+
+
+def test_verifies_each_file_once(bundle: Bundle) -> None:
+    everything = sum(map(len, CONTENT.values()))
+    assert bundle.unverified(CONTENT) == everything
+    assert bytes_read(bundle, VAE) == 1000
+    assert bundle.unverified(CONTENT) == everything - 1000
+    assert bytes_read(bundle) == everything - 1000
+    assert bundle.unverified(CONTENT) == 0
+    assert bytes_read(bundle) == 0
+    assert bytes_read(Bundle.open(bundle.root)) == 0
+
+
+def test_verifies_again_when_asked(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    assert bytes_read(bundle, again=True) == sum(map(len, CONTENT.values()))
+
+
+def test_verifies_again_after_a_file_changed(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    rewrite(bundle.root / VAE, CONTENT[VAE])
+    assert bundle.unverified(CONTENT) == 1000
+    assert bytes_read(bundle) == 1000
+    rewrite(bundle.root / VAE, b"w" * 1000)
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify(CONTENT)
+
+
+def test_a_byte_changed_under_an_old_date_is_found(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    rewrite(bundle.root / VAE, b"w" * 1000, keep_time=True)
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify(CONTENT)
+
+
+def test_a_copy_is_verified_for_itself(bundle: Bundle, tmp_path: Path) -> None:
+    bytes_read(bundle)
+    copy = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "copy")))
+    assert (copy.root / VERIFIED).exists()
+    assert (copy.root / VAE).stat().st_mtime_ns == (bundle.root / VAE).stat().st_mtime_ns
+    assert bytes_read(copy) == sum(map(len, CONTENT.values()))
+
+
+def test_verifies_again_after_the_manifest_changed(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    rewrite(bundle.root / GRAPH, b"other", keep_time=True)
+    bundle.add({GRAPH: record(b"other")})
+    assert bytes_read(bundle) == len(b"other")
+
+
+def test_damage_found_once_is_found_again(bundle: Bundle) -> None:
+    bytes_read(bundle)
+    rewrite(bundle.root / VAE, b"w" * 1000, keep_time=True)
+    for again in (True, False):
+        with pytest.raises(BundleError, match="damaged"):
+            bundle.verify([VAE], again=again)
+
+
+def test_what_was_verified_before_the_damage_is_not_read_again(bundle: Bundle) -> None:
+    rewrite(bundle.root / GRAPH, b"other")
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify([VAE, GRAPH])
+    assert bytes_read(bundle, VAE) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"%s": 3}', b'{"%s": []}', b'{"%s": ["", 0, null]}', b'{"%s": ["\xff", 0, 0]}']
+)
+def test_damaged_stamps_are_forgotten(bundle: Bundle, content: bytes) -> None:
+    (bundle.root / VERIFIED).write_bytes(content.replace(b"%s", VAE.encode()))
+    assert bundle.unverified([VAE]) == 1000
+    assert bytes_read(bundle, VAE) == 1000
+    assert bytes_read(bundle, VAE) == 0
+
+
+def test_verifies_where_nothing_can_be_written(foreign: Path) -> None:
+    assert not os.access(foreign, os.W_OK)
+    opened = Bundle.open(foreign)
+    everything = sum(map(len, CONTENT.values()))
+    assert [bytes_read(opened), bytes_read(opened)] == [everything, everything]
+    assert not (foreign / VERIFIED).exists()
+
+
+def test_adding_where_nothing_can_be_written_changes_nothing(foreign: Path) -> None:
+    opened = Bundle.open(foreign)
+    with pytest.raises(PermissionError):
+        opened.add({}, dropping=[GRAPH])
+    assert set(Bundle.open(foreign).manifest.files) == set(CONTENT)
+    assert (foreign / GRAPH).exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ({}, {}),
+        ({"code": "1", "weights": "2"}, {}),
+        ({"code": "9", "weights": "2"}, {GRAPH: ["code"]}),
+        ({"weights": "9", "code": "9"}, {GRAPH: ["weights", "code"]}),
+        ({"code": "1", "weights": "2", "model": "3"}, {GRAPH: ["model"]}),
+    ],
+)
+def test_stale_names_what_changed(bundle: Bundle, key: dict[str, str], expected: dict[str, list[str]]) -> None:
+    assert bundle.stale(key) == expected
+
+
+def test_write_atomically_keeps_the_old_file_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomically(tmp_path / "some", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "some", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("some", b"old")]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("tiny-t2v", ["text_encoder", "dit", "vae"]),
+        ("tiny-i2v", ["text_encoder", "dit.high", "dit.low", "vae"]),
+    ],
+)
+def test_components_are_in_the_order_of_a_request(model: str, expected: list[str]) -> None:
+    assert components(load_model(model)) == expected
+    assert [dit_component(expert) for expert in load_model(model).experts] == expected[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_constants", "expected"),
+    [
+        (torch.float16, False, "onnx/fp16/head.onnx"),
+        ("float32", True, "head.fp32.onnx"),
+        (torch.bfloat16, True, "head.bf16.onnx"),
+    ],
+)
+def test_graphs_lie_where_their_weights_can_be_found(dtype: object, has_constants: bool, expected: str) -> None:
+    assert graph_name("head", dtype, has_constants) == expected

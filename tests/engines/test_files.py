@@ -1,0 +1,144 @@
+"""An engine is loaded only as it was written, and only while what it was made from is still the same."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from wanforge.configs.schema import ClipShape
+from wanforge.engines import files as engine_files
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import (
+    engine_key,
+    engine_name,
+    is_current,
+    plugin_digest,
+    read_engine,
+    stale_engines,
+    write_engine,
+)
+from wanforge.errors import BundleError
+from wanforge.exporter.export import export
+from wanforge.plugins.tensorrt.library import RTX
+
+CLIP = ClipShape(192, 128, 17)
+ONNX = "onnx/bf16/block.onnx"
+VERSION = "1.7.1.116"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests hold on machines without TensorRT, too."""
+    monkeypatch.setattr(engine_files, "installed_version", lambda flavour: VERSION if flavour is RTX else None)
+
+
+@pytest.fixture
+def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
+    shutil.copytree(bundle_of("tiny-t2v", "w8a8").root, tmp_path / "bundle")
+    return Bundle.open(tmp_path / "bundle")
+
+
+def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[str, str]:
+    return engine_key(
+        bundle,
+        library=f"tensorrt-rtx {VERSION}",
+        sms=[120, 89],
+        onnx=ONNX,
+        weights=weights,
+        has_plugins=has_plugins,
+        profile={"tokens": 480, "slots": "1..8"},
+    )
+
+
+@pytest.fixture
+def name(bundle: Bundle) -> str:
+    """An engine in the bundle."""
+    name = engine_name("block", [120, 89], CLIP)
+    write_engine(bundle, name, b"plan", key(bundle), {})
+    return name
+
+
+def test_names_say_what_an_engine_is_for() -> None:
+    assert engine_name("block", [120, 89], CLIP) == "engines/sm_89+sm_120/192x128x17/block.bf16.engine"
+    assert engine_name("time", [120], None) == "engines/sm_120/time.bf16.engine"
+
+
+def test_an_engine_is_read_as_it_was_written(bundle: Bundle, name: str) -> None:
+    opened = Bundle.open(bundle.root)
+    assert read_engine(opened, name) == b"plan"
+    assert is_current(opened, name, key(opened))
+    assert opened.manifest.files[name].key["profile"] == "slots=1..8 tokens=480"
+    assert not list(bundle.root.rglob("*.partial"))
+
+
+def test_a_changed_byte_is_found(bundle: Bundle, name: str) -> None:
+    (bundle.root / name).write_bytes(b"plam")
+    assert not is_current(bundle, name, key(bundle))
+    with pytest.raises(BundleError, match=r"damaged, or not built here; .*build it again with: wanforge build"):
+        read_engine(bundle, name)
+
+
+def test_a_foreign_engine_is_not_read(bundle: Bundle) -> None:
+    foreign = bundle.root / "engines" / "sm_89" / "time.bf16.engine"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"plan")
+    with pytest.raises(BundleError, match="is missing; build it again"):
+        read_engine(bundle, "engines/sm_89/time.bf16.engine")
+
+
+def test_another_version_makes_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.8.0" if flavour is RTX else None)
+    assert stale_engines(bundle) == {name: "made by tensorrt-rtx 1.7.1.116, installed is tensorrt-rtx 1.8.0"}
+    with pytest.raises(BundleError, match="stale, made by tensorrt-rtx"):
+        read_engine(bundle, name)
+
+
+def test_where_nothing_is_installed_no_version_is_wrong(
+    bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_files, "installed_version", lambda flavour: None)
+    assert stale_engines(bundle) == {}
+
+
+def test_other_plugins_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = engine_name("stem", [89], CLIP)
+    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False), {})
+    monkeypatch.setattr(engine_files, "plugin_digest", lambda: "another")
+    assert stale_engines(bundle) == {name: "the plugins changed"}
+
+
+def test_other_flags_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_files, "FLAGS", ())
+    assert stale_engines(bundle) == {name: "the builder's flags changed"}
+
+
+def test_engines_from_bodies_and_for_smaller_clips_have_names_of_their_own() -> None:
+    assert engine_name("block", [89], CLIP, bodies=True) == "engines/sm_89/192x128x17/block.bodies.bf16.engine"
+    assert engine_name("block", [89], CLIP, smaller=True) == "engines/sm_89/up-to-192x128x17/block.bf16.engine"
+
+
+def test_another_graph_or_recipe_makes_it_stale(bundle: Bundle, name: str) -> None:
+    record = bundle.manifest.files[ONNX]
+    bundle.add({ONNX: msgspec.structs.replace(record, sha256="0" * 64)})
+    bundle.recipe = msgspec.structs.replace(bundle.recipe, name="other")
+    assert stale_engines(bundle) == {name: f"{ONNX} changed and the recipe changed"}
+
+
+def test_other_weights_make_an_engine_that_holds_them_stale(bundle: Bundle) -> None:
+    weights, name = "weights/vae.safetensors", "engines/sm_89/vae.bf16.engine"
+    write_engine(bundle, name, b"plan", key(bundle, weights=weights), {})
+    assert stale_engines(bundle) == {}
+    bundle.add({weights: msgspec.structs.replace(bundle.manifest.files[weights], sha256="0" * 64)})
+    assert stale_engines(bundle) == {name: f"{weights} changed"}
+
+
+def test_an_export_leaves_engines_alone(bundle: Bundle, name: str) -> None:
+    export(bundle, ["bf16"])
+    assert read_engine(bundle, name) == b"plan"
+
+
+def test_the_digest_is_of_the_plugins() -> None:
+    assert plugin_digest() == plugin_digest()
+    assert len(plugin_digest()) == 16

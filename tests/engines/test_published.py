@@ -1,0 +1,83 @@
+"""Every graph of every published model at its real size, for GeForce and A100, compiled without any of them: what it
+was fused into, how large it is, and how little memory compiling takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tensorrt_flavours import rtx
+from wanforge.configs.schema import load_model, load_recipe
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.exporter.export import export
+
+DENOISER = {"context", "cross_kv", "time", "stem", "block", "head"}
+TARGETS = "rtx5090,rtx4090,rtx3090,a100"
+
+
+@pytest.fixture
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
+    rtx()
+    name, recipe, has_vae = request.param
+    made = skeleton(tmp_path / "bundle", load_model(name), load_recipe(recipe), has_vae=has_vae)
+    export(made, ["bf16"])
+    return made
+
+
+# The memory of wait4 would count what the tests' own process had when it forked.
+COMMAND = """
+import sys
+from pathlib import Path
+from wanforge.cli import cli
+cli(sys.argv[1:], standalone_mode=False)
+print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
+    """What the command reports, run in a process of its own, and the most memory that took in bytes."""
+    command = [sys.executable, "-c", COMMAND, "build", str(bundle.root), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, memory = done.stdout.splitlines()
+    report: dict[str, Any] = json.loads(said)
+    return report, int(memory.split()[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [("turbowan2.1-t2v-1.3b-480p", "w8a8", True), ("turbowan2.2-i2v-a14b-720p", "w8a8", True)],
+    indirect=True,
+    ids=["1.3b", "a14b"],
+)
+def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
+    report, _ = build(bundle, "--target", TARGETS, "--plan")
+    engines = {engine["graph"]: engine for engine in report["engines"]}
+    vae = {f"vae_{half}_{part}" for half in ("decode", "encode") for part in ("first", "next")}
+    if bundle.model.task == "t2v":
+        vae = {name for name in vae if "decode" in name}
+    assert set(engines) == DENOISER | {"text_embed", "text_block", "text_final"} | vae
+    assert {name: engine["faults"] for name, engine in engines.items() if engine["faults"]} == {}
+    assert sum(engines[name]["bytes"] for name in DENOISER) < 15e6
+    assert {plan["target"]: plan["refusal"] for plan in report["plans"]} == dict.fromkeys(TARGETS.split(","), "")
+
+
+@pytest.mark.parametrize(
+    "bundle",
+    [("turbowan2.1-t2v-14b-480p", "bf16", False), ("turbowan2.1-t2v-14b-720p", "w8a8", False)],
+    indirect=True,
+    ids=["14b-480p-bf16", "14b-720p-w8a8"],
+)
+def test_the_14b_denoiser_takes_little_to_compile(bundle: Bundle) -> None:
+    only = [option for name in sorted(DENOISER) for option in ("--graph", name)]
+    report, rss = build(bundle, "--target", TARGETS, *only)
+    assert [engine["faults"] for engine in report["engines"]] == [[]] * len(DENOISER)
+    assert sum(engine["bytes"] for engine in report["engines"]) <= 15e6
+    assert rss <= 1e9
+    bodies, _ = build(bundle, "--target", "rtx5090", "--no-plugins", "--graph", "block", "--graph", "cross_kv")
+    assert [engine["plugins"] for engine in bodies["engines"]] == [0, 0]
+    assert [engine["faults"] for engine in bodies["engines"]] == [[], []]

@@ -1,0 +1,146 @@
+"""Predictions of time and memory: consistent with how they are made elsewhere, and labelled as what they are."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.tensorrt_flavours import rtx
+from wanforge.cli import cli
+from wanforge.configs.schema import ClipShape, Target, load_model, load_targets
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ResourceError
+from wanforge.exporter.studies import scaling as scaling_module
+from wanforge.exporter.studies.scaling import Scaling, predict
+from wanforge.exporter.studies.scaling_report import (
+    decoder_table,
+    floors_table,
+    growth,
+    growth_table,
+    half_point,
+    memory_table,
+    page,
+    text,
+    time_plot,
+)
+from wanforge.runtime.cost_page import markdown
+from wanforge.runtime.measure.cost.fused import fused_request
+from wanforge.runtime.measure.cost.launches import published_workload, seconds
+
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+CLIPS = [ClipShape(832, 480, 161), ClipShape(832, 480, 81)]
+GPUS = {name: load_targets()[name] for name in ("rtx5090", "rtx3090", "h100")}
+
+
+@pytest.fixture
+def without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(flavour: object) -> None:
+        raise ResourceError("TensorRT-RTX is not installed")
+
+    monkeypatch.setattr(scaling_module, "open_library", absent)
+
+
+def made(models: tuple[str, ...] = (SMALL,), gpus: dict[str, Target] = GPUS) -> Scaling:
+    return predict([load_model(name) for name in models], CLIPS, [0.1, 1.0], gpus)
+
+
+@pytest.mark.usefixtures("without_a_builder")
+def test_floors_are_those_of_the_launches_counted_one_by_one() -> None:
+    found = made((SMALL, LARGE))
+    assert [(p.model, p.clip.frames, p.topk) for p in found.points] == [
+        (model, frames, topk) for model in (SMALL, LARGE) for frames in (81, 161) for topk in (0.1, 1.0)
+    ]
+    for gpu in ("rtx5090", "h100"):
+        counted = seconds(fused_request(published_workload(SMALL, text_rows=32), 4), GPUS[gpu])
+        # The prompt's rows of text differ, which is all but nothing.
+        assert found.points[0].bounds[gpu]["denoise"].floor == pytest.approx(counted, rel=0.02)
+    # Without fp8, values are of 16 bits; peaks are lower, too.
+    assert found.points[0].bounds["rtx3090"]["denoise"].floor > found.points[0].bounds["rtx5090"]["denoise"].floor
+    small, large = (point.bounds["h100"]["decode"] for point in (found.points[0], found.points[4]))
+    assert small == large
+
+
+@pytest.mark.usefixtures("without_a_builder")
+def test_the_law_of_growth_is_linear_plus_quadratic() -> None:
+    short, short_dense, long, long_dense = made().points
+    for one, other in ((short, long), (short_dense, long_dense)):
+        assert half_point(one) == pytest.approx(half_point(other), rel=0.02)
+        assert 1 < growth(one, other, "rtx5090") < 2
+    assert short.quadratic < long.quadratic < long_dense.quadratic
+    assert growth(short, long, "rtx5090") < growth(short_dense, long_dense, "rtx5090")
+    # Ten times the top-k: nearly ten times the operations that grow with the square.
+    assert half_point(short) == pytest.approx(10 * half_point(short_dense), rel=0.02)
+
+
+@pytest.mark.usefixtures("without_a_builder")
+def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> None:
+    found = made((SMALL, LARGE))
+    written = page(found)
+    assert "**Everything here is predicted, nothing is measured.**" in written
+    assert "Left out: TensorRT-RTX is not installed" in written
+    assert "memory: TensorRT-RTX is not installed" in text(found)
+    assert len(re.findall(r"^\| (1\.3B|14B) \| 832x480 \| (5|10) \|", written, re.MULTILINE)) == 2 * 4
+    root = ElementTree.fromstring(time_plot(found))
+    titles = {title.text or "" for title in root.iter("{http://www.w3.org/2000/svg}title")}
+    assert len(titles) == 2 * 2 * 2 + 2
+    assert any(title.startswith("14B 0.1, 832x480, 161 frames: ") for title in titles)
+
+
+@pytest.mark.usefixtures("without_a_builder")
+def test_the_document_is_what_the_code_says() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    found = predict([load_model(LARGE)], [ClipShape(1280, 720, 81)], [0.1, 0.05, 0.2, 1.0], load_targets())
+    for header, rows in (floors_table(found), decoder_table(found), growth_table(found)):
+        line = markdown(header, rows).splitlines()[2]
+        assert f"\n{line}\n" in document
+
+
+def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
+    rtx()
+    tiny = load_model("tiny-t2v")
+    found = predict([tiny], [ClipShape(832, 480, 41), ClipShape(832, 480, 81)], [0.1], GPUS)
+    header, rows = memory_table(found)
+    assert header == ["GB", "size", "seconds", "tokens", "denoiser", "decoder", "peak", "rtx5090", "rtx3090"]
+    assert [row[-2:] for row in rows] == [["everything", "everything"]] * 2
+    short, long = (room.plan.plan.stages for room in found.rooms if room.plan and room.plan.plan)
+    assert long["denoise"].extent > 1.5 * short["denoise"].extent
+    assert long["decode"].extent == short["decode"].extent
+
+
+def test_after_a_refusal_no_larger_clip_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tried: list[int] = []
+
+    def build(bundle: Bundle, clip: ClipShape, *rest: Any) -> None:
+        tried.append(clip.frames)
+        if clip.frames > 5:
+            raise ResourceError("out of memory")
+
+    monkeypatch.setattr(scaling_module, "build_engines", build)
+    monkeypatch.setattr(scaling_module, "report", lambda bundle, clip, name, target: name)
+    monkeypatch.setattr(scaling_module, "open_library", lambda flavour: object())
+    clips = [ClipShape(192, 128, frames) for frames in (17, 9, 5)]
+    found = predict([load_model("tiny-t2v")], clips, [1.0], GPUS)
+    assert tried == [5, 9]
+    assert [(room.clip.frames, room.plan, room.refusal) for room in found.rooms] == [
+        (5, "endless", ""),
+        (9, None, "out of memory"),
+        (17, None, "out of memory"),
+    ]
+
+
+@pytest.mark.usefixtures("without_a_builder")
+def test_the_command_writes_the_page_and_its_plot(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.md"
+    options = ["--model", "tiny-t2v", "--resolution", "480p", "--frames", "5", "--target", "h200", "--topk", "0.1"]
+    done = CliRunner().invoke(cli, ["scaling", *options, "--markdown", str(out), "--json"])
+    assert done.exit_code == 0, done.output
+    (point,) = json.loads(done.stdout)["points"]
+    assert (point["width_px"], point["frames"], list(point["bounds"])) == (832, 5, ["h200"])
+    assert {path.name for path in tmp_path.iterdir()} == {"scaling.md", "scaling-time.svg"}
+    wrong = CliRunner().invoke(cli, ["scaling", "--target", "abacus"])
+    assert wrong.exit_code == 1
+    assert "no target is called 'abacus'" in wrong.output

@@ -1,0 +1,210 @@
+"""`wanforge kernels` compiles what the models launch, says what it costs, and refuses names it does not know."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.launches import norm_launch
+from wanforge.cli import cli
+from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.errors import ConfigError
+from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import Cubin, Store
+from wanforge.plugins.launching.launch import Launch
+from wanforge.runtime.commands import kernels as kernels_cli
+from wanforge.runtime.commands.kernels import footprint, instructions, sms_of, table, variant
+
+ALL = [80, 86, 89, 90, 100, 120]
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """Stands in for what models launch, one norm of the model's width; lists what was asked for."""
+    found: list[tuple[str, str, int]] = []
+
+    def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape) -> list[Launch]:
+        found.append((model.name, recipe.name, sm))
+        return [norm_launch(sm, model.dit.dim)]
+
+    module = ModuleType("wanforge.runtime.backends.fused_block")
+    module.launches = launches  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model's norm for sm_80 and sm_90."""
+    folder: Path = tmp_path_factory.mktemp("kernels")
+    compile_kernels([norm_launch(80, 256), norm_launch(90, 256)], folder)
+    return folder
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["kernels", *map(str, arguments)])
+
+
+def refused(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert not result.stdout
+    return result.stderr
+
+
+def cubin_of(folder: Path, sm: int) -> Cubin:
+    return next(cubin for cubin in Store(folder).cubins().values() if cubin.sm == sm)
+
+
+@pytest.mark.parametrize(
+    ("targets", "sms"),
+    [
+        ("rtx5090,rtx4090,h100", [120, 89, 90]),
+        ("h100,h200,sm_90", [90]),
+        ("sm_100, sm_80", [100, 80]),
+        ("all", ALL),
+        ("rtx3090,all", [86, 80, 89, 90, 100, 120]),
+    ],
+)
+def test_targets_are_gpus_or_architectures(targets: str, sms: list[int]) -> None:
+    assert sms_of(targets) == sms
+
+
+@pytest.mark.parametrize("targets", ["gtx970", "sm_75", "h100,,sm_80", "sm_121", ""])
+def test_unknown_targets_are_refused_with_the_known_ones(targets: str) -> None:
+    with pytest.raises(ConfigError, match=r"no target is called '.*'; known: sm_80, sm_86, .*rtx5090.*all"):
+        sms_of(targets)
+
+
+def test_the_table_of_what_is_compiled(tmp_path: Path, asked: list[tuple[str, str, int]]) -> None:
+    result = run("--target", "h100,a100", "--model", "tiny-t2v", "--out", tmp_path, "--jobs", 2)
+    assert result.exit_code == 0, result.output
+    assert not result.stderr
+    assert asked == [("tiny-t2v", "w8a8", 90), ("tiny-t2v", "w8a8", 80)]
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["kernel", "SM", "warps"]
+    assert [line.split()[1] for line in lines[1:-1]] == ["sm_80", "sm_90"]
+    assert lines[-1] == f"2 compiled, 0 from the cache, {tmp_path}"
+    assert {cubin.sm for cubin in Store(tmp_path).cubins().values()} == {80, 90}
+
+
+def test_models_and_recipe_are_asked_for_each_architecture(
+    compiled: Path, asked: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels_cli, "compile_kernels", lambda launches, folder, jobs, progress: [])
+    assert run("--target", "sm_80,sm_90", "--out", compiled, "--recipe", "bf16").exit_code == 0
+    names = {model for model, _, _ in asked}
+    assert {"tiny-t2v", "turbowan2.1-t2v-14b-720p"} <= names
+    assert sorted(asked) == sorted((name, "bf16", sm) for name in names for sm in (80, 90))
+
+
+def test_json_holds_the_records(compiled: Path) -> None:
+    result = run("--target", "sm_80", "--model", "tiny-t2v", "--out", compiled, "--json")
+    report = json.loads(result.stdout)
+    (record,) = report["cubins"]
+    assert (report["folder"], report["compiled"]) == (str(compiled), 0)
+    assert record["faults"] == []
+    assert record["programs_per_sm"] >= 1
+    assert 0 < record["occupancy"] <= 1
+    known = {name: record[name] for name in Cubin.__struct_fields__}
+    assert msgspec.convert(known, Cubin) == cubin_of(compiled, 80)
+
+
+def test_the_second_run_is_from_the_cache(compiled: Path) -> None:
+    result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled)
+    assert result.stdout.splitlines()[-1] == f"0 compiled, 2 from the cache, {compiled}"
+
+
+def test_the_cache_is_where_they_go_by_default(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "wanforge").mkdir()
+    (tmp_path / "wanforge" / "kernels").symlink_to(compiled)
+    result = run("--target", "sm_80", "--model", "tiny-t2v")
+    assert result.stdout.splitlines()[-1] == f"0 compiled, 1 from the cache, {tmp_path / 'wanforge' / 'kernels'}"
+
+
+def test_what_spills_is_marked_and_warned_of(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = cubin_of(compiled, 90)
+    bad = msgspec.structs.replace(cubin_of(compiled, 80), spill_bytes=24)
+    monkeypatch.setattr(kernels_cli, "compile_kernels", lambda launches, folder, jobs, progress: [good, bad])
+    result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled)
+    assert result.exit_code == 0
+    assert [line[0] for line in result.stdout.splitlines()[1:3]] == ["!", " "]
+    assert result.stderr == "WARNING: layer_norm.norm for sm_80 spills 24 bytes a thread\n"
+
+
+def test_cubins_of_a_kernel_are_told_apart(compiled: Path) -> None:
+    one = msgspec.structs.replace(
+        cubin_of(compiled, 80),
+        constants={"D": 256, "MODULATED": True, "OTHER": False, "gate": None},
+        parameters=(("x", "*bf16"), ("y", "*bf16"), ("M", "i32")),
+    )
+    other = msgspec.structs.replace(one, parameters=(("x", "*bf16"), ("y", "*i8"), ("y_scale", "*fp32"), ("M", "i32")))
+    assert variant(one, [one]) == "D=256 MODULATED"
+    assert variant(one, [one, other]) == "D=256 MODULATED y:bf16"
+    assert variant(other, [one, other]) == "D=256 MODULATED y:i8 +y_scale"
+
+
+def test_a_row_shows_the_figures(compiled: Path) -> None:
+    cubin = msgspec.structs.replace(
+        cubin_of(compiled, 90), registers=64, threads=256, shared_bytes=96 * 1024, mma=("IGMMA.64",), bytes=2048
+    )
+    figures = table([cubin]).splitlines()[1].split()[2:13]
+    assert figures == ["8", "64", "0", "96.0", "KiB", "(42%)", "2", "25%", "2", "KiB", "IGMMA.64"]
+
+
+def test_the_summary_in_markdown(compiled: Path) -> None:
+    result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled, "--markdown")
+    resources, tensor_cores = result.stdout.rstrip("\n").split("\n\n")
+    assert resources.splitlines()[0] == "| registers / shared KiB / CTAs per SM | sm_80 | sm_90 |"
+    cells = " | ".join(footprint([cubin_of(compiled, sm)]) for sm in (80, 90))
+    assert resources.splitlines()[2] == f"| layer_norm.norm | {cells} |"
+    assert tensor_cores.splitlines()[2] == "| layer_norm.norm | - | - |"
+
+
+def test_the_variant_shown_is_the_one_of_which_fewest_fit(compiled: Path) -> None:
+    small = msgspec.structs.replace(cubin_of(compiled, 90), registers=96, threads=128, shared_bytes=100)
+    large = msgspec.structs.replace(small, registers=64, shared_bytes=96 * 1024 + 512)
+    larger = msgspec.structs.replace(small, registers=72, shared_bytes=96 * 1024)
+    assert footprint([small]) == "96 / 0.1 / 5"
+    assert footprint([small, large, larger]) == "72 / 96 / 2"
+    assert footprint([small, msgspec.structs.replace(large, shared_bytes=160 * 1024)]) == "64 / 160 / 1"
+    assert footprint([]) == "-"
+
+
+@pytest.mark.parametrize(
+    ("mma", "text"),
+    [
+        ((), "-"),
+        (("IGMMA.64x128x32.S8.S8",), "wgmma int8"),
+        (("HMMA.16816.F32", "HMMA.16816.F32.BF16", "IMMA.16832.S8.S8.SAT"), "mma.sync int8 bf16 fp16"),
+        (("IMMA.16832.S8.S8.SAT", "UTCHMMA", "UTCQMMA.2CTA"), "mma.sync int8, tcgen05 fp8 fp16/bf16"),
+        (("HGMMA.64x64x16.F32.BF16", "HGMMA.64x64x16.F32", "QGMMA.64x128x32.F32.E4M3.E4M3"), "wgmma fp8 bf16 fp16"),
+    ],
+)
+def test_instructions_are_named_as_in_ptx(compiled: Path, mma: tuple[str, ...], text: str) -> None:
+    assert instructions([msgspec.structs.replace(cubin_of(compiled, 90), mma=mma)]) == text
+
+
+def test_json_and_markdown_are_two_things() -> None:
+    assert run("--target", "all", "--json", "--markdown").exit_code == 2
+
+
+def test_unknown_names_are_refused() -> None:
+    assert "no target is called 'gtx970'; known: sm_80" in refused("--target", "gtx970")
+    assert "no model is called 'none'; known: tiny-i2v" in refused("--target", "sm_80", "--model", "none")
+    assert "no recipe is called 'none'; known: bf16" in refused("--target", "sm_80", "--recipe", "none")
+
+
+def test_the_help_has_an_example() -> None:
+    help_text = run("--help").stdout
+    assert "wanforge kernels --target rtx5090,h100 --model turbowan2.1-t2v-1.3b-480p --out kernels" in help_text
+
+
+def test_a_target_must_be_given() -> None:
+    assert run().exit_code == 2

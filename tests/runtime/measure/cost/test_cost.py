@@ -1,0 +1,160 @@
+"""The counts against upstream's figures, the networks' own products and the kernels' own arguments; the page against
+the counts."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from wanforge.configs.schema import ClipShape, VideoConfig, load_model, load_recipe, load_targets
+from wanforge.errors import ConfigError
+from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
+from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.cost_page import TABLES, fused, unfused, with_tables
+from wanforge.runtime.measure.cost import launches as cost
+from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, prompt
+from wanforge.runtime.measure.cost.launches import Cost, Workload, block, seconds
+from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
+from wanforge.runtime.reference.dit import Block
+
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b-480p", "14b-720p"))
+
+
+def tiny(*, width_px: int = 256, pv: str = "fp8") -> Workload:
+    """512 tokens at the default width, whole blocks; 480 at 240 pixels, ragged ones."""
+    recipe = msgspec.structs.replace(load_recipe("w8a8"), pv=pv)
+    model = msgspec.structs.replace(load_model("tiny-t2v"), video=VideoConfig(width_px, 128, 13), topk=0.4)
+    return Workload(model, ClipShape(width_px, 128, 13), recipe, num_selected=3, text_rows=20)
+
+
+def teraflops(w: Workload, *names: str) -> float:
+    """Work of an unfused step in the launches whose names match."""
+    launches = block(unfused_block(w)) * w.model.dit.num_layers
+    return sum(x.total_flops for x in launches if any(re.fullmatch(name, x.name) for name in names)) / 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "sparse", "cross", "branch"),
+    [(SMALL, 82, 20, 3.1, 1.2), (MEDIUM, 785, 88, 13.7, 5.2), (LARGE, 1810, 468, 31.7, 11.9)],
+)
+def test_work_is_what_was_worked_out_by_hand(
+    name: str, linear: float, sparse: float, cross: float, branch: float
+) -> None:
+    """TFLOP of a step from the shapes of TurboDiffusion's networks (docs/sources.md), to three digits or fewer."""
+    w = unfused(name)
+    assert teraflops(w, ".*: product") == pytest.approx(linear, abs=0.5)
+    assert teraflops(w, "sparse attention") == pytest.approx(sparse, abs=0.5)
+    assert teraflops(w, "cross attention") == pytest.approx(cross, abs=0.05)
+    assert teraflops(w, r"phi\(k\)\^T v", r"phi\(q\) KV", "proj_l") == pytest.approx(branch, abs=0.05)
+
+
+@pytest.mark.parametrize(("name", "queries", "keys", "chosen"), [(SMALL, 256, 512, 51), (LARGE, 591, 1182, 118)])
+def test_blocks_are_what_was_worked_out_by_hand(name: str, queries: int, keys: int, chosen: int) -> None:
+    w = unfused(name)
+    assert (w.M, w.N, w.num_selected) == (queries, keys, chosen)
+
+
+def test_work_of_a_block_is_what_its_definition_multiplies() -> None:
+    w = tiny()
+    config, text = w.model.dit, torch.randn(1, w.text_rows, w.D)
+    layer = Block(config, w.recipe)
+    for parameter in [*layer.parameters(), *layer.buffers()]:
+        parameter.zero_() if parameter.dtype == torch.int8 else parameter.fill_(0.01)
+    angles = torch.zeros(w.L, 64)
+    slots = torch.zeros(w.num_selected, dtype=torch.int32)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        keys, values = layer.cross_attn.keys_values(text)
+        layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), keys, values, None, angles, angles, slots)
+    assert sum(x.total_flops for x in block(unfused_block(w))) == counter.get_total_flops()
+
+
+def test_the_fused_plan_leaves_out_what_it_hoists_and_folds() -> None:
+    w = tiny()
+    before, after = (sum(x.total_flops for x in block(plan(w))) for plan in (unfused_block, fused_block))
+    once_per_prompt = sum(x.total_flops for x in cross_keys_values(w, w.text_rows))
+    folding = 2 * w.H * 128**3
+    assert after == before - once_per_prompt - w.state_flops + folding
+
+
+def argument_bytes(launch: Launch) -> int:
+    """Bytes of the tensors of a launch; what `rms_norm_rope` turns in place is read and written."""
+    tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
+    in_place = ("x_0", "x_1") if launch.kernel.op == "rms_norm_rope" else ()
+    return sum(t.nbytes * (2 if name in in_place else 1) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("w", [fused(SMALL), fused(LARGE), tiny(), tiny(width_px=240), tiny(pv="fp16")])
+def test_bytes_of_the_fused_plan_are_the_kernels_arguments(w: Workload) -> None:
+    counted = {x.name: x.total_bytes for x in block(fused_block(w)) if x.name != "cross attention"}
+    recorded = [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89)]
+    assert counted == dict(zip(counted, recorded, strict=True))
+
+
+def test_chunks_are_the_kernels() -> None:
+    kernels = attention_kernels
+    assert (cost.CHUNK_ROWS, cost.MOST_CHUNKS) == (kernels.CHUNK_ROWS, kernels.MOST_CHUNKS)
+    assert [w.C for w in (tiny(), fused(SMALL), fused(LARGE))] == [1, 32, 64]
+
+
+def test_thread_blocks_fetch_what_their_loops_read() -> None:
+    w = tiny(width_px=240)
+    launches = {x.name: x for x in block(fused_block(w))}
+    tiles = [(row, column) for row in range(0, w.L, 128) for column in range(0, w.F, 128)]
+    assert launches["gemm ffn.0 + GELU + quantise"].bytes_fetched == sum(2 * 128 * w.D for _ in tiles)
+    key_rows = sum(w.recipe.block_k for _ in range(w.H) for _ in range(0, w.L, 128) for _ in range(w.num_selected))
+    assert launches["attention + quantise"].bytes_fetched == 2 * w.L * w.D + key_rows * 128 * 2
+
+
+def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
+    gpu = load_targets()["rtx5090"]  # 1792 GB/s, 838 int8 and 209.5 bf16 TFLOP/s
+    moving = Cost("copy", {}, 1_000_000_000, 792_000_000)
+    assert moving.floor(gpu) == pytest.approx(1e-3)
+    assert moving.is_bound_by_bytes(gpu)
+    mixed = replace(moving, flops={"int8": 838 * 10**9, "bf16": 419 * 10**9})
+    assert mixed.floor(gpu) == pytest.approx(3e-3)
+    assert not mixed.is_bound_by_bytes(gpu)
+    assert mixed.seconds(gpu, cost.ASSUMED) == pytest.approx(3e-3 / 0.65)
+    assert replace(moving, flops={"fp32": 10**15}).floor(gpu) == moving.floor(gpu)
+
+
+def test_a_gpu_without_fp8_wants_fp16() -> None:
+    gpu = load_targets()["a100"]
+    for plan in (unfused_block, fused_block):
+        with pytest.raises(ConfigError, match=r"has no fp8.*pv"):
+            seconds(block(plan(tiny())), gpu)
+        assert seconds(block(plan(tiny(pv="fp16"))), gpu) > 0
+
+
+def test_other_recipes_are_refused() -> None:
+    w = tiny()
+    with pytest.raises(ConfigError, match="bf16-sla"):
+        replace(w, recipe=load_recipe("bf16-sla"))
+
+
+def test_a_request_pays_the_prompt_once_per_expert() -> None:
+    w = replace(tiny(), model=load_model("tiny-i2v"))
+    assert len(fused_request(w, 4)) == 2 * len(prompt(w)) + 4 * len(fused_step(w))
+
+
+def test_the_page_holds_these_tables() -> None:
+    page = PAGE.read_text()
+    assert sorted(re.findall(r"<!-- table: (\S+) -->", page)) == sorted(TABLES)
+    assert with_tables(page) == page, "run: python -m wanforge.runtime.cost_page docs/kernels.md"
+    for make in TABLES.values():
+        assert make() in page
+
+
+def test_counting_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import wanforge.runtime.cost_page"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,96 @@
+"""Every kernel that the published models launch, compiled for GPUs that are not here: none spills, each fits, and
+products are done by tensor cores. The tables of docs/kernels.md are what the compiler says."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from wanforge.cli import cli
+from wanforge.configs.schema import load_tiles
+from wanforge.plugins.launching.compiler import compile_kernels, faults
+from wanforge.plugins.launching.cubins import Cubin
+from wanforge.runtime.commands.kernels import launches_of
+
+ROOT = Path(__file__).parents[2]
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+SMS = (80, 86, 89, 90, 100, 120)
+
+KINDS = (86, 90, 100, 120)
+"""One architecture of each kind of tensor core: sm_86 stands for sm_80, which has more shared memory, and sm_120 for
+sm_89."""
+
+# Recipe, model, architectures: all of them for every architecture would take a minute or two more.
+COMPILED = [("w8a8", SMALL, SMS), ("w8a8", LARGE, KINDS), ("w8a8-row", LARGE, KINDS), ("bf16-sla", LARGE, KINDS)]
+
+INT8 = {90: "IGMMA"}
+"""wgmma on Hopper, mma.sync elsewhere: the pinned Triton has no int8 for tcgen05."""
+FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
+HALF = {"HMMA", "HGMMA", "UTCHMMA"}
+"""fp16 and bf16; small tiles are mma.sync's on every architecture."""
+
+
+@pytest.fixture(scope="module")
+def cubins(pytestconfig: pytest.Config) -> list[Cubin]:
+    """Kept in pytest's cache: a second run compiles what has changed."""
+    launches = [launch for recipe, model, sms in COMPILED for launch in launches_of(sms, [model], recipe)]
+    return compile_kernels(launches, kept(pytestconfig))
+
+
+def kept(config: pytest.Config) -> Path:
+    return config.cache.mkdir("kernels")
+
+
+def mnemonics(cubin: Cubin) -> set[str]:
+    return {name.partition(".")[0] for name in cubin.mma}
+
+
+def test_every_kernel_is_compiled(cubins: list[Cubin]) -> None:
+    compiled = {(cubin.kernel, cubin.sm) for cubin in cubins}
+    wanted = {(kernel, sm) for kernel in load_tiles() for sm in KINDS}
+    assert wanted <= compiled
+    assert {sm for _, sm in compiled} == set(SMS)
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_nothing_spills_and_everything_fits(cubins: list[Cubin], sm: int) -> None:
+    found = [
+        f"{cubin.kernel} {cubin.constants} {fault}" for cubin in cubins if cubin.sm == sm for fault in faults(cubin)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None:
+    int8 = {INT8.get(sm, "IMMA")}
+    for cubin in (cubin for cubin in cubins if cubin.sm == sm):
+        found, what = mnemonics(cubin), f"{cubin.kernel} {cubin.constants}"
+        match cubin.kernel.rpartition(".")[2]:
+            case "gemm" | "gemm_rows":
+                assert found == int8, what
+            case "attention":
+                arithmetic = cubin.constants["ARITHMETIC"]
+                assert arithmetic in ("sla", "sage_fp8" if sm in FP8 else "sage_fp16"), what
+                eight_bit = {"sla": set(), "sage_fp16": int8, "sage_fp8": int8 | {FP8.get(sm, "none")}}
+                assert found - HALF == eight_bit[str(arithmetic)], what
+                assert found & HALF, what
+            case "statistics" | "linear_state" | "scores":
+                assert found, what
+                assert found <= HALF, what
+            case _:
+                assert not found, what
+
+
+def test_the_page_says_what_the_compiler_says(cubins: list[Cubin], pytestconfig: pytest.Config) -> None:
+    pinned = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    if version("triton") != pinned[1]:
+        pytest.skip(f"the page was made with triton {pinned[1]}, this is {version('triton')}")
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    stated = re.search(r"<!-- wanforge (kernels .*) -->\n\n(.*)\n\n<!-- end -->", page, re.DOTALL)
+    assert stated is not None
+    result = CliRunner().invoke(cli, [*stated[1].split(), "--out", str(kept(pytestconfig))])
+    assert result.exit_code == 0
+    assert result.stdout.rstrip("\n") == stated[2], f"put between the marks of docs/kernels.md: wanforge {stated[1]}"

@@ -1,0 +1,287 @@
+"""Requests in stages, floors, sweeps, and the host's own time; `wanforge bench` as a user types it."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from wanforge.cli import cli
+from wanforge.configs.schema import ClipShape, load_model, load_recipe, load_targets
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import RequestError
+from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.commands import bench as bench_cli
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.baselines import compiled
+from wanforge.runtime.measure.cost.stages import bounds, operations, stage_costs
+from wanforge.runtime.measure.requests import history, sweep
+from wanforge.runtime.measure.requests.overhead import Stub, step_seconds
+from wanforge.runtime.measure.requests.sweep import Plan, parse
+from wanforge.runtime.measure.requests.timing import bench_request
+from wanforge.runtime.pipeline import Pipeline, Request, Timings
+
+BundleOf = Callable[[str, str], Bundle]
+PROMPT = "A red kite turns slowly over a windy beach."
+SHAPE = ClipShape(96, 64, 5)
+SMALL = ("--frames", 1, "--steps", 1)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_the_contenders_take_turns_and_say_how_far_they_are(bundle_of: BundleOf) -> None:
+    seen: list[tuple[str, int, int]] = []
+    request = Request(PROMPT, SHAPE, steps=1)
+    bundle = bundle_of("tiny-t2v", "bf16")
+    rows = bench_request(bundle, request, ("torch", "ort"), 2, 1, lambda *event: seen.append(event))
+    assert seen == [("bench", done, 4) for done in (1, 2, 3, 4)]
+    assert [row.contender for row in rows] == ["torch", "ort"]
+
+
+def test_every_stage_of_every_contender_is_reported(bundle_of: BundleOf, picture: Path) -> None:
+    options = [*SMALL, "--image", picture, "--topk", 0.5, "--repeats", 2, "--json"]
+    done = run("bench", bundle_of("tiny-i2v", "w8a8").root, "--prompt", PROMPT, *options)
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert [row["contender"] for row in result["rows"]] == ["torch", "ort"]
+    for row in result["rows"]:
+        stages = row["stages"]
+        names = ["text", "condition", "prepare", "denoise", "decode", "transfer", "mux", "step", "total"]
+        assert list(stages) == names
+        assert all(len(stage["runs"]) == 2 for stage in stages.values())
+        for index in (0, 1):
+            parts = sum(stages[name]["runs"][index] for name in names[:7])
+            assert parts <= stages["total"]["runs"][index]
+            assert parts > 0.5 * stages["total"]["runs"][index]
+        assert stages["total"]["min"] <= stages["total"]["p50"] <= stages["total"]["p95"] <= stages["total"]["max"]
+        assert row["peak_host_bytes"] > 1e8
+        assert row["first_seconds"] > 0
+    if not torch.cuda.is_available():
+        assert {row["joules_per_video"] for row in result["rows"]} == {None}
+    assert result["machine"]["processors"] >= 1
+    assert result["machine"]["cpu"]
+
+
+def test_results_are_kept_and_compared(bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up here: what a shared machine really takes is nobody's promise."""
+    seconds = iter([1.0, 1.0, 1.0, 1.0, 1.02, 1.5])
+
+    def timed(bundle: Bundle, request: Request, contenders: Sequence[str], *rest: Any) -> Any:
+        from wanforge.runtime.measure.requests.meters import Reading
+        from wanforge.runtime.measure.requests.timing import Row
+
+        now = next(seconds)
+        return [Row("ort", 0.1, 0.1, [{"text": now, "total": now}], [Reading(host_bytes=1)])]
+
+    monkeypatch.setattr(bench_cli, "bench_request", timed)
+    past, bundle = tmp_path / "history.jsonl", bundle_of("tiny-t2v", "bf16").root
+    options = ("--prompt", PROMPT, *SMALL, "--history", past)
+    assert run("bench", bundle, *options).exit_code == 0
+    done = run("bench", bundle, *options, "--against", past)
+    assert done.exit_code == 3, done.output
+    assert "not comparable" in done.output
+    assert run("bench", bundle, *options).exit_code == 0
+    assert len(past.read_text().splitlines()) == 3
+    for expected in (0, 0, 1):
+        done = run("bench", bundle, *options, "--against", past, "--json")
+        assert done.exit_code == expected, done.output
+        found = {each["name"]: each["verdict"] for each in json.loads(done.stdout)["verdicts"]["ort"]}
+        assert found == dict.fromkeys(("text", "total"), "regression" if expected else "pass")
+    assert run("bench", bundle, "--against", tmp_path / "absent.jsonl").exit_code == 1
+
+
+def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
+    bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are made up; the fourth sweep is slower at one value of each parameter."""
+    slow: set[object] = set()
+
+    def timed(pipeline: Pipeline, request: Request, out: Path) -> dict[str, float]:
+        now = 2.0 if slow & {request.sigma_max, request.shape.frames, pipeline.recipe.block_k} else 1.0
+        return {"step": now, "total": now}
+
+    monkeypatch.setattr(sweep, "one_run", timed)
+    past, bundle = tmp_path / "history.jsonl", bundle_of("tiny-t2v", "bf16-sla").root
+    sweeps = ("--sweep", "sigma_max=40,80", "--sweep", "frames=1,5", "--sweep", "block_k=64,128")
+    options = (
+        "--resolution",
+        "96x64",
+        *SMALL,
+        "--topk",
+        1,
+        "--repeats",
+        2,
+        "--backend",
+        "torch",
+        *sweeps,
+        "--history",
+        past,
+    )
+    for _ in range(3):
+        assert run("bench", bundle, *options).exit_code == 0
+    entries = history.read(past)
+    assert len(entries) == 18
+    # One frame and key blocks of 64 are what the request has anyway: the same setting.
+    assert len({json.dumps(each.subject) for each in entries}) == 5
+    assert [each.values["total"] for each in entries] == [[1.0, 1.0]] * 18
+    slow |= {40.0, 5, 128}
+    done = run("bench", bundle, *options, "--against", past, "--json")
+    assert done.exit_code == 1, done.output
+    verdicts = {
+        title: {each["verdict"] for each in found} for title, found in json.loads(done.stdout)["verdicts"].items()
+    }
+    assert verdicts == {
+        "torch, sigma_max 40": {"regression"},
+        "torch, sigma_max 80": {"pass"},
+        "torch, frames 1": {"pass"},
+        "torch, frames 5": {"regression"},
+        "torch, block_k 64": {"pass"},
+        "torch, block_k 128": {"regression"},
+    }
+
+
+def test_the_page_has_stages_floors_and_sweeps(bundle_of: BundleOf, tmp_path: Path) -> None:
+    page, bundle = tmp_path / "bench.html", bundle_of("tiny-t2v", "bf16-sla").root
+    options = (*SMALL, "--topk", 1, "--repeats", 1, "--html", page, "--backend", "ort")
+    done = run("bench", bundle, *options, "--target", "h200")
+    assert done.exit_code == 0, done.output
+    for shown in (done.output, page.read_text()):
+        assert "h200 predicted" in shown
+        assert "neither measured" in shown
+    done = run("bench", bundle, *options, "--sweep", "steps=1,2")
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "Sweep of steps" in text
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert run("bench", bundle, *options, "--target", "abacus").exit_code == 1
+
+
+def test_a_sweep_holds_each_value_against_the_best(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "bf16-sla")
+    request = Request(PROMPT, ClipShape(256, 160, 1), steps=1, topk=0.7)
+    topk = Plan(bundle, request, "ort", "topk", ["0.4", "0.7", "1.0"]).run(1)
+    assert topk.against == "topk 1.0"
+    errors = [point.latents.rms for point in topk.points]
+    assert errors[0] > errors[1] > errors[2] == 0
+    assert {point.tokens for point in topk.points} == {160}
+    recipe = Plan(bundle, request, "torch", "recipe", ["bf16", "w8a8", "w8a8-row"]).run(1)
+    assert recipe.against == "recipe bf16-sla"
+    assert all(0 < point.latents.rms < 0.5 for point in recipe.points)
+    frames = Plan(bundle, request, "ort", "frames", ["1", "5"]).run(1)
+    assert [point.tokens for point in frames.points] == [160, 320]
+    assert all(point.latents.rms < 1e-4 for point in frames.points)
+
+
+@pytest.mark.parametrize("text", ["topk", "topk=", "sharpness=1", "=1"])
+def test_what_is_no_sweep_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="is no sweep"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", "many", "steps cannot be 'many'"),
+        ("topk", "3", "is not a share"),
+        ("block_k", "63", "block_k cannot be"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(
+    bundle_of: BundleOf, name: str, value: str, message: str
+) -> None:
+    request = Request(PROMPT, SHAPE, steps=1, topk=1.0)
+    with pytest.raises(RequestError, match=message):
+        Plan(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value])
+
+
+def test_the_count_of_a_graph_is_that_of_its_products() -> None:
+    model, recipe = load_model("tiny-t2v"), load_recipe("bf16")
+    tokens, dim, ffn, rows = 48, model.dit.dim, model.dit.ffn_dim, 20
+    sizes = {"tokens": tokens, "context_rows": rows, "slots": 1}
+    linears = 2 * tokens * dim * (4 * dim + 2 * dim + 2 * ffn)
+    attention = 4 * tokens * tokens * dim + 4 * tokens * rows * dim
+    assert operations(graphs(model, recipe)["block"], sizes) == linears + attention
+
+
+def test_floors_grow_with_the_work_and_no_prediction_is_below_its_floor(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "w8a8")
+    pipeline = Pipeline(bundle, create_backend("torch", bundle))
+    one, four = (pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=1.0)) for steps in (1, 4))
+    gpu = load_targets()["h200"]
+    single, several = bounds(bundle, one, gpu), bounds(bundle, four, gpu)
+    assert several["denoise"].floor == pytest.approx(4 * single["denoise"].floor)
+    assert several["step"] == single["step"]
+    assert list(single) == ["text", "prepare", "denoise", "decode", "step"]
+    for bound in single.values():
+        assert 0 < bound.floor <= bound.predicted
+    # A GPU without fp8 is counted with what it has instead.
+    assert bounds(bundle, one, load_targets()["rtx3090"])["step"].floor > single["step"].floor
+    costs = stage_costs(bundle, one, bundle.recipe)
+    assert sum(cost.name == "gemm ffn.2 + residual" for cost in costs["step"]) == bundle.model.dit.num_layers
+
+
+def test_the_compiled_baseline_compiles_the_layers_and_nothing_else(
+    bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def compile_(function: Any, **options: Any) -> Any:
+        assert options == {"dynamic": False}
+        return lambda *arguments: calls.append(1) or function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bundle = bundle_of("tiny-t2v", "bf16-sla")
+    request = Request(PROMPT, SHAPE, steps=2, topk=1.0)
+    latents = []
+    for backend in (compiled.CompiledBackend(bundle, None), create_backend("torch", bundle)):
+        pipeline = Pipeline(bundle, backend)
+        latents.append(pipeline.latents(pipeline.check(request), Timings()))
+    assert torch.equal(*latents)
+    assert len(calls) == 2 * bundle.model.dit.num_layers
+
+
+def test_a_baseline_without_a_compiler_is_left_out_and_said_so(
+    bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = (*SMALL, "--repeats", 1, "--backend", "ort", "--baseline", "compile")
+    done = run("bench", bundle_of("tiny-t2v", "bf16").root, *options)
+    assert done.exit_code == 0, done.output
+    assert "compile: not timed, no C++ compiler is here" in done.output
+
+
+def test_the_hosts_step_is_the_whole_path_over_stubbed_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model("turbowan2.1-t2v-1.3b-480p")
+    bundle = skeleton(tmp_path / "bundle", model, load_recipe("w8a8"))
+    made: list[Stub] = []
+    init = Stub.__init__
+    monkeypatch.setattr(Stub, "__init__", lambda self: (init(self), made.append(self))[0])
+    assert len(step_seconds(bundle, repeats=3)) == 3
+    (stub,) = made
+    text, prompt, times, steps = model.text_encoder.num_layers + 2, 1 + 30, 4, 13 * (30 + 2)
+    assert stub.launched == text + prompt + times + steps
+
+
+def test_a_smaller_clip_is_asked_for(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+
+    def asking(bundle: Bundle, request: Request, *others: object) -> None:
+        asked.append(request)
+        raise RequestError("asked")
+
+    monkeypatch.setattr(bench_cli, "bench_request", asking)
+    options = ["--resolution", "480p", "--aspect", "1:1", "--frames", 9, "--steps", 2, "--topk", "0.25", "--seed", 3]
+    assert "asked" in run("bench", bundle_of("tiny-t2v", "bf16-sla").root, "--prompt", PROMPT, *options).output
+    assert asked == [Request(PROMPT, ClipShape(640, 640, 9), None, 3, 2, topk=0.25)]

@@ -1,0 +1,65 @@
+"""Energy and memory: NVML's, where there is one; its stand-in here counts as the real one does."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from wanforge.runtime.measure.requests.meters import Nvml, metered
+
+
+class FakeNvml:
+    """Two joules each time it is asked; 3 GB in use."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self) -> None:
+        self.millijoules = 5000
+        self.too_old = False
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(used=3_000_000_000)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        if self.too_old:
+            raise self.NVMLError
+        self.millijoules += 2000
+        return self.millijoules
+
+
+def test_energy_is_the_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    with metered(Nvml.open()) as reading:
+        held = bytearray(50_000_000)
+    assert reading.joules == 2.0
+    assert reading.device_bytes == 3_000_000_000
+    assert reading.host_bytes > len(held)
+    fake.too_old = True
+    with metered(Nvml.open()) as reading:
+        pass
+    assert reading.joules is None
+    assert reading.device_bytes == 3_000_000_000
+
+
+def test_what_cannot_be_measured_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Nvml.open() is None
+
+    class Driverless(FakeNvml):
+        def nvmlInit(self) -> None:
+            raise self.NVMLError("no driver")
+
+    monkeypatch.setitem(sys.modules, "pynvml", Driverless())
+    assert Nvml.open() is None
+    with metered(None) as reading:
+        pass
+    assert (reading.joules, reading.device_bytes) == (None, None)
+    assert reading.host_bytes > 0

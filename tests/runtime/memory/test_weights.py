@@ -1,0 +1,87 @@
+"""Weights are the mapped file: no copy, and bound where they lie."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanforge.configs.schema import load_recipe
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.errors import BundleError, ConfigError
+from wanforge.exporter.export import export
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends import ort as ort_backend
+from wanforge.runtime.backends.base import Session
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.other_recipe import read_as
+from wanforge.runtime.memory.weights import Weights, map_tensors
+from wanforge.runtime.schedule import text_schedule
+
+
+def test_mapped_tensors_equal_the_librarys(bundle_of: Callable[[str, str], Bundle]) -> None:
+    path = bundle_of("tiny-t2v", "w8a8").weights("dit")
+    mapped, loaded = map_tensors(path), load_file(path)
+    assert set(mapped) == set(loaded)
+    for name, tensor in loaded.items():
+        assert mapped[name].dtype == tensor.dtype
+        assert torch.equal(mapped[name], tensor), name
+
+
+def test_mapped_tensors_share_the_files_pages(bundle_of: Callable[[str, str], Bundle]) -> None:
+    path = bundle_of("tiny-t2v", "w8a8").weights("dit")
+    header, mapped = read_header(path), map_tensors(path)
+    starts = {tensor.data_ptr() - header.offsets[name] for name, tensor in mapped.items()}
+    assert len(starts) == 1
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    spans = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in lines]
+    assert any(low <= starts.copy().pop() < high for low, high in spans)
+
+
+def test_onnx_runtime_binds_the_mapped_weights(
+    bundle_of: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of("tiny-t2v", "w8a8")
+    bound: dict[str, int] = {}
+    bind = ort_backend.bind
+
+    def observed(bind_port: object, name: str, buffer: torch.Tensor) -> None:
+        bound[name] = buffer.data_ptr()
+        bind(bind_port, name, buffer)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ort_backend, "bind", observed)
+    backend = create_backend("ort", bundle)
+    session = Session(backend, text_schedule(bundle.model, graphs(bundle.model, bundle.recipe), 5))
+    session.bound("text")
+    stored = backend.weights.component("text_encoder")  # type: ignore[attr-defined]
+    assert bound["token_embedding.weight"] == stored["token_embedding.weight"].data_ptr()
+    assert bound["attn.q.weight"] == stored["blocks.1.attn.q.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-64", "w8a8-256"])
+def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, str], Bundle], recipe: str) -> None:
+    plain = bundle_of("tiny-t2v", "bf16-sla")
+    other = read_as(plain, load_recipe(recipe))
+    scale = Weights(other).component("dit")["blocks.0.ffn.0.scale"]
+    tile = load_recipe(recipe).tile
+    assert scale.shape == (plain.model.dit.ffn_dim // tile, plain.model.dit.dim // tile)
+    with pytest.raises(ConfigError, match=f"graphs are made for tiles of 128, not {tile}; use the backend torch"):
+        export(other)
+    with pytest.raises(ConfigError, match=f"kernels are made for tiles of 128, not {tile}"):
+        create_backend("kernels", other)
+    with pytest.raises(BundleError, match=r"needs blocks\.0.*import the unquantised files"):
+        read_as(bundle_of("tiny-t2v", "w8a8"), load_recipe(recipe))
+
+
+def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"a": torch.zeros(3, dtype=torch.float64)}, path)
+    with pytest.raises(BundleError, match="cannot be mapped"):
+        map_tensors(path)
+
+
+def test_components_are_mapped_once(bundle_of: Callable[[str, str], Bundle]) -> None:
+    weights = Weights(bundle_of("tiny-t2v", "w8a8"))
+    assert weights.component("vae") is weights.component("vae")
