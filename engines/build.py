@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from wanforge.configs.schema import PATCH, ClipShape, ModelConfig, Recipe
+from wanforge.configs.clip import PATCH, ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.builder import Built, Job, Range, build
 from wanforge.engines.bundle.bundle import Bundle, graph_name, weights_name
 from wanforge.engines.files import engine_key, engine_name, find_engine, is_current, size_text, write_engine

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import wanforge
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.builder import FLAGS
 from wanforge.engines.bundle.bundle import ENGINES, Bundle, FileRecord, remedy
 from wanforge.errors import BundleError

@@ -21,7 +21,7 @@ from wanforge.errors import ConfigError
 from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph
 from wanforge.exporter.whole_network import whole_network
-from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.whole_file import write_atomically
 

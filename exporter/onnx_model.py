@@ -8,7 +8,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 import wanforge.exporter.lowerings  # noqa: F401  fills the table of the tracer
 from wanforge import __version__
-from wanforge.configs.schema import Recipe
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorFile
 from wanforge.exporter.tracer import ELEMENT_TYPES, Tape, Traced, live_nodes, value_info
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 
-from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorFile
 from wanforge.exporter.onnx_model import bodies, external, onnx_model, port_type, trace
 from wanforge.exporter.tracer import tensor_proto, value_info

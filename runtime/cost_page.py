@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wanforge.configs.schema import Target, load_model, load_targets
+from wanforge.configs.model import load_model
+from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
 from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, Cost, Workload, block, published_workload, seconds
 from wanforge.runtime.measure.cost.unfused import unfused_block, unfused_step

@@ -199,9 +199,9 @@ def cubin_cache() -> Check:
     folder = cubins.cache_folder()
     remedy = f"delete {folder}"
     try:
-        known = cubins.Store(folder).cubins()
+        known = cubins.CubinStore(folder).cubins()
         for cubin in known.values():
-            cubins.Store(folder).read(cubin)
+            cubins.CubinStore(folder).read(cubin)
     except WanforgeError as error:
         return Check("kernels", "broken", str(error), "a faster start", remedy)
     sms = ", ".join(f"sm_{sm}" for sm in sorted({cubin.sm for cubin in known.values()}))

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from wanforge.configs.schema import HEAD_DIM, PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig, Recipe
+from wanforge.configs.clip import PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE
+from wanforge.configs.model import HEAD_DIM, ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.runtime.reference.dit import Block, DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE

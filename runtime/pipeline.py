@@ -16,7 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.topk import selected_blocks
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError, ResourceError
 from wanforge.runtime.backends.base import Backend, Session

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from wanforge.configs.schema import ClipShape, ModelConfig
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.runtime.graphs import ElementType, Graph, Port
 

@@ -16,7 +16,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint

@@ -4,6 +4,7 @@ import torch
 
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm import fused as layer_norm
+from wanforge.plugins.quantiser.fused import empty_quantised
 from wanforge.plugins.w8a8_linear import fused as w8a8_linear
 
 
@@ -18,7 +19,7 @@ def norm_launch(sm: int, width: int = 256) -> Launch:
 def gemm_launch(sm: int, outputs: int = 256) -> Launch:
     """A W8A8 linear of one weight, bfloat16 out."""
     with torch.device("meta"), recording(sm) as launches:
-        x = w8a8_linear.empty_quantised(300, 512, torch.device("meta"))
+        x = empty_quantised(300, 512, torch.device("meta"))
         weight = w8a8_linear.Weight(*_weight(outputs, 512))
         w8a8_linear.linears(x, [weight])
     return launches[0]

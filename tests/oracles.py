@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanforge.configs.schema import DiTConfig, TextEncoderConfig, VAEConfig
+from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
 from wanforge.runtime.reference.names import match_names
 
 with warnings.catch_warnings():

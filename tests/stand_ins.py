@@ -15,7 +15,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines import build as engine_plan
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.files import write_engine

@@ -14,7 +14,9 @@ from time import perf_counter
 
 import numpy as np
 
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.build import build_engines, ranges, sizes
 from wanforge.engines.builder import Job, Range, build
 from wanforge.engines.bundle.bundle import Bundle, weights_name

@@ -19,7 +19,9 @@ from typing import Literal, Self
 import msgspec
 
 from wanforge import __version__
-from wanforge.configs.schema import ModelConfig, Recipe, Record
+from wanforge.configs.loading import Record
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import sha256_of
 from wanforge.errors import BundleError
 from wanforge.whole_file import write_atomically

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wanforge.configs.schema import ModelConfig
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import components
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe, named
+from wanforge.configs.loading import named
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import (
     MANIFEST,
     TOKENIZER,
@@ -24,7 +26,8 @@ from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
-from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.runtime.text import Tokenizer, find_tokenizer
 from wanforge.whole_file import write_atomically

@@ -9,7 +9,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
 from wanforge.engines.bundle.tensorfile import encode_header
 from wanforge.exporter.checkpoint.layout import layout

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wanforge.configs.schema import ModelConfig
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, as_bytes, open_checkpoint
-from wanforge.plugins.w8a8_linear.reference import TILE, quantise_tiles
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.whole_file import write_atomically
 
 VAE_FILE = "Wan2.1_VAE.pth"

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from wanforge.configs.schema import ModelConfig, load_model, load_recipe, named
+from wanforge.configs.loading import named
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.engines.files import built_clips
 from wanforge.engines.inspection import describe, inspect_bundle

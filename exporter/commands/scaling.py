@@ -5,7 +5,10 @@ from pathlib import Path
 
 import click
 
-from wanforge.configs.schema import ClipShape, load_model, load_targets, named, size_of, targets_called
+from wanforge.configs.clip import ClipShape, size_of
+from wanforge.configs.loading import named
+from wanforge.configs.model import load_model
+from wanforge.configs.targets import load_targets, targets_called
 from wanforge.exporter.studies.scaling import predict
 from wanforge.exporter.studies.scaling_report import MEMORY_PLOT, TIME_PLOT, memory_plot, page, text, time_plot
 from wanforge.exporter.studies.scaling_report import as_json as plain

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from wanforge.configs.schema import ClipShape, ModelConfig, Target, load_recipe, load_targets
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import Target, load_targets
 from wanforge.engines.build import build_engines
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError

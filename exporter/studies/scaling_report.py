@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.exporter.studies.scaling import Point, Room, Scaling
 from wanforge.runtime.cost_page import markdown, number
 from wanforge.runtime.measure.cost.launches import ASSUMED

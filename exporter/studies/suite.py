@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wanforge.configs.schema import ModelConfig, load_model, load_recipe
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.build import build_engines
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError

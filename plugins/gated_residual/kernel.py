@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from wanforge.plugins.w8a8_linear.kernel import rounded
+from wanforge.plugins.quantiser.kernel import rounded
 
 
 @triton.jit

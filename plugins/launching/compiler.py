@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -22,14 +21,12 @@ import msgspec
 
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.launching import worker as compile_worker
-from wanforge.plugins.launching.cubins import Cubin, Store, source_hash
+from wanforge.plugins.launching.cubins import Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed
 
 Progress = Callable[[str, int, int], object]
 """Told a title, how many are done, and of how many."""
-
-KIB = 1024
 
 
 class Origin(NamedTuple):
@@ -64,7 +61,7 @@ def compile_kernels(
     """
     wanted = _distinct(launches)
     missing = _distinct(outdated(wanted.values(), folder))
-    store, failures = Store(folder), []
+    store, failures = CubinStore(folder), []
     with closing(_compiled(list(missing), jobs or os.cpu_count() or 1)) as answers:
         for done, (specialisation, answer) in enumerate(answers, 1):
             if isinstance(answer, Failed):
@@ -85,7 +82,7 @@ def compile_kernels(
 def outdated(launches: Iterable[Launch], folder: Path) -> list[Launch]:
     """Launches, one per specialisation, of which a folder has no cubin, a damaged one, or one made from something
     else."""
-    store = Store(folder)
+    store = CubinStore(folder)
     cubins = store.cubins()
 
     def is_current(launch: Launch) -> bool:
@@ -227,78 +224,3 @@ def _compiled(
             threads.shutdown(wait=True)
             for worker in workers:
                 worker.close()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an SM has to share among the programs that run on it, beside its 64 K registers."""
-
-    shared_per_program: int
-    shared: int
-    warps: int
-    programs: int
-
-
-LIMITS = {
-    80: Limits(163 * KIB, 164 * KIB, 64, 32),
-    86: Limits(99 * KIB, 100 * KIB, 48, 16),
-    89: Limits(99 * KIB, 100 * KIB, 48, 24),
-    90: Limits(227 * KIB, 228 * KIB, 64, 32),
-    100: Limits(227 * KIB, 228 * KIB, 64, 32),
-    120: Limits(99 * KIB, 100 * KIB, 48, 24),
-}
-"""By SM. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
-
-REGISTERS, QUARTERS = 64 * KIB, 4
-REGISTER_STEP = 256
-"""Registers are given to a warp in multiples of it."""
-RESERVED_SHARED, SHARED_STEP = KIB, 128
-"""Bytes of shared memory that the system keeps of each program, and multiples in which they are given."""
-TENSOR_MEMORY = 512
-"""Columns of an SM's tensor memory."""
-
-
-@dataclass(frozen=True)
-class Occupancy:
-    """How much of an SM a kernel fills."""
-
-    programs: int
-    """That run on one SM at a time."""
-    warps: float
-    """Share of the warps an SM can hold."""
-    shared: float
-    """Share of the shared memory a program may have."""
-
-
-def occupancy(cubin: Cubin) -> Occupancy:
-    """What a cubin's registers, shared memory and threads leave room for."""
-    limits = LIMITS[cubin.sm]
-    warps = cubin.threads // 32
-    shared = _rounded_up(cubin.shared_bytes + RESERVED_SHARED, SHARED_STEP)
-    # A warp's registers lie in one quarter of the SM.
-    warps_by_registers = QUARTERS * (REGISTERS // QUARTERS // _rounded_up(32 * cubin.registers, REGISTER_STEP))
-    programs = min(
-        limits.programs,
-        limits.warps // warps,
-        limits.shared // shared,
-        warps_by_registers // warps,
-        TENSOR_MEMORY // cubin.tensor_memory if cubin.tensor_memory else limits.programs,
-    )
-    return Occupancy(programs, programs * warps / limits.warps, cubin.shared_bytes / limits.shared_per_program)
-
-
-def _rounded_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def faults(cubin: Cubin) -> list[str]:
-    """Why a cubin should not be shipped: it spills, or its program does not fit an SM."""
-    found = []
-    if cubin.spill_bytes:
-        found.append(f"spills {cubin.spill_bytes} bytes a thread")
-    limit = LIMITS[cubin.sm].shared_per_program
-    if cubin.shared_bytes > limit:
-        found.append(f"needs {cubin.shared_bytes / KIB:.1f} KiB of shared memory, of {limit // KIB}")
-    elif occupancy(cubin).programs == 0:
-        found.append("does not fit an SM")
-    return found

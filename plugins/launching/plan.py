@@ -18,7 +18,7 @@ PLACE_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Place:
+class Address:
     """Where a tensor lies: `offset` bytes behind base address number `base`."""
 
     base: int
@@ -30,7 +30,7 @@ class PlannedLaunch:
     """A launch and the places of its tensors."""
 
     launch: Launch
-    places: Mapping[str, Place]
+    addresses: Mapping[str, Address]
 
     def value(self, name: str, bases: Sequence[int]) -> Constant:
         """A run-time argument: an address, or the number itself.
@@ -38,17 +38,17 @@ class PlannedLaunch:
         Raises:
             ShapeError: the address is not aligned as the compiled code relies on.
         """
-        place = self.places.get(name)
-        if place is None:
+        lies = self.addresses.get(name)
+        if lies is None:
             value = self.launch.arguments[name]
             assert not isinstance(value, Tensor)
             return value
-        address = bases[place.base] + place.offset
-        if address % ALIGNMENT:
+        number = bases[lies.base] + lies.offset
+        if number % ALIGNMENT:
             raise ShapeError(
-                f"{self.launch.kernel.name}: {name} lies at {address:#x}, which is no multiple of {ALIGNMENT}"
+                f"{self.launch.kernel.name}: {name} lies at {number:#x}, which is no multiple of {ALIGNMENT}"
             )
-        return address
+        return number
 
 
 @dataclass(frozen=True)
@@ -80,27 +80,23 @@ def plan(
         output = run(given)
     assert output.is_contiguous()
     assert output.storage_offset() == 0
-    starts = {_storage(tensor): Place(base, 0) for base, tensor in enumerate([*given, output])}
+    starts = {_storage(tensor): Address(base, 0) for base, tensor in enumerate([*given, output])}
     workspace, size = len(starts), 0
     for launch in launches:
         launch.check_arguments()
-        for tensor in _tensors(launch).values():
+        for tensor in launch.tensors.values():
             if _storage(tensor) not in starts:
-                starts[_storage(tensor)] = Place(workspace, size)
+                starts[_storage(tensor)] = Address(workspace, size)
                 size += -(-tensor.untyped_storage().nbytes() // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
     planned = []
     for launch in launches:
-        places = {}
-        for name, tensor in _tensors(launch).items():
+        addresses = {}
+        for name, tensor in launch.tensors.items():
             start = starts[_storage(tensor)]
             offset = int(tensor.storage_offset()) * tensor.element_size()
-            places[name] = Place(start.base, start.offset + offset)
-        planned.append(PlannedLaunch(launch, places))
+            addresses[name] = Address(start.base, start.offset + offset)
+        planned.append(PlannedLaunch(launch, addresses))
     return LaunchPlan(tuple(planned), size, output.shape)
-
-
-def _tensors(launch: Launch) -> dict[str, Tensor]:
-    return {name: value for name, value in launch.arguments.items() if isinstance(value, Tensor)}
 
 
 def _storage(tensor: Tensor) -> int:

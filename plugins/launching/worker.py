@@ -21,7 +21,7 @@ TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
 """IMMA, HMMA and QMMA are mma.sync, IGMMA, HGMMA and QGMMA wgmma, UTC*MMA tcgen05. HFMA2.MMA is none of them."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class CompileRequest(msgspec.Struct, frozen=True):
     """A `Specialisation`, field by field."""
 
     kernel: str
@@ -58,11 +58,11 @@ def main() -> None:
     # What the compiler prints must not come between the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin.buffer:
-        answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=Request))) + b"\n")
+        answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=CompileRequest))) + b"\n")
         answers.flush()
 
 
-def answer(request: Request) -> Compiled | Failed:
+def answer(request: CompileRequest) -> Compiled | Failed:
     try:
         return compile_kernel(request)
     # Whatever stops a compiler is for the parent to report.
@@ -73,7 +73,7 @@ def answer(request: Request) -> Compiled | Failed:
         return Failed("\n".join(str(cause).strip() or type(cause).__name__ for cause in causes))
 
 
-def compile_kernel(request: Request) -> Compiled:
+def compile_kernel(request: CompileRequest) -> Compiled:
     """Compile one kernel for one architecture."""
     import triton
     from triton.backends.compiler import GPUTarget

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.launch import Kernel
-from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
+from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 
 NORM = Kernel(
     "layer_norm",

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.launch import Kernel
+from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
-from wanforge.plugins.w8a8_linear.fused import Quantised, empty_quantised
 
 HEAD = 128
 CHUNK_ROWS, MOST_CHUNKS = 1024, 64

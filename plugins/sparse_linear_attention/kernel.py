@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.knobs import runtime
 
-from wanforge.plugins.w8a8_linear.kernel import quantise_tile, rounded
+from wanforge.plugins.quantiser.kernel import quantise_tile, rounded
 
 HEAD = tl.constexpr(128)
 INTERPRETED = tl.constexpr(runtime.interpret)

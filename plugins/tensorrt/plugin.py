@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import numpy as np
 
-from wanforge.configs.schema import load_tiles
+from wanforge.configs.tiles import tiled_architectures
 from wanforge.errors import WanforgeError
 from wanforge.plugins.tensorrt.library import Library
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wanforge.plugins.launching.cubins import Launcher, Loaded
+    from wanforge.plugins.launching.driver import Launcher, LoadedKernel
     from wanforge.plugins.launching.plan import LaunchPlan, PlannedLaunch
 
 NAMESPACE, VERSION = "wanforge", "1"
@@ -87,7 +87,7 @@ class PluginOp(ABC):
 
     def workspace_bytes(self, inputs: Sequence[tuple[Shape, str]]) -> int:
         """What the op needs on whichever architecture it will run: one engine serves several."""
-        distinct = {self.on(sm): sm for sm in architectures()}
+        distinct = {self.on(sm): sm for sm in tiled_architectures()}
         return max(op.plan(inputs, sm).workspace_bytes for op, sm in distinct.items())
 
     def refusal(self, position: int, found: Sequence[str]) -> str:
@@ -100,11 +100,6 @@ class PluginOp(ABC):
         return ""
 
 
-def architectures() -> list[int]:
-    """Every architecture that the kernels are made for."""
-    return sorted({sm for rows in load_tiles().values() for row in rows for sm in row.sms})
-
-
 def find_op(folder: str) -> type[PluginOp]:
     """The op of a folder of `plugins`."""
     found: type[PluginOp] = import_module(f"wanforge.plugins.{folder}.plugin").OP
@@ -115,13 +110,13 @@ def find_op(folder: str) -> type[PluginOp]:
 class Ready:
     """A plan whose kernels are loaded."""
 
-    launches: tuple[tuple["PlannedLaunch", "Loaded"], ...]
+    launches: tuple[tuple["PlannedLaunch", "LoadedKernel"], ...]
 
     def put(self, launcher: "Launcher", bases: Sequence[int], stream: int) -> None:
         """Put every kernel on a stream."""
         for planned, loaded in self.launches:
             values = [planned.value(name, bases) for name, _ in loaded.cubin.parameters]
-            launcher.put(loaded, planned.launch.grid, values, stream)
+            launcher.driver.launch(loaded, planned.launch.grid, values, stream)
 
 
 class Preparation:
@@ -295,7 +290,7 @@ def plugin_class(trt: Any, account: Account) -> type:
             return tuple((shape_of(desc.dims), type_of(desc)) for desc in described)
 
         def _launcher(self) -> "Launcher":
-            from wanforge.plugins.launching.cubins import launcher
+            from wanforge.plugins.launching.driver import launcher
 
             return launcher()
 

@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.launch import Kernel
-from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
 
-QUANTISE = Kernel("w8a8_linear", "quantise", ("cdiv(M, 128)", "K // 128"), {"M": "i32", "x_stride": "i32:16"})
-QUANTISE_ROWS = Kernel("w8a8_linear", "quantise_rows", ("cdiv(M, ROWS)",), {"M": "i32", "x_stride": "i32:16"})
 GEMM, GEMM_ROWS = (
     Kernel("w8a8_linear", name, ("WEIGHTS * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)",), {"M": "i32", "N": "i32:16"})
     for name in ("gemm", "gemm_rows")
 )
-
-
-class Quantised(NamedTuple):
-    """A matrix in 8-bit steps with a scale per tile of 128x128, ``[ceil(M/128), K/128]``, or per row, ``[M]``; see the
-    reference."""
-
-    steps_MK: Tensor
-    scale: Tensor
 
 
 class Weight(NamedTuple):
@@ -36,39 +27,6 @@ class Weight(NamedTuple):
     int8_NK: Tensor
     scale: Tensor
     bias_N: Tensor
-
-
-def empty_quantised(rows: int, columns: int, device: torch.device) -> Quantised:
-    """Room for a quantised matrix."""
-    tiles = (-(-rows // TILE), -(-columns // TILE))
-    return Quantised(
-        torch.empty(rows, columns, dtype=torch.int8, device=device),
-        torch.empty(tiles, dtype=torch.float32, device=device),
-    )
-
-
-def quantise(x_MK: Tensor) -> Quantised:
-    """`reference.quantise_tiles` of a matrix whose rows may lie apart; K a multiple of 128."""
-    rows, columns = x_MK.shape
-    _check_rows(x_MK)
-    y = empty_quantised(rows, columns, x_MK.device)
-    QUANTISE(x=x_MK, y=y.steps_MK, y_scale=y.scale, M=rows, x_stride=x_MK.stride(0), K=columns)
-    return y
-
-
-def quantise_rows(x_MK: Tensor) -> Quantised:
-    """`reference.quantise_rows` of a matrix whose rows may lie apart; K a multiple of 128."""
-    rows, columns = x_MK.shape
-    _check_rows(x_MK)
-    steps = torch.empty(rows, columns, dtype=torch.int8, device=x_MK.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
-    QUANTISE_ROWS(x=x_MK, y=steps, y_scale=scale, M=rows, x_stride=x_MK.stride(0), K=columns)
-    return Quantised(steps, scale)
-
-
-def _check_rows(x_MK: Tensor) -> None:
-    if x_MK.shape[1] % TILE or x_MK.stride(1) != 1:
-        raise ShapeError(f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: wants rows of whole tiles of {TILE}")
 
 
 def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:

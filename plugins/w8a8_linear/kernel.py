@@ -4,23 +4,7 @@ so that it has one scale per slab of K on either side."""
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(128)
-# Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even, on every machine.
-ROUND = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def quantise_tile(x):
-    """Steps and scale of one tile, as `reference.quantise_tiles` defines them."""
-    amax = tl.maximum(tl.max(tl.abs(x)), 1e-8)
-    steps = (x * tl.math.div_rn(128.0, amax) + ROUND) - ROUND
-    return tl.clamp(steps, -128.0, 127.0).to(tl.int8), amax * (1.0 / 128.0)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x as `dtype` would store it, in float32."""
-    return x.to(dtype).to(tl.float32)
+from wanforge.plugins.quantiser.kernel import TILE, quantise_tile, rounded
 
 
 @triton.jit
@@ -28,41 +12,6 @@ def gelu(x):
     """GELU by its tanh approximation, written with one exponential: x * sigmoid(2u)."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
-
-
-@triton.jit
-def quantise(x, y, y_scale, M, x_stride, K: tl.constexpr):
-    """x [M, K] to int8 y [M, K] and y_scale [M/128, K/128]."""
-    row_tile, slab = tl.program_id(0), tl.program_id(1)
-    rows = row_tile.to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-    columns = slab * TILE + tl.arange(0, TILE)[None, :]
-    values = tl.load(x + rows * x_stride + columns, mask=rows < M, other=0.0)
-    steps, scale = quantise_tile(values.to(tl.float32))
-    tl.store(y + rows * K + columns, steps, mask=rows < M)
-    tl.store(y_scale + row_tile.to(tl.int64) * (K // TILE) + slab, scale)
-
-
-@triton.jit
-def quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexpr):
-    """x [M, K] to int8 y [M, K] and y_scale [M], as `reference.quantise_rows` defines them. The second reading of x comes
-    from the cache."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    rows = row[:, None]
-    lanes = tl.arange(0, TILE)[None, :]
-    x += first * x_stride + (rows * x_stride + lanes)
-    y += first * K + (rows * K + lanes)
-    inside = rows < M - first
-    largest = tl.zeros((ROWS, TILE), tl.float32)
-    for column in range(0, K, TILE):
-        largest = tl.maximum(largest, tl.abs(tl.load(x + column, mask=inside, other=0.0).to(tl.float32)))
-    amax = tl.maximum(tl.max(largest, 1, keep_dims=True), 1e-8)
-    factor = tl.math.div_rn(127.0, amax)
-    for column in range(0, K, TILE):
-        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + column, ((values * factor + ROUND) - ROUND).to(tl.int8), mask=inside)
-    scale = tl.reshape(tl.math.div_rn(amax, 127.0), (ROWS,))
-    tl.store(y_scale + first + row, scale, mask=row < M - first)
 
 
 @triton.jit

@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.w8a8_linear.reference import TILE, TILES
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser.reference import TILES
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear as reference
 
 

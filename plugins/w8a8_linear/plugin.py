@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from wanforge.errors import ShapeError
+from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.tensorrt.plugin import DYNAMIC, Expression, PluginOp, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TILE = 128
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,14 @@ class W8A8Linear(PluginOp):
         return [*x[:-1], weight[0]]
 
     def run(self, inputs: Sequence["Tensor"]) -> "Tensor":
+        from wanforge.plugins.quantiser.fused import quantise, quantise_rows
         from wanforge.plugins.w8a8_linear import fused
 
         x, *given = inputs
         weight = fused.Weight(*given)
         self.check_shapes([tuple(each.shape) for each in inputs])
-        quantise = fused.quantise_rows if weight.scale.dim() == 1 else fused.quantise
-        (y,) = fused.linears(quantise(x.reshape(-1, x.shape[-1])), [weight])
+        quantiser = quantise_rows if weight.scale.dim() == 1 else quantise
+        (y,) = fused.linears(quantiser(x.reshape(-1, x.shape[-1])), [weight])
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

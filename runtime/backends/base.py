@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.runtime.memory.arena import Bound, Memory
 from wanforge.runtime.schedule import Launch, Ref, Schedule
 

@@ -11,26 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wanforge.configs.schema import HEAD_DIM, ClipShape, DiTConfig, ModelConfig, Recipe, selected_blocks
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import HEAD_DIM, DiTConfig, ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.topk import selected_blocks
 from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.sparse_linear_attention.fused import (
     sparse_linear_attention,
     sparse_linear_attention_quantised,
 )
-from wanforge.plugins.w8a8_linear.fused import (
-    Quantised,
-    Weight,
-    linear_gelu,
-    linear_residual,
-    linears,
-    quantise,
-    quantise_rows,
-)
-from wanforge.plugins.w8a8_linear.reference import TILE
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.plugins.launching.launch import target_sm
-from wanforge.plugins.w8a8_linear.fused import Quantised
-from wanforge.plugins.w8a8_linear.reference import dequantise
+from wanforge.plugins.launching.launch import architecture_of
+from wanforge.plugins.quantiser.fused import Quantised
+from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.fused_block import FusedBlock, Input, Linears, Tap, recipe_for
 from wanforge.runtime.backends.taps import Points
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
@@ -28,7 +28,7 @@ class KernelsBackend(TorchBackend):
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
         super().__init__(bundle, dtype, gpu_or_cpu())
         has_gpu = self.device.type == "cuda"
-        recipe = recipe_for(bundle.recipe, target_sm(self.device)) if has_gpu else bundle.recipe
+        recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if has_gpu else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
         # The kernels before a W8A8 linear quantise for it; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED

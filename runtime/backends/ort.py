@@ -6,7 +6,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.errors import BundleError
 from wanforge.runtime.backends.base import Backend

@@ -15,7 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.build import engines_of, names_in
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.loader import Loaded, Loader

@@ -7,7 +7,9 @@ from typing import Any
 
 import click
 
-from wanforge.configs.schema import load_model, load_targets, named, targets_called
+from wanforge.configs.loading import named
+from wanforge.configs.model import load_model
+from wanforge.configs.targets import load_targets, targets_called
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import BACKENDS, BASELINES, create_backend, missing_baselines
 from wanforge.runtime.commands.generate import (

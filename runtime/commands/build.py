@@ -8,7 +8,8 @@ from time import perf_counter
 import click
 import torch
 
-from wanforge.configs.schema import ClipShape, load_targets, targets_called
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.targets import load_targets, targets_called
 from wanforge.engines.build import Engine, build_engines
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError

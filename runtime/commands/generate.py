@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from wanforge.configs.schema import ClipShape, ModelConfig, adaptive_size, size_of
+from wanforge.configs.clip import ClipShape, adaptive_size, size_of
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS, create_backend

@@ -9,10 +9,15 @@ from typing import Any
 import click
 import msgspec
 
-from wanforge.configs.schema import load_model, load_recipe, load_targets, load_tiles, named, targets_called
-from wanforge.plugins.launching.compiler import KIB, compile_kernels, faults, occupancy, outdated
+from wanforge.configs.loading import named
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets, targets_called
+from wanforge.configs.tiles import load_tiles
+from wanforge.plugins.launching.compiler import compile_kernels, outdated
 from wanforge.plugins.launching.cubins import Cubin, cache_folder
 from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.launching.occupancy import KIB, faults, occupancy
 from wanforge.runtime.commands.generate import clip_shape, shape_options
 from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.progress import Bars

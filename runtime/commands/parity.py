@@ -8,7 +8,8 @@ from typing import Any
 import click
 import torch
 
-from wanforge.configs.schema import load_recipe, named
+from wanforge.configs.loading import named
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.commands.generate import BUNDLE, FILE, IMAGE, JSON, PROMPT, SEED, clip_options, request_of, verify

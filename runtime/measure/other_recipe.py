@@ -2,7 +2,7 @@
 
 import msgspec
 
-from wanforge.configs.schema import Recipe
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import BundleError

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import psutil
 
-from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 
 OVERHEAD = 600_000_000
 """Bytes of the libraries and of what is not counted below."""

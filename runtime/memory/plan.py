@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.build import sizes
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import read_header

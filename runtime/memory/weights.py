@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import Recipe
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import BundleError
-from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.schedule import Launch
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanforge.configs.schema import HEAD_DIM, PATCH, DiTConfig, Recipe
+from wanforge.configs.clip import PATCH
+from wanforge.configs.model import HEAD_DIM, DiTConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
-from wanforge.plugins.w8a8_linear.reference import TILE
 
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanforge.configs.schema import TextEncoderConfig
+from wanforge.configs.model import TextEncoderConfig
 from wanforge.plugins.rms_norm_rope.reference import unit_rms
 
 

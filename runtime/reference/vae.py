@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, VAEConfig
+from wanforge.configs.clip import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from wanforge.configs.model import VAEConfig
 from wanforge.errors import ShapeError
 
 # fmt: off

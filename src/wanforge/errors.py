@@ -15,6 +15,7 @@ import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
 """How PyTorch and ONNX Runtime, which have no exception for it, say that an allocation failed."""
@@ -52,6 +53,13 @@ def join_names(names: Sequence[str]) -> str:
     """Names for a message: the first few, and how many more there are."""
     shown = ", ".join(names[:6])
     return shown if len(names) <= 6 else f"{shown} and {len(names) - 6} more"
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+    """What to say of a name that is not known: the nearest one, then all of them."""
+    near = get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no {kind} is called {name!r}; {hint}known: {', '.join(known)}"
 
 
 @contextmanager

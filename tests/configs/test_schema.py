@@ -8,20 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import load_json
-from wanforge.configs.schema import (
-    CONFIGS,
-    ClipShape,
-    adaptive_size,
-    latent_frames,
-    least_topk,
-    load_model,
-    load_recipe,
-    load_resolutions,
-    load_targets,
-    named,
-    selected_blocks,
-    size_of,
-)
+from wanforge.configs.clip import ClipShape, adaptive_size, latent_frames, load_resolutions, size_of
+from wanforge.configs.loading import CONFIGS, named
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets
+from wanforge.configs.topk import least_topk, selected_blocks
 from wanforge.errors import ConfigError
 
 TINY = (CONFIGS / "models" / "tiny-t2v.toml").read_text()

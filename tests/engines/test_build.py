@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines import build as engine_plan
 from wanforge.engines.build import build_engines, faults, plan, profile, sizes
 from wanforge.engines.builder import Built, build

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines import files as engine_files
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.files import (

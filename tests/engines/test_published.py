@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.tensorrt_flavours import rtx
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export

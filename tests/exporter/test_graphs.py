@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.forcing import forced, run_with_decisions
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_model
-from wanforge.configs.schema import selected_blocks
+from wanforge.configs.topk import selected_blocks
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.exporter.export import home
 from wanforge.runtime.graphs import Graph, Port, graphs

@@ -10,6 +10,7 @@ from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
 from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.sparse_linear_attention import onnx_function, reference
 from wanforge.plugins.sparse_linear_attention.fused import (
     block_scores,
@@ -19,7 +20,6 @@ from wanforge.plugins.sparse_linear_attention.fused import (
     sparse_linear_attention_quantised,
 )
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles
 
 pytestmark = pytest.mark.usefixtures("guarded")
 

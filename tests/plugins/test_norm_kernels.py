@@ -12,9 +12,9 @@ from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles
 
 pytestmark = pytest.mark.usefixtures("guarded")
 

@@ -11,19 +11,12 @@ from tests.onnx_runner import run_body
 from tests.plugins.kernels import DEVICE, DTYPES, far_apart, randn, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise, quantise_rows
+from wanforge.plugins.quantiser.reference import quantise_rows as reference_rows
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.w8a8_linear import onnx_function
-from wanforge.plugins.w8a8_linear.fused import (
-    Quantised,
-    Weight,
-    empty_quantised,
-    linear_gelu,
-    linear_residual,
-    linears,
-    quantise,
-    quantise_rows,
-)
-from wanforge.plugins.w8a8_linear.reference import quantise_rows as reference_rows
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles, w8a8_linear
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 
 pytestmark = pytest.mark.usefixtures("guarded")
 

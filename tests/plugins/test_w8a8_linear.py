@@ -13,9 +13,9 @@ from tests import golden
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
 from wanforge.errors import ShapeError
+from wanforge.plugins.quantiser.reference import TILE, quantise_rows, quantise_tiles
 from wanforge.plugins.w8a8_linear import onnx_function
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
-from wanforge.plugins.w8a8_linear.reference import TILE, quantise_rows, quantise_tiles
 
 SHAPES = {  # rows, inputs, outputs
     "one row": (1, 128, 8),

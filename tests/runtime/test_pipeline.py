@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.numerics import assert_matches
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
 from wanforge.runtime import pipeline as pipeline_module

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tests import golden
 from tests.numerics import assert_matches
-from wanforge.configs.schema import DiTConfig, Recipe, TextEncoderConfig, VAEConfig, selected_blocks
+from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.topk import selected_blocks
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.runtime.image import condition, to_pixels
 from wanforge.runtime.reference.dit import DiT

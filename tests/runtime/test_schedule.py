@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.numerics import assert_matches, relative_rms
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs

@@ -15,7 +15,7 @@ from tools.tinywan.likeness import EVERY, Point, drawn_clip, judge
 from tools.tinywan.likeness import write as write_grid
 from tools.tinywan.scenes import DARKNESS, render, scene_asked
 from tools.tinywan.scores import STEPS, TOPKS, import_both, measured, write
-from wanforge.configs.schema import load_model
+from wanforge.configs.model import load_model
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.runtime.measure.quality.held_out import Prompt, Quality, Rates, held_out_prompts, rates_of
 from wanforge.runtime.measure.quality.meter import read, score

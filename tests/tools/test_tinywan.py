@@ -37,15 +37,8 @@ from tools.tinywan.scenes import SIZES, Scene, caption, draw_scene, render, voca
 from tools.tinywan.training import Plan, load_averaged, train
 from tools.tinywan.vae import latent_crops, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, answers, train_words
-from wanforge.configs.schema import (
-    DiTConfig,
-    ModelConfig,
-    TextEncoderConfig,
-    VAEConfig,
-    VideoConfig,
-    load_model,
-    load_recipe,
-)
+from wanforge.configs.model import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig, VideoConfig, load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.plugins.sparse_linear_attention.reference import Blocks, block_scores, select_blocks, sparse_branch
 from wanforge.runtime.measure.quality.figures import COLOURS

@@ -21,7 +21,8 @@ from tools.tinywan.scenes import draw_scene
 from tools.tinywan.training import Plan, load_averaged, save
 from tools.tinywan.vae import decoder_of, new_vae, settle_latents, train_decoder, train_vae
 from tools.tinywan.words import Reader, train_words
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
 from wanforge.runtime.reference.vae import VAE
 

@@ -15,7 +15,8 @@ from tools.tinywan.latents import is_thing
 from tools.tinywan.lessons import FOREGROUND, STEPS, Lessons, Velocity, guess, steps_of
 from tools.tinywan.networks import Network
 from tools.tinywan.training import Plan, train
-from wanforge.configs.schema import HEAD_DIM, selected_blocks
+from wanforge.configs.model import HEAD_DIM
+from wanforge.configs.topk import selected_blocks
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.reference import dit

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tools.tinywan.scenes import Scene, draw_scene, render
-from wanforge.configs.schema import ModelConfig
+from wanforge.configs.model import ModelConfig
 from wanforge.runtime.reference.vae import VAE
 
 SHARD = 64

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tools.tinywan.scenes import Scene, render, scene_asked
 from tools.tinywan.scores import STEPS, Bundles
-from wanforge.configs.schema import SPATIAL_STRIDE, ModelConfig
+from wanforge.configs.clip import SPATIAL_STRIDE
+from wanforge.configs.model import ModelConfig
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 from wanforge.runtime.measure.quality.held_out import Prompt, held_out_prompts, rates_of
 from wanforge.runtime.measure.quality.meter import Score, read, score

@@ -9,7 +9,8 @@ from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from tools.tinywan.scenes import vocabulary
-from wanforge.configs.schema import ModelConfig, Recipe
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.runtime.reference.dit import Block, DiT, LayerNorm, Linear, RMSNorm
 from wanforge.runtime.reference.text_encoder import Linear as TextLinear
 from wanforge.runtime.reference.text_encoder import Norm, Table, TextEncoder, pad_rows

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from wanforge.configs.schema import SPATIAL_STRIDE
+from wanforge.configs.clip import SPATIAL_STRIDE
 from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Subject, coverage, is_held_out
 from wanforge.runtime.measure.quality.held_out import Prompt
 

@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 
 from tools.tinywan.pictures import sheet
-from wanforge.configs.schema import ModelConfig, load_recipe
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.export import export

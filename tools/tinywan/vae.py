@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from tools.tinywan.latents import Pool, quick, window
 from tools.tinywan.scenes import Scene, draw_scene, render
 from tools.tinywan.training import Plan, train
-from wanforge.configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE, ModelConfig, latent_frames
+from wanforge.configs.clip import SPATIAL_STRIDE, TEMPORAL_STRIDE, latent_frames
+from wanforge.configs.model import ModelConfig
 from wanforge.runtime.reference.vae import (
     LATENT_MEAN,
     LATENT_STD,

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanforge.configs.schema import HEAD_DIM, MAX_POSITIONS, PATCH, ClipShape, DiTConfig, Recipe, VAEConfig
+from wanforge.configs.clip import MAX_POSITIONS, PATCH, ClipShape
+from wanforge.configs.model import HEAD_DIM, DiTConfig, VAEConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
-from wanforge.plugins.w8a8_linear.reference import dequantise
+from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
 from wanforge.runtime.memory.arena import Bound

@@ -4,7 +4,7 @@ Time, stem, head and text run as PyTorch runs them, cross-attention as a library
 kernels' own signatures.
 """
 
-from wanforge.configs.schema import HEAD_DIM
+from wanforge.configs.model import HEAD_DIM
 from wanforge.runtime.measure.cost.launches import (
     BF16,
     FP32,

@@ -12,28 +12,17 @@ Letters: L tokens, D width, F feed-forward width, H heads, M query blocks, N key
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from wanforge.configs.schema import (
-    HEAD_DIM,
-    ClipShape,
-    ModelConfig,
-    Recipe,
-    Target,
-    load_model,
-    load_recipe,
-    selected_blocks,
-)
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import HEAD_DIM, ModelConfig, load_model
+from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.configs.targets import Target
+from wanforge.configs.topk import selected_blocks
 from wanforge.errors import ConfigError
 
 INT8 = FP8 = 1
 BF16 = FP16 = 2
 FP32 = INT32 = 4
 INT64 = 8
-
-TILE = 128
-"""Rows and columns of a quantiser tile and of the output tile of a GEMM's thread block."""
-
-CHUNK_ROWS, MOST_CHUNKS = 1024, 64
-"""Rows and number of the chunks in which the kernels add up all keys."""
 
 PEAKS = {
     "int8": "int8_tops",

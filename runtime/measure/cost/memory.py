@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanforge.configs.schema import ClipShape, Target, load_targets, selected_blocks
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.targets import Target, load_targets
+from wanforge.configs.topk import selected_blocks
 from wanforge.engines.build import engines_of
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError

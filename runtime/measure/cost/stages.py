@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from wanforge.configs.schema import Recipe, Target
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.targets import Target
 from wanforge.engines.build import names_in
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import read_header

@@ -4,7 +4,8 @@ They are derived from upstream's code, and were not traced. Source: TurboDiffusi
 and SLA/core.py; SpargeAttn, spas_sage_attn/core.py (docs/sources.md).
 """
 
-from wanforge.configs.schema import HEAD_DIM, PATCH
+from wanforge.configs.clip import PATCH
+from wanforge.configs.model import HEAD_DIM
 from wanforge.runtime.measure.cost.launches import (
     BF16,
     FP8,

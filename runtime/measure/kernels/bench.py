@@ -5,7 +5,9 @@ from functools import partial
 
 import torch
 
-from wanforge.configs.schema import ClipShape, ModelConfig, selected_blocks
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.topk import selected_blocks
 from wanforge.runtime.measure.cost.launches import Workload
 from wanforge.runtime.measure.kernels.cases import OPS, recipe_on
 from wanforge.runtime.measure.kernels.checks import check

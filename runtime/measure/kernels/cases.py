@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wanforge.configs.schema import HEAD_DIM, DiTConfig, Recipe, load_recipe
+from wanforge.configs.model import HEAD_DIM, DiTConfig
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.launching.launch import Constant, recording, target_sm
+from wanforge.plugins.launching.launch import Constant, architecture_of, recording
 from wanforge.plugins.layer_norm.fused import norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
+from wanforge.plugins.quantiser.fused import Quantised
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
-from wanforge.plugins.w8a8_linear.fused import Quantised
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles
 from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import BF16, FP32, Cost, Workload, block
@@ -34,7 +35,7 @@ from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables,
 def recipe_on(device: torch.device) -> Recipe:
     """The published precision as a device can run it; the interpreter has every format."""
     recipe = load_recipe("w8a8")
-    return recipe_for(recipe, target_sm(device)) if device.type == "cuda" else recipe
+    return recipe_for(recipe, architecture_of(device)) if device.type == "cuda" else recipe
 
 
 def plan(w: Workload) -> dict[str, Cost]:
@@ -145,7 +146,7 @@ def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> lis
     """What `call` launches on `inputs`, one by one, each over what those before it left."""
     device = inputs[0].device
     blanks = [torch.empty_like(tensor, device="meta") for tensor in inputs]
-    with recording(target_sm(device)) as launches:
+    with recording(architecture_of(device)) as launches:
         call(*blanks)
     real = {id(blank): tensor for blank, tensor in zip(blanks, inputs, strict=True)}
 
@@ -156,9 +157,10 @@ def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> lis
             real[id(value)] = torch.empty_like(value, device=device)
         return real[id(value)]
 
-    runs: list[Run] = [
-        partial(one.kernel, **{name: filled(value) for name, value in one.arguments.items()}) for one in launches
-    ]
+    runs: list[Run] = []
+    for one in launches:
+        assert isinstance(one.kernel, Kernel)
+        runs.append(partial(one.kernel, **{name: filled(value) for name, value in one.arguments.items()}))
     for run in runs:
         run()
     return runs

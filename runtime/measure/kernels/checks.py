@@ -11,16 +11,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from wanforge.configs.schema import DiTConfig
+from wanforge.configs.model import DiTConfig
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
+from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention import fused as attention
 from wanforge.plugins.sparse_linear_attention import reference as attention_reference
-from wanforge.plugins.w8a8_linear.fused import Quantised, Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 from wanforge.runtime.backends.fused_block import FusedBlock
 from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on

@@ -12,16 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.w8a8_linear import reference
-from wanforge.plugins.w8a8_linear.fused import (
-    Quantised,
-    Weight,
-    linear_gelu,
-    linear_residual,
-    linears,
-    quantise,
-    quantise_rows,
-)
+from wanforge.plugins.quantiser import reference
+from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import BF16, FP32, INT8, Cost, Workload, block, scales
 from wanforge.runtime.measure.kernels.timing import Case, Draw, compiled, eager_and_compiled

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from wanforge import __version__
-from wanforge.configs.schema import Target, load_targets
+from wanforge.configs.targets import Target, load_targets
 
 DEVICES = {
     "NVIDIA A100-SXM4-80GB": "a100",

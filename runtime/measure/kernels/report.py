@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from wanforge.configs.schema import Target
+from wanforge.configs.targets import Target
 from wanforge.runtime.measure.cost.launches import Workload, seconds
 from wanforge.runtime.measure.kernels.checks import Verdict
 from wanforge.runtime.measure.kernels.timing import KERNEL, Case, Times

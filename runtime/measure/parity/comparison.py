@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import Depths, Limits, Recipe, load_limits
+from wanforge.configs.limits import DepthLimits, Limits, load_limits
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
@@ -133,7 +134,7 @@ class Parity:
     reference: Side
     request: Request
     seeds: Sequence[int]
-    limits: Depths | None
+    limits: DepthLimits | None
     comparisons: list[Comparison] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     clips: list[Tensor] = field(default_factory=list)
@@ -349,7 +350,7 @@ class _Run:
         self.found.comparisons.append(Comparison(place, apart, limits_at(self.found.limits, place, rounds)))
 
 
-def limits_at(depths: Depths | None, place: Place, rounds: bool) -> Limits | None:
+def limits_at(depths: DepthLimits | None, place: Place, rounds: bool) -> Limits | None:
     """What is asked for at a place, where the backend may round inside. A graph other than a layer is held to what an
     op is."""
     if depths is None:

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.memory.arena import Bound
 from wanforge.runtime.schedule import BufferSpec, Launch, Schedule

@@ -8,7 +8,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import Limits
+from wanforge.configs.limits import Limits
 from wanforge.runtime.measure.page import COLOURS, Plot, Series, document, heading, paragraph, picture, plot, table
 from wanforge.runtime.measure.parity.comparison import BLOCK, DEPTHS, Comparison, Parity
 

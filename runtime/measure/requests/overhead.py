@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.memory.arena import Bound, Unbounded

@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape, Recipe, load_recipe, size_of
+from wanforge.configs.clip import ClipShape, size_of
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
 from wanforge.runtime.backends import create_backend

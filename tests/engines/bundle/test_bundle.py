@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import (
     MANIFEST,
     VERIFIED,

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import checkpoint_sources
 from tests.exporter.checkpoint.sources import T2V, State
-from wanforge.configs.schema import ModelConfig
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanforge.configs.schema import ModelConfig, Recipe, load_model, load_recipe
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import CheckpointError

@@ -26,12 +26,12 @@ from tests.exporter.checkpoint.sources import (
     write_shards,
 )
 from tests.numerics import assert_matches
-from wanforge.configs.schema import Recipe, load_recipe
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
-from wanforge.plugins.w8a8_linear.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.reference.names import aliases
 
 FORMS: dict[str, Callable[[str, State, Path], Path]] = {

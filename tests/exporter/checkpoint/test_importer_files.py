@@ -23,7 +23,7 @@ from tests.exporter.checkpoint.sources import (
     write_safetensors,
 )
 from tests.numerics import assert_matches
-from wanforge.configs.schema import Recipe
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError, CheckpointError, ResourceError

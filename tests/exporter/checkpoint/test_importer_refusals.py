@@ -21,7 +21,8 @@ from tests.exporter.checkpoint.sources import (
     without,
     write_pth,
 )
-from wanforge.configs.schema import ModelConfig, Recipe, load_model
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import Recipe
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 

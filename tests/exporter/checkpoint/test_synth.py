@@ -12,12 +12,13 @@ import torch
 
 from tests.golden import load_json
 from tests.numerics import assert_matches
-from wanforge.configs.schema import load_model, named
+from wanforge.configs.loading import named
+from wanforge.configs.model import load_model
 from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import DTYPES, open_checkpoint
 from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
-from wanforge.plugins.w8a8_linear.reference import quantise_tiles
+from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.runtime.text import Tokenizer
 
 SUPPORT = {"Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"}

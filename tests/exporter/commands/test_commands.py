@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import checkpoint_sources
 from wanforge.cli import COMMANDS, cli, main
-from wanforge.configs.schema import CONFIGS, load_model
+from wanforge.configs.loading import CONFIGS
+from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.embedded import embedded

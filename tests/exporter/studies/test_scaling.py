@@ -11,7 +11,9 @@ from click.testing import CliRunner
 
 from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, Target, load_model, load_targets
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.targets import Target, load_targets
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.exporter.studies import scaling as scaling_module

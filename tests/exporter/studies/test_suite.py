@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wanforge.configs.schema import load_model
+from wanforge.configs.model import load_model
 from wanforge.exporter.studies import suite as suite_module
 from wanforge.exporter.studies.suite import Scale, Suite, measure_scale
 from wanforge.exporter.studies.suite_report import PLOT, as_json, page, scaling_plot, text

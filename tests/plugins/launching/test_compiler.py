@@ -17,9 +17,10 @@ from tests.launches import gemm_launch, norm_launch
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.launching import compiler
 from wanforge.plugins.launching import worker as compile_worker
-from wanforge.plugins.launching.compiler import LIMITS, Worker, compile_kernels, faults, occupancy, outdated
-from wanforge.plugins.launching.cubins import MANIFEST, Cubin, Store, source_hash
+from wanforge.plugins.launching.compiler import Worker, compile_kernels, outdated
+from wanforge.plugins.launching.cubins import MANIFEST, Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.launching.occupancy import LIMITS, faults, occupancy
 from wanforge.plugins.launching.worker import TENSOR_CORE
 
 SMS = (80, 90)
@@ -47,11 +48,11 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorded(folder: Path, launch: Launch) -> Cubin:
-    return Store(folder).cubins()[launch.specialisation.key]
+    return CubinStore(folder).cubins()[launch.specialisation.key]
 
 
 def test_equal_launches_are_compiled_once(folder: Path, launches: list[Launch]) -> None:
-    cubins = Store(folder).cubins()
+    cubins = CubinStore(folder).cubins()
     assert set(cubins) == {launch.specialisation.key for launch in launches}
     files = {cubin.file for cubin in cubins.values()}
     assert {path.name for path in folder.iterdir()} == {*files, MANIFEST, ".lock"}
@@ -143,8 +144,8 @@ def test_another_source_and_a_damaged_file_are_compiled_again(tmp_path: Path, mo
     monkeypatch.setattr(compiler, "source_hash", lambda op: "another")
     (second,) = compile_kernels([launch], tmp_path)
     assert second == msgspec.structs.replace(first, source_hash="another")
-    assert Store(tmp_path).cubins() == {second.key: second}
-    assert Store(tmp_path).read(second)[:4] == b"\x7fELF"
+    assert CubinStore(tmp_path).cubins() == {second.key: second}
+    assert CubinStore(tmp_path).read(second)[:4] == b"\x7fELF"
 
 
 def test_compiling_leaves_this_process_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_a_kernel_that_does_not_compile_loses_none_that_does(tmp_path: Path) -> 
         compile_kernels([bad, good], tmp_path, 1, lambda *report: reports.append(report))
     assert str(failure.value).startswith("layer_norm.norm does not compile for sm_90: ")
     assert "NoneType" in str(failure.value)
-    assert list(Store(tmp_path).cubins()) == [good.specialisation.key]
+    assert list(CubinStore(tmp_path).cubins()) == [good.specialisation.key]
     assert reports == [("compile", 1, 2), ("compile", 2, 2)]
 
 
@@ -191,7 +192,7 @@ def test_a_compiler_that_crashes_fails_one_kernel(tmp_path: Path, monkeypatch: p
     first, second = norm_launch(80), norm_launch(90)
     with pytest.raises(WanforgeError, match=r"does not compile for sm_80: the compiler crashed \(-11\)"):
         compile_kernels([first, second], tmp_path, jobs=1)
-    assert list(Store(tmp_path).cubins()) == [second.specialisation.key]
+    assert list(CubinStore(tmp_path).cubins()) == [second.specialisation.key]
 
 
 def test_an_interruption_keeps_what_is_done_and_ends_the_compilers(
@@ -211,7 +212,7 @@ def test_an_interruption_keeps_what_is_done_and_ends_the_compilers(
     launches = [norm_launch(80, width) for width in (128, 256, 384, 512)]
     with pytest.raises(KeyboardInterrupt):
         compile_kernels(launches, tmp_path, 1, interrupt)
-    (kept,) = Store(tmp_path).cubins().values()
+    (kept,) = CubinStore(tmp_path).cubins().values()
     assert {path.name for path in tmp_path.iterdir()} == {kept.file, MANIFEST, ".lock"}
     assert [process.returncode for process in started] == [-signal.SIGKILL]
 

@@ -18,8 +18,10 @@ import torch
 import wanforge
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import cubins
-from wanforge.plugins.launching.cubins import MANIFEST, Cubin, Driver, Launcher, Store, source_hash
-from wanforge.plugins.launching.launch import Kernel, Launch
+from wanforge.plugins.launching.cubins import MANIFEST, Cubin, CubinStore, source_hash
+from wanforge.plugins.launching.driver import Driver, Launcher
+from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.launch import Launch
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)",), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 CODE = b"machine code"
@@ -77,11 +79,11 @@ def cubin_of(launch: Launch, **changed: object) -> Cubin:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CubinStore:
     """An empty cache, and no other folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("WANFORGE_KERNELS", raising=False)
-    return Store(tmp_path / "wanforge" / "kernels")
+    return CubinStore(tmp_path / "wanforge" / "kernels")
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cubins, "find_spec", lambda name: None)
 
 
-def test_arguments_go_in_the_compiled_order_with_null_scratch(cache: Store) -> None:
+def test_arguments_go_in_the_compiled_order_with_null_scratch(cache: CubinStore) -> None:
     given, driver = launch(), FakeDriver()
     cache.add(cubin_of(given), CODE)
     Launcher(driver)(given)
@@ -102,7 +104,7 @@ def test_arguments_go_in_the_compiled_order_with_null_scratch(cache: Store) -> N
     assert types == (NULL, ctypes.c_float, ctypes.c_int32, NULL, ctypes.c_int64, NULL, NULL)
 
 
-def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: Store) -> None:
+def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: CubinStore) -> None:
     driver = FakeDriver()
     launcher = Launcher(driver)
     cache.add(cubin_of(launch()), CODE)
@@ -114,7 +116,7 @@ def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: Store) -> N
     assert [grid for _, _, grid, *_ in driver.launches] == [(3, 1, 1), (1, 1, 1)]
 
 
-def test_misaligned_arguments_are_not_launched(cache: Store) -> None:
+def test_misaligned_arguments_are_not_launched(cache: CubinStore) -> None:
     driver = FakeDriver()
     cache.add(cubin_of(launch()), CODE)
     with pytest.raises(ShapeError, match="stride is 8"):
@@ -122,7 +124,7 @@ def test_misaligned_arguments_are_not_launched(cache: Store) -> None:
     assert not driver.launches
 
 
-def test_a_damaged_cubin_is_refused(cache: Store) -> None:
+def test_a_damaged_cubin_is_refused(cache: CubinStore) -> None:
     cache.add(cubin_of(launch()), CODE)
     (cache.folder / "norm.cubin").write_bytes(CODE + b"!")
     driver = FakeDriver()
@@ -131,7 +133,7 @@ def test_a_damaged_cubin_is_refused(cache: Store) -> None:
     assert not driver.loads
 
 
-def test_a_cubin_that_is_gone_is_refused(cache: Store) -> None:
+def test_a_cubin_that_is_gone_is_refused(cache: CubinStore) -> None:
     cache.add(cubin_of(launch()), CODE)
     (cache.folder / "norm.cubin").unlink()
     with pytest.raises(ResourceError, match=r"norm\.cubin: missing; make it again"):
@@ -139,7 +141,7 @@ def test_a_cubin_that_is_gone_is_refused(cache: Store) -> None:
 
 
 @pytest.mark.usefixtures("no_triton")
-def test_without_a_cubin_or_triton_the_message_says_how_to_make_one(cache: Store) -> None:
+def test_without_a_cubin_or_triton_the_message_says_how_to_make_one(cache: CubinStore) -> None:
     message = r"no cubin of layer_norm\.norm for sm_90 in .*; make it with: wanforge kernels --target sm_90"
     with pytest.raises(ResourceError, match=message):
         Launcher(FakeDriver())(launch())
@@ -151,22 +153,22 @@ def test_without_a_cubin_or_triton_the_message_says_how_to_make_one(cache: Store
 
 @pytest.mark.usefixtures("no_triton")
 def test_the_shipped_folder_comes_before_the_cache(
-    cache: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: CubinStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANFORGE_KERNELS", str(tmp_path / "shipped"))
     cache.add(cubin_of(launch()), CODE)
     driver = FakeDriver()
     Launcher(driver)(launch())
     other = b"shipped"
-    Store(tmp_path / "shipped").add(cubin_of(launch(), sha256=hashlib.sha256(other).hexdigest()), other)
+    CubinStore(tmp_path / "shipped").add(cubin_of(launch(), sha256=hashlib.sha256(other).hexdigest()), other)
     Launcher(driver)(launch())
     assert [code for _, code, *_ in driver.loads] == [CODE, other]
 
 
-def test_what_is_missing_is_compiled_into_the_cache(cache: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_compiled_into_the_cache(cache: CubinStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_kernels(launches: list[Launch], folder: Path, jobs: int) -> list[Cubin]:
         made = cubin_of(launches[0])
-        Store(folder).add(made, CODE)
+        CubinStore(folder).add(made, CODE)
         return [made]
 
     monkeypatch.setattr("wanforge.plugins.launching.compiler.compile_kernels", compile_kernels)
@@ -176,13 +178,13 @@ def test_what_is_missing_is_compiled_into_the_cache(cache: Store, monkeypatch: p
     assert list(cache.cubins()) == [launch().specialisation.key]
 
 
-def test_replacing_a_cubin_leaves_no_other_file(cache: Store) -> None:
+def test_replacing_a_cubin_leaves_no_other_file(cache: CubinStore) -> None:
     cache.add(cubin_of(launch()), CODE)
     cache.add(cubin_of(launch(), file="new.cubin"), CODE)
     assert {path.name for path in cache.folder.iterdir()} == {"new.cubin", MANIFEST, ".lock"}
 
 
-def test_an_interrupted_write_leaves_the_manifest_as_it_was(cache: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_the_manifest_as_it_was(cache: CubinStore, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.add(cubin_of(launch()), CODE)
     before = (cache.folder / MANIFEST).read_bytes()
 
@@ -196,16 +198,16 @@ def test_an_interrupted_write_leaves_the_manifest_as_it_was(cache: Store, monkey
     assert {path.name for path in cache.folder.iterdir()} == {"norm.cubin", MANIFEST, ".lock"}
 
 
-def test_several_may_add_at_once(cache: Store) -> None:
+def test_several_may_add_at_once(cache: CubinStore) -> None:
     def add(number: int) -> None:
-        Store(cache.folder).add(cubin_of(launch(), key=f"{number}", file=f"{number}.cubin"), CODE)
+        CubinStore(cache.folder).add(cubin_of(launch(), key=f"{number}", file=f"{number}.cubin"), CODE)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(add, range(24)))
     assert set(cache.cubins()) == set(map(str, range(24)))
 
 
-def test_a_damaged_manifest_is_refused(cache: Store) -> None:
+def test_a_damaged_manifest_is_refused(cache: CubinStore) -> None:
     cache.folder.mkdir(parents=True)
     (cache.folder / MANIFEST).write_text("{")
     with pytest.raises(ResourceError, match=r"manifest\.json: damaged.*delete it"):

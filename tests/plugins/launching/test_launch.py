@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from tests.launches import gemm_launch, norm_launch
-from wanforge.configs.schema import load_tiles
+from wanforge.configs.tiles import load_tiles
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import launch as launching
-from wanforge.plugins.launching.launch import Kernel, Launch, evaluate, recording, target_sm, tile_for
+from wanforge.plugins.launching.grid import evaluate
+from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.launch import Launch, architecture_of, recording, tile_for
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)", "D // 64"), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 
@@ -38,10 +40,10 @@ def test_recording_takes_the_tiles_of_the_architecture() -> None:
 def test_recordings_nest_and_leave_nothing_behind() -> None:
     with recording(80) as outer:
         inner = norm_launch(90)
-        assert target_sm(torch.device("meta")) == 80
+        assert architecture_of(torch.device("meta")) == 80
     assert outer == []
     assert inner.sm == 90
-    assert target_sm(torch.device("cpu")) == launching.INTERPRETED_SM
+    assert architecture_of(torch.device("cpu")) == launching.INTERPRETED_SM
 
 
 def test_a_specialisation_sorts_arguments_into_types_and_constants() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.cubins import Cubin, Driver, Launcher, source_hash
+from wanforge.plugins.launching.cubins import Cubin, source_hash
+from wanforge.plugins.launching.driver import Driver, Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, plan
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttention
@@ -73,7 +74,7 @@ def test_inputs_and_the_output_are_where_tensorrt_put_them(op: PluginOp, inputs:
 
 def test_parts_of_a_tensor_keep_their_offset() -> None:
     def run(inputs: Any) -> torch.Tensor:
-        from wanforge.plugins.w8a8_linear import fused
+        from wanforge.plugins.quantiser import fused
 
         left = inputs[0][:, 128:]
         return fused.quantise(left).steps_MK

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.stand_ins import HEADER, StandIn, write_engines
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines import build as engine_plan
 from wanforge.engines import files as engine_files
 from wanforge.engines.bundle.bundle import Bundle

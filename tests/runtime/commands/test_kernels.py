@@ -11,10 +11,12 @@ from click.testing import CliRunner, Result
 
 from tests.launches import norm_launch
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, ModelConfig, Recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.compiler import compile_kernels
-from wanforge.plugins.launching.cubins import Cubin, Store
+from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.commands import kernels as kernels_cli
 from wanforge.runtime.commands.kernels import footprint, instructions, sms_of, table, variant
@@ -58,7 +60,7 @@ def refused(*arguments: object) -> str:
 
 
 def cubin_of(folder: Path, sm: int) -> Cubin:
-    return next(cubin for cubin in Store(folder).cubins().values() if cubin.sm == sm)
+    return next(cubin for cubin in CubinStore(folder).cubins().values() if cubin.sm == sm)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_the_table_of_what_is_compiled(tmp_path: Path, asked: list[tuple[str, st
     assert lines[0].split()[:3] == ["kernel", "SM", "warps"]
     assert [line.split()[1] for line in lines[1:-1]] == ["sm_80", "sm_90"]
     assert lines[-1] == f"2 compiled, 0 from the cache, {tmp_path}"
-    assert {cubin.sm for cubin in Store(tmp_path).cubins().values()} == {80, 90}
+    assert {cubin.sm for cubin in CubinStore(tmp_path).cubins().values()} == {80, 90}
 
 
 def test_models_and_recipe_are_asked_for_each_architecture(

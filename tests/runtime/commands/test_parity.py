@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import ort as ort_backend

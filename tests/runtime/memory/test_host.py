@@ -6,7 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.runtime.memory import host as memory
 from wanforge.runtime.memory.host import available_bytes, control_group_bytes, needed_bytes
 

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wanforge.configs.schema import ClipShape, load_model, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import ConfigError, ResourceError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanforge.configs.schema import load_recipe
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import BundleError, ConfigError

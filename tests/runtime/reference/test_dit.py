@@ -6,7 +6,9 @@ from torch import Tensor
 
 from tests import golden, oracles
 from tests.numerics import assert_matches, relative_rms
-from wanforge.configs.schema import DiTConfig, Recipe, selected_blocks
+from wanforge.configs.model import DiTConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.topk import selected_blocks
 from wanforge.errors import ShapeError
 from wanforge.runtime.reference.dit import (
     DiT,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.golden import load_json
-from wanforge.configs.schema import load_model
+from wanforge.configs.model import load_model
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.runtime.reference.names import (

@@ -5,7 +5,7 @@ import torch
 
 from tests import golden, oracles
 from tests.numerics import assert_matches
-from wanforge.configs.schema import TextEncoderConfig
+from wanforge.configs.model import TextEncoderConfig
 from wanforge.runtime.reference.text_encoder import TextEncoder, pad_rows, position_buckets
 
 RECORDED = TextEncoderConfig(vocab_size=160, dim=64, ffn_dim=160, num_heads=4, num_layers=3)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests import golden, oracles
 from tests.numerics import assert_matches
-from wanforge.configs.schema import VAEConfig
+from wanforge.configs.model import VAEConfig
 from wanforge.errors import ShapeError
 from wanforge.runtime.reference.vae import LATENT_MEAN, LATENT_STD, VAE
 

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 
 from tests.numerics import assert_matches
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, load_recipe
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.runtime.backends import create_backend, create_baseline

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wanforge.configs.schema import ClipShape, VideoConfig, load_model, load_recipe, load_targets
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import VideoConfig, load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels

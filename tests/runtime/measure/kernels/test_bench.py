@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tests.numerics import assert_matches
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, load_model, load_targets
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised

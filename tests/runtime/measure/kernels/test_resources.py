@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from wanforge.cli import cli
-from wanforge.configs.schema import load_tiles
-from wanforge.plugins.launching.compiler import compile_kernels, faults
+from wanforge.configs.tiles import load_tiles
+from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin
+from wanforge.plugins.launching.occupancy import faults
 from wanforge.runtime.commands.kernels import launches_of
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanforge.configs.schema import ClipShape, load_limits, load_recipe, named
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.limits import load_limits
+from wanforge.configs.loading import named
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
 from wanforge.runtime.backends import create_backend

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tools.tinywan.scenes import draw_scene
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.errors import RequestError
 from wanforge.runtime.measure.quality import held_out
 from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, is_held_out

@@ -8,7 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from wanforge.cli import cli
-from wanforge.configs.schema import load_model, load_recipe
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.embedded import FOLDER, embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint

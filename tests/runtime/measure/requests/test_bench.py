@@ -11,7 +11,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from wanforge.cli import cli
-from wanforge.configs.schema import ClipShape, load_model, load_recipe, load_targets
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.exporter.checkpoint.skeleton import skeleton

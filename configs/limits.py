@@ -1,0 +1,52 @@
+"""How far a backend may be from the reference: the table in ``parity.toml``, which gives a reason for each row."""
+
+from wanforge.configs.loading import CONFIGS, Fraction, Positive, Record, load
+from wanforge.configs.recipe import Recipe, load_recipe
+
+
+class Limits(Record, frozen=True):
+    """How far a backend may be from the reference at one depth. A limit of None is not checked; values that are not
+    finite never pass."""
+
+    reason: str
+    rms: Positive | None = None
+    """Largest RMS of the difference, relative to the RMS of the reference."""
+    max: Positive | None = None
+    """Largest single difference, relative to the RMS of the reference."""
+    cosine: Fraction | None = None
+    """Smallest cosine similarity."""
+    psnr_db: Positive | None = None
+    """Smallest peak signal-to-noise ratio."""
+    ssim: Fraction | None = None
+    """Smallest structural similarity."""
+
+
+class DepthLimits(Record, frozen=True):
+    """What a recipe is held to in one compute type, depth by depth; see `runtime.measure.parity`."""
+
+    op: Limits
+    """Every op on the reference's inputs, and every graph that is little more than one op."""
+    rounded: Limits
+    """Ops that round or select inside: sparse attention, and whatever a backend quantises in the same kernel."""
+    block: Limits
+    """A layer of the denoiser on the reference's inputs."""
+    step: Limits
+    """A step on the reference's latents."""
+    clip: Limits
+    """The frames of a whole request."""
+
+
+class _Parity(Record, frozen=True):
+    parity: dict[str, dict[str, DepthLimits]]
+
+
+def load_limits(recipe: Recipe, compute: str) -> DepthLimits | None:
+    """What a backend that computes in this type (``float32``) is held to; None where no limits are known.
+
+    A recipe of another name is held to the limits of the known recipe with the same number formats.
+    """
+    for name, types in load(CONFIGS / "parity.toml", _Parity).parity.items():
+        known = load_recipe(name)
+        if (known.linear, known.attention) == (recipe.linear, recipe.attention):
+            return types.get(compute)
+    return None

@@ -1,0 +1,121 @@
+"""Models: the sizes of their networks, their sampler, and the clip that they make by default.
+
+Shapes of a published model are the defaults, so a TOML file only says where a model differs.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from wanforge.configs.clip import ClipShape, latent_frames
+from wanforge.configs.loading import Count, Fraction, Multiple16, Multiple128, Positive, Record, load_named
+
+HEAD_DIM = 128
+"""Channels per attention head: the same in every Wan model, and what the kernels are made for."""
+
+
+class DiTConfig(Record, frozen=True):
+    """One denoiser. Source: TurboDiffusion, inference/modify_model.py (docs/sources.md)."""
+
+    dim: Multiple128
+    """Width of the residual stream: heads x 128."""
+    ffn_dim: Multiple128
+    num_layers: Count
+    in_channels: Literal[16, 36] = 16
+    """16 latent channels; image-to-video adds 4 mask and 16 image-latent channels."""
+    out_channels: Count = 16
+    text_dim: Count = 4096
+    text_rows: Count = 512
+    """Rows of text that cross-attention sees; short prompts are padded with zero rows, which are attended to."""
+    frequency_dim: Count = 256
+    """Length of the timestep's sinusoid."""
+    eps: Positive = 1e-6
+
+    @property
+    def num_heads(self) -> int:
+        return self.dim // HEAD_DIM
+
+
+class VAEConfig(Record, frozen=True):
+    """The Wan2.1 VAE, which Wan2.2-A14B shares. Source: Wan2.1, wan/modules/vae.py (docs/sources.md)."""
+
+    dim: Count = 96
+    """Channels at full resolution; 2x, 4x, 4x below."""
+    latent_channels: Count = 16
+
+
+class TextEncoderConfig(Record, frozen=True):
+    """umT5-xxl's encoder. Source: Wan2.1, wan/modules/t5.py (docs/sources.md)."""
+
+    vocab_size: Count = 256384
+    dim: Count = 4096
+    ffn_dim: Count = 10240
+    num_heads: Count = 64
+    num_layers: Count = 24
+    num_buckets: Count = 32
+    max_distance: Count = 128
+    eps: Positive = 1e-6
+
+
+class SamplerConfig(Record, frozen=True):
+    """rCM sampling. Source: TurboDiffusion, inference/wan2.1_t2v_infer.py and wan2.2_i2v_infer.py (docs/sources.md)."""
+
+    steps: Annotated[int, Meta(ge=1, le=4)] = 4
+    sigma_max: Positive = 80.0
+    boundary: Fraction | None = None
+    """Rectified-flow time below which the low-noise expert takes over; None where there is one denoiser."""
+
+
+class VideoConfig(Record, frozen=True):
+    """The clip that a model makes when nothing is asked for."""
+
+    width_px: Multiple16
+    height_px: Multiple16
+    frames: Annotated[int, Meta(ge=1)] = 81
+    fps: Count = 16
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """In pixels."""
+        return self.width_px, self.height_px
+
+    @property
+    def clip(self) -> ClipShape:
+        return ClipShape(self.width_px, self.height_px, self.frames)
+
+
+class ModelConfig(Record, frozen=True):
+    """One published model, or a tiny one of the same shape."""
+
+    name: str
+    task: Literal["t2v", "i2v"]
+    checkpoint: str
+    """Stem of the published denoiser files; ``{expert}`` stands for high or low."""
+    dit: DiTConfig
+    video: VideoConfig
+    vae: VAEConfig = VAEConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    topk: Fraction = 0.1
+    """Share of key blocks that each query block attends to, unless a request says otherwise."""
+
+    def __post_init__(self) -> None:
+        if (self.task == "i2v") != (self.dit.in_channels == 36):
+            raise ValueError(f"task {self.task!r} does not go with {self.dit.in_channels} input channels")
+        if self.text_encoder.dim != self.dit.text_dim:
+            raise ValueError(
+                f"text_encoder.dim is {self.text_encoder.dim} but the denoiser expects {self.dit.text_dim}"
+            )
+        if ("{expert}" in self.checkpoint) != (self.sampler.boundary is not None):
+            raise ValueError("checkpoint names an {expert} where, and only where, sampler.boundary is set")
+        latent_frames(self.video.frames)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the denoisers in the order of use: one without a name, or ``high`` then ``low``."""
+        return ("",) if self.sampler.boundary is None else ("high", "low")
+
+
+def load_model(name: str) -> ModelConfig:
+    """The model with this name, or the one in this TOML file."""
+    return load_named("model", "models", name, ModelConfig)

@@ -1,0 +1,39 @@
+"""Recipes: which number format each part of the denoiser runs in, and how much of attention is computed."""
+
+from typing import Literal
+
+from wanforge.configs.loading import Record, load_named
+
+
+class Recipe(Record, frozen=True):
+    """A precision plan of the denoiser."""
+
+    name: str
+    linear: Literal["bf16", "w8a8", "w8a8-row"]
+    """Format of the linears in the blocks; everything else stays in the compute type or in float32. ``w8a8`` has
+    upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output."""
+    attention: Literal["dense", "sla", "sagesla"]
+    tile: Literal[64, 128, 256] = 128
+    """Rows and columns that share a scale, with ``w8a8`` only. Graphs and kernels exist for upstream's 128; the other
+    values run on the reference alone, to show what they would be worth."""
+    block_q: Literal[64, 128] = 128
+    block_k: Literal[64, 128] = 64
+    pv: Literal["fp8", "fp16"] = "fp8"
+    """Format of probabilities and values, with ``sagesla`` only: fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
+    compat: Literal["none", "upstream"] = "none"
+    """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether self-attention selects key blocks."""
+        return self.attention != "dense"
+
+    @property
+    def rows_per_scale(self) -> int:
+        """Rows of activations that the linears quantise with one scale; 1 where rows do not affect each other."""
+        return self.tile if self.linear == "w8a8" else 1
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe with this name, or the one in this TOML file."""
+    return load_named("recipe", "recipes", name, Recipe)

@@ -1,0 +1,40 @@
+"""Grid rules: the number of programs of a kernel along each axis, as a small expression over its arguments."""
+
+import ast
+import operator
+from collections.abc import Mapping
+from functools import lru_cache
+from threading import Lock
+
+PARSING = Lock()
+"""Held while Python's parser runs: Python 3.11 counts its depth for all threads together and can lose count."""
+
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
+
+
+def evaluate(expression: str, names: Mapping[str, int]) -> int:
+    """The value of a grid rule, which may hold integers, names, + - * // and ``cdiv(a, b)``, a division rounded up.
+
+    Raises:
+        ValueError: The rule holds something else.
+    """
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.Name(id=name):
+                return names[name]
+            case ast.BinOp(left=left, op=op, right=right):
+                return _OPERATIONS[type(op)](value(left), value(right))
+            case ast.Call(func=ast.Name(id="cdiv"), args=[a, b]):
+                return -(-value(a) // value(b))
+        raise ValueError(f"a grid rule cannot hold {ast.unparse(node)!r}")
+
+    return value(_parsed(expression))
+
+
+@lru_cache
+def _parsed(expression: str) -> ast.expr:
+    with PARSING:
+        return ast.parse(expression, mode="eval").body
