@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from wanforge.configs.clip import ClipShape, latent_frames
+from wanforge.configs.clip import ClipShape, latent_frames, size_of
 from wanforge.configs.loading import Count, Fraction, Multiple16, Multiple128, Positive, Record, load_named
 
 HEAD_DIM = 128
@@ -81,7 +81,19 @@ class VideoConfig(Record, frozen=True):
 
     @property
     def clip(self) -> ClipShape:
-        return ClipShape(self.width_px, self.height_px, self.frames)
+        return self.shape()
+
+    def shape(self, size: tuple[int, int] | str | None = None, frames: int | None = None) -> ClipShape:
+        """The clip of another size or length.
+
+        Args:
+            size: Width and height in pixels, or a text as `clip.size_of` reads it, at 16:9.
+
+        Raises:
+            ConfigError: There is no such size, or no clip of this length.
+        """
+        width, height = size_of(size, "16:9") if isinstance(size, str) else size or self.size_wh
+        return ClipShape(width, height, self.frames if frames is None else frames)
 
 
 class ModelConfig(Record, frozen=True):
@@ -98,6 +110,8 @@ class ModelConfig(Record, frozen=True):
     sampler: SamplerConfig = SamplerConfig()
     topk: Fraction = 0.1
     """Share of key blocks that each query block attends to, unless a request says otherwise."""
+    held_out: Literal["", "figures"] = ""
+    """The fixed prompts that its quality can be measured on, because it was trained to draw what they ask for."""
 
     def __post_init__(self) -> None:
         if (self.task == "i2v") != (self.dit.in_channels == 36):

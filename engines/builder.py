@@ -3,26 +3,24 @@
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from wanforge.engines.files import FLAGS
+from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.plugins.tensorrt.plugin import Account, PluginOp, registered
+from wanforge.progress import Progress, silent
 
 if TYPE_CHECKING:
     from wanforge.plugins.launching.launch import Launch
 
 Shape = tuple[int, ...]
-Progress = Callable[[str, int, int], object]
-"""Told a phase of the builder, how many of its steps are done, and of how many."""
-
-FLAGS = ("REQUIRE_USER_ALLOCATION",)
-"""Set for TensorRT-RTX: memory taken at run time is in no memory plan, and cannot be captured into a CUDA graph."""
 OVERHEAD = 500_000_000
 """Bytes that a build takes whatever it builds: the library, its kernels' sources, PyTorch for planning plugins."""
 PER_CONSTANT = 3.1
@@ -30,16 +28,7 @@ PER_CONSTANT = 3.1
 
 
 @dataclass(frozen=True)
-class Range:
-    """The shapes of one input that an engine serves; it is made best for the usual one."""
-
-    least: Shape
-    usual: Shape
-    most: Shape
-
-
-@dataclass(frozen=True)
-class Job:
+class BuildJob:
     """One engine to build.
 
     Attributes:
@@ -49,7 +38,7 @@ class Job:
     """
 
     onnx: Path
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, ShapeRange]
     constant_bytes: int = 0
 
     @property
@@ -95,16 +84,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine.
+    """What came of compiling one graph.
 
     Attributes:
-        plan: its bytes.
+        engine_bytes: The engine, as it is kept on disk.
         layers: what the builder fused the graph into.
         activation_bytes: of its intermediate tensors, plugins' workspaces among them, by the builder's own account.
         plugin_nodes: how many nodes of the graph were taken by plugins.
     """
 
-    plan: bytes
+    engine_bytes: bytes
     layers: tuple[Layer, ...]
     activation_bytes: int
     plugin_nodes: int
@@ -118,11 +107,11 @@ class Built:
 
 def build(
     library: Library,
-    job: Job,
+    job: BuildJob,
     sms: Sequence[int],
     *,
     plugins: bool = True,
-    progress: Progress = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> Built:
     """Compile one graph.
 
@@ -158,16 +147,16 @@ def build(
         config.progress_monitor = monitor = monitor_of(trt, progress, interrupted)
         plugin_kinds = (trt.LayerType.PLUGIN_V3,)
         taken = sum(network.get_layer(i).type in plugin_kinds for i in range(network.num_layers))
-        plan = builder.build_serialized_network(network, config)
+        engine = builder.build_serialized_network(network, config)
         del monitor
         if interrupted.is_set():
             raise KeyboardInterrupt
-        if plan is None or account.refusals:  # the library goes on without the workspace of a plugin that refuses
+        if engine is None or account.refusals:  # the library goes on without the workspace of a plugin that refuses
             raise refusal(library, job, "cannot compile", [*account.refusals, *log.errors])
-        return Built(bytes(plan), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
+        return Built(bytes(engine), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
 
 
-def set_shapes(builder: Any, network: Any, config: Any, job: Job) -> None:
+def set_shapes(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
     """Give every input its shape: the only one, or a range of them.
 
     Raises:
@@ -194,7 +183,7 @@ def set_shapes(builder: Any, network: Any, config: Any, job: Job) -> None:
         config.add_optimization_profile(profile)
 
 
-def refusal(library: Library, job: Job, what: str, reasons: Sequence[str]) -> WanforgeError:
+def refusal(library: Library, job: BuildJob, what: str, reasons: Sequence[str]) -> WanforgeError:
     """What to say where a graph does not compile."""
     reasons = list(dict.fromkeys(reasons)) or ["it gives no reason"]
     error = ResourceError if any("memory" in reason.lower() for reason in reasons) else WanforgeError

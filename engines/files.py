@@ -1,24 +1,27 @@
-"""Engines on disk: their names, what each was made from, and loading those that are what they claim to be."""
+"""Engines on disk: their names, what each was made from, and reading those that are what they claim to be."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
-import wanforge
 from wanforge.configs.clip import ClipShape
-from wanforge.engines.builder import FLAGS
-from wanforge.engines.bundle.bundle import ENGINES, Bundle, FileRecord, remedy
+from wanforge.engines.bundle.bundle import ENGINES, Bundle, remedy
+from wanforge.engines.bundle.manifest import HOST_GRAPHS, FileRecord, GraphRecord
+from wanforge.engines.bundle.shapes import Shape, read_shape
+from wanforge.engines.sizes import covers, named_sizes, profile
 from wanforge.errors import BundleError
 from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
 from wanforge.plugins.tensorrt.plugin import OPS
+from wanforge.version import PACKAGE
 from wanforge.whole_file import write_atomically
+
+FLAGS = ("REQUIRE_USER_ALLOCATION",)
+"""Set for TensorRT-RTX: memory taken at run time is in no memory plan, and cannot be captured into a CUDA graph."""
 
 NO_PLUGINS = "none"
 BODIES = ".bodies"
 UP_TO = "up-to-"
 """Before the clip in the name of an engine that serves smaller ones, too."""
-PACKAGE = Path(wanforge.__file__).parent
 
 
 def engine_name(
@@ -56,14 +59,14 @@ def engine_key(
     onnx: str,
     weights: str,
     has_plugins: bool,
-    profile: Mapping[str, object],
+    profile: str,
 ) -> dict[str, str]:
     """Everything that an engine depends on, for people to read.
 
     Args:
         library: flavour and version.
         onnx, weights: paths in the bundle of the graph and of the file it points at; empty where it points at none.
-        profile: the range of each named size.
+        profile: the range of each named size, see `sizes.profile`.
     """
     files = bundle.manifest.files
     return {
@@ -75,7 +78,7 @@ def engine_key(
         "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
         "flags": " ".join(FLAGS),
         "recipe": bundle.recipe.name,
-        "profile": profile_text(profile),
+        "profile": profile,
     }
 
 
@@ -109,34 +112,11 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
     return found
 
 
-def size_text(least: int, most: int) -> str:
-    """A size, or a range of it, as a profile has it."""
-    return str(least) if least == most else f"{least}..{most}"
-
-
-def covers(profile: str, wanted: str) -> bool:
-    """Whether an engine's profile holds every size that is wanted of it."""
-
-    def ranges(text: str) -> dict[str, tuple[int, int]]:
-        pairs = (each.partition("=") for each in text.split())
-        return {name: (int(size.partition("..")[0]), int(size.rpartition("..")[2])) for name, _, size in pairs}
-
-    has, wants = ranges(profile), ranges(wanted)
-    return has.keys() == wants.keys() and all(
-        has[name][0] <= least and most <= has[name][1] for name, (least, most) in wants.items()
-    )
-
-
-def profile_text(profile: Mapping[str, object]) -> str:
-    """The range of each named size, as a key has it."""
-    return " ".join(f"{name}={sizes}" for name, sizes in sorted(profile.items()))
-
-
-def write_engine(bundle: Bundle, name: str, plan: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
+def write_engine(bundle: Bundle, name: str, engine_bytes: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
     """Put an engine in its place, whole, and then into the manifest."""
-    write_atomically(bundle.root / name, plan)
-    digest = hashlib.sha256(plan).hexdigest()
-    bundle.add({name: FileRecord(digest, len(plan), source="wanforge build", key=key, facts=dict(facts))})
+    write_atomically(bundle.root / name, engine_bytes)
+    digest = hashlib.sha256(engine_bytes).hexdigest()
+    bundle.add({name: FileRecord(digest, len(engine_bytes), source="wanforge build", key=key, facts=dict(facts))})
 
 
 def built_clips(bundle: Bundle) -> list[ClipShape]:
@@ -148,9 +128,29 @@ def built_clips(bundle: Bundle) -> list[ClipShape]:
     return [ClipShape(*map(int, shape.split("x"))) for shape in sorted(shapes)]
 
 
-def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object]) -> str:
-    """The engine of a graph for an architecture and these sizes, by its path in the bundle: the one made for just them
-    before one that serves them as well.
+def inputs_of(graph: GraphRecord) -> dict[str, Shape]:
+    """Shape of each input of a graph, weights apart."""
+    return {name: read_shape(spelling) for name, spelling in graph.inputs.items()}
+
+
+def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16") -> dict[str, str]:
+    """The engine of every graph that a clip takes on an architecture, by its path in the bundle; graphs that run on the
+    host have none.
+
+    Raises:
+        BundleError: An engine is missing or stale.
+    """
+    sizes = named_sizes(bundle.model, bundle.recipe, clip)
+    return {
+        graph.name: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes))
+        for onnx, graph in bundle.graphs(dtype).items()
+        if graph.name not in HOST_GRAPHS
+    }
+
+
+def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str) -> str:
+    """The engine of a graph for an architecture and a profile, by its path in the bundle; one that was made for just
+    these sizes is preferred to one that serves them as well.
 
     Raises:
         BundleError: there is none, or it is stale.
@@ -160,7 +160,6 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, profile: Mapping[str, object
         for name, record in bundle.manifest.files.items()
         if name.startswith(ENGINES) and record.key.get("onnx") == onnx
     }
-    wanted = profile_text(profile)
     best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
     fitting = [
         name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
@@ -192,7 +191,7 @@ def is_current(bundle: Bundle, name: str, key: Mapping[str, str]) -> bool:
 
 
 def read_engine(bundle: Bundle, name: str) -> bytes:
-    """An engine's plan.
+    """The bytes of an engine.
 
     Raises:
         BundleError: it is missing, stale, or not the one that was written. An engine is code: one that does not match
@@ -201,10 +200,10 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
     path, record = bundle.path(name), bundle.manifest.files[name]
     if (reason := stale_engines(bundle).get(name)) is not None:
         raise BundleError(f"{path}: stale, {reason}; {remedy(name, bundle.root)}")
-    plan = path.read_bytes()
-    if (found := hashlib.sha256(plan).hexdigest()) != record.sha256:
+    engine_bytes = path.read_bytes()
+    if (found := hashlib.sha256(engine_bytes).hexdigest()) != record.sha256:
         raise BundleError(
             f"{path}: damaged, or not built here; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
             f"{remedy(name, bundle.root)}"
         )
-    return plan
+    return engine_bytes

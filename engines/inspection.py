@@ -1,6 +1,5 @@
 """What a bundle holds and what is wrong with it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import TensorFile, read_header
 from wanforge.engines.files import stale_engines
 from wanforge.errors import WanforgeError
+from wanforge.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def inspect_bundle(
     *,
     key: dict[str, str] | None = None,
     verify: bool = False,
-    progress: Callable[[str, int], Callable[[int], object]] = lambda title, total: lambda size: None,
+    progress: Progress = silent,
 ) -> Inspection:
     """Look at every file of a bundle.
 
@@ -57,7 +57,7 @@ def inspect_bundle(
         try:
             path = bundle.path(name)
             if verify:
-                bundle.verify([name], progress(name, record.bytes), again=True)
+                bundle.verify([name], progress, again=True)
             elif path.stat().st_size != record.bytes:
                 bundle.verify([name])
             if path.suffix == ".safetensors":

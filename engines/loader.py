@@ -23,7 +23,7 @@ OF_THE_ENGINE = {"VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedEngine:
     """An engine, ready to be put on a stream.
 
     Attributes:
@@ -80,7 +80,7 @@ class Loader:
         if cache is not None:
             atexit.register(self.save_cache)
 
-    def load(self, bundle: Bundle, name: str) -> Loaded:
+    def load(self, bundle: Bundle, name: str) -> LoadedEngine:
         """Load an engine of a bundle, once its header has been found fit for this machine.
 
         Raises:
@@ -93,7 +93,7 @@ class Loader:
         if engine is None:
             raise BundleError(f"{path}: {self.library} does not load it; {remedy(name, bundle.root)}")
         tensors = frozenset(engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
-        return Loaded(name, self._context(engine), tensors, engine.device_memory_size_v2)
+        return LoadedEngine(name, self._context(engine), tensors, engine.device_memory_size_v2)
 
     def _check_header(self, path: Path, what: str, cure: str) -> None:
         """Ask TensorRT-RTX, which tells by an engine's first bytes; TensorRT tells when it loads it."""

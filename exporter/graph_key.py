@@ -5,9 +5,9 @@ from pathlib import Path
 
 import msgspec
 
-import wanforge
 from wanforge.engines.bundle.bundle import Bundle, components
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.version import PACKAGE
 
 SOURCES = (
     "plugins/onnx_body.py",
@@ -26,7 +26,7 @@ def graph_key(bundle: Bundle) -> dict[str, str]:
     return {
         "model": digest_of(msgspec.json.encode([bundle.model, bundle.recipe])),
         "weights": digest_of(*(_layout(bundle.weights(component)) for component in components(bundle.model))),
-        "code": digest_of(*(path.read_bytes() for path in _sources(Path(wanforge.__file__).parent))),
+        "code": digest_of(*(path.read_bytes() for path in _sources(PACKAGE))),
     }
 
 

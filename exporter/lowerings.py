@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanforge.exporter.tracer import ELEMENT_TYPES, Shape, Tape, Traced, lowers
+from wanforge.engines.bundle.shapes import Dim, Shape, Size
+from wanforge.exporter.tracer import Tape, Traced, lowers
 from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
-from wanforge.runtime.graphs import Dim, Size
+from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 Operand = Traced | Tensor | float | int
 
@@ -75,7 +76,7 @@ binary("Div", ["div", "__truediv__", "true_divide"], ["__rtruediv__", "__rdiv__"
 def cast(tape: Tape, x: Traced, dtype: torch.dtype) -> Traced:
     if x.dtype == dtype:
         return x
-    return tape.emit("Cast", [x], x.shape_, dtype, to=ELEMENT_TYPES[dtype])
+    return tape.emit("Cast", [x], x.shape_, dtype, to=ONNX_NUMBERS[dtype])
 
 
 @lowers("to")

@@ -4,24 +4,28 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 import torch
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 import wanforge.exporter.lowerings  # noqa: F401  fills the table of the tracer
-from wanforge import __version__
 from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.dtypes import BY_STORED, dtype_called
+from wanforge.engines.bundle.manifest import GraphRecord
+from wanforge.engines.bundle.shapes import spell
 from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.exporter.tracer import ELEMENT_TYPES, Tape, Traced, live_nodes, value_info
+from wanforge.exporter.tracer import Tape, Traced, live_nodes, value_info
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
+from wanforge.runtime.dtypes import STORED, element_type
 from wanforge.runtime.graphs import Graph, Port
 from wanforge.runtime.reference.dit import attention_blocks
+from wanforge.version import __version__
 
 IR_VERSION = 10
 STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
-def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile, prefix: str = "") -> GraphProto:
+def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
     """Write down what a graph does in one compute type.
 
     Args:
@@ -29,17 +33,16 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile, prefix: str = "
         dtype: float32, float16 or bfloat16, for every port that says ``compute``.
         weights: the file that holds its weights; their stored types become those of the graph's inputs, cast inside
             where they differ.
-        prefix: of the weights' names in that file.
     """
     tape = Tape()
-    inputs = [tape.input(port.name, port.shape, port_type(port, dtype)) for port in graph.inputs]
-    stored = {name: weights.tensors[prefix + name] for name in graph.weights}
-    state = {name: Traced(tape, name, spec.shape, STORED_TYPES[spec.dtype]) for name, spec in stored.items()}
+    inputs = [tape.input(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
+    stored = {name: weights.tensors[graph.prefix + name] for name in graph.weights}
+    state = {name: Traced(tape, name, spec.shape, STORED[spec.dtype]) for name, spec in stored.items()}
     results = graph.run(state, inputs)
 
     outputs = []
     for port, result in zip(graph.outputs, results, strict=True):
-        result = result.to(port_type(port, dtype))
+        result = result.to(element_type(port.dtype, dtype))
         assert isinstance(result, Traced)
         assert result.shape_ == port.shape, f"{graph.name}.{port.name} is {result.shape_}, declared {port.shape}"
         outputs.append(result.name_)
@@ -47,27 +50,19 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile, prefix: str = "
         name_outputs(tape.nodes, outputs, [port.name for port in graph.outputs]), names_of(graph.outputs)
     )
 
-    ports = [value_info(port.name, port.shape, port_type(port, dtype)) for port in graph.inputs]
+    ports = [value_info(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
     weight_infos = [value_info(name, traced.shape_, traced.dtype) for name, traced in state.items()]
     return helper.make_graph(
         nodes,
         graph.name,
         ports if graph.has_constants else ports + weight_infos,
-        [value_info(port.name, port.shape, port_type(port, dtype)) for port in graph.outputs],
-        [external(name, weights, prefix) for name in state] if graph.has_constants else [],
+        [value_info(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.outputs],
+        [external(name, weights, graph.prefix + name) for name in state] if graph.has_constants else [],
     )
 
 
 def names_of(ports: Sequence[Port]) -> list[str]:
     return [port.name for port in ports]
-
-
-def port_type(port: Port, dtype: torch.dtype) -> torch.dtype:
-    """The element type of a port in a run that computes in `dtype`."""
-    if port.dtype == "compute":
-        return dtype
-    found: torch.dtype = getattr(torch, port.dtype)
-    return found
 
 
 def name_outputs(nodes: Sequence[NodeProto], found: Sequence[str], wanted: Sequence[str]) -> list[NodeProto]:
@@ -79,14 +74,14 @@ def name_outputs(nodes: Sequence[NodeProto], found: Sequence[str], wanted: Seque
     return list(nodes)
 
 
-def external(name: str, file: TensorFile, prefix: str, *, stored_as: str | None = None) -> TensorProto:
+def external(name: str, file: TensorFile, stored_name: str) -> TensorProto:
     """An initializer whose data lies in a bundle's weights, by offset."""
-    spec = file.tensors[stored_as or prefix + name]
-    tensor = TensorProto(name=name, data_type=ELEMENT_TYPES[STORED_TYPES[spec.dtype]], dims=spec.shape)
+    spec = file.tensors[stored_name]
+    tensor = TensorProto(name=name, data_type=BY_STORED[spec.dtype].onnx, dims=spec.shape)
     tensor.data_location = TensorProto.EXTERNAL
     place = {
         "location": f"{file.path.parent.name}/{file.path.name}",
-        "offset": str(file.offsets[stored_as or prefix + name]),
+        "offset": str(file.offsets[stored_name]),
         "length": str(spec.nbytes),
     }
     for key, value in place.items():
@@ -120,22 +115,48 @@ def onnx_model(graph: GraphProto, functions: Sequence[FunctionProto]) -> ModelPr
     )
 
 
-def model_from_graph(
-    graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: TensorFile, prefix: str = ""
-) -> ModelProto:
+def model_from_graph(graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: TensorFile) -> ModelProto:
     """The ONNX model of one graph in one compute type."""
-    traced = trace(graph, dtype, weights, prefix)
+    traced = trace(graph, dtype, weights)
     return onnx_model(traced, bodies(recipe, traced.node))
+
+
+def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file: str) -> GraphRecord:
+    """What a builder of engines needs to know of an exported graph.
+
+    Args:
+        weights_file: Path in the bundle of the component's weights.
+    """
+    values = inferred_values(model)
+    nodes = model.graph.node
+    return GraphRecord(
+        name=graph.name,
+        dtype=dtype_called(dtype).short,
+        inputs={port.name: spell(port.shape) for port in graph.inputs},
+        plugin_ops=sum(node.domain == DOMAIN for node in nodes),
+        attentions=sum(is_attention(node, values) for node in nodes),
+        float32_products=sum(
+            node.op_type in ("MatMul", "Conv") and values[node.output[0]].elem_type == TensorProto.FLOAT
+            for node in nodes
+        ),
+        weights=weights_file if graph.has_constants else "",
+    )
+
+
+def inferred_values(model: ModelProto) -> dict[str, TypeProto.Tensor]:
+    """Type and shape of every value of a model, by name."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    return {value.name: value.type.tensor_type for value in [*graph.value_info, *graph.input, *graph.output]}
+
+
+def is_attention(node: NodeProto, values: Mapping[str, TypeProto.Tensor]) -> bool:
+    """Whether a node is, or is the heart of, an attention of several heads, for which TensorRT has fused kernels."""
+    if node.op_type == "Attention":
+        return True
+    dims = values[node.output[0]].shape.dim
+    return node.op_type == "Softmax" and len(dims) == 4 and dims[1].dim_value != 1
 
 
 def check(model: ModelProto | str) -> None:
     """Pass a model, or the file of one with external data, through onnx's checker with full shape inference."""
     onnx.checker.check_model(model, full_check=True)
-
-
-def summary(model: ModelProto) -> Mapping[str, int]:
-    """How often each op occurs."""
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    return counts

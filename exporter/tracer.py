@@ -13,19 +13,9 @@ import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
-from wanforge.runtime.graphs import Dim, Size
+from wanforge.engines.bundle.shapes import Dim, Shape, Size
+from wanforge.runtime.dtypes import ONNX_NUMBERS
 
-ELEMENT_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32,
-    torch.int8: TensorProto.INT8,
-    torch.bool: TensorProto.BOOL,
-}
-
-Shape = tuple[Dim, ...]
 Lowering = Callable[..., Any]
 LOWERINGS: dict[str, Lowering] = {}
 """What each PyTorch function becomes, by the function's name."""
@@ -199,7 +189,7 @@ def tensor_proto(value: Tensor) -> TensorProto:
 def value_info(name: str, shape: Shape, dtype: torch.dtype) -> ValueInfoProto:
     """A graph input or output."""
     return helper.make_tensor_value_info(
-        name, ELEMENT_TYPES[dtype], [dim if isinstance(dim, int) else str(dim) for dim in shape]
+        name, ONNX_NUMBERS[dtype], [dim if isinstance(dim, int) else str(dim) for dim in shape]
     )
 
 

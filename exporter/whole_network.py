@@ -12,12 +12,13 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.exporter.onnx_model import bodies, external, onnx_model, port_type, trace
+from wanforge.exporter.onnx_model import bodies, external, onnx_model, trace
 from wanforge.exporter.tracer import tensor_proto, value_info
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph
 
-INPUTS = ("patches", "sinusoid", "text", "kept_rows", "key_bias", "cos", "sin", "slots")
+INPUTS = ("patches", "sinusoid", "text", "kept_rows", "key_bias", "cos", "sin", "selection")
 PIECES = {
     "context": "Context",
     "cross_kv": "CrossKV",
@@ -35,10 +36,9 @@ def whole_network(
     """One model of a denoiser.
 
     Its inputs are those of the graphs that no graph produces: ``patches``, ``sinusoid``, ``text``, ``kept_rows``,
-    ``key_bias``, ``cos``, ``sin`` and ``slots``; its output is ``velocity``.
+    ``key_bias``, ``cos``, ``sin`` and ``selection``; its output is ``velocity``.
     """
-    prefixes = {"cross_kv": "blocks.0.", "block": "blocks.0.", "head": "head."}
-    traced = {name: trace(graphs[name], dtype, weights, prefixes.get(name, "")) for name in PIECES}
+    traced = {name: trace(graphs[name], dtype, weights) for name in PIECES}
     functions = [as_function(traced[name], function) for name, function in PIECES.items()]
     ops = bodies(recipe, [node for graph in traced.values() for node in graph.node])
     nodes = list(_calls(model, graphs))
@@ -48,9 +48,9 @@ def whole_network(
     graph = helper.make_graph(
         nodes,
         "dit",
-        [value_info(p.name, p.shape, port_type(p, dtype)) for p in unique.values()],
-        [value_info(p.name, p.shape, port_type(p, dtype)) for p in graphs["head"].outputs],
-        [external(name, weights, "") for name in weights.tensors if name in used],
+        [value_info(p.name, p.shape, element_type(p.dtype, dtype)) for p in unique.values()],
+        [value_info(p.name, p.shape, element_type(p.dtype, dtype)) for p in graphs["head"].outputs],
+        [external(name, weights, name) for name in weights.tensors if name in used],
     )
     return onnx_model(graph, [*ops, *functions])
 
@@ -81,6 +81,6 @@ def _calls(model: ModelConfig, graphs: Mapping[str, Graph]) -> Sequence[NodeProt
         nodes.extend([index, pick])
         call("cross_kv", ["context", "kept_rows"], [f"keys{label}", f"values{label}"], prefix, label)
         inputs = [f"hidden{label}", f"modulation{label}", f"keys{label}", f"values{label}"]
-        call("block", [*inputs, "key_bias", "cos", "sin", "slots"], [f"hidden.{layer + 1}"], prefix, label)
+        call("block", [*inputs, "key_bias", "cos", "sin", "selection"], [f"hidden.{layer + 1}"], prefix, label)
     call("head", [f"hidden.{model.dit.num_layers}", "head_modulation"], ["velocity"], "head.")
     return nodes

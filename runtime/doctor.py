@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError, WanforgeError
+from wanforge.host import available_bytes
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.tensorrt.library import RTX, TENSORRT, Flavour, open_library
 from wanforge.runtime.memory.cuda import cache_folder as tensorrt_cache
 from wanforge.runtime.memory.cuda import driver_version
-from wanforge.runtime.memory.host import available_bytes
 
 Status = Literal["ok", "missing", "broken"]
 MARKS = {"ok": "ok", "missing": "--", "broken": "!!"}

@@ -4,11 +4,10 @@ One `block` serves every layer, both experts and every LoRA; the runtime binds e
 exporter turns each graph into one ONNX file, the torch backend runs it as it is.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +15,14 @@ from torch import Tensor, nn
 from wanforge.configs.clip import PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wanforge.configs.model import HEAD_DIM, ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.bundle import dit_component
+from wanforge.engines.bundle.shapes import Shape, Size
+from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.reference.dit import Block, DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
-ElementType = Literal["compute", "float32", "int32", "int64"]
-"""``compute`` is float32, float16 or bfloat16, one for a whole run."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A dimension known only at run time: a number times named ones."""
-
-    names: tuple[str, ...]
-    factor: int = 1
-
-    def __str__(self) -> str:
-        return "*".join([*([] if self.factor == 1 else [str(self.factor)]), *self.names])
-
-    def __mul__(self, other: "Dim") -> "Size":
-        if isinstance(other, int):
-            return Size(self.names, self.factor * other)
-        return Size(tuple(sorted(self.names + other.names)), self.factor * other.factor)
-
-    __rmul__ = __mul__
-
-    def value(self, sizes: Mapping[str, int]) -> int:
-        """The number, once the named ones are known."""
-        return self.factor * math.prod(sizes[name] for name in self.names)
-
-
-Dim = int | Size
+FIRST_PREFIXES = {"text_block": "blocks.0.", "block": "blocks.0.", "cross_kv": "blocks.0.", "head": "head."}
 
 
 @dataclass(frozen=True)
@@ -54,12 +30,8 @@ class Port:
     """One input or output of a graph."""
 
     name: str
-    shape: tuple[Dim, ...]
-    dtype: ElementType = "compute"
-
-    def concrete(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape, once the named sizes are known."""
-        return tuple(dim if isinstance(dim, int) else dim.value(sizes) for dim in self.shape)
+    shape: Shape
+    dtype: PortType = "compute"
 
 
 @dataclass(frozen=True)
@@ -81,6 +53,20 @@ class Graph:
     call: Callable[..., Any]
     weights: tuple[str, ...]
     has_constants: bool = False
+
+    @property
+    def prefix(self) -> str:
+        """What the component puts before the graph's names of its weights; of its first layer, where it has many."""
+        return FIRST_PREFIXES.get(self.name, "")
+
+    def component(self, model: ModelConfig) -> str:
+        """The component that it belongs to; of two denoisers, the one that is used first."""
+        match self.name.partition("_")[0]:
+            case "text":
+                return "text_encoder"
+            case "vae":
+                return "vae"
+        return dit_component(model.experts[0])
 
     def run(self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the piece in PyTorch with these weights, named as in `weights`."""
@@ -148,7 +134,7 @@ def _text_graphs(encoder: TextEncoder) -> list[Graph]:
 def _denoiser_graphs(dit: DiT) -> list[Graph]:
     config, block = dit.config, dit.blocks[0]
     dim, rows, layers = config.dim, config.text_rows, config.num_layers
-    tokens, keys_kept, slots = Size(("tokens",)), Size(("context_rows",)), Size(("slots",))
+    tokens, keys_kept, num_selected = Size(("tokens",)), Size(("context_rows",)), Size(("num_selected",))
     area = PATCH * PATCH
 
     patches = Port("patches", (1, tokens, area * config.in_channels))
@@ -165,7 +151,7 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
         Port("modulation", (1, 6, dim), "float32"),
         Port("head", (1, 2, dim), "float32"),
     )
-    places = Port("slots", (slots,), "int32")
+    selection = Port("selection", (num_selected,), "int32")
 
     return [
         _graph("context", [text], [context], dit, _embed_text, lambda name: name.startswith("text_embedding.")),
@@ -174,7 +160,7 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
         _graph("stem", [patches], [hidden], dit, _embed_patches, lambda name: name.startswith("patch_embedding.")),
         _graph(
             "block",
-            [hidden, modulation, keys, values, key_bias, cos, sin, places],
+            [hidden, modulation, keys, values, key_bias, cos, sin, selection],
             [hidden_out],
             block,
             _forward,

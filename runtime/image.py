@@ -16,12 +16,15 @@ from wanforge.errors import RequestError
 MASK_CHANNELS = 4
 
 
-def open_image(path: Path) -> Image.Image:
-    """The picture in RGB.
+def open_image(source: Path | Image.Image) -> Image.Image:
+    """The picture in RGB, from its file or as it is.
 
     Raises:
         RequestError: the file is missing, is no picture, is damaged, or unpacks to an absurd size.
     """
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    path = source
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

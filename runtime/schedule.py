@@ -11,7 +11,9 @@ from itertools import chain
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
-from wanforge.runtime.graphs import ElementType, Graph, Port
+from wanforge.engines.bundle.shapes import concrete
+from wanforge.runtime.dtypes import PortType
+from wanforge.runtime.graphs import Graph, Port
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class BufferSpec:
     """Shape and type of a buffer."""
 
     shape: tuple[int, ...]
-    dtype: ElementType
+    dtype: PortType
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Ref:
 
 
 @dataclass(frozen=True)
-class Launch:
+class GraphRun:
     """One run of a graph.
 
     Attributes:
@@ -54,13 +56,13 @@ class Schedule:
 
     stage: str
     buffers: Mapping[str, BufferSpec]
-    programs: Mapping[str, tuple[Launch, ...]]
+    programs: Mapping[str, tuple[GraphRun, ...]]
 
     def steps(self) -> list[str]:
         """The programs that a request's steps are."""
         return [program for program in self.programs if program.startswith("step.")]
 
-    def launches(self) -> Iterator[Launch]:
+    def launches(self) -> Iterator[GraphRun]:
         """Every launch of every program, in order."""
         return chain.from_iterable(self.programs.values())
 
@@ -79,9 +81,9 @@ class _Builder:
         outputs: Sequence[str | Ref],
         component: str,
         prefix: str = "",
-    ) -> Launch:
+    ) -> GraphRun:
         graph = self.graphs[name]
-        return Launch(
+        return GraphRun(
             name,
             tuple(self._refs(graph.inputs, inputs)),
             tuple(self._refs(graph.outputs, outputs)),
@@ -93,7 +95,7 @@ class _Builder:
         for port, item in zip(ports, bound, strict=True):
             ref = Ref(item) if isinstance(item, str) else item
             if ref.index is None:
-                spec = BufferSpec(port.concrete(self.sizes), port.dtype)
+                spec = BufferSpec(concrete(port.shape, self.sizes), port.dtype)
                 known = self.buffers.setdefault(ref.buffer, spec)
                 assert known == spec, f"{ref.buffer} is {known} and {spec}"
             yield ref
@@ -118,7 +120,7 @@ def denoise_schedule(
     steps: Sequence[str],
     *,
     context_rows: int,
-    slots: int,
+    num_selected: int,
 ) -> Schedule:
     """The denoiser of one clip.
 
@@ -128,9 +130,9 @@ def denoise_schedule(
     Args:
         steps: the expert of each step.
         context_rows: distinct rows of text, see `context_rows`.
-        slots: key blocks selected per query block.
+        num_selected: key blocks selected per query block.
     """
-    build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "slots": slots})
+    build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected})
     layers = range(model.dit.num_layers)
     prompt, times, programs = [], [], {}
     for expert in dict.fromkeys(steps):
@@ -150,7 +152,7 @@ def denoise_schedule(
                 Ref(modulation, layer),
                 f"keys.{expert}.{layer}",
                 f"values.{expert}.{layer}",
-                *("key_bias", "cos", "sin", "slots"),
+                *("key_bias", "cos", "sin", "selection"),
             ]
             outputs = [f"hidden.{(layer + 1) % 2}"]
             launches.append(build.launch("block", inputs, outputs, dit, f"blocks.{layer}."))

@@ -18,9 +18,9 @@ from onnx import ModelProto, ValueInfoProto
 from onnx.inliner import inline_local_functions
 from torch import Tensor
 
-from wanforge.exporter.tracer import ELEMENT_TYPES
 from wanforge.plugins.sparse_linear_attention import reference as sla
 from wanforge.plugins.w8a8_linear import reference as w8a8
+from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 
 @dataclass
@@ -76,7 +76,7 @@ def run_with_decisions(path: Path, inputs: Mapping[str, Tensor]) -> tuple[dict[s
     binding = session.io_binding()
     kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
     for name, tensor in kept.items():
-        binding.bind_input(name, "cpu", 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+        binding.bind_input(name, "cpu", 0, ONNX_NUMBERS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
     for output in session.get_outputs():
         binding.bind_output(output.name, "cpu")
     session.run_with_iobinding(binding)

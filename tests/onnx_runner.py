@@ -8,10 +8,11 @@ from onnx import FunctionProto, ModelProto, helper
 from torch import Tensor
 
 from wanforge.exporter.onnx_model import check, onnx_model
-from wanforge.exporter.tracer import ELEMENT_TYPES, value_info
+from wanforge.exporter.tracer import value_info
 from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
+from wanforge.runtime.dtypes import ONNX_NUMBERS
 
-TYPES = {number: dtype for dtype, number in ELEMENT_TYPES.items()}
+TYPES = {number: dtype for dtype, number in ONNX_NUMBERS.items()}
 
 
 def run_model(
@@ -28,12 +29,12 @@ def run_model(
     binding = session.io_binding()
     kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
     for name, tensor in kept.items():
-        binding.bind_input(name, "cpu", 0, ELEMENT_TYPES[tensor.dtype], list(tensor.shape), tensor.data_ptr())
+        binding.bind_input(name, "cpu", 0, ONNX_NUMBERS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
     results = []
     for found in session.get_outputs():
         dtype = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}[found.type]
         result = torch.full(tuple(outputs[found.name]), float("nan"), dtype=dtype)
-        binding.bind_output(found.name, "cpu", 0, ELEMENT_TYPES[dtype], list(result.shape), result.data_ptr())
+        binding.bind_output(found.name, "cpu", 0, ONNX_NUMBERS[dtype], list(result.shape), result.data_ptr())
         results.append(result)
     session.run_with_iobinding(binding)
     return results

@@ -18,9 +18,10 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.engines import build as engine_plan
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.shapes import Size
 from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
-from wanforge.runtime.graphs import Graph, Size, graphs
+from wanforge.runtime.graphs import Graph, graphs
 
 ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}
 VERSION = "1.7.1.116"

@@ -17,10 +17,11 @@ import numpy as np
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.build import build_engines, ranges, sizes
-from wanforge.engines.builder import Job, Range, build
+from wanforge.engines.build import build_engines
+from wanforge.engines.builder import BuildJob, build
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.sizes import Range, ranges, sizes
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX, open_library
@@ -55,7 +56,7 @@ def compile_one(bundle: Bundle) -> int:
         usual = {name: (range_.usual,) * 3 for name, range_ in ranges(graph, known).items()}
         shapes |= {name: Range(*shape) for name, shape in usual.items()}
     constants = bundle.manifest.files[weights_name("dit")].bytes
-    return len(build(open_library(RTX), Job(bundle.path("dit.bf16.onnx"), shapes, constants), SMS).plan)
+    return len(build(open_library(RTX), BuildJob(bundle.path("dit.bf16.onnx"), shapes, constants), SMS).plan)
 
 
 WAYS = {"six graphs": compile_six, "one graph": compile_one}

@@ -12,18 +12,20 @@ The manifest is written last, so a directory without one is not a bundle.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Literal, Self
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Self
 
 import msgspec
 
-from wanforge import __version__
-from wanforge.configs.loading import Record
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.dtypes import dtype_called
+from wanforge.engines.bundle.manifest import FORMAT, FileRecord, GraphRecord, Manifest
 from wanforge.engines.bundle.tensorfile import sha256_of
 from wanforge.errors import BundleError
+from wanforge.progress import ByteCount, Progress, silent
+from wanforge.version import __version__
 from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
@@ -31,44 +33,12 @@ ENGINES = "engines/"
 """Where engines lie in a bundle."""
 VERIFIED = ".verified.json"
 TOKENIZER = "tokenizer/tokenizer.json"
-FORMAT: Literal[1] = 1
-SHORT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, IsADirectoryError)
 """What reading a damaged JSON file raises."""
 
-Progress = Callable[[int], object]
 Stamp = list[str | int]
 """SHA-256 of a file when it was last verified, and by what the file system tells it from any other: `stamp_of`."""
-
-
-class FileRecord(Record, frozen=True):
-    """One file of a bundle."""
-
-    sha256: str
-    bytes: int
-    source: str = ""
-    """Where it came from, for people; never used to find anything."""
-    key: dict[str, str] = msgspec.field(default_factory=dict)
-    """For what is made from other things: a digest of each of them. Any difference means stale."""
-    facts: dict[str, int] = msgspec.field(default_factory=dict)
-    """What its maker learned of it, for those who use it."""
-
-
-class Manifest(Record, frozen=True):
-    """What a bundle holds."""
-
-    format: Literal[1]
-    made_by: str
-    model: ModelConfig
-    recipe: Recipe
-    files: dict[str, FileRecord]
-    """By path relative to the bundle."""
-
-    def __post_init__(self) -> None:
-        for name in self.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} lies outside the bundle")
 
 
 class Bundle:
@@ -131,22 +101,31 @@ class Bundle:
         """The safetensors file of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``."""
         return self.path(weights_name(component))
 
-    def verify(self, names: Iterable[str], progress: Progress = lambda size: None, *, again: bool = False) -> None:
+    def graphs(self, dtype: object) -> dict[str, GraphRecord]:
+        """What is known of the graphs that compute in a type, by path in the bundle and in the order of a request."""
+        short = dtype_called(dtype).short
+        records = ((name, record.graph) for name, record in self.manifest.files.items())
+        return {name: graph for name, graph in records if graph is not None and graph.dtype == short}
+
+    def verify(self, names: Collection[str], progress: Progress = silent, *, again: bool = False) -> None:
         """Compare files with the manifest's SHA-256.
 
-        A file that was verified before is taken at its word, unless `again`, as long as it is the same file of the
-        same file system and neither it nor its size or times have changed: a copy is verified for itself.
+        A file that was verified before is trusted, unless `again` is set, as long as it is the same file of the same
+        file system and neither its size nor its times have changed. A copy is verified anew.
 
         Raises:
-            BundleError: a file is missing or is not what was written.
+            BundleError: A file is missing or is not what was written.
         """
         stamps = self._stamps()
+        count = ByteCount(progress, "verify", self._unread(names, {} if again else stamps))
         try:
-            self._compare(names, stamps, progress, again)
+            self._compare(names, stamps, count, again)
         finally:
             self._save_stamps(stamps)
 
-    def _compare(self, names: Iterable[str], stamps: dict[str, Stamp], progress: Progress, again: bool) -> None:
+    def _compare(
+        self, names: Iterable[str], stamps: dict[str, Stamp], count: Callable[[int], None], again: bool
+    ) -> None:
         for name in names:
             path, record = self.path(name), self.manifest.files[name]
             status = path.stat()
@@ -159,7 +138,7 @@ class Bundle:
                     f"{path}: damaged; {status.st_size:,} bytes where {record.bytes:,} were written; "
                     f"{remedy(name, self.root)}"
                 )
-            if (found := sha256_of(path, progress)) != record.sha256:
+            if (found := sha256_of(path, count)) != record.sha256:
                 raise BundleError(
                     f"{path}: damaged; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
                     f"{remedy(name, self.root)}"
@@ -175,9 +154,8 @@ class Bundle:
                 found[name] = differing
         return found
 
-    def unverified(self, names: Iterable[str]) -> int:
-        """Bytes that `verify` would have to read."""
-        stamps = self._stamps()
+    def _unread(self, names: Iterable[str], stamps: Mapping[str, Stamp]) -> int:
+        """Number of bytes that `verify` has to read."""
         found = [(name, (self.root / name).stat()) for name in names if (self.root / name).is_file()]
         return sum(
             status.st_size for name, status in found if stamps.get(name) != stamp_of(self.manifest.files[name], status)
@@ -230,5 +208,5 @@ def remedy(name: str, root: Path) -> str:
 
 def graph_name(graph: str, dtype: object, has_constants: bool) -> str:
     """Path in a bundle of a graph in one compute type (a PyTorch type or its name)."""
-    short = SHORT_TYPES[str(dtype).removeprefix("torch.")]
+    short = dtype_called(dtype).short
     return f"{graph}.{short}.onnx" if has_constants else f"onnx/{short}/{graph}.onnx"

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from wanforge.engines.bundle.dtypes import BY_STORED
 from wanforge.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
@@ -25,23 +26,6 @@ METADATA = "__metadata__"
 LARGEST = 1 << 60
 """Bounds sizes and their products, which the library computes in 64 bits."""
 CHUNK = 16 << 20
-ITEM_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "I16": 16,
-    "U16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "I32": 32,
-    "U32": 32,
-    "F32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F64": 64,
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +37,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+        return math.prod(self.shape) * BY_STORED[self.dtype].bits // 8
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -141,7 +125,7 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
 
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if (
-            dtype in ITEM_BITS
+            dtype in BY_STORED
             and all(map(is_size, [*shape, begin, end]))
             and math.prod(size for size in shape if size) < LARGEST
         ):
@@ -251,11 +235,11 @@ def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
         yield chunk
 
 
-def sha256_of(path: Path, progress: Callable[[int], object] = lambda size: None) -> str:
-    """SHA-256 of a file; `progress` is told the size of each piece read."""
+def sha256_of(path: Path, count: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file; `count` is told the size of each piece read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            progress(len(chunk))
+            count(len(chunk))
     return digest.hexdigest()

@@ -13,21 +13,16 @@ from torch import Tensor
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
-from wanforge.engines.bundle.bundle import (
-    MANIFEST,
-    TOKENIZER,
-    Bundle,
-    FileRecord,
-    components,
-    dit_component,
-    weights_name,
-)
+from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, components, dit_component, weights_name
+from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import DTYPES, Contents, StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.progress import ByteCount, Progress, silent
+from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
 from wanforge.runtime.text import Tokenizer, find_tokenizer
 from wanforge.whole_file import write_atomically
@@ -37,7 +32,8 @@ BAND = 8 * TILE
 """Rows quantised at a time: whole tiles, so the result does not depend on it."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
-Progress = Callable[[int], object]
+Count = Callable[[int], object]
+"""Told the size of each piece that is read or written."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ def import_checkpoint(
     recipe: Recipe | None = None,
     link: bool = False,
     replace: bool = False,
-    progress: Callable[[str, int], Progress] = lambda title, total: lambda size: None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Turn published files into a bundle.
 
@@ -88,7 +84,6 @@ def import_checkpoint(
         link: take canonical safetensors files of denoisers and text encoder in place, by a link. The VAE is small and
             always copied: its graphs point into its file, and ONNX tools follow no links.
         replace: write over an existing bundle; what was made from it, its graphs, is deleted.
-        progress: called with a title and a total in bytes; what it returns is told of each piece.
 
     Raises:
         CheckpointError: a file is missing, damaged, of another kind or model; or quantised and not, mixed.
@@ -121,9 +116,9 @@ def import_checkpoint(
     files = {}
     for part in parts:
         name = weights_name(part.component)
-        tick = progress(part.component, part.nbytes)
+        count = ByteCount(progress, part.component, part.nbytes)
         place = link_part if part.component in linked else write_part
-        digest = place(part, out / name, tick)
+        digest = place(part, out / name, count)
         files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
     write_atomically(out / TOKENIZER, tokenizer.read_bytes())
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
@@ -303,16 +298,16 @@ def fingerprint(part: Part) -> dict[str, str]:
     }
 
 
-def write_part(part: Part, path: Path, progress: Progress) -> str:
+def write_part(part: Part, path: Path, count: Count) -> str:
     """Write one component's safetensors file, or what is still missing of it; returns its SHA-256."""
     metadata = fingerprint(part)
     if path.exists() and _begins_with(path, encode_header(part.target, metadata)):
-        return sha256_of(path, progress)
+        return sha256_of(path, count)
     with TensorWriter(path, part.target, metadata) as writer:
         for index, (name, chunks) in enumerate(outputs(part)):
             if index >= writer.kept:
                 writer.write(name, chunks)
-            progress(part.target[name].nbytes)
+            count(part.target[name].nbytes)
         return writer.finish()
 
 
@@ -339,7 +334,7 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
 def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
     """A tensor's bytes in the type of `spec`."""
     for chunk in stored.chunks():
-        yield as_bytes(chunk.to(DTYPES[spec.dtype]))
+        yield as_bytes(chunk.to(STORED[spec.dtype]))
 
 
 class Quantiser:
@@ -386,9 +381,9 @@ def check_link(part: Part, path: Path) -> None:
         raise CheckpointError(f"{part.source}: is the bundle's own file; choose another --out")
 
 
-def link_part(part: Part, path: Path, progress: Progress) -> str:
+def link_part(part: Part, path: Path, count: Count) -> str:
     """Put a link to a canonical safetensors file into the bundle; returns the file's SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(part.source.resolve())
-    return sha256_of(path, progress)
+    return sha256_of(path, count)

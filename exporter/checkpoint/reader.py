@@ -19,20 +19,8 @@ from torch import Tensor, _weights_only_unpickler
 
 from wanforge.engines.bundle.tensorfile import CHUNK, TensorSpec, read_chunks, read_header
 from wanforge.errors import CheckpointError, join_names
+from wanforge.runtime.dtypes import STORED, STORED_NAMES
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WRAPPERS = ("state_dict", "model", "module")
 INDEX = ".safetensors.index.json"
 
@@ -51,7 +39,7 @@ class StoredTensor:
         Raises:
             CheckpointError: the file ends before the tensor does.
         """
-        dtype = DTYPES[self.spec.dtype]
+        dtype = STORED[self.spec.dtype]
         row_bytes = self.spec.nbytes // max(1, self.spec.shape[0]) if self.spec.shape else self.spec.nbytes
         piece = CHUNK if rows is None else rows * row_bytes
         with self.path.open("rb") as file:
@@ -194,13 +182,13 @@ def _flat(path: Path, loaded: Any) -> Mapping[str, Tensor]:
 def _locate(path: Path, name: str, tensor: Tensor, size: int) -> StoredTensor:
     if tensor.layout != torch.strided or tensor.is_neg() or tensor.is_conj():
         raise CheckpointError(f"{path}: {name} is a view or sparse; save its values")
-    if tensor.dtype not in DTYPE_NAMES:
+    if tensor.dtype not in STORED_NAMES:
         raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}, which no checkpoint of Wan uses")
     if not tensor.is_contiguous():
         raise CheckpointError(
             f"{path}: {name} is stored as {tensor.dtype} with strides {tensor.stride()}; save it contiguously"
         )
-    spec = TensorSpec(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+    spec = TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape))
     place = getattr(tensor.untyped_storage(), "place", None)
     if place is None:
         raise CheckpointError(f"{path}: {name} was saved without data")

@@ -8,7 +8,8 @@ import numpy as np
 
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, FileRecord, components, weights_name
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
+from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import encode_header
 from wanforge.exporter.checkpoint.layout import layout
 from wanforge.exporter.checkpoint.synth import train_tokenizer

@@ -19,9 +19,11 @@ from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import DTYPES, StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_tiles
+from wanforge.progress import ByteCount, Progress, silent
+from wanforge.runtime.dtypes import STORED
 from wanforge.whole_file import write_atomically
 
 VAE_FILE = "Wan2.1_VAE.pth"
@@ -29,8 +31,6 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 PIECE = 4 << 20
 """Elements drawn at a time."""
-
-Progress = Callable[[int], object]
 
 # Enough text to train a small vocabulary on; what it says does not matter.
 CORPUS = (
@@ -62,7 +62,7 @@ def write_checkpoint(
     parts: set[str] | None = None,
     sparse: bool = False,
     seed: int = 0,
-    progress: Callable[[str, int], Progress] = lambda title, total: lambda size: None,
+    progress: Progress = silent,
 ) -> list[Path]:
     """Write a model's files; the same seed gives the same bytes.
 
@@ -85,37 +85,37 @@ def write_checkpoint(
         else:
             component, quantised = part.removesuffix("-quant"), part.endswith("-quant")
             specs = layout(component, model, published_recipe(quantised, has_sla=True))
-            tick = progress(name, sum(spec.nbytes for spec in specs.values()))
-            write_torch_file(path, specs, None if sparse else random_tensors(component, specs, seed), tick)
+            count = ByteCount(progress, name, sum(spec.nbytes for spec in specs.values()))
+            write_torch_file(path, specs, None if sparse else random_tensors(component, specs, seed), count)
         written.append(path)
     return written
 
 
 def write_torch_file(
-    path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, progress: Progress
+    path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, count: Callable[[int], object]
 ) -> None:
     """Write a flat state dict as `torch.save` does, its data filled in afterwards from `values`."""
     partial = path.with_name(path.name + ".partial")
     try:
         with FakeTensorMode():
-            state = {name: torch.empty(spec.shape, dtype=DTYPES[spec.dtype]) for name, spec in specs.items()}
+            state = {name: torch.empty(spec.shape, dtype=STORED[spec.dtype]) for name, spec in specs.items()}
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(state, partial)
         if values is not None:
-            fill(partial, specs, values, progress)
+            fill(partial, specs, values, count)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], progress: Progress) -> None:
+def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], count: Callable[[int], object]) -> None:
     """Put data into the tensors of a file that was laid out without."""
     contents: Mapping[str, StoredTensor] = open_checkpoint(path)
     with path.open("r+b") as file:
         for name, spec in specs.items():
             file.seek(contents[name].offset)
             for piece in values(name):
-                progress(file.write(as_bytes(piece)))
+                count(file.write(as_bytes(piece)))
             assert file.tell() == contents[name].offset + spec.nbytes, name
 
 
@@ -147,7 +147,7 @@ def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Ten
     while left:
         rows = min(rows_per_piece, left)
         left -= rows
-        yield torch.randn(rows * row, generator=generator).mul_(deviation).add_(mean).to(DTYPES[spec.dtype])
+        yield torch.randn(rows * row, generator=generator).mul_(deviation).add_(mean).to(STORED[spec.dtype])
 
 
 def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:

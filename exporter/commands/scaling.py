@@ -1,20 +1,36 @@
 """The command that predicts how time and memory grow."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from wanforge.configs.clip import ClipShape, size_of
-from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
-from wanforge.configs.targets import load_targets, targets_called
+from wanforge.configs.targets import EVERY, parse_targets
+from wanforge.exporter.studies import scaling_report as report
 from wanforge.exporter.studies.scaling import predict
-from wanforge.exporter.studies.scaling_report import MEMORY_PLOT, TIME_PLOT, memory_plot, page, text, time_plot
-from wanforge.exporter.studies.scaling_report import as_json as plain
-from wanforge.runtime.commands.generate import FILE, JSON
+from wanforge.runtime.commands.options import FILE, JSON, MODELS, TARGET_SYNTAX, takes, target_option
 from wanforge.runtime.progress import Bars
 from wanforge.whole_file import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions:
+    """The options of `wanforge scaling`."""
+
+    models: tuple[str, ...]
+    resolutions: tuple[str, ...]
+    frames: tuple[int, ...]
+    topks: tuple[float, ...]
+    targets: tuple[str, ...]
+    markdown: Path | None
+    as_json: bool
+
+    def clips(self) -> list[ClipShape]:
+        """Every size in every length."""
+        return [ClipShape(*size_of(size, "16:9"), count) for size in self.resolutions for count in self.frames]
 
 
 @click.command()
@@ -24,7 +40,7 @@ from wanforge.whole_file import write_atomically
     multiple=True,
     default=["turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"],
     show_default=True,
-    help=f"{', '.join(named('models'))}, or a .toml file; repeatable, as are the options below.",
+    help=f"Model to predict for: {MODELS}. Repeatable, as are the options below.",
 )
 @click.option(
     "--resolution",
@@ -32,7 +48,7 @@ from wanforge.whole_file import write_atomically
     multiple=True,
     default=["480p", "720p", "1920x1088"],
     show_default=True,
-    help="At 16:9, or in pixels.",
+    help="Size of the clip, at 16:9 or in pixels.",
 )
 @click.option(
     "--frames",
@@ -40,7 +56,7 @@ from wanforge.whole_file import write_atomically
     type=int,
     default=[81, 161, 321, 481, 961],
     show_default=True,
-    help="4n+1; 16 a second.",
+    help="Number of frames, 4n+1; there are 16 to a second.",
 )
 @click.option(
     "--topk",
@@ -49,37 +65,30 @@ from wanforge.whole_file import write_atomically
     type=float,
     default=[0.1, 0.05, 0.2, 1.0],
     show_default=True,
-    help="Shares of key blocks. The tables are of the first, the others stand beside it.",
+    help="Share of the key blocks that attention sees. Tables are made for the first, and compare the others with it.",
 )
-@click.option("--target", "targets", multiple=True, help="GPUs; all that are known by default.")
+@target_option(default=[EVERY], show_default=True, help=f"{TARGET_SYNTAX}.")
 @click.option("--markdown", type=FILE, help="Write the page docs/scaling.md, and its plots beside it.")
 @JSON
-def scaling(
-    models: tuple[str, ...],
-    resolutions: tuple[str, ...],
-    frames: tuple[int, ...],
-    topks: tuple[float, ...],
-    targets: tuple[str, ...],
-    markdown: Path | None,
-    as_json: bool,
-) -> None:
-    """Predict time and memory of clips of any length and size, on GPUs that need not be here. Nothing runs.
+@takes(ScalingOptions)
+def scaling(options: ScalingOptions) -> None:
+    """Predict time and memory of clips of any length and size, on GPUs that need not be here. Nothing is run.
 
-    Times are floors, from operations and bytes at the vendors' peaks; memory is what TensorRT-RTX's builder says of
-    the engines, which are built in a temporary folder, and needs that package. Takes some minutes.
+    Times are rooflines: what the operations and bytes take at the vendors' peak speeds. Memory is what TensorRT-RTX's
+    builder reports of the engines, which are built in a temporary folder; it needs that package. The command takes
+    some minutes.
 
     \b
     Example:
       wanforge scaling --model turbowan2.1-t2v-14b-720p --resolution 720p --frames 81 --frames 161 --target rtx5090
     """
-    known = load_targets()
-    wanted = targets_called(targets or known, known)
-    clips = [ClipShape(*size_of(resolution, "16:9"), count) for resolution in resolutions for count in frames]
+    gpus = parse_targets(options.targets).gpus
+    models = [load_model(name) for name in options.models]
     with Bars() as bars:
-        found = predict([load_model(name) for name in models], clips, topks, wanted, bars)
-    if markdown is not None:
-        write_atomically(markdown.with_name(TIME_PLOT), time_plot(found).encode())
+        found = predict(models, options.clips(), options.topks, gpus, bars)
+    if options.markdown is not None:
+        write_atomically(options.markdown.with_name(report.TIME_PLOT), report.time_plot(found).encode())
         if found.rooms:
-            write_atomically(markdown.with_name(MEMORY_PLOT), memory_plot(found).encode())
-        write_atomically(markdown, page(found).encode())
-    click.echo(json.dumps(plain(found)) if as_json else text(found))
+            write_atomically(options.markdown.with_name(report.MEMORY_PLOT), report.memory_plot(found).encode())
+        write_atomically(options.markdown, report.page(found).encode())
+    click.echo(json.dumps(report.as_json(found)) if options.as_json else report.text(found))

@@ -1,50 +1,74 @@
 """The command that measures what any machine can."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from wanforge.exporter.studies.suite import run_suite
-from wanforge.exporter.studies.suite_report import PLOT, page, scaling_plot, text
-from wanforge.exporter.studies.suite_report import as_json as plain
+from wanforge.exporter.studies import suite_report as report
+from wanforge.exporter.studies.suite import Suite, run_suite
 from wanforge.runtime.commands.bench import exit_by
-from wanforge.runtime.commands.generate import FILE, JSON
+from wanforge.runtime.commands.options import FILE, JSON, takes
 from wanforge.runtime.measure.requests import history
+from wanforge.runtime.measure.requests.history import Entry, Trend
 from wanforge.runtime.measure.requests.report import said
 from wanforge.runtime.progress import Bars
 from wanforge.whole_file import write_atomically
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """The options of `wanforge suite`."""
+
+    repeats: int
+    markdown: Path | None
+    history: Path | None
+    against: Path | None
+    as_json: bool
+
+
 @click.command()
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of runs of each.")
 @click.option("--markdown", type=FILE, help="Write the page docs/benchmarks.md, and its plot beside it.")
-@click.option("--history", "kept", type=FILE, help="Append the result to this file of JSON lines.")
-@click.option("--against", type=FILE, help="Compare with such a file, like with like.")
+@click.option("--history", type=FILE, help="Append the result to this file of JSON lines.")
+@click.option("--against", type=FILE, help="Compare the result with earlier ones of the same kind in such a file.")
 @JSON
-def suite(repeats: int, markdown: Path | None, kept: Path | None, against: Path | None, as_json: bool) -> None:
+@takes(SuiteOptions)
+def suite(options: SuiteOptions) -> None:
     """Measure what needs no GPU and no files: export and build from tiny to 14B, host time of a step, ONNX Runtime.
 
-    Takes a few minutes. With --against: exits with 1 on a regression, with 3 where nothing could be compared.
+    It takes a few minutes. With --against the command exits with 1 on a regression, and with 3 where nothing could be
+    compared.
+
+    \b
+    Example:
+      wanforge suite --repeats 3 --history benchmarks.jsonl
     """
-    past = [] if against is None else history.read(against)
+    past = [] if options.against is None else history.read(options.against)
     with Bars() as bars:
-        found = run_suite(repeats, bars)
+        found = run_suite(options.repeats, bars)
     entries = found.entries()
-    compared = [(each, history.compare(each, past)) for each in entries if against is not None]
-    if kept is not None:
-        history.append(kept, entries)
-    if markdown is not None:
-        write_atomically(markdown.with_name(PLOT), scaling_plot(found).encode())
-        write_atomically(markdown, page(found).encode())
+    compared = [(each, history.compare(each, past)) for each in entries if options.against is not None]
+    if options.history is not None:
+        history.append(options.history, entries)
+    if options.markdown is not None:
+        write_atomically(options.markdown.with_name(report.PLOT), report.scaling_plot(found).encode())
+        write_atomically(options.markdown, report.page(found).encode())
+    show(found, compared, as_json=options.as_json)
+    if options.against is not None:
+        exit_by([one.verdict for _, trends in compared for one in trends])
+
+
+def show(found: Suite, compared: Sequence[tuple[Entry, Sequence[Trend]]], *, as_json: bool) -> None:
+    """Print the results and how they compare with earlier ones."""
     if as_json:
-        verdicts = [{"subject": each.subject, **one.as_json()} for each, ones in compared for one in ones]
-        click.echo(json.dumps({**plain(found), "verdicts": verdicts}))
-    else:
-        click.echo(text(found))
-        for each, ones in compared:
-            what = " ".join(str(each.subject[key]) for key in ("model", "contender") if key in each.subject)
-            for one in ones:
-                click.echo(f"{one.verdict:<15}{what} {said(one)}")
-    if against is not None:
-        exit_by([one.verdict for _, ones in compared for one in ones])
+        verdicts = [{"subject": entry.subject, **one.as_json()} for entry, trends in compared for one in trends]
+        click.echo(json.dumps({**report.as_json(found), "verdicts": verdicts}))
+        return
+    click.echo(report.text(found))
+    for entry, trends in compared:
+        what = " ".join(str(entry.subject[key]) for key in ("model", "contender") if key in entry.subject)
+        for one in trends:
+            click.echo(f"{one.verdict:<15}{what} {said(one)}")

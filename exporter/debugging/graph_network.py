@@ -28,7 +28,9 @@ def load_network() -> tuple[Any, Any, Any]:
     try:
         sizes = {name: int(size) for name, size in (s.split("=") for s in os.environ.get("WANFORGE_SIZES", "").split())}
     except ValueError:
-        raise ConfigError(f"WANFORGE_SIZES is {os.environ['WANFORGE_SIZES']!r}, not like: tokens=480 slots=2") from None
+        raise ConfigError(
+            f"WANFORGE_SIZES is {os.environ['WANFORGE_SIZES']!r}, not like: tokens=480 num_selected=2"
+        ) from None
     library = open_library(RTX if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1" else TENSORRT)
     trt = library.trt
     _kept.enter_context(registered(library))

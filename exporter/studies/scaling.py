@@ -12,19 +12,20 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import Target, load_targets
-from wanforge.engines.build import build_engines
+from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX, Library, flavour_for, open_library
+from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.fused_block import recipe_for
-from wanforge.runtime.commands.generate import PROMPT
-from wanforge.runtime.measure.cost.launches import Cost
-from wanforge.runtime.measure.cost.memory import Report, report
-from wanforge.runtime.measure.cost.stages import Bound, bound, stage_costs
-from wanforge.runtime.pipeline import Pipeline, Progress, Request
+from wanforge.runtime.measure.cost.launches import LaunchCost
+from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report
+from wanforge.runtime.measure.cost.stages import StageCost, cost_of, stage_costs
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import EXAMPLE_PROMPT, Request
 
 RECIPE = "w8a8"
 ENDLESS_GIB = 1e6
@@ -34,7 +35,7 @@ QUADRATIC = ("attention + quantise", "pool q, block scores")
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One clip by one model at one top-k.
 
     Attributes:
@@ -45,12 +46,12 @@ class Point:
     model: str
     clip: ClipShape
     topk: float
-    bounds: Mapping[str, Mapping[str, Bound]]
+    bounds: Mapping[str, Mapping[str, StageCost]]
     quadratic: float
 
 
 @dataclass(frozen=True)
-class Room:
+class ClipMemory:
     """The memory of one clip by one model, for any prompt, any top-k and the most steps.
 
     Attributes:
@@ -61,9 +62,9 @@ class Room:
 
     model: str
     clip: ClipShape
-    plan: Report | None = None
+    plan: MemoryReport | None = None
     refusal: str = ""
-    plans: Mapping[str, Report] = field(default_factory=dict)
+    plans: Mapping[str, MemoryReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Scaling:
     """
 
     targets: Mapping[str, Target]
-    points: Sequence[Point]
-    rooms: Sequence[Room]
+    points: Sequence[ScalingPoint]
+    rooms: Sequence[ClipMemory]
     missing: str = ""
 
 
@@ -86,15 +87,15 @@ def predict(
     clips: Iterable[ClipShape],
     topks: Sequence[float],
     targets: Mapping[str, Target],
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Scaling:
     """Predict every clip by every model, W8A8 with SageSLA: time at each top-k, memory for all of them.
 
     Raises:
         ConfigError: a top-k selects no block of a clip.
     """
-    points: list[Point] = []
-    rooms: list[Room] = []
+    points: list[ScalingPoint] = []
+    rooms: list[ClipMemory] = []
     missing = ""
     try:
         library = open_library(RTX)
@@ -112,50 +113,52 @@ def predict(
     return Scaling(targets, points, rooms, missing)
 
 
-def points_of(bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]) -> list[Point]:
+def points_of(
+    bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]
+) -> list[ScalingPoint]:
     """The time of a clip at each top-k."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
     points = []
     for topk in topks:
-        job = pipeline.job(Request(PROMPT, clip, topk=topk))
-        stages = {recipe: of_networks(stage_costs(bundle, job, recipe)) for recipe in set(recipes.values())}
+        checked = pipeline.resolve(Request(EXAMPLE_PROMPT, clip, topk=topk))
+        stages = {recipe: of_networks(stage_costs(bundle, checked, recipe)) for recipe in set(recipes.values())}
         bounds = {
-            name: {stage: bound(costs, target) for stage, costs in stages[recipes[name]].items()}
+            name: {stage: cost_of(costs, target) for stage, costs in stages[recipes[name]].items()}
             for name, target in targets.items()
         }
         denoise = next(iter(stages.values()))["denoise"]
         growing = sum(cost.total_flops for cost in denoise if cost.name in QUADRATIC)
         share = growing / sum(cost.total_flops for cost in denoise)
-        points.append(Point(bundle.model.name, clip, topk, bounds, share))
+        points.append(ScalingPoint(bundle.model.name, clip, topk, bounds, share))
     return points
 
 
-def of_networks(stages: Mapping[str, list[Cost]]) -> dict[str, list[Cost]]:
+def of_networks(stages: Mapping[str, list[LaunchCost]]) -> dict[str, list[LaunchCost]]:
     """The denoiser with what its steps share, and the decoder."""
     return {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
 
 
 def rooms_of(
     bundle: Bundle, clips: Sequence[ClipShape], targets: Mapping[str, Target], library: Library, progress: Progress
-) -> list[Room]:
+) -> list[ClipMemory]:
     """The memory of clips, the smaller first: engines are built for each, until the builder refuses one. What is larger
     is not tried, for a refusal can damage the builder's memory."""
     buildable = {name: target for name, target in targets.items() if flavour_for(target.sm) is RTX}
     sms = sorted({target.sm for target in buildable.values()} or {RTX.sms[-1]})
     endless = msgspec.structs.replace(next(iter(load_targets().values())), sm=sms[0], vram_gib=ENDLESS_GIB)
-    rooms, refusal = list[Room](), ""
+    rooms, refusal = list[ClipMemory](), ""
     for done, clip in enumerate(clips, 1):
         name = bundle.model.name
         try:
             if refusal:
                 raise ResourceError(refusal)
-            build_engines(bundle, clip, library, sms)
+            build_engines(bundle, library, EngineOptions(clip, tuple(sms)))
         except WanforgeError as error:
             refusal = str(error)
-            rooms.append(Room(name, clip, refusal=refusal))
+            rooms.append(ClipMemory(name, clip, refusal=refusal))
         else:
-            plans = {gpu: report(bundle, clip, gpu, target) for gpu, target in buildable.items()}
-            rooms.append(Room(name, clip, report(bundle, clip, "endless", endless), plans=plans))
+            plans = {gpu: memory_report(bundle, clip, gpu, target) for gpu, target in buildable.items()}
+            rooms.append(ClipMemory(name, clip, memory_report(bundle, clip, "endless", endless), plans=plans))
         progress(f"memory of {name}", done, len(clips))
     return rooms

@@ -6,12 +6,11 @@ from itertools import groupby
 from typing import Any
 
 from wanforge.configs.clip import ClipShape
-from wanforge.exporter.studies.scaling import Point, Room, Scaling
-from wanforge.runtime.cost_page import markdown, number
+from wanforge.exporter.studies.scaling import ClipMemory, Scaling, ScalingPoint
 from wanforge.runtime.measure.cost.launches import ASSUMED
-from wanforge.runtime.measure.cost.memory import Report
+from wanforge.runtime.measure.cost.memory import MemoryReport
 from wanforge.runtime.measure.page import Plot, Series, picture_of
-from wanforge.runtime.measure.requests.report import aligned
+from wanforge.runtime.measure.tables import markdown_table, number, text_table
 
 COMMAND = "wanforge scaling --markdown docs/scaling.md"
 TIME_PLOT, MEMORY_PLOT = "scaling-time.svg", "scaling-memory.svg"
@@ -68,7 +67,7 @@ def clip_cells(clip: ClipShape) -> list[str]:
     return [f"{clip.width_px}x{clip.height_px}", f"{(clip.frames - 1) / FPS:g}", f"{clip.tokens:,}"]
 
 
-def by_clip(scaling: Scaling) -> Iterator[list[Point]]:
+def by_clip(scaling: Scaling) -> Iterator[list[ScalingPoint]]:
     """The points of each model and clip, one for each top-k, lengths of one size after each other."""
     ordered = sorted(scaling.points, key=lambda p: (models(scaling).index(p.model), area(p.clip), p.clip.frames))
     for _, points in groupby(ordered, key=lambda p: (p.model, p.clip)):
@@ -105,7 +104,7 @@ def decoder_table(scaling: Scaling) -> Table:
 def growth_table(scaling: Scaling) -> Table:
     """What grows with the square of the tokens, how fast time grows, and what the top-k does to it."""
     gpu, rows = next(iter(scaling.targets)), []
-    before: Point | None = None
+    before: ScalingPoint | None = None
     for points in by_clip(scaling):
         point = points[0]
         follows = before is not None and (before.model, area(before.clip)) == (point.model, area(point.clip))
@@ -117,7 +116,7 @@ def growth_table(scaling: Scaling) -> Table:
     return ["", *CLIP, "quadratic", "exponent", *topks], rows
 
 
-def growth(one: Point, other: Point, gpu: str) -> float:
+def growth(one: ScalingPoint, other: ScalingPoint, gpu: str) -> float:
     """The power of the number of tokens that the denoiser's time grows with between two clips."""
     times = (point.bounds[gpu]["denoise"].floor for point in (other, one))
     return math.log(next(times) / next(times)) / math.log(other.clip.tokens / one.clip.tokens)
@@ -137,20 +136,20 @@ def memory_table(scaling: Scaling) -> Table:
     return ["GB", *CLIP, "denoiser", "decoder", "peak", *gpus], rows
 
 
-def extent(room: Room, stage: str) -> int:
+def extent(room: ClipMemory, stage: str) -> int:
     """Bytes that a stage needs beside weights."""
     assert room.plan is not None
     assert room.plan.plan is not None
     return room.plan.plan.stages[stage].extent
 
 
-def peak(plan: Report) -> int:
+def peak(plan: MemoryReport) -> int:
     """The most bytes of a GPU in use at any time."""
     assert plan.plan is not None
     return plan.fixed_bytes + max(map(plan.plan.peak_bytes, plan.plan.stages))
 
 
-def resident(plan: Report) -> str:
+def resident(plan: MemoryReport) -> str:
     """What stays on a GPU, and the seconds for which a request waits for what does not."""
     if plan.plan is None or plan.traffic is None:
         return "too small"
@@ -192,7 +191,7 @@ def laws(scaling: Scaling) -> list[str]:
     return found
 
 
-def ratio(points: Sequence[Point], gpu: str) -> str:
+def ratio(points: Sequence[ScalingPoint], gpu: str) -> str:
     """What a clip's largest top-k costs, in words."""
     most = max(points, key=lambda point: point.topk)
     floors = [point.bounds[gpu]["denoise"].floor for point in (most, points[0])]
@@ -202,7 +201,7 @@ def ratio(points: Sequence[Point], gpu: str) -> str:
     )
 
 
-def half_point(point: Point) -> float:
+def half_point(point: ScalingPoint) -> float:
     """Tokens from which on half of the denoiser's operations grow with their square."""
     return point.clip.tokens * (1 - point.quadratic) / point.quadratic
 
@@ -212,14 +211,14 @@ def text(scaling: Scaling) -> str:
     parts = [
         "predicted, not measured: floors at the vendors' peaks",
         "denoiser",
-        aligned(*floors_table(scaling)),
+        text_table(*floors_table(scaling)),
         "VAE decoder",
-        aligned(*decoder_table(scaling)),
+        text_table(*decoder_table(scaling)),
         "growth",
-        aligned(*growth_table(scaling)),
+        text_table(*growth_table(scaling)),
     ]
     if scaling.rooms:
-        parts += ["memory, predicted", aligned(*memory_table(scaling))]
+        parts += ["memory, predicted", text_table(*memory_table(scaling))]
     return "\n".join([*parts, *laws(scaling), *([f"memory: {scaling.missing}"] if scaling.missing else [])])
 
 
@@ -240,13 +239,13 @@ def page(scaling: Scaling) -> str:
         f"![Floor of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
         f"Floors of the denoiser on a {gpu}. *Quadratic*: share of its operations, at the first top-k. *Exponent*: the "
         "power of the tokens that its time has grown with since the length before.",
-        markdown(*growth_table(scaling), words=2),
+        markdown_table(*growth_table(scaling), words=2),
         "## Denoiser, all steps",
         f"Floors in seconds at top-k {scaling.points[0].topk:g}.",
-        markdown(*floors_table(scaling), words=2),
+        markdown_table(*floors_table(scaling), words=2),
         "## VAE decoder",
         "Floors in seconds, bf16; the same for all models, and all but in proportion to the pixels.",
-        markdown(*decoder_table(scaling)),
+        markdown_table(*decoder_table(scaling)),
         "## Memory",
     ]
     if scaling.rooms:
@@ -258,7 +257,7 @@ def page(scaling: Scaling) -> str:
             "those that have none, or that a stage ran over. Engines for GPUs that are not in the table are built on "
             "those GPUs only. The decoder takes four frames at a time, so its memory does not grow with the length.",
             f"![Memory of the denoiser and of the decoder over tokens]({MEMORY_PLOT})",
-            markdown(*memory_table(scaling), words=2),
+            markdown_table(*memory_table(scaling), words=2),
         ]
     if scaling.missing:
         parts.append(f"Left out: {scaling.missing}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.build import build_engines
+from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
@@ -20,13 +20,13 @@ from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX, open_library
-from wanforge.runtime.commands.generate import PROMPT
+from wanforge.progress import Progress, silent
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.machine import Facts, fingerprint
 from wanforge.runtime.measure.requests.history import Entry, digest, entry
 from wanforge.runtime.measure.requests.overhead import step_seconds
 from wanforge.runtime.measure.requests.timing import Row, bench_request
-from wanforge.runtime.pipeline import Progress, Request
+from wanforge.runtime.request import EXAMPLE_PROMPT, Request
 
 RECIPE = "w8a8"
 SIZES = {
@@ -95,7 +95,7 @@ class Suite:
         return found
 
 
-def run_suite(repeats: int, progress: Progress = lambda *_: None) -> Suite:
+def run_suite(repeats: int, progress: Progress = silent) -> Suite:
     """Measure everything, `repeats` times.
 
     Raises:
@@ -112,7 +112,7 @@ def run_suite(repeats: int, progress: Progress = lambda *_: None) -> Suite:
             scales.append(measure_scale(Path(folder) / title, title, load_model(name), repeats, builds=not missing))
             progress("export and build", len(scales), len(SIZES))
         bundle = tiny_bundle(Path(folder) / "files")
-        request = Request(PROMPT, bundle.model.video.clip)
+        request = Request(EXAMPLE_PROMPT, bundle.model.video.clip)
         rows = bench_request(bundle, request, ("torch", "ort"), repeats, progress=progress)
     return Suite(fingerprint(), scales, rows, missing)
 
@@ -134,7 +134,7 @@ def measure_scale(folder: Path, title: str, model: ModelConfig, repeats: int, *,
 
 
 def build(bundle: Bundle) -> None:
-    build_engines(bundle, bundle.model.video.clip, open_library(RTX), SMS, only=DENOISER)
+    build_engines(bundle, open_library(RTX), EngineOptions(bundle.model.video.clip, SMS, only=DENOISER))
 
 
 def timed(run: Callable[[], Any]) -> float:

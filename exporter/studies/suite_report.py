@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from wanforge.exporter.studies.suite import HOST_LIMIT, ORT_LIMIT, SMS, Scale, Suite
-from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.measure.page import Plot, Series, picture_of
-from wanforge.runtime.measure.requests.timing import STAGES, spread
+from wanforge.runtime.measure.requests.report import facts
+from wanforge.runtime.measure.requests.timing import spread
+from wanforge.runtime.measure.tables import markdown_table, text_table
+from wanforge.runtime.request import STAGES
 
 COMMAND = "wanforge suite --markdown docs/benchmarks.md"
 PLOT = "benchmarks.svg"
@@ -88,16 +90,14 @@ HOST = ["model", "layers", "p50, ms", "p95, ms", "per layer, us"]
 
 def text(suite: Suite) -> str:
     """For a terminal."""
-    from wanforge.runtime.measure.requests.report import aligned, facts
-
     names = [row.contender for row in suite.rows]
     header = ["ms", *(f"{name} {key}" for name in names for key in ("p50", "p95")), "ratio"]
     parts = [
         facts(suite.machine),
-        aligned(SCALES, scale_rows(suite)),
+        text_table(SCALES, scale_rows(suite)),
         "host time of a step, kernels stubbed",
-        aligned(HOST, host_rows(suite)),
-        aligned(header, request_rows(suite)),
+        text_table(HOST, host_rows(suite)),
+        text_table(header, request_rows(suite)),
         *promises(suite),
         *suite.missing,
     ]
@@ -142,15 +142,15 @@ def page(suite: Suite) -> str:
         "Every graph in three compute types, and the six graphs of the denoiser compiled by TensorRT-RTX for "
         f"{sms}; median of {len(suite.scales[0].export_seconds)} runs and extremes. Weights are inputs of the graphs, "
         "so their size costs nothing: the files here are headers before a hole.",
-        markdown(SCALES, scale_rows(suite)),
+        markdown_table(SCALES, scale_rows(suite)),
         f"![Seconds of export and build over the model's size]({PLOT})",
         "## Host time of a step",
         "The whole path of a step with every kernel stubbed, one token: casting and cutting the latents, every launch, "
         "putting the velocity together.",
-        markdown(HOST, host_rows(suite)),
+        markdown_table(HOST, host_rows(suite)),
         "## ONNX Runtime against eager PyTorch",
         "The tiny model's own clip, W8A8 and SageSLA, on the CPU in float32, taking turns.",
-        markdown(header, request_rows(suite)),
+        markdown_table(header, request_rows(suite)),
         *(f"- Left out: {reason}" for reason in suite.missing),
     ]
     lists = "\n\n".join(parts).replace("\n\n- ", "\n- ").replace("times.\n- ", "times.\n\n- ")

@@ -1,6 +1,6 @@
 """Kernels to cubins, ahead of time and in parallel, on a machine with or without a GPU.
 
-Triton runs in child processes only (`compile_worker`): in this one it may be interpreting the same kernels.
+Triton runs in child processes only (`worker`): in this one it may be interpreting the same kernels.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -20,13 +20,10 @@ from typing import NamedTuple
 import msgspec
 
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.launching import worker as compile_worker
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed
-
-Progress = Callable[[str, int, int], object]
-"""Told a title, how many are done, and of how many."""
+from wanforge.progress import Progress, silent
 
 
 class Origin(NamedTuple):
@@ -41,7 +38,7 @@ def compile_kernels(
     launches: Iterable[Launch],
     folder: Path,
     jobs: int | None = None,
-    progress: Progress = lambda title, done, total: None,
+    progress: Progress = silent,
 ) -> list[Cubin]:
     """Make sure that a folder holds the cubin of every launch.
 
@@ -173,7 +170,7 @@ class Worker:
         # A session of its own, so that Ctrl-C reaches this process alone, which ends the child and its children.
         with self.errors.open("wb") as errors:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", compile_worker.__name__],
+                [sys.executable, "-P", "-m", Compiled.__module__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

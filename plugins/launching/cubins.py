@@ -12,17 +12,15 @@ from typing import Literal
 
 import msgspec
 
-import wanforge
-from wanforge import __version__
 from wanforge.configs.loading import Record
 from wanforge.errors import ResourceError
 from wanforge.plugins.launching.grid import PARSING
 from wanforge.plugins.launching.launch import Constant
+from wanforge.version import PACKAGE, __version__
 from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT: Literal[1] = 1
-PACKAGE = Path(wanforge.__file__).parent
 
 
 class Cubin(Record, frozen=True):
@@ -142,7 +140,7 @@ class CubinStore:
 def source_hash(op: str) -> str:
     """SHA-256 of an op's kernels and of every module of wanforge that they import, read but not imported."""
     sources: dict[str, bytes] = {}
-    waiting = [f"{wanforge.__name__}.plugins.{op}.kernel"]
+    waiting = [f"wanforge.plugins.{op}.kernel"]
     while waiting:
         module = waiting.pop()
         path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
@@ -166,4 +164,4 @@ def _imported(module: str, source: bytes) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        yield from (name for name in names if name.startswith(f"{wanforge.__name__}."))
+        yield from (name for name in names if name.startswith("wanforge."))

@@ -16,7 +16,7 @@ def interpret(launch: Launch) -> None:
 
     Raises:
         ShapeError: An argument does not hold what the compiled code relies on.
-        ResourceError: Triton is not installed, or was imported before in its compiling form.
+        ResourceError: Triton is not installed.
     """
     launch.check_arguments()
     function = load_function(launch.kernel.op, launch.kernel.function)
@@ -27,7 +27,7 @@ def load_function(op: str, function: str) -> Any:
     """The Triton function itself, interpreted unless there is a GPU or TRITON_INTERPRET says otherwise.
 
     Raises:
-        ResourceError: Triton is not installed, or was imported before in its compiling form.
+        ResourceError: Triton is not installed.
     """
     choose_interpreter()
     try:
@@ -40,25 +40,21 @@ def load_function(op: str, function: str) -> Any:
 
 
 def choose_interpreter() -> None:
-    """Let Triton interpret kernels where PyTorch sees no GPU.
+    """Let Triton interpret kernels where PyTorch sees no GPU, unless TRITON_INTERPRET says otherwise.
 
-    Triton decides once, when it is imported, so everything here that may be the first to import it calls this before.
-
-    Raises:
-        ResourceError: It is too late, because something else has imported Triton.
+    Triton decides once, when it is imported, and PyTorch may have imported it long before a kernel is run. Its Python
+    modules are then imported once more; whoever holds the first ones keeps them.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
         return
-    wanted = os.environ.setdefault("TRITON_INTERPRET", "1")
-    if wanted == "1" and "triton" in sys.modules and not _interprets():
-        raise ResourceError(
-            "Triton was imported before it was asked to interpret kernels, which it needs where there is no GPU; "
-            "set TRITON_INTERPRET=1 in the environment"
-        )
+    if "triton" in sys.modules and not _interprets():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+            if not name.startswith("triton._C"):  # the compiled part is the same for both, and loads only once
+                del sys.modules[name]
 
 
 def _interprets() -> bool:
-    """Whether Triton's own functions were made for its interpreter."""
+    """Whether the Triton that is imported was made for its interpreter."""
     import triton.language
     from triton.runtime.interpreter import InterpretedFunction
 

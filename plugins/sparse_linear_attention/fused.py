@@ -34,13 +34,13 @@ SCORES = Kernel(
     ("cdiv(M, QUERIES)", "H"),
     {"L": "i32", "q_stride": "i32:16", "M": "i32", "N": "i32"},
 )
-SELECT = Kernel("sparse_linear_attention", "select", ("M * H",), {"M": "i32", "N": "i32", "S": "i32"})
+SELECT = Kernel("sparse_linear_attention", "select", ("M * H",), {"M": "i32", "N": "i32", "num_selected": "i32"})
 ATTENTION = Kernel(
     "sparse_linear_attention",
     "attention",
     ("M", "H"),
     {
-        **dict.fromkeys(("L", "M", "N", "S"), "i32"),
+        **dict.fromkeys(("L", "M", "N", "num_selected"), "i32"),
         **dict.fromkeys(("q_stride", "k_stride", "v_stride", "padded"), "i32:16"),
     },
 )
@@ -115,7 +115,7 @@ def _attend(
         padded=num_keys * blocks.k,
         M=num_queries,
         N=num_keys,
-        S=num_selected,
+        num_selected=num_selected,
         H=heads,
         ARITHMETIC=blocks.arithmetic,
         BLOCK_Q=blocks.q,
@@ -216,7 +216,15 @@ def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
     heads, num_queries, num_keys = score_HMN.shape
     selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMN.device)
     lanes = _power_of_two(num_keys)
-    SELECT(score=score_HMN, selected=selected, N=num_keys, S=num_selected, M=num_queries, H=heads, LANES=lanes)
+    SELECT(
+        score=score_HMN,
+        selected=selected,
+        M=num_queries,
+        N=num_keys,
+        num_selected=num_selected,
+        H=heads,
+        LANES=lanes,
+    )
     return selected
 
 

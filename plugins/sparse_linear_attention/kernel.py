@@ -1,5 +1,5 @@
 """Kernels of sparse-linear attention. Letters as in the reference: L tokens, H heads of K = 128 channels, M query blocks,
-N key blocks, S selected ones; C chunks of tokens, over which sums are taken in a fixed order.
+N key blocks; C chunks of tokens, over which sums are taken in a fixed order.
 
 `statistics` and `keys_values` read the keys and values once each, at memory speed; `linear_state`, `scores` and `select`
 are small; `attention` follows. ARITHMETIC is that of `reference.Blocks`.
@@ -201,10 +201,10 @@ def scores(
 
 
 @triton.jit
-def select(score, selected, M, N, S, H: tl.constexpr, LANES: tl.constexpr):
-    """The S best of N scores, indices ascending; among equal ones the lower index. A program has one query block.
+def select(score, selected, M, N, num_selected, H: tl.constexpr, LANES: tl.constexpr):
+    """The num_selected best of N scores, indices ascending; among equal ones the lower index. A program has one query block.
 
-    The S-th best score is found bit by bit, on integers in the order of the floats.
+    The last score that is selected is found bit by bit, on integers in the order of the floats.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -216,21 +216,21 @@ def select(score, selected, M, N, S, H: tl.constexpr, LANES: tl.constexpr):
     bit = tl.full((), 2147483648, tl.uint32)
     for _ in range(32):
         candidate = threshold | bit
-        enough = tl.sum((inside & (order >= candidate)).to(tl.int32)) >= S
+        enough = tl.sum((inside & (order >= candidate)).to(tl.int32)) >= num_selected
         threshold = tl.where(enough, candidate, threshold)
         bit = bit >> 1
     better = inside & (order > threshold)
     equal = inside & (order == threshold)
-    left = S - tl.sum(better.to(tl.int32))
+    left = num_selected - tl.sum(better.to(tl.int32))
     chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(selected + row * S + place, lane, mask=chosen)
+    tl.store(selected + row * num_selected + place, lane, mask=chosen)
 
 
 @triton.jit
 def attention(
     q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
-    L, q_stride, k_stride, v_stride, padded, M, N, S,
+    L, q_stride, k_stride, v_stride, padded, M, N, num_selected,
     H: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -270,8 +270,8 @@ def attention(
     maximum = tl.full((BLOCK_Q, 1), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q, 1), tl.float32)
     output = tl.zeros((BLOCK_Q, HEAD), tl.float32)
-    selected += (head * M + block) * S
-    for i in range(S):
+    selected += (head * M + block) * num_selected
+    for i in range(num_selected):
         chosen = tl.load(selected + i)
         first = chosen.to(tl.int64) * BLOCK_K
         is_key = key < L - chosen * BLOCK_K

@@ -2,7 +2,7 @@
 
 One body for every arithmetic: what differs stands behind the names `Steps`, `Values` and `Probability`, of which a
 model carries the ones it needs. The loop over selected blocks repeats the reference's running maximum; a length
-(`slots`) gives its number of turns.
+(`selection`) gives its number of turns.
 """
 
 from onnx import FunctionProto
@@ -108,7 +108,7 @@ def LinearBranch(q, k, v):
 
 
 @script(ops)
-def SparseLinearAttention(q_BLHK, k_BLHK, v_BLHK, slots, proj_weight, proj_bias, block_q: int, block_k: int):
+def SparseLinearAttention(q_BLHK, k_BLHK, v_BLHK, selection, proj_weight, proj_bias, block_q: int, block_k: int):
     q = op.Transpose(op.Cast(q_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
     k = op.Transpose(op.Cast(k_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
     v = op.Transpose(op.Cast(v_BLHK, to=FLOAT), perm=[0, 2, 1, 3])
@@ -118,7 +118,7 @@ def SparseLinearAttention(q_BLHK, k_BLHK, v_BLHK, slots, proj_weight, proj_bias,
     k_rows = op.Unsqueeze(op.Constant(value_int=block_k), [0])
 
     # Which key blocks each query block attends to, ascending.
-    count = op.Shape(slots)
+    count = op.Shape(selection)
     q_means = ops.MeanPool(q, q_rows)
     k_means = ops.MeanPool(smooth_k, k_rows)
     scores = op.MatMul(q_means, op.Transpose(k_means, perm=[0, 1, 3, 2]))

@@ -14,7 +14,7 @@ def sparse_linear_attention(
     q_BLHK: Tensor,
     k_BLHK: Tensor,
     v_BLHK: Tensor,
-    slots_S: Tensor,
+    selection_S: Tensor,
     proj_weight_KK: Tensor,
     proj_bias_K: Tensor,
     blocks: Blocks,
@@ -22,7 +22,7 @@ def sparse_linear_attention(
     """Attention over the best key blocks plus a linear branch; see `reference.sparse_linear_attention`.
 
     Args:
-        slots_S: one place per selected key block. Only its length is read: a length is known to a compiled graph
+        selection_S: one place per selected key block. Only its length is read: a length is known to a compiled graph
             and to the host without copying anything back, so one engine serves every top-k
             (docs/decisions/0004-top-k-is-a-shape.md).
 
@@ -33,10 +33,10 @@ def sparse_linear_attention(
         raise ShapeError(
             f"q {tuple(q_BLHK.shape)}, k {tuple(k_BLHK.shape)} and v {tuple(v_BLHK.shape)} must be equal in shape"
         )
-    arguments = (q_BLHK, k_BLHK, v_BLHK, slots_S, proj_weight_KK, proj_bias_K, blocks)
+    arguments = (q_BLHK, k_BLHK, v_BLHK, selection_S, proj_weight_KK, proj_bias_K, blocks)
     if has_torch_function_unary(q_BLHK):  # a tracer records the op as one node
         return handle_torch_function(sparse_linear_attention, (q_BLHK,), *arguments)
     available = blocks.num_keys(q_BLHK.shape[1])
-    if not 1 <= len(slots_S) <= available:
-        raise ShapeError(f"{len(slots_S)} key blocks selected of {available}; at least one and at most all can be")
-    return reference(q_BLHK, k_BLHK, v_BLHK, len(slots_S), proj_weight_KK, proj_bias_K, blocks)
+    if not 1 <= len(selection_S) <= available:
+        raise ShapeError(f"{len(selection_S)} key blocks selected of {available}; at least one and at most all can be")
+    return reference(q_BLHK, k_BLHK, v_BLHK, len(selection_S), proj_weight_KK, proj_bias_K, blocks)

@@ -18,16 +18,19 @@ ARITHMETICS = ("sla", "sage_fp8", "sage_fp16")
 
 
 @dataclass(frozen=True)
-class SparseLinearAttention(PluginOp):
-    """``q, k, v [1, L, H, 128]``, ``slots [S]``, of which only the length is read, and the linear branch's projection
-    ``[128, 128]`` and bias ``[128]``, to ``[1, L, H, 128]``."""
+class SparseLinearAttentionPlugin(PluginOp):
+    """Sparse-linear attention: ``q, k, v [1, L, H, 128]`` to ``[1, L, H, 128]``.
+
+    Further inputs are ``selection [num_selected]``, of which only the length is read, and the linear branch's
+    projection ``[128, 128]`` and bias ``[128]``.
+    """
 
     block_q: int
     block_k: int
     arithmetic: str
 
     name = "SparseLinearAttention"
-    inputs = ("q", "k", "v", "slots", "proj_weight", "proj_bias")
+    inputs = ("q", "k", "v", "selection", "proj_weight", "proj_bias")
 
     def __post_init__(self) -> None:
         if self.arithmetic not in ARITHMETICS:
@@ -38,9 +41,11 @@ class SparseLinearAttention(PluginOp):
         return same, same, same, ("int32",), same, same
 
     def check_shapes(self, shapes: Sequence[Shape]) -> None:
-        q, k, v, slots, weight, bias = shapes
-        if not q == k == v or len(q) != 4 or len(slots) != 1 or weight != (HEAD, HEAD) or bias != (HEAD,):
-            raise ShapeError(f"q {q}, k {k}, v {v}, slots {slots}, projection {weight} and bias {bias} do not fit")
+        q, k, v, selection, weight, bias = shapes
+        if not q == k == v or len(q) != 4 or len(selection) != 1 or weight != (HEAD, HEAD) or bias != (HEAD,):
+            raise ShapeError(
+                f"q {q}, k {k}, v {v}, selection {selection}, projection {weight} and bias {bias} do not fit"
+            )
         batch, _, heads, width = q
         if batch != 1 or heads == DYNAMIC or width != HEAD:
             raise ShapeError(f"q {q}: wants one sample and heads of {HEAD} channels; only its length may be dynamic")
@@ -55,12 +60,12 @@ class SparseLinearAttention(PluginOp):
         from wanforge.plugins.sparse_linear_attention import fused
         from wanforge.plugins.sparse_linear_attention.reference import Blocks
 
-        q, k, v, slots, weight, bias = inputs
+        q, k, v, selection, weight, bias = inputs
         self.check_shapes([tuple(each.shape) for each in inputs])
         blocks = Blocks(self.block_q, self.block_k, self.arithmetic)  # type: ignore[arg-type]
         q_LD, k_LD, v_LD = (each.reshape(each.shape[1], -1) for each in (q, k, v))
-        y_LD = fused.sparse_linear_attention(q_LD, k_LD, v_LD, len(slots), weight, bias, blocks)
+        y_LD = fused.sparse_linear_attention(q_LD, k_LD, v_LD, len(selection), weight, bias, blocks)
         return y_LD.reshape(q.shape)
 
 
-OP = SparseLinearAttention
+OP = SparseLinearAttentionPlugin

@@ -9,6 +9,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -53,6 +54,14 @@ FLAVOURS = (RTX, TENSORRT)
 def flavour_for(sm: int) -> Flavour:
     """Which product compiles for an architecture: TensorRT-RTX where it can, for it needs no GPU."""
     return RTX if sm in RTX.sms else TENSORRT
+
+
+def group_by_flavour(sms: Iterable[int]) -> list[tuple[Flavour, tuple[int, ...]]]:
+    """Architectures that one engine can serve: all of TensorRT-RTX's together, and each of TensorRT's by itself."""
+    ordered = sorted(sms)
+    portable = tuple(sm for sm in ordered if flavour_for(sm) is RTX)
+    alone = [(TENSORRT, (sm,)) for sm in ordered if sm not in portable]
+    return [*([(RTX, portable)] if portable else []), *alone]
 
 
 @dataclass(frozen=True)

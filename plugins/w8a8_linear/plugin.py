@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class W8A8Linear(PluginOp):
+class W8A8LinearPlugin(PluginOp):
     """``x [..., K]``, ``int8_weight [N, K]``, its scales by tile of 128x128 or by row, ``bias [N]`` to ``[..., N]``.
     Which scales they are, their number of dimensions says."""
 
@@ -49,4 +49,4 @@ class W8A8Linear(PluginOp):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-OP = W8A8Linear
+OP = W8A8LinearPlugin

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
-from wanforge.runtime.memory.arena import Bound, Memory
-from wanforge.runtime.schedule import Launch, Ref, Schedule
+from wanforge.progress import Progress, silent
+from wanforge.runtime.memory.arena import Memory, Runnable
+from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
 
 class Backend(Protocol):
@@ -37,11 +38,11 @@ class Backend(Protocol):
         """
         return
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""
         ...
 
-    def program(self, schedule: Schedule, name: str, launches: Sequence[Bound]) -> list[Bound]:
+    def program(self, schedule: Schedule, name: str, launches: Sequence[Runnable]) -> list[Runnable]:
         """A program of bound launches as the backend would run it: one by one, or as one."""
         return list(launches)
 
@@ -63,7 +64,7 @@ class Session:
 
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
         self.backend, self.schedule = backend, schedule
-        self._bound: dict[str, list[Bound]] = {}
+        self._bound: dict[str, list[Runnable]] = {}
         self.enter()
 
     def enter(self) -> None:
@@ -74,18 +75,24 @@ class Session:
         """A buffer, to fill or to read."""
         return self._buffers[name]
 
-    def run(self, program: str) -> None:
-        """Launch every graph of a program in order."""
-        for launch in self.bound(program):
-            launch()
+    def run(self, program: str, stage: str = "", progress: Progress = silent) -> None:
+        """Run every graph of a program in order.
 
-    def bound(self, program: str) -> list[Bound]:
+        Args:
+            progress: Told `stage`, how many runs are done, and how many there are.
+        """
+        runs = self.bound(program)
+        for index, run in enumerate(runs):
+            run()
+            progress(stage, index + 1, len(runs))
+
+    def bound(self, program: str) -> list[Runnable]:
         """A program's launches, ready to call one by one."""
         if program not in self._bound:
             self._bound[program] = self.backend.program(self.schedule, program, self.launches(program))
         return self._bound[program]
 
-    def launches(self, program: str) -> list[Bound]:
+    def launches(self, program: str) -> list[Runnable]:
         """A program's launches bound anew, one for each."""
         launches = [
             self.backend.bind(launch, [self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import HEAD_DIM, DiTConfig, ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected
+from wanforge.engines.bundle.shapes import concrete
 from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.launch import Launch, recording
@@ -27,6 +28,7 @@ from wanforge.plugins.sparse_linear_attention.fused import (
     sparse_linear_attention_quantised,
 )
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
 
@@ -142,8 +144,8 @@ class RowLinears(QuantisedLinears):
         return quantise_rows(y_LD)
 
 
-class Tap:
-    """Sees what goes from op to op, by the names of `backends.points`, and passes it on; this one as it is."""
+class BlockObserver:
+    """Sees what goes from op to op, by the names of `backends.taps`, and passes it on; this one as it is."""
 
     def value(self, name: str, x_LD: Tensor) -> Tensor:
         """What an op gave, and the next one may write over."""
@@ -157,7 +159,7 @@ class Tap:
         """The residual stream, in place."""
 
 
-NO_TAP = Tap()
+UNOBSERVED = BlockObserver()
 
 
 class FusedBlock:
@@ -173,46 +175,48 @@ class FusedBlock:
             raise ConfigError(f"kernels are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
 
-    def run(self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor, tap: "Tap" = NO_TAP) -> None:
+    def run(
+        self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor, observer: "BlockObserver" = UNOBSERVED
+    ) -> None:
         """Compute the graph ``block``.
 
         Args:
             weights: the layer's tensors, named as in the graph, on the device of the inputs.
             inputs: in the order of the graph's ports; one sample.
             out_BLD: takes ``hidden_out``; must not be ``hidden``.
-            tap: sees what goes from op to op.
+            observer: sees what goes from op to op.
 
         Raises:
             ShapeError: there is more than one sample.
         """
-        hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T, cos_LP, sin_LP, slots_S = inputs
+        hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T, cos_LP, sin_LP, selection_S = inputs
         if len(hidden_BLD) != 1:
             raise ShapeError(f"the kernels take one sample at a time, not {len(hidden_BLD)}")
         x_LD, out_LD = hidden_BLD[0], out_BLD[0]
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D[0].unbind(0)
         layers = self._linears(weights, x_LD.dtype)
 
-        a = tap.input("self_attn.q.in", layers.norm(x_LD, scale_sa, shift_sa, modulated=True), layers)
+        a = observer.input("self_attn.q.in", layers.norm(x_LD, scale_sa, shift_sa, modulated=True), layers)
         qkv = ["self_attn.q", "self_attn.k", "self_attn.v"]
-        q_LD, k_LD, v_LD = (tap.value(*each) for each in zip(qkv, layers.project(a, qkv), strict=True))
+        q_LD, k_LD, v_LD = (observer.value(*each) for each in zip(qkv, layers.project(a, qkv), strict=True))
         norms = [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
         rms_norm_rotate([q_LD, k_LD], norms, self.config.eps, (cos_LP, sin_LP))
-        q_LD, k_LD = tap.value("self_attn.attn_op.q", q_LD), tap.value("self_attn.attn_op.k", k_LD)
-        a = tap.input("self_attn.o.in", self._attend(layers, weights, q_LD, k_LD, v_LD, len(slots_S)), layers)
+        q_LD, k_LD = observer.value("self_attn.attn_op.q", q_LD), observer.value("self_attn.attn_op.k", k_LD)
+        a = observer.input("self_attn.o.in", self._attend(layers, weights, q_LD, k_LD, v_LD, len(selection_S)), layers)
         layers.add(a, "self_attn.o", x_LD, gate_sa, out_LD)
-        tap.stream("norm3.in", out_LD)
+        observer.stream("norm3.in", out_LD)
 
         a = layers.norm(out_LD, weights["norm3.weight"], weights["norm3.bias"], modulated=False)
-        (q_LD,) = layers.project(tap.input("norm3", a, layers), ["cross_attn.q"])
-        q_LD = tap.value("cross_attn.q", q_LD)
+        (q_LD,) = layers.project(observer.input("norm3", a, layers), ["cross_attn.q"])
+        q_LD = observer.value("cross_attn.q", q_LD)
         rms_norm_rotate([q_LD], [weights["cross_attn.norm_q.weight"]], self.config.eps)
-        q_LD = tap.value("cross_attn.norm_q", q_LD)
+        q_LD = observer.value("cross_attn.norm_q", q_LD)
         y_BLHK = dense_attention(split_heads(q_LD[None]), split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
-        a = tap.input("cross_attn.o.in", layers.pack(y_BLHK.flatten(2)[0]), layers)
+        a = observer.input("cross_attn.o.in", layers.pack(y_BLHK.flatten(2)[0]), layers)
         layers.add(a, "cross_attn.o", out_LD, None, out_LD)
 
-        a = tap.input("ffn.0.in", layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True), layers)
-        a = tap.input("ffn.2.in", layers.gelu(a, "ffn.0"), layers)
+        a = observer.input("ffn.0.in", layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True), layers)
+        a = observer.input("ffn.2.in", layers.gelu(a, "ffn.0"), layers)
         layers.add(a, "ffn.2", out_LD, gate_ffn, out_LD)
 
     def _linears(self, weights: Weights, dtype: torch.dtype) -> Linears:
@@ -247,23 +251,22 @@ def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | Non
     """Every launch of one block on an architecture, in bfloat16, at a clip's size or the model's own; nothing runs.
 
     Raises:
-        ConfigError: the clip is too short for its top-k.
+        ConfigError: The clip is too short for its top-k.
     """
-    runs = recipe_for(recipe, sm)
-    clip = shape or model.video.clip
-    blocks = attention_blocks(runs)
-    slots = 1 if blocks is None else selected_blocks(model.topk, blocks.num_keys(clip.tokens))
+    runs, clip = recipe_for(recipe, sm), shape or model.video.clip
     block = graphs(model, runs)["block"]
-    sizes = {"tokens": clip.tokens, "context_rows": model.dit.text_rows, "slots": slots}
+    sizes = {
+        "tokens": clip.tokens,
+        "context_rows": model.dit.text_rows,
+        "num_selected": num_selected(runs, clip, model.topk),
+    }
     with recording(sm) as found, torch.device("meta"):
-        inputs = [torch.empty(port.concrete(sizes), dtype=_type(port.dtype)) for port in block.inputs]
+        inputs = [
+            torch.empty(concrete(port.shape, sizes), dtype=element_type(port.dtype, torch.bfloat16))
+            for port in block.inputs
+        ]
         FusedBlock(model.dit, runs).run(_empty_weights(block), inputs, torch.empty_like(inputs[0]))
     return found
-
-
-def _type(element: str) -> torch.dtype:
-    dtype: torch.dtype = torch.bfloat16 if element == "compute" else getattr(torch, element)
-    return dtype
 
 
 def _empty_weights(block: Graph) -> dict[str, Tensor]:

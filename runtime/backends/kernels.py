@@ -10,11 +10,11 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
-from wanforge.runtime.backends.fused_block import FusedBlock, Input, Linears, Tap, recipe_for
-from wanforge.runtime.backends.taps import Points
+from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
+from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
-from wanforge.runtime.memory.arena import Bound
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.schedule import GraphRun
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
 """What goes into the linears."""
@@ -33,7 +33,7 @@ class KernelsBackend(TorchBackend):
         # The kernels before a W8A8 linear quantise for it; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         if launch.graph != "block":
             return super().bind(launch, inputs, outputs)
         state = self.state(launch)
@@ -44,19 +44,19 @@ class KernelsBackend(TorchBackend):
 
         return run
 
-    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
-        tap, hidden_out = Forced(forced or {}, self.dtype), torch.empty_like(inputs[0])
+    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+        observer, hidden_out = ForcedTaps(forced or {}, self.dtype), torch.empty_like(inputs[0])
         with torch.inference_mode():
-            self.block.run(self.state(launch), inputs, hidden_out, tap)
-        return {**tap.found, "hidden_out": hidden_out}
+            self.block.run(self.state(launch), inputs, hidden_out, observer)
+        return {**observer.found, "hidden_out": hidden_out}
 
 
-class Forced(Tap):
+class ForcedTaps(BlockObserver):
     """Writes down what the kernels make, and passes on what the reference made in its place."""
 
     def __init__(self, forced: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.forced, self.dtype = forced, dtype
-        self.found: Points = {}
+        self.found: Taps = {}
 
     def wanted(self, name: str, like_LD: Tensor) -> Tensor:
         """The reference's value as a matrix of the kernels' own."""

@@ -1,4 +1,4 @@
-"""Opens an exported block at its points, see `points`. The one place of `runtime` that takes the onnx package, and only
+"""Opens an exported block at its taps, see `taps`. The one place of `runtime` that takes the onnx package, and only
 when it is used: a graph is not looked into where it is deployed."""
 
 from collections.abc import Iterator, Mapping
@@ -17,18 +17,18 @@ FORCED = "/forced"
 
 @dataclass(frozen=True)
 class Opened:
-    """A graph whose points are outputs where they are made, and inputs where they are read.
+    """A graph whose taps are outputs where they are made, and inputs where they are read.
 
     Attributes:
         model: the ONNX file.
-        points: the graph's value of each point.
+        taps: the graph's value of each tap.
     """
 
     model: bytes
-    points: Mapping[str, str]
+    taps: Mapping[str, str]
 
 
-def open_at_points(path: Path, weights: tuple[str, ...]) -> Opened:
+def open_at_taps(path: Path, weights: tuple[str, ...]) -> Opened:
     """Open a graph around its named layers.
 
     Args:
@@ -38,12 +38,12 @@ def open_at_points(path: Path, weights: tuple[str, ...]) -> Opened:
 
     model = onnx.load(str(path), load_external_data=False)
     graph = Values(model.graph)
-    points: dict[str, str] = {}
+    taps: dict[str, str] = {}
     for layer in dict.fromkeys(name.rpartition(".")[0] for name in weights):
-        for point, value in graph.points_of(layer.removesuffix(".local_attn.proj_l")):
-            if value not in points.values():
-                points[point] = value
-    opened = set(points.values())
+        for tap, value in graph.taps_of(layer.removesuffix(".local_attn.proj_l")):
+            if value not in taps.values():
+                taps[tap] = value
+    opened = set(taps.values())
     for node in model.graph.node:
         node.input[:] = [name + FORCED if name in opened else name for name in node.input]
     kept = {output.name for output in model.graph.output}
@@ -52,7 +52,7 @@ def open_at_points(path: Path, weights: tuple[str, ...]) -> Opened:
         model.graph.input.append(onnx.helper.make_tensor_value_info(value + FORCED, dtype, None))
         if value not in kept:
             model.graph.output.append(onnx.helper.make_tensor_value_info(value, dtype, None))
-    return Opened(model.SerializeToString(), points)
+    return Opened(model.SerializeToString(), taps)
 
 
 class Values:
@@ -70,8 +70,8 @@ class Values:
         """That of the first input."""
         return self.graph.input[0].type.tensor_type.elem_type
 
-    def points_of(self, layer: str) -> Iterator[tuple[str, str]]:
-        """The points around a layer, found by what reads its weights."""
+    def taps_of(self, layer: str) -> Iterator[tuple[str, str]]:
+        """The taps around a layer, found by what reads its weights."""
         if (attention := self.consumer(f"{layer}.local_attn.proj_l.weight")) is not None:
             yield from ((f"{layer}.{port}", value) for port, value in zip(QKV, attention.input, strict=False))
             yield layer, attention.output[0]

@@ -10,24 +10,16 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.errors import BundleError
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_points
-from wanforge.runtime.backends.taps import ATTENTION, Points
+from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
+from wanforge.runtime.backends.taps import ATTENTION, Taps
+from wanforge.runtime.dtypes import ONNX_NUMBERS
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.memory.arena import Arena, Bound, Memory, Unbounded
+from wanforge.runtime.memory.arena import Arena, Memory, Runnable, Unbounded
 from wanforge.runtime.memory.plan import plan_request
 from wanforge.runtime.memory.residency import ThreadMover
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.schedule import GraphRun
 
-# TensorProto's numbers, so that running needs no onnx.
-ELEMENT_TYPES = {
-    torch.float32: 1,
-    torch.int8: 3,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.float16: 10,
-    torch.bfloat16: 16,
-}
 FATAL = 4
 
 
@@ -76,14 +68,14 @@ class OrtBackend(Backend):
         )
         self._clip = clip
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         session = self.graph_session(launch.graph)
         binding = self.bound_inputs(session, launch, inputs)
         for port, buffer in zip(self.graphs[launch.graph].outputs, outputs, strict=True):
             bind(binding.bind_output, port.name, buffer)
         return lambda: session.run_with_iobinding(binding)
 
-    def bound_inputs(self, session: ort.InferenceSession, launch: Launch, inputs: Sequence[Tensor]) -> ort.IOBinding:
+    def bound_inputs(self, session: ort.InferenceSession, launch: GraphRun, inputs: Sequence[Tensor]) -> ort.IOBinding:
         """A binding of a launch's inputs and weights."""
         graph, binding = self.graphs[launch.graph], session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
@@ -93,11 +85,11 @@ class OrtBackend(Backend):
                 bind(binding.bind_input, name, weight)
         return binding
 
-    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
-        assert forced is not None, "an opened graph reads every one of its points"
+    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+        assert forced is not None, "an opened graph reads every one of its taps"
         graph, (opened, session) = self.graphs[launch.graph], self.opened(launch.graph)
         binding = self.bound_inputs(session, launch, inputs)
-        given = {value: forced[point].to(self.dtype).contiguous() for point, value in opened.points.items()}
+        given = {value: forced[tap].to(self.dtype).contiguous() for tap, value in opened.taps.items()}
         for value, tensor in given.items():
             bind(binding.bind_input, value + FORCED, tensor)
         for output in session.get_outputs():
@@ -105,14 +97,12 @@ class OrtBackend(Backend):
         session.run_with_iobinding(binding)
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, map(torch.from_numpy, binding.copy_outputs_to_cpu()), strict=True))
-        return {
-            point: found[value] for point, value in [*opened.points.items(), *((p.name, p.name) for p in graph.outputs)]
-        }
+        return {tap: found[value] for tap, value in [*opened.taps.items(), *((p.name, p.name) for p in graph.outputs)]}
 
     def opened(self, name: str) -> tuple[Opened, ort.InferenceSession]:
-        """A graph opened at its points, and its session."""
+        """A graph opened at its taps, and its session."""
         if name not in self._opened:
-            opened = open_at_points(self.bundle.path(self.file(name)), self.graphs[name].weights)
+            opened = open_at_taps(self.bundle.path(self.file(name)), self.graphs[name].weights)
             self._opened[name] = opened, new_session(opened.model)
         return self._opened[name]
 
@@ -128,4 +118,4 @@ def new_session(model: str | bytes) -> ort.InferenceSession:
 
 def bind(bind_port: "type[ort.IOBinding.bind_input]", name: str, buffer: Tensor) -> None:
     """Hand a tensor's memory to ONNX Runtime without a copy."""
-    bind_port(name, "cpu", 0, ELEMENT_TYPES[buffer.dtype], list(buffer.shape), buffer.data_ptr())
+    bind_port(name, "cpu", 0, ONNX_NUMBERS[buffer.dtype], list(buffer.shape), buffer.data_ptr())

@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from wanforge.runtime.reference.dit import LayerNorm, Linear, RMSNorm, SparseAttention, W8A8Linear
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.schedule import GraphRun
 
-Points = dict[str, Tensor]
+Taps = dict[str, Tensor]
 
 LAYERS = (Linear, W8A8Linear, RMSNorm, LayerNorm, SparseAttention)
 """What points are around."""
@@ -31,16 +31,16 @@ class Transparent(Protocol):
     rounds_at: Collection[str]
     """Points that are made by rounding to 8 bits, or by selecting: there the last bit of a sum can decide."""
 
-    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
+    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         """Every point of a launch of ``block``, in order, as the backend makes it; those in `forced` go on with these
         values."""
         ...
 
 
 @contextmanager
-def tapped(owner: nn.Module, forced: Mapping[str, Tensor]) -> Iterator[Points]:
+def tapped(owner: nn.Module, forced: Mapping[str, Tensor]) -> Iterator[Taps]:
     """Within the block, runs of a reference module write down its points and go on with those that are forced."""
-    found: Points = {}
+    found: Taps = {}
 
     def pass_on(name: str, value: Tensor) -> Tensor:
         # One tensor that several layers read is one point, named by the first.

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.taps import ATTENTION, Points, tapped
+from wanforge.runtime.backends.taps import ATTENTION, Taps, tapped
 from wanforge.runtime.graphs import Graph, graphs
-from wanforge.runtime.memory.arena import Bound, Unbounded
+from wanforge.runtime.memory.arena import Runnable, Unbounded
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.schedule import GraphRun
 
 Runner = Callable[[Mapping[str, Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 
@@ -43,7 +43,7 @@ class TorchBackend(Backend):
     def files(self) -> list[str]:
         return self.weights.files()
 
-    def weight(self, launch: Launch, name: str) -> Tensor:
+    def weight(self, launch: GraphRun, name: str) -> Tensor:
         """One of a launch's weights, where it is computed with."""
         stored = self.weights.of(launch, name)
         if self.device == CPU:
@@ -54,7 +54,7 @@ class TorchBackend(Backend):
             resident = self._resident[place] = stored.to(self.device)
         return resident
 
-    def state(self, launch: Launch) -> dict[str, Tensor]:
+    def state(self, launch: GraphRun) -> dict[str, Tensor]:
         """The weights of a launch, named as in its graph."""
         return self.memory.weights(launch, self.graphs[launch.graph].weights)
 
@@ -62,7 +62,7 @@ class TorchBackend(Backend):
         """What computes a graph from its weights and inputs."""
         return graph.run
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         compute, state = self.runner(self.graphs[launch.graph]), self.state(launch)
 
         def run() -> None:
@@ -76,7 +76,7 @@ class TorchBackend(Backend):
         if self.device != CPU:
             torch.cuda.synchronize(self.device)
 
-    def points(self, launch: Launch, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Points:
+    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         graph = self.graphs[launch.graph]
         with torch.inference_mode(), tapped(graph.owner, forced or {}) as found:
             (found[graph.outputs[0].name],) = graph.run(self.state(launch), inputs)

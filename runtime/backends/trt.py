@@ -16,21 +16,22 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
-from wanforge.engines.build import engines_of, names_in
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.loader import Loaded, Loader
+from wanforge.engines.bundle.manifest import HOST_GRAPHS
+from wanforge.engines.bundle.shapes import names_in
+from wanforge.engines.files import engines_of
+from wanforge.engines.loader import LoadedEngine, Loader
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
 from wanforge.plugins.tensorrt.plugin import Account, registered
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.measure.cost.memory import RESERVE
-from wanforge.runtime.memory.arena import Arena, Bound, Guarded, Memory, Unbounded
+from wanforge.runtime.memory.arena import Arena, Guarded, Memory, Runnable, Unbounded
 from wanforge.runtime.memory.cuda import Cuda, StreamMover, cache_file
-from wanforge.runtime.memory.plan import MemoryPlan, plan_request
-from wanforge.runtime.memory.residency import HOST_GRAPHS, GroupName, Residency
+from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, plan_request
+from wanforge.runtime.memory.residency import GroupName, Residency
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.schedule import Launch, Schedule
+from wanforge.runtime.schedule import GraphRun, Schedule
 
 
 class TrtBackend(Backend):
@@ -56,7 +57,7 @@ class TrtBackend(Backend):
         self.library = open_library(flavour_for(self.cuda.sm))
         self.loader = Loader(self.library, cache_file(str(self.library), self.cuda.name))
         self.memory: Memory = Unbounded(self.device, self.dtype, self.weights.of)
-        self.engines: dict[str, Loaded] = {}
+        self.engines: dict[str, LoadedEngine] = {}
         self._clip: ClipShape | None = None
         self._sessions: dict[str, Session] = {}
         self._packed: dict[GroupName, Tensor] = {}
@@ -102,7 +103,7 @@ class TrtBackend(Backend):
         self._sessions[schedule.stage] = Session(self, schedule)
         return self._sessions[schedule.stage]
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         graph = self.graphs[launch.graph]
         if graph.name in HOST_GRAPHS:
             return partial(self._run_on_host, launch, inputs, outputs)
@@ -119,7 +120,7 @@ class TrtBackend(Backend):
         shapes = {
             port.name: tuple(buffer.shape)
             for port, buffer in zip(graph.inputs, inputs, strict=True)
-            if names_in([port])
+            if names_in([port.shape])
         }
 
         def run() -> None:
@@ -130,7 +131,7 @@ class TrtBackend(Backend):
 
         return run
 
-    def _run_on_host(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def _run_on_host(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         graph = self.graphs[launch.graph]
         state = {name: self.weights.of(launch, name) for name in graph.weights}
         with torch.inference_mode():
@@ -138,12 +139,14 @@ class TrtBackend(Backend):
         for buffer, result in zip(outputs, results, strict=True):
             buffer.copy_(result)
 
-    def program(self, schedule: Schedule, name: str, launches: Sequence[Bound]) -> list[Bound]:
+    def program(self, schedule: Schedule, name: str, launches: Sequence[Runnable]) -> list[Runnable]:
         guarded = [launch for launch in launches if isinstance(launch, Guarded)]
         if name not in schedule.steps() or len(guarded) < len(launches):
             return list(launches)
         engines = {self.engines[launch.graph] for launch in schedule.programs[name]}
-        return [Step(self.cuda, guarded, lambda: all(each.is_capturable(self.cuda.stream()) for each in engines))]
+        return [
+            CapturedStep(self.cuda, guarded, lambda: all(each.is_capturable(self.cuda.stream()) for each in engines))
+        ]
 
     def synchronise(self) -> None:
         self.cuda.synchronise()
@@ -158,7 +161,7 @@ def register_plugins(library: Library) -> Account:
     return account
 
 
-class Step:
+class CapturedStep:
     """A step as one launch: one by one at first, then captured, then replayed; one by one for as long as its weights
     are on the move, for then they take far longer than launching.
 
@@ -171,7 +174,7 @@ class Step:
         self.residency: Residency = launches[0].arena.residency
         self.turns = [launch.turn for launch in launches]
         self.has_run = False
-        self.replay: Bound | None = None
+        self.replay: Runnable | None = None
 
     def __call__(self) -> None:
         if not self.has_run or not self.residency.are_settled(self.turns) or not self.is_capturable():

@@ -1,240 +1,285 @@
-"""The commands that time: requests, and the kernels of one op."""
+"""The commands that time: whole requests, and the kernels of one op."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
-from wanforge.configs.targets import load_targets, targets_called
+from wanforge.configs.targets import Target, load_targets, parse_targets
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends import BACKENDS, BASELINES, create_backend, missing_baselines
-from wanforge.runtime.commands.generate import (
+from wanforge.runtime.backends import BACKENDS, create_backend
+from wanforge.runtime.backends.choice import runnable_backends
+from wanforge.runtime.commands.options import (
     BUNDLE,
+    CLIP,
     FILE,
     IMAGE,
     JSON,
-    PROMPT,
+    MODELS,
     SEED,
+    SHAPE,
+    TARGET_SYNTAX,
     TOPK,
-    clip_options,
-    clip_shape,
-    request_of,
-    shape_options,
-    verify,
+    RequestOptions,
+    ShapeOptions,
+    takes,
+    target_option,
 )
-from wanforge.runtime.measure.cost.stages import bounds
-from wanforge.runtime.measure.kernels.bench import bench_ops, device_here, timer_for, workload
+from wanforge.runtime.measure.baselines import BASELINES, missing_baselines
+from wanforge.runtime.measure.cost.stages import StageCost, costs_on
+from wanforge.runtime.measure.kernels.bench import bench_ops, timer_for, workload
 from wanforge.runtime.measure.kernels.cases import OPS
-from wanforge.runtime.measure.kernels.machine import target_name
-from wanforge.runtime.measure.kernels.report import table as op_table
-from wanforge.runtime.measure.machine import Facts, fingerprint
+from wanforge.runtime.measure.kernels.report import table
+from wanforge.runtime.measure.machine import Facts, device_here, fingerprint, target_name
 from wanforge.runtime.measure.requests import history
-from wanforge.runtime.measure.requests.report import Report, page, text
-from wanforge.runtime.measure.requests.sweep import PARAMETERS, Plan, Setting, parse
-from wanforge.runtime.measure.requests.timing import bench_request
-from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.measure.requests.report import RequestReport, page, text
+from wanforge.runtime.measure.requests.sweep import PARAMETERS, PlannedSweep, Setting, Sweep, parse
+from wanforge.runtime.measure.requests.timing import Row, bench_request
+from wanforge.runtime.pipeline import Pipeline, verify_files
 from wanforge.runtime.progress import Bars
+from wanforge.runtime.request import EXAMPLE_PROMPT, Request
 from wanforge.whole_file import write_atomically
 
 NOT_COMPARABLE = 3
 """Exit code where no number could be compared."""
 
 
-@click.command("op")
+class BenchGroup(click.Group):
+    """A group whose first command need not be named: `wanforge bench BUNDLE` is `wanforge bench request BUNDLE`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        named = args if args[0] in self.commands else ["request", *args]
+        return super().resolve_command(ctx, named)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Options before the bundle are those of the request.
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["request", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=BenchGroup)
+def bench() -> None:
+    """Time whole requests, or the kernels of one op, on this machine.
+
+    \b
+    wanforge bench BUNDLE      times whole requests; the same as wanforge bench request BUNDLE
+    wanforge bench op NAME     times the kernels of one op, or of all
+
+    `wanforge bench request --help` lists the options of the first. A bundle that is called op or request is ./op or
+    ./request.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpOptions(ShapeOptions):
+    """The options of `wanforge bench op`."""
+
+    name: str
+    model: str
+    topk: float | None
+    repeats: int
+    as_json: bool
+
+
+@bench.command("op")
 @click.argument("name", metavar="NAME", type=click.Choice([*OPS, "all"]))
 @click.option(
     "--model",
-    "model_name",
     default="turbowan2.1-t2v-1.3b-480p",
     show_default=True,
-    help=f"Whose sizes: {', '.join(named('models'))}, or a .toml file.",
+    help=f"Model whose sizes are timed: {MODELS}.",
 )
-@shape_options
+@SHAPE
 @TOPK
 @click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=50,
-    show_default=True,
-    help="Timed runs of each contender.",
+    "--repeats", type=click.IntRange(1), default=50, show_default=True, help="Number of timed runs of each contender."
 )
 @JSON
-def bench_op(
-    name: str,
-    model_name: str,
-    resolution: str | None,
-    aspect: str | None,
-    frames: int | None,
-    topk: float | None,
-    repeats: int,
-    as_json: bool,
-) -> None:
-    """Time the kernels of one op beside what else could do its work, in turns, on this machine's GPU.
+@takes(OpOptions)
+def bench_op(options: OpOptions) -> None:
+    """Time the kernels of one op beside other implementations of it, in turns, on this machine's GPU.
 
     NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, sparse_linear_attention, block (a whole layer) or
-    all. First the kernels are held against their definition, at a small size: an op that is wrong gets no number, and
-    the command exits with 1. Without a GPU that is all.
+    all. First the kernels are compared with their definition at a small size. An op that is wrong is not timed, and
+    the command exits with 1. Without a GPU nothing is timed.
+
+    \b
+    Example:
+      wanforge bench op sparse_linear_attention --model turbowan2.1-t2v-14b-720p
     """
-    model, device = load_model(model_name), device_here()
-    sizes = workload(model, clip_shape(model, resolution, aspect, frames), topk, device)
+    model, device = load_model(options.model), device_here()
+    sizes = workload(model, options.shape(model), options.topk, device)
+    names = list(OPS) if options.name == "all" else [options.name]
     with Bars() as bars:
-        report = bench_ops(list(OPS) if name == "all" else [name], sizes, device, timer_for(device), repeats, bars)
-    click.echo(json.dumps(report.as_json()) if as_json else op_table(report))
+        report = bench_ops(names, sizes, device, timer_for(device), options.repeats, bars)
+    click.echo(json.dumps(report.as_json()) if options.as_json else table(report))
     if not report.passed:
         click.get_current_context().exit(1)
 
 
-class BundleOrOp(click.Command):
-    """A command that takes a bundle, unless its first word is ``op``: then it is `bench_op`."""
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(RequestOptions):
+    """The options of `wanforge bench request`."""
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        if args[:1] == [bench_op.name]:
-            return bench_op.make_context(f"{info_name} {bench_op.name}", args[1:], parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
+    bundle: Path
+    backends: tuple[str, ...]
+    baselines: tuple[str, ...]
+    repeats: int
+    warm_up: int
+    targets: tuple[str, ...]
+    sweeps: tuple[str, ...]
+    rates: int | None
+    history: Path | None
+    against: Path | None
+    html: Path | None
+    as_json: bool
 
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_usage(ctx, formatter)
-        formatter.write_usage(ctx.command_path, f"{bench_op.name} [OPTIONS] NAME", prefix="   or: ")
 
-
-@click.command(cls=BundleOrOp)
+@bench.command("request")
 @BUNDLE
-@click.option("--prompt", default=PROMPT, help="Of the clip to time.")
+@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip that is timed.")
 @IMAGE
 @SEED
-@clip_options
+@CLIP
 @click.option(
     "--backend",
     "backends",
     multiple=True,
     type=click.Choice(list(BACKENDS)),
-    default=["torch", "ort"],
-    show_default=True,
-    help="Side by side; torch is the reference in eager mode.",
+    help="A backend to time; repeatable. torch is the reference in eager mode.  [default: all that can run here]",
 )
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     type=click.Choice(list(BASELINES)),
-    help="Beside them. compile: the reference with its layers compiled by PyTorch, where there is a compiler. "
-    "diffusers: HuggingFace's transformer and VAE with these weights, where they are installed.",
+    help="Something to compare with; repeatable. compile: the reference with its layers compiled by PyTorch, where "
+    "there is a compiler. diffusers: HuggingFace's transformer and VAE with these weights, where they are installed.",
 )
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed runs of each.")
-@click.option("--warm-up", type=click.IntRange(1), default=1, show_default=True, help="Runs of each before those.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of timed runs of each.")
 @click.option(
-    "--target", "targets", multiple=True, help="A GPU to give floors and predictions for; it need not be here."
+    "--warm-up", type=click.IntRange(1), default=1, show_default=True, help="Number of untimed runs of each, first."
 )
+@target_option(help=f"Also give the roofline and a prediction for these GPUs, which need not be here. {TARGET_SYNTAX}.")
 @click.option(
     "--sweep",
     "sweeps",
     multiple=True,
-    help=f"NAME=VALUE,VALUE with {', '.join(PARAMETERS)}: quality and cost of each value, on the last --backend; "
-    "repeatable. Takes the place of timing side by side.",
+    metavar="NAME=VALUE,…",
+    help=f"Instead of timing side by side, measure quality and cost of each value of {', '.join(PARAMETERS)}, on the "
+    "last --backend; repeatable.",
 )
 @click.option(
-    "--rates", type=click.IntRange(1), help="With --sweep: prompts on which to count what TinyWan gets right."
+    "--rates",
+    type=click.IntRange(1),
+    help="With --sweep: the number of prompts on which to count what TinyWan gets right.",
 )
-@click.option("--history", "kept", type=FILE, help="Append the result to this file of JSON lines.")
-@click.option("--against", type=FILE, help="Compare with such a file, like with like.")
+@click.option("--history", type=FILE, help="Append the result to this file of JSON lines.")
+@click.option("--against", type=FILE, help="Compare the result with earlier ones of the same kind in such a file.")
 @click.option("--html", type=FILE, help="Write the report as one page, with plots.")
 @JSON
-def bench(
-    bundle: Path,
-    prompt: str,
-    image: Path | None,
-    seed: int,
-    backends: tuple[str, ...],
-    baselines: tuple[str, ...],
-    repeats: int,
-    warm_up: int,
-    targets: tuple[str, ...],
-    sweeps: tuple[str, ...],
-    rates: int | None,
-    kept: Path | None,
-    against: Path | None,
-    html: Path | None,
-    as_json: bool,
-    **clip: Any,
-) -> None:
+@takes(BenchOptions)
+def bench_requests(options: BenchOptions) -> None:
     """Time a whole request on each backend, in turns: text, steps, VAE, transfer, video file.
 
-    Loading and the first run are apart. Beside the times: peak memory, energy where NVML has it, and for GPUs the
-    floor that their peaks set. `bench op` times the kernels of one op instead, see `bench op --help`; a bundle of that
-    name is ./op.
+    Loading and the first run are listed apart. Beside the times stand peak memory, energy where NVML reports it, and
+    for GPUs the roofline: the time that their peak speeds allow.
 
-    With --against: exits with 1 on a regression, with 3 where nothing could be compared. A number is compared with the
-    median of the last ten like it, and may be worse by 5 % or three times the noise.
+    With --against the command exits with 1 on a regression, and with 3 where nothing could be compared. A number is
+    compared with the median of the last ten like it, and may be worse by 5 % or by three times the noise.
 
     \b
     Examples:
       wanforge bench turbo-1.3b --frames 5 --steps 1 --target h200 --html bench.html
       wanforge bench turbo-1.3b --sweep topk=0.05,0.1,0.2 --sweep steps=1,2,3,4 --backend ort
     """
-    opened = Bundle.open(bundle)
-    request = request_of(opened.model, prompt, image, seed, **clip)
-    past = [] if against is None else history.read(against)
-    asked = [parse(each) for each in sweeps]
-    missing = missing_baselines(baselines)
-    contenders = [*backends, *(name for name in baselines if name not in missing)]
-    with Bars() as bars:
-        verify(opened, backends, bars)
-        plans = [Plan(opened, request, backends[-1], *each) for each in asked]
-        found = [plan.run(repeats, rates or 0, bars) for plan in plans]
-        rows = [] if asked else bench_request(opened, request, contenders, repeats, warm_up, bars)
-    machine = fingerprint()
+    bundle = Bundle.open(options.bundle)
+    request, machine = options.request(bundle.model), fingerprint()
     here = target_name(str(machine["gpu"]))
-    setting = request, opened.recipe
-    entries = {row.contender: entry_of("request", opened, setting, machine, row.contender, row.runs) for row in rows}
-    for plan, sweep in zip(plans, found, strict=True):
-        for point in sweep.points:
-            title, setting = f"{sweep.backend}, {sweep.parameter} {point.value}", plan.values[point.value]
-            entries[title] = entry_of("sweep", opened, setting, machine, sweep.backend, point.runs)
-    compared = {title: history.compare(each, past) for title, each in entries.items() if against is not None}
-    limits = bounds_of(opened, request, here, targets)
-    report = Report(opened, request, machine, rows, limits, here, missing, found, compared)
-    if kept is not None:
-        history.append(kept, [*entries.values()])
-    if html is not None:
-        write_atomically(html, page(report).encode())
-    click.echo(json.dumps(report.as_json()) if as_json else text(report))
-    if against is not None:
-        exit_by([each.verdict for verdicts in compared.values() for each in verdicts])
+    gpus = targets_of(options.targets, here)
+    past = [] if options.against is None else history.read(options.against)
+    asked = [parse(each) for each in options.sweeps]
+    missing = missing_baselines(options.baselines)
+    backends = options.backends or tuple(runnable_backends(bundle, [request.shape]))
+    contenders = [*backends, *(name for name in options.baselines if name not in missing)]
+    with Bars() as bars:
+        verify_files(bundle, backends, bars)
+        plans = [PlannedSweep(bundle, request, backends[-1], *each) for each in asked]
+        sweeps = [plan.run(options.repeats, options.rates or 0, bars) for plan in plans]
+        rows = [] if asked else bench_request(bundle, request, contenders, options.repeats, options.warm_up, bars)
+    entries = entries_of(bundle, request, machine, rows) | sweep_entries(bundle, machine, plans, sweeps)
+    compared = {title: history.compare(each, past) for title, each in entries.items() if options.against is not None}
+    costs = rooflines(bundle, request, gpus)
+    report = RequestReport(bundle, request, machine, rows, costs, here, missing, sweeps, compared)
+    if options.history is not None:
+        history.append(options.history, [*entries.values()])
+    if options.html is not None:
+        write_atomically(options.html, page(report).encode())
+    click.echo(json.dumps(report.as_json()) if options.as_json else text(report))
+    if options.against is not None:
+        exit_by([each.verdict for trends in compared.values() for each in trends])
 
 
-def bounds_of(bundle: Bundle, request: Request, here: str | None, targets: Sequence[str]) -> dict[str, Any]:
-    """Floors and predictions for the GPU that is here and those that are asked for.
+def targets_of(asked: Sequence[str], here: str | None) -> dict[str, Target]:
+    """The GPU that is here, where it is a known one, and those that are asked for.
 
     Raises:
-        ConfigError: there is no such GPU.
+        ConfigError: There is no such GPU.
     """
-    gpus = targets_called([*([here] if here else []), *targets], load_targets())
-    job = Pipeline(bundle, create_backend("torch", bundle)).job(request)
-    return {name: bounds(bundle, job, gpu) for name, gpu in gpus.items()}
+    known = {} if here is None else {here: load_targets()[here]}
+    return {**known, **(parse_targets(asked).gpus if asked else {})}
 
 
-def entry_of(
-    what: str,
-    bundle: Bundle,
-    setting: Setting,
-    machine: Facts,
-    contender: str,
-    runs: Sequence[Mapping[str, float]],
-) -> history.Entry:
-    """Timed requests as the history keeps them: like others that were timed for the same purpose, at the same setting.
+def rooflines(bundle: Bundle, request: Request, gpus: Mapping[str, Target]) -> dict[str, dict[str, StageCost]]:
+    """What each stage of a request takes of some GPUs at least, and as predicted."""
+    if not gpus:
+        return {}
+    checked = Pipeline(bundle, create_backend("torch", bundle)).resolve(request)
+    return {name: costs_on(bundle, checked, gpu) for name, gpu in gpus.items()}
+
+
+def entries_of(bundle: Bundle, request: Request, machine: Facts, rows: Sequence[Row]) -> dict[str, history.Entry]:
+    """Timed requests as the history keeps them, by contender."""
+    setting = request, bundle.recipe
+    return {
+        row.contender: history.entry(machine, subject("request", bundle, setting, row.contender), by_stage(row.runs))
+        for row in rows
+    }
+
+
+def sweep_entries(
+    bundle: Bundle, machine: Facts, plans: Sequence[PlannedSweep], sweeps: Sequence[Sweep]
+) -> dict[str, history.Entry]:
+    """Every value of some sweeps as the history keeps it."""
+    entries = {}
+    for plan, sweep in zip(plans, sweeps, strict=True):
+        for point in sweep.points:
+            title, setting = f"{sweep.backend}, {sweep.parameter} {point.value}", plan.values[point.value]
+            about = subject("sweep", bundle, setting, sweep.backend)
+            entries[title] = history.entry(machine, about, by_stage(point.runs))
+    return entries
+
+
+def by_stage(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Seconds of every run, by stage."""
+    return {stage: [run[stage] for run in runs] for stage in runs[0]}
+
+
+def subject(purpose: str, bundle: Bundle, setting: Setting, contender: str) -> dict[str, object]:
+    """What was timed, so that the history compares it with the same thing alone.
 
     Args:
-        what: the purpose, ``request`` or ``sweep``.
+        purpose: ``request`` or ``sweep``.
     """
     request, recipe = setting
-    subject = {
-        "what": what,
+    found: dict[str, object] = {
+        "what": purpose,
         "model": bundle.model.name,
         "recipe": history.digest(recipe),
         "clip": [request.shape.width_px, request.shape.height_px, request.shape.frames],
@@ -243,13 +288,11 @@ def entry_of(
         "prompt": history.digest(request.prompt),
         "contender": contender,
     }
-    if request.sigma_max is not None:
-        subject["sigma_max"] = request.sigma_max
-    return history.entry(machine, subject, {stage: [run[stage] for run in runs] for stage in runs[0]})
+    return found if request.sigma_max is None else {**found, "sigma_max": request.sigma_max}
 
 
 def exit_by(verdicts: Sequence[str]) -> None:
-    """1 on a regression, 3 where nothing could be compared."""
+    """Exit with 1 on a regression, and with 3 where nothing could be compared."""
     if "regression" in verdicts:
         click.get_current_context().exit(1)
     if all(verdict == "not comparable" for verdict in verdicts):

@@ -1,68 +1,55 @@
-"""Making videos, and the options that commands about a clip share."""
+"""The command that makes videos."""
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
 
-from wanforge.configs.clip import ClipShape, adaptive_size, size_of
-from wanforge.configs.model import ModelConfig
-from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
+from wanforge.configs.clip import ClipShape
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
-from wanforge.runtime.backends import BACKENDS, create_backend
-from wanforge.runtime.image import open_image
-from wanforge.runtime.pipeline import Job, Pipeline, Request, Timings, write_noise
+from wanforge.runtime.commands.options import (
+    BACKEND,
+    BUNDLE,
+    CLIP,
+    FILE,
+    IMAGE,
+    JSON,
+    MEMORY,
+    ClipOptions,
+    budget_bytes,
+    takes,
+)
+from wanforge.runtime.noise import write_noise
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.video import check_place, video_writer
-
-BUNDLE = click.argument("bundle", type=click.Path(file_okay=False, path_type=Path))
-FILE = click.Path(dir_okay=False, path_type=Path)
-BACKEND = click.option(
-    "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default="ort",
-    show_default=True,
-    help="ort: ONNX Runtime. torch: the reference. kernels: its blocks as kernels, interpreted where there is no GPU. "
-    "trt: TensorRT, on a GPU that engines were built for.",
-)
-MEMORY = click.option(
-    "--memory",
-    type=click.FloatRange(0, min_open=True),
-    help="GB to keep to; weights that do not fit are streamed. trt: of the GPU, all that is free by default. ort: for "
-    "weights and buffers. The others have no such limit.",
-)
-IMAGE = click.option("--image", type=FILE, help="First frame, for image-to-video models.")
-SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
-SHAPE = (
-    click.option("--resolution", help="480p, 720p, 480, 512 or 720, or 1920x1088; the model's own by default."),
-    click.option("--aspect", help="1:1, 4:3, 3:4, 16:9 or 9:16, with --resolution; 16:9 by default."),
-    click.option("--frames", type=int, help="4n+1; the model's own by default (81, five seconds)."),
-)
-STEPS = click.option("--steps", type=int, help="1 to 4; 4 by default.")
-TOPK = click.option(
-    "--topk", type=float, help="Share of key blocks that attention sees, up to 1: more is slower and better."
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
-
-Command = TypeVar("Command", bound=Callable[..., object])
+from wanforge.runtime.request import CheckedRequest, Request, latent_shape
+from wanforge.runtime.video import check_place
 
 
-def clip_options(command: Command) -> Command:
-    """What every command asks of a clip: size, length, steps and top-k."""
-    return shape_options(STEPS(TOPK(command)))
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ClipOptions):
+    """The options of `wanforge generate`."""
 
-
-def shape_options(command: Command) -> Command:
-    """Size and length of a clip."""
-    for option in reversed(SHAPE):
-        command = option(command)
-    return command
+    bundle: Path
+    prompt: str | None
+    prompt_file: Path | None
+    image: Path | None
+    out: Path
+    adaptive: bool
+    sigma_max: float | None
+    seed: int
+    samples: int
+    ode: bool
+    noise: Path | None
+    save_noise: Path | None
+    backend: str
+    memory: float | None
+    as_json: bool
 
 
 class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,13 +61,22 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     out: str | None = None
 
 
+@dataclass(frozen=True)
+class Order:
+    """A request and where its video goes."""
+
+    request: Request
+    out: Path
+
+
 @click.command()
 @BUNDLE
 @click.option("--prompt", help="What the video shows, in a sentence or more of English.")
 @click.option(
     "--prompt-file",
     type=FILE,
-    help='One prompt per line, or one JSON object: {"prompt": …, "image": …, "seed": …, "out": …}.',
+    help='Many requests: one prompt per line, or one JSON object per line: {"prompt": …, "image": …, "seed": …, '
+    '"out": …}.',
 )
 @IMAGE
 @click.option(
@@ -88,93 +84,91 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type=FILE,
     default=Path("clip.mp4"),
     show_default=True,
-    help="The video; numbered where there are several.",
+    help="The video to write. Several videos get numbers.",
 )
-@clip_options
-@click.option("--adaptive", is_flag=True, help="Take the aspect from the image, at the area of the resolution.")
-@click.option("--sigma-max", type=float, help="Noise level of the first step.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first sample; each further one adds 1.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Videos per prompt.")
-@click.option("--ode", is_flag=True, help="No fresh noise between the steps.")
-@click.option("--noise", type=FILE, help="Take the noise from this file instead of the seed.")
+@CLIP
+@click.option("--adaptive", is_flag=True, help="Take the aspect ratio from the image, at the area of the resolution.")
+@click.option("--sigma-max", type=float, help="Noise level of the first step.  [default: the model's own]")
 @click.option(
-    "--save-noise", type=FILE, help="Write the noise that the seed stands for; numbered where there are several."
+    "--seed", type=int, default=0, show_default=True, help="Seed of the first sample; each further sample adds 1."
 )
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Number of videos per prompt.")
+@click.option("--ode", is_flag=True, help="Follow the flow without fresh noise between the steps.")
+@click.option("--noise", type=FILE, help="Take the noise from this file instead of drawing it from the seed.")
+@click.option("--save-noise", type=FILE, help="Write the noise that the seed stands for. Several requests get numbers.")
 @BACKEND
 @MEMORY
 @JSON
-def generate(
-    bundle: Path,
-    prompt: str | None,
-    prompt_file: Path | None,
-    image: Path | None,
-    out: Path,
-    resolution: str | None,
-    aspect: str | None,
-    frames: int | None,
-    steps: int | None,
-    topk: float | None,
-    adaptive: bool,
-    sigma_max: float | None,
-    seed: int,
-    samples: int,
-    ode: bool,
-    noise: Path | None,
-    save_noise: Path | None,
-    backend: str,
-    memory: float | None,
-    as_json: bool,
-) -> None:
+@takes(GenerateOptions)
+def generate(options: GenerateOptions) -> None:
     """Make a video from a prompt, or from an image and a prompt.
 
-    The video appears under its name when it is whole. Times are of this request alone; loading is apart.
+    The video appears under its name when it is whole. The times that are printed are those of the request alone,
+    without loading.
+
+    \b
+    Examples:
+      wanforge generate turbo-1.3b --prompt "A red kite turns slowly over a windy beach at dusk." --out kite.mp4
+      wanforge generate turbo-1.3b --prompt-file prompts.txt --samples 2 --out clips/clip.mp4 --json
     """
-    if (prompt is None) == (prompt_file is None):
+    if (options.prompt is None) == (options.prompt_file is None):
         raise click.UsageError("give either --prompt or --prompt-file")
-    if noise is not None and (samples > 1 or save_noise is not None):
+    if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
         raise click.UsageError("--noise takes the place of the seed: no --samples, and no --save-noise, beside it")
-    opened = Bundle.open(bundle)
-    lines = read_prompts(prompt_file) if prompt_file is not None else [PromptLine(prompt or "")]
+    bundle = Bundle.open(options.bundle)
+    orders = orders_of(options, bundle)
     with Bars() as bars:
-        verify(opened, [backend], bars)
-        budget = None if memory is None else memory * 1e9
-        pipeline = Pipeline(opened, create_backend(backend, opened, budget=budget))
-        jobs, wanted = [], []
-        for line in lines:
-            picture = image if line.image is None else Path(line.image)
-            shape = clip_shape(opened.model, resolution, aspect, frames, adaptive, picture)
-            for sample in range(samples):
-                start = seed if line.seed is None else line.seed
-                request = Request(line.prompt, shape, picture, start + sample, steps, sigma_max, topk, ode, noise)
-                jobs.append(pipeline.check(request))
-                wanted.append(out if line.out is None else Path(line.out))
-        places = video_places(wanted)
-        if save_noise is not None:
-            for job, place in zip(jobs, numbered([save_noise] * len(jobs)), strict=True):
-                write_noise(place, pipeline.latent_shape(job.request.shape), job.request.seed, len(job.steps))
+        clips = [order.request.shape for order in orders]
+        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), clips, bars)
+        checked = [pipeline.check(order.request) for order in orders]
+        places = video_places([order.out for order in orders])
+        if options.save_noise is not None:
+            save_noise(pipeline, checked, options.save_noise)
         results = []
-        for job, place in zip(jobs, places, strict=True):
-            results.append(make_video(pipeline, job, place, bars))
-            if not as_json:
+        for request, place in zip(checked, places, strict=True):
+            results.append(make_video(pipeline, request, place, bars))
+            if not options.as_json:
                 bars.close()
                 click.echo(summary(results[-1]))
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps(results))
 
 
-def verify(bundle: Bundle, backends: Iterable[str], bars: Bars) -> None:
-    """Compare what a run on these backends will open with the manifest, once per file."""
-    opened = [name for backend in backends for name in create_backend(backend, bundle).files()]
-    names = list(dict.fromkeys([TOKENIZER, *opened]))
-    bundle.verify(names, bars.bytes_of("verify", bundle.unverified(names)))
+def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
+    """Every request that is asked for, prompt by prompt and sample by sample."""
+    lines = [PromptLine(options.prompt)] if options.prompt is not None else read_prompts(options.prompt_file)
+    orders = []
+    for line in lines:
+        image = options.image if line.image is None else Path(line.image)
+        shape = options.shape(bundle.model, adaptive=options.adaptive, image=image)
+        first_seed = options.seed if line.seed is None else line.seed
+        out = options.out if line.out is None else Path(line.out)
+        orders += [Order(request_of(options, line, shape, image, first_seed + n), out) for n in range(options.samples)]
+    return orders
 
 
-def read_prompts(path: Path) -> list[PromptLine]:
+def request_of(options: GenerateOptions, line: PromptLine, shape: ClipShape, image: Path | None, seed: int) -> Request:
+    """One request."""
+    return Request(
+        line.prompt,
+        shape,
+        image,
+        seed,
+        steps=options.steps,
+        sigma_max=options.sigma_max,
+        topk=options.topk,
+        ode=options.ode,
+        noise=options.noise,
+    )
+
+
+def read_prompts(path: Path | None) -> list[PromptLine]:
     """The requests of a prompt file.
 
     Raises:
-        RequestError: the file is missing or empty, or a line of JSON does not make sense.
+        RequestError: The file is missing or empty, or a line of JSON does not make sense.
     """
+    assert path is not None
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -195,41 +189,12 @@ def read_prompts(path: Path) -> list[PromptLine]:
     return found
 
 
-def clip_shape(
-    model: ModelConfig,
-    resolution: str | None = None,
-    aspect: str | None = None,
-    frames: int | None = None,
-    adaptive: bool = False,
-    image: Path | None = None,
-) -> ClipShape:
-    """Size and length of a clip: the model's own, an entry of the resolution table, or the image's aspect at that
-    area.
-
-    Raises:
-        RequestError: the aspect is asked for twice, or from where there is none.
-        ConfigError: there is no such size, or no clip of this length.
-    """
-    size = model.video.size_wh
-    if adaptive and aspect is not None:
-        raise RequestError("--adaptive takes the aspect from the image; leave out --aspect")
-    if adaptive and image is None:
-        raise RequestError("--adaptive takes the aspect from an image, and there is none")
-    if resolution is not None:
-        size = size_of(resolution, aspect or "16:9")
-    elif aspect is not None:
-        raise RequestError("--aspect chooses from a row of the resolution table; give --resolution with it")
-    if adaptive and image is not None:
-        size = adaptive_size(open_image(image).size, size)
-    return ClipShape(*size, model.video.frames if frames is None else frames)
-
-
 def video_places(wanted: list[Path]) -> list[Path]:
-    """Where each video goes: as asked, numbered where several would share a name, and each where it can be written.
+    """Where each video goes: as asked, with numbers where several would share a name; each place can be written to.
 
     Raises:
-        RequestError: a name is not that of a video, is a folder's, or would be written twice.
-        OSError: a file cannot be written there.
+        RequestError: A name is not that of a video, is a folder's, or would be written twice.
+        OSError: A file cannot be written there.
     """
     if strangers := [path for path in wanted if path.suffix.lower() != ".mp4"]:
         raise RequestError(f"{strangers[0]}: videos are written as .mp4")
@@ -254,32 +219,30 @@ def numbered(wanted: list[Path]) -> list[Path]:
     return paths
 
 
-def make_video(pipeline: Pipeline, job: Job, out: Path, bars: Bars) -> dict[str, Any]:
+def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:
+    """Write the noise that each request's seed stands for."""
+    for each, place in zip(checked, numbered([path] * len(checked)), strict=True):
+        shape = latent_shape(pipeline.model, each.request.shape)
+        write_noise(place, shape, each.request.seed, len(each.steps))
+
+
+def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bars) -> dict[str, Any]:
     """Serve one request; returns what to report of it."""
-    timings, shape = Timings(), job.request.shape
-    latents = pipeline.latents(job, timings, bars)
-    with (
-        timings.stage("write"),
-        video_writer(out, shape.width_px, shape.height_px, pipeline.model.video.fps) as write,
-    ):
-        for frame in pipeline.frames(latents, shape, timings, bars):
-            write(frame)
-    # Decoding and encoding take turns: what the encoder took is the rest.
-    timings.stages["write"] -= timings.stages["decode"] + timings.stages["transfer"]
+    timings, shape = pipeline.write_video(checked, out, bars), checked.request.shape
     return {
         "out": str(out),
-        "prompt": job.request.prompt,
-        "seed": job.request.seed,
+        "prompt": checked.request.prompt,
+        "seed": checked.request.seed,
         "width_px": shape.width_px,
         "height_px": shape.height_px,
         "frames": shape.frames,
         "tokens": shape.tokens,
-        "prompt_tokens": len(job.ids),
+        "prompt_tokens": len(checked.ids),
         "backend": pipeline.backend.name,
         "recipe": pipeline.recipe.name,
         "seconds": timings.stages,
         "step_seconds": timings.steps,
-        "total_seconds": sum(timings.stages.values()),
+        "total_seconds": timings.total,
     }
 
 
@@ -289,26 +252,9 @@ def summary(result: dict[str, Any]) -> str:
     steps = " ".join(f"{s:.3f}" for s in result["step_seconds"])
     head = (
         f"{result['out']}: {result['width_px']}x{result['height_px']}, {result['frames']} frames, "
-        f"{result['tokens']} tokens, seed {result['seed']}, {result['backend']}, recipe {result['recipe']}"
+        f"{result['tokens']} tokens, seed {result['seed']}, backend {result['backend']}, recipe {result['recipe']}"
     )
     rows = [
         f"  {name:<10}{s:>9.3f} s{'   per step ' + steps if name == 'denoise' else ''}" for name, s in seconds.items()
     ]
     return "\n".join([head, *rows, f"  {'total':<10}{result['total_seconds']:>9.3f} s"])
-
-
-def request_of(
-    model: ModelConfig,
-    prompt: str,
-    image: Path | None,
-    seed: int,
-    *,
-    resolution: str | None,
-    aspect: str | None,
-    frames: int | None,
-    steps: int | None,
-    topk: float | None,
-) -> Request:
-    """A request from the options that commands share."""
-    shape = clip_shape(model, resolution, aspect, frames)
-    return Request(prompt, shape, image, seed, steps, topk=topk)

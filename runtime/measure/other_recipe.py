@@ -20,11 +20,10 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
     wanted = graphs(bundle.model, recipe)
     for expert in bundle.model.experts:
         stored = read_header(bundle.weights(dit_component(expert))).tensors
-        prefixes = {"block": "blocks.0.", "cross_kv": "blocks.0."}
-        for graph, prefix in prefixes.items():
-            for name in wanted[graph].weights:
-                plain = prefix + name.replace(".int8_weight", ".weight").replace(".scale", ".weight")
-                same = scales(bundle.recipe) == scales(recipe) and prefix + name in stored
+        for graph in (wanted["block"], wanted["cross_kv"]):
+            for name in graph.weights:
+                plain = graph.prefix + name.replace(".int8_weight", ".weight").replace(".scale", ".weight")
+                same = scales(bundle.recipe) == scales(recipe) and graph.prefix + name in stored
                 if not same and plain not in stored:
                     raise BundleError(
                         f"{bundle.root}: recipe {recipe.name!r} needs {plain}, and these weights, of recipe "

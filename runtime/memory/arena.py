@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from wanforge.runtime.graphs import ElementType
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.memory.plan import MemoryPlan
 from wanforge.runtime.memory.residency import ALIGNMENT, Mover, Residency, Turn, group_name
-from wanforge.runtime.schedule import BufferSpec, Launch, Schedule
+from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
-Bound = Callable[[], None]
-Source = Callable[[Launch, str], Tensor]
+Runnable = Callable[[], None]
+Source = Callable[[GraphRun, str], Tensor]
 """A launch's weight by its name in the graph."""
 
 
@@ -24,11 +24,11 @@ class Memory(Protocol):
         """The buffers of a stage that begins; those of the stage before may be gone."""
         ...
 
-    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
         """A launch's weights, by their names in the graph."""
         ...
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
         """A program's launches, seen to that their weights are there when they run."""
         ...
 
@@ -42,10 +42,10 @@ class Unbounded:
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         return _Buffers(schedule.buffers, self.device, self.dtype)
 
-    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self.weight(launch, name) for name in names}
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
         return list(launches)
 
 
@@ -99,14 +99,14 @@ class Arena:
         size = torch.Size(spec.shape).numel() * dtype.itemsize
         return self.bytes[offset : offset + size].view(dtype).view(spec.shape)
 
-    def weights(self, launch: Launch, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
         group = group_name(launch)
         if group not in self.plan.groups:
             return {name: self.weight(launch, name) for name in names}
         views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
         return {name: views[launch.prefix + name] for name in names}
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Bound]) -> list[Bound]:
+    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
         turns = iter(self.residency.turns(schedule))
         of_program = {name: [next(turns) for _ in each] for name, each in schedule.programs.items()}[program]
         return [Guarded(self, schedule, turn, launch) for turn, launch in zip(of_program, launches, strict=True)]
@@ -119,7 +119,7 @@ class Guarded:
     arena: Arena
     schedule: Schedule
     turn: Turn
-    bound: Bound
+    bound: Runnable
 
     def __call__(self) -> None:
         self.check()
@@ -129,11 +129,3 @@ class Guarded:
         """Refuse to run in memory that is another stage's by now."""
         if self.arena.entered is not self.schedule:
             raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage since")
-
-
-def element_type(name: ElementType, compute: torch.dtype) -> torch.dtype:
-    """The type behind a port's or buffer's element type."""
-    if name == "compute":
-        return compute
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ResourceError
+from wanforge.host import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder as kernel_cache
-from wanforge.runtime.memory.host import available_bytes
 from wanforge.runtime.memory.residency import Group, GroupName
 
 Event = Any

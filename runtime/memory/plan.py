@@ -22,15 +22,19 @@ from math import prod
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.build import sizes
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.dtypes import BY_NAME
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
 from wanforge.runtime.reference.sampler import MAX_STEPS
 from wanforge.runtime.reference.sampler import schedule as sampler_steps
-from wanforge.runtime.schedule import BufferSpec, Launch, Schedule, denoise_schedule, text_schedule, vae_schedule
+from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
+
+RESERVE = 1_000_000_000
+"""Bytes of a GPU that are left to CUDA's context, the library and a desktop: an assumption, not measured."""
 
 RING = (0, 1)
 """The slots that groups pass through, where they do."""
@@ -39,7 +43,7 @@ Slots = dict[GroupName, int]
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMemory:
     """What a stage needs beside weights.
 
     Attributes:
@@ -67,7 +71,7 @@ class MemoryPlan:
     """
 
     residency: str
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageMemory]
     groups: Mapping[GroupName, Group]
     slots: Mapping[GroupName, int]
     places: tuple[tuple[int, int], ...]
@@ -126,16 +130,14 @@ class Traffic:
     stall_seconds: float
 
 
-ITEM_BYTES = {"float32": 4, "int32": 4, "int64": 8}
-
-
 def buffer_bytes(spec: BufferSpec, itemsize: int) -> int:
     """Of a buffer, with what follows it up to where the next may start.
 
     Args:
         itemsize: bytes of the compute type.
     """
-    return aligned(prod(spec.shape) * ITEM_BYTES.get(spec.dtype, itemsize))
+    element_bytes = itemsize if spec.dtype == "compute" else BY_NAME[spec.dtype].bits // 8
+    return aligned(prod(spec.shape) * element_bytes)
 
 
 def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
@@ -147,10 +149,12 @@ def request_schedules(
     model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape
 ) -> list[Schedule]:
     """The stages of the largest request for a clip: the longest prompt, the most steps, every key block."""
-    most = {name: size.most for name, size in sizes(model, recipe, clip).items()}
+    most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}
     steps = sampler_steps(MAX_STEPS, model.sampler.sigma_max, model.sampler.boundary)
     experts = [step.expert for step in steps]
-    denoise = denoise_schedule(model, graphs, clip, experts, context_rows=most["context_rows"], slots=most["slots"])
+    denoise = denoise_schedule(
+        model, graphs, clip, experts, context_rows=most["context_rows"], num_selected=most["num_selected"]
+    )
     image = [vae_schedule(graphs, clip, "encode")] if model.task == "i2v" else []
     text = text_schedule(model, graphs, most["prompt_tokens"])
     return [text, *image, denoise, vae_schedule(graphs, clip, "decode")]
@@ -189,7 +193,7 @@ def plan_memory(
         ResourceError: not even passing every layer through two slots fits.
     """
     stages = {
-        schedule.stage: Stage(
+        schedule.stage: StageMemory(
             max(workspaces.get(launch.graph, 0) for launch in schedule.launches()),
             buffers_bytes(schedule, itemsize),
         )
@@ -246,7 +250,7 @@ def lay_out(
     residency: str,
     groups: Mapping[GroupName, Group],
     slots: Mapping[GroupName, int],
-    stages: Mapping[str, Stage],
+    stages: Mapping[str, StageMemory],
     used: Mapping[str, Sequence[GroupName]],
     budget: float,
 ) -> MemoryPlan:
@@ -300,7 +304,7 @@ class Clock:
 
 
 def traffic(
-    plan: MemoryPlan, schedules: Sequence[Schedule], bytes_per_second: float, seconds: Callable[[Launch], float]
+    plan: MemoryPlan, schedules: Sequence[Schedule], bytes_per_second: float, seconds: Callable[[GraphRun], float]
 ) -> Traffic:
     """What moving weights costs the second of two requests.
 

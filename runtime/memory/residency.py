@@ -19,16 +19,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from wanforge.engines.bundle.manifest import HOST_GRAPHS
 from wanforge.engines.bundle.tensorfile import TensorSpec
+from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.graphs import Graph
-from wanforge.runtime.memory.weights import DTYPES
-from wanforge.runtime.schedule import Launch, Schedule
+from wanforge.runtime.schedule import GraphRun, Schedule
 
 ALIGNMENT = 256
 """Bytes: what a tensor's place in a slot is a multiple of; TensorRT wants its inputs so."""
-
-HOST_GRAPHS = {"text_embed"}
-"""Graphs that run where the bundle is mapped: of a table of 2 GB a prompt reads a few rows."""
 
 
 class GroupName(NamedTuple):
@@ -57,7 +55,7 @@ class Group:
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The tensors at their places in a slot's bytes."""
         return {
-            name: memory[offset : offset + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
+            name: memory[offset : offset + spec.nbytes].view(STORED[spec.dtype]).view(spec.shape)
             for (name, spec), offset in zip(self.tensors.items(), self.offsets.values(), strict=True)
         }
 
@@ -67,7 +65,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def group_name(launch: Launch) -> GroupName:
+def group_name(launch: GraphRun) -> GroupName:
     """Of the weights that a launch takes."""
     return GroupName(launch.component, launch.prefix, launch.graph)
 
@@ -109,7 +107,7 @@ class Turn:
         follower: the next group that the slot is needed for, where that is another.
     """
 
-    launch: Launch
+    launch: GraphRun
     group: GroupName | None
     follower: GroupName | None
 

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import BundleError
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
-from wanforge.runtime.schedule import Launch
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+from wanforge.runtime.dtypes import STORED
+from wanforge.runtime.schedule import GraphRun
 
 
 class Weights:
@@ -35,32 +33,30 @@ class Weights:
         """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
         with self._mapping:  # a second mapping would take the first from under whoever has its address
             if name not in self._mapped:
-                self._mapped[name] = Quantising(map_tensors(self.bundle.weights(name)), self.bundle.recipe)
+                self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
 
-    def of(self, launch: Launch, name: str) -> Tensor:
-        """A launch's weight by its name in the graph."""
-        return self.component(launch.component)[launch.prefix + name]
+    def of(self, run: GraphRun, name: str) -> Tensor:
+        """The weight of a graph's run by its name in the graph.
 
+        Where the bundle is read by a recipe that quantises and holds the unquantised weight, 8-bit weights are made of
+        it, with the bytes that an import gives, and kept.
+        """
+        tensors, full_name = self.component(run.component), run.prefix + name
+        if full_name not in tensors:
+            tensors |= self._quantised(tensors, full_name)
+        return tensors[full_name]
 
-class Quantising(dict[str, Tensor]):
-    """Tensors by name; 8-bit weights that are asked for and not there are made of the unquantised ones, and kept, with
-    the bytes that an import makes of them."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], recipe: Recipe) -> None:
-        super().__init__(tensors)
-        self.recipe = recipe
-
-    def __missing__(self, name: str) -> Tensor:
+    def _quantised(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The 8-bit weight and scales of a layer whose unquantised weight is stored."""
         layer, _, part = name.rpartition(".")
-        weight = self.get(f"{layer}.weight")
+        weight = tensors.get(f"{layer}.weight")
         if part not in ("int8_weight", "scale") or weight is None:
             raise KeyError(name)
-        rounded = weight.to(torch.bfloat16)
-        by_rows = self.recipe.linear == "w8a8-row"
-        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, self.recipe.tile)
-        self[f"{layer}.int8_weight"], self[f"{layer}.scale"] = steps, scale
-        return self[name]
+        rounded, recipe = weight.to(torch.bfloat16), self.bundle.recipe
+        by_rows = recipe.linear == "w8a8-row"
+        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
+        return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -74,7 +70,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
     for name, spec in header.tensors.items():
-        dtype, offset = DTYPES.get(spec.dtype), header.offsets[name]
+        dtype, offset = STORED.get(spec.dtype), header.offsets[name]
         if dtype is None or offset % dtype.itemsize:
             raise BundleError(f"{path}: {name} is {spec} at byte {offset}, which cannot be mapped; import it again")
         strides = torch.empty(spec.shape, device="meta").stride()

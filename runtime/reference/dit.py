@@ -124,9 +124,9 @@ class SparseAttention(nn.Module):
         super().__init__()
         self.local_attn = LinearBranch()
 
-    def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, slots_S: Tensor, blocks: Blocks) -> Tensor:
+    def forward(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, selection_S: Tensor, blocks: Blocks) -> Tensor:
         proj = self.local_attn.proj_l
-        return sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, slots_S, proj.weight, proj.bias, blocks)
+        return sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, selection_S, proj.weight, proj.bias, blocks)
 
 
 class SelfAttention(nn.Module):
@@ -139,14 +139,14 @@ class SelfAttention(nn.Module):
         if self.blocks is not None:
             self.attn_op = SparseAttention()
 
-    def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, slots_S: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, selection_S: Tensor) -> Tensor:
         q_BLHK = rotate(split_heads(self.norm_q(self.q(x_BLD))), cos_LP, sin_LP)
         k_BLHK = rotate(split_heads(self.norm_k(self.k(x_BLD))), cos_LP, sin_LP)
         v_BLHK = split_heads(self.v(x_BLD))
         if self.blocks is None:
             y_BLHK = dense_attention(q_BLHK, k_BLHK, v_BLHK)
         else:
-            y_BLHK = self.attn_op(q_BLHK, k_BLHK, v_BLHK, slots_S, self.blocks)
+            y_BLHK = self.attn_op(q_BLHK, k_BLHK, v_BLHK, selection_S, self.blocks)
         return self.o(y_BLHK.flatten(2))
 
 
@@ -196,10 +196,10 @@ class Block(nn.Module):
         key_bias_T: Tensor | None,
         cos_LP: Tensor,
         sin_LP: Tensor,
-        slots_S: Tensor,
+        selection_S: Tensor,
     ) -> Tensor:
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D.unbind(1)
-        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), cos_LP, sin_LP, slots_S)
+        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), cos_LP, sin_LP, selection_S)
         x_BLD = gated_residual(x_BLD, y_BLD, gate_sa)
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), keys_BTD, values_BTD, key_bias_T)
         y_BLD = self.ffn(self.modulate(x_BLD, shift_ffn, scale_ffn))
@@ -266,7 +266,7 @@ class DiT(nn.Module):
         check_latents(latents_BCFHW, text_BTE, self.config)
         _, _, frames, height, width = latents_BCFHW.shape
         cos_LP, sin_LP = rope_tables((frames, height // PATCH, width // PATCH), latents_BCFHW.device)
-        slots_S = torch.zeros(num_selected, dtype=torch.int32, device=latents_BCFHW.device)
+        selection_S = torch.zeros(num_selected, dtype=torch.int32, device=latents_BCFHW.device)
         layers, head_modulation = self.embed_time(sinusoid(timestep_B, self.config.frequency_dim))
         context_BTD = self.text_embedding(text_BTE.to(latents_BCFHW.dtype))
 
@@ -274,7 +274,7 @@ class DiT(nn.Module):
         for block, modulation_B6D in zip(self.blocks, layers, strict=True):
             assert isinstance(block, Block)
             keys_BTD, values_BTD = block.cross_attn.keys_values(context_BTD)
-            x_BLD = block(x_BLD, modulation_B6D, keys_BTD, values_BTD, None, cos_LP, sin_LP, slots_S)
+            x_BLD = block(x_BLD, modulation_B6D, keys_BTD, values_BTD, None, cos_LP, sin_LP, selection_S)
         return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
 
 

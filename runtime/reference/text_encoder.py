@@ -18,7 +18,7 @@ from wanforge.configs.model import TextEncoderConfig
 from wanforge.plugins.rms_norm_rope.reference import unit_rms
 
 
-class Linear(nn.Module):
+class BiaslessLinear(nn.Module):
     """Linear layer without bias, its weights cast to the type of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -56,7 +56,7 @@ class Attention(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (BiaslessLinear(config.dim, config.dim) for _ in range(4))
 
     def forward(self, x_BTE: Tensor, bias_HTT: Tensor) -> Tensor:
         q, k, v = (part(x_BTE).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -70,9 +70,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.gate = nn.Sequential(Linear(config.dim, config.ffn_dim))
-        self.fc1 = Linear(config.dim, config.ffn_dim)
-        self.fc2 = Linear(config.ffn_dim, config.dim)
+        self.gate = nn.Sequential(BiaslessLinear(config.dim, config.ffn_dim))
+        self.fc1 = BiaslessLinear(config.dim, config.ffn_dim)
+        self.fc2 = BiaslessLinear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.gate(x), approximate="tanh") * self.fc1(x))

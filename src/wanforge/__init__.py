@@ -1,3 +1,35 @@
-"""Compile TurboDiffusion's distilled Wan video models and run them."""
+"""Compile TurboDiffusion's distilled Wan video models and run them.
 
-__version__ = "0.1.0"
+Everything that `__all__` names is imported when it is first used, so `import wanforge` itself loads no PyTorch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from wanforge.version import __version__
+
+if TYPE_CHECKING:
+    from wanforge.api import Bundle, Clip, Pipeline, build, export, import_checkpoint, load, parity
+
+__all__ = [
+    "Bundle",
+    "Clip",
+    "Pipeline",
+    "__version__",
+    "build",
+    "export",
+    "import_checkpoint",
+    "load",
+    "parity",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'wanforge' has no attribute {name!r}")
+    from wanforge import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,28 +7,28 @@ from typing import Any
 
 import click
 
-from wanforge import __version__
 from wanforge.errors import WanforgeError, memory_errors
+from wanforge.version import version_text
 
-# In pipeline order; the summary stands here so that `wanforge --help` imports no torch.
+# In the order of a model's way; the summaries stand here so that `wanforge --help` imports no torch.
 COMMANDS = {
     "synth": (
-        "wanforge.exporter.commands.import_:synth",
+        "wanforge.exporter.commands.synth:synth",
         "Write checkpoint files in the published formats, with random weights.",
     ),
     "import": (
         "wanforge.exporter.commands.import_:import_",
         "Check published checkpoint files and turn them into a bundle.",
     ),
-    "export": ("wanforge.exporter.commands.import_:export", "Write a bundle's ONNX graphs."),
+    "export": ("wanforge.exporter.commands.export:export", "Write a bundle's ONNX graphs."),
     "kernels": (
         "wanforge.runtime.commands.kernels:kernels",
-        "Compile the GPU kernels, and say what they cost.",
+        "Compile the GPU kernels and list the resources they take.",
     ),
-    "build": ("wanforge.runtime.commands.build:build", "Compile the graphs into engines for GPUs."),
+    "build": ("wanforge.runtime.commands.build:build", "Compile a bundle's graphs into engines for GPUs."),
     "inspect": (
-        "wanforge.exporter.commands.import_:inspect",
-        "Show what a bundle holds, and what is stale or damaged.",
+        "wanforge.exporter.commands.inspect:inspect",
+        "Show what a bundle holds, and what is missing, stale or damaged.",
     ),
     "generate": (
         "wanforge.runtime.commands.generate:generate",
@@ -36,11 +36,11 @@ COMMANDS = {
     ),
     "parity": (
         "wanforge.runtime.commands.parity:parity",
-        "Hold a backend against the reference: op, block, step, clip.",
+        "Compare a backend with the reference, from single ops to whole clips.",
     ),
     "bench": (
         "wanforge.runtime.commands.bench:bench",
-        "Time whole requests, or the kernels of an op; sweep; compare with before.",
+        "Time whole requests, or the kernels of an op, and compare with earlier runs.",
     ),
     "suite": (
         "wanforge.exporter.commands.suite:suite",
@@ -48,9 +48,12 @@ COMMANDS = {
     ),
     "scaling": (
         "wanforge.exporter.commands.scaling:scaling",
-        "Predict how time and memory grow with length and size, on any GPU.",
+        "Predict time and memory for clips of any length and size, on any GPU.",
     ),
-    "doctor": ("wanforge.runtime.commands.doctor:doctor", "Say what this machine can do, and what is missing."),
+    "doctor": (
+        "wanforge.runtime.commands.doctor:doctor",
+        "Show what this machine can do, and what is missing.",
+    ),
 }
 
 
@@ -100,8 +103,22 @@ class LazyCommands(click.Group):
             raise click.ClickException(f"{error.strerror}{where}; {advice}") from None
 
 
+def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) -> None:
+    """Print the version, and the commit where this runs from a checkout."""
+    if is_asked and not ctx.resilient_parsing:
+        click.echo(f"wanforge {version_text()}")
+        ctx.exit()
+
+
 @click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="wanforge")
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=show_version,
+    help="Show the version, and the commit where this runs from a checkout, and exit.",
+)
 def cli() -> None:
     """Compile TurboDiffusion's distilled Wan video models, and run them.
 

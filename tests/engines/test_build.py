@@ -15,10 +15,11 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines import build as engine_plan
-from wanforge.engines.build import build_engines, faults, plan, profile, sizes
+from wanforge.engines.build import build_engines, faults, plan
 from wanforge.engines.builder import Built, build
 from wanforge.engines.bundle.bundle import Bundle, graph_name
-from wanforge.engines.files import built_clips, covers, find_engine, read_engine
+from wanforge.engines.files import built_clips, find_engine, read_engine
+from wanforge.engines.sizes import covers, profile, sizes
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.commands.build import groups, sms_of

@@ -9,8 +9,9 @@ import pytest
 
 from tests.tensorrt_flavours import linear, rtx
 from wanforge.engines import plugin_check
-from wanforge.engines.builder import Job, Range, build, layers
+from wanforge.engines.builder import BuildJob, build, layers
 from wanforge.engines.plugin_check import check_plugins
+from wanforge.engines.sizes import Range
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.tensorrt.library import RTX
 
@@ -26,8 +27,8 @@ I/O Tensors:
 """
 
 
-def job(folder: Path, x: Range = STATIC) -> Job:
-    return Job(linear(folder), {"x": x})
+def job(folder: Path, x: Range = STATIC) -> BuildJob:
+    return BuildJob(linear(folder), {"x": x})
 
 
 @pytest.mark.parametrize("sms", [[120], [80, 86, 89, 120]])
@@ -64,14 +65,14 @@ def test_a_profile_for_other_shapes_is_refused(shape: tuple[int, ...], said: str
 
 def test_a_missing_profile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WanforgeError, match="no shape is given for x"):
-        build(rtx(), Job(linear(tmp_path), {}), [120])
+        build(rtx(), BuildJob(linear(tmp_path), {}), [120])
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(b"not a graph")
     with pytest.raises(WanforgeError, match=r"cannot read broken\.onnx: "):
-        build(rtx(), Job(path, {}), [120])
+        build(rtx(), BuildJob(path, {}), [120])
 
 
 def test_a_node_without_its_plugin_is_refused(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_the_table_is_read() -> None:
 
 
 def test_constants_cost_memory() -> None:
-    small, large = (Job(Path(), {}, size).needed_bytes for size in (0, 1_000_000_000))
+    small, large = (BuildJob(Path(), {}, size).needed_bytes for size in (0, 1_000_000_000))
     assert large - small == 3_100_000_000
 
 

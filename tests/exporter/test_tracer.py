@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import wanforge.exporter.lowerings  # noqa: F401
 from tests.numerics import assert_matches
 from tests.onnx_runner import run_model
+from wanforge.engines.bundle.shapes import Dim, Size
 from wanforge.exporter.onnx_model import onnx_model
 from wanforge.exporter.tracer import Tape, Traced, live_nodes, value_info
-from wanforge.runtime.graphs import Dim, Size
 
 H, W = Size(("h",)), Size(("w",))
 SIZES = {"h": 6, "w": 10}

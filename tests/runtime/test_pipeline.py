@@ -15,7 +15,9 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
 from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.pipeline import Pipeline, Request, Timings, write_noise
+from wanforge.runtime.noise import write_noise
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings
 
 BundleOf = Callable[[str, str], Bundle]
 SHAPE = ClipShape(96, 64, 9)

@@ -16,8 +16,9 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.dit import DiT, dense_attention
+from wanforge.runtime.request import Request, Timings
 from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
 
 BundleOf = Callable[[str, str], Bundle]

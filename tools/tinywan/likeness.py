@@ -19,7 +19,8 @@ from wanforge.configs.model import ModelConfig
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 from wanforge.runtime.measure.quality.held_out import Prompt, held_out_prompts, rates_of
 from wanforge.runtime.measure.quality.meter import Score, read, score
-from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
 
 TOPKS = (0.17, 0.34, 0.5, 1.0)
 """One, two, three and all of the six key blocks."""
@@ -57,10 +58,10 @@ def judge(pipeline: Pipeline, prompts: Sequence[Prompt], steps: int, topk: float
     """Make a clip of every prompt, each with the seed of its place, and hold it against the right one."""
     model, squares, scores = pipeline.model, list[Tensor](), list[Score]()
     for seed, prompt in enumerate(prompts):
-        _, frames_THWC = pipeline.make(Request(prompt.text, model.video.clip, seed=seed, steps=steps, topk=topk))
+        clip = pipeline.make(Request(prompt.text, model.video.clip, seed=seed, steps=steps, topk=topk))
         right_THWC = drawn_clip(model, scene_asked(prompt, model.video.size_wh, model.video.frames))
-        squares.append((frames_THWC - right_THWC).square().mean())
-        scores += score(read(frames_THWC.permute(0, 3, 1, 2).numpy()), prompt.subjects)
+        squares.append((torch.from_numpy(clip.frames) - right_THWC).square().mean())
+        scores += score(read(clip.frames.transpose(0, 3, 1, 2)), prompt.subjects)
     rms = float(torch.stack(squares).mean().sqrt())
     return Point(pipeline.backend.name, pipeline.recipe.name, steps, topk, rms, rates_of(scores).all)
 

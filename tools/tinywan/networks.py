@@ -12,7 +12,7 @@ from tools.tinywan.scenes import vocabulary
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.runtime.reference.dit import Block, DiT, LayerNorm, Linear, RMSNorm
-from wanforge.runtime.reference.text_encoder import Linear as TextLinear
+from wanforge.runtime.reference.text_encoder import BiaslessLinear as TextLinear
 from wanforge.runtime.reference.text_encoder import Norm, Table, TextEncoder, pad_rows
 from wanforge.runtime.text import END
 

@@ -16,7 +16,8 @@ from wanforge.runtime.measure.page import picture_of
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.held_out import Quality, measure, table
 from wanforge.runtime.measure.quality.rates_plot import rates_plot
-from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
 """One, two, three, four and all of the six key blocks."""
@@ -96,4 +97,4 @@ def draw(bundle: Bundle, out: Path) -> None:
     """Clips of a dozen prompts, as the package makes them by default."""
     pipeline, clip = Contender("torch").pipeline(bundle), bundle.model.video.clip
     requests = [Request(text, clip, seed=seed) for seed, text in enumerate(SHOWN)]
-    sheet([pipeline.make(request)[1].numpy() for request in requests], out)
+    sheet([pipeline.make(request).frames for request in requests], out)

@@ -16,15 +16,15 @@ from wanforge.configs.model import HEAD_DIM, DiTConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
+from wanforge.host import available_bytes
 from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
-from wanforge.runtime.memory.arena import Bound
-from wanforge.runtime.memory.host import available_bytes
+from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.reference.dit import patchify, unpatchify
 from wanforge.runtime.reference.names import match_names
 from wanforge.runtime.reference.vae import latent_statistics
-from wanforge.runtime.schedule import Launch, Ref, Schedule
+from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
 TRANSFORMER = "transformer"
 """The launch that a step is, in place of the denoiser's graphs."""
@@ -91,7 +91,7 @@ class DiffusersBackend(TorchBackend):
     def session(self, schedule: Schedule) -> Session:
         return super().session(merged(schedule))
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         network = self.networks.get(launch.component)
         if network is None:
             return super().bind(launch, inputs, outputs)
@@ -181,7 +181,7 @@ def merged(schedule: Schedule) -> Schedule:
     for index, name in enumerate(schedule.steps()):
         inputs = Ref("patches"), Ref(f"sinusoid.{index}"), Ref("text")
         component = schedule.programs[name][0].component
-        programs[name] = (Launch(TRANSFORMER, inputs, (Ref("velocity"),), component),)
+        programs[name] = (GraphRun(TRANSFORMER, inputs, (Ref("velocity"),), component),)
     return replace(schedule, programs=programs)
 
 

@@ -16,13 +16,18 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import HEAD_DIM, ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.configs.targets import Target
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected
 from wanforge.errors import ConfigError
+from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.sparse_linear_attention.fused import CHUNK_ROWS, MOST_CHUNKS
 
 INT8 = FP8 = 1
 BF16 = FP16 = 2
 FP32 = INT32 = 4
 INT64 = 8
+
+USUAL_TEXT_ROWS = 128
+"""Distinct rows of text of a usual prompt, one of 126 tokens."""
 
 PEAKS = {
     "int8": "int8_tops",
@@ -49,7 +54,7 @@ ASSUMED = Efficiency(arithmetic=0.65, bandwidth=0.80)
 
 
 @dataclass(frozen=True)
-class Cost:
+class LaunchCost:
     """One launch.
 
     Attributes:
@@ -89,7 +94,7 @@ class Cost:
         return self.floor(target) > self.arithmetic_seconds(target)
 
 
-Plan = dict[str, list[Cost]]
+BlockLaunches = dict[str, list[LaunchCost]]
 """The launches of a block by the part of it they do, in order."""
 
 
@@ -189,8 +194,7 @@ def published_workload(name: str, *, text_rows: int) -> Workload:
     """A published model with its own clip and top-k."""
     model, recipe = load_model(name), load_recipe("w8a8")
     shape = model.video.clip
-    num_selected = selected_blocks(model.topk, cdiv(shape.tokens, recipe.block_k))
-    return Workload(model, shape, recipe, num_selected, text_rows)
+    return Workload(model, shape, recipe, num_selected(recipe, shape, model.topk), text_rows)
 
 
 def scales(rows: int, columns: int) -> int:
@@ -203,16 +207,16 @@ def quantised(rows: int, columns: int) -> int:
     return INT8 * rows * columns + scales(rows, columns)
 
 
-def sweep(name: str, values: int, read: int, written: int) -> Cost:
+def sweep(name: str, values: int, read: int, written: int) -> LaunchCost:
     """An elementwise launch that reads and writes so many bytes for each of `values`."""
-    return Cost(name, {}, read * values, written * values)
+    return LaunchCost(name, {}, read * values, written * values)
 
 
-def block(plan: Plan) -> list[Cost]:
+def all_launches(plan: BlockLaunches) -> list[LaunchCost]:
     """The launches of a block."""
     return [launch for part in plan.values() for launch in part]
 
 
-def seconds(launches: Iterable[Cost], target: Target, efficiency: Efficiency = IDEAL) -> float:
+def seconds(launches: Iterable[LaunchCost], target: Target, efficiency: Efficiency = IDEAL) -> float:
     """Time of launches that run one after the other; `IDEAL` gives their floor."""
     return sum(launch.seconds(target, efficiency) for launch in launches)

@@ -5,27 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.targets import Target, load_targets
-from wanforge.configs.topk import selected_blocks
-from wanforge.engines.build import engines_of
+from wanforge.configs.targets import Target
+from wanforge.configs.topk import num_selected
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import engines_of
 from wanforge.errors import ConfigError, ResourceError
 from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import ASSUMED, Workload, block, cdiv, seconds
-from wanforge.runtime.memory.plan import MemoryPlan, Traffic, plan_request, request_schedules, traffic
-from wanforge.runtime.schedule import Launch
-
-RESERVE = 1_000_000_000
-"""Bytes of a GPU that are not for us: CUDA's context, the library, a desktop. An assumption, not measured."""
-
-USUAL_ROWS = 128
-"""Distinct rows of text that the prediction of a layer's time assumes."""
+from wanforge.runtime.measure.cost.launches import ASSUMED, USUAL_TEXT_ROWS, Workload, all_launches, seconds
+from wanforge.runtime.measure.tables import indented, text_table
+from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, Traffic, plan_request, request_schedules, traffic
+from wanforge.runtime.schedule import GraphRun
 
 
 @dataclass(frozen=True)
-class Report:
+class MemoryReport:
     """One GPU and one clip.
 
     Attributes:
@@ -81,22 +76,7 @@ class Report:
         }
 
 
-def gpus_of(targets: str) -> dict[str, Target]:
-    """GPUs of a list of names and architectures; an architecture stands for every GPU that has it.
-
-    Raises:
-        ConfigError: a name is none.
-    """
-    known, found = load_targets(), dict[str, Target]()
-    for wanted in (name.strip() for name in targets.split(",")):
-        fitting = {name: gpu for name, gpu in known.items() if wanted in (name, f"sm_{gpu.sm}")}
-        if not fitting:
-            raise ConfigError(f"no GPU is known by {wanted!r}; known: {', '.join(known)}")
-        found |= fitting
-    return found
-
-
-def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report:
+def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> MemoryReport:
     """How a clip fits a GPU.
 
     Raises:
@@ -116,12 +96,12 @@ def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report
         refusal = str(error)
     else:
 
-        def predicted(launch: Launch) -> float:
+        def predicted(launch: GraphRun) -> float:
             return (layer_seconds or 0.0) if launch.graph == "block" else 0.0
 
         rate = target.pcie_gbs * 1e9 * ASSUMED.bandwidth
         moved = traffic(plan, request_schedules(model, recipe, pieces, clip), rate, predicted)
-    return Report(
+    return MemoryReport(
         name, target.title, vram, clip, recipe.name, fixed, plan, refusal, moved, is_predicted=layer_seconds is not None
     )
 
@@ -129,20 +109,20 @@ def report(bundle: Bundle, clip: ClipShape, name: str, target: Target) -> Report
 def predicted_layer(bundle: Bundle, clip: ClipShape, target: Target) -> float | None:
     """Seconds of a layer on a GPU by the assumptions of docs/kernels.md; None for recipes not counted there."""
     recipe = recipe_for(bundle.recipe, target.sm)
-    blocks = cdiv(clip.tokens, recipe.block_k)
     try:
-        workload = Workload(bundle.model, clip, recipe, selected_blocks(bundle.model.topk, blocks), USUAL_ROWS)
-        return seconds(block(fused_block(workload)), target, ASSUMED)
+        selected = num_selected(recipe, clip, bundle.model.topk)
+        workload = Workload(bundle.model, clip, recipe, selected, USUAL_TEXT_ROWS)
+        return seconds(all_launches(fused_block(workload)), target, ASSUMED)
     except ConfigError:
         return None
 
 
-def table(reports: Sequence[Report]) -> str:
+def table(reports: Sequence[MemoryReport]) -> str:
     """Reports as text."""
     return "\n".join(line for one in reports for line in _lines(one))
 
 
-def _lines(one: Report) -> list[str]:
+def _lines(one: MemoryReport) -> list[str]:
     clip = one.clip
     title = (
         f"{one.title} ({one.vram_bytes / 1e9:.1f} GB), {clip.width_px}x{clip.height_px}x{clip.frames}, {one.recipe}: "
@@ -150,17 +130,13 @@ def _lines(one: Report) -> list[str]:
     if one.plan is None or one.traffic is None:
         return [title + "does not fit", f"  {one.refusal}"]
     plan, moved = one.plan, one.traffic
-    lines = [
-        title + plan.residency,
-        "  GB         intermediate   buffers   weights     peak",
-    ]
+    rows: list[list[str]] = []
     for name, stage in plan.stages.items():
-        weights = plan.peak_bytes(name) - stage.extent
-        peak = one.fixed_bytes + plan.peak_bytes(name)
-        lines.append(
-            f"  {name:10} {stage.workspace_bytes / 1e9:12.2f} {stage.buffer_bytes / 1e9:9.2f} {weights / 1e9:9.2f} "
-            f"{peak / 1e9:8.2f}"
-        )
+        weights, peak = plan.peak_bytes(name) - stage.extent, one.fixed_bytes + plan.peak_bytes(name)
+        sizes = (stage.workspace_bytes, stage.buffer_bytes, weights, peak)
+        rows.append([name, *(f"{size / 1e9:.2f}" for size in sizes)])
+    header = ["GB", "intermediate", "buffers", "weights", "peak"]
+    lines = [title + plan.residency, indented(text_table(header, rows))]
     lines.append(
         f"  {one.fixed_bytes / 1e9:.2f} GB of each peak are engines and a reserve; "
         f"all weights together are {plan.weight_bytes / 1e9:.2f} GB"

@@ -15,22 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
-from wanforge.engines.build import names_in
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.shapes import concrete, names_in
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, Cost, Workload, block, seconds
-from wanforge.runtime.memory.arena import element_type
-from wanforge.runtime.pipeline import Job
-from wanforge.runtime.schedule import Launch, Schedule, context_rows, denoise_schedule, text_schedule, vae_schedule
+from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, LaunchCost, Workload, all_launches, seconds
+from wanforge.runtime.request import CheckedRequest
+from wanforge.runtime.schedule import GraphRun, Schedule, context_rows, denoise_schedule, text_schedule, vae_schedule
 
 COMPUTE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Bound:
+class StageCost:
     """A stage on a GPU.
 
     Attributes:
@@ -48,15 +48,15 @@ class Bound:
         return dict(vars(self))
 
 
-def bounds(bundle: Bundle, job: Job, target: Target) -> dict[str, Bound]:
+def costs_on(bundle: Bundle, job: CheckedRequest, target: Target) -> dict[str, StageCost]:
     """The stages of a request on a GPU; those that copy or encode video have no bound."""
     stages = stage_costs(bundle, job, recipe_for(bundle.recipe, target.sm))
-    return {stage: bound(costs, target) for stage, costs in stages.items()}
+    return {stage: cost_of(costs, target) for stage, costs in stages.items()}
 
 
-def bound(costs: Sequence[Cost], target: Target) -> Bound:
+def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
     """Launches that run one after the other on a GPU."""
-    return Bound(
+    return StageCost(
         sum(cost.total_flops for cost in costs),
         sum(cost.total_bytes for cost in costs),
         seconds(costs, target, IDEAL),
@@ -64,12 +64,12 @@ def bound(costs: Sequence[Cost], target: Target) -> Bound:
     )
 
 
-def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost]]:
+def stage_costs(bundle: Bundle, job: CheckedRequest, recipe: Recipe) -> dict[str, list[LaunchCost]]:
     """What each stage launches."""
     model, shape, known = bundle.model, job.request.shape, graphs(bundle.model, recipe)
     rows = len(context_rows(len(job.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
     experts = [step.expert for step in job.steps]
-    denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, slots=job.slots)
+    denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, num_selected=job.num_selected)
     count = Counter(bundle, known, recipe, job, rows)
     steps = [count.program(denoise, f"step.{step.index}") for step in job.steps]
     stages = {"text": count.program(text_schedule(model, known, len(job.ids)), "text")}
@@ -86,36 +86,40 @@ def stage_costs(bundle: Bundle, job: Job, recipe: Recipe) -> dict[str, list[Cost
 class Counter:
     """Costs of launches; each graph is counted once."""
 
-    def __init__(self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, job: Job, rows: int) -> None:
+    def __init__(
+        self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, job: CheckedRequest, rows: int
+    ) -> None:
         self.bundle, self.graphs, self.recipe, self.job, self.rows = bundle, known, recipe, job, rows
         shape = job.request.shape
         self.sizes = {
             "prompt_tokens": len(job.ids),
             "tokens": shape.tokens,
             "context_rows": rows,
-            "slots": job.slots,
+            "num_selected": job.num_selected,
             "latent_height": shape.latent_height,
             "latent_width": shape.latent_width,
         }
-        self._known: dict[str, list[Cost]] = {}
+        self._known: dict[str, list[LaunchCost]] = {}
 
-    def program(self, schedule: Schedule, name: str) -> list[Cost]:
+    def program(self, schedule: Schedule, name: str) -> list[LaunchCost]:
         return [cost for launch in schedule.programs[name] for cost in self.launch(launch)]
 
-    def clip(self, schedule: Schedule) -> list[Cost]:
+    def clip(self, schedule: Schedule) -> list[LaunchCost]:
         """One half of the VAE over a clip: the first chunk, then the others."""
         others = self.program(schedule, "next.0") * (self.job.request.shape.latent_frames - 1)
         return self.program(schedule, "first") + others
 
-    def launch(self, launch: Launch) -> list[Cost]:
+    def launch(self, launch: GraphRun) -> list[LaunchCost]:
         if launch.graph not in self._known:
             self._known[launch.graph] = self._count(launch)
         return self._known[launch.graph]
 
-    def _count(self, launch: Launch) -> list[Cost]:
+    def _count(self, launch: GraphRun) -> list[LaunchCost]:
         if launch.graph == "block" and (self.recipe.linear, self.recipe.attention) == ("w8a8", "sagesla"):
             shape = self.job.request.shape
-            return block(fused_block(Workload(self.bundle.model, shape, self.recipe, self.job.slots, self.rows)))
+            return all_launches(
+                fused_block(Workload(self.bundle.model, shape, self.recipe, self.job.num_selected, self.rows))
+            )
         graph = self.graphs[launch.graph]
         stored = read_header(self.bundle.weights(launch.component)).tensors
         weights = sum(stored[launch.prefix + name].nbytes for name in graph.weights if launch.prefix + name in stored)
@@ -123,10 +127,10 @@ class Counter:
         eight_bits = launch.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
         flops = {"int8" if eight_bits else "bf16": operations(graph, self.sizes)}
         read, written = (
-            sum(self._bytes(port.concrete(self.sizes), port.dtype) for port in ports)
+            sum(self._bytes(concrete(port.shape, self.sizes), port.dtype) for port in ports)
             for ports in (graph.inputs, graph.outputs)
         )
-        return [Cost(graph.name, flops, read + weights, written)]
+        return [LaunchCost(graph.name, flops, read + weights, written)]
 
     def _bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
         return torch.Size(shape).numel() * element_type(dtype, COMPUTE).itemsize
@@ -134,14 +138,18 @@ class Counter:
 
 def operations(graph: Graph, sizes: Mapping[str, int]) -> int:
     """Of matrix products and convolutions, two per multiply-add."""
-    return _operations(graph, tuple((name, sizes[name]) for name in sorted(names_in(graph.inputs))))
+    return _operations(
+        graph, tuple((name, sizes[name]) for name in sorted(names_in(port.shape for port in graph.inputs)))
+    )
 
 
 @lru_cache(maxsize=256)  # running a VAE takes a second, though its tensors are not there
 def _operations(graph: Graph, named: tuple[tuple[str, int], ...]) -> int:
     sizes = dict(named)
     with torch.device("meta"), torch.inference_mode():
-        inputs = [torch.empty(port.concrete(sizes), dtype=element_type(port.dtype, COMPUTE)) for port in graph.inputs]
+        inputs = [
+            torch.empty(concrete(port.shape, sizes), dtype=element_type(port.dtype, COMPUTE)) for port in graph.inputs
+        ]
         with FlopCounterMode(display=False) as counter:
             graph.run(graph.owner.state_dict(), inputs)
     return int(counter.get_total_flops())

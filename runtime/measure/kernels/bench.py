@@ -7,18 +7,14 @@ import torch
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
-from wanforge.configs.topk import selected_blocks
-from wanforge.runtime.measure.cost.launches import Workload
+from wanforge.configs.topk import num_selected
+from wanforge.progress import Progress, silent
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
 from wanforge.runtime.measure.kernels.cases import OPS, recipe_on
 from wanforge.runtime.measure.kernels.checks import check
-from wanforge.runtime.measure.kernels.machine import machine_of, target_of
-from wanforge.runtime.measure.kernels.report import Report, Result
+from wanforge.runtime.measure.kernels.report import KernelReport, KernelResult
 from wanforge.runtime.measure.kernels.timing import CudaTimer, Draw, Timer, measure
-from wanforge.runtime.pipeline import Progress
-from wanforge.runtime.reference.dit import attention_blocks
-
-TEXT_ROWS = 128
-"""Rows of text that cross-attention sees: those of a prompt of 126 tokens."""
+from wanforge.runtime.measure.machine import gpu_facts, target_of
 
 
 def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: torch.device) -> Workload:
@@ -28,16 +24,8 @@ def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: t
         ConfigError: the top-k selects no key block.
     """
     recipe = recipe_on(device)
-    blocks = attention_blocks(recipe)
-    assert blocks is not None
-    num_selected = selected_blocks(model.topk if topk is None else topk, blocks.num_keys(shape.tokens))
-    return Workload(model, shape, recipe, num_selected, TEXT_ROWS)
-
-
-def device_here() -> torch.device:
-    """The GPU, or the CPU where there is none."""
-    has_gpu = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    selected = num_selected(recipe, shape, model.topk if topk is None else topk)
+    return Workload(model, shape, recipe, selected, USUAL_TEXT_ROWS)
 
 
 def timer_for(device: torch.device) -> Timer | None:
@@ -51,8 +39,8 @@ def bench_ops(
     device: torch.device,
     timer: Timer | None,
     repeats: int = 50,
-    progress: Progress = lambda *_: None,
-) -> Report:
+    progress: Progress = silent,
+) -> KernelReport:
     """Check ops on a device, and time those that are right; without a timer, nothing is timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     verdicts = []
@@ -61,10 +49,10 @@ def bench_ops(
         progress("check", done, len(ops))
     wrong = {verdict.op for verdict in verdicts if not verdict.passed}
     cases = [(op, case) for op in ops if op not in wrong for case in OPS[op](w)]
-    machine = machine_of(device)
+    machine = gpu_facts(device)
     target, draw = target_of(machine["gpu"] or ""), partial(Draw, device=device, dtype=dtype)
     results = []
     for op, case in cases:
         times, missing = ({}, {}) if timer is None else measure(case, draw, timer, repeats, progress)
-        results.append(Result(op, case, times, missing, target))
-    return Report(w, machine, repeats, verdicts, results)
+        results.append(KernelResult(op, case, times, missing, target))
+    return KernelReport(w, machine, repeats, verdicts, results)

@@ -16,6 +16,7 @@ from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.launching.kernel import Kernel
 from wanforge.plugins.launching.launch import Constant, architecture_of, recording
 from wanforge.plugins.layer_norm.fused import norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
@@ -26,7 +27,7 @@ from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
 from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import BF16, FP32, Cost, Workload, block
+from wanforge.runtime.measure.cost.launches import BF16, FP32, LaunchCost, Workload, all_launches
 from wanforge.runtime.measure.kernels.linears import linear_cases
 from wanforge.runtime.measure.kernels.timing import Case, Draw, Run, eager_and_compiled
 from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
@@ -38,9 +39,9 @@ def recipe_on(device: torch.device) -> Recipe:
     return recipe_for(recipe, architecture_of(device)) if device.type == "cuda" else recipe
 
 
-def plan(w: Workload) -> dict[str, Cost]:
+def plan(w: Workload) -> dict[str, LaunchCost]:
     """The launches of a block by name."""
-    return {cost.name: cost for cost in block(fused_block(w))}
+    return {cost.name: cost for cost in all_launches(fused_block(w))}
 
 
 # Norms and the residual.
@@ -105,7 +106,7 @@ def residual_cases(w: Workload) -> list[Case]:
     def reference(x_LD: Tensor, y_LD: Tensor, gate_D: Tensor, _: Tensor) -> Tensor:
         return gated_residual(x_LD[None], y_LD[None], gate_D[None])
 
-    cost = Cost("gated residual", {}, 2 * BF16 * w.stream + FP32 * w.D, BF16 * w.stream)
+    cost = LaunchCost("gated residual", {}, 2 * BF16 * w.stream + FP32 * w.D, BF16 * w.stream)
     return [Case(cost.name, [cost], inputs, add_gated, eager_and_compiled(reference))]
 
 
@@ -176,7 +177,7 @@ def block_cases(w: Workload) -> list[Case]:
         given = block_inputs(w.model.dit, draw, w.shape.grid, w.text_rows, w.num_selected)
         return block_weights(w.model.dit, w.recipe, draw), given, torch.empty_like(given[0])
 
-    return [Case("block", block(fused_block(w)), inputs, layer.run)]
+    return [Case("block", all_launches(fused_block(w)), inputs, layer.run)]
 
 
 def block_inputs(

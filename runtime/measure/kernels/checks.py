@@ -45,7 +45,7 @@ FLIPPED = 1e-3
 
 
 @dataclass(frozen=True)
-class Verdict:
+class KernelVerdict:
     """What came of holding a tensor against its definition.
 
     Attributes:
@@ -75,11 +75,11 @@ Claim = tuple[str, Tensor, Tensor, float]
 """A name, what a kernel made, what its definition makes, and how far apart they may be."""
 
 
-def check(op: str, device: torch.device, dtype: torch.dtype) -> list[Verdict]:
+def check(op: str, device: torch.device, dtype: torch.dtype) -> list[KernelVerdict]:
     """Hold an op's kernels against their definitions."""
     with torch.inference_mode():
         claims = CHECKS[op](Draw(0, device, dtype))
-        return [Verdict(op, name, error(actual, expected), bound) for name, actual, expected, bound in claims]
+        return [KernelVerdict(op, name, error(actual, expected), bound) for name, actual, expected, bound in claims]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -16,7 +16,7 @@ from wanforge.plugins.quantiser import reference
 from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import BF16, FP32, INT8, Cost, Workload, block, scales
+from wanforge.runtime.measure.cost.launches import BF16, FP32, INT8, LaunchCost, Workload, all_launches, scales
 from wanforge.runtime.measure.kernels.timing import Case, Draw, compiled, eager_and_compiled
 
 
@@ -30,10 +30,10 @@ class Scheme:
     num_scales: Callable[[int, int], int]
     """Of a matrix of so many rows and columns."""
 
-    def cost(self, rows: int, columns: int) -> Cost:
+    def cost(self, rows: int, columns: int) -> LaunchCost:
         """Of the quantiser alone."""
         values = rows * columns
-        return Cost("quantise", {}, BF16 * values, INT8 * values + FP32 * self.num_scales(rows, columns))
+        return LaunchCost("quantise", {}, BF16 * values, INT8 * values + FP32 * self.num_scales(rows, columns))
 
 
 TILES = Scheme("", quantise, reference.quantise_tiles, lambda rows, columns: scales(rows, columns) // FP32)
@@ -87,10 +87,10 @@ class Product:
         out_LN = torch.empty_like(residual_LN)
         return Operands(x_LK, scheme.quantise(x_LK), weights, int8_NK, weight_NK, bias_N, residual_LN, gate_N, out_LN)
 
-    def costs(self, w: Workload, scheme: Scheme) -> list[Cost]:
+    def costs(self, w: Workload, scheme: Scheme) -> list[LaunchCost]:
         """Of its launches: the plan's, with the scales of the scheme. By rows, which no tile of the output holds whole,
         quantising it is a launch of its own."""
-        (cost,) = (cost for cost in block(fused_block(w)) if cost.name == self.name)
+        (cost,) = (cost for cost in all_launches(fused_block(w)) if cost.name == self.name)
         if scheme is TILES:
             return [cost]
         sizes = [(w.L, self.inputs), *self.weights * [(self.outputs, self.inputs)]]

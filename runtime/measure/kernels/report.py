@@ -6,14 +6,15 @@ from typing import Any
 
 from wanforge.configs.targets import Target
 from wanforge.runtime.measure.cost.launches import Workload, seconds
-from wanforge.runtime.measure.kernels.checks import Verdict
+from wanforge.runtime.measure.kernels.checks import KernelVerdict
 from wanforge.runtime.measure.kernels.timing import KERNEL, Case, Times
+from wanforge.runtime.measure.tables import text_table
 
 UNMEASURED = "unmeasured: no GPU"
 
 
 @dataclass(frozen=True)
-class Result:
+class KernelResult:
     """What came of a case.
 
     Attributes:
@@ -80,7 +81,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """Everything that `bench.bench_ops` found.
 
     Attributes:
@@ -91,8 +92,8 @@ class Report:
     workload: Workload
     machine: Mapping[str, str | None]
     repeats: int
-    verdicts: Sequence[Verdict]
-    results: Sequence[Result]
+    verdicts: Sequence[KernelVerdict]
+    results: Sequence[KernelResult]
 
     @property
     def passed(self) -> bool:
@@ -123,7 +124,7 @@ class Report:
 HEAD = ("", "GFLOP", "MB", "ms", "p20", "p80", "TFLOP/s", "GB/s", "of floor", "x kernel")
 
 
-def table(report: Report) -> str:
+def table(report: KernelReport) -> str:
     """The report in lines: what it ran on, the checks, then each case and below it what it is held against, whose last
     column is its time over the kernel's."""
     w = report.workload
@@ -135,15 +136,11 @@ def table(report: Report) -> str:
         *(f"{op} is wrong here: no number" for op in wrong),
         report.note or f"{report.repeats} runs of each",
     ]
-    rows = [HEAD, *(row for result in report.results for row in rows_of(result))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
-    return "\n".join(lines)
+    rows = [row for result in report.results for row in rows_of(result)]
+    return "\n".join([*lines, text_table(HEAD, rows)])
 
 
-def rows_of(result: Result) -> list[tuple[str, ...]]:
+def rows_of(result: KernelResult) -> list[tuple[str, ...]]:
     """A kernel's row and, where there are times, those of its baselines."""
 
     def timed(name: str) -> list[str]:

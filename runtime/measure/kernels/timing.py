@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wanforge.runtime.measure.cost.launches import Cost
-from wanforge.runtime.pipeline import Progress
+from wanforge.progress import Progress, silent
+from wanforge.runtime.measure.cost.launches import LaunchCost
 
 SETS = 3
 """Independent inputs that the runs of a case go round. Odd, so that each set meets the contenders in either order."""
@@ -61,7 +61,7 @@ class Case:
     """
 
     name: str
-    costs: Sequence[Cost]
+    costs: Sequence[LaunchCost]
     inputs: Callable[[Draw], tuple[Any, ...]]
     kernel: Callable[..., object]
     baselines: Mapping[str, Callable[..., object]] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def measure(
     draw: Callable[[int], Draw],
     timer: Timer,
     repeats: int,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Time a case, kernel and baselines taking turns, in alternating order.
 

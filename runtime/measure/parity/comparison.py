@@ -18,16 +18,18 @@ from torch import Tensor
 from wanforge.configs.limits import DepthLimits, Limits, load_limits
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.taps import Transparent
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
-from wanforge.runtime.pipeline import Job, Pipeline, Progress, Request, Timings
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.runtime.reference.sampler import Step, sample
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.request import CheckedRequest, Request, Timings
+from wanforge.runtime.schedule import GraphRun
 
 DEPTHS = ("op", "block", "step", "clip")
 BLOCK = "block"
@@ -36,7 +38,7 @@ COARSENESS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where something was compared.
 
     Attributes:
@@ -44,7 +46,7 @@ class Place:
         component: whose weights it took.
         layer: which of the graph's layers, None where it has one.
         step: index of the step, None outside the denoiser's steps.
-        point: the op (see `backends.points`), or the output of the graph.
+        tap: the op (see `backends.taps`), or the output of the graph.
     """
 
     depth: str
@@ -53,14 +55,14 @@ class Place:
     component: str = ""
     layer: int | None = None
     step: int | None = None
-    point: str = ""
+    tap: str = ""
 
     def __str__(self) -> str:
         if not self.graph:
             return f"seed {self.seed}, " + ("the clip" if self.step is None else f"step {self.step + 1}")
         layer = "" if self.layer is None else f", layer {self.layer}"
         step = "" if self.step is None else f", step {self.step + 1}"
-        what = f": {self.point}" if self.depth == "op" else ""
+        what = f": {self.tap}" if self.depth == "op" else ""
         return f"graph {self.graph}{layer} of {self.component}{step}{what}"
 
 
@@ -68,7 +70,7 @@ class Place:
 class Comparison:
     """Two values of one place, and what they are held to."""
 
-    place: Place
+    place: Location
     difference: Difference
     limits: Limits | None
 
@@ -185,7 +187,7 @@ def compare(
     reference: Contender = Contender("torch"),
     depths: Collection[str] = DEPTHS,
     seeds: int = 1,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Parity:
     """Run a request on two backends, from the same noise.
 
@@ -205,7 +207,7 @@ def compare_pipelines(
     request: Request,
     depths: Collection[str] = DEPTHS,
     seeds: int = 1,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Parity:
     """Run a request on two pipelines, see `compare`."""
     limits = None
@@ -270,12 +272,12 @@ class _Run:
         along launch by launch where that is asked for."""
         pipeline = self.reference
         if {"op", "block"} & set(self.depths):
-            slots = self.jobs[self.other].slots
-            backend = Lockstep(pipeline.backend, self.other.backend, slots, self._launched)
+            num_selected = self.jobs[self.other].num_selected
+            backend = Lockstep(pipeline.backend, self.other.backend, num_selected, self._launched)
             pipeline = Pipeline(self.reference.bundle, backend)
         return self._trajectory(pipeline, self.jobs[self.reference])
 
-    def _trajectory(self, pipeline: Pipeline, job: Job) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _trajectory(self, pipeline: Pipeline, job: CheckedRequest) -> tuple[list[Tensor], list[Tensor], Tensor]:
         denoiser = pipeline.denoiser(job, Timings(), self.progress)
         states: list[Tensor] = []
         velocities: list[Tensor] = []
@@ -291,22 +293,22 @@ class _Run:
         frames = torch.stack(list(pipeline.frames(latents, job.request.shape, Timings(), self.progress)))
         return states, velocities, frames
 
-    def _launched(self, launch: Launch, mine: Ports, theirs: Ports) -> None:
+    def _launched(self, launch: GraphRun, mine: Ports, theirs: Ports) -> None:
         """Compare one launch, and the ops inside where it is a layer of the first step of its expert."""
         place = self._place(launch)
         if "op" in self.depths and launch.graph == BLOCK and self._is_first(launch):
-            for point, pair in self._ops(launch, mine, theirs):
-                self._add(replace(place, depth="op", point=point), difference(*pair))
+            for tap, pair in self._ops(launch, mine, theirs):
+                self._add(replace(place, depth="op", tap=tap), difference(*pair))
         if "block" in self.depths:
             ports = self.reference.graphs[launch.graph].outputs
             pairs = zip(ports, theirs.outputs, mine.outputs, strict=True)
             apart = {port.name: difference(found, expected) for port, found, expected in pairs}
             worst = max(apart, key=lambda name: (apart[name].nan + apart[name].inf, apart[name].rms))
-            self._add(replace(place, point=worst), apart[worst])
+            self._add(replace(place, tap=worst), apart[worst])
 
-    def _place(self, launch: Launch) -> Place:
+    def _place(self, launch: GraphRun) -> Location:
         layers = [part for part in launch.prefix.split(".") if part.isdecimal()]
-        return Place(
+        return Location(
             "block",
             self.request.seed,
             launch.graph,
@@ -315,42 +317,42 @@ class _Run:
             None if self.step is None else self.step.index,
         )
 
-    def _is_first(self, launch: Launch) -> bool:
+    def _is_first(self, launch: GraphRun) -> bool:
         """Whether this layer has not been looked into yet."""
         key = f"{launch.component}.{launch.prefix}"
         known = key in self.looked_into
         self.looked_into.add(key)
         return not known
 
-    def _ops(self, launch: Launch, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def _ops(self, launch: GraphRun, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Each point of a layer as the other backend makes it of the reference's values, and as the reference does."""
         reference, other = self.reference.backend, self.other.backend
         assert isinstance(reference, Transparent)
         assert isinstance(other, Transparent)
-        expected = reference.points(launch, mine.inputs)
-        found = other.points(launch, theirs.inputs, expected)
-        yield from ((point, (found[point], expected[point])) for point in expected if point in found)
+        expected = reference.taps(launch, mine.inputs)
+        found = other.taps(launch, theirs.inputs, expected)
+        yield from ((tap, (found[tap], expected[tap])) for tap in expected if tap in found)
 
     def _steps(self, states: Sequence[Tensor], velocities: Sequence[Tensor]) -> None:
         job = self.jobs[self.other]
         denoiser = self.other.denoiser(job, Timings(), self.progress)
         for state, step, expected in zip(states, job.steps, velocities, strict=True):
-            place = Place("step", self.request.seed, step=step.index, point="velocity")
+            place = Location("step", self.request.seed, step=step.index, tap="velocity")
             self._add(place, difference(denoiser(state, step), expected))
 
     def _clip(self, expected: Tensor) -> None:
         _, _, frames = self._trajectory(self.other, self.jobs[self.other])
-        self._add(Place("clip", self.request.seed, point="frames"), clip_difference(frames, expected))
+        self._add(Location("clip", self.request.seed, tap="frames"), clip_difference(frames, expected))
         if not self.found.clips:
             self.found.clips.extend((expected, frames))
 
-    def _add(self, place: Place, apart: Difference) -> None:
+    def _add(self, place: Location, apart: Difference) -> None:
         backend = self.other.backend
-        rounds = isinstance(backend, Transparent) and place.point in backend.rounds_at
+        rounds = isinstance(backend, Transparent) and place.tap in backend.rounds_at
         self.found.comparisons.append(Comparison(place, apart, limits_at(self.found.limits, place, rounds)))
 
 
-def limits_at(depths: DepthLimits | None, place: Place, rounds: bool) -> Limits | None:
+def limits_at(depths: DepthLimits | None, place: Location, rounds: bool) -> Limits | None:
     """What is asked for at a place, where the backend may round inside. A graph other than a layer is held to what an
     op is."""
     if depths is None:

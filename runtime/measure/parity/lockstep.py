@@ -8,10 +8,10 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.runtime.backends.base import Backend, Session
-from wanforge.runtime.memory.arena import Bound
-from wanforge.runtime.schedule import BufferSpec, Launch, Schedule
+from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
-SLOTS = "slots"
+SELECTION = "selection"
 """The buffer that only has a length: as many key blocks as a backend selects."""
 
 
@@ -23,7 +23,7 @@ class Ports:
     outputs: Sequence[Tensor]
 
 
-Seen = Callable[[Launch, Ports, Ports], None]
+Seen = Callable[[GraphRun, Ports, Ports], None]
 """Told a launch, and what the reference and the other made of it."""
 
 
@@ -31,13 +31,13 @@ class Lockstep(Backend):
     """A backend that is the reference, and at every launch has the other one do the same on the same inputs.
 
     Args:
-        slots: how many key blocks the other selects: where recipes differ, so may these.
+        num_selected: how many key blocks the other selects: where recipes differ, so may these.
     """
 
     name = "lockstep"
 
-    def __init__(self, reference: Backend, other: Backend, slots: int, seen: Seen) -> None:
-        self.reference, self.other, self.slots, self.seen = reference, other, slots, seen
+    def __init__(self, reference: Backend, other: Backend, num_selected: int, seen: Seen) -> None:
+        self.reference, self.other, self.num_selected, self.seen = reference, other, num_selected, seen
         self.device, self.dtype, self.memory = reference.device, reference.dtype, reference.memory
         self.text_rows_multiple = other.text_rows_multiple
 
@@ -52,46 +52,46 @@ class Lockstep(Backend):
         for backend in (self.reference, self.other):
             backend.synchronise()
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         return self.reference.bind(launch, inputs, outputs)
 
     def session(self, schedule: Schedule) -> Session:
         return LockstepSession(self, schedule)
 
 
-class Stage(Session):
+class SteppedSession(Session):
     """A stage whose launches stay apart."""
 
-    def bound(self, program: str) -> list[Bound]:
+    def bound(self, program: str) -> list[Runnable]:
         if program not in self._bound:
             self._bound[program] = self.launches(program)
         return self._bound[program]
 
-    def ports(self, launch: Launch) -> Ports:
+    def ports(self, launch: GraphRun) -> Ports:
         return Ports([self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])
 
 
-class LockstepSession(Stage):
+class LockstepSession(SteppedSession):
     """A stage on both."""
 
     def __init__(self, lockstep: Lockstep, schedule: Schedule) -> None:
         super().__init__(lockstep, schedule)
         self.lockstep = lockstep
         buffers = dict(schedule.buffers)
-        if SLOTS in buffers:
-            buffers[SLOTS] = BufferSpec((lockstep.slots,), buffers[SLOTS].dtype)
-        self.other = Stage(lockstep.other, replace(schedule, buffers=buffers))
+        if SELECTION in buffers:
+            buffers[SELECTION] = BufferSpec((lockstep.num_selected,), buffers[SELECTION].dtype)
+        self.other = SteppedSession(lockstep.other, replace(schedule, buffers=buffers))
 
-    def launches(self, program: str) -> list[Bound]:
+    def launches(self, program: str) -> list[Runnable]:
         pairs = zip(super().launches(program), self.other.bound(program), strict=True)
         return [partial(self._both, *each) for each in zip(self.schedule.programs[program], pairs, strict=True)]
 
-    def _both(self, launch: Launch, runs: tuple[Bound, Bound]) -> None:
+    def _both(self, launch: GraphRun, runs: tuple[Runnable, Runnable]) -> None:
         mine, theirs = self.ports(launch), self.other.ports(launch)
         run_reference, run_other = runs
         run_reference()
         for ref, source, target in zip(launch.inputs, mine.inputs, theirs.inputs, strict=True):
-            if ref.buffer == SLOTS:
+            if ref.buffer == SELECTION:
                 target.zero_()
             else:
                 target.copy_(source)

@@ -11,6 +11,7 @@ from torch import Tensor
 from wanforge.configs.limits import Limits
 from wanforge.runtime.measure.page import COLOURS, Plot, Series, document, heading, paragraph, picture, plot, table
 from wanforge.runtime.measure.parity.comparison import BLOCK, DEPTHS, Comparison, Parity
+from wanforge.runtime.measure.tables import indented, text_table
 
 SHOWN_FRAMES = 4
 """Of a clip on the page."""
@@ -43,15 +44,12 @@ def as_json(parity: Parity) -> dict[str, Any]:
 def text(parity: Parity) -> str:
     """A line for each depth, and where the two first part."""
     shape = parity.request.shape
-    rows = [HEAD, *(summary(depth, parity.at(depth)) for depth in DEPTHS if parity.at(depth))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [summary(depth, parity.at(depth)) for depth in DEPTHS if parity.at(depth)]
     lines = [
         f"parity {'passed' if parity.passed else 'FAILED'}: {parity.backend} against {parity.reference}, "
-        f"{shape.width_px}x{shape.height_px}, {shape.frames} frames, {seeds(parity)}"
+        f"{shape.width_px}x{shape.height_px}, {shape.frames} frames, {seeds(parity)}",
+        indented(text_table(HEAD, rows)),
     ]
-    for first, *cells in rows:
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append(f"  {first.ljust(widths[0])}  " + "  ".join(numbers))
     lines += [f"  {note}" for note in parity.notes]
     if parity.first is not None:
         lines.append(f"first divergence: {said(parity.first)}")
@@ -108,6 +106,7 @@ def line(name: str, found: Sequence[Comparison], is_joined: bool = True) -> Seri
     return Series(
         name,
         [(x, max(c.difference.rms, LEAST), f"{c.place}: rms {c.difference.rms:.1e}") for x, c in enumerate(found)],
+        is_joined,
     )
 
 
@@ -140,13 +139,13 @@ def _ops(parity: Parity) -> list[str]:
     found = [c for c in parity.at("op") if c.place.seed == parity.seeds[0]]
     if not found:
         return []
-    names = list(dict.fromkeys(c.place.point for c in found))
+    names = list(dict.fromkeys(c.place.tap for c in found))
     numbers = [str(number) for number in range(1, len(names) + 1)]  # the names are too long for an axis
-    worst = [max((c for c in found if c.place.point == name), key=lambda c: c.difference.rms) for name in names]
+    worst = [max((c for c in found if c.place.tap == name), key=lambda c: c.difference.rms) for name in names]
     rows = [
         [
             number,
-            c.place.point,
+            c.place.tap,
             str(c.place.layer),
             f"{c.difference.rms:.1e}",
             f"{c.difference.max:.1e}",

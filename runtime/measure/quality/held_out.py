@@ -3,17 +3,18 @@
 Every combination of colour, shape and direction in them is one that TinyWan was not trained on.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from wanforge.errors import RequestError
+from wanforge.progress import Progress, silent
 from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, Subject, is_held_out
-from wanforge.runtime.measure.quality.meter import Reading, Score, read, score
-from wanforge.runtime.pipeline import Pipeline, Request
-
-Progress = Callable[[str, int, int], None]
+from wanforge.runtime.measure.quality.meter import ClipReading, Score, read, score
+from wanforge.runtime.measure.tables import text_table
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
 
 WORDINGS = (
     ("", "a {colour} {shape} moving {direction}"),
@@ -125,7 +126,7 @@ def measure(
     steps: int | None = None,
     topk: float | None = None,
     prompts: Sequence[Prompt] | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Quality:
     """Make a clip of every prompt, each with the seed of its place, and count what is right.
 
@@ -137,8 +138,8 @@ def measure(
         RequestError: the model was not trained to draw these things.
     """
     model = pipeline.model
-    if model.task != "t2v":
-        raise RequestError(f"{model.name} needs an image, and the quality prompts have none")
+    if model.held_out != "figures":
+        raise RequestError(f"{model.name} was not trained to draw what the held-out prompts ask for; tinywan was")
     prompts = held_out_prompts() if prompts is None else prompts
     scores = []
     for place, prompt in enumerate(prompts):
@@ -157,11 +158,10 @@ def measure(
     )
 
 
-def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk: float | None) -> Reading:
+def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk: float | None) -> ClipReading:
     """Make one clip at the model's own size and read it."""
     request = Request(text, pipeline.model.video.clip, seed=seed, steps=steps, topk=topk)
-    _, frames_THWC = pipeline.make(request)
-    return read(frames_THWC.permute(0, 3, 1, 2).numpy())
+    return read(pipeline.make(request).frames.transpose(0, 3, 1, 2))
 
 
 def rates_of(scores: Sequence[Score]) -> Rates:
@@ -184,14 +184,12 @@ def share(right: Iterable[bool]) -> float:
 
 def table(results: Sequence[Quality]) -> str:
     """Percentages, a row per measurement."""
-    head = f"{'backend':<9}{'recipe':<12}{'steps':>6}{'top-k':>7}{'colour':>8}{'shape':>8}{'direction':>11}{'speed':>8}"
-    lines = [head + f"{'all':>8}"]
+    rows = []
     for result in results:
         rates = result.rates
+        shares = (rates.colour, rates.shape, rates.direction, rates.speed, rates.all)
         topk = "dense" if result.topk is None else f"{result.topk:.2f}"
-        speed = "-" if rates.speed is None else f"{rates.speed:.1%}"
-        lines.append(
-            f"{result.backend:<9}{result.recipe:<12}{result.steps:>6}{topk:>7}{rates.colour:>8.1%}{rates.shape:>8.1%}"
-            f"{rates.direction:>11.1%}{speed:>8}{rates.all:>8.1%}"
-        )
-    return "\n".join(lines)
+        cells = ["-" if share is None else f"{share:.1%}" for share in shares]
+        rows.append([result.backend, result.recipe, str(result.steps), topk, *cells])
+    header = ["backend", "recipe", "steps", "top-k", "colour", "shape", "direction", "speed", "all"]
+    return text_table(header, rows, words=2)

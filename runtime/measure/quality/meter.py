@@ -63,7 +63,7 @@ class Sighting:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ClipReading:
     """What a clip shows: its things, the largest first."""
 
     things: tuple[Sighting, ...]
@@ -79,7 +79,7 @@ class Score:
     speed: bool | None
 
 
-def read(frames_TCHW: NDArray[np.uint8]) -> Reading:
+def read(frames_TCHW: NDArray[np.uint8]) -> ClipReading:
     """Read a clip.
 
     Args:
@@ -97,7 +97,7 @@ def read(frames_TCHW: NDArray[np.uint8]) -> Reading:
         area = mask.sum() / len(pixels)
         if area >= LEAST_AREA and mask.sum() >= LEAST_SHARE * total:
             things.append(sight(colour, mask, contrast))
-    return Reading(tuple(sorted(things, key=lambda thing: -thing.area)))
+    return ClipReading(tuple(sorted(things, key=lambda thing: -thing.area)))
 
 
 def without_specks(mask_THW: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -162,7 +162,7 @@ def overlap(shape: str, cover_HW: Pixels, centre_xy: tuple[float, float], area: 
     return float(np.minimum(cover_HW, drawn).sum() / np.maximum(cover_HW, drawn).sum())
 
 
-def score(reading: Reading, subjects: tuple[Subject, ...]) -> tuple[Score, ...]:
+def score(reading: ClipReading, subjects: tuple[Subject, ...]) -> tuple[Score, ...]:
     """Hold a clip against what was asked for, subject by subject.
 
     A subject is compared with the thing of its colour; where there is none, with the largest that no other subject's

@@ -44,7 +44,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Trend:
     """One number against those before it.
 
     Attributes:
@@ -102,7 +102,7 @@ def read(path: Path) -> list[Entry]:
     return found
 
 
-def compare(now: Entry, past: Sequence[Entry]) -> list[Comparison]:
+def compare(now: Entry, past: Sequence[Entry]) -> list[Trend]:
     """Hold every number of a run against its like."""
     same_subject = [each for each in past if each.subject == now.subject]
     alike = [each for each in same_subject if not differing(each, now)]
@@ -110,8 +110,7 @@ def compare(now: Entry, past: Sequence[Entry]) -> list[Comparison]:
         other = differing(same_subject[-1], now) if same_subject else []
         reason = f"{', '.join(other)} differ" if other else "nothing like it in the history"
         return [
-            Comparison(name, "not comparable", statistics.median(runs), note=reason)
-            for name, runs in now.values.items()
+            Trend(name, "not comparable", statistics.median(runs), note=reason) for name, runs in now.values.items()
         ]
     return [compare_value(name, now, alike[-WINDOW:]) for name in now.values]
 
@@ -121,21 +120,21 @@ def differing(one: Entry, other: Entry) -> list[str]:
     return [name for name in COMPARABLE if one.machine.get(name) != other.machine.get(name)]
 
 
-def compare_value(name: str, now: Entry, alike: Sequence[Entry]) -> Comparison:
+def compare_value(name: str, now: Entry, alike: Sequence[Entry]) -> Trend:
     """Hold one number against those of runs that are like it."""
     runs = now.values[name]
     current = statistics.median(runs)
     before = [each.values[name] for each in alike if each.values.get(name)]
     if len(before) < FEWEST:
         note = f"{len(before)} runs like it in the history, {FEWEST} are needed"
-        return Comparison(name, "not comparable", current, note=note)
+        return Trend(name, "not comparable", current, note=note)
     medians = [statistics.median(each) for each in before]
     usual = statistics.median(medians)
     within = [noise(each) / len(each) ** 0.5 for each in [*before, runs]]
     margin = max(LEAST_SECONDS, LEAST_MARGIN * usual, NOISES * noise(medians), NOISES * statistics.median(within))
     verdict: Verdict = "regression" if current - usual > margin else "pass"
     share = margin / usual if usual else 0.0
-    return Comparison(name, verdict, current, usual, share, len(before), changes(alike[-1], now))
+    return Trend(name, verdict, current, usual, share, len(before), changes(alike[-1], now))
 
 
 def noise(values: Sequence[float]) -> float:

@@ -14,7 +14,7 @@ INTERVAL = 0.01
 
 
 @dataclass
-class Reading:
+class ResourceUse:
     """What was measured, once the block has ended.
 
     Attributes:
@@ -60,9 +60,9 @@ class Nvml:
 
 
 @contextmanager
-def metered(nvml: Nvml | None) -> Iterator[Reading]:
+def metered(nvml: Nvml | None) -> Iterator[ResourceUse]:
     """Measure what runs within the block."""
-    reading, process, ended = Reading(), psutil.Process(), Event()
+    reading, process, ended = ResourceUse(), psutil.Process(), Event()
 
     def look() -> None:
         reading.host_bytes = max(reading.host_bytes, process.memory_info().rss)

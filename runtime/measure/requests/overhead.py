@@ -9,9 +9,10 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.memory.arena import Bound, Unbounded
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.memory.arena import Runnable, Unbounded
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings, latent_shape
+from wanforge.runtime.schedule import GraphRun
 
 SMALLEST = ClipShape(16, 16, 1)
 """One token: what grows with the clip is the device's work, not the host's."""
@@ -30,7 +31,7 @@ class Stub(Backend):
     def files(self) -> list[str]:
         return []
 
-    def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         return self.launch
 
     def launch(self) -> None:
@@ -43,7 +44,7 @@ def step_seconds(bundle: Bundle, repeats: int = 200) -> list[float]:
     pipeline = Pipeline(bundle, Stub())
     job = pipeline.check(Request("a", SMALLEST, topk=1.0))
     denoiser = pipeline.denoiser(job, Timings())
-    latents = torch.zeros(pipeline.latent_shape(SMALLEST), dtype=torch.float64)
+    latents = torch.zeros(latent_shape(pipeline.model, SMALLEST), dtype=torch.float64)
     runs = []
     for _ in range(repeats + 10):
         start = time.perf_counter()

@@ -6,21 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.measure.cost.stages import Bound
+from wanforge.runtime.measure.cost.stages import StageCost
 from wanforge.runtime.measure.machine import Facts
 from wanforge.runtime.measure.page import Plot, Series, document, heading, paragraph, plot, table
 from wanforge.runtime.measure.quality.rates_plot import rates_plot
-from wanforge.runtime.measure.requests.history import Comparison
-from wanforge.runtime.measure.requests.sweep import Point, Sweep
-from wanforge.runtime.measure.requests.timing import STAGES, Row
-from wanforge.runtime.pipeline import Request
+from wanforge.runtime.measure.requests.history import Trend
+from wanforge.runtime.measure.requests.sweep import Sweep, SweepPoint
+from wanforge.runtime.measure.requests.timing import Row
+from wanforge.runtime.measure.tables import text_table
+from wanforge.runtime.request import STAGES, Request
 
 UNMEASURED = "unmeasured"
 SHOWN = (*STAGES, "step", "total")
 
 
 @dataclass(frozen=True)
-class Report:
+class RequestReport:
     """One benchmark.
 
     Attributes:
@@ -34,11 +35,11 @@ class Report:
     request: Request
     machine: Facts
     rows: Sequence[Row]
-    bounds: Mapping[str, Mapping[str, Bound]] = field(default_factory=dict)
+    bounds: Mapping[str, Mapping[str, StageCost]] = field(default_factory=dict)
     here: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     sweeps: Sequence[Sweep] = ()
-    verdicts: Mapping[str, Sequence[Comparison]] = field(default_factory=dict)
+    verdicts: Mapping[str, Sequence[Trend]] = field(default_factory=dict)
 
     def title(self) -> str:
         shape, model = self.request.shape, self.bundle.model
@@ -81,7 +82,7 @@ def energy(joules: float | None) -> str:
     return UNMEASURED if joules is None else f"{joules:,.1f} J"
 
 
-def stage_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+def stage_rows(report: RequestReport) -> tuple[list[str], list[list[str]]]:
     """Median, 95th percentile and spread of each stage by contender, and beside them what GPUs need at least."""
     header = ["ms"]
     for row in report.rows:
@@ -94,7 +95,7 @@ def stage_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     return [text for text in header if text], [stage_cells(report, stage) for stage in stages]
 
 
-def stage_cells(report: Report, stage: str) -> list[str]:
+def stage_cells(report: RequestReport, stage: str) -> list[str]:
     cells = [stage]
     for row in report.rows:
         found = row.as_json(1)["stages"][stage]
@@ -109,7 +110,7 @@ def stage_cells(report: Report, stage: str) -> list[str]:
     return cells
 
 
-def run_rows(report: Report) -> list[list[str]]:
+def run_rows(report: RequestReport) -> list[list[str]]:
     """What is measured once a run, by contender."""
     frames = report.request.shape.frames
     return [
@@ -130,7 +131,7 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     return header, [point_cells(point) for point in sweep.points]
 
 
-def point_cells(point: Point) -> list[str]:
+def point_cells(point: SweepPoint) -> list[str]:
     clip, latents, meters = point.clip, point.latents, point.meters
     cells = [
         point.value,
@@ -148,21 +149,11 @@ def point_cells(point: Point) -> list[str]:
     return cells + ([f"{x:.0%}" for x in (rates.colour, rates.shape, rates.direction, rates.all)] if rates else [])
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
-        for cells in lines
-    )
-
-
 def facts(machine: Facts) -> str:
     return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
 
 
-def notes(report: Report) -> list[str]:
+def notes(report: RequestReport) -> list[str]:
     """What has to be said of the numbers."""
     found = [f"{row.contender}: {row.note}" for row in report.rows if row.note]
     found += [f"{name}: not timed, {reason}" for name, reason in report.missing.items()]
@@ -174,15 +165,18 @@ def notes(report: Report) -> list[str]:
     return found
 
 
-def text(report: Report) -> str:
+def text(report: RequestReport) -> str:
     """The report for a terminal."""
     parts = [report.title(), facts(report.machine)]
     if report.rows:
-        parts += [aligned(*stage_rows(report)), aligned(["", *(r.contender for r in report.rows)], run_rows(report))]
+        parts += [
+            text_table(*stage_rows(report)),
+            text_table(["", *(r.contender for r in report.rows)], run_rows(report)),
+        ]
     for sweep in report.sweeps:
         parts += [
             f"sweep of {sweep.parameter} on {sweep.backend}, against {sweep.against}",
-            aligned(*sweep_rows(sweep)),
+            text_table(*sweep_rows(sweep)),
         ]
     parts += notes(report)
     for contender, found in report.verdicts.items():
@@ -190,7 +184,7 @@ def text(report: Report) -> str:
     return "\n".join(parts)
 
 
-def said(found: Comparison) -> str:
+def said(found: Trend) -> str:
     """A verdict in words."""
     if found.before is None or found.margin is None:
         return f"{found.name}: {milliseconds(found.now)} ms; {found.note}"
@@ -201,7 +195,7 @@ def said(found: Comparison) -> str:
     )
 
 
-def page(report: Report) -> str:
+def page(report: RequestReport) -> str:
     """The report as HTML."""
     parts = [heading("Benchmark", 1), paragraph(report.title(), "soft")]
     if report.rows:
@@ -225,7 +219,7 @@ def page(report: Report) -> str:
     return document(f"wanforge bench: {report.title()}", parts)
 
 
-def stages_plot(report: Report) -> str:
+def stages_plot(report: RequestReport) -> str:
     """Median of each stage, a line per contender, and what GPUs need at least."""
     stages = [stage for stage in STAGES if stage in report.rows[0].stages]
 
@@ -242,7 +236,7 @@ def stages_plot(report: Report) -> str:
     return plot(Plot("median of each stage", "stage", "ms", series, log_y=True, x_names=stages))
 
 
-def runs_plot(report: Report) -> str:
+def runs_plot(report: RequestReport) -> str:
     """Every timed run, to see whether the machine was quiet."""
     series = [
         Series(

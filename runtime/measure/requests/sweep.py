@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import Tensor
+import torch
 
 from wanforge.configs.clip import ClipShape, size_of
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
+from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
+from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
 from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts, measure
-from wanforge.runtime.measure.requests.meters import Nvml, Reading, metered
+from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.measure.requests.timing import one_run
-from wanforge.runtime.pipeline import Pipeline, Progress, Request
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.sampler import MAX_STEPS
+from wanforge.runtime.request import Request
 
 Setting = tuple[Request, Recipe]
 
@@ -93,7 +96,7 @@ OF_THE_CLIP = ("frames", "resolution")
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One value of a sweep.
 
     Attributes:
@@ -105,7 +108,7 @@ class Point:
     value: str
     tokens: int
     runs: list[dict[str, float]]
-    meters: Reading
+    meters: ResourceUse
     clip: Difference
     latents: Difference
     rates: Rates | None
@@ -146,10 +149,10 @@ class Sweep:
     parameter: str
     backend: str
     against: str
-    points: list[Point]
+    points: list[SweepPoint]
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "points": [point.as_json() for point in self.points]}
+        return {**vars(self), "points": [measure_point.as_json() for measure_point in self.points]}
 
 
 def parse(text: str) -> tuple[str, list[str]]:
@@ -165,11 +168,7 @@ def parse(text: str) -> tuple[str, list[str]]:
     return name, found
 
 
-Made = tuple[Tensor, Tensor]
-"""Clean latents, and frames."""
-
-
-class Plan:
+class PlannedSweep:
     """A sweep whose every value has been found possible, before any is measured.
 
     Raises:
@@ -195,19 +194,19 @@ class Plan:
         except BundleError:  # quantised weights have no better recipe than their own
             return f"recipe {self.bundle.recipe.name}", self.setting
 
-    def run(self, repeats: int, prompts: int = 0, progress: Progress = lambda *_: None) -> Sweep:
+    def run(self, repeats: int, prompts: int = 0, progress: Progress = silent) -> Sweep:
         """Measure every value.
 
         Args:
             prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
         """
         best, nvml = None if self.best is None else self.made(self.best, self.backend), Nvml.open()
-        points: list[Point] = []
+        points: list[SweepPoint] = []
         for value, setting in self.values.items():
             reference = self.made(setting, "torch") if best is None else best
             gc.collect()  # no memory but its own is to count
             pipeline = self.pipeline(setting, self.backend)
-            points.append(point(value, pipeline, setting[0], reference, repeats, prompts, nvml))
+            points.append(measure_point(value, pipeline, setting[0], reference, repeats, prompts, nvml))
             progress(self.name, len(points), len(self.values))
         return Sweep(self.name, self.backend, self.against, points)
 
@@ -228,38 +227,38 @@ class Plan:
         check_recipe(self.bundle, created, recipe)
         return Pipeline(read, created)
 
-    def made(self, setting: Setting, backend: str) -> Made:
+    def made(self, setting: Setting, backend: str) -> Clip:
         """The clip of a setting."""
         return self.pipeline(setting, backend).make(setting[0])
 
 
-def point(
-    value: str, pipeline: Pipeline, request: Request, reference: Made, repeats: int, prompts: int, nvml: Nvml | None
-) -> Point:
+def measure_point(
+    value: str, pipeline: Pipeline, request: Request, reference: Clip, repeats: int, prompts: int, nvml: Nvml | None
+) -> SweepPoint:
     """Measure one value."""
-    latents, frames = pipeline.make(request)
+    clip = pipeline.make(request)
     with tempfile.TemporaryDirectory() as folder:
         runs, meters = [], []
         for _ in range(repeats):
             with metered(nvml) as reading:
                 runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
             meters.append(reading)
-    return Point(
+    return SweepPoint(
         value,
         request.shape.tokens,
         runs,
         median_reading(meters),
-        clip_difference(frames, reference[1]),
-        difference(latents, reference[0]),
+        clip_difference(torch.from_numpy(clip.frames), torch.from_numpy(reference.frames)),
+        difference(clip.latents, reference.latents),
         rates(pipeline, request, prompts) if prompts else None,
     )
 
 
-def median_reading(meters: Sequence[Reading]) -> Reading:
+def median_reading(meters: Sequence[ResourceUse]) -> ResourceUse:
     """The most memory, the median energy."""
     devices = [each.device_bytes for each in meters if each.device_bytes is not None]
     joules = [each.joules for each in meters if each.joules is not None]
-    return Reading(
+    return ResourceUse(
         statistics.median(each.seconds for each in meters),
         max(each.host_bytes for each in meters),
         max(devices) if devices else None,

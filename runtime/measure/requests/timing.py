@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends import BASELINES, create_backend, create_baseline
+from wanforge.progress import Progress, silent
+from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.measure.requests.meters import Nvml, Reading, metered
-from wanforge.runtime.pipeline import Pipeline, Progress, Request, Timings
-from wanforge.runtime.video import video_writer
-
-STAGES = ("text", "condition", "prepare", "denoise", "decode", "transfer", "mux")
-"""Of a request, in order: prompt to embedding; image to latents; what the steps share; the steps; latents to pixels;
-pixels to the host; frames to the video file."""
+from wanforge.runtime.measure.baselines import BASELINES, create_baseline
+from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import STAGES, Request
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Row:
     load_seconds: float
     first_seconds: float
     runs: list[dict[str, float]] = field(default_factory=list)
-    meters: list[Reading] = field(default_factory=list)
+    meters: list[ResourceUse] = field(default_factory=list)
     note: str = ""
 
     @property
@@ -97,7 +95,7 @@ def bench_request(
     contenders: Sequence[str],
     repeats: int,
     warm_up: int = 1,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> list[Row]:
     """Run a request `repeats` times on each contender, the contenders taking turns.
 
@@ -128,15 +126,8 @@ def bench_request(
 
 def one_run(pipeline: Pipeline, request: Request, out: Path) -> dict[str, float]:
     """Seconds of each stage of one request, from prompt to video file, of its median step, and of all."""
-    timings, shape = Timings(), request.shape
     start = time.perf_counter()
-    latents = pipeline.latents(pipeline.check(request), timings)
-    begun = time.perf_counter()
-    with video_writer(out, shape.width_px, shape.height_px, pipeline.model.video.fps) as write:
-        for frame in pipeline.frames(latents, shape, timings):
-            write(frame)
-    # Decoding and encoding take turns: what the encoder took is the rest.
-    stages = timings.stages
-    stages["mux"] = time.perf_counter() - begun - stages["decode"] - stages["transfer"]
-    named = {stage: stages[stage] for stage in STAGES if stage in stages}
-    return {**named, "step": statistics.median(timings.steps), "total": time.perf_counter() - start}
+    timings = pipeline.write_video(pipeline.check(request), out)
+    total = time.perf_counter() - start
+    named = {stage: timings.stages[stage] for stage in STAGES if stage in timings.stages}
+    return {**named, "step": statistics.median(timings.steps), "total": total}

@@ -19,12 +19,12 @@ from wanforge.engines.bundle.bundle import (
     MANIFEST,
     VERIFIED,
     Bundle,
-    FileRecord,
     components,
     dit_component,
     graph_name,
     weights_name,
 )
+from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.errors import BundleError
 from wanforge.whole_file import write_atomically
 

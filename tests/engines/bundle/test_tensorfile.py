@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.numerics import assert_matches
+from wanforge.engines.bundle.dtypes import BY_STORED
 from wanforge.engines.bundle.tensorfile import (
-    ITEM_BITS,
     MAX_HEADER,
     TensorSpec,
     TensorWriter,
@@ -52,7 +52,7 @@ METADATA = {"made_from": "ä file; and\nanother"}
 
 names = st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda name: name != "__metadata__")
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-specs = st.builds(TensorSpec, st.sampled_from(sorted(ITEM_BITS)), shapes)
+specs = st.builds(TensorSpec, st.sampled_from(sorted(BY_STORED)), shapes)
 layouts = st.dictionaries(names, specs, max_size=5)
 
 
@@ -155,7 +155,7 @@ def test_library_reads_what_is_written(file: Path) -> None:
     assert read_header(file).tensors == SPECS
 
 
-@pytest.mark.parametrize("dtype", ITEM_BITS)
+@pytest.mark.parametrize("dtype", BY_STORED)
 def test_every_type_has_the_librarys_size(file: Path, dtype: str) -> None:
     spec = TensorSpec(dtype, (2, 3))
     assert is_read_as_by_library(file, encode_header({"x": spec}, {}) + bytes(spec.nbytes))
@@ -202,7 +202,7 @@ tables = st.dictionaries(
     names | st.just("__metadata__"),
     st.fixed_dictionaries(
         {
-            "dtype": st.sampled_from([*sorted(ITEM_BITS), "F4", "C64", "f32", "", 32]),
+            "dtype": st.sampled_from([*sorted(BY_STORED), "F4", "C64", "f32", "", 32]),
             "shape": st.lists(numbers, max_size=3),
             "data_offsets": st.lists(numbers, min_size=1, max_size=3),
         },

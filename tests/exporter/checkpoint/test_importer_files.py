@@ -24,7 +24,8 @@ from tests.exporter.checkpoint.sources import (
 )
 from tests.numerics import assert_matches
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, FileRecord, components, weights_name
+from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, VERIFIED, Bundle, components, weights_name
+from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer

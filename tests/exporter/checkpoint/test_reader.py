@@ -19,14 +19,8 @@ from torch import Tensor
 from tests.numerics import assert_matches
 from wanforge.engines.bundle.tensorfile import CHUNK
 from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.reader import (
-    DTYPES,
-    INDEX,
-    Contents,
-    StoredTensor,
-    as_bytes,
-    open_checkpoint,
-)
+from wanforge.exporter.checkpoint.reader import INDEX, Contents, StoredTensor, as_bytes, open_checkpoint
+from wanforge.runtime.dtypes import STORED
 
 BASE = torch.arange(60, dtype=torch.float32).view(6, 10)
 STATE: dict[str, Tensor] = {
@@ -85,7 +79,7 @@ TABLE = records(pth(STATE))["data.pkl"]
 
 def read(stored: StoredTensor) -> Tensor:
     data = b"".join(bytes(as_bytes(piece)) for piece in stored.chunks())
-    empty = torch.empty(stored.spec.shape, dtype=DTYPES[stored.spec.dtype])
+    empty = torch.empty(stored.spec.shape, dtype=STORED[stored.spec.dtype])
     return torch.frombuffer(bytearray(data), dtype=empty.dtype).view(empty.shape) if data else empty
 
 
@@ -156,9 +150,9 @@ def test_opens_shards_by_index_or_directory(tmp_path: Path) -> None:
     assert_holds(open_checkpoint(tmp_path), STATE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 def test_opens_every_type(tmp_path: Path, dtype: str) -> None:
-    tensor = torch.arange(2).to(DTYPES[dtype])
+    tensor = torch.arange(2).to(STORED[dtype])
     torch.save({"x": tensor}, tmp_path / "a.pth")
     stored = open_checkpoint(tmp_path / "a.pth")["x"]
     assert (stored.spec.dtype, stored.spec.shape) == (dtype, (2,))

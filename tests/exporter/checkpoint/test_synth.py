@@ -16,9 +16,10 @@ from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
 from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
-from wanforge.exporter.checkpoint.reader import DTYPES, open_checkpoint
+from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
 from wanforge.plugins.quantiser.reference import quantise_tiles
+from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.text import Tokenizer
 
 SUPPORT = {"Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"}
@@ -82,7 +83,7 @@ def test_pytorch_reads_every_file(checkpoints: dict[str, Path], model_name: str)
         state = torch.load(checkpoints[model_name] / file, weights_only=True)
         specs = layout(part.partition("-")[0], model, published_recipe(part.endswith("-quant"), True))
         assert {n: (t.dtype, tuple(t.shape)) for n, t in state.items()} == {
-            n: (DTYPES[spec.dtype], spec.shape) for n, spec in specs.items()
+            n: (STORED[spec.dtype], spec.shape) for n, spec in specs.items()
         }
         assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point())
 

@@ -10,7 +10,7 @@ from wanforge.exporter.studies import suite as suite_module
 from wanforge.exporter.studies.suite import Scale, Suite, measure_scale
 from wanforge.exporter.studies.suite_report import PLOT, as_json, page, scaling_plot, text
 from wanforge.runtime.measure.machine import fingerprint
-from wanforge.runtime.measure.requests.meters import Reading
+from wanforge.runtime.measure.requests.meters import ResourceUse
 from wanforge.runtime.measure.requests.timing import Row
 
 STAGES = ("text", "prepare", "denoise", "decode", "transfer", "mux", "step", "total")
@@ -21,7 +21,9 @@ def made(*, host: float = 2e-5, ort: float = 0.3) -> Suite:
         Scale("tiny", 2, 1_600_000, [1.0, 1.2], [2.0, 2.2], [1e-5]),
         Scale("1.3B", 30, 1_400_000_000, [1.1, 1.3], [2.1, 2.3], [host]),
     ]
-    rows = [Row(name, 0.1, 1.0, [dict.fromkeys(STAGES, t)], [Reading()]) for name, t in (("torch", 1.0), ("ort", ort))]
+    rows = [
+        Row(name, 0.1, 1.0, [dict.fromkeys(STAGES, t)], [ResourceUse()]) for name, t in (("torch", 1.0), ("ort", ort))
+    ]
     return Suite(fingerprint(), scales, rows)
 
 

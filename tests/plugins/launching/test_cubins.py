@@ -15,13 +15,13 @@ import msgspec
 import pytest
 import torch
 
-import wanforge
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.driver import Driver, Launcher
 from wanforge.plugins.launching.kernel import Kernel
 from wanforge.plugins.launching.launch import Launch
+from wanforge.version import PACKAGE
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)",), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 CODE = b"machine code"
@@ -241,7 +241,7 @@ def test_the_source_hash_of_a_real_kernel_covers_what_it_shares() -> None:
 def test_launching_imports_no_triton() -> None:
     modules = "wanforge.plugins.launching.cubins, wanforge.plugins.launching.compiler"
     code = f"import sys; sys.modules['triton'] = None; import {modules}"
-    environment = {**os.environ, "PYTHONPATH": str(Path(wanforge.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 

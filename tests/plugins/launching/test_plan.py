@@ -13,9 +13,9 @@ from wanforge.plugins.launching.cubins import Cubin, source_hash
 from wanforge.plugins.launching.driver import Driver, Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, plan
-from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttention
+from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation, architectures
-from wanforge.plugins.w8a8_linear.plugin import W8A8Linear
+from wanforge.plugins.w8a8_linear.plugin import W8A8LinearPlugin
 
 ROWS = 333
 LINEAR = (((1, ROWS, 256), "bfloat16"), ((384, 256), "int8"), ((3, 2), "float32"), ((384,), "bfloat16"))
@@ -23,11 +23,11 @@ BY_ROW = (*LINEAR[:2], ((384,), "float32"), LINEAR[3])
 HEADS = ((1, ROWS, 2, 128), "bfloat16")
 ATTENTION = (HEADS, HEADS, HEADS, ((2,), "int32"), ((128, 128), "bfloat16"), ((128,), "bfloat16"))
 CASES: list[tuple[PluginOp, Any, list[str]]] = [
-    (W8A8Linear(), LINEAR, ["quantise", "gemm"]),
-    (W8A8Linear(), BY_ROW, ["quantise_rows", "gemm_rows"]),
+    (W8A8LinearPlugin(), LINEAR, ["quantise", "gemm"]),
+    (W8A8LinearPlugin(), BY_ROW, ["quantise_rows", "gemm_rows"]),
     *(
         (
-            SparseLinearAttention(128, 64, arithmetic),
+            SparseLinearAttentionPlugin(128, 64, arithmetic),
             ATTENTION,
             ["statistics", "keys_values", "linear_state", "scores", "select", "attention"],
         )
@@ -63,13 +63,13 @@ def test_inputs_and_the_output_are_where_tensorrt_put_them(op: PluginOp, inputs:
     made = op.plan(inputs, 89)
     bases = [(index + 1) << 32 for index in range(len(inputs) + 2)]
     last = made.launches[-1]
-    output = last.value("y" if isinstance(op, SparseLinearAttention) else "y_0", bases)
+    output = last.value("y" if isinstance(op, SparseLinearAttentionPlugin) else "y_0", bases)
     assert output == bases[-2]
     first = made.launches[0]
-    given = {"x": 0} if isinstance(op, W8A8Linear) else {"k": 1, "v": 2}
+    given = {"x": 0} if isinstance(op, W8A8LinearPlugin) else {"k": 1, "v": 2}
     for name, index in given.items():
         assert first.value(name, bases) == bases[index]
-    assert tuple(made.output) == (*inputs[0][0][:-1], 384 if isinstance(op, W8A8Linear) else 128)
+    assert tuple(made.output) == (*inputs[0][0][:-1], 384 if isinstance(op, W8A8LinearPlugin) else 128)
 
 
 def test_parts_of_a_tensor_keep_their_offset() -> None:
@@ -85,7 +85,7 @@ def test_parts_of_a_tensor_keep_their_offset() -> None:
 
 
 def test_an_address_that_is_not_aligned_is_refused() -> None:
-    made = W8A8Linear().plan(LINEAR, 120)
+    made = W8A8LinearPlugin().plan(LINEAR, 120)
     with pytest.raises(ShapeError, match=r"x lies at 0x1008, which is no multiple of 16"):
         made.launches[0].value("x", [0x1008, *5 * [0]])
 
@@ -95,12 +95,12 @@ def test_more_rows_never_need_less_workspace() -> None:
     for rows in (64, 480, 1024, 1025, 32760, 75600):
         heads = ((1, rows, 2, 128), "bfloat16")
         inputs = (heads, heads, heads, ((1,), "int32"), *ATTENTION[4:])
-        sizes.append(SparseLinearAttention(128, 64, "sage_fp8").workspace_bytes(inputs))
+        sizes.append(SparseLinearAttentionPlugin(128, 64, "sage_fp8").workspace_bytes(inputs))
     assert sizes == sorted(sizes)
 
 
 def test_the_workspace_is_enough_on_every_architecture() -> None:
-    op = SparseLinearAttention(128, 64, "sage_fp8")
+    op = SparseLinearAttentionPlugin(128, 64, "sage_fp8")
     needed = {sm: op.plan(ATTENTION, sm).workspace_bytes for sm in architectures()}
     assert needed[80] == needed[86] > needed[89] == needed[120]
     assert op.workspace_bytes(ATTENTION) == needed[80]
@@ -192,17 +192,17 @@ def test_the_driver_is_told_what_the_op_launches(
 
 def test_an_unknown_arithmetic_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"arithmetic 'sage_fp4' is none of sla, sage_fp8, sage_fp16"):
-        SparseLinearAttention(128, 64, "sage_fp4")
+        SparseLinearAttentionPlugin(128, 64, "sage_fp4")
 
 
 def test_a_plan_is_worth_nothing_for_shapes_that_do_not_fit() -> None:
     wrong = (*LINEAR[:2], ((2, 3), "float32"), LINEAR[3])
     with pytest.raises(ShapeError, match="do not fit"):
-        W8A8Linear().plan(wrong, 120)
+        W8A8LinearPlugin().plan(wrong, 120)
 
 
 def test_types_are_refused_by_name() -> None:
-    op = W8A8Linear()
+    op = W8A8LinearPlugin()
     assert op.refusal(0, ["int32"]) == "W8A8Linear: x is int32, and can be float32 or float16 or bfloat16 only"
     assert op.refusal(3, ["bfloat16", "int8", "float32", "float32"]).endswith(
         "bias is float32, and can be bfloat16 only"

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from tests.tensorrt_flavours import Port, linear, model, node, rtx
-from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttention
+from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.tensorrt.plugin import NAMESPACE, Attributes, registered
 
 
@@ -111,9 +111,9 @@ def test_more_blocks_than_there_are_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_attributes_survive_the_plan() -> None:
-    op = SparseLinearAttention(64, 128, "sla")
-    kept = Attributes(rtx().trt, SparseLinearAttention)
-    assert SparseLinearAttention(**kept.read(kept.of(op))) == op  # type: ignore[arg-type]
+    op = SparseLinearAttentionPlugin(64, 128, "sla")
+    kept = Attributes(rtx().trt, SparseLinearAttentionPlugin)
+    assert SparseLinearAttentionPlugin(**kept.read(kept.of(op))) == op  # type: ignore[arg-type]
 
 
 def test_nothing_stays_registered() -> None:

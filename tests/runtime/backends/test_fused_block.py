@@ -19,7 +19,7 @@ from wanforge.runtime.backends.fused_block import FusedBlock, launches, recipe_f
 from wanforge.runtime.commands.kernels import launches_of
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.parity.comparison import Contender, compare
-from wanforge.runtime.pipeline import Request
+from wanforge.runtime.request import Request
 
 BundleOf = Callable[[str, str], Bundle]
 

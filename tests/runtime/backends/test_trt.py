@@ -24,7 +24,8 @@ from wanforge.runtime.backends.ort import OrtBackend
 from wanforge.runtime.backends.trt import TrtBackend
 from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.memory.plan import MemoryPlan
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings
 
 CLIP = ClipShape(32, 32, 5)
 PROMPTS = ("a red kite", "a kite over the sea, red", "a red kite")

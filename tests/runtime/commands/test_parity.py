@@ -18,7 +18,8 @@ from wanforge.runtime.backends import ort as ort_backend
 from wanforge.runtime.commands import parity as parity_cli
 from wanforge.runtime.measure.parity.report import amplified
 from wanforge.runtime.measure.quality.held_out import Quality, Rates
-from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."

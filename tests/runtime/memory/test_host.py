@@ -9,8 +9,9 @@ import pytest
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.host import available_bytes, control_group_bytes
 from wanforge.runtime.memory import host as memory
-from wanforge.runtime.memory.host import available_bytes, control_group_bytes, needed_bytes
+from wanforge.runtime.memory.estimate import needed_bytes
 
 V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
 

@@ -22,8 +22,9 @@ from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.memory.cuda import StreamMover
 from wanforge.runtime.memory.plan import RING, MemoryPlan, lay_out, plan_memory, request_schedules, traffic, ways
 from wanforge.runtime.memory.residency import ALIGNMENT, Group, GroupName, Residency, group_name, groups_of
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
-from wanforge.runtime.schedule import Launch, Schedule
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings
+from wanforge.runtime.schedule import GraphRun, Schedule
 
 LARGE, CLIP = "turbowan2.2-i2v-a14b-720p", ClipShape(1280, 720, 81)
 MODEL, RECIPE = load_model(LARGE), load_recipe("w8a8")
@@ -33,8 +34,8 @@ GROUPS = groups_of(SCHEDULES, GRAPHS, lambda component: layout(component, MODEL,
 WORKSPACES = {"block": 9_290_000_000, "vae_decode_next": 4_612_000_000, "vae_encode_next": 4_609_000_000}
 
 
-def launch(layer: int) -> Launch:
-    return Launch("block", (), (), "dit", f"blocks.{layer}.")
+def launch(layer: int) -> GraphRun:
+    return GraphRun("block", (), (), "dit", f"blocks.{layer}.")
 
 
 def name(layer: int) -> GroupName:
@@ -225,7 +226,7 @@ def test_what_a_request_copies_is_what_does_not_stay() -> None:
 
 
 def test_copies_hide_behind_computing_that_takes_longer() -> None:
-    def seconds(launch: Launch) -> float:
+    def seconds(launch: GraphRun) -> float:
         return 0.1 if launch.graph == "block" else 0.0
 
     idle, busy = (traffic(plan(16), SCHEDULES, 25e9, f) for f in (lambda launch: 0.0, seconds))

@@ -18,8 +18,9 @@ from wanforge.errors import ResourceError
 from wanforge.runtime.backends import create_backend, create_baseline
 from wanforge.runtime.measure.baselines import diffusers as baseline
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.request import Request, Timings
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."

@@ -25,7 +25,7 @@ from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.cost_page import TABLES, fused, unfused, with_tables
 from wanforge.runtime.measure.cost import launches as cost
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, prompt
-from wanforge.runtime.measure.cost.launches import Cost, Workload, block, seconds
+from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
 from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
 from wanforge.runtime.reference.dit import Block
 
@@ -42,7 +42,7 @@ def tiny(*, width_px: int = 256, pv: str = "fp8") -> Workload:
 
 def teraflops(w: Workload, *names: str) -> float:
     """Work of an unfused step in the launches whose names match."""
-    launches = block(unfused_block(w)) * w.model.dit.num_layers
+    launches = all_launches(unfused_block(w)) * w.model.dit.num_layers
     return sum(x.total_flops for x in launches if any(re.fullmatch(name, x.name) for name in names)) / 1e12
 
 
@@ -78,12 +78,12 @@ def test_work_of_a_block_is_what_its_definition_multiplies() -> None:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         keys, values = layer.cross_attn.keys_values(text)
         layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), keys, values, None, angles, angles, slots)
-    assert sum(x.total_flops for x in block(unfused_block(w))) == counter.get_total_flops()
+    assert sum(x.total_flops for x in all_launches(unfused_block(w))) == counter.get_total_flops()
 
 
 def test_the_fused_plan_leaves_out_what_it_hoists_and_folds() -> None:
     w = tiny()
-    before, after = (sum(x.total_flops for x in block(plan(w))) for plan in (unfused_block, fused_block))
+    before, after = (sum(x.total_flops for x in all_launches(plan(w))) for plan in (unfused_block, fused_block))
     once_per_prompt = sum(x.total_flops for x in cross_keys_values(w, w.text_rows))
     folding = 2 * w.H * 128**3
     assert after == before - once_per_prompt - w.state_flops + folding
@@ -98,7 +98,7 @@ def argument_bytes(launch: Launch) -> int:
 
 @pytest.mark.parametrize("w", [fused(SMALL), fused(LARGE), tiny(), tiny(width_px=240), tiny(pv="fp16")])
 def test_bytes_of_the_fused_plan_are_the_kernels_arguments(w: Workload) -> None:
-    counted = {x.name: x.total_bytes for x in block(fused_block(w)) if x.name != "cross attention"}
+    counted = {x.name: x.total_bytes for x in all_launches(fused_block(w)) if x.name != "cross attention"}
     recorded = [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89)]
     assert counted == dict(zip(counted, recorded, strict=True))
 
@@ -111,7 +111,7 @@ def test_chunks_are_the_kernels() -> None:
 
 def test_thread_blocks_fetch_what_their_loops_read() -> None:
     w = tiny(width_px=240)
-    launches = {x.name: x for x in block(fused_block(w))}
+    launches = {x.name: x for x in all_launches(fused_block(w))}
     tiles = [(row, column) for row in range(0, w.L, 128) for column in range(0, w.F, 128)]
     assert launches["gemm ffn.0 + GELU + quantise"].bytes_fetched == sum(2 * 128 * w.D for _ in tiles)
     key_rows = sum(w.recipe.block_k for _ in range(w.H) for _ in range(0, w.L, 128) for _ in range(w.num_selected))
@@ -120,7 +120,7 @@ def test_thread_blocks_fetch_what_their_loops_read() -> None:
 
 def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
     gpu = load_targets()["rtx5090"]  # 1792 GB/s, 838 int8 and 209.5 bf16 TFLOP/s
-    moving = Cost("copy", {}, 1_000_000_000, 792_000_000)
+    moving = LaunchCost("copy", {}, 1_000_000_000, 792_000_000)
     assert moving.floor(gpu) == pytest.approx(1e-3)
     assert moving.is_bound_by_bytes(gpu)
     mixed = replace(moving, flops={"int8": 838 * 10**9, "bf16": 419 * 10**9})
@@ -134,8 +134,8 @@ def test_a_gpu_without_fp8_wants_fp16() -> None:
     gpu = load_targets()["a100"]
     for plan in (unfused_block, fused_block):
         with pytest.raises(ConfigError, match=r"has no fp8.*pv"):
-            seconds(block(plan(tiny())), gpu)
-        assert seconds(block(plan(tiny(pv="fp16"))), gpu) > 0
+            seconds(all_launches(plan(tiny())), gpu)
+        assert seconds(all_launches(plan(tiny(pv="fp16"))), gpu) > 0
 
 
 def test_other_recipes_are_refused() -> None:

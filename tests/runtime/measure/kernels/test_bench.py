@@ -22,11 +22,11 @@ from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import Cost, Workload, block
+from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches
 from wanforge.runtime.measure.kernels import bench, checks, machine, report, timing
 from wanforge.runtime.measure.kernels.cases import OPS, launches_apart
-from wanforge.runtime.measure.kernels.checks import CHECKS, Verdict, check
-from wanforge.runtime.measure.kernels.report import UNMEASURED, Report, table
+from wanforge.runtime.measure.kernels.checks import CHECKS, KernelVerdict, check
+from wanforge.runtime.measure.kernels.report import UNMEASURED, KernelReport, table
 from wanforge.runtime.measure.kernels.timing import (
     COPY,
     KERNEL,
@@ -42,7 +42,7 @@ from wanforge.runtime.measure.kernels.timing import (
 
 CPU = torch.device("cpu")
 H200 = load_targets()["h200"]
-COST = Cost("product", {"int8": 2 * 10**12}, 3 * 10**9, 10**9)
+COST = LaunchCost("product", {"int8": 2 * 10**12}, 3 * 10**9, 10**9)
 
 on_cpu: Callable[[int], Draw] = partial(Draw, device=CPU, dtype=torch.float32)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -157,7 +157,7 @@ def test_error_is_relative_and_infinite_where_it_means_nothing(actual: Tensor, e
 
 
 def test_an_infinite_error_is_null_in_json() -> None:
-    verdict = Verdict("op", "name", float("inf"), 1e-6)
+    verdict = KernelVerdict("op", "name", float("inf"), 1e-6)
     assert not verdict.passed
     assert verdict.as_json()["error"] is None
 
@@ -198,7 +198,7 @@ def test_a_baseline_that_is_not_here_is_left_out_with_its_reason() -> None:
     times, missing = measure(case, on_cpu, FakeTimer({KERNEL: 1, "other": 1}), 2)
     assert list(times) == [KERNEL, "other"]
     assert missing == {"absent": "No available kernel."}
-    found = report.Result("op", case, times, missing).as_json()["baselines"]["absent"]
+    found = report.KernelResult("op", case, times, missing).as_json()["baselines"]["absent"]
     assert found == {
         "median_ms": None,
         "p20_ms": None,
@@ -218,7 +218,7 @@ def test_a_kernel_that_cannot_run_is_an_error() -> None:
 
 @pytest.mark.parametrize("flops", [0, 200_000])
 def test_where_bytes_set_the_time_a_copy_of_as_many_is_the_ceiling(flops: int) -> None:
-    case = spoken((), Cost("sweep", {"bf16": flops}, 3000, 1000))
+    case = spoken((), LaunchCost("sweep", {"bf16": flops}, 3000, 1000))
     assert case.contenders == [KERNEL, COPY]
     contenders, _ = timing.ready(case, on_cpu)
     for copy in contenders[COPY]:
@@ -283,7 +283,7 @@ def test_the_device_waits_for_the_host(monkeypatch: pytest.MonkeyPatch, launchin
 
 def test_rates_share_and_ratio_follow_from_the_times() -> None:
     times = {KERNEL: Times(0.004, 0.003, 0.005), "other": Times(0.006, 0.006, 0.007)}
-    found = report.Result("op", spoken(("other",)), times, target=H200).as_json()
+    found = report.KernelResult("op", spoken(("other",)), times, target=H200).as_json()
     # 2e12 operations at 1,978.9 TOP/s take longer than 4 GB at 4,800 GB/s.
     assert found["floor_ms"] == pytest.approx(2000 / 1978.9)
     assert found["share_of_floor"] == pytest.approx(2000 / 1978.9 / 4)
@@ -295,14 +295,14 @@ def test_rates_share_and_ratio_follow_from_the_times() -> None:
 
 
 def test_floors_of_launches_add_up() -> None:
-    sweep = Cost("sweep", {}, 48 * 10**8, 0)
+    sweep = LaunchCost("sweep", {}, 48 * 10**8, 0)
     both = replace(spoken(()), costs=[COST, sweep])
-    found = report.Result("op", both, {KERNEL: Times(1, 1, 1)}, target=H200)
+    found = report.KernelResult("op", both, {KERNEL: Times(1, 1, 1)}, target=H200)
     assert found.floor == pytest.approx(2 / 1978.9 + 1e-3)
 
 
 def test_an_unknown_gpu_has_no_share() -> None:
-    found = report.Result("op", spoken(()), {KERNEL: Times(1, 1, 1)}).as_json()
+    found = report.KernelResult("op", spoken(()), {KERNEL: Times(1, 1, 1)}).as_json()
     assert (found["floor_ms"], found["share_of_floor"]) == (None, None)
     assert found["tflops"] == 2
 
@@ -328,9 +328,9 @@ def test_peaks_are_those_of_the_very_gpu(gpu: str, target: str | None) -> None:
 
 def test_the_table_shows_medians_spread_and_ratios(tiny: Workload) -> None:
     times = {KERNEL: Times(0.004, 0.003, 0.005), "other": Times(0.006, 0.006, 0.007)}
-    results = [report.Result("op", spoken(("other", "absent")), times, {"absent": "no kernel"}, H200)]
+    results = [report.KernelResult("op", spoken(("other", "absent")), times, {"absent": "no kernel"}, H200)]
     names = {"gpu": "NVIDIA H200", "driver": "570.1", "cuda": None}
-    lines = table(Report(tiny, names, 50, [Verdict("op", "output", 1e-7, 1e-6)], results)).splitlines()
+    lines = table(KernelReport(tiny, names, 50, [KernelVerdict("op", "output", 1e-7, 1e-6)], results)).splitlines()
     assert lines[:3] == [
         "tiny-t2v, 160x80, 5 frames, 100 tokens",
         "gpu NVIDIA H200, driver 570.1",
@@ -413,7 +413,7 @@ def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
 
 def test_a_block_is_the_whole_plan(tiny: Workload) -> None:
     (case,) = OPS["block"](tiny)
-    assert list(case.costs) == block(fused_block(tiny))
+    assert list(case.costs) == all_launches(fused_block(tiny))
     assert case.baselines == {}
 
 

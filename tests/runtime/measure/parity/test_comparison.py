@@ -19,11 +19,12 @@ from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.ort import OrtBackend
 from wanforge.runtime.measure.parity.comparison import Contender, Parity, compare, compare_pipelines
-from wanforge.runtime.memory.arena import Bound
+from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.pipeline import Pipeline, Request
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.dit import ROPE_PAIRS
-from wanforge.runtime.schedule import Launch
+from wanforge.runtime.request import Request
+from wanforge.runtime.schedule import GraphRun
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
@@ -55,7 +56,7 @@ class Planted(OrtBackend):
         if weights is not None:
             weights(self.weights.component(component))
 
-    def bound_inputs(self, session: ort.InferenceSession, launch: Launch, inputs: Sequence[Tensor]) -> ort.IOBinding:
+    def bound_inputs(self, session: ort.InferenceSession, launch: GraphRun, inputs: Sequence[Tensor]) -> ort.IOBinding:
         if self.inputs is not None and launch.graph == "block" and launch.prefix == f"blocks.{self.layer}.":
             named = dict(zip((port.name for port in self.graphs["block"].inputs), inputs, strict=True))
             self.inputs(named)
@@ -251,7 +252,7 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
             self.device, self.dtype, self.memory = hidden.device, hidden.dtype, hidden.memory
             self.hidden = hidden
 
-        def bind(self, launch: Launch, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Bound:
+        def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
             return self.hidden.bind(launch, inputs, outputs)
 
     reference = Pipeline(bundle, create_backend("torch", bundle))

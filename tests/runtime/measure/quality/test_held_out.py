@@ -12,7 +12,7 @@ from wanforge.errors import RequestError
 from wanforge.runtime.measure.quality import held_out
 from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, is_held_out
 from wanforge.runtime.measure.quality.held_out import held_out_prompts, measure
-from wanforge.runtime.measure.quality.meter import Reading, Sighting
+from wanforge.runtime.measure.quality.meter import ClipReading, Sighting
 
 
 def test_no_prompt_asks_for_a_trained_combination() -> None:
@@ -41,15 +41,15 @@ def test_rates_count_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = held_out_prompts()[:8]
     clips = iter(range(8))
 
-    def made(pipeline: object, text: str, seed: int, steps: int | None, topk: float | None) -> Reading:
+    def made(pipeline: object, text: str, seed: int, steps: int | None, topk: float | None) -> ClipReading:
         number = next(clips)
         assert (seed, text) == (number, prompts[number].text)
         subject = prompts[number].subjects[0]
         if number % 4 == 0:
-            return Reading(())
+            return ClipReading(())
         shape = "ring" if number % 4 == 1 else subject.shape
         step = (0.9 * DIRECTIONS[subject.direction][0], 0.9 * DIRECTIONS[subject.direction][1])
-        return Reading((Sighting(subject.colour, shape, subject.direction, step, 500.0),))
+        return ClipReading((Sighting(subject.colour, shape, subject.direction, step, 500.0),))
 
     monkeypatch.setattr(held_out, "read_clip", made)
     pipeline = SimpleNamespace(

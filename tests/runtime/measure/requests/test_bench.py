@@ -22,12 +22,13 @@ from wanforge.runtime.backends import create_backend
 from wanforge.runtime.commands import bench as bench_cli
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.baselines import compiled
-from wanforge.runtime.measure.cost.stages import bounds, operations, stage_costs
+from wanforge.runtime.measure.cost.stages import costs_on, operations, stage_costs
 from wanforge.runtime.measure.requests import history, sweep
 from wanforge.runtime.measure.requests.overhead import Stub, step_seconds
-from wanforge.runtime.measure.requests.sweep import Plan, parse
+from wanforge.runtime.measure.requests.sweep import PlannedSweep, parse
 from wanforge.runtime.measure.requests.timing import bench_request
-from wanforge.runtime.pipeline import Pipeline, Request, Timings
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
@@ -77,11 +78,11 @@ def test_results_are_kept_and_compared(bundle_of: BundleOf, tmp_path: Path, monk
     seconds = iter([1.0, 1.0, 1.0, 1.0, 1.02, 1.5])
 
     def timed(bundle: Bundle, request: Request, contenders: Sequence[str], *rest: Any) -> Any:
-        from wanforge.runtime.measure.requests.meters import Reading
+        from wanforge.runtime.measure.requests.meters import ResourceUse
         from wanforge.runtime.measure.requests.timing import Row
 
         now = next(seconds)
-        return [Row("ort", 0.1, 0.1, [{"text": now, "total": now}], [Reading(host_bytes=1)])]
+        return [Row("ort", 0.1, 0.1, [{"text": now, "total": now}], [ResourceUse(host_bytes=1)])]
 
     monkeypatch.setattr(bench_cli, "bench_request", timed)
     past, bundle = tmp_path / "history.jsonl", bundle_of("tiny-t2v", "bf16").root
@@ -170,15 +171,15 @@ def test_the_page_has_stages_floors_and_sweeps(bundle_of: BundleOf, tmp_path: Pa
 def test_a_sweep_holds_each_value_against_the_best(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16-sla")
     request = Request(PROMPT, ClipShape(256, 160, 1), steps=1, topk=0.7)
-    topk = Plan(bundle, request, "ort", "topk", ["0.4", "0.7", "1.0"]).run(1)
+    topk = PlannedSweep(bundle, request, "ort", "topk", ["0.4", "0.7", "1.0"]).run(1)
     assert topk.against == "topk 1.0"
     errors = [point.latents.rms for point in topk.points]
     assert errors[0] > errors[1] > errors[2] == 0
     assert {point.tokens for point in topk.points} == {160}
-    recipe = Plan(bundle, request, "torch", "recipe", ["bf16", "w8a8", "w8a8-row"]).run(1)
+    recipe = PlannedSweep(bundle, request, "torch", "recipe", ["bf16", "w8a8", "w8a8-row"]).run(1)
     assert recipe.against == "recipe bf16-sla"
     assert all(0 < point.latents.rms < 0.5 for point in recipe.points)
-    frames = Plan(bundle, request, "ort", "frames", ["1", "5"]).run(1)
+    frames = PlannedSweep(bundle, request, "ort", "frames", ["1", "5"]).run(1)
     assert [point.tokens for point in frames.points] == [160, 320]
     assert all(point.latents.rms < 1e-4 for point in frames.points)
 
@@ -202,7 +203,7 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(
 ) -> None:
     request = Request(PROMPT, SHAPE, steps=1, topk=1.0)
     with pytest.raises(RequestError, match=message):
-        Plan(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value])
+        PlannedSweep(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value])
 
 
 def test_the_count_of_a_graph_is_that_of_its_products() -> None:
@@ -219,14 +220,14 @@ def test_floors_grow_with_the_work_and_no_prediction_is_below_its_floor(bundle_o
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     one, four = (pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=1.0)) for steps in (1, 4))
     gpu = load_targets()["h200"]
-    single, several = bounds(bundle, one, gpu), bounds(bundle, four, gpu)
+    single, several = costs_on(bundle, one, gpu), costs_on(bundle, four, gpu)
     assert several["denoise"].floor == pytest.approx(4 * single["denoise"].floor)
     assert several["step"] == single["step"]
     assert list(single) == ["text", "prepare", "denoise", "decode", "step"]
     for bound in single.values():
         assert 0 < bound.floor <= bound.predicted
     # A GPU without fp8 is counted with what it has instead.
-    assert bounds(bundle, one, load_targets()["rtx3090"])["step"].floor > single["step"].floor
+    assert costs_on(bundle, one, load_targets()["rtx3090"])["step"].floor > single["step"].floor
     costs = stage_costs(bundle, one, bundle.recipe)
     assert sum(cost.name == "gemm ffn.2 + residual" for cost in costs["step"]) == bundle.model.dit.num_layers
 

@@ -1,23 +1,31 @@
-"""The tables of docs/kernels.md. ``python -m wanforge.runtime.cost_page docs/kernels.md`` writes them anew."""
+"""The tables of docs/kernels.md. ``python -m tools.pages.kernels docs/kernels.md`` writes them anew."""
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
-from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, Cost, Workload, block, published_workload, seconds
+from wanforge.runtime.measure.cost.launches import (
+    ASSUMED,
+    IDEAL,
+    USUAL_TEXT_ROWS,
+    LaunchCost,
+    Workload,
+    all_launches,
+    published_workload,
+    seconds,
+)
 from wanforge.runtime.measure.cost.unfused import unfused_block, unfused_step
+from wanforge.runtime.measure.tables import markdown_table, number
 
 GPUS = ("rtx5090", "rtx4090", "h100", "h200")
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 MEDIUM = "turbowan2.1-t2v-14b-480p"
 TITLES = {SMALL: "1.3B 480p", MEDIUM: "14B 480p", LARGE: "14B 720p"}
-PROMPT_ROWS = 128
-"""Distinct rows of text of a prompt of 126 tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def unfused(name: str) -> Workload:
 
 
 def fused(name: str) -> Workload:
-    return published_workload(name, text_rows=PROMPT_ROWS)
+    return published_workload(name, text_rows=USUAL_TEXT_ROWS)
 
 
 def gpus() -> list[Target]:
@@ -53,58 +61,47 @@ def gpus() -> list[Target]:
     return [targets[name] for name in GPUS]
 
 
-def number(x: float) -> str:
-    """Three digits, or more where there are more."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table whose first `words` columns are words, the others numbers."""
-    rule = ["---"] * words + ["--:"] * (len(header) - words)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
-
-
 def launch_table(name: str) -> str:
     """Each launch of a fused block, its floor in italics where bytes set it."""
 
-    def row(launch: Cost) -> list[str]:
+    def row(launch: LaunchCost) -> list[str]:
         return [launch.name, work(launch), number(launch.total_bytes / 1e6), *(floor(launch, gpu) for gpu in gpus())]
 
-    def work(launch: Cost) -> str:
+    def work(launch: LaunchCost) -> str:
         return " + ".join(f"{form} {number(flops / 1e9)}" for form, flops in launch.flops.items()) or "-"
 
-    def floor(launch: Cost, gpu: Target) -> str:
+    def floor(launch: LaunchCost, gpu: Target) -> str:
         text = number(launch.floor(gpu) * 1e6)
         return f"*{text}*" if launch.is_bound_by_bytes(gpu) else text
 
-    launches = block(fused_block(fused(name)))
+    launches = all_launches(fused_block(fused(name)))
     rows = [[str(i), *row(launch)] for i, launch in enumerate(launches, 1)]
     gflop, megabytes = (
         sum(x) for x in zip(*((c.total_flops / 1e9, c.total_bytes / 1e6) for c in launches), strict=True)
     )
     floors = (number(seconds(launches, gpu) * 1e6) for gpu in gpus())
     rows.append(["", "**block**", number(gflop), number(megabytes), *floors])
-    return markdown(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
+    return markdown_table(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
 
 
 def parts_table(name: str) -> str:
     """The parts of a block in either plan: launches, bytes, floor."""
     gpu = gpus()[0]
 
-    def cells(launches: Sequence[Cost]) -> list[str]:
+    def cells(launches: Sequence[LaunchCost]) -> list[str]:
         moved, floor = sum(launch.total_bytes for launch in launches), seconds(launches, gpu)
         return [str(len(launches)), number(moved / 1e6), number(floor * 1e6)]
 
     before, after = unfused_block(unfused(name)), fused_block(fused(name))
     rows = [[part, *cells(before[part]), *cells(after[part])] for part in before]
-    rows.append(["**block**", *cells(block(before)), *cells(block(after))])
+    rows.append(["**block**", *cells(all_launches(before)), *cells(all_launches(after))])
     plan = ["launches", "MB", "floor, µs"]
-    return markdown(["part", *(f"unfused: {x}" for x in plan), *(f"fused: {x}" for x in plan)], rows)
+    return markdown_table(["part", *(f"unfused: {x}" for x in plan), *(f"fused: {x}" for x in plan)], rows)
 
 
 def steps_table() -> str:
     """A whole step in either plan: floor, and what the assumed efficiency makes of it."""
-    plans: list[tuple[str, Callable[[Workload], list[Cost]], Callable[[str], Workload]]] = [
+    plans: list[tuple[str, Callable[[Workload], list[LaunchCost]], Callable[[str], Workload]]] = [
         ("unfused", unfused_step, unfused),
         ("fused", fused_step, fused),
     ]
@@ -122,7 +119,7 @@ def steps_table() -> str:
                     *(f"{number(floor)} → {number(predicted)}" for floor, predicted in times),
                 ]
             )
-    return markdown(["step", "launches", "TFLOP", "GB", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["step", "launches", "TFLOP", "GB", *(gpu.title for gpu in gpus())], rows)
 
 
 def requests_table() -> str:
@@ -132,7 +129,7 @@ def requests_table() -> str:
         launches = fused_request(fused(name), 4)
         times = ([seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
         rows.append([TITLES[name], *(f"{floor:.2f} → {predicted:.2f}" for floor, predicted in times)])
-    return markdown(["4 steps and the prompt", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["4 steps and the prompt", *(gpu.title for gpu in gpus())], rows)
 
 
 def published_table() -> str:
@@ -147,14 +144,14 @@ def published_table() -> str:
         rows.append([who, f"{entry.seconds:g} s / {entry.steps}", number(stated), *ratios])
     plans = ["unfused: floor", "unfused: predicted", "fused: floor", "fused: predicted"]
     header = ["who, what, where", "stated", "step, ms", *plans]
-    return markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 KINDS = {"gemm": "W8A8 linears", "attention": "sparse attention", "cross": "cross-attention"}
 """Kinds of launches of a fused block by the first word of their names; the rest only pass over memory."""
 
 
-def kind(launch: Cost) -> str:
+def kind(launch: LaunchCost) -> str:
     return KINDS.get(launch.name.split()[0], "the rest")
 
 
@@ -162,28 +159,28 @@ def shares_table() -> str:
     """What share of a fused block's floor each kind of launch has."""
     rows = []
     for name in (SMALL, LARGE):
-        launches = block(fused_block(fused(name)))
+        launches = all_launches(fused_block(fused(name)))
         for group in [*KINDS.values(), "the rest"]:
             mine = [launch for launch in launches if kind(launch) == group]
             shares = (f"{seconds(mine, gpu) / seconds(launches, gpu):.0%}" for gpu in gpus())
             rows.append([f"{TITLES[name]}: {group}", *shares])
-    return markdown(["share of a block's floor", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["share of a block's floor", *(gpu.title for gpu in gpus())], rows)
 
 
 def cache_table() -> str:
     """What launches whose thread blocks share operands ask of the L2 cache, in all and per second at their floor."""
     rows = []
     for name in (SMALL, LARGE):
-        launches = {launch.name: launch for launch in block(fused_block(fused(name)))}
+        launches = {launch.name: launch for launch in all_launches(fused_block(fused(name)))}
         for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
             rates = (f"{launch.bytes_fetched / launch.floor(gpu) / 1e12:.1f}" for gpu in gpus())
             rows.append([f"{TITLES[name]}: {launch.name}", number(launch.bytes_fetched / 1e9), *rates])
-    return markdown(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
+    return markdown_table(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
 
 
-def levers(w: Workload) -> dict[str, tuple[list[Cost], list[Cost]]]:
+def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:
     """What could still be merged or changed in the fused plan: its launches, and what they would become."""
-    of = {launch.name: launch for launch in block(fused_block(w))}
+    of = {launch.name: launch for launch in all_launches(fused_block(w))}
     attention, cross, last = of["attention + quantise"], of["cross attention"], of["quantise"]
     halves = {("fp8, fp16 sums" if form == "fp8" else form): flops for form, flops in attention.flops.items()}
     return {
@@ -196,11 +193,11 @@ def levers_table() -> str:
     """What each of `levers` would take off the floor of a block."""
     rows = []
     for name in (SMALL, LARGE):
-        whole = block(fused_block(fused(name)))
+        whole = all_launches(fused_block(fused(name)))
         for lever, (before, after) in levers(fused(name)).items():
             shares = ((seconds(before, gpu) - seconds(after, gpu)) / seconds(whole, gpu) for gpu in gpus())
             rows.append([f"{TITLES[name]}: {lever}", *(f"{share:.1%}" for share in shares)])
-    return markdown(["share of a block's floor saved", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["share of a block's floor saved", *(gpu.title for gpu in gpus())], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,0 +1,87 @@
+"""The named sizes that the shapes of graphs depend on, and the range of each that an engine serves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from wanforge.configs.clip import PATCH, ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.topk import num_key_blocks, truncated_share
+from wanforge.engines.bundle.shapes import Shape, concrete, names_in
+
+LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
+"""Sizes that follow from a clip alone, and the smallest value of each."""
+
+USUAL_PROMPT = 128
+"""Tokens of text that engines are optimised for."""
+
+
+@dataclass(frozen=True)
+class SizeRange:
+    """The least, usual and largest value of a named size."""
+
+    least: int
+    usual: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes of one input that an engine serves; it is optimised for the usual one."""
+
+    least: tuple[int, ...]
+    usual: tuple[int, ...]
+    most: tuple[int, ...]
+
+
+def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False) -> dict[str, SizeRange]:
+    """Every named size: those of the clip are fixed, those that a request decides have a range.
+
+    Args:
+        smaller: Whether the clip is only the largest of those that are meant.
+    """
+    rows, key_blocks = model.dit.text_rows, num_key_blocks(recipe, clip)
+    fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
+    text = SizeRange(1, min(USUAL_PROMPT, rows), rows)
+    return {
+        **{name: SizeRange(LEAST_OF_CLIP[name] if smaller else size, size, size) for name, size in fixed.items()},
+        "prompt_tokens": text,
+        "context_rows": text,
+        "num_selected": SizeRange(1, max(1, truncated_share(model.topk, key_blocks)), key_blocks),
+    }
+
+
+def depends_on_clip(inputs: Mapping[str, Shape]) -> bool:
+    """Whether the shapes of a graph's inputs follow from the clip, so that it needs an engine for each."""
+    return bool(names_in(inputs.values()) & {*LEAST_OF_CLIP, "num_selected"})
+
+
+def shape_ranges(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) -> dict[str, ShapeRange]:
+    """The shapes of a graph's inputs that vary."""
+    least, usual, most = ({name: getattr(n, part) for name, n in sizes.items()} for part in ("least", "usual", "most"))
+    return {
+        name: ShapeRange(concrete(shape, least), concrete(shape, usual), concrete(shape, most))
+        for name, shape in inputs.items()
+        if names_in([shape])
+    }
+
+
+def profile(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) -> str:
+    """The ranges that an engine of a graph serves, as its key holds them: ``context_rows=1..512 tokens=32760``."""
+    return " ".join(f"{name}={sizes[name]}" for name in sorted(names_in(inputs.values())))
+
+
+def covers(has: str, wants: str) -> bool:
+    """Whether one profile holds every size of another."""
+    owned, wanted = _read_profile(has), _read_profile(wants)
+    return owned.keys() == wanted.keys() and all(
+        owned[name][0] <= least and most <= owned[name][1] for name, (least, most) in wanted.items()
+    )
+
+
+def _read_profile(text: str) -> dict[str, tuple[int, int]]:
+    pairs = (each.partition("=") for each in text.split())
+    return {name: (int(size.partition("..")[0]), int(size.rpartition("..")[2])) for name, _, size in pairs}

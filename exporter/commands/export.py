@@ -1,0 +1,58 @@
+"""The command that writes a bundle's ONNX graphs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.exporter.export import export as export_bundle
+from wanforge.runtime.commands.options import BUNDLE, JSON, takes
+from wanforge.runtime.dtypes import COMPUTE
+from wanforge.runtime.progress import Bars
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of `wanforge export`."""
+
+    bundle: Path
+    dtypes: tuple[str, ...]
+    as_json: bool
+
+
+@click.command()
+@BUNDLE
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(list(COMPUTE)),
+    help="Compute type of the graphs; repeatable.  [default: all three]",
+)
+@JSON
+@takes(ExportOptions)
+def export(options: ExportOptions) -> None:
+    """Write a bundle's ONNX graphs.
+
+    Graphs whose weights are inputs go to onnx/<type>/. Those that point into weights/ lie beside the manifest: the VAE,
+    and the denoiser as one model for ONNX tools. Every graph passes onnx's checker before any is put in place.
+
+    \b
+    Example:
+      wanforge export turbo-1.3b
+    """
+    bundle = Bundle.open(options.bundle)
+    with Bars() as bars:
+        done = export_bundle(bundle, options.dtypes or tuple(COMPUTE), bars)
+    size = sum(bundle.manifest.files[name].bytes for name in done.written)
+    if options.as_json:
+        click.echo(json.dumps({"written": done.written, "skipped": done.skipped, "bytes": size}))
+        return
+    for name, reason in done.skipped.items():
+        click.echo(f"not written: {name}, {reason}", err=True)
+    click.echo(
+        f"{options.bundle}: {len(done.written)} graphs, {size / 1e6:.2f} MB; "
+        f"next: wanforge generate {options.bundle} --prompt …"
+    )

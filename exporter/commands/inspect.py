@@ -1,0 +1,86 @@
+"""The command that shows what a bundle holds."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import click
+
+from wanforge.configs.targets import Target, parse_targets
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import built_clips
+from wanforge.engines.inspection import Inspection, describe, inspect_bundle
+from wanforge.errors import WanforgeError
+from wanforge.exporter.graph_key import graph_key
+from wanforge.progress import Progress
+from wanforge.runtime.commands.options import BUNDLE, JSON, takes
+from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
+from wanforge.runtime.progress import Bars
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The options of `wanforge inspect`."""
+
+    bundle: Path
+    verify: bool
+    plan: tuple[str, ...]
+    as_json: bool
+
+
+@click.command()
+@BUNDLE
+@click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256.")
+@click.option(
+    "--plan",
+    multiple=True,
+    metavar="GPUS",
+    help="Show how much of these GPUs' memory a clip takes, for each clip that there are engines for.",
+)
+@JSON
+@takes(InspectOptions)
+def inspect(options: InspectOptions) -> None:
+    """Show what a bundle holds, and what is missing, stale or damaged, and why.
+
+    Exits with 1 where something is.
+
+    \b
+    Example:
+      wanforge inspect turbo-1.3b --verify
+    """
+    gpus = parse_targets(options.plan).gpus if options.plan else {}
+    bundle = Bundle.open(options.bundle)
+    with Bars() as bars:
+        found = examined(bundle, options.verify, bars)
+    plans, failures = plans_of(bundle, gpus)
+    if options.as_json:
+        told = {**found.as_json(), "plans": [plan.as_json() for plan in plans], "failures": failures}
+        click.echo(json.dumps(told))
+    else:
+        click.echo("\n".join([describe(found), *([table(plans)] if plans else []), *failures]))
+    if found.problems or failures:
+        click.get_current_context().exit(1)
+
+
+def examined(bundle: Bundle, verify: bool, progress: Progress) -> Inspection:
+    """What is in a bundle, and what is wrong with it."""
+    try:
+        key = graph_key(bundle)
+    except WanforgeError:
+        key = None  # a weight file is missing or damaged, which the inspection reports
+    return inspect_bundle(bundle, key=key, verify=verify, progress=progress)
+
+
+def plans_of(bundle: Bundle, gpus: Mapping[str, Target]) -> tuple[list[MemoryReport], list[str]]:
+    """What each clip that there are engines for takes of each GPU's memory, and what could not be planned and why."""
+    plans, failures = [], []
+    for clip, (name, gpu) in product(built_clips(bundle), gpus.items()):
+        try:
+            plans.append(memory_report(bundle, clip, name, gpu))
+        except WanforgeError as error:
+            failures.append(f"no plan for {name}: {error}")
+    if gpus and not plans and not failures:
+        failures.append(f"no plan: there are no engines; run: wanforge build {bundle.root}")
+    return plans, failures

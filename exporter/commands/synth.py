@@ -1,0 +1,71 @@
+"""The command that writes checkpoint files with random weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.errors import ConfigError
+from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
+from wanforge.runtime.commands.options import FOLDER, MODELS, takes
+from wanforge.runtime.progress import Bars
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthOptions:
+    """The options of `wanforge synth`."""
+
+    model: str
+    out: Path
+    parts: tuple[str, ...]
+    sparse: bool
+    seed: int
+
+
+@click.command()
+@click.option("--model", required=True, help=f"Model to write files of: {MODELS}.")
+@click.option("--out", required=True, type=FOLDER, help="Folder to write into.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    metavar="NAME",
+    help="Write only this file: dit, dit-quant, vae, text_encoder or tokenizer; repeatable.  [default: all]",
+)
+@click.option("--sparse", is_flag=True, help="Write full-size files of zeros that take no disk space.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
+@takes(SynthOptions)
+def synth(options: SynthOptions) -> None:
+    """Write checkpoint files in the formats that upstream publishes, with random weights.
+
+    They have the published names, and a -quant file holds the same weights as the one without, quantised.
+
+    \b
+    Example:
+      wanforge synth --model tiny-t2v --out checkpoint
+    """
+    model = load_model(options.model)
+    wanted = parts_of(model, options.parts)
+    with Bars() as bars:
+        for path in write_checkpoint(
+            model, options.out, parts=wanted, sparse=options.sparse, seed=options.seed, progress=bars
+        ):
+            click.echo(path)
+
+
+def parts_of(model: ModelConfig, asked: tuple[str, ...]) -> set[str]:
+    """The parts of a model's checkpoint that are asked for; all of them where none is.
+
+    Raises:
+        ConfigError: The model has no such part.
+    """
+    names = file_names(model)
+    if unknown := [part for part in asked if part not in names and part not in map(family, names)]:
+        raise ConfigError(f"{model.name} has no part {', '.join(unknown)}; known: {', '.join(names)}")
+    return {name for name in names if not asked or name in asked or family(name) in asked}
+
+
+def family(part: str) -> str:
+    """A part without its expert: ``dit`` of ``dit.high``, ``dit-quant`` of ``dit.low-quant``."""
+    return part.replace(".high", "").replace(".low", "")

@@ -1,0 +1,88 @@
+"""Choosing a backend: which of them this machine and a bundle can run, and which of those is the fastest."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.targets import architecture
+from wanforge.engines.bundle.bundle import ENGINES, Bundle
+from wanforge.errors import BundleError
+from wanforge.plugins.quantiser import TILE
+from wanforge.runtime.backends import BOUNDED
+
+AUTO = "auto"
+"""Stands for the fastest backend that can run."""
+
+FASTEST_FIRST = ("trt", "kernels", "ort", "torch")
+
+
+def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: bool = False) -> str:
+    """The fastest backend that this machine and a bundle can run.
+
+    Args:
+        clips: Sizes and lengths of clip that engines must be there for.
+        bounded: Whether it must be able to keep to a budget of memory.
+
+    Raises:
+        BundleError: None that can keep to a budget can run.
+    """
+    able = [name for name in FASTEST_FIRST if name in BOUNDED or not bounded]
+    for name in able:
+        if obstacle(name, bundle, clips) is None:
+            return name
+    reasons = "; ".join(f"{name}: {obstacle(name, bundle, clips)}" for name in able)
+    raise BundleError(f"{bundle.root}: no backend that keeps to a budget of memory can run here ({reasons})")
+
+
+def runnable_backends(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> list[str]:
+    """Every backend that this machine and a bundle can run at a useful speed, the reference first."""
+    return [name for name in reversed(FASTEST_FIRST) if obstacle(name, bundle, clips) is None]
+
+
+def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str | None:
+    """Why a backend cannot run a bundle here, or not at a useful speed; None where nothing speaks against it."""
+    match name:
+        case "trt":
+            return _trt_obstacle(bundle, clips)
+        case "kernels":
+            return _kernels_obstacle(bundle)
+        case "ort":
+            return None if bundle.graphs(torch.float32) else "the bundle has no fp32 graphs; wanforge export makes them"
+    return None
+
+
+def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    sm = architecture(*torch.cuda.get_device_capability())
+    if not any(str(sm) in key["architectures"].split() for key in _engine_keys(bundle)):
+        return f"the bundle has no engines for sm_{sm}; wanforge build makes them"
+    # The other backends do without what knows TensorRT.
+    from wanforge.engines.files import engines_of
+    from wanforge.plugins.tensorrt.library import flavour_for, installed_version
+
+    flavour = flavour_for(sm)
+    if installed_version(flavour) is None:
+        return f"{flavour.name} is not installed"
+    try:
+        for clip in clips:
+            engines_of(bundle, clip, sm)
+    except BundleError as error:
+        return str(error)
+    return None
+
+
+def _engine_keys(bundle: Bundle) -> list[dict[str, str]]:
+    return [record.key for name, record in bundle.manifest.files.items() if name.startswith(ENGINES)]
+
+
+def _kernels_obstacle(bundle: Bundle) -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU, and interpreted kernels are slow"
+    if find_spec("cuda") is None:
+        return "cuda-python is not installed"
+    if bundle.recipe.tile != TILE:
+        return f"kernels are made for tiles of {TILE}, not {bundle.recipe.tile}"
+    return None

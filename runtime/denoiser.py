@@ -1,0 +1,76 @@
+"""The denoiser of one request, driven step by step by the sampler."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.progress import Progress, silent
+from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
+from wanforge.runtime.reference.sampler import Step
+from wanforge.runtime.request import CheckedRequest, Timings
+from wanforge.runtime.schedule import context_rows, denoise_schedule
+
+
+class Denoiser:
+    """Maps latents and a step to a velocity.
+
+    Whatever depends on the prompt, the steps and the shape alone is computed once, when it is made.
+
+    Args:
+        text: Embedded prompt ``[1, T, E]``, zeros after its own rows.
+        channels: For image-to-video, the 20 channels of `image.condition`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bundle: Bundle,
+        checked: CheckedRequest,
+        text: Tensor,
+        channels: Tensor | None,
+        timings: Timings,
+        progress: Progress = silent,
+    ) -> None:
+        self.backend, self.shape, self.timings, self.progress = backend, checked.request.shape, timings, progress
+        self.channels = None if channels is None else channels.to(backend.device)
+        model, recipe = bundle.model, bundle.recipe
+        kept, counts = context_rows(
+            len(checked.ids), model.dit.text_rows, recipe.rows_per_scale, backend.text_rows_multiple
+        )
+        schedule = denoise_schedule(
+            model,
+            graphs(model, recipe),
+            self.shape,
+            [step.expert for step in checked.steps],
+            context_rows=len(kept),
+            num_selected=checked.num_selected,
+        )
+        self.session = session = backend.session(schedule)
+        session["text"].copy_(text)
+        session["kept_rows"].copy_(torch.tensor(kept))
+        session["key_bias"].copy_(torch.tensor(counts).log())
+        for name, table in zip(("cos", "sin"), rope_tables(self.shape.grid), strict=True):
+            session[name].copy_(table)
+        session["selection"].zero_()
+        for step in checked.steps:
+            timestep = torch.tensor([step.timestep])
+            session[f"sinusoid.{step.index}"].copy_(sinusoid(timestep, model.dit.frequency_dim))
+        session.run("prompt", "prepare", progress)
+        session.run("times", "prepare", progress)
+        backend.synchronise()
+
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
+        """The velocity at these latents, of the same shape."""
+        start = time.perf_counter()
+        x = latents.to(self.backend.device, self.backend.dtype)
+        x = x if self.channels is None else torch.cat((x, self.channels), 1)
+        self.session["patches"].copy_(patchify(x))
+        self.session.run(f"step.{step.index}", f"step {step.index + 1}", self.progress)
+        velocity = unpatchify(self.session["velocity"], self.shape.grid).to(latents.device)
+        self.backend.synchronise()
+        self.timings.steps.append(time.perf_counter() - start)
+        return velocity

@@ -1,0 +1,167 @@
+"""What a user asks for, what a model makes of it, and how long each stage took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypedDict
+
+from PIL.Image import Image
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.configs.topk import num_selected
+from wanforge.errors import RequestError
+from wanforge.runtime.image import open_image
+from wanforge.runtime.noise import check_noise, noise_names
+from wanforge.runtime.reference.sampler import Step, schedule
+from wanforge.runtime.text import Tokenizer
+
+EXAMPLE_PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
+"""What a clip shows where a command needs one and any will do."""
+
+SEEDS = 1 << 64
+"""Number of seeds that the generator tells apart."""
+
+STAGES = ("text", "condition", "prepare", "denoise", "decode", "transfer", "write")
+"""The stages of a request, in order: prompt to embedding; image to latents; what the steps share; the steps; latents to
+pixels; pixels to the host; frames to the video file."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for. A value of None follows from the model.
+
+    Attributes:
+        prompt: What the clip shows, in English for these models.
+        shape: Size and length of the clip.
+        image: First frame, for image-to-video models: a file or a picture.
+        seed: Seed of the noise.
+        steps: Number of steps, 1 to 4.
+        sigma_max: Noise level of the first step.
+        topk: Share of the key blocks that attention sees.
+        ode: Whether to follow the flow without fresh noise between the steps.
+        noise: A file to take the noise from, instead of the seed.
+    """
+
+    prompt: str
+    shape: ClipShape
+    image: Path | Image | None = None
+    seed: int = 0
+    steps: int | None = None
+    sigma_max: float | None = None
+    topk: float | None = None
+    ode: bool = False
+    noise: Path | None = None
+
+
+class Settings(TypedDict, total=False):
+    """What a request may say besides its prompt and image. What is left out follows from the model.
+
+    Attributes:
+        size: Width and height in pixels, or a name of the table of resolutions (``480p``, at 16:9), or ``832x480``.
+        frames: Number of frames, 4n+1.
+        seed: Seed of the noise; 0 by default.
+        steps: Number of steps, 1 to 4.
+        topk: Share of the key blocks that attention sees, more than 0 and at most 1.
+    """
+
+    size: tuple[int, int] | str
+    frames: int
+    seed: int
+    steps: int
+    topk: float
+
+
+def request_for(model: ModelConfig, prompt: str, image: str | Path | Image | None, settings: Settings) -> Request:
+    """The request for a model.
+
+    Raises:
+        ConfigError: There is no such size, or no clip of this length.
+    """
+    return Request(
+        prompt,
+        model.video.shape(settings.get("size"), settings.get("frames")),
+        Path(image) if isinstance(image, str) else image,
+        settings.get("seed", 0),
+        steps=settings.get("steps"),
+        topk=settings.get("topk"),
+    )
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A request that has been checked against a model and found possible.
+
+    Attributes:
+        ids: Token ids of the prompt.
+        steps: Times of the sampler's steps, and the expert of each.
+        num_selected: Number of key blocks that each query block attends to.
+    """
+
+    request: Request
+    ids: list[int]
+    steps: list[Step]
+    num_selected: int
+
+    @property
+    def noise_names(self) -> list[str]:
+        """Names of its noise in a file, in the order of use."""
+        return ["initial"] if self.request.ode else noise_names(len(self.steps))
+
+
+def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenizer: Tokenizer) -> CheckedRequest:
+    """Check everything that can be wrong with a request, its files included, before anything is computed.
+
+    Raises:
+        RequestError, ConfigError: The request does not make sense for this model.
+    """
+    _check_image(request, model)
+    if not 0 <= request.seed < SEEDS:
+        raise RequestError(f"seed {request.seed} is out of range; use 0 to {SEEDS - 1}")
+    ids = tokenizer.encode(request.prompt, model.dit.text_rows)
+    if request.topk is not None and not recipe.is_sparse:
+        raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
+    selected = num_selected(recipe, request.shape, model.topk if request.topk is None else request.topk)
+    sampler = model.sampler
+    num_steps = sampler.steps if request.steps is None else request.steps
+    sigma_max = sampler.sigma_max if request.sigma_max is None else request.sigma_max
+    checked = CheckedRequest(request, ids, schedule(num_steps, sigma_max, sampler.boundary), selected)
+    if request.noise is not None:
+        check_noise(request.noise, latent_shape(model, request.shape), checked.noise_names)
+    return checked
+
+
+def _check_image(request: Request, model: ModelConfig) -> None:
+    if (request.image is None) == (model.task == "i2v"):
+        need = "needs an image; give one with --image" if request.image is None else "takes no image"
+        raise RequestError(f"{model.name} {need}")
+    if request.image is not None:
+        open_image(request.image)
+
+
+def latent_shape(model: ModelConfig, clip: ClipShape) -> tuple[int, ...]:
+    """Shape of a clip's latents, ``[1, C, F, H, W]``."""
+    return (1, model.dit.out_channels, clip.latent_frames, clip.latent_height, clip.latent_width)
+
+
+@dataclass
+class Timings:
+    """Seconds per stage of a request, and per step of the denoiser."""
+
+    stages: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage."""
+        start = time.perf_counter()
+        yield
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages together."""
+        return sum(self.stages.values())

@@ -1,0 +1,194 @@
+"""The way from checkpoint files to a clip as five functions; `import wanforge` offers them under its own name.
+
+They take folders as text or as paths and print nothing. What a user can get wrong raises a `WanforgeError`.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import parse_targets
+from wanforge.engines.build import EngineOptions, EngineResult, build_engines
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import CheckpointError
+from wanforge.exporter.checkpoint import importer
+from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
+from wanforge.exporter.checkpoint.importer import Sources
+from wanforge.exporter.export import ExportResult
+from wanforge.exporter.export import export as export_bundle
+from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
+from wanforge.progress import Progress, silent
+from wanforge.runtime.backends.choice import AUTO, choose_backend
+from wanforge.runtime.clip import Clip
+from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
+from wanforge.runtime.pipeline import Pipeline, open_pipeline, verify_files
+from wanforge.runtime.request import Settings, request_for
+
+__all__ = ["Bundle", "Clip", "Pipeline", "build", "export", "import_checkpoint", "load", "parity"]
+
+
+def load(bundle: str | Path, backend: str = AUTO, memory: float | None = None) -> Pipeline:
+    """Make a bundle ready to generate clips.
+
+    Args:
+        bundle: The bundle's folder.
+        backend: ``torch``, ``ort``, ``kernels``, ``trt``, or ``auto`` for the fastest that can run here.
+        memory: Gigabytes to keep to, by streaming the weights that do not fit.
+
+    Returns:
+        A pipeline; see `Pipeline.generate`.
+
+    Raises:
+        BundleError: The folder is not a bundle, or a file of it is missing or damaged.
+        ConfigError: There is no such backend, or it keeps to no budget of memory.
+    """
+    return open_pipeline(Bundle.open(Path(bundle)), backend, None if memory is None else memory * 1e9)
+
+
+class ImportSettings(TypedDict, total=False):
+    """What `import_checkpoint` takes besides files.
+
+    Attributes:
+        recipe: Name of a recipe, or a TOML file; by default what the files are.
+        link: Link to canonical safetensors files instead of copying them.
+        replace: Overwrite an existing bundle.
+    """
+
+    recipe: str
+    link: bool
+    replace: bool
+
+
+def import_checkpoint(
+    out: str | Path,
+    model: str = EMBEDDED,
+    files: Mapping[str, str | Path] | None = None,
+    *,
+    on_progress: Progress = silent,
+    **settings: Unpack[ImportSettings],
+) -> Bundle:
+    """Turn published checkpoint files into a bundle.
+
+    Args:
+        out: The folder of the bundle.
+        model: Name of a model, or a TOML file.
+        files: A file for each component of the model (``dit``, or ``dit.high`` and ``dit.low``; ``vae``;
+            ``text_encoder``) and the ``tokenizer``. TinyWan needs none: its files come with the package.
+        on_progress: Told a component, how many of its bytes are written, and how many there are.
+        settings: See `ImportSettings`.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or of another model.
+        BundleError: The folder is a bundle already.
+        ResourceError: The disk is too small.
+    """
+    config = load_model(model)
+    sources = embedded(config) if files is None else sources_of(files)
+    recipe = settings.get("recipe")
+    return importer.import_checkpoint(
+        config,
+        sources,
+        Path(out),
+        recipe=None if recipe is None else load_recipe(recipe),
+        link=settings.get("link", False),
+        replace=settings.get("replace", False),
+        progress=on_progress,
+    )
+
+
+def sources_of(files: Mapping[str, str | Path]) -> Sources:
+    """The files of a model by component, and its tokenizer.
+
+    Raises:
+        CheckpointError: There is no tokenizer among them.
+    """
+    weights = {name: Path(path) for name, path in files.items() if name != "tokenizer"}
+    if "tokenizer" not in files:
+        raise CheckpointError("the files lack a tokenizer: give tokenizer.json of google/umt5-xxl, or its folder")
+    return Sources(weights, Path(files["tokenizer"]))
+
+
+def export(
+    bundle: str | Path, dtypes: Sequence[str] = ("fp32", "fp16", "bf16"), on_progress: Progress = silent
+) -> ExportResult:
+    """Write a bundle's ONNX graphs.
+
+    Args:
+        dtypes: Compute types of the graphs.
+
+    Raises:
+        BundleError: The folder is not a bundle.
+        ConfigError: Graphs cannot be made for its recipe.
+    """
+    return export_bundle(Bundle.open(Path(bundle)), dtypes, on_progress)
+
+
+class BuildSettings(TypedDict, total=False):
+    """What `build` takes besides targets; what is left out follows from the model.
+
+    Attributes:
+        size: Width and height in pixels, or a name of the table of resolutions (``480p``, at 16:9).
+        frames: Number of frames.
+        smaller: Whether the engines are to serve smaller and shorter clips as well.
+    """
+
+    size: tuple[int, int] | str
+    frames: int
+    smaller: bool
+
+
+def build(
+    bundle: str | Path, targets: str, *, on_progress: Progress = silent, **settings: Unpack[BuildSettings]
+) -> list[EngineResult]:
+    """Compile a bundle's graphs into engines, for GPUs that need not be here.
+
+    Args:
+        targets: GPUs by name or architecture, separated by commas: ``rtx5090,sm_89``, or ``all``.
+        settings: See `BuildSettings`.
+
+    Raises:
+        ConfigError: There is no such GPU.
+        ResourceError: A library is not installed, or there is too little memory.
+        WanforgeError: A graph does not compile.
+    """
+    opened = Bundle.open(Path(bundle))
+    clip = opened.model.video.shape(settings.get("size"), settings.get("frames"))
+    results = []
+    for flavour, sms in group_by_flavour(parse_targets([targets]).sms):
+        options = EngineOptions(clip, sms, smaller=settings.get("smaller", False))
+        results += build_engines(opened, open_library(flavour), options, progress=on_progress)
+    return results
+
+
+def parity(
+    bundle: str | Path,
+    prompt: str,
+    image: str | Path | None = None,
+    *,
+    backend: str = AUTO,
+    depths: Collection[str] = DEPTHS,
+    on_progress: Progress = silent,
+    **settings: Unpack[Settings],
+) -> Parity:
+    """Compare a backend with the reference.
+
+    Args:
+        prompt: What the clip shows that is compared.
+        image: Its first frame, for image-to-video models.
+        backend: The backend that is compared.
+        depths: Any of ``op``, ``block``, ``step`` and ``clip``.
+        settings: See `runtime.request.Settings`.
+
+    Returns:
+        What was found; `Parity.passed` says whether every limit is met.
+
+    Raises:
+        RequestError, ConfigError, BundleError: The request or the backend does not fit this bundle.
+    """
+    opened = Bundle.open(Path(bundle))
+    name = choose_backend(opened) if backend == AUTO else backend
+    request = request_for(opened.model, prompt, image, settings)
+    verify_files(opened, [name, "torch"], on_progress)
+    return compare(opened, Contender(name), request, depths=depths, progress=on_progress)

@@ -1,0 +1,25 @@
+"""How long work tells what it has done so far."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told a stage, how much of it is done, and how much there is; `unit` is ``"B"`` where bytes are counted."""
+
+    def __call__(self, stage: str, done: int, total: int, unit: str = "", /) -> object: ...
+
+
+def silent(stage: str, done: int, total: int, unit: str = "", /) -> None:
+    """Show nothing."""
+
+
+class ByteCount:
+    """Counts the bytes of one stage as they go by."""
+
+    def __init__(self, progress: Progress, stage: str, total: int) -> None:
+        self.progress, self.stage, self.total, self.done = progress, stage, total, 0
+
+    def __call__(self, amount: int) -> None:
+        """Count `amount` more bytes."""
+        self.done += amount
+        self.progress(self.stage, self.done, self.total, "B")

@@ -1,0 +1,36 @@
+"""Which version of wanforge this is, and which commit where it runs from a checkout."""
+
+import subprocess
+from pathlib import Path
+
+__version__ = "0.2.0"
+
+PACKAGE = Path(__file__).parent
+"""The folder of the package."""
+
+
+def commit() -> str | None:
+    """The commit of this code, followed by ``-dirty`` where files have changed since; None where it is no checkout."""
+    file = Path(__file__).resolve()
+    git = ("git", "-C", str(file.parent))
+    if not output_of(*git, "ls-files", file.name):
+        return None
+    return output_of(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def version_text() -> str:
+    """The version for people: ``0.2.0``, with the commit where there is one."""
+    found = commit()
+    if found is None:
+        return __version__
+    number, dash, dirty = found.partition("-")
+    return f"{__version__} (commit {number[:12]}{dash}{dirty})"
+
+
+def output_of(*command: str) -> str | None:
+    """What a program prints; None where it is not installed, fails or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
