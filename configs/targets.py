@@ -65,7 +65,7 @@ def parse_targets(texts: Iterable[str]) -> Selection:
     Raises:
         ConfigError: No GPU and no architecture has such a name.
     """
-    known = load_targets()
+    known = dict(sorted(load_targets().items(), key=lambda item: item[1].sm))
     sms: dict[int, None] = {}
     gpus: dict[str, Target] = {}
     for name in (item.strip().lower() for text in texts for item in text.split(",")):

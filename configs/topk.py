@@ -5,7 +5,7 @@ Everywhere else `topk` is the share and `num_selected` the number; both are work
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.recipe import Recipe
-from wanforge.errors import ConfigError
+from wanforge.errors import ConfigError, RequestError
 
 
 def num_key_blocks(recipe: Recipe, clip: ClipShape) -> int:
@@ -17,9 +17,14 @@ def num_selected(recipe: Recipe, clip: ClipShape, topk: float) -> int:
     """Number of key blocks that each query block attends to; 1 where attention is dense.
 
     Raises:
-        ConfigError: `topk` is not a share, or selects no block of this clip.
+        RequestError: `topk` is not a share.
+        ConfigError: It selects no block of this clip.
     """
-    return selected_blocks(topk, num_key_blocks(recipe, clip)) if recipe.is_sparse else 1
+    if not recipe.is_sparse:
+        return 1
+    if not 0 < topk <= 1:
+        raise RequestError(f"top-k {topk} is not a share of the key blocks; use more than 0 and at most 1")
+    return selected_blocks(topk, num_key_blocks(recipe, clip))
 
 
 def selected_blocks(topk: float, key_blocks: int) -> int:
@@ -28,10 +33,8 @@ def selected_blocks(topk: float, key_blocks: int) -> int:
     Source: TurboDiffusion, SLA/utils.py (docs/sources.md), which divides zero by zero where the product is below one.
 
     Raises:
-        ConfigError: `topk` is not a share, or selects no block at all.
+        ConfigError: `topk` selects no block at all.
     """
-    if not 0 < topk <= 1:
-        raise ConfigError(f"top-k {topk} is not a share of the key blocks; use more than 0 and at most 1")
     count = truncated_share(topk, key_blocks)
     if count < 1:
         raise ConfigError(

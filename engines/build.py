@@ -14,7 +14,6 @@ from wanforge.engines.plugin_check import check_plugins
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.host import available_bytes
-from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.plugins.tensorrt.library import TENSORRT, Library
 from wanforge.progress import Progress, silent
@@ -219,6 +218,8 @@ def build_engine(
     seconds = perf_counter() - start
     launches = built.launches(options.sms) if options.kernels and pending.has_plugins else []
     if launches:
+        from wanforge.plugins.launching.compiler import compile_kernels
+
         compile_kernels(launches, cache_folder(), progress=progress)
     return EngineResult(
         pending.name,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
-from wanforge.engines import build as engine_plan
+from wanforge.engines.build import EngineOptions, graphs_to_build, pending_engine
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.bundle.shapes import Size
+from wanforge.engines.bundle.shapes import Size, concrete
 from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.runtime.graphs import Graph, graphs
@@ -149,7 +149,7 @@ class Context:
             for dim, number in zip(port.shape, shapes.get(port.name, ()), strict=False):
                 if isinstance(dim, Size) and len(dim.names) == 1:
                     sizes[dim.names[0]] = number // dim.factor
-        known = {port.name: list(port.concrete(sizes)) for port in (*graph.inputs, *graph.outputs)}
+        known = {port.name: list(concrete(port.shape, sizes)) for port in (*graph.inputs, *graph.outputs)}
         binding = session.io_binding()
         for bind, ports in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for port in ports:
@@ -287,9 +287,9 @@ class StandIn:
 
 def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:
     """Engines of every graph, "built" from what ONNX Runtime can run."""
-    known = engine_plan.sizes(bundle.model, bundle.recipe, clip)
     facts = {"layers": 1, "plugins": 0, "activation_bytes": WORKSPACE}
-    for graph in stand_in.graphs.values():
-        job, key, name = engine_plan.plan(bundle, graph, clip, known, stand_in.library, [89], True)
-        plan = HEADER + json.dumps({"onnx": str(job.onnx), "graph": graph.name}).encode()
-        write_engine(bundle, name, plan, key, facts)
+    options = EngineOptions(clip, (89,))
+    for onnx, graph in graphs_to_build(bundle).items():
+        pending = pending_engine(bundle, stand_in.library, options, onnx, graph)
+        engine = HEADER + json.dumps({"onnx": str(pending.job.onnx), "graph": graph.name}).encode()
+        write_engine(bundle, pending.name, engine, pending.key, facts)

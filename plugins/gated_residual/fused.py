@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 
 ADD = Kernel("gated_residual", "add", ("cdiv(M, ROWS)", "D // 128"), {"M": "i32", "y_stride": "i32:16"})
 

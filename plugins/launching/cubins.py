@@ -14,8 +14,8 @@ import msgspec
 
 from wanforge.configs.loading import Record
 from wanforge.errors import ResourceError
+from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.grid import PARSING
-from wanforge.plugins.launching.launch import Constant
 from wanforge.version import PACKAGE, __version__
 from wanforge.whole_file import write_atomically
 

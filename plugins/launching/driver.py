@@ -13,8 +13,9 @@ from torch import Tensor
 
 from wanforge.configs.targets import architecture
 from wanforge.errors import ResourceError
+from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, folders, source_hash
-from wanforge.plugins.launching.launch import Constant, Launch, Specialisation
+from wanforge.plugins.launching.launch import Launch, Specialisation
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory a program may have without asking the driver."""

@@ -1,6 +1,6 @@
 """What a kernel launch is: a signature, its arguments, and the specialisation that a cubin is compiled for.
 
-Nothing here runs a kernel or imports Triton; see `kernel`, `interpreter` and `driver`.
+Nothing here runs a kernel or imports Triton; see `call`, `interpreter` and `driver`.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from torch import Tensor
 from wanforge.configs.targets import architecture
 from wanforge.configs.tiles import Tile, load_tiles
 from wanforge.errors import ResourceError, ShapeError
+from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.grid import evaluate
 
 ALIGNMENT = 16
@@ -36,8 +37,6 @@ INT32 = torch.iinfo(torch.int32)
 
 INTERPRETED_SM = 80
 """The architecture whose tiles the interpreter takes."""
-
-Constant = int | float | bool | str | None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.launch import ALIGNMENT, Constant, Launch, recording
+from wanforge.plugins.launching import Constant
+from wanforge.plugins.launching.launch import ALIGNMENT, Launch, recording
 
 PLACE_ALIGNMENT = 256
 """Bytes: what the workspace's parts are aligned to, as CUDA aligns memory."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-Constant = int | float | bool | str | None
+from wanforge.plugins.launching import Constant
 
 TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
 """IMMA, HMMA and QMMA are mma.sync, IGMMA, HGMMA and QGMMA wgmma, UTC*MMA tcgen05. HFMA2.MMA is none of them."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 
 NORM = Kernel(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
 
 QUANTISE = Kernel("quantiser", "quantise", ("cdiv(M, 128)", "K // 128"), {"M": "i32", "x_stride": "i32:16"})

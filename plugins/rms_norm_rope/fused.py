@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 
 NORM = Kernel("rms_norm_rope", "norm", ("cdiv(M, ROWS)", "TENSORS"), {"M": "i32", "x_stride": "i32:16", "eps": "fp32"})
 

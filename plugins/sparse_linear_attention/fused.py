@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
+from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 
 HEAD = 128
-CHUNK_ROWS, MOST_CHUNKS = 1024, 64
-"""Sums over all keys are taken in chunks of about so many: enough programs for any GPU, few enough to add up."""
 
 STATISTICS = Kernel(
     "sparse_linear_attention",

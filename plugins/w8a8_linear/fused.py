@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
 

@@ -64,14 +64,14 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: the file is damaged.
-        BundleError: a tensor has a type or an alignment that nothing here writes.
+        BundleError: A tensor lies at an address that is no multiple of its elements' size.
     """
     header = read_header(path)
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
     for name, spec in header.tensors.items():
-        dtype, offset = STORED.get(spec.dtype), header.offsets[name]
-        if dtype is None or offset % dtype.itemsize:
+        dtype, offset = STORED[spec.dtype], header.offsets[name]
+        if offset % dtype.itemsize:
             raise BundleError(f"{path}: {name} is {spec} at byte {offset}, which cannot be mapped; import it again")
         strides = torch.empty(spec.shape, device="meta").stride()
         tensors[name] = torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, spec.shape, strides)

@@ -255,7 +255,7 @@ class DiT(nn.Module):
                 even. Its type is the compute type.
             timestep_B: 0 to 1000, any float type; published models expect values rounded to bfloat16.
             text_BTE: ``[B, 512, E]``, rows past the prompt's length zero: they are attended to.
-            num_selected: key blocks per query block, where attention is sparse; see `configs.schema.selected_blocks`.
+            num_selected: key blocks per query block, where attention is sparse; see `configs.topk.num_selected`.
 
         Returns:
             ``[B, 16, F, H, W]`` in float32.

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,15 +14,19 @@ from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines import build as engine_plan
-from wanforge.engines.build import build_engines, faults, plan
+from wanforge.configs.targets import parse_targets
+from wanforge.engines import build as build_module
+from wanforge.engines.build import EngineOptions, build_engines, faults, graphs_to_build, pending_engine
 from wanforge.engines.builder import Built, build
-from wanforge.engines.bundle.bundle import Bundle, graph_name
-from wanforge.engines.files import built_clips, find_engine, read_engine
-from wanforge.engines.sizes import covers, profile, sizes
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import GraphRecord
+from wanforge.engines.files import built_clips, find_engine, inputs_of, read_engine
+from wanforge.engines.sizes import covers, named_sizes, profile
 from wanforge.errors import BundleError, ConfigError, ResourceError
+from wanforge.plugins.launching import compiler
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.commands.build import groups, sms_of
+from wanforge.plugins.tensorrt.library import group_by_flavour
+from wanforge.runtime.commands.build import check_bf16
 from wanforge.runtime.graphs import graphs
 
 CLIP = ClipShape(192, 128, 17)
@@ -37,50 +41,56 @@ def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
 
 def built(bundle: Bundle, graph: str, *, plugins: bool = True, dtype: str = "bfloat16") -> Built:
     """One graph of a bundle, compiled for sm_89."""
-    one = graphs(bundle.model, bundle.recipe)[graph]
-    job, *_ = plan(bundle, one, CLIP, sizes(bundle.model, bundle.recipe, CLIP), rtx(), [89], plugins)
-    path = bundle.root / graph_name(graph, dtype, one.has_constants)
-    return build(rtx(), replace(job, onnx=path), [89], plugins=plugins)
+    ((onnx, record),) = graphs_to_build(bundle, [graph]).items()
+    pending = pending_engine(bundle, rtx(), EngineOptions(CLIP, (89,), plugins=plugins), onnx, record)
+    (path,) = (name for name, each in bundle.graphs(dtype).items() if each.name == graph)
+    return build(rtx(), replace(pending.job, onnx=bundle.root / path), [89], plugins=plugins)
+
+
+def record_of(bundle: Bundle, graph: str) -> GraphRecord:
+    """What the manifest says of a graph that engines are built from."""
+    (record,) = graphs_to_build(bundle, [graph]).values()
+    return record
 
 
 @pytest.mark.parametrize(
     ("model", "recipe", "sms"),
-    [("tiny-t2v", "w8a8", [89, 120]), ("tiny-i2v", "w8a8", [80, 86]), ("tiny-t2v", "bf16", [120])],
+    [("tiny-t2v", "w8a8", (89, 120)), ("tiny-i2v", "w8a8", (80, 86)), ("tiny-t2v", "bf16", (120,))],
 )
 def test_every_graph_compiles_and_is_fused(
-    model: str, recipe: str, sms: Sequence[int], bundle_of: Callable[[str, str], Bundle], tmp_path: Path
+    model: str, recipe: str, sms: tuple[int, ...], bundle_of: Callable[[str, str], Bundle], tmp_path: Path
 ) -> None:
     library = rtx()
     shutil.copytree(bundle_of(model, recipe).root, tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
-    engines = build_engines(bundle, CLIP, library, sms)
+    engines = build_engines(bundle, library, EngineOptions(CLIP, sms))
     assert [engine.graph for engine in engines] == list(graphs(bundle.model, bundle.recipe))
     assert [engine.faults for engine in engines] == [[] for _ in engines]
     plugins = {engine.graph: engine.plugins for engine in engines if engine.plugins}
     assert plugins == ({"block": 9, "cross_kv": 2} if recipe == "w8a8" else {})
     for engine in engines:
         assert len(read_engine(bundle, engine.name)) == engine.bytes
-    again = build_engines(bundle, CLIP, library, sms)
+    again = build_engines(bundle, library, EngineOptions(CLIP, sms))
     assert all(engine.is_cached for engine in again)
 
 
 def test_one_engine_serves_every_smaller_clip(bundle: Bundle) -> None:
     small, large = ClipShape(96, 64, 9), ClipShape(208, 128, 17)
-    (engine,) = build_engines(bundle, CLIP, rtx(), [89], only=["block"], smaller=True)
+    (engine,) = build_engines(bundle, rtx(), EngineOptions(CLIP, (89,), only=("block",), smaller=True))
     assert engine.name == "engines/sm_89/up-to-192x128x17/block.bf16.engine"
     assert engine.faults == []
-    one = graphs(bundle.model, bundle.recipe)["block"]
-    onnx = graph_name("block", "bfloat16", one.has_constants)
+    ((onnx, record),) = graphs_to_build(bundle, ["block"]).items()
 
     def found(clip: ClipShape) -> str:
-        return find_engine(bundle, onnx, 89, profile(one, sizes(bundle.model, bundle.recipe, clip)))
+        sizes = named_sizes(bundle.model, bundle.recipe, clip)
+        return find_engine(bundle, onnx, 89, profile(inputs_of(record), sizes))
 
     assert found(small) == found(CLIP) == engine.name
     with pytest.raises(
         BundleError, match=r"no engine of onnx/bf16/block\.onnx for sm_89 and .*tokens=520; there is sm_89"
     ):
         found(large)
-    (exact,) = build_engines(bundle, small, rtx(), [89], only=["block"])
+    (exact,) = build_engines(bundle, rtx(), EngineOptions(small, (89,), only=("block",)))
     assert (found(small), found(CLIP)) == (exact.name, engine.name)
     assert built_clips(bundle) == [CLIP, small]
 
@@ -101,48 +111,48 @@ def test_a_profile_covers_what_lies_in_it(wanted: str, is_covered: bool) -> None
 
 
 def test_the_unregistered_plugin_is_caught(bundle: Bundle) -> None:
-    found = faults(built(bundle, "cross_kv", plugins=False), "cross_kv", bundle.recipe)
+    found = faults(built(bundle, "cross_kv", plugins=False), record_of(bundle, "cross_kv"))
     assert found[0] == "2 ops should be plugins; 0 were taken and 0 compiled"
     assert "products in float32" in found[1]
-    assert faults(built(bundle, "cross_kv", plugins=False), "cross_kv", bundle.recipe, plugins=False) == []
+    assert faults(built(bundle, "cross_kv", plugins=False), record_of(bundle, "cross_kv"), plugins=False) == []
 
 
 def test_a_leak_of_float32_is_caught(bundle: Bundle) -> None:
-    (fault,) = faults(built(bundle, "stem", dtype="float32"), "stem", bundle.recipe)
+    (fault,) = faults(built(bundle, "stem", dtype="float32"), record_of(bundle, "stem"))
     assert "1 products in float32" in fault
-    assert faults(built(bundle, "stem"), "stem", bundle.recipe) == []
+    assert faults(built(bundle, "stem"), record_of(bundle, "stem")) == []
 
 
 def test_attention_that_is_not_fused_is_caught(bundle: Bundle) -> None:
-    one = built(bundle, "text_block")
-    assert faults(one, "text_block", bundle.recipe) == []
+    one, record = built(bundle, "text_block"), record_of(bundle, "text_block")
+    assert faults(one, record) == []
     without = tuple(layer for layer in one.layers if not layer.is_attention)
-    assert faults(replace(one, layers=without), "text_block", bundle.recipe) == ["0 fused attentions, of 1"]
+    assert faults(replace(one, layers=without), record) == ["0 fused attentions, of 1"]
 
 
 def test_sizes_are_the_clips_and_ranges_of_requests() -> None:
     model, recipe = load_model("tiny-t2v"), load_recipe("w8a8")
-    found = {name: str(size) for name, size in sizes(model, recipe, CLIP).items()}
+    found = {name: str(size) for name, size in named_sizes(model, recipe, CLIP).items()}
     assert found == {
         "tokens": "480",
         "latent_height": "16",
         "latent_width": "24",
         "prompt_tokens": "1..512",
         "context_rows": "1..512",
-        "slots": "1..8",
+        "num_selected": "1..8",
     }
 
 
 def test_too_little_memory_is_said_before_the_start(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_plan, "available_bytes", lambda: 1e8)
+    monkeypatch.setattr(build_module, "available_bytes", lambda: 1e8)
     with pytest.raises(ResourceError, match=r"building stem takes about 0\.5 GB of memory, and 0\.1 GB are free"):
-        build_engines(bundle, CLIP, rtx(), [120], only=["stem"])
+        build_engines(bundle, rtx(), EngineOptions(CLIP, (120,), only=("stem",)))
     assert not (bundle.root / "engines").exists()
 
 
 def test_the_kernels_of_plugins_are_compiled_on_demand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Launch] = []
-    monkeypatch.setattr(engine_plan, "compile_kernels", lambda launches, folder, progress: asked.extend(launches))
+    monkeypatch.setattr(compiler, "compile_kernels", lambda launches, folder, progress: asked.extend(launches))
     arguments = ("build", bundle.root, "--target", "rtx3090,rtx4090", "--graph", "block", "--graph", "stem")
     code, said = run(*arguments, "--kernels")
     assert code == 0
@@ -164,9 +174,10 @@ def test_an_interrupted_build_keeps_what_is_done(bundle: Bundle, monkeypatch: py
     def interrupt(engine: object) -> None:
         raise KeyboardInterrupt
 
+    options = EngineOptions(CLIP, (120,), only=("stem", "head"))
     with pytest.raises(KeyboardInterrupt):
-        build_engines(bundle, CLIP, rtx(), [120], only=["stem", "head"], done=interrupt)
-    again = build_engines(Bundle.open(bundle.root), CLIP, rtx(), [120], only=["stem", "head"])
+        build_engines(bundle, rtx(), options, done=interrupt)
+    again = build_engines(Bundle.open(bundle.root), rtx(), options)
     assert [engine.is_cached for engine in again] == [True, False]
 
 
@@ -218,11 +229,11 @@ def test_an_unknown_graph_is_refused(bundle: Bundle) -> None:
     )
 
 
-def test_targets_are_architectures() -> None:
-    assert sms_of("rtx5090, rtx5080,sm_86,h200") == [86, 90, 120]
-    names = [(flavour.name, group) for flavour, group in groups([86, 90, 100, 120])]
+def test_one_engine_serves_the_architectures_of_tensorrt_rtx() -> None:
+    names = [(flavour.name, group) for flavour, group in group_by_flavour([90, 86, 100, 120])]
     assert names == [("tensorrt-rtx", (86, 120)), ("tensorrt", (90,)), ("tensorrt", (100,))]
-    with pytest.raises(ConfigError, match="no target is called 'rtx6090'; known: rtx5090"):
-        sms_of("rtx6090")
+
+
+def test_gpus_without_bfloat16_are_refused() -> None:
     with pytest.raises(ConfigError, match="sm_75 has no bfloat16, in which engines compute; sm_80 is the first"):
-        sms_of("sm_75,rtx5090")
+        check_bf16(parse_targets(["sm_75,rtx5090"]))

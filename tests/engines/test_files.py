@@ -48,7 +48,7 @@ def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[
         onnx=ONNX,
         weights=weights,
         has_plugins=has_plugins,
-        profile={"tokens": 480, "slots": "1..8"},
+        profile="num_selected=1..8 tokens=480",
     )
 
 
@@ -69,7 +69,7 @@ def test_an_engine_is_read_as_it_was_written(bundle: Bundle, name: str) -> None:
     opened = Bundle.open(bundle.root)
     assert read_engine(opened, name) == b"plan"
     assert is_current(opened, name, key(opened))
-    assert opened.manifest.files[name].key["profile"] == "slots=1..8 tokens=480"
+    assert opened.manifest.files[name].key["profile"] == "num_selected=1..8 tokens=480"
     assert not list(bundle.root.rglob("*.partial"))
 
 

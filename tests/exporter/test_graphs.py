@@ -12,13 +12,20 @@ from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_model
 from wanforge.configs.topk import selected_blocks
 from wanforge.engines.bundle.bundle import Bundle, graph_name
-from wanforge.exporter.export import home
+from wanforge.engines.bundle.shapes import concrete
 from wanforge.runtime.graphs import Graph, Port, graphs
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.reference.dit import DiT, patchify, rope_tables, sinusoid, unpatchify
 
 CASES = [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")]
-SIZES = {"tokens": 333, "context_rows": 21, "slots": 2, "prompt_tokens": 19, "latent_height": 5, "latent_width": 7}
+SIZES = {
+    "tokens": 333,
+    "context_rows": 21,
+    "num_selected": 2,
+    "prompt_tokens": 19,
+    "latent_height": 5,
+    "latent_width": 7,
+}
 GRAPHS = [
     *("text_embed", "text_block", "text_final", "context", "cross_kv", "time", "stem", "block", "head"),
     *("vae_decode_first", "vae_decode_next", "vae_encode_first", "vae_encode_next"),
@@ -33,21 +40,21 @@ BundleOf = Callable[[str, str], Bundle]
 
 def example(port: Port, dtype: torch.dtype, generator: torch.Generator, sizes: Mapping[str, int] = SIZES) -> Tensor:
     """Plausible values for an input of any graph."""
-    shape = port.concrete(sizes)
+    shape = concrete(port.shape, sizes)
     if port.name in ("ids", "buckets"):
         return torch.randint(0, 32, shape, generator=generator)
     if port.name == "kept_rows":
         return torch.randperm(512, generator=generator)[: shape[0]]
-    if port.name == "slots":
+    if port.name == "selection":
         return torch.zeros(shape, dtype=torch.int32)
     value = torch.randn(shape, generator=generator)
     return value if port.dtype == "float32" else value.to(dtype)
 
 
 def weights_for(graph: Graph, bundle: Bundle) -> tuple[dict[str, Tensor], str]:
-    component, prefix = home(graph, bundle)
+    component = graph.component(bundle.model)
     stored = Weights(bundle).component(component)
-    return {name: stored[prefix + name] for name in graph.weights}, component
+    return {name: stored[graph.prefix + name] for name in graph.weights}, component
 
 
 def seeded(
@@ -66,7 +73,7 @@ def run_both(bundle: Bundle, name: str, dtype: torch.dtype) -> tuple[list[Tensor
     with torch.inference_mode():
         expected = graph.run(weights, list(feeds.values()))
     path = bundle.path(graph_name(name, dtype, graph.has_constants))
-    shapes = {port.name: port.concrete(SIZES) for port in graph.outputs}
+    shapes = {port.name: concrete(port.shape, SIZES) for port in graph.outputs}
     actual = run_model(str(path), feeds if graph.has_constants else feeds | weights, shapes)
     return actual, [e.to(a.dtype) for a, e in zip(actual, expected, strict=True)], graph
 
@@ -179,7 +186,7 @@ def test_the_whole_network_in_one_file_matches_the_reference(bundle_of: BundleOf
     with torch.device("meta"):
         dit = DiT(config.dit, bundle.recipe)
     dit.load_state_dict(Weights(bundle).component(component), assign=True)
-    expected = dit(latents, timestep, text, num_selected=len(inputs["slots"]))
+    expected = dit(latents, timestep, text, num_selected=len(inputs["selection"]))
     # A whole step of 8-bit layers: flipped steps add up from layer to layer.
     assert relative_rms(unpatchify(velocity, grid), expected) < {"w8a8": 2e-2}.get(recipe, 1e-5)
 
@@ -201,7 +208,7 @@ def whole_inputs(bundle: Bundle) -> tuple[Mapping[str, Tensor], Tensor, Tensor, 
         "key_bias": torch.zeros(512),
         "cos": cos,
         "sin": sin,
-        "slots": torch.zeros(selected, dtype=torch.int32),
+        "selection": torch.zeros(selected, dtype=torch.int32),
     }
     return inputs, latents, text, timestep, grid
 

@@ -42,7 +42,7 @@ def tensors(tokens: int, heads: int, seed: int = 0, batch: int = 1) -> tuple[Ten
     return q, k + 0.5, v, weight, torch.randn(128, generator=generator)
 
 
-def slots(count: int) -> Tensor:
+def selection(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32)
 
 
@@ -125,7 +125,7 @@ def test_matches_brute_force_in_float64(arithmetic: str, shape: tuple[int, int, 
     blocks = Blocks(*block, arithmetic)  # type: ignore[arg-type]
     selected = min(selected, blocks.num_keys(tokens))
     q, k, v, weight, bias = tensors(tokens, heads, seed=tokens)
-    actual = sparse_linear_attention(q, k, v, slots(selected), weight, bias, blocks)
+    actual = sparse_linear_attention(q, k, v, selection(selected), weight, bias, blocks)
     expected = by_brute_force(q, k, v, selected, weight, bias, blocks)
     # Without rounding, float32 against float64. With it, a value on the edge between two steps of int8 or fp8 falls
     # to the other side here and there: one of 1e5 products moved by 1/127, say.
@@ -153,7 +153,7 @@ def test_sla_equals_the_recorded_values(name: str, suffix: str, dtype: torch.dty
     recorded = case[f"output:linear_branch_before_proj_B_H_L_D_{suffix}"]
     assert_matches(linear, recorded, tolerance, name="linear branch")
     proj = case["weight:proj_l.weight"], case["weight:proj_l.bias"]
-    actual = sparse_linear_attention(q, k, v, slots(case.arguments["selected"]), *proj, blocks)
+    actual = sparse_linear_attention(q, k, v, selection(case.arguments["selected"]), *proj, blocks)
     assert_matches(actual, case[f"output:o_B_L_H_D_{suffix}"], tolerance)
 
 
@@ -172,7 +172,7 @@ def test_sagesla_equals_the_recorded_values(variant: str, blocks: Blocks, tolera
     q, k, v = (case[f"input:{x}_B_L_H_D"] for x in "qkv")
     selected = int(case[f"mid:lut_count_{blocks.q}x{blocks.k}"][0, 0, 0])
     proj = case["weight:proj_l.weight"], case["weight:proj_l.bias"]
-    actual = sparse_linear_attention(q, k, v, slots(selected), *proj, blocks)
+    actual = sparse_linear_attention(q, k, v, selection(selected), *proj, blocks)
     assert_matches(actual, case[f"output:o_{variant}"], tolerance)
 
 
@@ -212,13 +212,13 @@ def test_matches_brute_force_for_any_shape(
     blocks = Blocks(block_q, block_k)
     selected = max(1, int(share * blocks.num_keys(tokens)))
     q, k, v, weight, bias = tensors(tokens, heads, seed)
-    actual = sparse_linear_attention(q, k, v, slots(selected), weight, bias, blocks)
+    actual = sparse_linear_attention(q, k, v, selection(selected), weight, bias, blocks)
     assert_matches(actual.double(), by_brute_force(q, k, v, selected, weight, bias, blocks), 1e-5)
 
 
 def test_selecting_every_block_is_full_attention_plus_the_linear_branch() -> None:
     q, k, v, weight, bias = tensors(300, 2)
-    everything = sparse_linear_attention(q, k, v, slots(5), weight, bias, Blocks())
+    everything = sparse_linear_attention(q, k, v, selection(5), weight, bias, Blocks())
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     dense = torch.nn.functional.scaled_dot_product_attention(*heads)
     expected = dense + linear_branch(*heads) @ weight.T + bias
@@ -235,8 +235,8 @@ def test_among_equal_scores_the_lower_block_wins() -> None:
 def test_samples_and_heads_do_not_mix(arithmetic: str) -> None:
     blocks = Blocks(arithmetic=arithmetic)  # type: ignore[arg-type]
     q, k, v, weight, bias = tensors(200, 2, batch=2)
-    together = sparse_linear_attention(q, k, v, slots(2), weight, bias, blocks)
-    alone = sparse_linear_attention(q[1:, :, :1], k[1:, :, :1], v[1:, :, :1], slots(2), weight, bias, blocks)
+    together = sparse_linear_attention(q, k, v, selection(2), weight, bias, blocks)
+    alone = sparse_linear_attention(q[1:, :, :1], k[1:, :, :1], v[1:, :, :1], selection(2), weight, bias, blocks)
     assert relative_rms(together[1:, :, :1], alone) < 1e-6
 
 
@@ -246,30 +246,30 @@ def test_a_channel_of_zeros_stays_zero(arithmetic: str) -> None:
     v[..., 17] = 0
     weight[17] = 0
     blocks = Blocks(arithmetic=arithmetic)  # type: ignore[arg-type]
-    y = sparse_linear_attention(q, k, v, slots(1), weight, torch.zeros(128), blocks)
+    y = sparse_linear_attention(q, k, v, selection(1), weight, torch.zeros(128), blocks)
     assert torch.isfinite(y).all()
     assert float(y[..., 17].abs().max()) == 0
 
 
 def test_takes_strided_input() -> None:
     q, k, v, weight, bias = tensors(130, 2)
-    expected = sparse_linear_attention(q, k, v, slots(2), weight, bias, Blocks())
+    expected = sparse_linear_attention(q, k, v, selection(2), weight, bias, Blocks())
     q, k, v = torch.stack((q, k, v), -2).unbind(-2)
     assert not q.is_contiguous()
-    assert_matches(sparse_linear_attention(q, k, v, slots(2), weight, bias, Blocks()), expected, 1e-6)
+    assert_matches(sparse_linear_attention(q, k, v, selection(2), weight, bias, Blocks()), expected, 1e-6)
 
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_refuses_to_select_none_or_more_than_there_are(count: int) -> None:
     q, k, v, weight, bias = tensors(130, 1)
     with pytest.raises(ShapeError, match="of 3"):
-        sparse_linear_attention(q, k, v, slots(count), weight, bias, Blocks())
+        sparse_linear_attention(q, k, v, selection(count), weight, bias, Blocks())
 
 
 def test_refuses_tensors_of_different_shapes() -> None:
     q, k, v, weight, bias = tensors(130, 1)
     with pytest.raises(ShapeError, match="equal in shape"):
-        sparse_linear_attention(q, k[:, :64], v, slots(1), weight, bias, Blocks())
+        sparse_linear_attention(q, k[:, :64], v, selection(1), weight, bias, Blocks())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -280,15 +280,15 @@ def test_onnx_body_matches(arithmetic: str, shape: tuple[int, int, int], block: 
     blocks = Blocks(*block, arithmetic)  # type: ignore[arg-type]
     selected = min(selected, blocks.num_keys(tokens))
     q, k, v, weight, bias = tensors(tokens, heads, seed=tokens)
-    expected = sparse_linear_attention(q, k, v, slots(selected), weight, bias, blocks)
+    expected = sparse_linear_attention(q, k, v, selection(selected), weight, bias, blocks)
     actual = run_body(
         onnx_function.NAME,
         onnx_function.functions(blocks.arithmetic),
-        [q, k, v, slots(selected), weight.to(torch.bfloat16), bias],
+        [q, k, v, selection(selected), weight.to(torch.bfloat16), bias],
         expected.shape,
         onnx_function.attributes(blocks),
     )
-    expected = sparse_linear_attention(q, k, v, slots(selected), weight.to(torch.bfloat16), bias, blocks)
+    expected = sparse_linear_attention(q, k, v, selection(selected), weight.to(torch.bfloat16), bias, blocks)
     # The mean of the keys is summed in another order, and 2 in a million int8 steps then fall to the other side
     # (counted over 5 million); one such step moves tensors as small as these by 3e-4.
     assert_matches(actual, expected, 1e-6 if arithmetic == "sla" else 1e-3)

@@ -17,7 +17,7 @@ from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.noise import write_noise
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.request import Request, Timings
+from wanforge.runtime.request import Request, Timings, latent_shape
 
 BundleOf = Callable[[str, str], Bundle]
 SHAPE = ClipShape(96, 64, 9)
@@ -45,7 +45,7 @@ def test_a_seed_gives_the_same_frames_and_another_seed_others(pipeline: Pipeline
 
 def test_saved_noise_stands_for_its_seed(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "noise.safetensors"
-    write_noise(path, pipeline.latent_shape(SHAPE), 5, 4)
+    write_noise(path, latent_shape(pipeline.model, SHAPE), 5, 4)
     assert list(tmp_path.iterdir()) == [path]
     by_seed, by_file = (
         pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, seed=seed, topk=0.5, noise=noise)), Timings())
@@ -65,7 +65,7 @@ def test_noise_that_does_not_fit_is_refused(pipeline: Pipeline, tmp_path: Path) 
     path.write_bytes(b"nonsense")
     with pytest.raises(RequestError, match="not a noise file"):
         attempt(4)
-    write_noise(path, pipeline.latent_shape(SHAPE), 0, 2)
+    write_noise(path, latent_shape(pipeline.model, SHAPE), 0, 2)
     attempt(2)
     with pytest.raises(RequestError, match=r"step.2 is missing"):
         attempt(4)
@@ -143,7 +143,7 @@ def test_noise_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_noise(tmp_path / "noise.safetensors", pipeline.latent_shape(SHAPE), 0, 4)
+        write_noise(tmp_path / "noise.safetensors", latent_shape(pipeline.model, SHAPE), 0, 4)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.dit import DiT, dense_attention
-from wanforge.runtime.request import Request, Timings
+from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import context_rows, denoise_schedule, text_schedule, vae_schedule
 
 BundleOf = Callable[[str, str], Bundle]
@@ -75,14 +75,14 @@ def test_computing_once_changes_nothing(
     denoiser = pipeline.denoiser(job, Timings())
     text = pipeline.embed(job.ids)
     for step in job.steps:
-        latents = torch.randn(pipeline.latent_shape(SHAPE), dtype=torch.float64)
+        latents = torch.randn(latent_shape(pipeline.model, SHAPE), dtype=torch.float64)
         with torch.device("meta"):
             dit = DiT(bundle.model.dit, bundle.recipe)
         component = f"dit.{step.expert}" if step.expert else "dit"
         dit.load_state_dict(Weights(bundle).component(component), assign=True)
         x = latents.float() if denoiser.channels is None else torch.cat((latents.float(), denoiser.channels), 1)
         with torch.inference_mode():
-            expected = dit(x, torch.tensor([step.timestep]), text, num_selected=job.slots)
+            expected = dit(x, torch.tensor([step.timestep]), text, num_selected=job.num_selected)
         assert_matches(denoiser(latents, step), expected, tolerance, name=f"step {step.index}")
 
 
@@ -90,7 +90,7 @@ def test_keys_and_values_are_made_once_per_prompt_and_modulation_once_per_step()
     model, recipe = load_model("tiny-i2v"), load_recipe("w8a8")
     found = graphs(model, recipe)
     steps = ["high", "high", "low", "low"]
-    schedule = denoise_schedule(model, found, SHAPE, steps, context_rows=12, slots=1)
+    schedule = denoise_schedule(model, found, SHAPE, steps, context_rows=12, num_selected=1)
     layers = model.dit.num_layers
     count = lambda program: [launch.graph for launch in schedule.programs[program]]  # noqa: E731
     assert count("prompt") == ["context", *["cross_kv"] * layers] * 2

@@ -89,7 +89,7 @@ def test_clips_are_held_against_the_right_ones() -> None:
             model=model,
             backend=SimpleNamespace(name="drawn"),
             recipe=SimpleNamespace(name="none"),
-            make=lambda request: (None, next(asked)),
+            make=lambda request: SimpleNamespace(frames=next(asked).numpy()),
         ),
     )
     # Values are cut off to whole ones.

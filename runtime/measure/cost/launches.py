@@ -19,7 +19,7 @@ from wanforge.configs.targets import Target
 from wanforge.configs.topk import num_selected
 from wanforge.errors import ConfigError
 from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.sparse_linear_attention.fused import CHUNK_ROWS, MOST_CHUNKS
+from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 
 INT8 = FP8 = 1
 BF16 = FP16 = 2

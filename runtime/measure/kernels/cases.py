@@ -16,8 +16,9 @@ from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.launching.kernel import Kernel
-from wanforge.plugins.launching.launch import Constant, architecture_of, recording
+from wanforge.plugins.launching import Constant
+from wanforge.plugins.launching.call import Kernel
+from wanforge.plugins.launching.launch import architecture_of, recording
 from wanforge.plugins.layer_norm.fused import norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
 from wanforge.plugins.quantiser.fused import Quantised

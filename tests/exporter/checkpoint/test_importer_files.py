@@ -31,6 +31,7 @@ from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.reader import StoredTensor
+from wanforge.progress import Progress
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -138,17 +139,17 @@ def test_linking_a_bundle_to_its_own_files_keeps_them(tmp_path: Path, bundles: d
         Bundle.open(out).verify([weights_name(c) for c in components(T2V)], again=True)
 
 
-def stop_after(ticks: int) -> Callable[[str, int], Callable[[int], None]]:
+def stop_after(ticks: int) -> Progress:
     """A progress callback that interrupts the import."""
     left = ticks
 
-    def tick(size: int) -> None:
+    def tick(stage: str, done: int, total: int, unit: str = "", /) -> None:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
 
-    return lambda title, total: tick
+    return tick
 
 
 @pytest.mark.parametrize(

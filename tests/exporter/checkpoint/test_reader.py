@@ -193,7 +193,7 @@ def test_refuses_what_is_not_contiguous(tmp_path: Path, tensor: Tensor) -> None:
         open_checkpoint(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int16, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_refuses_a_type_that_no_checkpoint_has(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.save({"odd": torch.zeros(3).to(dtype)}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=f"odd is stored as {dtype}") as caught:

@@ -4,7 +4,6 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -146,11 +145,11 @@ def test_values_have_the_scale_of_trained_ones(checkpoints: dict[str, Path]) -> 
 
 
 def test_interruption_leaves_nothing(tmp_path: Path) -> None:
-    def stop(size: int) -> None:
+    def stop(stage: str, done: int, total: int, unit: str = "", /) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(load_model("tiny-t2v"), tmp_path, progress=lambda title, total: stop)
+        write_checkpoint(load_model("tiny-t2v"), tmp_path, progress=stop)
     assert list(tmp_path.iterdir()) == []
     assert content(tmp_path, {"dit"})
     assert [path.suffix for path in tmp_path.iterdir()] == [".pth"]
@@ -160,9 +159,9 @@ def test_progress_adds_up_to_the_tensors(tmp_path: Path) -> None:
     expected: dict[str, int] = {}
     seen: dict[str, int] = {}
 
-    def progress(title: str, total: int) -> Callable[[int], object]:
-        expected[title] = total
-        return lambda size: seen.update({title: seen.get(title, 0) + size})
+    def progress(title: str, done: int, total: int, unit: str = "", /) -> None:
+        assert unit == "B"
+        expected[title], seen[title] = total, done
 
     write_checkpoint(load_model("tiny-t2v"), tmp_path, parts=WEIGHTS, progress=progress)
     assert seen == expected
@@ -173,7 +172,7 @@ def test_progress_adds_up_to_the_tensors(tmp_path: Path) -> None:
 WRITE_SPARSE = """
 import json, psutil, resource, sys
 from pathlib import Path
-from wanforge.configs.schema import load_model
+from wanforge.configs.model import load_model
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 
 def peak():

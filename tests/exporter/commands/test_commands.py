@@ -24,6 +24,7 @@ from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, weights_
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.commands import import_ as commands
+from wanforge.exporter.commands import synth
 
 DIT, VAE, TEXT = map(weights_name, ("dit", "vae", "text_encoder"))
 STEM = "onnx/fp32/stem.onnx"
@@ -109,7 +110,10 @@ def test_synth_follows_the_seed(tmp_path: Path, checkpoints: dict[str, Path]) ->
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--model", "tiny"], "no model is called 'tiny'; known: tiny-i2v, tiny-t2v, tinywan, turbowan"),
+        (
+            ["--model", "tiny"],
+            "no model is called 'tiny'; did you mean tinywan? known: tiny-i2v, tiny-t2v, tinywan, turbowan",
+        ),
         (["--model", "gone.toml"], "gone.toml: no such configuration file"),
         (["--model", "tiny-t2v", "--part", "clip"], "tiny-t2v has no part clip; known: dit, dit-quant, vae"),
         (["--model", "tiny-t2v", "--part", "dit.low"], "tiny-t2v has no part dit.low"),
@@ -382,7 +386,7 @@ def test_every_command_explains_itself(name: str) -> None:
     assert succeeded(name, "--help").stdout.startswith(f"Usage: cli {name} ")
 
 
-@pytest.mark.parametrize(("option", "expected"), [("--help", "  generate  "), ("--version", "wanforge, version ")])
+@pytest.mark.parametrize(("option", "expected"), [("--help", "  generate  "), ("--version", "wanforge ")])
 def test_help_imports_nothing_heavy(option: str, expected: str) -> None:
     heavy = ("torch", "numpy", "onnx", "msgspec", "tokenizers", "wanforge.exporter", "wanforge.runtime")
     program = f"import sys\nfor name in {heavy}: sys.modules[name] = None\nfrom wanforge.cli import main\nmain()"
@@ -422,7 +426,7 @@ def test_program_exits_with_130_when_interrupted(
     def interrupted(name: str) -> None:
         raise interruption
 
-    monkeypatch.setattr(commands, "load_model", interrupted)
+    monkeypatch.setattr(synth, "load_model", interrupted)
     monkeypatch.setattr(sys, "argv", ["wanforge", "synth", "--model", "tiny-t2v", "--out", "x"])
     with pytest.raises(SystemExit) as caught:
         main()

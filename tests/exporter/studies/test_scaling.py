@@ -4,7 +4,6 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +13,7 @@ from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
+from wanforge.engines.build import EngineOptions
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.exporter.studies import scaling as scaling_module
@@ -29,9 +29,9 @@ from wanforge.exporter.studies.scaling_report import (
     text,
     time_plot,
 )
-from wanforge.runtime.cost_page import markdown
 from wanforge.runtime.measure.cost.fused import fused_request
 from wanforge.runtime.measure.cost.launches import published_workload, seconds
+from wanforge.runtime.measure.tables import markdown_table
 
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 CLIPS = [ClipShape(832, 480, 161), ClipShape(832, 480, 81)]
@@ -94,10 +94,10 @@ def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> N
 
 @pytest.mark.usefixtures("without_a_builder")
 def test_the_document_is_what_the_code_says() -> None:
-    document = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
     found = predict([load_model(LARGE)], [ClipShape(1280, 720, 81)], [0.1, 0.05, 0.2, 1.0], load_targets())
     for header, rows in (floors_table(found), decoder_table(found), growth_table(found)):
-        line = markdown(header, rows).splitlines()[2]
+        line = markdown_table(header, rows).splitlines()[2]
         assert f"\n{line}\n" in document
 
 
@@ -116,13 +116,13 @@ def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
 def test_after_a_refusal_no_larger_clip_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried: list[int] = []
 
-    def build(bundle: Bundle, clip: ClipShape, *rest: Any) -> None:
-        tried.append(clip.frames)
-        if clip.frames > 5:
+    def build(bundle: Bundle, library: object, options: EngineOptions) -> None:
+        tried.append(options.clip.frames)
+        if options.clip.frames > 5:
             raise ResourceError("out of memory")
 
     monkeypatch.setattr(scaling_module, "build_engines", build)
-    monkeypatch.setattr(scaling_module, "report", lambda bundle, clip, name, target: name)
+    monkeypatch.setattr(scaling_module, "memory_report", lambda bundle, clip, name, target: name)
     monkeypatch.setattr(scaling_module, "open_library", lambda flavour: object())
     clips = [ClipShape(192, 128, frames) for frames in (17, 9, 5)]
     found = predict([load_model("tiny-t2v")], clips, [1.0], GPUS)

@@ -13,7 +13,7 @@ from wanforge.runtime.measure.machine import fingerprint
 from wanforge.runtime.measure.requests.meters import ResourceUse
 from wanforge.runtime.measure.requests.timing import Row
 
-STAGES = ("text", "prepare", "denoise", "decode", "transfer", "mux", "step", "total")
+STAGES = ("text", "prepare", "denoise", "decode", "transfer", "write", "step", "total")
 
 
 def made(*, host: float = 2e-5, ort: float = 0.3) -> Suite:

@@ -17,9 +17,10 @@ import torch
 
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import cubins
+from wanforge.plugins.launching import driver as driver_module
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, CubinStore, source_hash
-from wanforge.plugins.launching.driver import Driver, Launcher
-from wanforge.plugins.launching.kernel import Kernel
+from wanforge.plugins.launching.driver import Driver, Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
 from wanforge.version import PACKAGE
 
@@ -88,20 +89,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CubinStore:
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cubins, "find_spec", lambda name: None)
+    monkeypatch.setattr(driver_module, "find_spec", lambda name: None)
 
 
-def test_arguments_go_in_the_compiled_order_with_null_scratch(cache: CubinStore) -> None:
+def test_arguments_go_in_the_compiled_order(cache: CubinStore) -> None:
     given, driver = launch(), FakeDriver()
     cache.add(cubin_of(given), CODE)
     Launcher(driver)(given)
-    device, function, grid, threads, shared, stream, values, types = driver.launches[0]
+    loaded, grid, values, stream = driver.launches[0]
     x, y = given.arguments["x"], given.arguments["y"]
     assert isinstance(x, torch.Tensor)
     assert isinstance(y, torch.Tensor)
-    assert (device, function, grid, threads, shared, stream) == (x.device, "function", (3, 1, 1), 256, 1024, 77)
-    assert list(values) == [y.data_ptr(), 0.5, 300, x.data_ptr(), 64, 0, 0]
-    assert types == (NULL, ctypes.c_float, ctypes.c_int32, NULL, ctypes.c_int64, NULL, NULL)
+    assert (loaded.device, loaded.function, grid, stream) == (x.device, "function", (3, 1, 1), 77)
+    assert list(values) == [y.data_ptr(), 0.5, 300, x.data_ptr(), 64]
+    assert loaded.types == (NULL, ctypes.c_float, ctypes.c_int32, NULL, ctypes.c_int64, NULL, NULL)
 
 
 def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: CubinStore) -> None:
@@ -112,8 +113,8 @@ def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: CubinStore)
     (cache.folder / "norm.cubin").unlink()
     launcher(launch(M=1))
     assert driver.loads == [(torch.device("cpu"), CODE, "norm", 1024)]
-    assert [values[2] for *_, values, _ in driver.launches] == [300, 1]
-    assert [grid for _, _, grid, *_ in driver.launches] == [(3, 1, 1), (1, 1, 1)]
+    assert [values[2] for _, _, values, _ in driver.launches] == [300, 1]
+    assert [grid for _, grid, _, _ in driver.launches] == [(3, 1, 1), (1, 1, 1)]
 
 
 def test_misaligned_arguments_are_not_launched(cache: CubinStore) -> None:
@@ -235,7 +236,7 @@ def test_the_source_hash_follows_imports(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_source_hash_of_a_real_kernel_covers_what_it_shares() -> None:
     path = cubins.PACKAGE / "plugins" / "layer_norm" / "kernel.py"
-    assert "wanforge.plugins.w8a8_linear.kernel" in set(cubins._imported("wanforge.x", path.read_bytes()))
+    assert "wanforge.plugins.quantiser.kernel" in set(cubins._imported("wanforge.x", path.read_bytes()))
 
 
 def test_launching_imports_no_triton() -> None:
@@ -301,8 +302,9 @@ def test_more_shared_memory_than_48_kib_is_asked_for(driver: Driver, shared: int
     ]
 
 
-def test_a_launch_hands_over_values_with_their_types(driver: Driver) -> None:
-    driver.launch(GPU, "function", (3, 2, 1), 256, 1024, 77, [16, 1, 0, 0], [NULL, ctypes.c_int32, NULL, NULL])
+def test_a_launch_hands_over_values_with_their_types_and_null_scratch(driver: Driver) -> None:
+    loaded = LoadedKernel(GPU, cubin_of(launch()), "function", (NULL, ctypes.c_int32, NULL, NULL))
+    driver.launch(loaded, (3, 2, 1), [16, 1], 77)
     arguments = (16, 1, 0, 0), (NULL, ctypes.c_int32, NULL, NULL)
     assert ("cuLaunchKernel", "function", 3, 2, 1, 256, 1, 1, 1024, 77, arguments, 0) in driver.cuda.calls
     assert driver.cuda.calls[-1] == ("cuCtxPopCurrent",)

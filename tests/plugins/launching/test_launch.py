@@ -10,8 +10,8 @@ from tests.launches import gemm_launch, norm_launch
 from wanforge.configs.tiles import load_tiles
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import launch as launching
+from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.launching.grid import evaluate
-from wanforge.plugins.launching.kernel import Kernel
 from wanforge.plugins.launching.launch import Launch, architecture_of, recording, tile_for
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)", "D // 64"), {"M": "i32", "stride": "i64:16", "eps": "fp32"})

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from wanforge.configs.tiles import tiled_architectures
 from wanforge.errors import ShapeError
 from wanforge.plugins.launching.cubins import Cubin, source_hash
 from wanforge.plugins.launching.driver import Driver, Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, plan
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
-from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation, architectures
+from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation
 from wanforge.plugins.w8a8_linear.plugin import W8A8LinearPlugin
 
 ROWS = 333
@@ -44,7 +45,7 @@ def test_every_tensor_has_a_place_of_its_own(op: PluginOp, inputs: Any, kernels:
     bases = len(inputs) + 2
     extents = {}
     for each in made.launches:
-        for name, place in each.places.items():
+        for name, place in each.addresses.items():
             tensor = each.launch.arguments[name]
             assert isinstance(tensor, torch.Tensor)
             assert place.base < bases
@@ -101,7 +102,7 @@ def test_more_rows_never_need_less_workspace() -> None:
 
 def test_the_workspace_is_enough_on_every_architecture() -> None:
     op = SparseLinearAttentionPlugin(128, 64, "sage_fp8")
-    needed = {sm: op.plan(ATTENTION, sm).workspace_bytes for sm in architectures()}
+    needed = {sm: op.plan(ATTENTION, sm).workspace_bytes for sm in tiled_architectures()}
     assert needed[80] == needed[86] > needed[89] == needed[120]
     assert op.workspace_bytes(ATTENTION) == needed[80]
 
@@ -161,7 +162,7 @@ def stored(launch: Launch) -> tuple[Any, Cubin]:
 def test_the_driver_is_told_what_the_op_launches(
     op: PluginOp, inputs: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wanforge.plugins.launching.cubins.find", stored)
+    monkeypatch.setattr("wanforge.plugins.launching.driver.find_cubin", stored)
     allocated: list[Any] = []
     preparation, launcher = Preparation(op), Launcher(Recorder())
     ready = preparation.ready(inputs, launcher)
@@ -176,13 +177,13 @@ def test_the_driver_is_told_what_the_op_launches(
 
     with torch.device("meta"), recording(89) as direct:
         op.on(89).run([empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in inputs])
-    assert [function for _, function, *_ in driver.launches] == kernels
+    assert [loaded.function for loaded, *_ in driver.launches] == kernels
     for told, launch in zip(driver.launches, direct, strict=True):
-        device, _, grid, threads, shared, stream, values, types = told
-        assert (device, grid, threads, shared, stream) == (torch.device("cuda", 1), launch.grid, 128, 0, 77)
-        assert len(values) == len(types)
-        assert values[-2:] == [0, 0]
-        for (name, kind), value, ctype in zip(reversed(launch.specialisation.types), values[:-2], types, strict=False):
+        loaded, grid, values, stream = told
+        assert (loaded.device, grid, stream) == (torch.device("cuda", 1), launch.grid, 77)
+        assert len(values) + 2 == len(loaded.types)  # two scratch pointers follow
+        kinds = reversed(launch.specialisation.types)
+        for (name, kind), value, ctype in zip(kinds, values, loaded.types, strict=False):
             if kind.startswith("*"):
                 assert ctype is ctypes.c_void_p
                 assert value >= 1 << 32

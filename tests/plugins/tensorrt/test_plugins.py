@@ -42,10 +42,10 @@ class Build:
             self.plan = builder.build_serialized_network(network, config)
 
 
-def attention(folder: Path, *, x: str = "bfloat16", slots: str = "int32", heads: int = 2, batch: int = 1) -> Path:
+def attention(folder: Path, *, x: str = "bfloat16", selection: str = "int32", heads: int = 2, batch: int = 1) -> Path:
     shape = (batch, "rows", heads, 128)
     inputs: list[Port] = [(name, x, shape) for name in "qkv"]
-    inputs += [("slots", slots, (2,)), ("w", x, (128, 128)), ("b", x, (128,))]
+    inputs += [("selection", selection, (2,)), ("w", x, (128, 128)), ("b", x, (128,))]
     path = folder / "attention.onnx"
     call = node(
         "SparseLinearAttention",
@@ -89,8 +89,8 @@ def test_attention_compiles_with_a_dynamic_length(tmp_path: Path) -> None:
             "W8A8Linear: weight (200, 256): wants multiples of 128; keep this layer unquantised",
         ),
         (
-            lambda folder: attention(folder, slots="float32"),
-            "SparseLinearAttention: slots is float32, and can be int32 only",
+            lambda folder: attention(folder, selection="float32"),
+            "SparseLinearAttention: selection is float32, and can be int32 only",
         ),
         (
             lambda folder: attention(folder, batch=2),

@@ -16,7 +16,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ShapeError
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.fused_block import FusedBlock, launches, recipe_for
-from wanforge.runtime.commands.kernels import launches_of
+from wanforge.runtime.commands.kernels import KernelsOptions
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.parity.comparison import Contender, compare
 from wanforge.runtime.request import Request
@@ -107,15 +107,15 @@ def test_launches_are_of_the_models_own_clip() -> None:
     found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe("w8a8"), 90)
     (attention,) = (launch for launch in found if launch.kernel.function == "attention")
     assert attention.grid == (591, 40, 1)
-    sizes = {name: attention.arguments[name] for name in ("L", "M", "N", "S")}
-    assert sizes == {"L": 75600, "M": 591, "N": 1182, "S": 118}
+    sizes = {name: attention.arguments[name] for name in ("L", "M", "N", "num_selected")}
+    assert sizes == {"L": 75600, "M": 591, "N": 1182, "num_selected": 118}
 
 
 def test_other_clips_want_other_kernels() -> None:
     """Lanes of the block selection follow from the clip: 512 key blocks at 480p, 88 with nine frames."""
 
     def lanes(**clip: Any) -> set[object]:
-        found = launches_of([90], ["turbowan2.1-t2v-1.3b-480p"], "w8a8", clip)
+        found = KernelsOptions(targets=("h100",), models=("turbowan2.1-t2v-1.3b-480p",), **clip).launches()
         return {launch.arguments["LANES"] for launch in found if launch.kernel.function == "select"}
 
     assert (lanes(), lanes(frames=9)) == ({512}, {128})

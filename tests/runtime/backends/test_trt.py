@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.stand_ins import HEADER, StandIn, write_engines
 from wanforge.configs.clip import ClipShape
-from wanforge.engines import build as engine_plan
+from wanforge.engines import build as build_module
 from wanforge.engines import files as engine_files
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.loader import Loader
@@ -35,7 +35,7 @@ BundleOf = Callable[[str, str], Bundle]
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.7.1.116" if flavour is RTX else None)
-    monkeypatch.setattr(engine_plan, "DTYPE", "float32")
+    monkeypatch.setattr(build_module, "DTYPE", "float32")
     monkeypatch.setattr(trt_module, "register_plugins", lambda library: Account())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

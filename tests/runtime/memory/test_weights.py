@@ -18,7 +18,7 @@ from wanforge.runtime.backends.base import Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.other_recipe import read_as
 from wanforge.runtime.memory.weights import Weights, map_tensors
-from wanforge.runtime.schedule import text_schedule
+from wanforge.runtime.schedule import GraphRun, text_schedule
 
 
 def test_mapped_tensors_equal_the_librarys(bundle_of: Callable[[str, str], Bundle]) -> None:
@@ -64,7 +64,7 @@ def test_onnx_runtime_binds_the_mapped_weights(
 def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, str], Bundle], recipe: str) -> None:
     plain = bundle_of("tiny-t2v", "bf16-sla")
     other = read_as(plain, load_recipe(recipe))
-    scale = Weights(other).component("dit")["blocks.0.ffn.0.scale"]
+    scale = Weights(other).of(GraphRun("block", (), (), "dit", "blocks.0."), "ffn.0.scale")
     tile = load_recipe(recipe).tile
     assert scale.shape == (plain.model.dit.ffn_dim // tile, plain.model.dit.dim // tile)
     with pytest.raises(ConfigError, match=f"graphs are made for tiles of 128, not {tile}; use the backend torch"):
@@ -77,8 +77,12 @@ def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, st
 
 def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
-    save_file({"a": torch.zeros(3, dtype=torch.float64)}, path)
-    with pytest.raises(BundleError, match="cannot be mapped"):
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.int8)}, path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    # One more space at the end of the header, and the float32 tensor starts at an odd byte.
+    path.write_bytes((size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :])
+    with pytest.raises(BundleError, match=r"a is F32 \[3\] at byte \d+, which cannot be mapped"):
         map_tensors(path)
 
 

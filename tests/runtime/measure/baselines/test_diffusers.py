@@ -15,7 +15,8 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
-from wanforge.runtime.backends import create_backend, create_baseline
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.measure.baselines import create_baseline
 from wanforge.runtime.measure.baselines import diffusers as baseline
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.pipeline import Pipeline

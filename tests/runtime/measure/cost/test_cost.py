@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools.pages.kernels import TABLES, fused, unfused, with_tables
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import VideoConfig, load_model
 from wanforge.configs.recipe import load_recipe
@@ -22,14 +23,13 @@ from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
 from wanforge.runtime.backends.fused_block import launches
-from wanforge.runtime.cost_page import TABLES, fused, unfused, with_tables
 from wanforge.runtime.measure.cost import launches as cost
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, prompt
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
 from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
 from wanforge.runtime.reference.dit import Block
 
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[4] / "docs" / "kernels.md"
 SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b-480p", "14b-720p"))
 
 
@@ -74,10 +74,10 @@ def test_work_of_a_block_is_what_its_definition_multiplies() -> None:
     for parameter in [*layer.parameters(), *layer.buffers()]:
         parameter.zero_() if parameter.dtype == torch.int8 else parameter.fill_(0.01)
     angles = torch.zeros(w.L, 64)
-    slots = torch.zeros(w.num_selected, dtype=torch.int32)
+    selection = torch.zeros(w.num_selected, dtype=torch.int32)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         keys, values = layer.cross_attn.keys_values(text)
-        layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), keys, values, None, angles, angles, slots)
+        layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), keys, values, None, angles, angles, selection)
     assert sum(x.total_flops for x in all_launches(unfused_block(w))) == counter.get_total_flops()
 
 
@@ -152,12 +152,12 @@ def test_a_request_pays_the_prompt_once_per_expert() -> None:
 def test_the_page_holds_these_tables() -> None:
     page = PAGE.read_text()
     assert sorted(re.findall(r"<!-- table: (\S+) -->", page)) == sorted(TABLES)
-    assert with_tables(page) == page, "run: python -m wanforge.runtime.cost_page docs/kernels.md"
+    assert with_tables(page) == page, "run: python -m tools.pages.kernels docs/kernels.md"
     for make in TABLES.values():
         assert make() in page
 
 
 def test_counting_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import wanforge.runtime.cost_page"
+    code = "import sys; sys.modules['torch'] = None; import tools.pages.kernels"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -21,9 +21,10 @@ from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.runtime.measure import machine
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches
-from wanforge.runtime.measure.kernels import bench, checks, machine, report, timing
+from wanforge.runtime.measure.kernels import bench, checks, report, timing
 from wanforge.runtime.measure.kernels.cases import OPS, launches_apart
 from wanforge.runtime.measure.kernels.checks import CHECKS, KernelVerdict, check
 from wanforge.runtime.measure.kernels.report import UNMEASURED, KernelReport, table
@@ -39,6 +40,7 @@ from wanforge.runtime.measure.kernels.timing import (
     measure,
     times_of,
 )
+from wanforge.version import output_of
 
 CPU = torch.device("cpu")
 H200 = load_targets()["h200"]
@@ -71,7 +73,7 @@ class FakeTimer:
         return self.base[name] + sum(other == name for other, _ in self.log)
 
 
-def spoken(baselines: tuple[str, ...], cost: Cost = COST) -> Case:
+def spoken(baselines: tuple[str, ...], cost: LaunchCost = COST) -> Case:
     """A case whose contenders say who they are and which inputs they had."""
 
     def inputs(draw: Draw) -> tuple[int]:
@@ -471,12 +473,12 @@ def test_a_clip_too_short_for_its_topk_is_refused() -> None:
 
 
 def test_the_commit_is_this_repositorys() -> None:
-    found = machine.machine_of(CPU)
+    found = machine.gpu_facts(CPU)
     assert found["commit"] is None or len(found["commit"].removesuffix("-dirty")) == 40
     assert found["torch"] == torch.__version__
 
 
 def test_a_missing_program_says_nothing() -> None:
-    assert machine.said("no-such-program") is None
-    assert machine.said("false") is None
-    assert machine.said("echo", "570.1") == "570.1"
+    assert output_of("no-such-program") is None
+    assert output_of("false") is None
+    assert output_of("echo", "570.1") == "570.1"

@@ -13,9 +13,9 @@ from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin
 from wanforge.plugins.launching.occupancy import faults
-from wanforge.runtime.commands.kernels import launches_of
+from wanforge.runtime.commands.kernels import KernelsOptions
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 SMS = (80, 86, 89, 90, 100, 120)
 
@@ -36,7 +36,11 @@ HALF = {"HMMA", "HGMMA", "UTCHMMA"}
 @pytest.fixture(scope="module")
 def cubins(pytestconfig: pytest.Config) -> list[Cubin]:
     """Kept in pytest's cache: a second run compiles what has changed."""
-    launches = [launch for recipe, model, sms in COMPILED for launch in launches_of(sms, [model], recipe)]
+    launches = [
+        launch
+        for recipe, model, sms in COMPILED
+        for launch in KernelsOptions(targets=tuple(f"sm_{sm}" for sm in sms), models=(model,), recipe=recipe).launches()
+    ]
     return compile_kernels(launches, kept(pytestconfig))
 
 

@@ -94,7 +94,7 @@ def axes_swapped(inputs: dict[str, Tensor]) -> None:
 
 
 def one_fewer(inputs: dict[str, Tensor]) -> None:
-    inputs["slots"] = inputs["slots"][:-1]
+    inputs["selection"] = inputs["selection"][:-1]
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_a_planted_error_is_found_at_its_layer_and_op(
     first = found.first
     assert first is not None
     place = first.place
-    assert (place.depth, place.graph, place.component, place.layer, place.point) == ("op", "block", "dit", layer, op)
+    assert (place.depth, place.graph, place.component, place.layer, place.tap) == ("op", "block", "dit", layer, op)
     # Every op has the reference's inputs: no other is to blame, but those that read what was changed.
-    wrong = {c.place.point for c in found.at("op") if not c.passed}
+    wrong = {c.place.tap for c in found.at("op") if not c.passed}
     assert wrong == {op, "self_attn.attn_op.k"} if op == "self_attn.attn_op.q" else {op}
     assert {c.place.layer for c in found.at("op") if not c.passed} == {layer}
 
@@ -236,9 +236,10 @@ def test_weights_quantised_on_the_way_are_those_of_an_import(bundle_of: BundleOf
     from wanforge.runtime.measure.other_recipe import read_as
 
     plain, eight = bundle_of("tiny-t2v", "bf16-sla"), bundle_of("tiny-t2v", "w8a8")
-    made, kept = Weights(read_as(plain, load_recipe("w8a8"))).component("dit"), Weights(eight).component("dit")
+    made, kept = Weights(read_as(plain, load_recipe("w8a8"))), Weights(eight)
+    layer = GraphRun("block", (), (), "dit", "blocks.1.")
     for part in ("int8_weight", "scale"):
-        assert torch.equal(made[f"blocks.1.ffn.2.{part}"], kept[f"blocks.1.ffn.2.{part}"])
+        assert torch.equal(made.of(layer, f"ffn.2.{part}"), kept.of(layer, f"ffn.2.{part}"))
 
 
 def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf) -> None:
@@ -267,11 +268,11 @@ def test_kernels_are_looked_into(bundle_of: BundleOf, recipe: str) -> None:
     bundle = bundle_of("tiny-t2v", recipe)
     found = compare(bundle, Contender("kernels"), CLIP, depths=("op",))
     assert found.passed, found.first
-    points = {c.place.point for c in found.comparisons}
-    assert {"self_attn.q.in", "self_attn.v", "self_attn.o.in", "norm3.in", "ffn.2.in", "hidden_out"} <= points
+    taps = {c.place.tap for c in found.comparisons}
+    assert {"self_attn.q.in", "self_attn.v", "self_attn.o.in", "norm3.in", "ffn.2.in", "hidden_out"} <= taps
     kernels = create_backend("kernels", bundle)
     doubled("blocks.1.cross_attn.q.bias")(kernels.weights.component("dit"))  # type: ignore[attr-defined]
     reference = Pipeline(bundle, create_backend("torch", bundle))
     wrong = compare_pipelines(reference, Pipeline(bundle, kernels), CLIP, ("op",))
-    places = {(c.place.layer, c.place.point) for c in wrong.comparisons if not c.passed}
+    places = {(c.place.layer, c.place.tap) for c in wrong.comparisons if not c.passed}
     assert places == {(1, "cross_attn.q")}

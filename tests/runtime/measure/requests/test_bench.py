@@ -57,7 +57,7 @@ def test_every_stage_of_every_contender_is_reported(bundle_of: BundleOf, picture
     assert [row["contender"] for row in result["rows"]] == ["torch", "ort"]
     for row in result["rows"]:
         stages = row["stages"]
-        names = ["text", "condition", "prepare", "denoise", "decode", "transfer", "mux", "step", "total"]
+        names = ["text", "condition", "prepare", "denoise", "decode", "transfer", "write", "step", "total"]
         assert list(stages) == names
         assert all(len(stage["runs"]) == 2 for stage in stages.values())
         for index in (0, 1):
@@ -209,7 +209,7 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(
 def test_the_count_of_a_graph_is_that_of_its_products() -> None:
     model, recipe = load_model("tiny-t2v"), load_recipe("bf16")
     tokens, dim, ffn, rows = 48, model.dit.dim, model.dit.ffn_dim, 20
-    sizes = {"tokens": tokens, "context_rows": rows, "slots": 1}
+    sizes = {"tokens": tokens, "context_rows": rows, "num_selected": 1}
     linears = 2 * tokens * dim * (4 * dim + 2 * dim + 2 * ffn)
     attention = 4 * tokens * tokens * dim + 4 * tokens * rows * dim
     assert operations(graphs(model, recipe)["block"], sizes) == linears + attention

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from wanforge.plugins.launching import driver
+from wanforge.plugins.launching import Constant, driver
 from wanforge.plugins.launching.interpreter import interpret
-from wanforge.plugins.launching.launch import Constant, KernelSignature, Launch, architecture_of, record, tile_for
+from wanforge.plugins.launching.launch import KernelSignature, Launch, architecture_of, record, tile_for
 
 
 @dataclass(frozen=True)
