@@ -18,7 +18,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
 from wanforge.runtime.dtypes import PortType
-from wanforge.runtime.reference.dit import Block, DiT
+from wanforge.runtime.reference.dit import Block, DiT, block_arguments
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
@@ -163,7 +163,7 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
             [hidden, modulation, keys, values, key_bias, cos, sin, selection],
             [hidden_out],
             block,
-            _forward,
+            _run_block,
             lambda name: not _is_cross_kv(name) and name != "modulation",
         ),
         _graph(
@@ -265,6 +265,10 @@ def _is_time(name: str) -> bool:
 
 def _forward(owner: nn.Module, *inputs: Tensor) -> Any:
     return owner(*inputs)
+
+
+def _run_block(block: Block, *inputs: Tensor) -> Tensor:
+    return block(*block_arguments(inputs))
 
 
 def _embed_ids(encoder: TextEncoder, ids_BT: Tensor) -> Tensor:

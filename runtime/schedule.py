@@ -62,7 +62,7 @@ class Schedule:
         """The programs that a request's steps are."""
         return [program for program in self.programs if program.startswith("step.")]
 
-    def launches(self) -> Iterator[GraphRun]:
+    def graph_runs(self) -> Iterator[GraphRun]:
         """Every launch of every program, in order."""
         return chain.from_iterable(self.programs.values())
 
@@ -74,7 +74,7 @@ class _Builder:
         self.graphs, self.sizes = graphs, sizes
         self.buffers: dict[str, BufferSpec] = {}
 
-    def launch(
+    def run(
         self,
         name: str,
         inputs: Sequence[str | Ref],
@@ -105,12 +105,12 @@ def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens
     """``ids`` and ``buckets`` to ``embedding``, at the prompt's real length."""
     build = _Builder(graphs, {"prompt_tokens": prompt_tokens})
     component, layers = "text_encoder", model.text_encoder.num_layers
-    launches = [build.launch("text_embed", ["ids"], ["hidden.0"], component)]
+    runs = [build.run("text_embed", ["ids"], ["hidden.0"], component)]
     for layer in range(layers):
         here, there = f"hidden.{layer % 2}", f"hidden.{(layer + 1) % 2}"
-        launches.append(build.launch("text_block", [here, "buckets"], [there], component, f"blocks.{layer}."))
-    launches.append(build.launch("text_final", [f"hidden.{layers % 2}"], ["embedding"], component))
-    return Schedule("text", build.buffers, {"text": tuple(launches)})
+        runs.append(build.run("text_block", [here, "buckets"], [there], component, f"blocks.{layer}."))
+    runs.append(build.run("text_final", [f"hidden.{layers % 2}"], ["embedding"], component))
+    return Schedule("text", build.buffers, {"text": tuple(runs)})
 
 
 def denoise_schedule(
@@ -137,15 +137,15 @@ def denoise_schedule(
     prompt, times, programs = [], [], {}
     for expert in dict.fromkeys(steps):
         dit, context = dit_component(expert), f"context.{expert}"
-        prompt.append(build.launch("context", ["text"], [context], dit))
+        prompt.append(build.run("context", ["text"], [context], dit))
         for layer in layers:
             keys_values = [f"keys.{expert}.{layer}", f"values.{expert}.{layer}"]
-            prompt.append(build.launch("cross_kv", [context, "kept_rows"], keys_values, dit, f"blocks.{layer}."))
+            prompt.append(build.run("cross_kv", [context, "kept_rows"], keys_values, dit, f"blocks.{layer}."))
     for index, expert in enumerate(steps):
         dit = dit_component(expert)
         modulation, head = f"modulation.{index}", f"head_modulation.{index}"
-        times.append(build.launch("time", [f"sinusoid.{index}"], [modulation, head], dit))
-        launches = [build.launch("stem", ["patches"], ["hidden.0"], dit)]
+        times.append(build.run("time", [f"sinusoid.{index}"], [modulation, head], dit))
+        runs = [build.run("stem", ["patches"], ["hidden.0"], dit)]
         for layer in layers:
             inputs: list[str | Ref] = [
                 f"hidden.{layer % 2}",
@@ -155,9 +155,9 @@ def denoise_schedule(
                 *("key_bias", "cos", "sin", "selection"),
             ]
             outputs = [f"hidden.{(layer + 1) % 2}"]
-            launches.append(build.launch("block", inputs, outputs, dit, f"blocks.{layer}."))
-        launches.append(build.launch("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
-        programs[f"step.{index}"] = tuple(launches)
+            runs.append(build.run("block", inputs, outputs, dit, f"blocks.{layer}."))
+        runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
+        programs[f"step.{index}"] = tuple(runs)
     return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
 
 
@@ -168,11 +168,11 @@ def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Sc
     first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
     caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
     chunk_in, chunk_out = following.inputs[0].name, following.outputs[0].name
-    opening = build.launch(first.name, [f"first_{chunk_in}"], [f"first_{chunk_out}", *caches[0]], "vae")
+    opening = build.run(first.name, [f"first_{chunk_in}"], [f"first_{chunk_out}", *caches[0]], "vae")
     programs = {"first": (opening,)}
     for side in (0, 1):
         inputs, outputs = [chunk_in, *caches[side]], [chunk_out, *caches[1 - side]]
-        programs[f"next.{side}"] = (build.launch(following.name, inputs, outputs, "vae"),)
+        programs[f"next.{side}"] = (build.run(following.name, inputs, outputs, "vae"),)
     return Schedule(half, build.buffers, programs)
 
 

@@ -1,15 +1,74 @@
-"""Imports run down only: every floor must import with all floors above it, and the tools it does without, absent."""
+"""Imports run down only, wherever in a module they stand, and a backend loads nothing that it does without."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tools.house import WATCHED, cycles, imports, sources
+
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
-"""Lowest first; `errors` and `cli` lie below them all."""
+"""Lowest first; what `GROUND` names lies below them, and `DOOR` above."""
+GROUND = ["errors", "whole_file", "host", "progress", "version"]
+DOOR = ["cli", "api", "wanforge"]
+
+ROOMS = [
+    *(f"wanforge.{name}" for name in GROUND),
+    "wanforge.configs.loading",
+    "wanforge.configs.clip",
+    "wanforge.configs.model wanforge.configs.recipe wanforge.configs.targets wanforge.configs.tiles",
+    "wanforge.configs",
+    "wanforge.plugins.launching",
+    "wanforge.plugins.quantiser",
+    "wanforge.plugins.tensorrt wanforge.plugins.onnx_body",
+    "wanforge.plugins",
+    "wanforge.engines.bundle",
+    "wanforge.engines",
+    "wanforge.runtime.reference wanforge.runtime.dtypes wanforge.runtime.progress wanforge.runtime.text",
+    "wanforge.runtime.image wanforge.runtime.video wanforge.runtime.noise wanforge.runtime.request",
+    "wanforge.runtime.graphs",
+    "wanforge.runtime.schedule",
+    "wanforge.runtime.memory",
+    "wanforge.runtime.backends",
+    "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
+    "wanforge.runtime.doctor",
+    "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
+    "wanforge.runtime.measure.cost",
+    "wanforge.runtime.measure.other_recipe wanforge.runtime.measure.baselines",
+    "wanforge.runtime.measure.parity.metrics",
+    "wanforge.runtime.measure.parity wanforge.runtime.measure.quality wanforge.runtime.measure.kernels",
+    "wanforge.runtime.measure.requests",
+    "wanforge.runtime.measure",
+    "wanforge.runtime.commands.options",
+    "wanforge.runtime.commands",
+    "wanforge.runtime",
+    "wanforge.exporter.tracer wanforge.exporter.graph_key",
+    "wanforge.exporter.lowerings",
+    "wanforge.exporter.onnx_model",
+    "wanforge.exporter.checkpoint",
+    "wanforge.exporter.whole_network wanforge.exporter.debugging",
+    "wanforge.exporter.export",
+    "wanforge.exporter.studies",
+    "wanforge.exporter.commands",
+    "wanforge.exporter",
+    "wanforge.api",
+    "wanforge",
+    "wanforge.cli",
+]
+"""Every room of the house, lowest first. A module imports what lies below its room, or in it."""
+
+BY_NAME = {
+    "wanforge.plugins.tensorrt.plugin",
+    "wanforge.plugins.launching.interpreter",
+    "wanforge.plugins.launching.worker",
+}
+"""Modules that find an op's kernel or plugin by the name of the op, so that a new op is a new folder and nothing else."""
+
 TENSORRT = ["tensorrt", "tensorrt_rtx"]
 """Optional, and two of them: opened when something is built or run."""
 ABSENT = {
@@ -25,40 +84,114 @@ BODIES = ("onnx_body", "onnx_function")
 KERNELS = ".kernel"
 """Modules of `plugins` that are Triton, imported only where a kernel is interpreted or compiled."""
 
+MODULES = sources(ROOT)
 
-def modules(floor: str) -> list[str]:
-    files = sorted((ROOT / floor).rglob("*.py"))
-    names = [".".join(("wanforge", *file.relative_to(ROOT).with_suffix("").parts)) for file in files]
-    return [name.removesuffix(".__init__") for name in names]
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for name, path in MODULES.items():
+        yield name, ast.parse(path.read_text())
+
+
+def room_of(module: str) -> int:
+    """The number of the innermost room that a module lies in."""
+    found = [
+        (len(name), number)
+        for number, names in enumerate(ROOMS)
+        for name in names.split()
+        if module == name or module.startswith(f"{name}.")
+    ]
+    return max(found)[1]
+
+
+def child(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_every_import_runs_down() -> None:
+    known = set(MODULES)
+    wrong = [
+        f"{name} imports {other}"
+        for name, tree in trees()
+        for other in imports(tree, known) - {name}
+        if room_of(other) > room_of(name) and not name.startswith(f"{other}.")
+    ]
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    known = set(MODULES)
+    assert cycles({name: imports(tree, known) - {name} for name, tree in trees()}) == []
+
+
+def test_a_module_is_imported_by_name_only_where_the_name_is_not_known() -> None:
+    found = {
+        name
+        for name, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module")
+        if "wanforge" in ast.unparse(node.args[0])
+    }
+    assert found == BY_NAME
 
 
 @pytest.mark.parametrize("floor", FLOORS)
 def test_a_floor_imports_nothing_from_above(floor: str) -> None:
     above = FLOORS[FLOORS.index(floor) + 1 :]
-    blocked = [f"wanforge.{name}" for name in above] + ABSENT[floor]
+    blocked = [f"wanforge.{name}" for name in [*above, "api", "cli"]] + ABSENT[floor]
     if floor == "runtime":
-        blocked += [name for name in modules("plugins") if name.endswith((*BODIES, KERNELS))]
-    imported = [name for name in modules(floor) if not name.endswith(KERNELS)]
-    code = f"""
+        plugins = [name for name in MODULES if name.startswith("wanforge.plugins.")]
+        blocked += [name for name in plugins if name.endswith((*BODIES, KERNELS))]
+    imported = [n for n in MODULES if n.startswith(f"wanforge.{floor}") and not n.endswith(KERNELS)]
+    done = child(f"""
 import sys
 from importlib import import_module
 for name in {blocked!r}:
     sys.modules[name] = None
 for name in {imported!r}:
     import_module(name)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+""")
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 
 
-def test_the_help_imports_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None; from wanforge.cli import main; main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", code, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+@pytest.mark.parametrize(
+    ("backend", "needed"), [("torch", set()), ("ort", set()), ("kernels", set()), ("trt", {"TensorRT"})]
+)
+def test_a_backend_loads_nothing_that_it_does_without(backend: str, needed: set[str]) -> None:
+    done = child(f"import sys, wanforge.runtime.backends.{backend}; print('\\n'.join(sys.modules))")
     assert done.returncode == 0, done.stderr
-    for name in ("synth", "import", "export", "kernels", "build", "inspect", "generate", "parity", "bench"):
+    loaded = done.stdout.splitlines()
+    found = {
+        what
+        for what, modules in WATCHED.items()
+        for module in modules
+        if any(name == module or name.startswith(f"{module}.") for name in loaded)
+    }
+    assert found == needed
+
+
+def test_importing_wanforge_loads_no_torch() -> None:
+    done = child("import sys; sys.modules['torch'] = None; import wanforge; print(dir(wanforge))")
+    assert done.returncode == 0, done.stderr
+    assert "import_checkpoint" in done.stdout
+
+
+def test_importing_writes_nothing_to_the_environment() -> None:
+    code = "import os; before = dict(os.environ)\n"
+    code += "\n".join(f"import {name}" for name in MODULES if not name.endswith(KERNELS))
+    # ONNX Runtime and PyTorch set variables of their own.
+    code += "\nprint([name for name in os.environ if name not in before and 'TRITON' in name])"
+    done = child(code)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_help_imports_no_torch() -> None:
+    from wanforge.cli import COMMANDS
+
+    code = "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None; sys.argv = ['wanforge', '--help']\n"
+    done = child(code + "from wanforge.cli import main; main()")
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
         assert f"\n  {name} " in done.stdout
 
 

@@ -88,7 +88,7 @@ def scaling(options: ScalingOptions) -> None:
         found = predict(models, options.clips(), options.topks, gpus, bars)
     if options.markdown is not None:
         write_atomically(options.markdown.with_name(report.TIME_PLOT), report.time_plot(found).encode())
-        if found.rooms:
+        if found.memories:
             write_atomically(options.markdown.with_name(report.MEMORY_PLOT), report.memory_plot(found).encode())
         write_atomically(options.markdown, report.page(found).encode())
     click.echo(json.dumps(report.as_json(found)) if options.as_json else report.text(found))

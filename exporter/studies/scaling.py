@@ -1,5 +1,8 @@
-"""How time and memory grow with a clip's length and size, predicted: published models as headers before a hole, floors
-by counting, memory by the engine builder's own account. Nothing is run, and no GPU is needed."""
+"""Predictions of how time and memory grow with a clip's length and size.
+
+Published models are stood in for by files of headers alone. Times are rooflines, from counted operations and bytes;
+memory is what the engine builder reports. Nothing is run, and no GPU is needed.
+"""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,13 +75,13 @@ class Scaling:
     """All predictions.
 
     Attributes:
-        rooms: in the order of the clips; empty where nothing can be built.
+        memories: in the order of the clips; empty where nothing can be built.
         missing: then, why.
     """
 
     targets: Mapping[str, Target]
     points: Sequence[ScalingPoint]
-    rooms: Sequence[ClipMemory]
+    memories: Sequence[ClipMemory]
     missing: str = ""
 
 
@@ -95,7 +98,7 @@ def predict(
         ConfigError: a top-k selects no block of a clip.
     """
     points: list[ScalingPoint] = []
-    rooms: list[ClipMemory] = []
+    memories: list[ClipMemory] = []
     missing = ""
     try:
         library = open_library(RTX)
@@ -109,8 +112,8 @@ def predict(
                 points += points_of(bundle, clip, topks, targets)
             if library is not None:
                 export(bundle, ["bf16"])
-                rooms += rooms_of(bundle, ordered, targets, library, progress)
-    return Scaling(targets, points, rooms, missing)
+                memories += memories_of(bundle, ordered, targets, library, progress)
+    return Scaling(targets, points, memories, missing)
 
 
 def points_of(
@@ -139,7 +142,7 @@ def of_networks(stages: Mapping[str, list[LaunchCost]]) -> dict[str, list[Launch
     return {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
 
 
-def rooms_of(
+def memories_of(
     bundle: Bundle, clips: Sequence[ClipShape], targets: Mapping[str, Target], library: Library, progress: Progress
 ) -> list[ClipMemory]:
     """The memory of clips, the smaller first: engines are built for each, until the builder refuses one. What is larger
@@ -147,7 +150,7 @@ def rooms_of(
     buildable = {name: target for name, target in targets.items() if flavour_for(target.sm) is RTX}
     sms = sorted({target.sm for target in buildable.values()} or {RTX.sms[-1]})
     endless = msgspec.structs.replace(next(iter(load_targets().values())), sm=sms[0], vram_gib=ENDLESS_GIB)
-    rooms, refusal = list[ClipMemory](), ""
+    memories, refusal = list[ClipMemory](), ""
     for done, clip in enumerate(clips, 1):
         name = bundle.model.name
         try:
@@ -156,9 +159,9 @@ def rooms_of(
             build_engines(bundle, library, EngineOptions(clip, tuple(sms)))
         except WanforgeError as error:
             refusal = str(error)
-            rooms.append(ClipMemory(name, clip, refusal=refusal))
+            memories.append(ClipMemory(name, clip, refusal=refusal))
         else:
             plans = {gpu: memory_report(bundle, clip, gpu, target) for gpu, target in buildable.items()}
-            rooms.append(ClipMemory(name, clip, memory_report(bundle, clip, "endless", endless), plans=plans))
+            memories.append(ClipMemory(name, clip, memory_report(bundle, clip, "endless", endless), plans=plans))
         progress(f"memory of {name}", done, len(clips))
-    return rooms
+    return memories

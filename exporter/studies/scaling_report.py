@@ -38,13 +38,13 @@ def as_json(scaling: Scaling) -> dict[str, Any]:
         ],
         "memory": [
             {
-                "model": room.model,
-                **clip_facts(room.clip),
-                "refusal": room.refusal,
-                "resident": None if room.plan is None else room.plan.as_json(),
-                "plans": {gpu: plan.as_json() for gpu, plan in room.plans.items()},
+                "model": memory.model,
+                **clip_facts(memory.clip),
+                "refusal": memory.refusal,
+                "resident": None if memory.plan is None else memory.plan.as_json(),
+                "plans": {gpu: plan.as_json() for gpu, plan in memory.plans.items()},
             }
-            for room in scaling.rooms
+            for memory in scaling.memories
         ],
         "missing": scaling.missing,
     }
@@ -82,22 +82,22 @@ def area(clip: ClipShape) -> int:
     return clip.width_px * clip.height_px
 
 
-def floors_table(scaling: Scaling) -> Table:
-    """Floor of the denoiser, all its steps, on every GPU."""
+def rooflines_table(scaling: Scaling) -> Table:
+    """Roofline of the denoiser, all its steps, on every GPU."""
     rows = []
     for point, *_ in by_clip(scaling):
-        floors = [number(point.bounds[gpu]["denoise"].floor) for gpu in scaling.targets]
-        rows.append([size(point.model), *clip_cells(point.clip), *floors])
+        rooflines = [number(point.bounds[gpu]["denoise"].roofline) for gpu in scaling.targets]
+        rows.append([size(point.model), *clip_cells(point.clip), *rooflines])
     return ["s", *CLIP, *scaling.targets], rows
 
 
 def decoder_table(scaling: Scaling) -> Table:
-    """Floor of the VAE's decoder, which all models share, on every GPU."""
+    """Roofline of the VAE's decoder, which all models share, on every GPU."""
     first, rows = models(scaling)[0], []
     for point, *_ in by_clip(scaling):
         if point.model == first:
-            floors = [number(point.bounds[gpu]["decode"].floor) for gpu in scaling.targets]
-            rows.append([*clip_cells(point.clip), *floors])
+            rooflines = [number(point.bounds[gpu]["decode"].roofline) for gpu in scaling.targets]
+            rows.append([*clip_cells(point.clip), *rooflines])
     return ["s: size", *CLIP[1:], *scaling.targets], rows
 
 
@@ -109,8 +109,8 @@ def growth_table(scaling: Scaling) -> Table:
         point = points[0]
         follows = before is not None and (before.model, area(before.clip)) == (point.model, area(point.clip))
         exponent = f"{growth(before, point, gpu):.2f}" if before is not None and follows else "-"
-        floors = [number(each.bounds[gpu]["denoise"].floor) for each in points]
-        rows.append([size(point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *floors])
+        rooflines = [number(each.bounds[gpu]["denoise"].roofline) for each in points]
+        rows.append([size(point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *rooflines])
         before = point
     topks = [f"top-k {point.topk:g}, s" for point in next(by_clip(scaling))]
     return ["", *CLIP, "quadratic", "exponent", *topks], rows
@@ -118,29 +118,29 @@ def growth_table(scaling: Scaling) -> Table:
 
 def growth(one: ScalingPoint, other: ScalingPoint, gpu: str) -> float:
     """The power of the number of tokens that the denoiser's time grows with between two clips."""
-    times = (point.bounds[gpu]["denoise"].floor for point in (other, one))
+    times = (point.bounds[gpu]["denoise"].roofline for point in (other, one))
     return math.log(next(times) / next(times)) / math.log(other.clip.tokens / one.clip.tokens)
 
 
 def memory_table(scaling: Scaling) -> Table:
     """What the stages need beside weights, all of it with everything resident, and what stays on each GPU."""
-    gpus = list(dict.fromkeys(gpu for room in scaling.rooms for gpu in room.plans))
+    gpus = list(dict.fromkeys(gpu for memory in scaling.memories for gpu in memory.plans))
     rows = []
-    for room in sorted(scaling.rooms, key=lambda r: (models(scaling).index(r.model), area(r.clip), r.clip.frames)):
-        cells = [size(room.model), *clip_cells(room.clip)]
-        if room.plan is None:
+    for memory in sorted(scaling.memories, key=lambda r: (models(scaling).index(r.model), area(r.clip), r.clip.frames)):
+        cells = [size(memory.model), *clip_cells(memory.clip)]
+        if memory.plan is None:
             rows.append([*cells, *["-"] * (3 + len(gpus))])
             continue
-        extents = [gigabytes(extent(room, stage)) for stage in ("denoise", "decode")]
-        rows.append([*cells, *extents, gigabytes(peak(room.plan)), *(resident(room.plans[gpu]) for gpu in gpus)])
+        extents = [gigabytes(extent(memory, stage)) for stage in ("denoise", "decode")]
+        rows.append([*cells, *extents, gigabytes(peak(memory.plan)), *(resident(memory.plans[gpu]) for gpu in gpus)])
     return ["GB", *CLIP, "denoiser", "decoder", "peak", *gpus], rows
 
 
-def extent(room: ClipMemory, stage: str) -> int:
+def extent(memory: ClipMemory, stage: str) -> int:
     """Bytes that a stage needs beside weights."""
-    assert room.plan is not None
-    assert room.plan.plan is not None
-    return room.plan.plan.stages[stage].extent
+    assert memory.plan is not None
+    assert memory.plan.plan is not None
+    return memory.plan.plan.stages[stage].extent
 
 
 def peak(plan: MemoryReport) -> int:
@@ -174,7 +174,7 @@ def laws(scaling: Scaling) -> list[str]:
         if len(halves) > 1:
             ratios = " and ".join(ratio(points, next(iter(scaling.targets))) for points in (of_model[0], of_model[-1]))
             found.append(f"{size(model)}: {ratios}.")
-        planned = [room for room in scaling.rooms if room.model == model and room.plan is not None]
+        planned = [memory for memory in scaling.memories if memory.model == model and memory.plan is not None]
         if len(planned) > 1:
             few, many = planned[0], planned[-1]
             slope = (extent(many, "denoise") - extent(few, "denoise")) / (many.clip.tokens - few.clip.tokens)
@@ -182,7 +182,7 @@ def laws(scaling: Scaling) -> list[str]:
                 f"{size(model)}: the denoiser's memory beside weights grows by {slope / 1e3:.0f} kB per token "
                 f"({few.clip.tokens:,} to {many.clip.tokens:,} tokens)."
             )
-        refused = [room for room in scaling.rooms if room.model == model and room.plan is None]
+        refused = [memory for memory in scaling.memories if memory.model == model and memory.plan is None]
         if refused:
             found.append(
                 f"{size(model)}: at {refused[0].clip.tokens:,} tokens there is no engine and so no plan, larger clips "
@@ -194,9 +194,9 @@ def laws(scaling: Scaling) -> list[str]:
 def ratio(points: Sequence[ScalingPoint], gpu: str) -> str:
     """What a clip's largest top-k costs, in words."""
     most = max(points, key=lambda point: point.topk)
-    floors = [point.bounds[gpu]["denoise"].floor for point in (most, points[0])]
+    rooflines = [point.bounds[gpu]["denoise"].roofline for point in (most, points[0])]
     return (
-        f"at {most.clip.tokens:,} tokens top-k {most.topk:g} takes {floors[0] / floors[1]:.1f} times as long as "
+        f"at {most.clip.tokens:,} tokens top-k {most.topk:g} takes {rooflines[0] / rooflines[1]:.1f} times as long as "
         f"{points[0].topk:g}"
     )
 
@@ -209,15 +209,15 @@ def half_point(point: ScalingPoint) -> float:
 def text(scaling: Scaling) -> str:
     """For a terminal."""
     parts = [
-        "predicted, not measured: floors at the vendors' peaks",
+        "predicted, not measured: rooflines at the vendors' peaks",
         "denoiser",
-        text_table(*floors_table(scaling)),
+        text_table(*rooflines_table(scaling)),
         "VAE decoder",
         text_table(*decoder_table(scaling)),
         "growth",
         text_table(*growth_table(scaling)),
     ]
-    if scaling.rooms:
+    if scaling.memories:
         parts += ["memory, predicted", text_table(*memory_table(scaling))]
     return "\n".join([*parts, *laws(scaling), *([f"memory: {scaling.missing}"] if scaling.missing else [])])
 
@@ -230,25 +230,26 @@ def page(scaling: Scaling) -> str:
         f"Written by `{COMMAND}`, in minutes, on a machine without a GPU. Do not edit. **Everything here is predicted, "
         "nothing is measured.** The models' own clips have 81 frames, five seconds; whether longer ones look right is "
         "not asked here.",
-        "Times are floors: every launch's operations and bytes at the vendor's peaks, each tensor once, W8A8 with "
+        "Times are rooflines: every launch's operations and bytes at the vendor's peaks, each tensor once, W8A8 with "
         "SageSLA, four steps. Nothing can be faster; kernels that reach the shares of the peaks that "
         f"[kernels.md](kernels.md) assumes take {1 / ASSUMED.bandwidth:.2f} to {1 / ASSUMED.arithmetic:.2f} times as "
         "long. The text encoder and the video file are left out: they do not grow with size, or hardly.",
         "## The law",
         "\n".join(f"- {law}" for law in laws(scaling)),
-        f"![Floor of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
-        f"Floors of the denoiser on a {gpu}. *Quadratic*: share of its operations, at the first top-k. *Exponent*: the "
-        "power of the tokens that its time has grown with since the length before.",
+        f"![Roofline of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
+        f"Rooflines of the denoiser on a {gpu}. *Quadratic* is the share of its operations that grow with the square of "
+        "the tokens, at the first top-k. *Exponent* is the power of the tokens with which its time has grown since the "
+        "length before.",
         markdown_table(*growth_table(scaling), words=2),
         "## Denoiser, all steps",
-        f"Floors in seconds at top-k {scaling.points[0].topk:g}.",
-        markdown_table(*floors_table(scaling), words=2),
+        f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",
+        markdown_table(*rooflines_table(scaling), words=2),
         "## VAE decoder",
-        "Floors in seconds, bf16; the same for all models, and all but in proportion to the pixels.",
+        "Rooflines in seconds, bf16; the same for all models, and all but in proportion to the pixels.",
         markdown_table(*decoder_table(scaling)),
         "## Memory",
     ]
-    if scaling.rooms:
+    if scaling.memories:
         parts += [
             "What TensorRT-RTX's builder says of every engine's intermediate tensors, buffers and weights counted "
             "(`wanforge build --plan`), for any prompt and top-k. *Denoiser* and *decoder*: beside weights; *peak*: "
@@ -265,23 +266,23 @@ def page(scaling: Scaling) -> str:
 
 
 def time_plot(scaling: Scaling) -> str:
-    """Floor over tokens on the first GPU, at the first top-k and the last."""
+    """Roofline over tokens on the first GPU, at the first top-k and the last."""
     gpu, found = next(iter(scaling.targets)), list(by_clip(scaling))
 
-    def floors(model: str, place: int, stage: str) -> list[tuple[ClipShape, float]]:
+    def rooflines(model: str, place: int, stage: str) -> list[tuple[ClipShape, float]]:
         points = (each[place] for each in found if each[0].model == model)
-        return [(point.clip, point.bounds[gpu][stage].floor) for point in points]
+        return [(point.clip, point.bounds[gpu][stage].roofline) for point in points]
 
     places = dict.fromkeys((0, len(found[0]) - 1))
     series = [
-        line(f"{size(model)} {found[0][place].topk:g}", floors(model, place, "denoise"), "s")
+        line(f"{size(model)} {found[0][place].topk:g}", rooflines(model, place, "denoise"), "s")
         for model in models(scaling)
         for place in places
     ]
-    series.append(line("decoder", floors(models(scaling)[0], 0, "decode"), "s"))
-    title = f"floors over tokens on {scaling.targets[gpu].title}, by model and top-k"
+    series.append(line("decoder", rooflines(models(scaling)[0], 0, "decode"), "s"))
+    title = f"rooflines over tokens on {scaling.targets[gpu].title}, by model and top-k"
     return picture_of(
-        Plot(title, f"tokens; models by top-k, floor on {gpu}, predicted", "s", series, log_x=True, log_y=True)
+        Plot(title, f"tokens; models by top-k, roofline on {gpu}, predicted", "s", series, log_x=True, log_y=True)
     )
 
 
@@ -289,8 +290,8 @@ def memory_plot(scaling: Scaling) -> str:
     """Memory beside weights over tokens."""
 
     def extents(model: str, stage: str) -> list[tuple[ClipShape, float]]:
-        planned = (room for room in scaling.rooms if room.model == model and room.plan is not None)
-        return [(room.clip, extent(room, stage) / 1e9) for room in planned]
+        planned = (memory for memory in scaling.memories if memory.model == model and memory.plan is not None)
+        return [(memory.clip, extent(memory, stage) / 1e9) for memory in planned]
 
     series = [line(size(model), extents(model, "denoise"), "GB") for model in models(scaling)]
     series.append(line("decoder", extents(models(scaling)[0], "decode"), "GB", is_joined=False))

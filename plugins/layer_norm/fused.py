@@ -1,5 +1,7 @@
 """Layer norm as a kernel, quantised in the same pass where a W8A8 linear follows."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,13 +17,23 @@ NORM = Kernel(
 )
 
 
+class Affine(NamedTuple):
+    """What follows the normalisation, and how the variance is taken."""
+
+    gain_D: Tensor
+    offset_D: Tensor
+    eps: float
+    modulated: bool
+    padded_variance: bool
+
+
 def norm(
     x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
 ) -> Tensor:
     """`reference.layer_norm`, or `reference.modulated_norm` of one sample: then the gain is its scale, the offset its
     shift. Rows of x may lie apart."""
     y_LD = torch.empty(x_LD.shape, dtype=x_LD.dtype, device=x_LD.device)
-    _norm(x_LD, y_LD, None, gain_D, offset_D, eps, modulated, padded_variance)
+    _norm(x_LD, y_LD, None, Affine(gain_D, offset_D, eps, modulated, padded_variance))
     return y_LD
 
 
@@ -30,37 +42,28 @@ def norm_quantised(
 ) -> Quantised:
     """`norm`, quantised for the linear that follows."""
     y = empty_quantised(x_LD.shape[0], x_LD.shape[1], x_LD.device)
-    _norm(x_LD, y.steps_MK, y.scale, gain_D, offset_D, eps, modulated, padded_variance)
+    _norm(x_LD, y.steps_MK, y.scale, Affine(gain_D, offset_D, eps, modulated, padded_variance))
     return y
 
 
-def _norm(
-    x_LD: Tensor,
-    y_LD: Tensor,
-    y_scale: Tensor | None,
-    gain_D: Tensor,
-    offset_D: Tensor,
-    eps: float,
-    modulated: bool,
-    padded_variance: bool,
-) -> None:
+def _norm(x_LD: Tensor, y_LD: Tensor, y_scale: Tensor | None, affine: Affine) -> None:
     rows, width = x_LD.shape
-    if width % 128 or x_LD.stride(1) != 1 or not gain_D.shape == offset_D.shape == (width,):
+    if width % 128 or x_LD.stride(1) != 1 or not affine.gain_D.shape == affine.offset_D.shape == (width,):
         raise ShapeError(
-            f"x {tuple(x_LD.shape)}, strides {x_LD.stride()}, gain {tuple(gain_D.shape)} and offset "
-            f"{tuple(offset_D.shape)} do not fit; the width is a multiple of 128"
+            f"x {tuple(x_LD.shape)}, strides {x_LD.stride()}, gain {tuple(affine.gain_D.shape)} and offset "
+            f"{tuple(affine.offset_D.shape)} do not fit; the width is a multiple of 128"
         )
-    padding = ((1 << (width - 1).bit_length()) - width) / width if padded_variance else 0.0
+    padding = ((1 << (width - 1).bit_length()) - width) / width if affine.padded_variance else 0.0
     NORM(
         x=x_LD,
         y=y_LD,
         y_scale=y_scale,
-        gain=gain_D,
-        offset=offset_D,
+        gain=affine.gain_D,
+        offset=affine.offset_D,
         M=rows,
         x_stride=x_LD.stride(0),
-        eps=eps,
+        eps=affine.eps,
         padding=padding,
         D=width,
-        MODULATED=modulated,
+        MODULATED=affine.modulated,
     )

@@ -63,7 +63,7 @@ def sparse_linear_attention(
     """`reference.sparse_linear_attention` of one sample, its heads side by side: ``[L, H * 128]``. Rows of q, k and v
     may lie apart."""
     y_LD = torch.empty(q_LD.shape, dtype=q_LD.dtype, device=q_LD.device)
-    _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y_LD, None)
+    _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y_LD, None))
     return y_LD
 
 
@@ -75,21 +75,19 @@ def sparse_linear_attention_quantised(
     if blocks.q != HEAD:
         raise ShapeError(f"query blocks of {blocks.q} rows are no tiles of the quantiser, which has 128")
     y = empty_quantised(q_LD.shape[0], q_LD.shape[1], q_LD.device)
-    _attend(q_LD, k_LD, v_LD, num_selected, proj_KK, proj_bias_K, blocks, y.steps_MK, y.scale)
+    _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y.steps_MK, y.scale))
     return y
 
 
 def _attend(
-    q_LD: Tensor,
-    k_LD: Tensor,
-    v_LD: Tensor,
+    qkv_LD: tuple[Tensor, Tensor, Tensor],
     num_selected: int,
-    proj_KK: Tensor,
-    proj_bias_K: Tensor,
+    projection: tuple[Tensor, Tensor],
     blocks: Blocks,
-    y_LD: Tensor,
-    y_scale: Tensor | None,
+    out: tuple[Tensor, Tensor | None],
 ) -> None:
+    """Write the op's output, and its scale where it is to be quantised, to `out`."""
+    (q_LD, k_LD, v_LD), (proj_KK, proj_bias_K), (y_LD, y_scale) = qkv_LD, projection, out
     length, heads = _check(q_LD, k_LD, v_LD, num_selected, blocks)
     keys = prepare_keys(k_LD, v_LD, proj_KK, blocks)
     score_HMN = block_scores(q_LD, keys.pooled_HNK, blocks)

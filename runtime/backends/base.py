@@ -38,13 +38,13 @@ class Backend(Protocol):
         """
         return
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""
         ...
 
-    def program(self, schedule: Schedule, name: str, launches: Sequence[Runnable]) -> list[Runnable]:
+    def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         """A program of bound launches as the backend would run it: one by one, or as one."""
-        return list(launches)
+        return list(runnables)
 
     def session(self, schedule: Schedule) -> "Session":
         """The schedule's buffers and programs, for a stage that begins."""
@@ -89,16 +89,18 @@ class Session:
     def bound(self, program: str) -> list[Runnable]:
         """A program's launches, ready to call one by one."""
         if program not in self._bound:
-            self._bound[program] = self.backend.program(self.schedule, program, self.launches(program))
+            self._bound[program] = self.backend.program(self.schedule, program, self.bind_anew(program))
         return self._bound[program]
 
-    def launches(self, program: str) -> list[Runnable]:
+    def bind_anew(self, program: str) -> list[Runnable]:
         """A program's launches bound anew, one for each."""
-        launches = [
-            self.backend.bind(launch, [self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])
-            for launch in self.schedule.programs[program]
+        runnables = [
+            self.backend.bind(
+                graph_run, [self._view(r) for r in graph_run.inputs], [self._view(r) for r in graph_run.outputs]
+            )
+            for graph_run in self.schedule.programs[program]
         ]
-        return self.backend.memory.guarded(self.schedule, program, launches)
+        return self.backend.memory.guarded(self.schedule, program, runnables)
 
     def _view(self, ref: Ref) -> Tensor:
         return self[ref.buffer] if ref.index is None else self[ref.buffer][ref.index]

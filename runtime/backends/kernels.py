@@ -33,10 +33,10 @@ class KernelsBackend(TorchBackend):
         # The kernels before a W8A8 linear quantise for it; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        if launch.graph != "block":
-            return super().bind(launch, inputs, outputs)
-        state = self.state(launch)
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        if graph_run.graph != "block":
+            return super().bind(graph_run, inputs, outputs)
+        state = self.state(graph_run)
 
         def run() -> None:
             with torch.inference_mode():
@@ -44,10 +44,10 @@ class KernelsBackend(TorchBackend):
 
         return run
 
-    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+    def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         observer, hidden_out = ForcedTaps(forced or {}, self.dtype), torch.empty_like(inputs[0])
         with torch.inference_mode():
-            self.block.run(self.state(launch), inputs, hidden_out, observer)
+            self.block.run(self.state(graph_run), inputs, hidden_out, observer)
         return {**observer.found, "hidden_out": hidden_out}
 
 

@@ -68,27 +68,29 @@ class OrtBackend(Backend):
         )
         self._clip = clip
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        session = self.graph_session(launch.graph)
-        binding = self.bound_inputs(session, launch, inputs)
-        for port, buffer in zip(self.graphs[launch.graph].outputs, outputs, strict=True):
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        session = self.graph_session(graph_run.graph)
+        binding = self.bound_inputs(session, graph_run, inputs)
+        for port, buffer in zip(self.graphs[graph_run.graph].outputs, outputs, strict=True):
             bind(binding.bind_output, port.name, buffer)
         return lambda: session.run_with_iobinding(binding)
 
-    def bound_inputs(self, session: ort.InferenceSession, launch: GraphRun, inputs: Sequence[Tensor]) -> ort.IOBinding:
+    def bound_inputs(
+        self, session: ort.InferenceSession, graph_run: GraphRun, inputs: Sequence[Tensor]
+    ) -> ort.IOBinding:
         """A binding of a launch's inputs and weights."""
-        graph, binding = self.graphs[launch.graph], session.io_binding()
+        graph, binding = self.graphs[graph_run.graph], session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
             bind(binding.bind_input, port.name, buffer)
         if not graph.has_constants:
-            for name, weight in self.memory.weights(launch, graph.weights).items():
+            for name, weight in self.memory.weights(graph_run, graph.weights).items():
                 bind(binding.bind_input, name, weight)
         return binding
 
-    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+    def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         assert forced is not None, "an opened graph reads every one of its taps"
-        graph, (opened, session) = self.graphs[launch.graph], self.opened(launch.graph)
-        binding = self.bound_inputs(session, launch, inputs)
+        graph, (opened, session) = self.graphs[graph_run.graph], self.opened(graph_run.graph)
+        binding = self.bound_inputs(session, graph_run, inputs)
         given = {value: forced[tap].to(self.dtype).contiguous() for tap, value in opened.taps.items()}
         for value, tensor in given.items():
             bind(binding.bind_input, value + FORCED, tensor)

@@ -31,7 +31,7 @@ class Transparent(Protocol):
     rounds_at: Collection[str]
     """Points that are made by rounding to 8 bits, or by selecting: there the last bit of a sum can decide."""
 
-    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+    def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         """Every point of a launch of ``block``, in order, as the backend makes it; those in `forced` go on with these
         values."""
         ...

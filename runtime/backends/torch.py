@@ -43,27 +43,27 @@ class TorchBackend(Backend):
     def files(self) -> list[str]:
         return self.weights.files()
 
-    def weight(self, launch: GraphRun, name: str) -> Tensor:
+    def weight(self, graph_run: GraphRun, name: str) -> Tensor:
         """One of a launch's weights, where it is computed with."""
-        stored = self.weights.of(launch, name)
+        stored = self.weights.of(graph_run, name)
         if self.device == CPU:
             return stored
-        place = launch.component, launch.prefix + name
+        place = graph_run.component, graph_run.prefix + name
         resident = self._resident.get(place)
         if resident is None:
             resident = self._resident[place] = stored.to(self.device)
         return resident
 
-    def state(self, launch: GraphRun) -> dict[str, Tensor]:
+    def state(self, graph_run: GraphRun) -> dict[str, Tensor]:
         """The weights of a launch, named as in its graph."""
-        return self.memory.weights(launch, self.graphs[launch.graph].weights)
+        return self.memory.weights(graph_run, self.graphs[graph_run.graph].weights)
 
     def runner(self, graph: Graph) -> Runner:
         """What computes a graph from its weights and inputs."""
         return graph.run
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        compute, state = self.runner(self.graphs[launch.graph]), self.state(launch)
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        compute, state = self.runner(self.graphs[graph_run.graph]), self.state(graph_run)
 
         def run() -> None:
             with torch.inference_mode():
@@ -76,8 +76,8 @@ class TorchBackend(Backend):
         if self.device != CPU:
             torch.cuda.synchronize(self.device)
 
-    def taps(self, launch: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
-        graph = self.graphs[launch.graph]
+    def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
+        graph = self.graphs[graph_run.graph]
         with torch.inference_mode(), tapped(graph.owner, forced or {}) as found:
-            (found[graph.outputs[0].name],) = graph.run(self.state(launch), inputs)
+            (found[graph.outputs[0].name],) = graph.run(self.state(graph_run), inputs)
         return found

@@ -103,15 +103,15 @@ class TrtBackend(Backend):
         self._sessions[schedule.stage] = Session(self, schedule)
         return self._sessions[schedule.stage]
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        graph = self.graphs[launch.graph]
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        graph = self.graphs[graph_run.graph]
         if graph.name in HOST_GRAPHS:
-            return partial(self._run_on_host, launch, inputs, outputs)
+            return partial(self._run_on_host, graph_run, inputs, outputs)
         engine = self.engines[graph.name]
         ports = [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]
         tensors = {port.name: buffer for port, buffer in ports}
         if not graph.has_constants:
-            tensors |= self.memory.weights(launch, graph.weights)
+            tensors |= self.memory.weights(graph_run, graph.weights)
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         if missing := engine.tensors - addresses.keys():
             raise BundleError(
@@ -131,19 +131,19 @@ class TrtBackend(Backend):
 
         return run
 
-    def _run_on_host(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        graph = self.graphs[launch.graph]
-        state = {name: self.weights.of(launch, name) for name in graph.weights}
+    def _run_on_host(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        graph = self.graphs[graph_run.graph]
+        state = {name: self.weights.of(graph_run, name) for name in graph.weights}
         with torch.inference_mode():
             results = graph.run(state, [each.cpu() for each in inputs])
         for buffer, result in zip(outputs, results, strict=True):
             buffer.copy_(result)
 
-    def program(self, schedule: Schedule, name: str, launches: Sequence[Runnable]) -> list[Runnable]:
-        guarded = [launch for launch in launches if isinstance(launch, Guarded)]
-        if name not in schedule.steps() or len(guarded) < len(launches):
-            return list(launches)
-        engines = {self.engines[launch.graph] for launch in schedule.programs[name]}
+    def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+        guarded = [each for each in runnables if isinstance(each, Guarded)]
+        if name not in schedule.steps() or len(guarded) < len(runnables):
+            return list(runnables)
+        engines = {self.engines[graph_run.graph] for graph_run in schedule.programs[name]}
         return [
             CapturedStep(self.cuda, guarded, lambda: all(each.is_capturable(self.cuda.stream()) for each in engines))
         ]
@@ -169,24 +169,24 @@ class CapturedStep:
         is_capturable: whether every engine of it can be captured.
     """
 
-    def __init__(self, cuda: Cuda, launches: Sequence[Guarded], is_capturable: Callable[[], bool]) -> None:
-        self.cuda, self.launches, self.is_capturable = cuda, launches, is_capturable
-        self.residency: Residency = launches[0].arena.residency
-        self.turns = [launch.turn for launch in launches]
+    def __init__(self, cuda: Cuda, runnables: Sequence[Guarded], is_capturable: Callable[[], bool]) -> None:
+        self.cuda, self.runnables, self.is_capturable = cuda, runnables, is_capturable
+        self.residency: Residency = runnables[0].arena.residency
+        self.turns = [each.turn for each in runnables]
         self.has_run = False
         self.replay: Runnable | None = None
 
     def __call__(self) -> None:
         if not self.has_run or not self.residency.are_settled(self.turns) or not self.is_capturable():
-            for launch in self.launches:
-                launch()
+            for runnable in self.runnables:
+                runnable()
             self.has_run = True
             return
-        self.launches[0].check()
+        self.runnables[0].check()
         if self.replay is None:
-            self.replay = self.cuda.record(self._launch_bare)
+            self.replay = self.cuda.record(self._run_bare)
         self.residency.run_settled(self.turns, self.replay)
 
-    def _launch_bare(self) -> None:
-        for launch in self.launches:
-            launch.bound()
+    def _run_bare(self) -> None:
+        for runnable in self.runnables:
+            runnable.bound()

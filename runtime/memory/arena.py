@@ -24,11 +24,11 @@ class Memory(Protocol):
         """The buffers of a stage that begins; those of the stage before may be gone."""
         ...
 
-    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
         """A launch's weights, by their names in the graph."""
         ...
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
+    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         """A program's launches, seen to that their weights are there when they run."""
         ...
 
@@ -42,11 +42,11 @@ class Unbounded:
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         return _Buffers(schedule.buffers, self.device, self.dtype)
 
-    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.weight(launch, name) for name in names}
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.weight(graph_run, name) for name in names}
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
-        return list(launches)
+    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+        return list(runnables)
 
 
 class _Buffers(dict[str, Tensor]):
@@ -99,17 +99,17 @@ class Arena:
         size = torch.Size(spec.shape).numel() * dtype.itemsize
         return self.bytes[offset : offset + size].view(dtype).view(spec.shape)
 
-    def weights(self, launch: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
-        group = group_name(launch)
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+        group = group_name(graph_run)
         if group not in self.plan.groups:
-            return {name: self.weight(launch, name) for name in names}
+            return {name: self.weight(graph_run, name) for name in names}
         views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
-        return {name: views[launch.prefix + name] for name in names}
+        return {name: views[graph_run.prefix + name] for name in names}
 
-    def guarded(self, schedule: Schedule, program: str, launches: Sequence[Runnable]) -> list[Runnable]:
+    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         turns = iter(self.residency.turns(schedule))
         of_program = {name: [next(turns) for _ in each] for name, each in schedule.programs.items()}[program]
-        return [Guarded(self, schedule, turn, launch) for turn, launch in zip(of_program, launches, strict=True)]
+        return [Guarded(self, schedule, turn, runnable) for turn, runnable in zip(of_program, runnables, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -83,11 +83,11 @@ class Cuda:
         """Let what is launched from now on wait for an event."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
-    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture what a function launches into a graph, which the result replays. Nothing runs meanwhile."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
-            launch()
+            work()
         replay: Callable[[], None] = graph.replay
         return replay
 

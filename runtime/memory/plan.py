@@ -194,12 +194,12 @@ def plan_memory(
     """
     stages = {
         schedule.stage: StageMemory(
-            max(workspaces.get(launch.graph, 0) for launch in schedule.launches()),
+            max(workspaces.get(graph_run.graph, 0) for graph_run in schedule.graph_runs()),
             buffers_bytes(schedule, itemsize),
         )
         for schedule in schedules
     }
-    used = {s.stage: [n for n in map(group_name, s.launches()) if n in groups] for s in schedules}
+    used = {s.stage: [n for n in map(group_name, s.graph_runs()) if n in groups] for s in schedules}
     plan = None
     for residency, slots in ways(groups, schedules):
         plan = lay_out(residency, groups, slots, stages, used, budget)
@@ -217,10 +217,10 @@ def plan_memory(
 def ways(groups: Mapping[GroupName, Group], schedules: Sequence[Schedule]) -> Iterator[tuple[str, Slots]]:
     """Every way to keep weights, from the fastest on."""
     of_steps = {
-        group_name(launch)
+        group_name(graph_run)
         for schedule in schedules
         for program in schedule.steps()
-        for launch in schedule.programs[program]
+        for graph_run in schedule.programs[program]
     }
     once = [name for name in groups if name not in of_steps]
     again = [name for name in groups if name in of_steps]
@@ -321,6 +321,6 @@ def traffic(
             turns = residency.turns(schedule)
             residency.begin(turns)
             for turn in turns:
-                residency.run(turn, partial(clock.compute, seconds(turn.launch)))
+                residency.run(turn, partial(clock.compute, seconds(turn.graph_run)))
     copied = clock.copied - before.bytes
     return Traffic(copied, copied / bytes_per_second, clock.stalled - before.stall_seconds)

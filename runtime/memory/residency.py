@@ -65,9 +65,9 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def group_name(launch: GraphRun) -> GroupName:
+def group_name(graph_run: GraphRun) -> GroupName:
     """Of the weights that a launch takes."""
-    return GroupName(launch.component, launch.prefix, launch.graph)
+    return GroupName(graph_run.component, graph_run.prefix, graph_run.graph)
 
 
 def groups_of(
@@ -82,11 +82,11 @@ def groups_of(
     found: dict[GroupName, Group] = {}
     known = cache(specs)
     for schedule in schedules:
-        for launch in schedule.launches():
-            name, graph = group_name(launch), graphs[launch.graph]
+        for graph_run in schedule.graph_runs():
+            name, graph = group_name(graph_run), graphs[graph_run.graph]
             if name not in found and not graph.has_constants and graph.name not in HOST_GRAPHS:
-                tensors = known(launch.component)
-                found[name] = _group(name, {n: tensors[n] for n in (launch.prefix + w for w in graph.weights)})
+                tensors = known(graph_run.component)
+                found[name] = _group(name, {n: tensors[n] for n in (graph_run.prefix + w for w in graph.weights)})
     return found
 
 
@@ -107,7 +107,7 @@ class Turn:
         follower: the next group that the slot is needed for, where that is another.
     """
 
-    launch: GraphRun
+    graph_run: GraphRun
     group: GroupName | None
     follower: GroupName | None
 
@@ -184,14 +184,14 @@ class Residency:
         """A schedule's launches, each with what its slot is needed for next."""
         coming: dict[int, GroupName] = {}
         found = []
-        for launch in reversed(list(schedule.launches())):
-            name = group_name(launch)
+        for graph_run in reversed(list(schedule.graph_runs())):
+            name = group_name(graph_run)
             slot = self.slots.get(name)
             if slot is None:
-                found.append(Turn(launch, None, None))
+                found.append(Turn(graph_run, None, None))
                 continue
             following = coming.get(slot, name)
-            found.append(Turn(launch, name, following if following != name else None))
+            found.append(Turn(graph_run, name, following if following != name else None))
             coming[slot] = name
         return found[::-1]
 
@@ -203,22 +203,22 @@ class Residency:
         for slot, name in first.items():
             self._fetch(slot, name)
 
-    def run(self, turn: "Turn", launch: Callable[[], None]) -> None:
+    def run(self, turn: "Turn", compute: Callable[[], None]) -> None:
         """Launch with the weights in their slot, and hand the slot on."""
         if turn.group is None:
-            launch()
+            compute()
             return
         slot = self.slots[turn.group]
         self._fetch(slot, turn.group)
         self._wait(slot)
-        launch()
+        compute()
         self.mover.release(slot)
         if turn.follower is not None:
             self._fetch(slot, turn.follower)
 
-    def run_settled(self, turns: Iterable["Turn"], launch: Callable[[], None]) -> None:
+    def run_settled(self, turns: Iterable["Turn"], compute: Callable[[], None]) -> None:
         """Run launches that `are_settled` all at once."""
-        launch()
+        compute()
         for slot in {self.slots[turn.group] for turn in turns if turn.group is not None}:
             self.mover.release(slot)
 

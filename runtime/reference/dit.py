@@ -9,8 +9,9 @@ and the head run in float32. Parameters carry upstream's names, so a published s
 Source: TurboDiffusion, rcm/networks/wan2pt1.py and wan2pt2.py; Wan2.1, wan/modules/model.py (docs/sources.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,14 @@ class SelfAttention(nn.Module):
         return self.o(y_BLHK.flatten(2))
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of cross-attention ``[B, T, D]``, and a bias ``[T]`` that is added to each key's logits."""
+
+    keys_BTD: Tensor
+    values_BTD: Tensor
+    bias_T: Tensor | None = None
+
+
 class CrossAttention(nn.Module):
     """Attention to the text. Keys and values depend on the prompt alone, so they are made apart."""
 
@@ -162,9 +171,9 @@ class CrossAttention(nn.Module):
     def keys_values(self, context_BTD: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm_k(self.k(context_BTD)), self.v(context_BTD)
 
-    def forward(self, x_BLD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, key_bias_T: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, text: TextKeys) -> Tensor:
         q_BLHK = split_heads(self.norm_q(self.q(x_BLD)))
-        y_BLHK = dense_attention(q_BLHK, split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
+        y_BLHK = dense_attention(q_BLHK, split_heads(text.keys_BTD), split_heads(text.values_BTD), text.bias_T)
         return self.o(y_BLHK.flatten(2))
 
 
@@ -191,19 +200,22 @@ class Block(nn.Module):
         self,
         x_BLD: Tensor,
         modulation_B6D: Tensor,
-        keys_BTD: Tensor,
-        values_BTD: Tensor,
-        key_bias_T: Tensor | None,
-        cos_LP: Tensor,
-        sin_LP: Tensor,
+        text: TextKeys,
+        rope: tuple[Tensor, Tensor],
         selection_S: Tensor,
     ) -> Tensor:
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D.unbind(1)
-        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), cos_LP, sin_LP, selection_S)
+        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), *rope, selection_S)
         x_BLD = gated_residual(x_BLD, y_BLD, gate_sa)
-        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), keys_BTD, values_BTD, key_bias_T)
+        x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), text)
         y_BLD = self.ffn(self.modulate(x_BLD, shift_ffn, scale_ffn))
         return gated_residual(x_BLD, y_BLD, gate_ffn)
+
+
+def block_arguments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, TextKeys, tuple[Tensor, Tensor], Tensor]:
+    """The inputs of the graph ``block``, in the order of its ports, as `Block` takes them."""
+    hidden, modulation, keys, values, key_bias, cos, sin, selection = inputs
+    return hidden, modulation, TextKeys(keys, values, key_bias), (cos, sin), selection
 
 
 class Head(nn.Module):
@@ -265,7 +277,7 @@ class DiT(nn.Module):
         """
         check_latents(latents_BCFHW, text_BTE, self.config)
         _, _, frames, height, width = latents_BCFHW.shape
-        cos_LP, sin_LP = rope_tables((frames, height // PATCH, width // PATCH), latents_BCFHW.device)
+        rope = rope_tables((frames, height // PATCH, width // PATCH), latents_BCFHW.device)
         selection_S = torch.zeros(num_selected, dtype=torch.int32, device=latents_BCFHW.device)
         layers, head_modulation = self.embed_time(sinusoid(timestep_B, self.config.frequency_dim))
         context_BTD = self.text_embedding(text_BTE.to(latents_BCFHW.dtype))
@@ -273,8 +285,8 @@ class DiT(nn.Module):
         x_BLD = self.patch_embedding(patchify(latents_BCFHW))
         for block, modulation_B6D in zip(self.blocks, layers, strict=True):
             assert isinstance(block, Block)
-            keys_BTD, values_BTD = block.cross_attn.keys_values(context_BTD)
-            x_BLD = block(x_BLD, modulation_B6D, keys_BTD, values_BTD, None, cos_LP, sin_LP, selection_S)
+            text = TextKeys(*block.cross_attn.keys_values(context_BTD))
+            x_BLD = block(x_BLD, modulation_B6D, text, rope, selection_S)
         return unpatchify(self.head(x_BLD, head_modulation), (frames, height // PATCH, width // PATCH))
 
 

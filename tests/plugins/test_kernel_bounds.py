@@ -38,7 +38,8 @@ torch.manual_seed(0)
 CASES = {
     "w8a8_linear": """
 from wanforge.plugins.w8a8_linear.fused import *
-from wanforge.plugins.w8a8_linear.reference import quantise_rows as rows_of, quantise_tiles
+from wanforge.plugins.quantiser.fused import quantise, quantise_rows
+from wanforge.plugins.quantiser.reference import quantise_rows as rows_of, quantise_tiles
 x, residual = edge(torch.randn(133, 256)), edge(torch.randn(133, 128))
 for quantiser, weigh in ((quantise, quantise_tiles), (quantise_rows, rows_of)):
     weights = [Weight(*map(edge, (*weigh(torch.randn(128, 256)), torch.randn(128)))) for _ in range(3)]

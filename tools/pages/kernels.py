@@ -62,16 +62,16 @@ def gpus() -> list[Target]:
 
 
 def launch_table(name: str) -> str:
-    """Each launch of a fused block, its floor in italics where bytes set it."""
+    """Each launch of a fused block, its roofline in italics where bytes set it."""
 
     def row(launch: LaunchCost) -> list[str]:
-        return [launch.name, work(launch), number(launch.total_bytes / 1e6), *(floor(launch, gpu) for gpu in gpus())]
+        return [launch.name, work(launch), number(launch.total_bytes / 1e6), *(roofline(launch, gpu) for gpu in gpus())]
 
     def work(launch: LaunchCost) -> str:
         return " + ".join(f"{form} {number(flops / 1e9)}" for form, flops in launch.flops.items()) or "-"
 
-    def floor(launch: LaunchCost, gpu: Target) -> str:
-        text = number(launch.floor(gpu) * 1e6)
+    def roofline(launch: LaunchCost, gpu: Target) -> str:
+        text = number(launch.roofline(gpu) * 1e6)
         return f"*{text}*" if launch.is_bound_by_bytes(gpu) else text
 
     launches = all_launches(fused_block(fused(name)))
@@ -79,28 +79,28 @@ def launch_table(name: str) -> str:
     gflop, megabytes = (
         sum(x) for x in zip(*((c.total_flops / 1e9, c.total_bytes / 1e6) for c in launches), strict=True)
     )
-    floors = (number(seconds(launches, gpu) * 1e6) for gpu in gpus())
-    rows.append(["", "**block**", number(gflop), number(megabytes), *floors])
+    rooflines = (number(seconds(launches, gpu) * 1e6) for gpu in gpus())
+    rows.append(["", "**block**", number(gflop), number(megabytes), *rooflines])
     return markdown_table(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
 
 
 def parts_table(name: str) -> str:
-    """The parts of a block in either plan: launches, bytes, floor."""
+    """The parts of a block in either plan: launches, bytes, roofline."""
     gpu = gpus()[0]
 
     def cells(launches: Sequence[LaunchCost]) -> list[str]:
-        moved, floor = sum(launch.total_bytes for launch in launches), seconds(launches, gpu)
-        return [str(len(launches)), number(moved / 1e6), number(floor * 1e6)]
+        moved, roofline = sum(launch.total_bytes for launch in launches), seconds(launches, gpu)
+        return [str(len(launches)), number(moved / 1e6), number(roofline * 1e6)]
 
     before, after = unfused_block(unfused(name)), fused_block(fused(name))
     rows = [[part, *cells(before[part]), *cells(after[part])] for part in before]
     rows.append(["**block**", *cells(all_launches(before)), *cells(all_launches(after))])
-    plan = ["launches", "MB", "floor, µs"]
+    plan = ["launches", "MB", "roofline, µs"]
     return markdown_table(["part", *(f"unfused: {x}" for x in plan), *(f"fused: {x}" for x in plan)], rows)
 
 
 def steps_table() -> str:
-    """A whole step in either plan: floor, and what the assumed efficiency makes of it."""
+    """A whole step in either plan: roofline, and what the assumed efficiency makes of it."""
     plans: list[tuple[str, Callable[[Workload], list[LaunchCost]], Callable[[str], Workload]]] = [
         ("unfused", unfused_step, unfused),
         ("fused", fused_step, fused),
@@ -116,7 +116,7 @@ def steps_table() -> str:
                     f"{len(launches):,}",
                     number(sum(launch.total_flops for launch in launches) / 1e12),
                     number(sum(launch.total_bytes for launch in launches) / 1e9),
-                    *(f"{number(floor)} → {number(predicted)}" for floor, predicted in times),
+                    *(f"{number(roofline)} → {number(predicted)}" for roofline, predicted in times),
                 ]
             )
     return markdown_table(["step", "launches", "TFLOP", "GB", *(gpu.title for gpu in gpus())], rows)
@@ -128,12 +128,12 @@ def requests_table() -> str:
     for name in (SMALL, MEDIUM, LARGE):
         launches = fused_request(fused(name), 4)
         times = ([seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
-        rows.append([TITLES[name], *(f"{floor:.2f} → {predicted:.2f}" for floor, predicted in times)])
+        rows.append([TITLES[name], *(f"{roofline:.2f} → {predicted:.2f}" for roofline, predicted in times)])
     return markdown_table(["4 steps and the prompt", *(gpu.title for gpu in gpus())], rows)
 
 
 def published_table() -> str:
-    """Times that others state, per step, over floor and prediction of both plans."""
+    """Times that others state, per step, over roofline and prediction of both plans."""
     targets, rows = load_targets(), []
     for entry in PUBLISHED:
         gpu, stated = targets[entry.gpu], 1e3 * entry.seconds / entry.steps
@@ -142,7 +142,7 @@ def published_table() -> str:
         ratios = (f"{number(t)} ({stated / t:.2f} x)" for t in times)
         who = f"{entry.who}, {TITLES[entry.model]}, {gpu.title}"
         rows.append([who, f"{entry.seconds:g} s / {entry.steps}", number(stated), *ratios])
-    plans = ["unfused: floor", "unfused: predicted", "fused: floor", "fused: predicted"]
+    plans = ["unfused: roofline", "unfused: predicted", "fused: roofline", "fused: predicted"]
     header = ["who, what, where", "stated", "step, ms", *plans]
     return markdown_table(header, rows)
 
@@ -156,7 +156,7 @@ def kind(launch: LaunchCost) -> str:
 
 
 def shares_table() -> str:
-    """What share of a fused block's floor each kind of launch has."""
+    """What share of a fused block's roofline each kind of launch has."""
     rows = []
     for name in (SMALL, LARGE):
         launches = all_launches(fused_block(fused(name)))
@@ -164,16 +164,16 @@ def shares_table() -> str:
             mine = [launch for launch in launches if kind(launch) == group]
             shares = (f"{seconds(mine, gpu) / seconds(launches, gpu):.0%}" for gpu in gpus())
             rows.append([f"{TITLES[name]}: {group}", *shares])
-    return markdown_table(["share of a block's floor", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["share of a block's roofline", *(gpu.title for gpu in gpus())], rows)
 
 
 def cache_table() -> str:
-    """What launches whose thread blocks share operands ask of the L2 cache, in all and per second at their floor."""
+    """What launches whose thread blocks share operands ask of the L2 cache, in all and per second at their roofline."""
     rows = []
     for name in (SMALL, LARGE):
         launches = {launch.name: launch for launch in all_launches(fused_block(fused(name)))}
         for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
-            rates = (f"{launch.bytes_fetched / launch.floor(gpu) / 1e12:.1f}" for gpu in gpus())
+            rates = (f"{launch.bytes_fetched / launch.roofline(gpu) / 1e12:.1f}" for gpu in gpus())
             rows.append([f"{TITLES[name]}: {launch.name}", number(launch.bytes_fetched / 1e9), *rates])
     return markdown_table(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
 
@@ -190,14 +190,14 @@ def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:
 
 
 def levers_table() -> str:
-    """What each of `levers` would take off the floor of a block."""
+    """What each of `levers` would take off the roofline of a block."""
     rows = []
     for name in (SMALL, LARGE):
         whole = all_launches(fused_block(fused(name)))
         for lever, (before, after) in levers(fused(name)).items():
             shares = ((seconds(before, gpu) - seconds(after, gpu)) / seconds(whole, gpu) for gpu in gpus())
             rows.append([f"{TITLES[name]}: {lever}", *(f"{share:.1%}" for share in shares)])
-    return markdown_table(["share of a block's floor saved", *(gpu.title for gpu in gpus())], rows)
+    return markdown_table(["share of a block's roofline saved", *(gpu.title for gpu in gpus())], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {

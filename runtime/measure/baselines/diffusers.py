@@ -91,14 +91,14 @@ class DiffusersBackend(TorchBackend):
     def session(self, schedule: Schedule) -> Session:
         return super().session(merged(schedule))
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        network = self.networks.get(launch.component)
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        network = self.networks.get(graph_run.component)
         if network is None:
-            return super().bind(launch, inputs, outputs)
-        if launch.graph == TRANSFORMER:
+            return super().bind(graph_run, inputs, outputs)
+        if graph_run.graph == TRANSFORMER:
             compute = partial(velocity, network, grid=self.grid)
         else:
-            _, half, chunk = launch.graph.split("_")
+            _, half, chunk = graph_run.graph.split("_")
             compute = partial(HALVES[half], network, is_first=chunk == "first")
         (output,) = outputs
 

@@ -1,10 +1,10 @@
-"""What launches cost at least: their floating-point operations and bytes, and the floor that a GPU's peaks set. Plain
-arithmetic, for the published precision: W8A8 linears and SageSLA, one sample.
+"""What kernel launches cost: their operations, their bytes, and the roofline that a GPU's peak speeds set.
 
-`unfused_plan` and `fused_plan` list the launches of a denoiser, `cost_page` lays them side by side in docs/kernels.md.
+All of it is plain arithmetic, for the published precision (W8A8 linears and SageSLA) and one sample. `unfused` and
+`fused` list the launches of a denoiser; docs/kernels.md shows them side by side.
 
-Bytes are the least that can be: each tensor once per launch. Operations are those of matrix products, two per
-multiply-add; elementwise arithmetic is left out.
+Each tensor is counted once per launch, which is the least that can be moved. Operations are those of matrix products,
+two per multiply-add; elementwise arithmetic is left out.
 
 Letters: L tokens, D width, F feed-forward width, H heads, M query blocks, N key blocks, C chunks of keys.
 """
@@ -36,8 +36,8 @@ PEAKS = {
     "fp16": "bf16_tflops",
     "bf16": "bf16_tflops",
 }
-"""Which peak of a `Target` bounds which format. Products in float32 (time, head) have no entry: their floor is that of
-their bytes. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both."""
+"""Which peak of a `Target` bounds which format. Products in float32 (time, head) have no entry, so that their bytes alone
+set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class LaunchCost:
         """Time of the operations at the peaks of their formats."""
         return sum(flops / peak(target, form) for form, flops in self.flops.items() if form in PEAKS)
 
-    def floor(self, target: Target) -> float:
+    def roofline(self, target: Target) -> float:
         """Seconds below which this launch cannot end."""
         return self.seconds(target, IDEAL)
 
     def is_bound_by_bytes(self, target: Target) -> bool:
-        return self.floor(target) > self.arithmetic_seconds(target)
+        return self.roofline(target) > self.arithmetic_seconds(target)
 
 
 BlockLaunches = dict[str, list[LaunchCost]]
@@ -218,5 +218,5 @@ def all_launches(plan: BlockLaunches) -> list[LaunchCost]:
 
 
 def seconds(launches: Iterable[LaunchCost], target: Target, efficiency: Efficiency = IDEAL) -> float:
-    """Time of launches that run one after the other; `IDEAL` gives their floor."""
+    """Time of launches that run one after the other; `IDEAL` gives their roofline."""
     return sum(launch.seconds(target, efficiency) for launch in launches)

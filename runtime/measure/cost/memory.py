@@ -96,8 +96,8 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
         refusal = str(error)
     else:
 
-        def predicted(launch: GraphRun) -> float:
-            return (layer_seconds or 0.0) if launch.graph == "block" else 0.0
+        def predicted(graph_run: GraphRun) -> float:
+            return (layer_seconds or 0.0) if graph_run.graph == "block" else 0.0
 
         rate = target.pcie_gbs * 1e9 * ASSUMED.bandwidth
         moved = traffic(plan, request_schedules(model, recipe, pieces, clip), rate, predicted)

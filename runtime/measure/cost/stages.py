@@ -1,8 +1,8 @@
 """What each stage of a request costs at least on a GPU, and what it is predicted to take on one that is not here.
 
-Operations are counted by running every graph on tensors that are not there, bytes are those of its inputs, weights and
-outputs, each once: what a graph hands on inside itself is taken to cost nothing, so a floor is a floor. A W8A8 layer
-with SageSLA is counted launch by launch instead, see `fused_plan`.
+Operations are counted by running every graph on the meta device. Bytes are those of its inputs, weights and outputs, each
+counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can be faster. A
+W8A8 layer with SageSLA is counted launch by launch instead, see `fused`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,23 +34,23 @@ class StageCost:
     """A stage on a GPU.
 
     Attributes:
-        floor: seconds below which it cannot end, at the vendor's peaks.
+        roofline: seconds below which it cannot end, at the vendor's peaks.
         predicted: seconds with shares of the peaks that good kernels are taken to reach, see `cost.ASSUMED`: an
             assumption, not a measurement.
     """
 
     flops: int
     bytes: int
-    floor: float
+    roofline: float
     predicted: float
 
     def as_json(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
-def costs_on(bundle: Bundle, job: CheckedRequest, target: Target) -> dict[str, StageCost]:
+def costs_on(bundle: Bundle, checked: CheckedRequest, target: Target) -> dict[str, StageCost]:
     """The stages of a request on a GPU; those that copy or encode video have no bound."""
-    stages = stage_costs(bundle, job, recipe_for(bundle.recipe, target.sm))
+    stages = stage_costs(bundle, checked, recipe_for(bundle.recipe, target.sm))
     return {stage: cost_of(costs, target) for stage, costs in stages.items()}
 
 
@@ -64,15 +64,15 @@ def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
     )
 
 
-def stage_costs(bundle: Bundle, job: CheckedRequest, recipe: Recipe) -> dict[str, list[LaunchCost]]:
+def stage_costs(bundle: Bundle, checked: CheckedRequest, recipe: Recipe) -> dict[str, list[LaunchCost]]:
     """What each stage launches."""
-    model, shape, known = bundle.model, job.request.shape, graphs(bundle.model, recipe)
-    rows = len(context_rows(len(job.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
-    experts = [step.expert for step in job.steps]
-    denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, num_selected=job.num_selected)
-    count = Counter(bundle, known, recipe, job, rows)
-    steps = [count.program(denoise, f"step.{step.index}") for step in job.steps]
-    stages = {"text": count.program(text_schedule(model, known, len(job.ids)), "text")}
+    model, shape, known = bundle.model, checked.request.shape, graphs(bundle.model, recipe)
+    rows = len(context_rows(len(checked.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
+    experts = [step.expert for step in checked.steps]
+    denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, num_selected=checked.num_selected)
+    count = Counter(bundle, known, recipe, checked, rows)
+    steps = [count.program(denoise, f"step.{step.index}") for step in checked.steps]
+    stages = {"text": count.program(text_schedule(model, known, len(checked.ids)), "text")}
     if model.task == "i2v":
         stages["condition"] = count.clip(vae_schedule(known, shape, "encode"))
     return stages | {
@@ -87,44 +87,46 @@ class Counter:
     """Costs of launches; each graph is counted once."""
 
     def __init__(
-        self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, job: CheckedRequest, rows: int
+        self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, checked: CheckedRequest, rows: int
     ) -> None:
-        self.bundle, self.graphs, self.recipe, self.job, self.rows = bundle, known, recipe, job, rows
-        shape = job.request.shape
+        self.bundle, self.graphs, self.recipe, self.checked, self.rows = bundle, known, recipe, checked, rows
+        shape = checked.request.shape
         self.sizes = {
-            "prompt_tokens": len(job.ids),
+            "prompt_tokens": len(checked.ids),
             "tokens": shape.tokens,
             "context_rows": rows,
-            "num_selected": job.num_selected,
+            "num_selected": checked.num_selected,
             "latent_height": shape.latent_height,
             "latent_width": shape.latent_width,
         }
         self._known: dict[str, list[LaunchCost]] = {}
 
     def program(self, schedule: Schedule, name: str) -> list[LaunchCost]:
-        return [cost for launch in schedule.programs[name] for cost in self.launch(launch)]
+        return [cost for graph_run in schedule.programs[name] for cost in self.launch(graph_run)]
 
     def clip(self, schedule: Schedule) -> list[LaunchCost]:
         """One half of the VAE over a clip: the first chunk, then the others."""
-        others = self.program(schedule, "next.0") * (self.job.request.shape.latent_frames - 1)
+        others = self.program(schedule, "next.0") * (self.checked.request.shape.latent_frames - 1)
         return self.program(schedule, "first") + others
 
-    def launch(self, launch: GraphRun) -> list[LaunchCost]:
-        if launch.graph not in self._known:
-            self._known[launch.graph] = self._count(launch)
-        return self._known[launch.graph]
+    def launch(self, graph_run: GraphRun) -> list[LaunchCost]:
+        if graph_run.graph not in self._known:
+            self._known[graph_run.graph] = self._count(graph_run)
+        return self._known[graph_run.graph]
 
-    def _count(self, launch: GraphRun) -> list[LaunchCost]:
-        if launch.graph == "block" and (self.recipe.linear, self.recipe.attention) == ("w8a8", "sagesla"):
-            shape = self.job.request.shape
+    def _count(self, graph_run: GraphRun) -> list[LaunchCost]:
+        if graph_run.graph == "block" and (self.recipe.linear, self.recipe.attention) == ("w8a8", "sagesla"):
+            shape = self.checked.request.shape
             return all_launches(
-                fused_block(Workload(self.bundle.model, shape, self.recipe, self.job.num_selected, self.rows))
+                fused_block(Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows))
             )
-        graph = self.graphs[launch.graph]
-        stored = read_header(self.bundle.weights(launch.component)).tensors
-        weights = sum(stored[launch.prefix + name].nbytes for name in graph.weights if launch.prefix + name in stored)
-        # Of 8-bit layers some products are not in 8 bits: counted at that peak, the floor stays one.
-        eight_bits = launch.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
+        graph = self.graphs[graph_run.graph]
+        stored = read_header(self.bundle.weights(graph_run.component)).tensors
+        weights = sum(
+            stored[graph_run.prefix + name].nbytes for name in graph.weights if graph_run.prefix + name in stored
+        )
+        # Of 8-bit layers some products are not in 8 bits: counted at that peak, the roofline stays one.
+        eight_bits = graph_run.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
         flops = {"int8" if eight_bits else "bf16": operations(graph, self.sizes)}
         read, written = (
             sum(self._bytes(concrete(port.shape, self.sizes), port.dtype) for port in ports)

@@ -28,7 +28,7 @@ from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, 
 from wanforge.runtime.measure.kernels.linears import ROWS, TILES, Scheme
 from wanforge.runtime.measure.kernels.timing import Draw
 from wanforge.runtime.measure.parity.metrics import relative_rms
-from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
+from wanforge.runtime.reference.dit import Block, attention_blocks, block_arguments, rope_tables, split_heads
 
 GRID = (1, 3, 67)
 """Frames, rows and columns of tokens that fill neither blocks of 64 nor of 128."""
@@ -200,7 +200,7 @@ def block_claims(draw: Draw) -> list[Claim]:
         reference = Block(config, recipe)
     # A value on the edge between two steps falls to the other side, and moves what follows by a step.
     bound = 1e-2 if draw.dtype == torch.float32 else 2e-2
-    return [("block", out, functional_call(reference, weights, tuple(inputs)), bound)]
+    return [("block", out, functional_call(reference, weights, block_arguments(inputs)), bound)]
 
 
 CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {

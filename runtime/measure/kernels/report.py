@@ -44,14 +44,14 @@ class KernelResult:
         return self.case.bytes / self.kernel.median / 1e9 if self.kernel else None
 
     @property
-    def floor(self) -> float | None:
+    def roofline(self) -> float | None:
         """Seconds below which the launches cannot end, at the GPU's peaks."""
         return seconds(self.case.costs, self.target) if self.target else None
 
     @property
     def share(self) -> float | None:
-        """Of the floor's speed, that which is reached."""
-        return self.floor / self.kernel.median if self.kernel and self.floor else None
+        """Of the roofline's speed, that which is reached."""
+        return self.roofline / self.kernel.median if self.kernel and self.roofline else None
 
     def ratio(self, baseline: str) -> float | None:
         """A baseline's time over the kernel's: above one, the kernel is faster."""
@@ -71,8 +71,8 @@ class KernelResult:
             **timed(KERNEL),
             "tflops": self.tflops,
             "gbs": self.gbs,
-            "floor_ms": None if self.floor is None else 1000 * self.floor,
-            "share_of_floor": self.share,
+            "roofline_ms": None if self.roofline is None else 1000 * self.roofline,
+            "share_of_roofline": self.share,
             "baselines": {
                 name: {**timed(name), "ratio": self.ratio(name), "missing": self.missing.get(name)}
                 for name in self.case.contenders[1:]
@@ -121,7 +121,7 @@ class KernelReport:
         }
 
 
-HEAD = ("", "GFLOP", "MB", "ms", "p20", "p80", "TFLOP/s", "GB/s", "of floor", "x kernel")
+HEAD = ("", "GFLOP", "MB", "ms", "p20", "p80", "TFLOP/s", "GB/s", "of roofline", "x kernel")
 
 
 def table(report: KernelReport) -> str:

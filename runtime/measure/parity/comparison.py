@@ -255,7 +255,7 @@ class _Run:
         is_dense = {p: attention_blocks(p.recipe) is None for p in (reference, other)}
         # Of two recipes one may have no top-k to choose; where neither has, asking for one is a mistake.
         without = replace(request, topk=None) if len(set(is_dense.values())) > 1 else request
-        self.jobs = {p: p.check(without if is_dense[p] else request) for p in (reference, other)}
+        self.checked = {p: p.check(without if is_dense[p] else request) for p in (reference, other)}
         self.request = request
         self.step: Step | None = None
         self.looked_into: set[str] = set()
@@ -272,13 +272,13 @@ class _Run:
         along launch by launch where that is asked for."""
         pipeline = self.reference
         if {"op", "block"} & set(self.depths):
-            num_selected = self.jobs[self.other].num_selected
-            backend = Lockstep(pipeline.backend, self.other.backend, num_selected, self._launched)
+            num_selected = self.checked[self.other].num_selected
+            backend = Lockstep(pipeline.backend, self.other.backend, num_selected, self._compare_run)
             pipeline = Pipeline(self.reference.bundle, backend)
-        return self._trajectory(pipeline, self.jobs[self.reference])
+        return self._trajectory(pipeline, self.checked[self.reference])
 
-    def _trajectory(self, pipeline: Pipeline, job: CheckedRequest) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        denoiser = pipeline.denoiser(job, Timings(), self.progress)
+    def _trajectory(self, pipeline: Pipeline, checked: CheckedRequest) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        denoiser = pipeline.denoiser(checked, Timings(), self.progress)
         states: list[Tensor] = []
         velocities: list[Tensor] = []
 
@@ -289,59 +289,59 @@ class _Run:
             self.step = None
             return velocities[-1]
 
-        latents = sample(observed, job.steps, pipeline.noise(job), ode=job.request.ode)
-        frames = torch.stack(list(pipeline.frames(latents, job.request.shape, Timings(), self.progress)))
+        latents = sample(observed, checked.steps, pipeline.noise(checked), ode=checked.request.ode)
+        frames = torch.stack(list(pipeline.frames(latents, checked.request.shape, Timings(), self.progress)))
         return states, velocities, frames
 
-    def _launched(self, launch: GraphRun, mine: Ports, theirs: Ports) -> None:
+    def _compare_run(self, graph_run: GraphRun, mine: Ports, theirs: Ports) -> None:
         """Compare one launch, and the ops inside where it is a layer of the first step of its expert."""
-        place = self._place(launch)
-        if "op" in self.depths and launch.graph == BLOCK and self._is_first(launch):
-            for tap, pair in self._ops(launch, mine, theirs):
+        place = self._place(graph_run)
+        if "op" in self.depths and graph_run.graph == BLOCK and self._is_first(graph_run):
+            for tap, pair in self._ops(graph_run, mine, theirs):
                 self._add(replace(place, depth="op", tap=tap), difference(*pair))
         if "block" in self.depths:
-            ports = self.reference.graphs[launch.graph].outputs
+            ports = self.reference.graphs[graph_run.graph].outputs
             pairs = zip(ports, theirs.outputs, mine.outputs, strict=True)
             apart = {port.name: difference(found, expected) for port, found, expected in pairs}
             worst = max(apart, key=lambda name: (apart[name].nan + apart[name].inf, apart[name].rms))
             self._add(replace(place, tap=worst), apart[worst])
 
-    def _place(self, launch: GraphRun) -> Location:
-        layers = [part for part in launch.prefix.split(".") if part.isdecimal()]
+    def _place(self, graph_run: GraphRun) -> Location:
+        layers = [part for part in graph_run.prefix.split(".") if part.isdecimal()]
         return Location(
             "block",
             self.request.seed,
-            launch.graph,
-            launch.component,
+            graph_run.graph,
+            graph_run.component,
             int(layers[0]) if layers else None,
             None if self.step is None else self.step.index,
         )
 
-    def _is_first(self, launch: GraphRun) -> bool:
+    def _is_first(self, graph_run: GraphRun) -> bool:
         """Whether this layer has not been looked into yet."""
-        key = f"{launch.component}.{launch.prefix}"
+        key = f"{graph_run.component}.{graph_run.prefix}"
         known = key in self.looked_into
         self.looked_into.add(key)
         return not known
 
-    def _ops(self, launch: GraphRun, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def _ops(self, graph_run: GraphRun, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Each point of a layer as the other backend makes it of the reference's values, and as the reference does."""
         reference, other = self.reference.backend, self.other.backend
         assert isinstance(reference, Transparent)
         assert isinstance(other, Transparent)
-        expected = reference.taps(launch, mine.inputs)
-        found = other.taps(launch, theirs.inputs, expected)
+        expected = reference.taps(graph_run, mine.inputs)
+        found = other.taps(graph_run, theirs.inputs, expected)
         yield from ((tap, (found[tap], expected[tap])) for tap in expected if tap in found)
 
     def _steps(self, states: Sequence[Tensor], velocities: Sequence[Tensor]) -> None:
-        job = self.jobs[self.other]
-        denoiser = self.other.denoiser(job, Timings(), self.progress)
-        for state, step, expected in zip(states, job.steps, velocities, strict=True):
+        checked = self.checked[self.other]
+        denoiser = self.other.denoiser(checked, Timings(), self.progress)
+        for state, step, expected in zip(states, checked.steps, velocities, strict=True):
             place = Location("step", self.request.seed, step=step.index, tap="velocity")
             self._add(place, difference(denoiser(state, step), expected))
 
     def _clip(self, expected: Tensor) -> None:
-        _, _, frames = self._trajectory(self.other, self.jobs[self.other])
+        _, _, frames = self._trajectory(self.other, self.checked[self.other])
         self._add(Location("clip", self.request.seed, tap="frames"), clip_difference(frames, expected))
         if not self.found.clips:
             self.found.clips.extend((expected, frames))

@@ -52,8 +52,8 @@ class Lockstep(Backend):
         for backend in (self.reference, self.other):
             backend.synchronise()
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        return self.reference.bind(launch, inputs, outputs)
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        return self.reference.bind(graph_run, inputs, outputs)
 
     def session(self, schedule: Schedule) -> Session:
         return LockstepSession(self, schedule)
@@ -64,11 +64,11 @@ class SteppedSession(Session):
 
     def bound(self, program: str) -> list[Runnable]:
         if program not in self._bound:
-            self._bound[program] = self.launches(program)
+            self._bound[program] = self.bind_anew(program)
         return self._bound[program]
 
-    def ports(self, launch: GraphRun) -> Ports:
-        return Ports([self._view(r) for r in launch.inputs], [self._view(r) for r in launch.outputs])
+    def ports(self, graph_run: GraphRun) -> Ports:
+        return Ports([self._view(r) for r in graph_run.inputs], [self._view(r) for r in graph_run.outputs])
 
 
 class LockstepSession(SteppedSession):
@@ -82,19 +82,19 @@ class LockstepSession(SteppedSession):
             buffers[SELECTION] = BufferSpec((lockstep.num_selected,), buffers[SELECTION].dtype)
         self.other = SteppedSession(lockstep.other, replace(schedule, buffers=buffers))
 
-    def launches(self, program: str) -> list[Runnable]:
-        pairs = zip(super().launches(program), self.other.bound(program), strict=True)
+    def bind_anew(self, program: str) -> list[Runnable]:
+        pairs = zip(super().bind_anew(program), self.other.bound(program), strict=True)
         return [partial(self._both, *each) for each in zip(self.schedule.programs[program], pairs, strict=True)]
 
-    def _both(self, launch: GraphRun, runs: tuple[Runnable, Runnable]) -> None:
-        mine, theirs = self.ports(launch), self.other.ports(launch)
+    def _both(self, graph_run: GraphRun, runs: tuple[Runnable, Runnable]) -> None:
+        mine, theirs = self.ports(graph_run), self.other.ports(graph_run)
         run_reference, run_other = runs
         run_reference()
-        for ref, source, target in zip(launch.inputs, mine.inputs, theirs.inputs, strict=True):
+        for ref, source, target in zip(graph_run.inputs, mine.inputs, theirs.inputs, strict=True):
             if ref.buffer == SELECTION:
                 target.zero_()
             else:
                 target.copy_(source)
         run_other()
         self.lockstep.synchronise()
-        self.lockstep.seen(launch, mine, theirs)
+        self.lockstep.seen(graph_run, mine, theirs)

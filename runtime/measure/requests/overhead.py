@@ -25,29 +25,29 @@ class Stub(Backend):
 
     def __init__(self) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.memory = Unbounded(self.device, self.dtype, lambda launch, name: torch.empty(0))
-        self.launched = 0
+        self.memory = Unbounded(self.device, self.dtype, lambda graph_run, name: torch.empty(0))
+        self.runs = 0
 
     def files(self) -> list[str]:
         return []
 
-    def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        return self.launch
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        return self.count
 
-    def launch(self) -> None:
-        self.launched += 1
+    def count(self) -> None:
+        self.runs += 1
 
 
 def step_seconds(bundle: Bundle, repeats: int = 200) -> list[float]:
     """Seconds of the host for one step, time and again: casting and cutting the latents, every launch, and putting
     the velocity together."""
     pipeline = Pipeline(bundle, Stub())
-    job = pipeline.check(Request("a", SMALLEST, topk=1.0))
-    denoiser = pipeline.denoiser(job, Timings())
+    checked = pipeline.check(Request("a", SMALLEST, topk=1.0))
+    denoiser = pipeline.denoiser(checked, Timings())
     latents = torch.zeros(latent_shape(pipeline.model, SMALLEST), dtype=torch.float64)
     runs = []
     for _ in range(repeats + 10):
         start = time.perf_counter()
-        denoiser(latents, job.steps[0])
+        denoiser(latents, checked.steps[0])
         runs.append(time.perf_counter() - start)
     return runs[10:]  # the first ones bind

@@ -90,7 +90,7 @@ def stage_rows(report: RequestReport) -> tuple[list[str], list[list[str]]]:
     if len(report.rows) > 1:
         header += [f"{row.contender} / {report.rows[0].contender}" for row in report.rows[1:]]
     for name in report.bounds:
-        header += [f"{name} floor", "" if name == report.here else f"{name} predicted"]
+        header += [f"{name} roofline", "" if name == report.here else f"{name} predicted"]
     stages = [stage for stage in SHOWN if stage in report.rows[0].stages]
     return [text for text in header if text], [stage_cells(report, stage) for stage in stages]
 
@@ -104,7 +104,7 @@ def stage_cells(report: RequestReport, stage: str) -> list[str]:
     cells += [f"{median / medians[0]:.2f}" for median in medians[1:]]
     for name, stages in report.bounds.items():
         bound = stages.get(stage)
-        cells.append("-" if bound is None else f"{1000 * bound.floor:.3g}")
+        cells.append("-" if bound is None else f"{1000 * bound.roofline:.3g}")
         if name != report.here:
             cells.append("-" if bound is None else f"{1000 * bound.predicted:.3g}")
     return cells
@@ -161,7 +161,9 @@ def notes(report: RequestReport) -> list[str]:
         found.append("energy: unmeasured, NVML or a GPU is missing")
     for name in report.bounds:
         if name != report.here:
-            found.append(f"{name} is not here: its floor is arithmetic, its prediction an assumption, neither measured")
+            found.append(
+                f"{name} is not here: its roofline is arithmetic, its prediction an assumption, neither measured"
+            )
     return found
 
 
@@ -232,7 +234,9 @@ def stages_plot(report: RequestReport) -> str:
         for r in report.rows
     ]
     for name, bounds in report.bounds.items():
-        series.append(Series(f"{name} floor", points(f"{name} floor", {s: b.floor for s, b in bounds.items()}), False))
+        series.append(
+            Series(f"{name} roofline", points(f"{name} roofline", {s: b.roofline for s, b in bounds.items()}), False)
+        )
     return plot(Plot("median of each stage", "stage", "ms", series, log_y=True, x_names=stages))
 
 

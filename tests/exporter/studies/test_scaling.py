@@ -20,12 +20,12 @@ from wanforge.exporter.studies import scaling as scaling_module
 from wanforge.exporter.studies.scaling import Scaling, predict
 from wanforge.exporter.studies.scaling_report import (
     decoder_table,
-    floors_table,
     growth,
     growth_table,
     half_point,
     memory_table,
     page,
+    rooflines_table,
     text,
     time_plot,
 )
@@ -51,7 +51,7 @@ def made(models: tuple[str, ...] = (SMALL,), gpus: dict[str, Target] = GPUS) -> 
 
 
 @pytest.mark.usefixtures("without_a_builder")
-def test_floors_are_those_of_the_launches_counted_one_by_one() -> None:
+def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
     found = made((SMALL, LARGE))
     assert [(p.model, p.clip.frames, p.topk) for p in found.points] == [
         (model, frames, topk) for model in (SMALL, LARGE) for frames in (81, 161) for topk in (0.1, 1.0)
@@ -59,9 +59,9 @@ def test_floors_are_those_of_the_launches_counted_one_by_one() -> None:
     for gpu in ("rtx5090", "h100"):
         counted = seconds(fused_request(published_workload(SMALL, text_rows=32), 4), GPUS[gpu])
         # The prompt's rows of text differ, which is all but nothing.
-        assert found.points[0].bounds[gpu]["denoise"].floor == pytest.approx(counted, rel=0.02)
+        assert found.points[0].bounds[gpu]["denoise"].roofline == pytest.approx(counted, rel=0.02)
     # Without fp8, values are of 16 bits; peaks are lower, too.
-    assert found.points[0].bounds["rtx3090"]["denoise"].floor > found.points[0].bounds["rtx5090"]["denoise"].floor
+    assert found.points[0].bounds["rtx3090"]["denoise"].roofline > found.points[0].bounds["rtx5090"]["denoise"].roofline
     small, large = (point.bounds["h100"]["decode"] for point in (found.points[0], found.points[4]))
     assert small == large
 
@@ -96,7 +96,7 @@ def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> N
 def test_the_document_is_what_the_code_says() -> None:
     document = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
     found = predict([load_model(LARGE)], [ClipShape(1280, 720, 81)], [0.1, 0.05, 0.2, 1.0], load_targets())
-    for header, rows in (floors_table(found), decoder_table(found), growth_table(found)):
+    for header, rows in (rooflines_table(found), decoder_table(found), growth_table(found)):
         line = markdown_table(header, rows).splitlines()[2]
         assert f"\n{line}\n" in document
 
@@ -108,7 +108,7 @@ def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
     header, rows = memory_table(found)
     assert header == ["GB", "size", "seconds", "tokens", "denoiser", "decoder", "peak", "rtx5090", "rtx3090"]
     assert [row[-2:] for row in rows] == [["everything", "everything"]] * 2
-    short, long = (room.plan.plan.stages for room in found.rooms if room.plan and room.plan.plan)
+    short, long = (memory.plan.plan.stages for memory in found.memories if memory.plan and memory.plan.plan)
     assert long["denoise"].extent > 1.5 * short["denoise"].extent
     assert long["decode"].extent == short["decode"].extent
 
@@ -127,7 +127,7 @@ def test_after_a_refusal_no_larger_clip_is_tried(monkeypatch: pytest.MonkeyPatch
     clips = [ClipShape(192, 128, frames) for frames in (17, 9, 5)]
     found = predict([load_model("tiny-t2v")], clips, [1.0], GPUS)
     assert tried == [5, 9]
-    assert [(room.clip.frames, room.plan, room.refusal) for room in found.rooms] == [
+    assert [(memory.clip.frames, memory.plan, memory.refusal) for memory in found.memories] == [
         (5, "endless", ""),
         (9, None, "out of memory"),
         (17, None, "out of memory"),

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused_with_the_reason() -> None:
 def test_nothing_lies_on_anything_that_runs_with_it() -> None:
     for residency, slots in ways(GROUPS, SCHEDULES):
         stages = PLANNED.stages
-        of = {s.stage: [n for n in map(group_name, s.launches()) if n in GROUPS] for s in SCHEDULES}
+        of = {s.stage: [n for n in map(group_name, s.graph_runs()) if n in GROUPS] for s in SCHEDULES}
         found = lay_out(residency, GROUPS, slots, stages, of, 0)
         places = sorted(found.places)
         assert all(a + size <= b for (a, size), (b, _) in pairwise(places))

@@ -27,7 +27,7 @@ from wanforge.runtime.measure.cost import launches as cost
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, prompt
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
 from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
-from wanforge.runtime.reference.dit import Block
+from wanforge.runtime.reference.dit import Block, TextKeys
 
 PAGE = Path(__file__).parents[4] / "docs" / "kernels.md"
 SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b-480p", "14b-720p"))
@@ -77,7 +77,7 @@ def test_work_of_a_block_is_what_its_definition_multiplies() -> None:
     selection = torch.zeros(w.num_selected, dtype=torch.int32)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         keys, values = layer.cross_attn.keys_values(text)
-        layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), keys, values, None, angles, angles, selection)
+        layer(torch.randn(1, w.L, w.D), torch.zeros(1, 6, w.D), TextKeys(keys, values), (angles, angles), selection)
     assert sum(x.total_flops for x in all_launches(unfused_block(w))) == counter.get_total_flops()
 
 
@@ -118,16 +118,16 @@ def test_thread_blocks_fetch_what_their_loops_read() -> None:
     assert launches["attention + quantise"].bytes_fetched == 2 * w.L * w.D + key_rows * 128 * 2
 
 
-def test_the_floor_is_the_slower_of_bytes_and_arithmetic() -> None:
+def test_the_roofline_is_the_slower_of_bytes_and_arithmetic() -> None:
     gpu = load_targets()["rtx5090"]  # 1792 GB/s, 838 int8 and 209.5 bf16 TFLOP/s
     moving = LaunchCost("copy", {}, 1_000_000_000, 792_000_000)
-    assert moving.floor(gpu) == pytest.approx(1e-3)
+    assert moving.roofline(gpu) == pytest.approx(1e-3)
     assert moving.is_bound_by_bytes(gpu)
     mixed = replace(moving, flops={"int8": 838 * 10**9, "bf16": 419 * 10**9})
-    assert mixed.floor(gpu) == pytest.approx(3e-3)
+    assert mixed.roofline(gpu) == pytest.approx(3e-3)
     assert not mixed.is_bound_by_bytes(gpu)
     assert mixed.seconds(gpu, cost.ASSUMED) == pytest.approx(3e-3 / 0.65)
-    assert replace(moving, flops={"fp32": 10**15}).floor(gpu) == moving.floor(gpu)
+    assert replace(moving, flops={"fp32": 10**15}).roofline(gpu) == moving.roofline(gpu)
 
 
 def test_a_gpu_without_fp8_wants_fp16() -> None:

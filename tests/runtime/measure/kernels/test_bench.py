@@ -287,8 +287,8 @@ def test_rates_share_and_ratio_follow_from_the_times() -> None:
     times = {KERNEL: Times(0.004, 0.003, 0.005), "other": Times(0.006, 0.006, 0.007)}
     found = report.KernelResult("op", spoken(("other",)), times, target=H200).as_json()
     # 2e12 operations at 1,978.9 TOP/s take longer than 4 GB at 4,800 GB/s.
-    assert found["floor_ms"] == pytest.approx(2000 / 1978.9)
-    assert found["share_of_floor"] == pytest.approx(2000 / 1978.9 / 4)
+    assert found["roofline_ms"] == pytest.approx(2000 / 1978.9)
+    assert found["share_of_roofline"] == pytest.approx(2000 / 1978.9 / 4)
     assert (found["tflops"], found["gbs"]) == (pytest.approx(500), pytest.approx(1000))
     assert (found["median_ms"], found["p20_ms"], found["p80_ms"]) == (4, 3, 5)
     assert found["baselines"]["other"] == {
@@ -296,16 +296,16 @@ def test_rates_share_and_ratio_follow_from_the_times() -> None:
     }  # fmt: skip
 
 
-def test_floors_of_launches_add_up() -> None:
+def test_rooflines_of_launches_add_up() -> None:
     sweep = LaunchCost("sweep", {}, 48 * 10**8, 0)
     both = replace(spoken(()), costs=[COST, sweep])
     found = report.KernelResult("op", both, {KERNEL: Times(1, 1, 1)}, target=H200)
-    assert found.floor == pytest.approx(2 / 1978.9 + 1e-3)
+    assert found.roofline == pytest.approx(2 / 1978.9 + 1e-3)
 
 
 def test_an_unknown_gpu_has_no_share() -> None:
     found = report.KernelResult("op", spoken(()), {KERNEL: Times(1, 1, 1)}).as_json()
-    assert (found["floor_ms"], found["share_of_floor"]) == (None, None)
+    assert (found["roofline_ms"], found["share_of_roofline"]) == (None, None)
     assert found["tflops"] == 2
 
 
@@ -439,7 +439,7 @@ def test_the_report_names_all_that_would_be_measured() -> None:
     assert (found["machine"]["gpu"], found["note"], found["passed"]) == (None, UNMEASURED, True)
     assert (found["model"], found["tokens"], found["repeats"]) == ("turbowan2.1-t2v-1.3b-480p", 2 * 40 * 40, 50)
     (result,) = found["results"]
-    numbers = ("median_ms", "p20_ms", "p80_ms", "tflops", "gbs", "floor_ms", "share_of_floor")
+    numbers = ("median_ms", "p20_ms", "p80_ms", "tflops", "gbs", "roofline_ms", "share_of_roofline")
     assert [result[name] for name in numbers] == len(numbers) * [None]
     assert set(result["baselines"]) == {"eager", "torch.compile", COPY}
     assert all(number is None for baseline in result["baselines"].values() for number in baseline.values())

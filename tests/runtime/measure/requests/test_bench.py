@@ -1,4 +1,4 @@
-"""Requests in stages, floors, sweeps, and the host's own time; `wanforge bench` as a user types it."""
+"""Requests in stages, rooflines, sweeps, and the host's own time; `wanforge bench` as a user types it."""
 
 import json
 import re
@@ -151,7 +151,7 @@ def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
     }
 
 
-def test_the_page_has_stages_floors_and_sweeps(bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_the_page_has_stages_rooflines_and_sweeps(bundle_of: BundleOf, tmp_path: Path) -> None:
     page, bundle = tmp_path / "bench.html", bundle_of("tiny-t2v", "bf16-sla").root
     options = (*SMALL, "--topk", 1, "--repeats", 1, "--html", page, "--backend", "ort")
     done = run("bench", bundle, *options, "--target", "h200")
@@ -215,19 +215,19 @@ def test_the_count_of_a_graph_is_that_of_its_products() -> None:
     assert operations(graphs(model, recipe)["block"], sizes) == linears + attention
 
 
-def test_floors_grow_with_the_work_and_no_prediction_is_below_its_floor(bundle_of: BundleOf) -> None:
+def test_rooflines_grow_with_the_work_and_no_prediction_is_below_them(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     one, four = (pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=1.0)) for steps in (1, 4))
     gpu = load_targets()["h200"]
     single, several = costs_on(bundle, one, gpu), costs_on(bundle, four, gpu)
-    assert several["denoise"].floor == pytest.approx(4 * single["denoise"].floor)
+    assert several["denoise"].roofline == pytest.approx(4 * single["denoise"].roofline)
     assert several["step"] == single["step"]
     assert list(single) == ["text", "prepare", "denoise", "decode", "step"]
     for bound in single.values():
-        assert 0 < bound.floor <= bound.predicted
+        assert 0 < bound.roofline <= bound.predicted
     # A GPU without fp8 is counted with what it has instead.
-    assert costs_on(bundle, one, load_targets()["rtx3090"])["step"].floor > single["step"].floor
+    assert costs_on(bundle, one, load_targets()["rtx3090"])["step"].roofline > single["step"].roofline
     costs = stage_costs(bundle, one, bundle.recipe)
     assert sum(cost.name == "gemm ffn.2 + residual" for cost in costs["step"]) == bundle.model.dit.num_layers
 
@@ -275,7 +275,7 @@ def test_the_hosts_step_is_the_whole_path_over_stubbed_launches(
     assert len(step_seconds(bundle, repeats=3)) == 3
     (stub,) = made
     text, prompt, times, steps = model.text_encoder.num_layers + 2, 1 + 30, 4, 13 * (30 + 2)
-    assert stub.launched == text + prompt + times + steps
+    assert stub.runs == text + prompt + times + steps
 
 
 def test_a_smaller_clip_is_asked_for(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
