@@ -67,7 +67,7 @@ BY_NAME = {
     "wanforge.plugins.launching.interpreter",
     "wanforge.plugins.launching.worker",
 }
-"""Modules that find an op's kernel or plugin by the name of the op, so that a new op is a new folder and nothing else."""
+"""Modules that import an op's kernel or plugin by the op's name, so that a new op only needs a new folder."""
 
 TENSORRT = ["tensorrt", "tensorrt_rtx"]
 """Optional, and two of them: opened when something is built or run."""

@@ -8,6 +8,7 @@ inside functions as well. With ``--time`` it also runs ``make quick`` and ``make
 import argparse
 import ast
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -21,25 +22,14 @@ FLOORS = ("configs", "plugins", "engines", "runtime", "exporter")
 MOST_PARAMETERS = 7
 BACKENDS = ("torch", "ort", "kernels", "trt")
 WATCHED = {
-    "builder": ("wanforge.engines.builder",),
-    "compiler": ("wanforge.plugins.launching.compiler", "wanforge.plugins.launching.compiler"),
-    "TensorRT": (
-        "tensorrt",
-        "tensorrt_rtx",
-        "wanforge.plugins.tensorrt.plugin",
-        "wanforge.plugins.tensorrt.library",
-        "wanforge.plugins.tensorrt",
-    ),
-    "onnx": ("onnx", "onnxscript"),
-    "Triton": ("triton",),
-    "cost model": (
-        "wanforge.runtime.measure.cost.launches",
-        "wanforge.runtime.measure.cost.unfused",
-        "wanforge.runtime.measure.cost.fused",
-        "wanforge.runtime.measure",
-    ),
+    "builder": r"wanforge\.engines\.builder",
+    "compiler": r"wanforge\.plugins\.(launching\.)?compiler",
+    "TensorRT": r"tensorrt|wanforge\.plugins\.tensorrt",
+    "onnx": r"onnx(script)?(\.|$)",
+    "Triton": r"triton(\.|$)",
+    "cost model": r"wanforge\.runtime\.(cost|(un)?fused_plan|measure\.cost)",
 }
-"""What a backend should not need, and the modules that show that it was loaded."""
+"""What a backend should not need, and a pattern of the modules that show that it was loaded, in older checkouts too."""
 
 
 def sources(root: Path) -> dict[str, Path]:
@@ -150,11 +140,7 @@ def loaded_by(root: Path, backend: str) -> dict[str, Any]:
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1]}
     names = done.stdout.splitlines()
-    watched = [
-        what
-        for what, modules in WATCHED.items()
-        if any(name == module or name.startswith(f"{module}.") for name in names for module in modules)
-    ]
+    watched = [what for what, pattern in WATCHED.items() if any(re.match(pattern, name) for name in names)]
     return {"modules": sum(name.startswith("wanforge") for name in names), "loads": watched}
 
 

@@ -1,8 +1,8 @@
-"""What it costs to compile a denoiser as one graph with its weights as constants, beside the way it is done here: six
-graphs whose weights are inputs. Run as ``python tools/one_graph.py``; it takes 9 GB of memory and as much of the disk.
+"""Compare compiling a denoiser as one graph, its weights constants, with compiling it as wanforge does: as six graphs
+whose weights are inputs. Run as ``python -m tools.one_graph``; it takes 9 GB of memory and as much disk space.
 
-Both compile for sm_89 and sm_120 with TensorRT-RTX, each in a process of its own, one after the other. The model is the
-1.3B in bf16 with dense attention, its weights random: W8A8 does not parse as one graph, see docs/log.md.
+Both ways compile for sm_89 and sm_120 with TensorRT-RTX, each in its own process, one after the other. The model is the
+1.3B in bf16 with dense attention and random weights, because W8A8 does not parse as one graph, see docs/log.md.
 """
 
 import json
@@ -17,11 +17,11 @@ import numpy as np
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.build import build_engines
+from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.builder import BuildJob, build
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
-from wanforge.engines.sizes import Range, ranges, sizes
+from wanforge.engines.sizes import ShapeRange, named_sizes, shape_ranges
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX, open_library
@@ -33,7 +33,7 @@ GRAPHS = ("context", "cross_kv", "time", "stem", "block", "head")
 
 
 def make(root: Path) -> None:
-    """A bundle whose denoiser holds random numbers, for a library may store equal ones once."""
+    """Write a bundle whose denoiser holds random numbers, because a library may store equal ones only once."""
     bundle = skeleton(root, load_model(MODEL), load_recipe(RECIPE))
     header, random = read_header(bundle.weights("dit")), np.random.default_rng(0)
     with bundle.weights("dit").open("r+b") as file:
@@ -45,25 +45,27 @@ def make(root: Path) -> None:
 
 
 def compile_six(bundle: Bundle) -> int:
-    """Bytes of the engines that are made of a denoiser."""
-    return sum(engine.bytes for engine in build_engines(bundle, CLIP, open_library(RTX), SMS, only=GRAPHS))
+    """Compile the six graphs of a denoiser and return the bytes of their engines."""
+    return sum(engine.bytes for engine in build_engines(bundle, open_library(RTX), EngineOptions(CLIP, SMS, GRAPHS)))
 
 
 def compile_one(bundle: Bundle) -> int:
-    """Bytes of the engine of the denoiser as one graph."""
-    known, shapes = sizes(bundle.model, bundle.recipe, CLIP), dict[str, Range]()
+    """Compile the denoiser as one graph and return the bytes of its engine."""
+    sizes, shapes = named_sizes(bundle.model, bundle.recipe, CLIP), dict[str, ShapeRange]()
     for graph in graphs(bundle.model, bundle.recipe).values():
-        usual = {name: (range_.usual,) * 3 for name, range_ in ranges(graph, known).items()}
-        shapes |= {name: Range(*shape) for name, shape in usual.items()}
+        inputs = {port.name: port.shape for port in graph.inputs}
+        ranges = shape_ranges(inputs, sizes)
+        shapes |= {name: ShapeRange(range_.usual, range_.usual, range_.usual) for name, range_ in ranges.items()}
     constants = bundle.manifest.files[weights_name("dit")].bytes
-    return len(build(open_library(RTX), BuildJob(bundle.path("dit.bf16.onnx"), shapes, constants), SMS).plan)
+    job = BuildJob(bundle.path("dit.bf16.onnx"), shapes, constants)
+    return len(build(open_library(RTX), job, SMS).engine_bytes)
 
 
 WAYS = {"six graphs": compile_six, "one graph": compile_one}
 
 
 def measure(way: str, root: Path) -> None:
-    """Compile one way; print seconds, peak memory and size."""
+    """Compile in one of the two ways and print the seconds, the peak memory and the size of the engines as JSON."""
     start = perf_counter()
     size = WAYS[way](Bundle.open(root))
     seconds = perf_counter() - start
@@ -81,7 +83,7 @@ def main() -> None:
         make(root)
         found = {}
         for way in WAYS:
-            command = [sys.executable, __file__, way, str(root)]
+            command = [sys.executable, "-m", "tools.one_graph", way, str(root)]
             said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             found[way] = json.loads(said.splitlines()[-1])
     for what in ("seconds", "peak_bytes", "engine_bytes"):

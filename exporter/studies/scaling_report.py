@@ -237,9 +237,9 @@ def page(scaling: Scaling) -> str:
         "## The law",
         "\n".join(f"- {law}" for law in laws(scaling)),
         f"![Roofline of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
-        f"Rooflines of the denoiser on a {gpu}. *Quadratic* is the share of its operations that grow with the square of "
-        "the tokens, at the first top-k. *Exponent* is the power of the tokens with which its time has grown since the "
-        "length before.",
+        f"Rooflines of the denoiser on a {gpu}. *Quadratic* is the share of its operations that grow with the "
+        "square of the tokens, at the first top-k. *Exponent* is the power of the tokens with which its time has grown "
+        "since the length before.",
         markdown_table(*growth_table(scaling), words=2),
         "## Denoiser, all steps",
         f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tools.tinywan.scenes import vocabulary
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.runtime.reference.dit import Block, DiT, LayerNorm, Linear, RMSNorm
+from wanforge.runtime.reference.dit import Block, DiT, LayerNorm, Linear, RMSNorm, SparseAttention
 from wanforge.runtime.reference.text_encoder import BiaslessLinear as TextLinear
 from wanforge.runtime.reference.text_encoder import Norm, Table, TextEncoder, pad_rows
 from wanforge.runtime.text import END
@@ -64,9 +64,12 @@ def begin_dit(dit: DiT, generator: torch.Generator) -> None:
         block.modulation.zero_()
         block.modulation[:, [2, 5]] = 1
         for last in (block.self_attn.o, block.cross_attn.o, block.ffn[2]):
+            assert isinstance(last, Linear)
             last.weight.mul_(RESIDUAL_GAIN)
         if block.self_attn.blocks is not None:
-            proj = block.self_attn.attn_op.local_attn.proj_l
+            attention = block.self_attn.attn_op
+            assert isinstance(attention, SparseAttention)
+            proj = attention.local_attn.proj_l
             proj.weight.zero_()
     projection = dit.time_projection[1]
     assert isinstance(projection, Linear)
@@ -107,4 +110,6 @@ def make_tokenizer() -> Tokens:
 
 def token_ids(tokens: Tokens, prompt: str) -> list[int]:
     """A prompt as the pipeline reads it: its ids and the end."""
-    return [*tokens.encode(prompt, add_special_tokens=False).ids, int(tokens.token_to_id(END))]
+    end = tokens.token_to_id(END)
+    assert end is not None
+    return [*tokens.encode(prompt, add_special_tokens=False).ids, end]

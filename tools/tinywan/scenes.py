@@ -183,8 +183,8 @@ def caption(rng: Generator, scene: Scene) -> str:
 def phrase(rng: Generator, thing: Thing, plain: bool) -> str:
     subject = thing.subject
     if plain:
-        words = ("a", thing.size, subject.colour, subject.shape, "moving", subject.direction, subject.speed)
-        return " ".join(filter(None, words))
+        plainly = ("a", thing.size, subject.colour, subject.shape, "moving", subject.direction, subject.speed)
+        return " ".join(filter(None, plainly))
     words = [str(rng.choice(SIZE_WORDS[thing.size])), subject.colour, subject.shape]
     verb = str(rng.choice(VERBS))
     if rng.random() < 0.25:

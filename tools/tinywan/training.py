@@ -163,10 +163,10 @@ class Matrices(torch.optim.Muon):
         self.views = [weight.data.flatten(1) for weight in weights]
         super().__init__(self.views, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for view, weight in zip(self.views, self.weights, strict=True):
             view.grad = None if weight.grad is None else weight.grad.flatten(1)
-        super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
 
 def optimisers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
@@ -198,7 +198,7 @@ def load_averaged(phase: str, folder: Path, model: Model) -> Model:
 
 
 @torch.no_grad()
-def follow(averaged: list[Tensor], parameters: list[nn.Parameter], decay: float) -> None:
+def follow(averaged: list[Tensor], parameters: Sequence[Tensor], decay: float) -> None:
     torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
 
 

@@ -190,8 +190,8 @@ def settle_latents(vae: VAE, model: ModelConfig, samples: int = 64, seed: int = 
     vae.conv1.bias[:channels] = (
         vae.conv1.bias[:channels] - pipeline_mean - pipeline_deviation * mean
     ) / deviation + pipeline_mean
-    vae.conv2.bias += vae.conv2.weight.flatten(1) @ (pipeline_mean * (1 - deviation) + mean * pipeline_deviation)
-    vae.conv2.weight *= deviation.view(1, -1, 1, 1, 1)
+    vae.conv2.bias.add_(vae.conv2.weight.flatten(1) @ (pipeline_mean * (1 - deviation) + mean * pipeline_deviation))
+    vae.conv2.weight.mul_(deviation.view(1, -1, 1, 1, 1))
     return vae
 
 

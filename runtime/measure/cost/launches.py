@@ -36,7 +36,7 @@ PEAKS = {
     "fp16": "bf16_tflops",
     "bf16": "bf16_tflops",
 }
-"""Which peak of a `Target` bounds which format. Products in float32 (time, head) have no entry, so that their bytes alone
+"""Which peak of a `Target` limits which format. Products in float32 (time, head) have no entry, so their bytes alone
 set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both."""
 
 

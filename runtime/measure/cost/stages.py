@@ -1,8 +1,8 @@
-"""What each stage of a request costs at least on a GPU, and what it is predicted to take on one that is not here.
+"""The least time that each stage of a request can take on a GPU, and its predicted time on a GPU that is not here.
 
-Operations are counted by running every graph on the meta device. Bytes are those of its inputs, weights and outputs, each
-counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can be faster. A
-W8A8 layer with SageSLA is counted launch by launch instead, see `fused`.
+Operations are counted by running every graph on the meta device. The bytes are those of the graph's inputs, weights and
+outputs, each counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can
+be faster. A W8A8 layer with SageSLA is counted launch by launch instead, see `fused`.
 """
 
 from collections.abc import Mapping, Sequence
