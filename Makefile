@@ -1,11 +1,13 @@
-# Two commands for a newcomer: make demo, make test. Each sets up all it needs.
+# Two commands for a newcomer: make demo and make test. Each sets up all that it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= a red circle moving right
 OUT    ?= demo
+# A worker for each processor; the tests of a file share what they have made.
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test quick check format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,13 +28,16 @@ demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, chec
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
 
 test: setup      ## run every test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
-check: setup     ## formatting, lint, types, tests
+quick: setup     ## run the tests that take less than a minute together
+	$(PYTEST) -m "not slow"
+
+check: setup     ## check formatting, lint and types, and run every test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md
 	@touch benchmarks.jsonl

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
 import pytest
+from filelock import FileLock
 
 # Threads that spin while they wait hold up everyone where processors are shared. Read once, when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -23,7 +25,25 @@ from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
 
-torch.set_num_threads(2)
+torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests, so that no worker is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, in whichever process of this run wants it first."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, unfinished = shared / name, shared / f"{name}.unfinished"
+    with FileLock(shared / f"{name}.lock"):
+        if not folder.exists():
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 def checkpoint_sources(model_name: str, folder: Path, *, quantised: bool) -> Sources:
@@ -39,11 +59,10 @@ def checkpoint_sources(model_name: str, folder: Path, *, quantised: bool) -> Sou
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of synthetic checkpoint files by model: tiny-t2v, tiny-i2v."""
-    folders = {}
-    for name in ("tiny-t2v", "tiny-i2v"):
-        folders[name] = tmp_path_factory.mktemp(name)
-        write_checkpoint(load_model(name), folders[name])
-    return folders
+    return {
+        name: made_once(tmp_path_factory, name, partial(write_checkpoint, load_model(name)))
+        for name in ("tiny-t2v", "tiny-i2v")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -51,30 +70,31 @@ def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """tiny-t2v with five layers, so that layers can take turns. Tests must not change it."""
     tiny = load_model("tiny-t2v")
     model = msgspec.structs.replace(tiny, name="deep", dit=msgspec.structs.replace(tiny.dit, num_layers=5))
-    folder = tmp_path_factory.mktemp("deep")
-    write_checkpoint(model, folder)
-    names = file_names(model)
-    weights = {name: folder / names[name] for name in ("vae", "text_encoder")} | {"dit": folder / names["dit-quant"]}
-    sources = Sources(weights, folder / names["tokenizer"])
-    bundle = import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe("w8a8"))
-    export(bundle, ["fp32"])
-    return bundle
+
+    def make(folder: Path) -> None:
+        write_checkpoint(model, folder / "checkpoint")
+        names = file_names(model)
+        files = {
+            name: folder / "checkpoint" / names[name] for name in ("vae", "text_encoder", "dit-quant", "tokenizer")
+        }
+        tokenizer = files.pop("tokenizer")
+        sources = Sources({name.removesuffix("-quant"): path for name, path in files.items()}, tokenizer)
+        export(import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe("w8a8")), ["fp32"])
+
+    return Bundle.open(made_once(tmp_path_factory, "deep", make) / "bundle")
 
 
 @pytest.fixture(scope="session")
 def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
     """Exported bundles by model and recipe, each made once. Tests must not change them."""
-    made: dict[tuple[str, str], Bundle] = {}
 
+    @cache
     def bundle(model_name: str, recipe_name: str) -> Bundle:
-        key = (model_name, recipe_name)
-        if key not in made:
-            recipe = load_recipe(recipe_name)
+        def make(folder: Path) -> None:
             sources = checkpoint_sources(model_name, checkpoints[model_name], quantised=recipe_name == "w8a8")
-            out = tmp_path_factory.mktemp("bundle") / f"{model_name}-{recipe_name}"
-            made[key] = import_checkpoint(load_model(model_name), sources, out, recipe=recipe)
-            export(made[key])
-        return made[key]
+            export(import_checkpoint(load_model(model_name), sources, folder, recipe=load_recipe(recipe_name)))
+
+        return Bundle.open(made_once(tmp_path_factory, f"{model_name}-{recipe_name}", make))
 
     return bundle
 

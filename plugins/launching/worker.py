@@ -106,7 +106,8 @@ def compile_kernel(request: CompileRequest) -> Compiled:
         getattr(metadata, "tmem_size", None) or 0,
         registers,
         spill_bytes,
-        tensor_core_instructions(code),
+        # Only matrix instructions of the PTX become some of the machine code; disassembling takes longer than ptxas.
+        tensor_core_instructions(code) if "mma" in made.asm["ptx"] else [],
     )
 
 
@@ -117,7 +118,7 @@ def is_aligned(kind: str) -> bool:
 
 def resources(code: bytes, entry: str) -> tuple[int, int]:
     """Registers and bytes of local memory of each thread."""
-    usage = _inspect("cuobjdump", "-res-usage", code)
+    usage = _inspect("cuobjdump", code, "-res-usage")
     numbers = re.search(rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if numbers is None:
         raise ValueError(f"cuobjdump names no registers of {entry}: {usage}")
@@ -127,10 +128,10 @@ def resources(code: bytes, entry: str) -> tuple[int, int]:
 
 def tensor_core_instructions(code: bytes) -> list[str]:
     """The kinds of matrix instruction in the machine code, sorted."""
-    return sorted(set(TENSOR_CORE.findall(_inspect("nvdisasm", "-c", code))))
+    return sorted(set(TENSOR_CORE.findall(_inspect("nvdisasm", code, "-c", "-ndf"))))
 
 
-def _inspect(tool: str, option: str, code: bytes) -> str:
+def _inspect(tool: str, code: bytes, *options: str) -> str:
     """What one of the tools in Triton's own package prints of a cubin."""
     from triton import knobs
 
@@ -138,7 +139,7 @@ def _inspect(tool: str, option: str, code: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(code)
-        done = subprocess.run([program.path, option, str(path)], capture_output=True, text=True, check=True)
+        done = subprocess.run([program.path, *options, str(path)], capture_output=True, text=True, check=True)
     return done.stdout
 
 

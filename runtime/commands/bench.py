@@ -87,7 +87,7 @@ class OpOptions(ShapeOptions):
     as_json: bool
 
 
-@bench.command("op")
+@bench.command("op", short_help="Time the kernels of one op, or of all, on this machine's GPU.")
 @click.argument("name", metavar="NAME", type=click.Choice([*OPS, "all"]))
 @click.option(
     "--model",
@@ -141,7 +141,7 @@ class BenchOptions(RequestOptions):
     as_json: bool
 
 
-@bench.command("request")
+@bench.command("request", short_help="Time a whole request on each backend, in turns.")
 @BUNDLE
 @click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip that is timed.")
 @IMAGE

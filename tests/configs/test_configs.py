@@ -234,7 +234,7 @@ def test_rejects_unknown_key_of_a_recipe(tmp_path: Path) -> None:
     ("loader", "name"), [(load_model, "turbowan"), (load_recipe, "fp8"), (load_model, "../models/tiny-t2v")]
 )
 def test_unknown_name_lists_the_known(loader: Any, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"is called .*; known: .*, or give a \.toml file"):
+    with pytest.raises(ConfigError, match=r"is called .*known: .*, or give a \.toml file"):
         loader(name)
 
 

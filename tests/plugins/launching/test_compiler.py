@@ -133,7 +133,7 @@ def test_pointers_and_strides_are_taken_to_be_aligned(folder: Path) -> None:
 
 def test_spills_are_counted_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = " Function other:\n  REG:1 STACK:2 SHARED:0 LOCAL:3 \n Function norm:\n  REG:255 STACK:40 SHARED:0 LOCAL:8 "
-    monkeypatch.setattr(compile_worker, "_inspect", lambda tool, option, code: usage)
+    monkeypatch.setattr(compile_worker, "_inspect", lambda tool, code, *options: usage)
     assert compile_worker.resources(b"", "norm") == (255, 48)
 
 

@@ -88,6 +88,12 @@ def test_layer_norm_is_the_correct_one_unless_upstreams_is_asked_for() -> None:
     assert relative_rms(correct, case["output:velocity"]) > 2e-2
 
 
+# Only the order of float32 sums differs. Cross-attention averages 512 rows of text that are nearly alike, so most of
+# its sum cancels: on one processor it is off by 1.5e-6 or 2.2e-6, depending on the instructions that MKL may use
+# (docs/decisions/0009).
+CROSS_ATTENTION_TOLERANCE = 5e-6
+
+
 def test_intermediate_results_equal_upstreams() -> None:
     case = golden.load("dit_t2v_dense_fp32")
     dit = recorded_dit(case)
@@ -98,7 +104,8 @@ def test_intermediate_results_equal_upstreams() -> None:
     for name, value in seen.items():
         recorded = case.tensors.get(f"mid:{name}_sample0")
         if recorded is not None:
-            assert_matches(value[0], recorded, 2e-6, name=name)
+            tolerance = CROSS_ATTENTION_TOLERANCE if name.endswith("cross_attn") else 2e-6
+            assert_matches(value[0], recorded, tolerance, name=name)
     assert_matches(rope_angles((3, 5, 7)), case["mid:rope_angles_L_64"], 0, name="angles")
     embedding = dit.time_embedding(sinusoid(case["input:timesteps_B_1"][:, 0], 256))
     assert_matches(embedding, case["mid:time_embedding"], 1e-6, name="time embedding")

@@ -453,8 +453,8 @@ def test_an_unknown_name_lists_the_known() -> None:
 
 def test_the_help_shows_both_forms() -> None:
     usage = run("bench", "--help").stdout
-    assert "bench [OPTIONS] BUNDLE\n   or: " in usage
-    assert "bench op [OPTIONS] NAME" in usage
+    assert "wanforge bench BUNDLE " in usage
+    assert "wanforge bench op NAME " in usage
     text = run("bench", "op", "--help").stdout
     assert all(name in text for name in [*OPS, "all"])
 

@@ -53,10 +53,10 @@ def test_rates_count_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(held_out, "read_clip", made)
     pipeline = SimpleNamespace(
-        model=load_model("tiny-t2v"), recipe=load_recipe("w8a8"), backend=SimpleNamespace(name="torch")
+        model=load_model("tinywan"), recipe=load_recipe("w8a8"), backend=SimpleNamespace(name="torch")
     )
     found = measure(pipeline, steps=2, prompts=prompts)  # type: ignore[arg-type]
-    assert (found.backend, found.recipe, found.steps, found.topk) == ("torch", "w8a8", 2, 0.3)
+    assert (found.backend, found.recipe, found.steps, found.topk) == ("torch", "w8a8", 2, 0.5)
     assert found.rates == found.single
     assert found.paired is None
     assert (found.rates.colour, found.rates.shape, found.rates.direction) == (0.75, 0.5, 0.75)
@@ -65,7 +65,8 @@ def test_rates_count_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.rates.all == 0.25
 
 
-def test_a_model_that_needs_an_image_is_refused() -> None:
-    pipeline = SimpleNamespace(model=load_model("tiny-i2v"))
-    with pytest.raises(RequestError, match="needs an image"):
+@pytest.mark.parametrize("name", ["tiny-t2v", "tiny-i2v", "turbowan2.1-t2v-14b-480p"])
+def test_a_model_that_was_not_trained_on_the_prompts_is_refused(name: str) -> None:
+    pipeline = SimpleNamespace(model=load_model(name))
+    with pytest.raises(RequestError, match=f"{name} was not trained to draw .*; tinywan was"):
         measure(pipeline)  # type: ignore[arg-type]
