@@ -12,9 +12,6 @@ from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
-loaded: set[str] = set()
-"""Every case that a test of this run has loaded."""
-
 
 @cache
 def index() -> dict[str, dict[str, Any]]:
@@ -41,7 +38,6 @@ class Case:
 def load(name: str) -> Case:
     """A recorded case with its weights. fp8 tensors hold bf16 values exactly."""
     case = index()[name]
-    loaded.add(name)
     tensors: dict[str, Tensor] = {}
     for file in [*case["weights"], case["file"]]:
         tensors |= load_file(GOLDEN / file)
@@ -53,5 +49,4 @@ def load(name: str) -> Case:
 
 def load_json(name: str) -> Any:
     """A recorded table."""
-    loaded.add(name)
     return json.loads((GOLDEN / index()[name]["file"]).read_text())

