@@ -24,10 +24,10 @@ def num_selected(recipe: Recipe, clip: ClipShape, topk: float) -> int:
         return 1
     if not 0 < topk <= 1:
         raise RequestError(f"top-k {topk} is not a share of the key blocks; use more than 0 and at most 1")
-    return selected_blocks(topk, num_key_blocks(recipe, clip))
+    return num_selected_of(topk, num_key_blocks(recipe, clip))
 
 
-def selected_blocks(topk: float, key_blocks: int) -> int:
+def num_selected_of(topk: float, key_blocks: int) -> int:
     """Number of key blocks that a share of them comes to.
 
     Source: TurboDiffusion, SLA/utils.py (docs/sources.md), which divides zero by zero where the product is below one.

@@ -42,7 +42,7 @@ def test_the_examples_of_the_public_functions_run(tmp_path: Path, monkeypatch: p
     assert names["clip"].frames.dtype == np.uint8
     assert names["clip"].backend == "ort"
     assert {"text", "denoise", "decode"} <= names["clip"].timings.stages.keys()
-    assert {"denoise", "decode"} <= set(names["stages"])
+    assert {"text", "step 1", "step 2", "decode"} <= set(names["stages"])
     assert names["found"].passed
     assert names["engine"].bytes == (tmp_path / "bundle" / names["engine"].name).stat().st_size
     assert names["engine"].faults == []

@@ -42,14 +42,14 @@ class ScalingPoint:
     """One clip by one model at one top-k.
 
     Attributes:
-        bounds: of ``denoise`` (with what its steps share) and ``decode``, by GPU.
+        costs: of ``denoise`` (with what its steps share) and ``decode``, by GPU.
         quadratic: share of the denoiser's operations that grow with the square of the tokens.
     """
 
     model: str
     clip: ClipShape
     topk: float
-    bounds: Mapping[str, Mapping[str, StageCost]]
+    costs: Mapping[str, Mapping[str, StageCost]]
     quadratic: float
 
 
@@ -126,14 +126,14 @@ def points_of(
     for topk in topks:
         checked = pipeline.resolve(Request(EXAMPLE_PROMPT, clip, topk=topk))
         stages = {recipe: of_networks(stage_costs(bundle, checked, recipe)) for recipe in set(recipes.values())}
-        bounds = {
+        costs = {
             name: {stage: cost_of(costs, target) for stage, costs in stages[recipes[name]].items()}
             for name, target in targets.items()
         }
         denoise = next(iter(stages.values()))["denoise"]
         growing = sum(cost.total_flops for cost in denoise if cost.name in QUADRATIC)
         share = growing / sum(cost.total_flops for cost in denoise)
-        points.append(ScalingPoint(bundle.model.name, clip, topk, bounds, share))
+        points.append(ScalingPoint(bundle.model.name, clip, topk, costs, share))
     return points
 
 

@@ -29,9 +29,9 @@ def as_json(scaling: Scaling) -> dict[str, Any]:
                 **clip_facts(point.clip),
                 "topk": point.topk,
                 "quadratic_share": point.quadratic,
-                "bounds": {
+                "costs": {
                     gpu: {stage: each.as_json() for stage, each in stages.items()}
-                    for gpu, stages in point.bounds.items()
+                    for gpu, stages in point.costs.items()
                 },
             }
             for point in scaling.points
@@ -86,7 +86,7 @@ def rooflines_table(scaling: Scaling) -> Table:
     """Roofline of the denoiser, all its steps, on every GPU."""
     rows = []
     for point, *_ in by_clip(scaling):
-        rooflines = [number(point.bounds[gpu]["denoise"].roofline) for gpu in scaling.targets]
+        rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
         rows.append([size(point.model), *clip_cells(point.clip), *rooflines])
     return ["s", *CLIP, *scaling.targets], rows
 
@@ -96,7 +96,7 @@ def decoder_table(scaling: Scaling) -> Table:
     first, rows = models(scaling)[0], []
     for point, *_ in by_clip(scaling):
         if point.model == first:
-            rooflines = [number(point.bounds[gpu]["decode"].roofline) for gpu in scaling.targets]
+            rooflines = [number(point.costs[gpu]["decode"].roofline) for gpu in scaling.targets]
             rows.append([*clip_cells(point.clip), *rooflines])
     return ["s: size", *CLIP[1:], *scaling.targets], rows
 
@@ -109,7 +109,7 @@ def growth_table(scaling: Scaling) -> Table:
         point = points[0]
         follows = before is not None and (before.model, area(before.clip)) == (point.model, area(point.clip))
         exponent = f"{growth(before, point, gpu):.2f}" if before is not None and follows else "-"
-        rooflines = [number(each.bounds[gpu]["denoise"].roofline) for each in points]
+        rooflines = [number(each.costs[gpu]["denoise"].roofline) for each in points]
         rows.append([size(point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *rooflines])
         before = point
     topks = [f"top-k {point.topk:g}, s" for point in next(by_clip(scaling))]
@@ -118,7 +118,7 @@ def growth_table(scaling: Scaling) -> Table:
 
 def growth(one: ScalingPoint, other: ScalingPoint, gpu: str) -> float:
     """The power of the number of tokens that the denoiser's time grows with between two clips."""
-    times = (point.bounds[gpu]["denoise"].roofline for point in (other, one))
+    times = (point.costs[gpu]["denoise"].roofline for point in (other, one))
     return math.log(next(times) / next(times)) / math.log(other.clip.tokens / one.clip.tokens)
 
 
@@ -194,7 +194,7 @@ def laws(scaling: Scaling) -> list[str]:
 def ratio(points: Sequence[ScalingPoint], gpu: str) -> str:
     """What a clip's largest top-k costs, in words."""
     most = max(points, key=lambda point: point.topk)
-    rooflines = [point.bounds[gpu]["denoise"].roofline for point in (most, points[0])]
+    rooflines = [point.costs[gpu]["denoise"].roofline for point in (most, points[0])]
     return (
         f"at {most.clip.tokens:,} tokens top-k {most.topk:g} takes {rooflines[0] / rooflines[1]:.1f} times as long as "
         f"{points[0].topk:g}"
@@ -271,7 +271,7 @@ def time_plot(scaling: Scaling) -> str:
 
     def rooflines(model: str, place: int, stage: str) -> list[tuple[ClipShape, float]]:
         points = (each[place] for each in found if each[0].model == model)
-        return [(point.clip, point.bounds[gpu][stage].roofline) for point in points]
+        return [(point.clip, point.costs[gpu][stage].roofline) for point in points]
 
     places = dict.fromkeys((0, len(found[0]) - 1))
     series = [

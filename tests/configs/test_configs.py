@@ -13,7 +13,7 @@ from wanforge.configs.loading import CONFIGS, named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
-from wanforge.configs.topk import least_topk, selected_blocks
+from wanforge.configs.topk import least_topk, num_selected_of
 from wanforge.errors import ConfigError
 
 TINY = (CONFIGS / "models" / "tiny-t2v.toml").read_text()
@@ -80,7 +80,7 @@ def test_model_is_consistent(name: str) -> None:
     assert model.experts == (("high", "low") if model.task == "i2v" else ("",))
     assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
     clip = model.video.clip
-    assert selected_blocks(model.topk, -(-clip.tokens // 64)) >= 1
+    assert num_selected_of(model.topk, -(-clip.tokens // 64)) >= 1
 
 
 def test_support_networks_have_the_published_sizes() -> None:
@@ -129,23 +129,23 @@ def test_adaptive_size_rounds_halves_to_even() -> None:
     assert adaptive_size((1, 1), (56, 56)) == (64, 64)
 
 
-def test_selected_blocks_are_upstreams() -> None:
+def test_num_selected_is_upstreams() -> None:
     for row in load_json("sla_selected_count"):
         if row["selected"]:
-            assert selected_blocks(row["topk"], row["key_blocks"]) == row["selected"], row
+            assert num_selected_of(row["topk"], row["key_blocks"]) == row["selected"], row
         else:
             with pytest.raises(ConfigError, match=f"top-k {row['topk']} of {row['key_blocks']}"):
-                selected_blocks(row["topk"], row["key_blocks"])
+                num_selected_of(row["topk"], row["key_blocks"])
 
 
-def test_selected_blocks_truncates_the_double_precision_product() -> None:
-    assert selected_blocks(0.29, 100) == 28
+def test_num_selected_truncates_the_double_precision_product() -> None:
+    assert num_selected_of(0.29, 100) == 28
 
 
 @pytest.mark.parametrize(("topk", "key_blocks", "least"), [(0.1, 8, "0.125"), (0.1, 9, "0.112"), (0.001, 999, "0.002")])
 def test_selecting_nothing_names_the_least_topk(topk: float, key_blocks: int, least: str) -> None:
     with pytest.raises(ConfigError, match=f"use at least {least}$"):
-        selected_blocks(topk, key_blocks)
+        num_selected_of(topk, key_blocks)
 
 
 @pytest.mark.parametrize("key_blocks", [range(1, 2000), range(2000, 6000, 37)])
@@ -153,7 +153,7 @@ def test_least_topk_selects_and_nothing_smaller_does(key_blocks: range) -> None:
     for count in key_blocks:
         thousandths = round(least_topk(count) * 1000)
         assert least_topk(count) == thousandths / 1000, f"{least_topk(count)} is more than three decimals"
-        assert selected_blocks(least_topk(count), count) == max(1, count // 1000)
+        assert num_selected_of(least_topk(count), count) == max(1, count // 1000)
         assert int((thousandths - 1) / 1000 * count) < 1
 
 

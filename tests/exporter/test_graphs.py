@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.forcing import forced, run_with_decisions
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_model
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected_of
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.runtime.graphs import Graph, Port, graphs
@@ -199,7 +199,7 @@ def whole_inputs(bundle: Bundle) -> tuple[Mapping[str, Tensor], Tensor, Tensor, 
     text = torch.randn(1, 512, config.dit.text_dim, generator=generator)
     timestep = torch.tensor([932.0])
     cos, sin = rope_tables(grid)
-    selected = selected_blocks(config.topk, -(-len(cos) // 64)) if bundle.recipe.attention != "dense" else 1
+    selected = num_selected_of(config.topk, -(-len(cos) // 64)) if bundle.recipe.attention != "dense" else 1
     inputs = {
         "patches": patchify(latents),
         "sinusoid": sinusoid(timestep, 256),

@@ -11,7 +11,7 @@ from tests import golden
 from tests.numerics import assert_matches
 from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected_of
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.runtime.image import condition, to_pixels
 from wanforge.runtime.reference.dit import DiT
@@ -92,7 +92,7 @@ def test_steps_take_upstreams_states_to_upstreams_velocities(case: golden.Case, 
     arguments, nets = case.arguments, denoisers(case)
     steps = schedule(arguments["num_steps"], arguments["sigma_max"], arguments.get("boundary"))
     assert [step.time for step in steps] == case["output:t_steps_f64"].tolist()[:-1]
-    selected = selected_blocks(arguments["sla_topk"], -(-arguments["tokens"] // 64))
+    selected = num_selected_of(arguments["sla_topk"], -(-arguments["tokens"] // 64))
     for step in steps:
         block_maps.clear()
         latents = conditioned(case[f"mid:x_before_step{step.index}_f64"], case)
@@ -104,7 +104,7 @@ def test_steps_take_upstreams_states_to_upstreams_velocities(case: golden.Case, 
 
 def test_a_free_run_ends_at_upstreams_latents(case: golden.Case) -> None:
     arguments, nets, text = case.arguments, denoisers(case), text_of(case)
-    selected = selected_blocks(arguments["sla_topk"], -(-arguments["tokens"] // 64))
+    selected = num_selected_of(arguments["sla_topk"], -(-arguments["tokens"] // 64))
 
     def denoise(latents: Tensor, step: Step) -> Tensor:
         timestep = torch.tensor([step.timestep])

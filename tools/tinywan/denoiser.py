@@ -16,7 +16,7 @@ from tools.tinywan.lessons import FOREGROUND, STEPS, Lessons, Velocity, guess, s
 from tools.tinywan.networks import Network
 from tools.tinywan.training import Plan, train
 from wanforge.configs.model import HEAD_DIM
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected_of
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.reference import dit
@@ -33,7 +33,7 @@ class Denoiser(nn.Module):
         blocks = dit.attention_blocks(network.dit.recipe)
         assert blocks is not None
         self.dit, self.blocks = network.dit, blocks
-        self.selected = selected_blocks(model.topk, blocks.num_keys(model.video.clip.tokens))
+        self.selected = num_selected_of(model.topk, blocks.num_keys(model.video.clip.tokens))
 
     def attend(self, dense: bool) -> None:
         """To every key, or to the blocks of keys that the model's top-k selects."""

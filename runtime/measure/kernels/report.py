@@ -111,7 +111,7 @@ class KernelReport:
             "height_px": w.shape.height_px,
             "frames": w.shape.frames,
             "tokens": w.L,
-            "selected_blocks": w.num_selected,
+            "num_selected": w.num_selected,
             "machine": dict(self.machine),
             "note": self.note,
             "repeats": self.repeats,

@@ -25,7 +25,7 @@ class RequestReport:
     """One benchmark.
 
     Attributes:
-        bounds: of each stage, by GPU.
+        costs: of each stage, by GPU.
         here: the name among them of the GPU that this is, if it is one of them.
         missing: baselines that were not timed, and why.
         verdicts: against earlier runs, by contender.
@@ -35,7 +35,7 @@ class RequestReport:
     request: Request
     machine: Facts
     rows: Sequence[Row]
-    bounds: Mapping[str, Mapping[str, StageCost]] = field(default_factory=dict)
+    costs: Mapping[str, Mapping[str, StageCost]] = field(default_factory=dict)
     here: str | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
     sweeps: Sequence[Sweep] = ()
@@ -61,9 +61,9 @@ class RequestReport:
             "machine": dict(self.machine),
             "rows": [row.as_json(shape.frames) for row in self.rows],
             "missing": dict(self.missing),
-            "bounds": {
-                name: {"is_here": name == self.here, "stages": {k: b.as_json() for k, b in stages.items()}}
-                for name, stages in self.bounds.items()
+            "costs": {
+                name: {"is_here": name == self.here, "stages": {k: c.as_json() for k, c in stages.items()}}
+                for name, stages in self.costs.items()
             },
             "sweeps": [sweep.as_json() for sweep in self.sweeps],
             "verdicts": {name: [each.as_json() for each in found] for name, found in self.verdicts.items()},
@@ -89,7 +89,7 @@ def stage_rows(report: RequestReport) -> tuple[list[str], list[list[str]]]:
         header += [f"{row.contender} p50", "p95", "spread"]
     if len(report.rows) > 1:
         header += [f"{row.contender} / {report.rows[0].contender}" for row in report.rows[1:]]
-    for name in report.bounds:
+    for name in report.costs:
         header += [f"{name} roofline", "" if name == report.here else f"{name} predicted"]
     stages = [stage for stage in SHOWN if stage in report.rows[0].stages]
     return [text for text in header if text], [stage_cells(report, stage) for stage in stages]
@@ -102,11 +102,11 @@ def stage_cells(report: RequestReport, stage: str) -> list[str]:
         cells += [milliseconds(found["p50"]), milliseconds(found["p95"]), milliseconds(found["max"] - found["min"])]
     medians = [statistics.median(row.seconds(stage)) for row in report.rows]
     cells += [f"{median / medians[0]:.2f}" for median in medians[1:]]
-    for name, stages in report.bounds.items():
-        bound = stages.get(stage)
-        cells.append("-" if bound is None else f"{1000 * bound.roofline:.3g}")
+    for name, stages in report.costs.items():
+        cost = stages.get(stage)
+        cells.append("-" if cost is None else f"{1000 * cost.roofline:.3g}")
         if name != report.here:
-            cells.append("-" if bound is None else f"{1000 * bound.predicted:.3g}")
+            cells.append("-" if cost is None else f"{1000 * cost.predicted:.3g}")
     return cells
 
 
@@ -159,7 +159,7 @@ def notes(report: RequestReport) -> list[str]:
     found += [f"{name}: not timed, {reason}" for name, reason in report.missing.items()]
     if report.rows and all(row.joules is None for row in report.rows):
         found.append("energy: unmeasured, NVML or a GPU is missing")
-    for name in report.bounds:
+    for name in report.costs:
         if name != report.here:
             found.append(
                 f"{name} is not here: its roofline is arithmetic, its prediction an assumption, neither measured"
@@ -233,9 +233,9 @@ def stages_plot(report: RequestReport) -> str:
         Series(r.contender, points(r.contender, {s: statistics.median(r.seconds(s)) for s in stages}), is_joined=False)
         for r in report.rows
     ]
-    for name, bounds in report.bounds.items():
+    for name, costs in report.costs.items():
         series.append(
-            Series(f"{name} roofline", points(f"{name} roofline", {s: b.roofline for s, b in bounds.items()}), False)
+            Series(f"{name} roofline", points(f"{name} roofline", {s: c.roofline for s, c in costs.items()}), False)
         )
     return plot(Plot("median of each stage", "stage", "ms", series, log_y=True, x_names=stages))
 

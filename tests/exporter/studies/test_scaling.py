@@ -59,10 +59,10 @@ def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
     for gpu in ("rtx5090", "h100"):
         counted = seconds(fused_request(published_workload(SMALL, text_rows=32), 4), GPUS[gpu])
         # The prompt's rows of text differ, which is all but nothing.
-        assert found.points[0].bounds[gpu]["denoise"].roofline == pytest.approx(counted, rel=0.02)
+        assert found.points[0].costs[gpu]["denoise"].roofline == pytest.approx(counted, rel=0.02)
     # Without fp8, values are of 16 bits; peaks are lower, too.
-    assert found.points[0].bounds["rtx3090"]["denoise"].roofline > found.points[0].bounds["rtx5090"]["denoise"].roofline
-    small, large = (point.bounds["h100"]["decode"] for point in (found.points[0], found.points[4]))
+    assert found.points[0].costs["rtx3090"]["denoise"].roofline > found.points[0].costs["rtx5090"]["denoise"].roofline
+    small, large = (point.costs["h100"]["decode"] for point in (found.points[0], found.points[4]))
     assert small == large
 
 
@@ -141,7 +141,7 @@ def test_the_command_writes_the_page_and_its_plot(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["scaling", *options, "--markdown", str(out), "--json"])
     assert done.exit_code == 0, done.output
     (point,) = json.loads(done.stdout)["points"]
-    assert (point["width_px"], point["frames"], list(point["bounds"])) == (832, 5, ["h200"])
+    assert (point["width_px"], point["frames"], list(point["costs"])) == (832, 5, ["h200"])
     assert {path.name for path in tmp_path.iterdir()} == {"scaling.md", "scaling-time.svg"}
     wrong = CliRunner().invoke(cli, ["scaling", "--target", "abacus"])
     assert wrong.exit_code == 1

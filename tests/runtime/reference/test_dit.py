@@ -8,7 +8,7 @@ from tests import golden, oracles
 from tests.numerics import assert_matches, relative_rms
 from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.configs.topk import selected_blocks
+from wanforge.configs.topk import num_selected_of
 from wanforge.errors import ShapeError
 from wanforge.runtime.reference.dit import (
     DiT,
@@ -51,7 +51,7 @@ def recorded_velocity(case: golden.Case, dit: DiT, dtype: torch.dtype) -> Tensor
     _, _, frames, height, width = latents.shape
     selected = 1
     if (blocks := attention_blocks(dit.recipe)) is not None:
-        selected = selected_blocks(case.arguments["sla_topk"], blocks.num_keys(frames * height * width // 4))
+        selected = num_selected_of(case.arguments["sla_topk"], blocks.num_keys(frames * height * width // 4))
     timestep = case["input:timesteps_B_1"][:, 0]
     return dit(latents, timestep, case["input:crossattn_emb"], num_selected=selected)
 
