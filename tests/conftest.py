@@ -9,8 +9,10 @@ import msgspec
 import pytest
 from filelock import FileLock
 
-# Threads that spin while they wait hold up everyone where processors are shared. Read once, when PyTorch is imported.
+# Threads that spin while they wait hold up everyone where processors are shared: PyTorch's, and those of the BLAS that
+# numpy brings. Each is read once, when the library is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import ModelProto, ValueInfoProto
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from wanforge.plugins.sparse_linear_attention import reference as sla
 from wanforge.plugins.w8a8_linear import reference as w8a8
+from wanforge.runtime.backends.ort import new_session
 from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 
@@ -70,9 +70,7 @@ def run_with_decisions(path: Path, inputs: Mapping[str, Tensor]) -> tuple[dict[s
     names = decision_names(model)
     for name in (name for kind in names.values() for name in kind):
         model.graph.output.append(ValueInfoProto(name=name))  # ONNX Runtime infers the type
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = new_session(model.SerializeToString())
     binding = session.io_binding()
     kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
     for name, tensor in kept.items():

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import onnxruntime as ort
 import torch
 from onnx import FunctionProto, ModelProto, helper
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from wanforge.exporter.onnx_model import check, onnx_model
 from wanforge.exporter.tracer import value_info
 from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
+from wanforge.runtime.backends.ort import new_session
 from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 TYPES = {number: dtype for dtype, number in ONNX_NUMBERS.items()}
@@ -22,10 +22,7 @@ def run_model(
 
     Outputs are bound to memory that holds NaN.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    source = model if isinstance(model, str) else model.SerializeToString()
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = new_session(model if isinstance(model, str) else model.SerializeToString())
     binding = session.io_binding()
     kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
     for name, tensor in kept.items():

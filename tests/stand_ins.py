@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.shapes import Size, concrete
 from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
+from wanforge.runtime.backends.ort import new_session
 from wanforge.runtime.graphs import Graph, graphs
 
 ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}
@@ -87,10 +87,8 @@ class Engine:
     device_memory_size_v2 = WORKSPACE
 
     def __init__(self, stand_in: "StandIn", path: Path, graph: Graph) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
         self.stand_in, self.graph = stand_in, graph
-        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = new_session(str(path))
         self.names = [port.name for port in (*self.session.get_inputs(), *self.session.get_outputs())]
         self.num_io_tensors = len(self.names)
 

@@ -1,7 +1,5 @@
 """The kernels of sparse-linear attention against its definition and its ONNX body."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -155,9 +153,9 @@ def test_attention_is_its_onnx_body(arithmetic: str) -> None:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_addresses_are_64_bits_wide(arithmetic: str, tmp_path: Path) -> None:
+def test_addresses_are_64_bits_wide(arithmetic: str) -> None:
     x, blocks = randn(260, 128, seed=10, dtype=torch.float16), Blocks(128, 64, arithmetic)
-    apart, proj, bias = far_apart(x, tmp_path), randn(128, 128, seed=5) / 11, randn(128, seed=6)
+    apart, proj, bias = far_apart(x), randn(128, 128, seed=5) / 11, randn(128, seed=6)
     near = sparse_linear_attention(x, x, x, 2, proj, bias, blocks)
     assert torch.equal(sparse_linear_attention(apart, apart, apart, 2, proj, bias, blocks), near)
 

@@ -1,7 +1,5 @@
 """The kernels of the W8A8 linear against its definition, to the bit, and its ONNX body."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -174,9 +172,9 @@ def test_linear_is_its_onnx_body() -> None:
     assert relative_rms(y.cpu(), body) < 1e-6
 
 
-def test_addresses_are_64_bits_wide(tmp_path: Path) -> None:
+def test_addresses_are_64_bits_wide() -> None:
     x = randn(133, 128, seed=12, dtype=torch.float16)
-    apart = far_apart(x, tmp_path)
+    apart = far_apart(x)
     assert_quantised(quantise(apart), x)
     for found, expected in zip(quantise_rows(apart), reference_rows(x), strict=True):
         assert_matches(found, expected, 0)
