@@ -1,6 +1,9 @@
 """Sparse-linear attention against float64 by brute force, upstream's recorded values, and its own ONNX body."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -292,3 +295,21 @@ def test_onnx_body_matches(arithmetic: str, shape: tuple[int, int, int], block: 
     # The mean of the keys is summed in another order, and 2 in a million int8 steps then fall to the other side
     # (counted over 5 million); one such step moves tensors as small as these by 3e-4.
     assert_matches(actual, expected, 1e-6 if arithmetic == "sla" else 1e-3)
+
+
+def test_bodies_are_the_same_bytes_in_every_process() -> None:
+    """Sets of names have another order under another hash seed; an export must not."""
+    code = (
+        "import hashlib\n"
+        "from wanforge.plugins.sparse_linear_attention import onnx_function as attention\n"
+        "from wanforge.plugins.w8a8_linear import onnx_function as linear\n"
+        "bodies = [*attention.functions('sage_fp8'), *linear.functions()]\n"
+        "print(hashlib.sha256(b''.join(body.SerializeToString(deterministic=True) for body in bodies)).hexdigest())\n"
+    )
+    environments = [{**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed} for seed in "012"]
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=each) for each in environments
+    ]
+    digests = {child.communicate()[0] for child in children}
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert len(digests) == 1
