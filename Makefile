@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= a red circle moving right
 OUT    ?= demo
+# Without compiled modules every process that a test starts would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 

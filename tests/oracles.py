@@ -1,6 +1,8 @@
 """Networks that nobody here wrote: diffusers and transformers, random weights, in our naming."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,10 +11,13 @@ from torch import Tensor, nn
 from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
 from wanforge.runtime.reference.names import match_names
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of their own and their dependencies' deprecations
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Import a library without the warnings about its own and its dependencies' deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def seeded(module: nn.Module, seed: int) -> Any:
@@ -29,6 +34,9 @@ def seeded(module: nn.Module, seed: int) -> Any:
 
 def denoiser(config: DiTConfig, seed: int = 0) -> Any:
     """diffusers' Wan transformer."""
+    with quiet():
+        from diffusers import WanTransformer3DModel
+
     return seeded(
         WanTransformer3DModel(
             num_attention_heads=config.num_heads,
@@ -45,11 +53,17 @@ def denoiser(config: DiTConfig, seed: int = 0) -> Any:
 
 def vae(config: VAEConfig, seed: int = 0) -> Any:
     """diffusers' Wan VAE."""
+    with quiet():
+        from diffusers import AutoencoderKLWan
+
     return seeded(AutoencoderKLWan(base_dim=config.dim, z_dim=config.latent_channels), seed)
 
 
 def text_encoder(config: TextEncoderConfig, seed: int = 0) -> Any:
     """transformers' umT5 encoder."""
+    with quiet():
+        from transformers import UMT5Config, UMT5EncoderModel
+
     return seeded(
         UMT5EncoderModel(
             UMT5Config(

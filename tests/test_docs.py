@@ -49,6 +49,7 @@ def test_the_examples_of_the_public_functions_run(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "clip.mp4").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_networks_run(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoints["tiny-t2v"])
     _, examples = api_examples()

@@ -135,6 +135,7 @@ def test_a_module_is_imported_by_name_only_where_the_name_is_not_known() -> None
     assert found == BY_NAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", FLOORS)
 def test_a_floor_imports_nothing_from_above(floor: str) -> None:
     above = FLOORS[FLOORS.index(floor) + 1 :]
@@ -154,6 +155,7 @@ for name in {imported!r}:
     assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "needed"), [("torch", set()), ("ort", set()), ("kernels", set()), ("trt", {"TensorRT"})]
 )
@@ -169,6 +171,7 @@ def test_importing_wanforge_loads_no_torch() -> None:
     assert "import_checkpoint" in done.stdout
 
 
+@pytest.mark.slow
 def test_importing_writes_nothing_to_the_environment() -> None:
     code = "import os; before = dict(os.environ)\n"
     code += "\n".join(f"import {name}" for name in MODULES if not name.endswith(KERNELS))

@@ -171,6 +171,7 @@ def test_other_frame_counts_name_the_nearest(frames: int, advice: str) -> None:
         latent_frames(frames)
 
 
+@pytest.mark.slow
 @given(st.integers(-500, 500))
 @settings(derandomize=True, deadline=None)
 def test_latent_frames_accepts_4n_plus_1_alone(frames: int) -> None:

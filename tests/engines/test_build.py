@@ -53,6 +53,7 @@ def record_of(bundle: Bundle, graph: str) -> GraphRecord:
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "recipe", "sms"),
     [("tiny-t2v", "w8a8", (89, 120)), ("tiny-i2v", "w8a8", (80, 86)), ("tiny-t2v", "bf16", (120,))],
@@ -150,6 +151,7 @@ def test_too_little_memory_is_said_before_the_start(bundle: Bundle, monkeypatch:
     assert not (bundle.root / "engines").exists()
 
 
+@pytest.mark.slow
 def test_the_kernels_of_plugins_are_compiled_on_demand(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Launch] = []
     monkeypatch.setattr(compiler, "compile_kernels", lambda launches, folder, progress: asked.extend(launches))

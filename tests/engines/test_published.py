@@ -49,6 +49,7 @@ def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
     return report, int(memory.split()[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
     [("turbowan2.1-t2v-1.3b-480p", "w8a8", True), ("turbowan2.2-i2v-a14b-720p", "w8a8", True)],
@@ -67,6 +68,7 @@ def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
     assert {plan["target"]: plan["refusal"] for plan in report["plans"]} == dict.fromkeys(TARGETS.split(","), "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
     [("turbowan2.1-t2v-14b-480p", "bf16", False), ("turbowan2.1-t2v-14b-720p", "w8a8", False)],

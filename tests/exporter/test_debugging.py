@@ -33,6 +33,7 @@ def convert(onnx: Path, sizes: str, out: Path) -> "subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_polygraphy_compiles_a_graph_with_plugins(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> None:
     rtx()
     pytest.importorskip("polygraphy", reason="Polygraphy is not installed")

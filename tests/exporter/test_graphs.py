@@ -17,7 +17,11 @@ from wanforge.runtime.graphs import Graph, Port, graphs
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.reference.dit import DiT, patchify, rope_tables, sinusoid, unpatchify
 
-CASES = [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")]
+CASES = [
+    ("tiny-t2v", "w8a8"),
+    pytest.param("tiny-t2v", "bf16", marks=pytest.mark.slow),
+    pytest.param("tiny-i2v", "bf16-sla", marks=pytest.mark.slow),
+]
 SIZES = {
     "tokens": 333,
     "context_rows": 21,
@@ -90,6 +94,7 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
         assert_matches(a, e, TOLERANCE, name=f"{name}.{port.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [333, 480])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
@@ -173,6 +178,7 @@ def test_custom_ops_are_nodes_with_bodies(bundle_of: BundleOf) -> None:
     assert max(len(node.attribute) and len(node.SerializeToString()) for node in model.graph.node) < 2000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "recipe"), [("tiny-t2v", "w8a8"), ("tiny-t2v", "bf16"), ("tiny-i2v", "bf16-sla")])
 @torch.inference_mode()
 def test_the_whole_network_in_one_file_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:

@@ -4,8 +4,11 @@ Without a GPU Triton's interpreter runs the kernels, in float32 and float16: in 
 """
 
 import mmap
+from collections.abc import Mapping
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,6 +23,13 @@ FLOAT32_ERROR = 2e-6
 def rounding_error(dtype: torch.dtype, roundings: float = 1.0) -> float:
     """A bound on the relative RMS that so many roundings, here done or left out, can make."""
     return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
+
+
+def cases(shapes: Mapping[str, tuple[int, ...]], *quick: str) -> list[ParameterSet]:
+    """Named shapes as parameters of a test, of which all but those in `quick` are marked slow."""
+    return [
+        pytest.param(shape, id=name, marks=() if name in quick else pytest.mark.slow) for name, shape in shapes.items()
+    ]
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

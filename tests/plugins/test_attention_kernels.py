@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
-from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, far_apart, randn, rounding_error, strided
+from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, cases, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.sparse_linear_attention import onnx_function, reference
@@ -50,7 +50,7 @@ def expected_attention(
 
 @pytest.mark.parametrize("sizes", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "less than a block"))
 def test_attention_is_the_reference(shape: tuple[int, int, int], arithmetic: str, sizes: tuple[int, int]) -> None:
     blocks = Blocks(*sizes, arithmetic)
     tokens, heads, selected = shape
@@ -62,6 +62,7 @@ def test_attention_is_the_reference(shape: tuple[int, int, int], arithmetic: str
     assert_matches(actual, expected_attention(q, k, v, selected, proj, bias, blocks), bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_attention_in_the_short_type_is_the_reference(arithmetic: str) -> None:
     blocks = Blocks(128, 64, arithmetic)
@@ -70,6 +71,7 @@ def test_attention_in_the_short_type_is_the_reference(arithmetic: str) -> None:
     assert_matches(actual, expected_attention(q, k, v, 2, proj, bias, blocks), rounding_error(DTYPES[1], 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_output_is_quantised_in_the_last_lines(arithmetic: str) -> None:
     blocks = Blocks(128, 64, arithmetic)
@@ -101,6 +103,7 @@ def test_zeros_stay_zeros(arithmetic: str) -> None:
     assert_matches(actual, expected_attention(q, k, v, 3, proj * 0, bias * 0, blocks), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("size", [1e-3, 30.0], ids=["tiny", "large"])
 def test_values_of_any_size_come_through(size: float, arithmetic: str) -> None:
@@ -114,6 +117,7 @@ def test_values_of_any_size_come_through(size: float, arithmetic: str) -> None:
     assert_matches(actual, expected_attention(q, k, v, 2, proj, bias, blocks), bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [100, 321, 2300])
 def test_block_scores_are_the_reference(tokens: int, dtype: torch.dtype) -> None:
@@ -126,6 +130,7 @@ def test_block_scores_are_the_reference(tokens: int, dtype: torch.dtype) -> None
     assert_matches(actual, expected, 1e-5 if dtype == torch.float32 else rounding_error(dtype, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("selected", [1, 2, 77, 299, 300])
 def test_selection_is_the_reference_with_ties(selected: int, dtype: torch.dtype) -> None:
@@ -140,6 +145,7 @@ def test_selection_is_the_reference_with_ties(selected: int, dtype: torch.dtype)
     assert torch.equal(actual.long(), reference.select_blocks(score[None], selected)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_attention_is_its_onnx_body(arithmetic: str) -> None:
     blocks = Blocks(128, 64, arithmetic)
@@ -152,6 +158,7 @@ def test_attention_is_its_onnx_body(arithmetic: str) -> None:
     assert relative_rms(actual, body.flatten(2)[0]) < (5e-5 if DEVICE == "cpu" else 2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_addresses_are_64_bits_wide(arithmetic: str) -> None:
     x, blocks = randn(260, 128, seed=10, dtype=torch.float16), Blocks(128, 64, arithmetic)
@@ -160,6 +167,7 @@ def test_addresses_are_64_bits_wide(arithmetic: str) -> None:
     assert torch.equal(sparse_linear_attention(apart, apart, apart, 2, proj, bias, blocks), near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_runs_are_identical(arithmetic: str) -> None:
     inputs = operands(200, 1, DTYPES[1])

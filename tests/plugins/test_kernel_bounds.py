@@ -73,6 +73,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs mprotect and the interpreter")
 @pytest.mark.parametrize("op", CASES)
 def test_no_kernel_leaves_its_tensors(op: str) -> None:
@@ -80,6 +81,7 @@ def test_no_kernel_leaves_its_tensors(op: str) -> None:
     assert done.returncode == 0, done.stderr[-500:] or f"killed by signal {-done.returncode}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs mprotect and the interpreter")
 def test_the_edge_is_deadly() -> None:
     assert run("ctypes.string_at(edge(torch.zeros(8)).data_ptr(), 33)").returncode == -11

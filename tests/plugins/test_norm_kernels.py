@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.numerics import assert_matches
-from tests.plugins.kernels import DEVICE, DTYPES, far_apart, randn, rounding_error, strided
+from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
@@ -36,7 +36,7 @@ def hidden(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("fault", [False, True], ids=["correct", "upstream"])
 @pytest.mark.parametrize("modulated", [False, True], ids=["weights", "modulated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
 def test_layer_norm_is_the_reference(shape: tuple[int, int], dtype: torch.dtype, modulated: bool, fault: bool) -> None:
     x = strided(hidden(*shape, dtype))
     # A row of a modulation of six, as the network hands it over.
@@ -77,7 +77,7 @@ def test_rows_past_the_last_one_do_not_count() -> None:
 @pytest.mark.parametrize("turned", [True, False], ids=["rotated", "plain"])
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
 def test_rms_norm_and_rotation_are_the_reference(
     shape: tuple[int, int], dtype: torch.dtype, count: int, turned: bool
 ) -> None:
@@ -100,7 +100,7 @@ def test_rms_norm_and_rotation_are_the_reference(
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no gate"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "apart"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
 def test_gated_residual_is_the_reference_to_the_bit(
     shape: tuple[int, int], dtype: torch.dtype, in_place: bool, has_gate: bool
 ) -> None:

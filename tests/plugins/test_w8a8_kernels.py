@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
-from tests.plugins.kernels import DEVICE, DTYPES, far_apart, randn, strided
+from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, randn, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise, quantise_rows
@@ -67,7 +67,7 @@ def assert_quantised(actual: Quantised, values: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one row", "ragged rows"))
 def test_linears_are_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> None:
     rows, outputs, inputs = shape
     x, q = quantised(rows, inputs, dtype)
@@ -125,7 +125,7 @@ def test_quantiser_by_rows_is_the_reference_to_the_bit(shape: tuple[int, int, in
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one row", "ragged rows"))
 def test_linears_by_rows_are_the_reference(shape: tuple[int, int, int], dtype: torch.dtype, count: int) -> None:
     rows, outputs, inputs = shape
     x = randn(rows, inputs, seed=7, dtype=dtype)
@@ -134,6 +134,7 @@ def test_linears_by_rows_are_the_reference(shape: tuple[int, int, int], dtype: t
         assert_matches(y, w8a8_linear(x, *w), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_epilogues_by_rows_are_the_reference(dtype: torch.dtype) -> None:
     x, w = randn(333, 256, seed=7, dtype=dtype), row_weight(384, 256, 3, dtype)

@@ -31,6 +31,7 @@ def pipeline(bundle_of: BundleOf) -> Pipeline:
     return Pipeline(bundle, create_backend("ort", bundle))
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_frames_and_another_seed_others(pipeline: Pipeline) -> None:
     def frames(seed: int) -> torch.Tensor:
         latents = pipeline.latents(pipeline.check(Request(PROMPT, SHAPE, seed=seed, topk=0.5)), Timings())
@@ -114,6 +115,7 @@ def test_refuses_sizes_the_model_cannot_make(width: int, height: int, frames: in
         ClipShape(width, height, frames)
 
 
+@pytest.mark.slow
 def test_an_image_model_needs_an_image(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-i2v", "bf16-sla")
     with pytest.raises(RequestError, match="--image"):
@@ -169,6 +171,7 @@ def test_unknown_backends_and_types_are_refused(bundle_of: BundleOf) -> None:
         create_backend("ort", bundle, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_timings_cover_every_stage(bundle_of: BundleOf, picture: Path) -> None:
     bundle = bundle_of("tiny-i2v", "w8a8")
     pipeline, timings = Pipeline(bundle, create_backend("ort", bundle)), Timings()

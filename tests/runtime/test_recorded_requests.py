@@ -116,6 +116,7 @@ def test_a_free_run_ends_at_upstreams_latents(case: golden.Case) -> None:
     assert_matches(final, case["output:x_final_f64"], 3e-2)
 
 
+@pytest.mark.slow
 def test_latents_decode_to_upstreams_video(case: golden.Case) -> None:
     video = vae_of(case).decode(case["output:x_final_f64"].float().to(BF16))
     assert_matches(video, case["output:video_bf16"], 5e-2)

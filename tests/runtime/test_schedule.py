@@ -122,6 +122,7 @@ def test_caches_go_back_and_forth(half: str) -> None:
     assert not set(even.inputs) & set(even.outputs)
 
 
+@pytest.mark.slow
 def test_every_output_is_written(bundle_of: BundleOf, poisoned: None) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     for name in ("torch", "ort"):

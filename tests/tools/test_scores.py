@@ -21,6 +21,8 @@ from wanforge.runtime.measure.quality.held_out import Prompt, Quality, Rates, he
 from wanforge.runtime.measure.quality.meter import read, score
 from wanforge.runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, float | None]]:

@@ -46,6 +46,8 @@ from wanforge.runtime.measure.quality.held_out import held_out_prompts
 from wanforge.runtime.reference.dit import dense_attention
 from wanforge.runtime.reference.vae import VAE
 
+pytestmark = pytest.mark.slow
+
 TINYWAN = load_model("tinywan")
 MODEL = ModelConfig(
     name="smallest",

@@ -161,6 +161,7 @@ def test_every_type_has_the_librarys_size(file: Path, dtype: str) -> None:
     assert is_read_as_by_library(file, encode_header({"x": spec}, {}) + bytes(spec.nbytes))
 
 
+@pytest.mark.slow
 @given(layouts, st.dictionaries(names, names, max_size=2))
 @many
 def test_round_trip_of_any_layout(file: Path, layout: dict[str, TensorSpec], metadata: dict[str, str]) -> None:
@@ -213,6 +214,7 @@ tables = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(tables | anything, st.binary(max_size=12))
 @example({"a": entry(), "b": entry()}, b"1234")
 @example({"a": entry(), "b": entry(offsets=(2, 6))}, b"123456")
@@ -255,6 +257,7 @@ def test_refuses_what_the_library_refuses(file: Path, header: bytes) -> None:
     assert reading(file, with_length(header)) is None
 
 
+@pytest.mark.slow
 @given(layouts, st.data())
 @many
 def test_damage_to_a_good_file_is_refused_or_read_as_the_library_does(
@@ -347,6 +350,7 @@ def test_older_file_stays_whole_until_finish(tmp_path: Path) -> None:
     assert read_header(path).metadata == {"version": "2"}
 
 
+@pytest.mark.slow
 @given(layouts.filter(bool), st.data())
 @many
 def test_resumes_after_an_interruption_at_any_byte(

@@ -68,6 +68,7 @@ def test_says_what_does_not_fit(
     assert message.startswith(f"{source}: does not fit tiny-t2v\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -326,6 +326,7 @@ def test_every_truncation_of_a_shard_is_refused(tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200))
 @example(b"PK\x05\x06" + b"\0" * 18)
 @many
@@ -350,6 +351,7 @@ def test_random_tables_are_refused(scratch: Path, table: bytes) -> None:
         open_checkpoint(scratch / "a.pth")
 
 
+@pytest.mark.slow
 @given(st.integers(0, len(TABLE) - 1), st.binary(max_size=3), st.integers(0, 3))
 @many
 def test_a_damaged_table_is_refused_or_read_as_torch_does(scratch: Path, at: int, new: bytes, removed: int) -> None:
@@ -365,6 +367,7 @@ def test_a_table_that_ends_early_is_refused(scratch: Path) -> None:
             open_checkpoint(scratch / "a.pth")
 
 
+@pytest.mark.slow
 @given(st.data())
 @many
 def test_a_damaged_file_is_refused_or_read_as_torch_does(scratch: Path, data: st.DataObject) -> None:

@@ -188,6 +188,7 @@ print(json.dumps(peak() - before))
 """
 
 
+@pytest.mark.slow
 def test_sparse_14b_files_take_no_disk_and_little_memory(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", WRITE_SPARSE, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -124,6 +124,7 @@ def test_synth_refuses(tmp_path: Path, options: list[str], complaint: str) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_from_checkpoint_to_inspection(tmp_path: Path, importing: Callable[..., list[object]]) -> None:
     out = tmp_path / "bundle"
     result = succeeded(*importing(out))
@@ -351,6 +352,7 @@ def test_inspect_trusts_the_size_unless_told_to_read(bundle: Bundle) -> None:
     assert run("inspect", bundle.root, "--verify").exit_code == 1
 
 
+@pytest.mark.slow
 def test_export_cures_what_is_stale_or_damaged(bundle: Bundle) -> None:
     replace_key(bundle, "code")
     os.truncate(bundle.root / STEM, 9)

@@ -50,6 +50,7 @@ def made(models: tuple[str, ...] = (SMALL,), gpus: dict[str, Target] = GPUS) -> 
     return predict([load_model(name) for name in models], CLIPS, [0.1, 1.0], gpus)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
 def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
     found = made((SMALL, LARGE))
@@ -66,6 +67,7 @@ def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
     assert small == large
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
 def test_the_law_of_growth_is_linear_plus_quadratic() -> None:
     short, short_dense, long, long_dense = made().points
@@ -78,6 +80,7 @@ def test_the_law_of_growth_is_linear_plus_quadratic() -> None:
     assert half_point(short) == pytest.approx(10 * half_point(short_dense), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
 def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> None:
     found = made((SMALL, LARGE))
@@ -92,6 +95,7 @@ def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> N
     assert any(title.startswith("14B 0.1, 832x480, 161 frames: ") for title in titles)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
 def test_the_document_is_what_the_code_says() -> None:
     document = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
@@ -101,6 +105,7 @@ def test_the_document_is_what_the_code_says() -> None:
         assert f"\n{line}\n" in document
 
 
+@pytest.mark.slow
 def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
     rtx()
     tiny = load_model("tiny-t2v")
@@ -113,6 +118,7 @@ def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
     assert long["decode"].extent == short["decode"].extent
 
 
+@pytest.mark.slow
 def test_after_a_refusal_no_larger_clip_is_tried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tried: list[int] = []
 

@@ -56,6 +56,7 @@ def test_the_plot_is_a_picture_of_its_own() -> None:
     assert "1.3B: 2.20 s" in {title.text for title in root.iter("{http://www.w3.org/2000/svg}title")}
 
 
+@pytest.mark.slow
 def test_a_size_is_measured_on_files_that_take_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     monkeypatch.setattr(suite_module, "build", lambda bundle: built.append(bundle.model.name))

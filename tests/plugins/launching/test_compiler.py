@@ -23,6 +23,8 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import LIMITS, faults, occupancy
 from wanforge.plugins.launching.worker import TENSOR_CORE
 
+pytestmark = pytest.mark.slow
+
 SMS = (80, 90)
 
 

@@ -239,6 +239,7 @@ def test_the_source_hash_of_a_real_kernel_covers_what_it_shares() -> None:
     assert "wanforge.plugins.quantiser.kernel" in set(cubins._imported("wanforge.x", path.read_bytes()))
 
 
+@pytest.mark.slow
 def test_launching_imports_no_triton() -> None:
     modules = "wanforge.plugins.launching.cubins, wanforge.plugins.launching.compiler"
     code = f"import sys; sys.modules['triton'] = None; import {modules}"

@@ -32,7 +32,9 @@ pytestmark = pytest.mark.skipif(
 TOLERANCE = {"bf16": 2e-6, "bf16-sla": 2e-6, "w8a8": 1e-2, "w8a8-row": 1e-2}
 
 
-@pytest.mark.parametrize("recipe", TOLERANCE)
+@pytest.mark.parametrize(
+    "recipe", ["w8a8", *(pytest.param(r, marks=pytest.mark.slow) for r in TOLERANCE if r != "w8a8")]
+)
 def test_block_is_the_reference(bundle_of: BundleOf, recipe: str) -> None:
     bundle = bundle_of("tiny-t2v", recipe)
     graph = graphs(bundle.model, bundle.recipe)["block"]
@@ -45,6 +47,7 @@ def test_block_is_the_reference(bundle_of: BundleOf, recipe: str) -> None:
     assert all(torch.equal(inputs[name], before[name]) for name in inputs), "an input was changed"
 
 
+@pytest.mark.slow
 def test_block_repeats_upstreams_fault_where_asked(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
     # The tiny model is a power of two wide, where the fault does not show.
@@ -73,6 +76,7 @@ def test_one_sample_at_a_time() -> None:
         FusedBlock(model.dit, recipe).run({}, [hidden, *7 * [hidden]], hidden)
 
 
+@pytest.mark.slow
 def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     # 144 tokens: ragged in blocks of 128 queries and of 64 keys.
@@ -94,6 +98,7 @@ def test_fp8_needs_an_architecture_that_has_it() -> None:
     assert [recipe_for(recipe, sm).pv for sm in (80, 86, 89, 90, 100, 120)] == ["fp16"] * 2 + ["fp8"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "count"), [("w8a8", 18), ("w8a8-row", 23), ("bf16-sla", 14), ("bf16", 8)])
 def test_a_block_is_few_launches(recipe: str, count: int) -> None:
     """Beside them run only the library's products of unquantised linears, and its dense attention."""

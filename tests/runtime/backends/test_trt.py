@@ -93,6 +93,7 @@ def stand_in_of(backend: TrtBackend) -> StandIn:
     return backend.cuda
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shares"),
     [
@@ -115,6 +116,7 @@ def test_it_gives_the_same_clip_at_every_budget(
         assert torch.equal(found, wanted), residency
 
 
+@pytest.mark.slow
 def test_a_step_is_captured_when_it_runs_again_and_then_replayed(
     make: Callable[..., TrtBackend], tmp_path: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_step_is_captured_when_it_runs_again_and_then_replayed(
     assert stand_in.pinned_bytes == 0
 
 
+@pytest.mark.slow
 def test_what_cannot_be_captured_is_launched_each_time(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
     backend = make()
     wanted = expected(backend.bundle, tmp_path)
@@ -147,6 +150,7 @@ def test_why_a_plugin_failed_is_said(make: Callable[..., TrtBackend]) -> None:
         denoiser.session.run("step.0")
 
 
+@pytest.mark.slow
 def test_what_streams_is_not_captured(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
     backend = make()
     backend.prepare(CLIP)
@@ -213,6 +217,7 @@ def test_two_sessions_do_not_share_memory_unnoticed(make: Callable[..., TrtBacke
         denoiser.session.run("step.0")
 
 
+@pytest.mark.slow
 def test_what_is_compiled_on_the_machine_is_kept(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
     for times in (1, 2):
         backend = make()

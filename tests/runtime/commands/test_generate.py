@@ -39,6 +39,7 @@ def test_generate_writes_a_video_and_says_where_the_time_went(bundle: Path, tmp_
     assert "192x128, 5 frames, 192 tokens, seed 0, backend ort, recipe bf16-sla" in done.output
 
 
+@pytest.mark.slow
 def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--json", "--steps", 2, *SMALL)
     (result,) = json.loads(done.stdout)
@@ -47,6 +48,7 @@ def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()))
 
 
+@pytest.mark.slow
 def test_several_samples_are_numbered_and_differ(bundle: Path, tmp_path: Path) -> None:
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--samples", 2, "--json", *SMALL)
     results = json.loads(done.stdout)
@@ -55,6 +57,7 @@ def test_several_samples_are_numbered_and_differ(bundle: Path, tmp_path: Path) -
     assert (tmp_path / "a-001.mp4").read_bytes() != (tmp_path / "a-002.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_prompt_file_has_a_prompt_or_an_object_per_line(bundle: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     named = tmp_path / "named.mp4"
@@ -66,6 +69,7 @@ def test_a_prompt_file_has_a_prompt_or_an_object_per_line(bundle: Path, tmp_path
     assert [r["seed"] for r in results] == [0, 7, 0]
 
 
+@pytest.mark.slow
 def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-i2v", "w8a8").root
     arguments = ("--prompt", PROMPT, "--image", picture, "--out", tmp_path / "a.mp4", "--json", *SMALL)
@@ -76,6 +80,7 @@ def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture
     assert (adaptive["width_px"], adaptive["height_px"]) == (176, 128)
 
 
+@pytest.mark.slow
 def test_noise_is_saved_and_taken_again(bundle: Path, tmp_path: Path) -> None:
     noise, first, second = tmp_path / "noise.safetensors", tmp_path / "a.mp4", tmp_path / "b.mp4"
     assert run("generate", bundle, "--prompt", PROMPT, "--out", first, "--save-noise", noise, *SMALL).exit_code == 0
@@ -84,6 +89,7 @@ def test_noise_is_saved_and_taken_again(bundle: Path, tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_noise_is_saved_for_every_sample(bundle: Path, tmp_path: Path) -> None:
     options = ["--samples", 2, "--steps", 1, "--save-noise", tmp_path / "deep" / "n.safetensors", *SMALL]
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *options)
@@ -161,6 +167,7 @@ def test_one_line_that_cannot_be_served_stops_all_of_them(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_missing_image_on_the_second_line_stops_the_first(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "a.mp4"
     prompts.write_text("\n".join(json.dumps({"prompt": PROMPT, "image": str(i)}) for i in (picture, "absent.png")))
@@ -190,6 +197,7 @@ def test_wrong_usage_exits_with_2(bundle: Path) -> None:
         assert "--noise takes the place of the seed" in done.output
 
 
+@pytest.mark.slow
 def test_a_missing_bundle_and_missing_graphs_are_told_apart(bundle_of: BundleOf, tmp_path: Path) -> None:
     done = run("generate", tmp_path / "absent", "--prompt", PROMPT)
     assert done.exit_code == 1
@@ -234,6 +242,7 @@ def test_a_damaged_bundle_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+@pytest.mark.slow
 def test_what_a_backend_does_not_open_may_be_damaged(bundle: Path, tmp_path: Path) -> None:
     copy, out = Path(shutil.copytree(bundle, tmp_path / "copy")), tmp_path / "a.mp4"
     flip(copy / "onnx/fp16/stem.onnx")

@@ -56,6 +56,7 @@ def cubin_of(folder: Path, sm: int) -> Cubin:
     return next(cubin for cubin in CubinStore(folder).cubins().values() if cubin.sm == sm)
 
 
+@pytest.mark.slow
 def test_the_table_of_what_is_compiled(tmp_path: Path, asked: list[tuple[str, str, int]]) -> None:
     result = run("--target", "h100,a100", "--model", "tiny-t2v", "--out", tmp_path, "--jobs", 2)
     assert result.exit_code == 0, result.output
@@ -68,6 +69,7 @@ def test_the_table_of_what_is_compiled(tmp_path: Path, asked: list[tuple[str, st
     assert {cubin.sm for cubin in CubinStore(tmp_path).cubins().values()} == {80, 90}
 
 
+@pytest.mark.slow
 def test_models_and_recipe_are_asked_for_each_architecture(
     compiled: Path, asked: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "recipe"), [("tiny-t2v", "bf16"), ("tiny-i2v", "w8a8")])
 def test_onnx_runtime_passes_at_every_depth(bundle_of: BundleOf, model: str, recipe: str, picture: Path) -> None:
     options = ["--image", picture] if model == "tiny-i2v" else []
@@ -49,6 +50,7 @@ def test_onnx_runtime_passes_at_every_depth(bundle_of: BundleOf, model: str, rec
     assert {c["component"] for c in block} == ({"dit.high", "dit.low"} if experts == 2 else {"dit"})
 
 
+@pytest.mark.slow
 def test_a_backend_that_is_wrong_exits_with_1_and_is_told_where(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -88,6 +90,7 @@ class Outline(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(bundle_of: BundleOf, tmp_path: Path) -> None:
     page = tmp_path / "deep" / "report.html"
     prompt = 'A <b>red</b> kite & a "sea".'
@@ -115,6 +118,7 @@ def test_a_difference_is_shown_around_grey() -> None:
     assert amplified(expected - 9, expected, 16).tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_depths_and_pairs_are_chosen(bundle_of: BundleOf) -> None:
     plain = bundle_of("tiny-t2v", "bf16-sla").root
     done = run("parity", plain, *SMALL, "--depth", "step", "--backend", "torch", "--recipe", "w8a8-row", "--json")

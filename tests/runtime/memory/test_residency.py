@@ -299,6 +299,7 @@ def test_a_copy_waits_for_the_last_launch_that_reads_its_slot(
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "residency"), [(0.96, "everything stays"), (0.82, "3 of 5"), (0.65, "0 of 5")])
 def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     deep_bundle: Bundle, share: float, residency: str
@@ -325,6 +326,7 @@ def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_clips_of_two_sizes_do_not_meet_in_memory(deep_bundle: Bundle) -> None:
     """Both are checked before either runs, as a file of prompts is."""
     large, small = ClipShape(64, 64, 5), ClipShape(32, 32, 5)

@@ -111,6 +111,7 @@ def test_intermediate_results_equal_upstreams() -> None:
     assert_matches(embedding, case["mid:time_embedding"], 1e-6, name="time embedding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_channels", [16, 36])
 @pytest.mark.parametrize(("own_sinusoid", "tolerance"), [(False, 1e-5), (True, 1e-4)])
 @torch.no_grad()

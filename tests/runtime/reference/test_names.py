@@ -149,6 +149,7 @@ def assert_same_tensors(component: str, expected: Layout, state: dict[str, torch
         assert flat == spec.shape, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["tiny-t2v", "tiny-i2v"])
 def test_finds_every_tensor_of_diffusers_transformer(model_name: str) -> None:
     state = diffusers_transformer(load_model(model_name).dit.in_channels).state_dict()

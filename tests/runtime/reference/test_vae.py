@@ -39,6 +39,7 @@ def stream_encode(vae: VAE, pixels: Tensor) -> Tensor:
     return torch.cat(chunks, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", [VAE.decode, stream_decode], ids=["whole", "streamed"])
 @pytest.mark.parametrize("name", DECODES)
 def test_decode_equals_upstreams(name: str, decode: object) -> None:
@@ -91,6 +92,7 @@ def test_caches_equal_upstreams_slot_by_slot() -> None:
     assert len(caches) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [5, 81])
 @torch.no_grad()
 def test_equals_diffusers(frames: int) -> None:
@@ -136,6 +138,7 @@ def test_streaming_is_one_shot_exactly(monkeypatch: pytest.MonkeyPatch, frames: 
     assert_matches(stream_encode(vae, pixels), vae.encode(pixels), 0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_streaming_is_one_shot_to_the_last_bits_as_it_stands() -> None:
     vae = oracles.seeded(VAE(VAEConfig(dim=4)).double(), 3)

@@ -41,6 +41,7 @@ def pipelines(bundle: Bundle) -> tuple[Pipeline, Pipeline]:
     return Pipeline(bundle, create_backend("torch", bundle)), Pipeline(bundle, create_baseline("diffusers", bundle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny-t2v", "tiny-i2v"])
 def test_every_step_and_frame_is_the_references(bundle_of: BundleOf, picture: Path, model: str) -> None:
     request = Request(PROMPT, SHAPE, picture if model == "tiny-i2v" else None, steps=4)
@@ -95,6 +96,7 @@ def bench(bundle: Bundle, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_report_has_its_row_and_says_what_it_runs(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     said = bench(bundle, "--topk", "1")
@@ -109,6 +111,7 @@ def test_the_report_has_its_row_and_says_what_it_runs(bundle_of: BundleOf) -> No
     assert plain["missing"] == {}
 
 
+@pytest.mark.slow
 def test_without_diffusers_it_is_left_out_and_said_so(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     said = bench(bundle_of("tiny-t2v", "bf16"))

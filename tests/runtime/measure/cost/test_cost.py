@@ -149,6 +149,7 @@ def test_a_request_pays_the_prompt_once_per_expert() -> None:
     assert len(fused_request(w, 4)) == 2 * len(prompt(w)) + 4 * len(fused_step(w))
 
 
+@pytest.mark.slow
 def test_the_page_holds_these_tables() -> None:
     page = PAGE.read_text()
     assert sorted(re.findall(r"<!-- table: (\S+) -->", page)) == sorted(TABLES)

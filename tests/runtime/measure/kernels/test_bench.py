@@ -93,6 +93,7 @@ def test_every_op_has_a_check() -> None:
     assert set(CHECKS) == set(OPS)
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernels_pass_their_checks(op: str) -> None:
@@ -347,6 +348,7 @@ def test_the_table_shows_medians_spread_and_ratios(tiny: Workload) -> None:
 # The cases.
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("op", OPS)
@@ -364,6 +366,7 @@ def test_baselines_run(op: str, tiny: Workload) -> None:
     assert missing <= {"dense, flash", "dense, cuDNN"}
 
 
+@pytest.mark.slow
 def test_launches_apart_do_what_they_do_together() -> None:
     draw = on_cpu(3)
     inputs = [*(draw(100, 128) for _ in range(3)), draw(128, 128, size=0.1), draw(128)]

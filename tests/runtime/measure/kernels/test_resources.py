@@ -15,6 +15,8 @@ from wanforge.plugins.launching.cubins import Cubin
 from wanforge.plugins.launching.occupancy import faults
 from wanforge.runtime.commands.kernels import KernelsOptions
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[4]
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 SMS = (80, 86, 89, 90, 100, 120)

@@ -97,6 +97,7 @@ def one_fewer(inputs: dict[str, Tensor]) -> None:
     inputs["selection"] = inputs["selection"][:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "plant", "layer", "op"),
     [
@@ -126,6 +127,7 @@ def test_a_planted_error_is_found_at_its_layer_and_op(
     assert {c.place.layer for c in found.at("op") if not c.passed} == {layer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "plant"),
     [
@@ -142,6 +144,7 @@ def test_the_layer_is_found_without_looking_into_it(bundle_of: BundleOf, recipe:
     assert wrong == {("block", 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("component", "name", "graph", "layer"),
     [
@@ -160,6 +163,7 @@ def test_errors_outside_the_layers_are_found_by_graph_and_component(
     assert wrong == {(graph, component, layer)}
 
 
+@pytest.mark.slow
 def test_a_step_and_a_clip_are_held_to_limits_of_their_own(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     plant = Planted(bundle, "dit", doubled("blocks.0.ffn.0.scale"))
@@ -168,6 +172,7 @@ def test_a_step_and_a_clip_are_held_to_limits_of_their_own(bundle_of: BundleOf) 
     assert len(found.clips) == 2
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_never_pass(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16-sla")
 
@@ -180,6 +185,7 @@ def test_numbers_that_are_none_never_pass(bundle_of: BundleOf) -> None:
     assert any("NaN" in fault for fault in found.first.faults)
 
 
+@pytest.mark.slow
 def test_ten_seeds_raise_no_alarm(bundle_of: BundleOf) -> None:
     found = compare(bundle_of("tiny-t2v", "w8a8"), Contender("ort"), CLIP, seeds=10)
     assert found.passed, found.first
@@ -202,6 +208,7 @@ def test_every_recipe_has_limits_for_every_compute_type() -> None:
             assert coarse.step.cosine <= limits.step.cosine
 
 
+@pytest.mark.slow
 def test_a_compute_type_is_held_to_its_own_limits(bundle_of: BundleOf) -> None:
     found = compare(bundle_of("tiny-t2v", "bf16-sla"), Contender("torch", dtype=torch.bfloat16), CLIP)
     assert found.passed, found.first
@@ -209,6 +216,7 @@ def test_a_compute_type_is_held_to_its_own_limits(bundle_of: BundleOf) -> None:
     assert max(c.difference.rms for c in found.at("step")) > 1e-3
 
 
+@pytest.mark.slow
 def test_recipes_are_compared_where_the_weights_permit(bundle_of: BundleOf) -> None:
     plain, eight = bundle_of("tiny-t2v", "bf16-sla"), bundle_of("tiny-t2v", "w8a8")
     found = compare(plain, Contender("torch", load_recipe("w8a8-row")), CLIP, depths=("block", "clip"))
@@ -242,6 +250,7 @@ def test_weights_quantised_on_the_way_are_those_of_an_import(bundle_of: BundleOf
         assert torch.equal(made.of(layer, f"ffn.2.{part}"), kept.of(layer, f"ffn.2.{part}"))
 
 
+@pytest.mark.slow
 def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
 
@@ -263,6 +272,7 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
     assert found.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["w8a8", "bf16-sla"])
 def test_kernels_are_looked_into(bundle_of: BundleOf, recipe: str) -> None:
     """A planted error is found where it is, so every other tap agrees."""

@@ -41,6 +41,7 @@ def test_scenes_cover_everything_that_is_read(scenes: list[Scene]) -> None:
     assert any(len(scene.things) == 2 for scene in scenes)
 
 
+@pytest.mark.slow
 def test_drawn_clips_are_read_right(scenes: list[Scene]) -> None:
     wrong = []
     for scene in scenes:
@@ -50,6 +51,7 @@ def test_drawn_clips_are_read_right(scenes: list[Scene]) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deviation", [8.0, 16.0])
 def test_noise_on_the_frames_changes_nothing(scenes: list[Scene], deviation: float) -> None:
     rng = np.random.default_rng(3)
@@ -59,6 +61,7 @@ def test_noise_on_the_frames_changes_nothing(scenes: list[Scene], deviation: flo
         assert all(s.colour and s.shape and s.direction for s in score(read(noisy), subjects_of(scene)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_a_clip_played_backwards_goes_the_other_way(seed: int) -> None:
     scene = one_thing(seed)

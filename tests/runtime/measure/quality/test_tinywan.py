@@ -38,12 +38,14 @@ def test_it_takes_eight_megabytes() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 8_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count"), [("torch", 2), ("ort", 4)])
 def test_clips_show_what_the_prompts_say(tinywan: Bundle, backend: str, count: int) -> None:
     rates = measure(Contender(backend).pipeline(tinywan), prompts=PROMPTS[:count]).rates
     assert (rates.colour, rates.shape, rates.direction) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
     """The same clips held against wrong answers: the rates can fall."""
     (subject,) = PROMPTS[0].subjects
@@ -55,6 +57,7 @@ def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
     assert (rates.colour, rates.shape, rates.direction) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_what_comes_out_right(tinywan: Bundle, tmp_path: Path) -> None:
     """One step sees nothing but noise, so its clip is at best as good as four steps'."""
     page = tmp_path / "sweep.html"

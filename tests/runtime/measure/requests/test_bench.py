@@ -40,6 +40,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_the_contenders_take_turns_and_say_how_far_they_are(bundle_of: BundleOf) -> None:
     seen: list[tuple[str, int, int]] = []
     request = Request(PROMPT, SHAPE, steps=1)
@@ -49,6 +50,7 @@ def test_the_contenders_take_turns_and_say_how_far_they_are(bundle_of: BundleOf)
     assert [row.contender for row in rows] == ["torch", "ort"]
 
 
+@pytest.mark.slow
 def test_every_stage_of_every_contender_is_reported(bundle_of: BundleOf, picture: Path) -> None:
     options = [*SMALL, "--image", picture, "--topk", 0.5, "--repeats", 2, "--json"]
     done = run("bench", bundle_of("tiny-i2v", "w8a8").root, "--prompt", PROMPT, *options)
@@ -101,6 +103,7 @@ def test_results_are_kept_and_compared(bundle_of: BundleOf, tmp_path: Path, monk
     assert run("bench", bundle, "--against", tmp_path / "absent.jsonl").exit_code == 1
 
 
+@pytest.mark.slow
 def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
     bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,7 @@ def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
     }
 
 
+@pytest.mark.slow
 def test_the_page_has_stages_rooflines_and_sweeps(bundle_of: BundleOf, tmp_path: Path) -> None:
     page, bundle = tmp_path / "bench.html", bundle_of("tiny-t2v", "bf16-sla").root
     options = (*SMALL, "--topk", 1, "--repeats", 1, "--html", page, "--backend", "ort")
@@ -156,6 +160,7 @@ def test_the_page_has_stages_rooflines_and_sweeps(bundle_of: BundleOf, tmp_path:
     assert run("bench", bundle, *options, "--target", "abacus").exit_code == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_holds_each_value_against_the_best(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16-sla")
     request = Request(PROMPT, ClipShape(256, 160, 1), steps=1, topk=0.7)
@@ -203,6 +208,7 @@ def test_the_count_of_a_graph_is_that_of_its_products() -> None:
     assert operations(graphs(model, recipe)["block"], sizes) == linears + attention
 
 
+@pytest.mark.slow
 def test_rooflines_grow_with_the_work_and_no_prediction_is_below_them(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
@@ -241,6 +247,7 @@ def test_the_compiled_baseline_compiles_the_layers_and_nothing_else(
     assert len(calls) == 2 * bundle.model.dit.num_layers
 
 
+@pytest.mark.slow
 def test_a_baseline_without_a_compiler_is_left_out_and_said_so(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
