@@ -7,7 +7,7 @@ OUT    ?= demo
 # Without compiled modules every process that a test starts would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
-PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test quick check format bench clean
 
