@@ -1,0 +1,98 @@
+"""Which backend `auto` chooses, with and without a GPU, engines and graphs."""
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+import torch
+
+from wanforge.configs.clip import ClipShape
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import FileRecord
+from wanforge.errors import BundleError
+from wanforge.runtime.backends import choice
+from wanforge.runtime.backends.choice import choose_backend, obstacle, runnable_backends
+
+BundleOf = Callable[[str, str], Bundle]
+CLIP = ClipShape(192, 128, 17)
+
+
+@pytest.fixture
+def bundle(bundle_of: BundleOf) -> Bundle:
+    return bundle_of("tiny-t2v", "w8a8")
+
+
+def without_graphs(bundle: Bundle) -> Bundle:
+    """The same bundle before its export."""
+    files = {name: record for name, record in bundle.manifest.files.items() if not name.endswith(".onnx")}
+    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, files=files))
+
+
+def with_engine(bundle: Bundle, architectures: str) -> Bundle:
+    """The same bundle as if one engine for some architectures had been built."""
+    engine = FileRecord(sha256="0" * 64, bytes=1, key={"architectures": architectures})
+    files = {**bundle.manifest.files, f"engines/sm_{architectures}/block.bf16.engine": engine}
+    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, files=files))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of sm_89 with everything that the backends need on one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(choice, "find_spec", lambda name: object())
+    monkeypatch.setattr("wanforge.plugins.tensorrt.library.installed_version", lambda flavour: "1.7.1")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_onnx_runtime_is_chosen_or_the_reference(bundle: Bundle) -> None:
+    assert choose_backend(bundle) == "ort"
+    assert runnable_backends(bundle) == ["torch", "ort"]
+    assert choose_backend(without_graphs(bundle)) == "torch"
+    assert runnable_backends(without_graphs(bundle)) == ["torch"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_budget_of_memory_leaves_those_that_keep_to_one(bundle: Bundle) -> None:
+    assert choose_backend(bundle, bounded=True) == "ort"
+    reasons = r"no backend .* budget .*trt: PyTorch sees no GPU.*ort: .* no fp32 graphs"
+    with pytest.raises(BundleError, match=reasons):
+        choose_backend(without_graphs(bundle), bounded=True)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_kernels_are_chosen_until_engines_are_built_for_it(bundle: Bundle) -> None:
+    assert choose_backend(bundle) == "kernels"
+    assert choose_backend(with_engine(bundle, "90")) == "kernels"
+    assert choose_backend(with_engine(bundle, "89 120")) == "trt"
+    assert runnable_backends(with_engine(bundle, "89 120")) == ["torch", "ort", "kernels", "trt"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_engines_must_be_there_for_the_clips_that_are_asked_for(bundle: Bundle) -> None:
+    """One engine is not all of a request's, so a clip is refused where no clip was not."""
+    engine = with_engine(bundle, "89")
+    assert obstacle("trt", engine) is None
+    assert "wanforge build" in (obstacle("trt", engine, [CLIP]) or "")
+    assert choose_backend(engine, [CLIP]) == "kernels"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_is_not_installed_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanforge.plugins.tensorrt.library.installed_version", lambda flavour: None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    assert "is not installed" in (obstacle("trt", with_engine(bundle, "89")) or "")
+    assert obstacle("kernels", bundle) == "cuda-python is not installed"
+    assert choose_backend(with_engine(bundle, "89")) == "ort"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_kernels_are_made_for_one_size_of_tile(bundle: Bundle) -> None:
+    recipe = msgspec.structs.replace(bundle.recipe, tile=64)
+    other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
+    assert obstacle("kernels", other) == "kernels are made for tiles of 128, not 64"

@@ -1,0 +1,109 @@
+"""The public functions: what they return, and what they refuse."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from imageio_ffmpeg import read_frames
+
+import wanforge
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import BundleError, CheckpointError, ConfigError, RequestError
+
+BundleOf = Callable[[str, str], Bundle]
+PROMPT = "A red kite over a windy beach."
+
+
+@pytest.fixture
+def bundle(bundle_of: BundleOf) -> Path:
+    return bundle_of("tiny-t2v", "bf16").root
+
+
+@pytest.fixture
+def pipeline(bundle: Path) -> wanforge.Pipeline:
+    return wanforge.load(bundle, backend="ort")
+
+
+def test_a_clip_holds_frames_latents_and_timings(pipeline: wanforge.Pipeline) -> None:
+    told: list[tuple[str, int, int]] = []
+    clip = pipeline.generate(
+        PROMPT,
+        size=(96, 64),
+        frames=5,
+        seed=3,
+        steps=2,
+        on_progress=lambda stage, done, total, unit="": told.append((stage, done, total)),
+    )
+    assert clip.frames.shape == (5, 64, 96, 3)
+    assert clip.frames.dtype == np.uint8
+    assert clip.frames.min() < clip.frames.max()
+    assert (clip.latents.shape, clip.latents.dtype) == ((1, 16, 2, 8, 12), torch.float64)
+    assert (clip.request.seed, clip.request.steps, clip.backend, clip.fps) == (3, 2, "ort", 16)
+    assert len(clip.timings.steps) == 2
+    assert clip.timings.total == pytest.approx(sum(clip.timings.stages.values()))
+    assert ("decode", 2, 2) in told
+    assert all(0 < done <= total for _, done, total in told)
+
+
+def test_settings_reach_the_clip(pipeline: wanforge.Pipeline) -> None:
+    small = {"size": "96x64", "frames": 1, "steps": 1}
+    first, again, other = (pipeline.generate(PROMPT, seed=seed, **small).frames for seed in (0, 0, 1))  # type: ignore[arg-type]
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_clip_is_saved_whole_or_not_at_all(pipeline: wanforge.Pipeline, tmp_path: Path) -> None:
+    clip = pipeline.generate(PROMPT, size=(96, 64), frames=5, steps=1)
+    saved = clip.save(str(tmp_path / "clip.mp4"))
+    facts, *frames = read_frames(str(saved))
+    assert (facts["size"], facts["fps"], len(frames)) == ((96, 64), 16, 5)
+    decoded = np.frombuffer(frames[0], np.uint8).reshape(64, 96, 3).astype(float)
+    assert np.abs(decoded - clip.frames[0]).mean() < 20
+    with pytest.raises(RequestError, match="mp4"):
+        clip.save(tmp_path / "clip.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_an_image_may_be_a_path_or_a_picture(bundle_of: BundleOf, picture: Path) -> None:
+    from PIL import Image
+
+    pipeline = wanforge.load(bundle_of("tiny-i2v", "w8a8").root, backend="ort")
+    small = {"size": (96, 64), "frames": 1, "steps": 1, "topk": 1.0}
+    clips = [pipeline.generate(PROMPT, image, **small) for image in (picture, str(picture), Image.open(picture))]  # type: ignore[arg-type]
+    assert np.array_equal(clips[0].frames, clips[1].frames)
+    assert np.array_equal(clips[0].frames, clips[2].frames)
+    with pytest.raises(RequestError, match="needs an image"):
+        pipeline.generate(PROMPT, frames=1)
+
+
+def test_what_cannot_be_loaded_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no backend is called 'tensorflow'"):
+        wanforge.load(bundle, backend="tensorflow")
+    with pytest.raises(ConfigError, match="keeps to no budget"):
+        wanforge.load(bundle, backend="torch", memory=8)
+    with pytest.raises(BundleError, match="not a bundle"):
+        wanforge.load(tmp_path)
+
+
+def test_a_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="lack a tokenizer"):
+        wanforge.import_checkpoint(tmp_path / "bundle", "tiny-t2v", {"dit": tmp_path / "dit.pth"})
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_parity_says_whether_every_limit_is_met(bundle: Path) -> None:
+    found = wanforge.parity(bundle, PROMPT, backend="ort", depths=["block"], size=(96, 64), frames=1, steps=1)
+    assert found.passed
+    assert {comparison.place.depth for comparison in found.comparisons} == {"block"}
+
+
+def test_targets_are_checked_before_anything_is_built(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="rtx5090"):
+        wanforge.build(bundle, "rtx5091")
+
+
+def test_names_that_do_not_exist_are_named() -> None:
+    with pytest.raises(AttributeError, match="module 'wanforge' has no attribute 'compile'"):
+        _ = wanforge.compile
