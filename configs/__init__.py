@@ -1,1 +1,1 @@
-"""What a run may say: typed records (`schema`) and the TOML files that fill them."""
+"""Configuration: typed records and the TOML files that fill them."""

@@ -1,4 +1,4 @@
-"""The size and length of a clip, and what follows from them: latents, tokens, the table of resolutions."""
+"""The size and length of a clip, the latents and tokens that follow from them, and the table of resolutions."""
 
 import re
 from typing import Annotated
@@ -12,17 +12,17 @@ PATCH = 2
 """Latent rows and columns per token; the time axis is not patched."""
 
 MAX_POSITIONS = 1024
-"""Tokens along one axis that Wan's rotary embedding is defined for."""
+"""Largest number of tokens along one axis for which Wan's rotary embedding is defined."""
 
 TEMPORAL_STRIDE, SPATIAL_STRIDE = 4, 8
-"""Frames and pixels per latent frame and latent pixel of the Wan VAE."""
+"""Frames per latent frame and pixels per latent pixel of the Wan VAE."""
 
 
 def latent_frames(frames: int) -> int:
-    """Number of latent frames of a clip: the first frame alone, then one for every four.
+    """Number of latent frames of a clip: one for the first frame, then one for every four frames.
 
     Raises:
-        ConfigError: `frames` is not 4n+1.
+        ConfigError: `frames` is not of the form 4n+1.
     """
     if frames < 1 or frames % TEMPORAL_STRIDE != 1:
         lower = max(1, frames - (frames - 1) % TEMPORAL_STRIDE)
@@ -94,7 +94,7 @@ def load_resolutions() -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def size_of(resolution: str, aspect: str) -> tuple[int, int]:
-    """Width and height in pixels of an entry of the table of resolutions, or of a size such as ``1920x1088``.
+    """Width and height in pixels of an entry in the table of resolutions, or of a size such as ``1920x1088``.
 
     Raises:
         ConfigError: The table has no such entry.
@@ -112,9 +112,11 @@ def size_of(resolution: str, aspect: str) -> tuple[int, int]:
 
 
 def adaptive_size(image_wh: tuple[int, int], area_wh: tuple[int, int]) -> tuple[int, int]:
-    """Width and height with the aspect ratio of an image and about the area of `area_wh`, in multiples of 16 pixels.
+    """Width and height with about the aspect ratio of an image and the area of `area_wh`, in multiples of 16 pixels.
 
-    Halves round to even, as upstream's do. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
+    Halves round to even, as in upstream's code.
+
+    Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
     """
     area, aspect = area_wh[0] * area_wh[1], image_wh[1] / image_wh[0]
     width, height = 16 * round((area / aspect) ** 0.5 / 16), 16 * round((area * aspect) ** 0.5 / 16)

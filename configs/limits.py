@@ -22,12 +22,12 @@ class Limits(Record, frozen=True):
 
 
 class DepthLimits(Record, frozen=True):
-    """What a recipe is held to in one compute type, depth by depth; see `runtime.measure.parity`."""
+    """The limits of a recipe in one compute type, depth by depth; see `runtime.measure.parity`."""
 
     op: Limits
     """Every op on the reference's inputs, and every graph that is little more than one op."""
     rounded: Limits
-    """Ops that round or select inside: sparse attention, and whatever a backend quantises in the same kernel."""
+    """Ops that round or select internally: sparse attention, and ops that a backend quantises in the same kernel."""
     block: Limits
     """A layer of the denoiser on the reference's inputs."""
     step: Limits
@@ -41,9 +41,9 @@ class _Parity(Record, frozen=True):
 
 
 def load_limits(recipe: Recipe, compute: str) -> DepthLimits | None:
-    """What a backend that computes in this type (``float32``) is held to; None where no limits are known.
+    """The limits of a backend that computes in this type (``float32``); None if no limits are known.
 
-    A recipe of another name is held to the limits of the known recipe with the same number formats.
+    A recipe of another name has the limits of the known recipe with the same number formats.
     """
     for name, types in load(CONFIGS / "parity.toml", _Parity).parity.items():
         known = load_recipe(name)

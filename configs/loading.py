@@ -39,12 +39,12 @@ def load(path: Path, record: type[RecordType]) -> RecordType:
 
 
 def named(folder: str) -> list[str]:
-    """Names of the TOML files in a folder of configs, sorted."""
+    """Names of the TOML files in a folder of ``configs``, sorted."""
     return sorted(path.stem for path in (CONFIGS / folder).glob("*.toml"))
 
 
 def load_named(kind: str, folder: str, name: str, record: type[RecordType]) -> RecordType:
-    """Read the shipped file with this name, or the file itself where `name` ends in ``.toml``.
+    """Read the shipped file with this name, or the file `name` itself if it ends in ``.toml``.
 
     Raises:
         ConfigError: There is no such file, or `load` refuses it.

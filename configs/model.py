@@ -1,6 +1,6 @@
 """Models: the sizes of their networks, their sampler, and the clip that they make by default.
 
-Shapes of a published model are the defaults, so a TOML file only says where a model differs.
+The defaults are the values of the published models, so a TOML file only states where a model differs.
 """
 
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from wanforge.configs.clip import ClipShape, latent_frames, size_of
 from wanforge.configs.loading import Count, Fraction, Multiple16, Multiple128, Positive, Record, load_named
 
 HEAD_DIM = 128
-"""Channels per attention head: the same in every Wan model, and what the kernels are made for."""
+"""Channels per attention head: the same in every Wan model, and the size that the kernels are written for."""
 
 
 class DiTConfig(Record, frozen=True):
@@ -40,7 +40,7 @@ class VAEConfig(Record, frozen=True):
     """The Wan2.1 VAE, which Wan2.2-A14B shares. Source: Wan2.1, wan/modules/vae.py (docs/sources.md)."""
 
     dim: Count = 96
-    """Channels at full resolution; 2x, 4x, 4x below."""
+    """Channels at full resolution; the lower resolutions have 2, 4 and 4 times as many."""
     latent_channels: Count = 16
 
 
@@ -63,11 +63,11 @@ class SamplerConfig(Record, frozen=True):
     steps: Annotated[int, Meta(ge=1, le=4)] = 4
     sigma_max: Positive = 80.0
     boundary: Fraction | None = None
-    """Rectified-flow time below which the low-noise expert takes over; None where there is one denoiser."""
+    """Rectified-flow time below which the low-noise expert takes over; None if there is only one denoiser."""
 
 
 class VideoConfig(Record, frozen=True):
-    """The clip that a model makes when nothing is asked for."""
+    """The clip that a model makes by default."""
 
     width_px: Multiple16
     height_px: Multiple16
@@ -76,7 +76,7 @@ class VideoConfig(Record, frozen=True):
 
     @property
     def size_wh(self) -> tuple[int, int]:
-        """In pixels."""
+        """Width and height in pixels."""
         return self.width_px, self.height_px
 
     @property
@@ -84,10 +84,10 @@ class VideoConfig(Record, frozen=True):
         return self.shape()
 
     def shape(self, size: tuple[int, int] | str | None = None, frames: int | None = None) -> ClipShape:
-        """The clip of another size or length.
+        """The shape of a clip with another size or length.
 
         Args:
-            size: Width and height in pixels, or a text as `clip.size_of` reads it, at 16:9.
+            size: Width and height in pixels, or a string as `clip.size_of` reads it, at 16:9.
 
         Raises:
             ConfigError: There is no such size, or no clip of this length.
@@ -97,7 +97,7 @@ class VideoConfig(Record, frozen=True):
 
 
 class ModelConfig(Record, frozen=True):
-    """One published model, or a tiny one of the same shape."""
+    """One published model, or a tiny one with the same architecture."""
 
     name: str
     task: Literal["t2v", "i2v"]
@@ -109,9 +109,9 @@ class ModelConfig(Record, frozen=True):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     sampler: SamplerConfig = SamplerConfig()
     topk: Fraction = 0.1
-    """Share of key blocks that each query block attends to, unless a request says otherwise."""
+    """Share of the key blocks that each query block attends to, unless a request sets another."""
     held_out: Literal["", "figures"] = ""
-    """The fixed prompts that its quality can be measured on, because it was trained to draw what they ask for."""
+    """The set of fixed prompts on which its quality can be measured, because it was trained on what they describe."""
 
     def __post_init__(self) -> None:
         if (self.task == "i2v") != (self.dit.in_channels == 36):
@@ -121,7 +121,7 @@ class ModelConfig(Record, frozen=True):
                 f"text_encoder.dim is {self.text_encoder.dim} but the denoiser expects {self.dit.text_dim}"
             )
         if ("{expert}" in self.checkpoint) != (self.sampler.boundary is not None):
-            raise ValueError("checkpoint names an {expert} where, and only where, sampler.boundary is set")
+            raise ValueError("checkpoint must contain {expert} if, and only if, sampler.boundary is set")
         latent_frames(self.video.frames)
 
     @property

@@ -14,14 +14,14 @@ class Recipe(Record, frozen=True):
     upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output."""
     attention: Literal["dense", "sla", "sagesla"]
     tile: Literal[64, 128, 256] = 128
-    """Rows and columns that share a scale, with ``w8a8`` only. Graphs and kernels exist for upstream's 128; the other
-    values run on the reference alone, to show what they would be worth."""
+    """Rows and columns that share a scale, with ``w8a8`` only. Graphs and kernels exist only for upstream's 128; the
+    other values run only on the reference, to show what they would gain or lose."""
     block_q: Literal[64, 128] = 128
     block_k: Literal[64, 128] = 64
     pv: Literal["fp8", "fp16"] = "fp8"
     """Format of probabilities and values, with ``sagesla`` only: fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
     compat: Literal["none", "upstream"] = "none"
-    """``upstream`` repeats the variance fault of TurboDiffusion's FastLayerNorm."""
+    """``upstream`` reproduces the variance bug of TurboDiffusion's FastLayerNorm."""
 
     @property
     def is_sparse(self) -> bool:
@@ -30,7 +30,7 @@ class Recipe(Record, frozen=True):
 
     @property
     def rows_per_scale(self) -> int:
-        """Rows of activations that the linears quantise with one scale; 1 where rows do not affect each other."""
+        """Number of activation rows that share a scale in the linears; 1 if rows do not affect each other."""
         return self.tile if self.linear == "w8a8" else 1
 
 

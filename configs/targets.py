@@ -1,4 +1,4 @@
-"""GPUs to build for and to predict for, and the one syntax in which commands name them."""
+"""The GPUs that engines and predictions are made for, and the syntax in which commands name them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from wanforge.configs.loading import CONFIGS, Positive, Record, load
 from wanforge.errors import ConfigError, unknown_name
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120, 121)
-"""Every GPU architecture that something here can be built for; not each of them has a GPU in ``targets.toml``."""
+"""Every GPU architecture that something can be built for; not all of them have a GPU in ``targets.toml``."""
 
 EVERY = "all"
-"""Stands for every GPU of ``targets.toml``."""
+"""The name that stands for every GPU in ``targets.toml``."""
 
 
 class Target(Record, frozen=True):
     """One GPU. Peaks are the vendor's dense figures with float32 (int32) accumulation, in TFLOP/s (TOP/s)
-    at boost clock; 0 where the format is missing."""
+    at boost clock; 0 if the GPU lacks the format."""
 
     title: str
     sm: Annotated[int, Meta(ge=75)]
@@ -45,7 +45,7 @@ def load_targets() -> Mapping[str, Target]:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a list of targets names.
+    """The architectures and GPUs that a list of targets names.
 
     Attributes:
         sms: Architectures, each once, in the order in which they are named.
@@ -57,13 +57,13 @@ class Selection:
 
 
 def parse_targets(texts: Iterable[str]) -> Selection:
-    """Read targets as a user types them: ``rtx5090,h100``, ``sm_90`` or ``all``, in any case.
+    """Read targets as a user types them: ``rtx5090,h100``, ``sm_90`` or ``all``, in upper or lower case.
 
     Args:
         texts: One or more lists, whose items are separated by commas.
 
     Raises:
-        ConfigError: No GPU and no architecture has such a name.
+        ConfigError: No GPU or architecture has such a name.
     """
     known = dict(sorted(load_targets().items(), key=lambda item: item[1].sm))
     sms: dict[int, None] = {}
@@ -81,7 +81,7 @@ def parse_targets(texts: Iterable[str]) -> Selection:
 
 
 def architecture_name(sm: int) -> str:
-    """``sm_90``."""
+    """The name of an architecture: ``sm_90``."""
     return f"sm_{sm}"
 
 

@@ -16,7 +16,7 @@ class Tile(Record, frozen=True):
     num_stages: Annotated[int, Meta(ge=1, le=8)]
     reason: str
     blocks: dict[str, int] = msgspec.field(default_factory=dict)
-    """Constants of the kernel that choose its tile."""
+    """Constants of the kernel that set the sizes of its tile."""
 
 
 class _Tiles(Record, frozen=True):
@@ -24,11 +24,11 @@ class _Tiles(Record, frozen=True):
 
 
 def load_tiles() -> dict[str, list[Tile]]:
-    """The tile table: rows by kernel, named ``<op>.<function>``."""
+    """The tile table: the rows of each kernel, by its name ``<op>.<function>``."""
     table = load(CONFIGS / "tiles.toml", _Tiles).tiles
     return {f"{op}.{function}": rows for op, functions in table.items() for function, rows in functions.items()}
 
 
 def tiled_architectures() -> list[int]:
-    """Every architecture that the table has a row for, ascending."""
+    """Every architecture for which the table has a row, in ascending order."""
     return sorted({sm for rows in load_tiles().values() for row in rows for sm in row.sms})

@@ -1,6 +1,6 @@
-"""Top-k, from the share that a user asks for to the number of key blocks that attention selects.
+"""Top-k: from the share that a user asks for to the number of key blocks that attention selects.
 
-Everywhere else `topk` is the share and `num_selected` the number; both are worked out here alone.
+Everywhere, `topk` is the share and `num_selected` the number; only this module converts one into the other.
 """
 
 from wanforge.configs.clip import ClipShape
@@ -9,12 +9,12 @@ from wanforge.errors import ConfigError, RequestError
 
 
 def num_key_blocks(recipe: Recipe, clip: ClipShape) -> int:
-    """Number of key blocks of a clip; 1 where attention is dense and nothing is selected."""
+    """Number of key blocks of a clip; 1 if attention is dense and nothing is selected."""
     return -(-clip.tokens // recipe.block_k) if recipe.is_sparse else 1
 
 
 def num_selected(recipe: Recipe, clip: ClipShape, topk: float) -> int:
-    """Number of key blocks that each query block attends to; 1 where attention is dense.
+    """Number of key blocks that each query block attends to; 1 if attention is dense.
 
     Raises:
         RequestError: `topk` is not a share.
@@ -28,9 +28,9 @@ def num_selected(recipe: Recipe, clip: ClipShape, topk: float) -> int:
 
 
 def num_selected_of(topk: float, key_blocks: int) -> int:
-    """Number of key blocks that a share of them comes to.
+    """Number of key blocks that a share of them amounts to.
 
-    Source: TurboDiffusion, SLA/utils.py (docs/sources.md), which divides zero by zero where the product is below one.
+    Source: TurboDiffusion, SLA/utils.py (docs/sources.md), which divides zero by zero if the product is below one.
 
     Raises:
         ConfigError: `topk` selects no block at all.
@@ -44,7 +44,7 @@ def num_selected_of(topk: float, key_blocks: int) -> int:
 
 
 def truncated_share(topk: float, key_blocks: int) -> int:
-    """The product in double precision, truncated as upstream does; it may be zero."""
+    """The product in double precision, truncated as in upstream's code; it may be zero."""
     return min(key_blocks, int(topk * key_blocks))
 
 

@@ -1,1 +1,1 @@
-"""What is on disk between building and running: tensor files, bundles and what they were made from."""
+"""Bundles and the engines in them: file formats, building, inspection and loading."""

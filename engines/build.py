@@ -1,4 +1,4 @@
-"""Building the engines of a bundle from its files alone: which are missing, what each is made of, how well it fused."""
+"""Building the engines of a bundle from its files alone: which are missing, what each needs, how well it is fused."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,13 +27,13 @@ class EngineOptions:
     """Which engines to build.
 
     Attributes:
-        clip: The size and length of clip that they are for.
+        clip: The clip size and length that they are for.
         sms: Architectures that one engine serves.
-        only: Names of graphs; all of them where none are named.
+        only: Names of graphs; empty for all of them.
         plugins: Whether ops run as kernels; otherwise their ONNX bodies are compiled.
-        kernels: Whether to compile the kernels that plugins launch, too, into the cache of this machine. A graph with
-            plugins is then built again to learn which those are.
-        smaller: Whether engines are to serve smaller and shorter clips as well.
+        kernels: Whether to also compile the kernels that plugins launch, into this machine's cache. Graphs with plugins
+            are then always built again, to find out which kernels those are.
+        smaller: Whether engines also serve smaller and shorter clips.
     """
 
     clip: ClipShape
@@ -63,12 +63,12 @@ class PendingEngine:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What came of one engine.
+    """The result of building one engine, or of finding it in the bundle.
 
     Attributes:
-        seconds: Time that building took; zero where it was there already.
-        faults: Where it is not fused as it should be.
-        kernels: How many kernels its plugins launch, over all architectures; zero where they were not asked for.
+        seconds: Time that building took; zero if it existed already.
+        faults: The ways in which it is not fused as it should be.
+        kernels: How many kernels its plugins launch, over all architectures; zero if they were not asked for.
     """
 
     name: str
@@ -92,11 +92,11 @@ def build_engines(
     progress: Progress = silent,
     done: Callable[[EngineResult], object] = lambda engine: None,
 ) -> list[EngineResult]:
-    """Build the engines of a bundle that are missing or stale. Each is kept as soon as it is made.
+    """Build the engines of a bundle that are missing or stale. Each is saved as soon as it is built.
 
     Args:
-        progress: Told the graph, how many steps of the builder's phase are done, and of how many.
-        done: Told of each engine, whether it was built or found.
+        progress: Called with the graph, the number of steps done in the builder's phase, and their total.
+        done: Called with each engine, whether it was built or found.
 
     Raises:
         WanforgeError: A graph is missing, or does not compile.
@@ -120,17 +120,20 @@ def build_engines(
 
 
 def check_gpu(sms: tuple[int, ...]) -> None:
-    """Refuse to build with TensorRT for another GPU than the one that is here.
+    """Refuse to build with TensorRT for any GPU other than the one in this machine.
 
     Raises:
-        ResourceError: It is another, or there is none.
+        ResourceError: The GPU here has another architecture, or there is none.
     """
     import torch
 
     here = architecture(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
     if (here,) != sms:
-        found = "no GPU" if here is None else f"one of {architecture_name(here)}"
-        raise ResourceError(f"TensorRT builds on a GPU of the architecture itself, and here is {found}; build there")
+        found = "no GPU" if here is None else f"one with {architecture_name(here)}"
+        raise ResourceError(
+            f"TensorRT builds only on a GPU of the target architecture, and this machine has {found}; "
+            "build on such a GPU"
+        )
 
 
 def retitled(progress: Progress, title: str) -> Progress:
@@ -143,7 +146,7 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
 
     Raises:
         BundleError: The bundle has no such graphs.
-        ConfigError: A name is that of no graph.
+        ConfigError: A name is not that of a graph.
     """
     graphs = bundle.graphs(DTYPE)
     if not graphs:
@@ -185,20 +188,20 @@ def pending_engine(
 
 
 def found_engine(bundle: Bundle, pending: PendingEngine, sms: tuple[int, ...]) -> EngineResult:
-    """An engine that is there already."""
+    """The result for an engine that exists already."""
     record = bundle.manifest.files[pending.name]
     return EngineResult(pending.name, pending.graph.name, sms, record.bytes, *facts_in(record.facts), is_cached=True)
 
 
 def facts_in(facts: Mapping[str, int]) -> tuple[int, int, int]:
-    """Layers, plugins and bytes of intermediate tensors of an engine, in the order of `EngineResult`."""
+    """The numbers of layers, plugins and activation bytes of an engine, in the order of `EngineResult`."""
     return facts["layers"], facts["plugins"], facts["activation_bytes"]
 
 
 def build_engine(
     bundle: Bundle, library: Library, options: EngineOptions, pending: PendingEngine, progress: Progress
 ) -> EngineResult:
-    """Build one engine and keep it.
+    """Build one engine and save it.
 
     Raises:
         WanforgeError: The graph does not compile.
@@ -234,10 +237,10 @@ def build_engine(
 
 
 def faults(built: Built, graph: GraphRecord, *, plugins: bool = True) -> list[str]:
-    """Where an engine is not fused as it should be, so that it would run, but slowly.
+    """The ways in which an engine is not fused as it should be, so that it would run, but slowly.
 
     Args:
-        plugins: Whether it was built with them.
+        plugins: Whether it was built with plugins.
     """
     found = []
     wanted = graph.plugin_ops if plugins else 0
@@ -246,7 +249,7 @@ def faults(built: Built, graph: GraphRecord, *, plugins: bool = True) -> list[st
         found.append(f"{wanted} ops should be plugins; {built.plugin_nodes} were taken and {compiled} compiled")
     attentions = sum(layer.is_attention for layer in built.layers)
     if attentions != graph.attentions:
-        found.append(f"{attentions} fused attentions, of {graph.attentions}")
+        found.append(f"{attentions} of {graph.attentions} attentions are fused")
     single = [layer.name for layer in built.layers if layer.is_product and set(layer.inputs) == {"Float"}]
     if single and not graph.float32_products and (plugins or not graph.plugin_ops):
         found.append(f"{len(single)} products in float32: {single[0]}")
@@ -254,10 +257,10 @@ def faults(built: Built, graph: GraphRecord, *, plugins: bool = True) -> list[st
 
 
 def check_memory(pending: PendingEngine) -> None:
-    """Refuse a build that will not fit.
+    """Refuse a build that will not fit in memory.
 
     Raises:
-        ResourceError: It will not.
+        ResourceError: It needs more memory than is free.
     """
     needed, free = pending.job.needed_bytes, available_bytes()
     if needed > free:

@@ -1,4 +1,4 @@
-"""ONNX graphs to engines, in this process; with TensorRT-RTX for several architectures at once and without a GPU."""
+"""Compiling ONNX graphs into engines in this process; TensorRT-RTX serves several architectures and needs no GPU."""
 
 import re
 import signal
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 OVERHEAD = 500_000_000
-"""Bytes that a build takes whatever it builds: the library, its kernels' sources, PyTorch for planning plugins."""
+"""Bytes that every build takes for the library, its kernels' sources, and PyTorch, which plans plugins."""
 PER_CONSTANT = 3.1
-"""Bytes that a build takes per byte of constants, as measured with 3 GB of them."""
+"""Bytes that a build takes per byte of constants, measured with 3 GB of them."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class BuildJob:
     """One engine to build.
 
     Attributes:
-        ranges: of the inputs that have dynamic dimensions in the ONNX file. Where all three shapes are equal the engine
-            is made for that one.
-        constant_bytes: of the weights that the file points at.
+        ranges: The shapes of the inputs that have dynamic dimensions in the ONNX file. If all three shapes are equal,
+            the engine is made for that one.
+        constant_bytes: Bytes of the weights that the file points at.
     """
 
     onnx: Path
@@ -48,7 +48,7 @@ class BuildJob:
 
 
 PRODUCTS = {"gemm", "fully_connected", "correlation", "runtime_fusion"}
-"""Kinds of layers that multiply matrices or convolve; ``runtime_fusion`` does so with what follows."""
+"""Kinds of layers that multiply matrices or convolve; ``runtime_fusion`` also contains the ops that follow."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Layer:
     """One kernel of an engine, as the builder lists it.
 
     Attributes:
-        kind: ``kgen`` is generated code, ``custom_layer`` a plugin, others are kernels of the library.
-        inputs, outputs: element types: ``BFloat16``, ``Float``, ``Int8``.
-        constants: element types of what is built in.
+        kind: ``kgen`` is generated code, ``custom_layer`` a plugin, and others are kernels of the library.
+        inputs, outputs: Element types: ``BFloat16``, ``Float``, ``Int8``.
+        constants: Element types of the constants that are built in.
     """
 
     name: str
@@ -78,19 +78,19 @@ class Layer:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a product, a convolution or an attention of the library's: what wants a tensor core."""
+        """Whether it is a product, a convolution or an attention of the library, and should run on tensor cores."""
         return self.kind in PRODUCTS or self.is_attention
 
 
 @dataclass(frozen=True)
 class Built:
-    """What came of compiling one graph.
+    """The result of compiling one graph.
 
     Attributes:
         engine_bytes: The engine, as it is kept on disk.
-        layers: what the builder fused the graph into.
-        activation_bytes: of its intermediate tensors, plugins' workspaces among them, by the builder's own account.
-        plugin_nodes: how many nodes of the graph were taken by plugins.
+        layers: The layers into which the builder fused the graph.
+        activation_bytes: Bytes of its intermediate tensors, including plugins' workspaces, as the builder reports them.
+        plugin_nodes: How many nodes of the graph became plugins.
     """
 
     engine_bytes: bytes
@@ -98,10 +98,10 @@ class Built:
     activation_bytes: int
     plugin_nodes: int
     calls: tuple[tuple[PluginOp, tuple[tuple[Shape, str], ...]], ...] = ()
-    """The distinct ones of them, with the largest inputs they will have."""
+    """The distinct plugins among them, with the largest inputs that each will have."""
 
     def launches(self, sms: Sequence[int]) -> list["Launch"]:
-        """What the plugins launch on some architectures, for the ahead-of-time compiler."""
+        """The launches of the plugins on some architectures, for the ahead-of-time compiler."""
         return [planned.launch for op, inputs in self.calls for sm in sms for planned in op.plan(inputs, sm).launches]
 
 
@@ -118,11 +118,11 @@ def build(
     Ctrl-C ends it at the builder's next step.
 
     Args:
-        library: what compiles; TensorRT-RTX for every architecture in `sms`, TensorRT for the GPU that is here.
-        plugins: whether ops run as kernels; otherwise their ONNX bodies are compiled.
+        library: TensorRT-RTX, which compiles for every architecture in `sms`, or TensorRT, for the GPU in this machine.
+        plugins: Whether ops run as kernels; otherwise their ONNX bodies are compiled.
 
     Raises:
-        WanforgeError: the library refuses the graph; the message is the library's, or the plugin's where one refused.
+        WanforgeError: The library refuses the graph; the message is the library's, or the plugin's if one refused.
     """
     trt = library.trt
     log = logger(trt)
@@ -151,7 +151,7 @@ def build(
         del monitor
         if interrupted.is_set():
             raise KeyboardInterrupt
-        if engine is None or account.refusals:  # the library goes on without the workspace of a plugin that refuses
+        if engine is None or account.refusals:  # the library goes on without the workspace of a refusing plugin
             raise refusal(library, job, "cannot compile", [*account.refusals, *log.errors])
         return Built(bytes(engine), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
 
@@ -160,7 +160,7 @@ def set_shapes(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
     """Give every input its shape: the only one, or a range of them.
 
     Raises:
-        WanforgeError: the job does not know an input, or says something else than the file.
+        WanforgeError: The job lacks an input, or contradicts the file.
     """
     profile, is_dynamic = builder.create_optimization_profile(), False
     for index in range(network.num_inputs):
@@ -184,7 +184,7 @@ def set_shapes(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
 
 
 def refusal(library: Library, job: BuildJob, what: str, reasons: Sequence[str]) -> WanforgeError:
-    """What to say where a graph does not compile."""
+    """The error for a graph that does not compile."""
     reasons = list(dict.fromkeys(reasons)) or ["it gives no reason"]
     error = ResourceError if any("memory" in reason.lower() for reason in reasons) else WanforgeError
     return error(f"{library} {what} {job.onnx.name}: {reasons[0].strip()}")
@@ -195,7 +195,7 @@ ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 
 def layers(table: str) -> Iterator[Layer]:
-    """The builder's table of what it fused, as it prints it."""
+    """The layers in the table that the builder prints after fusing."""
     for line in table.splitlines():
         if line.startswith("Name: ") and "LayerType: " in line:
             name, _, rest = line.removeprefix("Name: ").partition(", LayerType: ")
@@ -207,7 +207,7 @@ def layers(table: str) -> Iterator[Layer]:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps what a build is judged by: errors, the table of layers, the activations' size."""
+    """A logger that keeps what a build is judged by: errors, the table of layers, and the size of the activations."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -228,7 +228,7 @@ def logger(trt: Any) -> Any:
 
 
 def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
-    """Passes the builder's progress on, and tells it to stop."""
+    """A monitor that passes on the builder's progress, and stops the builder after an interrupt."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -252,7 +252,7 @@ def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> An
 
 @contextmanager
 def cancelled_by_interrupt() -> Iterator[threading.Event]:
-    """Note Ctrl-C instead of raising it: an exception cannot pass through the library. Outside the main thread, where
+    """Record Ctrl-C instead of raising it: an exception cannot pass through the library. Outside the main thread, where
     Python delivers no signals, nothing changes."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Engines on disk: their names, what each was made from, and reading those that are what they claim to be."""
+"""Engines on disk: their names, what each was made from, and reading them if they are current and undamaged."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from wanforge.version import PACKAGE
 from wanforge.whole_file import write_atomically
 
 FLAGS = ("REQUIRE_USER_ALLOCATION",)
-"""Set for TensorRT-RTX: memory taken at run time is in no memory plan, and cannot be captured into a CUDA graph."""
+"""Set for TensorRT-RTX: memory allocated at run time is in no memory plan, and cannot be captured into a CUDA graph."""
 
 NO_PLUGINS = "none"
 BODIES = ".bodies"
 UP_TO = "up-to-"
-"""Before the clip in the name of an engine that serves smaller ones, too."""
+"""Prefix of the clip in the name of an engine that serves smaller clips, too."""
 
 
 def engine_name(
@@ -30,9 +30,9 @@ def engine_name(
     """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
 
     Args:
-        clip: the shape that the engine is for; None where it serves every shape.
-        smaller: whether it serves smaller and shorter clips as well.
-        bodies: whether its ops are compiled from their ONNX bodies, where there are plugins for them.
+        clip: The shape that the engine is for; None if it serves every shape.
+        smaller: Whether it also serves smaller and shorter clips.
+        bodies: Whether its ops are compiled from their ONNX bodies, although there are plugins for them.
     """
     folder = "+".join(f"sm_{sm}" for sm in sorted(sms))
     up_to = UP_TO if smaller else ""
@@ -42,7 +42,7 @@ def engine_name(
 
 @cache
 def plugin_digest() -> str:
-    """Of the code that decides what a plugin does: an engine keeps its attributes and the size of its workspace."""
+    """Digest of the code that decides what a plugin does: an engine stores its attributes and its workspace size."""
     folders = [PACKAGE / "plugins" / name for name in ("launching", "tensorrt", *OPS)]
     files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
     digest = hashlib.sha256()
@@ -61,12 +61,13 @@ def engine_key(
     has_plugins: bool,
     profile: str,
 ) -> dict[str, str]:
-    """Everything that an engine depends on, for people to read.
+    """Everything that an engine depends on, in a form that people can read.
 
     Args:
-        library: flavour and version.
-        onnx, weights: paths in the bundle of the graph and of the file it points at; empty where it points at none.
-        profile: the range of each named size, see `sizes.profile`.
+        library: Flavour and version.
+        onnx: Path in the bundle of the graph.
+        weights: Path in the bundle of the file that the graph points at; empty if it points at none.
+        profile: The range of each named size; see `sizes.profile`.
     """
     files = bundle.manifest.files
     return {
@@ -83,7 +84,7 @@ def engine_key(
 
 
 def stale_engines(bundle: Bundle) -> dict[str, str]:
-    """Engines that would not be built the same way now, and why."""
+    """Engines that would be built differently now, and the reasons."""
     versions = {f"{flavour.name} {installed_version(flavour)}" for flavour in FLAVOURS if installed_version(flavour)}
     names = {version.partition(" ")[0] for version in versions}
     found: dict[str, str] = {}
@@ -94,7 +95,7 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
         library = key.get("library", "an unknown library")
         if library not in versions and library.partition(" ")[0] in names:
             installed = next(v for v in versions if v.partition(" ")[0] == library.partition(" ")[0])
-            reasons.append(f"made by {library}, installed is {installed}")
+            reasons.append(f"made by {library}, but {installed} is installed")
         graph = bundle.manifest.files.get(key.get("onnx", ""))
         if graph is None or graph.sha256[:16] != key.get("graph"):
             reasons.append(f"{key.get('onnx')} changed")
@@ -113,14 +114,14 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
 
 
 def write_engine(bundle: Bundle, name: str, engine_bytes: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
-    """Put an engine in its place, whole, and then into the manifest."""
+    """Write an engine atomically, then add it to the manifest."""
     write_atomically(bundle.root / name, engine_bytes)
     digest = hashlib.sha256(engine_bytes).hexdigest()
     bundle.add({name: FileRecord(digest, len(engine_bytes), source="wanforge build", key=key, facts=dict(facts))})
 
 
 def built_clips(bundle: Bundle) -> list[ClipShape]:
-    """Sizes and lengths of clip that a bundle has engines for."""
+    """The clip sizes and lengths that a bundle has engines for."""
     folders = {
         name.split("/")[2] for name in bundle.manifest.files if name.startswith(ENGINES) and name.count("/") == 3
     }
@@ -129,13 +130,13 @@ def built_clips(bundle: Bundle) -> list[ClipShape]:
 
 
 def inputs_of(graph: GraphRecord) -> dict[str, Shape]:
-    """Shape of each input of a graph, weights apart."""
+    """Shape of each input of a graph, except the weights."""
     return {name: read_shape(spelling) for name, spelling in graph.inputs.items()}
 
 
 def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16") -> dict[str, str]:
-    """The engine of every graph that a clip takes on an architecture, by its path in the bundle; graphs that run on the
-    host have none.
+    """Paths in the bundle of the engines that a clip needs on an architecture, by graph. Graphs that run on the host
+    have none.
 
     Raises:
         BundleError: An engine is missing or stale.
@@ -149,11 +150,11 @@ def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat
 
 
 def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str) -> str:
-    """The engine of a graph for an architecture and a profile, by its path in the bundle; one that was made for just
-    these sizes is preferred to one that serves them as well.
+    """Path in the bundle of a graph's engine for an architecture and a profile; an engine that was made for exactly
+    these sizes is preferred to one that serves others, too.
 
     Raises:
-        BundleError: there is none, or it is stale.
+        BundleError: There is none, or it is stale.
     """
     engines = {
         name: record.key
@@ -180,7 +181,7 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str) -> str:
 
 
 def is_current(bundle: Bundle, name: str, key: Mapping[str, str]) -> bool:
-    """Whether an engine is there, whole, and made from just this."""
+    """Whether an engine exists, is undamaged, and was made from exactly this."""
     record = bundle.manifest.files.get(name)
     if record is None or record.key != key:
         return False
@@ -194,8 +195,8 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
     """The bytes of an engine.
 
     Raises:
-        BundleError: it is missing, stale, or not the one that was written. An engine is code: one that does not match
-            is not to be loaded.
+        BundleError: It is missing, stale, or not the one that was written. An engine is code, so one that does not
+            match must not be loaded.
     """
     path, record = bundle.path(name), bundle.manifest.files[name]
     if (reason := stale_engines(bundle).get(name)) is not None:

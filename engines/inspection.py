@@ -1,4 +1,4 @@
-"""What a bundle holds and what is wrong with it."""
+"""The contents of a bundle, and the problems found in it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,8 @@ class Inspection:
     """A bundle's contents and problems.
 
     Attributes:
-        tensors: number and types of the tensors of each weight file.
-        problems: what is missing, damaged or stale, by file.
+        tensors: The number and types of the tensors in each weights file.
+        problems: What is missing, damaged or stale, by file.
     """
 
     bundle: Bundle
@@ -45,8 +45,8 @@ def inspect_bundle(
     """Look at every file of a bundle.
 
     Args:
-        key: what graphs made now would be made of; those made of something else are stale.
-        verify: read the files and compare their SHA-256, rather than their size alone.
+        key: What graphs would be made from now; those that were made from something else are stale.
+        verify: Whether to read the files and compare their SHA-256, rather than only their size.
     """
     tensors, problems = {}, {}
     for name, parts in bundle.stale(key or {}).items():
@@ -68,7 +68,7 @@ def inspect_bundle(
 
 
 def contents(header: TensorFile) -> str:
-    """Number of tensors and how many of each type."""
+    """The number of tensors, in total and of each type."""
     counts: dict[str, int] = {}
     for spec in header.tensors.values():
         counts[spec.dtype] = counts.get(spec.dtype, 0) + 1

@@ -1,7 +1,7 @@
-"""Engines into a GPU's memory, with either flavour of TensorRT: what can be known before reading them, and the cache of
+"""Loading engines into a GPU's memory with either flavour of TensorRT: the checks before reading them, and the cache of
 what TensorRT-RTX compiles on the machine itself.
 
-Has not run on a GPU: the calls are those of the libraries' Python interface, tested against a stand-in for it.
+This has not run on a GPU: the calls are those of the libraries' Python interface, tested with a stand-in for it.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from wanforge.whole_file import write_atomically
 Shape = tuple[int, ...]
 
 OF_THE_ENGINE = {"VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"}
-"""What TensorRT-RTX may say of an engine that building it again cures; the rest is about the machine."""
+"""TensorRT-RTX's complaints about an engine that building it again cures; the others are about the machine."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class LoadedEngine:
     """An engine, ready to be put on a stream.
 
     Attributes:
-        tensors: names of its inputs and outputs; what a graph does not use is none of them.
-        workspace_bytes: of its intermediate tensors; they lie where `place` says.
+        tensors: Names of its inputs and outputs, without those that the graph does not use.
+        workspace_bytes: Bytes of its intermediate tensors, which lie where `place` puts them.
     """
 
     name: str
@@ -41,8 +41,8 @@ class LoadedEngine:
         self.context.set_device_memory(address, size)
 
     def is_capturable(self, stream: int) -> bool:
-        """Whether a run, with the shapes of the last one, can be captured into a CUDA graph; TensorRT has no such
-        question, for there every run can."""
+        """Whether a run with the shapes of the last one can be captured into a CUDA graph. TensorRT has no such query,
+        because there every run can."""
         ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(stream))
 
@@ -50,11 +50,11 @@ class LoadedEngine:
         """Put one run on a stream.
 
         Args:
-            addresses: of every input and output.
-            shapes: of the inputs whose shape is not always the same.
+            addresses: Addresses of every input and output.
+            shapes: Shapes of the inputs whose shape varies.
 
         Raises:
-            ResourceError: the library refuses.
+            ResourceError: The library refuses.
         """
         for name, shape in shapes.items():
             if not self.context.set_input_shape(name, shape):
@@ -69,7 +69,7 @@ class Loader:
     """Loads engines of one flavour.
 
     Args:
-        cache: file of what TensorRT-RTX compiled for this GPU and driver before; kept there again at the end.
+        cache: File of what TensorRT-RTX has compiled for this GPU and driver; it is saved again at exit.
     """
 
     def __init__(self, library: Library, cache: Path | None = None) -> None:
@@ -81,11 +81,11 @@ class Loader:
             atexit.register(self.save_cache)
 
     def load(self, bundle: Bundle, name: str) -> LoadedEngine:
-        """Load an engine of a bundle, once its header has been found fit for this machine.
+        """Load an engine of a bundle, after checking that its header fits this machine.
 
         Raises:
-            BundleError: it is stale, damaged, or for another version or GPU.
-            ResourceError: this GPU or its driver will not do.
+            BundleError: It is stale, damaged, or for another version or GPU.
+            ResourceError: This GPU or its driver will not do.
         """
         path = bundle.path(name)
         self._check_header(path, f"{path}", remedy(name, bundle.root))
@@ -96,7 +96,7 @@ class Loader:
         return LoadedEngine(name, self._context(engine), tensors, engine.device_memory_size_v2)
 
     def _check_header(self, path: Path, what: str, cure: str) -> None:
-        """Ask TensorRT-RTX, which tells by an engine's first bytes; TensorRT tells when it loads it."""
+        """Ask TensorRT-RTX, which can tell from an engine's first bytes; TensorRT can tell only when it loads it."""
         if self.library.flavour is not RTX:
             return
         trt = self.library.trt
@@ -119,13 +119,13 @@ class Loader:
             return engine.create_execution_context(strategy)
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        # A fallback until the right kernel is compiled would be captured for good.
+        # Otherwise the fallback that runs until the right kernel is compiled would be captured for good.
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # whole steps are captured, not single engines
         if self._cache is None and self.cache_file is not None:
             self._cache = config.create_runtime_cache()
             if self.cache_file.is_file():
-                self._cache.deserialize(self.cache_file.read_bytes())  # one of another GPU or driver it refuses itself
+                self._cache.deserialize(self.cache_file.read_bytes())  # it refuses another GPU's or driver's
         if self._cache is not None:
             config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)

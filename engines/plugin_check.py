@@ -1,6 +1,6 @@
-"""Whether a flavour's parser survives a graph with plugins: asked of a child process, for a fault there ends it.
+"""Whether a flavour's parser survives a graph with plugins: a child process tries, because a fault ends the process.
 
-Run as ``python -m wanforge.engines.plugin_check FLAVOUR ONNX`` it is that child.
+Run as ``python -m wanforge.engines.plugin_check FLAVOUR ONNX``, this module is that child.
 """
 
 import os
@@ -14,10 +14,10 @@ from wanforge.plugins.tensorrt.plugin import registered
 
 
 def check_plugins(flavour: Flavour, onnx: Path) -> None:
-    """Make sure, once in a process, that graphs with plugins can be parsed in it.
+    """Make sure, once per process, that graphs with plugins can be parsed in it.
 
     Raises:
-        ResourceError: the child process that tried did not survive.
+        ResourceError: The child process that tried did not survive.
     """
     status, said = _tried(flavour, onnx)
     if status:
@@ -33,7 +33,7 @@ _known: dict[Flavour, tuple[int, str]] = {}
 
 
 def _tried(flavour: Flavour, onnx: Path) -> tuple[int, str]:
-    """How the child ended, and what it wrote to stderr; the first graph speaks for all."""
+    """The child's exit status, and what it wrote to stderr; the result of the first graph stands for all."""
     if flavour not in _known:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         command = [sys.executable, "-P", "-m", __spec__.name, flavour.name, str(onnx)]

@@ -10,7 +10,7 @@ from wanforge.configs.topk import num_key_blocks, truncated_share
 from wanforge.engines.bundle.shapes import Shape, concrete, names_in
 
 LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
-"""Sizes that follow from a clip alone, and the smallest value of each."""
+"""The sizes that follow from the clip alone, with the smallest value of each."""
 
 USUAL_PROMPT = 128
 """Tokens of text that engines are optimised for."""
@@ -38,10 +38,10 @@ class ShapeRange:
 
 
 def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False) -> dict[str, SizeRange]:
-    """Every named size: those of the clip are fixed, those that a request decides have a range.
+    """Every named size: those of the clip are fixed, and those that a request decides have a range.
 
     Args:
-        smaller: Whether the clip is only the largest of those that are meant.
+        smaller: Whether to include smaller and shorter clips, so that those of the clip have a range, too.
     """
     rows, key_blocks = model.dit.text_rows, num_key_blocks(recipe, clip)
     fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
@@ -55,12 +55,12 @@ def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller:
 
 
 def depends_on_clip(inputs: Mapping[str, Shape]) -> bool:
-    """Whether the shapes of a graph's inputs follow from the clip, so that it needs an engine for each."""
+    """Whether the shapes of a graph's inputs depend on the clip, so that it needs an engine for each clip."""
     return bool(names_in(inputs.values()) & {*LEAST_OF_CLIP, "num_selected"})
 
 
 def shape_ranges(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) -> dict[str, ShapeRange]:
-    """The shapes of a graph's inputs that vary."""
+    """The ranges of those inputs of a graph whose shapes vary."""
     least, usual, most = ({name: getattr(n, part) for name, n in sizes.items()} for part in ("least", "usual", "most"))
     return {
         name: ShapeRange(concrete(shape, least), concrete(shape, usual), concrete(shape, most))
@@ -70,12 +70,12 @@ def shape_ranges(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) ->
 
 
 def profile(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) -> str:
-    """The ranges that an engine of a graph serves, as its key holds them: ``context_rows=1..512 tokens=32760``."""
+    """The ranges that an engine of a graph serves, as its key stores them: ``context_rows=1..512 tokens=32760``."""
     return " ".join(f"{name}={sizes[name]}" for name in sorted(names_in(inputs.values())))
 
 
 def covers(has: str, wants: str) -> bool:
-    """Whether one profile holds every size of another."""
+    """Whether the profile `has` contains every size of the profile `wants`."""
     owned, wanted = _read_profile(has), _read_profile(wants)
     return owned.keys() == wanted.keys() and all(
         owned[name][0] <= least and most <= owned[name][1] for name, (least, most) in wanted.items()

@@ -1,1 +1,1 @@
-"""Build time: checkpoint files become a bundle, the reference networks become ONNX graphs."""
+"""Build time: turn checkpoint files into a bundle, and the reference networks into ONNX graphs."""

@@ -1,4 +1,4 @@
-"""Every ONNX graph of a bundle, in every compute type."""
+"""Export every ONNX graph of a bundle, in every compute type."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ from wanforge.whole_file import write_atomically
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did.
+    """The result of an export.
 
     Attributes:
-        written: files, relative to the bundle.
-        skipped: files not written, with the reason.
+        written: Files that were written, relative to the bundle.
+        skipped: Files that were not written, with the reason.
     """
 
     written: tuple[str, ...]
@@ -36,13 +36,13 @@ class ExportResult:
 
 
 def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Progress = silent) -> ExportResult:
-    """Write a bundle's graphs, all checked before any is in place, and note them in its manifest.
+    """Write a bundle's graphs and record them in its manifest; all are checked before any is put in place.
 
-    Graphs of other types stay as long as they are up to date; those that are stale are deleted.
+    Graphs of other types are kept if they are up to date, and deleted if they are stale.
 
     Args:
-        dtypes: ``fp32``, ``fp16``, ``bf16``.
-        progress: told how many files are done and how many there are.
+        dtypes: The compute types: ``fp32``, ``fp16``, ``bf16``.
+        progress: Called with the number of files that are done and the number of all files.
     """
     if bundle.recipe.tile != TILE:
         raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
@@ -63,7 +63,7 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
             component = dit_component(expert)
             name = graph_name(component, dtype, True)
             if weights[component].path.is_symlink():
-                skipped[name] = "its weights are linked, and ONNX tools follow no links"
+                skipped[name] = "its weights are linked, and ONNX tools do not follow links"
                 continue
             models[name] = whole_network(bundle.model, bundle.recipe, all_graphs, dtype, weights[component])
 
@@ -83,13 +83,13 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
 
 
 def candidate(path: Path) -> Path:
-    """Where a graph lies until all of them are checked: beside its final name, from where it finds its weights."""
+    """Where a graph lies until all graphs are checked: in its final folder, so that its paths to weights are valid."""
     return path.with_name(f".{path.name}")
 
 
 @contextmanager
 def checked_candidate(path: Path, data: bytes) -> Iterator[None]:
-    """Write a graph as a candidate and pass it through onnx's checker; what is still there at the end is deleted."""
+    """Write a graph as a candidate and check it with onnx; in the end, delete it if it was not put in place."""
     try:
         write_atomically(candidate(path), data)
         check(str(candidate(path)))

@@ -1,4 +1,4 @@
-"""What a bundle's graphs are made of, as digests to tell whether they are stale. Needs no ONNX."""
+"""Digests of what a bundle's graphs are made from, which tell whether they are stale. ONNX is not needed."""
 
 import hashlib
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""What each PyTorch call of the reference networks becomes in ONNX (opset 23).
+"""The ONNX form (opset 23) of each PyTorch call that the reference networks make.
 
-Only what the references use, in the form in which they use it; anything else stops the trace with its name. PyTorch's
-own Python functions pass every option on, used or not: `defaults` swallows those the references leave alone.
+Only these calls are covered, in the form in which the references make them; any other call stops the trace with an
+error that names it. PyTorch's own Python functions pass every option on, even those that the references leave at their
+defaults: `defaults` swallows them.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ from wanforge.runtime.dtypes import ONNX_NUMBERS
 Operand = Traced | Tensor | float | int
 
 MAX_FUSED_HEAD = 256
-"""Channels per head up to which fused attention kernels exist; wider attention is spelled out, and so is that of one
-head, for which TensorRT-RTX 1.7.1 has no kernel at any width."""
+"""The most channels per head for which fused attention kernels exist. Wider attention is written out as products and a
+softmax, and so is attention with a single head, for which TensorRT-RTX 1.7.1 has no kernel at any width."""
 
 
 def shape_of(x: Traced | Tensor) -> Shape:
@@ -46,7 +47,7 @@ def broadcast(a: Shape, b: Shape) -> Shape:
 
 
 def operands(tape: Tape, a: Operand, b: Operand) -> tuple[Traced | Tensor, Traced | Tensor, torch.dtype]:
-    """Both sides in one type: numbers take the tensor's, tensors are promoted."""
+    """Bring both operands to one type and return it with them: numbers take the tensor's type, tensors are promoted."""
     dtypes = [x.dtype for x in (a, b) if isinstance(x, Tensor)]
     dtype = dtypes[0] if len(dtypes) == 1 else torch.promote_types(*dtypes)
 
@@ -172,7 +173,7 @@ def lower_attention(tape: Tape, q: Traced, k: Traced, v: Traced, attn_mask: Trac
 
 
 def per_query(tape: Tape, mask: Traced, queries: Dim) -> Traced:
-    """A mask with a row for every query: ONNX Runtime's CPU kernel does not broadcast that axis."""
+    """Expand a mask to one row per query, because ONNX Runtime's CPU kernel does not broadcast that axis."""
     shape = (*mask.shape_[:-2], queries, mask.shape_[-1])
     return tape.emit("Expand", [mask, tape.shape_tensor(shape)], shape, mask.dtype)
 
@@ -191,8 +192,8 @@ def lower_convolution(
 
 
 def windows(size: Dim, kernel: Dim, stride: int, padding: int) -> Dim:
-    """Positions of a convolution along one axis. Run-time sizes occur in two forms: kept, and halved from an even
-    size padded by one."""
+    """The number of positions of a convolution along one axis. Convolutions either keep a run-time size, or
+    halve an even one that was padded by one."""
     assert isinstance(kernel, int)
     if isinstance(size, int):
         return (size + 2 * padding - kernel) // stride + 1
@@ -204,7 +205,7 @@ def windows(size: Dim, kernel: Dim, stride: int, padding: int) -> Dim:
 
 
 class Padded(Size):
-    """A run-time size plus one: what a strided convolution of the VAE's encoder sees."""
+    """A run-time size plus one: the input size of a strided convolution in the VAE's encoder."""
 
 
 @lowers("embedding")
@@ -229,7 +230,7 @@ def lower_permute(tape: Tape, x: Traced, *order: int) -> Traced:
 
 
 def reshape(tape: Tape, x: Traced, shape: Shape) -> Traced:
-    """Reshape with at most one dimension left open; the others come from the inputs' sizes where not constant."""
+    """Reshape, leaving at most one dimension to be inferred; the others are constant or come from the inputs' sizes."""
     unknown = [i for i, dim in enumerate(shape) if isinstance(dim, Size)]
     return tape.emit("Reshape", [x, tape.shape_tensor(shape, unknown[-1] if unknown else None)], shape, x.dtype)
 
@@ -256,7 +257,7 @@ def lower_unflatten(tape: Tape, x: Traced, dim: int, sizes: Sequence[Dim]) -> Tr
 
 
 def quotient(whole: Dim, parts: Sequence[Dim]) -> Dim:
-    """What is left of a dimension after its known factors."""
+    """A dimension divided by the product of its known factors."""
     divisor = product(parts)
     if isinstance(whole, int):
         assert isinstance(divisor, int)
@@ -381,7 +382,7 @@ def lower_repeat(tape: Tape, x: Traced, *repeats: int) -> Traced:
 
 @lowers("new_tensor")
 def lower_new_tensor(tape: Tape, x: Traced, data: Sequence[float]) -> Tensor:
-    # A real tensor: what is worked out from it alone is worked out here.
+    # A real tensor, so that PyTorch evaluates during the trace whatever depends on it alone.
     return torch.tensor(data, dtype=x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""One graph of a request as one ONNX model."""
+"""Turn one graph of a request into one ONNX model."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,13 +26,13 @@ STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
-    """Write down what a graph does in one compute type.
+    """Trace a graph in one compute type.
 
     Args:
-        graph: the piece.
-        dtype: float32, float16 or bfloat16, for every port that says ``compute``.
-        weights: the file that holds its weights; their stored types become those of the graph's inputs, cast inside
-            where they differ.
+        graph: The graph to trace.
+        dtype: float32, float16 or bfloat16, for every port whose type is ``compute``.
+        weights: The file that holds its weights. The graph takes them in their stored types and casts them where the
+            compute type differs.
     """
     tape = Tape()
     inputs = [tape.input(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
@@ -75,7 +75,7 @@ def name_outputs(nodes: Sequence[NodeProto], found: Sequence[str], wanted: Seque
 
 
 def external(name: str, file: TensorFile, stored_name: str) -> TensorProto:
-    """An initializer whose data lies in a bundle's weights, by offset."""
+    """An initializer whose data lies at an offset in a bundle's weights file."""
     spec = file.tensors[stored_name]
     tensor = TensorProto(name=name, data_type=BY_STORED[spec.dtype].onnx, dims=spec.shape)
     tensor.data_location = TensorProto.EXTERNAL
@@ -122,7 +122,7 @@ def model_from_graph(graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: 
 
 
 def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file: str) -> GraphRecord:
-    """What a builder of engines needs to know of an exported graph.
+    """The facts about an exported graph that the engine builder needs.
 
     Args:
         weights_file: Path in the bundle of the component's weights.
@@ -150,7 +150,7 @@ def inferred_values(model: ModelProto) -> dict[str, TypeProto.Tensor]:
 
 
 def is_attention(node: NodeProto, values: Mapping[str, TypeProto.Tensor]) -> bool:
-    """Whether a node is, or is the heart of, an attention of several heads, for which TensorRT has fused kernels."""
+    """Whether a node is an attention of several heads, or its softmax; TensorRT has fused kernels for these."""
     if node.op_type == "Attention":
         return True
     dims = values[node.output[0]].shape.dim
@@ -158,5 +158,5 @@ def is_attention(node: NodeProto, values: Mapping[str, TypeProto.Tensor]) -> boo
 
 
 def check(model: ModelProto | str) -> None:
-    """Pass a model, or the file of one with external data, through onnx's checker with full shape inference."""
+    """Check a model, or the file of one with external data, with onnx's checker and full shape inference."""
     onnx.checker.check_model(model, full_check=True)

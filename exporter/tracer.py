@@ -1,8 +1,8 @@
-"""Runs a reference network on tensors that are not there, and writes down what it does as ONNX nodes.
+"""Run a reference network on tensors without data, and record what it does as ONNX nodes.
 
-The reference is ordinary PyTorch; every call it makes on a `Traced` tensor lands in `lowerings.py`, which adds nodes
-to a `Tape`. Tracing a graph takes milliseconds, and what comes out depends on the reference alone: see
-docs/decisions/0002-own-tracer.md for why this is not PyTorch's exporter.
+The reference is ordinary PyTorch; every call it makes on a `Traced` tensor is handled in `lowerings.py`, which adds
+nodes to a `Tape`. Tracing a graph takes milliseconds, and the result depends on the reference alone.
+docs/decisions/0002-own-tracer.md explains why PyTorch's exporter is not used.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +18,11 @@ from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 Lowering = Callable[..., Any]
 LOWERINGS: dict[str, Lowering] = {}
-"""What each PyTorch function becomes, by the function's name."""
+"""The lowering of each PyTorch function, by the function's name."""
 
 
 def lowers(*names: str) -> Callable[[Lowering], Lowering]:
-    """Register the ONNX form of PyTorch functions: called with the tape and the function's own arguments."""
+    """Register the lowering of PyTorch functions, which is called with the tape and the function's own arguments."""
 
     def register(lowering: Lowering) -> Lowering:
         LOWERINGS.update(dict.fromkeys(names, lowering))
@@ -32,7 +32,7 @@ def lowers(*names: str) -> Callable[[Lowering], Lowering]:
 
 
 class Tape:
-    """The nodes recorded so far. The same operation on the same values is recorded once."""
+    """The nodes recorded so far. The same operation on the same values is recorded only once."""
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
@@ -81,7 +81,7 @@ class Tape:
         return x.name_ if isinstance(x, Traced) else self.constant(x)
 
     def constant(self, value: Tensor) -> str:
-        """A constant's name; equal constants share one."""
+        """Record a constant and return its name; equal constants share one."""
         tensor = tensor_proto(value)
         key = ("constant", tensor.data_type, tuple(tensor.dims), tensor.raw_data)
         if key not in self._known:
@@ -91,7 +91,7 @@ class Tape:
         return self._known[key][0]
 
     def shape_tensor(self, dims: Sequence[Dim], free: int | None = None) -> str:
-        """A shape as an int64 vector; the dimension at index `free` is left to be inferred."""
+        """Record a shape as an int64 vector and return its name; the dimension at index `free` will be inferred."""
         pieces: list[str] = []
         fixed: list[int] = []
         for index, dim in enumerate(dims):
@@ -107,7 +107,7 @@ class Tape:
         return pieces[0] if len(pieces) == 1 else self.node("Concat", pieces, axis=0)[0]
 
     def size(self, size: Size) -> str:
-        """A run-time size as an int64 vector of one element, taken from the inputs that have it."""
+        """Record a run-time size, read from an input's shape, as an int64 vector of one element; return its name."""
         result = self._named_size(size.names[0], size.factor)
         for name in size.names[1:]:
             result = self.node("Mul", [result, self._named_size(name, 1)])[0]
@@ -126,7 +126,7 @@ class Tape:
 
 
 class Traced(Tensor):
-    """A tensor known by name, shape and type. Calls on it are recorded on its tape."""
+    """A tensor without data, known by its name, shape and type. Calls on it are recorded on its tape."""
 
     tape_: Tape
     name_: str
@@ -149,7 +149,7 @@ class Traced(Tensor):
         if name == "__get__":
             return _attribute(func, args[0])
         if name not in LOWERINGS:
-            raise NotImplementedError(f"nothing says what {name} becomes in ONNX; add a lowering")
+            raise NotImplementedError(f"{name} has no lowering to ONNX; add one to exporter/lowerings.py")
         return LOWERINGS[name](_tape_of(args), *args, **(kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -187,7 +187,7 @@ def tensor_proto(value: Tensor) -> TensorProto:
 
 
 def value_info(name: str, shape: Shape, dtype: torch.dtype) -> ValueInfoProto:
-    """A graph input or output."""
+    """The ONNX declaration of a graph's input or output."""
     return helper.make_tensor_value_info(
         name, ONNX_NUMBERS[dtype], [dim if isinstance(dim, int) else str(dim) for dim in shape]
     )

@@ -1,7 +1,7 @@
-"""The denoiser as one ONNX model: calls of the graphs as functions, weights by offset into the bundle's file.
+"""The denoiser as one ONNX model: its graphs become functions, and its weights are offsets into the bundle's file.
 
-Nothing runs it in production; it is what onnx's checker, Netron, ONNX Runtime and polygraphy can open to see or to
-compare the whole network at once.
+It is not used in production. It lets onnx's checker, Netron, ONNX Runtime and Polygraphy check, show, run or compare
+the whole network at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,16 @@ PIECES = {
     "block": "Block",
     "head": "Head",
 }
-"""Graphs of the denoiser and the functions they become."""
+"""The graphs of the denoiser, and the ONNX functions made of them."""
 
 
 def whole_network(
     model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], dtype: torch.dtype, weights: TensorFile
 ) -> ModelProto:
-    """One model of a denoiser.
+    """Return a denoiser as one ONNX model.
 
-    Its inputs are those of the graphs that no graph produces: ``patches``, ``sinusoid``, ``text``, ``kept_rows``,
-    ``key_bias``, ``cos``, ``sin`` and ``selection``; its output is ``velocity``.
+    Its inputs are the inputs of the graphs that no graph produces: ``patches``, ``sinusoid``, ``text``, ``kept_rows``,
+    ``key_bias``, ``cos``, ``sin`` and ``selection``. Its output is ``velocity``.
     """
     traced = {name: trace(graphs[name], dtype, weights) for name in PIECES}
     functions = [as_function(traced[name], function) for name, function in PIECES.items()]

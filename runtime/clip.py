@@ -14,7 +14,7 @@ from wanforge.runtime.video import video_writer
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """What a request came to.
+    """The result of a request.
 
     Attributes:
         request: What was asked for.
@@ -33,10 +33,11 @@ class Clip:
     backend: str
 
     def save(self, path: str | Path) -> Path:
-        """Write the clip as an H.264 video; the file appears under its name when it is whole.
+        """Write the clip as an H.264 video; the file appears under its name when it is complete.
 
         Raises:
-            RequestError: The name does not end in ``.mp4``.
+            RequestError: The name does not end in ``.mp4``, or is that of a folder.
+            OSError: The file cannot be written there.
             ResourceError: The encoder failed, for example on a full disk.
         """
         target = Path(path)

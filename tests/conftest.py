@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: tiny checkpoints and bundles, made once; memory that is poisoned."""
+"""Fixtures for all tests: tiny checkpoints and bundles, made once, and poisoned memory."""
 
 import os
 from collections import Counter
@@ -10,14 +10,14 @@ import msgspec
 import pytest
 from filelock import FileLock
 
-# Threads that spin while they wait hold up everyone where processors are shared: PyTorch's, and those of the BLAS that
-# numpy brings. Each is read once, when the library is imported.
+# Threads that spin while they wait slow down everything else where processors are shared: those of PyTorch, and
+# those of the BLAS that comes with numpy. Each variable is read once, when its library is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 
-# Triton reads it once, when some library imports it first.
+# Triton reads this variable once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -32,14 +32,14 @@ torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, slow tests and few of them, so that all workers end together."""
+    """Begin with the files that take longest, those with few and slow tests, so that all workers finish together."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, count[item.path]))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills, in whichever process of this run wants it first."""
+    """A folder that `make` fills, in whichever process of this run needs it first."""
     base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     folder, unfinished = shared / name, shared / f"{name}.unfinished"
@@ -71,7 +71,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def deep_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """tiny-t2v with five layers, so that layers can take turns. Tests must not change it."""
+    """tiny-t2v with five layers, so that layers can take turns in slots. Tests must not change it."""
     tiny = load_model("tiny-t2v")
     model = msgspec.structs.replace(tiny, name="deep", dit=msgspec.structs.replace(tiny.dit, num_layers=5))
 
@@ -105,7 +105,7 @@ def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or the largest number of an integer type, so that what is never written shows."""
+    """Fill fresh memory with NaN, or the largest number of an integer type, to reveal what is never written."""
     empty = torch.empty
 
     def poison(*args: object, **kwargs: object) -> torch.Tensor:
@@ -120,7 +120,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A small PNG with structure in it."""
+    """A small PNG that is not uniform."""
     from PIL import Image
 
     path = tmp_path / "picture.png"

@@ -1,8 +1,8 @@
-"""The reference made to round as an ONNX run rounded, so that only arithmetic is left to compare.
+"""Make the reference round as an ONNX graph did, so that only arithmetic is left to compare.
 
-A value that lies on the edge between two 8-bit steps may fall to either side in another order of sums; what
-follows is then off by a whole step. Here the graph hands out what it rounded to (`Rounded`), and the reference takes
-it over (`forced`) and counts where it would have decided otherwise.
+A value on the edge between two 8-bit steps may round to either side when sums are taken in another order, and what
+follows is then off by a whole step. Here the graph also outputs its decisions (`Decisions`), and the reference adopts
+them (`forced`) and counts where it would have decided otherwise.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,16 +25,16 @@ from wanforge.runtime.dtypes import ONNX_NUMBERS
 
 @dataclass
 class Decisions:
-    """What a graph decided, by kind and in its order, and how the reference's own decisions differ.
+    """The decisions of a graph, by kind and in the graph's order, and how the reference's own decisions differ.
 
     Attributes:
-        linear: int8 activations of each W8A8 linear, where scales are by tile in whole tiles.
-        rows: int8 queries, then keys, of SageSLA.
-        values: fp8 values of SageSLA.
-        selected: key blocks of each query block.
-        differing, total: numbers that the reference would have rounded to another step, of how many.
-        furthest: how many steps away at most.
-        other_blocks: query blocks for which it would have selected other key blocks.
+        linear: Int8 activations of each W8A8 linear, in whole tiles where scales are by tile.
+        rows: Int8 queries, then keys, of SageSLA.
+        values: Fp8 values of SageSLA.
+        selected: Key blocks selected for each query block.
+        differing, total: Number of values that the reference would have rounded to another step, and of all values.
+        furthest: Largest difference between the two, in steps.
+        other_blocks: Number of query blocks for which the reference would have selected other key blocks.
     """
 
     linear: list[Tensor]
@@ -59,13 +59,13 @@ class Decisions:
 
     @property
     def all_taken(self) -> bool:
-        """Whether the reference asked for every decision."""
+        """Whether the reference has taken every decision."""
         kinds = ("linear", "rows", "values", "selected")
         return all(next(self._left.setdefault(kind, iter(getattr(self, kind))), None) is None for kind in kinds)
 
 
 def run_with_decisions(path: Path, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Decisions]:
-    """Run a float32 graph whose weights are inputs; returns its outputs by name, and what it decided on the way."""
+    """Run a float32 graph whose weights are inputs, and return its outputs by name and its decisions."""
     model = inline_local_functions(onnx.load(str(path)))
     names = decision_names(model)
     for name in (name for kind in names.values() for name in kind):
@@ -84,7 +84,7 @@ def run_with_decisions(path: Path, inputs: Mapping[str, Tensor]) -> tuple[dict[s
 
 
 def decision_names(model: ModelProto) -> dict[str, list[str]]:
-    """Where an inlined graph rounds and selects: by what only these places do in the ops' bodies."""
+    """Names of the values that an inlined graph rounds or selects, by patterns unique to them in the ops' bodies."""
     nodes = list(model.graph.node)
     maker = {output: node.op_type for node in nodes for output in node.output}
 
@@ -96,16 +96,16 @@ def decision_names(model: ModelProto) -> dict[str, list[str]]:
         ]
 
     return {
-        "linear": outputs("Clip") or outputs("Round"),  # by tiles 128 is clipped to 127; by rows nothing is
+        "linear": outputs("Clip") or outputs("Round"),  # by tile, 128 is clipped to 127; by row, nothing is clipped
         "rows": outputs("Mul", after="Sign"),
         "values": outputs("DequantizeLinear", after="QuantizeLinear"),
-        "selected": outputs("TopK")[1::2],  # the first of each two finds them, the second sorts them
+        "selected": outputs("TopK")[1::2],  # the first of each pair finds them, the second sorts them
     }
 
 
 @contextmanager
 def forced(decisions: Decisions) -> Iterator[None]:
-    """Within the block, the reference ops round and select as decided, and count where they would not have."""
+    """Within the block, make the reference ops round and select as decided, and count where they would differ."""
     own_tiles, own_tokens, own_rows = w8a8.quantise_tiles, w8a8.quantise_rows, sla.quantise_rows
     own_values, own_blocks = sla.quantise_values, sla.select_blocks
 
@@ -130,7 +130,7 @@ def forced(decisions: Decisions) -> Iterator[None]:
     def values(v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
         own, scale = own_values(v_BHLK)
         taken = decisions.take("values").to(own.dtype)
-        # Numbered from the lowest of e4m3 to the highest, so that neighbours are one apart.
+        # Numbered from the lowest e4m3 value to the highest, so that neighbours differ by one.
         decisions.count(*(order_of_fp8(x) for x in (own, taken)))
         return taken, scale
 

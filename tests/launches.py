@@ -17,7 +17,7 @@ def norm_launch(sm: int, width: int = 256) -> Launch:
 
 
 def gemm_launch(sm: int, outputs: int = 256) -> Launch:
-    """A W8A8 linear of one weight, bfloat16 out."""
+    """A W8A8 linear with one weight and bfloat16 output."""
     with torch.device("meta"), recording(sm) as launches:
         x = empty_quantised(300, 512, torch.device("meta"))
         weight = w8a8_linear.Weight(*_weight(outputs, 512))

@@ -1,11 +1,11 @@
-"""One way to compare tensors, for every test."""
+"""How all tests compare tensors."""
 
 import torch
 from torch import Tensor
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over the RMS of what was expected, in float64."""
+    """RMS of the difference divided by the RMS of the expected tensor, in float64."""
     a, e = actual.double(), expected.double()
     return float((a - e).square().mean().sqrt() / e.square().mean().sqrt().clamp_min(1e-30))
 
@@ -17,7 +17,7 @@ def psnr(actual: Tensor, expected: Tensor, peak: float) -> float:
 
 
 def assert_matches(actual: Tensor, expected: Tensor, rms: float, *, name: str = "tensor") -> None:
-    """Shape and dtype equal, everything finite, relative RMS error at most `rms` (0: equal to the bit)."""
+    """Assert equal shape and dtype, finite values and a relative RMS error of at most `rms` (0: exactly equal)."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
     assert torch.isfinite(actual.double()).all(), f"{name}: not finite"

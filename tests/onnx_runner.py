@@ -1,4 +1,4 @@
-"""Runs ONNX in ONNX Runtime on PyTorch tensors, whatever their type."""
+"""Run ONNX in ONNX Runtime on PyTorch tensors of any type."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ TYPES = {number: dtype for dtype, number in ONNX_NUMBERS.items()}
 def run_model(
     model: ModelProto | str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Sequence[int]]
 ) -> list[Tensor]:
-    """Run a model, or the file of one with external data; `outputs` gives each output's shape.
+    """Run a model, or a model file with external data; `outputs` gives each output's shape.
 
     Outputs are bound to memory that holds NaN.
     """
@@ -44,7 +44,7 @@ def run_body(
     shape: Sequence[int],
     attributes: Mapping[str, int | str] | None = None,
 ) -> Tensor:
-    """Run one of the project's ops by its ONNX body; passes onnx's checker first."""
+    """Run the ONNX body of one of the project's ops, after onnx's checker has accepted it."""
     names = [f"input_{i}" for i in range(len(inputs))]
     node = helper.make_node(name, names, ["output"], domain=DOMAIN, **(attributes or {}), **PLUGIN)
     infos = [value_info(n, tuple(t.shape), t.dtype) for n, t in zip(names, inputs, strict=True)]

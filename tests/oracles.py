@@ -1,4 +1,4 @@
-"""Networks that nobody here wrote: diffusers and transformers, random weights, in our naming."""
+"""Independent implementations of the networks, from diffusers and transformers, with random weights under our names."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from wanforge.runtime.reference.names import match_names
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Import a library without the warnings about its own and its dependencies' deprecations."""
+    """Silence warnings while a library is imported, such as those about deprecations in its dependencies."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def seeded(module: nn.Module, seed: int) -> Any:
-    """Give every parameter a value that matters: unit gain, norms and tables away from their initial ones."""
+    """Give each parameter a random value that affects the output: unit gain, norms and tables off their defaults."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

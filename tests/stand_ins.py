@@ -1,5 +1,5 @@
-"""Stand-ins for TensorRT and CUDA on a CPU: engines that run the graph they were "built" from in ONNX Runtime, on the
-very addresses they are given, and a copying stream that is as early or as late as its events allow."""
+"""Stand-ins for TensorRT and CUDA on a CPU: engines that run the graph they were "built" from in ONNX Runtime, at the
+addresses they are given, and a copy stream that is as early or as late as its events allow."""
 
 import ctypes
 import json
@@ -52,7 +52,7 @@ class Specialisation(Enum):
 
 @dataclass
 class Config:
-    """What contexts are made with; its cache remembers what it was given."""
+    """The settings that contexts are made with; the cache keeps the bytes it was given."""
 
     strategy: Strategy = Strategy.STATIC
     cuda_graph_strategy: Any = None
@@ -105,7 +105,7 @@ class Engine:
 
 
 class Context:
-    """Runs a graph on the addresses and with the shapes it was told last; captured, on those it had then."""
+    """Runs a graph on the addresses and shapes that were set last; a captured run keeps those set at its capture."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -141,7 +141,7 @@ class Context:
         return True
 
     def _run(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
-        ctypes.memset(self.memory, 0xA5, len(self.memory))  # whoever keeps something there loses it
+        ctypes.memset(self.memory, 0xA5, len(self.memory))  # anything that is kept there is lost
         session, graph, sizes = self.engine.session, self.engine.graph, dict[str, int]()
         for port in graph.inputs:
             for dim, number in zip(port.shape, shapes.get(port.name, ()), strict=False):
@@ -176,7 +176,7 @@ class Runtime:
 
 
 class Event:
-    """Of the copying stream: `finish` does what was to be done until then."""
+    """An event of the copy stream; `finish` does all the copies queued before it."""
 
     def __init__(self, finish: Callable[[], None]) -> None:
         self.finish = finish
@@ -184,14 +184,14 @@ class Event:
 
 @dataclass
 class StandIn:
-    """TensorRT and CUDA in one.
+    """TensorRT and CUDA in one object.
 
     Attributes:
-        is_late: copies happen when somebody waits for them, and not before; otherwise at once.
-        refused: a shape that engines do not take.
-        is_capturable: whether they can be captured.
-        launched: names of the graphs that were put on a stream.
-        replays: how often a captured graph ran.
+        is_late: Whether copies happen only when their event is waited for, instead of at once.
+        refused: A shape that engines refuse.
+        is_capturable: Whether engines can be captured.
+        launched: Names of the graphs that were put on a stream.
+        replays: Number of times that a captured graph ran.
     """
 
     bundle: Bundle
@@ -250,7 +250,7 @@ class StandIn:
         return event
 
     def _finish(self, count: int, queued: list[Callable[[], None]]) -> None:
-        """The stream does things in order: all that was queued before is done, too."""
+        """Do everything that was queued up to an event, because the stream keeps its order."""
         for each in queued[:count]:
             if each in self.queue:
                 self.queue.remove(each)
@@ -284,7 +284,7 @@ class StandIn:
 
 
 def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:
-    """Engines of every graph, "built" from what ONNX Runtime can run."""
+    """Write an engine of every graph, "built" from an ONNX file that ONNX Runtime can run."""
     facts = {"layers": 1, "plugins": 0, "activation_bytes": WORKSPACE}
     options = EngineOptions(clip, (89,))
     for onnx, graph in graphs_to_build(bundle).items():

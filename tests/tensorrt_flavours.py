@@ -22,7 +22,7 @@ Port = tuple[str, str, Sequence[int | str]]
 
 
 def rtx() -> Library:
-    """TensorRT-RTX, or a skipped test."""
+    """Open TensorRT-RTX, or skip the test."""
     try:
         return open_library(RTX)
     except ResourceError as missing:
@@ -45,7 +45,7 @@ def model(nodes: Sequence[NodeProto], inputs: Sequence[Port], outputs: Sequence[
 
 
 def linear(folder: Path, *, x: str = "bfloat16", bias: str = "", rows: int | str = "rows", outputs: int = 256) -> Path:
-    """The file of one W8A8 linear of 256 inputs."""
+    """Write the file of one W8A8 linear with 256 inputs."""
     inputs: list[Port] = [
         ("x", x, (1, rows, 256)),
         ("w", "int8", (outputs, 256)),

@@ -17,7 +17,7 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def run_examples(examples: list[str]) -> dict[str, Any]:
-    """Run examples one after the other, as a reader would; returns the names that they leave behind."""
+    """Run examples one after the other, as a reader would, and return the names that they define."""
     names: dict[str, Any] = {}
     for example in examples:
         exec(compile(example, "docs/api.md", "exec"), names)

@@ -1,4 +1,4 @@
-"""Imports run down only, wherever in a module they stand, and a backend loads nothing that it does without."""
+"""Imports only go down, wherever they stand in a module, and a backend loads nothing that it can do without."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from tools.house import cycles, imports, loaded_by, sources
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
-"""Lowest first; what `GROUND` names lies below them, and `DOOR` above."""
+"""The floors, lowest first; the modules of `GROUND` lie below them, and those of `DOOR` above."""
 GROUND = ["errors", "whole_file", "host", "progress", "version"]
 DOOR = ["cli", "api", "wanforge"]
 
@@ -60,7 +60,7 @@ ROOMS = [
     "wanforge",
     "wanforge.cli",
 ]
-"""Every room of the house, lowest first. A module imports what lies below its room, or in it."""
+"""Every room, lowest first. A module imports only from its own room and from those below."""
 
 BY_NAME = {
     "wanforge.plugins.tensorrt.plugin",
@@ -70,7 +70,7 @@ BY_NAME = {
 """Modules that import an op's kernel or plugin by the op's name, so that a new op only needs a new folder."""
 
 TENSORRT = ["tensorrt", "tensorrt_rtx"]
-"""Optional, and two of them: opened when something is built or run."""
+"""The two optional TensorRT packages, imported only when something is built or run."""
 ABSENT = {
     "configs": ["torch", "onnx", "onnxscript", "triton", "numpy", *TENSORRT],
     "plugins": ["triton", *TENSORRT],
@@ -80,7 +80,7 @@ ABSENT = {
     "exporter": ["triton", *TENSORRT],
 }
 BODIES = ("onnx_body", "onnx_function")
-"""Modules of `plugins` that hold ONNX; runtime must do without them."""
+"""Modules of `plugins` that hold ONNX; runtime must not need them."""
 KERNELS = ".kernel"
 """Modules of `plugins` that are Triton, imported only where a kernel is interpreted or compiled."""
 

@@ -1,4 +1,4 @@
-"""Every recorded case is held against the code, and every recorded file belongs to a case."""
+"""Every recorded case is compared with the code in a test, and every recorded file belongs to a case."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One word per idea: the glossary of docs/architecture.md against the names in the code."""
+"""One word per idea: the names in the code follow the glossary of docs/architecture.md."""
 
 import ast
 import re
@@ -31,7 +31,7 @@ def public_classes() -> Iterator[tuple[str, str]]:
 
 
 def assigned() -> Iterator[ast.expr]:
-    """What the modules assign to, outside of functions and classes."""
+    """The targets of all assignments outside of functions and classes."""
     for tree in TREES.values():
         for node in tree.body:
             if isinstance(node, ast.Assign):
@@ -39,7 +39,7 @@ def assigned() -> Iterator[ast.expr]:
 
 
 def identifiers() -> set[str]:
-    """Every name of a module, class, function, parameter, variable or attribute, keys in texts included."""
+    """Names of modules, and the names in `KNOWN` of any class, function, parameter, variable, attribute or string."""
     found = {part for module in TREES for part in module.split(".")}
     for tree in TREES.values():
         for node in ast.walk(tree):

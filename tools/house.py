@@ -1,8 +1,8 @@
 """Measure how the code is arranged: ``python tools/house.py [--root CHECKOUT] [--json] [--time]``.
 
 It counts lines per room (a folder's own files), the length of files and functions, functions with many parameters,
-public classes that share a name, modules that importing a backend loads, and import cycles. Every import counts, those
-inside functions as well. With ``--time`` it also runs ``make quick`` and ``make test``, which takes minutes.
+public classes that share a name, the modules that importing a backend loads, and import cycles. Every import counts,
+including those inside functions. With ``--time`` it also runs ``make quick`` and ``make test``, which takes minutes.
 """
 
 import argparse
@@ -29,11 +29,12 @@ WATCHED = {
     "Triton": r"triton(\.|$)",
     "cost model": r"wanforge\.runtime\.(cost|(un)?fused_plan|measure\.cost)",
 }
-"""What a backend should not need, and a pattern of the modules that show that it was loaded, in older checkouts too."""
+"""What a backend should not need, each with a pattern of the module names that show it was loaded. The patterns also
+fit older checkouts."""
 
 
 def sources(root: Path) -> dict[str, Path]:
-    """Every module of the package by its name."""
+    """The path of every module of the package, by module name."""
     found = {}
     for folder in FLOORS:
         for path in sorted((root / folder).rglob("*.py")):
@@ -45,7 +46,7 @@ def sources(root: Path) -> dict[str, Path]:
 
 
 def rooms(root: Path) -> dict[str, tuple[int, int]]:
-    """Number of files and of lines of each folder, subfolders apart."""
+    """The numbers of files and lines in each folder, excluding its subfolders."""
     found: dict[str, tuple[int, int]] = {}
     for path in sources(root).values():
         room = str(path.parent.relative_to(root))
@@ -55,7 +56,7 @@ def rooms(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def spread(values: list[int]) -> dict[str, float]:
-    """Median, ninth decile and maximum."""
+    """The median, ninth decile, maximum and count of some values."""
     return {
         "median": statistics.median(values),
         "p90": statistics.quantiles(values, n=10)[-1],
@@ -69,17 +70,17 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether click calls it with its options."""
+    """Whether the function is a click command, whose parameters are its options."""
     return any("command(" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def is_written_for_others(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether ONNX Script or Triton compiles it: its parameters are those of an op or a kernel."""
+    """Whether ONNX Script or Triton compiles the function, so that its parameters are those of an op or a kernel."""
     return any(ast.unparse(each).startswith(("script(", "triton.jit")) for each in function.decorator_list)
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Parameters without ``self`` and ``cls``; ``*args`` and ``**kwargs`` count as one each."""
+    """The number of parameters without ``self``, ``cls`` or ``ctx``; ``*args`` and ``**kwargs`` count as one each."""
     spec = function.args
     names = [each.arg for each in (*spec.posonlyargs, *spec.args, *spec.kwonlyargs)]
     extra = sum(each is not None for each in (spec.vararg, spec.kwarg))
@@ -87,7 +88,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def imports(tree: ast.AST, known: set[str]) -> set[str]:
-    """Modules of the package that a module imports anywhere, by plain imports or by their names in a string."""
+    """The modules of the package that a module imports anywhere, by a statement or by name in ``import_module``."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -133,7 +134,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def loaded_by(root: Path, backend: str) -> dict[str, Any]:
-    """What importing a backend loads: how many modules of the package, and which of those it should not need."""
+    """What importing a backend loads: the number of modules of the package, and which entries of `WATCHED`."""
     code = f"import sys, wanforge.runtime.backends.{backend}; print('\\n'.join(sys.modules))"
     environment = {"PYTHONPATH": str(root / "src"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
@@ -145,7 +146,7 @@ def loaded_by(root: Path, backend: str) -> dict[str, Any]:
 
 
 def measure(root: Path) -> dict[str, Any]:
-    """Everything but the times."""
+    """Measure everything except the times."""
     modules = sources(root)
     trees = {name: ast.parse(path.read_text()) for name, path in modules.items()}
     every = [(name, function) for name, tree in trees.items() for function in functions(tree)]
@@ -172,7 +173,7 @@ def measure(root: Path) -> dict[str, Any]:
 
 
 def timed(root: Path, target: str) -> str:
-    """Seconds of a target of the Makefile, and what pytest said at its end."""
+    """Run a Makefile target and return its seconds with pytest's last line."""
     start = time.perf_counter()
     done = subprocess.run(["make", target], cwd=root, capture_output=True, text=True, check=False)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
@@ -180,7 +181,7 @@ def timed(root: Path, target: str) -> str:
 
 
 def text(found: dict[str, Any]) -> str:
-    """The figures for a terminal."""
+    """Format the figures for a terminal."""
     lines = ["room                                      files   lines"]
     for room, counts in found["rooms"].items():
         lines.append(f"{room:40}  {counts['files']:5}  {counts['lines']:6,}")

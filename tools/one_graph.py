@@ -1,8 +1,8 @@
-"""Compare compiling a denoiser as one graph, its weights constants, with compiling it as wanforge does: as six graphs
-whose weights are inputs. Run as ``python -m tools.one_graph``; it takes 9 GB of memory and as much disk space.
+"""Compare compiling a denoiser as one graph with constant weights to compiling it as wanforge does: as six graphs whose
+weights are inputs. Run as ``python -m tools.one_graph``; it takes 9 GB of memory and as much disk space.
 
-Both ways compile for sm_89 and sm_120 with TensorRT-RTX, each in its own process, one after the other. The model is the
-1.3B in bf16 with dense attention and random weights, because W8A8 does not parse as one graph, see docs/log.md.
+Both ways compile for sm_89 and sm_120 with TensorRT-RTX, one after the other, each in its own process. The model is the
+1.3B in bf16 with dense attention and random weights, because W8A8 does not parse as one graph (see docs/log.md).
 """
 
 import json
@@ -33,7 +33,7 @@ GRAPHS = ("context", "cross_kv", "time", "stem", "block", "head")
 
 
 def make(root: Path) -> None:
-    """Write a bundle whose denoiser holds random numbers, because a library may store equal ones only once."""
+    """Write a bundle whose denoiser holds random numbers, because a library may store equal numbers only once."""
     bundle = skeleton(root, load_model(MODEL), load_recipe(RECIPE))
     header, random = read_header(bundle.weights("dit")), np.random.default_rng(0)
     with bundle.weights("dit").open("r+b") as file:

@@ -1,12 +1,12 @@
 """A bundle: the directory that holds one model, from its weights to its engines.
 
     BUNDLE/
-      manifest.json              what is here, from what it was made, and each file's SHA-256
+      manifest.json              what each file was made from, and its SHA-256
       weights/*.safetensors      dit (or dit.high and dit.low), vae, text_encoder; canonical names
       tokenizer/tokenizer.json
       dit*.onnx, vae_*.onnx      graphs that point into weights/ (they may not lie deeper, see decisions/0003)
       onnx/<type>/*.onnx         graphs whose weights are inputs
-      engines/<architectures>/   compiled graphs, see `engine_files`
+      engines/<architectures>/   compiled graphs, see `engines.files`
 
 The manifest is written last, so a directory without one is not a bundle.
 """
@@ -30,22 +30,22 @@ from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
 ENGINES = "engines/"
-"""Where engines lie in a bundle."""
+"""The folder of the engines in a bundle."""
 VERIFIED = ".verified.json"
 TOKENIZER = "tokenizer/tokenizer.json"
 
 UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, IsADirectoryError)
-"""What reading a damaged JSON file raises."""
+"""The exceptions that reading a damaged JSON file raises."""
 
 Stamp = list[str | int]
-"""SHA-256 of a file when it was last verified, and by what the file system tells it from any other: `stamp_of`."""
+"""SHA-256 of a file when it was last verified, and the properties by which it is recognised; see `stamp_of`."""
 
 
 class Bundle:
     """An opened bundle.
 
     Raises:
-        BundleError: there is no manifest, or it makes no sense.
+        BundleError: There is no manifest, or it cannot be read.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
@@ -67,7 +67,7 @@ class Bundle:
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
-        """Declare a directory to be a bundle, now that every file is in place."""
+        """Make a directory a bundle by writing its manifest, once every file is in place."""
         manifest = Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files)
         bundle = cls(root, manifest)
         bundle._write()
@@ -87,10 +87,10 @@ class Bundle:
         write_atomically(self.root / MANIFEST, text)
 
     def path(self, name: str) -> Path:
-        """Where a file of the manifest lies.
+        """The path of a file in the manifest.
 
         Raises:
-            BundleError: the manifest does not have it, or the file is gone.
+            BundleError: The manifest does not list it, or the file is gone.
         """
         path = self.root / name
         if name not in self.manifest.files or not path.is_file():
@@ -102,7 +102,7 @@ class Bundle:
         return self.path(weights_name(component))
 
     def graphs(self, dtype: object) -> dict[str, GraphRecord]:
-        """What is known of the graphs that compute in a type, by path in the bundle and in the order of a request."""
+        """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses."""
         short = dtype_called(dtype).short
         records = ((name, record.graph) for name, record in self.manifest.files.items())
         return {name: graph for name, graph in records if graph is not None and graph.dtype == short}
@@ -111,10 +111,10 @@ class Bundle:
         """Compare files with the manifest's SHA-256.
 
         A file that was verified before is trusted, unless `again` is set, as long as it is the same file of the same
-        file system and neither its size nor its times have changed. A copy is verified anew.
+        file system and neither its size nor its times have changed. A copy is verified again.
 
         Raises:
-            BundleError: A file is missing or is not what was written.
+            BundleError: A file is missing or differs from what was written.
         """
         stamps = self._stamps()
         count = ByteCount(progress, "verify", self._unread(names, {} if again else stamps))
@@ -146,7 +146,7 @@ class Bundle:
             stamps[name] = stamp
 
     def stale(self, key: Mapping[str, str]) -> dict[str, list[str]]:
-        """Graphs that were made from something else than `key` says, and what of it differs."""
+        """Graphs that were made from something other than `key` says, each with the parts that differ."""
         found = {}
         for name, record in self.manifest.files.items():
             differing = [part for part, digest in key.items() if record.key.get(part) != digest]
@@ -173,8 +173,8 @@ class Bundle:
 
 
 def stamp_of(record: FileRecord, status: os.stat_result) -> Stamp:
-    """What a file verified against `record` looks like from outside. The time of the last change of its entry cannot
-    be set by hand, so neither a copy nor a byte changed under an old date passes for it."""
+    """The stamp of a file that was verified against `record`. The time of the last change of its inode cannot be set by
+    hand, so neither a copy nor a file that was changed and given its old date has the same stamp."""
     return [
         record.sha256,
         *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
@@ -188,17 +188,17 @@ def weights_name(component: str) -> str:
 
 
 def dit_component(expert: str) -> str:
-    """Component of a denoiser: ``dit``, ``dit.high`` or ``dit.low``."""
+    """Component name of a denoiser: ``dit``, ``dit.high`` or ``dit.low``."""
     return f"dit.{expert}" if expert else "dit"
 
 
 def components(model: ModelConfig) -> list[str]:
-    """Every component with weights, in the order of a request."""
+    """Every component with weights, in the order that a request uses."""
     return ["text_encoder", *(dit_component(expert) for expert in model.experts), "vae"]
 
 
 def remedy(name: str, root: Path) -> str:
-    """What to do about a missing or damaged file."""
+    """The advice about a missing or damaged file."""
     if name.endswith(".onnx"):
         return f"write it again with: wanforge export {root}"
     if name.startswith(ENGINES):

@@ -1,4 +1,4 @@
-"""Element types by the names that PyTorch, safetensors, ONNX and this project's file names have for them."""
+"""Element types, with their names in PyTorch, safetensors, ONNX and this project's file names."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ class DType(NamedTuple):
     """One element type.
 
     Attributes:
-        name: PyTorch's: ``bfloat16``.
-        stored: safetensors': ``BF16``.
-        bits: Size of an element.
-        onnx: Number in ONNX's ``TensorProto``, so that nothing here needs the onnx package.
-        short: Name in the files of graphs that compute in it: ``bf16``; empty where none do.
+        name: Its name in PyTorch: ``bfloat16``.
+        stored: Its name in safetensors: ``BF16``.
+        bits: Size of an element in bits.
+        onnx: Its number in ONNX's ``TensorProto``; with it, this module does not need the onnx package.
+        short: Its name in the file names of graphs that compute in it: ``bf16``; empty if none do.
     """
 
     name: str
@@ -38,7 +38,7 @@ DTYPES = (
     DType("uint64", "U64", 64, 13),
     DType("bool", "BOOL", 8, 9),
 )
-"""Every type that a safetensors file may hold, those that graphs compute in first."""
+"""Every type that a safetensors file may hold; those that graphs compute in come first."""
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_STORED = {dtype.stored: dtype for dtype in DTYPES}
@@ -47,5 +47,5 @@ COMPUTE_TYPES = tuple(dtype for dtype in DTYPES if dtype.short)
 
 
 def dtype_called(name: object) -> DType:
-    """The row of a PyTorch type, or of its name."""
+    """The row of `DTYPES` for a PyTorch type or its name."""
     return BY_NAME[str(name).removeprefix("torch.")]

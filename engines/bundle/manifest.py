@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what is there, what each file was made from, and what its users need to know of it."""
+"""The manifest of a bundle: its files, what each was made from, and what its users need to know about it."""
 
 from pathlib import PurePosixPath
 from typing import Literal
@@ -14,25 +14,25 @@ FORMAT: Literal[1] = 1
 
 
 HOST_GRAPHS = {"text_embed"}
-"""Graphs that run where the bundle is mapped and have no engine: of a table of 2 GB a prompt reads a few rows."""
+"""Graphs that run on the host and have no engine: the bundle is mapped, and a prompt reads few rows of a 2 GB table."""
 
 
 class GraphRecord(Record, frozen=True):
-    """What building an engine takes to know of a graph, as its exporter writes it down."""
+    """The facts about a graph that building an engine requires, as the exporter records them."""
 
     name: str
     dtype: str
-    """Its compute type by the name that files have for it: ``bf16``."""
+    """Its compute type, by its name in file names: ``bf16``."""
     inputs: dict[str, Spelling]
-    """Shape of each input, weights apart."""
+    """Shape of each input, except the weights."""
     plugin_ops: int
-    """Number of nodes that TensorRT takes as plugins of this project."""
+    """Number of nodes that TensorRT runs as plugins of this project."""
     attentions: int
-    """Number of attention nodes, for which TensorRT has kernels of its own."""
+    """Number of attention nodes, for which TensorRT has its own kernels."""
     float32_products: int
     """Number of products and convolutions that compute in float32, whatever the compute type."""
     weights: str = ""
-    """Path in the bundle of the file that it points into; empty where its weights are inputs."""
+    """Path in the bundle of the weights file that it points into; empty if its weights are inputs."""
 
 
 class FileRecord(Record, frozen=True):
@@ -41,24 +41,24 @@ class FileRecord(Record, frozen=True):
     sha256: str
     bytes: int
     source: str = ""
-    """Where it came from, for people; never used to find anything."""
+    """Where it came from, for people to read; never used to find a file."""
     key: dict[str, str] = msgspec.field(default_factory=dict)
     """For a file that is made from others: a digest of each of them. Any difference makes it stale."""
     facts: dict[str, int] = msgspec.field(default_factory=dict)
-    """For an engine: what its builder found out about it."""
+    """For an engine: what its builder reported about it."""
     graph: GraphRecord | None = None
-    """For a graph that engines are built from."""
+    """For a graph that engines are built from: its record."""
 
 
 class Manifest(Record, frozen=True):
-    """What a bundle holds."""
+    """The contents of a bundle."""
 
     format: Literal[1]
     made_by: str
     model: ModelConfig
     recipe: Recipe
     files: dict[str, FileRecord]
-    """By path relative to the bundle."""
+    """The files, by path relative to the bundle."""
 
     def __post_init__(self) -> None:
         for name in self.files:

@@ -23,14 +23,14 @@ class Size:
     __rmul__ = __mul__
 
     def value(self, sizes: Mapping[str, int]) -> int:
-        """The number, once the named sizes are known."""
+        """The dimension, once the named sizes are known."""
         return self.factor * math.prod(sizes[name] for name in self.names)
 
 
 Dim = int | Size
 Shape = tuple[Dim, ...]
 Spelling = tuple[int | str, ...]
-"""A shape as a manifest holds it: a size is a text such as ``8*latent_height``."""
+"""A shape as a manifest stores it: a size is a string such as ``8*latent_height``."""
 
 
 def concrete(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ def names_in(shapes: Iterable[Shape]) -> set[str]:
 
 
 def spell(shape: Shape) -> Spelling:
-    """The shape as a manifest holds it."""
+    """The shape as a manifest stores it."""
     return tuple(dim if isinstance(dim, int) else str(dim) for dim in shape)
 
 

@@ -1,7 +1,7 @@
-"""safetensors files down to the byte: where each tensor lies, and writing one that is larger than memory.
+"""safetensors files at the level of bytes: where each tensor lies, and how to write a file larger than memory.
 
 ONNX external data points into these files by offset, and weights are mapped from them without copying, so the header
-is read here rather than through the library, which keeps offsets to itself.
+is read here rather than through the library, which does not expose offsets.
 
 Layout: 8 bytes of header length (little-endian), the header in JSON, then the tensors back to back.
 """
@@ -21,10 +21,10 @@ from wanforge.engines.bundle.dtypes import BY_STORED
 from wanforge.errors import CheckpointError
 
 MAX_HEADER = 100_000_000
-"""Bytes; the safetensors library refuses larger headers too."""
+"""Largest header in bytes; the safetensors library refuses larger ones, too."""
 METADATA = "__metadata__"
 LARGEST = 1 << 60
-"""Bounds sizes and their products, which the library computes in 64 bits."""
+"""Upper bound of sizes and their products, which the library computes in 64 bits."""
 CHUNK = 16 << 20
 
 
@@ -48,10 +48,10 @@ class TensorFile:
     """The table of contents of one safetensors file.
 
     Attributes:
-        path: where it is.
-        tensors: type and shape by name, in the order of the data.
-        offsets: first byte of each tensor, from the start of the file.
-        metadata: free text.
+        path: Path of the file.
+        tensors: Type and shape by name, in the order of the data.
+        offsets: Position of each tensor's first byte, from the start of the file.
+        metadata: Free text.
     """
 
     path: Path
@@ -65,10 +65,10 @@ class TensorFile:
 
 
 def read_header(path: Path) -> TensorFile:
-    """Read and check the header: every tensor inside the file, none overlapping, nothing left over.
+    """Read the header and check that the tensors lie inside the file, do not overlap, and cover all of its data.
 
     Raises:
-        CheckpointError: the file is missing, truncated or not in this format.
+        CheckpointError: The file is missing, truncated or not in this format.
     """
     try:
         size = path.stat().st_size
@@ -79,7 +79,7 @@ def read_header(path: Path) -> TensorFile:
                     f"{path}: not a safetensors file, or truncated (its {size} bytes announce a header of {length})"
                 )
             header = json.loads(file.read(length).decode("utf-8"), parse_constant=_refuse)
-            # JSON's escapes can spell half a surrogate, which is no text.
+            # JSON's escapes can spell half of a surrogate pair, which is not valid text.
             json.dumps(header, ensure_ascii=False).encode("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -91,7 +91,7 @@ def read_header(path: Path) -> TensorFile:
 
 
 def _refuse(constant: str) -> None:
-    """NaN and infinities, which Python's parser takes."""
+    """Refuse NaN and infinities, which Python's parser accepts."""
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -108,7 +108,7 @@ def _check_header(path: Path, header: Any, start: int, size: int) -> TensorFile:
         if begin != position or end - begin != spec.nbytes:
             raise CheckpointError(
                 f"{path}: damaged header ({name} is {spec}, {spec.nbytes} bytes, and lies at {begin} to {end} "
-                f"where {position} was next)"
+                f"where {position} was expected)"
             )
         tensors[name], offsets[name], position = spec, start + begin, end
     if start + position != size:
@@ -150,18 +150,18 @@ def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 
 
 class TensorWriter:
-    """Writes one safetensors file tensor by tensor, and takes up where an interrupted run stopped.
+    """Writes one safetensors file tensor by tensor, and continues where an interrupted run stopped.
 
-    The data goes to ``<path>.partial``; `finish` flushes it and renames it, so `path` is whole or absent. A partial
-    file with the same header is kept up to its last complete tensor; `metadata` must therefore say what the tensors
-    are made from.
+    The data goes to ``<path>.partial``; `finish` flushes it and renames it, so `path` is either complete or absent. A
+    partial file with the same header is kept up to its last complete tensor; `metadata` must therefore say what the
+    tensors were made from.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.tensors, self.header = tensors, encode_header(tensors, metadata)
         self.kept = 0
-        """Tensors taken over from an interrupted run."""
+        """Number of tensors kept from an interrupted run."""
         self._digest = hashlib.sha256(self.header)
         self._names = iter(tensors)
 
@@ -225,7 +225,7 @@ def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
     """The next `size` bytes of an open file, a few megabytes at a time.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: The file ends too early.
     """
     while size:
         chunk = file.read(min(CHUNK, size))
@@ -236,7 +236,7 @@ def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
 
 
 def sha256_of(path: Path, count: Callable[[int], object] = lambda size: None) -> str:
-    """SHA-256 of a file; `count` is told the size of each piece read."""
+    """SHA-256 of a file; `count` is called with the size of each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

@@ -1,1 +1,1 @@
-"""Published checkpoint files: reading, checking, renaming, quantising, and writing ones with random weights."""
+"""Published checkpoint files: reading, checking, renaming, quantising, and writing files with random weights."""

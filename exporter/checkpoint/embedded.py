@@ -1,4 +1,4 @@
-"""TinyWan's files, which come with the package and lie in the folder ``tinywan``."""
+"""TinyWan's files, which come with the package in the folder ``tinywan``."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def embedded(model: ModelConfig) -> Sources:
     """The files of a model that come with the package.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: The package has no files of this model.
     """
     if model.name != EMBEDDED:
         raise CheckpointError(
@@ -26,6 +26,6 @@ def embedded(model: ModelConfig) -> Sources:
 
 
 def sources_in(folder: Path, model: ModelConfig) -> Sources:
-    """A folder's files, each named after its component."""
+    """The files in a folder, each named after its component."""
     weights = {component: folder / f"{component}.safetensors" for component in components(model)}
     return Sources(weights, folder / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Checkpoint files in, bundle out: every tensor checked, renamed, brought to its canonical type, and written once."""
+"""Turn checkpoint files into a bundle: check, rename and convert every tensor, and write it once."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +29,11 @@ from wanforge.whole_file import write_atomically
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 BAND = 8 * TILE
-"""Rows quantised at a time: whole tiles, so the result does not depend on it."""
+"""Number of rows quantised at a time: whole tiles, so that the result does not depend on it."""
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Count = Callable[[int], object]
-"""Told the size of each piece that is read or written."""
+"""Called with the number of bytes of each piece that is read or written."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Part:
     """One component, checked and ready to be written.
 
     Attributes:
-        source: the file given.
-        stored: the source's tensor for each canonical one; a weight to be quantised stands under its own name.
-        target: what will be written.
+        source: The file that was given.
+        stored: The source's tensor for each canonical name; a weight to be quantised has its unquantised name.
+        target: The tensors that will be written.
     """
 
     component: str
@@ -76,19 +76,20 @@ def import_checkpoint(
 ) -> Bundle:
     """Turn published files into a bundle.
 
-    Nothing is written before every file has been checked; an interrupted import is taken up by running it again.
+    Nothing is written before every file has been checked. Running an interrupted import again continues it.
 
     Args:
-        recipe: what the bundle is for. By default what the files are: quantised or not, with or without SLA.
-            `w8a8` on unquantised files quantises them, with the bytes upstream's own quantiser gives.
-        link: take canonical safetensors files of denoisers and text encoder in place, by a link. The VAE is small and
-            always copied: its graphs point into its file, and ONNX tools follow no links.
-        replace: write over an existing bundle; what was made from it, its graphs, is deleted.
+        recipe: The recipe of the bundle. By default it follows from the files: quantised or not, with or without SLA.
+            `w8a8` quantises unquantised files to the same bytes as upstream's own quantiser.
+        link: Link to canonical safetensors files of denoisers and text encoder instead of copying them. The VAE is
+            small and always copied: its graphs point into its file, and ONNX tools do not follow links.
+        replace: Overwrite an existing bundle and delete the graphs and engines that were made from it.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of another kind or model; or quantised and not, mixed.
-        BundleError: `out` is a bundle already and `replace` is not set.
-        ResourceError: the disk is too small.
+        CheckpointError: A file is missing, damaged, or of another kind or model; or only one of two experts is
+            quantised.
+        BundleError: `out` is already a bundle and `replace` is not set.
+        ResourceError: The disk is too small.
     """
     if (out / MANIFEST).exists() and not replace:
         raise BundleError(f"{out}: is a bundle already; choose another --out, or pass --replace")
@@ -129,7 +130,7 @@ def import_checkpoint(
 
 
 def derived_files(out: Path) -> list[str]:
-    """What was made from the bundle at `out`; nothing where there is none, or where its manifest cannot be read."""
+    """The files made from the bundle at `out`; none if there is no bundle or its manifest cannot be read."""
     with suppress(BundleError):
         return [name for name, record in Bundle.open(out).manifest.files.items() if record.key]
     return []
@@ -139,12 +140,13 @@ def check_tokenizer(path: Path, model: ModelConfig) -> None:
     """Refuse a tokenizer with more tokens than the text encoder has rows."""
     if (size := len(Tokenizer(path))) > model.text_encoder.vocab_size:
         raise CheckpointError(
-            f"{path}: {size:,} tokens, but the text encoder of {model.name} knows {model.text_encoder.vocab_size:,}"
+            f"{path}: {size:,} tokens, but the text encoder of {model.name} knows {model.text_encoder.vocab_size:,}; "
+            "give the tokenizer of this model"
         )
 
 
 def check_experts(parts: Sequence[Part]) -> None:
-    """Refuse the same weights given for both experts. Their small tensors tell."""
+    """Refuse the same weights for both experts; comparing their small tensors is enough."""
     if len(parts) < 2:
         return
     first, second = parts
@@ -161,7 +163,7 @@ def _bytes_of(stored: StoredTensor) -> bytes:
 
 
 def check_kind(component: str, path: Path, contents: Contents) -> None:
-    """Refuse a file of another kind than it was given as."""
+    """Refuse a file that was given as one kind but looks like another."""
     kind, looks = KINDS.get(component, "a denoiser"), looks_like(contents)
     if looks not in (kind, None):
         raise CheckpointError(f"{path}: looks like {looks}, but was given as {kind}")
@@ -170,12 +172,12 @@ def check_kind(component: str, path: Path, contents: Contents) -> None:
 def settle_recipe(
     model: ModelConfig, paths: Mapping[str, Path], opened: Mapping[str, Contents], wanted: Recipe | None
 ) -> Recipe:
-    """The recipe of the bundle, given what the denoisers' files hold."""
+    """Return the wanted recipe if the denoisers' files allow it, or by default the one that describes these files."""
     denoisers = [dit_component(expert) for expert in model.experts]
     quantised = {c: is_quantised(opened[c]) for c in denoisers}
     if len(set(quantised.values())) > 1:
         kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
-        raise CheckpointError(f"the experts do not match: {kinds}; give two files of one kind")
+        raise CheckpointError(f"the experts do not match: {kinds}; give two files of the same kind")
     first = denoisers[0]
     sla = {c: has_sla(opened[c]) for c in denoisers}
     without = next((paths[c] for c in denoisers if not sla[c]), None)
@@ -201,10 +203,10 @@ def settle_recipe(
 
 
 def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:
-    """Hold every name, shape and type of a file against what the model needs.
+    """Compare every name, shape and type of a file with what the model needs.
 
     Raises:
-        CheckpointError: with what is missing, unexpected or wrong.
+        CheckpointError: Tensors are missing, unexpected or wrong; the message lists them.
     """
     target = layout(component, model, recipe)
     expected = target
@@ -224,7 +226,7 @@ def check_part(component: str, path: Path, contents: Contents, model: ModelConfi
 
 
 def fits(found: TensorSpec, expected: TensorSpec) -> bool:
-    """Whether a stored tensor can become the expected one: any float for a float, the same elements in order."""
+    """Whether a stored tensor can become the expected one: any float type for a float, the same elements in order."""
     same_kind = found.dtype == expected.dtype or {found.dtype, expected.dtype} <= FLOATS
     # A patch embedding may be stored as a convolution: the same numbers in the same order.
     return same_kind and (found.shape == expected.shape or _flattened(found.shape) == expected.shape)
@@ -246,7 +248,7 @@ def complaint(
     unexpected: list[str],
     wrong: list[str],
 ) -> str:
-    """What is wrong with a file, and a guess at why."""
+    """Describe what is wrong with a file, and guess why."""
     lines = [f"{path}: does not fit {model.name}"]
     if component not in KINDS and (other := guess_model(contents)) not in (None, model.name):
         lines[0] += f"; it looks like {other}, so try --model {other}"
@@ -268,7 +270,7 @@ def guess_model(contents: Contents) -> str | None:
 
 
 def check_disk(out: Path, parts: Sequence[Part]) -> None:
-    """Refuse before writing where the disk cannot hold the result."""
+    """Refuse to begin if the disk cannot hold the result."""
     needed = sum(part.nbytes for part in parts)
     place = next(p for p in (out, *out.parents, Path.cwd()) if p.exists())
     done = sum(_done(part, out / weights_name(part.component)) for part in parts)
@@ -281,7 +283,7 @@ def check_disk(out: Path, parts: Sequence[Part]) -> None:
 
 
 def _done(part: Part, path: Path) -> int:
-    """Bytes that an interrupted import wrote of a file."""
+    """The number of bytes of a file that an interrupted import has already written."""
     header = encode_header(part.target, fingerprint(part))
     for candidate in (path, path.with_name(path.name + ".partial")):
         if candidate.exists() and _begins_with(candidate, header):
@@ -290,7 +292,7 @@ def _done(part: Part, path: Path) -> int:
 
 
 def fingerprint(part: Part) -> dict[str, str]:
-    """What a partial file must have been made from to be taken up again."""
+    """The source files, sizes and times that a partial file must have been made from to be continued."""
     paths = sorted({str(stored.path) for stored in part.stored.values()})
     sizes = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in paths]
     return {
@@ -299,7 +301,7 @@ def fingerprint(part: Part) -> dict[str, str]:
 
 
 def write_part(part: Part, path: Path, count: Count) -> str:
-    """Write one component's safetensors file, or what is still missing of it; returns its SHA-256."""
+    """Write one component's safetensors file, or what is still missing of it, and return its SHA-256."""
     metadata = fingerprint(part)
     if path.exists() and _begins_with(path, encode_header(part.target, metadata)):
         return sha256_of(path, count)
@@ -317,7 +319,7 @@ def _begins_with(path: Path, header: bytes) -> bool:
 
 
 def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
-    """Every tensor to write with its bytes, which are made only when they are asked for."""
+    """Yield every tensor to write with its bytes, which are computed only when they are needed."""
     scales: dict[str, Quantiser] = {}
     for name, spec in part.target.items():
         stored = part.stored.get(name)
@@ -332,13 +334,13 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
 
 
 def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
-    """A tensor's bytes in the type of `spec`."""
+    """Yield a tensor's bytes in the type of `spec`."""
     for chunk in stored.chunks():
         yield as_bytes(chunk.to(STORED[spec.dtype]))
 
 
 class Quantiser:
-    """One weight on its way to 8 bits, a band of rows at a time."""
+    """Quantises one weight to 8 bits, one band of rows at a time."""
 
     def __init__(self, stored: StoredTensor, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         self.stored, self.quantise = stored, quantise
@@ -363,10 +365,10 @@ class Quantiser:
 
 
 def check_link(part: Part, path: Path) -> None:
-    """Refuse to link what is not a canonical safetensors file, or is the bundle's own.
+    """Refuse to link a file that is not a canonical safetensors file or that is the bundle's own.
 
     Raises:
-        CheckpointError: linking would not do.
+        CheckpointError: The file cannot be linked.
     """
     if part.source.suffix != ".safetensors":
         raise CheckpointError(f"{part.source}: --link takes .safetensors files; import this one without it")
@@ -374,7 +376,7 @@ def check_link(part: Part, path: Path) -> None:
     if dict(header.tensors) != dict(part.target):
         differing = [n for n, s in part.target.items() if header.tensors.get(n) != s]
         raise CheckpointError(
-            f"{part.source}: not in canonical form, {join_names(differing) or 'it has other tensors too'} differ; "
+            f"{part.source}: not in canonical form (differing: {join_names(differing) or 'additional tensors'}); "
             "import it without --link"
         )
     if path.absolute() in (part.source.absolute(), part.source.resolve()):
@@ -382,7 +384,7 @@ def check_link(part: Part, path: Path) -> None:
 
 
 def link_part(part: Part, path: Path, count: Count) -> str:
-    """Put a link to a canonical safetensors file into the bundle; returns the file's SHA-256."""
+    """Put a link to a canonical safetensors file into the bundle, and return the file's SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(part.source.resolve())

@@ -1,4 +1,4 @@
-"""Which tensors each published file holds: names, shapes and types, read off the reference networks.
+"""The tensors that each published file holds: names, shapes and types, derived from the reference networks.
 
 Source: TurboDiffusion, inference/modify_model.py and ops/core.py; Wan2.1, wan/modules/vae.py and t5.py
 (docs/sources.md).
@@ -19,7 +19,7 @@ from wanforge.runtime.reference.vae import VAE
 Layout = dict[str, TensorSpec]
 
 FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.scale$")
-"""Tensors of a denoiser that are float32 in the published files; the rest is bfloat16 or int8."""
+"""Tensors of a denoiser that are float32 in the published files; the others are bfloat16 or int8."""
 
 
 def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
@@ -29,7 +29,7 @@ def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
 
 
 def meta_module(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:
-    """The reference network of a component without any memory behind it."""
+    """The reference network of a component, on the meta device, where it takes no memory."""
     with torch.device("meta"):
         match component:
             case "vae":
@@ -45,7 +45,7 @@ def published_recipe(quantised: bool, has_sla: bool) -> Recipe:
 
 
 def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The state with the parts of each linear together: a module lists its buffers after its parameters."""
+    """The module's state with the parts of each linear together; a module lists its buffers after its parameters."""
     part = {"weight": 0, "int8_weight": 0, "scale": 1, "bias": 2}
     state = module.state_dict()
     owners = {name.rpartition(".")[0]: index for index, name in reversed(list(enumerate(state)))}

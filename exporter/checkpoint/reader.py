@@ -1,7 +1,7 @@
-"""Opening a checkpoint file, whatever its container, without loading it.
+"""Open a checkpoint file in any container without loading it.
 
-A `.pth` file is a pickle: it is opened here and nowhere else, with PyTorch's restricted unpickler, for its table of
-contents alone. Tensors are then read from the file by offset, a few megabytes at a time.
+A `.pth` file is a pickle: it is opened only here, with PyTorch's restricted unpickler, and only for its table of
+contents. Tensors are then read from the file by offset, a few megabytes at a time.
 """
 
 import io
@@ -27,17 +27,17 @@ INDEX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie."""
+    """A tensor's type and shape, and where its bytes lie in a file."""
 
     spec: TensorSpec
     path: Path
     offset: int
 
     def chunks(self, rows: int | None = None) -> Iterable[Tensor]:
-        """The tensor's elements as flat pieces, or in groups of whole rows.
+        """Yield the tensor's elements as flat pieces; with `rows`, each piece holds that many whole rows.
 
         Raises:
-            CheckpointError: the file ends before the tensor does.
+            CheckpointError: The file ends before the tensor does.
         """
         dtype = STORED[self.spec.dtype]
         row_bytes = self.spec.nbytes // max(1, self.spec.shape[0]) if self.spec.shape else self.spec.nbytes
@@ -63,7 +63,7 @@ def open_checkpoint(path: Path) -> Contents:
     """The table of contents of a checkpoint: ``.pth``, ``.safetensors``, a sharded index, or a directory with one.
 
     Raises:
-        CheckpointError: missing, truncated, or holding more than tensors.
+        CheckpointError: The file is missing or truncated, or holds more than tensors.
     """
     if path.is_dir():
         path = _index_in(path)
@@ -109,13 +109,13 @@ def _open_torch(path: Path) -> Contents:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path}: not a PyTorch file, or truncated (no zip directory at its end). Fetch it again; a file from "
-            "before PyTorch 1.6 must be saved anew"
+            "before PyTorch 1.6 must be saved again with a newer version"
         )
     try:
         with zipfile.ZipFile(path) as archive:
             loaded = _unpickle(archive)
     except pickle.UnpicklingError as error:
-        # PyTorch goes on to say how to run it all the same.
+        # PyTorch's message goes on to explain how to load the file regardless.
         reason = str(error).partition(" was not an allowed")[0].splitlines()[0]
         raise CheckpointError(f"{path}: refused, it holds more than tensors ({reason})") from None
     except CheckpointError as error:
@@ -128,10 +128,10 @@ def _open_torch(path: Path) -> Contents:
 
 
 def _unpickle(archive: zipfile.ZipFile) -> Any:
-    """The pickled table by PyTorch's restricted unpickler, its tensors without data.
+    """Read the pickled table with PyTorch's restricted unpickler; its tensors have no data.
 
-    Each storage is told where the zip directory says its bytes are. `torch.load` would work that out from how PyTorch
-    lays out a file, and be wrong for one that was packed anew.
+    Each storage records where its bytes are according to the zip directory. `torch.load` would derive that from the
+    way PyTorch lays out files, and would be wrong for a repacked file.
     """
     tables = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
     if len(tables) != 1:
@@ -146,7 +146,7 @@ def _unpickle(archive: zipfile.ZipFile) -> Any:
         if kind != "storage" or size > record.file_size:
             raise ValueError(f"record {key} is too short")
         if record.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError("its data is compressed; unpack it and save it anew")
+            raise CheckpointError("its data is compressed; save it again without compression")
         untyped: Any = torch.UntypedStorage(size, device="meta")
         untyped.place = (_data_offset(archive, record), size)
         return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
@@ -157,7 +157,7 @@ def _unpickle(archive: zipfile.ZipFile) -> Any:
 
 
 def _data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin: after its local header, whose two variable lengths stand in bytes 26 to 30."""
+    """Where a record's bytes begin: after its local header, whose two variable lengths are in bytes 26 to 30."""
     assert archive.fp is not None
     archive.fp.seek(record.header_offset)
     header = archive.fp.read(30)
@@ -165,7 +165,7 @@ def _data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
 
 
 def _flat(path: Path, loaded: Any) -> Mapping[str, Tensor]:
-    """The table of tensors, out of its wrapper if it has one."""
+    """The table of tensors, without its wrapper if it has one."""
     table = loaded
     for wrapper in WRAPPERS:
         if isinstance(table, Mapping) and isinstance(table.get(wrapper), Mapping):

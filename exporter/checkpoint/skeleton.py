@@ -1,5 +1,5 @@
-"""Bundles of published size without their weights: the files' headers, and nothing behind them but a hole. Enough to
-export and to compile, for neither reads a weight that is an input of its graph."""
+"""Bundles of published size without weights: each weights file is a header followed by a hole. That is enough to export
+and to compile, because neither reads weights that are inputs of their graphs."""
 
 import hashlib
 from pathlib import Path
@@ -17,10 +17,10 @@ from wanforge.whole_file import write_atomically
 
 
 def skeleton(root: Path, model: ModelConfig, recipe: Recipe, *, has_vae: bool = False) -> Bundle:
-    """A bundle of a model's size.
+    """Make a bundle of a model's size without its weights.
 
     Args:
-        has_vae: fill the VAE, whose graphs do read weights, with small random numbers.
+        has_vae: Fill the VAE, whose graphs do read their weights, with small random numbers.
     """
     files = {}
     for component in components(model):

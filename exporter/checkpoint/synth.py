@@ -1,7 +1,7 @@
 """Checkpoint files in the published formats with random weights, for any model at any size.
 
 A file is laid out first, without data, and its tensors are then filled in one by one, so a 28 GB checkpoint needs
-little memory; a sparse one stays without data and takes next to no disk.
+little memory. A sparse file is left without data and takes almost no disk space.
 """
 
 import math
@@ -30,7 +30,7 @@ VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 PIECE = 4 << 20
-"""Elements drawn at a time."""
+"""Number of random elements drawn at a time."""
 
 # Enough text to train a small vocabulary on; what it says does not matter.
 CORPUS = (
@@ -46,7 +46,7 @@ CORPUS = (
 
 
 def file_names(model: ModelConfig) -> dict[str, str]:
-    """What the published files are called, by part: ``dit``, ``dit-quant`` (per expert), ``vae`` and so on."""
+    """The names of the published files, by part: ``dit``, ``dit-quant`` (per expert), ``vae`` and so on."""
     names = {}
     for expert in model.experts:
         stem = model.checkpoint.format(expert=expert)
@@ -67,9 +67,9 @@ def write_checkpoint(
     """Write a model's files; the same seed gives the same bytes.
 
     Args:
-        parts: which of `file_names`; all where none are named. Quantised denoisers hold the same weights as the
+        parts: The parts to write, as in `file_names`; None writes all. Quantised denoisers hold the same weights as the
             unquantised ones, quantised.
-        sparse: full-size files of zeros that take no disk space.
+        sparse: Write full-size files of zeros that take no disk space.
 
     Returns:
         The files written.
@@ -94,7 +94,7 @@ def write_checkpoint(
 def write_torch_file(
     path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, count: Callable[[int], object]
 ) -> None:
-    """Write a flat state dict as `torch.save` does, its data filled in afterwards from `values`."""
+    """Write a flat state dict as `torch.save` does, and then fill in its data from `values`, if any."""
     partial = path.with_name(path.name + ".partial")
     try:
         with FakeTensorMode():
@@ -109,7 +109,7 @@ def write_torch_file(
 
 
 def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], count: Callable[[int], object]) -> None:
-    """Put data into the tensors of a file that was laid out without."""
+    """Write data into the tensors of a file that was laid out without any."""
     contents: Mapping[str, StoredTensor] = open_checkpoint(path)
     with path.open("r+b") as file:
         for name, spec in specs.items():
@@ -120,7 +120,7 @@ def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], c
 
 
 def random_tensors(component: str, specs: Layout, seed: int) -> Callable[[str], Iterator[Tensor]]:
-    """Random values of realistic scale for each tensor, the same for a name whatever else the file holds."""
+    """Random values of realistic scale for each tensor, by name; the file's other tensors do not affect them."""
 
     def values(name: str) -> Iterator[Tensor]:
         spec = specs[name]
@@ -138,7 +138,7 @@ def random_tensors(component: str, specs: Layout, seed: int) -> Callable[[str], 
 
 
 def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Tensor]:
-    """One tensor in flat pieces of whole 128-row bands: normal around a mean that suits its role."""
+    """Yield one tensor in flat pieces of whole 128-row bands, drawn from a normal distribution that suits its role."""
     mean, deviation = scale_of(name, spec.shape)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{component}/{name}".encode()))
     row = math.prod(spec.shape[1:])
@@ -151,7 +151,7 @@ def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Ten
 
 
 def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and deviation: unit gain through each layer, norms near one, small biases."""
+    """The mean and standard deviation of a tensor: unit gain through each layer, norms near one, small biases."""
     leaf = name.rpartition(".")[2]
     if leaf == "gamma" or ("norm" in name.split(".")[-2] and leaf == "weight"):
         return 1.0, 0.1
@@ -164,7 +164,7 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if ".pos_embedding." in name:
         return 0.0, 0.5
     if name.startswith("decoder.head.2"):
-        # Pixels lie in [-1, 1]; four levels of upsampling would leave it.
+        # Pixels lie in [-1, 1]; four levels of upsampling would otherwise leave that range.
         return 0.0, math.prod(shape[1:]) ** -0.5 * 0.3
     if ".attn.q." in name:
         # umT5 does not scale its logits: the scale is in the query weights.

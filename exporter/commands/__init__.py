@@ -1,1 +1,1 @@
-"""The commands of build time, one file each."""
+"""The build-time commands, one file each."""

@@ -36,8 +36,9 @@ class ExportOptions:
 def export(options: ExportOptions) -> None:
     """Write a bundle's ONNX graphs.
 
-    Graphs whose weights are inputs go to onnx/<type>/. Those that point into weights/ lie beside the manifest: the VAE,
-    and the denoiser as one model for ONNX tools. Every graph passes onnx's checker before any is put in place.
+    Graphs that take weights as inputs go to onnx/<type>/. Those that refer to the files in weights/ go beside the
+    manifest: the VAE, and the denoiser as one model for ONNX tools. Every graph must pass onnx's checker before any is
+    put in place.
 
     \b
     Example:

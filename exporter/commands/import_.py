@@ -32,7 +32,7 @@ class ImportOptions:
     replace: bool
 
     def files(self) -> dict[str, Path]:
-        """The files that are given, by option."""
+        """The files that were given, by option."""
         every = {
             "dit": self.dit,
             "dit-low": self.dit_low,
@@ -44,26 +44,26 @@ class ImportOptions:
 
 
 @click.command("import")
-@click.option("--model", default=EMBEDDED, show_default=True, help=f"Model that the files are of: {MODELS}.")
+@click.option("--model", default=EMBEDDED, show_default=True, help=f"Model that the files belong to: {MODELS}.")
 @click.option(
     "--dit",
     type=ANY_PATH,
-    help="Denoiser: a .pth or .safetensors file, the index of a sharded one, or its folder. Of two experts, the "
-    "high-noise one.",
+    help="Denoiser: a .pth or .safetensors file, the index of a sharded checkpoint, or its folder. For models with "
+    "two experts, the high-noise one.",
 )
-@click.option("--dit-low", type=ANY_PATH, help="The low-noise expert, likewise.")
-@click.option("--vae", type=ANY_PATH, help="VAE: Wan2.1_VAE.pth, or its diffusers form.")
+@click.option("--dit-low", type=ANY_PATH, help="Low-noise expert, for models with two; in the same formats as --dit.")
+@click.option("--vae", type=ANY_PATH, help="VAE: Wan2.1_VAE.pth, or its diffusers version.")
 @click.option(
     "--text-encoder",
     type=ANY_PATH,
-    help="Text encoder: models_t5_umt5-xxl-enc-bf16.pth, or its transformers form.",
+    help="Text encoder: models_t5_umt5-xxl-enc-bf16.pth, or its transformers version.",
 )
-@click.option("--tokenizer", type=ANY_PATH, help="Tokenizer: tokenizer.json of google/umt5-xxl, or its folder.")
-@click.option("--out", required=True, type=FOLDER, help="The bundle to make.")
+@click.option("--tokenizer", type=ANY_PATH, help="Tokenizer: tokenizer.json of google/umt5-xxl, or the folder with it.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the new bundle.")
 @click.option(
     "--recipe",
     help=f"Recipe of the bundle: {RECIPES}. w8a8 and w8a8-row quantise unquantised files.  "
-    "[default: what the files are]",
+    "[default: chosen by the files' contents]",
 )
 @click.option("--link", is_flag=True, help="Link to canonical .safetensors files instead of copying them.")
 @click.option("--replace", is_flag=True, help="Overwrite an existing bundle.")
@@ -72,8 +72,8 @@ def import_(options: ImportOptions) -> None:
     """Check published checkpoint files and turn them into a bundle.
 
     Every tensor's name, shape and type is checked before anything is written. An interrupted import continues where it
-    stopped when the same command is run again. TinyWan's files come with the package, and the bundle is made from them
-    where no files are given.
+    stopped when the same command is run again. If no files are given, the bundle is made from TinyWan's files, which
+    come with the package.
 
     \b
     Examples:
@@ -103,10 +103,10 @@ def import_(options: ImportOptions) -> None:
 
 
 def sources_of(model: ModelConfig, given: Mapping[str, Path]) -> Sources:
-    """The files that are given for a model, by component.
+    """The files that were given for a model, by component.
 
     Raises:
-        CheckpointError: A file is missing, or there is one too many.
+        CheckpointError: A file is missing, or one too many was given.
     """
     denoisers = dict(zip(model.experts, ("dit", "dit-low"), strict=False))
     needed = [*denoisers.values(), "vae", "text-encoder", "tokenizer"]

@@ -37,14 +37,14 @@ class InspectOptions:
     "--plan",
     multiple=True,
     metavar="GPUS",
-    help="Show how much of these GPUs' memory a clip takes, for each clip that there are engines for.",
+    help="Show how much memory each clip that has engines takes on these GPUs.",
 )
 @JSON
 @takes(InspectOptions)
 def inspect(options: InspectOptions) -> None:
     """Show what a bundle holds, and what is missing, stale or damaged, and why.
 
-    Exits with 1 where something is.
+    The command exits with 1 if it finds a problem.
 
     \b
     Example:
@@ -74,13 +74,13 @@ def examined(bundle: Bundle, verify: bool, progress: Progress) -> Inspection:
 
 
 def plans_of(bundle: Bundle, gpus: Mapping[str, Target]) -> tuple[list[MemoryReport], list[str]]:
-    """What each clip that there are engines for takes of each GPU's memory, and what could not be planned and why."""
+    """The memory that each clip with engines takes on each GPU, and the reasons why some could not be planned."""
     plans, failures = [], []
     for clip, (name, gpu) in product(built_clips(bundle), gpus.items()):
         try:
             plans.append(memory_report(bundle, clip, name, gpu))
         except WanforgeError as error:
-            failures.append(f"no plan for {name}: {error}")
+            failures.append(f"no memory plan for {name}: {error}")
     if gpus and not plans and not failures:
-        failures.append(f"no plan: there are no engines; run: wanforge build {bundle.root}")
+        failures.append(f"no memory plan: there are no engines; run: wanforge build {bundle.root}")
     return plans, failures

@@ -1,4 +1,4 @@
-"""The command that predicts how time and memory grow."""
+"""The command that predicts how time and memory grow with the clip."""
 
 import json
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class ScalingOptions:
     as_json: bool
 
     def clips(self) -> list[ClipShape]:
-        """Every size in every length."""
+        """The clips of every size and length."""
         return [ClipShape(*size_of(size, "16:9"), count) for size in self.resolutions for count in self.frames]
 
 
@@ -48,7 +48,7 @@ class ScalingOptions:
     multiple=True,
     default=["480p", "720p", "1920x1088"],
     show_default=True,
-    help="Size of the clip, at 16:9 or in pixels.",
+    help="Size of the clip: a resolution such as 720p, at 16:9, or pixels such as 1920x1088.",
 )
 @click.option(
     "--frames",
@@ -56,7 +56,7 @@ class ScalingOptions:
     type=int,
     default=[81, 161, 321, 481, 961],
     show_default=True,
-    help="Number of frames, 4n+1; there are 16 to a second.",
+    help="Number of frames, 4n+1, at 16 frames per second.",
 )
 @click.option(
     "--topk",
@@ -65,18 +65,18 @@ class ScalingOptions:
     type=float,
     default=[0.1, 0.05, 0.2, 1.0],
     show_default=True,
-    help="Share of the key blocks that attention sees. Tables are made for the first, and compare the others with it.",
+    help="Share of the key blocks that attention sees. Tables show the first value and compare the others with it.",
 )
 @target_option(default=[EVERY], show_default=True, help=f"{TARGET_SYNTAX}.")
-@click.option("--markdown", type=FILE, help="Write the page docs/scaling.md, and its plots beside it.")
+@click.option("--markdown", type=FILE, help="Write the page (docs/scaling.md) to this file, and its plots beside it.")
 @JSON
 @takes(ScalingOptions)
 def scaling(options: ScalingOptions) -> None:
-    """Predict time and memory of clips of any length and size, on GPUs that need not be here. Nothing is run.
+    """Predict time and memory of clips of any length and size, on GPUs that need not be present. Nothing is run.
 
-    Times are rooflines: what the operations and bytes take at the vendors' peak speeds. Memory is what TensorRT-RTX's
-    builder reports of the engines, which are built in a temporary folder; it needs that package. The command takes
-    some minutes.
+    Times are rooflines: the least time that the operations and bytes take at the vendors' peak speeds. Memory is what
+    TensorRT-RTX's builder reports for the engines, which are built in a temporary folder; this needs the package
+    tensorrt-rtx. The command takes several minutes.
 
     \b
     Example:

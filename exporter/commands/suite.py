@@ -1,4 +1,4 @@
-"""The command that measures what any machine can."""
+"""The command that runs the measurements for any machine."""
 
 import json
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ class SuiteOptions:
 
 
 @click.command()
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of runs of each.")
-@click.option("--markdown", type=FILE, help="Write the page docs/benchmarks.md, and its plot beside it.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of runs per measurement.")
+@click.option("--markdown", type=FILE, help="Write the page (docs/benchmarks.md) to this file, and its plot beside it.")
 @click.option("--history", type=FILE, help="Append the result to this file of JSON lines.")
-@click.option("--against", type=FILE, help="Compare the result with earlier ones of the same kind in such a file.")
+@click.option("--against", type=FILE, help="Compare the result with earlier results of the same kind in such a file.")
 @JSON
 @takes(SuiteOptions)
 def suite(options: SuiteOptions) -> None:
     """Measure what needs no GPU and no files: export and build from tiny to 14B, host time of a step, ONNX Runtime.
 
-    It takes a few minutes. With --against the command exits with 1 on a regression, and with 3 where nothing could be
+    The command takes a few minutes. With --against, it exits with 1 on a regression, and with 3 if nothing could be
     compared.
 
     \b

@@ -24,7 +24,7 @@ class SynthOptions:
 
 
 @click.command()
-@click.option("--model", required=True, help=f"Model to write files of: {MODELS}.")
+@click.option("--model", required=True, help=f"Model to write files for: {MODELS}.")
 @click.option("--out", required=True, type=FOLDER, help="Folder to write into.")
 @click.option(
     "--part",
@@ -39,7 +39,7 @@ class SynthOptions:
 def synth(options: SynthOptions) -> None:
     """Write checkpoint files in the formats that upstream publishes, with random weights.
 
-    They have the published names, and a -quant file holds the same weights as the one without, quantised.
+    The files have the published names. A -quant file holds the weights of the file without -quant, quantised.
 
     \b
     Example:
@@ -55,7 +55,7 @@ def synth(options: SynthOptions) -> None:
 
 
 def parts_of(model: ModelConfig, asked: tuple[str, ...]) -> set[str]:
-    """The parts of a model's checkpoint that are asked for; all of them where none is.
+    """The parts of a model's checkpoint that were asked for; all of them if none was.
 
     Raises:
         ConfigError: The model has no such part.

@@ -1,1 +1,1 @@
-"""Scripts for Polygraphy, see docs/debugging.md."""
+"""Scripts for Polygraphy; see docs/debugging.md."""

@@ -1,7 +1,8 @@
-"""A graph with this project's plugins, for Polygraphy: ``--model-type trt-network-script`` takes this file.
+"""Load a graph with this project's plugins for Polygraphy, which takes this file as a ``trt-network-script``.
 
-The graph is the ONNX file that WANFORGE_ONNX names; its dynamic dimensions become what WANFORGE_SIZES says
-(``tokens=480 context_rows=64``), one each, for Polygraphy's profiles cannot name them. docs/debugging.md has recipes.
+The environment variable WANFORGE_ONNX names the graph's ONNX file. WANFORGE_SIZES (``tokens=480 context_rows=64``)
+gives each dynamic dimension one size, because Polygraphy's profiles cannot name dimensions. docs/debugging.md has
+recipes.
 """
 
 import os
@@ -17,19 +18,19 @@ _kept = ExitStack()
 
 
 def load_network() -> tuple[Any, Any, Any]:
-    """What Polygraphy asks for: builder, network and parser.
+    """Return the builder, network and parser that Polygraphy expects.
 
     Raises:
-        ConfigError: the graph is not named, or cannot be parsed.
+        ConfigError: The graph is not named or cannot be parsed, or WANFORGE_SIZES is malformed.
     """
     if "WANFORGE_ONNX" not in os.environ:
-        raise ConfigError("name the graph in WANFORGE_ONNX")
+        raise ConfigError("WANFORGE_ONNX is not set; set it to the path of a graph's ONNX file")
     path = os.environ["WANFORGE_ONNX"]
     try:
         sizes = {name: int(size) for name, size in (s.split("=") for s in os.environ.get("WANFORGE_SIZES", "").split())}
     except ValueError:
         raise ConfigError(
-            f"WANFORGE_SIZES is {os.environ['WANFORGE_SIZES']!r}, not like: tokens=480 num_selected=2"
+            f"WANFORGE_SIZES is {os.environ['WANFORGE_SIZES']!r}; write it like: tokens=480 num_selected=2"
         ) from None
     library = open_library(RTX if os.environ.get("POLYGRAPHY_USE_TENSORRT_RTX") == "1" else TENSORRT)
     trt = library.trt

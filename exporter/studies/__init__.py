@@ -1,1 +1,1 @@
-"""Studies that export and build on their own: how costs grow, and what any machine can measure."""
+"""Studies that export and build on their own: how costs grow, and measurements that any machine can make."""

@@ -1,7 +1,7 @@
 """Predictions of how time and memory grow with a clip's length and size.
 
-Published models are stood in for by files of headers alone. Times are rooflines, from counted operations and bytes;
-memory is what the engine builder reports. Nothing is run, and no GPU is needed.
+Files that have only headers stand in for the weights of published models. Times are rooflines, from counted
+operations and bytes; memory is what the engine builder reports. Nothing is run, and no GPU is needed.
 """
 
 import tempfile
@@ -32,18 +32,18 @@ from wanforge.runtime.request import EXAMPLE_PROMPT, Request
 
 RECIPE = "w8a8"
 ENDLESS_GIB = 1e6
-"""Of a GPU on which everything stays."""
+"""The memory of an imaginary GPU on which everything stays resident."""
 QUADRATIC = ("attention + quantise", "pool q, block scores")
-"""Launches of a layer whose work grows with the square of its tokens."""
+"""The launches of a layer whose work grows with the square of the number of tokens."""
 
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """One clip by one model at one top-k.
+    """The predicted time of one clip with one model at one top-k.
 
     Attributes:
-        costs: of ``denoise`` (with what its steps share) and ``decode``, by GPU.
-        quadratic: share of the denoiser's operations that grow with the square of the tokens.
+        costs: The costs of ``denoise`` (including what its steps share) and ``decode``, by GPU.
+        quadratic: The share of the denoiser's operations that grows with the square of the number of tokens.
     """
 
     model: str
@@ -55,12 +55,12 @@ class ScalingPoint:
 
 @dataclass(frozen=True)
 class ClipMemory:
-    """The memory of one clip by one model, for any prompt, any top-k and the most steps.
+    """The memory of one clip with one model, for any prompt, any top-k and the most steps.
 
     Attributes:
-        plan: with everything resident; None where there is none.
-        refusal: then, why.
-        plans: by GPU, of those that engines can be built for here.
+        plan: The memory with everything resident; None if no engines could be built.
+        refusal: Why no engines could be built.
+        plans: The memory on each GPU that engines can be built for here, by the GPU's name.
     """
 
     model: str
@@ -75,8 +75,8 @@ class Scaling:
     """All predictions.
 
     Attributes:
-        memories: in the order of the clips; empty where nothing can be built.
-        missing: then, why.
+        memories: By model and by ascending number of tokens; empty if no engines can be built here.
+        missing: Why no engines can be built here.
     """
 
     targets: Mapping[str, Target]
@@ -92,10 +92,10 @@ def predict(
     targets: Mapping[str, Target],
     progress: Progress = silent,
 ) -> Scaling:
-    """Predict every clip by every model, W8A8 with SageSLA: time at each top-k, memory for all of them.
+    """Predict every clip with every model, W8A8 with SageSLA: the time at each top-k, and the memory for all of them.
 
     Raises:
-        ConfigError: a top-k selects no block of a clip.
+        ConfigError: A top-k selects no block of a clip.
     """
     points: list[ScalingPoint] = []
     memories: list[ClipMemory] = []
@@ -119,7 +119,7 @@ def predict(
 def points_of(
     bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]
 ) -> list[ScalingPoint]:
-    """The time of a clip at each top-k."""
+    """Predict the time of a clip at each top-k."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
     points = []
@@ -138,15 +138,18 @@ def points_of(
 
 
 def of_networks(stages: Mapping[str, list[LaunchCost]]) -> dict[str, list[LaunchCost]]:
-    """The denoiser with what its steps share, and the decoder."""
+    """The launches of the denoiser, including what its steps share, and of the decoder."""
     return {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
 
 
 def memories_of(
     bundle: Bundle, clips: Sequence[ClipShape], targets: Mapping[str, Target], library: Library, progress: Progress
 ) -> list[ClipMemory]:
-    """The memory of clips, the smaller first: engines are built for each, until the builder refuses one. What is larger
-    is not tried, for a refusal can damage the builder's memory."""
+    """Predict the memory of clips, the smallest first.
+
+    Engines are built for each clip until the builder refuses one. Larger clips are not tried, because a refusal can
+    corrupt the builder's memory.
+    """
     buildable = {name: target for name, target in targets.items() if flavour_for(target.sm) is RTX}
     sms = sorted({target.sm for target in buildable.values()} or {RTX.sms[-1]})
     endless = msgspec.structs.replace(next(iter(load_targets().values())), sm=sms[0], vram_gib=ENDLESS_GIB)

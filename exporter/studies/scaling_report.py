@@ -21,7 +21,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def as_json(scaling: Scaling) -> dict[str, Any]:
-    """Plain values, in bytes and seconds."""
+    """The predictions as plain values, in bytes and seconds."""
     return {
         "points": [
             {
@@ -51,7 +51,7 @@ def as_json(scaling: Scaling) -> dict[str, Any]:
 
 
 def size(model: str) -> str:
-    """What a model is called for short: ``14B``."""
+    """The short name of a model, such as ``14B``."""
     return model.split("-")[-2].upper()
 
 
@@ -68,7 +68,7 @@ def clip_cells(clip: ClipShape) -> list[str]:
 
 
 def by_clip(scaling: Scaling) -> Iterator[list[ScalingPoint]]:
-    """The points of each model and clip, one for each top-k, lengths of one size after each other."""
+    """The points of each model and clip, one for each top-k, ordered by model, size and length."""
     ordered = sorted(scaling.points, key=lambda p: (models(scaling).index(p.model), area(p.clip), p.clip.frames))
     for _, points in groupby(ordered, key=lambda p: (p.model, p.clip)):
         yield list(points)
@@ -83,7 +83,7 @@ def area(clip: ClipShape) -> int:
 
 
 def rooflines_table(scaling: Scaling) -> Table:
-    """Roofline of the denoiser, all its steps, on every GPU."""
+    """The roofline of all steps of the denoiser on every GPU."""
     rows = []
     for point, *_ in by_clip(scaling):
         rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
@@ -92,7 +92,7 @@ def rooflines_table(scaling: Scaling) -> Table:
 
 
 def decoder_table(scaling: Scaling) -> Table:
-    """Roofline of the VAE's decoder, which all models share, on every GPU."""
+    """The roofline of the VAE's decoder, which all models share, on every GPU."""
     first, rows = models(scaling)[0], []
     for point, *_ in by_clip(scaling):
         if point.model == first:
@@ -102,7 +102,7 @@ def decoder_table(scaling: Scaling) -> Table:
 
 
 def growth_table(scaling: Scaling) -> Table:
-    """What grows with the square of the tokens, how fast time grows, and what the top-k does to it."""
+    """The quadratic share of the operations, the exponent of the time's growth, and the roofline at each top-k."""
     gpu, rows = next(iter(scaling.targets)), []
     before: ScalingPoint | None = None
     for points in by_clip(scaling):
@@ -117,13 +117,13 @@ def growth_table(scaling: Scaling) -> Table:
 
 
 def growth(one: ScalingPoint, other: ScalingPoint, gpu: str) -> float:
-    """The power of the number of tokens that the denoiser's time grows with between two clips."""
+    """The power of the number of tokens with which the denoiser's time grows between two clips."""
     times = (point.costs[gpu]["denoise"].roofline for point in (other, one))
     return math.log(next(times) / next(times)) / math.log(other.clip.tokens / one.clip.tokens)
 
 
 def memory_table(scaling: Scaling) -> Table:
-    """What the stages need beside weights, all of it with everything resident, and what stays on each GPU."""
+    """The memory that stages need besides weights, the peak with everything resident, and what stays on each GPU."""
     gpus = list(dict.fromkeys(gpu for memory in scaling.memories for gpu in memory.plans))
     rows = []
     for memory in sorted(scaling.memories, key=lambda r: (models(scaling).index(r.model), area(r.clip), r.clip.frames)):
@@ -137,20 +137,20 @@ def memory_table(scaling: Scaling) -> Table:
 
 
 def extent(memory: ClipMemory, stage: str) -> int:
-    """Bytes that a stage needs beside weights."""
+    """Bytes that a stage needs besides weights."""
     assert memory.plan is not None
     assert memory.plan.plan is not None
     return memory.plan.plan.stages[stage].extent
 
 
 def peak(plan: MemoryReport) -> int:
-    """The most bytes of a GPU in use at any time."""
+    """The most bytes of a GPU's memory that are in use at any time."""
     assert plan.plan is not None
     return plan.fixed_bytes + max(map(plan.plan.peak_bytes, plan.plan.stages))
 
 
 def resident(plan: MemoryReport) -> str:
-    """What stays on a GPU, and the seconds for which a request waits for what does not."""
+    """The weights that stay on a GPU, and the seconds for which a request waits for the others."""
     if plan.plan is None or plan.traffic is None:
         return "too small"
     stays = plan.plan.residency.split(" stay")[0].removeprefix("the ")
@@ -162,52 +162,52 @@ def gigabytes(count: int) -> str:
 
 
 def laws(scaling: Scaling) -> list[str]:
-    """The law of growth of each model, from the numbers."""
+    """The law of growth of each model, in sentences with its numbers."""
     found = []
     for model in models(scaling):
         of_model = sorted((p for p in by_clip(scaling) if p[0].model == model), key=lambda p: p[0].clip.tokens)
         halves = [f"{half_point(point):,.0f} at top-k {point.topk:g}" for point in of_model[-1]]
         found.append(
-            f"{size(model)}: operations are a number times the tokens plus another times their square. The square is "
-            f"half of them from this many tokens on: {', '.join(halves)}."
+            f"{size(model)}: the number of operations is one constant times the number of tokens plus another times "
+            f"its square. The quadratic part makes up half of it at this many tokens: {', '.join(halves)}."
         )
         if len(halves) > 1:
-            ratios = " and ".join(ratio(points, next(iter(scaling.targets))) for points in (of_model[0], of_model[-1]))
+            ratios = ", and ".join(ratio(points, next(iter(scaling.targets))) for points in (of_model[0], of_model[-1]))
             found.append(f"{size(model)}: {ratios}.")
         planned = [memory for memory in scaling.memories if memory.model == model and memory.plan is not None]
         if len(planned) > 1:
             few, many = planned[0], planned[-1]
             slope = (extent(many, "denoise") - extent(few, "denoise")) / (many.clip.tokens - few.clip.tokens)
             found.append(
-                f"{size(model)}: the denoiser's memory beside weights grows by {slope / 1e3:.0f} kB per token "
+                f"{size(model)}: the denoiser's memory besides weights grows by {slope / 1e3:.0f} kB per token "
                 f"({few.clip.tokens:,} to {many.clip.tokens:,} tokens)."
             )
         refused = [memory for memory in scaling.memories if memory.model == model and memory.plan is None]
         if refused:
             found.append(
-                f"{size(model)}: at {refused[0].clip.tokens:,} tokens there is no engine and so no plan, larger clips "
-                f"were not tried. The builder said: {refused[0].refusal}"
+                f"{size(model)}: at {refused[0].clip.tokens:,} tokens no engine could be built, so there is no memory "
+                f"plan; larger clips were not tried. The builder said: {refused[0].refusal}"
             )
     return found
 
 
 def ratio(points: Sequence[ScalingPoint], gpu: str) -> str:
-    """What a clip's largest top-k costs, in words."""
+    """The time of a clip at its largest top-k compared with its first, in words."""
     most = max(points, key=lambda point: point.topk)
     rooflines = [point.costs[gpu]["denoise"].roofline for point in (most, points[0])]
     return (
-        f"at {most.clip.tokens:,} tokens top-k {most.topk:g} takes {rooflines[0] / rooflines[1]:.1f} times as long as "
-        f"{points[0].topk:g}"
+        f"at {most.clip.tokens:,} tokens, top-k {most.topk:g} takes {rooflines[0] / rooflines[1]:.1f} times as long as "
+        f"top-k {points[0].topk:g}"
     )
 
 
 def half_point(point: ScalingPoint) -> float:
-    """Tokens from which on half of the denoiser's operations grow with their square."""
+    """The number of tokens at which half of the denoiser's operations grow with the square of that number."""
     return point.clip.tokens * (1 - point.quadratic) / point.quadratic
 
 
 def text(scaling: Scaling) -> str:
-    """For a terminal."""
+    """The predictions as text for a terminal."""
     parts = [
         "predicted, not measured: rooflines at the vendors' peaks",
         "denoiser",
@@ -223,40 +223,44 @@ def text(scaling: Scaling) -> str:
 
 
 def page(scaling: Scaling) -> str:
-    """docs/scaling.md."""
+    """The page docs/scaling.md."""
     gpu = next(iter(scaling.targets.values())).title
     parts = [
         "# How time and memory grow",
-        f"Written by `{COMMAND}`, in minutes, on a machine without a GPU. Do not edit. **Everything here is predicted, "
-        "nothing is measured.** The models' own clips have 81 frames, five seconds; whether longer ones look right is "
-        "not asked here.",
-        "Times are rooflines: every launch's operations and bytes at the vendor's peaks, each tensor once, W8A8 with "
-        "SageSLA, four steps. Nothing can be faster; kernels that reach the shares of the peaks that "
-        f"[kernels.md](kernels.md) assumes take {1 / ASSUMED.bandwidth:.2f} to {1 / ASSUMED.arithmetic:.2f} times as "
-        "long. The text encoder and the video file are left out: they do not grow with size, or hardly.",
+        f"Written by `{COMMAND}`, which takes minutes and needs no GPU. Do not edit. **Everything here is predicted, "
+        "nothing is measured.** The models' own clips have 81 frames (five seconds); this page does not say whether "
+        "longer clips look right.",
+        "Times are rooflines: the time that the operations and bytes of every launch take at the vendor's peaks, with "
+        "each tensor counted once, for W8A8 with SageSLA and four steps. Nothing can be faster; kernels that reach the "
+        f"shares of the peaks assumed in [kernels.md](kernels.md) take {1 / ASSUMED.bandwidth:.2f} to "
+        f"{1 / ASSUMED.arithmetic:.2f} times as long. The text encoder and the writing of the video file are left out, "
+        "because their time hardly grows with the clip's size, if at all.",
         "## The law",
         "\n".join(f"- {law}" for law in laws(scaling)),
         f"![Roofline of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",
-        f"Rooflines of the denoiser on a {gpu}. *Quadratic* is the share of its operations that grow with the "
-        "square of the tokens, at the first top-k. *Exponent* is the power of the tokens with which its time has grown "
-        "since the length before.",
+        f"Rooflines of the denoiser on a {gpu}. *Quadratic* is the share of its operations that grows with the "
+        "square of the number of tokens, at the first top-k. *Exponent* is the power of the number of tokens with "
+        "which its time has grown since the previous length.",
         markdown_table(*growth_table(scaling), words=2),
         "## Denoiser, all steps",
         f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",
         markdown_table(*rooflines_table(scaling), words=2),
         "## VAE decoder",
-        "Rooflines in seconds, bf16; the same for all models, and all but in proportion to the pixels.",
+        "Rooflines in seconds, in bf16; they are the same for all models and almost proportional to the number of "
+        "pixels.",
         markdown_table(*decoder_table(scaling)),
         "## Memory",
     ]
     if scaling.memories:
         parts += [
-            "What TensorRT-RTX's builder says of every engine's intermediate tensors, buffers and weights counted "
-            "(`wanforge build --plan`), for any prompt and top-k. *Denoiser* and *decoder*: beside weights; *peak*: "
-            "with every weight resident, those of the text encoder, too, and a reserve of 1 GB, an assumption. "
-            "Then which weights have a place of their own on each GPU, and for how many seconds a request waits for "
-            "those that have none, or that a stage ran over. Engines for GPUs that are not in the table are built on "
-            "those GPUs only. The decoder takes four frames at a time, so its memory does not grow with the length.",
+            "The memory of intermediate tensors is what TensorRT-RTX's builder reports for every engine; buffers and "
+            "weights are counted (`wanforge build --plan`). The table holds for any prompt and top-k. *Denoiser* and "
+            "*decoder* are the memory that they need besides weights. *Peak* is the total with every weight resident, "
+            "including those of the text encoder, and with a reserve of 1 GB, which is an assumption. The columns of "
+            "the GPUs say which weights have a place of their own there, and for how many seconds a request waits for "
+            "weights that have none or that were overwritten by a stage. Engines for GPUs that are not in the table "
+            "can only be built on those GPUs. The decoder takes four frames at a time, so its memory does not grow "
+            "with the length.",
             f"![Memory of the denoiser and of the decoder over tokens]({MEMORY_PLOT})",
             markdown_table(*memory_table(scaling), words=2),
         ]
@@ -266,7 +270,7 @@ def page(scaling: Scaling) -> str:
 
 
 def time_plot(scaling: Scaling) -> str:
-    """Roofline over tokens on the first GPU, at the first top-k and the last."""
+    """The plot of rooflines over tokens on the first GPU, at the first top-k and the last."""
     gpu, found = next(iter(scaling.targets)), list(by_clip(scaling))
 
     def rooflines(model: str, place: int, stage: str) -> list[tuple[ClipShape, float]]:
@@ -287,7 +291,7 @@ def time_plot(scaling: Scaling) -> str:
 
 
 def memory_plot(scaling: Scaling) -> str:
-    """Memory beside weights over tokens."""
+    """The plot of memory besides weights over tokens."""
 
     def extents(model: str, stage: str) -> list[tuple[ClipShape, float]]:
         planned = (memory for memory in scaling.memories if memory.model == model and memory.plan is not None)
@@ -299,7 +303,7 @@ def memory_plot(scaling: Scaling) -> str:
 
 
 def line(name: str, found: Sequence[tuple[ClipShape, float]], unit: str, *, is_joined: bool = True) -> Series:
-    """A value of each clip over its tokens."""
+    """A line of one value per clip over the clip's tokens."""
     ordered = sorted(found, key=lambda each: each[0].tokens)
     return Series(
         name, [(clip.tokens, y, f"{name}, {clip_name(clip)}: {number(y)} {unit}") for clip, y in ordered], is_joined

@@ -1,5 +1,5 @@
-"""What can be measured on any machine, a GPU or not: what export and build cost as models grow, what the host takes for
-a step, and ONNX Runtime against PyTorch on the tiny model."""
+"""Measurements for any machine, with or without a GPU: the time of export and build as models grow, the host time of a
+step, and ONNX Runtime compared with PyTorch on the tiny model."""
 
 import shutil
 import statistics
@@ -36,21 +36,23 @@ SIZES = {
 }
 DENOISER = ("context", "cross_kv", "time", "stem", "block", "head")
 SMS = (89, 120)
-"""Of the GeForce 40 and 50."""
+"""The architectures of the GeForce 40 and 50 series."""
 
 HOST_LIMIT, ORT_LIMIT = 1e-3, 0.7
-"""Most seconds of the host for a step of thirty layers, and most of eager PyTorch's time that ONNX Runtime may take."""
+"""The most seconds of host time for a step of thirty layers, and the largest share of eager PyTorch's time that ONNX
+Runtime may take."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One size of model.
+    """The measurements of one size of model.
 
     Attributes:
-        parameters: of its denoiser.
-        export_seconds: every run, all graphs in three compute types.
-        build_seconds: every run of the denoiser's graphs for two architectures; empty without TensorRT-RTX.
-        step_seconds: host time of one step, every run.
+        parameters: Number of parameters of the denoiser's layers.
+        export_seconds: Time of each run of exporting all graphs in three compute types.
+        build_seconds: Time of each run of building the denoiser's graphs for two architectures; empty without
+            TensorRT-RTX.
+        step_seconds: Host time of each run of one step.
     """
 
     name: str
@@ -63,11 +65,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Suite:
-    """All of it.
+    """All measurements.
 
     Attributes:
-        rows: eager PyTorch, then ONNX Runtime, on the tiny model's own clip.
-        missing: what was left out, and why.
+        rows: Eager PyTorch, then ONNX Runtime, on the tiny model's own clip.
+        missing: What was left out, and why.
     """
 
     machine: Facts
@@ -77,12 +79,12 @@ class Suite:
 
     @property
     def ort_ratio(self) -> float:
-        """Whole clip, of eager PyTorch's time."""
+        """ONNX Runtime's time for the whole clip as a share of eager PyTorch's."""
         torch_seconds, ort_seconds = (statistics.median(row.seconds("total")) for row in self.rows)
         return ort_seconds / torch_seconds
 
     def entries(self) -> list[Entry]:
-        """As the history keeps them."""
+        """The measurements as entries of the history."""
         recipe = digest(load_recipe(RECIPE))
         found = []
         for scale in self.scales:
@@ -96,10 +98,10 @@ class Suite:
 
 
 def run_suite(repeats: int, progress: Progress = silent) -> Suite:
-    """Measure everything, `repeats` times.
+    """Measure everything `repeats` times.
 
     Raises:
-        ResourceError: the temporary folder has no room for a tiny model.
+        ResourceError: The temporary folder has no room for a tiny model.
     """
     missing = []
     try:
@@ -118,7 +120,7 @@ def run_suite(repeats: int, progress: Progress = silent) -> Suite:
 
 
 def measure_scale(folder: Path, title: str, model: ModelConfig, repeats: int, *, builds: bool) -> Scale:
-    """Export and build a model of a size, whose weights are a hole in the disk, and run its steps without kernels."""
+    """Time export, build and steps without kernels of one size of model, whose weights are holes in sparse files."""
     recipe = load_recipe(RECIPE)
     block = graphs(model, recipe)["block"]
     parameters = model.dit.num_layers * sum(tensor.numel() for tensor in block.owner.state_dict().values())
@@ -144,7 +146,7 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def tiny_bundle(folder: Path) -> Bundle:
-    """The demo's bundle, in float32."""
+    """Make a bundle of the tiny model with random weights, and export its graphs in float32."""
     model = load_model(SIZES["tiny"])
     names = file_names(model)
     write_checkpoint(model, folder / "checkpoint")

@@ -16,7 +16,7 @@ PLOT = "benchmarks.svg"
 
 
 def as_json(suite: Suite) -> dict[str, Any]:
-    """Plain values."""
+    """The results as plain values."""
     return {
         "machine": dict(suite.machine),
         "scales": [
@@ -37,7 +37,7 @@ def as_json(suite: Suite) -> dict[str, Any]:
 
 
 def span(runs: Sequence[float], unit: float, form: str) -> str:
-    """Median, and the extremes."""
+    """The median and the extremes of the runs, as text."""
     if not runs:
         return "unmeasured"
     middle, low, high = (format(unit * x, form) for x in (statistics.median(runs), min(runs), max(runs)))
@@ -89,7 +89,7 @@ HOST = ["model", "layers", "p50, ms", "p95, ms", "per layer, us"]
 
 
 def text(suite: Suite) -> str:
-    """For a terminal."""
+    """The results as text for a terminal."""
     names = [row.contender for row in suite.rows]
     header = ["ms", *(f"{name} {key}" for name in names for key in ("p50", "p95")), "ratio"]
     parts = [
@@ -105,7 +105,7 @@ def text(suite: Suite) -> str:
 
 
 def promises(suite: Suite) -> list[str]:
-    """What is promised, and whether it holds here."""
+    """The promised limits, and whether they hold here."""
     thirty = next(scale for scale in suite.scales if scale.layers == 30)
     host = statistics.median(thirty.step_seconds)
 
@@ -113,15 +113,15 @@ def promises(suite: Suite) -> list[str]:
         return "holds" if holds else "DOES NOT HOLD"
 
     return [
-        f"A step of 30 layers takes the host {1e3 * host:.2f} ms, at most {1e3 * HOST_LIMIT:g} ms are promised: "
+        f"A step of 30 layers takes {1e3 * host:.2f} ms of host time; at most {1e3 * HOST_LIMIT:g} ms is promised: "
         f"{verdict(host <= HOST_LIMIT)}.",
-        f"ONNX Runtime takes {suite.ort_ratio:.2f} of eager PyTorch's time for the tiny clip, at most {ORT_LIMIT:g} is "
+        f"ONNX Runtime takes {suite.ort_ratio:.2f} of eager PyTorch's time for the tiny clip; at most {ORT_LIMIT:g} is "
         f"promised: {verdict(suite.ort_ratio <= ORT_LIMIT)}.",
     ]
 
 
 def page(suite: Suite) -> str:
-    """docs/benchmarks.md."""
+    """The page docs/benchmarks.md."""
     machine = suite.machine
     where = ", ".join(
         f"{name} {machine[name]}" for name in ("cpu", "processors", "memory_gb", "gpu") if machine.get(name)
@@ -132,24 +132,25 @@ def page(suite: Suite) -> str:
     sms = " and ".join(f"sm_{sm}" for sm in SMS)
     parts = [
         "# Benchmarks",
-        f"Written by `{COMMAND}`, which `make bench` runs. What needs a GPU is not in here; what is "
-        "predicted of GPUs is in [scaling.md](scaling.md). Do not edit.",
-        f"Measured on {where}, load {machine['load']} when it ended; "
+        f"Written by `{COMMAND}`, which `make bench` runs. Do not edit. Nothing here needs a GPU; predictions for GPUs "
+        "are in [scaling.md](scaling.md).",
+        f"Measured on {where}, load {machine['load']} at the end; "
         + ", ".join(f"{name} {machine[name]}" for name in versions if machine.get(name))
-        + ". On a machine with other work ratios say more than times.",
+        + ". On a machine that does other work as well, ratios say more than times.",
         *(f"- {promise}" for promise in promises(suite)),
         "## Export and build, as models grow",
-        "Every graph in three compute types, and the six graphs of the denoiser compiled by TensorRT-RTX for "
-        f"{sms}; median of {len(suite.scales[0].export_seconds)} runs and extremes. Weights are inputs of the graphs, "
-        "so their size costs nothing: the files here are headers before a hole.",
+        "Export writes every graph in three compute types; build compiles the six graphs of the denoiser with "
+        f"TensorRT-RTX for {sms}. Each time is the median of {len(suite.scales[0].export_seconds)} runs, with the "
+        "extremes. Weights are inputs of the graphs, so their size costs no time: the files here are headers followed "
+        "by a hole.",
         markdown_table(SCALES, scale_rows(suite)),
         f"![Seconds of export and build over the model's size]({PLOT})",
         "## Host time of a step",
-        "The whole path of a step with every kernel stubbed, one token: casting and cutting the latents, every launch, "
-        "putting the velocity together.",
+        "The whole path of a step for one token, with every kernel stubbed: casting the latents and cutting them into "
+        "patches, every graph run, and assembling the velocity.",
         markdown_table(HOST, host_rows(suite)),
         "## ONNX Runtime against eager PyTorch",
-        "The tiny model's own clip, W8A8 and SageSLA, on the CPU in float32, taking turns.",
+        "Both run the tiny model's own clip with W8A8 and SageSLA, on the CPU in float32, and take turns.",
         markdown_table(header, request_rows(suite)),
         *(f"- Left out: {reason}" for reason in suite.missing),
     ]
@@ -158,7 +159,7 @@ def page(suite: Suite) -> str:
 
 
 def scaling_plot(suite: Suite) -> str:
-    """The plot beside the page."""
+    """The plot that lies beside the page."""
 
     def series(name: str, runs: Sequence[tuple[Scale, Sequence[float]]]) -> Series:
         points = [

@@ -1,4 +1,4 @@
-"""The commands that time: whole requests, and the kernels of one op."""
+"""The commands that time whole requests and the kernels of one op."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,11 +44,11 @@ from wanforge.runtime.request import EXAMPLE_PROMPT, Request
 from wanforge.whole_file import write_atomically
 
 NOT_COMPARABLE = 3
-"""Exit code where no number could be compared."""
+"""Exit code when no number could be compared."""
 
 
 class BenchGroup(click.Group):
-    """A group whose first command need not be named: `wanforge bench BUNDLE` is `wanforge bench request BUNDLE`."""
+    """A group whose command `request` need not be named: `wanforge bench BUNDLE` is `wanforge bench request BUNDLE`."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -57,7 +57,7 @@ class BenchGroup(click.Group):
         return super().resolve_command(ctx, named)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        # Options before the bundle are those of the request.
+        # Options before the bundle belong to `request`.
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = ["request", *args]
         return super().parse_args(ctx, args)
@@ -68,11 +68,11 @@ def bench() -> None:
     """Time whole requests, or the kernels of one op, on this machine.
 
     \b
-    wanforge bench BUNDLE      times whole requests; the same as wanforge bench request BUNDLE
-    wanforge bench op NAME     times the kernels of one op, or of all
+    wanforge bench BUNDLE      time whole requests (short for wanforge bench request BUNDLE)
+    wanforge bench op NAME     time the kernels of one op, or of all ops
 
-    `wanforge bench request --help` lists the options of the first. A bundle that is called op or request is ./op or
-    ./request.
+    `wanforge bench request --help` lists the options for timing requests. If your bundle is called op or request,
+    write ./op or ./request.
     """
 
 
@@ -87,27 +87,31 @@ class OpOptions(ShapeOptions):
     as_json: bool
 
 
-@bench.command("op", short_help="Time the kernels of one op, or of all, on this machine's GPU.")
+@bench.command("op", short_help="Time the kernels of one op, or of all ops, on this machine's GPU.")
 @click.argument("name", metavar="NAME", type=click.Choice([*OPS, "all"]))
 @click.option(
     "--model",
     default="turbowan2.1-t2v-1.3b-480p",
     show_default=True,
-    help=f"Model whose sizes are timed: {MODELS}.",
+    help=f"Model that gives the tensor sizes: {MODELS}.",
 )
 @SHAPE
 @TOPK
 @click.option(
-    "--repeats", type=click.IntRange(1), default=50, show_default=True, help="Number of timed runs of each contender."
+    "--repeats",
+    type=click.IntRange(1),
+    default=50,
+    show_default=True,
+    help="Number of timed runs of each implementation.",
 )
 @JSON
 @takes(OpOptions)
 def bench_op(options: OpOptions) -> None:
-    """Time the kernels of one op beside other implementations of it, in turns, on this machine's GPU.
+    """Time the kernels of one op against other implementations of it, in turns, on this machine's GPU.
 
     NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, sparse_linear_attention, block (a whole layer) or
-    all. First the kernels are compared with their definition at a small size. An op that is wrong is not timed, and
-    the command exits with 1. Without a GPU nothing is timed.
+    all. The kernels are first compared with their definition at a small size. An op with wrong results is not timed,
+    and the command exits with 1. Without a GPU, nothing is timed.
 
     \b
     Example:
@@ -141,9 +145,9 @@ class BenchOptions(RequestOptions):
     as_json: bool
 
 
-@bench.command("request", short_help="Time a whole request on each backend, in turns.")
+@bench.command("request", short_help="Time a whole request on each backend.")
 @BUNDLE
-@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip that is timed.")
+@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip to time.")
 @IMAGE
 @SEED
 @CLIP
@@ -152,47 +156,66 @@ class BenchOptions(RequestOptions):
     "backends",
     multiple=True,
     type=click.Choice(list(BACKENDS)),
-    help="A backend to time; repeatable. torch is the reference in eager mode.  [default: all that can run here]",
+    help="Backend to time; repeatable. torch is the reference in eager mode.  [default: all that can run here]",
 )
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
     type=click.Choice(list(BASELINES)),
-    help="Something to compare with; repeatable. compile: the reference with its layers compiled by PyTorch, where "
-    "there is a compiler. diffusers: HuggingFace's transformer and VAE with these weights, where they are installed.",
+    help="Baseline to compare with; repeatable. compile: the reference with its layers compiled by PyTorch, if a "
+    "compiler is available. diffusers: Hugging Face's transformer and VAE with the bundle's weights, if diffusers is "
+    "installed.",
 )
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of timed runs of each.")
 @click.option(
-    "--warm-up", type=click.IntRange(1), default=1, show_default=True, help="Number of untimed runs of each, first."
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Number of timed runs on each backend and baseline.",
 )
-@target_option(help=f"Also give the roofline and a prediction for these GPUs, which need not be here. {TARGET_SYNTAX}.")
+@click.option(
+    "--warm-up",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of untimed runs on each backend and baseline before the timed ones.",
+)
+@target_option(
+    help="Also report the roofline and the predicted time for these GPUs, which need not be in this machine. "
+    f"{TARGET_SYNTAX}."
+)
 @click.option(
     "--sweep",
     "sweeps",
     multiple=True,
     metavar="NAME=VALUE,…",
-    help=f"Instead of timing side by side, measure quality and cost of each value of {', '.join(PARAMETERS)}, on the "
-    "last --backend; repeatable.",
+    help="Instead of comparing backends, measure quality and cost at each value of one parameter, on the last "
+    f"--backend; repeatable. The parameter is one of {', '.join(PARAMETERS)}.",
 )
 @click.option(
     "--rates",
     type=click.IntRange(1),
-    help="With --sweep: the number of prompts on which to count what TinyWan gets right.",
+    help="With --sweep, count on this number of prompts how often TinyWan shows what is asked for.",
 )
-@click.option("--history", type=FILE, help="Append the result to this file of JSON lines.")
-@click.option("--against", type=FILE, help="Compare the result with earlier ones of the same kind in such a file.")
-@click.option("--html", type=FILE, help="Write the report as one page, with plots.")
+@click.option("--history", type=FILE, help="Append the result to this JSON Lines file.")
+@click.option(
+    "--against",
+    type=FILE,
+    help="Compare the result with earlier results of the same kind in this file, which --history wrote.",
+)
+@click.option("--html", type=FILE, help="Write the report, with plots, to this HTML file.")
 @JSON
 @takes(BenchOptions)
 def bench_requests(options: BenchOptions) -> None:
-    """Time a whole request on each backend, in turns: text, steps, VAE, transfer, video file.
+    """Time a whole request on each backend: text, steps, VAE, transfer and video file.
 
-    Loading and the first run are listed apart. Beside the times stand peak memory, energy where NVML reports it, and
-    for GPUs the roofline: the time that their peak speeds allow.
+    The backends take turns. Loading and the first run are listed separately. The report also has the peak memory, the
+    energy where NVML reports it, and for GPUs the roofline, which is the least time that their peak speeds allow.
 
-    With --against the command exits with 1 on a regression, and with 3 where nothing could be compared. A number is
-    compared with the median of the last ten like it, and may be worse by 5 % or by three times the noise.
+    With --against, the command exits with 1 on a regression and with 3 if nothing could be compared. Each number is
+    compared with the median of the last ten comparable results, and may be worse by 5 %, by 50 microseconds or by
+    three times the noise, whichever is most.
 
     \b
     Examples:
@@ -227,17 +250,17 @@ def bench_requests(options: BenchOptions) -> None:
 
 
 def targets_of(asked: Sequence[str], here: str | None) -> dict[str, Target]:
-    """The GPU that is here, where it is a known one, and those that are asked for.
+    """The GPU of this machine, if it is a known one, and the GPUs that are asked for.
 
     Raises:
-        ConfigError: There is no such GPU.
+        ConfigError: A GPU that is asked for is not known.
     """
     known = {} if here is None else {here: load_targets()[here]}
     return {**known, **(parse_targets(asked).gpus if asked else {})}
 
 
 def rooflines(bundle: Bundle, request: Request, gpus: Mapping[str, Target]) -> dict[str, dict[str, StageCost]]:
-    """What each stage of a request takes of some GPUs at least, and as predicted."""
+    """The roofline and the predicted time of each stage of a request on some GPUs."""
     if not gpus:
         return {}
     checked = Pipeline(bundle, create_backend("torch", bundle)).resolve(request)
@@ -245,7 +268,7 @@ def rooflines(bundle: Bundle, request: Request, gpus: Mapping[str, Target]) -> d
 
 
 def entries_of(bundle: Bundle, request: Request, machine: Facts, rows: Sequence[Row]) -> dict[str, history.Entry]:
-    """Timed requests as the history keeps them, by contender."""
+    """The history entries of timed requests, by contender."""
     setting = request, bundle.recipe
     return {
         row.contender: history.entry(machine, subject("request", bundle, setting, row.contender), by_stage(row.runs))
@@ -256,7 +279,7 @@ def entries_of(bundle: Bundle, request: Request, machine: Facts, rows: Sequence[
 def sweep_entries(
     bundle: Bundle, machine: Facts, plans: Sequence[PlannedSweep], sweeps: Sequence[Sweep]
 ) -> dict[str, history.Entry]:
-    """Every value of some sweeps as the history keeps it."""
+    """The history entries of every value of some sweeps, by title."""
     entries = {}
     for plan, sweep in zip(plans, sweeps, strict=True):
         for point in sweep.points:
@@ -267,12 +290,12 @@ def sweep_entries(
 
 
 def by_stage(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
-    """Seconds of every run, by stage."""
+    """The seconds of every run, by stage."""
     return {stage: [run[stage] for run in runs] for stage in runs[0]}
 
 
 def subject(purpose: str, bundle: Bundle, setting: Setting, contender: str) -> dict[str, object]:
-    """What was timed, so that the history compares it with the same thing alone.
+    """A description of what was timed, so that the history compares it only with the same thing.
 
     Args:
         purpose: ``request`` or ``sweep``.
@@ -292,7 +315,7 @@ def subject(purpose: str, bundle: Bundle, setting: Setting, contender: str) -> d
 
 
 def exit_by(verdicts: Sequence[str]) -> None:
-    """Exit with 1 on a regression, and with 3 where nothing could be compared."""
+    """Exit with 1 on a regression, and with 3 if nothing could be compared."""
     if "regression" in verdicts:
         click.get_current_context().exit(1)
     if all(verdict == "not comparable" for verdict in verdicts):

@@ -35,13 +35,13 @@ class BuildOptions(ShapeOptions):
     as_json: bool
 
     def engines(self, clip: ClipShape, sms: tuple[int, ...]) -> EngineOptions:
-        """What to build for architectures that one engine can serve."""
+        """The options for building engines that each serve all of some architectures."""
         return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller)
 
 
 @dataclass
 class Outcome:
-    """What came of a build.
+    """The result of a build.
 
     Attributes:
         failures: What could not be built or planned, and why.
@@ -55,30 +55,36 @@ class Outcome:
 
 @click.command()
 @BUNDLE
-@target_option(required=True, help=f"{TARGET_SYNTAX}. One engine serves all those that TensorRT-RTX compiles for.")
+@target_option(required=True, help=f"{TARGET_SYNTAX}. One engine serves all targets that TensorRT-RTX can compile for.")
 @SHAPE
 @click.option(
-    "--smaller", is_flag=True, help="Let the same engines serve smaller and shorter clips, at some cost in speed."
+    "--smaller", is_flag=True, help="Make engines that also serve smaller and shorter clips, at some cost in speed."
 )
 @click.option(
-    "--graph", "only", multiple=True, metavar="NAME", help="Build only this graph, as inspect names it; repeatable."
+    "--graph",
+    "only",
+    multiple=True,
+    metavar="NAME",
+    help="Build only this graph; repeatable. `wanforge inspect` lists the names.",
 )
 @click.option(
-    "--no-plugins", is_flag=True, help="Compile the ops' ONNX bodies instead, for comparison; they are far slower."
+    "--no-plugins",
+    is_flag=True,
+    help="Compile the ONNX bodies of the ops instead of using plugins, for comparison. Such engines are far slower.",
 )
 @click.option(
-    "--kernels", is_flag=True, help="Compile the kernels that the plugins launch, too, into the cache of kernels."
+    "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
-@click.option("--plan", is_flag=True, help="Then show how much of each GPU's memory a clip takes.")
+@click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
 @JSON
 @takes(BuildOptions)
 def build(options: BuildOptions) -> None:
-    """Compile a bundle's bf16 graphs into engines, for GPUs that need not be here.
+    """Compile a bundle's bf16 graphs into engines, for GPUs that need not be in this machine.
 
-    An engine is made for one size and length of clip, or with --smaller for all up to it, and for every prompt and
-    top-k. An engine that is there already is kept, unless something that it was made from has changed. Data-centre
-    GPUs from sm_90 on need TensorRT and a GPU of that kind; where these are missing everything else is still built,
-    and the exit code is 1.
+    An engine is made for one size and length of clip (with --smaller, for all clips up to that size and length) and
+    serves every prompt and top-k. An existing engine is kept unless something that it was made from has changed.
+    Engines for data-centre GPUs from sm_90 on need TensorRT and a GPU of that kind; if either is missing, everything
+    else is still built, and the exit code is 1.
 
     \b
     Example:
@@ -105,18 +111,18 @@ def check_bf16(selection: Selection) -> Selection:
     """Refuse GPUs that cannot compute in bfloat16, as engines do.
 
     Raises:
-        ConfigError: One cannot.
+        ConfigError: One of the GPUs cannot.
     """
     if old := [sm for sm in selection.sms if sm < FIRST_BF16_SM]:
         raise ConfigError(
             f"{architecture_name(old[0])} has no bfloat16, in which engines compute; "
-            f"{architecture_name(FIRST_BF16_SM)} is the first that has"
+            f"{architecture_name(FIRST_BF16_SM)} is the first architecture that has it"
         )
     return selection
 
 
 def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: EngineOptions, *, show: bool) -> None:
-    """Build for architectures that one engine can serve, with a line for each graph; a failure is noted."""
+    """Build for architectures that one engine can serve, print a line for each graph, and note failures."""
 
     def done(engine: EngineResult) -> None:
         outcome.engines.append(engine)
@@ -138,11 +144,11 @@ def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], sele
             try:
                 outcome.plans.append(memory_report(bundle, clip, name, gpu))
             except WanforgeError as error:
-                outcome.failures.append(f"no plan for {name}: {error}")
+                outcome.failures.append(f"no memory plan for {name}: {error}")
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:
-    """Plain values, in bytes and seconds."""
+    """The result as JSON values, in bytes and seconds."""
     return {
         "engines": [asdict(engine) for engine in outcome.engines],
         "plans": [plan.as_json() for plan in outcome.plans],
@@ -152,7 +158,7 @@ def as_json(outcome: Outcome) -> dict[str, object]:
 
 
 def text(outcome: Outcome, bundle: Bundle) -> str:
-    """What is printed after the lines of the engines."""
+    """The text that is printed after the lines of the engines."""
     engines, lines = outcome.engines, []
     if engines:
         size, built = sum(engine.bytes for engine in engines), sum(not engine.is_cached for engine in engines)

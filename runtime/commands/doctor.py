@@ -1,4 +1,4 @@
-"""The command that looks at the machine."""
+"""The command that examines the machine."""
 
 import json
 
@@ -10,9 +10,10 @@ from wanforge.runtime.doctor import as_json, checks, line
 @click.command()
 @click.option("--json", "as_json_", is_flag=True, help="Print the result as JSON.")
 def doctor(as_json_: bool) -> None:
-    """Say what this machine can do, what is missing, and what to do about it.
+    """Show what this machine can do, what is missing, and what to do about it.
 
-    Exits with 1 where something is installed and does not work; what is missing may not be wanted.
+    The command exits with 1 if something is installed but does not work. Something that is missing is no failure,
+    because it may not be needed.
     """
     found = []
     for check in checks():

@@ -63,7 +63,7 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Order:
-    """A request and where its video goes."""
+    """A request and the file for its video."""
 
     request: Request
     out: Path
@@ -71,12 +71,12 @@ class Order:
 
 @click.command()
 @BUNDLE
-@click.option("--prompt", help="What the video shows, in a sentence or more of English.")
+@click.option("--prompt", help="Description of the video, in one or more English sentences.")
 @click.option(
     "--prompt-file",
     type=FILE,
-    help='Many requests: one prompt per line, or one JSON object per line: {"prompt": …, "image": …, "seed": …, '
-    '"out": …}.',
+    help="File with many requests, one per line: a prompt, or a JSON object such as "
+    '{"prompt": …, "image": …, "seed": …, "out": …}.',
 )
 @IMAGE
 @click.option(
@@ -84,18 +84,26 @@ class Order:
     type=FILE,
     default=Path("clip.mp4"),
     show_default=True,
-    help="The video to write. Several videos get numbers.",
+    help="Video file to write. Several videos are numbered.",
 )
 @CLIP
-@click.option("--adaptive", is_flag=True, help="Take the aspect ratio from the image, at the area of the resolution.")
+@click.option(
+    "--adaptive", is_flag=True, help="Take the aspect ratio from the image, and the area from the resolution."
+)
 @click.option("--sigma-max", type=float, help="Noise level of the first step.  [default: the model's own]")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the first sample; each further sample adds 1."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of the first sample. Each further sample uses the next seed.",
 )
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Number of videos per prompt.")
-@click.option("--ode", is_flag=True, help="Follow the flow without fresh noise between the steps.")
-@click.option("--noise", type=FILE, help="Take the noise from this file instead of drawing it from the seed.")
-@click.option("--save-noise", type=FILE, help="Write the noise that the seed stands for. Several requests get numbers.")
+@click.option("--ode", is_flag=True, help="Follow the flow without adding fresh noise between the steps.")
+@click.option("--noise", type=FILE, help="Read the noise from this file instead of drawing it from the seed.")
+@click.option(
+    "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
+)
 @BACKEND
 @MEMORY
 @JSON
@@ -103,8 +111,8 @@ class Order:
 def generate(options: GenerateOptions) -> None:
     """Make a video from a prompt, or from an image and a prompt.
 
-    The video appears under its name when it is whole. The times that are printed are those of the request alone,
-    without loading.
+    The video file appears once it is complete. The printed times are those of the request alone, without
+    loading.
 
     \b
     Examples:
@@ -114,7 +122,7 @@ def generate(options: GenerateOptions) -> None:
     if (options.prompt is None) == (options.prompt_file is None):
         raise click.UsageError("give either --prompt or --prompt-file")
     if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
-        raise click.UsageError("--noise takes the place of the seed: no --samples, and no --save-noise, beside it")
+        raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
     bundle = Bundle.open(options.bundle)
     orders = orders_of(options, bundle)
     with Bars() as bars:
@@ -135,7 +143,7 @@ def generate(options: GenerateOptions) -> None:
 
 
 def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
-    """Every request that is asked for, prompt by prompt and sample by sample."""
+    """All requests that are asked for, prompt by prompt and sample by sample."""
     lines = [PromptLine(options.prompt)] if options.prompt is not None else read_prompts(options.prompt_file)
     orders = []
     for line in lines:
@@ -148,7 +156,7 @@ def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
 
 
 def request_of(options: GenerateOptions, line: PromptLine, shape: ClipShape, image: Path | None, seed: int) -> Request:
-    """One request."""
+    """The request for one prompt and one seed."""
     return Request(
         line.prompt,
         shape,
@@ -166,7 +174,7 @@ def read_prompts(path: Path | None) -> list[PromptLine]:
     """The requests of a prompt file.
 
     Raises:
-        RequestError: The file is missing or empty, or a line of JSON does not make sense.
+        RequestError: The file is missing or empty, or a line of JSON is not a request.
     """
     assert path is not None
     try:
@@ -185,32 +193,28 @@ def read_prompts(path: Path | None) -> list[PromptLine]:
         except (msgspec.ValidationError, msgspec.DecodeError) as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
     if not found:
-        raise RequestError(f"{path}: holds no prompt")
+        raise RequestError(f"{path}: holds no prompts; write one per line")
     return found
 
 
 def video_places(wanted: list[Path]) -> list[Path]:
-    """Where each video goes: as asked, with numbers where several would share a name; each place can be written to.
+    """The file of each video: the one asked for, numbered where several share it. All of them can be written to.
 
     Raises:
-        RequestError: A name is not that of a video, is a folder's, or would be written twice.
+        RequestError: A name does not end in .mp4, is that of a folder, or would be used twice.
         OSError: A file cannot be written there.
     """
-    if strangers := [path for path in wanted if path.suffix.lower() != ".mp4"]:
-        raise RequestError(f"{strangers[0]}: videos are written as .mp4")
     places = numbered(wanted)
     counts = Counter(place.absolute() for place in places)
     if twice := [place for place in places if counts[place.absolute()] > 1]:
         raise RequestError(f"{twice[0]}: two videos would be written under this name; give each its own")
     for place in places:
-        if place.is_dir():
-            raise RequestError(f"{place}: is a folder; give the name of a file")
         check_place(place)
     return places
 
 
 def numbered(wanted: list[Path]) -> list[Path]:
-    """Names with -001, -002 and so on where several are the same."""
+    """The names, with -001, -002 and so on added where several are the same."""
     counts, numbers = Counter(wanted), Counter[Path]()
     paths = []
     for path in wanted:
@@ -220,14 +224,14 @@ def numbered(wanted: list[Path]) -> list[Path]:
 
 
 def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:
-    """Write the noise that each request's seed stands for."""
+    """Write the noise that is drawn from each request's seed."""
     for each, place in zip(checked, numbered([path] * len(checked)), strict=True):
         shape = latent_shape(pipeline.model, each.request.shape)
         write_noise(place, shape, each.request.seed, len(each.steps))
 
 
 def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bars) -> dict[str, Any]:
-    """Serve one request; returns what to report of it."""
+    """Serve one request and return its report."""
     timings, shape = pipeline.write_video(checked, out, bars), checked.request.shape
     return {
         "out": str(out),

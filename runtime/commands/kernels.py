@@ -1,4 +1,4 @@
-"""The command that compiles kernels ahead of time and says what they cost."""
+"""The command that compiles kernels ahead of time and lists the resources they take."""
 
 import json
 from dataclasses import dataclass
@@ -57,27 +57,28 @@ class KernelsOptions(ShapeOptions):
     "--model",
     "models",
     multiple=True,
-    help=f"Model whose shapes are compiled for; repeatable: {MODELS}.  [default: all]",
+    help=f"Model whose tensor shapes to compile for; repeatable: {MODELS}.  [default: all]",
 )
-@click.option("--recipe", default="w8a8", show_default=True, help=f"Number formats: {RECIPES}.")
+@click.option("--recipe", default="w8a8", show_default=True, help=f"Recipe, which sets the number formats: {RECIPES}.")
 @click.option(
     "--out",
     type=FOLDER,
-    help="Folder for the cubins and their manifest.  [default: the cache, where launching looks for them]",
+    help="Folder for the compiled kernels (cubins) and their manifest.  "
+    "[default: the cache, which is searched at run time]",
 )
 @SHAPE
 @click.option(
-    "--jobs", type=click.IntRange(1), help="Number of compilers that run at a time.  [default: one per processor]"
+    "--jobs", type=click.IntRange(1), help="Number of compilers to run at a time.  [default: one per processor]"
 )
 @JSON
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print the result as two short tables in Markdown.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print the result as two short Markdown tables.")
 @takes(KernelsOptions)
 def kernels(options: KernelsOptions) -> None:
-    """Compile the kernels of a model's denoiser for GPUs that need not be here.
+    """Compile the kernels of a model's denoiser, for GPUs that need not be in this machine.
 
-    A kernel that is compiled already is kept, unless its source or Triton has changed. On the machine that runs the
-    kernels, WANFORGE_KERNELS names the folder that --out made. A clip of half or twice as many tokens needs kernels of
-    its own; --resolution and --frames compile them.
+    A kernel that is already compiled is kept unless its source or Triton has changed. On the machine that runs the
+    kernels, set WANFORGE_KERNELS to the folder that --out wrote. Clips with half or twice as many tokens need kernels
+    of their own; give --resolution and --frames to compile them.
 
     \b
     Example:

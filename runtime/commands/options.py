@@ -1,7 +1,7 @@
-"""Options that several commands share, and the records in which commands take their options.
+"""Options that several commands share, and the records in which commands receive their options.
 
-A command declares its options with click and takes them as one record: a dataclass whose fields are named after the
-options. `takes` builds the record, so that no command passes a long list of arguments on.
+A command declares its options with click and receives them as one record: a dataclass whose fields are named after the
+options. `takes` builds the record, so that no command has to pass on a long list of arguments.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ Command = TypeVar("Command", bound=Callable[..., object])
 
 
 def takes(record: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Let a command take its options as one record."""
+    """Return a decorator that passes a command its options as one record."""
 
     def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
         @wraps(command)
@@ -44,25 +44,27 @@ def takes(record: type[Options]) -> Callable[[Callable[[Options], None]], Callab
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """Size and length of a clip, as a user asks for them."""
+    """Size and length of a clip, as the user gives them."""
 
     resolution: str | None = None
     aspect: str | None = None
     frames: int | None = None
 
     def shape(self, model: ModelConfig, *, adaptive: bool = False, image: Path | None = None) -> ClipShape:
-        """The clip: the model's own size, an entry of the table of resolutions, or an image's aspect at that area.
+        """The size and length of the clip.
+
+        The size is the model's own, an entry of the resolution table, or one of that area with an image's aspect ratio.
 
         Raises:
-            RequestError: The aspect is asked for twice, or from an image that is not there.
-            ConfigError: There is no such size, or no clip of this length.
+            RequestError: The aspect ratio is given twice, or is to be taken from an image that is not given.
+            ConfigError: The size does not exist, or no clip can have this length.
         """
         if adaptive and self.aspect is not None:
-            raise RequestError("--adaptive takes the aspect from the image; leave out --aspect")
+            raise RequestError("--adaptive takes the aspect ratio from the image; leave out --aspect")
         if adaptive and image is None:
-            raise RequestError("--adaptive takes the aspect from an image, and there is none")
+            raise RequestError("--adaptive takes the aspect ratio from an image, and there is none; give --image")
         if self.resolution is None and self.aspect is not None:
-            raise RequestError("--aspect chooses from a row of the resolution table; give --resolution with it")
+            raise RequestError("--aspect chooses a size of the resolution table; give --resolution with it")
         size = model.video.size_wh
         if self.resolution is not None:
             size = size_of(self.resolution, self.aspect or "16:9")
@@ -73,7 +75,7 @@ class ShapeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipOptions(ShapeOptions):
-    """What a clip is to be: size, length, steps and top-k."""
+    """Size, length, steps and top-k of a clip."""
 
     steps: int | None = None
     topk: float | None = None
@@ -81,7 +83,7 @@ class ClipOptions(ShapeOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions(ClipOptions):
-    """One request, as the commands that compare and time ask for it."""
+    """The options of one request, shared by the commands that compare and time requests."""
 
     prompt: str = EXAMPLE_PROMPT
     image: Path | None = None
@@ -93,7 +95,7 @@ class RequestOptions(ClipOptions):
 
 
 def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in the order in which `--help` lists them."""
+    """Combine options into one decorator, in the order in which `--help` lists them."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(options):
@@ -109,26 +111,32 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 SHAPE = combined(
     click.option(
         "--resolution",
-        help="Size of the clip: 480p, 720p, 480, 512 or 720, or pixels such as 1920x1088.  [default: the model's own]",
+        help="Size of the clip: 480p, 720p, 480, 512, 720, or pixels such as 1920x1088.  [default: the model's own]",
     ),
-    click.option("--aspect", help="Aspect ratio, with --resolution: 1:1, 4:3, 3:4, 16:9 or 9:16.  [default: 16:9]"),
-    click.option("--frames", type=int, help="Number of frames, 4n+1.  [default: the model's own, often 81]"),
+    click.option(
+        "--aspect", help="Aspect ratio, if --resolution is given: 1:1, 4:3, 3:4, 16:9 or 9:16.  [default: 16:9]"
+    ),
+    click.option(
+        "--frames", type=int, help="Number of frames, of the form 4n+1.  [default: the model's own, usually 81]"
+    ),
 )
-STEPS = click.option("--steps", type=int, help="Number of sampling steps, 1 to 4.  [default: the model's own, often 4]")
+STEPS = click.option(
+    "--steps", type=int, help="Number of sampling steps, from 1 to 4.  [default: the model's own, usually 4]"
+)
 TOPK = click.option(
     "--topk",
     type=float,
-    help="Share of the key blocks that attention sees, up to 1. More is slower and closer to full attention.  "
-    "[default: the model's own]",
+    help="Share of the key blocks that attention sees, at most 1. A larger share is slower and closer to full "
+    "attention.  [default: the model's own]",
 )
 CLIP = combined(SHAPE, STEPS, TOPK)
 
-IMAGE = click.option("--image", type=FILE, help="First frame of the clip, for image-to-video models.")
+IMAGE = click.option("--image", type=FILE, help="Picture to use as the first frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
 
 
 def backend_option(name: str, field: str, **settings: Any) -> Callable[[Command], Command]:
-    """An option that takes the name of a backend."""
+    """An option whose value is the name of a backend."""
     return click.option(name, field, type=click.Choice([AUTO, *BACKENDS]), show_default=True, **settings)
 
 
@@ -136,28 +144,28 @@ BACKEND = backend_option(
     "--backend",
     "backend",
     default=AUTO,
-    help="What runs the networks. auto takes the fastest that can run here: trt (TensorRT engines for this GPU), "
-    "kernels (Triton kernels; interpreted, and slow, without a GPU), ort (ONNX Runtime on the CPU) or torch (the "
+    help="Backend that runs the networks. auto picks the fastest that can run here: trt (TensorRT engines for this "
+    "GPU), kernels (Triton kernels; interpreted, and slow, without a GPU), ort (ONNX Runtime on the CPU) or torch (the "
     "reference).",
 )
 MEMORY = click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
-    help="Gigabytes to keep to; weights that do not fit are streamed. With trt it limits the GPU's memory (by default "
-    "all that is free), with ort the weights and buffers. torch and kernels take no limit.",
+    help="Memory limit in gigabytes; weights that do not fit are streamed. With trt it is a limit on GPU memory (by "
+    "default, all that is free), with ort on the weights and buffers. torch and kernels accept no limit.",
 )
 
 
 def target_option(**settings: Any) -> Callable[[Command], Command]:
-    """An option that takes GPUs and architectures, see `configs.targets.parse_targets`."""
+    """An option whose values are GPUs and architectures, see `configs.targets.parse_targets`."""
     return click.option("--target", "targets", multiple=True, metavar="GPUS", **settings)
 
 
-TARGET_SYNTAX = "GPUs by name or architecture, separated by commas: rtx5090,h100,sm_80, or all"
+TARGET_SYNTAX = "GPU names or architectures, separated by commas, such as rtx5090,h100,sm_80; all means every known GPU"
 MODELS = f"one of {', '.join(named('models'))}, or a .toml file"
 RECIPES = f"one of {', '.join(named('recipes'))}, or a .toml file"
 
 
 def budget_bytes(memory: float | None) -> float | None:
-    """What `--memory` comes to, in bytes."""
+    """The value of `--memory` in bytes."""
     return None if memory is None else memory * 1e9

@@ -50,7 +50,7 @@ class ParityOptions(RequestOptions):
     as_json: bool
 
     def contenders(self, bundle: Bundle) -> tuple[Contender, Contender]:
-        """The reference, and what is compared with it."""
+        """The reference and the contender to compare with it."""
         name = choose_backend(bundle) if self.backend == AUTO else self.backend
         dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, self.dtype)
         recipes = [None if each is None else load_recipe(each) for each in (self.reference_recipe, self.recipe)]
@@ -59,7 +59,7 @@ class ParityOptions(RequestOptions):
 
 @click.command()
 @BUNDLE
-@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip that is compared.")
+@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip to compare.")
 @IMAGE
 @SEED
 @click.option(
@@ -67,41 +67,43 @@ class ParityOptions(RequestOptions):
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of clips; each further one has a seed that is one higher.",
+    help="Number of clips to compare. Each further clip uses the next seed.",
 )
 @CLIP
-@backend_option("--backend", "backend", default=AUTO, help="The backend that is compared.")
+@backend_option("--backend", "backend", default=AUTO, help="Backend to compare with the reference.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Compute type of that backend.  [default: the backend's own]",
+    help="Compute type of --backend.  [default: the backend's own]",
 )
 @click.option(
     "--recipe",
-    help=f"Recipe by which it reads the weights, where they permit that: {RECIPES}.  [default: the bundle's own]",
+    help=f"Recipe with which --backend reads the weights, if they permit it: {RECIPES}.  [default: the bundle's own]",
 )
 @click.option(
     "--reference",
     type=click.Choice(list(BACKENDS)),
     default="torch",
     show_default=True,
-    help="The backend that it is compared with.",
+    help="Backend to use as the reference.",
 )
 @click.option(
-    "--reference-recipe", help="Recipe by which the reference reads the weights, likewise.  [default: the bundle's own]"
+    "--reference-recipe",
+    help="Recipe with which --reference reads the weights, if they permit it.  [default: the bundle's own]",
 )
 @click.option(
     "--depth",
     "depths",
     multiple=True,
     type=click.Choice(DEPTHS),
-    help="Compare at this depth only; repeatable.  [default: all]",
+    help="Compare only at this depth; repeatable.  [default: all]",
 )
-@click.option("--html", type=FILE, help="Write the report as one page, with plots and frames.")
+@click.option("--html", type=FILE, help="Write the report, with plots and frames, to this HTML file.")
 @click.option(
     "--quality",
     is_flag=True,
-    help="Instead, make clips of TinyWan's held-out prompts on both, and count how often they show what is asked for.",
+    help="Instead, make clips from TinyWan's held-out prompts with the backend and with the reference, and count how "
+    "often they show what is asked for.",
 )
 @JSON
 @takes(ParityOptions)
@@ -112,10 +114,10 @@ def parity(options: ParityOptions) -> None:
     op     every op of every layer, on the reference's inputs
     block  every layer and every other graph, on the reference's inputs
     step   every step, from the reference's latents
-    clip   the whole request, alone
+    clip   the whole request, with nothing taken from the reference
 
-    configs/parity.toml holds the limits, each with its reason. The command exits with 1 where a limit is not met. A
-    small clip shows as much as a large one, and sooner.
+    configs/parity.toml holds the limits, each with its reason. The command exits with 1 if a limit is exceeded. A
+    small clip shows as much as a large one, and takes less time.
 
     \b
     Examples:
@@ -148,7 +150,7 @@ def parity(options: ParityOptions) -> None:
 
 
 def compare_quality(bundle: Bundle, contenders: Sequence[Contender], options: ParityOptions) -> None:
-    """Measure the quality of the reference and of a contender; exits with 1 where the contender loses too much."""
+    """Measure the quality of the reference and of a contender; exit with 1 if the contender loses too much."""
     with Bars() as bars:
         verify_files(bundle, [contender.name for contender in contenders], bars)
         found = []

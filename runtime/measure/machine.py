@@ -1,4 +1,4 @@
-"""The machine and the versions that numbers were taken with, and which of these make numbers comparable."""
+"""The machine and the versions with which numbers were measured, and which of these make numbers comparable."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ DEVICES = {
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
 }
-"""Targets by PyTorch's name of the GPU, where that is not NVIDIA followed by the target's title."""
+"""Targets by PyTorch's name for the GPU, where that is not ``NVIDIA`` followed by the target's title."""
 
 
 def device_here() -> torch.device:
@@ -53,7 +53,7 @@ def fingerprint() -> Facts:
 
 
 def gpu_facts(device: torch.device) -> dict[str, str | None]:
-    """The GPU, its driver, and the versions of what runs on it."""
+    """The GPU, its driver, and the versions of the software that runs on it."""
     has_gpu = device.type == "cuda"
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_gpu else None
     return {
@@ -68,13 +68,13 @@ def gpu_facts(device: torch.device) -> dict[str, str | None]:
 
 
 def target_name(gpu: str) -> str | None:
-    """The target that a GPU is, by PyTorch's name for it; None where it is not in `configs/targets.toml`."""
+    """The name of a GPU's target, from PyTorch's name for the GPU; None where `configs/targets.toml` lacks it."""
     known = {f"NVIDIA {target.title}": name for name, target in load_targets().items()}
     return (known | DEVICES).get(gpu)
 
 
 def target_of(gpu: str) -> Target | None:
-    """The peaks of a GPU by PyTorch's name for it, where they are known."""
+    """The target of a GPU, from PyTorch's name for the GPU; None where it is unknown."""
     name = target_name(gpu)
     return None if name is None else load_targets()[name]
 
@@ -88,7 +88,7 @@ def cpu_name() -> str:
 
 
 def gpu_clock() -> str | None:
-    """Clock of the GPU's multiprocessors now and at most, in MHz."""
+    """Current and highest clock of the GPU's multiprocessors, in MHz."""
     return output_of("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm", "--format=csv,noheader")
 
 

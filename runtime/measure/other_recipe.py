@@ -1,4 +1,4 @@
-"""A bundle's weights read by another recipe than its own."""
+"""Reads a bundle's weights by a recipe other than its own."""
 
 import msgspec
 
@@ -11,11 +11,11 @@ from wanforge.runtime.graphs import graphs
 
 
 def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
-    """The same weights by another recipe, where they permit it: unquantised ones can be quantised, and learned maps of
-    the linear branch can be left out.
+    """The same bundle with another recipe, where its weights permit it: unquantised ones can be quantised, and the
+    linear branch's learned projections can be left out.
 
     Raises:
-        BundleError: the weights are quantised otherwise, or lack what the recipe needs.
+        BundleError: The weights are quantised differently, or lack what the recipe needs.
     """
     wanted = graphs(bundle.model, recipe)
     for expert in bundle.model.experts:
@@ -26,22 +26,22 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
                 same = scales(bundle.recipe) == scales(recipe) and graph.prefix + name in stored
                 if not same and plain not in stored:
                     raise BundleError(
-                        f"{bundle.root}: recipe {recipe.name!r} needs {plain}, and these weights, of recipe "
-                        f"{bundle.recipe.name!r}, do not have it; import the unquantised files"
+                        f"{bundle.root}: recipe {recipe.name!r} needs {plain}, which these weights of recipe "
+                        f"{bundle.recipe.name!r} lack; import the unquantised files"
                     )
     return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
 
 
 def scales(recipe: Recipe) -> tuple[str, int]:
-    """What decides the shape of quantised weights' scales."""
+    """The settings that decide the shape of quantised weights' scales."""
     return recipe.linear, recipe.tile
 
 
 def check_recipe(bundle: Bundle, backend: Backend, recipe: Recipe) -> None:
-    """Refuse a backend that runs exported files, which are of the bundle's own recipe, by another.
+    """Refuse another recipe for a backend that runs exported files, which are made for the bundle's own.
 
     Raises:
-        BundleError: it does.
+        BundleError: The backend runs exported files, and the recipe is not the bundle's.
     """
     if recipe != bundle.recipe and any(not name.startswith("weights/") for name in backend.files()):
         raise BundleError(

@@ -1,5 +1,5 @@
-"""A report as one HTML file that needs nothing else: tables, plots as SVG, pictures inside it. Light or dark, as the
-reader's browser asks."""
+"""Builds a report as one self-contained HTML file with tables, SVG plots and embedded pictures. It is light or dark as
+the reader's browser asks."""
 
 import base64
 import io
@@ -37,9 +37,9 @@ img { display: block; width: 100%; image-rendering: pixelated }
 WIDTH, HEIGHT = 1000, 300
 LEFT, RIGHT, TOP, BOTTOM = 76, 16, 16, 52
 LEGEND = 20
-"""Height of the names of lines, above a plot that is a file of its own."""
+"""Height of the legend above a plot that is a file of its own."""
 CHARACTER = 7
-"""About as wide is one in a plot."""
+"""Approximate width of a character in a plot."""
 COLOURS = 6
 
 
@@ -48,8 +48,8 @@ class Series:
     """One line of a plot.
 
     Attributes:
-        points: x, y and what to say where the mouse is on it. A y that is not finite is left out.
-        is_joined: whether a line joins them.
+        points: The x, y and tooltip of each point. Points whose y is not finite are left out.
+        is_joined: Whether a line joins the points.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over one axis.
+    """Lines over a common axis.
 
     Attributes:
-        series: at most six.
-        x_names: what stands below whole x, where they are names and not numbers.
-        marks: horizontal lines by name.
+        series: At most six.
+        x_names: Labels below the whole values of x, where these stand for names rather than numbers.
+        marks: Horizontal lines by name.
     """
 
     title: str
@@ -78,7 +78,7 @@ class Plot:
 
 
 class Axis:
-    """One axis: from numbers to places, and where its ticks are."""
+    """One axis: maps numbers to places and chooses its ticks."""
 
     def __init__(self, values: Iterable[float], places: tuple[float, float], log: bool, *, from_zero: bool) -> None:
         found = [v for v in values if math.isfinite(v) and not (log and v <= 0)] or [1.0]
@@ -107,7 +107,7 @@ class Axis:
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """A whole page."""
+    """A complete HTML page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -127,7 +127,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, verdicts: bool = False) -> str:
-    """A table whose first `words` columns are words; with `verdicts` a cell that says passed or FAILED is coloured."""
+    """A table whose first `words` columns are text; with `verdicts`, cells that say passed or FAILED are coloured."""
 
     def cell(index: int, text: str) -> str:
         kind = "text" if index < words else ""
@@ -141,7 +141,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, 
 
 
 def picture(frame_HWC: Tensor, caption: str) -> str:
-    """A uint8 frame ``[H, W, 3]`` as a PNG inside the page."""
+    """A uint8 frame ``[H, W, 3]`` as a PNG embedded in the page."""
     file = io.BytesIO()
     Image.fromarray(frame_HWC.numpy()).save(file, "png", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
@@ -152,12 +152,12 @@ def picture(frame_HWC: Tensor, caption: str) -> str:
 
 
 def plot(chart: Plot) -> str:
-    """A plot, with its title and what its colours mean."""
+    """A plot with its title and legend."""
     return f"<figure><figcaption>{escape(chart.title)}{_legend(chart)}</figcaption>{_svg(chart)}</figure>"
 
 
 def picture_of(chart: Plot) -> str:
-    """A plot as an SVG file, for pages that are not ours: its colours go with light and dark."""
+    """A plot as a stand-alone SVG file; its colours follow the light or dark scheme of the page around it."""
     names = [
         f'<text x="{LEFT + 12 + 110 * i}" y="-6" style="fill:var(--c{i})">● {escape(series.name)}</text>'
         for i, series in enumerate(chart.series)
@@ -209,7 +209,7 @@ def _grid(chart: Plot, across: Axis, up: Axis) -> Iterable[str]:
         is_last = across(x) > WIDTH - RIGHT - 40
         width = CHARACTER * len(name)
         start = across(x) - width * (1 if is_last else 0.5)
-        if start >= free:  # names do not run into each other
+        if start >= free:  # labels must not overlap
             free = start + width + CHARACTER
             yield _text(across(x), HEIGHT - BOTTOM + 18, name, "end" if is_last else "middle")
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x, "middle")

@@ -19,16 +19,16 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int 
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table in Markdown whose first `words` columns are words, the others numbers."""
+    """A table in Markdown whose first `words` columns are text and the others numbers."""
     rule = ["---"] * words + ["--:"] * (len(header) - words)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def indented(text: str) -> str:
-    """Every line two spaces further in."""
+    """The text with every line indented by two spaces."""
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def number(value: float) -> str:
-    """Three digits, or more before the point where there are more."""
+    """A number with three digits, or with more where its integer part has more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,1 +1,1 @@
-"""The memory of a request: buffers, weights that stay or take turns, and what the machine has of it."""
+"""The memory of a request: its buffers, its resident or streamed weights, and what the machine has to offer."""

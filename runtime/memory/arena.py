@@ -1,4 +1,4 @@
-"""The memory of buffers and weights while a request runs: as much as they like, or an arena laid out by a plan."""
+"""The memory of buffers and weights while a request runs: unlimited, or an arena laid out by a memory plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,27 +14,27 @@ from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
 Runnable = Callable[[], None]
 Source = Callable[[GraphRun, str], Tensor]
-"""A launch's weight by its name in the graph."""
+"""Returns the weight of a graph run by its name in the graph."""
 
 
 class Memory(Protocol):
-    """Gives a session its buffers, and launches their weights."""
+    """Gives a session its buffers, and graph runs their weights."""
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
-        """The buffers of a stage that begins; those of the stage before may be gone."""
+        """Return the buffers of a stage that begins. The buffers of the stage before it may be lost."""
         ...
 
     def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
-        """A launch's weights, by their names in the graph."""
+        """The weights of a graph run by their names in the graph."""
         ...
 
     def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
-        """A program's launches, seen to that their weights are there when they run."""
+        """The graph runs of a program, wrapped so that their weights are in place when they run."""
         ...
 
 
 class Unbounded:
-    """Every buffer its own, weights wherever the backend has them."""
+    """Memory without a limit: each buffer has its own, and weights stay where the backend keeps them."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, weight: Source) -> None:
         self.device, self.dtype, self.weight = device, dtype, weight
@@ -50,7 +50,7 @@ class Unbounded:
 
 
 class _Buffers(dict[str, Tensor]):
-    """Buffers that are made when they are asked for."""
+    """Buffers that are allocated when they are first asked for."""
 
     def __init__(self, specs: Mapping[str, BufferSpec], device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,11 +63,11 @@ class _Buffers(dict[str, Tensor]):
 
 
 class Arena:
-    """One piece of memory for all stages, see `memory_plan`.
+    """One piece of memory for all stages, laid out by a `MemoryPlan`.
 
     Args:
-        mover: copies into the slots it is given.
-        weight: where weights that have no slot are.
+        mover: Creates what copies weights into the slots it is given.
+        weight: Returns the weights that have no slot.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Arena:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A launch that finds its weights in their slot."""
+    """A bound graph run whose weights are in their slot when it runs."""
 
     arena: Arena
     schedule: Schedule
@@ -126,6 +126,6 @@ class Guarded:
         self.arena.residency.run(self.turn, self.bound)
 
     def check(self) -> None:
-        """Refuse to run in memory that is another stage's by now."""
+        """Refuse to run if the memory has since been given to another stage."""
         if self.arena.entered is not self.schedule:
-            raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage since")
+            raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage")

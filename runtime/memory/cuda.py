@@ -1,6 +1,6 @@
-"""What the `trt` backend asks of CUDA, through PyTorch: two streams, events between them, pinned memory, graphs.
+"""CUDA for the `trt` backend, through PyTorch: two streams, events between them, pinned memory and CUDA graphs.
 
-Has not run on a GPU; tests put a stand-in in its place.
+This module has not run on a GPU; tests use a stand-in for it.
 """
 
 import ctypes
@@ -21,11 +21,11 @@ from wanforge.runtime.memory.residency import Group, GroupName
 Event = Any
 
 KEPT_FREE = 4_000_000_000
-"""Bytes of the machine's memory that pinning leaves alone."""
+"""Bytes of the machine's memory that are never pinned."""
 
 
 class Cuda:
-    """One GPU: a stream that computes, which becomes PyTorch's current one, and one that copies.
+    """One GPU with two streams: one that computes and becomes PyTorch's current stream, and one that copies.
 
     Raises:
         ResourceError: PyTorch sees no GPU.
@@ -33,10 +33,10 @@ class Cuda:
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise ResourceError("the backend trt needs an NVIDIA GPU, and PyTorch sees none; see: wanforge doctor")
+            raise ResourceError("the backend trt needs an NVIDIA GPU, and PyTorch sees none; run: wanforge doctor")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.computing, self.copying = torch.cuda.Stream(), torch.cuda.Stream()
-        torch.cuda.set_stream(self.computing)  # TensorRT wants one that is not the default
+        torch.cuda.set_stream(self.computing)  # TensorRT needs a stream that is not the default one
 
     @property
     def sm(self) -> int:
@@ -45,21 +45,23 @@ class Cuda:
 
     @property
     def name(self) -> str:
-        """GPU and driver, as a file may be called."""
+        """The names of the GPU and its driver, in a form that fits a file name."""
         properties = torch.cuda.get_device_properties(self.device)
         return f"{properties.name} {driver_version()}".replace(" ", "-").replace("/", "-")
 
     def free_bytes(self) -> int:
-        """Of the GPU's memory."""
+        """The free bytes of the GPU's memory."""
         return torch.cuda.mem_get_info(self.device)[0]
 
     def stream(self) -> int:
-        """The current stream: the computing one, or one that is being captured."""
+        """The handle of the current stream: the computing stream, or one that is being captured."""
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def pinned(self, size: int) -> Tensor | None:
-        """Memory of the machine that a GPU copies from by itself; None where the driver gives no more of it. Not
-        PyTorch's own, which is rounded up to a power of two."""
+        """Host memory that a GPU can copy from directly, or None where the driver gives no more of it.
+
+        It does not come from PyTorch's own allocator, which rounds sizes up to a power of two.
+        """
         memory = torch.empty(size, dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)):
@@ -68,7 +70,11 @@ class Cuda:
         return memory
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event) -> Event:
-        """Copy each second tensor into the first, on the copying stream, after an event; gives the event of its end."""
+        """Copy the second tensor of each pair into the first, on the copying stream, once an event has happened.
+
+        Returns:
+            The event that marks the end of the copies.
+        """
         self.copying.wait_event(after)
         with torch.cuda.stream(self.copying):
             for target, source in pairs:
@@ -76,15 +82,15 @@ class Cuda:
         return self.copying.record_event()
 
     def mark(self) -> Event:
-        """An event after all that was launched up to now."""
+        """Record an event that follows everything launched so far."""
         return torch.cuda.current_stream(self.device).record_event()
 
     def wait(self, event: Event) -> None:
-        """Let what is launched from now on wait for an event."""
+        """Make everything launched from now on wait for an event."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture what a function launches into a graph, which the result replays. Nothing runs meanwhile."""
+        """Capture what a function launches in a CUDA graph, without running it; return a function that replays it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.computing, capture_error_mode="thread_local"):
             work()
@@ -92,12 +98,12 @@ class Cuda:
         return replay
 
     def synchronise(self) -> None:
-        """Wait until everything launched is done, copies as well."""
+        """Wait until everything launched has finished, including copies."""
         torch.cuda.current_stream(self.device).synchronize()
         self.copying.synchronize()
 
     def reclaim(self) -> None:
-        """Give memory that is no longer used back to the GPU, once nothing runs that might use it."""
+        """Return unused memory to the GPU, once nothing is running that might use it."""
         self.synchronise()
         gc.collect()
         torch.cuda.empty_cache()
@@ -106,13 +112,13 @@ class Cuda:
 class StreamMover:
     """Copies groups into slots on the copying stream.
 
-    Groups that share a slot are copied again and again: each is kept packed in pinned memory, while there is enough.
+    Groups that are copied more than once are kept packed in pinned memory as long as there is enough of it.
 
     Args:
-        slots: the bytes of each.
-        source: the mapped tensors of a component.
-        returning: groups that will be copied more than once.
-        packed: where those are kept.
+        slots: The memory of each slot.
+        source: Returns the mapped tensors of a component.
+        returning: Groups that will be copied more than once.
+        packed: Where those groups are kept packed.
     """
 
     def __init__(
@@ -125,7 +131,7 @@ class StreamMover:
     ) -> None:
         self.cuda, self.slots, self.source, self.returning, self.packed = cuda, slots, source, returning, packed
         self._ready: dict[int, Event] = {}
-        # What used this memory before the slots were in it must be done with it, too.
+        # Work that used this memory before the slots existed must also finish before a slot is written.
         self._released: dict[int, Event] = dict.fromkeys(range(len(slots)), cuda.mark())
 
     def fetch(self, slot: int, group: Group) -> None:
@@ -140,7 +146,7 @@ class StreamMover:
         return [(view, tensors[name]) for name, view in group.views(memory).items()]
 
     def _pack(self, group: Group, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a group in pinned memory, if there is enough of it."""
+        """Keep a copy of a group in pinned memory if there is enough of it."""
         if available_bytes() <= group.bytes + KEPT_FREE or (packed := self.cuda.pinned(group.bytes)) is None:
             return
         for name, view in group.views(packed).items():
@@ -156,10 +162,10 @@ class StreamMover:
 
 
 def driver_version() -> str:
-    """The newest CUDA that NVIDIA's driver here can run; empty where there is no driver.
+    """The newest CUDA version that the installed NVIDIA driver supports; empty where there is no driver.
 
     Raises:
-        ResourceError: there is one, and it does not answer.
+        ResourceError: The driver is installed but does not answer.
     """
     try:
         library = ctypes.CDLL("libcuda.so.1")
@@ -172,10 +178,10 @@ def driver_version() -> str:
 
 
 def cache_folder() -> Path:
-    """Where TensorRT-RTX's own caches are kept."""
+    """The folder of TensorRT-RTX's own cache files."""
     return kernel_cache().with_name("tensorrt")
 
 
 def cache_file(library: str, gpu: str) -> Path:
-    """The one for a version, a GPU and its driver."""
+    """The cache file for a version of the library, a GPU and its driver."""
     return cache_folder() / f"{library.replace(' ', '-')}-{gpu}.cache"

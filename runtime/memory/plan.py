@@ -1,16 +1,16 @@
-"""Where everything lies in a GPU's memory through a request, and which weights stay there.
+"""The layout of a GPU's memory during a request, and which weights stay there.
 
     offset 0                                                                              arena's end
-    | workspace | buffers of the stage that runs …          … | slot n | …… | slot 1 | slot 0 |
+    | workspace | buffers of the running stage …            … | slot n | …… | slot 1 | slot 0 |
 
-A request is a row of stages (text, image, denoising, decoding) that run one after the other, so they use the same
-memory. Weights lie in slots, see `residency`; a stage that needs more than what lies before the slots runs over those
-that it does not use itself, whose weights are fetched again when they are needed.
+A request consists of stages (text, image, denoising, decoding) that run one after the other, so they use the same
+memory. Weights lie in slots, see `residency`. A stage that needs more than the memory before the slots overruns slots
+that it does not use itself; their weights are fetched again when they are needed.
 
-The ways to keep weights, from the fastest on: everything has a slot of its own; what a request uses once (the text
-encoder, keys and values of the text) passes through two slots; the two experts' layers share slots, so that one
-replaces the other; layers pass through the two slots as well, all but as many as there is room for, evenly spread, so
-that those that stay give the others time to arrive.
+The ways to keep weights, fastest first: every group has a slot of its own; groups that a request uses only once (the
+text encoder, the keys and values of the text) pass through two slots; the layers of the two experts share slots, so
+that one expert replaces the other; layers pass through the two slots as well, except for as many as there is room for.
+The layers that stay are evenly spread, which gives the others time to arrive.
 """
 
 from collections import Counter
@@ -34,21 +34,21 @@ from wanforge.runtime.reference.sampler import schedule as sampler_steps
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
 
 RESERVE = 1_000_000_000
-"""Bytes of a GPU that are left to CUDA's context, the library and a desktop: an assumption, not measured."""
+"""Bytes of a GPU left to the CUDA context, the library and a desktop: an assumption, not a measurement."""
 
 RING = (0, 1)
-"""The slots that groups pass through, where they do."""
+"""The slots that streamed groups pass through."""
 
 Slots = dict[GroupName, int]
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What a stage needs beside weights.
+    """The memory of a stage, apart from weights.
 
     Attributes:
-        workspace_bytes: of the intermediate tensors of its largest graph: they run one after the other.
-        buffer_bytes: of what its graphs hand on.
+        workspace_bytes: Bytes of the intermediate tensors of its largest graph, since graphs run one after the other.
+        buffer_bytes: Bytes of the tensors that its graphs pass on.
     """
 
     workspace_bytes: int
@@ -64,10 +64,10 @@ class MemoryPlan:
     """The layout of an arena.
 
     Attributes:
-        residency: how weights are kept, in words.
-        groups: all weights that have a slot.
-        slots: the slot of each group.
-        places: offset and size of each slot.
+        residency: A description of how weights are kept.
+        groups: All groups of weights that have a slot.
+        slots: The slot of each group.
+        places: Offset and size of each slot, in bytes.
     """
 
     residency: str
@@ -79,27 +79,27 @@ class MemoryPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Of all groups, whether they stay or not."""
+        """The bytes of all groups, whether they stay or are streamed."""
         return sum(group.bytes for group in self.groups.values())
 
     def overrun(self, stage: str) -> list[int]:
-        """The slots that a stage runs over."""
+        """The slots whose memory a stage overruns."""
         return [slot for slot, (offset, _) in enumerate(self.places) if offset < self.stages[stage].extent]
 
     def returning(self) -> frozenset[GroupName]:
-        """Groups that are copied once and again: they share a slot, or a stage runs over it."""
+        """The groups that are copied repeatedly, because they share a slot or a stage overruns it."""
         tenants = Counter(self.slots.values())
         lost = {slot for stage in self.stages for slot in self.overrun(stage)}
         return frozenset(name for name, slot in self.slots.items() if tenants[slot] > 1 or slot in lost)
 
     def peak_bytes(self, stage: str) -> int:
-        """Of the arena, while a stage runs: what it needs itself, and the weights that stay."""
+        """The bytes of the arena in use while a stage runs: its own memory and the weights that stay."""
         lost = self.overrun(stage)
         kept = sum(size for slot, (_, size) in enumerate(self.places) if slot not in lost)
         return self.stages[stage].extent + kept
 
     def check(self, schedule: Schedule, itemsize: int) -> None:
-        """Refuse a schedule of another clip than the plan is for."""
+        """Refuse a schedule that needs more than was planned, as one for a larger clip does."""
         stage, needed = self.stages[schedule.stage], buffers_bytes(schedule, itemsize)
         if needed > stage.buffer_bytes:
             raise RuntimeError(
@@ -107,7 +107,7 @@ class MemoryPlan:
             )
 
     def buffer_offsets(self, schedule: Schedule, itemsize: int) -> dict[str, int]:
-        """Where a schedule's buffers lie."""
+        """The offset of each buffer of a schedule, in bytes."""
         offsets, position = {}, aligned(self.stages[schedule.stage].workspace_bytes)
         for name, spec in schedule.buffers.items():
             offsets[name] = position
@@ -117,12 +117,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What moving weights costs a request, after one like it.
+    """The cost of moving weights for a request that follows one like it.
 
     Attributes:
-        bytes: copied to the GPU.
-        copy_seconds: that copying takes.
-        stall_seconds: of it, in which nothing is computed; the rest hides behind computing.
+        bytes: Bytes copied to the GPU.
+        copy_seconds: Time that copying takes.
+        stall_seconds: The part of that time in which nothing is computed; the rest is hidden behind computing.
     """
 
     bytes: int
@@ -131,24 +131,24 @@ class Traffic:
 
 
 def buffer_bytes(spec: BufferSpec, itemsize: int) -> int:
-    """Of a buffer, with what follows it up to where the next may start.
+    """The bytes of a buffer, including the padding up to where the next may start.
 
     Args:
-        itemsize: bytes of the compute type.
+        itemsize: Bytes of one element of the compute type.
     """
     element_bytes = itemsize if spec.dtype == "compute" else BY_NAME[spec.dtype].bits // 8
     return aligned(prod(spec.shape) * element_bytes)
 
 
 def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
-    """Of all buffers of a schedule."""
+    """The bytes of all buffers of a schedule."""
     return sum(buffer_bytes(spec, itemsize) for spec in schedule.buffers.values())
 
 
 def request_schedules(
     model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape
 ) -> list[Schedule]:
-    """The stages of the largest request for a clip: the longest prompt, the most steps, every key block."""
+    """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block."""
     most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}
     steps = sampler_steps(MAX_STEPS, model.sampler.sigma_max, model.sampler.boundary)
     experts = [step.expert for step in steps]
@@ -168,7 +168,7 @@ def plan_request(
     itemsize: int,
     budget: float,
 ) -> MemoryPlan:
-    """The plan for any request for a clip, see `plan_memory`."""
+    """The memory plan for any request for a clip, see `plan_memory`."""
     schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
     groups = groups_of(schedules, graphs, lambda component: read_header(bundle.weights(component)).tensors)
     return plan_memory(groups, schedules, workspaces, itemsize, budget)
@@ -181,16 +181,16 @@ def plan_memory(
     itemsize: int,
     budget: float,
 ) -> MemoryPlan:
-    """The fastest way to keep weights that fits.
+    """Return the memory plan with the fastest way to keep weights that fits.
 
     Args:
-        groups: all weights of `schedules`, see `residency.groups_of`.
-        workspaces: bytes of intermediate tensors of each graph, where they are to be in the arena.
-        itemsize: bytes of the compute type.
-        budget: bytes of the arena.
+        groups: All groups of weights of `schedules`, see `residency.groups_of`.
+        workspaces: Bytes of the intermediate tensors of each graph that keeps them in the arena.
+        itemsize: Bytes of one element of the compute type.
+        budget: The most bytes that the arena may have.
 
     Raises:
-        ResourceError: not even passing every layer through two slots fits.
+        ResourceError: Nothing fits, not even with every layer streamed through two slots.
     """
     stages = {
         schedule.stage: StageMemory(
@@ -209,13 +209,13 @@ def plan_memory(
     tightest = max(stages, key=lambda name: stages[name].extent)
     raise ResourceError(
         f"this takes at least {plan.arena_bytes / 1e9:.3g} GB of memory with every layer streamed "
-        f"({stages[tightest].extent / 1e9:.3g} GB of it for {tightest} itself), and {max(0, budget) / 1e9:.3g} GB are "
-        "there; make the clip smaller or shorter"
+        f"({stages[tightest].extent / 1e9:.3g} GB of it for {tightest} itself), but only {max(0, budget) / 1e9:.3g} GB "
+        "are available; make the clip smaller or shorter"
     )
 
 
 def ways(groups: Mapping[GroupName, Group], schedules: Sequence[Schedule]) -> Iterator[tuple[str, Slots]]:
-    """Every way to keep weights, from the fastest on."""
+    """Every way to keep weights, fastest first: its description and the slot of each group."""
     of_steps = {
         group_name(graph_run)
         for schedule in schedules
@@ -254,10 +254,10 @@ def lay_out(
     used: Mapping[str, Sequence[GroupName]],
     budget: float,
 ) -> MemoryPlan:
-    """Slots from the arena's end down, as far apart from the stages as `budget` allows.
+    """Place slots downwards from the arena's end, as far from the stages' own memory as `budget` allows.
 
     Args:
-        used: the groups of each stage.
+        used: The groups that each stage uses.
     """
     slot_bytes = [0] * (1 + max(slots.values()))
     for name, slot in slots.items():
@@ -272,10 +272,10 @@ def lay_out(
 
 
 class Clock:
-    """A `Mover` that only counts time: one engine that copies, one that computes.
+    """A `Mover` that only counts the time of one copying engine and one computing engine.
 
     Args:
-        bytes_per_second: of copies to the GPU.
+        bytes_per_second: Speed of copies to the GPU.
     """
 
     def __init__(self, bytes_per_second: float) -> None:
@@ -299,17 +299,17 @@ class Clock:
         self._free[slot] = self.computing
 
     def compute(self, seconds: float) -> None:
-        """Let a launch take its time."""
+        """Count the time of a graph run."""
         self.computing += seconds
 
 
 def traffic(
     plan: MemoryPlan, schedules: Sequence[Schedule], bytes_per_second: float, seconds: Callable[[GraphRun], float]
 ) -> Traffic:
-    """What moving weights costs the second of two requests.
+    """The cost of moving weights for the second of two equal requests.
 
     Args:
-        seconds: that a launch computes.
+        seconds: Returns the computing time of a graph run.
     """
     clock = Clock(bytes_per_second)
     residency = Residency(plan.groups, plan.slots, clock)

@@ -1,13 +1,13 @@
 """Weights on a device that need not hold them all: slots of memory, each with one tenant at a time.
 
-A *group* is the weights that one launch takes: those of one layer, mostly. Each has a slot; where groups share one,
-they take turns, and the next one's copy starts as soon as the last launch of the one before is done. That is all there
-is to it: everything resident is a slot for each group, two experts that swap are layers of both in the same slots,
-streamed layers take turns in two slots, so that one is copied while the other computes. The results are the same
-bits, for what a launch reads are the same bytes.
+A *group* is the weights of one graph run, usually those of one layer. Each group has a slot. Groups that share a slot
+take turns in it, and the copy of the next group starts as soon as the last graph run with the previous one is done.
+This covers every case: weights that all stay resident have a slot for each group, two experts that replace each other
+have their layers in the same slots, and streamed layers take turns in two slots, so that one is copied while the other
+computes. The results are bit for bit the same, because a graph run always reads the same bytes.
 
-Who copies, and how one waits for it, is a `Mover`: a thread on the CPU, a stream beside the computing one on a GPU, a
-clock in the memory plan, which so counts what really happens.
+A `Mover` does the copying and the waiting: a thread on the CPU, a stream beside the computing stream on a GPU, and a
+clock for the memory plan, which therefore counts what really happens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,11 +26,11 @@ from wanforge.runtime.graphs import Graph
 from wanforge.runtime.schedule import GraphRun, Schedule
 
 ALIGNMENT = 256
-"""Bytes: what a tensor's place in a slot is a multiple of; TensorRT wants its inputs so."""
+"""Bytes of which a tensor's offset in its slot is a multiple, as TensorRT expects of its inputs."""
 
 
 class GroupName(NamedTuple):
-    """Whose weights, and of which graph: a layer's ``block`` and ``cross_kv`` are two groups."""
+    """A group's component, layer prefix and graph: a layer's ``block`` and ``cross_kv`` are two groups."""
 
     component: str
     prefix: str
@@ -39,12 +39,12 @@ class GroupName(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """The weights of a launch.
+    """The weights of a graph run.
 
     Attributes:
-        tensors: by name in the component's file.
-        offsets: of each in its slot, in bytes.
-        bytes: that it needs of a slot.
+        tensors: The tensors by their names in the component's file.
+        offsets: The offset of each tensor in the slot, in bytes.
+        bytes: The size of the slot that the group needs.
     """
 
     name: GroupName
@@ -53,7 +53,7 @@ class Group:
     bytes: int
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """The tensors at their places in a slot's bytes."""
+        """The tensors as views of a slot's memory."""
         return {
             name: memory[offset : offset + spec.nbytes].view(STORED[spec.dtype]).view(spec.shape)
             for (name, spec), offset in zip(self.tensors.items(), self.offsets.values(), strict=True)
@@ -61,23 +61,24 @@ class Group:
 
 
 def aligned(size: int) -> int:
-    """The next multiple of `ALIGNMENT`."""
+    """A size rounded up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def group_name(graph_run: GraphRun) -> GroupName:
-    """Of the weights that a launch takes."""
+    """The name of the group that a graph run uses."""
     return GroupName(graph_run.component, graph_run.prefix, graph_run.graph)
 
 
 def groups_of(
     schedules: Iterable[Schedule], graphs: Mapping[str, Graph], specs: Callable[[str], Mapping[str, TensorSpec]]
 ) -> dict[GroupName, Group]:
-    """Every group of some schedules, in the order of their first use. Graphs that carry their weights, or run on the
-    host, have none.
+    """Every group that some schedules use, in the order of their first use.
+
+    Graphs that contain their weights as constants, or run on the host, have no group.
 
     Args:
-        specs: the tensors of a component.
+        specs: Returns the tensors of a component.
     """
     found: dict[GroupName, Group] = {}
     known = cache(specs)
@@ -100,11 +101,11 @@ def _group(name: GroupName, tensors: Mapping[str, TensorSpec]) -> Group:
 
 @dataclass(frozen=True)
 class Turn:
-    """A launch in its place among others.
+    """A graph run and its place in the order of runs.
 
     Attributes:
-        group: its weights; None where it has none in a slot.
-        follower: the next group that the slot is needed for, where that is another.
+        group: Its weights; None where none of them are in a slot.
+        follower: The next group that the slot is needed for, if that is another one.
     """
 
     graph_run: GraphRun
@@ -113,26 +114,26 @@ class Turn:
 
 
 class Mover(Protocol):
-    """Copies groups into slots, beside the computing."""
+    """Copies groups into slots while the computing goes on."""
 
     def fetch(self, slot: int, group: Group) -> None:
-        """Start to copy a group, once launches that were released read the slot no more."""
+        """Start copying a group once the graph runs before the slot's last release no longer read it."""
         ...
 
     def wait(self, slot: int) -> None:
-        """Let what is launched from now on wait for the slot's copy."""
+        """Make everything launched from now on wait for the slot's copy."""
         ...
 
     def release(self, slot: int) -> None:
-        """What was launched up to now is the last to read the slot's tenant."""
+        """Note that no work launched after this point reads the slot's tenant."""
         ...
 
 
 class ThreadMover:
-    """Copies on the CPU in a thread of its own; launches there are done when they return.
+    """Copies on the CPU in a separate thread. Graph runs there are finished when they return.
 
     Args:
-        source: the tensors of a component.
+        source: Returns the tensors of a component.
     """
 
     def __init__(self, slots: Sequence[Tensor], source: Callable[[str], Mapping[str, Tensor]]) -> None:
@@ -158,11 +159,11 @@ class ThreadMover:
 
 
 class Residency:
-    """Which group is in which slot, and what is to be copied next.
+    """Tracks which group is in which slot, and what has to be copied next.
 
     Args:
-        groups: every group there is.
-        slots: the slot of each.
+        groups: All groups.
+        slots: The slot of each group.
     """
 
     def __init__(self, groups: Mapping[GroupName, Group], slots: Mapping[GroupName, int], mover: Mover) -> None:
@@ -172,16 +173,16 @@ class Residency:
         self._coming: set[int] = set()
 
     def lend(self, slots: Iterable[int]) -> None:
-        """From now on these slots' memory is used for something else; that of those lent before is no more."""
+        """Lend the memory of these slots to another use from now on; slots lent before are taken back."""
         for slot in self._lent:
             self.mover.release(slot)
         self._lent = list(slots)
         for slot in self._lent:
-            self._wait(slot)  # a copy on its way would land in what comes next
+            self._wait(slot)  # a copy still under way would overwrite what comes next
             self._tenants.pop(slot, None)
 
     def turns(self, schedule: Schedule) -> list["Turn"]:
-        """A schedule's launches, each with what its slot is needed for next."""
+        """The graph runs of a schedule, each with the group that its slot is needed for next."""
         coming: dict[int, GroupName] = {}
         found = []
         for graph_run in reversed(list(schedule.graph_runs())):
@@ -196,7 +197,7 @@ class Residency:
         return found[::-1]
 
     def begin(self, turns: Iterable["Turn"]) -> None:
-        """Start copying what these launches need first, of every slot that has another tenant."""
+        """Start copying, into every slot that holds another group, the first group that these runs need there."""
         first: dict[int, GroupName] = {}
         for name in (turn.group for turn in turns if turn.group is not None):
             first.setdefault(self.slots[name], name)
@@ -204,7 +205,7 @@ class Residency:
             self._fetch(slot, name)
 
     def run(self, turn: "Turn", compute: Callable[[], None]) -> None:
-        """Launch with the weights in their slot, and hand the slot on."""
+        """Compute with the weights in their slot, then start copying the slot's next group."""
         if turn.group is None:
             compute()
             return
@@ -217,13 +218,13 @@ class Residency:
             self._fetch(slot, turn.follower)
 
     def run_settled(self, turns: Iterable["Turn"], compute: Callable[[], None]) -> None:
-        """Run launches that `are_settled` all at once."""
+        """Compute, in a single call, graph runs for which `are_settled` holds."""
         compute()
         for slot in {self.slots[turn.group] for turn in turns if turn.group is not None}:
             self.mover.release(slot)
 
     def are_settled(self, turns: Iterable["Turn"]) -> bool:
-        """Whether these launches find all their weights in place and copy nothing, now and when they are repeated."""
+        """Whether all weights of these graph runs are in place and nothing is copied, now or when they are repeated."""
         return all(turn.group is None or (turn.follower is None and self._is_there(turn.group)) for turn in turns)
 
     def _is_there(self, name: GroupName) -> bool:
@@ -238,7 +239,7 @@ class Residency:
             self._coming.add(slot)
 
     def _wait(self, slot: int) -> None:
-        """Wait for the slot's copy; one that failed leaves nothing there."""
+        """Wait for the slot's copy. A copy that failed leaves the slot empty."""
         if slot in self._coming:
             self._coming.remove(slot)
             try:

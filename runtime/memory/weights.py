@@ -1,5 +1,8 @@
-"""A bundle's weights as tensors that are the mapped file itself: nothing is read before it is used, nothing copied,
-unless they are read by another recipe than the bundle's."""
+"""A bundle's weights as tensors backed by the mapped files.
+
+Nothing is read before it is used, and nothing is copied unless the weights are read with another recipe than the
+bundle's.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,21 +29,21 @@ class Weights:
         self._mapping = Lock()
 
     def files(self) -> list[str]:
-        """Every component's file, by path in the bundle."""
+        """The path of every component's file within the bundle."""
         return [weights_name(component) for component in components(self.bundle.model)]
 
     def component(self, name: str) -> dict[str, Tensor]:
-        """Every tensor of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder`` by canonical name."""
-        with self._mapping:  # a second mapping would take the first from under whoever has its address
+        """The tensors of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``, by canonical name."""
+        with self._mapping:  # a second mapping would free the first while its address may still be in use
             if name not in self._mapped:
                 self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
 
     def of(self, run: GraphRun, name: str) -> Tensor:
-        """The weight of a graph's run by its name in the graph.
+        """The weight of a graph run by its name in the graph.
 
-        Where the bundle is read by a recipe that quantises and holds the unquantised weight, 8-bit weights are made of
-        it, with the bytes that an import gives, and kept.
+        Where the bundle is read with a recipe that quantises but holds the unquantised weight, the 8-bit weights are
+        computed from it, with the same bytes as an import would write, and kept.
         """
         tensors, full_name = self.component(run.component), run.prefix + name
         if full_name not in tensors:
@@ -63,8 +66,8 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file on the CPU, sharing the file's pages. They must not be written to.
 
     Raises:
-        CheckpointError: the file is damaged.
-        BundleError: A tensor lies at an address that is no multiple of its elements' size.
+        CheckpointError: The file is damaged.
+        BundleError: The offset of a tensor is not a multiple of its element size.
     """
     header = read_header(path)
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)

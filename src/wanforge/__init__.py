@@ -1,6 +1,6 @@
 """Compile TurboDiffusion's distilled Wan video models and run them.
 
-Everything that `__all__` names is imported when it is first used, so `import wanforge` itself loads no PyTorch.
+The names in `__all__` are imported when they are first used, so `import wanforge` itself loads no PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any

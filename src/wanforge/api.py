@@ -1,6 +1,6 @@
-"""The way from checkpoint files to a clip as five functions; `import wanforge` offers them under its own name.
+"""The five public functions, which lead from checkpoint files to a clip; the `wanforge` package re-exports them.
 
-They take folders as text or as paths and print nothing. What a user can get wrong raises a `WanforgeError`.
+They take folders as strings or paths and print nothing. Errors that a user can cause are raised as a `WanforgeError`.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -35,23 +35,23 @@ def load(bundle: str | Path, backend: str = AUTO, memory: float | None = None) -
     Args:
         bundle: The bundle's folder.
         backend: ``torch``, ``ort``, ``kernels``, ``trt``, or ``auto`` for the fastest that can run here.
-        memory: Gigabytes to keep to, by streaming the weights that do not fit.
+        memory: Memory budget in gigabytes, which is kept by streaming the weights that do not fit.
 
     Returns:
         A pipeline; see `Pipeline.generate`.
 
     Raises:
         BundleError: The folder is not a bundle, or a file of it is missing or damaged.
-        ConfigError: There is no such backend, or it keeps to no budget of memory.
+        ConfigError: There is no such backend, or it cannot keep to a memory budget.
     """
     return open_pipeline(Bundle.open(Path(bundle)), backend, None if memory is None else memory * 1e9)
 
 
 class ImportSettings(TypedDict, total=False):
-    """What `import_checkpoint` takes besides files.
+    """The settings of `import_checkpoint`, besides the files.
 
     Attributes:
-        recipe: Name of a recipe, or a TOML file; by default what the files are.
+        recipe: Name of a recipe, or a TOML file; by default the recipe follows from the files.
         link: Link to canonical safetensors files instead of copying them.
         replace: Overwrite an existing bundle.
     """
@@ -76,13 +76,13 @@ def import_checkpoint(
         model: Name of a model, or a TOML file.
         files: A file for each component of the model (``dit``, or ``dit.high`` and ``dit.low``; ``vae``;
             ``text_encoder``) and the ``tokenizer``. TinyWan needs none: its files come with the package.
-        on_progress: Told a component, how many of its bytes are written, and how many there are.
+        on_progress: Called with a component, the number of its bytes written so far, and their total.
         settings: See `ImportSettings`.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or of another model.
+        CheckpointError: A file is missing, damaged, or belongs to another model.
         BundleError: The folder is a bundle already.
-        ResourceError: The disk is too small.
+        ResourceError: The disk has too little space.
     """
     config = load_model(model)
     sources = embedded(config) if files is None else sources_of(files)
@@ -126,12 +126,12 @@ def export(
 
 
 class BuildSettings(TypedDict, total=False):
-    """What `build` takes besides targets; what is left out follows from the model.
+    """The settings of `build`, besides the targets; the model provides those that are left out.
 
     Attributes:
-        size: Width and height in pixels, or a name of the table of resolutions (``480p``, at 16:9).
+        size: Width and height in pixels, or a name from the table of resolutions (``480p``, at 16:9).
         frames: Number of frames.
-        smaller: Whether the engines are to serve smaller and shorter clips as well.
+        smaller: Whether the engines also serve smaller and shorter clips.
     """
 
     size: tuple[int, int] | str
@@ -142,7 +142,7 @@ class BuildSettings(TypedDict, total=False):
 def build(
     bundle: str | Path, targets: str, *, on_progress: Progress = silent, **settings: Unpack[BuildSettings]
 ) -> list[EngineResult]:
-    """Compile a bundle's graphs into engines, for GPUs that need not be here.
+    """Compile a bundle's graphs into engines for GPUs; those that TensorRT-RTX supports need not be in this machine.
 
     Args:
         targets: GPUs by name or architecture, separated by commas: ``rtx5090,sm_89``, or ``all``.
@@ -150,7 +150,7 @@ def build(
 
     Raises:
         ConfigError: There is no such GPU.
-        ResourceError: A library is not installed, or there is too little memory.
+        ResourceError: A library is not installed, TensorRT lacks the GPU, or there is too little memory.
         WanforgeError: A graph does not compile.
     """
     opened = Bundle.open(Path(bundle))
@@ -175,14 +175,14 @@ def parity(
     """Compare a backend with the reference.
 
     Args:
-        prompt: What the clip shows that is compared.
+        prompt: The prompt of the clip that is compared.
         image: Its first frame, for image-to-video models.
         backend: The backend that is compared.
         depths: Any of ``op``, ``block``, ``step`` and ``clip``.
         settings: See `runtime.request.Settings`.
 
     Returns:
-        What was found; `Parity.passed` says whether every limit is met.
+        All comparisons; `Parity.passed` says whether every limit is met.
 
     Raises:
         RequestError, ConfigError, BundleError: The request or the backend does not fit this bundle.

@@ -1,4 +1,4 @@
-"""The front door: names every command and imports its module only when it is used."""
+"""The command line, which lists every command and imports its module only when it is used."""
 
 import errno
 import sys
@@ -10,7 +10,7 @@ import click
 from wanforge.errors import WanforgeError, memory_errors
 from wanforge.version import version_text
 
-# In the order of a model's way; the summaries stand here so that `wanforge --help` imports no torch.
+# In the order in which a user needs them; the summaries are here so that `wanforge --help` imports no torch.
 COMMANDS = {
     "synth": (
         "wanforge.exporter.commands.synth:synth",
@@ -23,7 +23,7 @@ COMMANDS = {
     "export": ("wanforge.exporter.commands.export:export", "Write a bundle's ONNX graphs."),
     "kernels": (
         "wanforge.runtime.commands.kernels:kernels",
-        "Compile the GPU kernels and list the resources they take.",
+        "Compile the GPU kernels and list the resources that they use.",
     ),
     "build": ("wanforge.runtime.commands.build:build", "Compile a bundle's graphs into engines for GPUs."),
     "inspect": (
@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "suite": (
         "wanforge.exporter.commands.suite:suite",
-        "Measure what any machine can: export, build, host overhead, ONNX Runtime.",
+        "Measure what needs no GPU: export, build, host overhead, ONNX Runtime.",
     ),
     "scaling": (
         "wanforge.exporter.commands.scaling:scaling",
@@ -94,7 +94,7 @@ class LazyCommands(click.Group):
         except OSError as error:
             where = f" at {error.filename}" if error.filename else ""
             match error.errno:
-                case None | errno.EPIPE:  # not the system's, or click's to end quietly
+                case None | errno.EPIPE:  # not a system error, or one that click ends quietly
                     raise
                 case errno.ENOSPC | errno.EDQUOT:
                     advice = "free some space or choose another place"
@@ -104,7 +104,7 @@ class LazyCommands(click.Group):
 
 
 def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) -> None:
-    """Print the version, and the commit where this runs from a checkout."""
+    """Print the version, and the commit if this runs from a checkout."""
     if is_asked and not ctx.resilient_parsing:
         click.echo(f"wanforge {version_text()}")
         ctx.exit()
@@ -117,7 +117,7 @@ def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) ->
     expose_value=False,
     is_eager=True,
     callback=show_version,
-    help="Show the version, and the commit where this runs from a checkout, and exit.",
+    help="Show the version, and the commit if this runs from a checkout, and exit.",
 )
 def cli() -> None:
     """Compile TurboDiffusion's distilled Wan video models, and run them.
@@ -127,7 +127,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 refused with a message, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit with 0 for success, 1 for an error, 2 for wrong usage, or 130 for an interrupt."""
     try:
         code = cli.main(standalone_mode=False)
     except click.Abort:

@@ -1,8 +1,8 @@
-"""What a user can get wrong. Each message says what is wrong, what was found, and what to do.
+"""The errors that a user can cause. Each message says what is wrong, what was found, and what to do.
 
     WanforgeError
     ├── ConfigError        a TOML file, a model, target or recipe name, a resolution or frame count
-    ├── CheckpointError    a file that upstream publishes: missing, truncated, of another model
+    ├── CheckpointError    a file that upstream publishes: missing, truncated, from another model
     ├── BundleError        a bundle: incomplete, damaged, stale
     ├── RequestError       one generation request: prompt, image, steps, top-k
     ├── ShapeError         tensors handed to an op or a module
@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
-"""How PyTorch and ONNX Runtime, which have no exception for it, say that an allocation failed."""
+"""How PyTorch and ONNX Runtime word a failed allocation, for which they have no exception type."""
 
 
 class WanforgeError(Exception):
-    """Base of everything that a user can cause and cure."""
+    """Base of all errors that a user can cause and fix."""
 
 
 class ConfigError(WanforgeError, ValueError):
@@ -30,7 +30,7 @@ class ConfigError(WanforgeError, ValueError):
 
 
 class CheckpointError(WanforgeError):
-    """A checkpoint file is missing, damaged, or not what it was said to be."""
+    """A checkpoint file is missing, damaged, or not what the user said it was."""
 
 
 class BundleError(WanforgeError):
@@ -56,7 +56,7 @@ def join_names(names: Sequence[str]) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
-    """What to say of a name that is not known: the nearest one, then all of them."""
+    """The message for an unknown name: the nearest known name, then all of them."""
     near = get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {kind} is called {name!r}; {hint}known: {', '.join(known)}"
@@ -64,7 +64,7 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn every library's way of saying that memory ran out into a `ResourceError`."""
+    """Turn the out-of-memory errors of every library into a `ResourceError`."""
     try:
         yield
     except (MemoryError, OSError) as error:

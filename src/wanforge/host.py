@@ -1,4 +1,4 @@
-"""How much memory this process can still take, in a container as well as on a machine of its own."""
+"""How much memory this process can still allocate, whether it runs in a container or directly on a machine."""
 
 import math
 from pathlib import Path
@@ -10,12 +10,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> float:
-    """What this process can still take: the machine's free memory, or less in a container that is allowed less."""
+    """Bytes that this process can still allocate: the machine's free memory, or less if a container limits it."""
     return min([psutil.virtual_memory().available, *map(control_group_bytes, control_groups())])
 
 
 def control_groups() -> list[Path]:
-    """The folders of the control groups that limit this process's memory, its own and those around it."""
+    """The folders of the control groups that limit this process's memory: its own and all enclosing ones."""
     folders: list[Path] = []
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -27,7 +27,7 @@ def control_groups() -> list[Path]:
 
 
 def control_group_bytes(folder: Path) -> float:
-    """Limit less use of one group, infinite where it has no limit. Cached files are no use: they make room."""
+    """The limit of one group minus its usage; infinite if it has no limit. Cached files do not count as usage."""
     for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             most, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
@@ -35,7 +35,7 @@ def control_group_bytes(folder: Path) -> float:
         except OSError:
             continue
         if most != "max":
-            # Version 1 counts the groups inside under names of their own.
+            # In version 1, the names that include the nested groups begin with ``total_``.
             cached = sum(int(counts.get(f"total_{n}", counts.get(n, 0))) for n in ("active_file", "inactive_file"))
             return max(0, int(most) - taken + cached)
     return math.inf

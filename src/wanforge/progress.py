@@ -1,10 +1,10 @@
-"""How long work tells what it has done so far."""
+"""How long-running work reports its progress."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told a stage, how much of it is done, and how much there is; `unit` is ``"B"`` where bytes are counted."""
+    """Called with a stage, the amount done and the total amount; `unit` is ``"B"`` if bytes are counted."""
 
     def __call__(self, stage: str, done: int, total: int, unit: str = "", /) -> object: ...
 
@@ -14,7 +14,7 @@ def silent(stage: str, done: int, total: int, unit: str = "", /) -> None:
 
 
 class ByteCount:
-    """Counts the bytes of one stage as they go by."""
+    """Counts the bytes of one stage and reports them as progress."""
 
     def __init__(self, progress: Progress, stage: str, total: int) -> None:
         self.progress, self.stage, self.total, self.done = progress, stage, total, 0

@@ -1,4 +1,4 @@
-"""Which version of wanforge this is, and which commit where it runs from a checkout."""
+"""The version of wanforge, and the commit if it runs from a checkout."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent
 
 
 def commit() -> str | None:
-    """The commit of this code, followed by ``-dirty`` where files have changed since; None where it is no checkout."""
+    """The commit of this code, followed by ``-dirty`` if files have changed since; None outside of a checkout."""
     file = Path(__file__).resolve()
     git = ("git", "-C", str(file.parent))
     if not output_of(*git, "ls-files", file.name):
@@ -19,7 +19,7 @@ def commit() -> str | None:
 
 
 def version_text() -> str:
-    """The version for people: ``0.2.0``, with the commit where there is one."""
+    """The version as users see it: ``0.2.0``, with the commit if there is one."""
     found = commit()
     if found is None:
         return __version__
@@ -28,7 +28,7 @@ def version_text() -> str:
 
 
 def output_of(*command: str) -> str | None:
-    """What a program prints; None where it is not installed, fails or prints nothing."""
+    """The output of a program; None if it is not installed, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

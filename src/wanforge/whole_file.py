@@ -1,11 +1,11 @@
-"""Files that are whole or absent."""
+"""Writing files so that they are either complete or absent."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file under another name, and give it its own once the disk has it. Makes its folder."""
+    """Write a small file under a temporary name and rename it once it is on disk. Creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:

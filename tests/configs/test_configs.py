@@ -1,4 +1,4 @@
-"""Configurations hold the published sizes, and what is misspelt in one is named by file and key."""
+"""Configurations hold the published sizes, and errors name the file and the misspelt key."""
 
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def test_selecting_nothing_names_the_least_topk(topk: float, key_blocks: int, le
 def test_least_topk_selects_and_nothing_smaller_does(key_blocks: range) -> None:
     for count in key_blocks:
         thousandths = round(least_topk(count) * 1000)
-        assert least_topk(count) == thousandths / 1000, f"{least_topk(count)} is more than three decimals"
+        assert least_topk(count) == thousandths / 1000, f"{least_topk(count)} has more than three decimals"
         assert num_selected_of(least_topk(count), count) == max(1, count // 1000)
         assert int((thousandths - 1) / 1000 * count) < 1
 

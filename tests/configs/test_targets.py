@@ -1,4 +1,4 @@
-"""Targets are typed in one syntax, everywhere."""
+"""Targets have one syntax for all commands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every graph of a tiny model compiles for several architectures, and is fused as it should be; breaks are caught."""
+"""Every graph of a tiny model compiles for several architectures, and is fused as it should be; faults are found."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def built(bundle: Bundle, graph: str, *, plugins: bool = True, dtype: str = "bfl
 
 
 def record_of(bundle: Bundle, graph: str) -> GraphRecord:
-    """What the manifest says of a graph that engines are built from."""
+    """The manifest's record of a graph from which engines are built."""
     (record,) = graphs_to_build(bundle, [graph]).values()
     return record
 
@@ -128,7 +128,7 @@ def test_attention_that_is_not_fused_is_caught(bundle: Bundle) -> None:
     one, record = built(bundle, "text_block"), record_of(bundle, "text_block")
     assert faults(one, record) == []
     without = tuple(layer for layer in one.layers if not layer.is_attention)
-    assert faults(replace(one, layers=without), record) == ["0 fused attentions, of 1"]
+    assert faults(replace(one, layers=without), record) == ["0 of 1 attentions are fused"]
 
 
 def test_sizes_are_the_clips_and_ranges_of_requests() -> None:
@@ -211,7 +211,7 @@ def test_the_command_builds_and_inspect_tells_what_is_wrong(bundle: Bundle, monk
     monkeypatch.setattr("wanforge.engines.files.installed_version", lambda flavour: "9.9")
     code, said = run("inspect", bundle.root)
     assert code == 1
-    assert "installed is tensorrt-rtx 9.9; run: wanforge build" in said
+    assert "tensorrt-rtx 9.9 is installed; run: wanforge build" in said
 
 
 def test_hopper_is_refused_and_the_rest_is_built(bundle: Bundle) -> None:

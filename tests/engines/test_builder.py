@@ -1,4 +1,4 @@
-"""Graphs become engines in this process, or are refused with the reason; Ctrl-C ends a build and leaves nothing."""
+"""Graphs are compiled in this process, or refused with the reason; Ctrl-C ends a build and leaves nothing behind."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""An engine is loaded only as it was written, and only while what it was made from is still the same."""
+"""An engine is loaded only if neither it nor anything it was built from has changed."""
 
 import shutil
 from collections.abc import Callable
@@ -30,7 +30,7 @@ VERSION = "1.7.1.116"
 
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests hold on machines without TensorRT, too."""
+    """Pretend that a version of TensorRT-RTX is installed, so that the tests also pass on machines without it."""
     monkeypatch.setattr(engine_files, "installed_version", lambda flavour: VERSION if flavour is RTX else None)
 
 
@@ -54,7 +54,7 @@ def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[
 
 @pytest.fixture
 def name(bundle: Bundle) -> str:
-    """An engine in the bundle."""
+    """The name of an engine in the bundle."""
     name = engine_name("block", [120, 89], CLIP)
     write_engine(bundle, name, b"plan", key(bundle), {})
     return name
@@ -90,7 +90,7 @@ def test_a_foreign_engine_is_not_read(bundle: Bundle) -> None:
 
 def test_another_version_makes_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.8.0" if flavour is RTX else None)
-    assert stale_engines(bundle) == {name: "made by tensorrt-rtx 1.7.1.116, installed is tensorrt-rtx 1.8.0"}
+    assert stale_engines(bundle) == {name: "made by tensorrt-rtx 1.7.1.116, but tensorrt-rtx 1.8.0 is installed"}
     with pytest.raises(BundleError, match="stale, made by tensorrt-rtx"):
         read_engine(bundle, name)
 

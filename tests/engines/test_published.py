@@ -1,5 +1,5 @@
-"""Every graph of every published model at its real size, for GeForce and A100, compiled without any of them: what it
-was fused into, how large it is, and how little memory compiling takes."""
+"""Every graph of every published model compiles at its real size, for GeForce and A100, without any of these GPUs. It
+is fused as it should be, its engine is small, and compiling takes little memory."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Bundle:
     return made
 
 
-# The memory of wait4 would count what the tests' own process had when it forked.
+# The memory that wait4 reports would include what the test process held when it forked.
 COMMAND = """
 import sys
 from pathlib import Path
@@ -40,7 +40,7 @@ print(next(line for line in Path("/proc/self/status").read_text().splitlines() i
 
 
 def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
-    """What the command reports, run in a process of its own, and the most memory that took in bytes."""
+    """Run the command in a process of its own, and return its report and its peak memory in bytes."""
     command = [sys.executable, "-c", COMMAND, "build", str(bundle.root), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The scripts that docs/debugging.md hands to Polygraphy."""
+"""The scripts that docs/debugging.md passes to Polygraphy."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""An export is in place as a whole, and leaves nothing behind that the manifest does not name."""
+"""An export takes effect as a whole and leaves behind no graph that the manifest does not name."""
 
 import shutil
 from collections.abc import Callable

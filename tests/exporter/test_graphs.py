@@ -1,4 +1,4 @@
-"""Every exported graph in ONNX Runtime against the piece of the reference that it was traced from."""
+"""Every exported graph in ONNX Runtime is compared with the piece of the reference that it was traced from."""
 
 from collections.abc import Callable, Mapping
 
@@ -34,9 +34,10 @@ GRAPHS = [
     *("text_embed", "text_block", "text_final", "context", "cross_kv", "time", "stem", "block", "head"),
     *("vae_decode_first", "vae_decode_next", "vae_encode_first", "vae_encode_next"),
 ]
-# float32: sums in another order.
+# In float32 only the order of sums differs.
 TOLERANCE = 1e-5
-# float16 carries 11 bits and the reference rounds where ONNX Runtime keeps float32; in 8-bit blocks steps flip.
+# float16 carries 11 bits, and the reference rounds where ONNX Runtime keeps float32; in 8-bit blocks, values on the
+# edge between two quantisation steps fall to different sides.
 HALF_TOLERANCE = {"w8a8": 2e-2, "bf16": 5e-3, "bf16-sla": 5e-3}
 
 BundleOf = Callable[[str, str], Bundle]
@@ -64,7 +65,7 @@ def weights_for(graph: Graph, bundle: Bundle) -> tuple[dict[str, Tensor], str]:
 def seeded(
     graph: Graph, bundle: Bundle, dtype: torch.dtype, seed: int, tokens: int = SIZES["tokens"]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs and weights of a graph."""
+    """Random inputs and the bundle's weights of a graph."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {**SIZES, "tokens": tokens}
     inputs = {port.name: example(port, dtype, generator, sizes) for port in graph.inputs}
@@ -86,7 +87,7 @@ def run_both(bundle: Bundle, name: str, dtype: torch.dtype) -> tuple[list[Tensor
 @pytest.mark.parametrize("name", GRAPHS)
 def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, name: str) -> None:
     if (name, recipe) == ("block", "w8a8"):
-        pytest.skip("compared where both round alike, below")
+        pytest.skip("compared below, with the same rounding decisions in both")
     if name.startswith("vae_encode") and model == "tiny-t2v":
         pytest.skip("text-to-video models have no encoder graphs")
     actual, expected, graph = run_both(bundle_of(model, recipe), name, torch.float32)
@@ -110,7 +111,7 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
 def test_matches_the_reference_where_both_round_alike(
     bundle_of: BundleOf, model: str, name: str, recipe: str, seed: int, tokens: int
 ) -> None:
-    """With 8-bit linears, what remains beside the rounding is as small as without them; and that hardly differs."""
+    """With the same rounding decisions, 8-bit linears match as closely as others, and few decisions differ."""
     bundle = bundle_of(model, recipe)
     graph = graphs(bundle.model, bundle.recipe)[name]
     inputs, weights = seeded(graph, bundle, torch.float32, seed, tokens)
@@ -144,14 +145,14 @@ def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, mo
             onnx.load(str(bundle.path(graph_name(graph.name, t, graph.has_constants))), load_external_data=False)
             for t in ("float16", "bfloat16")
         ]
-        # What is stored in bfloat16 needs no cast in the bfloat16 graph; all else is the same, node for node.
+        # Values stored in bfloat16 need no cast in the bfloat16 graph; all else is the same, node for node.
         steps = [[n.op_type for n in m.graph.node if n.op_type not in ("Cast", "Constant")] for m in models]
         assert steps[0] == steps[1], graph.name
         for found, dtype in zip(models, (half, brain), strict=True):
             ports = {p.name for p in (*graph.inputs, *graph.outputs) if p.dtype == "compute"}
             infos = [*found.graph.input, *found.graph.output]
             types = {i.name: i.type.tensor_type.elem_type for i in infos if i.name in ports}
-            assert ports or graph.name == "time"  # which is float32 throughout
+            assert ports or graph.name == "time"  # the time graph is float32 throughout
             assert types == dict.fromkeys(ports, dtype), graph.name
 
 
@@ -193,12 +194,12 @@ def test_the_whole_network_in_one_file_matches_the_reference(bundle_of: BundleOf
         dit = DiT(config.dit, bundle.recipe)
     dit.load_state_dict(Weights(bundle).component(component), assign=True)
     expected = dit(latents, timestep, text, num_selected=len(inputs["selection"]))
-    # A whole step of 8-bit layers: flipped steps add up from layer to layer.
+    # Over all the 8-bit layers of the network, different rounding decisions add up from layer to layer.
     assert relative_rms(unpatchify(velocity, grid), expected) < {"w8a8": 2e-2}.get(recipe, 1e-5)
 
 
 def whole_inputs(bundle: Bundle) -> tuple[Mapping[str, Tensor], Tensor, Tensor, Tensor, tuple[int, int, int]]:
-    """Inputs of the whole network, with all text rows kept, and what the reference takes instead."""
+    """The inputs of the whole network, with all text rows kept, and the corresponding inputs of the reference."""
     config, grid = bundle.model, (3, 6, 11)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, config.dit.in_channels, 3, 12, 22, generator=generator)

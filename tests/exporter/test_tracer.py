@@ -1,4 +1,4 @@
-"""The tracer on small functions: what it records runs in ONNX Runtime and gives what PyTorch gives."""
+"""The tracer on small functions: the graph that it records gives the same results in ONNX Runtime as in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Memory for kernels that shows what was never written, and what was written beside it."""
+"""Memory for kernels that reveals elements that were never written, and writes outside of a tensor."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 GUARD = 256
-"""Elements before and after each tensor that nothing may touch."""
+"""Number of elements before and after each tensor that nothing may change."""
 
 
 def unlikely(dtype: torch.dtype) -> float:
@@ -17,7 +17,7 @@ def unlikely(dtype: torch.dtype) -> float:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is poison, and lies between two bands of it that must be whole when the test is over."""
+    """Fill fresh memory with poison, between two bands of it that must be intact when the test is over."""
     empty, made = torch.empty, []
 
     def allocate(*shape: Any, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:

@@ -31,8 +31,8 @@ SHAPES = {  # tokens, heads, selected
     "five heads": (130, 5, 1),
 }
 STEP = 5e-4
-"""Relative RMS where one key or probability in a million may round to another step of int8 or fp8: a key's step is its
-block's largest over 127, and moves the logits of every query that selects it."""
+"""Relative RMS error where one key or probability in a million rounds to another step of int8 or fp8. A key's step is
+the largest value of its block divided by 127, and it moves the logits of every query that selects the key."""
 
 
 def operands(tokens: int, heads: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def test_attention_is_the_reference(shape: tuple[int, int, int], arithmetic: str
     selected = min(selected, blocks.num_keys(tokens))
     q, k, v, proj, bias = operands(tokens, heads, DTYPES[0])
     actual = sparse_linear_attention(q, k, v, selected, proj, bias, blocks)
-    # Beyond float32's own error: the reference rounds four times where the kernel does once.
+    # In addition to float32's own error, the reference rounds four times where the kernel rounds once.
     bound = rounding_error(DTYPES[0], 4) + (0 if arithmetic == "sla" else STEP)
     assert_matches(actual, expected_attention(q, k, v, selected, proj, bias, blocks), bound)
 
@@ -83,7 +83,7 @@ def test_output_is_quantised_in_the_last_lines(arithmetic: str) -> None:
 
 
 def test_rows_past_the_last_one_do_not_count() -> None:
-    """Queries that choose keys without value come out near zero; rows past the last one would see the mean of all."""
+    """Queries that attend to zero values come out near zero; a row past the last would be the mean of all values."""
     q, k, v = (torch.zeros(130, 128, device=DEVICE, dtype=DTYPES[0]) for _ in range(3))
     q[:, 0], k[:64, 0], v[64:] = 30, 30, 1
     zero = torch.zeros(128, 128, device=DEVICE)
@@ -93,7 +93,7 @@ def test_rows_past_the_last_one_do_not_count() -> None:
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_zeros_stay_zeros(arithmetic: str) -> None:
-    """A channel of v that is zero throughout, a block of q and one of k that are: upstream makes the first NaN."""
+    """A whole channel of v, a block of q and a block of k are zero; upstream makes NaN of the first."""
     blocks = Blocks(128, 64, arithmetic)
     q, k, v, proj, bias = operands(260, 1, torch.float32 if DEVICE == "cpu" else torch.float16)
     v[:, 3], q[128:256], k[64:128] = 0, 0, 0
@@ -113,7 +113,7 @@ def test_values_of_any_size_come_through(size: float, arithmetic: str) -> None:
     actual = sparse_linear_attention(q, k, v, 2, proj, bias, blocks)
     bound = (
         1e-3 if DTYPES[0] == torch.float32 else 2e-2
-    )  # one key may hold all the weight: its rounding is the result's
+    )  # one key may have all the weight, so its rounding error is the result's
     assert_matches(actual, expected_attention(q, k, v, 2, proj, bias, blocks), bound)
 
 
@@ -126,7 +126,7 @@ def test_block_scores_are_the_reference(tokens: int, dtype: torch.dtype) -> None
     actual = block_scores(q, prepare_keys(k, v, proj, blocks).pooled_HNK, blocks)
     q_BHLK, k_BHLK = (x[None].unflatten(-1, (-1, 128)).transpose(1, 2) for x in (q, k))
     expected = reference.block_scores(q_BHLK, k_BHLK - k_BHLK.mean(2, keepdim=True), blocks)[0]
-    # Means are small differences of large sums: their roundings are relative to the largest.
+    # Means are small differences of large sums, so their rounding errors are relative to the largest.
     assert_matches(actual, expected, 1e-5 if dtype == torch.float32 else rounding_error(dtype, 8))
 
 
@@ -179,7 +179,7 @@ def test_runs_are_identical(arithmetic: str) -> None:
 
 @pytest.mark.parametrize("tokens", [321, 2300], ids=["one chunk", "four chunks"])
 def test_linear_branch_is_added_for_every_key(tokens: int) -> None:
-    """Keys that no query block selects still count: the sum over all of them is the reference's."""
+    """Keys that no query block selects still count: the sums over all keys are the reference's."""
     _, k, v, proj, _ = operands(tokens, 1, DTYPES[0])
     keys = prepare_keys(k, v, proj, Blocks(128, 64))
     phi, value = torch.softmax(k.float(), -1), v.float()

@@ -1,6 +1,6 @@
-"""No kernel reads or writes past its tensors: each tensor ends where readable memory ends, and touching more is death.
+"""No kernel reads or writes past its tensors: each ends where accessible memory ends, so that going past it crashes.
 
-In the interpreter only, in a process of its own.
+This is tested only in the interpreter, in a process of its own.
 """
 
 import subprocess

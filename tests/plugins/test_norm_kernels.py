@@ -27,7 +27,7 @@ SHAPES = {  # tokens, width
 
 
 def hidden(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of different size around different means, one of them constant."""
+    """Rows of different magnitudes, one of them constant."""
     x = randn(tokens, width, seed=tokens) * torch.linspace(0.01, 30, tokens, device=DEVICE)[:, None] + 2
     x[tokens // 2] = 0.5
     return x.to(dtype)
@@ -39,7 +39,7 @@ def hidden(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
 def test_layer_norm_is_the_reference(shape: tuple[int, int], dtype: torch.dtype, modulated: bool, fault: bool) -> None:
     x = strided(hidden(*shape, dtype))
-    # A row of a modulation of six, as the network hands it over.
+    # One of the six rows of a modulation, as the network passes it.
     gain, offset = randn(2, 6, shape[1], seed=1)[:, 3]
     if modulated:
         expected = modulated_norm(x[None], offset[None], gain[None], EPS, padded_variance=fault)[0]
@@ -49,11 +49,11 @@ def test_layer_norm_is_the_reference(shape: tuple[int, int], dtype: torch.dtype,
     constant = shape[0] // 2
     keep = torch.arange(shape[0], device=DEVICE) != constant
     if keep.any():
-        # A value may round to the other side where the sums were taken in another order; few do. In float32 the first
-        # row decides: its mean is 200 times what is left of it.
+        # A few values may round to the other side because sums are taken in another order. In float32 the first row
+        # decides: its mean is 200 times its deviation.
         bound = 2e-5 if dtype == torch.float32 else rounding_error(dtype, 0.5)
         assert_matches(actual[keep], expected[keep], bound)
-    # A constant row is rounding noise of its mean over sqrt(eps), where both lie.
+    # Both results of a constant row are the rounding error of its mean over sqrt(eps).
     assert (actual[constant].float() - expected[constant].float()).abs().max() < 2e-2
 
 
@@ -67,7 +67,7 @@ def test_layer_norm_is_quantised_in_the_same_pass(dtype: torch.dtype) -> None:
 
 
 def test_rows_past_the_last_one_do_not_count() -> None:
-    """What is normalised to nothing, plus an offset, is the largest of a tile whose own rows come out near zero."""
+    """Rows past the last one would come out as the offset, the largest of a tile whose own rows come out near zero."""
     sign = torch.ones(128, device=DEVICE)
     sign[::2] = -1
     y = norm_quantised(sign.repeat(130, 1), -sign, torch.ones_like(sign), EPS, modulated=False)

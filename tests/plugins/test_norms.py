@@ -14,7 +14,7 @@ from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm, no
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 
 EPS = 1e-6
-# Of bfloat16 results at most a few elements may round to the other side: a spacing is 2^-8.
+# In bfloat16, with a spacing of 2^-8, at most a few elements may round to the other side.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-4}
 
 
@@ -33,7 +33,7 @@ def test_layer_norm_equals_the_recorded_values(name: str, fault: bool, dtype: to
     weight, bias = case["input:weight_f32"], case["input:bias_f32"]
     plain = normalise(x, EPS, padded_variance=fault).to(dtype)
     affine = layer_norm(x, weight, bias, EPS, padded_variance=fault)
-    # The last row is constant: its normalised value is rounding noise over sqrt(eps), so it is compared apart.
+    # The last row is constant: its normalised value is rounding noise over sqrt(eps), so it is compared separately.
     for actual, expected in ((plain, case[key]), (affine, case[key.replace("norm_", "norm_affine_")])):
         assert_matches(actual[:, :-1], expected[:, :-1], TOLERANCE[dtype])
         assert float((actual[:, -1].float() - expected[:, -1].float()).abs().max()) < 5e-3
@@ -65,7 +65,7 @@ def test_modulated_norm_matches_float64(width: int, rows: int, magnitude: float,
     x = torch.randn(2, rows, width, generator=generator) * magnitude
     shift, scale = torch.randn(2, 2, width, generator=generator)
     expected = F.layer_norm(x.double(), (width,), eps=EPS) * (1 + scale[:, None].double()) + shift[:, None].double()
-    # Two values that nearly agree lose what they share before they are divided by their difference.
+    # Two nearly equal values lose their common digits before they are divided by their difference.
     assert_matches(modulated_norm(x, shift, scale, EPS).double(), expected, 1e-3 if width < 4 else 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Sparse-linear attention against float64 by brute force, upstream's recorded values, and its own ONNX body."""
+"""Sparse-linear attention against brute force in float64, upstream's recorded values and its own ONNX body."""
 
 import math
 import os
@@ -51,7 +51,7 @@ def selection(count: int) -> Tensor:
 
 
 def e4m3(x: np.ndarray) -> np.ndarray:
-    """Nearest number with 4 bits of exponent and 3 of mantissa, halves to even, by looking at all of them."""
+    """The nearest number with 4 bits of exponent and 3 of mantissa, halves to even, by a search of all of them."""
     numbers = np.array(
         [m * 2.0**-9 for m in range(8)] + [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)]
     )
@@ -70,7 +70,7 @@ def half_away(x: np.ndarray) -> np.ndarray:
 def by_brute_force(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, selected: int, weight: Tensor, bias: Tensor, blocks: Blocks
 ) -> Tensor:
-    """Row by row in float64, from the formulas of the specification."""
+    """Compute attention row by row in float64, from the formulas of the specification."""
     q_all, k_all, v_all = (x.double().numpy() for x in (q_BLHK, k_BLHK, v_BLHK))
     batch, tokens, heads, width = q_all.shape
     output = np.zeros_like(q_all)
@@ -104,7 +104,7 @@ def by_brute_force(
 
 
 def quantised(q, k, smooth, v, blocks, key_blocks):  # type: ignore[no-untyped-def]
-    """Products of a query row with a key block, the values, what undoes their scale, and the exponent's offset."""
+    """Products of a query row with a key block, the values, the factor to restore them, and the exponent's offset."""
     if blocks.arithmetic == "sla":
         return (lambda row, start, j: k[key_blocks[j]] @ q[row]), v, 1.0, 0.0
 
@@ -131,8 +131,8 @@ def test_matches_brute_force_in_float64(arithmetic: str, shape: tuple[int, int, 
     q, k, v, weight, bias = tensors(tokens, heads, seed=tokens)
     actual = sparse_linear_attention(q, k, v, selection(selected), weight, bias, blocks)
     expected = by_brute_force(q, k, v, selected, weight, bias, blocks)
-    # Without rounding, float32 against float64. With it, a value on the edge between two steps of int8 or fp8 falls
-    # to the other side here and there: one of 1e5 products moved by 1/127, say.
+    # Without quantisation, float32 is compared with float64. With it, a few values on the edge between two steps of
+    # int8 or fp8 round to the other side: for example, one of 1e5 products moves by 1/127.
     assert_matches(actual.double(), expected, {"sla": 1e-6, "sage_fp8": 2e-3, "sage_fp16": 1e-3}[arithmetic])
 
 
@@ -141,7 +141,7 @@ def test_matches_brute_force_in_float64(arithmetic: str, shape: tuple[int, int, 
     ("suffix", "dtype", "tolerance"), [("fp32", torch.float32, 1e-6), ("bf16", torch.bfloat16, 2e-3)]
 )
 def test_sla_equals_the_recorded_values(name: str, suffix: str, dtype: torch.dtype, tolerance: float) -> None:
-    # Recorded tolerances are 1e-5 and 1e-2; what remains here are single roundings.
+    # The recorded tolerances are 1e-5 and 1e-2; here only single roundings remain.
     case = golden.load(name)
     blocks = Blocks(case.arguments["BLKQ"], case.arguments["BLKK"])
     q, k, v = (case[f"input:{x}_B_L_H_D"].to(dtype) for x in "qkv")
@@ -294,14 +294,14 @@ def test_onnx_body_matches(arithmetic: str, shape: tuple[int, int, int], block: 
         onnx_function.attributes(blocks),
     )
     expected = sparse_linear_attention(q, k, v, selection(selected), weight.to(torch.bfloat16), bias, blocks)
-    # The mean of the keys is summed in another order, and 2 in a million int8 steps then fall to the other side
-    # (counted over 5 million); one such step moves tensors as small as these by 3e-4.
+    # The mean of the keys is summed in another order, which rounds 2 in a million int8 values to another step (counted
+    # over 5 million); one such step moves tensors as small as these by 3e-4.
     assert_matches(actual, expected, 1e-6 if arithmetic == "sla" else 1e-3)
 
 
 @pytest.mark.slow
 def test_bodies_are_the_same_bytes_in_every_process() -> None:
-    """Sets of names have another order under another hash seed; an export must not."""
+    """The order of a set of names depends on the hash seed; an export must not."""
     code = (
         "import hashlib\n"
         "from wanforge.plugins.sparse_linear_attention import onnx_function as attention\n"

@@ -1,4 +1,4 @@
-"""The kernels of the W8A8 linear against its definition, to the bit, and its ONNX body."""
+"""The kernels of the W8A8 linear against its definition, bit for bit, and against its ONNX body."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ SHAPES = {  # rows, outputs, inputs
     "the width of Wan 1.3B": (140, 128, 1536),
 }
 EXACT = 0.0 if DEVICE == "cpu" else 1e-6
-"""In the interpreter every operation is the reference's. On a GPU a product and a sum are one operation."""
+"""The interpreter does exactly the reference's operations; a GPU fuses a product and a sum into one."""
 
 
 def weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
@@ -77,7 +77,7 @@ def test_linears_are_the_reference(shape: tuple[int, int, int], dtype: torch.dty
 
 
 def test_linear_holds_at_the_edge_of_int8() -> None:
-    """128 products of -128 * -128 in a slab, in every slab: the largest sum there is."""
+    """Every slab has 128 products of -128 * -128, the largest possible sum."""
     steps = torch.full((128, 256), -128, dtype=torch.int8, device=DEVICE)
     ones = torch.ones(1, 2, device=DEVICE)
     bias = torch.zeros(128, device=DEVICE)
@@ -91,7 +91,7 @@ def test_gelu_and_quantiser_ride_in_the_epilogue(dtype: torch.dtype) -> None:
     w = weight(384, 256, 3, dtype)
     y = linear_gelu(q, w)
     steps, scale = quantise_tiles(F.gelu(w8a8_linear(x, *w), approximate="tanh"))
-    # GELU is written with another function, whose last bit may round to another step.
+    # The kernel computes GELU with another function, whose last bit may change the step to which a value rounds.
     assert (y.steps_MK.int() - steps.int()).abs().max() <= 1
     assert (y.steps_MK != steps).float().mean() < 1e-3
     assert_matches(y.scale, scale, 1e-3 if dtype != torch.float32 else 1e-6)
@@ -150,7 +150,7 @@ def test_epilogues_by_rows_are_the_reference(dtype: torch.dtype) -> None:
 
 
 def test_the_largest_sum_by_rows_is_exact() -> None:
-    """13,824 products of 127 * 127, as in the 14B's last linear: beyond what float32 could add up."""
+    """13,824 products of 127 * 127, as in the 14B's last linear: more than float32 can add up exactly."""
     steps = torch.full((128, 13824), 127, dtype=torch.int8, device=DEVICE)
     steps[:, 0] = 126
     ones, bias = torch.ones(128, device=DEVICE), torch.zeros(128, device=DEVICE)

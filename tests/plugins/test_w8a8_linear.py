@@ -1,4 +1,4 @@
-"""The W8A8 linear: to the bit against integer arithmetic and upstream's recorded values."""
+"""The W8A8 linear equals integer arithmetic and upstream's recorded values bit for bit."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ SHAPES = {  # rows, inputs, outputs
     "ragged rows and outputs": (333, 384, 200),
     "Wan 1.3B's narrow side": (77, 1536, 72),
 }
-# The body adds up K products in one float32 sum, the reference slab by slab: a few spacings of float32 each.
+# The body adds up K products in one float32 sum, the reference slab by slab; both err by a few spacings of float32.
 BODY_TOLERANCE = 1e-6
 
 
@@ -107,7 +107,7 @@ def test_equals_integer_arithmetic_for_any_shape(rows: int, slabs: int, outputs:
 def test_largest_values_map_to_minus_128_and_127() -> None:
     x = torch.zeros(128, 256)
     x[3, 5], x[4, 6], x[5, 7] = -2.0, 2.0, 1.0
-    x[0, 130] = 1e-12  # a tile below the floor of 1e-8 keeps its zeros
+    x[0, 130] = 1e-12  # a tile whose largest value is below 1e-8 becomes zeros
     steps, scale = quantise_tiles(x)
     assert [int(steps[3, 5]), int(steps[4, 6]), int(steps[5, 7])] == [-128, 127, 64]
     assert scale.tolist() == [[2.0 / 128, np.float32(1e-8) / np.float32(128)]]
@@ -181,7 +181,7 @@ def test_onnx_body_matches(shape: tuple[int, int, int], dtype: torch.dtype) -> N
     x, steps, scale, bias = operands(*shape, dtype)
     expected = w8a8_linear(x[None], steps, scale, bias)
     actual = run_body(onnx_function.NAME, onnx_function.functions(), [x[None], steps, scale, bias], expected.shape)
-    # ONNX Runtime's CPU has no float16 sum and leaves out the rounding between product and bias: half a spacing.
+    # ONNX Runtime has no float16 sum on a CPU, and omits the rounding between product and bias: half a spacing.
     assert_matches(actual, expected, BODY_TOLERANCE if dtype == torch.float32 else 5e-4)
 
 
@@ -224,7 +224,7 @@ def test_the_body_by_row_is_the_reference(shape: tuple[int, int, int]) -> None:
 
 
 def test_finer_scales_are_more_accurate_where_channels_or_tokens_differ() -> None:
-    """Tokens of very different size: in a tile the largest one sets the step of all."""
+    """Where tokens differ greatly in magnitude, the largest one of a tile sets the step of all."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(256, 512, generator=generator) * torch.logspace(-1, 1, 256)[torch.randperm(256)][:, None]
     weight = torch.randn(256, 512, generator=generator)

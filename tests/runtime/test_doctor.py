@@ -1,4 +1,4 @@
-"""What is missing and what is broken are told apart, each with what to do about it."""
+"""`wanforge doctor` distinguishes missing parts from broken ones, and suggests a remedy for each."""
 
 import json
 import sys

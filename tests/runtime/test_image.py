@@ -1,4 +1,4 @@
-"""Pictures: resized as upstream resizes, refused when they are none."""
+"""Pictures are resized as upstream resizes them, and files that are not pictures are refused."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_pixels_are_within_one_level_of_upstreams(name: str, tmp_path: Path) -> 
     Image.fromarray(source).save(path := tmp_path / "image.png")
     pixels = to_pixels(open_image(path), *case.arguments["target_wh"])
     difference = (pixels - case["output:image_1_3_H_W"]) * 127.5
-    # Pillow and torchvision round to 8 bits by different fixed-point arithmetic: one level, on under 1 % of values.
+    # Pillow and torchvision round to 8 bits by different fixed-point arithmetic: under 1 % of values differ by a level.
     assert float(difference.abs().max()) < 1.001
     assert float((difference.abs() > 0.5).float().mean()) < 0.01
     assert abs(float(difference.mean())) < 1e-3 * 127.5
@@ -66,7 +66,7 @@ def test_refuses_a_truncated_picture(tmp_path: Path) -> None:
 
 def test_refuses_a_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("1", (400, 300)).save(tmp_path / "bomb.png")
-    for limit in (100_000, 50_000):  # a little above Pillow's limit, and more than twice
+    for limit in (100_000, 50_000):  # the picture exceeds Pillow's limit a little, and more than twice over
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(RequestError, match="unpacks to more"):
             open_image(tmp_path / "bomb.png")

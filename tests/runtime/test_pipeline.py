@@ -1,4 +1,4 @@
-"""Requests: what is refused before anything is computed, and noise that can be kept."""
+"""Requests: which of them are refused before anything is computed, and how noise is saved and used again."""
 
 import errno
 import os

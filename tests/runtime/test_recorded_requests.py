@@ -1,4 +1,4 @@
-"""Whole requests of upstream's own scripts, step by step, on the reference networks."""
+"""The reference networks repeat whole requests of upstream's own scripts, step by step."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def conditioned(latents: Tensor, case: golden.Case) -> Tensor:
 
 @pytest.fixture
 def block_maps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Collects the block map of every call of sparse attention."""
+    """A list that collects the block map of every call of sparse attention."""
     maps: list[Tensor] = []
     select = reference.select_blocks
 

@@ -1,4 +1,4 @@
-"""What is computed once, and that it changes nothing; buffers and launches as data."""
+"""Schedules describe buffers and graph runs as data; computing some values only once changes no result."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def test_distinct_rows_stand_for_every_row_of_the_text(prompt: int, tile: int) -
     assert kept == sorted(set(kept))
     assert kept[:prompt] == list(range(prompt))
     assert len(kept) <= prompt + 2
-    # Rows that one stands for are padding, and share their tile's make-up with it.
+    # A kept row of padding stands either for rows of its own tile or for whole tiles of padding.
     for row, count in zip(kept[prompt:], counts[prompt:], strict=True):
         tiles = {r // tile for r in range(row, row + count)}
         assert len(tiles) == 1 or row % tile == 0
@@ -43,7 +43,7 @@ def test_distinct_rows_stand_for_every_row_of_the_text(prompt: int, tile: int) -
 @pytest.mark.parametrize("prompt", [1, 26, 128, 200, 512])
 def test_attention_over_distinct_rows_is_attention_over_all(prompt: int, multiple: int) -> None:
     torch.manual_seed(prompt)
-    # In float64, where nothing but the algebra shows.
+    # In float64, so that only errors of the algebra show.
     q, keys, values = (torch.randn(1, n, 2, 128, dtype=torch.float64) for n in (50, 512, 512))
     keys[:, prompt:], values[:, prompt:] = keys[:, -1:].clone(), values[:, -1:].clone()
     kept, counts = context_rows(prompt, 512, 1, multiple)
@@ -59,15 +59,15 @@ def test_attention_over_distinct_rows_is_attention_over_all(prompt: int, multipl
         ("tiny-t2v", "bf16", 2e-6),
         ("tiny-t2v", "bf16-sla", 2e-6),
         ("tiny-i2v", "bf16-sla", 2e-6),
-        # Rounding moves with the last bit of the softmax: what 8-bit layers make of it.
+        # The last bit of the softmax changes rounding decisions, which 8-bit layers amplify.
         ("tiny-t2v", "w8a8", 2e-2),
     ],
 )
 def test_computing_once_changes_nothing(
     bundle_of: BundleOf, model: str, recipe: str, tolerance: float, picture: object
 ) -> None:
-    """The schedule (keys and values once per prompt, equal rows as one, modulation once per step) against the plain
-    network, which does everything at every step on all 512 rows."""
+    """The schedule (keys and values once per prompt, equal rows as one, modulation once per step) gives the same as the
+    plain network, which computes everything at every step on all 512 rows."""
     bundle = bundle_of(model, recipe)
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     image = picture if bundle.model.task == "i2v" else None
@@ -98,7 +98,7 @@ def test_keys_and_values_are_made_once_per_prompt_and_modulation_once_per_step()
     for index, expert in enumerate(steps):
         assert count(f"step.{index}") == ["stem", *["block"] * layers, "head"]
         assert {launch.component for launch in schedule.programs[f"step.{index}"]} == {f"dit.{expert}"}
-    # Layers write into the buffer they do not read.
+    # A layer does not write into the buffer that it reads.
     for launch in schedule.programs["step.0"]:
         assert not set(launch.inputs) & set(launch.outputs)
     assert schedule.buffers["keys.low.1"].shape == (1, 12, model.dit.dim)

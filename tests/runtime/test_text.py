@@ -1,4 +1,4 @@
-"""Cleaning and tokenising."""
+"""Prompts are cleaned and tokenised."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_ids_end_once_and_are_what_the_library_gives(tokenizer: Tokenizer) -> No
     ids = tokenizer.encode("  a red   kite ", 512)
     assert ids[-1] == tokenizer.end == 1
     assert ids.count(1) == 1
-    assert ids == tokenizer.tokens.encode("a red kite").ids  # its own template appends the end as well
+    assert ids == tokenizer.tokens.encode("a red kite").ids  # the file's own template appends the end token as well
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "&nbsp;"])

@@ -1,27 +1,14 @@
-"""Videos are whole or absent."""
+"""Videos are written completely or not at all."""
 
-import warnings
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 import torch
 
+from tests.video_reader import read_video
 from wanforge.errors import ResourceError
 from wanforge.runtime.video import check_place, video_writer
-
-
-def read_video(path: Path) -> tuple[dict[str, object], torch.Tensor]:
-    """A video's properties and its frames, uint8 ``[F, H, W, 3]``."""
-    with warnings.catch_warnings():
-        # Where ffmpeg has ended before the last frame was taken, imageio-ffmpeg leaves its pipes open.
-        warnings.simplefilter("ignore", ResourceWarning)
-        reader = imageio_ffmpeg.read_frames(str(path))
-        properties = next(reader)
-        width, height = properties["size"]
-        frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(height, width, 3) for frame in reader]
-        del reader
-    return properties, torch.stack(frames)
 
 
 def test_frames_survive_the_trip(tmp_path: Path) -> None:
@@ -60,8 +47,8 @@ def test_an_interrupted_video_leaves_the_one_before(tmp_path: Path) -> None:
     assert path.read_bytes() == b"before"
 
 
-# Each as ffmpeg with the path of the video as its last argument: gone at once; at work until the end and then out of
-# disk; done before it has seen every frame.
+# Scripts that stand in for ffmpeg, which gets the path of the video as its last argument: one exits at once, one runs
+# out of disk at the end, and one finishes before it has read every frame.
 FAILURES = {
     "absent": "echo no such codec >&2; exit 1",
     "full-disk": 'for last; do :; done; cat > /dev/null; echo some > "$last"; echo No space left on device >&2; exit 1',

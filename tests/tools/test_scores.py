@@ -1,4 +1,4 @@
-"""Which measurements of TinyWan are made, what they are held against, and what is written of them."""
+"""Which measurements of TinyWan are made, what they are compared with, and how they are written down."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, float | None]]:
-    """What was measured, each of which gets a higher rate than the one before."""
+    """A list of the points that were measured; each gets a higher rate than the one before."""
     points = []
 
     def measure(pipeline: Pipeline, *, steps: int, topk: float | None) -> Quality:
@@ -73,7 +73,7 @@ def test_the_clip_that_a_prompt_asks_for_is_read_as_that(prompt: Prompt) -> None
 
 
 def test_the_right_clip_is_where_training_shows_it() -> None:
-    """Cut from the scene by pixels as by cells of latents, with any number of cells to spare."""
+    """Cutting a scene by pixels or by cells of latents gives the same clip, however many cells are to spare."""
     model = load_model("tinywan")
     for prompt in held_out_prompts()[:4]:
         scene = scene_asked(prompt, (128, 112), 21)
@@ -94,7 +94,7 @@ def test_clips_are_held_against_the_right_ones() -> None:
             make=lambda request: SimpleNamespace(frames=next(asked).numpy()),
         ),
     )
-    # Values are cut off to whole ones.
+    # The values of these clips are truncated to whole numbers.
     exact = judge(pipeline, prompts, 3, 0.5)
     assert exact.rms < 0.5
     assert (exact.right, exact.steps, exact.topk, exact.backend) == (1.0, 3, 0.5, "drawn")

@@ -1,4 +1,4 @@
-"""Every phase of TinyWan's training, on a model of a few thousand weights and clips of a few hundred pixels."""
+"""Every phase of TinyWan's training, on a very small model and very small clips."""
 
 import json
 from dataclasses import replace
@@ -61,7 +61,7 @@ MODEL = ModelConfig(
 )
 FRAME, FRAMES = (MODEL.video.width_px, MODEL.video.height_px), MODEL.video.frames
 SHAPE = (16, 4, 10, 10)
-"""Of its latents."""
+"""The shape of the latents of the model's clips."""
 SHORT = Plan(steps=4, batch=2, rate=1e-3, warmup=1)
 
 
@@ -111,7 +111,7 @@ def test_the_vae_begins_as_one_of_pictures_and_learns(tmp_path: Path) -> None:
     still = pixels_of(MODEL, scene_of(0))[:, :, :1].expand(-1, -1, 9, -1, -1)
     with torch.no_grad():
         latents = vae.encode(still)
-    # Nothing but the small noise of the temporal resamplers tells one time from another yet.
+    # So far, only the small noise of the temporal resamplers tells one time from another.
     assert float((latents[:, :, 2:] - latents[:, :, 1:-1]).std()) < 0.05 * float(latents.std())
     train_vae(MODEL, vae, "vae", tmp_path, Plan(steps=24, batch=2, rate=5e-3, warmup=2), frames=1, side=16)
     first, last = losses(tmp_path / "vae.jsonl")
@@ -142,7 +142,7 @@ def test_the_decoder_alone_moves(tmp_path: Path, vae: VAE, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("side", [48, None])
 def test_latents_and_pixels_are_cut_at_the_same_place(vae: VAE, side: int | None) -> None:
-    """A scene whose latents are its own pixels, every eighth, is cut alike."""
+    """The latents of these scenes are every eighth of their own pixels, so both cuts must show the same values."""
     pool = Pool(Path("nowhere"), range(0))
     pool.scenes = [scene_of(3), scene_of(4)]
     pool.latents = [pixels_of(MODEL, scene)[0, :1, ::4, ::8, ::8].expand(16, -1, -1, -1) for scene in pool.scenes]
@@ -228,7 +228,7 @@ def test_every_window_of_a_scene_shows_its_things_whole(seed: int) -> None:
     assert width % 8 == height % 8 == 0
     shown = (render(scene, 21) != background).any((0, 3))
     rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-    # The last window begins where a frame still fits; the first ends a frame's size from the corner.
+    # Things lie within both the first window and the last, so within every window between them.
     assert rows[0] >= height - 112
     assert rows[-1] < 112
     assert columns[0] >= width - 128
@@ -268,7 +268,7 @@ def test_the_centre_of_a_scene_is_a_frame() -> None:
 
 @pytest.mark.parametrize("side", [4, 6, 9])
 def test_the_middle_of_a_scene_leaves_its_things_in_smaller_windows(side: int) -> None:
-    """A thing of 4x3 cells in frames of 10x12: marked cells stay where windows can hold them."""
+    """A thing of 4x3 cells in frames of 10x12: every window shows all or most of its marked cells."""
     scene = torch.zeros(1, 2, 2 * 10 - 4, 2 * 12 - 3)
     scene[:, :, 6:10, 9:12] = 1
     part = middle(scene, (10, 12), side)
@@ -292,7 +292,7 @@ def lessons() -> Lessons:
 
 
 def test_lessons_are_noise_on_clips_and_on_guesses(lessons: Lessons) -> None:
-    """A network that always guesses zero: the states made from its guesses are noise alone, like the first ones."""
+    """The network always guesses zero, so the states made from its guesses are noise alone, like the first ones."""
     network = Network(MODEL, load_recipe("bf16-sla"))
 
     def velocity(noisy: Tensor, times: Tensor, text: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def test_lessons_are_noise_on_clips_and_on_guesses(lessons: Lessons) -> None:
     of_clip = torch.zeros(32, dtype=torch.bool)
     first = steps_of(32).count(0)
     of_clip[first + 1 :: 2] = True
-    # What is left of the clip, within the chance product of noise with some thousand numbers.
+    # The share of the clip that is left, up to its chance correlation with noise over some thousand numbers.
     assert torch.allclose(shares[of_clip], 1 - times[of_clip], atol=0.08)
     assert torch.allclose(shares[~of_clip], torch.zeros(int((~of_clip).sum())), atol=0.08)
 
@@ -359,7 +359,7 @@ def test_words_teach_the_text_encoder_what_is_shown(tmp_path: Path) -> None:
 
 
 def test_dense_and_sparse_attention_learn_one_batch(tmp_path: Path, vae: VAE, lessons: Lessons) -> None:
-    """Each phase lowers its loss on two scenes, and the second takes up the weights of the first."""
+    """The dense phase lowers its loss on two scenes, and the sparse phase continues from its weights."""
     plan = Plan(steps=40, batch=4, rate=3e-3, warmup=5, decay=0.5, muon=True)
     network = Network(MODEL, load_recipe("bf16-sla"))
     train_denoiser("dense", network, lessons, tmp_path, plan, dense_share=1.0)
@@ -391,7 +391,7 @@ def test_a_guess_at_the_goal_costs_nothing(lessons: Lessons) -> None:
 
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     loss, notes = lesson_loss(velocity, network, lessons, 8, rng, generator)
-    # Half off everywhere, over the time squared.
+    # The guess is off by a half everywhere: 0.25 over the time squared.
     assert [notes[f"step{step}"] for step in range(4)] == pytest.approx([0.25 / float(t) ** 2 for t in exact], rel=1e-3)
     assert float(loss) == pytest.approx(np.mean([notes[f"step{step}"] for step in steps_of(8)]))
 
@@ -418,5 +418,5 @@ def test_the_velocity_is_the_denoisers(dense: bool) -> None:
         latents, text = torch.randn(1, *SHAPE), torch.randn(1, 40, 16)
         expected = expected_dit(latents, torch.tensor([608.0]), text, num_selected=denoiser.selected)
         found = denoiser(latents, torch.tensor([0.608]), text)
-    # bfloat16 products: eight bits.
+    # The products are in bfloat16, which carries eight bits.
     assert float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < 0.03

@@ -1,4 +1,4 @@
-"""Allocations that fail, each as its library reports it."""
+"""Failed allocations become one error, however a library reports them."""
 
 import errno
 import os

@@ -13,7 +13,7 @@ from wanforge.cli import COMMANDS, cli
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command and every subcommand by what a user types."""
+    """Every command and subcommand, by the words that a user types."""
     root = click.Context(cli, info_name="wanforge")
     for name in COMMANDS:
         command = cli.get_command(root, name)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a request takes."""
+"""How much memory is available, and how much a request needs."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ def make_group(folder: Path, names: tuple[str, str], limit: object, used: int, s
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with 1000 bytes free, whose control groups are folders here."""
+    """A machine with 1000 bytes free, whose control groups are temporary folders."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
     monkeypatch.setattr(host, "CONTROL_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "membership")

@@ -24,7 +24,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit, in which the module of the version lies."""
+    """A checkout with one commit that holds the version module."""
     module = tmp_path / "version.py"
     shutil.copy(version.__file__, module)
     git(tmp_path, "init", "--quiet")
@@ -49,7 +49,7 @@ def test_a_tag_does_not_stand_for_the_commit(checkout: Path) -> None:
 
 
 def test_an_installed_copy_has_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a virtual environment below a checkout, whose files git does not know."""
+    """As in a virtual environment inside a checkout, whose files git does not track."""
     installed = checkout / "site-packages" / "version.py"
     installed.parent.mkdir()
     installed.touch()

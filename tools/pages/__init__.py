@@ -1,1 +1,1 @@
-"""Pages of docs/ that are written by programs."""
+"""Programs that write tables of pages in docs/."""

@@ -1,4 +1,4 @@
-"""The tables of docs/kernels.md. ``python -m tools.pages.kernels docs/kernels.md`` writes them anew."""
+"""The tables of docs/kernels.md. ``python -m tools.pages.kernels docs/kernels.md`` rewrites them."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ TITLES = {SMALL: "1.3B 480p", MEDIUM: "14B 480p", LARGE: "14B 720p"}
 
 @dataclass(frozen=True)
 class Published:
-    """A time that somebody else states for the denoiser, text encoder and VAE excluded."""
+    """A time that another project states for the denoiser, without the text encoder and the VAE."""
 
     who: str
     model: str
@@ -45,7 +45,7 @@ PUBLISHED = (
     Published("TurboDiffusion", LARGE, "rtx5090", 3, 24.0),
     Published("SGLang", SMALL, "h200", 4, 0.93),
 )
-"""TurboDiffusion's README (docs/sources.md), with the number of steps inferred; SGLang's pull request 38182."""
+"""TurboDiffusion's README (docs/sources.md), with the number of steps inferred, and SGLang's pull request 38182."""
 
 
 def unfused(name: str) -> Workload:
@@ -62,7 +62,7 @@ def gpus() -> list[Target]:
 
 
 def launch_table(name: str) -> str:
-    """Each launch of a fused block, its roofline in italics where bytes set it."""
+    """Each launch of a fused block, with its roofline in italics where bytes set it."""
 
     def row(launch: LaunchCost) -> list[str]:
         return [launch.name, work(launch), number(launch.total_bytes / 1e6), *(roofline(launch, gpu) for gpu in gpus())]
@@ -85,7 +85,7 @@ def launch_table(name: str) -> str:
 
 
 def parts_table(name: str) -> str:
-    """The parts of a block in either plan: launches, bytes, roofline."""
+    """The launches, bytes and roofline of each part of a block in both launch plans."""
     gpu = gpus()[0]
 
     def cells(launches: Sequence[LaunchCost]) -> list[str]:
@@ -100,7 +100,7 @@ def parts_table(name: str) -> str:
 
 
 def steps_table() -> str:
-    """A whole step in either plan: roofline, and what the assumed efficiency makes of it."""
+    """The roofline of a whole step in both launch plans, and the time predicted at the assumed efficiency."""
     plans: list[tuple[str, Callable[[Workload], list[LaunchCost]], Callable[[str], Workload]]] = [
         ("unfused", unfused_step, unfused),
         ("fused", fused_step, fused),
@@ -123,7 +123,7 @@ def steps_table() -> str:
 
 
 def requests_table() -> str:
-    """The denoiser's share of a request of four steps, fused."""
+    """The denoiser's time in a request of four steps, with the fused launch plan."""
     rows = []
     for name in (SMALL, MEDIUM, LARGE):
         launches = fused_request(fused(name), 4)
@@ -133,7 +133,7 @@ def requests_table() -> str:
 
 
 def published_table() -> str:
-    """Times that others state, per step, over roofline and prediction of both plans."""
+    """Times that others state, per step, with their ratios to the roofline and the prediction of both launch plans."""
     targets, rows = load_targets(), []
     for entry in PUBLISHED:
         gpu, stated = targets[entry.gpu], 1e3 * entry.seconds / entry.steps
@@ -148,7 +148,7 @@ def published_table() -> str:
 
 
 KINDS = {"gemm": "W8A8 linears", "attention": "sparse attention", "cross": "cross-attention"}
-"""Kinds of launches of a fused block by the first word of their names; the rest only pass over memory."""
+"""Kinds of launches of a fused block by the first word of their names; the rest are plain passes over memory."""
 
 
 def kind(launch: LaunchCost) -> str:
@@ -156,7 +156,7 @@ def kind(launch: LaunchCost) -> str:
 
 
 def shares_table() -> str:
-    """What share of a fused block's roofline each kind of launch has."""
+    """The share of a fused block's roofline that each kind of launch takes."""
     rows = []
     for name in (SMALL, LARGE):
         launches = all_launches(fused_block(fused(name)))
@@ -168,7 +168,7 @@ def shares_table() -> str:
 
 
 def cache_table() -> str:
-    """What launches whose thread blocks share operands ask of the L2 cache, in all and per second at their roofline."""
+    """The bytes that launches with shared operands fetch from the L2 cache, in total and per second at the roofline."""
     rows = []
     for name in (SMALL, LARGE):
         launches = {launch.name: launch for launch in all_launches(fused_block(fused(name)))}
@@ -179,7 +179,7 @@ def cache_table() -> str:
 
 
 def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:
-    """What could still be merged or changed in the fused plan: its launches, and what they would become."""
+    """What could still be merged or changed in the fused launch plan: launches, and those that would replace them."""
     of = {launch.name: launch for launch in all_launches(fused_block(w))}
     attention, cross, last = of["attention + quantise"], of["cross attention"], of["quantise"]
     halves = {("fp8, fp16 sums" if form == "fp8" else form): flops for form, flops in attention.flops.items()}
@@ -190,7 +190,7 @@ def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:
 
 
 def levers_table() -> str:
-    """What each of `levers` would take off the roofline of a block."""
+    """The share of a block's roofline that each of `levers` would save."""
     rows = []
     for name in (SMALL, LARGE):
         whole = all_launches(fused_block(fused(name)))
@@ -215,7 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(page: str) -> str:
-    """A page whose every table after a line ``<!-- table: NAME -->`` is made anew."""
+    """Return a page with the table after every line ``<!-- table: NAME -->`` rewritten."""
 
     def table(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{TABLES[mark[2]]()}\n\n"

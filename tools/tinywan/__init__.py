@@ -1,1 +1,1 @@
-"""Trains TinyWan, the small model in the package; see README.md."""
+"""Train TinyWan, the small model in the package; see README.md."""

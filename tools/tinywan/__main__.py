@@ -1,4 +1,4 @@
-"""``python -m tools.tinywan``: train TinyWan, one phase after the other, and write its files."""
+"""``python -m tools.tinywan``: train TinyWan, one phase after another, and write its files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,17 +37,18 @@ PLANS = {
     "sparse": Plan(steps=5000, batch=16, rate=1e-3, warmup=50, decay=0.998, muon=True),
 }
 CROP = 10
-"""Cells of the windows that the denoiser begins with: less than half a frame, of which things take twice the share."""
+"""Side, in latent cells, of the square windows on which the denoiser first trains: less than half a frame, in which
+things fill twice the share."""
 SHARDS = 32
-"""Of the pool."""
+"""Number of shards of the pool."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where training runs and is kept.
+    """Where training runs and where its files are kept.
 
     Attributes:
-        shards: of the pool that this process fills, or that training uses.
+        shards: Shards of the pool that this process fills, or that training uses.
     """
 
     folder: Path
@@ -62,7 +63,7 @@ class Place:
         return Pool(self.folder / "pool", self.shards)
 
     def network(self, phase: str) -> Network:
-        """The network with the averaged weights of a phase, or of the package where the folder has no such phase."""
+        """The network with the averaged weights of a phase, or with the package's where the folder lacks that phase."""
         network = self.new_network()
         if (self.folder / f"{phase}.pt").exists():
             load_averaged(phase, self.folder, network)
@@ -75,8 +76,8 @@ class Place:
         return Network(MODEL, load_recipe("bf16-sla")).to(self.device)
 
     def settled_vae(self) -> VAE:
-        """The VAE as the pool sees it: with the decoder as it was before it was trained further. The package's where
-        the folder has none."""
+        """The VAE that encodes the pool, with its decoder from before the decoder phase; the package's VAE where the
+        folder has none."""
         path = self.folder / "vae.settled.pt"
         vae = new_vae(MODEL)
         if path.exists():
@@ -97,12 +98,12 @@ class Place:
 
 
 def shipped(component: str) -> dict[str, Tensor]:
-    """Weights of the package, from which training can go on where an earlier run's folder is gone."""
+    """Weights from the package, from which training can continue where an earlier run's folder is gone."""
     return load_file(embedded(MODEL).weights[component])
 
 
 def run_vae(place: Place) -> None:
-    """Pictures, then clips."""
+    """Train the VAE on pictures, then on clips."""
     vae = new_vae(MODEL).to(place.device)
     train_vae(
         MODEL, vae, "vae-pictures", place.folder, PLANS["vae-pictures"], frames=1, side=48, compiled=place.compiled
@@ -152,7 +153,7 @@ def run_publish(place: Place) -> None:
 
 
 def run_scores(place: Place) -> None:
-    """What the published files, or the package's, get right by recipe, top-k and steps, and a sheet of prompts."""
+    """Measure what the published files, or the package's, get right by recipe, top-k and steps, and draw clips."""
     files = place.folder / "files"
     sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
     bundles = scores.import_both(MODEL, sources, place.folder / "bundles")
@@ -162,7 +163,7 @@ def run_scores(place: Place) -> None:
 
 
 def run_pictures(place: Place) -> None:
-    """Curves, and what the VAE makes of six drawn clips: each above what comes back."""
+    """Draw the loss curves, and six drawn clips, each above its reconstruction by the VAE."""
     vae, rng = place.vae(), np.random.default_rng(99)
     clips, (width, height) = [], MODEL.video.size_wh
     for _ in range(6):
@@ -192,16 +193,16 @@ PHASES: dict[str, Callable[[Place], None]] = {
 @click.command()
 @click.argument("phases", nargs=-1, type=click.Choice(list(PHASES)))
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("tinywan-training"), show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", default=1, show_default=True, help="Of the CPU.")
-@click.option("--shards", default=SHARDS, show_default=True, help="Of the pool: each holds 64 scenes.")
-@click.option("--every", default=1, show_default=True, help="Fill every n-th shard, beside other processes.")
+@click.option("--device", default="cpu", show_default=True, help="Device to train on: cpu or cuda.")
+@click.option("--threads", default=1, show_default=True, help="Threads of the CPU.")
+@click.option("--shards", default=SHARDS, show_default=True, help="Shards of the pool, of 64 scenes each.")
+@click.option("--every", default=1, show_default=True, help="Fill every n-th shard; other processes fill the rest.")
 @click.option("--first", default=0, show_default=True, help="The first shard to fill.")
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
-    """Run these PHASES, all of them by default, or go on with them.
+    """Run or continue these PHASES; by default all of them.
 
-    vae, pool, decoder, words, crops, dense, sparse, publish, pictures, scores. What was finished is passed over. A
-    phase whose predecessor is not in the folder begins with the package's weights.
+    The phases are vae, pool, decoder, words, crops, dense, sparse, publish, pictures and scores. Finished work is
+    skipped. A phase whose predecessor is not in the folder begins with the package's weights.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

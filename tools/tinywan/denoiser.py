@@ -1,7 +1,7 @@
-"""The denoiser and its text encoder: first with dense attention, then with sparse.
+"""Train the denoiser and its text encoder, first with dense attention, then with sparse attention.
 
-Sparse-linear attention begins with its linear branch at nothing, and is trained until selecting key blocks costs
-little; some of its steps attend to every key, so that the same weights still serve without.
+Sparse-linear attention begins with its linear branch at zero and is trained until selecting key blocks loses little;
+some of its steps attend to every key, so that the same weights also work with dense attention.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from wanforge.runtime.reference.sampler import TIMESTEP_SCALE
 
 
 class Denoiser(nn.Module):
-    """The denoiser of a network in bfloat16 with float32 weights: a `Velocity`."""
+    """The denoiser of a network, computing in bfloat16 with float32 weights; a `Velocity`."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         self.selected = num_selected_of(model.topk, blocks.num_keys(model.video.clip.tokens))
 
     def attend(self, dense: bool) -> None:
-        """To every key, or to the blocks of keys that the model's top-k selects."""
+        """Make self-attention attend to every key, or only to the key blocks that the model's top-k selects."""
         for block in self.dit.blocks:
             assert isinstance(block, Block)
             block.self_attn.blocks = None if dense else self.blocks
@@ -47,8 +47,8 @@ class Denoiser(nn.Module):
 
 
 def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """`dit.dense_attention` in ordinary products, which PyTorch's compiler for CPUs makes quicker (twice, forward and
-    backward) than the operator it stands in for."""
+    """`dit.dense_attention` as ordinary products, which PyTorch's compiler for CPUs makes twice as fast, forward and
+    backward, as the operator that they replace."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
     logits = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)
     if key_bias_T is not None:
@@ -59,8 +59,8 @@ def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: 
 def plain_sparse_branch(
     q_BHLK: Tensor, k_BHLK: Tensor, smooth_k_BHLK: Tensor, v_BHLK: Tensor, selected_BHMS: Tensor, blocks: Blocks
 ) -> Tensor:
-    """`reference.sparse_branch` as attention to every key under a mask: the same up to rounding. Its running maximum,
-    compiled, has gradients that are not numbers."""
+    """`reference.sparse_branch` as masked attention to every key: the same up to rounding. The running maximum of the
+    original has NaN gradients when compiled."""
     batch, heads, length, _ = q_BHLK.shape
     rows, columns = selected_BHMS.shape[2], blocks.num_keys(length)
     chosen_BHMN = torch.zeros(batch, heads, rows, columns, dtype=torch.bool, device=q_BHLK.device)
@@ -72,8 +72,8 @@ def plain_sparse_branch(
 
 
 def foreground(clean_BCFHW: Tensor) -> Tensor:
-    """Weight of each cell, 1 on average in a clip: `FOREGROUND` times as much where a thing is as on the background,
-    which is most of a clip and soon learned. ``[B, 1, F, H, W]``"""
+    """The weight of each cell ``[B, 1, F, H, W]``, 1 on average in a clip: `FOREGROUND` times as large on a thing as on
+    the background, which fills most of a clip and is soon learned."""
     weight = torch.where(is_thing(clean_BCFHW), FOREGROUND, 1.0)[:, None]
     return weight / weight.mean((1, 2, 3, 4), keepdim=True)
 
@@ -81,7 +81,7 @@ def foreground(clean_BCFHW: Tensor) -> Tensor:
 def lesson_loss(
     velocity: Velocity, network: Network, lessons: Lessons, batch: int, rng: Generator, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """Squared distance of the guesses from the goals as velocities, and per step what it was."""
+    """The squared distance of the guesses from the goals, as velocities: its mean, and its mean at each step."""
     noisy, times, text, goal = lessons.draw(velocity, network, rng, generator, batch)
     error = (guess(velocity, noisy, times, text) - goal).square() * foreground(goal)
     error = error.mean((1, 2, 3, 4)) / times.square()
@@ -101,10 +101,10 @@ def train_denoiser(
     compiled: bool = False,
     stop_at: int | None = None,
 ) -> Network:
-    """Train, or go on.
+    """Train the denoiser, or continue its training.
 
     Args:
-        dense_share: of the steps, at random, that attend to every key.
+        dense_share: Share of the steps, chosen at random, that attend to every key.
     """
     denoiser = Denoiser(network)
     run = torch.compile(denoiser, dynamic=False) if compiled else denoiser

@@ -1,7 +1,7 @@
-"""The pool: scenes and their latents, drawn and encoded once, so that training the denoiser pays for neither.
+"""The pool: scenes and their latents, drawn and encoded once, so that training the denoiser repeats neither.
 
-A scene is wider than a frame: each of its windows on the grid of latents is a clip of the same caption. Shard ``i`` of
-a seed holds the same scenes whoever makes it, so several processes may fill the pool side by side.
+A scene is wider than a frame: each of its windows on the latent grid is a clip with the same caption. Shard ``i`` of a
+seed holds the same scenes whichever process makes it, so several processes can fill the pool at the same time.
 
 Letters: C channels, F H W latent frames, rows, columns; Y X rows and columns of a window's corner.
 """
@@ -25,11 +25,11 @@ from wanforge.runtime.reference.vae import VAE
 SHARD = 64
 """Scenes per file."""
 THING = 0.8
-"""Distance of a cell's latents from the background's, RMS over channels, from which it shows a thing."""
+"""RMS distance over channels between the latents of a cell and the background, above which the cell shows a thing."""
 
 
 def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: range, seed: int = 0) -> Iterator[Path]:
-    """Encode the scenes of these shards that are not there yet."""
+    """Encode the scenes of those shards that do not exist yet, and yield their files."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         path = folder / f"{shard:05}.safetensors"
@@ -55,7 +55,7 @@ def encode(model: ModelConfig, vae: VAE, scene: Scene) -> Tensor:
 
 
 def quick(x_BCTHW: Tensor) -> Tensor:
-    """In bfloat16 and in the layout in which the convolutions of a CPU are quickest."""
+    """Convert to bfloat16 and to the memory layout in which convolutions are fastest on a CPU."""
     return x_BCTHW.bfloat16().contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -65,7 +65,7 @@ def pixels_of(model: ModelConfig, scene: Scene) -> Tensor:
 
 
 def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int, ...]) -> Tensor:
-    """The clip whose first cell is at a corner."""
+    """The window of a scene whose first cell is at the given corner."""
     (y, x), (height, width) = corner_yx, shape_CFHW[-2:]
     return scene_CFHW[:, :, y : y + height, x : x + width]
 
@@ -77,10 +77,10 @@ def centre(scene_CFHW: Tensor, size_hw: tuple[int, int]) -> Tensor:
 
 
 def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
-    """The part of a scene whose windows of `side` cells have its things in them, or most of what they do.
+    """The part of a scene in which every window of `side` cells shows its things, or most of their movement.
 
-    A scene is wider than a frame by what its things leave free of one; here as much is left free of a smaller window,
-    one cell at least.
+    A scene exceeds a frame by the space that its things leave free in a frame. This part exceeds a window by the space
+    that they leave free in a window, and by at least one cell.
     """
     extents = scene_CFHW.shape[2:]
     taken = [2 * frame - extent for extent, frame in zip(extents, frame_hw, strict=True)]
@@ -89,7 +89,7 @@ def middle(scene_CFHW: Tensor, frame_hw: tuple[int, int], side: int) -> Tensor:
 
 
 def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Tensor:
-    """Of all windows of a scene the one that, scaled by `signal`, has the least squared distance to a state."""
+    """The window of a scene that, scaled by `signal`, has the least squared distance to a state."""
     likeness_YX = sums(scene_CFHW, state_CFHW)
     square_YX = sums(scene_CFHW.square().sum(0), torch.ones_like(state_CFHW[0]))
     merit_YX = likeness_YX - signal / 2 * square_YX
@@ -97,20 +97,20 @@ def nearest_window(scene_CFHW: Tensor, state_CFHW: Tensor, signal: float) -> Ten
 
 
 def sums(scene: Tensor, weights: Tensor) -> Tensor:
-    """Sums over each window of a scene, weighted alike; both with as many axes before the last two."""
+    """The weighted sum over each window of a scene; both tensors have the same axes before the last two."""
     one, other = (x.reshape(1, -1, *x.shape[-2:]) for x in (scene, weights))
     return F.conv2d(one, other)[0, 0]
 
 
 def is_thing(clean_CFHW: Tensor) -> Tensor:
-    """Which cells show something else than the background, which is most of every frame; ``[..., F, H, W]``."""
+    """Which cells ``[..., F, H, W]`` show something other than the background, which fills most of every frame."""
     background = clean_CFHW.flatten(-2).median(-1).values[..., None, None]
     return (clean_CFHW - background).square().mean(-4).sqrt() > THING
 
 
 class Pool:
-    """The scenes of some shards and their latents, float16. Shards that are still being made join when they are there;
-    training is reproducible to the bit with a pool that was complete."""
+    """The scenes of some shards and their latents, in float16. Shards that are still being made are added once they
+    exist; training is reproducible bit for bit only with a pool that was complete from the start."""
 
     def __init__(self, folder: Path, shards: range) -> None:
         self.awaited = [folder / f"{shard:05}.safetensors" for shard in shards]

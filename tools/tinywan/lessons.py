@@ -1,12 +1,11 @@
-"""What the denoiser is taught, at the four times at which the sampler asks it: the clip of the caption, at once.
+"""What the denoiser learns: to guess the clip of a caption directly, at each of the sampler's four times.
 
-A caption leaves nothing open, so every state has one right answer, where otherwise a teacher's flow would have to be
-trained and then followed to its end for each of them. Only small windows of a scene, on which training begins, may lie
-in several places: there the one nearest to the noisy state is the answer.
+A caption describes exactly one clip, so every state has one right answer. Otherwise a teacher's flow would have to be
+trained first, and followed to its end for each state. Only the small windows of a scene, on which training begins, can
+lie in several places; their answer is the window nearest to the noisy state.
 
-The sampler puts fresh noise on its guess of the clip and guesses again, so nearly half of the states after the first
-step's are noise on the network's own guess from the step before: each step learns to mend what the one before does
-wrong.
+The sampler puts fresh noise on its guess of the clip and guesses again, so half of the states after the first step are
+noise on the network's own guess from the step before: each step learns to correct the errors of the previous one.
 
 Letters: B samples, C channels, F H W latent frames, rows, columns, E text width.
 """
@@ -25,38 +24,38 @@ from wanforge.configs.model import ModelConfig
 from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Latents, the times that the network is told, and embedded prompts to the velocity."""
+"""A function from latents, the times given to the network and embedded prompts to the velocity."""
 
 STEPS = 4
 REFRESHED = 0.02
-"""Share of batches before which to look for shards that another process has finished."""
+"""Share of batches before which the pool looks for shards that other processes have finished."""
 FOREGROUND = 4.0
 
 
 def state_times(model: ModelConfig) -> list[float]:
-    """Times at which the sampler asks the network."""
+    """The times at which the sampler evaluates the network."""
     return [step.time for step in schedule(STEPS, model.sampler.sigma_max)]
 
 
 def told_times(times_B: Tensor) -> Tensor:
-    """What the network is told they are."""
+    """The times as the network receives them, rounded to bfloat16."""
     told = [network_timestep(float(time)) / TIMESTEP_SCALE for time in times_B]
     return torch.tensor(told, device=times_B.device)
 
 
 def guess(velocity: Velocity, noisy: Tensor, times_B: Tensor, text: Tensor) -> Tensor:
-    """The clip that a velocity points to."""
+    """The clip to which the velocity at these latents points."""
     return noisy - times_B.view(-1, 1, 1, 1, 1) * velocity(noisy, told_times(times_B), text)
 
 
 def renoise(clean: Tensor, times_B: Tensor, generator: torch.Generator) -> Tensor:
-    """Latents at these times, with fresh noise."""
+    """Mix clean latents with fresh noise to states at these times."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     return torch.lerp(clean, noise, times_B.view(-1, 1, 1, 1, 1))
 
 
 def steps_of(batch: int) -> list[int]:
-    """Which step of the schedule each sample of a batch is for, in equal shares."""
+    """The step of the schedule for each sample of a batch, in equal shares."""
     return [place * STEPS // batch for place in range(batch)]
 
 
@@ -64,7 +63,7 @@ class Lessons:
     """Noisy latents at the schedule's times, prompts, and the clips that they should become.
 
     Args:
-        side: of square windows, in cells of latents, in place of a frame's size.
+        side: Side of square windows in latent cells; by default, windows have the size of a frame.
     """
 
     def __init__(self, model: ModelConfig, pool: Pool, tokens: Tokens, side: int | None = None) -> None:
@@ -77,9 +76,9 @@ class Lessons:
     def draw(
         self, velocity: Velocity, network: Network, rng: Generator, generator: torch.Generator, batch: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, their times ``[B]``, embedded prompts, and the goals.
+        """Draw noisy latents, their times ``[B]``, embedded prompts, and the goals.
 
-        The first step's states are noise alone. Every other one after it is made from the guess of the step before.
+        The first step's states are pure noise. Half of the later states are made from the guess of the step before.
         """
         if rng.random() < REFRESHED:
             self.pool.refresh()
@@ -94,7 +93,7 @@ class Lessons:
         retold = (~first).nonzero()[::2, 0]
         before = steps[retold] - 1
         with torch.no_grad():
-            # As in sampling, what comes before the second step shows nothing of a clip.
+            # As in sampling, the state before the second step is pure noise.
             shown = basis[retold] * (before > 0).view(-1, 1, 1, 1, 1)
             earlier = renoise(shown, all_times[before], generator)
             basis[retold] = guess(velocity, earlier, all_times[before], text[retold].detach())

@@ -1,6 +1,6 @@
-"""How far clips are from the ones that prompts ask for: a caption leaves nothing open, so the right clip can be drawn.
+"""How far clips are from the ones that prompts ask for: a caption describes exactly one clip, which can be drawn.
 
-Rates say no more once everything is right; this does.
+Once everything is right, the rates no longer show a difference; these distances still do.
 """
 
 import json
@@ -23,18 +23,18 @@ from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
 
 TOPKS = (0.17, 0.34, 0.5, 1.0)
-"""One, two, three and all of the six key blocks."""
+"""The shares that select one, two, three and all of the six key blocks."""
 EVERY = 3
-"""Which prompts are taken: no divisor of the number of wordings, so that all of these are."""
+"""Every third prompt is used; three does not divide the number of wordings, so that all wordings occur."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measurement.
+    """The measurement of one configuration.
 
     Attributes:
-        rms: distance from the right clips over all pixels and colours, in values from 0 to 255.
-        right: share of things of which everything is right.
+        rms: Distance from the right clips over all pixels and colours, in values from 0 to 255.
+        right: Share of things for which everything is right.
     """
 
     backend: str
@@ -46,8 +46,8 @@ class Point:
 
 
 def drawn_clip(model: ModelConfig, scene: Scene) -> Tensor:
-    """The frames in the centre of a scene, float32 from 0 to 255, ``[T, H, W, 3]``; like `latents.centre` on whole
-    cells of latents."""
+    """The centre of a scene, cut to the size of a frame, float32 from 0 to 255, ``[T, H, W, 3]``; like
+    `latents.centre`, it lies on whole latent cells."""
     width, height = frame_wh = model.video.size_wh
     spare = [(extent - frame) // SPATIAL_STRIDE for extent, frame in zip(scene.size_wh, frame_wh, strict=True)]
     x, y = (cells // 2 * SPATIAL_STRIDE for cells in spare)
@@ -55,7 +55,7 @@ def drawn_clip(model: ModelConfig, scene: Scene) -> Tensor:
 
 
 def judge(pipeline: Pipeline, prompts: Sequence[Prompt], steps: int, topk: float | None) -> Point:
-    """Make a clip of every prompt, each with the seed of its place, and hold it against the right one."""
+    """Make a clip of every prompt, with its index as the seed, and compare it with the right clip."""
     model, squares, scores = pipeline.model, list[Tensor](), list[Score]()
     for seed, prompt in enumerate(prompts):
         clip = pipeline.make(Request(prompt.text, model.video.clip, seed=seed, steps=steps, topk=topk))
@@ -67,7 +67,7 @@ def judge(pipeline: Pipeline, prompts: Sequence[Prompt], steps: int, topk: float
 
 
 def distances(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str, list[Point]]:
-    """Over recipes and backends at the model's own top-k and steps, and over both of these as shipped."""
+    """Measure recipes and backends at the model's own top-k and steps, and the shipped recipe over both of these."""
     prompts, contenders = held_out_prompts()[::EVERY], bundles.contenders()
     usual, shipped = bundles.plain.model.sampler.steps, contenders[2][0]
 
@@ -84,7 +84,7 @@ def distances(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str
 
 
 def write(found: dict[str, list[Point]], out: Path) -> None:
-    """The numbers, and a picture of the grid."""
+    """Write the numbers, and plots of the grid."""
     plain = {name: [asdict(point) for point in points] for name, points in found.items()}
     (out / "grid.json").write_text(json.dumps(plain, indent=1) + "\n")
     plots = {
@@ -96,7 +96,7 @@ def write(found: dict[str, list[Point]], out: Path) -> None:
 
 
 def grid_plot(points: Sequence[Point], title: str, y: str, value: Callable[[Point], float]) -> Plot:
-    """A line for each top-k over the steps."""
+    """A plot over the steps, with a line for each top-k."""
     series = [
         Series(
             f"top-k {topk}",

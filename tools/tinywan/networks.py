@@ -1,4 +1,4 @@
-"""First weights of the denoiser and the text encoder, the tokenizer, and prompts as batches."""
+"""The initial weights of the denoiser and the text encoder, the tokenizer, and batches of prompts."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from wanforge.runtime.reference.text_encoder import Norm, Table, TextEncoder, pa
 from wanforge.runtime.text import END
 
 RESIDUAL_GAIN = 0.3
-"""What the last linear of each residual branch begins with, over unit gain."""
+"""Initial gain of the last linear of each residual branch, relative to unit gain."""
 
 
 class Network(nn.Module):
@@ -32,7 +32,7 @@ class Network(nn.Module):
         begin_text_encoder(self.text_encoder, generator)
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Token ids of several prompts as ``[B, rows, E]``; a prompt without tokens is all zeros."""
+        """Embed the token ids of several prompts as ``[B, rows, E]``; a prompt without tokens is all zeros."""
         rows, device = self.model.dit.text_rows, self.text_encoder.norm.weight.device
         groups = defaultdict(list)
         for place, ids in enumerate(prompts):
@@ -50,7 +50,7 @@ class Network(nn.Module):
 
 @torch.no_grad()
 def begin_dit(dit: DiT, generator: torch.Generator) -> None:
-    """Unit gain, residual branches that begin small, gates open, a head that says nothing yet."""
+    """Initialise with unit gain, small residual branches, open gates and a head whose output is zero."""
     for module in dit.modules():
         if isinstance(module, Linear):
             module.weight.normal_(0, module.weight.shape[1] ** -0.5, generator=generator)
@@ -80,7 +80,7 @@ def begin_dit(dit: DiT, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def begin_text_encoder(encoder: TextEncoder, generator: torch.Generator) -> None:
-    """As umT5 begins: logits are not scaled, so the scale is in the query weights."""
+    """Initialise as umT5 does: attention logits are not scaled, so the query weights hold the scale."""
     for name, module in encoder.named_modules():
         if isinstance(module, Norm):
             module.weight.fill_(1)
@@ -93,8 +93,8 @@ def begin_text_encoder(encoder: TextEncoder, generator: torch.Generator) -> None
 
 
 def make_tokenizer() -> Tokens:
-    """A tokenizer of umT5's kind: unigram pieces, ``<pad>`` 0, ``</s>`` 1, ``<unk>`` 2. It knows the captions' words
-    whole, in lower case, and spells all others."""
+    """A tokenizer like umT5's: unigram pieces, ``<pad>`` 0, ``</s>`` 1, ``<unk>`` 2. It has a piece for each word of
+    the captions, in lower case, and spells all other words."""
     special = ["<pad>", END, "<unk>"]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-"
     words = [f"\u2581{word}" for word in vocabulary()]
@@ -109,7 +109,7 @@ def make_tokenizer() -> Tokens:
 
 
 def token_ids(tokens: Tokens, prompt: str) -> list[int]:
-    """A prompt as the pipeline reads it: its ids and the end."""
+    """The token ids of a prompt as the pipeline reads it, with the end token."""
     end = tokens.token_to_id(END)
     assert end is not None
     return [*tokens.encode(prompt, add_special_tokens=False).ids, end]

@@ -1,4 +1,4 @@
-"""Training as pictures: the loss of every phase over its steps, and clips as rows of frames."""
+"""Pictures of the training: the loss of every phase over its steps, and clips as rows of frames."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from PIL import Image
 WIDTH, HEIGHT, MARGIN = 360, 200, 44
 PER_ROW = 2
 SHOWN = (0, 5, 10, 15, 20)
-"""Frames of a clip in a sheet."""
+"""The frames of a clip that a sheet shows."""
 
 
 def curves(folder: Path, out: Path) -> None:
-    """One small plot per log of a phase, loss over steps, both as they are written there."""
+    """Write one small plot of loss over steps for each phase's log."""
     plots = [plot(path.stem, read_log(path)) for path in sorted(folder.glob("*.jsonl"))]
     rows = math.ceil(len(plots) / PER_ROW)
     size = f"{PER_ROW * WIDTH} {rows * HEIGHT}"
@@ -31,13 +31,13 @@ def curves(folder: Path, out: Path) -> None:
 
 
 def read_log(path: Path) -> list[tuple[int, float]]:
-    """Steps and losses; where a run was taken up from an earlier checkpoint, the later line counts."""
+    """The steps and losses of a log; where a run was resumed from an earlier checkpoint, the later line counts."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return sorted({line["step"]: line["loss"] for line in lines}.items())
 
 
 def plot(title: str, points: Sequence[tuple[int, float]]) -> str:
-    """Loss from 0 up over steps from 0 on."""
+    """A plot of loss over steps, with both axes starting at 0."""
     last, most = max(x for x, _ in points), max(y for _, y in points)
     inner_width, inner_height = WIDTH - MARGIN - 16, HEIGHT - 2 * MARGIN
     line = " ".join(
@@ -55,7 +55,7 @@ def plot(title: str, points: Sequence[tuple[int, float]]) -> str:
 
 
 def sheet(clips: Sequence[NDArray[np.uint8]], out: Path, columns: int = 2) -> None:
-    """Clips ``[F, H, W, 3]`` as rows of five frames, in columns."""
+    """Write clips ``[F, H, W, 3]`` as rows of five frames, arranged in columns."""
     rows = [np.concatenate([clip[frame] for frame in SHOWN], 1) for clip in clips]
     high = math.ceil(len(rows) / columns)
     sides = [np.concatenate(rows[start : start + high], 0) for start in range(0, len(rows), high)]

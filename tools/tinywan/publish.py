@@ -1,4 +1,4 @@
-"""The trained weights as the files of the package: 16 bits each, in the names of the published checkpoints."""
+"""Write the trained weights as the package's files: 16 bits each, under the names of the published checkpoints."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from wanforge.runtime.reference.vae import VAE
 from wanforge.whole_file import write_atomically
 
 TYPES = {"dit": torch.bfloat16, "text_encoder": torch.bfloat16, "vae": torch.float16}
-"""What a bundle computes from is bfloat16, except for the VAE, which is float32 and keeps three digits more here."""
+"""A bundle computes from bfloat16 weights, but from float32 weights in the VAE; float16 gives these three more bits."""
 
 
 def publish(network: Network, vae: VAE, out: Path) -> list[Path]:
-    """Write a network with sparse attention, its VAE and its tokenizer; returns the files."""
+    """Write a network with sparse attention, its VAE and its tokenizer, and return the files."""
     out.mkdir(parents=True, exist_ok=True)
     modules: dict[str, nn.Module] = {"dit": network.dit, "text_encoder": network.text_encoder, "vae": vae}
     paths = []

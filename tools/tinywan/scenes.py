@@ -1,7 +1,8 @@
-"""The data: clips of coloured shapes that move over a plain background, drawn as they are needed, with captions.
+"""The training data: captioned clips of coloured shapes that move over a plain background, drawn on demand.
 
-A caption leaves nothing open: what it does not say is of ordinary size and pace, before black, in the middle of the
-frame. A scene is drawn wider than a frame, so that smaller windows of it can show its things whole too.
+A caption describes exactly one clip: unless it says otherwise, things have ordinary size and speed, the background is
+black, and paths are centred in the frame. A scene is drawn wider than a frame, so that windows of it show its things
+whole too.
 
 Letters: F frames, H W rows and columns.
 """
@@ -20,22 +21,22 @@ BACKGROUNDS = {"black": 22, "grey": 128, "white": 232}
 """Grey values by name."""
 DARKNESS = {"black": "dark", "grey": "grey", "white": "light"}
 UNSAID = "black"
-"""The background of a caption without one."""
+"""The background where a caption names none."""
 SIZES = {"small": 12.5, "": 17.0, "large": 22.5}
-"""Radii in pixels."""
+"""Radii in pixels by name."""
 PAIRED = 0.2
 """Share of scenes with two things."""
 MARGIN = 2.0
-"""Pixels that a thing keeps from the border of a window."""
+"""Least distance of a thing from the border of a window, in pixels."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape on its way.
+    """A moving shape.
 
     Attributes:
-        size: a key of `SIZES`.
-        centre_xy: where it is in the middle of the clip, in pixels of its scene.
+        size: A key of `SIZES`.
+        centre_xy: Position of its centre in the middle of the clip, in pixels of its scene.
     """
 
     subject: Subject
@@ -43,7 +44,7 @@ class Thing:
     centre_xy: tuple[float, float]
 
     def centre(self, frame: int, frames: int) -> tuple[float, float]:
-        """Where it is in a frame of a clip."""
+        """The position of its centre in a frame of a clip."""
         way = (frame - (frames - 1) / 2) * SPEEDS[self.subject.speed]
         dx, dy = DIRECTIONS[self.subject.direction]
         return (self.centre_xy[0] + way * dx, self.centre_xy[1] + way * dy)
@@ -51,11 +52,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things before a plain background, drawn so wide that every window of a frame's size whose corner is on
-    the grid of latents shows them whole.
+    """One or two things in front of a plain background, as wide as it can be while every window that has the size of a
+    frame and a corner on the latent grid shows them whole.
 
     Attributes:
-        size_wh: in pixels, multiples of a latent's cell.
+        size_wh: Width and height in pixels, multiples of a latent cell.
     """
 
     things: tuple[Thing, ...]
@@ -64,13 +65,13 @@ class Scene:
 
 
 def draw_scene(rng: Generator, frame_wh: tuple[int, int], frames: int, *, unseen: bool = False) -> Scene:
-    """A random scene of trained combinations, or with `unseen` of held-out ones."""
+    """Draw a random scene of trained combinations, or of held-out ones if `unseen`."""
     count = 2 if rng.random() < PAIRED else 1
     first = draw_subject(rng, unseen)
     subjects = [first]
     while len(subjects) < count:
         other = draw_subject(rng, unseen)
-        # Lanes lie side by side: both run along the same axis.
+        # Lanes lie side by side, so both things move along the same axis.
         if other.colour != first.colour and DIRECTIONS[other.direction][0] ** 2 == DIRECTIONS[first.direction][0] ** 2:
             subjects.append(other)
     sizes = ["small", ""] if count == 2 else list(SIZES)
@@ -82,7 +83,7 @@ def draw_scene(rng: Generator, frame_wh: tuple[int, int], frames: int, *, unseen
 
 
 def scene_asked(prompt: Prompt, frame_wh: tuple[int, int], frames: int) -> Scene:
-    """What a held-out prompt asks for; what it leaves out is ordinary, as in `caption`."""
+    """The scene that a held-out prompt asks for; what it leaves out is ordinary, as in `caption`."""
     words = prompt.text.split()
     size = next((name for name in ("small", "large") if name in words), "")
     background = next((name for name, said in DARKNESS.items() if said in words), UNSAID)
@@ -102,7 +103,7 @@ def draw_subject(rng: Generator, unseen: bool = False) -> Subject:
 
 
 def lane_centre(subject: Subject, lane: int, lanes: int, frame_wh: tuple[int, int]) -> tuple[float, float]:
-    """The middle of a lane: of two, the first named is above or to the left."""
+    """The middle of a lane; of two lanes, the first is above or to the left."""
     centre = [frame_wh[0] / 2, frame_wh[1] / 2]
     across = 1 if DIRECTIONS[subject.direction][0] else 0
     centre[across] = frame_wh[across] * (lane + 0.5) / lanes
@@ -110,7 +111,7 @@ def lane_centre(subject: Subject, lane: int, lanes: int, frame_wh: tuple[int, in
 
 
 def widened(things: list[Thing], background: str, frame_wh: tuple[int, int], frames: int) -> Scene:
-    """A scene as wide as windows may be moved."""
+    """Make a scene that is wider than a frame by the distance that windows of it may be moved."""
     ends = [(np.array(thing.centre(frame, frames)), SIZES[thing.size]) for thing in things for frame in (0, frames - 1)]
     low = np.min([centre - radius for centre, radius in ends], 0)
     high = np.max([centre + radius for centre, radius in ends], 0)
@@ -126,7 +127,7 @@ def widened(things: list[Thing], background: str, frame_wh: tuple[int, int], fra
 
 
 def render(scene: Scene, frames: int, shown: range | None = None) -> NDArray[np.float32]:
-    """The whole scene in a clip of `frames`, or the `shown` ones of them, 0 to 255, ``[F, H, W, 3]``."""
+    """Render the whole scene in a clip of `frames` frames, or only the `shown` ones, 0 to 255, ``[F, H, W, 3]``."""
     width, height = scene.size_wh
     shown = range(frames) if shown is None else shown
     clip = np.full((len(shown), height, width, 3), BACKGROUNDS[scene.background], np.float32)
@@ -156,13 +157,13 @@ WAYS = {
 }
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "": ("",), "large": ("large", "big", "huge")}
 PLAIN = 0.3
-"""Share of captions in the plainest words, from which the others' are learned."""
+"""Share of captions in the plainest words, from which the other words are learned."""
 OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "an animation of ")
 
 
 def caption(rng: Generator, scene: Scene) -> str:
-    """One of many ways to say what a scene shows. Colour, shape and direction are always said, a slow or quick pace
-    too, a size and background where they are not the ordinary ones."""
+    """One of many ways to say what a scene shows. Colour, shape and direction are always named, as is a slow or quick
+    speed; size and background are named at least where they are not the ordinary ones."""
     plain = rng.random() < PLAIN
     parts = [phrase(rng, thing, plain) for thing in scene.things]
     said = scene.background != UNSAID or rng.random() < 0.25
@@ -172,7 +173,7 @@ def caption(rng: Generator, scene: Scene) -> str:
     text = joiner.join(parts)
     if said:
         text += str(rng.choice([" on", " on", " over", " in front of"])) + " " + backdrop(rng, scene.background)
-    # A clause that begins with a noun phrase can follow any opening; one with a finite verb stands alone.
+    # A noun phrase can follow any opening; a clause with a finite verb stands alone.
     if all(verb not in text for verb in PLAIN_VERBS.values()):
         text = str(rng.choice(OPENINGS)) + text
     if rng.random() < 0.4:

@@ -1,4 +1,4 @@
-"""What TinyWan's files get right of the held-out prompts, by recipe, top-k and steps, and what its clips look like."""
+"""What TinyWan's files get right on the held-out prompts, by recipe, top-k and steps, and what its clips look like."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
 
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
-"""One, two, three, four and all of the six key blocks."""
+"""The shares that select one, two, three, four and all of the six key blocks."""
 STEPS = (1, 2, 3, 4)
 SHOWN = (
     "a red circle moving right",
@@ -40,14 +40,14 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Bundles:
-    """TinyWan without quantisation, and as it is shipped."""
+    """TinyWan without quantisation and as it is shipped."""
 
     plain: Bundle
     shipped: Bundle
 
     def contenders(self) -> list[tuple[Pipeline, float | None]]:
-        """Without quantisation dense and sparse, then what is shipped on the reference and as ONNX; each with its
-        top-k."""
+        """The unquantised model with dense and with sparse attention, then the shipped one on the reference and in ONNX
+        Runtime; each with its top-k."""
         topk = self.plain.model.topk
         return [
             (Contender("torch", load_recipe("bf16")).pipeline(self.plain), None),
@@ -67,7 +67,7 @@ def import_both(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
 
 
 def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:
-    """Rates of every contender, and of what is shipped over top-k and over steps, on the reference."""
+    """The rates of every contender, and those of the shipped model on the reference over top-k and over steps."""
     usual, contenders = bundles.plain.model.sampler.steps, bundles.contenders()
     shipped, usual_topk = contenders[2]
 
@@ -85,7 +85,7 @@ def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str,
 
 
 def write(found: dict[str, list[Quality]], out: Path) -> None:
-    """The numbers, and a picture of each sweep."""
+    """Write the numbers, and a plot of each sweep."""
     plain = {name: [each.as_json() for each in each_sweep] for name, each_sweep in found.items()}
     (out / "scores.json").write_text(json.dumps(plain, indent=1) + "\n")
     for name, title in (("topk", "top-k"), ("steps", "steps")):
@@ -94,7 +94,7 @@ def write(found: dict[str, list[Quality]], out: Path) -> None:
 
 
 def draw(bundle: Bundle, out: Path) -> None:
-    """Clips of a dozen prompts, as the package makes them by default."""
+    """Draw clips of a dozen prompts as the package makes them by default."""
     pipeline, clip = Contender("torch").pipeline(bundle), bundle.model.video.clip
     requests = [Request(text, clip, seed=seed) for seed, text in enumerate(SHOWN)]
     sheet([pipeline.make(request).frames for request in requests], out)

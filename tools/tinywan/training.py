@@ -1,7 +1,7 @@
-"""What every phase shares: initial weights, the loop with its checkpoints, averaged weights, the log.
+"""What all phases share: the training loop with its checkpoints, the optimisers, the averaged weights and the log.
 
-Whatever a step draws at random depends on the seed and the step's number alone, so a run that was interrupted goes on
-bit for bit as if it had not been.
+The random numbers of a step depend only on the seed and the step's number, so an interrupted run continues bit for bit
+as if it had not been interrupted.
 """
 
 import json
@@ -23,18 +23,18 @@ Model = TypeVar("Model", bound=nn.Module)
 SAVE_SECONDS = 120.0
 LOG_STEPS = 20
 MATRIX_RATE = 3.0
-"""Learning rate of matrices under Muon over that of the rest."""
+"""Learning rate of matrices under Muon, as a multiple of the rate of the other weights."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how a phase trains.
+    """How a phase trains, and for how long.
 
     Attributes:
-        steps: of the optimiser.
-        batch: samples per step.
-        rate: peak learning rate, reached after `warmup` steps, then falling by a cosine to a fiftieth.
-        decay: of the averaged weights, per step.
+        steps: Steps of the optimiser.
+        batch: Samples per step.
+        rate: Peak learning rate, reached after `warmup` steps and then reduced along a cosine to a fiftieth.
+        decay: Decay of the averaged weights per step.
     """
 
     steps: int
@@ -44,11 +44,11 @@ class Plan:
     decay: float = 0.998
     seed: int = 0
     muon: bool = False
-    """Orthogonalised momentum for matrices, except tables to look up in."""
+    """Whether matrices other than lookup tables are trained with Muon, which orthogonalises momentum."""
 
 
 def generators(phase: str, seed: int, step: int) -> tuple[Generator, torch.Generator]:
-    """numpy's and PyTorch's random numbers of one step."""
+    """The generators of numpy's and PyTorch's random numbers for one step."""
     key = [seed, step, *phase.encode()]
     rng = np.random.default_rng(key)
     return rng, torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -64,12 +64,12 @@ def train(
     stop_at: int | None = None,
     tell: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Train a model, or go on with it; returns it with its averaged weights.
+    """Train a model, or continue its training, and return it with its averaged weights.
 
     Args:
-        folder: where ``<phase>.pt`` and ``<phase>.jsonl`` are kept.
-        loss_of: the loss of one step's random numbers, and what else to log.
-        stop_at: leave after this step, to be continued.
+        folder: Where ``<phase>.pt`` and ``<phase>.jsonl`` are kept.
+        loss_of: Returns the loss for one step's random numbers, and what else to log.
+        stop_at: Stop after this step; a later call continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, log = Run(model, plan, folder / f"{phase}.pt"), Log(phase, folder, tell)
@@ -89,7 +89,7 @@ def train(
 
 
 class Run:
-    """A model on its way through a plan, from its checkpoint on where there is one."""
+    """A model that is trained by a plan, resumed from its checkpoint where one exists."""
 
     def __init__(self, model: nn.Module, plan: Plan, path: Path) -> None:
         self.model, self.plan, self.path, self.step = model, plan, path, 0
@@ -117,7 +117,7 @@ class Run:
         save(self.path, state)
 
     def advance(self, loss: Tensor) -> float:
-        """Take a step against a loss; returns the norm of the gradient, which is clipped to one."""
+        """Take a step that lowers a loss, and return the norm of the gradient before it was clipped to one."""
         for optimiser in self.optimisers:
             factor = MATRIX_RATE if isinstance(optimiser, Matrices) else 1.0
             for group in optimiser.param_groups:
@@ -133,7 +133,7 @@ class Run:
 
 
 class Log:
-    """Means of what steps say, a line of JSON for some of them at a time, with the seconds that a step took."""
+    """The mean of what is logged over some steps at a time, as a line of JSON, with the seconds per step."""
 
     def __init__(self, phase: str, folder: Path, tell: Callable[[str], None]) -> None:
         self.phase, self.path, self.tell = phase, folder / f"{phase}.jsonl", tell
@@ -170,7 +170,7 @@ class Matrices(torch.optim.Muon):
 
 
 def optimisers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
-    """AdamW, and with `muon` Muon beside it, for whatever multiplies."""
+    """AdamW for all weights; with `muon`, Muon for those that multiply and AdamW for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [
         p
@@ -184,7 +184,7 @@ def optimisers_of(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
 
 
 def shape_of_rate(step: int, plan: Plan) -> float:
-    """The learning rate over its peak."""
+    """The learning rate of a step as a share of its peak."""
     if step < plan.warmup:
         return (step + 1) / plan.warmup
     done = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
@@ -192,7 +192,7 @@ def shape_of_rate(step: int, plan: Plan) -> float:
 
 
 def load_averaged(phase: str, folder: Path, model: Model) -> Model:
-    """A model with the averaged weights that a phase has reached."""
+    """Load the averaged weights that a phase has reached into a model, and return the model."""
     restore(list(model.parameters()), torch.load(folder / f"{phase}.pt", map_location="cpu")["averaged"])
     return model
 

@@ -1,7 +1,7 @@
-"""The VAE: pixels to latents and back, on crops.
+"""Train the VAE, from pixels to latents and back, on crops.
 
-The latents get noise of a fixed size before they are decoded, which together with a small pull towards zero is a
-variational bottleneck with a constant deviation: neighbouring latents must mean neighbouring pictures.
+Noise of a fixed size is added to the latents before they are decoded. Together with a small pull towards zero it makes
+a variational bottleneck with a constant deviation: similar latents must decode to similar pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,20 +32,20 @@ from wanforge.runtime.reference.vae import (
 )
 
 NOISE = 0.2
-"""Deviation of the noise on latents, whose own is about one."""
+"""Standard deviation of the noise on the latents, whose own is about one."""
 PULL = 1e-3
 """Weight of the mean square of the latents."""
 SMOOTH = 0.2
-"""Error in pixels, whose range is 2, from which it counts by its size and no longer by its square."""
+"""Pixel error above which the loss is absolute instead of squared; the range of pixels is 2."""
 FOREGROUND = 4.0
-"""Weight of a pixel that is not background, which has 1."""
+"""Weight of a foreground pixel; a background pixel has 1."""
 
 
 def new_vae(model: ModelConfig, seed: int = 0) -> VAE:
-    """A VAE ready to be trained: unit gain, residuals that begin near nothing, latents around zero.
+    """A VAE ready to be trained: unit gain, residual branches that begin near zero, latents around zero.
 
-    It begins as an autoencoder of single pictures: convolutions see the present alone, and the temporal resamplers
-    average and repeat. Begun with random weights for the past too, it learns each place in the clip anew.
+    It begins as an autoencoder of single pictures: convolutions see only the present frame, and the temporal resamplers
+    average and repeat. With random weights for past frames too, it would learn each position in the clip separately.
     """
     vae = VAE(model.vae)
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +75,7 @@ def new_vae(model: ModelConfig, seed: int = 0) -> VAE:
     channels = model.vae.latent_channels
     mean, deviation = torch.tensor(LATENT_MEAN), torch.tensor(LATENT_STD)
     shape = (-1, 1, 1, 1, 1)
-    # In the pipeline's normalised latents the last layer begins as if it had no statistics.
+    # The layers next to the latents begin by cancelling the pipeline's normalisation.
     vae.conv1.weight.data[:channels] *= deviation.view(shape)
     vae.conv1.bias.data[:channels] = mean
     vae.conv1.weight.data[channels:] = 0
@@ -97,8 +97,8 @@ def train_vae(
     compiled: bool = False,
     stop_at: int | None = None,
 ) -> VAE:
-    """Train on crops of `frames` frames and `side` pixels; every fifth step on some whole frames, since the layer with
-    attention sees a frame at once."""
+    """Train on crops of `frames` frames and `side` pixels, and in a fifth of the steps on whole frames, because the
+    attention layer sees a whole frame at once."""
     encode, decode = quickly(vae, compiled)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -118,18 +118,18 @@ def train_vae(
 
 
 def quickly(vae: VAE, compiled: bool) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Encoding and decoding, compiled once for each shape: PyTorch's compiler fails at this backward pass with shapes
-    left open."""
+    """The functions that encode and decode, compiled separately for each shape if `compiled`: PyTorch's compiler fails
+    on this backward pass with dynamic shapes."""
     if not compiled:
         return vae.encode, vae.decode
     return torch.compile(vae.encode, dynamic=False), torch.compile(vae.decode, dynamic=False)
 
 
 def infidelity(out: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
-    """Weighted distance, absolute beyond `SMOOTH` and square below.
+    """The weighted distance, absolute above `SMOOTH` and squared below.
 
-    A plain absolute one pulls every pixel of a background with the same force however near it is, which a batch of a
-    few clips does not average out: clips then got worse with every step.
+    A plain absolute distance pulls every background pixel with the same force however near it is, which a batch of a
+    few clips does not average out: with it, clips got worse with every step.
     """
     error = F.smooth_l1_loss(out, pixels, beta=SMOOTH, reduction="none")
     return (error * weight).sum() / (weight.sum() * 3)
@@ -143,7 +143,7 @@ def latent_shape(pixels_BCTHW: Tensor, model: ModelConfig) -> tuple[int, ...]:
 
 def crops(rng: Generator, model: ModelConfig, batch: int, frames: int, side: int | None) -> tuple[Tensor, Tensor]:
     """Pixels in [-1, 1] ``[B, 3, T, S, S]`` and each pixel's weight ``[B, 1, T, S, S]``, cut from scenes around one of
-    the things in them; as large as a frame where `side` is None."""
+    the things in them; the crops are whole frames if `side` is None."""
     video, cut_wh = model.video, cut_size(model, side)
     clips = []
     for _ in range(batch):
@@ -160,7 +160,7 @@ def cut_size(model: ModelConfig, side: int | None) -> tuple[int, int]:
 
 
 def corner(rng: Generator, scene: Scene, frame: int, frames: int, cut_wh: tuple[int, int]) -> tuple[int, int]:
-    """Where to cut so that one of the scene's things is at least partly in it."""
+    """The corner of a crop that shows at least part of one of the scene's things."""
     thing = scene.things[int(rng.integers(len(scene.things)))]
     x, y = (
         int(np.clip(at + rng.uniform(-cut, cut) / 2 - cut / 2, 0, extent - cut))
@@ -170,7 +170,7 @@ def corner(rng: Generator, scene: Scene, frame: int, frames: int, cut_wh: tuple[
 
 
 def weighted(clips: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-    """Clips from 0 to 255 ``[T, H, W, 3]`` as pixels and weights, see `crops`."""
+    """Convert clips from 0 to 255 ``[T, H, W, 3]`` to the pixels and weights of `crops`."""
     weights = [1 + (FOREGROUND - 1) * (np.ptp(clip, -1) > 24) for clip in clips]
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1
     return pixels.contiguous(), torch.from_numpy(np.stack(weights)).float()[:, None]
@@ -179,7 +179,7 @@ def weighted(clips: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def settle_latents(vae: VAE, model: ModelConfig, samples: int = 64, seed: int = 1) -> VAE:
     """Fold the statistics of trained latents into the layers next to them, so that every channel has mean 0 and
-    deviation 1; what is decoded stays the same."""
+    deviation 1; the decoded pixels stay the same."""
     rng = np.random.default_rng(seed)
     clips = [crops(rng, model, 1, model.video.frames, None)[0] for _ in range(samples)]
     latents = torch.cat([vae.encode(quick(clip)).float() for clip in clips])
@@ -205,7 +205,7 @@ def train_decoder(
     compiled: bool = False,
     stop_at: int | None = None,
 ) -> VAE:
-    """Go on with the decoder alone, on latents as the denoiser learns to make them."""
+    """Continue to train the decoder alone, on latents such as the denoiser learns to make."""
     decoder = decoder_of(vae)
     _, decode = quickly(vae, compiled)
     every = latent_frames(model.video.frames)
@@ -228,7 +228,7 @@ def train_decoder(
 def latent_crops(
     rng: Generator, model: ModelConfig, pool: Pool, rows: NDArray[np.int64], count: int, side: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The first latent frames of some scenes of the pool ``[B, 16, F, S/8, S/8]``, and `crops` of what they show."""
+    """Crops of some scenes' first latent frames, ``[B, 16, F, S/8, S/8]``, with pixels and weights as in `crops`."""
     video, cut_wh = model.video, cut_size(model, side)
     frames = 1 + TEMPORAL_STRIDE * (count - 1)
     latents, clips = [], []
@@ -243,5 +243,5 @@ def latent_crops(
 
 
 def decoder_of(vae: VAE) -> nn.Module:
-    """What turns latents into pixels."""
+    """The layers that turn latents into pixels."""
     return nn.ModuleList([vae.conv2, vae.decoder])

@@ -1,6 +1,6 @@
-"""The text encoder's first lesson: from every row of a caption, everything that its scene shows can be read.
+"""Train the text encoder alone, until everything that a scene shows can be read from every row of its caption.
 
-The denoiser could teach it that too, but only through a clip's error, and much more slowly.
+Training with the denoiser would teach it the same, but only through a clip's error, and much more slowly.
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ THINGS = 2
 
 
 class Reader(nn.Module):
-    """A text encoder with a linear layer that is asked about the scene: of each thing what it is, with an answer more
-    for none, and the background."""
+    """A text encoder with a linear layer that answers questions about the scene: the properties of each thing, with one
+    more answer for a thing that does not exist, and the background."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Reader(nn.Module):
 
 
 def answers(scene: Scene) -> list[int]:
-    """The right ones."""
+    """The right answers to a reader's questions about a scene."""
     found = []
     for place in range(THINGS):
         if place < len(scene.things):

@@ -1,4 +1,4 @@
-"""What a backend is timed against: other ways to run the same networks, none of them a way to deploy."""
+"""Baselines to time backends against: other ways to run the same networks, not meant for deployment."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -11,10 +11,10 @@ BASELINES = ("compile", "diffusers")
 
 
 def create_baseline(name: str, bundle: "Bundle") -> "Backend":
-    """A baseline over a bundle.
+    """Create a baseline for a bundle.
 
     Raises:
-        ResourceError: This machine is too small for it.
+        ResourceError: This machine has too little memory for it.
     """
     if name == "compile":
         from wanforge.runtime.measure.baselines.compiled import CompiledBackend

@@ -1,4 +1,4 @@
-"""The reference with its denoiser's blocks compiled by PyTorch: a baseline to be faster than, not a way to serve."""
+"""The reference with its denoiser's blocks compiled by PyTorch: a baseline to beat, not a way to serve requests."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from wanforge.runtime.graphs import Graph
 
 
 def missing() -> str | None:
-    """Why there is no such baseline here. PyTorch compiles with Triton for a GPU, with a C++ compiler for the CPU."""
+    """Why this baseline cannot run here, or None. PyTorch needs Triton for a GPU and a C++ compiler for the CPU."""
     has_compiler = torch.cuda.is_available() or any(map(shutil.which, ("g++", "clang++")))
-    return None if has_compiler else "no C++ compiler is here"
+    return None if has_compiler else "no C++ compiler was found"
 
 
 class CompiledBackend(TorchBackend):
-    """Everything as the reference, but for the graph ``block``; on a GPU in bfloat16, without one in float32."""
+    """The reference with the graph ``block`` compiled, in bfloat16 on a GPU and in float32 without one."""
 
     name = "compile"
 

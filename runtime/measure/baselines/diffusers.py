@@ -1,5 +1,5 @@
-"""HuggingFace diffusers' transformer and VAE with a bundle's weights, in our sampling loop: a baseline to be faster
-than, not a way to serve. diffusers is imported when this backend is made, and need not be installed otherwise."""
+"""HuggingFace diffusers' transformer and VAE with a bundle's weights, in our sampling loop: a baseline to beat, not
+a way to serve requests. diffusers is imported when this backend is created and need not be installed otherwise."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -27,39 +27,39 @@ from wanforge.runtime.reference.vae import latent_statistics
 from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
 TRANSFORMER = "transformer"
-"""The launch that a step is, in place of the denoiser's graphs."""
+"""The one graph run of a step, in place of the denoiser's graphs."""
 
 
 def wan_classes() -> tuple[Any, Any]:
-    """diffusers' transformer and VAE.
+    """diffusers' classes of the transformer and the VAE.
 
     Raises:
-        ImportError, RuntimeError: it is not installed, too old, or broken.
+        ImportError, RuntimeError: diffusers is not installed, too old, or broken.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own and its dependencies' deprecations
+        warnings.simplefilter("ignore")  # about its own and its dependencies' deprecations
         from diffusers import AutoencoderKLWan, WanTransformer3DModel
     return WanTransformer3DModel, AutoencoderKLWan
 
 
 def missing() -> str | None:
-    """Why there is no such baseline here."""
+    """Why this baseline cannot run here, or None."""
     try:
         wan_classes()
     except (ImportError, RuntimeError) as error:
-        return f"diffusers and its Wan networks are not here ({error}); run: pip install diffusers"
+        return f"diffusers' Wan networks cannot be imported ({error}); run: pip install diffusers"
     return None
 
 
 class DiffusersBackend(TorchBackend):
-    """The denoiser and the VAE as diffusers computes them, the text encoder as the reference does: on a GPU in
-    bfloat16, without one in float32.
+    """The denoiser and the VAE as diffusers computes them and the text encoder as the reference does, in bfloat16 on a
+    GPU and in float32 without one.
 
-    A step is one call of the whole transformer, which makes keys and values of the text and the modulation anew each
-    time. The VAE is called chunk by chunk, as its own `decode` does.
+    A step is one call of the whole transformer, which recomputes the modulation and the keys and values of the text
+    every time. The VAE is called chunk by chunk, as its own `decode` does.
 
     Raises:
-        ResourceError: there is too little memory for the weights, which are held in the compute type.
+        ResourceError: There is too little memory for the weights, which are held in the compute type.
     """
 
     name = "diffusers"
@@ -110,22 +110,22 @@ class DiffusersBackend(TorchBackend):
 
 
 def note(recipe: Recipe) -> str:
-    """What this backend computes of a recipe."""
+    """What this backend computes, and where it departs from a recipe."""
     said = [
         f"transformer and VAE of diffusers {version('diffusers')} in this sampling loop, text encoder of the reference"
     ]
     if recipe.attention != "dense":
-        said.append("dense attention in place of sparse-linear attention, whose linear branch it has not")
+        said.append("dense attention in place of sparse-linear attention, whose linear branch it lacks")
     if recipe.linear != "bf16":
-        said.append("8-bit weights multiplied out, activations not rounded")
+        said.append("8-bit weights dequantised, activations not rounded")
     if recipe.compat == "upstream":
         said.append("layer norms without upstream's fault")
     return "; ".join(said)
 
 
 def transformer(config: DiTConfig) -> Any:
-    """diffusers' transformer without weights. It takes the timestep's sinusoid ``[S]`` as its timestep: diffusers would
-    form it in float32, which is off by up to 6e-5."""
+    """diffusers' transformer without weights. Its timestep input is the sinusoid ``[S]``: diffusers would compute that
+    in float32, which is off by up to 6e-5."""
     make, _ = wan_classes()
     with torch.device("meta"):
         network = make(
@@ -139,7 +139,7 @@ def transformer(config: DiTConfig) -> Any:
             num_layers=config.num_layers,
             eps=config.eps,
         )
-    # Its tables are no weights: they are worked out where it is made.
+    # The RoPE tables are not weights, so they are computed here, outside of the meta device.
     network.rope = type(network.rope)(HEAD_DIM, network.config.patch_size, MAX_POSITIONS)
     network.condition_embedder.timesteps_proj = nn.Unflatten(0, (1, -1))
     return network.eval()
@@ -153,7 +153,7 @@ def vae(config: VAEConfig) -> Any:
 
 
 def load(network: Any, component: str, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Give a network its weights in the compute type, or in float32 where diffusers keeps them so."""
+    """Load a network's weights in the compute type, or in float32 where diffusers requires it."""
     wanted = network.state_dict()
     names, _ = match_names(component, weights, wanted)
     exact: Collection[str] = network._keep_in_fp32_modules or ()
@@ -168,7 +168,7 @@ def load(network: Any, component: str, weights: Mapping[str, Tensor], dtype: tor
 
 
 def merged(schedule: Schedule) -> Schedule:
-    """A schedule with every step one launch, nothing before the steps, and a VAE that keeps its caches itself."""
+    """A schedule whose steps are one graph run each, with nothing before them, and whose VAE keeps its own caches."""
     if schedule.stage == "text":
         return schedule
     if schedule.stage != "denoise":
@@ -188,14 +188,14 @@ def merged(schedule: Schedule) -> Schedule:
 def velocity(
     network: Any, patches_BLC: Tensor, sinusoid_BS: Tensor, text_BTE: Tensor, *, grid: tuple[int, int, int]
 ) -> Tensor:
-    """Tokens of the velocity, their channel the fastest, from tokens of the latents, their channel the slowest."""
+    """The velocity's tokens, channel last within a token, from the latents' tokens, channel first within a token."""
     latents_BCFHW = unpatchify(channel_last(patches_BLC), grid)
     (velocity_BCFHW,) = network(latents_BCFHW, sinusoid_BS[0], text_BTE, return_dict=False)
     return channel_last(patchify(velocity_BCFHW))
 
 
 def channel_last(tokens_BLC: Tensor) -> Tensor:
-    """Tokens whose channel is the slowest, with it the fastest."""
+    """Tokens reordered from channel first to channel last within a token."""
     return tokens_BLC.unflatten(-1, (-1, PATCH * PATCH)).transpose(-1, -2).flatten(-2)
 
 

@@ -1,1 +1,1 @@
-"""What a request costs a GPU at least, counted launch by launch, and what memory it takes."""
+"""The least time that a request takes on a GPU, counted launch by launch, and the memory it needs."""

@@ -1,6 +1,6 @@
-"""The launches of the denoiser made of the kernels in `plugins/`, split into the same parts as `unfused_plan`.
+"""The launches of the denoiser made of the kernels in `plugins/`, split into the same parts as in `unfused`.
 
-Time, stem, head and text run as PyTorch runs them, cross-attention as a library does. The counts are those of the
+Time, stem, head and text run as PyTorch runs them, and cross-attention as a library does. The counts follow the
 kernels' own signatures.
 """
 
@@ -23,8 +23,8 @@ from wanforge.runtime.measure.cost.unfused import context, cross_attention, cros
 
 
 def fused_block(w: Workload) -> BlockLaunches:
-    """One block in 19 launches. Between them lies only what must: inputs of linears as int8, and bf16 where a norm over
-    the whole width, or attention, needs every column first."""
+    """One block in 19 launches. Only what must passes through memory between them: inputs of linears as int8, and bf16
+    where attention, or a norm over the whole width, needs every column first."""
     x = w.stream
     stream, gate = BF16 * x, FP32 * w.D
     return {
@@ -60,7 +60,7 @@ def _norm_quantise(name: str, w: Workload) -> LaunchCost:
 def _gemm(
     name: str, rows: int, inputs: int, outputs: int, output_bytes: int, *, weights: int = 1, residual: int = 0
 ) -> LaunchCost:
-    """A W8A8 product with its epilogue: an output of one byte is quantised, `residual` is what a residual reads."""
+    """A W8A8 product with its epilogue: an output of one byte is quantised; `residual` is what a residual reads."""
     read = quantised(rows, inputs) + weights * (quantised(outputs, inputs) + BF16 * outputs) + residual
     written = output_bytes * weights * rows * outputs + (scales(rows, outputs) if output_bytes == INT8 else 0)
     tiles = weights * cdiv(rows, TILE) * cdiv(outputs, TILE)
@@ -118,12 +118,12 @@ def _attention(w: Workload) -> LaunchCost:
 
 
 def fused_step(w: Workload) -> list[LaunchCost]:
-    """One step once the prompt's keys and values are there."""
+    """One step, once the prompt's keys and values exist."""
     return [*time(w), *stem(w), *all_launches(fused_block(w)) * w.model.dit.num_layers, *head(w)]
 
 
 def prompt(w: Workload) -> list[LaunchCost]:
-    """What the fused plan does once per prompt and expert."""
+    """The launches that the fused plan runs once per prompt and expert."""
     return [*context(w), *cross_keys_values(w, w.model.dit.text_rows) * w.model.dit.num_layers]
 
 

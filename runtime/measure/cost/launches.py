@@ -27,7 +27,7 @@ FP32 = INT32 = 4
 INT64 = 8
 
 USUAL_TEXT_ROWS = 128
-"""Distinct rows of text of a usual prompt, one of 126 tokens."""
+"""Distinct rows of text of a typical prompt, one of 126 tokens."""
 
 PEAKS = {
     "int8": "int8_tops",
@@ -42,7 +42,7 @@ set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU t
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a GPU's peaks that a launch is taken to reach."""
+    """Shares of a GPU's peaks that a launch is assumed to reach."""
 
     arithmetic: float
     bandwidth: float
@@ -55,12 +55,12 @@ ASSUMED = Efficiency(arithmetic=0.65, bandwidth=0.80)
 
 @dataclass(frozen=True)
 class LaunchCost:
-    """One launch.
+    """The cost of one launch.
 
     Attributes:
-        flops: operations of matrix products by number format.
-        bytes_read, bytes_written: each tensor once.
-        bytes_fetched: what all thread blocks together ask of the L2 cache, where they share operands; otherwise 0.
+        flops: Operations of matrix products by number format.
+        bytes_read, bytes_written: Bytes of each tensor, counted once.
+        bytes_fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
     """
 
     name: str
@@ -87,7 +87,7 @@ class LaunchCost:
         return sum(flops / peak(target, form) for form, flops in self.flops.items() if form in PEAKS)
 
     def roofline(self, target: Target) -> float:
-        """Seconds below which this launch cannot end."""
+        """The least seconds that this launch can take."""
         return self.seconds(target, IDEAL)
 
     def is_bound_by_bytes(self, target: Target) -> bool:
@@ -95,14 +95,14 @@ class LaunchCost:
 
 
 BlockLaunches = dict[str, list[LaunchCost]]
-"""The launches of a block by the part of it they do, in order."""
+"""The launches of a block, in order, by the part of the block that they compute."""
 
 
 def peak(target: Target, form: str) -> float:
     """Operations per second in a number format.
 
     Raises:
-        ConfigError: the GPU does not have it.
+        ConfigError: The GPU does not have the format.
     """
     tera: float = getattr(target, PEAKS[form])
     if not tera or (form.startswith("fp8") and not target.fp8_tflops):
@@ -119,8 +119,8 @@ class Workload:
     """One model making one clip.
 
     Attributes:
-        num_selected: key blocks per query block.
-        text_rows: rows of text that cross-attention sees.
+        num_selected: Key blocks per query block.
+        text_rows: Rows of text that cross-attention sees.
     """
 
     model: ModelConfig
@@ -131,7 +131,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         if (self.recipe.linear, self.recipe.attention) != ("w8a8", "sagesla"):
-            raise ConfigError(f"recipe {self.recipe.name!r} is not counted; only w8a8 linears with sagesla are")
+            raise ConfigError(f"launches of recipe {self.recipe.name!r} are not counted; use w8a8 linears with sagesla")
 
     @property
     def L(self) -> int:
@@ -163,12 +163,12 @@ class Workload:
 
     @property
     def stream(self) -> int:
-        """Values of the residual stream."""
+        """Number of values in the residual stream."""
         return self.L * self.D
 
     @property
     def padded_stream(self) -> int:
-        """The same with tokens filled up to whole key blocks."""
+        """The same number with tokens padded to whole key blocks."""
         return self.N * self.recipe.block_k * self.D
 
     @property
@@ -182,7 +182,7 @@ class Workload:
 
     @property
     def state_flops(self) -> int:
-        """Operations of a product of every token's head with a 128x128 matrix."""
+        """Operations of multiplying every head of every token by a 128x128 matrix."""
         return 2 * self.stream * HEAD_DIM
 
     @property
@@ -191,7 +191,7 @@ class Workload:
 
 
 def published_workload(name: str, *, text_rows: int) -> Workload:
-    """A published model with its own clip and top-k."""
+    """The workload of a published model with its own clip and top-k."""
     model, recipe = load_model(name), load_recipe("w8a8")
     shape = model.video.clip
     return Workload(model, shape, recipe, num_selected(recipe, shape, model.topk), text_rows)
@@ -208,7 +208,7 @@ def quantised(rows: int, columns: int) -> int:
 
 
 def sweep(name: str, values: int, read: int, written: int) -> LaunchCost:
-    """An elementwise launch that reads and writes so many bytes for each of `values`."""
+    """An elementwise launch that reads and writes this many bytes for each of `values` values."""
     return LaunchCost(name, {}, read * values, written * values)
 
 

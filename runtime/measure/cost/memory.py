@@ -1,4 +1,4 @@
-"""What a clip takes of a GPU's memory, for GPUs that need not be here: engines say what they use, we count the rest."""
+"""The memory that a clip needs on a GPU, which need not be here: engines record their part, the rest is counted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ from wanforge.runtime.schedule import GraphRun
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """One GPU and one clip.
+    """How one clip fits one GPU.
 
     Attributes:
-        vram_bytes: of the GPU.
-        fixed_bytes: outside the arena: the reserve, and engines with what they have built in.
-        plan: None where nothing fits.
-        refusal: then, why.
-        traffic: of weights, with the computing that it hides behind as predicted; None where nothing fits.
-        is_predicted: whether there is a prediction of a layer's time; otherwise no copy is taken to hide.
+        vram_bytes: Memory of the GPU.
+        fixed_bytes: Bytes outside the arena: the reserve, and engines with everything built into them.
+        plan: The memory plan; None where the clip does not fit.
+        refusal: Why the clip does not fit; empty where it does.
+        traffic: Traffic of weights, hidden behind computing as predicted; None where the clip does not fit.
+        is_predicted: Whether a layer's time is predicted; otherwise no copy is assumed to be hidden.
     """
 
     target: str
@@ -80,7 +80,7 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
     """How a clip fits a GPU.
 
     Raises:
-        BundleError: an engine for it is missing or stale, so that nothing is known of its intermediate tensors.
+        BundleError: An engine for it is missing or stale, so nothing is known of its intermediate tensors.
     """
     model, recipe = bundle.model, bundle.recipe
     pieces = graphs(model, recipe)
@@ -107,7 +107,7 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
 
 
 def predicted_layer(bundle: Bundle, clip: ClipShape, target: Target) -> float | None:
-    """Seconds of a layer on a GPU by the assumptions of docs/kernels.md; None for recipes not counted there."""
+    """Predicted seconds of a layer on a GPU, as assumed in docs/kernels.md; None for recipes not counted there."""
     recipe = recipe_for(bundle.recipe, target.sm)
     try:
         selected = num_selected(recipe, clip, bundle.model.topk)
@@ -142,9 +142,9 @@ def _lines(one: MemoryReport) -> list[str]:
         f"all weights together are {plan.weight_bytes / 1e9:.2f} GB"
     )
     if moved.bytes:
-        hiding = "predicted" if one.is_predicted else "taking nothing to hide it"
+        hiding = "predicted" if one.is_predicted else "assuming that nothing hides it"
         lines.append(
-            f"  {moved.bytes / 1e9:.1f} GB of weights pass PCIe per request: {moved.copy_seconds:.2f} s, "
+            f"  {moved.bytes / 1e9:.1f} GB of weights cross PCIe per request: {moved.copy_seconds:.2f} s, "
             f"{moved.stall_seconds:.2f} s of it not hidden ({hiding})"
         )
     return lines

@@ -31,12 +31,12 @@ COMPUTE = torch.bfloat16
 
 @dataclass(frozen=True)
 class StageCost:
-    """A stage on a GPU.
+    """The cost of a stage on a GPU.
 
     Attributes:
-        roofline: seconds below which it cannot end, at the vendor's peaks.
-        predicted: seconds with shares of the peaks that good kernels are taken to reach, see `cost.ASSUMED`: an
-            assumption, not a measurement.
+        roofline: The least seconds that it can take, at the vendor's peaks.
+        predicted: Seconds at the shares of the peaks that good kernels are assumed to reach, see `launches.ASSUMED`;
+            an assumption, not a measurement.
     """
 
     flops: int
@@ -49,13 +49,13 @@ class StageCost:
 
 
 def costs_on(bundle: Bundle, checked: CheckedRequest, target: Target) -> dict[str, StageCost]:
-    """The stages of a request on a GPU; those that copy or encode video have no bound."""
+    """The costs of a request's stages on a GPU; stages that copy or encode video have no roofline and are left out."""
     stages = stage_costs(bundle, checked, recipe_for(bundle.recipe, target.sm))
     return {stage: cost_of(costs, target) for stage, costs in stages.items()}
 
 
 def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
-    """Launches that run one after the other on a GPU."""
+    """The cost of launches that run one after the other on a GPU."""
     return StageCost(
         sum(cost.total_flops for cost in costs),
         sum(cost.total_bytes for cost in costs),
@@ -65,7 +65,7 @@ def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
 
 
 def stage_costs(bundle: Bundle, checked: CheckedRequest, recipe: Recipe) -> dict[str, list[LaunchCost]]:
-    """What each stage launches."""
+    """The costs of the launches of each stage."""
     model, shape, known = bundle.model, checked.request.shape, graphs(bundle.model, recipe)
     rows = len(context_rows(len(checked.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
     experts = [step.expert for step in checked.steps]
@@ -84,7 +84,7 @@ def stage_costs(bundle: Bundle, checked: CheckedRequest, recipe: Recipe) -> dict
 
 
 class Counter:
-    """Costs of launches; each graph is counted once."""
+    """Counts the costs of graph runs; each graph is counted once."""
 
     def __init__(
         self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, checked: CheckedRequest, rows: int
@@ -125,7 +125,7 @@ class Counter:
         weights = sum(
             stored[graph_run.prefix + name].nbytes for name in graph.weights if graph_run.prefix + name in stored
         )
-        # Of 8-bit layers some products are not in 8 bits: counted at that peak, the roofline stays one.
+        # Some products of 8-bit layers are not in 8 bits. Counted at the 8-bit peak, the result is still a least time.
         eight_bits = graph_run.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
         flops = {"int8" if eight_bits else "bf16": operations(graph, self.sizes)}
         read, written = (
@@ -139,13 +139,13 @@ class Counter:
 
 
 def operations(graph: Graph, sizes: Mapping[str, int]) -> int:
-    """Of matrix products and convolutions, two per multiply-add."""
+    """Operations of matrix products and convolutions, two per multiply-add."""
     return _operations(
         graph, tuple((name, sizes[name]) for name in sorted(names_in(port.shape for port in graph.inputs)))
     )
 
 
-@lru_cache(maxsize=256)  # running a VAE takes a second, though its tensors are not there
+@lru_cache(maxsize=256)  # running a VAE takes a second, even on the meta device
 def _operations(graph: Graph, named: tuple[tuple[str, int], ...]) -> int:
     sizes = dict(named)
     with torch.device("meta"), torch.inference_mode():

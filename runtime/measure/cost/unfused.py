@@ -1,4 +1,4 @@
-"""The launches of an eager, unfused denoiser such as upstream's: one for each operation, bf16 or float32 in between.
+"""The launches of an eager, unfused denoiser such as upstream's: one per operation, with bf16 or float32 in between.
 
 They are derived from upstream's code, and were not traced. Source: TurboDiffusion, rcm/networks/wan2pt1.py, ops/core.py
 and SLA/core.py; SpargeAttn, spas_sage_attn/core.py (docs/sources.md).
@@ -24,7 +24,7 @@ from wanforge.runtime.measure.cost.launches import (
 
 
 def unfused_block(w: Workload) -> BlockLaunches:
-    """One block as upstream runs it: a launch for each operation, bf16 or float32 in between."""
+    """One block as upstream runs it: a launch for each operation, with bf16 or float32 in between."""
     x = w.stream
     return {
         "norm 1": _norm(x) + _modulate(x),
@@ -160,7 +160,7 @@ def cross_keys_values(w: Workload, rows: int) -> list[LaunchCost]:
 
 
 def cross_attention(w: Workload) -> LaunchCost:
-    """Dense attention to the text, a library's in either plan."""
+    """Dense attention to the text, which a library computes in both plans."""
     flops = {"bf16": 4 * w.stream * w.text_rows}
     return LaunchCost("cross attention", flops, BF16 * (w.stream + 2 * w.text_rows * w.D), BF16 * w.stream)
 
@@ -212,5 +212,5 @@ def _product(name: str, rows: int, inputs: int, outputs: int) -> LaunchCost:
 
 
 def unfused_step(w: Workload) -> list[LaunchCost]:
-    """Everything at every step, as upstream does."""
+    """One step, which computes everything again, as upstream does."""
     return [*time(w), *context(w), *stem(w), *all_launches(unfused_block(w)) * w.model.dit.num_layers, *head(w)]

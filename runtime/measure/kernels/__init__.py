@@ -1,1 +1,1 @@
-"""Times the kernels of one op, once they are known to be right, in turns with what else could do its work."""
+"""Times the kernels of an op, once they are known to be correct, in turns with alternatives to them."""

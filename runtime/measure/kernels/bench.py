@@ -1,4 +1,4 @@
-"""Checks ops and times those that are right."""
+"""Checks ops and times those that are correct."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,10 +18,10 @@ from wanforge.runtime.measure.machine import gpu_facts, target_of
 
 
 def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: torch.device) -> Workload:
-    """A model making a clip, in the number formats that the device has.
+    """A model making a clip in the number formats that the device supports.
 
     Raises:
-        ConfigError: the top-k selects no key block.
+        ConfigError: The top-k selects no key block.
     """
     recipe = recipe_on(device)
     selected = num_selected(recipe, shape, model.topk if topk is None else topk)
@@ -29,7 +29,7 @@ def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: t
 
 
 def timer_for(device: torch.device) -> Timer | None:
-    """What times a device; None for the CPU, whose interpreter's times mean nothing."""
+    """The timer of a device; None for the CPU, where kernels are interpreted and their times mean nothing."""
     return CudaTimer(device) if device.type == "cuda" else None
 
 
@@ -41,7 +41,7 @@ def bench_ops(
     repeats: int = 50,
     progress: Progress = silent,
 ) -> KernelReport:
-    """Check ops on a device, and time those that are right; without a timer, nothing is timed."""
+    """Check ops on a device and time those that are correct; without a timer, nothing is timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     verdicts = []
     for done, op in enumerate(ops, 1):

@@ -1,4 +1,4 @@
-"""What is timed of each op: its kernels at a model's own sizes, beside what does the same without them.
+"""The cases that are timed for each op: its kernels at a model's own sizes, beside alternatives to them.
 
 Letters: L tokens, D width, P rotated channel pairs, K channels of a head.
 """
@@ -35,13 +35,13 @@ from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables,
 
 
 def recipe_on(device: torch.device) -> Recipe:
-    """The published precision as a device can run it; the interpreter has every format."""
+    """The published recipe as a device can run it; the interpreter supports every format."""
     recipe = load_recipe("w8a8")
     return recipe_for(recipe, architecture_of(device)) if device.type == "cuda" else recipe
 
 
 def plan(w: Workload) -> dict[str, LaunchCost]:
-    """The launches of a block by name."""
+    """The costs of a block's launches by name."""
     return {cost.name: cost for cost in all_launches(fused_block(w))}
 
 
@@ -65,7 +65,7 @@ def layer_norm_cases(w: Workload) -> list[Case]:
 
 
 def rms_norm_cases(w: Workload) -> list[Case]:
-    """In place, run after run on the same tensors: a weight of one keeps their size."""
+    """Kernels that work in place, run after run on the same tensors; a weight of one keeps their magnitude."""
     eps = w.model.dit.eps
 
     def one(draw: Draw) -> tuple[Tensor, ...]:
@@ -98,7 +98,7 @@ def rms_norm_cases(w: Workload) -> list[Case]:
 
 
 def residual_cases(w: Workload) -> list[Case]:
-    """Where a linear is not quantised: in W8A8 it rides in the epilogue of a product."""
+    """The residual after linears that are not quantised; in W8A8 it is part of the epilogue of a product."""
 
     def inputs(draw: Draw) -> tuple[Tensor, ...]:
         x_LD = draw(w.L, w.D)
@@ -138,14 +138,14 @@ def attention_cases(w: Workload) -> list[Case]:
 
 
 def dense_attention(backend: SDPBackend, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, *_: Tensor) -> Tensor:
-    """Attention over all keys by one of PyTorch's kernels; raises `RuntimeError` where it is not there."""
+    """Attention over all keys by one of PyTorch's kernels; raises `RuntimeError` where it is unavailable."""
     q, k, v = (split_heads(x_LD[None]).transpose(1, 2) for x_LD in (q_LD, k_LD, v_LD))
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
 
 
 def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> list[Run]:
-    """What `call` launches on `inputs`, one by one, each over what those before it left."""
+    """The launches of `call` on `inputs` as separate runs, each on the results of those before it."""
     device = inputs[0].device
     blanks = [torch.empty_like(tensor, device="meta") for tensor in inputs]
     with recording(architecture_of(device)) as launches:
@@ -184,7 +184,7 @@ def block_cases(w: Workload) -> list[Case]:
 def block_inputs(
     config: DiTConfig, draw: Draw, grid: tuple[int, int, int], text_rows: int, num_selected: int
 ) -> list[Tensor]:
-    """What `runtime.reference.dit.Block` takes, for one sample of frames x rows x columns tokens."""
+    """The inputs of `runtime.reference.dit.Block` for one sample of frames x rows x columns tokens."""
     cos_LP, sin_LP = rope_tables(grid, draw.device)
     return [
         draw(1, len(cos_LP), config.dim),
@@ -199,7 +199,7 @@ def block_inputs(
 
 
 def block_weights(config: DiTConfig, recipe: Recipe, draw: Draw) -> dict[str, Tensor]:
-    """A layer's tensors in the types of a published file: norms in float32, linears in 8 bits."""
+    """Random tensors of a layer in the types of a published file: norms in float32, linears in 8 bits."""
     with torch.device("meta"):
         state = Block(config, recipe).state_dict()
     weights: dict[str, Tensor] = {}
@@ -223,4 +223,4 @@ OPS: Mapping[str, Callable[[Workload], list[Case]]] = {
     "sparse_linear_attention": attention_cases,
     "block": block_cases,
 }
-"""What can be timed, by name."""
+"""The functions that make the cases of an op, by its name."""

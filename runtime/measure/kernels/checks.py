@@ -1,5 +1,5 @@
-"""Holds kernels against their definitions before they are timed: at a small ragged size, on the device at hand, with
-the tolerances of the tests."""
+"""Compares kernels with their definitions before they are timed: at a small ragged size, on the device to be timed,
+with the tolerances of the tests."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -31,26 +31,26 @@ from wanforge.runtime.measure.parity.metrics import relative_rms
 from wanforge.runtime.reference.dit import Block, attention_blocks, block_arguments, rope_tables, split_heads
 
 GRID = (1, 3, 67)
-"""Frames, rows and columns of tokens that fill neither blocks of 64 nor of 128."""
+"""Frames, rows and columns of tokens, whose number is no multiple of 64 or 128."""
 TOKENS = math.prod(GRID)
 EPS = 1e-6
 HALF_SPACING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of one rounding."""
 FLOAT32_ERROR = 2e-6
-"""Relative RMS of float32 arithmetic in another order, or with a GPU's exp2."""
+"""Relative RMS error of float32 arithmetic in another order, or with a GPU's exp2."""
 STEP = 5e-4
-"""Relative RMS where one key or probability in a million may round to another step of int8 or fp8."""
+"""Relative RMS error where one key or probability in a million may round to another step of int8 or fp8."""
 FLIPPED = 1e-3
-"""Relative RMS where one step in a thousand is off by one: a tile's steps are about 32 large."""
+"""Relative RMS error where one value in a thousand is off by one step; a tile's values are about 32 steps large."""
 
 
 @dataclass(frozen=True)
 class KernelVerdict:
-    """What came of holding a tensor against its definition.
+    """The result of comparing a tensor with its definition.
 
     Attributes:
-        error: relative RMS; infinite where shape or type differ, or something is not finite.
-        bound: what it may be; 0 asks for equality to the bit.
+        error: Relative RMS error; infinite where shape or type differ, or a value is not finite.
+        bound: The largest error allowed; 0 requires exact equality.
     """
 
     op: str
@@ -72,25 +72,25 @@ class KernelVerdict:
 
 
 Claim = tuple[str, Tensor, Tensor, float]
-"""A name, what a kernel made, what its definition makes, and how far apart they may be."""
+"""A name, a kernel's result, its definition's result, and the largest error allowed."""
 
 
 def check(op: str, device: torch.device, dtype: torch.dtype) -> list[KernelVerdict]:
-    """Hold an op's kernels against their definitions."""
+    """Compare an op's kernels with their definitions."""
     with torch.inference_mode():
         claims = CHECKS[op](Draw(0, device, dtype))
         return [KernelVerdict(op, name, error(actual, expected), bound) for name, actual, expected, bound in claims]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative RMS of the difference; infinite where it means nothing."""
+    """Relative RMS of the difference; infinite where shape or type differ, or a value is not finite."""
     if actual.shape != expected.shape or actual.dtype != expected.dtype or not actual.double().isfinite().all():
         return float("inf")
     return 0.0 if torch.equal(actual, expected) else relative_rms(actual, expected)
 
 
 def rounding_error(dtype: torch.dtype, roundings: float) -> float:
-    """A bound on the relative RMS that so many roundings, here done or left out, can make."""
+    """The largest relative RMS error that this many additional or omitted roundings can cause."""
     return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
 
 
@@ -102,7 +102,7 @@ def quantised(
     steps_bound: float = 0,
     scales_bound: float = 0,
 ) -> list[Claim]:
-    """That a kernel quantised these values."""
+    """Claims that a kernel quantised these values correctly."""
     steps, scale = scheme.definition(values)
     return [
         (f"{name}, steps", actual.steps_MK, steps, steps_bound),
@@ -115,7 +115,7 @@ def linear_claims(draw: Draw) -> list[Claim]:
 
 
 def scheme_claims(draw: Draw, scheme: Scheme) -> list[Claim]:
-    # In the interpreter every operation is the reference's. On a GPU a product and a sum are one operation.
+    # The interpreter performs the reference's own operations. A GPU fuses a product and a sum into one operation.
     exact = 0 if draw.device.type == "cpu" else 1e-6
     x, residual, gate = draw(TOKENS, 384), draw(TOKENS, 256), draw.float32(256)
     weights = [Weight(*scheme.definition(draw.float32(256, 384, size=0.05)), draw(256)) for _ in range(3)]
@@ -129,13 +129,13 @@ def scheme_claims(draw: Draw, scheme: Scheme) -> list[Claim]:
         *quantised(f"quantise{how}", scheme.quantise(x), x, scheme),
         *((f"{name}{how}", y, e, exact) for name, y, e in zip("qkv", linears(given, weights), expected, strict=True)),
         (f"gated residual{how}", added, gated_residual(residual[None], expected[0][None], gate[None])[0], exact),
-        # GELU is written with another function, whose last bit may round to another step.
+        # The kernel computes GELU with another function, whose last bit may lead to another step.
         *quantised(f"GELU, quantised{how}", packed, activated, scheme, FLIPPED, scales_bound),
     ]
 
 
 def hidden(draw: Draw, width: int) -> Tensor:
-    """Rows of different size around different means."""
+    """Random rows of different magnitudes around a mean of 2."""
     x = draw.float32(TOKENS, width) * torch.linspace(0.01, 30, TOKENS, device=draw.device)[:, None] + 2
     return x.to(draw.dtype)
 
@@ -143,7 +143,7 @@ def hidden(draw: Draw, width: int) -> Tensor:
 def layer_norm_claims(draw: Draw) -> list[Claim]:
     x, scale, shift = hidden(draw, 384), draw.float32(384), draw.float32(384)
     y = norm(x, scale, shift, EPS, modulated=True)
-    # In float32 the first row decides: its mean is 200 times what is left of it.
+    # In float32 the first row sets the error: its mean is 200 times its standard deviation.
     bound = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
     return [
         ("norm", y, modulated_norm(x[None], shift[None], scale[None], EPS)[0], bound),
@@ -182,7 +182,7 @@ def attention_claims(draw: Draw) -> list[Claim]:
     q_BLHK, k_BLHK, v_BLHK = (split_heads(x[None]) for x in (q, k, v))
     expected = attention_reference.sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, 2, proj, bias, blocks).flatten(2)[0]
     packed = attention.sparse_linear_attention_quantised(q, k, v, 2, proj, bias, blocks)
-    # Beyond float32's own error: the reference rounds four times where the kernel does once.
+    # Apart from float32's own error: the reference rounds four times where the kernel rounds once.
     return [
         ("attention", y, expected, rounding_error(draw.dtype, 4) + STEP),
         *quantised("attention, quantised", packed, y),
@@ -198,7 +198,7 @@ def block_claims(draw: Draw) -> list[Claim]:
     FusedBlock(config, recipe).run(weights, inputs, out)
     with torch.device("meta"):
         reference = Block(config, recipe)
-    # A value on the edge between two steps falls to the other side, and moves what follows by a step.
+    # A value on the edge between two steps may round to the other one, which moves later values by a step.
     bound = 1e-2 if draw.dtype == torch.float32 else 2e-2
     return [("block", out, functional_call(reference, weights, block_arguments(inputs)), bound)]
 
@@ -211,4 +211,4 @@ CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {
     "sparse_linear_attention": attention_claims,
     "block": block_claims,
 }
-"""By op, as in `cases.OPS`."""
+"""The functions that make the claims of an op, by its name as in `cases.OPS`."""

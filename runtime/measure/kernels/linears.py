@@ -1,4 +1,4 @@
-"""The W8A8 linears of a block: each product alone, and with its input quantised in the same time.
+"""Cases for the W8A8 linears of a block: each product alone, and together with the quantisation of its input.
 
 Letters: L tokens, D width, F feed-forward width, K inputs and N outputs of a linear.
 """
@@ -22,16 +22,16 @@ from wanforge.runtime.measure.kernels.timing import Case, Draw, compiled, eager_
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which values share a scale."""
+    """A way to quantise: which values share a scale."""
 
     suffix: str
     quantise: Callable[[Tensor], Quantised]
     definition: Callable[[Tensor], tuple[Tensor, Tensor]]
     num_scales: Callable[[int, int], int]
-    """Of a matrix of so many rows and columns."""
+    """The number of scales of a matrix, from its rows and columns."""
 
     def cost(self, rows: int, columns: int) -> LaunchCost:
-        """Of the quantiser alone."""
+        """The cost of the quantiser alone."""
         values = rows * columns
         return LaunchCost("quantise", {}, BF16 * values, INT8 * values + FP32 * self.num_scales(rows, columns))
 
@@ -41,7 +41,7 @@ ROWS = Scheme(", by rows", quantise_rows, reference.quantise_rows, lambda rows, 
 
 
 class Operands(NamedTuple):
-    """One to three linears of one input, in 8 bits and in the compute type."""
+    """The operands of one to three linears that share an input, in 8 bits and in the compute type."""
 
     x_LK: Tensor
     steps: Quantised
@@ -56,14 +56,14 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Product:
-    """A linear of the block, or those of one input.
+    """A linear of the block, or several that share an input.
 
     Attributes:
-        name: of its launch in `fused_plan`.
-        kernel: the product with its epilogue, from a quantised input.
-        epilogue: what the kernel does to the product besides quantising it, in PyTorch.
-        adds: whether it is added to a residual.
-        packs: whether it is quantised for the linear that follows.
+        name: The name of its launch in `fused_block`.
+        kernel: Computes the product with its epilogue from a quantised input.
+        epilogue: The kernel's epilogue in PyTorch, apart from quantisation.
+        adds: Whether the product is added to a residual.
+        packs: Whether the product is quantised for the next linear.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Product:
     packs: bool = False
 
     def operands(self, rows: int, scheme: Scheme, draw: Draw) -> Operands:
-        """Random ones, for so many tokens."""
+        """Random operands for `rows` tokens."""
         outputs = self.weights * self.outputs
         x_LK, weight_NK = draw(rows, self.inputs), draw(outputs, self.inputs, size=self.inputs**-0.5)
         bias_N = draw(outputs, size=0.1)
@@ -88,8 +88,8 @@ class Product:
         return Operands(x_LK, scheme.quantise(x_LK), weights, int8_NK, weight_NK, bias_N, residual_LN, gate_N, out_LN)
 
     def costs(self, w: Workload, scheme: Scheme) -> list[LaunchCost]:
-        """Of its launches: the plan's, with the scales of the scheme. By rows, which no tile of the output holds whole,
-        quantising it is a launch of its own."""
+        """The costs of its launches: those of `fused_block`, with the scales of the scheme. Quantising the output by
+        rows takes a launch of its own, since no tile of the output holds a whole row."""
         (cost,) = (cost for cost in all_launches(fused_block(w)) if cost.name == self.name)
         if scheme is TILES:
             return [cost]
@@ -102,7 +102,7 @@ class Product:
 
 
 def products(w: Workload) -> list[Product]:
-    """Those of a block, each kind once."""
+    """The products of a block, each kind once."""
 
     def project(x: Quantised, o: Operands) -> list[Tensor]:
         return linears(x, o.weights)
@@ -128,7 +128,7 @@ def products(w: Workload) -> list[Product]:
 
 
 def linear_cases(w: Workload) -> list[Case]:
-    """With scales by tile, then by row: the quantiser, and the products."""
+    """Cases with scales by tile, then by row: the quantiser and the products."""
     cases = []
     for scheme in (TILES, ROWS):
         baselines = eager_and_compiled(scheme.definition)
@@ -139,8 +139,8 @@ def linear_cases(w: Workload) -> list[Case]:
 
 
 def product_cases(w: Workload, product: Product, scheme: Scheme) -> list[Case]:
-    """A product alone, against one of the same integers without scales; and with its input quantised in the same time,
-    against the compute type."""
+    """A product alone, against the product of the same integers without scales; then together with the quantisation of
+    its input, against the compute type."""
 
     def inputs(draw: Draw) -> tuple[Operands]:
         return (product.operands(w.L, scheme, draw),)

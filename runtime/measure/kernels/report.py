@@ -1,4 +1,4 @@
-"""What a benchmark of ops found, as JSON and as a table."""
+"""The results of a benchmark of ops, as JSON and as a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ UNMEASURED = "unmeasured: no GPU"
 
 @dataclass(frozen=True)
 class KernelResult:
-    """What came of a case.
+    """The result of one case.
 
     Attributes:
-        times: by contender, `KERNEL` first; empty where nothing was measured.
-        missing: baselines that this machine lacks, and why.
-        target: the GPU's peaks, where they are known.
+        times: By contender, `KERNEL` first; empty where nothing was measured.
+        missing: Baselines that this machine lacks, and why.
+        target: The GPU's peaks, where they are known.
     """
 
     op: str
@@ -35,26 +35,26 @@ class KernelResult:
 
     @property
     def tflops(self) -> float | None:
-        """Operations of matrix products per second, in units of 10^12; None where there are none."""
+        """Operations of matrix products per second, in units of 10^12; None where the case has none."""
         return self.case.flops / self.kernel.median / 1e12 if self.kernel and self.case.flops else None
 
     @property
     def gbs(self) -> float | None:
-        """The least bytes over the time, in units of 10^9 a second."""
+        """The bytes that must be moved, divided by the time, in units of 10^9 per second."""
         return self.case.bytes / self.kernel.median / 1e9 if self.kernel else None
 
     @property
     def roofline(self) -> float | None:
-        """Seconds below which the launches cannot end, at the GPU's peaks."""
+        """The least seconds that the launches can take at the GPU's peaks."""
         return seconds(self.case.costs, self.target) if self.target else None
 
     @property
     def share(self) -> float | None:
-        """Of the roofline's speed, that which is reached."""
+        """The share of the roofline's speed that was reached."""
         return self.roofline / self.kernel.median if self.kernel and self.roofline else None
 
     def ratio(self, baseline: str) -> float | None:
-        """A baseline's time over the kernel's: above one, the kernel is faster."""
+        """A baseline's time divided by the kernel's; above one, the kernel is faster."""
         return self.times[baseline].median / self.kernel.median if self.kernel and baseline in self.times else None
 
     def as_json(self) -> dict[str, Any]:
@@ -85,8 +85,8 @@ class KernelReport:
     """Everything that `bench.bench_ops` found.
 
     Attributes:
-        machine: what it ran on, by name; None where unknown.
-        results: none of an op that is wrong.
+        machine: What it ran on, by name; None where unknown.
+        results: Of every case, except those of ops that failed their check.
     """
 
     workload: Workload
@@ -125,15 +125,15 @@ HEAD = ("", "GFLOP", "MB", "ms", "p20", "p80", "TFLOP/s", "GB/s", "of roofline",
 
 
 def table(report: KernelReport) -> str:
-    """The report in lines: what it ran on, the checks, then each case and below it what it is held against, whose last
-    column is its time over the kernel's."""
+    """The report as text: the machine, the checks, then each case with its baselines below it, whose last column is
+    their time divided by the kernel's."""
     w = report.workload
     wrong = sorted({verdict.op for verdict in report.verdicts if not verdict.passed})
     lines = [
         f"{w.model.name}, {w.shape.width_px}x{w.shape.height_px}, {w.shape.frames} frames, {w.L} tokens",
         ", ".join(f"{name} {value}" for name, value in report.machine.items() if value),
         *map(str, report.verdicts),
-        *(f"{op} is wrong here: no number" for op in wrong),
+        *(f"{op} is wrong here and was not timed" for op in wrong),
         report.note or f"{report.repeats} runs of each",
     ]
     rows = [row for result in report.results for row in rows_of(result)]
@@ -157,5 +157,5 @@ def rows_of(result: KernelResult) -> list[tuple[str, ...]]:
         if name in result.times:
             rows.append((f"  {name}", "", "", *timed(name), "", "", "", cell(result.ratio(name), ".2f")))
         elif name in result.missing:
-            rows.append((f"  {name}: not here, {result.missing[name]}", *9 * [""]))
+            rows.append((f"  {name}: unavailable, {result.missing[name]}", *9 * [""]))
     return rows

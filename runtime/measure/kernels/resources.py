@@ -1,4 +1,4 @@
-"""What the compiler says of the kernels: registers, shared memory, occupancy and tensor-core instructions."""
+"""What the compiler reports about the kernels: registers, shared memory, occupancy and tensor-core instructions."""
 
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -12,7 +12,7 @@ from wanforge.runtime.measure.tables import markdown_table, text_table
 
 
 def as_dict(cubin: Cubin) -> dict[str, Any]:
-    """A cubin's record, with what follows from it."""
+    """A cubin's record with the figures that follow from it."""
     filled = occupancy(cubin)
     derived = {"programs_per_sm": filled.programs, "occupancy": filled.warps, "shared_share": filled.shared}
     return {**msgspec.to_builtins(cubin), **derived, "faults": faults(cubin)}
@@ -47,8 +47,8 @@ def row(cubin: Cubin, siblings: Sequence[Cubin]) -> tuple[str, ...]:
 
 
 def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
-    """Which of a kernel's cubins this is: its constants, the tensors whose type differs among them, and after a +
-    those that others do without."""
+    """Which of a kernel's cubins this is: its constants, the tensors whose type differs among them and, after
+    a +, those that others lack."""
     constants = [
         name if value is True else f"{name}={value}"
         for name, value in cubin.constants.items()
@@ -65,7 +65,7 @@ def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
 
 
 def summary(cubins: Sequence[Cubin]) -> str:
-    """Two Markdown tables by kernel and architecture: what the variant that fills an SM worst takes of it, and the
+    """Two Markdown tables by kernel and architecture: the resources of the variant that fills an SM worst, and the
     tensor-core instructions of all variants."""
     kernels = sorted({cubin.kernel for cubin in cubins})
     sms = sorted({cubin.sm for cubin in cubins})
@@ -78,7 +78,7 @@ def summary(cubins: Sequence[Cubin]) -> str:
 
 
 def footprint(variants: Iterable[Cubin]) -> str:
-    """Registers, shared memory and programs per SM of the variant of which fewest fit, then the largest of those."""
+    """Registers, shared memory and programs per SM of the variant of which fewest fit; the largest if several tie."""
     worst = min(variants, key=lambda c: (occupancy(c).programs, -c.registers, -c.shared_bytes), default=None)
     if worst is None:
         return "-"
@@ -96,7 +96,7 @@ INSTRUCTIONS = {
     "UTCQMMA": ("tcgen05", "fp8"),
     "UTCHMMA": ("tcgen05", "fp16/bf16"),
 }
-"""What PTX calls the tensor-core instructions of the machine code. Which format `UTCHMMA` has, a descriptor says."""
+"""PTX's names for the tensor-core instructions of the machine code. A descriptor gives the format of `UTCHMMA`."""
 
 
 def instructions(variants: Iterable[Cubin]) -> str:

@@ -1,4 +1,4 @@
-"""What is timed, and how: a case's kernel and its baselines take turns on a device."""
+"""Times a case: its kernel and its baselines take turns on a device."""
 
 import statistics
 import time
@@ -16,7 +16,7 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.measure.cost.launches import LaunchCost
 
 SETS = 3
-"""Independent inputs that the runs of a case go round. Odd, so that each set meets the contenders in either order."""
+"""Sets of inputs that the runs of a case cycle through; odd, so that each set meets the contenders in either order."""
 
 WARM_UP = 3
 """Turns that are not counted."""
@@ -24,17 +24,17 @@ WARM_UP = 3
 KERNEL, COPY = "kernel", "copy of as many bytes"
 
 FEW_FLOPS = 75
-"""For each byte: fewer, and memory bounds the time on every GPU of `configs/targets.toml`."""
+"""Operations per byte below which memory bounds the time on every GPU of `configs/targets.toml`."""
 
 Run = Callable[[], object]
-"""Puts work on the device."""
+"""A function that puts work on the device."""
 
 
 class Draw:
     """Random tensors, the same for the same seed.
 
     Args:
-        dtype: what they have unless another is asked for, the compute type.
+        dtype: The compute type, which tensors have unless another is asked for.
     """
 
     def __init__(self, seed: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int, size: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normally distributed around zero, with `size` for standard deviation."""
+        """Normally distributed values around zero with standard deviation `size`."""
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return (size * values).to(dtype or self.dtype)
 
@@ -52,12 +52,12 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """Kernels and what they are held against.
+    """Kernels and the baselines to compare them with.
 
     Attributes:
-        costs: of its launches, in order.
-        inputs: draws what `kernel` and the baselines are called with.
-        baselines: by name; each may raise `RuntimeError` where this machine lacks it.
+        costs: The costs of its launches, in order.
+        inputs: Draws the arguments of `kernel` and of the baselines.
+        baselines: By name; each may raise `RuntimeError` where this machine lacks it.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def contenders(self) -> list[str]:
-        """Names of all that is timed: the kernel first, the memory's speed last, where that is what bounds it."""
+        """Names of everything that is timed: the kernel first and, where memory bounds it, a copy last."""
         return [KERNEL, *self.baselines, *([COPY] if self.is_bound_by_bytes else [])]
 
     @property
@@ -85,7 +85,7 @@ class Case:
 
 
 def eager_and_compiled(reference: Callable[..., object]) -> dict[str, Callable[..., object]]:
-    """A definition as PyTorch runs it, and as torch.compile does."""
+    """A definition as PyTorch runs it eagerly, and compiled by torch.compile."""
     return {"eager": reference, "torch.compile": compiled(reference)}
 
 
@@ -102,7 +102,7 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
 
 
 class Timer(Protocol):
-    """What measures one run."""
+    """Measures the time of a run."""
 
     def seconds(self, run: Run) -> float:
         """Time that the device takes for a run whose inputs are not in its cache."""
@@ -110,16 +110,17 @@ class Timer(Protocol):
 
 
 class CudaTimer:
-    """Times with CUDA's events, after overwriting the L2 cache.
+    """Measures with CUDA events, after overwriting the L2 cache.
 
-    The device is held up until the host has launched all of a run, so that the time is the device's own.
+    The device is held back until the host has launched the whole run, so that the time is the device's own.
     """
 
     CYCLES_PER_SECOND = 3e9
-    """At least a GPU's clock."""
+    """At least the clock of any GPU."""
 
     FIRST_HOLD, LONGEST_HOLD = 0.001, 0.05
-    """Seconds. A run that takes the host longer than the first is taken again; longer than the last, with its gaps."""
+    """Seconds for which the device is held back. A run that the host does not launch in that time is repeated with a
+    longer hold; beyond the longest, its time includes the gaps."""
 
     def __init__(self, device: torch.device) -> None:
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -169,13 +170,13 @@ def measure(
     """Time a case, kernel and baselines taking turns, in alternating order.
 
     Args:
-        draw: makes the inputs of a set from its number.
+        draw: Makes the random source of a set of inputs from its number.
 
     Returns:
         Times by contender, and reasons why baselines are missing.
     """
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PyTorch, about backends that it passes over
+        warnings.simplefilter("ignore")  # PyTorch's, about backends that it skips
         contenders, missing = ready(case, draw)
         taken: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(-WARM_UP, repeats):
@@ -187,7 +188,7 @@ def measure(
 
 
 def ready(case: Case, draw: Callable[[int], Draw]) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """Each contender's runs, one for each set of inputs, compiled and loaded by having run once."""
+    """Each contender's runs, one per set of inputs, each run once to compile and load it, and why any are missing."""
     draws = [draw(seed) for seed in range(SETS)]
     sets = [case.inputs(each) for each in draws]
     contenders: dict[str, list[Run]] = {KERNEL: [partial(case.kernel, *inputs) for inputs in sets]}
@@ -208,6 +209,6 @@ def ready(case: Case, draw: Callable[[int], Draw]) -> tuple[dict[str, list[Run]]
 
 
 def copying(num_bytes: int, draw: Draw) -> Run:
-    """A copy that reads and writes so many bytes together."""
+    """A copy that reads and writes `num_bytes` bytes in total."""
     source = torch.randint(-128, 128, (num_bytes // 2,), dtype=torch.int8, device=draw.device, generator=draw.generator)
     return partial(torch.empty_like(source).copy_, source)

@@ -1,1 +1,1 @@
-"""Holds a backend against the reference at four depths: op, block, step, clip."""
+"""Compares a backend with the reference at four depths: op, block, step and clip."""

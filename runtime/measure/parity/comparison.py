@@ -1,11 +1,11 @@
-"""Holds a backend against the reference at four depths: op, block, step, clip.
+"""Compares a backend with the reference at four depths: op, block, step and clip.
 
     op     every op of a block gets the reference's inputs
-    block  every launch of a request gets the reference's inputs: each layer of each graph
+    block  every graph run of a request gets the reference's inputs: each layer of each graph
     step   every step of the denoiser starts from the reference's latents
-    clip   the backend runs the request alone
+    clip   the backend runs the request on its own
 
-At op and block depth nothing that goes wrong is passed on, so what differs first is what is wrong.
+At op and block depth errors are not passed on, so what differs first is what is wrong.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -33,20 +33,20 @@ from wanforge.runtime.schedule import GraphRun
 
 DEPTHS = ("op", "block", "step", "clip")
 BLOCK = "block"
-"""The graph of a layer, whose ops are looked at."""
+"""The graph of a layer, inside which ops are compared."""
 COARSENESS = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where something was compared.
+    """The place of a comparison.
 
     Attributes:
-        graph: its name; empty where more than one takes part.
-        component: whose weights it took.
-        layer: which of the graph's layers, None where it has one.
-        step: index of the step, None outside the denoiser's steps.
-        tap: the op (see `backends.taps`), or the output of the graph.
+        graph: Its name; empty where more than one graph takes part.
+        component: The component whose weights it used.
+        layer: Which of the graph's layers; None where it has only one.
+        step: Index of the step; None outside the denoiser's steps.
+        tap: The op (see `backends.taps`), or the output of the graph.
     """
 
     depth: str
@@ -68,7 +68,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two values of one place, and what they are held to."""
+    """The difference between two values at one place, and its limits."""
 
     place: Location
     difference: Difference
@@ -88,7 +88,7 @@ class Comparison:
 
 
 def faults(found: Difference, limits: Limits | None) -> list[str]:
-    """Which limits a difference breaks."""
+    """The limits that a difference breaks, and how many NaN and infinite values it has."""
     wrong = [f"{count} {name}" for name, count in (("NaN", found.nan), ("Inf", found.inf)) if count]
     if limits is None:
         return wrong
@@ -105,12 +105,12 @@ def faults(found: Difference, limits: Limits | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared.
+    """One of the two backends that are compared.
 
     Attributes:
-        name: of the backend.
-        recipe: how it reads the bundle's weights.
-        compute: its compute type.
+        name: Name of the backend.
+        recipe: The recipe by which it reads the bundle's weights.
+        compute: Its compute type.
     """
 
     name: str
@@ -123,13 +123,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Parity:
-    """What a backend was found to be.
+    """The results of comparing a backend with the reference.
 
     Attributes:
-        limits: None where nobody has said what this pair must reach; then only finite numbers are asked for.
-        comparisons: in the order of the run.
-        notes: what was not looked at, and why.
-        clips: frames of the reference and of the backend, of the first seed.
+        limits: None where no limits are known for this pair; then only finite values are required.
+        comparisons: In the order of the run.
+        notes: What was not compared, and why.
+        clips: Frames of the reference and of the backend for the first seed.
     """
 
     backend: Side
@@ -147,7 +147,7 @@ class Parity:
 
     @property
     def first(self) -> Comparison | None:
-        """The first divergence: what is wrong itself, rather than what it made wrong."""
+        """The first divergence: the cause of later ones rather than a consequence."""
         return next((comparison for comparison in self.comparisons if not comparison.passed), None)
 
     def at(self, depth: str) -> list[Comparison]:
@@ -156,11 +156,11 @@ class Parity:
 
 @dataclass(frozen=True)
 class Contender:
-    """A backend over a bundle, and how it reads it.
+    """A backend for a bundle, and how it reads the weights.
 
     Attributes:
-        recipe: another than the bundle's, where its weights permit.
-        dtype: another compute type than the backend's own.
+        recipe: A recipe other than the bundle's, where its weights permit it.
+        dtype: A compute type other than the backend's own.
     """
 
     name: str
@@ -168,10 +168,10 @@ class Contender:
     dtype: torch.dtype | None = None
 
     def pipeline(self, bundle: Bundle) -> Pipeline:
-        """Ready to run.
+        """Return a pipeline that is ready to run.
 
         Raises:
-            ConfigError, BundleError: there is no such backend, or it cannot run the bundle so.
+            ConfigError, BundleError: There is no such backend, or it cannot run the bundle this way.
         """
         read = bundle if self.recipe is None else read_as(bundle, self.recipe)
         backend = create_backend(self.name, read, self.dtype)
@@ -189,14 +189,14 @@ def compare(
     seeds: int = 1,
     progress: Progress = silent,
 ) -> Parity:
-    """Run a request on two backends, from the same noise.
+    """Run a request on two backends from the same noise and compare the results.
 
     Args:
-        depths: which of `DEPTHS` to look at.
-        seeds: how many requests, each with a seed one higher.
+        depths: Which of `DEPTHS` to compare.
+        seeds: How many requests to run, each with a seed one higher.
 
     Raises:
-        RequestError, ConfigError, BundleError, ResourceError: the request or the pair makes no sense here.
+        RequestError, ConfigError, BundleError, ResourceError: The request or the pair of backends cannot be run here.
     """
     return compare_pipelines(reference.pipeline(bundle), backend.pipeline(bundle), request, depths, seeds, progress)
 
@@ -209,17 +209,17 @@ def compare_pipelines(
     seeds: int = 1,
     progress: Progress = silent,
 ) -> Parity:
-    """Run a request on two pipelines, see `compare`."""
+    """Run a request on two pipelines and compare the results, see `compare`."""
     limits = None
     if reference.recipe == other.recipe:
         limits = load_limits(other.recipe, coarser(reference.backend, other.backend))
     numbers = range(request.seed, request.seed + seeds)
     found = Parity(side(other), side(reference), request, numbers, limits)
     if limits is None:
-        found.notes.append("no limits are known for this pair: only finite numbers are asked for")
+        found.notes.append("no limits are known for this pair, so only finite values are required")
     opaque = [p.backend.name for p in (reference, other) if not isinstance(p.backend, Transparent)]
     if "op" in depths and opaque:
-        found.notes.append(f"op: the backend {opaque[0]} cannot be looked into")
+        found.notes.append(f"op: the backend {opaque[0]} does not show the values inside a block")
     depths = [depth for depth in depths if depth != "op" or not opaque]
     for seed in numbers:
         _Run(reference, other, replace(request, seed=seed), depths, found, progress).run()
@@ -240,7 +240,7 @@ def coarser(*backends: Backend) -> str:
 
 
 class _Run:
-    """One request on both."""
+    """One request, run on both pipelines."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _Run:
     ) -> None:
         self.reference, self.other, self.depths, self.found, self.progress = reference, other, depths, found, progress
         is_dense = {p: attention_blocks(p.recipe) is None for p in (reference, other)}
-        # Of two recipes one may have no top-k to choose; where neither has, asking for one is a mistake.
+        # Beside a sparse recipe, a dense one ignores the top-k; of two dense ones, asking for a top-k is an error.
         without = replace(request, topk=None) if len(set(is_dense.values())) > 1 else request
         self.checked = {p: p.check(without if is_dense[p] else request) for p in (reference, other)}
         self.request = request
@@ -268,8 +268,8 @@ class _Run:
             self._clip(frames)
 
     def _reference(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """The reference's request: the latents before each step, its velocities, and the frames. The other backend goes
-        along launch by launch where that is asked for."""
+        """Run the reference's request; return the latents before each step, its velocities and the frames. The other
+        backend follows graph run by graph run if op or block depth is asked for."""
         pipeline = self.reference
         if {"op", "block"} & set(self.depths):
             num_selected = self.checked[self.other].num_selected
@@ -294,7 +294,7 @@ class _Run:
         return states, velocities, frames
 
     def _compare_run(self, graph_run: GraphRun, mine: Ports, theirs: Ports) -> None:
-        """Compare one launch, and the ops inside where it is a layer of the first step of its expert."""
+        """Compare one graph run, and the ops inside it if it is a layer of the first step of its expert."""
         place = self._place(graph_run)
         if "op" in self.depths and graph_run.graph == BLOCK and self._is_first(graph_run):
             for tap, pair in self._ops(graph_run, mine, theirs):
@@ -318,14 +318,14 @@ class _Run:
         )
 
     def _is_first(self, graph_run: GraphRun) -> bool:
-        """Whether this layer has not been looked into yet."""
+        """Whether the ops of this layer have not been compared yet."""
         key = f"{graph_run.component}.{graph_run.prefix}"
         known = key in self.looked_into
         self.looked_into.add(key)
         return not known
 
     def _ops(self, graph_run: GraphRun, mine: Ports, theirs: Ports) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-        """Each point of a layer as the other backend makes it of the reference's values, and as the reference does."""
+        """Each tap of a layer, computed from the reference's values by the other backend and by the reference."""
         reference, other = self.reference.backend, self.other.backend
         assert isinstance(reference, Transparent)
         assert isinstance(other, Transparent)
@@ -353,8 +353,8 @@ class _Run:
 
 
 def limits_at(depths: DepthLimits | None, place: Location, rounds: bool) -> Limits | None:
-    """What is asked for at a place, where the backend may round inside. A graph other than a layer is held to what an
-    op is."""
+    """The limits at a place; `rounds` says whether the backend may round there. A graph other than a layer has the
+    limits of an op."""
     if depths is None:
         return None
     if place.depth == "op":

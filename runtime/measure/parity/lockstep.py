@@ -1,4 +1,4 @@
-"""Two backends at the same launches: the reference's run goes on, the other sees what the reference saw."""
+"""Runs two backends side by side: at every graph run the other backend gets the inputs that the reference had."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,26 +12,26 @@ from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
 SELECTION = "selection"
-"""The buffer that only has a length: as many key blocks as a backend selects."""
+"""The buffer of which only the length matters: the number of key blocks that a backend selects."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """What one backend had at a launch."""
+    """The inputs and outputs of one backend at a graph run."""
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
 
 
 Seen = Callable[[GraphRun, Ports, Ports], None]
-"""Told a launch, and what the reference and the other made of it."""
+"""Called with a graph run, and the ports of the reference and of the other backend."""
 
 
 class Lockstep(Backend):
-    """A backend that is the reference, and at every launch has the other one do the same on the same inputs.
+    """A backend that is the reference, and repeats every graph run on the other backend with the same inputs.
 
     Args:
-        num_selected: how many key blocks the other selects: where recipes differ, so may these.
+        num_selected: How many key blocks the other backend selects; it may differ where the recipes differ.
     """
 
     name = "lockstep"
@@ -60,7 +60,7 @@ class Lockstep(Backend):
 
 
 class SteppedSession(Session):
-    """A stage whose launches stay apart."""
+    """A stage whose graph runs stay separate."""
 
     def bound(self, program: str) -> list[Runnable]:
         if program not in self._bound:
@@ -72,7 +72,7 @@ class SteppedSession(Session):
 
 
 class LockstepSession(SteppedSession):
-    """A stage on both."""
+    """A stage on both backends."""
 
     def __init__(self, lockstep: Lockstep, schedule: Schedule) -> None:
         super().__init__(lockstep, schedule)

@@ -1,4 +1,4 @@
-"""How far two tensors, or two clips, are apart."""
+"""How far apart two tensors or two clips are."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,16 +15,16 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 @dataclass(frozen=True)
 class Difference:
-    """What a tensor is held to.
+    """How far a tensor is from the expected one.
 
     Attributes:
-        rms: RMS of the difference over RMS of what was expected.
-        max: its largest magnitude, likewise over the RMS of what was expected.
-        cosine: of the angle between the two.
-        psnr_db: peak signal-to-noise ratio; the peak is the range of what was expected, 255 for frames. Infinite where
-            nothing differs.
-        nan, inf: numbers that are not, where finite ones were expected; the others are left to the rest.
-        ssim: of frames; None for other tensors.
+        rms: RMS of the difference divided by the RMS of the expected tensor.
+        max: Largest magnitude of the difference, divided by the same RMS.
+        cosine: Cosine of the angle between the two.
+        psnr_db: Peak signal-to-noise ratio; the peak is the range of the expected tensor, 255 for frames. Infinite
+            where nothing differs.
+        nan, inf: How many values are NaN or infinite where finite ones were expected; the other metrics leave them out.
+        ssim: Structural similarity of frames; None for other tensors.
     """
 
     rms: float
@@ -36,12 +36,12 @@ class Difference:
     ssim: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; JSON has no infinity, so tensors that are equal are null dB apart."""
+        """Plain values; JSON has no infinity, so the PSNR of equal tensors is null."""
         return {**asdict(self), "psnr_db": None if math.isinf(self.psnr_db) else self.psnr_db}
 
 
 def difference(actual: Tensor, expected: Tensor, *, peak: float | None = None) -> Difference:
-    """Compare tensors of one shape in float64."""
+    """Compare two tensors of the same shape in float64."""
     a, e = (x.detach().cpu().double().flatten() for x in (actual, expected))
     expects = e.isfinite()
     nan, inf = int((a.isnan() & expects).sum()), int((a.isinf() & expects).sum())
@@ -65,7 +65,7 @@ def difference(actual: Tensor, expected: Tensor, *, peak: float | None = None) -
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the difference over RMS of what was expected."""
+    """RMS of the difference divided by the RMS of the expected tensor."""
     return difference(actual, expected).rms
 
 
@@ -81,7 +81,7 @@ def clip_difference(actual_THWC: Tensor, expected_THWC: Tensor) -> Difference:
 
 
 def ssim(actual_THWC: Tensor, expected_THWC: Tensor) -> float:
-    """Structural similarity of uint8 frames, the mean over frames, channels and windows that lie inside.
+    """Structural similarity of uint8 frames, the mean over frames, channels and the windows that lie inside.
 
     Source: Wang et al. 2004, "Image quality assessment", with its 11x11 Gaussian window of 1.5 pixels.
     """

@@ -1,4 +1,4 @@
-"""What a comparison found, as JSON, as lines for a terminal, and as a page."""
+"""The results of a comparison as JSON, as text for a terminal and as an HTML page."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from wanforge.runtime.measure.parity.comparison import BLOCK, DEPTHS, Comparison
 from wanforge.runtime.measure.tables import indented, text_table
 
 SHOWN_FRAMES = 4
-"""Of a clip on the page."""
+"""Frames of a clip that the page shows."""
 
 LEAST = 1e-9
-"""Where equal tensors lie on a logarithmic axis: at its foot."""
+"""Smallest error on a logarithmic axis, where equal tensors are drawn."""
 
 HEAD = ("depth", "compared", "worst rms", "worst max", "least cosine", "least PSNR", "least SSIM", "verdict")
 
 
 def as_json(parity: Parity) -> dict[str, Any]:
-    """Plain values."""
+    """The report as plain values."""
     shape = parity.request.shape
     return {
         "passed": parity.passed,
@@ -42,7 +42,7 @@ def as_json(parity: Parity) -> dict[str, Any]:
 
 
 def text(parity: Parity) -> str:
-    """A line for each depth, and where the two first part."""
+    """A line for each depth, and the first divergence."""
     shape = parity.request.shape
     rows = [summary(depth, parity.at(depth)) for depth in DEPTHS if parity.at(depth)]
     lines = [
@@ -62,7 +62,7 @@ def seeds(parity: Parity) -> str:
 
 
 def summary(depth: str, found: Sequence[Comparison]) -> tuple[str, ...]:
-    """The worst of a depth."""
+    """A table row with the worst differences at a depth."""
     apart = [comparison.difference for comparison in found]
     ssim = [d.ssim for d in apart if d.ssim is not None]
     return (
@@ -102,7 +102,7 @@ def page(parity: Parity) -> str:
 
 
 def line(name: str, found: Sequence[Comparison], is_joined: bool = True) -> Series:
-    """The errors of some comparisons, side by side."""
+    """The errors of some comparisons, in order."""
     return Series(
         name,
         [(x, max(c.difference.rms, LEAST), f"{c.place}: rms {c.difference.rms:.1e}") for x, c in enumerate(found)],
@@ -111,13 +111,13 @@ def line(name: str, found: Sequence[Comparison], is_joined: bool = True) -> Seri
 
 
 def errors(title: str, x: str, series: Sequence[Series], x_names: Sequence[str], limits: Limits | None) -> str:
-    """A plot of errors, and of how large they may be."""
+    """A plot of errors and their limit."""
     marks = [("limit", limits.rms)] if limits is not None and limits.rms is not None else []
     return plot(Plot(title, x, "relative RMS error", series, log_y=True, x_names=x_names, marks=marks))
 
 
 def _layers(parity: Parity) -> list[str]:
-    """Error of each launch, in the order of the run."""
+    """The error of each graph run, in the order of the request."""
     found = [c for c in parity.at("block") if c.place.seed == parity.seeds[0]]
     layers = [c for c in found if c.place.graph == BLOCK]
     others = [c for c in found if c.place.graph != BLOCK]
@@ -128,14 +128,16 @@ def _layers(parity: Parity) -> list[str]:
     names = [str(c.place.layer) for c in next(iter(steps.values()))]
     return [
         heading("Error per layer"),
-        paragraph("Each launch on the reference's inputs, in the order of the run.", "soft"),
+        paragraph("Each graph run on the reference's inputs, in the order of the request.", "soft"),
         errors("layers of the denoiser", "layer", series, names, layers[0].limits),
-        errors("other graphs", "launch", [line("", others, False)], [c.place.graph for c in others], others[0].limits),
+        errors(
+            "other graphs", "graph run", [line("", others, False)], [c.place.graph for c in others], others[0].limits
+        ),
     ]
 
 
 def _ops(parity: Parity) -> list[str]:
-    """Error of each op in the layer where it is largest."""
+    """The error of each op in the layer where it is largest."""
     found = [c for c in parity.at("op") if c.place.seed == parity.seeds[0]]
     if not found:
         return []
@@ -183,7 +185,7 @@ def _frames(parity: Parity) -> list[str]:
     gain = amplification(found, expected)
     parts = [
         heading("Frames"),
-        paragraph(f"Reference, backend, and their difference around grey, {gain:g} times as large as it is.", "soft"),
+        paragraph(f"Reference, backend, and their difference around grey, amplified {gain:g} times.", "soft"),
     ]
     count = len(expected)
     for index in sorted({round(i * (count - 1) / max(1, SHOWN_FRAMES - 1)) for i in range(min(SHOWN_FRAMES, count))}):
@@ -214,7 +216,7 @@ def _limits(parity: Parity) -> list[str]:
         limits = getattr(parity.limits, name)
         said = [f"{key} {value:g}" for key, value in msgspec.to_builtins(limits).items() if isinstance(value, float)]
         rows.append([name, ", ".join(said), limits.reason])
-    return [heading("What is asked for"), table(("depth", "limits", "reason"), rows, words=3)]
+    return [heading("Limits"), table(("depth", "limits", "reason"), rows, words=3)]
 
 
 def _faults(parity: Parity) -> list[str]:
@@ -222,7 +224,7 @@ def _faults(parity: Parity) -> list[str]:
     if not wrong:
         return []
     rows = [[c.place.depth, str(c.place), ", ".join(c.faults)] for c in wrong[:100]]
-    return [heading(f"All {len(wrong)} that failed"), table(("depth", "where", "what"), rows, words=3)]
+    return [heading(f"Failed comparisons: {len(wrong)}"), table(("depth", "where", "what"), rows, words=3)]
 
 
 def verdict(comparison: Comparison) -> str:

@@ -20,19 +20,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "blue": (45, 65, 225),
     "purple": (190, 50, 205),
 }
-"""Sixty degrees of hue apart, so that a colour can be told from its hue alone."""
+"""RGB by name, sixty degrees of hue apart, so that the hue alone identifies a colour."""
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-"""Steps along x and y; y grows downwards."""
+"""Steps along x and y by name; y grows downwards."""
 
 SPEEDS: dict[str, float] = {"slowly": 0.9, "": 1.8, "quickly": 2.8}
 """Pixels per frame by adverb."""
 
 SPEED_BORDERS = (1.35, 2.3)
-"""Between slow, ordinary and quick."""
+"""Pixels per frame that separate slow from ordinary, and ordinary from quick."""
 
 RING_HOLE = 0.5
-"""Inner radius of a ring over its outer one."""
+"""A ring's inner radius divided by its outer radius."""
 
 
 def circle(x_HW: Field, y_HW: Field) -> Field:
@@ -44,7 +44,7 @@ def square(x_HW: Field, y_HW: Field) -> Field:
 
 
 def triangle(x_HW: Field, y_HW: Field) -> Field:
-    """Equilateral, upright, around its centroid."""
+    """An upright equilateral triangle around its centroid."""
     inner = 0.62
     slope = 3**0.5 / 2 * np.abs(x_HW) - 0.5 * y_HW
     return np.maximum(slope, y_HW) - inner
@@ -61,7 +61,7 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "triangle": triangle,
     "ring": ring,
 }
-"""Signed distance from the outline, negative inside, of a shape of radius about one at the origin."""
+"""Signed distance from the outline, negative inside, of a shape with a radius of about one at the origin."""
 
 AREAS: dict[str, float] = {
     "circle": np.pi,
@@ -69,7 +69,7 @@ AREAS: dict[str, float] = {
     "triangle": 3 * 3**0.5 * 0.62**2,
     "ring": np.pi * (1 - RING_HOLE**2),
 }
-"""Areas of these."""
+"""The areas of these shapes."""
 
 
 def coverage(shape: str, centre_xy: tuple[float, float], radius: float, size_wh: tuple[int, int]) -> Field:
@@ -85,7 +85,7 @@ class Subject:
     """One thing that a prompt asks for.
 
     Attributes:
-        speed: an adverb of `SPEEDS`; empty where the prompt does not say.
+        speed: An adverb of `SPEEDS`; empty where the prompt gives none.
     """
 
     colour: str
@@ -95,8 +95,8 @@ class Subject:
 
 
 def is_held_out(subject: Subject) -> bool:
-    """Whether a combination is never trained on: a quarter of them, such that every pair of colour and shape, colour
-    and direction, and shape and direction remains."""
+    """Whether a combination is left out of training. A quarter of them are, chosen so that every pair of colour and
+    shape, colour and direction, and shape and direction remains."""
     places = (
         list(COLOURS).index(subject.colour),
         list(SHAPES).index(subject.shape),

@@ -22,13 +22,13 @@ WORDINGS = (
     ("quickly", "a {colour} {shape} moving {direction} quickly on a light background"),
     ("", "a large {colour} {shape} drifting {direction} over a grey background"),
 )
-"""Adverb and wording; one says ``up`` and not ``to the up``."""
+"""Adverb and wording; ``to the up`` and ``to the down`` become ``up`` and ``down``."""
 PAIRS = 16
-"""Prompts with two things, after those with one."""
+"""Number of prompts with two things; they follow those with one."""
 ASKED = ("colour", "shape", "direction")
 """What every prompt asks for."""
 MOST_LOST = 0.02
-"""Share of colours, shapes or directions that a recipe may lose to the reference."""
+"""The share of colours, shapes or directions by which a recipe may fall behind the reference."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of subjects, 0 to 1, of which something is right; None where nothing was asked.
+    """The shares of subjects, 0 to 1, that are right in some respect; None where no prompt asked for it.
 
     Attributes:
-        subjects: how many were asked for.
-        all: colour, shape and direction at once, and speed where it was asked for.
+        subjects: How many were asked for.
+        all: Colour, shape and direction at once, and speed where it was asked for.
     """
 
     subjects: int
@@ -61,7 +61,7 @@ class Quality:
     """The end-to-end quality of a pipeline at some top-k and number of steps.
 
     Attributes:
-        rates: over all subjects; `single` and `paired` over those of prompts with one thing and with two.
+        rates: Over all subjects; `single` and `paired` cover the prompts with one thing and with two.
     """
 
     backend: str
@@ -73,7 +73,7 @@ class Quality:
     paired: Rates | None
 
     def lost_to(self, reference: "Quality") -> dict[str, float]:
-        """By how much less of colour, shape and direction is right than on the reference; negative where it is more."""
+        """How far the shares of colour, shape and direction are below the reference's; negative if above."""
         return {name: getattr(reference.rates, name) - getattr(self.rates, name) for name in ASKED}
 
     def as_json(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Quality:
 
 
 def held_out_prompts() -> tuple[Prompt, ...]:
-    """112 prompts: each of the 24 combinations held out in training in four wordings, then 16 with two of them."""
+    """Return 112 prompts: each of the 24 held-out combinations in four wordings, then 16 prompts with two of them."""
     singles = [
         Prompt(wording.format_map(vars(subject)).replace("to the up", "up").replace("to the down", "down"), (subject,))
         for subject in held_out_subjects()
@@ -104,7 +104,7 @@ def held_out_subjects() -> list[Subject]:
 
 
 def pair_prompts() -> list[Prompt]:
-    """Two things of two colours that move along one axis, as in training."""
+    """Prompts for two things of different colours that move along the same axis, as in training."""
     subjects = held_out_subjects()
     prompts: list[Prompt] = []
     for offset, first in product(range(1, len(subjects)), subjects):
@@ -128,14 +128,14 @@ def measure(
     prompts: Sequence[Prompt] | None = None,
     progress: Progress = silent,
 ) -> Quality:
-    """Make a clip of every prompt, each with the seed of its place, and count what is right.
+    """Make a clip of every prompt, seeded with its place in the list, and count what is right.
 
     Args:
-        steps, topk: as in a request; the model's own by default.
-        prompts: all of `held_out_prompts` by default.
+        steps, topk: As in a request; the model's own by default.
+        prompts: All of `held_out_prompts` by default.
 
     Raises:
-        RequestError: the model was not trained to draw these things.
+        RequestError: The model was not trained to draw these things.
     """
     model = pipeline.model
     if model.held_out != "figures":
@@ -165,7 +165,7 @@ def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk:
 
 
 def rates_of(scores: Sequence[Score]) -> Rates:
-    """Count."""
+    """Return the shares of the scores that are right."""
     asked = [s.speed for s in scores if s.speed is not None]
     return Rates(
         len(scores),
@@ -183,7 +183,7 @@ def share(right: Iterable[bool]) -> float:
 
 
 def table(results: Sequence[Quality]) -> str:
-    """Percentages, a row per measurement."""
+    """A table of percentages with one row per measurement."""
     rows = []
     for result in results:
         rates = result.rates

@@ -1,7 +1,7 @@
 """Reads colour, shape, direction and speed off a clip's frames, by arithmetic alone.
 
-A pixel belongs to a thing where it differs from its row's background; its hue says to which. A thing's centre over
-time gives direction and speed, the overlap with drawn shapes of its area gives its shape.
+A pixel that differs from its row's background belongs to a thing, and its hue says to which one. The path of a thing's
+centre gives its direction and speed; its overlap with drawn shapes of the same area gives its shape.
 
 Letters: T frames, C channels, H W rows and columns.
 """
@@ -24,17 +24,17 @@ from wanforge.runtime.measure.quality.figures import (
 )
 
 CONTRAST = 45.0
-"""Distance in RGB from which a pixel is no longer background."""
+"""Distance in RGB from the background above which a pixel belongs to a thing."""
 CHROMA = 40.0
-"""Largest channel less smallest, from which a pixel has a hue."""
+"""Difference between the largest and the smallest channel above which a pixel has a hue."""
 FEWEST = 3
-"""Coloured pixels in a square of nine around one that is believed."""
+"""Fewest coloured pixels in the 3x3 square around a pixel, itself included, for it to count."""
 LEAST_AREA = 40.0
-"""Pixels per frame that a thing has at least."""
+"""Fewest pixels per frame that make a thing."""
 LEAST_SHARE = 0.2
-"""Of all coloured pixels, that a thing has at least."""
+"""Smallest share of all coloured pixels that makes a thing."""
 LEAST_STEP = 0.4
-"""Pixels per frame, below which a thing stands still."""
+"""Pixels per frame below which a thing stands still."""
 
 Pixels = NDArray[np.floating[Any]]
 
@@ -45,8 +45,8 @@ class Sighting:
 
     Attributes:
         direction: ``still`` where it hardly moves.
-        step_xy: pixels per frame along x and y.
-        area: pixels per frame.
+        step_xy: Pixels per frame along x and y.
+        area: Pixels per frame.
     """
 
     colour: str
@@ -57,7 +57,7 @@ class Sighting:
 
     @property
     def speed(self) -> str:
-        """The adverb, of `SPEEDS`."""
+        """Its adverb in `SPEEDS`."""
         pace = max(abs(part) for part in self.step_xy)
         return list(SPEEDS)[sum(pace > border for border in SPEED_BORDERS)]
 
@@ -71,7 +71,7 @@ class ClipReading:
 
 @dataclass(frozen=True)
 class Score:
-    """What of one subject is right; speed is None where the prompt does not say."""
+    """Which properties of one subject are right; speed is None where the prompt gives none."""
 
     colour: bool
     shape: bool
@@ -101,7 +101,7 @@ def read(frames_TCHW: NDArray[np.uint8]) -> ClipReading:
 
 
 def without_specks(mask_THW: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Without pixels that hardly have neighbours, which noise makes, and not even a triangle's tips."""
+    """Remove nearly isolated pixels, which come from noise; even a triangle's tips have more neighbours."""
     height, width = mask_THW.shape[1:]
     padded = np.pad(mask_THW, ((0, 0), (1, 1), (1, 1))).astype(np.int8)
     around = sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3))
@@ -124,7 +124,7 @@ def hue_vector(rgb: Pixels) -> Pixels:
 def sight(colour: str, mask_THW: NDArray[np.bool_], contrast_THW: Pixels) -> Sighting:
     """Follow one colour through the clip."""
     full = np.median(contrast_THW[mask_THW])
-    # Pixels on an outline count by how much of them is covered.
+    # A pixel on an outline counts by the share of it that is covered.
     cover_THW = np.clip(contrast_THW / full, 0, 1) * mask_THW
     areas = cover_THW.sum((1, 2))
     seen = areas > 0.5 * np.median(areas[areas > 0])
@@ -145,12 +145,12 @@ def sight(colour: str, mask_THW: NDArray[np.bool_], contrast_THW: Pixels) -> Sig
 
 
 def slope(frames: NDArray[np.int64], values: Pixels) -> float:
-    """Pixels per frame of the straight line through a thing's centres."""
+    """Slope, in pixels per frame, of the straight line through a thing's centres."""
     return float(np.polyfit(frames, values, 1)[0]) if len(frames) > 1 else 0.0
 
 
 def direction_of(step_xy: tuple[float, float]) -> str:
-    """The direction whose axis most of the way lies along."""
+    """The direction in which a thing moves most, or ``still``."""
     if max(abs(part) for part in step_xy) < LEAST_STEP:
         return "still"
     return max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], step_xy))
@@ -163,10 +163,10 @@ def overlap(shape: str, cover_HW: Pixels, centre_xy: tuple[float, float], area: 
 
 
 def score(reading: ClipReading, subjects: tuple[Subject, ...]) -> tuple[Score, ...]:
-    """Hold a clip against what was asked for, subject by subject.
+    """Compare a clip with what was asked for, subject by subject.
 
-    A subject is compared with the thing of its colour; where there is none, with the largest that no other subject's
-    colour claims.
+    A subject is compared with the thing of its colour or, where none exists, with the largest remaining thing whose
+    colour no subject asks for.
     """
     asked = {subject.colour for subject in subjects}
     by_colour = {thing.colour: thing for thing in reading.things}

@@ -1,4 +1,4 @@
-"""How many prompts come out right, as lines over whatever was varied."""
+"""A plot of how many prompts come out right over the values of a parameter."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from wanforge.runtime.measure.quality.held_out import ASKED, Rates
 
 
 def rates_plot(parameter: str, points: Sequence[tuple[float, str, Rates]], names: Sequence[str] = ()) -> Plot:
-    """A line each for colour, shape and direction, in percent.
+    """Return a plot with one line each for colour, shape and direction, in percent.
 
     Args:
-        points: place on the axis, value of the parameter, and what came out right there.
-        names: of the places, where values are not numbers.
+        points: Place on the axis, value of the parameter, and the rates there.
+        names: Names of the places, where values are not numbers.
     """
     series = []
     for asked in ASKED:

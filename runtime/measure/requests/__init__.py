@@ -1,1 +1,1 @@
-"""Times requests, sweeps over what may change their quality, and remembers: `wanforge bench`."""
+"""Times requests, sweeps settings that may change their quality, and keeps a history: `wanforge bench`."""

@@ -1,8 +1,8 @@
-"""Results kept from run to run, one JSON object per line, and a run against those before it: only like with like.
+"""Keeps results from run to run, one JSON object per line, and compares a run with earlier comparable ones.
 
 A number is compared with the median of the last runs of the same thing on the same machine. It is a regression where
 it is slower by more than a margin: 5 %, 50 microseconds, or three times the noise between those runs or within them,
-whichever is most.
+whichever is largest.
 """
 
 import hashlib
@@ -19,22 +19,22 @@ from wanforge.errors import RequestError
 from wanforge.runtime.measure.machine import COMPARABLE, PACKAGES, Facts
 
 WINDOW, FEWEST = 10, 3
-"""Most runs before this one that count, and the fewest from which their noise can be told."""
+"""The most earlier runs that count, and the fewest from which their noise can be estimated."""
 LEAST_MARGIN, LEAST_SECONDS = 0.05, 50e-6
 NOISES = 3.0
-"""Deviations that a number may be off by chance."""
+"""Standard deviations by which a number may be off by chance."""
 DEVIATION = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
+"""Standard deviation of a normal distribution divided by its median absolute deviation."""
 
 Verdict = Literal["pass", "regression", "not comparable"]
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One run of one thing.
+    """One benchmark run of one subject.
 
     Attributes:
-        subject: what was measured: model, recipe, clip, contender. Entries are alike where it is equal.
-        values: seconds of every run, by name; smaller is better.
+        subject: What was measured: model, recipe, clip, contender. Only entries with equal subjects are compared.
+        values: Seconds of every run, by name; smaller is better.
     """
 
     time: str
@@ -45,12 +45,12 @@ class Entry(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Trend:
-    """One number against those before it.
+    """One number compared with earlier ones.
 
     Attributes:
-        now, before: medians in seconds; None where there is nothing to compare with.
-        margin: share of `before` by which `now` may be above it.
-        note: why it is not comparable, or what has changed that may explain the difference.
+        now, before: Medians in seconds; `before` is None where there is nothing to compare with.
+        margin: Share of `before` by which `now` may exceed it.
+        note: Why it is not comparable, or what has changed that may explain the difference.
     """
 
     name: str
@@ -66,18 +66,18 @@ class Trend:
 
 
 def entry(machine: Facts, subject: Mapping[str, Any], values: Mapping[str, Sequence[float]]) -> Entry:
-    """A run that has just ended."""
+    """The entry of a run that has just ended."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Entry(now, dict(machine), dict(subject), {name: list(runs) for name, runs in values.items()})
 
 
 def digest(record: object) -> str:
-    """A short name for a configuration, to tell equal ones."""
+    """A short hash of a configuration, by which equal ones are recognised."""
     return hashlib.sha256(msgspec.json.encode(record)).hexdigest()[:12]
 
 
 def append(path: Path, entries: Sequence[Entry]) -> None:
-    """Add lines to a history, which need not be there yet."""
+    """Append entries to a history, which need not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         file.write(b"".join(msgspec.json.encode(each) + b"\n" for each in entries))
@@ -87,7 +87,7 @@ def read(path: Path) -> list[Entry]:
     """Every entry of a history, the oldest first.
 
     Raises:
-        RequestError: there is no such file, or a line of it is not an entry.
+        RequestError: There is no such file, or a line of it is not an entry.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -103,12 +103,12 @@ def read(path: Path) -> list[Entry]:
 
 
 def compare(now: Entry, past: Sequence[Entry]) -> list[Trend]:
-    """Hold every number of a run against its like."""
+    """Compare every number of a run with those of earlier comparable runs."""
     same_subject = [each for each in past if each.subject == now.subject]
     alike = [each for each in same_subject if not differing(each, now)]
     if not alike:
         other = differing(same_subject[-1], now) if same_subject else []
-        reason = f"{', '.join(other)} differ" if other else "nothing like it in the history"
+        reason = f"{', '.join(other)} differ" if other else "no comparable run in the history"
         return [
             Trend(name, "not comparable", statistics.median(runs), note=reason) for name, runs in now.values.items()
         ]
@@ -116,17 +116,17 @@ def compare(now: Entry, past: Sequence[Entry]) -> list[Trend]:
 
 
 def differing(one: Entry, other: Entry) -> list[str]:
-    """Which facts of the machine forbid a comparison."""
+    """The facts of the machine that rule out a comparison."""
     return [name for name in COMPARABLE if one.machine.get(name) != other.machine.get(name)]
 
 
 def compare_value(name: str, now: Entry, alike: Sequence[Entry]) -> Trend:
-    """Hold one number against those of runs that are like it."""
+    """Compare one number with those of comparable runs."""
     runs = now.values[name]
     current = statistics.median(runs)
     before = [each.values[name] for each in alike if each.values.get(name)]
     if len(before) < FEWEST:
-        note = f"{len(before)} runs like it in the history, {FEWEST} are needed"
+        note = f"{len(before)} comparable runs in the history, {FEWEST} are needed"
         return Trend(name, "not comparable", current, note=note)
     medians = [statistics.median(each) for each in before]
     usual = statistics.median(medians)
@@ -138,13 +138,13 @@ def compare_value(name: str, now: Entry, alike: Sequence[Entry]) -> Trend:
 
 
 def noise(values: Sequence[float]) -> float:
-    """Standard deviation, as the middle half of the values says it."""
+    """Standard deviation, estimated from the median absolute deviation."""
     middle = statistics.median(values)
     return DEVIATION * statistics.median(abs(value - middle) for value in values)
 
 
 def changes(before: Entry, now: Entry) -> str:
-    """Versions that are others than last time."""
+    """Versions, and the CPU's clock, that differ from the last run."""
     names = ("torch", "triton", *PACKAGES, "python", "clock_mhz")
     pairs = ((name, before.machine.get(name), now.machine.get(name)) for name in names)
     return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)

@@ -1,4 +1,4 @@
-"""Memory and energy of what runs within a block. What this machine cannot measure is None."""
+"""Measures memory and energy while a ``with`` block runs. What this machine cannot measure is None."""
 
 import time
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from typing import Any
 import psutil
 
 INTERVAL = 0.01
-"""Seconds between two looks at memory."""
+"""Seconds between two readings of the memory in use."""
 
 
 @dataclass
 class ResourceUse:
-    """What was measured, once the block has ended.
+    """The measurements, complete once the block has ended.
 
     Attributes:
-        host_bytes: most memory of this process at any time.
-        device_bytes: most memory in use on the GPU, everybody's.
-        joules: energy that the GPU took.
+        host_bytes: Peak memory of this process.
+        device_bytes: Peak memory in use on the GPU, by all processes.
+        joules: Energy that the GPU used.
     """
 
     seconds: float = 0.0
@@ -30,14 +30,14 @@ class ResourceUse:
 
 
 class Nvml:
-    """NVIDIA's management library over the first GPU, from the package nvidia-ml-py."""
+    """NVIDIA's management library for the first GPU, from the package nvidia-ml-py."""
 
     def __init__(self, library: Any, handle: Any) -> None:
         self.library, self.handle = library, handle
 
     @classmethod
     def open(cls) -> "Nvml | None":
-        """None where the package, the driver or the GPU is missing."""
+        """Open the library; None where the package, the driver or the GPU is missing."""
         try:
             import pynvml
         except ImportError:
@@ -52,7 +52,7 @@ class Nvml:
         return int(self.library.nvmlDeviceGetMemoryInfo(self.handle).used)
 
     def joules(self) -> float | None:
-        """Since the driver was loaded; None before Volta."""
+        """Energy used since the driver was loaded; None on GPUs before Volta."""
         try:
             return float(self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
         except self.library.NVMLError:
@@ -61,7 +61,7 @@ class Nvml:
 
 @contextmanager
 def metered(nvml: Nvml | None) -> Iterator[ResourceUse]:
-    """Measure what runs within the block."""
+    """Measure memory and energy while the ``with`` block runs."""
     reading, process, ended = ResourceUse(), psutil.Process(), Event()
 
     def look() -> None:

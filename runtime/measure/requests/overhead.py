@@ -1,4 +1,4 @@
-"""What the host itself takes for a step of the denoiser: the request's own code over launches that do nothing."""
+"""The host's own time for a step of the denoiser: the request's code with graph runs that do nothing."""
 
 import time
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import GraphRun
 
 SMALLEST = ClipShape(16, 16, 1)
-"""One token: what grows with the clip is the device's work, not the host's."""
+"""A clip of one token; only the device's work grows with the clip, not the host's."""
 
 
 class Stub(Backend):
-    """Does nothing, launch by launch."""
+    """A backend whose graph runs do nothing but count themselves."""
 
     name = "stub"
 
@@ -39,8 +39,8 @@ class Stub(Backend):
 
 
 def step_seconds(bundle: Bundle, repeats: int = 200) -> list[float]:
-    """Seconds of the host for one step, time and again: casting and cutting the latents, every launch, and putting
-    the velocity together."""
+    """The host's seconds for each of `repeats` steps: casting and cutting the latents, every graph run, and putting the
+    velocity together."""
     pipeline = Pipeline(bundle, Stub())
     checked = pipeline.check(Request("a", SMALLEST, topk=1.0))
     denoiser = pipeline.denoiser(checked, Timings())
@@ -50,4 +50,4 @@ def step_seconds(bundle: Bundle, repeats: int = 200) -> list[float]:
         start = time.perf_counter()
         denoiser(latents, checked.steps[0])
         runs.append(time.perf_counter() - start)
-    return runs[10:]  # the first ones bind
+    return runs[10:]  # the first ones also bind the graphs

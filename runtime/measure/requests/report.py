@@ -1,4 +1,4 @@
-"""What a benchmark found: JSON, a table for a terminal, a page with plots."""
+"""The results of a benchmark as JSON, as tables for a terminal and as a page with plots."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ SHOWN = (*STAGES, "step", "total")
 
 @dataclass(frozen=True)
 class RequestReport:
-    """One benchmark.
+    """The results of one benchmark.
 
     Attributes:
-        costs: of each stage, by GPU.
-        here: the name among them of the GPU that this is, if it is one of them.
-        missing: baselines that were not timed, and why.
-        verdicts: against earlier runs, by contender.
+        costs: The cost of each stage, by GPU.
+        here: The name of this machine's GPU in `costs`, if it is there.
+        missing: Baselines that were not timed, and why.
+        verdicts: Comparisons with earlier runs, by contender.
     """
 
     bundle: Bundle
@@ -83,7 +83,7 @@ def energy(joules: float | None) -> str:
 
 
 def stage_rows(report: RequestReport) -> tuple[list[str], list[list[str]]]:
-    """Median, 95th percentile and spread of each stage by contender, and beside them what GPUs need at least."""
+    """Median, 95th percentile and spread of each stage by contender, beside the rooflines of GPUs."""
     header = ["ms"]
     for row in report.rows:
         header += [f"{row.contender} p50", "p95", "spread"]
@@ -111,7 +111,7 @@ def stage_cells(report: RequestReport, stage: str) -> list[str]:
 
 
 def run_rows(report: RequestReport) -> list[list[str]]:
-    """What is measured once a run, by contender."""
+    """Figures of whole runs, by contender."""
     frames = report.request.shape.frames
     return [
         ["load, s", *(f"{row.load_seconds:.2f}" for row in report.rows)],
@@ -154,7 +154,7 @@ def facts(machine: Facts) -> str:
 
 
 def notes(report: RequestReport) -> list[str]:
-    """What has to be said of the numbers."""
+    """Remarks that the numbers need."""
     found = [f"{row.contender}: {row.note}" for row in report.rows if row.note]
     found += [f"{name}: not timed, {reason}" for name, reason in report.missing.items()]
     if report.rows and all(row.joules is None for row in report.rows):
@@ -162,7 +162,7 @@ def notes(report: RequestReport) -> list[str]:
     for name in report.costs:
         if name != report.here:
             found.append(
-                f"{name} is not here: its roofline is arithmetic, its prediction an assumption, neither measured"
+                f"{name} is not this machine's GPU: its roofline is calculated, its prediction assumed, not measured"
             )
     return found
 
@@ -192,7 +192,7 @@ def said(found: Trend) -> str:
         return f"{found.name}: {milliseconds(found.now)} ms; {found.note}"
     change = f"{found.now / found.before - 1:+.1%}" if found.before else "-"
     return (
-        f"{found.name}: {milliseconds(found.now)} ms, {milliseconds(found.before)} ms in {found.count} runs before, "
+        f"{found.name}: {milliseconds(found.now)} ms, {milliseconds(found.before)} ms in {found.count} earlier runs, "
         f"{change}, {found.margin:.1%} allowed{'; ' + found.note if found.note else ''}"
     )
 
@@ -222,7 +222,7 @@ def page(report: RequestReport) -> str:
 
 
 def stages_plot(report: RequestReport) -> str:
-    """Median of each stage, a line per contender, and what GPUs need at least."""
+    """A plot of the median of each stage by contender, beside the rooflines of GPUs."""
     stages = [stage for stage in STAGES if stage in report.rows[0].stages]
 
     def points(name: str, seconds: Mapping[str, float]) -> list[tuple[float, float, str]]:
@@ -241,7 +241,7 @@ def stages_plot(report: RequestReport) -> str:
 
 
 def runs_plot(report: RequestReport) -> str:
-    """Every timed run, to see whether the machine was quiet."""
+    """A plot of every timed run, to see whether the machine was quiet."""
     series = [
         Series(
             r.contender,
@@ -253,7 +253,7 @@ def runs_plot(report: RequestReport) -> str:
 
 
 def sweep_plots(sweep: Sweep) -> list[str]:
-    """Time, likeness and, where they were counted, rates over the parameter."""
+    """Plots of time, similarity and, where they were counted, rates over the parameter."""
     numbers = [is_number(point.value) for point in sweep.points]
     places = [float(p.value) if all(numbers) else float(i) for i, p in enumerate(sweep.points)]
     names = [] if all(numbers) else [point.value for point in sweep.points]

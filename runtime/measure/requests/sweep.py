@@ -1,8 +1,8 @@
-"""One setting at a time: what quality it costs, and what time and memory.
+"""Varies one setting at a time and measures its effect on quality, time and memory.
 
-Each point's clip is held against the same seed's clip at the setting of most quality, where there is one: every key
-block, the most steps, unquantised weights. Frames and resolution have none; there the backend is held against the
-reference at the same setting.
+Each point's clip is compared with the same seed's clip at the setting of best quality, where there is one: every key
+block, the most steps, or unquantised weights. Frames and resolution have none, so there the backend is compared with
+the reference at the same setting.
 """
 
 import gc
@@ -37,11 +37,11 @@ Setting = tuple[Request, Recipe]
 
 @dataclass(frozen=True)
 class Parameter:
-    """What can be swept.
+    """A parameter that can be swept.
 
     Attributes:
-        set: a request and a recipe with a value, as it is typed.
-        best: the value of most quality, as it is typed; empty where there is none.
+        set: Applies a value, as it is typed, to a request and a recipe.
+        best: The value of best quality, as it is typed; empty where there is none.
     """
 
     set: Callable[[Setting, str], Setting]
@@ -49,12 +49,12 @@ class Parameter:
 
 
 def of_request(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
-    """A field of the request."""
+    """A function that sets a field of the request."""
     return lambda setting, value: (replace(setting[0], **{name: parse(value)}), setting[1])
 
 
 def of_recipe(name: str, parse: Callable[[str], Any]) -> Callable[[Setting, str], Setting]:
-    """A field of the recipe."""
+    """A function that sets a field of the recipe."""
 
     def change(setting: Setting, value: str) -> Setting:
         plain: dict[str, Any] = {**msgspec.to_builtins(setting[1]), name: parse(value)}
@@ -69,12 +69,12 @@ def set_frames(setting: Setting, value: str) -> Setting:
 
 
 def set_resolution(setting: Setting, value: str) -> Setting:
-    """``480p``, or pixels as ``640x384``."""
+    """Set the resolution, given as ``480p`` or in pixels as ``640x384``."""
     return replace(setting[0], shape=ClipShape(*size_of(value, "16:9"), setting[0].shape.frames)), setting[1]
 
 
 def set_recipe(setting: Setting, value: str) -> Setting:
-    """A recipe by name; one that attends to every key has no top-k."""
+    """Set the recipe by name; one that attends to every key has no top-k."""
     recipe = load_recipe(value)
     request = replace(setting[0], topk=None) if recipe.attention == "dense" else setting[0]
     return request, recipe
@@ -97,12 +97,12 @@ OF_THE_CLIP = ("frames", "resolution")
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One value of a sweep.
+    """The measurements at one value of a sweep.
 
     Attributes:
-        runs: seconds of each stage of every timed request, see `request.Row`.
-        clip, latents: against what the sweep is held against.
-        rates: what of held-out prompts comes out right, where that was asked for.
+        runs: Seconds of each stage of every timed request, see `timing.Row`.
+        clip, latents: Differences from the clip and the latents that the sweep compares with.
+        rates: How many held-out prompts come out right, where that was asked for.
     """
 
     value: str
@@ -115,12 +115,12 @@ class SweepPoint:
 
     @property
     def total_seconds(self) -> float:
-        """Of a request, the median."""
+        """Median time of a request."""
         return statistics.median(run["total"] for run in self.runs)
 
     @property
     def step_seconds(self) -> float:
-        """Of a request's median step, the median."""
+        """Median, over the requests, of the median time of a step."""
         return statistics.median(run["step"] for run in self.runs)
 
     def as_json(self) -> dict[str, Any]:
@@ -140,10 +140,10 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All values of one parameter.
+    """The measurements at all values of one parameter.
 
     Attributes:
-        against: what the clips are held against, in words.
+        against: What the clips are compared with, in words.
     """
 
     parameter: str
@@ -156,23 +156,23 @@ class Sweep:
 
 
 def parse(text: str) -> tuple[str, list[str]]:
-    """``topk=0.05,0.1`` as a parameter and its values.
+    """Parse ``topk=0.05,0.1`` into a parameter and its values.
 
     Raises:
-        RequestError: there is no such parameter, or no value.
+        RequestError: There is no such parameter, or no value.
     """
     name, _, values = text.partition("=")
     found = [value.strip() for value in values.split(",") if value.strip()]
     if name not in PARAMETERS or not found:
-        raise RequestError(f"{text!r} is no sweep; write NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}")
+        raise RequestError(f"{text!r} is not a sweep; write NAME=VALUE,VALUE with one of {', '.join(PARAMETERS)}")
     return name, found
 
 
 class PlannedSweep:
-    """A sweep whose every value has been found possible, before any is measured.
+    """A sweep all of whose values are checked before any is measured.
 
     Raises:
-        RequestError, ConfigError, BundleError, ResourceError: a value makes no sense here.
+        RequestError, ConfigError, BundleError, ResourceError: A value cannot be run here.
     """
 
     def __init__(self, bundle: Bundle, request: Request, backend: str, name: str, values: Sequence[str]) -> None:
@@ -183,12 +183,12 @@ class PlannedSweep:
         self.against, self.best = self._best()
 
     def _best(self) -> tuple[str, Setting | None]:
-        """What the clips are held against, in words and as a setting: the best value, the setting without the sweep,
-        or, where clips differ in size, none."""
+        """What the clips are compared with, in words and as a setting: the best value, the setting without the sweep
+        or, where clips differ in size, None."""
         if self.name in OF_THE_CLIP:
             return "the reference at the same setting", None
         if not self.parameter.best:
-            return f"{self.name} as it is", self.setting
+            return f"{self.name} unchanged", self.setting
         try:
             return f"{self.name} {self.parameter.best}", self.at(self.parameter.best)
         except BundleError:  # quantised weights have no better recipe than their own
@@ -198,20 +198,20 @@ class PlannedSweep:
         """Measure every value.
 
         Args:
-            prompts: how many held-out prompts to count what is right on, for models that were trained to draw them.
+            prompts: How many held-out prompts to score, for models that were trained to draw them.
         """
         best, nvml = None if self.best is None else self.made(self.best, self.backend), Nvml.open()
         points: list[SweepPoint] = []
         for value, setting in self.values.items():
             reference = self.made(setting, "torch") if best is None else best
-            gc.collect()  # no memory but its own is to count
+            gc.collect()  # only this pipeline's memory should count
             pipeline = self.pipeline(setting, self.backend)
             points.append(measure_point(value, pipeline, setting[0], reference, repeats, prompts, nvml))
             progress(self.name, len(points), len(self.values))
         return Sweep(self.name, self.backend, self.against, points)
 
     def at(self, value: str) -> Setting:
-        """The setting with a value of the parameter, found possible."""
+        """The setting with a value of the parameter, once checked."""
         try:
             setting = self.parameter.set(self.setting, value)
         except (ValueError, msgspec.ValidationError) as error:
@@ -220,7 +220,7 @@ class PlannedSweep:
         return setting
 
     def pipeline(self, setting: Setting, backend: str) -> Pipeline:
-        """A setting ready to run."""
+        """A pipeline for a setting, ready to run."""
         _, recipe = setting
         read = self.bundle if recipe == self.bundle.recipe else read_as(self.bundle, recipe)
         created = create_backend(backend, read)
@@ -255,7 +255,7 @@ def measure_point(
 
 
 def median_reading(meters: Sequence[ResourceUse]) -> ResourceUse:
-    """The most memory, the median energy."""
+    """The most memory, and the median time and energy."""
     devices = [each.device_bytes for each in meters if each.device_bytes is not None]
     joules = [each.joules for each in meters if each.joules is not None]
     return ResourceUse(
@@ -267,7 +267,7 @@ def median_reading(meters: Sequence[ResourceUse]) -> ResourceUse:
 
 
 def rates(pipeline: Pipeline, request: Request, prompts: int) -> Rates:
-    """What of some held-out prompts comes out right, spread over all of them."""
+    """How many of some held-out prompts, spread over all of them, come out right."""
     every = held_out_prompts()
     chosen = every[:: max(1, len(every) // prompts)][:prompts]
     return measure(pipeline, steps=request.steps, topk=request.topk, prompts=chosen).rates

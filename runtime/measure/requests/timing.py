@@ -22,14 +22,14 @@ from wanforge.runtime.request import STAGES, Request
 
 @dataclass(frozen=True)
 class Row:
-    """One contender's requests.
+    """The timed requests of one contender.
 
     Attributes:
-        load_seconds: opening the bundle and making the backend ready.
-        first_seconds: the first request, which compiles and maps what it needs.
-        runs: seconds of each stage of every timed request, of its median ``step``, and of all (``total``).
-        meters: memory and energy of every timed request.
-        note: what it computes, where that is not what the others do.
+        load_seconds: Time to open the bundle and make the backend ready.
+        first_seconds: Time of the first request, which compiles and maps what it needs.
+        runs: Seconds of each stage of every timed request, of its median ``step``, and of the whole (``total``).
+        meters: Memory and energy of every timed request.
+        note: What it computes, where that differs from the others.
     """
 
     contender: str
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def stages(self) -> list[str]:
-        """Stages that this request has, ``step`` before the sum of them."""
+        """The stages of this request, followed by ``step`` and ``total``."""
         return list(self.runs[0])
 
     def seconds(self, stage: str) -> list[float]:
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def joules(self) -> float | None:
-        """Of a video, the median."""
+        """Median energy of a video."""
         found = [reading.joules for reading in self.meters if reading.joules is not None]
         return statistics.median(found) if found else None
 
@@ -78,13 +78,13 @@ class Row:
 
 
 def spread(runs: Sequence[float]) -> dict[str, Any]:
-    """Median, the time that one run in twenty exceeds, and the extremes."""
+    """Median, 95th percentile, extremes, and the runs themselves."""
     p50, p95 = np.percentile(runs, (50, 95))
     return {"p50": float(p50), "p95": float(p95), "min": min(runs), "max": max(runs), "runs": list(runs)}
 
 
 def make_pipeline(bundle: Bundle, contender: str) -> Pipeline:
-    """A contender ready to serve: a backend or a baseline by name."""
+    """A pipeline for a contender, which is a backend or a baseline by name."""
     create = create_baseline if contender in BASELINES else create_backend
     return Pipeline(bundle, create(contender, bundle))
 
@@ -100,14 +100,14 @@ def bench_request(
     """Run a request `repeats` times on each contender, the contenders taking turns.
 
     Args:
-        warm_up: untimed runs of each, the first of which is reported apart; at least one.
+        warm_up: Runs of each contender before the timed ones, at least one; the first is reported separately.
     """
     pipelines, rows = {}, []
     nvml = Nvml.open()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "clip.mp4"
         for name in contenders:
-            graphs.cache_clear()  # made for the one before
+            graphs.cache_clear()  # made for the previous contender
             start = time.perf_counter()
             pipelines[name] = make_pipeline(bundle, name)
             pipelines[name].check(request)
@@ -125,7 +125,7 @@ def bench_request(
 
 
 def one_run(pipeline: Pipeline, request: Request, out: Path) -> dict[str, float]:
-    """Seconds of each stage of one request, from prompt to video file, of its median step, and of all."""
+    """Seconds of each stage of one request, from prompt to video file, of its median step, and of the whole."""
     start = time.perf_counter()
     timings = pipeline.write_video(pipeline.check(request), out)
     total = time.perf_counter() - start

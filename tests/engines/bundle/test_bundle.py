@@ -1,4 +1,4 @@
-"""A bundle knows its files, notices every change in them, and reads each only as often as it must."""
+"""A bundle knows its files, notices every change in them, and reads each only as often as necessary."""
 
 import errno
 import hashlib
@@ -50,7 +50,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def foreign() -> Iterator[Path]:
-    """A bundle that this process may read and not write, even when the tests run as root."""
+    """A bundle that this process may read but not write, even when the tests run as root."""
     is_root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as name:
         make(folder := Path(name))
@@ -75,7 +75,7 @@ class Seen:
 
 
 def bytes_read(bundle: Bundle, *names: str, again: bool = False) -> int:
-    """How much verifying reads, which is what it announced."""
+    """The number of bytes that verifying reads, which must be the number it announced."""
     seen = Seen()
     bundle.verify(names or CONTENT, seen, again=again)
     assert seen.read == seen.announced

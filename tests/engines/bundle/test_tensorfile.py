@@ -58,7 +58,7 @@ layouts = st.dictionaries(names, specs, max_size=5)
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where examples that follow one another may write."""
+    """A file that successive examples may overwrite."""
     return tmp_path_factory.mktemp("tensorfile") / "a.safetensors"
 
 
@@ -79,7 +79,7 @@ Reading = tuple[dict[str, tuple[str, list[int], bytes]], dict[str, str]]
 
 
 def reading(path: Path, content: bytes) -> Reading | None:
-    """What we read in a file of this content; None where we refuse it."""
+    """What we read from a file with this content, or None if we refuse it."""
     path.write_bytes(content)
     try:
         found = read_header(path)
@@ -90,7 +90,7 @@ def reading(path: Path, content: bytes) -> Reading | None:
 
 
 def library_reading(path: Path, content: bytes) -> Reading:
-    """What the library reads in it."""
+    """What the library reads from a file with this content."""
     path.write_bytes(content)
     with safetensors.safe_open(path, "pt") as opened:
         metadata = opened.metadata() or {}
@@ -115,7 +115,7 @@ def write(
     layout: dict[str, TensorSpec] = SPECS,
     metadata: dict[str, str] | None = None,
 ) -> tuple[str, int]:
-    """Write a file, or what an interrupted run left of it; returns its SHA-256 and how many tensors were kept."""
+    """Write a file, or complete an interrupted one, and return its SHA-256 and the number of tensors that were kept."""
     with TensorWriter(path, layout, metadata or {}) as writer:
         for name in list(data)[writer.kept :]:
             writer.write(name, data[name])

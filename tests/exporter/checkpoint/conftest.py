@@ -1,4 +1,4 @@
-"""What the tests of importing start from: tiny-t2v's tensors, its files, and the bundles they make."""
+"""Fixtures for the importer's tests: tiny-t2v's tensors, its files, and the bundles imported from them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def states(checkpoints: dict[str, Path]) -> dict[str, State]:
 
 @pytest.fixture(scope="session")
 def given(checkpoints: dict[str, Path]) -> Callable[..., Sources]:
-    """The synthetic files of a model, some of them replaced by other paths (``dit_low`` for ``dit.low``)."""
+    """A function that returns a model's synthetic files, some replaced by other paths (``dit_low`` for ``dit.low``)."""
 
     def sources(model: ModelConfig = T2V, *, quantised: bool = False, **others: Path) -> Sources:
         original = checkpoint_sources(model.name, checkpoints[model.name], quantised=quantised)
@@ -41,7 +41,7 @@ def given(checkpoints: dict[str, Path]) -> Callable[..., Sources]:
 
 @pytest.fixture(scope="session")
 def bundles(given: Callable[..., Sources], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """tiny-t2v from its own files: ``plain`` and ``quant``. Tests must not change them."""
+    """Bundles imported from tiny-t2v's own files: ``plain`` and ``quant``. Tests must not change them."""
     folder = tmp_path_factory.mktemp("imported")
     return {
         "plain": import_checkpoint(T2V, given(), folder / "plain"),

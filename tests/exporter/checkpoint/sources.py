@@ -1,4 +1,4 @@
-"""Checkpoint files in forms of one's own, and what importing them gives."""
+"""Helpers that write checkpoint files in various forms and check what an import makes of them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 def contents(bundle: Bundle, component: str) -> tuple[list[tuple[str, TensorSpec]], bytes]:
-    """A component's tensors in order, and all their bytes."""
+    """A component's tensors in file order, and all their bytes."""
     header = read_header(bundle.weights(component))
     data = header.path.read_bytes()
     return list(header.tensors.items()), data[len(data) - header.nbytes :]
@@ -60,7 +60,7 @@ def spelt(component: str, state: State, spelling: int = 1) -> State:
 
 
 def wider(state: State, dtype: torch.dtype = torch.float32) -> State:
-    """Every float tensor in a type that holds all its values."""
+    """The same tensors, with float tensors converted to a type that holds all their values."""
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
@@ -75,7 +75,7 @@ def without(state: State, part: str) -> State:
 def assert_refused(
     out: Path, model: ModelConfig, sources: Sources, complaint: str, recipe: Recipe | None = None, link: bool = False
 ) -> str:
-    """The import is refused with a message, and nothing is written."""
+    """Assert that an import is refused and writes nothing; return the message."""
     with pytest.raises(CheckpointError, match=complaint) as caught:
         import_checkpoint(model, sources, out, recipe=recipe, link=link)
     assert not out.exists(), [str(path.relative_to(out)) for path in out.rglob("*")]

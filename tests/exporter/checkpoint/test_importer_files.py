@@ -1,4 +1,4 @@
-"""What an import does to files: those that are there before it, linked ones, and those it could not finish."""
+"""How an import treats files: existing ones, linked ones, and ones that it could not finish."""
 
 import os
 import resource
@@ -80,7 +80,7 @@ def test_refused_replacement_leaves_the_bundle(
 
 @pytest.fixture
 def canonical(bundles: dict[str, Bundle], given: Callable[..., Sources]) -> Sources:
-    """Files that may be linked: those of another bundle."""
+    """Files that can be linked, taken from another bundle."""
     return given(**{component: bundles["plain"].weights(component) for component in components(T2V)})
 
 
@@ -123,7 +123,7 @@ def test_link_refuses_what_is_not_canonical(
     (tmp_path / "in").mkdir()
     source = write_safetensors(state.get(form, states["dit"]), tmp_path / "in")
     sources = Sources({**canonical.weights, "dit": source}, canonical.tokenizer)
-    complaint = r"a\.safetensors: not in canonical form, .* differ; import it without --link"
+    complaint = r"a\.safetensors: not in canonical form \(differing: .*\); import it without --link"
     assert_refused(tmp_path / "out", T2V, sources, complaint, W8A8 if form == "quantise" else None, link=True)
 
 
@@ -140,7 +140,7 @@ def test_linking_a_bundle_to_its_own_files_keeps_them(tmp_path: Path, bundles: d
 
 
 def stop_after(ticks: int) -> Progress:
-    """A progress callback that interrupts the import."""
+    """Return a progress callback that interrupts the import after `ticks` calls."""
     left = ticks
 
     def tick(stage: str, done: int, total: int, unit: str = "", /) -> None:
@@ -205,7 +205,7 @@ def test_interrupted_import_of_another_file_is_not_taken_up(
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets how many bytes are free."""
+    """A function that sets how many bytes are free on the disk."""
     usage = namedtuple("usage", "total used free")
     return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
 
@@ -251,7 +251,7 @@ def test_files_that_are_replaced_make_no_room(
     disk: Callable[[int], None],
     before: str,
 ) -> None:
-    # The old file stays until the new one is whole; a link takes no room to begin with.
+    # The old file stays until the new one is complete; a link takes no space in the first place.
     import_checkpoint(T2V, canonical, tmp_path / "out", link=before == "linked")
     disk(size_of(bundles["quant"], "dit") - 1)
     with pytest.raises(ResourceError):
@@ -261,7 +261,7 @@ def test_files_that_are_replaced_make_no_room(
 
 @pytest.fixture
 def largest_file() -> Iterator[Callable[[int], None]]:
-    """Makes writes beyond this size fail for real, as on a full disk."""
+    """A function that makes writes beyond a size really fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -281,7 +281,7 @@ def test_failing_write_leaves_nothing_that_looks_whole(
         import_checkpoint(T2V, given(), out)
     assert not (out / MANIFEST).exists()
     for path in (out / "weights").glob("*.safetensors"):
-        assert read_header(path).tensors, "a whole file, and small enough"
+        assert read_header(path).tensors, "a file without tensors was left behind"
         assert path.stat().st_size <= size
     largest_file(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     bundle = import_checkpoint(T2V, given(), out)

@@ -171,7 +171,7 @@ def test_refuses_a_quant_file_without_its_projection(
 ) -> None:
     source = write_pth(without(states["dit-quant"], "proj_l"), tmp_path)
     message = assert_refused(tmp_path / "out", T2V, given(dit=source), "proj_l", recipe)
-    assert "--recipe bf16" not in message, "a recipe that this file cannot have"
+    assert "--recipe bf16" not in message, "suggests a recipe that this file cannot have"
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

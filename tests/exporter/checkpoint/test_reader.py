@@ -1,4 +1,4 @@
-"""Any container is opened to the same tensors; what is damaged, hostile or not tensors is refused, and never run."""
+"""Every container opens to the same tensors; damaged, hostile and non-tensor files are refused and never executed."""
 
 import io
 import json
@@ -36,7 +36,7 @@ many = settings(derandomize=True, deadline=None, max_examples=200)
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that examples may write into one after the other."""
+    """A folder that Hypothesis examples write into, one after another."""
     return tmp_path_factory.mktemp("reader")
 
 
@@ -47,17 +47,17 @@ def pth(state: object) -> bytes:
 
 
 def records(content: bytes) -> dict[str, bytes]:
-    """What is in a `.pth` file, by name without the folder that all names begin with."""
+    """The records of a `.pth` file by name, without the folder that all names begin with."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         return {name.partition("/")[2]: file.read(name) for name in file.namelist()}
 
 
 def with_table(table: bytes) -> bytes:
-    """`STATE` as PyTorch writes it, but for the pickled table."""
+    """`STATE` as PyTorch writes it, but with another pickled table."""
     buffer = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(buffer)
     for name, data in records(pth(STATE)).items():
-        # The writer adds these itself, at the end.
+        # The writer adds these two itself, at the end.
         if name not in ("version", ".data/serialization_id"):
             data = table if name == "data.pkl" else data
             writer.write_record(name, data, len(data))
@@ -90,7 +90,7 @@ def assert_holds(contents: Contents, expected: dict[str, Tensor]) -> None:
 
 
 def refused_or_as_torch(path: Path, content: bytes) -> None:
-    """The file is refused, or it holds what PyTorch finds in it."""
+    """Assert that the file is refused or holds what PyTorch finds in it."""
     path.write_bytes(content)
     try:
         found = {name: read(stored) for name, stored in open_checkpoint(path).items()}
@@ -98,7 +98,7 @@ def refused_or_as_torch(path: Path, content: bytes) -> None:
         return
     try:
         expected = torch.load(path, weights_only=True)
-    except Exception:  # PyTorch compares checksums of the data; the table of contents has none
+    except Exception:  # PyTorch also compares checksums of the data, which opening a checkpoint does not
         return
     assert {name: bytes(as_bytes(t)) for name, t in found.items()} == {
         name: bytes(as_bytes(t.detach())) for name, t in expected.items()
@@ -232,7 +232,7 @@ def test_refuses_what_is_not_a_table_of_tensors(tmp_path: Path, state: object, c
 
 
 class Hostile:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -251,7 +251,7 @@ def test_refuses_a_pickle_that_runs_commands_and_does_not_run_it(
         open_checkpoint(path)
     assert not proof.exists()
     torch.load(path, weights_only=False)
-    assert proof.exists(), "the file is harmless, so nothing was shown"
+    assert proof.exists(), "the file is harmless, so the test proves nothing"
 
 
 def test_says_what_else_a_pickle_holds_and_not_how_to_run_it(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_refuses_what_is_not_a_zip(tmp_path: Path, content: bytes) -> None:
 
 def test_refuses_a_file_from_before_pytorch_1_6(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"before PyTorch 1\.6 must be saved anew"):
+    with pytest.raises(CheckpointError, match=r"before PyTorch 1\.6 must be saved again"):
         open_checkpoint(tmp_path / "a.pth")
 
 
@@ -293,7 +293,7 @@ def test_a_file_packed_by_another_tool_is_refused_or_read_as_torch_does(
     refused_or_as_torch(scratch / "a.pth", packed(method, backwards=backwards))
 
 
-# The shape (6, 10) and the number of elements, 60, one byte each in the pickled table.
+# The shape (6, 10) and the element count 60 in the pickled table, where each number takes one byte.
 SHAPE, COUNT = b"K\x06K\n", b"K<"
 
 

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints are published files in name and form, repeatable, and cheap at any size."""
+"""Synthetic checkpoints match the published files in name and form, are reproducible, and are cheap at any size."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ PUBLISHED = {
 
 
 def content(folder: Path, parts: set[str], seed: int = 0) -> dict[str, bytes]:
-    """What is written, by file name."""
+    """Write parts of a checkpoint of tiny-t2v; return the contents of the files by name."""
     written = write_checkpoint(load_model("tiny-t2v"), folder, parts=parts, seed=seed)
     return {str(path.relative_to(folder)): path.read_bytes() for path in written}
 
@@ -101,7 +101,7 @@ def test_quant_file_holds_the_plain_one_quantised(checkpoints: dict[str, Path], 
             assert_matches(quant[f"{owner}.scale"], scale, rms=0, name=name)
         elif leaf != "scale":
             assert_matches(tensor, plain.pop(name), rms=0, name=name)
-    assert not plain, "these are in the plain file alone"
+    assert not plain, "the plain file holds tensors that the quant file lacks"
 
 
 def test_experts_differ(checkpoints: dict[str, Path]) -> None:
@@ -180,7 +180,7 @@ def peak():
 
 write_checkpoint(load_model("tiny-t2v"), Path(sys.argv[1]), parts={"dit"}, sparse=True)
 before = peak()
-# Memory that is asked for and not touched does not show in the peak.
+# Memory that is allocated but never touched does not show in the peak.
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + (4 << 30), -1))
 write_checkpoint(load_model("turbowan2.1-t2v-14b-720p"), Path(sys.argv[1]), parts={"dit-quant"}, sparse=True)
 write_checkpoint(load_model("turbowan2.2-i2v-a14b-720p"), Path(sys.argv[1]), parts={"dit.low"}, sparse=True)
@@ -215,7 +215,7 @@ def test_tokenizer_is_of_umt5s_kind(checkpoints: dict[str, Path]) -> None:
     for sentence in CORPUS:
         ids = tokenizer.encode(sentence, 512)
         assert ids[-1] == 1
-        assert not {0, 1, 2} & set(ids[:-1]), "a piece of the corpus is unknown"
+        assert not {0, 1, 2} & set(ids[:-1]), "a piece of the corpus is not in the vocabulary"
         assert tokenizer.tokens.encode(sentence).ids == ids, "the file's own template ends differently"
 
 

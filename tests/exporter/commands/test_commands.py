@@ -1,4 +1,4 @@
-"""The commands of build time do what they say, and refuse in one paragraph, without a traceback."""
+"""The build-time commands do what they promise, and report errors in one paragraph without a traceback."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def succeeded(*args: object) -> Result:
 
 
 def refused(*args: object, code: int = 1) -> str:
-    """The message of a command that exits as told, on stderr, in one paragraph."""
+    """Run a command that must exit with `code`; return its message, one paragraph on stderr."""
     result = run(*args)
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     assert result.exit_code == code
@@ -55,7 +55,7 @@ def refused(*args: object, code: int = 1) -> str:
 
 @pytest.fixture(scope="module")
 def importing(checkpoints: dict[str, Path]) -> Callable[..., list[object]]:
-    """Arguments of an import; any may be replaced, or left out with None."""
+    """A function that returns the arguments of an import; any can be replaced, or left out with None."""
 
     def arguments(out: Path, model: str = "tiny-t2v", /, *, quantised: bool = True, **others: object) -> list[object]:
         sources = checkpoint_sources(model, checkpoints[model], quantised=quantised)

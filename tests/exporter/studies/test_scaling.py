@@ -1,4 +1,4 @@
-"""Predictions of time and memory: consistent with how they are made elsewhere, and labelled as what they are."""
+"""Predictions of time and memory agree with the counts made elsewhere and are labelled as predictions."""
 
 import json
 import re
@@ -59,9 +59,9 @@ def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
     ]
     for gpu in ("rtx5090", "h100"):
         counted = seconds(fused_request(published_workload(SMALL, text_rows=32), 4), GPUS[gpu])
-        # The prompt's rows of text differ, which is all but nothing.
+        # The number of text rows differs, which makes almost no difference.
         assert found.points[0].costs[gpu]["denoise"].roofline == pytest.approx(counted, rel=0.02)
-    # Without fp8, values are of 16 bits; peaks are lower, too.
+    # Without fp8, attention's values have 16 bits; the peaks are lower, too.
     assert found.points[0].costs["rtx3090"]["denoise"].roofline > found.points[0].costs["rtx5090"]["denoise"].roofline
     small, large = (point.costs["h100"]["decode"] for point in (found.points[0], found.points[4]))
     assert small == large
@@ -76,7 +76,7 @@ def test_the_law_of_growth_is_linear_plus_quadratic() -> None:
         assert 1 < growth(one, other, "rtx5090") < 2
     assert short.quadratic < long.quadratic < long_dense.quadratic
     assert growth(short, long, "rtx5090") < growth(short_dense, long_dense, "rtx5090")
-    # Ten times the top-k: nearly ten times the operations that grow with the square.
+    # Ten times the top-k means nearly ten times the operations that grow with the square of the tokens.
     assert half_point(short) == pytest.approx(10 * half_point(short_dense), rel=0.02)
 
 

@@ -1,4 +1,4 @@
-"""The suite's page and plot, from made-up measurements; what it measures is small enough to run only in part."""
+"""The suite's page and plot, from made-up measurements; only part of its measuring is quick enough to run here."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not here, once, and what they cost is told as it is."""
+"""Kernels are compiled once, for GPUs that are not present, and the resources they use are reported correctly."""
 
 import hashlib
 import os
@@ -79,7 +79,7 @@ def test_the_gemm_uses_integer_tensor_cores(folder: Path, sm: int, instruction: 
     cubin = recorded(folder, gemm_launch(sm))
     assert [name for name in cubin.mma if name.startswith(instruction)]
     assert 64 <= cubin.registers <= 255
-    # Two stages or more of both operands' tiles.
+    # At least two stages of both operands' tiles.
     assert 2 * 2 * 128 * 128 <= cubin.shared_bytes <= LIMITS[sm].shared_per_program
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_outdated(folder: Path, launches: list[Launch], tmp_pa
 
 
 def test_pointers_and_strides_are_taken_to_be_aligned(folder: Path) -> None:
-    """Or each load would be of one element."""
+    """Otherwise each load would be of a single element."""
     triton = find_spec("triton")
     assert triton is not None
     assert triton.origin is not None
@@ -229,7 +229,7 @@ def test_without_triton_the_message_says_so(tmp_path: Path, monkeypatch: pytest.
 
 
 def made_up(sm: int, warps: int, registers: int, shared_bytes: int, **others: int) -> Cubin:
-    """A record of a kernel that only costs."""
+    """A record of a made-up kernel that uses these resources."""
     costs = {"threads": 32 * warps, "registers": registers, "shared_bytes": shared_bytes}
     key = norm_launch(80).specialisation.key
     text = {"key": key, "kernel": "a.b", "file": "f", "sha256": "", "entry": "b", "source_hash": "", "triton": ""}
@@ -240,7 +240,7 @@ def made_up(sm: int, warps: int, registers: int, shared_bytes: int, **others: in
 @pytest.mark.parametrize(
     ("cubin", "programs", "warps"),
     [
-        # 136 x 32 = 17 x 256 registers a warp: 3 warps in a quarter's 16384, 12 in all, one program of 8.
+        # 136 x 32 = 17 x 256 registers per warp: 3 warps in the 16384 of an SM's quarter, 12 in all, one program of 8.
         (made_up(80, 8, 136, 0), 1, 8 / 64),
         # 128 x 32 = 4096: 4 in a quarter, 16 in all, two programs.
         (made_up(80, 8, 128, 0), 2, 16 / 64),
@@ -248,7 +248,7 @@ def made_up(sm: int, warps: int, registers: int, shared_bytes: int, **others: in
         (made_up(80, 4, 81, 0), 5, 20 / 64),
         # 4 warps of 32 registers: 12 programs fill the 48 warps before the limit of 16 programs is met.
         (made_up(86, 4, 32, 0), 12, 1.0),
-        # One warp of 16 registers: 24 programs are the most.
+        # One warp of 16 registers: the limit is 24 programs.
         (made_up(89, 1, 16, 0), 24, 24 / 48),
         (made_up(86, 1, 16, 0), 16, 16 / 48),
         # 40000 + 1024 bytes are rounded up to 41088: two in 102400.
@@ -256,7 +256,7 @@ def made_up(sm: int, warps: int, registers: int, shared_bytes: int, **others: in
         # Three stages of 32 KiB: one in 100 KiB, two in 228 KiB.
         (made_up(86, 8, 64, 96 * 1024), 1, 8 / 48),
         (made_up(90, 8, 64, 96 * 1024), 2, 16 / 64),
-        # The whole of what a program may have: 99 KiB and the reserved one.
+        # The most that a program may have: 99 KiB, and the 1 KiB that is reserved.
         (made_up(120, 8, 64, 99 * 1024), 1, 8 / 48),
         # 256 of 512 columns of tensor memory.
         (made_up(100, 4, 64, 0, tensor_memory=256), 2, 8 / 64),

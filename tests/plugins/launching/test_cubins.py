@@ -1,5 +1,5 @@
 """Cubins are found, verified and launched with the arguments in the compiled order; a stand-in for the driver
-writes down what it is told."""
+records its calls."""
 
 import ctypes
 import hashlib
@@ -31,7 +31,7 @@ NULL = ctypes.c_void_p
 
 @dataclass
 class FakeDriver(Driver):
-    """Takes every call and keeps its arguments."""
+    """A driver that accepts every call and keeps its arguments."""
 
     loads: list[tuple[Any, ...]] = field(default_factory=list)
     launches: list[tuple[Any, ...]] = field(default_factory=list)
@@ -54,7 +54,7 @@ def launch(**changed: object) -> Launch:
 
 
 def cubin_of(launch: Launch, **changed: object) -> Cubin:
-    """A record such as the compiler would write; the parameters are in another order than the arguments."""
+    """A record such as the compiler would write; its parameters are ordered differently from the arguments."""
     made = Cubin(
         key=launch.specialisation.key,
         kernel="layer_norm.norm",
@@ -81,7 +81,7 @@ def cubin_of(launch: Launch, **changed: object) -> Cubin:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CubinStore:
-    """An empty cache, and no other folder."""
+    """An empty cache, with no other folder of kernels."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("WANFORGE_KERNELS", raising=False)
     return CubinStore(tmp_path / "wanforge" / "kernels")
@@ -146,7 +146,7 @@ def test_without_a_cubin_or_triton_the_message_says_how_to_make_one(cache: Cubin
     message = r"no cubin of layer_norm\.norm for sm_90 in .*; make it with: wanforge kernels --target sm_90"
     with pytest.raises(ResourceError, match=message):
         Launcher(FakeDriver())(launch())
-    # One that was compiled from another source is none.
+    # A cubin that was compiled from another source does not count.
     cache.add(cubin_of(launch(), source_hash="another"), CODE)
     with pytest.raises(ResourceError, match=message):
         Launcher(FakeDriver())(launch())
@@ -254,7 +254,7 @@ def test_without_cuda_python_the_message_says_so(monkeypatch: pytest.MonkeyPatch
 
 
 class FakeCuda:
-    """As much of cuda.bindings.driver as `Driver` uses."""
+    """The part of cuda.bindings.driver that `Driver` uses."""
 
     class CUresult:
         CUDA_SUCCESS = 0

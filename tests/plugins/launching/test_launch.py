@@ -1,4 +1,4 @@
-"""A launch is recorded, keyed and checked as the compiled code needs it."""
+"""A launch is recorded, keyed and checked as the compiled code requires."""
 
 from dataclasses import replace
 

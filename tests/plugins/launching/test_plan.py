@@ -1,4 +1,4 @@
-"""Planned launches are those of the op itself, at the addresses that a memory of the same layout would have."""
+"""A launch plan holds the launches of the op itself, with each tensor at its place in an input, output or workspace."""
 
 import ctypes
 import hashlib
@@ -109,7 +109,7 @@ def test_the_workspace_is_enough_on_every_architecture() -> None:
 
 @dataclass
 class Recorder(Driver):
-    """A driver that writes launches down."""
+    """A driver that records launches."""
 
     launches: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -127,7 +127,7 @@ class Recorder(Driver):
 
 
 def stored(launch: Launch) -> tuple[Any, Cubin]:
-    """A cubin such as the compiler makes, without compiling: parameters are the types of the specialisation."""
+    """A cubin as the compiler records it, without compiling; its parameters are the types of the specialisation."""
     key = launch.specialisation
     record = Cubin(
         key=key.key,

@@ -1,4 +1,4 @@
-"""Both flavours are opened, or refused with what to install; the missing name of a library is provided."""
+"""Both flavours are opened, or the error says what to install; the missing name of a library is provided."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from wanforge.plugins.tensorrt.library import RTX, TENSORRT, flavour_for, number
 
 @pytest.fixture
 def unopened() -> Iterator[None]:
-    """Nothing is remembered from other tests, or for them."""
+    """Forget opened libraries before and after the test."""
     open_library.cache_clear()
     yield
     open_library.cache_clear()

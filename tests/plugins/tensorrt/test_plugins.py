@@ -1,4 +1,4 @@
-"""The plugins parse and compile on a machine without a GPU, in real TensorRT-RTX; what they do not take, they say."""
+"""The plugins parse and compile in the real TensorRT-RTX without a GPU, and report what they do not accept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from wanforge.plugins.tensorrt.plugin import NAMESPACE, Attributes, registered
 
 
 class Build:
-    """One compilation, and what can be asked of it."""
+    """One compilation and its results."""
 
     def __init__(self, path: Path, rows: tuple[int, int, int] = (64, 300, 480)) -> None:
         library = rtx()

@@ -23,13 +23,13 @@ def bundle(bundle_of: BundleOf) -> Bundle:
 
 
 def without_graphs(bundle: Bundle) -> Bundle:
-    """The same bundle before its export."""
+    """The same bundle as it was before its export."""
     files = {name: record for name, record in bundle.manifest.files.items() if not name.endswith(".onnx")}
     return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, files=files))
 
 
 def with_engine(bundle: Bundle, architectures: str) -> Bundle:
-    """The same bundle as if one engine for some architectures had been built."""
+    """The same bundle, as if one engine had been built for these architectures."""
     engine = FileRecord(sha256="0" * 64, bytes=1, key={"architectures": architectures})
     files = {**bundle.manifest.files, f"engines/sm_{architectures}/block.bf16.engine": engine}
     return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, files=files))
@@ -37,7 +37,7 @@ def with_engine(bundle: Bundle, architectures: str) -> Bundle:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of sm_89 with everything that the backends need on one."""
+    """A simulated sm_89 GPU, with everything installed that the backends need on one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     monkeypatch.setattr(choice, "find_spec", lambda name: object())
@@ -75,7 +75,7 @@ def test_on_a_gpu_kernels_are_chosen_until_engines_are_built_for_it(bundle: Bund
 
 @pytest.mark.usefixtures("gpu")
 def test_engines_must_be_there_for_the_clips_that_are_asked_for(bundle: Bundle) -> None:
-    """One engine is not all of a request's, so a clip is refused where no clip was not."""
+    """One engine is not all that a request needs, so only asking about a clip finds that others are missing."""
     engine = with_engine(bundle, "89")
     assert obstacle("trt", engine) is None
     assert "wanforge build" in (obstacle("trt", engine, [CLIP]) or "")

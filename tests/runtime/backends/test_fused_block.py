@@ -1,4 +1,4 @@
-"""A block in kernels against the reference's block, and a clip made of such blocks against the reference's clip."""
+"""A block of kernels compared with the reference's block, and a clip made by such blocks with the reference's clip."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +24,11 @@ from wanforge.runtime.request import Request
 BundleOf = Callable[[str, str], Bundle]
 
 pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="bundles are computed in the interpreter, without a GPU"
+    torch.cuda.is_available(), reason="these tests run kernels in the interpreter, without a GPU"
 )
 
-# In float32 sums are taken in another order. In 8 bits a value on the edge between two steps then falls to the other
-# side, and moves what follows by a step: a few of a million do (docs/log.md).
+# In float32 only the order of sums differs. With 8 bits, a value on the edge between two steps may then fall to the
+# other side and shift what follows by a step; a few values in a million do (docs/log.md).
 TOLERANCE = {"bf16": 2e-6, "bf16-sla": 2e-6, "w8a8": 1e-2, "w8a8-row": 1e-2}
 
 
@@ -50,7 +50,7 @@ def test_block_is_the_reference(bundle_of: BundleOf, recipe: str) -> None:
 @pytest.mark.slow
 def test_block_repeats_upstreams_fault_where_asked(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
-    # The tiny model is a power of two wide, where the fault does not show.
+    # The tiny model's width is a power of two, where the fault does not show.
     config = msgspec.structs.replace(bundle.model.dit, dim=384, num_layers=1)
     model = msgspec.structs.replace(bundle.model, dit=config)
     results = {}
@@ -79,9 +79,9 @@ def test_one_sample_at_a_time() -> None:
 @pytest.mark.slow
 def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
-    # 144 tokens: ragged in blocks of 128 queries and of 64 keys.
+    # 144 tokens fill neither blocks of 128 queries nor blocks of 64 keys evenly.
     request = Request(prompt="A red kite turns over a beach at dusk.", shape=ClipShape(128, 96, 9), steps=2, topk=0.7)
-    # As between ONNX Runtime and the reference, see docs/log.md: rounding decisions differ, the picture does not.
+    # As between ONNX Runtime and the reference (docs/log.md), rounding decisions differ but the picture does not.
     found = compare(bundle, Contender("kernels"), request, depths=("step", "clip"))
     assert found.limits is not None
     assert found.limits.clip.psnr_db == 40
@@ -101,7 +101,7 @@ def test_fp8_needs_an_architecture_that_has_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "count"), [("w8a8", 18), ("w8a8-row", 23), ("bf16-sla", 14), ("bf16", 8)])
 def test_a_block_is_few_launches(recipe: str, count: int) -> None:
-    """Beside them run only the library's products of unquantised linears, and its dense attention."""
+    """Besides these, only the library's products of unquantised linears and its dense attention run."""
     found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe(recipe), 90)
     assert len(found) == count
 
@@ -116,7 +116,7 @@ def test_launches_are_of_the_models_own_clip() -> None:
 
 
 def test_other_clips_want_other_kernels() -> None:
-    """Lanes of the block selection follow from the clip: 512 key blocks at 480p, 88 with nine frames."""
+    """The lanes of the block selection depend on the clip: 512 key blocks at 480p, 88 with nine frames."""
 
     def lanes(**clip: Any) -> set[object]:
         found = KernelsOptions(targets=("h100",), models=("turbowan2.1-t2v-1.3b-480p",), **clip).launches()

@@ -1,5 +1,5 @@
-"""The trt backend against stand-ins for TensorRT and CUDA: it gives ONNX Runtime's bits, however little memory there is
-and however late weights arrive, for it launches the same graphs on the same buffers."""
+"""The trt backend on stand-ins for TensorRT and CUDA. It gives exactly ONNX Runtime's results, however little memory
+there is and however late weights arrive, because it runs the same graphs on the same buffers."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def make(
     bundle_of: BundleOf, deep_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., TrtBackend]:
-    """A backend on stand-ins, with engines for `CLIP`."""
+    """A function that returns a backend on stand-ins, with engines for `CLIP`."""
 
     def made(model: str = "deep", *, budget: float | None = None, is_late: bool = False) -> TrtBackend:
         root = tmp_path / model
@@ -61,7 +61,7 @@ def make(
 
 
 def clips(backend: OrtBackend | TrtBackend, folder: Path, prompts: Sequence[str] = PROMPTS[:2]) -> Tensor:
-    """Frames of several requests, one after the other."""
+    """Frames of several requests, run one after another."""
     pipeline, found = Pipeline(backend.bundle, backend), []
     image = None
     if backend.bundle.model.task == "i2v":
@@ -124,7 +124,7 @@ def test_a_step_is_captured_when_it_runs_again_and_then_replayed(
     wanted = expected(backend.bundle, tmp_path, PROMPTS)
     assert torch.equal(clips(backend, tmp_path, PROMPTS), wanted)
     stand_in = stand_in_of(backend)
-    # Three requests of four steps: launched, captured and replayed, replayed.
+    # Three requests of four steps: the first runs, the second is captured and replayed, the third is replayed.
     assert stand_in.launched.count("block") == 4 * 5 * 2
     assert stand_in.replays == 4 * 2
     assert stand_in.pinned_bytes == 0
@@ -209,7 +209,7 @@ def test_two_sessions_do_not_share_memory_unnoticed(make: Callable[..., TrtBacke
     backend = make()
     pipeline = Pipeline(backend.bundle, backend)
     denoiser = pipeline.denoiser(pipeline.check(Request("x", CLIP, topk=1.0)), Timings())
-    for _ in range(3):  # launched, captured, replayed
+    for _ in range(3):  # run, captured and replayed, replayed
         denoiser.session.run("step.0")
     assert stand_in_of(backend).replays == 2
     pipeline.embed([1, 2, 3])

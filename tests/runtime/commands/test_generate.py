@@ -1,4 +1,4 @@
-"""generate, parity and bench as a user types them."""
+"""`wanforge generate`, `parity` and `bench` as a user types them."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture
     (fixed,) = json.loads(run("generate", bundle, *arguments).stdout)
     assert (fixed["width_px"], fixed["height_px"]) == (192, 128)
     (adaptive,) = json.loads(run("generate", bundle, *arguments, "--adaptive").stdout)
-    # The picture is 4:3; the model's 192x128 pixels at 4:3 are 181x136, to multiples of 16.
+    # The picture is 4:3. As many pixels as in the model's 192x128 are 181x136 at 4:3: 176x128 in multiples of 16.
     assert (adaptive["width_px"], adaptive["height_px"]) == (176, 128)
 
 
@@ -213,14 +213,14 @@ def test_a_missing_bundle_and_missing_graphs_are_told_apart(bundle_of: BundleOf,
     done = run("generate", bare, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4", "--backend", "ort")
     assert done.exit_code == 1
     assert "wanforge export" in done.output
-    # The reference needs no graphs, and is what is left to choose.
+    # The reference needs no graphs, so it is the backend that remains.
     done = run("generate", bare, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4")
     assert done.exit_code == 0, done.output
     assert "backend torch" in done.output
 
 
 def flip(path: Path) -> None:
-    """Change a byte and nothing that `ls` shows."""
+    """Change one byte of a file, but nothing that `ls` shows."""
     status, data = path.stat(), bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""`wanforge kernels` compiles what the models launch, says what it costs, and refuses names it does not know."""
+"""`wanforge kernels` compiles what the models launch, reports the resources, and refuses unknown names."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from wanforge.runtime.measure.kernels.resources import footprint, instructions, 
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """Stands in for what models launch, one norm of the model's width; lists what was asked for."""
+    """Replace the launches of every model with one norm of the model's width; return the list of requests."""
     found: list[tuple[str, str, int]] = []
 
     def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape) -> list[Launch]:

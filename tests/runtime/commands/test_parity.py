@@ -71,7 +71,7 @@ def test_a_backend_that_is_wrong_exits_with_1_and_is_told_where(
 
 
 class Outline(HTMLParser):
-    """What a page is made of, and every address in it."""
+    """The tags of a page and every address in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,8 +102,10 @@ def test_the_page_stands_alone(bundle_of: BundleOf, tmp_path: Path) -> None:
     assert outline.open == []
     assert all(address.startswith("data:image/png;base64,") for address in outline.addresses)
     assert not re.search(r"https?://|@import|url\(", text)
-    assert outline.tags.count("svg") == 4  # layers, other graphs, ops, steps
-    assert outline.tags.count("img") == 3  # of the one frame: reference, backend, difference
+    layers, others, ops, steps = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert layers.count("<polyline") == steps.count("<polyline") == 2  # steps, and seeds
+    assert others.count("<polyline") == ops.count("<polyline") == 0  # nothing lies between one graph or op and the next
+    assert outline.tags.count("img") == 3  # for the one frame: reference, backend, difference
     assert "prefers-color-scheme: dark" in text
     assert "A &lt;b&gt;red&lt;/b&gt; kite" in text
     assert "nan" not in re.findall(r'(?:cx|cy|points)="([^"]*)"', text)
@@ -150,7 +152,7 @@ def test_a_smaller_clip_is_asked_for(bundle_of: BundleOf, monkeypatch: pytest.Mo
 def test_quality_of_two_recipes_over_the_same_weights(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch, colour: float, code: int
 ) -> None:
-    """Dense attention has no top-k to be told; more than two points lost is a failure."""
+    """Dense attention is given no top-k; a loss of more than two points is a failure."""
     asked = []
 
     def measured(pipeline: Pipeline, *, steps: int, topk: float | None, progress: object) -> Quality:
@@ -170,7 +172,7 @@ def test_quality_of_two_recipes_over_the_same_weights(
 def test_quality_is_not_measured_where_one_of_two_cannot_be(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity_cli, "measure", lambda *_, **__: pytest.fail("measured before both were there"))
+    monkeypatch.setattr(parity_cli, "measure", lambda *_, **__: pytest.fail("measured before both were available"))
     done = run("parity", bundle_of("tiny-t2v", "w8a8").root, "--quality", "--backend", "torch", "--recipe", "bf16")
     assert done.exit_code == 1
     assert "bf16" in done.stderr

@@ -1,4 +1,4 @@
-"""Weights that take turns in memory: the order of copies and launches, and the plan that counts what they cost."""
+"""Weights that take turns in memory: the order of copies and graph runs, and the memory plan that counts their cost."""
 
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +43,7 @@ def name(layer: int) -> GroupName:
 
 
 class Movements:
-    """A mover that checks what a real one relies on, and writes down what happens."""
+    """A mover that checks what a real one relies on and records what happens."""
 
     def __init__(self) -> None:
         self.holds: dict[int, GroupName] = {}
@@ -183,7 +183,7 @@ def test_the_largest_model_fits_every_size_of_gpu(gib: float, residency: str) ->
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
-    with pytest.raises(ResourceError, match=r"at least 13\.4 GB .* \(13\.4 GB of it for decode itself\), and 11\.3 GB"):
+    with pytest.raises(ResourceError, match=r"at least 13\.4 GB .* \(13\.4 GB of it for decode itself\), but only 11\.3 GB"):
         plan(12)
 
 
@@ -221,7 +221,7 @@ def test_what_a_request_copies_is_what_does_not_stay() -> None:
     assert swapped.copy_seconds == pytest.approx(everything / 25e9)
     streamed = traffic(plan(16), SCHEDULES, 25e9, lambda launch: 0.0)
     layers = sum(group.bytes for group in GROUPS.values() if group.name.graph == "block")
-    # Of each expert's 40 layers 30 pass by in each of its two steps; the rest of it once.
+    # Of each expert's 40 layers, 30 are streamed in each of its two steps; the rest of the expert is copied once.
     assert streamed.bytes == pytest.approx(everything + layers * 30 / 40, rel=0.02)
 
 
@@ -233,15 +233,15 @@ def test_copies_hide_behind_computing_that_takes_longer() -> None:
     assert idle.stall_seconds == pytest.approx(idle.copy_seconds, rel=0.1)
     assert busy.bytes == idle.bytes
     assert busy.stall_seconds < 0.4 * idle.stall_seconds
-    # What is left comes before the first layer, with nothing to hide it: the text encoder, keys and values of the text,
-    # layers that decoding ran over, and the first layer that passes through each slot.
+    # The remaining copies come before the first layer, with nothing to hide behind: the text encoder, the text's keys
+    # and values, layers that decoding overwrote, and the first layer that passes through each slot.
     early = sum(group.bytes for group in GROUPS.values() if group.name.graph not in ("block", "stem", "head"))
     lost = sum(PLANNED.places[slot][1] for slot in (*PLANNED.overrun("decode"), *RING))
     assert 0.95 * early / 25e9 <= busy.stall_seconds <= 1.05 * (early + lost) / 25e9
 
 
 class Streams:
-    """What `StreamMover` asks of CUDA, written down."""
+    """A record of the CUDA calls of `StreamMover`."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -321,14 +321,14 @@ def test_onnx_runtime_gives_the_same_bits_however_little_memory_there_is(
     found, arena = frames(share * whole.plan.arena_bytes)
     assert arena is not None
     assert residency in arena.plan.residency
-    assert arena.plan.overrun("decode"), "decoding runs over weights, which the second request needs again"
+    assert arena.plan.overrun("decode"), "decoding overwrites no weights, so the second request has none to fetch again"
     assert arena.plan.arena_bytes <= share * whole.plan.arena_bytes
     assert torch.equal(found, wanted)
 
 
 @pytest.mark.slow
 def test_clips_of_two_sizes_do_not_meet_in_memory(deep_bundle: Bundle) -> None:
-    """Both are checked before either runs, as a file of prompts is."""
+    """Both are checked before either runs, as happens with a file of prompts."""
     large, small = ClipShape(64, 64, 5), ClipShape(32, 32, 5)
 
     def frames(budget: float | None) -> list[torch.Tensor]:

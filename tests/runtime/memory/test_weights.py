@@ -1,4 +1,4 @@
-"""Weights are the mapped file: no copy, and bound where they lie."""
+"""Weights are the mapped file itself: they are bound in place, without a copy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3), "b": torch.zeros(3, dtype=torch.int8)}, path)
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
-    # One more space at the end of the header, and the float32 tensor starts at an odd byte.
+    # With one more space at the end of the header, the float32 tensor starts at an odd byte.
     path.write_bytes((size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :])
     with pytest.raises(BundleError, match=r"a is F32 \[3\] at byte \d+, which cannot be mapped"):
         map_tensors(path)

@@ -1,4 +1,4 @@
-"""The denoiser against diffusers and upstream's recorded values."""
+"""The denoiser is compared with diffusers and upstream's recorded values."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def recorded_velocity(case: golden.Case, dit: DiT, dtype: torch.dtype) -> Tensor
     return dit(latents, timestep, case["input:crossattn_emb"], num_selected=selected)
 
 
-# Recorded in float32 on a CPU: only the order of sums differs. Recorded tolerances are ten times wider.
+# These were recorded in float32 on a CPU, so only the order of sums differs. Recorded tolerances are ten times wider.
 @pytest.mark.parametrize(
     ("name", "tolerance"), [("dit_t2v_dense_fp32", 2e-6), ("dit_i2v_dense_fp32", 2e-6), ("dit_t2v_sla_fp32", 2e-6)]
 )
@@ -65,7 +65,7 @@ def test_velocity_equals_upstreams_in_float32(name: str, tolerance: float) -> No
     assert_matches(recorded_velocity(case, recorded_dit(case), torch.float32), case["output:velocity"], tolerance)
 
 
-# The recorded tolerances: what bfloat16 sums in another order are off by.
+# The recorded tolerances allow for bfloat16 sums in another order.
 @pytest.mark.parametrize(
     ("name", "tolerance"),
     [
@@ -88,7 +88,7 @@ def test_layer_norm_is_the_correct_one_unless_upstreams_is_asked_for() -> None:
     assert relative_rms(correct, case["output:velocity"]) > 2e-2
 
 
-# Only the order of float32 sums differs. Cross-attention averages 512 rows of text that are nearly alike, so most of
+# Only the order of float32 sums differs. Cross-attention averages 512 rows of text that are nearly the same, so most of
 # its sum cancels: on one processor it is off by 1.5e-6 or 2.2e-6, depending on the instructions that MKL may use
 # (docs/decisions/0009).
 CROSS_ATTENTION_TOLERANCE = 5e-6
@@ -126,7 +126,7 @@ def test_dense_velocity_equals_diffusers(
     text = torch.randn(2, 512, 48, generator=generator)
     timestep = torch.tensor([988.0, 608.0])
     if not own_sinusoid:
-        # diffusers forms the sinusoid in float32, which is off by 6e-5 at the fastest frequencies.
+        # diffusers computes the sinusoid in float32, which is off by 6e-5 at the fastest frequencies.
         exact = lambda t: sinusoid(t, 256)  # noqa: E731
         monkeypatch.setattr(oracle.condition_embedder.timesteps_proj, "forward", exact)
     expected = oracle(latents, timestep, text, return_dict=False)[0]
@@ -152,7 +152,7 @@ def test_patches_go_in_channel_first_and_come_out_channel_last() -> None:
     latents = torch.arange(2 * 3 * 4 * 6).float().view(1, 2, 3, 4, 6)
     patches = patchify(latents)
     assert patches.shape == (1, 3 * 2 * 3, 8)
-    # Second row, third column of patches in the second frame: token 1*6 + 1*3 + 2.
+    # The patch in the second row and third column of the second frame is token 1*6 + 1*3 + 2.
     assert patches[0, 11].tolist() == latents[0, :, 1, 2:4, 4:6].flatten().tolist()
     channel_last = patches.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2)
     assert_matches(unpatchify(channel_last, (3, 2, 3)), latents, 0)

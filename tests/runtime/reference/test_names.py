@@ -1,4 +1,4 @@
-"""The canonical layout is upstream's, tensor by tensor, and every other naming leads to it."""
+"""The canonical layout is upstream's, tensor by tensor, and every other naming scheme maps to it."""
 
 import math
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def denoiser(model_name: str, *, quantised: bool = False, sla: bool = True) -> L
 
 
 def published_layout(model_name: str, *, quantised: bool) -> tuple[dict[str, Any], Layout]:
-    """What upstream's conversion script writes for a model."""
+    """The recorded table of what upstream's conversion script writes for a model, and the layout it describes."""
     table = load_json("checkpoint_keys")[GOLDEN[model_name] + ("-quant" if quantised else "")]
     found: Layout = {}
     for pattern, (dtype, shape) in table["keys"].items():
@@ -170,8 +170,8 @@ def test_finds_every_tensor_of_transformers_encoder(dropped: str) -> None:
     assert_same_tensors("text_encoder", layout("text_encoder", TINY, published_recipe(False, False)), state)
 
 
-# diffusers, scripts/convert_wan_to_diffusers.py (docs/sources.md). diffusers numbers norms in the order of execution:
-# its norm2 is norm3 here.
+# These are from scripts/convert_wan_to_diffusers.py of diffusers (docs/sources.md), which numbers norms in the order of
+# execution: its norm2 is norm3 here.
 SPELLINGS = [
     ("dit", "patch_embedding.weight", "patch_embedding.weight"),
     ("dit", "text_embedding.0.bias", "condition_embedder.text_embedder.linear_1.bias"),

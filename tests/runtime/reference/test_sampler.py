@@ -1,4 +1,4 @@
-"""The sampler against upstream's recorded runs, to the bit."""
+"""The sampler reproduces upstream's recorded runs bit for bit."""
 
 import itertools
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def test_a_seed_means_the_same_noise_everywhere() -> None:
     again = next(gaussian((2, 3), 7))
     assert_matches(again, first, 0)
     assert not torch.equal(first, second)
-    # Drawn by PyTorch's CPU generator, whose stream is part of its interface.
+    # The noise comes from PyTorch's CPU generator, whose stream is part of its interface.
     assert first[0].tolist() == pytest.approx(torch.randn(3, generator=torch.Generator().manual_seed(7)).tolist())
 
 

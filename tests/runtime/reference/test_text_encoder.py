@@ -1,4 +1,4 @@
-"""umT5 against transformers and upstream's recorded values."""
+"""umT5 is compared with transformers and upstream's recorded values."""
 
 import pytest
 import torch

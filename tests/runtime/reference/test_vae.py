@@ -1,4 +1,4 @@
-"""The VAE against diffusers and upstream's recorded values; streaming against one shot."""
+"""The VAE is compared with diffusers and upstream's recorded values, and streaming with a single pass."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_caches_equal_upstreams_slot_by_slot() -> None:
     assert_matches(chunk, case["output:decoder_chunk0"], 2e-6)
     for slot, cache in enumerate(caches):
         recorded = case.tensors.get(f"mid:decoder_cache_after_chunk0_slot{slot:02}")
-        if recorded is None:  # upstream holds a marker in the temporal upsamplers
+        if recorded is None:  # upstream keeps a marker in the temporal upsamplers
             assert slot in (11, 18)
             assert not cache.any()
         else:
@@ -108,7 +108,7 @@ def test_equals_diffusers(frames: int) -> None:
     assert_matches(latents, expected, 1e-5, name="encode")
     assert_matches(stream_encode(vae, pixels), expected, 1e-5, name="streamed encode")
     decoded = oracle.decode(expected * std + mean, return_dict=False)[0]
-    # diffusers clamps what it decodes; upstream, and so the reference, does not.
+    # diffusers clamps the decoded values; upstream, and so the reference, does not.
     assert_matches(vae.decode(expected).clamp(-1, 1), decoded, 1e-5, name="decode")
     assert_matches(stream_decode(vae, expected).clamp(-1, 1), decoded, 1e-5, name="streamed decode")
 
@@ -116,8 +116,8 @@ def test_equals_diffusers(frames: int) -> None:
 def frame_by_frame(
     x_BCTHW: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """A convolution whose every output frame is worked out alone, so that it is the same sum in the same order
-    however many frames come with it. PyTorch's own picks an order by the number of frames."""
+    """A convolution that computes each output frame separately, so that it is the same sum in the same order however
+    many frames there are. PyTorch's own convolution chooses an order by the number of frames."""
     span = weight.shape[2]
     starts = range(0, x_BCTHW.shape[2] - span + 1, stride[0])
     return torch.cat([convolve(x_BCTHW[:, :, t : t + span], weight, bias, stride, padding) for t in starts], 2)

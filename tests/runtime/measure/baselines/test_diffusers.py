@@ -1,4 +1,4 @@
-"""The baseline that runs HuggingFace diffusers with a bundle's weights: it computes what the reference does."""
+"""The baseline that runs HuggingFace diffusers with a bundle's weights computes the same as the reference."""
 
 import json
 import sys
@@ -27,17 +27,17 @@ BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
 SHAPE = ClipShape(96, 64, 9)
 TOLERANCE = 1e-5
-"""Float32 sums in another order, as where the networks themselves are compared; the sinusoid is the same."""
+"""Only the order of float32 sums differs, as where the networks themselves are compared; the sinusoid is the same."""
 
 
 @pytest.fixture(autouse=True)
 def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On one the baseline computes in bfloat16, and the reference here in float32 on the CPU."""
+    """Hide the GPU, on which the baseline would compute in bfloat16; the reference uses float32 on the CPU here."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def pipelines(bundle: Bundle) -> tuple[Pipeline, Pipeline]:
-    """The reference and the baseline."""
+    """The pipelines of the reference and of the baseline."""
     return Pipeline(bundle, create_backend("torch", bundle)), Pipeline(bundle, create_baseline("diffusers", bundle))
 
 
@@ -50,7 +50,7 @@ def test_every_step_and_frame_is_the_references(bundle_of: BundleOf, picture: Pa
         job = pipeline.check(request)
         denoiser = pipeline.denoiser(job, Timings())
         noise = next(pipeline.noise(job))
-        # Both experts, where there are two, and no step twice on the same latents.
+        # This runs both experts, where there are two, and never two steps on the same latents.
         velocities.append([denoiser(noise * (1 - 0.2 * step.index), step) for step in job.steps])
         channels.append(denoiser.channels)
         frames.append(torch.stack(list(pipeline.frames(noise.double(), SHAPE, Timings()))))
@@ -60,7 +60,7 @@ def test_every_step_and_frame_is_the_references(bundle_of: BundleOf, picture: Pa
     if model == "tiny-i2v":
         assert_matches(channels[1], channels[0], TOLERANCE)
     apart = (frames[0].int() - frames[1].int()).abs()
-    # A value that lies between two bytes may be rounded to either.
+    # A value halfway between two bytes may be rounded to either.
     assert int(apart.max()) <= 1
     assert float((apart > 0).float().mean()) < 1e-3
 
@@ -102,7 +102,7 @@ def test_the_report_has_its_row_and_says_what_it_runs(bundle_of: BundleOf) -> No
     said = bench(bundle, "--topk", "1")
     assert "diffusers / torch" in said
     assert "diffusers: transformer and VAE of diffusers" in said
-    for difference in ("text encoder of the reference", "dense attention in place", "8-bit weights multiplied out"):
+    for difference in ("text encoder of the reference", "dense attention in place", "8-bit weights dequantised"):
         assert difference in said
     plain = json.loads(bench(bundle_of("tiny-t2v", "bf16"), "--json"))
     assert [row["contender"] for row in plain["rows"]] == ["torch", "diffusers"]
@@ -115,7 +115,7 @@ def test_the_report_has_its_row_and_says_what_it_runs(bundle_of: BundleOf) -> No
 def test_without_diffusers_it_is_left_out_and_said_so(bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     said = bench(bundle_of("tiny-t2v", "bf16"))
-    assert "diffusers: not timed, diffusers and its Wan networks are not here" in said
+    assert "diffusers: not timed, diffusers' Wan networks cannot be imported" in said
     assert "run: pip install diffusers" in said
 
 

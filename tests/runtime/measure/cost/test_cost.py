@@ -1,5 +1,5 @@
-"""The counts against upstream's figures, the networks' own products and the kernels' own arguments; the page against
-the counts."""
+"""The counts are compared with upstream's figures, the networks' own products and the kernels' own arguments, and the
+page is compared with the counts."""
 
 import re
 import subprocess
@@ -34,14 +34,14 @@ SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b
 
 
 def tiny(*, width_px: int = 256, pv: str = "fp8") -> Workload:
-    """512 tokens at the default width, whole blocks; 480 at 240 pixels, ragged ones."""
+    """A workload of 512 tokens, in whole blocks; at a width of 240 pixels there are 480, in ragged blocks."""
     recipe = msgspec.structs.replace(load_recipe("w8a8"), pv=pv)
     model = msgspec.structs.replace(load_model("tiny-t2v"), video=VideoConfig(width_px, 128, 13), topk=0.4)
     return Workload(model, ClipShape(width_px, 128, 13), recipe, num_selected=3, text_rows=20)
 
 
 def teraflops(w: Workload, *names: str) -> float:
-    """Work of an unfused step in the launches whose names match."""
+    """TFLOP of an unfused step, in the launches whose names match."""
     launches = all_launches(unfused_block(w)) * w.model.dit.num_layers
     return sum(x.total_flops for x in launches if any(re.fullmatch(name, x.name) for name in names)) / 1e12
 
@@ -90,7 +90,7 @@ def test_the_fused_plan_leaves_out_what_it_hoists_and_folds() -> None:
 
 
 def argument_bytes(launch: Launch) -> int:
-    """Bytes of the tensors of a launch; what `rms_norm_rope` turns in place is read and written."""
+    """Bytes of the tensors of a launch; those that `rms_norm_rope` changes in place are both read and written."""
     tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
     in_place = ("x_0", "x_1") if launch.kernel.op == "rms_norm_rope" else ()
     return sum(t.nbytes * (2 if name in in_place else 1) for name, t in tensors.items())

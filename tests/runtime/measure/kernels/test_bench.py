@@ -1,4 +1,4 @@
-"""`wanforge bench op`: what it checks, how it measures, and what it says; on fake times, for there may be no GPU."""
+"""`wanforge bench op`: its checks, measurements and output, tested with fake times because there may be no GPU."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ H200 = load_targets()["h200"]
 COST = LaunchCost("product", {"int8": 2 * 10**12}, 3 * 10**9, 10**9)
 
 on_cpu: Callable[[int], Draw] = partial(Draw, device=CPU, dtype=torch.float32)
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
 
 
 def run(*arguments: object) -> Result:
@@ -56,13 +56,13 @@ def run(*arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def tiny() -> Workload:
-    """100 tokens: ragged in blocks of 64 as of 128."""
+    """A workload of 100 tokens: ragged in blocks of 64 and of 128."""
     return bench.workload(load_model("tiny-t2v"), ClipShape(160, 80, 5), 0.5, CPU)
 
 
 @dataclass
 class FakeTimer:
-    """Runs what it is given; each contender takes its own time, a run a second longer than the one before."""
+    """A timer with fake times: a contender starts from its own base time and takes a second longer in each run."""
 
     base: dict[str, float]
     log: list[tuple[str, int]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class FakeTimer:
 
 
 def spoken(baselines: tuple[str, ...], cost: LaunchCost = COST) -> Case:
-    """A case whose contenders say who they are and which inputs they had."""
+    """A case whose contenders return their name and the seed of their inputs."""
 
     def inputs(draw: Draw) -> tuple[int]:
         return (draw.generator.initial_seed(),)
@@ -104,7 +104,7 @@ def test_the_kernels_pass_their_checks(op: str) -> None:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile takes a C++ compiler and its time."""
+    """Disable `torch.compile`, which needs a C++ compiler and is slow."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
 
@@ -121,7 +121,7 @@ def test_a_wrong_kernel_gives_no_number() -> None:
     done = run("bench", "op", "gated_residual")
     assert done.exit_code == 1
     assert "WRONG  gated_residual: gated residual: relative error 1.0e-03, at most 0.0e+00" in done.stdout
-    assert "gated_residual is wrong here: no number" in done.stdout
+    assert "gated_residual is wrong here and was not timed" in done.stdout
     found = json.loads(run("bench", "op", "gated_residual", "--json").stdout)
     assert (found["passed"], found["results"]) == (False, [])
     assert found["checks"][0]["error"] == pytest.approx(1e-3, rel=1e-2)
@@ -244,7 +244,7 @@ def test_progress_is_told() -> None:
 
 
 class Device:
-    """What a timer asks of CUDA, on a clock of its own; events count from when the device is let go."""
+    """The CUDA calls that a timer uses, on a fake clock; events count from when the device is released."""
 
     L2_cache_size = 64
 
@@ -342,7 +342,7 @@ def test_the_table_shows_medians_spread_and_ratios(tiny: Workload) -> None:
     assert lines[3] == "50 runs of each"
     assert lines[5].split() == ["case", "2000.0", "4000.0", "4.0000", "3.0000", "5.0000", "500.0", "1000", "25%"]
     assert lines[6].split() == ["other", "6.0000", "6.0000", "7.0000", "1.50"]
-    assert lines[7] == "  absent: not here, no kernel"
+    assert lines[7] == "  absent: unavailable, no kernel"
 
 
 # The cases.
@@ -391,7 +391,7 @@ def test_the_launches_of_attention_are_its_whole(tiny: Workload) -> None:
 
 
 class Blank(Draw):
-    """Tensors without values."""
+    """Draws tensors without values."""
 
     def __init__(self) -> None:
         self.device, self.dtype = torch.device("meta"), torch.bfloat16
@@ -402,13 +402,13 @@ class Blank(Draw):
 
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
-    """As many launches, and where each tensor is read or written once, as many bytes as the arguments hold."""
+    """The costs have as many launches as the kernels make and, for ops that touch each tensor once, as many bytes."""
     for case in OPS[op](tiny):
         with recording(90) as launches, torch.device("meta"):
             inputs = case.inputs(Blank())
             launches.clear()
             case.kernel(*inputs)
-        # Cross-attention is the library's.
+        # Cross-attention is counted, but the library computes it.
         assert len(launches) == len(case.costs) - (op == "block"), case.name
         if op in ("w8a8_linear", "layer_norm", "gated_residual"):
             for launch, cost in zip(launches, case.costs, strict=True):

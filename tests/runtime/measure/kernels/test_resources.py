@@ -1,5 +1,5 @@
-"""Every kernel that the published models launch, compiled for GPUs that are not here: none spills, each fits, and
-products are done by tensor cores. The tables of docs/kernels.md are what the compiler says."""
+"""Every kernel that the published models launch is compiled without a GPU: none spills, each fits, and tensor cores
+compute the products. The tables of docs/kernels.md agree with the compiler."""
 
 import re
 from importlib.metadata import version
@@ -25,19 +25,19 @@ KINDS = (86, 90, 100, 120)
 """One architecture of each kind of tensor core: sm_86 stands for sm_80, which has more shared memory, and sm_120 for
 sm_89."""
 
-# Recipe, model, architectures: all of them for every architecture would take a minute or two more.
+# Recipe, model and architectures; compiling all of them for every architecture would take a minute or two more.
 COMPILED = [("w8a8", SMALL, SMS), ("w8a8", LARGE, KINDS), ("w8a8-row", LARGE, KINDS), ("bf16-sla", LARGE, KINDS)]
 
 INT8 = {90: "IGMMA"}
 """wgmma on Hopper, mma.sync elsewhere: the pinned Triton has no int8 for tcgen05."""
 FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 HALF = {"HMMA", "HGMMA", "UTCHMMA"}
-"""fp16 and bf16; small tiles are mma.sync's on every architecture."""
+"""fp16 and bf16 instructions; small tiles use mma.sync on every architecture."""
 
 
 @pytest.fixture(scope="module")
 def cubins(pytestconfig: pytest.Config) -> list[Cubin]:
-    """Kept in pytest's cache: a second run compiles what has changed."""
+    """The compiled kernels, kept in pytest's cache so that a second run compiles only what has changed."""
     launches = [
         launch
         for recipe, model, sms in COMPILED
@@ -100,4 +100,4 @@ def test_the_page_says_what_the_compiler_says(cubins: list[Cubin], pytestconfig:
     assert stated is not None
     result = CliRunner().invoke(cli, [*stated[1].split(), "--out", str(kept(pytestconfig))])
     assert result.exit_code == 0
-    assert result.stdout.rstrip("\n") == stated[2], f"put between the marks of docs/kernels.md: wanforge {stated[1]}"
+    assert result.stdout.rstrip("\n") == stated[2], f"update docs/kernels.md with the output of: wanforge {stated[1]}"

@@ -1,4 +1,4 @@
-"""Planted errors are found where they are; what is right raises no alarm."""
+"""Planted errors are found where they were planted; correct backends raise no alarm."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,9 +37,12 @@ Change = Callable[[dict[str, Tensor]], None]
 class Planted(OrtBackend):
     """ONNX Runtime with an error in it.
 
-    Attributes:
-        weights_changed: what happens to the weights of a component, by name.
-        inputs_changed: what happens to the inputs of one layer, by port.
+    Args:
+        bundle: The bundle to run.
+        component: The component whose weights are changed.
+        weights: Changes the weights of that component, by name.
+        layer: The layer whose inputs are changed.
+        inputs: Changes the inputs of that layer, by port.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Planted(OrtBackend):
             named = dict(zip((port.name for port in self.graphs["block"].inputs), inputs, strict=True))
             self.inputs(named)
             inputs = [x.contiguous() for x in named.values()]
-            self.kept.append(inputs)  # ONNX Runtime only has their addresses
+            self.kept.append(inputs)  # ONNX Runtime only keeps their addresses
         return super().bound_inputs(session, launch, inputs)
 
 
@@ -71,7 +74,7 @@ def against(bundle: Bundle, backend: OrtBackend, request: Request = CLIP, **opti
 
 
 def flipped(name: str) -> Change:
-    """One weight with the other sign: an ordinary one, neither the largest nor nearly nothing."""
+    """Flip the sign of one ordinary weight, which is neither the largest nor close to zero."""
 
     def change(weights: dict[str, Tensor]) -> None:
         weight = weights[name].clone()
@@ -86,7 +89,7 @@ def doubled(name: str) -> Change:
 
 
 def axes_swapped(inputs: dict[str, Tensor]) -> None:
-    """Height and width change places in the rotary embedding."""
+    """Swap height and width in the rotary embedding."""
     time, height, width = ROPE_PAIRS
     order = [*range(time), *range(time + height, time + height + width), *range(time, time + height)]
     for name in ("cos", "sin"):
@@ -121,7 +124,7 @@ def test_a_planted_error_is_found_at_its_layer_and_op(
     assert first is not None
     place = first.place
     assert (place.depth, place.graph, place.component, place.layer, place.tap) == ("op", "block", "dit", layer, op)
-    # Every op has the reference's inputs: no other is to blame, but those that read what was changed.
+    # Every op gets the reference's inputs, so only those that read what was changed are wrong.
     wrong = {c.place.tap for c in found.at("op") if not c.passed}
     assert wrong == {op, "self_attn.attn_op.k"} if op == "self_attn.attn_op.q" else {op}
     assert {c.place.layer for c in found.at("op") if not c.passed} == {layer}
@@ -200,7 +203,7 @@ def test_every_recipe_has_limits_for_every_compute_type() -> None:
         for compute in ("float32", "float16", "bfloat16"):
             limits = load_limits(load_recipe(name), compute)
             assert limits is not None, (name, compute)
-            # In float32 only the order of sums differs: far tighter than what another number format does.
+            # In float32 only the order of sums differs, so the limits are far tighter than for another number format.
             assert limits.step.cosine is not None
             coarse = load_limits(load_recipe(name), "bfloat16")
             assert coarse is not None
@@ -267,7 +270,7 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
 
     reference = Pipeline(bundle, create_backend("torch", bundle))
     found = compare_pipelines(reference, Pipeline(bundle, Opaque()), replace(CLIP, topk=None))
-    assert found.notes == ["op: the backend opaque cannot be looked into"]
+    assert found.notes == ["op: the backend opaque does not show the values inside a block"]
     assert not found.at("op")
     assert found.passed
 
@@ -275,7 +278,7 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["w8a8", "bf16-sla"])
 def test_kernels_are_looked_into(bundle_of: BundleOf, recipe: str) -> None:
-    """A planted error is found where it is, so every other tap agrees."""
+    """A planted error is found where it was planted, and every other tap agrees."""
     bundle = bundle_of("tiny-t2v", recipe)
     kernels = create_backend("kernels", bundle)
     doubled("blocks.1.cross_attn.q.bias")(kernels.weights.component("dit"))  # type: ignore[attr-defined]

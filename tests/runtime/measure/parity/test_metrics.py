@@ -1,4 +1,4 @@
-"""How far apart: what each number says, and what it does with numbers that are none."""
+"""The difference metrics: what each of them means, and how they treat NaN and infinity."""
 
 import math
 

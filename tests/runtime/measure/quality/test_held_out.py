@@ -1,4 +1,4 @@
-"""The prompts are fixed and unseen, and the rates count what the meter says."""
+"""The prompts are fixed and were not trained on, and the rates count what the meter reads."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_training_never_shows_a_held_out_combination_but_every_part_of_it() -> N
 
 
 def test_rates_count_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fourth clip shows nothing, every fourth the wrong shape, and those that were asked to be quick are slow."""
+    """Of every four clips, one shows nothing and one the wrong shape; those that were asked to be quick are slow."""
     prompts = held_out_prompts()[:8]
     clips = iter(range(8))
 
@@ -60,7 +60,7 @@ def test_rates_count_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.rates == found.single
     assert found.paired is None
     assert (found.rates.colour, found.rates.shape, found.rates.direction) == (0.75, 0.5, 0.75)
-    # Two prompts ask for slow (shown, though with another shape) and two for quick (shown slow).
+    # Two prompts ask for slow (which is shown, though with another shape) and two for quick (which is shown slow).
     assert found.rates.speed == 0.5
     assert found.rates.all == 0.25
 

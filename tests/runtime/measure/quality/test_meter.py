@@ -13,7 +13,7 @@ OPPOSITE = {"right": "left", "left": "right", "up": "down", "down": "up"}
 
 
 def frames_of(scene: Scene) -> NDArray[np.uint8]:
-    """Its first window."""
+    """The frames of a scene's first window."""
     return render(scene, FRAMES)[:, : SIZE[1], : SIZE[0]].round().astype(np.uint8).transpose(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""TinyWan as it comes with the package: small, and drawing what prompts ask for on every path."""
+"""TinyWan as it ships with the package: it is small and draws what prompts ask for, with PyTorch and ONNX Runtime."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_clips_show_what_the_prompts_say(tinywan: Bundle, backend: str, count: i
 
 @pytest.mark.slow
 def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
-    """The same clips held against wrong answers: the rates can fall."""
+    """The same clips are scored against wrong answers, to show that the rates can fall."""
     (subject,) = PROMPTS[0].subjects
     wrong = [
         Prompt(PROMPTS[0].text, (replace(subject, **{name: value}),))
@@ -59,7 +59,7 @@ def test_other_prompts_are_not_what_it_shows(tinywan: Bundle) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_counts_what_comes_out_right(tinywan: Bundle, tmp_path: Path) -> None:
-    """One step sees nothing but noise, so its clip is at best as good as four steps'."""
+    """A single step sees nothing but noise, so its clip is at best as good as that of four steps."""
     page = tmp_path / "sweep.html"
     options = ("--sweep", "steps=1,4", "--rates", "1", "--repeats", "1", "--backend", "ort", "--html", str(page))
     done = CliRunner().invoke(cli, ["bench", str(tinywan.root), *options, "--json"])

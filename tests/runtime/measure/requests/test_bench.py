@@ -1,4 +1,4 @@
-"""Requests in stages, rooflines, sweeps, and the host's own time; `wanforge bench` as a user types it."""
+"""The stages of requests, rooflines, sweeps and the host's own time; `wanforge bench` as a user types it."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_every_stage_of_every_contender_is_reported(bundle_of: BundleOf, picture
 
 
 def test_results_are_kept_and_compared(bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The times are made up here: what a shared machine really takes is nobody's promise."""
+    """The times are made up, because real times on a shared machine vary too much."""
     seconds = iter([1.0, 1.0, 1.0, 1.0, 1.02, 1.5])
 
     def timed(bundle: Bundle, request: Request, contenders: Sequence[str], *rest: Any) -> Any:
@@ -123,7 +123,7 @@ def test_every_value_of_a_sweep_is_kept_and_compared_with_its_like(
         assert run("bench", bundle, *options).exit_code == 0
     entries = history.read(past)
     assert len(entries) == 18
-    # One frame and key blocks of 64 are what the request has anyway: the same setting.
+    # One frame and key blocks of 64 are the request's own values, so these two are the same setting.
     assert len({json.dumps(each.subject) for each in entries}) == 5
     assert [each.values["total"] for each in entries] == [[1.0, 1.0]] * 18
     slow |= {40.0, 5, 128}
@@ -150,7 +150,7 @@ def test_the_page_has_stages_rooflines_and_sweeps(bundle_of: BundleOf, tmp_path:
     assert done.exit_code == 0, done.output
     for shown in (done.output, page.read_text()):
         assert "h200 predicted" in shown
-        assert "neither measured" in shown
+        assert "assumed, not measured" in shown
     done = run("bench", bundle, *options, "--sweep", "steps=1,2")
     assert done.exit_code == 0, done.output
     text = page.read_text()
@@ -179,7 +179,7 @@ def test_a_sweep_holds_each_value_against_the_best(bundle_of: BundleOf) -> None:
 
 @pytest.mark.parametrize("text", ["topk", "topk=", "sharpness=1", "=1"])
 def test_what_is_no_sweep_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="is no sweep"):
+    with pytest.raises(RequestError, match="is not a sweep"):
         parse(text)
 
 
@@ -220,7 +220,7 @@ def test_rooflines_grow_with_the_work_and_no_prediction_is_below_them(bundle_of:
     assert list(single) == ["text", "prepare", "denoise", "decode", "step"]
     for bound in single.values():
         assert 0 < bound.roofline <= bound.predicted
-    # A GPU without fp8 is counted with what it has instead.
+    # A GPU without fp8 is counted with the format that it uses instead.
     assert costs_on(bundle, one, load_targets()["rtx3090"])["step"].roofline > single["step"].roofline
     costs = stage_costs(bundle, one, bundle.recipe)
     assert sum(cost.name == "gemm ffn.2 + residual" for cost in costs["step"]) == bundle.model.dit.num_layers
@@ -256,7 +256,7 @@ def test_a_baseline_without_a_compiler_is_left_out_and_said_so(
     options = (*SMALL, "--repeats", 1, "--backend", "ort", "--baseline", "compile")
     done = run("bench", bundle_of("tiny-t2v", "bf16").root, *options)
     assert done.exit_code == 0, done.output
-    assert "compile: not timed, no C++ compiler is here" in done.output
+    assert "compile: not timed, no C++ compiler was found" in done.output
 
 
 def test_the_hosts_step_is_the_whole_path_over_stubbed_launches(

@@ -1,4 +1,4 @@
-"""Runs against runs before them: only like with like, and noise is no regression."""
+"""Runs are compared only with earlier runs of the same kind, and noise is not a regression."""
 
 from pathlib import Path
 
@@ -64,11 +64,11 @@ def test_only_like_is_compared_with_like() -> None:
     (found,) = compare(runs(9.0), other_machine)
     assert (found.verdict, found.note) == ("not comparable", "cpu differ")
     (found,) = compare(runs(9.0), [])
-    assert (found.verdict, found.note) == ("not comparable", "nothing like it in the history")
+    assert (found.verdict, found.note) == ("not comparable", "no comparable run in the history")
     (found,) = compare(entry(MACHINE, {**SUBJECT, "contender": "torch"}, {"total": [9.0]}), STEADY)
     assert found.verdict == "not comparable"
     (found,) = compare(runs(9.0, name="decode"), STEADY)
-    assert found.note == "0 runs like it in the history, 3 are needed"
+    assert found.note == "0 comparable runs in the history, 3 are needed"
     assert verdict(runs(9.0), STEADY[:2]) == "not comparable"
     assert verdict(runs(9.0), other_machine + STEADY) == "regression"
 

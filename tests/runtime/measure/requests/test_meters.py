@@ -1,4 +1,4 @@
-"""Energy and memory: NVML's, where there is one; its stand-in here counts as the real one does."""
+"""Energy and memory come from NVML where it exists; the stand-in here counts as the real one does."""
 
 import sys
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from wanforge.runtime.measure.requests.meters import Nvml, metered
 
 
 class FakeNvml:
-    """Two joules each time it is asked; 3 GB in use."""
+    """An NVML that counts two more joules at each reading and has 3 GB in use."""
 
     class NVMLError(Exception):
         pass
