@@ -38,7 +38,7 @@ def test_every_check_is_shown_and_nothing_here_is_broken() -> None:
 
 def test_plugins_are_tried_in_a_child_process() -> None:
     rtx()
-    assert tensorrt(RTX, "engines").found.endswith("takes plugins")
+    assert tensorrt(RTX, "engines").found.endswith("supports plugins")
 
 
 def test_a_library_that_does_not_survive_plugins_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,15 +92,15 @@ def test_keys_and_values_are_made_once_per_prompt_and_modulation_once_per_step()
     steps = ["high", "high", "low", "low"]
     schedule = denoise_schedule(model, found, SHAPE, steps, context_rows=12, num_selected=1)
     layers = model.dit.num_layers
-    count = lambda program: [launch.graph for launch in schedule.programs[program]]  # noqa: E731
+    count = lambda program: [graph_run.graph for graph_run in schedule.programs[program]]  # noqa: E731
     assert count("prompt") == ["context", *["cross_kv"] * layers] * 2
     assert count("times") == ["time"] * 4
     for index, expert in enumerate(steps):
         assert count(f"step.{index}") == ["stem", *["block"] * layers, "head"]
-        assert {launch.component for launch in schedule.programs[f"step.{index}"]} == {f"dit.{expert}"}
+        assert {graph_run.component for graph_run in schedule.programs[f"step.{index}"]} == {f"dit.{expert}"}
     # A layer does not write into the buffer that it reads.
-    for launch in schedule.programs["step.0"]:
-        assert not set(launch.inputs) & set(launch.outputs)
+    for graph_run in schedule.programs["step.0"]:
+        assert not set(graph_run.inputs) & set(graph_run.outputs)
     assert schedule.buffers["keys.low.1"].shape == (1, 12, model.dit.dim)
 
 
@@ -108,7 +108,7 @@ def test_text_runs_at_the_prompts_length() -> None:
     model = load_model("tiny-t2v")
     schedule = text_schedule(model, graphs(model, load_recipe("bf16")), 7)
     assert schedule.buffers["embedding"].shape == (1, 7, model.text_encoder.dim)
-    prefixes = [launch.prefix for launch in schedule.programs["text"] if launch.graph == "text_block"]
+    prefixes = [graph_run.prefix for graph_run in schedule.programs["text"] if graph_run.graph == "text_block"]
     assert prefixes == ["blocks.0.", "blocks.1."]
 
 

@@ -102,14 +102,14 @@ class Counter:
         self._known: dict[str, list[LaunchCost]] = {}
 
     def program(self, schedule: Schedule, name: str) -> list[LaunchCost]:
-        return [cost for graph_run in schedule.programs[name] for cost in self.launch(graph_run)]
+        return [cost for graph_run in schedule.programs[name] for cost in self.costs_of(graph_run)]
 
     def clip(self, schedule: Schedule) -> list[LaunchCost]:
         """One half of the VAE over a clip: the first chunk, then the others."""
         others = self.program(schedule, "next.0") * (self.checked.request.shape.latent_frames - 1)
         return self.program(schedule, "first") + others
 
-    def launch(self, graph_run: GraphRun) -> list[LaunchCost]:
+    def costs_of(self, graph_run: GraphRun) -> list[LaunchCost]:
         if graph_run.graph not in self._known:
             self._known[graph_run.graph] = self._count(graph_run)
         return self._known[graph_run.graph]

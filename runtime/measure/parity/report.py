@@ -16,6 +16,9 @@ from wanforge.runtime.measure.tables import indented, text_table
 SHOWN_FRAMES = 4
 """Frames of a clip that the page shows."""
 
+SHOWN_FAULTS = 100
+"""Failed comparisons that the page lists."""
+
 LEAST = 1e-9
 """Smallest error on a logarithmic axis, where equal tensors are drawn."""
 
@@ -121,19 +124,19 @@ def _layers(parity: Parity) -> list[str]:
     found = [c for c in parity.at("block") if c.place.seed == parity.seeds[0]]
     layers = [c for c in found if c.place.graph == BLOCK]
     others = [c for c in found if c.place.graph != BLOCK]
-    if not found:
+    parts = []
+    if layers:
+        steps = {c.place.step: [other for other in layers if other.place.step == c.place.step] for c in layers}
+        series = [line(f"step {(step or 0) + 1}", mine) for step, mine in steps.items()]
+        names = [str(c.place.layer) for c in next(iter(steps.values()))]
+        parts.append(errors("layers of the denoiser", "layer", series, names, layers[0].limits))
+    if others:
+        names = [c.place.graph for c in others]
+        parts.append(errors("other graphs", "graph run", [line("", others, False)], names, others[0].limits))
+    if not parts:
         return []
-    steps = {step: [c for c in layers if c.place.step == step] for step in dict.fromkeys(c.place.step for c in layers)}
-    series = [line(f"step {(step or 0) + 1}", mine) for step, mine in steps.items()]
-    names = [str(c.place.layer) for c in next(iter(steps.values()))]
-    return [
-        heading("Error per layer"),
-        paragraph("Each graph run on the reference's inputs, in the order of the request.", "soft"),
-        errors("layers of the denoiser", "layer", series, names, layers[0].limits),
-        errors(
-            "other graphs", "graph run", [line("", others, False)], [c.place.graph for c in others], others[0].limits
-        ),
-    ]
+    note = paragraph("Each graph run on the reference's inputs, in the order of the request.", "soft")
+    return [heading("Error per layer"), note, *parts]
 
 
 def _ops(parity: Parity) -> list[str]:
@@ -223,8 +226,9 @@ def _faults(parity: Parity) -> list[str]:
     wrong = [c for c in parity.comparisons if not c.passed]
     if not wrong:
         return []
-    rows = [[c.place.depth, str(c.place), ", ".join(c.faults)] for c in wrong[:100]]
-    return [heading(f"Failed comparisons: {len(wrong)}"), table(("depth", "where", "what"), rows, words=3)]
+    rows = [[c.place.depth, str(c.place), ", ".join(c.faults)] for c in wrong[:SHOWN_FAULTS]]
+    shown = f", of which the first {SHOWN_FAULTS} are shown" if len(wrong) > SHOWN_FAULTS else ""
+    return [heading(f"Failed comparisons: {len(wrong)}{shown}"), table(("depth", "where", "what"), rows, words=3)]
 
 
 def verdict(comparison: Comparison) -> str:

@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any
 
 import psutil
+import torch
 
 INTERVAL = 0.01
 """Seconds between two readings of the memory in use."""
@@ -30,7 +31,7 @@ class ResourceUse:
 
 
 class Nvml:
-    """NVIDIA's management library for the first GPU, from the package nvidia-ml-py."""
+    """NVIDIA's management library for PyTorch's current GPU, from the package nvidia-ml-py."""
 
     def __init__(self, library: Any, handle: Any) -> None:
         self.library, self.handle = library, handle
@@ -38,13 +39,17 @@ class Nvml:
     @classmethod
     def open(cls) -> "Nvml | None":
         """Open the library; None where the package, the driver or the GPU is missing."""
+        if not torch.cuda.is_available():
+            return None
         try:
             import pynvml
         except ImportError:
             return None
         try:
             pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(0))
+            # The two libraries number GPUs differently; both know the UUID.
+            uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
         except pynvml.NVMLError:
             return None
 

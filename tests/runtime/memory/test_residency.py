@@ -34,12 +34,12 @@ GROUPS = groups_of(SCHEDULES, GRAPHS, lambda component: layout(component, MODEL,
 WORKSPACES = {"block": 9_290_000_000, "vae_decode_next": 4_612_000_000, "vae_encode_next": 4_609_000_000}
 
 
-def launch(layer: int) -> GraphRun:
+def graph_run(layer: int) -> GraphRun:
     return GraphRun("block", (), (), "dit", f"blocks.{layer}.")
 
 
 def name(layer: int) -> GroupName:
-    return group_name(launch(layer))
+    return group_name(graph_run(layer))
 
 
 class Movements:
@@ -61,10 +61,10 @@ class Movements:
     def release(self, slot: int) -> None:
         self.said.append(f"release {slot}")
 
-    def launch(self, slot: int, wanted: GroupName) -> None:
+    def graph_run(self, slot: int, wanted: GroupName) -> None:
         assert slot not in self.coming
         assert self.holds[slot] == wanted
-        self.said.append(f"launch {wanted.prefix}")
+        self.said.append(f"run {wanted.prefix}")
 
 
 def group(layer: int) -> Group:
@@ -77,38 +77,38 @@ def group(layer: int) -> Group:
     evicted=st.integers(0, 29),
 )
 @settings(deadline=None)
-def test_every_launch_finds_its_weights(order: list[int], slots: list[int], evicted: int) -> None:
+def test_every_graph_run_finds_its_weights(order: list[int], slots: list[int], evicted: int) -> None:
     mover = Movements()
     placed = {name(layer): slots[layer] for layer in range(5)}
     residency = Residency({name(layer): group(layer) for layer in range(5)}, placed, mover)
-    schedule = Schedule("denoise", {}, {"step.0": tuple(map(launch, order))})
+    schedule = Schedule("denoise", {}, {"step.0": tuple(map(graph_run, order))})
     turns = residency.turns(schedule)
     residency.begin(turns)
     for index, turn in enumerate(turns):
         if index == evicted:
             residency.lend([0, 1])
         assert turn.group is not None
-        residency.run(turn, partial(mover.launch, placed[turn.group], turn.group))
-    launches = [said for said in mover.said if said.startswith("launch")]
-    assert launches == [f"launch {name(layer).prefix}" for layer in order]
+        residency.run(turn, partial(mover.graph_run, placed[turn.group], turn.group))
+    runs = [said for said in mover.said if said.startswith("run")]
+    assert runs == [f"run {name(layer).prefix}" for layer in order]
 
 
 def test_the_next_layer_is_copied_while_one_computes() -> None:
     mover = Movements()
     placed = {name(layer): layer % 2 for layer in range(4)}
     residency = Residency({name(layer): group(layer) for layer in range(4)}, placed, mover)
-    turns = residency.turns(Schedule("denoise", {}, {"step.0": tuple(map(launch, [0, 1, 2, 3]))}))
+    turns = residency.turns(Schedule("denoise", {}, {"step.0": tuple(map(graph_run, [0, 1, 2, 3]))}))
     residency.begin(turns)
     for turn in turns:
         assert turn.group is not None
-        residency.run(turn, partial(mover.launch, placed[turn.group], turn.group))
+        residency.run(turn, partial(mover.graph_run, placed[turn.group], turn.group))
     assert mover.said == [
         *("fetch blocks.0.0", "fetch blocks.1.1"),
-        *("launch blocks.0.", "release 0", "fetch blocks.2.0", "launch blocks.1.", "release 1", "fetch blocks.3.1"),
-        *("launch blocks.2.", "release 0", "launch blocks.3.", "release 1"),
+        *("run blocks.0.", "release 0", "fetch blocks.2.0", "run blocks.1.", "release 1", "fetch blocks.3.1"),
+        *("run blocks.2.", "release 0", "run blocks.3.", "release 1"),
     ]
     assert not residency.are_settled(turns)
-    assert residency.are_settled(residency.turns(Schedule("denoise", {}, {"step.0": (launch(2), launch(3))})))
+    assert residency.are_settled(residency.turns(Schedule("denoise", {}, {"step.0": (graph_run(2), graph_run(3))})))
 
 
 def test_a_copy_that_fails_leaves_nothing_behind() -> None:
@@ -123,18 +123,18 @@ def test_a_copy_that_fails_leaves_nothing_behind() -> None:
 
     mover = Failing()
     residency = Residency({name(0): group(0)}, {name(0): 0}, mover)
-    turns = residency.turns(Schedule("denoise", {}, {"step.0": (launch(0),)}))
+    turns = residency.turns(Schedule("denoise", {}, {"step.0": (graph_run(0),)}))
     with pytest.raises(OSError, match="gone"):
         residency.run(turns[0], lambda: None)
-    residency.run(turns[0], partial(mover.launch, 0, name(0)))
-    assert mover.said[-2:] == ["launch blocks.0.", "release 0"]
+    residency.run(turns[0], partial(mover.graph_run, 0, name(0)))
+    assert mover.said[-2:] == ["run blocks.0.", "release 0"]
     assert mover.said.count("fetch blocks.0.0") == 2
 
 
 def test_a_slot_that_was_lent_is_filled_after_what_used_its_memory() -> None:
     mover = Movements()
     residency = Residency({name(0): group(0)}, {name(0): 0}, mover)
-    turns = residency.turns(Schedule("denoise", {}, {"step.0": (launch(0),)}))
+    turns = residency.turns(Schedule("denoise", {}, {"step.0": (graph_run(0),)}))
     residency.begin(turns)
     residency.lend([0])
     mover.said.append("another stage")
@@ -183,7 +183,9 @@ def test_the_largest_model_fits_every_size_of_gpu(gib: float, residency: str) ->
 
 
 def test_what_does_not_fit_is_refused_with_the_reason() -> None:
-    with pytest.raises(ResourceError, match=r"at least 13\.4 GB .* \(13\.4 GB of it for decode itself\), but only 11\.3 GB"):
+    with pytest.raises(
+        ResourceError, match=r"at least 13\.4 GB .* \(13\.4 GB of it for decode itself\), but only 11\.3 GB"
+    ):
         plan(12)
 
 
@@ -215,21 +217,21 @@ def test_what_a_request_copies_is_what_does_not_stay() -> None:
     for each in GROUPS.values():
         size[each.name.component] += each.bytes
     everything = sum(size.values())
-    swapped = traffic(plan(32), SCHEDULES, 25e9, lambda launch: 0.0)
-    assert traffic(plan(80), SCHEDULES, 25e9, lambda launch: 0.0).bytes == 0
+    swapped = traffic(plan(32), SCHEDULES, 25e9, lambda _: 0.0)
+    assert traffic(plan(80), SCHEDULES, 25e9, lambda _: 0.0).bytes == 0
     assert swapped.bytes == everything
     assert swapped.copy_seconds == pytest.approx(everything / 25e9)
-    streamed = traffic(plan(16), SCHEDULES, 25e9, lambda launch: 0.0)
+    streamed = traffic(plan(16), SCHEDULES, 25e9, lambda _: 0.0)
     layers = sum(group.bytes for group in GROUPS.values() if group.name.graph == "block")
     # Of each expert's 40 layers, 30 are streamed in each of its two steps; the rest of the expert is copied once.
     assert streamed.bytes == pytest.approx(everything + layers * 30 / 40, rel=0.02)
 
 
 def test_copies_hide_behind_computing_that_takes_longer() -> None:
-    def seconds(launch: GraphRun) -> float:
-        return 0.1 if launch.graph == "block" else 0.0
+    def seconds(graph_run: GraphRun) -> float:
+        return 0.1 if graph_run.graph == "block" else 0.0
 
-    idle, busy = (traffic(plan(16), SCHEDULES, 25e9, f) for f in (lambda launch: 0.0, seconds))
+    idle, busy = (traffic(plan(16), SCHEDULES, 25e9, f) for f in (lambda _: 0.0, seconds))
     assert idle.stall_seconds == pytest.approx(idle.copy_seconds, rel=0.1)
     assert busy.bytes == idle.bytes
     assert busy.stall_seconds < 0.4 * idle.stall_seconds
@@ -270,7 +272,7 @@ class Streams:
 
 
 @pytest.mark.parametrize("is_returning", [False, True])
-def test_a_copy_waits_for_the_last_launch_that_reads_its_slot(
+def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     is_returning: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {"a": torch.arange(4, dtype=torch.int8), "b": torch.ones(300)}

@@ -59,13 +59,15 @@ class Planted(OrtBackend):
         if weights is not None:
             weights(self.weights.component(component))
 
-    def bound_inputs(self, session: ort.InferenceSession, launch: GraphRun, inputs: Sequence[Tensor]) -> ort.IOBinding:
-        if self.inputs is not None and launch.graph == "block" and launch.prefix == f"blocks.{self.layer}.":
+    def bound_inputs(
+        self, session: ort.InferenceSession, graph_run: GraphRun, inputs: Sequence[Tensor]
+    ) -> ort.IOBinding:
+        if self.inputs is not None and graph_run.graph == "block" and graph_run.prefix == f"blocks.{self.layer}.":
             named = dict(zip((port.name for port in self.graphs["block"].inputs), inputs, strict=True))
             self.inputs(named)
             inputs = [x.contiguous() for x in named.values()]
             self.kept.append(inputs)  # ONNX Runtime only keeps their addresses
-        return super().bound_inputs(session, launch, inputs)
+        return super().bound_inputs(session, graph_run, inputs)
 
 
 def against(bundle: Bundle, backend: OrtBackend, request: Request = CLIP, **options: object) -> Parity:
@@ -265,8 +267,8 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
             self.device, self.dtype, self.memory = hidden.device, hidden.dtype, hidden.memory
             self.hidden = hidden
 
-        def bind(self, launch: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-            return self.hidden.bind(launch, inputs, outputs)
+        def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+            return self.hidden.bind(graph_run, inputs, outputs)
 
     reference = Pipeline(bundle, create_backend("torch", bundle))
     found = compare_pipelines(reference, Pipeline(bundle, Opaque()), replace(CLIP, topk=None))

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from wanforge.runtime.measure.requests.meters import Nvml, metered
 
@@ -21,19 +22,30 @@ class FakeNvml:
     def nvmlInit(self) -> None:
         pass
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        return index
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
 
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        assert handle == "GPU-second"
         return SimpleNamespace(used=3_000_000_000)
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         if self.too_old:
             raise self.NVMLError
         self.millijoules += 2000
         return self.millijoules
 
 
+@pytest.fixture
+def second_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs, of which PyTorch uses the second."""
+    uuids = ("first", "second")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=uuids[index]))
+
+
+@pytest.mark.usefixtures("second_gpu")
 def test_energy_is_the_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
@@ -49,6 +61,7 @@ def test_energy_is_the_difference_of_the_counter(monkeypatch: pytest.MonkeyPatch
     assert reading.device_bytes == 3_000_000_000
 
 
+@pytest.mark.usefixtures("second_gpu")
 def test_what_cannot_be_measured_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Nvml.open() is None
