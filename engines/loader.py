@@ -109,7 +109,7 @@ class Loader:
             listed = ", ".join(sorted(said)) or "no reason given"
             if said and said <= OF_THE_ENGINE:
                 raise BundleError(f"{what}: not for this machine ({listed}); {cure}")
-            raise ResourceError(f"{what}: this GPU or its driver will not do ({listed}); see: wanforge doctor")
+            raise ResourceError(f"{what}: this GPU or its driver will not do ({listed}); run: wanforge doctor")
 
     def _context(self, engine: Any) -> Any:
         """An execution context without memory of its own."""

@@ -62,7 +62,7 @@ class ImportOptions:
 @click.option("--out", required=True, type=FOLDER, help="Folder of the new bundle.")
 @click.option(
     "--recipe",
-    help=f"Recipe of the bundle: {RECIPES}. w8a8 and w8a8-row quantise unquantised files.  "
+    help=f"Recipe of the bundle: {RECIPES}. Those that begin with w8a8 quantise unquantised files.  "
     "[default: chosen by the files' contents]",
 )
 @click.option("--link", is_flag=True, help="Link to canonical .safetensors files instead of copying them.")

@@ -32,8 +32,12 @@ class SuiteOptions:
 @click.command()
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Number of runs per measurement.")
 @click.option("--markdown", type=FILE, help="Write the page (docs/benchmarks.md) to this file, and its plot beside it.")
-@click.option("--history", type=FILE, help="Append the result to this file of JSON lines.")
-@click.option("--against", type=FILE, help="Compare the result with earlier results of the same kind in such a file.")
+@click.option("--history", type=FILE, help="Append the result to this JSON Lines file.")
+@click.option(
+    "--against",
+    type=FILE,
+    help="Compare the result with earlier results of the same kind in this file, which --history wrote.",
+)
 @JSON
 @takes(SuiteOptions)
 def suite(options: SuiteOptions) -> None:

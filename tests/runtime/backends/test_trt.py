@@ -184,7 +184,7 @@ def test_an_engine_for_another_machine_is_not_loaded(make: Callable[..., TrtBack
     with pytest.raises(BundleError, match=r"not for this machine \(UNSUPPORTED_CC, VERSION_MISMATCH\); build it again"):
         backend.prepare(CLIP)
     path.write_bytes(b"new" + good[3:])
-    with pytest.raises(ResourceError, match=r"GPU or its driver will not do \(OLD_CUDA_DRIVER\); see: wanforge doctor"):
+    with pytest.raises(ResourceError, match=r"GPU or its driver will not do \(OLD_CUDA_DRIVER\); run: wanforge doctor"):
         backend.prepare(CLIP)
     path.write_bytes(good + b" ")
     with pytest.raises(BundleError, match="damaged, or not built here"):

@@ -352,5 +352,5 @@ def test_a_plan_is_for_its_clip() -> None:
 
 
 def test_backends_without_a_limit_refuse_one(bundle_of: Callable[[str, str], Bundle]) -> None:
-    with pytest.raises(ConfigError, match="torch keeps to no budget of memory; ort and trt do"):
+    with pytest.raises(ConfigError, match="torch cannot keep to a memory budget; ort and trt can"):
         create_backend("torch", bundle_of("tiny-t2v", "w8a8"), budget=1e9)
