@@ -87,9 +87,17 @@ def test_links_lead_somewhere() -> None:
             assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
+FOLDERS = ("configs", "docs", "engines", "exporter", "plugins", "runtime", "src", "tests", "tools")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_in_documents_exist(document: Path) -> None:
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", document.read_text())
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 def test_documents_that_the_code_cites_exist() -> None:
-    folders = ("configs", "engines", "exporter", "plugins", "runtime", "src", "tests")
-    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     cited = {name for path in sources for name in re.findall(r"docs/[\w./-]+\.md", path.read_text())}
     assert "docs/sources.md" in cited
     assert not {name for name in cited if not (ROOT / name).exists()}
