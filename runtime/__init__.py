@@ -1,1 +1,1 @@
-"""Deploy time: the reference networks, the sampler, the backends and the pipeline that makes a video of them."""
+"""Deploy time: the reference networks, the sampler, the backends and the pipeline that makes videos with them."""

@@ -18,11 +18,11 @@ from wanforge.runtime.schedule import context_rows, denoise_schedule
 class Denoiser:
     """Maps latents and a step to a velocity.
 
-    Whatever depends on the prompt, the steps and the shape alone is computed once, when it is made.
+    Whatever depends only on the prompt, the steps and the shape is computed once, at construction.
 
     Args:
-        text: Embedded prompt ``[1, T, E]``, zeros after its own rows.
-        channels: For image-to-video, the 20 channels of `image.condition`.
+        text: The embedded prompt ``[1, T, E]``, padded with rows of zeros.
+        channels: The 20 channels of `image.condition`, for image-to-video models.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Denoiser:
         backend.synchronise()
 
     def __call__(self, latents: Tensor, step: Step) -> Tensor:
-        """The velocity at these latents, of the same shape."""
+        """Return the velocity at these latents, in their shape."""
         start = time.perf_counter()
         x = latents.to(self.backend.device, self.backend.dtype)
         x = x if self.channels is None else torch.cat((x, self.channels), 1)

@@ -1,4 +1,4 @@
-"""What this machine can do of the whole way from checkpoint to video, what is missing, and what to do about it."""
+"""What this machine can do on the way from checkpoint to video, what is missing, and what to do about it."""
 
 import os
 import platform
@@ -25,12 +25,13 @@ MARKS = {"ok": "ok", "missing": "--", "broken": "!!"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of examining one thing.
 
     Attributes:
-        status: ``missing`` is fine as long as nobody wants what it is for; ``broken`` is there and does not work.
-        needed_for: what cannot be done without.
-        remedy: what to do where it is not ok.
+        status: ``missing`` is no fault as long as nobody needs the thing; ``broken`` means that it is there but does
+            not work.
+        needed_for: What cannot be done without it.
+        remedy: What to do if the status is not ``ok``.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """Look at everything, cheap things first."""
+    """Examine everything, quick checks first."""
     yield machine()
     yield from packages()
     yield ffmpeg()
@@ -55,7 +56,7 @@ def checks() -> Iterator[Check]:
 
 
 def machine() -> Check:
-    """Processors and memory."""
+    """The processors and the memory."""
     found = (
         f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} processors, "
         f"{available_bytes() / 1e9:.1f} GB of memory free"
@@ -75,14 +76,14 @@ DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "cuda.bindin
 
 
 def packages() -> Iterator[Check]:
-    """Python packages, by what they are imported as."""
+    """The Python packages, by the names they are imported under."""
     for module, (needed_for, remedy) in PACKAGES.items():
         found = installed(module)
         yield Check(module, "ok" if found else "missing", found or "not installed", needed_for, "" if found else remedy)
 
 
 def installed(module: str) -> str:
-    """The version of the package that a module comes from; empty where there is none."""
+    """The name and version of the package that a module comes from; empty if it is not installed."""
     try:
         if find_spec(module) is None:
             return ""
@@ -93,7 +94,7 @@ def installed(module: str) -> str:
             return f"{name} {version(name)}"
         except PackageNotFoundError:
             continue
-    return "of unknown version"
+    return "unknown version"
 
 
 def ffmpeg() -> Check:
@@ -111,24 +112,24 @@ def ffmpeg() -> Check:
 
 def driver() -> Check:
     """NVIDIA's driver."""
-    needed_for = "anything on a GPU; compiling for one needs none"
+    needed_for = "anything on a GPU, except compiling for one"
     try:
         found = driver_version()
     except ResourceError as error:
-        return Check("driver", "broken", str(error), needed_for, "restart, or install the driver anew")
+        return Check("driver", "broken", str(error), needed_for, "restart the machine, or reinstall the driver")
     if not found:
         return Check("driver", "missing", "no libcuda.so.1", needed_for, "install NVIDIA's driver")
     return Check("driver", "ok", f"CUDA {found}", needed_for)
 
 
 def gpu() -> Check:
-    """What PyTorch sees of GPUs."""
-    needed_for = "--backend trt, and --backend kernels at speed"
+    """The GPUs that PyTorch sees."""
+    needed_for = "--backend trt, and --backend kernels at a useful speed"
     import torch
 
     if not torch.cuda.is_available():
         build = torch.version.cuda
-        built = f"this PyTorch is built for {'CUDA ' + build if build else 'the CPU alone'}"
+        built = f"this PyTorch is built for {'CUDA ' + build if build else 'the CPU only'}"
         return Check("GPU", "missing", f"PyTorch sees none; {built}", needed_for, "https://pytorch.org/get-started")
     names = []
     for index in range(torch.cuda.device_count()):
@@ -138,8 +139,8 @@ def gpu() -> Check:
 
 
 def compiler() -> Check:
-    """Whether Triton finds what it makes machine code with."""
-    needed_for = "compiling kernels for GPUs that need not be here"
+    """Whether Triton finds the assembler that it generates machine code with."""
+    needed_for = "compiling kernels, also for GPUs that this machine does not have"
     if find_spec("triton") is None:
         return Check("compiler", "missing", "no Triton", needed_for, "pip install triton")
     from triton import knobs
@@ -152,7 +153,7 @@ def compiler() -> Check:
 
 
 def tensorrt(flavour: Flavour, what: str) -> Check:
-    """A flavour of TensorRT, and whether its parser survives a graph with plugins."""
+    """A flavour of TensorRT, and whether its parser can read a graph with plugins without crashing."""
     remedy = f"pip install 'wanforge[{flavour.extra}]'"
     if not installed(flavour.module):
         return Check(flavour.name, "missing", "not installed", what, remedy)
@@ -162,16 +163,16 @@ def tensorrt(flavour: Flavour, what: str) -> Check:
         if flavour.sms:
             found += f" for {', '.join(f'sm_{sm}' for sm in flavour.sms)}"
         if find_spec("onnx") is None:
-            return Check(flavour.name, "ok", f"{found}; plugins not tried, for want of onnx", what)
+            return Check(flavour.name, "ok", f"{found}; plugins not tried, because onnx is not installed", what)
         with tempfile.TemporaryDirectory() as folder:
             check_plugins(flavour, plugin_graph(Path(folder)))
     except ResourceError as error:
         return Check(flavour.name, "broken", str(error), what, remedy)
-    return Check(flavour.name, "ok", f"{found}; takes plugins", what)
+    return Check(flavour.name, "ok", f"{found}; supports plugins", what)
 
 
 def plugin_graph(folder: Path) -> Path:
-    """The file of a graph of one op that only a plugin can make compile."""
+    """Write a graph with a single op, which compiles only with a plugin, and return its file."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -195,7 +196,7 @@ def plugin_graph(folder: Path) -> Path:
 
 
 def cubin_cache() -> Check:
-    """Compiled kernels."""
+    """The kernels that have been compiled."""
     folder = cubins.cache_folder()
     remedy = f"delete {folder}"
     try:
@@ -209,7 +210,7 @@ def cubin_cache() -> Check:
 
 
 def engine_cache() -> Check:
-    """What TensorRT-RTX compiled on this machine."""
+    """The files that TensorRT-RTX has compiled on this machine."""
     folder = tensorrt_cache()
     files = sorted(folder.glob("*.cache")) if folder.is_dir() else []
     size = sum(path.stat().st_size for path in files)
@@ -221,7 +222,7 @@ def as_json(found: list[Check]) -> list[dict[str, Any]]:
 
 
 def line(check: Check) -> str:
-    """A check as a line, and what to do as a second one."""
+    """A check as a line of text, with the remedy on a second line if the status is not ``ok``."""
     text = f"  {MARKS[check.status]:3} {check.name:14} {check.found}"
     if check.status == "ok":
         return text

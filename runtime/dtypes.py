@@ -7,12 +7,12 @@ import torch
 from wanforge.engines.bundle.dtypes import COMPUTE_TYPES, DTYPES
 
 STORED = {dtype.stored: getattr(torch, dtype.name) for dtype in DTYPES}
-"""PyTorch's type by the name that safetensors has for it."""
+"""PyTorch's type by its name in safetensors files."""
 
 STORED_NAMES = {torch_type: stored for stored, torch_type in STORED.items()}
 
 ONNX_NUMBERS = {getattr(torch, dtype.name): dtype.onnx for dtype in DTYPES}
-"""ONNX's number of each PyTorch type."""
+"""The number that ONNX gives each PyTorch type."""
 
 COMPUTE = {dtype.short: getattr(torch, dtype.name) for dtype in COMPUTE_TYPES}
 """PyTorch's type by the short name of a compute type: ``bf16``."""

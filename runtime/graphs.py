@@ -1,7 +1,7 @@
 """The graphs that a request is made of: small pieces of the reference networks with their weights as inputs.
 
-One `block` serves every layer, both experts and every LoRA; the runtime binds each layer's tensors to it. The
-exporter turns each graph into one ONNX file, the torch backend runs it as it is.
+A single graph `block` serves every layer, both experts and every LoRA: the runtime binds each layer's tensors to it.
+The exporter turns each graph into an ONNX file; the torch backend runs it directly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,11 +39,11 @@ class Graph:
     """One piece of a network.
 
     Attributes:
-        inputs, outputs: what it computes from what; weights apart.
-        owner: the reference module it belongs to, on the meta device.
-        call: runs the piece, ``(owner, *inputs) -> output or outputs``.
-        weights: names of the owner's tensors that it reads.
-        has_constants: whether its ONNX file points at the weights of the bundle instead of taking them as inputs.
+        inputs, outputs: Its ports, without the weights.
+        owner: The reference module it belongs to, on the meta device.
+        call: Runs the piece: ``(owner, *inputs) -> output or outputs``.
+        weights: Names of the owner's tensors that it reads.
+        has_constants: Whether its ONNX file refers to the weights of the bundle instead of taking them as inputs.
     """
 
     name: str
@@ -56,11 +56,11 @@ class Graph:
 
     @property
     def prefix(self) -> str:
-        """What the component puts before the graph's names of its weights; of its first layer, where it has many."""
+        """The prefix of the graph's weight names in the component; that of the first layer if there are several."""
         return FIRST_PREFIXES.get(self.name, "")
 
     def component(self, model: ModelConfig) -> str:
-        """The component that it belongs to; of two denoisers, the one that is used first."""
+        """The component that the graph belongs to; if there are two denoisers, the one that is used first."""
         match self.name.partition("_")[0]:
             case "text":
                 return "text_encoder"
@@ -69,7 +69,7 @@ class Graph:
         return dit_component(model.experts[0])
 
     def run(self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Run the piece in PyTorch with these weights, named as in `weights`."""
+        """Run the piece in PyTorch with these weights, named as in the attribute `weights`."""
         state = {f"owner.{name}": weights[name] for name in self.weights}
         result = torch.func.functional_call(_Piece(self.owner, self.call), state, tuple(inputs))
         return (result,) if isinstance(result, Tensor) else tuple(_flatten(result))
@@ -104,7 +104,7 @@ def _graph(
 
 @cache
 def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
-    """Every graph of a model by name, in the order of a request. Made once: callers leave it as it is."""
+    """Every graph of a model by name, in the order of a request. The result is cached: callers must not change it."""
     with torch.device("meta"):
         text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
     found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit), *_vae_graphs(vae, model.task)]
@@ -245,7 +245,7 @@ def _cache_ports(
     space: tuple[Size, Size],
     suffix: str,
 ) -> list[Port]:
-    """The caches of a VAE half, measured on the meta device and put in terms of the latent's rows and columns."""
+    """The ports of a VAE half's caches, measured on the meta device and sized by the latent's rows and columns."""
     probe = 8
     _, caches = first(torch.empty(1, channels, 1, probe * scale, probe * scale, device="meta"))
     ports = []

@@ -1,4 +1,4 @@
-"""From a picture file to what the network is conditioned on.
+"""From an image file to the channels that the network is conditioned on.
 
 Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
 """
@@ -17,10 +17,10 @@ MASK_CHANNELS = 4
 
 
 def open_image(source: Path | Image.Image) -> Image.Image:
-    """The picture in RGB, from its file or as it is.
+    """The image in RGB, read from its file or converted.
 
     Raises:
-        RequestError: the file is missing, is no picture, is damaged, or unpacks to an absurd size.
+        RequestError: The file is missing, is not an image, is damaged, or unpacks to an absurd size.
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
@@ -43,9 +43,10 @@ def open_image(source: Path | Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, width_px: int, height_px: int) -> Tensor:
-    """Stretch a picture to exactly the video's size and scale it to [-1, 1], float32 ``[1, 3, H, W]``.
+    """Stretch an image to exactly the video's size and scale it to [-1, 1], float32 ``[1, 3, H, W]``.
 
-    Bilinear with antialiasing, rounded to 8 bits before scaling, as upstream's resize is; the aspect is not kept.
+    Resizing is bilinear with antialiasing and rounds to 8 bits before scaling, as upstream does. The aspect ratio is
+    not kept.
     """
     resized = image.resize((width_px, height_px), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
@@ -53,8 +54,8 @@ def to_pixels(image: Image.Image, width_px: int, height_px: int) -> Tensor:
 
 
 def condition(latents_BCFHW: Tensor) -> Tensor:
-    """The 20 channels that go with the noise: a mask, one on the first latent frame, then the latents of a clip
-    whose first frame is the picture and whose others are grey."""
+    """The 20 channels that accompany the noise: a mask that is one on the first latent frame, then the latents of a
+    clip whose first frame is the image and whose other frames are grey."""
     batch, _, frames, height, width = latents_BCFHW.shape
     mask = latents_BCFHW.new_zeros(batch, MASK_CHANNELS, frames, height, width)
     mask[:, :, 0] = 1.0

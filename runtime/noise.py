@@ -1,4 +1,4 @@
-"""Files of noise, for requests that are to start from given numbers rather than from a seed."""
+"""Noise files, for requests that start from given numbers rather than from a seed."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,18 +13,18 @@ from wanforge.whole_file import write_atomically
 
 
 def noise_names(num_steps: int) -> list[str]:
-    """Names of the tensors in a noise file: one to start from, and one per step."""
+    """Names of the tensors in a noise file: the initial noise, then one tensor per step."""
     return ["initial", *(f"step.{index}" for index in range(num_steps))]
 
 
 def write_noise(path: Path, shape: tuple[int, ...], seed: int, num_steps: int) -> None:
-    """Write the noise that a seed stands for, whole or not at all."""
+    """Write the noise that a seed generates. If writing fails, no partial file is left."""
     source = gaussian(shape, seed)
     write_atomically(path, save({name: next(source) for name in noise_names(num_steps)}))
 
 
 def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> None:
-    """Look at a noise file without reading its data.
+    """Check a noise file without reading its data.
 
     Raises:
         RequestError: The file is missing or damaged, or its noise has another shape or is for fewer steps.
@@ -43,7 +43,7 @@ def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Non
 
 
 def load_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Iterator[Tensor]:
-    """Noise from a file that `write_noise` or anything else wrote: float32 tensors of this shape, by name.
+    """The named tensors of a noise file, written by `write_noise` or by other means: float32, of this shape.
 
     Raises:
         RequestError: `check_noise` refuses the file.

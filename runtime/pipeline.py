@@ -65,9 +65,9 @@ class Pipeline:
         """Make a clip.
 
         Args:
-            prompt: What it shows, in English for these models.
-            image: First frame, for image-to-video models: a file or a picture.
-            on_progress: Told the stage, how many of its parts are done, and how many there are.
+            prompt: What the clip shows, in English for these models.
+            image: The first frame, for image-to-video models: a file or a picture.
+            on_progress: Called with the stage, the number of its parts that are done, and the number of all its parts.
             settings: See `Settings`.
 
         Raises:
@@ -78,7 +78,7 @@ class Pipeline:
         return self.make(request_for(self.model, prompt, image, settings), on_progress)
 
     def check(self, request: Request) -> CheckedRequest:
-        """Check a request and make ready for it, before anything is computed.
+        """Check a request and prepare the backend for it, before anything is computed.
 
         Raises:
             RequestError, ConfigError: The request does not make sense for this model.
@@ -92,7 +92,7 @@ class Pipeline:
         return checked
 
     def resolve(self, request: Request) -> CheckedRequest:
-        """What a request comes to, on a machine that is large enough; see `request.check_request`."""
+        """Check a request without regard to this machine's memory; see `request.check_request`."""
         return check_request(request, self.model, self.recipe, self.tokenizer)
 
     def _check_memory(self, shape: ClipShape) -> None:
@@ -101,18 +101,18 @@ class Pipeline:
         if needed > available:
             raise ResourceError(
                 f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
-                f"memory on this backend and {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
+                f"memory on this backend, but only {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
             )
 
     def make(self, request: Request, progress: Progress = silent) -> Clip:
-        """Serve a whole request, and keep its latents and frames; raises what `check` does."""
+        """Serve a whole request and return its latents and frames. Raises the same errors as `check`."""
         timings = Timings()
         latents = self.latents(self.check(request), timings, progress)
         frames = torch.stack(list(self.frames(latents, request.shape, timings, progress)))
         return Clip(request, frames.numpy(), latents, self.model.video.fps, timings, self.backend.name)
 
     def write_video(self, checked: CheckedRequest, path: Path, progress: Progress = silent) -> Timings:
-        """Serve a request into a video file, frame by frame; the file appears under its name when it is whole.
+        """Serve a request into a video file, frame by frame; the file appears under its name when it is complete.
 
         Raises:
             ResourceError: The encoder failed, for example on a full disk.
@@ -125,12 +125,12 @@ class Pipeline:
         ):
             for frame in self.frames(latents, shape, timings, progress):
                 write(frame)
-        # Decoding and encoding take turns, so the encoder's time is what is left of the whole.
+        # Decoding and encoding take turns, so subtracting the decoder's time leaves the encoder's.
         timings.stages["write"] -= timings.stages["decode"] + timings.stages["transfer"]
         return timings
 
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
-        """Run a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
+        """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
             noise = (each.to(self.backend.device) for each in self.noise(checked))
@@ -150,7 +150,7 @@ class Pipeline:
             return Denoiser(self.backend, self.bundle, checked, text, channels, timings, progress)
 
     def embed(self, ids: list[int], progress: Progress = silent) -> Tensor:
-        """An embedded prompt ``[1, T, E]`` in the compute type, zeros after its own rows."""
+        """Embed a prompt as ``[1, T, E]`` in the compute type, padded with rows of zeros."""
         session = self.backend.session(text_schedule(self.model, self.graphs, len(ids)))
         session["ids"].copy_(torch.tensor([ids]))
         session["buckets"].copy_(position_buckets(len(ids), self.model.text_encoder))
@@ -180,7 +180,7 @@ class Pipeline:
     def frames(
         self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
-        """Decode latents frame by frame: uint8 ``[H, W, 3]``, as they come."""
+        """Decode latents and yield each frame as uint8 ``[H, W, 3]`` as soon as its chunk is decoded."""
         self.backend.prepare(shape)
         session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
         for index, program, output in chunks(shape.latent_frames, "pixels"):
@@ -212,16 +212,17 @@ def open_pipeline(
     clips: Sequence[ClipShape] = (),
     progress: Progress = silent,
 ) -> Pipeline:
-    """Make a bundle ready to serve requests, once the files that it will open have been verified.
+    """Verify the files of a bundle that the backend opens, and make the bundle ready to serve requests.
 
     Args:
         backend: The name of a backend, or ``auto`` for the fastest that can run here.
-        budget: Bytes of memory to keep to, by streaming the weights that do not fit.
-        clips: Sizes and lengths of the requests to come; with ``auto``, engines must be there for each of them.
+        budget: The most bytes of memory to use; weights that do not fit are streamed.
+        clips: Sizes and lengths of the requests to come. ``auto`` chooses TensorRT only if there are engines for all
+            of them.
 
     Raises:
         BundleError: A file is missing or damaged.
-        ConfigError: There is no such backend, or it keeps to no budget.
+        ConfigError: There is no such backend, or it cannot keep to a budget.
     """
     name = choose_backend(bundle, clips, bounded=budget is not None) if backend == AUTO else backend
     created = create_backend(name, bundle, budget=budget)
@@ -230,7 +231,7 @@ def open_pipeline(
 
 
 def verify_files(bundle: Bundle, backends: Iterable[str], progress: Progress = silent) -> None:
-    """Compare the files that some backends open with the manifest, each of them once.
+    """Verify the files that some backends open against the manifest, each file once.
 
     Raises:
         BundleError: A file is missing or damaged.

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, for work that takes long enough to wonder."""
+"""Progress bars on stderr, for work that takes a while."""
 
 import sys
 from types import TracebackType
@@ -10,7 +10,7 @@ from tqdm import tqdm
 class Bars:
     """Shows progress as one bar at a time.
 
-    Nothing is shown where stderr is not a terminal, or where `quiet` is set.
+    Nothing is shown if stderr is not a terminal, or if `quiet` is set.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -28,7 +28,7 @@ class Bars:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar from the screen."""
         if self._bar is not None:
             self._bar.close()
         self._bar = None

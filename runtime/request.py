@@ -1,4 +1,4 @@
-"""What a user asks for, what a model makes of it, and how long each stage took."""
+"""Requests: what a user asks for, the checks against a model, and how long each stage took."""
 
 import time
 from collections.abc import Iterator
@@ -20,30 +20,30 @@ from wanforge.runtime.reference.sampler import Step, schedule
 from wanforge.runtime.text import Tokenizer
 
 EXAMPLE_PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
-"""What a clip shows where a command needs one and any will do."""
+"""The prompt of commands that need a clip but do not depend on what it shows."""
 
 SEEDS = 1 << 64
-"""Number of seeds that the generator tells apart."""
+"""Number of distinct seeds of the generator."""
 
 STAGES = ("text", "condition", "prepare", "denoise", "decode", "transfer", "write")
-"""The stages of a request, in order: prompt to embedding; image to latents; what the steps share; the steps; latents to
-pixels; pixels to the host; frames to the video file."""
+"""The stages of a request, in order: prompt to embedding; image to latents; the values that all steps share; the steps;
+latents to pixels; pixels to the host; frames to the video file."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. A value of None follows from the model.
+    """What a user asks for. If `steps`, `sigma_max` or `topk` is None, the model's default applies.
 
     Attributes:
         prompt: What the clip shows, in English for these models.
         shape: Size and length of the clip.
-        image: First frame, for image-to-video models: a file or a picture.
+        image: The first frame, for image-to-video models: a file or a picture.
         seed: Seed of the noise.
         steps: Number of steps, 1 to 4.
         sigma_max: Noise level of the first step.
         topk: Share of the key blocks that attention sees.
         ode: Whether to follow the flow without fresh noise between the steps.
-        noise: A file to take the noise from, instead of the seed.
+        noise: A file to read the noise from, instead of generating it from the seed.
     """
 
     prompt: str
@@ -58,10 +58,11 @@ class Request:
 
 
 class Settings(TypedDict, total=False):
-    """What a request may say besides its prompt and image. What is left out follows from the model.
+    """The optional settings of a request, besides its prompt and image. Unless noted, the default is the model's.
 
     Attributes:
-        size: Width and height in pixels, or a name of the table of resolutions (``480p``, at 16:9), or ``832x480``.
+        size: Width and height in pixels, or a string: a name from the table of resolutions (``480p``, at 16:9), or
+            ``832x480``.
         frames: Number of frames, 4n+1.
         seed: Seed of the noise; 0 by default.
         steps: Number of steps, 1 to 4.
@@ -76,10 +77,10 @@ class Settings(TypedDict, total=False):
 
 
 def request_for(model: ModelConfig, prompt: str, image: str | Path | Image | None, settings: Settings) -> Request:
-    """The request for a model.
+    """Build the request for a model from a prompt, an image and settings.
 
     Raises:
-        ConfigError: There is no such size, or no clip of this length.
+        ConfigError: There is no such size, or a clip cannot have this length.
     """
     return Request(
         prompt,
@@ -93,7 +94,7 @@ def request_for(model: ModelConfig, prompt: str, image: str | Path | Image | Non
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A request that has been checked against a model and found possible.
+    """A request that has been checked against a model and can be served.
 
     Attributes:
         ids: Token ids of the prompt.
@@ -108,12 +109,12 @@ class CheckedRequest:
 
     @property
     def noise_names(self) -> list[str]:
-        """Names of its noise in a file, in the order of use."""
+        """Names of its noise tensors in a noise file, in the order of use."""
         return ["initial"] if self.request.ode else noise_names(len(self.steps))
 
 
 def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenizer: Tokenizer) -> CheckedRequest:
-    """Check everything that can be wrong with a request, its files included, before anything is computed.
+    """Check everything that can be wrong with a request, including its files, before anything is computed.
 
     Raises:
         RequestError, ConfigError: The request does not make sense for this model.
@@ -156,12 +157,12 @@ class Timings:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to a stage."""
+        """Add the time that the ``with`` block takes to a stage."""
         start = time.perf_counter()
         yield
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     @property
     def total(self) -> float:
-        """Seconds of all stages together."""
+        """The seconds of all stages together."""
         return sum(self.stages.values())

@@ -1,7 +1,7 @@
-"""Which graph runs when, on which buffers, with which weights: the same lists for every backend.
+"""Which graph runs when, on which buffers and with which weights: the same lists for every backend.
 
 A stage of a request (text, denoising, VAE) is a `Schedule`: named buffers of known shape, and programs, each a list
-of launches. A backend only binds and launches; what is computed once and what at every step is decided here.
+of graph runs. A backend only binds and runs them; this module decides what is computed once and what at every step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,10 +37,10 @@ class GraphRun:
     """One run of a graph.
 
     Attributes:
-        graph: its name.
-        inputs, outputs: what is bound to its ports, in their order.
-        component: whose weights it takes.
-        prefix: what the component puts before the graph's names of its weights.
+        graph: Name of the graph.
+        inputs, outputs: What is bound to its ports, in the order of the ports.
+        component: The component whose weights it uses.
+        prefix: The prefix of the graph's weight names in the component.
     """
 
     graph: str
@@ -52,23 +52,23 @@ class GraphRun:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The buffers and programs of one stage; the programs in the order in which a request runs them."""
+    """The buffers and programs of one stage. The programs are in the order in which a request runs them."""
 
     stage: str
     buffers: Mapping[str, BufferSpec]
     programs: Mapping[str, tuple[GraphRun, ...]]
 
     def steps(self) -> list[str]:
-        """The programs that a request's steps are."""
+        """The names of the programs that are steps of the denoiser."""
         return [program for program in self.programs if program.startswith("step.")]
 
     def graph_runs(self) -> Iterator[GraphRun]:
-        """Every launch of every program, in order."""
+        """Every graph run of every program, in order."""
         return chain.from_iterable(self.programs.values())
 
 
 class _Builder:
-    """Collects buffers as launches name them."""
+    """Builds graph runs, and collects the buffers that they name."""
 
     def __init__(self, graphs: Mapping[str, Graph], sizes: Mapping[str, int]) -> None:
         self.graphs, self.sizes = graphs, sizes
@@ -102,7 +102,7 @@ class _Builder:
 
 
 def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens: int) -> Schedule:
-    """``ids`` and ``buckets`` to ``embedding``, at the prompt's real length."""
+    """The text encoder at the prompt's real length, from ``ids`` and ``buckets`` to ``embedding``."""
     build = _Builder(graphs, {"prompt_tokens": prompt_tokens})
     component, layers = "text_encoder", model.text_encoder.num_layers
     runs = [build.run("text_embed", ["ids"], ["hidden.0"], component)]
@@ -124,13 +124,13 @@ def denoise_schedule(
 ) -> Schedule:
     """The denoiser of one clip.
 
-    Programs: ``prompt`` makes the keys and values of cross-attention for every layer and expert; ``times`` makes the
-    modulation of every layer for every step; ``step.<i>`` takes ``patches`` to ``velocity``.
+    Programs: ``prompt`` computes the keys and values of cross-attention for every layer and expert; ``times`` computes
+    the modulation of every layer for every step; ``step.<i>`` computes ``velocity`` from ``patches``.
 
     Args:
-        steps: the expert of each step.
-        context_rows: distinct rows of text, see `context_rows`.
-        num_selected: key blocks selected per query block.
+        steps: The expert of each step.
+        context_rows: Number of rows of text that are kept, see `context_rows`.
+        num_selected: Number of key blocks selected per query block.
     """
     build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected})
     layers = range(model.dit.num_layers)
@@ -162,8 +162,8 @@ def denoise_schedule(
 
 
 def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
-    """One half of the VAE, ``decode`` or ``encode``: program ``first`` for the opening chunk, then ``next.0`` and
-    ``next.1`` in turn, which hand the caches back and forth."""
+    """One half of the VAE, ``decode`` or ``encode``: the program ``first`` for the opening chunk, then ``next.0`` and
+    ``next.1`` in turn, each of which reads the caches that the other wrote."""
     build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
     first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
     caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
@@ -179,12 +179,14 @@ def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Sc
 def context_rows(prompt_tokens: int, rows: int, tile: int, multiple: int = 1) -> tuple[list[int], list[int]]:
     """Which rows of the padded text differ, and how often each occurs.
 
-    The rows after the prompt are equal, so attention sees one of them, weighted by their number. Where the linears
-    quantise by tiles of `tile` rows, padding that shares a tile with the prompt comes out apart from padding that
-    fills tiles of its own; both are kept. Exact: softmax over equal keys adds up.
+    The padding rows after the prompt are equal, so attention sees one of them, weighted by their number. If the linears
+    quantise by tiles of `tile` rows, padding that shares a tile with the prompt gets other values than padding in tiles
+    of its own, so one row of each kind is kept. This is exact, because equal keys have equal softmax weights, which add
+    up.
 
     Args:
-        multiple: of how many rows there are to be; those that fill up occur 0 times, so that attention gives them none.
+        multiple: The number of rows is filled up to a multiple of this. The rows added occur 0 times, so attention
+            gives them no weight.
     """
     border = min(rows, -(-prompt_tokens // tile) * tile)
     kept, counts = list(range(prompt_tokens)), [1] * prompt_tokens

@@ -1,4 +1,4 @@
-"""From what a user types to token ids: cleaning, then the published tokenizer.
+"""From the text that a user types to token ids: cleaning, then the published tokenizer.
 
 Source: TurboDiffusion, rcm/utils/umt5.py (docs/sources.md).
 """
@@ -15,21 +15,21 @@ END = "</s>"
 
 
 def clean(prompt: str) -> str:
-    """Repair encoding, resolve HTML entities twice, and make every run of white space one space."""
+    """Repair the encoding, resolve HTML entities twice, and replace every run of white space by one space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
 class Tokenizer:
-    """umT5's tokenizer, read from the ``tokenizer.json`` that is published with it.
+    """The tokenizer of umT5, read from the published ``tokenizer.json``.
 
     Raises:
-        CheckpointError: the file is missing or is not a tokenizer with an end-of-text token.
+        CheckpointError: The file is missing, or is not a tokenizer with an end-of-text token.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self.tokens = Tokens.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every kind of damage
+        except Exception as error:  # the library raises a bare Exception for every kind of damage
             raise CheckpointError(f"{path}: not a tokenizer.json ({error})") from None
         end = self.tokens.token_to_id(END)
         if end is None:
@@ -43,10 +43,10 @@ class Tokenizer:
         return size
 
     def encode(self, prompt: str, max_tokens: int) -> list[int]:
-        """Token ids of a cleaned prompt, ending in end-of-text.
+        """Clean a prompt and return its token ids, ending in end-of-text.
 
         Raises:
-            RequestError: the prompt is empty, or longer than the model was made for.
+            RequestError: The prompt is empty, or has more than `max_tokens` tokens.
         """
         cleaned = clean(prompt)
         if not cleaned:
@@ -61,10 +61,10 @@ class Tokenizer:
 
 
 def find_tokenizer(path: Path) -> Path:
-    """The ``tokenizer.json`` at `path`, a file or the directory that was published.
+    """The ``tokenizer.json`` at `path`, which is that file or the published folder.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: There is none.
     """
     if path.is_file() and path.suffix == ".json":
         return path

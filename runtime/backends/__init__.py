@@ -1,4 +1,4 @@
-"""What runs graphs: one file per backend, chosen by name and imported when it is asked for."""
+"""The backends that run graphs: one module each, chosen by name and imported on demand."""
 
 from typing import TYPE_CHECKING
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 BACKENDS = ("torch", "ort", "kernels", "trt")
 BOUNDED = ("ort", "trt")
-"""Backends that keep to a budget of memory."""
+"""The backends that can keep to a memory budget."""
 
 
 def create_backend(
     name: str, bundle: "Bundle", dtype: "torch.dtype | None" = None, budget: float | None = None
 ) -> "Backend":
-    """A backend over a bundle.
+    """Create a backend for a bundle.
 
     Args:
         name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime), ``trt`` (TensorRT) or ``kernels`` (the reference
             with the denoiser's blocks as kernels).
-        dtype: Compute type of the run; by default float32, and bfloat16 on a GPU.
-        budget: Bytes of memory to keep to, by streaming the weights that do not fit; for the `BOUNDED` alone.
+        dtype: The compute type; by default bfloat16 on a GPU and float32 on a CPU.
+        budget: The most bytes of memory to use; weights that do not fit are streamed. Only for the `BOUNDED` backends.
 
     Raises:
-        ConfigError: There is no such backend, or it keeps to no budget.
+        ConfigError: There is no such backend, or it cannot keep to a budget.
         BundleError: The bundle lacks what the backend needs.
     """
     if budget is not None and name in BACKENDS and name not in BOUNDED:
-        raise ConfigError(f"the backend {name} keeps to no budget of memory; {' and '.join(BOUNDED)} do")
+        raise ConfigError(f"the backend {name} cannot keep to a memory budget; {' and '.join(BOUNDED)} can")
     match name:
         case "torch":
             from wanforge.runtime.backends.torch import TorchBackend

@@ -1,4 +1,4 @@
-"""What a backend is, and the session that runs a schedule on one."""
+"""The interface of a backend, and the session that runs a schedule on one."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,53 +13,57 @@ from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
 
 class Backend(Protocol):
-    """Binds graphs to buffers and weights. A new backend implements this, and nothing else knows it is new."""
+    """Binds graphs to buffers and weights. Sessions and the pipeline work with any implementation of this interface."""
 
     name: str
     device: torch.device
     dtype: torch.dtype
-    """Compute type."""
+    """The compute type."""
     memory: Memory
     text_rows_multiple: int = 1
-    """Rows of text that are attended to are filled up to a multiple of this, with rows of no weight."""
+    """The number of text rows that are attended to is filled up to a multiple of this, with rows of zero weight."""
     note: str = ""
-    """What has to be said beside its times, where it does not compute what the others do."""
+    """A remark that reports show beside its times, if it does not compute the same as the other backends."""
 
     def files(self) -> list[str]:
-        """What of the bundle it opens, by path in it."""
+        """The paths in the bundle of the files that it opens."""
         ...
 
     def prepare(self, clip: ClipShape) -> None:
-        """Make ready for requests for this size and length of clip.
+        """Get ready for requests for clips of this size and length.
 
         Raises:
-            ResourceError: there is too little memory for it.
-            BundleError: the bundle lacks what it takes.
+            ResourceError: There is too little memory for such a clip.
+            BundleError: The bundle lacks what the backend needs for it.
         """
         return
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        """What runs this launch, again and again, on these very buffers: contiguous, on `device`, in port order."""
+        """Return a function that runs a graph run as often as it is called, always on these buffers.
+
+        Args:
+            inputs, outputs: Contiguous tensors on `device`, in the order of the graph's ports.
+        """
         ...
 
     def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
-        """A program of bound launches as the backend would run it: one by one, or as one."""
+        """The bound graph runs of a program as the backend runs them: one by one, or combined into one call."""
         return list(runnables)
 
     def session(self, schedule: Schedule) -> "Session":
-        """The schedule's buffers and programs, for a stage that begins."""
+        """Start a stage: return a session with the schedule's buffers and programs."""
         return Session(self, schedule)
 
     def synchronise(self) -> None:
-        """Wait until everything launched is done."""
+        """Wait until all work that has been started is done."""
         return
 
 
 class Session:
     """The buffers of one schedule on one backend, and its programs bound to them.
 
-    Buffers live as long as the session, at fixed addresses; launches are bound the first time a program runs. Where
-    memory is shared between stages, a session that is made ends the one before.
+    Buffers live as long as the session, at fixed addresses. A program's graph runs are bound when it first runs. If
+    stages share memory, creating a session ends the previous one.
     """
 
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
@@ -68,18 +72,18 @@ class Session:
         self.enter()
 
     def enter(self) -> None:
-        """Take the stage's buffers, where an earlier run of it had them."""
+        """Take the stage's buffers, at the addresses where an earlier run of the stage had them."""
         self._buffers = self.backend.memory.enter(self.schedule)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A buffer, to fill or to read."""
+        """Return a buffer, to fill or to read."""
         return self._buffers[name]
 
     def run(self, program: str, stage: str = "", progress: Progress = silent) -> None:
         """Run every graph of a program in order.
 
         Args:
-            progress: Told `stage`, how many runs are done, and how many there are.
+            progress: Called with `stage`, the number of graph runs that are done, and the number of all graph runs.
         """
         runs = self.bound(program)
         for index, run in enumerate(runs):
@@ -87,13 +91,13 @@ class Session:
             progress(stage, index + 1, len(runs))
 
     def bound(self, program: str) -> list[Runnable]:
-        """A program's launches, ready to call one by one."""
+        """The runnables of a program, to be called in order."""
         if program not in self._bound:
             self._bound[program] = self.backend.program(self.schedule, program, self.bind_anew(program))
         return self._bound[program]
 
     def bind_anew(self, program: str) -> list[Runnable]:
-        """A program's launches bound anew, one for each."""
+        """Bind the graph runs of a program again and return one runnable for each."""
         runnables = [
             self.backend.bind(
                 graph_run, [self._view(r) for r in graph_run.inputs], [self._view(r) for r in graph_run.outputs]

@@ -1,4 +1,4 @@
-"""Choosing a backend: which of them this machine and a bundle can run, and which of those is the fastest."""
+"""Choosing a backend: which backends can run a bundle on this machine, and which of them is the fastest."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,36 +13,36 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.backends import BOUNDED
 
 AUTO = "auto"
-"""Stands for the fastest backend that can run."""
+"""The name that stands for the fastest backend that can run."""
 
 FASTEST_FIRST = ("trt", "kernels", "ort", "torch")
 
 
 def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: bool = False) -> str:
-    """The fastest backend that this machine and a bundle can run.
+    """The fastest backend that can run a bundle on this machine.
 
     Args:
-        clips: Sizes and lengths of clip that engines must be there for.
-        bounded: Whether it must be able to keep to a budget of memory.
+        clips: Sizes and lengths of clips; TensorRT is chosen only if there are engines for all of them.
+        bounded: Whether the backend must be able to keep to a memory budget.
 
     Raises:
-        BundleError: None that can keep to a budget can run.
+        BundleError: A budget is required, and no backend that can keep to one can run.
     """
     able = [name for name in FASTEST_FIRST if name in BOUNDED or not bounded]
     for name in able:
         if obstacle(name, bundle, clips) is None:
             return name
     reasons = "; ".join(f"{name}: {obstacle(name, bundle, clips)}" for name in able)
-    raise BundleError(f"{bundle.root}: no backend that keeps to a budget of memory can run here ({reasons})")
+    raise BundleError(f"{bundle.root}: no backend that can keep to a memory budget can run here ({reasons})")
 
 
 def runnable_backends(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> list[str]:
-    """Every backend that this machine and a bundle can run at a useful speed, the reference first."""
+    """Every backend that can run a bundle on this machine at a useful speed, the reference first."""
     return [name for name in reversed(FASTEST_FIRST) if obstacle(name, bundle, clips) is None]
 
 
 def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str | None:
-    """Why a backend cannot run a bundle here, or not at a useful speed; None where nothing speaks against it."""
+    """Why a backend cannot run a bundle on this machine at a useful speed; None if it can."""
     match name:
         case "trt":
             return _trt_obstacle(bundle, clips)
@@ -59,7 +59,7 @@ def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
     sm = architecture(*torch.cuda.get_device_capability())
     if not any(str(sm) in key["architectures"].split() for key in _engine_keys(bundle)):
         return f"the bundle has no engines for sm_{sm}; wanforge build makes them"
-    # The other backends do without what knows TensorRT.
+    # Imported here, because the other backends do not need the modules for TensorRT.
     from wanforge.engines.files import engines_of
     from wanforge.plugins.tensorrt.library import flavour_for, installed_version
 

@@ -1,6 +1,6 @@
-"""One denoiser block as kernels: what `runtime.reference.dit.Block` computes, in about twenty launches.
+"""One denoiser block as kernels: computes the same as `runtime.reference.dit.Block`, in about twenty kernel launches.
 
-Letters as in the reference; batch is one, so hidden states are matrices ``[L, D]``.
+Letters are those of the reference. The batch size is one, so hidden states are matrices ``[L, D]``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,40 +35,40 @@ from wanforge.runtime.reference.dit import attention_blocks, dense_attention, sp
 FIRST_FP8_SM = 89
 
 Input = Tensor | Quantised
-"""What a linear takes: hidden states, or the same quantised."""
+"""The input of a linear: hidden states, plain or quantised."""
 
 Weights = Mapping[str, Tensor]
 
 
 class Linears(Protocol):
-    """The linears of a block, with what is fused to them."""
+    """The linears of a block, with the ops that are fused to them."""
 
     packs_tiles: bool
-    """Whether their input is quantised by tiles, which attention can do."""
+    """Whether their input is quantised by tiles. The attention kernel can do that itself."""
 
     def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Input:
-        """Layer norm, ready for a linear."""
+        """Layer norm of hidden states, as the input of a linear."""
         ...
 
     def pack(self, y_LD: Tensor) -> Input:
-        """Hidden states, ready for a linear."""
+        """Convert hidden states to the input of a linear."""
         ...
 
     def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
-        """Some linears of one input."""
+        """The outputs of the named linears for the same input."""
         ...
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
-        """``out = residual + linear(x) * gate``."""
+        """Compute ``out = residual + linear(x) * gate``; without a gate, the factor is one."""
         ...
 
     def gelu(self, x: Input, name: str) -> Input:
-        """``gelu(linear(x))``, ready for a linear."""
+        """``gelu(linear(x))``, as the input of a linear."""
         ...
 
 
 class PlainLinears:
-    """Linears in the compute type: products are the library's."""
+    """Linears in the compute type; PyTorch computes the matrix products."""
 
     packs_tiles = False
 
@@ -98,7 +98,7 @@ class PlainLinears:
 
 
 class QuantisedLinears:
-    """W8A8 linears with scales by tile: every input is quantised by the kernel that makes it."""
+    """W8A8 linears with a scale per tile: each input is quantised by the kernel that computes it."""
 
     packs_tiles = True
 
@@ -131,7 +131,7 @@ class QuantisedLinears:
 
 
 class RowLinears(QuantisedLinears):
-    """W8A8 linears with scales by row: no kernel but the quantiser holds a row whole."""
+    """W8A8 linears with a scale per row. Only the quantiser sees whole rows, so it runs as a separate kernel."""
 
     packs_tiles = False
 
@@ -145,18 +145,18 @@ class RowLinears(QuantisedLinears):
 
 
 class BlockObserver:
-    """Sees what goes from op to op, by the names of `backends.taps`, and passes it on; this one as it is."""
+    """Sees the values between ops, named as in `backends.taps`, and may replace them. This class changes nothing."""
 
     def value(self, name: str, x_LD: Tensor) -> Tensor:
-        """What an op gave, and the next one may write over."""
+        """Return what replaces the output of an op. The next op may overwrite it."""
         return x_LD
 
     def input(self, name: str, x: Input, layers: Linears) -> Input:
-        """What `layers` take."""
+        """Return what replaces the input of `layers`."""
         return x
 
     def stream(self, name: str, x_LD: Tensor) -> None:
-        """The residual stream, in place."""
+        """Observe the residual stream, and change it in place if at all."""
 
 
 UNOBSERVED = BlockObserver()
@@ -166,8 +166,8 @@ class FusedBlock:
     """One layer of the denoiser as kernels.
 
     Args:
-        config: its sizes.
-        recipe: its number formats, as they run: see `recipe_for`.
+        config: Its sizes.
+        recipe: Its number formats, as the architecture can run them; see `recipe_for`.
     """
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
@@ -181,13 +181,13 @@ class FusedBlock:
         """Compute the graph ``block``.
 
         Args:
-            weights: the layer's tensors, named as in the graph, on the device of the inputs.
-            inputs: in the order of the graph's ports; one sample.
-            out_BLD: takes ``hidden_out``; must not be ``hidden``.
-            observer: sees what goes from op to op.
+            weights: The layer's tensors, named as in the graph, on the device of the inputs.
+            inputs: The inputs of one sample, in the order of the graph's ports.
+            out_BLD: Receives ``hidden_out``. It must not be the tensor ``hidden``.
+            observer: Sees the values between the ops.
 
         Raises:
-            ShapeError: there is more than one sample.
+            ShapeError: There is more than one sample.
         """
         hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T, cos_LP, sin_LP, selection_S = inputs
         if len(hidden_BLD) != 1:
@@ -243,12 +243,15 @@ class FusedBlock:
 
 
 def recipe_for(recipe: Recipe, sm: int) -> Recipe:
-    """A recipe as an architecture can run it: before sm_89 there is no fp8, and values are fp16."""
+    """A recipe as an architecture can run it: before sm_89 there is no fp8, so the attention values are fp16."""
     return msgspec.structs.replace(recipe, pv="fp16") if sm < FIRST_FP8_SM else recipe
 
 
 def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
-    """Every launch of one block on an architecture, in bfloat16, at a clip's size or the model's own; nothing runs.
+    """Every kernel launch of one block on an architecture, in bfloat16. Nothing is run.
+
+    Args:
+        shape: The clip's size and length; by default the model's own.
 
     Raises:
         ConfigError: The clip is too short for its top-k.
@@ -270,7 +273,8 @@ def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | Non
 
 
 def _empty_weights(block: Graph) -> dict[str, Tensor]:
-    """Weights on the meta device, in the types of a published file: norms in float32, the rest in bfloat16 or int8."""
+    """Weights on the meta device, in the types of a published file: norms and scales in float32, others in bfloat16 or
+    int8."""
     state = block.owner.state_dict()
     is_float32 = {name for name in block.weights if "norm" in name or name.endswith(".scale")}
     found = {}

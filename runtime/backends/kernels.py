@@ -1,5 +1,8 @@
-"""The denoiser's blocks as kernels, the rest as the reference: on a GPU in bfloat16, without one in Triton's
-interpreter, which shows that the kernels are right, and takes its time."""
+"""The denoiser's blocks as kernels, everything else as in the reference.
+
+If there is a GPU, the backend uses it, in bfloat16. Otherwise the kernels run in Triton's interpreter, which is slow
+but shows that they are correct.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,11 +20,11 @@ from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.schedule import GraphRun
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
-"""What goes into the linears."""
+"""The taps at the inputs of the linears."""
 
 
 class KernelsBackend(TorchBackend):
-    """The reference with its blocks replaced."""
+    """The reference with the denoiser's blocks replaced by kernels."""
 
     name = "kernels"
 
@@ -30,7 +33,7 @@ class KernelsBackend(TorchBackend):
         has_gpu = self.device.type == "cuda"
         recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if has_gpu else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
-        # The kernels before a W8A8 linear quantise for it; attention rounds and selects.
+        # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
@@ -52,14 +55,14 @@ class KernelsBackend(TorchBackend):
 
 
 class ForcedTaps(BlockObserver):
-    """Writes down what the kernels make, and passes on what the reference made in its place."""
+    """Records the values that the kernels compute, and replaces them by those of the reference."""
 
     def __init__(self, forced: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.forced, self.dtype = forced, dtype
         self.found: Taps = {}
 
     def wanted(self, name: str, like_LD: Tensor) -> Tensor:
-        """The reference's value as a matrix of the kernels' own."""
+        """A copy of the reference's value in the shape and type and on the device of the kernels' value."""
         return self.forced[name].to(like_LD).reshape(like_LD.shape).clone()
 
     def value(self, name: str, x_LD: Tensor) -> Tensor:
@@ -81,7 +84,8 @@ class ForcedTaps(BlockObserver):
         exact_LD = expected.to(x.steps_MK.device, self.dtype).reshape(x.steps_MK.shape)
         taken = layers.pack(exact_LD)
         assert isinstance(taken, Quantised)
-        # The reference has not been rounded to 8 bits here: what counts is by how much the rounded values differ.
+        # The reference's value is not rounded to 8 bits here. Therefore both are compared after rounding, and their
+        # difference is added to the reference's value.
         apart = dequantise(x.steps_MK, x.scale) - dequantise(taken.steps_MK, taken.scale)
         self.found[name] = expected.to(apart) + apart.view(expected.shape)
         return taken

@@ -1,5 +1,8 @@
-"""Opens an exported block at its taps, see `taps`. The one place of `runtime` that takes the onnx package, and only
-when it is used: a graph is not looked into where it is deployed."""
+"""Opens an exported block at its taps, see `taps`.
+
+This is the only module of `runtime` that needs the onnx package. It imports it on use, because deployed graphs are not
+opened.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,16 +15,16 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 FORCED = "/forced"
-"""What the name of an opened value ends with where it is read."""
+"""The suffix of the name under which an opened value is read."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A graph whose taps are outputs where they are made, and inputs where they are read.
+    """A graph in which every tap is an output where it is computed, and an input where it is read.
 
     Attributes:
-        model: the ONNX file.
-        taps: the graph's value of each tap.
+        model: The contents of the ONNX file.
+        taps: The name of each tap's value in the graph.
     """
 
     model: bytes
@@ -29,10 +32,10 @@ class Opened:
 
 
 def open_at_taps(path: Path, weights: tuple[str, ...]) -> Opened:
-    """Open a graph around its named layers.
+    """Open a graph before and after its named layers.
 
     Args:
-        weights: names of the graph's weights, which tell where the layers are.
+        weights: Names of the graph's weights, which show where the layers are.
     """
     import onnx
 
@@ -56,7 +59,7 @@ def open_at_taps(path: Path, weights: tuple[str, ...]) -> Opened:
 
 
 class Values:
-    """Who makes and who reads each value of a graph."""
+    """The nodes that compute and read each value of a graph."""
 
     def __init__(self, graph: "GraphProto") -> None:
         self.graph = graph
@@ -67,11 +70,11 @@ class Values:
                 self.readers.setdefault(name, []).append(node)
 
     def compute_type(self) -> int:
-        """That of the first input."""
+        """The ONNX number of the compute type, which is the type of the first input."""
         return self.graph.input[0].type.tensor_type.elem_type
 
     def taps_of(self, layer: str) -> Iterator[tuple[str, str]]:
-        """The taps around a layer, found by what reads its weights."""
+        """The taps around a layer and their values, found through the node that reads its weights."""
         if (attention := self.consumer(f"{layer}.local_attn.proj_l.weight")) is not None:
             yield from ((f"{layer}.{port}", value) for port, value in zip(QKV, attention.input, strict=False))
             yield layer, attention.output[0]
@@ -84,7 +87,7 @@ class Values:
             yield layer, self.rounded(last.output[0])
 
     def consumer(self, weight: str) -> "NodeProto | None":
-        """The node that computes with a weight, past those that cast and transpose it."""
+        """The node that computes with a weight, after any nodes that cast or transpose it."""
         while readers := self.readers.get(weight):
             if readers[0].op_type not in ("Cast", "Transpose"):
                 return readers[0]
@@ -92,12 +95,12 @@ class Values:
         return None
 
     def rounded(self, value: str) -> str:
-        """A float32 result in the compute type, where that is another."""
+        """The value of a float32 result after its cast to the compute type; the result itself if there is no cast."""
         readers = self.readers.get(value, [])
         return readers[0].output[0] if [reader.op_type for reader in readers] == ["Cast"] else value
 
     def read_by(self, product: "NodeProto") -> list[str]:
-        """What a linear, or a layer norm, reads; an RMS norm spells out its input, which a linear gives."""
+        """The input value of a linear or a layer norm. None for an RMS norm: its input is the output of a linear."""
         if product.op_type == "MatMul":
             return [product.input[0]]
         norm = self.maker.get(product.input[0])

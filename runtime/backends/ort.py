@@ -1,4 +1,4 @@
-"""ONNX Runtime: the exported graphs as they stand, on the CPU, their weights bound where the bundle is mapped."""
+"""ONNX Runtime: runs the exported graphs on the CPU, with the weights bound directly from the mapped bundle."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -27,8 +27,8 @@ class OrtBackend(Backend):
     """ONNX Runtime's CPU provider. It has no bfloat16 arithmetic, so graphs are float32 or float16.
 
     Args:
-        budget: bytes that weights and buffers may take; by default weights are where the bundle is mapped, all of them.
-            What ONNX Runtime takes for intermediate tensors comes on top.
+        budget: The most bytes that weights and buffers may use; without it, all weights stay in the mapped bundle. The
+            memory that ONNX Runtime allocates for intermediate tensors is not included.
     """
 
     name = "ort"
@@ -50,11 +50,24 @@ class OrtBackend(Backend):
         return [*self.weights.files(), *map(self.file, self.graphs)]
 
     def file(self, name: str) -> str:
-        """A graph's path in the bundle."""
-        return graph_name(name, self.dtype, self.graphs[name].has_constants)
+        """A graph's path in the bundle.
+
+        Raises:
+            BundleError: Another version of wanforge exported it, with other inputs.
+        """
+        graph = self.graphs[name]
+        path = graph_name(name, self.dtype, graph.has_constants)
+        record = self.bundle.manifest.files.get(path)
+        expected = {port.name for port in graph.inputs}
+        if record is not None and (record.graph is None or record.graph.inputs.keys() != expected):
+            raise BundleError(
+                f"{self.bundle.root}: {path} was exported by another version of wanforge, with other inputs; "
+                f"run: wanforge export {self.bundle.root}"
+            )
+        return path
 
     def graph_session(self, name: str) -> ort.InferenceSession:
-        """The graph's session, made on first use."""
+        """The session of a graph, created on first use."""
         if name not in self._sessions:
             self._sessions[name] = new_session(str(self.bundle.path(self.file(name))))
         return self._sessions[name]
@@ -78,7 +91,7 @@ class OrtBackend(Backend):
     def bound_inputs(
         self, session: ort.InferenceSession, graph_run: GraphRun, inputs: Sequence[Tensor]
     ) -> ort.IOBinding:
-        """A binding of a launch's inputs and weights."""
+        """A binding of the inputs and weights of a graph run."""
         graph, binding = self.graphs[graph_run.graph], session.io_binding()
         for port, buffer in zip(graph.inputs, inputs, strict=True):
             bind(binding.bind_input, port.name, buffer)
@@ -110,14 +123,14 @@ class OrtBackend(Backend):
 
 
 def new_session(model: str | bytes) -> ort.InferenceSession:
-    """A session of a file or of its contents."""
+    """Create a session for an ONNX file, given its path or its contents."""
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
-    # The sessions take turns: threads that spin while they wait would only be in each other's way.
+    # The sessions take turns, so threads that spin while they wait would only slow each other down.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def bind(bind_port: "type[ort.IOBinding.bind_input]", name: str, buffer: Tensor) -> None:
-    """Hand a tensor's memory to ONNX Runtime without a copy."""
+    """Bind a tensor's memory to a port without copying it."""
     bind_port(name, "cpu", 0, ONNX_NUMBERS[buffer.dtype], list(buffer.shape), buffer.data_ptr())

@@ -1,8 +1,8 @@
 """The named values inside a block, for comparing backends op by op.
 
-A point is what a named layer of the reference takes or gives: ``self_attn.q.in``, ``self_attn.q``. A backend that can
-be looked into runs a block with every point *forced*: each op gets the reference's own values, whatever the ops before
-it made of theirs, so that the ops that differ are the ops that are wrong.
+A tap is the input or output of a named layer of the reference: ``self_attn.q.in``, ``self_attn.q``. A backend that
+shows its taps runs a block with every tap *forced*: each op gets the reference's values, whatever the previous ops
+computed. An op whose output differs is therefore itself wrong.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from wanforge.runtime.schedule import GraphRun
 Taps = dict[str, Tensor]
 
 LAYERS = (Linear, W8A8Linear, RMSNorm, LayerNorm, SparseAttention)
-"""What points are around."""
+"""The types of layers that have taps."""
 
 QKV = ("q", "k", "v")
 
@@ -26,24 +26,24 @@ ATTENTION = "self_attn.attn_op"
 
 @runtime_checkable
 class Transparent(Protocol):
-    """A backend that can be looked into."""
+    """A backend that shows the values inside a block."""
 
     rounds_at: Collection[str]
-    """Points that are made by rounding to 8 bits, or by selecting: there the last bit of a sum can decide."""
+    """Taps whose values depend on rounding to 8 bits or on selecting blocks; there the last bit of a sum can decide."""
 
     def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
-        """Every point of a launch of ``block``, in order, as the backend makes it; those in `forced` go on with these
-        values."""
+        """Run ``block`` and return the value of every tap, in order, as the backend computes it. The ops after a tap in
+        `forced` get the value given there instead."""
         ...
 
 
 @contextmanager
 def tapped(owner: nn.Module, forced: Mapping[str, Tensor]) -> Iterator[Taps]:
-    """Within the block, runs of a reference module write down its points and go on with those that are forced."""
+    """Within the ``with`` block, record the taps of a reference module when it runs, and replace the forced ones."""
     found: Taps = {}
 
     def pass_on(name: str, value: Tensor) -> Tensor:
-        # One tensor that several layers read is one point, named by the first.
+        # A tensor that several layers read is a single tap, named after the first of them.
         name = next((known for known, tensor in found.items() if tensor is value), name)
         found[name] = value
         return forced[name].to(value) if name in forced else value

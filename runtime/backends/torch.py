@@ -1,4 +1,4 @@
-"""The reference as a backend: every graph is the piece of the reference network that it was traced from."""
+"""The reference as a backend: every graph runs as the piece of the reference network that it was traced from."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from weakref import WeakValueDictionary
@@ -21,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def gpu_or_cpu() -> torch.device:
-    """A GPU where PyTorch sees one."""
+    """A GPU if PyTorch sees one, otherwise the CPU."""
     return torch.device("cuda") if torch.cuda.is_available() else CPU
 
 
 class TorchBackend(Backend):
-    """PyTorch, eager, on the CPU unless it says otherwise."""
+    """PyTorch in eager mode, by default on the CPU."""
 
     name = "torch"
     rounds_at: Collection[str] = (ATTENTION,)
@@ -37,14 +37,14 @@ class TorchBackend(Backend):
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.memory = Unbounded(self.device, self.dtype, self.weight)
-        # Layers are bound once a step, and the weights of one stage leave the GPU with its session.
+        # Every step binds its layers again, so they share the weights, which leave the GPU with the stage's session.
         self._resident: WeakValueDictionary[tuple[str, str], Tensor] = WeakValueDictionary()
 
     def files(self) -> list[str]:
         return self.weights.files()
 
     def weight(self, graph_run: GraphRun, name: str) -> Tensor:
-        """One of a launch's weights, where it is computed with."""
+        """A weight of a graph run, on the device that computes with it."""
         stored = self.weights.of(graph_run, name)
         if self.device == CPU:
             return stored
@@ -55,11 +55,11 @@ class TorchBackend(Backend):
         return resident
 
     def state(self, graph_run: GraphRun) -> dict[str, Tensor]:
-        """The weights of a launch, named as in its graph."""
+        """The weights of a graph run, named as in its graph."""
         return self.memory.weights(graph_run, self.graphs[graph_run.graph].weights)
 
     def runner(self, graph: Graph) -> Runner:
-        """What computes a graph from its weights and inputs."""
+        """The function that computes a graph from its weights and inputs."""
         return graph.run
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:

@@ -1,11 +1,11 @@
-"""TensorRT: every graph an engine, on the schedule that the other backends run.
+"""TensorRT: runs every graph as an engine, on the same schedule as the other backends.
 
-Buffers and weights lie in one arena (`memory_plan`), engines share one workspace, a step whose weights all stay is
-captured into a CUDA graph when it runs for the second time. The table of text embeddings is read where the bundle is
-mapped: of its two gigabytes a prompt takes a few rows.
+Buffers and weights lie in one arena (`memory.plan`), and all engines share one workspace. A step whose weights all stay
+in memory is captured into a CUDA graph when it runs for the second time. The table of text embeddings is read from the
+mapped bundle, because a prompt needs only a few rows of its two gigabytes.
 
-Has not run on a GPU. What is launched, on which addresses, with which weights, and when they are copied, is tested on a
-CPU against a stand-in for TensorRT and CUDA that runs the same graphs in ONNX Runtime.
+This has not run on a GPU. Which engines run, on which addresses and with which weights, and when these are copied, is
+tested on a CPU with a stand-in for TensorRT and CUDA that runs the same graphs in ONNX Runtime.
 """
 
 import atexit
@@ -35,18 +35,18 @@ from wanforge.runtime.schedule import GraphRun, Schedule
 
 
 class TrtBackend(Backend):
-    """TensorRT-RTX, or TensorRT where that has no engine for the GPU.
+    """TensorRT-RTX, or TensorRT on GPUs that TensorRT-RTX does not support.
 
     Args:
-        budget: bytes of the GPU's memory to use; by default what is free, less a reserve.
+        budget: The most bytes of the GPU's memory to use; by default the free memory, less a reserve.
 
     Raises:
-        ResourceError: there is no GPU, or no library for it.
+        ResourceError: There is no GPU, or no library for it.
     """
 
     name = "trt"
     text_rows_multiple = 64
-    """Prompts of many lengths share a captured graph, for what is attended to is filled up to this."""
+    """Text rows are filled up to a multiple of this, so that prompts of many lengths share a captured graph."""
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None) -> None:
         self.cuda = Cuda()
@@ -86,7 +86,7 @@ class TrtBackend(Backend):
         self.memory, self._clip = arena, clip
 
     def _arena_bytes(self) -> float:
-        """What there is for an arena, beside the engines, which are in the GPU's memory by now."""
+        """The bytes available for an arena once the engines are in the GPU's memory."""
         free = self.cuda.free_bytes() - RESERVE
         engines = sum(self.bundle.manifest.files[engine.name].bytes for engine in self.engines.values())
         return free if self.budget is None else min(free, self.budget - engines)
@@ -95,7 +95,7 @@ class TrtBackend(Backend):
         return StreamMover(self.cuda, slots, self.weights.component, plan.returning(), self._packed)
 
     def session(self, schedule: Schedule) -> Session:
-        """The stage's last session again, where it was the same: what it captured stays."""
+        """Start a stage. If its schedule is the same as last time, its session is reused, with the captured steps."""
         last = self._sessions.get(schedule.stage)
         if last is not None and last.schedule == schedule:
             last.enter()
@@ -115,7 +115,8 @@ class TrtBackend(Backend):
         addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         if missing := engine.tensors - addresses.keys():
             raise BundleError(
-                f"{engine.name} takes {', '.join(sorted(missing))}, which {graph.name} has not; build again"
+                f"{engine.name} expects {', '.join(sorted(missing))}, which the graph {graph.name} does not have; "
+                "build the engines again"
             )
         shapes = {
             port.name: tuple(buffer.shape)
@@ -154,7 +155,7 @@ class TrtBackend(Backend):
 
 @cache
 def register_plugins(library: Library) -> Account:
-    """Let a flavour find the plugins of engines for as long as this process lives."""
+    """Register the plugins with a flavour of TensorRT for the lifetime of this process."""
     registration = registered(library)
     account = registration.__enter__()
     atexit.register(registration.__exit__, None, None, None)
@@ -162,11 +163,11 @@ def register_plugins(library: Library) -> Account:
 
 
 class CapturedStep:
-    """A step as one launch: one by one at first, then captured, then replayed; one by one for as long as its weights
-    are on the move, for then they take far longer than launching.
+    """A step as a single call: its graphs run one by one at first, then they are captured, and then replayed. While
+    weights are still being copied, they run one by one, because copying takes far longer than launching kernels.
 
     Args:
-        is_capturable: whether every engine of it can be captured.
+        is_capturable: Returns whether all engines of the step can be captured.
     """
 
     def __init__(self, cuda: Cuda, runnables: Sequence[Guarded], is_capturable: Callable[[], bool]) -> None:

@@ -1,1 +1,1 @@
-"""The networks in plain PyTorch, exact by specification: what every other path is held against."""
+"""The networks in plain PyTorch: the specification that every other implementation is compared with."""

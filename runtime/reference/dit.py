@@ -3,8 +3,8 @@
 Letters: B samples, C channels, F H W latent frames, rows and columns, L tokens, D width, T text rows, E text width,
 P rotated channel pairs (64).
 
-The compute type is that of the latents: weights are cast to it where they are used, the time path, the modulation
-and the head run in float32. Parameters carry upstream's names, so a published state dict loads as it is.
+The compute type is that of the latents: weights are cast to it where they are used. The time path, the modulation
+and the head run in float32. Parameters have upstream's names, so a published state dict loads without renaming.
 
 Source: TurboDiffusion, rcm/networks/wan2pt1.py and wan2pt2.py; Wan2.1, wan/modules/model.py (docs/sources.md).
 """
@@ -30,11 +30,11 @@ from wanforge.plugins.w8a8_linear.op import w8a8_linear
 
 ROPE_THETA = 10000.0
 ROPE_PAIRS = (22, 21, 21)
-"""Channel pairs of a head that turn with time, height and width."""
+"""Numbers of a head's channel pairs that are rotated by time, height and width."""
 
 
 class Linear(nn.Module):
-    """Linear layer whose stored type may differ from the type it computes in, that of its input."""
+    """Linear layer that computes in the type of its input, whatever the type of its weights."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
 
 class W8A8Linear(nn.Module):
-    """The linear of a ``-quant`` checkpoint, or one with other tiles."""
+    """The linear of a ``-quant`` checkpoint, or one with another tile size."""
 
     int8_weight: Tensor
     scale: Tensor
@@ -63,7 +63,7 @@ class W8A8Linear(nn.Module):
 
 
 class W8A8RowLinear(W8A8Linear):
-    """The same with a scale per output and per token."""
+    """W8A8 linear with a scale per output and per token."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -71,7 +71,7 @@ class W8A8RowLinear(W8A8Linear):
 
 
 class GELU(nn.Module):
-    """GELU by its tanh approximation, as everywhere in this network."""
+    """The tanh approximation of GELU, which this network uses everywhere."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
@@ -104,14 +104,14 @@ def split_heads(x_BLD: Tensor) -> Tensor:
 
 
 def dense_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """Softmax attention over all keys; `key_bias_T` is added to every row of logits. Returns ``[B, L, H, K]``."""
+    """Softmax attention over all keys, ``[B, L, H, K]``; `key_bias_T` is added to every row of logits."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
     bias = None if key_bias_T is None else key_bias_T.to(q.dtype)[None, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 class LinearBranch(nn.Module):
-    """The learned map of the linear branch."""
+    """The learned projection of the linear branch of attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class LinearBranch(nn.Module):
 
 
 class SparseAttention(nn.Module):
-    """Sparse-linear attention; the nesting repeats upstream's parameter names."""
+    """Sparse-linear attention, nested so that the parameters have upstream's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class TextKeys(NamedTuple):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text. Keys and values depend on the prompt alone, so they are made apart."""
+    """Attention to the text. Keys and values depend only on the prompt, so they are computed separately."""
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
@@ -178,8 +178,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Its modulation is the learned table plus the timestep's: shift, scale, gate for attention, then
-    for the feed-forward."""
+    """One layer. Its modulation is the learned table plus that of the timestep: shift, scale and gate for attention,
+    then the same for the feed-forward."""
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
@@ -213,13 +213,13 @@ class Block(nn.Module):
 
 
 def block_arguments(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, TextKeys, tuple[Tensor, Tensor], Tensor]:
-    """The inputs of the graph ``block``, in the order of its ports, as `Block` takes them."""
+    """Convert the inputs of the graph ``block``, in the order of its ports, to the arguments of `Block`."""
     hidden, modulation, keys, values, key_bias, cos, sin, selection = inputs
     return hidden, modulation, TextKeys(keys, values, key_bias), (cos, sin), selection
 
 
 class Head(nn.Module):
-    """Last norm and projection, in float32; its norm never has upstream's fault."""
+    """The last norm and projection, in float32. Its norm never reproduces the fault of upstream's layer norm."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -237,8 +237,8 @@ class DiT(nn.Module):
     """The whole denoiser.
 
     Args:
-        config: its sizes.
-        recipe: number format of the block linears, kind of self-attention, which layer norm.
+        config: Its sizes.
+        recipe: Decides the number format of the blocks' linears, the kind of self-attention and the layer norm.
     """
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
@@ -253,7 +253,7 @@ class DiT(nn.Module):
         self.head = Head(config)
 
     def embed_time(self, sinusoid_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Modulation of every layer ``[N, B, 6, D]`` and of the head ``[B, 2, D]``, float32."""
+        """The modulation of every layer ``[N, B, 6, D]`` and of the head ``[B, 2, D]``, float32."""
         e_BD = self.time_embedding(sinusoid_BS)
         e0_B6D = self.time_projection(e_BD).unflatten(1, (6, -1))
         layers = torch.stack([block.modulation.float() + e0_B6D for block in self.blocks])
@@ -263,17 +263,18 @@ class DiT(nn.Module):
         """The velocity of rectified flow at these latents.
 
         Args:
-            latents_BCFHW: ``[B, 16, F, H, W]``; for image-to-video the condition's 20 channels follow. H and W
-                even. Its type is the compute type.
+            latents_BCFHW: ``[B, 16, F, H, W]``; for image-to-video, the 20 channels of the condition follow the 16. H
+                and W must be even. Their type is the compute type.
             timestep_B: 0 to 1000, any float type; published models expect values rounded to bfloat16.
-            text_BTE: ``[B, 512, E]``, rows past the prompt's length zero: they are attended to.
-            num_selected: key blocks per query block, where attention is sparse; see `configs.topk.num_selected`.
+            text_BTE: ``[B, 512, E]``. Rows after the prompt must be zero, because they are attended to.
+            num_selected: Key blocks per query block, for sparse attention; see `configs.topk.num_selected`.
 
         Returns:
             ``[B, 16, F, H, W]`` in float32.
 
         Raises:
-            ShapeError: channels or text width are not this model's, or the latents do not divide into patches.
+            ShapeError: The channels or the text's shape do not fit this model, or the latents do not divide into
+                patches.
         """
         check_latents(latents_BCFHW, text_BTE, self.config)
         _, _, frames, height, width = latents_BCFHW.shape
@@ -291,7 +292,7 @@ class DiT(nn.Module):
 
 
 def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
-    """What makes the linears of a recipe's blocks, from their inputs and outputs."""
+    """Return the constructor of the linears in a recipe's blocks: ``(in_features, out_features) -> linear``."""
     match recipe.linear:
         case "bf16":
             return Linear
@@ -302,7 +303,7 @@ def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
 
 
 def attention_blocks(recipe: Recipe) -> Blocks | None:
-    """Block shape and arithmetic of a recipe's sparse attention; None where attention is dense."""
+    """The block shape and arithmetic of a recipe's sparse attention; None if attention is dense."""
     match recipe.attention:
         case "dense":
             return None
@@ -323,19 +324,20 @@ def check_latents(latents_BCFHW: Tensor, text_BTE: Tensor, config: DiTConfig) ->
 
 
 def patchify(latents_BCFHW: Tensor) -> Tensor:
-    """``[B, C, F, H, W]`` as tokens ``[B, L, C * 4]``: frames, rows, columns in order; channel slowest in a token."""
+    """``[B, C, F, H, W]`` as tokens ``[B, L, C * 4]``, ordered by frame, row and column; in a token, the channel varies
+    slowest."""
     x = latents_BCFHW.unflatten(4, (-1, PATCH)).unflatten(3, (-1, PATCH))
     return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
 
 
 def unpatchify(tokens_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Tokens ``[B, L, 4 * C]`` as ``[B, C, F, H, W]``: here the channel is the fastest in a token."""
+    """Tokens ``[B, L, 4 * C]`` as ``[B, C, F, H, W]``; here the channel varies fastest in a token."""
     x = tokens_BLC.unflatten(1, grid).unflatten(4, (PATCH, PATCH, -1))
     return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)
 
 
 def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
-    """Cosines then sines of a timestep at `dim` / 2 frequencies, ``[B, dim]`` float32, worked out in float64."""
+    """Cosines, then sines, of a timestep at `dim` / 2 frequencies: ``[B, dim]`` float32, computed in float64."""
     half = dim // 2
     frequency = ROPE_THETA ** (-torch.arange(half, dtype=torch.float64, device=timestep_B.device) / half)
     angle = timestep_B.double()[:, None] * frequency
@@ -343,7 +345,7 @@ def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
 
 
 def rope_angles(grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
-    """Angle of each token and channel pair, float32 ``[L, 64]``: pairs of time, then height, then width."""
+    """The angle of each token and channel pair, float32 ``[L, 64]``: pairs of time, then height, then width."""
     axes = []
     for axis, (positions, pairs) in enumerate(zip(grid, ROPE_PAIRS, strict=True)):
         exponent = torch.arange(0, 2 * pairs, 2, device=device).float() / (2 * pairs)

@@ -1,6 +1,6 @@
-"""What the tensors are called elsewhere: diffusers, transformers, wrappers that add a prefix.
+"""Names of the tensors in files from other sources: diffusers, transformers, and wrappers that add a prefix.
 
-The canonical names are those of TurboDiffusion's and Wan's own files.
+The canonical names are those in the files of TurboDiffusion and Wan.
 Source: diffusers, scripts/convert_wan_to_diffusers.py; Wan2.1, wan/modules (docs/sources.md).
 """
 
@@ -30,10 +30,10 @@ DENOISER: Rules = (
     (r"\.int8_weight$", ".weight"),
     (r"\.scale$", ".weight_scale_inv"),
 )
-"""Canonical to diffusers, applied one after the other; the last two are of quantised re-uploads."""
+"""Rules from canonical names to those of diffusers, applied in order. The last two are for quantised re-uploads."""
 
 PROJECTIONS = ("attn1.attn_impl.proj_l", "attn1.local_attn.proj_l")
-"""What FastVideo and SGLang call `attn1.attn_op.local_attn.proj_l`."""
+"""The names of `attn1.attn_op.local_attn.proj_l` in FastVideo and SGLang."""
 
 VAE: Rules = (
     (r"^conv1\.", "quant_conv."),
@@ -69,7 +69,7 @@ TEXT_ENCODER: Rules = (
 
 
 def aliases(component: str, name: str) -> list[str]:
-    """Every known spelling of a canonical name, itself first."""
+    """Every known spelling of a canonical name, the canonical one first."""
     match component:
         case "vae":
             return [name, _upsampler(_apply(VAE, name))]
@@ -87,7 +87,8 @@ def _apply(rules: Rules, name: str) -> str:
 
 
 def _upsampler(name: str) -> str:
-    """diffusers groups the decoder's flat list by level: three residual blocks and, but for the last, an upsampler."""
+    """Group the decoder's flat list by level, as diffusers does: three residual blocks each and, except in the last
+    level, an upsampler."""
 
     def grouped(match: re.Match[str]) -> str:
         level, place = divmod(int(match[1]), 4)
@@ -97,7 +98,7 @@ def _upsampler(name: str) -> str:
 
 
 def strip_prefix(names: Iterable[str]) -> dict[str, str]:
-    """Names as they are in a file, by the name without a wrapper's prefix; a prefix counts only where all have it."""
+    """The names in a file by their names without a wrapper's prefix, which is removed only if all names have it."""
     found = list(names)
     for prefix in PREFIXES:
         if found and all(name.startswith(prefix) for name in found):
@@ -109,7 +110,7 @@ def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) 
     """Find each canonical tensor in a file.
 
     Returns:
-        The file's name by canonical name, for those that are there, and what in the file nothing asks for.
+        The names in the file by canonical name, for the tensors that it has, and the names in the file that match none.
     """
     in_file = strip_prefix(found)
     matched: dict[str, str] = {}
@@ -133,7 +134,7 @@ def has_sla(names: Iterable[str]) -> bool:
 
 
 def looks_like(names: Mapping[str, object]) -> str | None:
-    """What kind of file this is, by its names, for a message to someone who mixed files up."""
+    """What kind of file this is, judged by its names, for the error message when files have been mixed up."""
     joined = " ".join(strip_prefix(names))
     if "patch_embedding" in joined:
         return "a denoiser"

@@ -1,6 +1,6 @@
 """rCM sampling: from noise to latents in one to four steps.
 
-The state is float64; the network sees it in its compute type and a timestep rounded to bfloat16.
+The state is float64. The network gets it in the compute type, with a timestep rounded to bfloat16.
 
 Source: rCM (arXiv:2510.08431) as in TurboDiffusion, inference/wan2.1_t2v_infer.py and wan2.2_i2v_infer.py
 (docs/sources.md).
@@ -22,7 +22,7 @@ MAX_STEPS = 1 + len(LATER_ANGLES)
 TIMESTEP_SCALE = 1000.0
 
 Denoiser = Callable[[Tensor, "Step"], Tensor]
-"""``(latents float64, step) -> velocity`` of the same shape, any float type."""
+"""``(latents, step) -> velocity``: latents in float64, the velocity in their shape and any float type."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Step:
     """One evaluation of the network.
 
     Attributes:
-        index: 0 for the first.
-        time: rectified-flow time before the step, 0 (data) to 1 (noise).
-        next_time: the time after it; 0 at the last.
-        timestep: what the network is told, on a scale of 1000, rounded once to bfloat16.
-        expert: ``""`` where there is one denoiser, else ``high`` or ``low``.
+        index: Number of the step, from 0.
+        time: Rectified-flow time before the step, 0 (data) to 1 (noise).
+        next_time: Time after the step; 0 for the last one.
+        timestep: Time that the network is given, on a scale of 1000, rounded once to bfloat16.
+        expert: ``high`` or ``low``, or ``""`` if there is a single denoiser.
     """
 
     index: int
@@ -48,9 +48,10 @@ def schedule(num_steps: int, sigma_max: float, boundary: float | None = None) ->
     """The steps of a run.
 
     Args:
-        num_steps: 1 to 4.
-        sigma_max: noise level of the start, above the later steps' largest (tan 1.5 = 14.1).
-        boundary: time below which the low-noise expert takes over, for good.
+        num_steps: Number of steps, 1 to 4.
+        sigma_max: Noise level of the first step. With more than one step, it must be above the largest of the later
+            steps (tan 1.5 = 14.1).
+        boundary: Time below which the low-noise expert takes over, permanently.
 
     Raises:
         RequestError: `num_steps` or `sigma_max` is out of range.
@@ -69,13 +70,13 @@ def schedule(num_steps: int, sigma_max: float, boundary: float | None = None) ->
 
 
 def network_timestep(time: float) -> float:
-    """The float32 time on a scale of 1000, formed in float64 and rounded once to bfloat16: 988, 932, 852, 608."""
+    """The float32 time on a scale of 1000, computed in float64 and rounded once to bfloat16: 988, 932, 852, 608."""
     scaled = torch.tensor(time, dtype=torch.float32).double() * TIMESTEP_SCALE
     return float(scaled.to(torch.bfloat16))
 
 
 def expert_at(time: float, boundary: float | None) -> str:
-    """Times only fall, so comparing each one on its own switches once and for good."""
+    """The expert for a time. Times only decrease, so the switch from high to low happens once and is permanent."""
     if boundary is None:
         return ""
     return "high" if time >= boundary else "low"
@@ -85,10 +86,10 @@ def sample(denoise: Denoiser, steps: list[Step], noise: Iterator[Tensor], *, ode
     """Run a denoiser over a schedule.
 
     Args:
-        denoise: called once per step.
-        noise: standard normal float32 tensors of the latents' shape: one to start from and, without `ode`, one per
-            step (the last is drawn, and multiplied by zero).
-        ode: follow the flow without fresh noise.
+        denoise: The denoiser, called once per step.
+        noise: Standard normal float32 tensors of the latents' shape: one to start from and, without `ode`, one per
+            step (the last one is drawn, but multiplied by zero).
+        ode: Whether to follow the flow without fresh noise.
 
     Returns:
         The clean latents in float64.
@@ -99,16 +100,16 @@ def sample(denoise: Denoiser, steps: list[Step], noise: Iterator[Tensor], *, ode
         if ode:
             latents = latents - (step.time - step.next_time) * velocity
         else:
-            # The product of time and noise is a float32 one, as upstream's.
+            # The product of time and noise is computed in float32, as upstream does.
             fresh = next(noise).float() * torch.tensor(step.next_time, dtype=torch.float32)
             latents = (1 - step.next_time) * (latents - step.time * velocity) + fresh
     return latents
 
 
 def gaussian(shape: tuple[int, ...], seed: int) -> Iterator[Tensor]:
-    """Endless standard normal float32 tensors from a CPU generator, so a seed means the same on every machine.
+    """Endless standard normal float32 tensors from a CPU generator, so a seed gives the same noise on every machine.
 
-    Upstream draws from CUDA's generator: the same seed gives other noise there.
+    Upstream uses CUDA's generator, which gives other noise for the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
     while True:

@@ -2,8 +2,8 @@
 
 Letters: B prompts, T tokens, E width, H heads, K channels of a head.
 
-The compute type is chosen by the caller; norms and softmax run in float32. Every layer has its own table of relative
-positions, and logits are not scaled. Parameters carry the names of Wan's file.
+The caller chooses the compute type; norms and softmax run in float32. Every layer has its own table of relative
+positions, and logits are not scaled. Parameters have the names of Wan's file.
 
 Source: Wan2.1, wan/modules/t5.py; TurboDiffusion, rcm/utils/umt5.py (docs/sources.md).
 """
@@ -19,7 +19,7 @@ from wanforge.plugins.rms_norm_rope.reference import unit_rms
 
 
 class BiaslessLinear(nn.Module):
-    """Linear layer without bias, its weights cast to the type of its input."""
+    """Linear layer without bias, whose weights are cast to the type of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class BiaslessLinear(nn.Module):
 
 
 class Table(nn.Module):
-    """Rows to look up by index."""
+    """A table whose rows are looked up by index."""
 
     def __init__(self, rows: int, dim: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Table(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm; unlike the denoiser's it rounds before it applies the weight."""
+    """RMS norm that, unlike the denoiser's, rounds before it applies the weight."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``fc2(gelu(gate(x)) * fc1(x))``, GELU by its tanh approximation."""
+    """``fc2(gelu(gate(x)) * fc1(x))``, with the tanh approximation of GELU."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """umT5's encoder."""
+    """The encoder of umT5."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -110,13 +110,14 @@ class TextEncoder(nn.Module):
         self.norm = Norm(config.dim, config.eps)
 
     def forward(self, ids_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Embed token ids of one length, all of them real.
+        """Embed prompts of the same number of tokens, without padding.
 
-        Masked padding changes nothing for real rows, so there is none: prompts of different lengths go one by one.
+        Masked padding would not change the rows of real tokens, so none is supported: prompts of different lengths are
+        embedded one by one.
 
         Args:
-            ids_BT: int64 ``[B, T]``.
-            dtype: compute type; that of the weights where none is given.
+            ids_BT: Token ids, int64 ``[B, T]``.
+            dtype: The compute type; by default the type of the weights.
 
         Returns:
             ``[B, T, E]`` in the compute type.
@@ -130,10 +131,11 @@ class TextEncoder(nn.Module):
 
 
 def position_buckets(length: int, config: TextEncoderConfig) -> Tensor:
-    """Bucket of each key's distance from each query, int64 ``[T, T]``.
+    """The bucket of each key's distance from each query, int64 ``[T, T]``.
 
-    Half of the buckets are for keys after the query. In each half, the first half counts single steps and the rest
-    grow in ratio up to the largest distance. Worked out in float64: powers of two fall on the edges.
+    Half of the buckets are for keys after the query. In each half, the first half of the buckets hold one distance
+    each, and the others grow geometrically up to the largest distance. Computed in float64, because powers of two lie
+    on the edges of buckets.
     """
     position = torch.arange(length)
     offset = position[None, :] - position[:, None]
@@ -146,5 +148,5 @@ def position_buckets(length: int, config: TextEncoderConfig) -> Tensor:
 
 
 def pad_rows(embedding_TE: Tensor, rows: int) -> Tensor:
-    """An embedded prompt as ``[rows, E]``: zeros after its own rows."""
+    """Pad an embedded prompt with rows of zeros to ``[rows, E]``."""
     return F.pad(embedding_TE, (0, 0, 0, rows - embedding_TE.shape[0]))

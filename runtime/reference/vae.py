@@ -1,10 +1,10 @@
-"""The Wan2.1 VAE: causal in time, so a clip passes through it in chunks that hand on what they have seen.
+"""The Wan2.1 VAE. It is causal in time, so a clip passes through it in chunks that hand on their last frames.
 
 Letters: B clips, C channels, T frames at the current rate, H W rows and columns.
 
-One definition serves three ways of running it. What differs is only where a causal layer takes its past from, and
-that is a `History`: `Whole` sees all frames at once; `First` is the opening chunk (one frame) and records; `Next`
-takes up what the chunk before recorded. Parameters carry upstream's names.
+A single definition serves three ways of running it, which differ only in where a causal layer gets its past from. That
+is a `History`: `Whole` sees all frames at once; `First` is the opening chunk of one frame and records what the next
+chunk needs; `Next` continues from the frames that the previous chunk recorded. Parameters have upstream's names.
 
 Source: Wan2.1, wan/modules/vae.py; TurboDiffusion, rcm/tokenizers/wan2pt1.py (docs/sources.md).
 """
@@ -29,15 +29,16 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 WIDTHS = (1, 2, 4, 4)
 TEMPORAL_DOWNSAMPLING = (False, True, True)
 PAST = 2
-"""Frames of its own input that a causal 3x3x3 convolution looks back on."""
+"""Number of earlier input frames that a causal 3x3x3 convolution reads."""
 
 Convolution = Callable[[Tensor], Tensor]
 
 
 class Whole:
-    """All frames at once: the past of the first frame is zeros.
+    """All frames at once; the past of the first frame is zeros.
 
-    Upstream's chunked protocol never lets the first frame through the temporal resamplers; here it is set apart.
+    Upstream processes chunks and never passes the first frame through the temporal resamplers; here the first frame is
+    split off for the same result.
     """
 
     def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
@@ -73,7 +74,7 @@ class First(Whole):
 
 
 class Next:
-    """A later chunk: every causal layer sees the frames kept from the chunk before."""
+    """A later chunk: every causal layer sees the frames kept from the previous chunk."""
 
     def __init__(self, past: Sequence[Tensor]) -> None:
         self.past = iter(past)
@@ -99,18 +100,18 @@ History = Whole | Next
 
 
 def interleave(x_BCTHW: Tensor) -> Tensor:
-    """``[B, 2C, T, H, W]`` as ``[B, C, 2T, H, W]``: the first half of the channels are the even frames."""
+    """``[B, 2C, T, H, W]`` as ``[B, C, 2T, H, W]``: the first half of the channels becomes the even frames."""
     return torch.stack(x_BCTHW.chunk(2, 1), 3).flatten(2, 3)
 
 
 class Conv(nn.Module):
-    """A convolution over the last axes, its weights cast to the type of its input."""
+    """A convolution over the last axes, whose weights are cast to the type of its input."""
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, ...], stride: int = 1, padding: int = 0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, *kernel), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
-        # Time is never padded here (the history does that), and only time convolutions stride in three dimensions.
+        # Time is never padded here (the history does that), and a 3D convolution strides only in time.
         self.stride = (stride, 1, 1) if len(kernel) == 3 else (stride, stride)
         self.padding = (0, padding, padding) if len(kernel) == 3 else (padding, padding)
 
@@ -121,7 +122,7 @@ class Conv(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Each position's channels over their L2 norm, times sqrt(C) and a weight; float32 inside."""
+    """The channels of each position divided by their L2 norm, times sqrt(C) and a weight; computed in float32."""
 
     def __init__(self, dim: int, axes: int) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class Residual(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Self-attention over the positions of each frame, one head as wide as the layer."""
+    """Self-attention over the positions of each frame, with a single head as wide as the layer."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns; with `temporal`, then half the frames."""
+    """Halve the rows and columns and then, with `temporal`, the frames."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
@@ -184,7 +185,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """With `temporal`, twice the frames; then twice the rows and columns with half the channels."""
+    """With `temporal`, double the frames; then double the rows and columns and halve the channels."""
 
     def __init__(self, dim: int, temporal: bool) -> None:
         super().__init__()
@@ -198,14 +199,14 @@ class Upsample(nn.Module):
 
 
 def per_frame(x_BCTHW: Tensor, function: Convolution) -> Tensor:
-    """Apply a picture's operation to every frame."""
+    """Apply an operation on single images to every frame."""
     batch = x_BCTHW.shape[0]
     y_NCHW = function(x_BCTHW.transpose(1, 2).flatten(0, 1))
     return y_NCHW.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def double(x_NCHW: Tensor) -> Tensor:
-    """Every pixel four times: nearest-neighbour upsampling, without a Resize, which TensorRT lacks in bfloat16."""
+    """Repeat every pixel four times: nearest-neighbour upsampling without Resize, which TensorRT lacks in bfloat16."""
     wide = torch.stack((x_NCHW, x_NCHW), -1).flatten(-2)
     return torch.stack((wide, wide), -2).flatten(-3, -2)
 
@@ -270,7 +271,7 @@ def head(inputs: int, outputs: int) -> nn.ModuleDict:
 
 
 class VAE(nn.Module):
-    """Pixels in [-1, 1] to normalised latents and back. The compute type is that of what goes in."""
+    """Converts pixels in [-1, 1] to normalised latents and back. The compute type is that of the input."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -281,10 +282,10 @@ class VAE(nn.Module):
         self.conv2 = Conv(channels, channels, (1, 1, 1))
 
     def encode(self, pixels_BCTHW: Tensor) -> Tensor:
-        """A whole clip ``[B, 3, 4n+1, H, W]`` to its normalised latents ``[B, 16, n+1, H/8, W/8]``, without noise.
+        """Encode a whole clip ``[B, 3, 4n+1, H, W]`` to normalised latents ``[B, 16, n+1, H/8, W/8]``, without noise.
 
         Raises:
-            ShapeError: the number of frames is not 4n+1, or H or W is not a multiple of 8.
+            ShapeError: The number of frames is not 4n+1, or H or W is not a multiple of 8.
         """
         _, channels, frames, height, width = pixels_BCTHW.shape
         if channels != 3 or frames % TEMPORAL_STRIDE != 1 or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
@@ -294,26 +295,26 @@ class VAE(nn.Module):
         return self.encode_chunk(pixels_BCTHW, Whole())
 
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
-        """Normalised latents of a whole clip to pixels, not clamped."""
+        """Decode the normalised latents of a whole clip to pixels, which are not clamped."""
         return self.decode_chunk(latents_BCTHW, Whole())
 
     def encode_first(self, pixels_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The first frame; returns its latent frame and 24 caches for `encode_next`."""
+        """Encode the first frame. Return its latent frame and 24 caches for `encode_next`."""
         history = First()
         return self.encode_chunk(pixels_BCTHW, history), history.kept
 
     def encode_next(self, pixels_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Four more frames; returns one latent frame and the caches for the next call."""
+        """Encode four more frames. Return one latent frame and the caches for the next call."""
         history = Next(caches)
         return self.encode_chunk(pixels_BCTHW, history), history.kept
 
     def decode_first(self, latents_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The first latent frame; returns one frame of pixels and 32 caches for `decode_next`."""
+        """Decode the first latent frame. Return one frame of pixels and 32 caches for `decode_next`."""
         history = First()
         return self.decode_chunk(latents_BCTHW, history), history.kept
 
     def decode_next(self, latents_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """One more latent frame; returns four frames and the caches for the next call."""
+        """Decode one more latent frame. Return four frames and the caches for the next call."""
         history = Next(caches)
         return self.decode_chunk(latents_BCTHW, history), history.kept
 
@@ -328,5 +329,5 @@ class VAE(nn.Module):
 
 
 def latent_statistics(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per latent channel in the type of `like`, ``[16, 1, 1, 1]``."""
+    """The mean and standard deviation of each latent channel, ``[16, 1, 1, 1]`` in the type of `like`."""
     return like.new_tensor(LATENT_MEAN)[:, None, None, None], like.new_tensor(LATENT_STD)[:, None, None, None]
