@@ -88,7 +88,7 @@ def rooflines_table(scaling: Scaling) -> Table:
     for point, *_ in by_clip(scaling):
         rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
         rows.append([size(point.model), *clip_cells(point.clip), *rooflines])
-    return ["s", *CLIP, *scaling.targets], rows
+    return ["", *CLIP, *scaling.targets], rows
 
 
 def decoder_table(scaling: Scaling) -> Table:
@@ -98,7 +98,7 @@ def decoder_table(scaling: Scaling) -> Table:
         if point.model == first:
             rooflines = [number(point.costs[gpu]["decode"].roofline) for gpu in scaling.targets]
             rows.append([*clip_cells(point.clip), *rooflines])
-    return ["s: size", *CLIP[1:], *scaling.targets], rows
+    return ["size", *CLIP[1:], *scaling.targets], rows
 
 
 def growth_table(scaling: Scaling) -> Table:
@@ -133,7 +133,7 @@ def memory_table(scaling: Scaling) -> Table:
             continue
         extents = [gigabytes(extent(memory, stage)) for stage in ("denoise", "decode")]
         rows.append([*cells, *extents, gigabytes(peak(memory.plan)), *(resident(memory.plans[gpu]) for gpu in gpus)])
-    return ["GB", *CLIP, "denoiser", "decoder", "peak", *gpus], rows
+    return ["", *CLIP, "denoiser", "decoder", "peak", *gpus], rows
 
 
 def extent(memory: ClipMemory, stage: str) -> int:
@@ -210,15 +210,15 @@ def text(scaling: Scaling) -> str:
     """The predictions as text for a terminal."""
     parts = [
         "predicted, not measured: rooflines at the vendors' peaks",
-        "denoiser",
+        "denoiser, seconds",
         text_table(*rooflines_table(scaling)),
-        "VAE decoder",
+        "VAE decoder, seconds",
         text_table(*decoder_table(scaling)),
         "growth",
         text_table(*growth_table(scaling)),
     ]
     if scaling.memories:
-        parts += ["memory, predicted", text_table(*memory_table(scaling))]
+        parts += ["memory in GB, predicted", text_table(*memory_table(scaling))]
     return "\n".join([*parts, *laws(scaling), *([f"memory: {scaling.missing}"] if scaling.missing else [])])
 
 
@@ -253,6 +253,7 @@ def page(scaling: Scaling) -> str:
     ]
     if scaling.memories:
         parts += [
+            "All sizes are in GB. "
             "The memory of intermediate tensors is what TensorRT-RTX's builder reports for every engine; buffers and "
             "weights are counted (`wanforge build --plan`). The table holds for any prompt and top-k. *Denoiser* and "
             "*decoder* are the memory that they need besides weights. *Peak* is the total with every weight resident, "

@@ -111,7 +111,7 @@ def test_memory_is_the_builders_account_and_grows_with_the_tokens() -> None:
     tiny = load_model("tiny-t2v")
     found = predict([tiny], [ClipShape(416, 240, 41), ClipShape(416, 240, 81)], [0.1], GPUS)
     header, rows = memory_table(found)
-    assert header == ["GB", "size", "seconds", "tokens", "denoiser", "decoder", "peak", "rtx5090", "rtx3090"]
+    assert header == ["", "size", "seconds", "tokens", "denoiser", "decoder", "peak", "rtx5090", "rtx3090"]
     assert [row[-2:] for row in rows] == [["everything", "everything"]] * 2
     short, long = (memory.plan.plan.stages for memory in found.memories if memory.plan and memory.plan.plan)
     assert long["denoise"].extent > 1.5 * short["denoise"].extent

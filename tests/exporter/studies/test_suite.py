@@ -27,14 +27,14 @@ def made(*, host: float = 2e-5, ort: float = 0.3) -> Suite:
     return Suite(fingerprint(), scales, rows)
 
 
-def test_the_page_says_what_is_promised_and_whether_it_holds() -> None:
+def test_the_page_says_the_limits_and_whether_they_are_met() -> None:
     good, bad = page(made()), page(made(host=2e-3, ort=0.9))
-    assert good.count("holds.") == 2
-    assert bad.count("DOES NOT HOLD") == 2
+    assert good.count("within the limit") == 2
+    assert bad.count("ABOVE the limit") == 2
     assert "| 1.3B | 30 | 1.4 | 1.20 (1.10 to 1.30) | 2.20 (2.10 to 2.30) |" in good
     assert "| total | 1,000.0 | 1,000.0 | 300.0 | 300.0 | 0.30 |" in good
     assert f"]({PLOT})" in good
-    assert "promised: holds." in text(made())
+    assert "within the limit of 1 ms." in text(made())
     assert as_json(made())["ort_over_torch"] == pytest.approx(0.3)
 
 
