@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import cycles, imports, loaded_by, sources
+from tools.house import (
+    MOST_PARAMETERS,
+    cycles,
+    functions,
+    imports,
+    is_written_for_others,
+    loaded_by,
+    parameters,
+    rooms,
+    sources,
+)
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
@@ -36,8 +46,8 @@ ROOMS = [
     "wanforge.runtime.memory",
     "wanforge.runtime.backends",
     "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
-    "wanforge.runtime.doctor",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
+    "wanforge.runtime.measure.doctor",
     "wanforge.runtime.measure.cost",
     "wanforge.runtime.measure.other_recipe wanforge.runtime.measure.baselines",
     "wanforge.runtime.measure.parity.metrics",
@@ -84,6 +94,11 @@ BODIES = ("onnx_body", "onnx_function")
 KERNELS = ".kernel"
 """Modules of `plugins` that are Triton, imported only where a kernel is interpreted or compiled."""
 
+MOST_LINES, MOST_FILES = 1500, 14
+"""The most lines of a room, and the most files in the front room of ``runtime``."""
+LARGE = ("runtime/reference", "runtime/backends", "runtime/measure")
+"""Rooms that may have more lines."""
+
 MODULES = sources(ROOT)
 
 
@@ -122,6 +137,21 @@ def test_every_import_runs_down() -> None:
 def test_nothing_imports_in_a_circle() -> None:
     known = set(MODULES)
     assert cycles({name: imports(tree, known) - {name} for name, tree in trees()}) == []
+
+
+def test_rooms_have_room() -> None:
+    found = rooms(ROOT)
+    assert found["runtime"][0] <= MOST_FILES
+    assert not {name: lines for name, (_, lines) in found.items() if lines > MOST_LINES and not name.startswith(LARGE)}
+
+
+def test_no_function_takes_many_parameters() -> None:
+    assert not [
+        f"{name}.{function.name}"
+        for name, tree in trees()
+        for function in functions(tree)
+        if not is_written_for_others(function) and parameters(function) > MOST_PARAMETERS
+    ]
 
 
 def test_a_module_is_imported_by_name_only_where_the_name_is_not_known() -> None:

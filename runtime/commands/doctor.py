@@ -4,7 +4,7 @@ import json
 
 import click
 
-from wanforge.runtime.doctor import as_json, checks, line
+from wanforge.runtime.measure.doctor import as_json, checks, line
 
 
 @click.command()

@@ -11,8 +11,8 @@ from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
 from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import RTX
-from wanforge.runtime import doctor
-from wanforge.runtime.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
+from wanforge.runtime.measure import doctor
+from wanforge.runtime.measure.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
 
 
 @pytest.fixture(autouse=True)
