@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import ENGINES, Bundle, remedy
@@ -40,13 +41,18 @@ def engine_name(
     return f"{ENGINES}{folder}/{shape}{graph}{BODIES if bodies else ''}.bf16.engine"
 
 
+def plugin_sources() -> list[Path]:
+    """The files that decide what a plugin does, sorted."""
+    folders = [PACKAGE / "plugins" / name for name in ("launching", "quantiser", "tensorrt", *OPS)]
+    files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
+    return sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))])
+
+
 @cache
 def plugin_digest() -> str:
     """Digest of the code that decides what a plugin does: an engine stores its attributes and its workspace size."""
-    folders = [PACKAGE / "plugins" / name for name in ("launching", "tensorrt", *OPS)]
-    files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
     digest = hashlib.sha256()
-    for path in sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))]):
+    for path in plugin_sources():
         digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

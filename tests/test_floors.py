@@ -77,7 +77,7 @@ BY_NAME = {
     "wanforge.plugins.launching.interpreter",
     "wanforge.plugins.launching.worker",
 }
-"""Modules that import an op's kernel or plugin by the op's name, so that a new op only needs a new folder."""
+"""Modules that import an op's kernel or plugin by the op's name."""
 
 TENSORRT = ["tensorrt", "tensorrt_rtx"]
 """The two optional TensorRT packages, imported only when something is built or run."""

@@ -263,8 +263,9 @@ def guess_model(contents: Contents) -> str | None:
     for name in named("models"):
         candidate = load_model(name)
         expected = layout("dit", candidate, published_recipe(is_quantised(contents), has_sla(contents)))
-        matched, _ = match_names("dit", expected, contents)
-        if len(matched) == len(expected) and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
+        matched, unexpected = match_names("dit", expected, contents)
+        is_complete = len(matched) == len(expected) and not unexpected
+        if is_complete and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
             return name
     return None
 

@@ -177,9 +177,11 @@ def tile_for(kernel: str, sm: int) -> Tile:
     """The tile table's row for a kernel on an architecture.
 
     Raises:
-        ResourceError: The kernel has no tiles for it.
+        ResourceError: The kernel has no tiles, or none for it.
     """
-    rows = load_tiles()[kernel]
+    rows = load_tiles().get(kernel)
+    if rows is None:
+        raise ResourceError(f"no tiles of {kernel} in configs/tiles.toml; give it a row for each architecture")
     for row in rows:
         if sm in row.sms:
             return row

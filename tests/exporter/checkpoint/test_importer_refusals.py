@@ -104,6 +104,17 @@ def test_wrong_model_is_guessed(
     assert_refused(tmp_path / "out", model, given(dit=source), complaint)
 
 
+def test_a_file_of_more_layers_is_no_known_model(
+    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+) -> None:
+    state = states["dit"]
+    deeper = {name.replace("blocks.1.", "blocks.2."): x for name, x in state.items() if name.startswith("blocks.1.")}
+    sources = given(dit=write_pth({**state, **deeper}, tmp_path))
+    with pytest.raises(CheckpointError, match="does not fit") as caught:
+        import_checkpoint(load_model("turbowan2.1-t2v-1.3b-480p"), sources, tmp_path / "out")
+    assert "looks like" not in str(caught.value)
+
+
 KINDS = {"dit": "a denoiser", "vae": "a VAE", "text_encoder": "a text encoder"}
 
 

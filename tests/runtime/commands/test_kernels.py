@@ -175,7 +175,7 @@ def test_json_and_markdown_are_two_things() -> None:
 def test_unknown_names_are_refused() -> None:
     assert "no target is called 'gtx970'; known: rtx3090" in refused("--target", "gtx970").replace("a100, ", "")
     assert "no tiles of layer_norm.norm for sm_121; there are some for sm_80" in refused("--target", "sm_121")
-    assert "no model is called 'none'; known: tiny-i2v" in refused("--target", "sm_80", "--model", "none")
+    assert "no model is called 'none'; known: " in refused("--target", "sm_80", "--model", "none")
     assert "no recipe is called 'none'; known: bf16" in refused("--target", "sm_80", "--recipe", "none")
 
 
