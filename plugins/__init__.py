@@ -1,1 +1,1 @@
-"""The ops: one folder each, with the definition in plain PyTorch and what answers to it."""
+"""The ops: one folder each, with the definition in plain PyTorch and its implementations."""

@@ -1,7 +1,7 @@
-"""What the ONNX bodies of the ops share: their domain, and the finishing touches that TensorRT's parser asks for.
+"""What the ONNX bodies of the ops share: their domain, and the final changes that TensorRT's parser needs.
 
-A body is the op in ONNX's own vocabulary. ONNX Runtime runs it; TensorRT inlines it where no plugin is registered.
-Bodies compute in float32 and return the type they were given, so one body serves every compute type.
+A body is the op written with standard ONNX operators. ONNX Runtime runs it; TensorRT inlines it where no plugin is
+registered. Bodies compute in float32 and return the type of their input, so one body serves every compute type.
 """
 
 import re
@@ -24,16 +24,16 @@ FLOAT16 = TensorProto.FLOAT16
 FLOAT8 = TensorProto.FLOAT8E4M3FN
 
 ops = Opset(DOMAIN, VERSION)
-"""The domain of the ops and of the functions their bodies are made of."""
+"""The ONNX domain of the ops and of the functions that their bodies call."""
 
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-"""Attributes of a node that let TensorRT take the plugin; without them its parser takes the body."""
+"""Node attributes that make TensorRT use the plugin; without them its parser uses the body."""
 
 
 def function_proto(function: OnnxFunction[Any, Any], name: str | None = None) -> FunctionProto:
-    """The body as ONNX stores it, under another name where one is given, and the same bytes in every process.
+    """The body as ONNX stores it, renamed if a name is given. Its bytes are the same in every process.
 
-    TensorRT's parser wants every node named apart, in nested graphs too, and a loop to have a condition.
+    TensorRT's parser requires a unique name for every node, in nested graphs too, and a condition for every loop.
     """
     proto = function.to_function_proto()
     proto.name = name or proto.name
@@ -53,7 +53,7 @@ def function_proto(function: OnnxFunction[Any, Any], name: str | None = None) ->
 
 
 def _sort_variables(loop: NodeProto) -> None:
-    """Sort a loop's variables by name. ONNX Script lists them in the order of a set, different in each process."""
+    """Sort a loop's variables by name: ONNX Script lists them in set order, which differs between processes."""
     body, given = loop.attribute[0].g, list(loop.input[2:])
     order = sorted(range(len(given)), key=given.__getitem__)
     for names in (loop.input, loop.output, body.input, body.output):
@@ -64,7 +64,7 @@ def _sort_variables(loop: NodeProto) -> None:
 
 
 def _number_values(proto: FunctionProto) -> None:
-    """Number the values that ONNX Script told apart by a number, in the order in which they are defined."""
+    """Renumber the values that ONNX Script named with a number, in the order in which they are defined."""
     numbers, renamed = count(), dict[str, str]()
     nodes = list(_walk(proto.node))
     bodies = [attribute.g for node in nodes for attribute in node.attribute if attribute.type == GRAPH]

@@ -1,7 +1,7 @@
-"""A kernel that can be called, whatever device its tensors are on.
+"""A kernel that can be called with tensors on any device.
 
-Tensors on the CPU are interpreted, tensors on a GPU run the kernel's cubin, and tensors on the meta device write the
-launch down, which is how the ahead-of-time compiler learns what a model needs.
+On the CPU the kernel runs in Triton's interpreter, on a GPU its cubin runs, and on the meta device the launch is only
+recorded, which is how the ahead-of-time compiler learns which kernels a model needs.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from wanforge.plugins.launching.launch import KernelSignature, Launch, architect
 
 @dataclass(frozen=True)
 class Kernel(KernelSignature):
-    """A Triton function, known by name so that it can be launched where Triton is not installed."""
+    """A Triton function, identified by name so that it can be launched where Triton is not installed."""
 
     def __call__(self, **arguments: Tensor | Constant) -> None:
-        """Launch on the device of the tensors.
+        """Launch the kernel on the device of its tensors.
 
         Args:
-            arguments: Every parameter by name, apart from the constants that the tile table gives. An absent tensor is
+            arguments: Every parameter by name, except the constants that the tile table gives. An absent tensor is
                 None.
 
         Raises:
-            ShapeError: A tensor or a scalar is not what its type says, see `Launch.check_arguments`.
-            ResourceError: There is neither a cubin for this GPU nor a Triton to make one.
+            ShapeError: A tensor or a scalar does not match its declared type; see `Launch.check_arguments`.
+            ResourceError: There is no cubin for this GPU, and Triton is not installed to make one.
         """
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
         sm = architecture_of(tensor.device)

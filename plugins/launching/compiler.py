@@ -1,6 +1,6 @@
-"""Kernels to cubins, ahead of time and in parallel, on a machine with or without a GPU.
+"""Compile kernels to cubins, ahead of time and in parallel, on a machine with or without a GPU.
 
-Triton runs in child processes only (`worker`): in this one it may be interpreting the same kernels.
+The compiler runs in child processes only (`worker`), because Triton may be interpreting the same kernels in this one.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from wanforge.progress import Progress, silent
 
 
 class Origin(NamedTuple):
-    """What a cubin is made from, besides its specialisation. Any difference means stale."""
+    """What a cubin is made from, besides its specialisation. If any of it differs, the cubin is out of date."""
 
     source_hash: str
     triton: str
@@ -42,18 +42,19 @@ def compile_kernels(
 ) -> list[Cubin]:
     """Make sure that a folder holds the cubin of every launch.
 
-    Each is kept as soon as it is made, so that a failure or an interruption costs only what was being compiled.
+    Each cubin is saved as soon as it is made, so a failure or an interruption loses only the ones being compiled.
 
     Args:
-        launches: what to compile for, as `launch.recording` collects it; equal ones are compiled once.
-        folder: where the cubins and their manifest go.
-        jobs: compilers at a time; as many as there are processors by default.
+        launches: The launches to compile for, as `launch.recording` collects them. Launches with the same
+            specialisation share one cubin.
+        folder: Where the cubins and their manifest are written.
+        jobs: The number of compilers that run at a time; by default the number of processors.
 
     Returns:
         One record per specialisation, in the order of the launches.
 
     Raises:
-        WanforgeError: some kernels do not compile. The others have been.
+        WanforgeError: Some kernels do not compile. The others have been compiled and saved.
         ResourceError: Triton is not installed.
     """
     wanted = _distinct(launches)
@@ -70,15 +71,14 @@ def compile_kernels(
                 store.add(_record(specialisation, answer, _origin(launch)), answer.code)
             progress("compile", done, len(missing))
     if failures:
-        others = f"\n({len(failures) - 1} more kernels do not compile)" if len(failures) > 1 else ""
+        others = f"\n({len(failures) - 1} more did not compile)" if len(failures) > 1 else ""
         raise WanforgeError(failures[0] + others)
     cubins = store.cubins()
     return [cubins[specialisation.key] for specialisation in wanted]
 
 
 def outdated(launches: Iterable[Launch], folder: Path) -> list[Launch]:
-    """Launches, one per specialisation, of which a folder has no cubin, a damaged one, or one made from something
-    else."""
+    """Return the launches, one per specialisation, whose cubin in a folder is missing, damaged or out of date."""
     store = CubinStore(folder)
     cubins = store.cubins()
 
@@ -132,7 +132,7 @@ def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> C
 
 
 class Worker:
-    """A child process that compiles one kernel after another; started when it is first needed."""
+    """A child process that compiles one kernel after another. It is started when it is first needed."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -140,7 +140,7 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def compile(self, specialisation: Specialisation) -> Compiled | Failed:
-        """Compile one kernel; a compiler that crashes fails this kernel only."""
+        """Compile one kernel. If the compiler crashes, only this kernel fails."""
         if self.process is None:
             self.process = self._start()
         process = self.process
@@ -163,11 +163,12 @@ class Worker:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "TRITON_INTERPRET": "0",
-            # Triton's own cache would answer for a compiler that has changed beneath it.
+            # Triton's own cache could return the output of an older compiler.
             "TRITON_CACHE_DIR": str(self.scratch),
             "TMPDIR": str(self.scratch),
         }
-        # A session of its own, so that Ctrl-C reaches this process alone, which ends the child and its children.
+        # The child has its own session, so that Ctrl-C reaches only this process, which then ends the child and its
+        # children.
         with self.errors.open("wb") as errors:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", Compiled.__module__],
@@ -179,14 +180,14 @@ class Worker:
             )
 
     def kill(self) -> None:
-        """End the child, whatever it is doing."""
+        """End the child immediately, whatever it is doing."""
         process = self.process
         if process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End the child and close what led to it."""
+        """End the child and close its pipes."""
         self.kill()
         if self.process is not None:
             self.process.communicate()
@@ -196,7 +197,7 @@ class Worker:
 def _compiled(
     specialisations: list[Specialisation], jobs: int
 ) -> Generator[tuple[Specialisation, Compiled | Failed], None, None]:
-    """Each specialisation with what came of it, in the order in which they are done."""
+    """Yield each specialisation with its result, in the order in which they finish."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, ThreadPoolExecutor(jobs) as threads:
         workers = [Worker(Path(scratch)) for _ in range(jobs)]
         idle: SimpleQueue[Worker] = SimpleQueue()
@@ -217,7 +218,7 @@ def _compiled(
             threads.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
                 worker.kill()
-            # Each thread sees its compiler end and tidies up after it; two would be in each other's way.
+            # Each thread sees its compiler end and closes its worker; wait, so that no worker is closed twice at once.
             threads.shutdown(wait=True)
             for worker in workers:
                 worker.close()

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk: the folder that holds them and its manifest. Reading them needs no Triton."""
+"""Compiled kernels on disk: folders of cubins and their manifests. Reading them does not need Triton."""
 
 import ast
 import fcntl
@@ -24,10 +24,10 @@ FORMAT: Literal[1] = 1
 
 
 class Cubin(Record, frozen=True):
-    """One compiled kernel: all that it takes to launch it, and what it costs."""
+    """One compiled kernel: everything needed to launch it, and the resources it uses."""
 
     key: str
-    """Of the `Specialisation` it was compiled for."""
+    """Key of the `Specialisation` it was compiled for."""
     kernel: str
     sm: int
     file: str
@@ -36,27 +36,27 @@ class Cubin(Record, frozen=True):
     entry: str
     """Name of the function in the file."""
     parameters: tuple[tuple[str, str], ...]
-    """Name and type of the run-time parameters, in order. Two scratch pointers follow, which are null."""
+    """Name and type of each run-time parameter, in order. Two null scratch pointers follow them in a launch."""
     constants: dict[str, Constant]
     grid: tuple[str, ...]
-    """Programs along each axis, as `launch.evaluate` reads them."""
+    """Number of programs along each axis, as rules for `grid.evaluate`."""
     threads: int
     num_stages: int
     shared_bytes: int
-    """Dynamic shared memory of a program."""
+    """Dynamic shared memory of one program."""
     tensor_memory: int
-    """Columns of tensor memory of a program, of 512; there is none below sm_100."""
+    """Columns of tensor memory that one program uses, out of 512; 0 below sm_100, which has no tensor memory."""
     registers: int
     spill_bytes: int
-    """Local memory of a thread: registers that did not fit."""
+    """Local memory of one thread, which holds what did not fit in its registers."""
     mma: tuple[str, ...]
-    """Kinds of tensor-core instruction in the machine code."""
+    """The kinds of tensor-core instruction in the machine code."""
     source_hash: str
     triton: str
 
 
 class CubinManifest(Record, frozen=True):
-    """What a folder of cubins holds."""
+    """The contents of a folder of cubins."""
 
     format: Literal[1]
     made_by: str
@@ -64,28 +64,28 @@ class CubinManifest(Record, frozen=True):
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept unless a command says otherwise."""
+    """The folder where cubins are kept unless a command names another."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "wanforge" / "kernels"
 
 
 def folders() -> list[Path]:
-    """Where cubins are looked for: what WANFORGE_KERNELS names, then the cache."""
+    """The folders that are searched for cubins: the one WANFORGE_KERNELS names, then the cache."""
     shipped = os.environ.get("WANFORGE_KERNELS")
     return [*([Path(shipped)] if shipped else []), cache_folder()]
 
 
 class CubinStore:
-    """A folder of cubins and their manifest. Several processes may add to one."""
+    """A folder of cubins and their manifest. Several processes may add to the same folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def cubins(self) -> dict[str, Cubin]:
-        """What the manifest lists, by key of the specialisation; nothing where there is no manifest.
+        """The cubins in the manifest by the key of their specialisation; empty if there is no manifest.
 
         Raises:
-            ResourceError: the manifest makes no sense.
+            ResourceError: The manifest cannot be decoded.
         """
         path = self.folder / MANIFEST
         try:
@@ -94,30 +94,30 @@ class CubinStore:
             return {}
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ResourceError(
-                f"{path}: damaged, or of another version ({error}); delete it and run `wanforge kernels` again"
+                f"{path}: damaged, or written by another version ({error}); delete it and run `wanforge kernels` again"
             ) from None
         return {cubin.key: cubin for cubin in manifest.cubins}
 
     def read(self, cubin: Cubin) -> bytes:
-        """The machine code.
+        """Return the machine code of a cubin.
 
         Raises:
-            ResourceError: the file is missing, or is not what was written.
+            ResourceError: The file is missing, or its SHA-256 differs from the recorded one.
         """
         path = self.folder / cubin.file
-        remedy = f"make it again with: wanforge kernels --target sm_{cubin.sm} --out {self.folder}"
+        remedy = f"compile it again with: wanforge kernels --target sm_{cubin.sm} --out {self.folder}"
         try:
             code = path.read_bytes()
         except FileNotFoundError:
             raise ResourceError(f"{path}: missing; {remedy}") from None
         if (found := hashlib.sha256(code).hexdigest()) != cubin.sha256:
             raise ResourceError(
-                f"{path}: damaged; its SHA-256 is {found[:12]}…, recorded is {cubin.sha256[:12]}…; {remedy}"
+                f"{path}: damaged; its SHA-256 is {found[:12]}…, but {cubin.sha256[:12]}… was recorded; {remedy}"
             )
         return code
 
     def add(self, cubin: Cubin, code: bytes) -> None:
-        """Keep a cubin in place of the one of the same key; the manifest changes last."""
+        """Add a cubin, replacing the one with the same key; the manifest is written after the cubin."""
         with self._locked():
             write_atomically(self.folder / cubin.file, code)
             cubins = self.cubins()
@@ -138,7 +138,7 @@ class CubinStore:
 
 
 def source_hash(op: str) -> str:
-    """SHA-256 of an op's kernels and of every module of wanforge that they import, read but not imported."""
+    """SHA-256 of an op's kernels and of every wanforge module that they import. The files are read, not imported."""
     sources: dict[str, bytes] = {}
     waiting = [f"wanforge.plugins.{op}.kernel"]
     while waiting:
@@ -154,7 +154,7 @@ def source_hash(op: str) -> str:
 
 
 def _imported(module: str, source: bytes) -> Iterator[str]:
-    """Names that may be modules of wanforge and are imported in a module."""
+    """The imported names in a module's source that may be wanforge modules."""
     with PARSING:
         tree = ast.parse(source)
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Launching cubins through the CUDA driver. Nothing here needs Triton, unless a cubin is missing and must be made."""
+"""Launch cubins through the CUDA driver. Triton is needed only when a cubin is missing and must be compiled."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -18,24 +18,24 @@ from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, f
 from wanforge.plugins.launching.launch import Launch, Specialisation
 
 STATIC_SHARED = 48 * 1024
-"""Bytes of shared memory a program may have without asking the driver."""
+"""Bytes of shared memory that a program may use without raising the limit through the driver."""
 
 SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A cubin in a device's memory."""
+    """A cubin that is loaded into a device's memory."""
 
     device: torch.device
     cubin: Cubin
     function: Any
     types: tuple[type, ...]
-    """Of the parameters and the two scratch pointers."""
+    """The ctypes types of the parameters and of the two scratch pointers."""
 
 
 class Driver:
-    """What launching takes of CUDA: the driver through cuda-python, and PyTorch's streams.
+    """The parts of CUDA that launching needs: the driver, through cuda-python, and PyTorch's streams.
 
     Raises:
         ResourceError: cuda-python is not installed.
@@ -52,15 +52,15 @@ class Driver:
         self.contexts: dict[torch.device, Any] = {}
 
     def stream(self, device: torch.device) -> int:
-        """PyTorch's current stream."""
+        """PyTorch's current stream on a device."""
         return torch.cuda.current_stream(device).cuda_stream
 
     def current_device(self) -> torch.device:
-        """The device of the context that is current in this thread."""
+        """The device of this thread's current context."""
         return torch.device("cuda", int(self._checked(self.cuda.cuCtxGetDevice())))
 
     def sm(self, device: torch.device) -> int:
-        """A device's architecture, as in ``sm_90``."""
+        """A device's architecture: 90 for ``sm_90``."""
         attributes = self.cuda.CUdevice_attribute
         major, minor = (
             self._checked(self.cuda.cuDeviceGetAttribute(attribute, device.index))
@@ -72,7 +72,7 @@ class Driver:
         return architecture(major, minor)
 
     def load(self, device: torch.device, code: bytes, entry: str, shared_bytes: int) -> Any:
-        """A function of a cubin, allowed as much dynamic shared memory as it needs."""
+        """Load a cubin and return its function, allowed as much dynamic shared memory as it needs."""
         cuda = self.cuda
         with self._current(device):
             module = self._checked(cuda.cuModuleLoadData(code))
@@ -86,10 +86,10 @@ class Driver:
         """Put a kernel on a stream.
 
         Args:
-            values: The cubin's parameters in their order, tensors as addresses.
+            values: The values of the cubin's parameters in order, with tensors as addresses.
         """
         cubin = loaded.cubin
-        arguments = ((*values, 0, 0), loaded.types)  # two scratch pointers follow, which are null
+        arguments = ((*values, 0, 0), loaded.types)  # two null scratch pointers follow
         with self._current(loaded.device):
             status = self.cuda.cuLaunchKernel(
                 loaded.function, *grid, cubin.threads, 1, 1, cubin.shared_bytes, stream, arguments, 0
@@ -98,7 +98,7 @@ class Driver:
 
     @contextmanager
     def _current(self, device: torch.device) -> Iterator[None]:
-        """Make the context that PyTorch uses the current one: a thread that has not called CUDA has none."""
+        """Make PyTorch's context current, because a thread that has not called CUDA has none."""
         cuda = self.cuda
         if device not in self.contexts:
             self.contexts[device] = self._checked(cuda.cuDevicePrimaryCtxRetain(device.index))
@@ -109,7 +109,7 @@ class Driver:
             self._checked(cuda.cuCtxPopCurrent())
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
-        """The value of a driver call."""
+        """Return the value of a driver call, or raise if the call failed."""
         status, *values = answer
         if status != self.cuda.CUresult.CUDA_SUCCESS:
             raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {status.name}")
@@ -117,18 +117,18 @@ class Driver:
 
 
 class Launcher:
-    """Launches kernels from their cubins; each is verified and loaded once per device."""
+    """Launches kernels from their cubins. Each cubin is verified and loaded once per device."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.loaded: dict[tuple[torch.device, Specialisation], LoadedKernel] = {}
 
     def __call__(self, launch: Launch) -> None:
-        """Put a launch on PyTorch's current stream of its tensors' device.
+        """Put a launch on the current PyTorch stream of its tensors' device.
 
         Raises:
-            ShapeError: an argument does not hold what the compiled code relies on.
-            ResourceError: there is no cubin, it is damaged, or the driver refuses it.
+            ShapeError: An argument does not meet the assumptions of the compiled code.
+            ResourceError: The cubin is missing or damaged, or the driver refuses it.
         """
         launch.check_arguments()
         device = next(iter(launch.tensors.values())).device
@@ -138,10 +138,10 @@ class Launcher:
         self.driver.launch(loaded, launch.grid, values, self.driver.stream(device))
 
     def load(self, device: torch.device, launch: Launch) -> LoadedKernel:
-        """The cubin of a launch, in a device's memory; only its types and constants are looked at.
+        """Load the cubin of a launch onto a device; only the types and constants of its arguments matter.
 
         Raises:
-            ResourceError: there is none, or it is damaged.
+            ResourceError: The cubin is missing or damaged.
         """
         place = device, launch.specialisation
         if place not in self.loaded:
@@ -157,10 +157,10 @@ def _ctype(kind: str) -> type:
 
 
 def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:
-    """The cubin for a launch, compiled if it must be and can be.
+    """Find the cubin for a launch, or compile it.
 
     Raises:
-        ResourceError: there is none, and no Triton to make it.
+        ResourceError: There is no cubin, and Triton is not installed to compile one.
     """
     key, source = launch.specialisation.key, source_hash(launch.kernel.op)
     for store in map(CubinStore, folders()):
@@ -169,8 +169,8 @@ def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:
             return store, cubin
     if find_spec("triton") is None:
         raise ResourceError(
-            f"no cubin of {launch.kernel.name} for sm_{launch.sm} in {' or '.join(map(str, folders()))}; make it with: "
-            f"wanforge kernels --target sm_{launch.sm}, or pip install triton"
+            f"no cubin of {launch.kernel.name} for sm_{launch.sm} in {' or '.join(map(str, folders()))}; compile it "
+            f"with: wanforge kernels --target sm_{launch.sm}, or run: pip install triton"
         )
     from wanforge.plugins.launching.compiler import compile_kernels
 
@@ -180,10 +180,10 @@ def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:
 
 @cache
 def launcher() -> Launcher:
-    """The one of this process."""
+    """The launcher of this process."""
     return Launcher(Driver())
 
 
 def run(launch: Launch) -> None:
-    """Launch a kernel on the GPU of its tensors; see `Launcher`."""
+    """Launch a kernel on the GPU that holds its tensors; see `Launcher`."""
     launcher()(launch)

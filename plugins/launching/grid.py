@@ -1,4 +1,4 @@
-"""Grid rules: the number of programs of a kernel along each axis, as a small expression over its arguments."""
+"""Grid rules: small expressions over a kernel's arguments that give its number of programs along each axis."""
 
 import ast
 import operator
@@ -7,16 +7,16 @@ from functools import lru_cache
 from threading import Lock
 
 PARSING = Lock()
-"""Held while Python's parser runs: Python 3.11 counts its depth for all threads together and can lose count."""
+"""Held while Python's parser runs: Python 3.11 keeps one recursion depth for all threads, which can become wrong."""
 
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 def evaluate(expression: str, names: Mapping[str, int]) -> int:
-    """The value of a grid rule, which may hold integers, names, + - * // and ``cdiv(a, b)``, a division rounded up.
+    """The value of a grid rule, made of integers, names, + - * // and ``cdiv(a, b)``, a division rounded up.
 
     Raises:
-        ValueError: The rule holds something else.
+        ValueError: The rule contains anything else.
     """
 
     def value(node: ast.expr) -> int:
@@ -29,7 +29,7 @@ def evaluate(expression: str, names: Mapping[str, int]) -> int:
                 return _OPERATIONS[type(op)](value(left), value(right))
             case ast.Call(func=ast.Name(id="cdiv"), args=[a, b]):
                 return -(-value(a) // value(b))
-        raise ValueError(f"a grid rule cannot hold {ast.unparse(node)!r}")
+        raise ValueError(f"a grid rule cannot contain {ast.unparse(node)!r}")
 
     return value(_parsed(expression))
 

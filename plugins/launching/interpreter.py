@@ -1,4 +1,4 @@
-"""Running kernels on the CPU in Triton's interpreter."""
+"""Run kernels on the CPU in Triton's interpreter."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ def interpret(launch: Launch) -> None:
     """Run a launch in Triton's interpreter, on the CPU.
 
     Raises:
-        ShapeError: An argument does not hold what the compiled code relies on.
+        ShapeError: An argument does not meet the assumptions of the compiled code.
         ResourceError: Triton is not installed.
     """
     launch.check_arguments()
@@ -24,7 +24,7 @@ def interpret(launch: Launch) -> None:
 
 
 def load_function(op: str, function: str) -> Any:
-    """The Triton function itself, interpreted unless there is a GPU or TRITON_INTERPRET says otherwise.
+    """Return the Triton function itself, interpreted unless there is a GPU or TRITON_INTERPRET says otherwise.
 
     Raises:
         ResourceError: Triton is not installed.
@@ -34,7 +34,8 @@ def load_function(op: str, function: str) -> Any:
         module = import_module(f"wanforge.plugins.{op}.kernel")
     except ModuleNotFoundError as missing:
         raise ResourceError(
-            f"running the kernel {op}.{function} without its cubin needs {missing.name}; pip install triton"
+            f"running the kernel {op}.{function} without its cubin needs {missing.name}, which is not installed; "
+            "run: pip install triton"
         ) from None
     return getattr(module, function)
 
@@ -42,19 +43,19 @@ def load_function(op: str, function: str) -> Any:
 def choose_interpreter() -> None:
     """Let Triton interpret kernels where PyTorch sees no GPU, unless TRITON_INTERPRET says otherwise.
 
-    Triton decides once, when it is imported, and PyTorch may have imported it long before a kernel is run. Its Python
-    modules are then imported once more; whoever holds the first ones keeps them.
+    Triton decides once, when it is imported, and PyTorch may have imported it long before a kernel is run. In that case
+    its Python modules are dropped, to be imported again; code that holds the old modules keeps them.
     """
     if torch.cuda.is_available() or os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
         return
     if "triton" in sys.modules and not _interprets():
         for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
-            if not name.startswith("triton._C"):  # the compiled part is the same for both, and loads only once
+            if not name.startswith("triton._C"):  # the compiled part serves both modes and can be loaded only once
                 del sys.modules[name]
 
 
 def _interprets() -> bool:
-    """Whether the Triton that is imported was made for its interpreter."""
+    """Whether Triton was imported in interpreter mode."""
     import triton.language
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -1,4 +1,4 @@
-"""What a kernel launch is: a signature, its arguments, and the specialisation that a cubin is compiled for.
+"""Kernel launches: a kernel's signature, its arguments, and the specialisation that a cubin is compiled for.
 
 Nothing here runs a kernel or imports Triton; see `call`, `interpreter` and `driver`.
 """
@@ -21,7 +21,7 @@ from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.grid import evaluate
 
 ALIGNMENT = 16
-"""Bytes: every pointer is a multiple of it, and so is every integer declared with ``:16``."""
+"""Every pointer, in bytes, and every integer declared with ``:16`` is a multiple of this."""
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -36,19 +36,19 @@ POINTERS = {
 INT32 = torch.iinfo(torch.int32)
 
 INTERPRETED_SM = 80
-"""The architecture whose tiles the interpreter takes."""
+"""The architecture whose tiles the interpreter uses."""
 
 
 @dataclass(frozen=True)
 class KernelSignature:
-    """A Triton function by name, with what is needed to launch it.
+    """A Triton function, identified by name, with what is needed to launch it.
 
     Attributes:
-        op: Its folder in `plugins`.
+        op: The folder in `plugins` that holds it.
         function: Its name in that folder's ``kernel.py``.
         grid: Number of programs along each axis, as rules over the names of scalars and constants; see `grid.evaluate`.
         scalars: Type of each parameter that is neither a tensor nor a constant: ``i32``, ``i64`` or ``fp32``, followed
-            by ``:16`` where it is a multiple of 16.
+            by ``:16`` if its values are multiples of 16.
     """
 
     op: str
@@ -63,11 +63,11 @@ class KernelSignature:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """What a cubin is compiled for. Its `key`, together with the kernel's source, names the cubin."""
+    """What a cubin is compiled for. Its `key` and the kernel's source together identify the cubin."""
 
     kernel: str
     types: tuple[tuple[str, str], ...]
-    """Type of each run-time parameter: ``*bf16``, ``i32``, ``i32:16``, ``fp32``."""
+    """Type of each run-time parameter, such as ``*bf16``, ``i32``, ``i32:16`` or ``fp32``."""
     constants: tuple[tuple[str, Constant], ...]
     num_warps: int
     num_stages: int
@@ -81,7 +81,7 @@ class Specialisation:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its arguments, on one architecture."""
+    """A kernel with its arguments, for one architecture."""
 
     kernel: KernelSignature
     arguments: Mapping[str, Tensor | Constant]
@@ -110,7 +110,7 @@ class Launch:
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """Number of programs along the three axes."""
+        """Number of programs along each of the three axes."""
         names = {name: value for name, value in self.arguments.items() if isinstance(value, int)}
         sizes = [evaluate(axis, names) for axis in self.kernel.grid]
         x, y, z = (*sizes, 1, 1, 1)[:3]
@@ -122,14 +122,14 @@ class Launch:
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
 
     def check_arguments(self) -> None:
-        """Refuse arguments that do not hold what the compiled code relies on.
+        """Refuse arguments that do not meet the assumptions of the compiled code.
 
         Raises:
             ShapeError: The tensors are on different devices, or an argument is not aligned or does not fit its type.
         """
         devices = {tensor.device for tensor in self.tensors.values()}
         if len(devices) > 1:
-            raise ShapeError(f"{self.kernel.name}: tensors on {' and '.join(sorted(map(str, devices)))}")
+            raise ShapeError(f"{self.kernel.name}: tensors are on {' and '.join(sorted(map(str, devices)))}")
         for name, tensor in self.tensors.items():
             self._check_multiple(name, tensor.data_ptr())
         for name, kind in self.kernel.scalars.items():
@@ -137,11 +137,11 @@ class Launch:
             if isinstance(value, int) and kind.endswith(":16"):
                 self._check_multiple(name, value)
             if isinstance(value, int) and kind.startswith("i32") and not INT32.min <= value <= INT32.max:
-                raise ShapeError(f"{self.kernel.name}: {name} is {value}, which is no 32-bit integer")
+                raise ShapeError(f"{self.kernel.name}: {name} is {value}, which does not fit a 32-bit integer")
 
     def _check_multiple(self, name: str, number: int) -> None:
         if number % ALIGNMENT:
-            raise ShapeError(f"{self.kernel.name}: {name} is {number}, which is no multiple of {ALIGNMENT}")
+            raise ShapeError(f"{self.kernel.name}: {name} is {number}, which is not a multiple of {ALIGNMENT}")
 
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)
@@ -150,7 +150,7 @@ _recorded: ContextVar[list[Launch]] = ContextVar("recorded")
 
 @contextmanager
 def recording(sm: int) -> Iterator[list[Launch]]:
-    """Collect what tensors on the meta device launch, with the tiles of an architecture."""
+    """Collect the launches made with tensors on the meta device, using the tiles of an architecture."""
     launches: list[Launch] = []
     tokens = _target.set(sm), _recorded.set(launches)
     try:
@@ -161,12 +161,12 @@ def recording(sm: int) -> Iterator[list[Launch]]:
 
 
 def record(launch: Launch) -> None:
-    """Write a launch down in the innermost `recording`."""
+    """Add a launch to the innermost `recording`."""
     _recorded.get().append(launch)
 
 
 def architecture_of(device: torch.device) -> int:
-    """The architecture that a launch on a device is for, as in ``sm_90``."""
+    """The architecture that a launch on a device is for: 90 for ``sm_90``."""
     if device.type == "cuda":
         return architecture(*torch.cuda.get_device_capability(device))
     return _target.get() or INTERPRETED_SM
@@ -177,13 +177,13 @@ def tile_for(kernel: str, sm: int) -> Tile:
     """The tile table's row for a kernel on an architecture.
 
     Raises:
-        ResourceError: The kernel has no tiles, or none for it.
+        ResourceError: The table has no tiles for the kernel, or none for this architecture.
     """
     rows = load_tiles().get(kernel)
     if rows is None:
-        raise ResourceError(f"no tiles of {kernel} in configs/tiles.toml; give it a row for each architecture")
+        raise ResourceError(f"no tiles for {kernel} in configs/tiles.toml; give it a row for each architecture")
     for row in rows:
         if sm in row.sms:
             return row
     known = sorted({sm for row in rows for sm in row.sms})
-    raise ResourceError(f"no tiles of {kernel} for sm_{sm}; there are some for {', '.join(f'sm_{s}' for s in known)}")
+    raise ResourceError(f"no tiles for {kernel} on sm_{sm}; there are some for {', '.join(f'sm_{s}' for s in known)}")

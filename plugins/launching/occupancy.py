@@ -1,4 +1,4 @@
-"""How much of a GPU's multiprocessor a compiled kernel takes, and whether it should be shipped."""
+"""How much of a GPU's multiprocessor (SM) a compiled kernel uses, and whether it is fit to be shipped."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class SMLimits:
-    """What an SM has to share among the programs that run on it, beside its 64 K registers."""
+    """The limits of an SM besides its 64 K registers: bytes of shared memory, and numbers of warps and programs."""
 
     shared_per_program: int
     shared: int
@@ -25,13 +25,13 @@ LIMITS = {
     100: SMLimits(227 * KIB, 228 * KIB, 64, 32),
     120: SMLimits(99 * KIB, 100 * KIB, 48, 24),
 }
-"""By SM. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
+"""By architecture. Source: CUDA C++ Programming Guide, table of technical specifications per compute capability."""
 
 REGISTERS, QUARTERS = 64 * KIB, 4
 REGISTER_STEP = 256
-"""Registers are given to a warp in multiples of it."""
+"""Registers are allocated to a warp in multiples of this."""
 RESERVED_SHARED, SHARED_STEP = KIB, 128
-"""Bytes of shared memory that the system keeps of each program, and multiples in which they are given."""
+"""Bytes of shared memory that the system reserves for each program, and the multiple in which it is allocated."""
 TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory."""
 
@@ -41,19 +41,19 @@ class Occupancy:
     """How much of an SM a kernel fills."""
 
     programs: int
-    """That run on one SM at a time."""
+    """Programs that run on one SM at a time."""
     warps: float
-    """Share of the warps an SM can hold."""
+    """Share of the warps that an SM can hold."""
     shared: float
-    """Share of the shared memory a program may have."""
+    """Share of the shared memory that one program may have."""
 
 
 def occupancy(cubin: Cubin) -> Occupancy:
-    """What a cubin's registers, shared memory and threads leave room for."""
+    """How far a cubin can fill an SM, given its registers, shared memory, tensor memory and threads."""
     limits = LIMITS[cubin.sm]
     warps = cubin.threads // 32
     shared = _rounded_up(cubin.shared_bytes + RESERVED_SHARED, SHARED_STEP)
-    # A warp's registers lie in one quarter of the SM.
+    # All registers of a warp lie in one quarter of the SM.
     warps_by_registers = QUARTERS * (REGISTERS // QUARTERS // _rounded_up(32 * cubin.registers, REGISTER_STEP))
     programs = min(
         limits.programs,
@@ -70,13 +70,13 @@ def _rounded_up(value: int, step: int) -> int:
 
 
 def faults(cubin: Cubin) -> list[str]:
-    """Why a cubin should not be shipped: it spills, or its program does not fit an SM."""
+    """The reasons not to ship a cubin: its registers spill, or a program does not fit on an SM."""
     found = []
     if cubin.spill_bytes:
-        found.append(f"spills {cubin.spill_bytes} bytes a thread")
+        found.append(f"spills {cubin.spill_bytes} bytes per thread")
     limit = LIMITS[cubin.sm].shared_per_program
     if cubin.shared_bytes > limit:
-        found.append(f"needs {cubin.shared_bytes / KIB:.1f} KiB of shared memory, of {limit // KIB}")
+        found.append(f"needs {cubin.shared_bytes / KIB:.1f} KiB of shared memory, but can have only {limit // KIB}")
     elif occupancy(cubin).programs == 0:
-        found.append("does not fit an SM")
+        found.append("does not fit on an SM")
     return found

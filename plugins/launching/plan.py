@@ -1,7 +1,7 @@
-"""An op's launches worked out before there is any memory: where each argument will lie, behind a few base addresses.
+"""Launch plans: an op's launches with each tensor as an offset from a base address, made before memory is allocated.
 
-An op's own function runs once on the meta device; what it launches is recorded, and every tensor it made becomes a
-place in one workspace. At run time nothing is left but additions: no allocation, no PyTorch tensor, no synchronisation.
+The op's function runs once on the meta device. Its launches are recorded, and every tensor it creates gets a place in
+one workspace. At run time only additions are left: no allocation, no PyTorch tensor, no synchronisation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +15,12 @@ from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.launch import ALIGNMENT, Launch, recording
 
 PLACE_ALIGNMENT = 256
-"""Bytes: what the workspace's parts are aligned to, as CUDA aligns memory."""
+"""Alignment in bytes of the places in the workspace, the same as that of memory allocated by CUDA."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a tensor lies: `offset` bytes behind base address number `base`."""
+    """The place of a tensor: `offset` bytes after base address number `base`."""
 
     base: int
     offset: int
@@ -28,16 +28,16 @@ class Address:
 
 @dataclass(frozen=True)
 class PlannedLaunch:
-    """A launch and the places of its tensors."""
+    """A launch and the addresses of its tensors."""
 
     launch: Launch
     addresses: Mapping[str, Address]
 
     def value(self, name: str, bases: Sequence[int]) -> Constant:
-        """A run-time argument: an address, or the number itself.
+        """The value of a run-time argument: the address of a tensor, or the number itself.
 
         Raises:
-            ShapeError: the address is not aligned as the compiled code relies on.
+            ShapeError: The address is not aligned as the compiled code assumes.
         """
         lies = self.addresses.get(name)
         if lies is None:
@@ -47,16 +47,16 @@ class PlannedLaunch:
         number = bases[lies.base] + lies.offset
         if number % ALIGNMENT:
             raise ShapeError(
-                f"{self.launch.kernel.name}: {name} lies at {number:#x}, which is no multiple of {ALIGNMENT}"
+                f"{self.launch.kernel.name}: {name} lies at {number:#x}, which is not a multiple of {ALIGNMENT}"
             )
         return number
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What an op launches for inputs of some shapes.
+    """The launches of an op for inputs of given shapes.
 
-    Base addresses, in this order: the inputs', the output's, the workspace's.
+    The base addresses are those of the inputs, the output and the workspace, in this order.
     """
 
     launches: tuple[PlannedLaunch, ...]
@@ -67,14 +67,15 @@ class LaunchPlan:
 def plan(
     run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[tuple[Sequence[int], torch.dtype]], sm: int
 ) -> LaunchPlan:
-    """Work out the launches of an op.
+    """Make the launch plan of an op.
 
     Args:
-        run: the op as a function of its inputs, contiguous tensors on the meta device.
-        inputs: their shapes and types.
+        run: The op as a function of its inputs, which are contiguous tensors on the meta device.
+        inputs: The shapes and types of the inputs.
+        sm: The architecture, such as 90.
 
     Raises:
-        ShapeError: the op does not take them.
+        ShapeError: The op does not accept these inputs.
     """
     with torch.device("meta"), recording(sm) as launches:
         given = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
@@ -101,6 +102,6 @@ def plan(
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; the launches keep them alive, so no number comes twice."""
+    """Identify the memory of a tensor. The launches keep their tensors alive, so no number is used again."""
     number: int = tensor.untyped_storage()._cdata
     return number

@@ -1,7 +1,7 @@
-"""The child process that compiles kernels: a request a line on stdin, an answer a line on stdout, both JSON.
+"""The child process that compiles kernels: JSON requests on stdin, JSON answers on stdout, one per line.
 
-It is a process of its own because Triton decides at its import whether kernels are interpreted, and because a compiler
-that crashes takes its process along. It imports no torch, so that it starts quickly.
+This is a separate process because Triton decides when it is imported whether kernels are interpreted, and because a
+compiler that crashes takes its process with it. It does not import torch, so that it starts quickly.
 """
 
 import os
@@ -18,11 +18,11 @@ import msgspec
 from wanforge.plugins.launching import Constant
 
 TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
-"""IMMA, HMMA and QMMA are mma.sync, IGMMA, HGMMA and QGMMA wgmma, UTC*MMA tcgen05. HFMA2.MMA is none of them."""
+"""IMMA, HMMA and QMMA are mma.sync; IGMMA, HGMMA and QGMMA are wgmma; UTC*MMA is tcgen05. HFMA2.MMA does not match."""
 
 
 class CompileRequest(msgspec.Struct, frozen=True):
-    """A `Specialisation`, field by field."""
+    """The fields of a `Specialisation`."""
 
     kernel: str
     types: list[tuple[str, str]]
@@ -33,7 +33,7 @@ class CompileRequest(msgspec.Struct, frozen=True):
 
 
 class Compiled(msgspec.Struct, frozen=True, tag=True):
-    """A cubin and what the compiler says of it."""
+    """A cubin and what the compiler reports about it."""
 
     code: bytes
     entry: str
@@ -47,7 +47,7 @@ class Compiled(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Why there is no cubin."""
+    """The reason why a kernel does not compile."""
 
     message: str
 
@@ -55,7 +55,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 def main() -> None:
     """Answer requests until stdin ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # What the compiler prints must not come between the answers.
+    # Whatever the compiler prints must not get mixed with the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin.buffer:
         answers.write(msgspec.json.encode(answer(msgspec.json.decode(line, type=CompileRequest))) + b"\n")
@@ -65,7 +65,7 @@ def main() -> None:
 def answer(request: CompileRequest) -> Compiled | Failed:
     try:
         return compile_kernel(request)
-    # Whatever stops a compiler is for the parent to report.
+    # The parent reports every failure of the compiler.
     except Exception as error:
         causes = [error]
         while isinstance(cause := causes[-1].__cause__, Exception):
@@ -95,7 +95,7 @@ def compile_kernel(request: CompileRequest) -> Compiled:
     made = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=options)
     code, metadata = made.asm["cubin"], made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
-        raise ValueError("the kernel wants scratch memory, which the launcher does not give")
+        raise ValueError("the kernel needs scratch memory, which the launcher does not provide")
     registers, spill_bytes = resources(code, metadata.name)
     return Compiled(
         code,
@@ -106,33 +106,33 @@ def compile_kernel(request: CompileRequest) -> Compiled:
         getattr(metadata, "tmem_size", None) or 0,
         registers,
         spill_bytes,
-        # Only matrix instructions of the PTX become some of the machine code; disassembling takes longer than ptxas.
+        # Without mma in the PTX there is none in the machine code, and disassembling takes longer than ptxas.
         tensor_core_instructions(code) if "mma" in made.asm["ptx"] else [],
     )
 
 
 def is_aligned(kind: str) -> bool:
-    """Pointers are multiples of 16 by contract, integers where their type says so."""
+    """Whether a parameter is a multiple of 16: pointers always are, integers if their type says so."""
     return kind.startswith("*") or kind.endswith(":16")
 
 
 def resources(code: bytes, entry: str) -> tuple[int, int]:
-    """Registers and bytes of local memory of each thread."""
+    """The number of registers and the bytes of local memory that each thread uses."""
     usage = _inspect("cuobjdump", code, "-res-usage")
     numbers = re.search(rf"Function {re.escape(entry)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if numbers is None:
-        raise ValueError(f"cuobjdump names no registers of {entry}: {usage}")
+        raise ValueError(f"cuobjdump reports no registers for {entry}: {usage}")
     registers, stack, local = map(int, numbers.groups())
     return registers, stack + local
 
 
 def tensor_core_instructions(code: bytes) -> list[str]:
-    """The kinds of matrix instruction in the machine code, sorted."""
+    """The kinds of matrix instructions in the machine code, sorted."""
     return sorted(set(TENSOR_CORE.findall(_inspect("nvdisasm", code, "-c", "-ndf"))))
 
 
 def _inspect(tool: str, code: bytes, *options: str) -> str:
-    """What one of the tools in Triton's own package prints of a cubin."""
+    """The output of one of the tools in Triton's package for a cubin."""
     from triton import knobs
 
     program: Any = getattr(knobs.nvidia, tool)

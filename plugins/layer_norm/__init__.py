@@ -1,1 +1,1 @@
-"""Layer norm over the channels, plain, with weights, or modulated by a timestep."""
+"""Layer norm over the channels: plain, with weights, or modulated by a timestep."""

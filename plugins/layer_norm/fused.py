@@ -1,4 +1,4 @@
-"""Layer norm as a kernel, quantised in the same pass where a W8A8 linear follows."""
+"""Layer norm as a kernel, which also quantises its output where a W8A8 linear follows."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ NORM = Kernel(
 
 
 class Affine(NamedTuple):
-    """What follows the normalisation, and how the variance is taken."""
+    """The gain and offset after the normalisation, and how the variance is computed."""
 
     gain_D: Tensor
     offset_D: Tensor
@@ -30,8 +30,8 @@ class Affine(NamedTuple):
 def norm(
     x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
 ) -> Tensor:
-    """`reference.layer_norm`, or `reference.modulated_norm` of one sample: then the gain is its scale, the offset its
-    shift. Rows of x may lie apart."""
+    """`reference.layer_norm`, or, if `modulated`, `reference.modulated_norm` of one sample, with its scale as the gain
+    and its shift as the offset. Rows of x may be strided."""
     y_LD = torch.empty(x_LD.shape, dtype=x_LD.dtype, device=x_LD.device)
     _norm(x_LD, y_LD, None, Affine(gain_D, offset_D, eps, modulated, padded_variance))
     return y_LD
@@ -51,7 +51,7 @@ def _norm(x_LD: Tensor, y_LD: Tensor, y_scale: Tensor | None, affine: Affine) ->
     if width % 128 or x_LD.stride(1) != 1 or not affine.gain_D.shape == affine.offset_D.shape == (width,):
         raise ShapeError(
             f"x {tuple(x_LD.shape)}, strides {x_LD.stride()}, gain {tuple(affine.gain_D.shape)} and offset "
-            f"{tuple(affine.offset_D.shape)} do not fit; the width is a multiple of 128"
+            f"{tuple(affine.offset_D.shape)} do not fit; the width must be a multiple of 128"
         )
     padding = ((1 << (width - 1).bit_length()) - width) / width if affine.padded_variance else 0.0
     NORM(

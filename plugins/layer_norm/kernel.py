@@ -1,4 +1,4 @@
-"""The kernel of layer norm: plain weights or a timestep's modulation, and 8-bit output in the same pass."""
+"""The kernel of layer norm, with plain weights or a timestep's modulation, and optionally with 8-bit output."""
 
 import triton
 import triton.language as tl
@@ -13,9 +13,10 @@ def norm(
     D: tl.constexpr,
     MODULATED: tl.constexpr,
 ):  # fmt: skip
-    """x [M, D] to y [M, D], normalised over D, times `gain` [D] plus `offset` [D]; `y_scale` asks for y quantised.
+    """Normalise x [M, D] over D, multiply by `gain` [D], add `offset` [D] and store y [M, D], quantised if `y_scale` is
+    given.
 
-    The second reading of x comes from the cache: a program's 128 rows are at most 1.3 MB.
+    The second read of x comes from the cache: a program's 128 rows are at most 1.3 MB.
     """
     rows = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     lane = tl.arange(0, TILE)[None, :]
@@ -23,7 +24,7 @@ def norm(
     y += rows * D + lane
     inside = rows < M
 
-    # Mean and squared distance from it, tile after tile (Chan, Golub, LeVeque 1979).
+    # The mean and the sum of squared distances from it, updated tile by tile (Chan, Golub, LeVeque 1979).
     mean = tl.zeros((TILE, 1), tl.float32)
     distance = tl.zeros((TILE, 1), tl.float32)
     for column in range(0, D, TILE):

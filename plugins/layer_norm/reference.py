@@ -1,4 +1,4 @@
-"""The definition of layer norm as TurboDiffusion runs it: float32 inside, one rounding at the end."""
+"""The definition of layer norm as TurboDiffusion computes it: in float32, with one rounding at the end."""
 
 import torch
 from torch import Tensor
@@ -6,15 +6,14 @@ from torch.nn import functional as F
 
 
 def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Tensor:
-    """Each token less its mean, over its standard deviation, in float32.
+    """Each token minus its mean, divided by its standard deviation, in float32.
 
     Args:
         x_BLD: ``[..., D]``, any float type.
-        eps: added to the variance.
-        padded_variance: repeat the fault of upstream's FastLayerNorm, which pads D to P, the next power of two, and
-            counts the padding's distance from the mean: variance + (P - D) / D * mean^2. Needed only for pictures
-            that match upstream's bit for bit. Source: TurboDiffusion, ops/core.py
-            (docs/sources.md).
+        eps: Added to the variance.
+        padded_variance: Reproduce the fault of upstream's FastLayerNorm, which pads D to P, the next power of two, and
+            counts the padding's distance from the mean: variance + (P - D) / D * mean^2. Needed only to match
+            upstream's pictures bit for bit. Source: TurboDiffusion, ops/core.py (docs/sources.md).
     """
     x, width = x_BLD.float(), x_BLD.shape[-1]
     if not padded_variance:
@@ -26,7 +25,7 @@ def normalise(x_BLD: Tensor, eps: float, *, padded_variance: bool = False) -> Te
 
 
 def layer_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, *, padded_variance: bool = False) -> Tensor:
-    """Layer norm with weights. Returns the type of `x`, rounded once."""
+    """Layer norm with weights, rounded once to the type of `x`."""
     y_BLD = normalise(x_BLD, eps, padded_variance=padded_variance) * weight_D.float() + bias_D.float()
     return y_BLD.to(x_BLD.dtype)
 
@@ -37,8 +36,8 @@ def modulated_norm(
     """Layer norm without weights, then ``n * (1 + scale) + shift`` per sample.
 
     Args:
-        x_BLD: hidden states ``[B, L, D]``, any float type.
-        shift_BD, scale_BD: float32 ``[B, D]``.
+        x_BLD: Hidden states ``[B, L, D]``, any float type.
+        shift_BD, scale_BD: Float32 ``[B, D]``.
 
     Returns:
         ``[B, L, D]`` in the type of `x`. The normalised value is rounded to that type before it is modulated in

@@ -1,4 +1,4 @@
-"""Quantising a matrix to 8 bits: the definition, the kernels, and what other kernels share of them."""
+"""Quantising a matrix to 8 bits: the definition, the kernels, and the functions that other kernels share."""
 
 TILE = 128
-"""Rows and columns of a tile that shares one scale, as upstream has it."""
+"""Rows and columns of a tile that shares one scale, as in upstream."""

@@ -1,6 +1,6 @@
-"""Quantising as kernels.
+"""Quantisation as kernels.
 
-Inputs are on a GPU, or on the CPU, where Triton's interpreter runs the same kernels, or on the meta device, where
+Inputs are on a GPU, on the CPU, where Triton's interpreter runs the same kernels, or on the meta device, where
 launches are recorded.
 """
 
@@ -18,15 +18,15 @@ QUANTISE_ROWS = Kernel("quantiser", "quantise_rows", ("cdiv(M, ROWS)",), {"M": "
 
 
 class Quantised(NamedTuple):
-    """A matrix in 8-bit steps with a scale per tile of 128x128, ``[ceil(M/128), K/128]``, or per row, ``[M]``; see the
-    reference."""
+    """A matrix in 8-bit steps with a scale per 128x128 tile, ``[ceil(M/128), K/128]``, or per row, ``[M]``; see
+    `reference`."""
 
     steps_MK: Tensor
     scale: Tensor
 
 
 def empty_quantised(rows: int, columns: int, device: torch.device) -> Quantised:
-    """Room for a quantised matrix."""
+    """Allocate a matrix quantised by tiles."""
     tiles = (-(-rows // TILE), -(-columns // TILE))
     return Quantised(
         torch.empty(rows, columns, dtype=torch.int8, device=device),
@@ -35,7 +35,7 @@ def empty_quantised(rows: int, columns: int, device: torch.device) -> Quantised:
 
 
 def quantise(x_MK: Tensor) -> Quantised:
-    """`reference.quantise_tiles` of a matrix whose rows may lie apart; K a multiple of 128."""
+    """`reference.quantise_tiles` of a matrix whose rows may be strided; K must be a multiple of 128."""
     rows, columns = x_MK.shape
     _check_rows(x_MK)
     y = empty_quantised(rows, columns, x_MK.device)
@@ -44,7 +44,7 @@ def quantise(x_MK: Tensor) -> Quantised:
 
 
 def quantise_rows(x_MK: Tensor) -> Quantised:
-    """`reference.quantise_rows` of a matrix whose rows may lie apart; K a multiple of 128."""
+    """`reference.quantise_rows` of a matrix whose rows may be strided; K must be a multiple of 128."""
     rows, columns = x_MK.shape
     _check_rows(x_MK)
     steps = torch.empty(rows, columns, dtype=torch.int8, device=x_MK.device)
@@ -55,4 +55,6 @@ def quantise_rows(x_MK: Tensor) -> Quantised:
 
 def _check_rows(x_MK: Tensor) -> None:
     if x_MK.shape[1] % TILE or x_MK.stride(1) != 1:
-        raise ShapeError(f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: wants rows of whole tiles of {TILE}")
+        raise ShapeError(
+            f"x {tuple(x_MK.shape)}, strides {x_MK.stride()}: rows must be contiguous, their width a multiple of {TILE}"
+        )

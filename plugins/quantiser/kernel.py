@@ -1,16 +1,16 @@
-"""Kernels that quantise a matrix, and the functions by which other kernels quantise and round what they hold."""
+"""Kernels that quantise a matrix, and functions with which other kernels quantise and round values in registers."""
 
 import triton
 import triton.language as tl
 
 TILE = tl.constexpr(128)
-# Adding and taking away 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even, on every machine.
+# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even, on every machine.
 ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def quantise_tile(x):
-    """Steps and scale of one tile, as `reference.quantise_tiles` defines them."""
+    """The steps and the scale of one tile, as `reference.quantise_tiles` defines them."""
     amax = tl.maximum(tl.max(tl.abs(x)), 1e-8)
     steps = (x * tl.math.div_rn(128.0, amax) + ROUND) - ROUND
     return tl.clamp(steps, -128.0, 127.0).to(tl.int8), amax * (1.0 / 128.0)
@@ -18,13 +18,13 @@ def quantise_tile(x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x as `dtype` would store it, in float32."""
+    """x rounded to `dtype`, as float32."""
     return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
 def quantise(x, y, y_scale, M, x_stride, K: tl.constexpr):
-    """x [M, K] to int8 y [M, K] and y_scale [M/128, K/128]."""
+    """Quantise x [M, K] to int8 y [M, K] and y_scale [M/128, K/128]."""
     row_tile, slab = tl.program_id(0), tl.program_id(1)
     rows = row_tile.to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     columns = slab * TILE + tl.arange(0, TILE)[None, :]
@@ -36,8 +36,8 @@ def quantise(x, y, y_scale, M, x_stride, K: tl.constexpr):
 
 @triton.jit
 def quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexpr):
-    """x [M, K] to int8 y [M, K] and y_scale [M], as `reference.quantise_rows` defines them. The second reading of x comes
-    from the cache."""
+    """Quantise x [M, K] to int8 y [M, K] and y_scale [M], as `reference.quantise_rows` defines them. The second read of x
+    comes from the cache."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     rows = row[:, None]

@@ -1,7 +1,7 @@
 """The definition of 8-bit quantisation, with one scale per tile or one per row.
 
-Upstream has a scale per tile of 128x128 values. The finer form has a scale per row: per token of activations, and per
-output of a weight.
+Upstream has one scale per tile of 128x128 values. The finer form has one scale per row: per token of the activations,
+per output of a weight.
 """
 
 import torch
@@ -11,23 +11,23 @@ from torch.nn.functional import pad
 from wanforge.plugins.quantiser import TILE
 
 TILES = (64, TILE, 256)
-"""Upstream's, and two for comparison."""
+"""Tile sizes: upstream's 128, and two others for comparison."""
 FULL_SCALE = 128.0
 ROW_FULL_SCALE = 127.0
 AMAX_FLOOR = 1e-8
 
 
 def quantise_tiles(x_RC: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix symmetrically, one scale per tile of 128 rows and 128 columns, or of as many as `tile` says.
+    """Quantise a matrix symmetrically, with one scale per tile of `tile` rows and columns.
 
     The full scale is 128, not 127: the largest negative value of a tile maps to -128 exactly, the largest positive
-    one saturates at 127. Halves round to even. A ragged last tile counts what lies outside as zero.
+    one saturates at 127. Halves round to even. Ragged last tiles are padded with zeros.
 
     Args:
-        x_RC: ``[R, C]``, any float type; the arithmetic is float32.
+        x_RC: ``[R, C]``, any float type; the arithmetic is in float32.
 
     Returns:
-        ``int8 [R, C]`` and ``float32 [ceil(R/tile), ceil(C/tile)]``, the factor that restores the value.
+        ``int8 [R, C]`` and ``float32 [ceil(R/tile), ceil(C/tile)]``, the factors that restore the values.
 
     Source: TurboDiffusion, ops/quant (docs/sources.md).
     """
@@ -40,28 +40,28 @@ def quantise_tiles(x_RC: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
 
 
 def quantise_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix symmetrically, one scale per row; the largest magnitude of a row maps to 127, halves round to
-    even.
+    """Quantise a matrix symmetrically, with one scale per row. The largest magnitude of a row maps to 127, and halves
+    round to even.
 
     Args:
-        x_RC: ``[R, C]``, any float type; the arithmetic is float32.
+        x_RC: ``[R, C]``, any float type; the arithmetic is in float32.
 
     Returns:
-        ``int8 [R, C]`` and ``float32 [R]``, the factor that restores the value.
+        ``int8 [R, C]`` and ``float32 [R]``, the factors that restore the values.
     """
     x = x_RC.float()
     amax = x.abs().amax(1).clamp_min(AMAX_FLOOR)
-    # A number over a tensor would be its reciprocal times the number, rounded twice.
+    # PyTorch divides a number by a tensor by multiplying it with the reciprocal, which rounds twice.
     factor = torch.full_like(amax, ROW_FULL_SCALE) / amax
     steps = torch.round(x * factor[:, None])
     return steps.to(torch.int8), amax / ROW_FULL_SCALE
 
 
 def dequantise(steps_RC: Tensor, scale: Tensor) -> Tensor:
-    """The values that 8-bit steps stand for, float32 ``[R, C]``.
+    """The values that 8-bit steps represent, float32 ``[R, C]``.
 
     Args:
-        scale: what `quantise_tiles` or `quantise_rows` made with them. As many columns as whole tiles fill.
+        scale: The scale from `quantise_tiles` or `quantise_rows`. For tiles, C must be a multiple of the tile size.
     """
     if scale.dim() == 1:
         return steps_RC.float() * scale[:, None]
@@ -70,5 +70,5 @@ def dequantise(steps_RC: Tensor, scale: Tensor) -> Tensor:
 
 
 def tile_of(int8_weight_NK: Tensor, scale: Tensor) -> int:
-    """Rows and columns of the tiles that a matrix's scales are for."""
+    """The tile size, in rows and columns, of a matrix whose scales are per tile."""
     return int8_weight_NK.shape[1] // scale.shape[1]

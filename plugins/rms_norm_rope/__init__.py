@@ -1,1 +1,1 @@
-"""What happens to queries and keys: RMS norm over the full width, and rotation by position."""
+"""RMS norm of queries and keys over the full width, and their rotation by position."""

@@ -1,4 +1,4 @@
-"""RMS norm over all heads and the rotary embedding as one kernel, in place."""
+"""RMS norm over all heads and the rotary embedding as one in-place kernel."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ NORM = Kernel("rms_norm_rope", "norm", ("cdiv(M, ROWS)", "TENSORS"), {"M": "i32"
 def rms_norm_rotate(
     tensors: Sequence[Tensor], weights: Sequence[Tensor], eps: float, angles: tuple[Tensor, Tensor] | None = None
 ) -> None:
-    """`reference.rms_norm`, then `reference.rotate` where there are angles, of one or two tensors in place.
+    """Apply `reference.rms_norm` and, if angles are given, `reference.rotate` to one or two tensors in place.
 
     Args:
-        tensors: ``[L, H * 128]``, equal in shape and strides; rows may lie apart.
+        tensors: ``[L, H * 128]``, equal in shape and strides; rows may be strided.
         weights: ``[H * 128]`` each.
-        angles: cosines and sines, float32 ``[L, 64]``.
+        angles: Cosines and sines, float32 ``[L, 64]``.
     """
     first = tensors[0]
     rows, width = first.shape
@@ -26,7 +26,7 @@ def rms_norm_rotate(
         if x.shape != first.shape or x.stride() != first.stride() or x.stride(1) != 1 or weight.shape != (width,):
             raise ShapeError(f"x {tuple(x.shape)}, strides {x.stride()}, and weight {tuple(weight.shape)} do not fit")
     if width % 128 or (angles and any(a.shape != (rows, 64) for a in angles)):
-        raise ShapeError(f"x {tuple(first.shape)} wants heads of 128 and one row of 64 angles a token")
+        raise ShapeError(f"x {tuple(first.shape)} must have heads of 128 channels, and one row of 64 angles per token")
     cos, sin = angles or (None, None)
     second, second_weight = (tensors[1], weights[1]) if len(tensors) == 2 else (None, None)
     NORM(

@@ -16,8 +16,8 @@ def norm(
     TENSORS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x_i [M, D] in place: normalised over D, times weight_i [D]; then, where `cos` and `sin` [M, 64] are given,
-    adjacent channels of each head turned by their angle. The second axis of the grid picks i."""
+    """Normalise x_i [M, D] over D in place and multiply by weight_i [D]; then, if `cos` and `sin` [M, 64] are given,
+    rotate adjacent channels of each head by their angle. The second axis of the grid selects i."""
     x, weight = x_0, weight_0
     if TENSORS == 2:
         if tl.program_id(1) == 1:

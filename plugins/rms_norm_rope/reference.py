@@ -5,14 +5,14 @@ from torch import Tensor
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Each token over its root mean square across all heads, times a weight.
+    """Each token divided by its root mean square across all heads, times a weight.
 
     Args:
         x_BLD: ``[..., D]``, any float type, before it is split into heads.
         weight_D: ``[D]``, any float type.
 
     Returns:
-        ``[..., D]`` in the type of `x`: float32 throughout, rounded once.
+        ``[..., D]`` in the type of `x`, computed in float32 and rounded once.
 
     Source: Zhang & Sennrich 2019, eq. 4; roundings: TurboDiffusion, ops/core.py (docs/sources.md).
     """
@@ -20,7 +20,7 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def unit_rms(x_BLD: Tensor, eps: float) -> Tensor:
-    """Each token over its root mean square, in float32."""
+    """Each token divided by its root mean square, in float32."""
     x = x_BLD.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
@@ -30,10 +30,10 @@ def rotate(x_BLHK: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
 
     Args:
         x_BLHK: ``[B, L, H, K]``, any float type.
-        cos_LP, sin_LP: float32 ``[L, K/2]``, the same for every head.
+        cos_LP, sin_LP: Float32 ``[L, K/2]``, the same for every head.
 
     Returns:
-        ``[B, L, H, K]`` in the type of `x`: float32 inside, rounded once.
+        ``[B, L, H, K]`` in the type of `x`, computed in float32 and rounded once.
 
     Source: RoFormer (arXiv:2104.09864, 3.2); layout: TurboDiffusion, rcm/networks/wan2pt1.py
     (docs/sources.md).

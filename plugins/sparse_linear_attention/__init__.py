@@ -1,4 +1,5 @@
 """Sparse-linear attention: softmax over the best key blocks, plus a linear branch over all keys."""
 
 CHUNK_ROWS, MOST_CHUNKS = 1024, 64
-"""Sums over all keys are taken in chunks of about so many rows: enough programs for any GPU, few enough to add up."""
+"""The approximate rows per chunk, and the most chunks, of sums over all keys: enough programs for any GPU, few enough
+to add up."""

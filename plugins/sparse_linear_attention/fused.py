@@ -1,5 +1,5 @@
-"""Sparse-linear attention as kernels: five short launches over keys, values and block means, then the attention itself
-with the linear branch, and the quantiser of the linear that follows, in its last lines."""
+"""Sparse-linear attention as kernels: five short launches over keys, values and block means, then the attention itself,
+which also adds the linear branch and, if needed, quantises its output for the linear that follows."""
 
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ ATTENTION = Kernel(
 
 
 class Keys(NamedTuple):
-    """What attention wants of all keys and values; see `kernel.keys_values` and `kernel.linear_state`."""
+    """What attention needs of all keys and values; see `kernel.keys_values` and `kernel.linear_state`."""
 
     k: Tensor
     k_step: Tensor | None
@@ -61,7 +61,7 @@ def sparse_linear_attention(
     q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
 ) -> Tensor:
     """`reference.sparse_linear_attention` of one sample, its heads side by side: ``[L, H * 128]``. Rows of q, k and v
-    may lie apart."""
+    may be strided."""
     y_LD = torch.empty(q_LD.shape, dtype=q_LD.dtype, device=q_LD.device)
     _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y_LD, None))
     return y_LD
@@ -70,10 +70,10 @@ def sparse_linear_attention(
 def sparse_linear_attention_quantised(
     q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
 ) -> Quantised:
-    """`sparse_linear_attention`, quantised for the linear that follows. Needs query blocks of 128: then the output of a
-    program is a tile of the quantiser."""
+    """`sparse_linear_attention`, quantised for the linear that follows. Query blocks must have 128 rows, so that the
+    output of a program is one tile of the quantiser."""
     if blocks.q != HEAD:
-        raise ShapeError(f"query blocks of {blocks.q} rows are no tiles of the quantiser, which has 128")
+        raise ShapeError(f"query blocks of {blocks.q} rows are not tiles of the quantiser; they must have 128")
     y = empty_quantised(q_LD.shape[0], q_LD.shape[1], q_LD.device)
     _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y.steps_MK, y.scale))
     return y
@@ -86,7 +86,7 @@ def _attend(
     blocks: Blocks,
     out: tuple[Tensor, Tensor | None],
 ) -> None:
-    """Write the op's output, and its scale where it is to be quantised, to `out`."""
+    """Write the op's output to `out`, and its scale if the output is quantised."""
     (q_LD, k_LD, v_LD), (proj_KK, proj_bias_K), (y_LD, y_scale) = qkv_LD, projection, out
     length, heads = _check(q_LD, k_LD, v_LD, num_selected, blocks)
     keys = prepare_keys(k_LD, v_LD, proj_KK, blocks)
@@ -124,24 +124,26 @@ def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: 
     length, width = q_LD.shape
     if not q_LD.shape == k_LD.shape == v_LD.shape or width % HEAD:
         raise ShapeError(
-            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} are not equal, "
-            f"or no heads of {HEAD}"
+            f"q {tuple(q_LD.shape)}, k {tuple(k_LD.shape)} and v {tuple(v_LD.shape)} must be equal in "
+            f"shape, with heads of {HEAD} channels"
         )
     if any(x.stride(1) != 1 for x in (q_LD, k_LD, v_LD)):
-        raise ShapeError("the channels of q, k and v must lie side by side; rows may lie apart")
+        raise ShapeError("the channels of q, k and v must lie side by side; only rows may be strided")
     if not 1 <= num_selected <= blocks.num_keys(length):
-        raise ShapeError(f"{num_selected} key blocks selected of {blocks.num_keys(length)}; at least one, at most all")
+        raise ShapeError(
+            f"{num_selected} key blocks selected of {blocks.num_keys(length)}; select at least one and at most all"
+        )
     return length, width // HEAD
 
 
 def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) -> Keys:
-    """Everything that the query blocks share."""
+    """Compute what all query blocks share."""
     (length, width), device, dtype = k_LD.shape, k_LD.device, k_LD.dtype
     heads, num_keys = width // HEAD, blocks.num_keys(length)
     padded = num_keys * blocks.k
     is_plain, is_fp8 = blocks.arithmetic == "sla", blocks.arithmetic == "sage_fp8"
     chunks = min(MOST_CHUNKS, _power_of_two(-(-length // CHUNK_ROWS)))
-    # Whole blocks, of 64 as of 128 keys.
+    # A multiple of 128, so that chunks hold whole blocks of 64 or 128 keys.
     chunk_rows = HEAD * -(-length // (chunks * HEAD))
 
     def empty(*shape: int, type: torch.dtype = torch.float32) -> Tensor:
@@ -209,7 +211,7 @@ def block_scores(q_LD: Tensor, pooled_HNK: Tensor, blocks: Blocks) -> Tensor:
 
 
 def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
-    """`reference.select_blocks`, ``int32 [H, M, S]``."""
+    """`reference.select_blocks` as ``int32 [H, M, S]``."""
     heads, num_queries, num_keys = score_HMN.shape
     selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMN.device)
     lanes = _power_of_two(num_keys)
@@ -226,5 +228,5 @@ def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
 
 
 def _power_of_two(number: int) -> int:
-    """The least one that is no smaller."""
+    """The smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()

@@ -1,8 +1,8 @@
 """Kernels of sparse-linear attention. Letters as in the reference: L tokens, H heads of K = 128 channels, M query blocks,
-N key blocks; C chunks of tokens, over which sums are taken in a fixed order.
+N key blocks; in addition C chunks of tokens, whose partial sums are added in a fixed order.
 
-`statistics` and `keys_values` read the keys and values once each, at memory speed; `linear_state`, `scores` and `select`
-are small; `attention` follows. ARITHMETIC is that of `reference.Blocks`.
+`statistics` and `keys_values` each read the keys and values once, at memory speed; `linear_state`, `scores` and `select`
+are small; `attention` comes last. ARITHMETIC is the `arithmetic` of `reference.Blocks`.
 """
 
 import triton
@@ -18,9 +18,9 @@ SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * 1.4426950408889634)
 
 @triton.jit
 def to_e4m3(x):
-    """x in fp8, rounded to nearest even and held within its range.
+    """x in fp8, rounded to nearest even and clamped to its range.
 
-    The interpreter drops the carry of a mantissa that rounds up; there, x is rounded first, and the cast is exact.
+    Triton's interpreter drops the carry of a mantissa that rounds up, so there x is rounded first and the cast is exact.
     """
     if INTERPRETED:
         exponent = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -31,14 +31,14 @@ def to_e4m3(x):
 
 @triton.jit
 def to_steps(x, step):
-    """x in whole steps, halves away from zero, as int8."""
+    """x in whole steps as int8, halves rounded away from zero."""
     half = tl.where(x > 0, 0.5, tl.where(x < 0, -0.5, 0.0))
     return (x / step + half).to(tl.int8)
 
 
 @triton.jit
 def feature_map(x, dtype: tl.constexpr):
-    """Softmax over the channels."""
+    """Softmax over the channels, rounded to `dtype`."""
     e = tl.exp(x - tl.max(x, 1, keep_dims=True))
     return rounded(e * (1.0 / tl.sum(e, 1, keep_dims=True)), dtype)
 
@@ -51,13 +51,13 @@ def statistics(
     C: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk and head, float32: the sum of the keys and the largest magnitude of the values, [C, H, K], and the share
-    of the linear branch, phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K]."""
+    """Per chunk and head, in float32: the sum of the keys and the largest magnitude of the values, [C, H, K], and for the
+    linear branch phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K]."""
     chunk, head = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
     dtype = k.dtype.element_ty
-    # Addresses are a 64-bit number plus small offsets, here and below: 64-bit tiles would fill the registers.
+    # Here and below, addresses are one 64-bit number plus small offsets: tiles of 64-bit numbers would fill the registers.
     first = chunk.to(tl.int64) * chunk_rows
     row = tl.arange(0, ROWS)[:, None]
     k += first * k_stride + head * HEAD + (row * k_stride + lanes)
@@ -96,8 +96,9 @@ def keys_values(
     ARITHMETIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of one head's keys and values: means of key blocks [H, N, K], and in 8-bit arithmetic keys as int8
-    [H, padded, K] with a step per block [H, N], and values as fp8 [H, K, padded] or fp16 [H, padded, K]."""
+    """From one chunk of a head's keys and values, compute the means of key blocks [H, N, K] and, in 8-bit arithmetic, the
+    keys as int8 [H, padded, K] with a step per block [H, N] and the values as fp8 [H, K, padded] or fp16 [H, padded, K].
+    """
     chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
@@ -151,7 +152,7 @@ def linear_state(
     C: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The linear branch of one head, all chunks: phi(k)^T v times projection^T [K, K], and the sum of phi(k) [K]."""
+    """The linear branch of one head over all chunks: phi(k)^T v times projection^T [K, K], and the sum of phi(k) [K]."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, HEAD)
@@ -177,7 +178,7 @@ def scores(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Products of the means of query and key blocks, [H, M, N] in the compute type, QUERIES of them a program."""
+    """Products of the means of query and key blocks, [H, M, N] in the compute type. A program handles QUERIES of M."""
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, HEAD)[None, :]
     query = tl.arange(0, QUERIES)[:, None]
@@ -202,9 +203,10 @@ def scores(
 
 @triton.jit
 def select(score, selected, M, N, num_selected, H: tl.constexpr, LANES: tl.constexpr):
-    """The num_selected best of N scores, indices ascending; among equal ones the lower index. A program has one query block.
+    """Select the indices of the num_selected best of N scores, ascending; among equal scores the lower index wins. A
+    program handles one query block.
 
-    The last score that is selected is found bit by bit, on integers in the order of the floats.
+    The lowest selected score is found bit by bit, on integers that sort like the floats.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
@@ -237,9 +239,9 @@ def attention(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: softmax over its selected key blocks, in ascending order with a running maximum, plus
-    the linear branch. y [L, H * K]; `y_scale` [M, H] asks for it quantised, and BLOCK_Q is then 128.
+    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128.
 
-    `k` and `v` are the compute type's [L, H * K], or what `keys_values` made of them.
+    `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`.
     """
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
@@ -295,14 +297,14 @@ def attention(
         shrink = tl.exp2(maximum - higher)
         p = tl.exp2(logits - (higher - offset))
         total = total * shrink + tl.sum(p, 1, keep_dims=True)
-        # Each block is added up apart: tensor cores add fp8 products with few bits.
+        # Each block is summed separately, because tensor cores accumulate fp8 products with few bits.
         if ARITHMETIC == "sage_fp8":
             output = tl.dot(to_e4m3(p), values, output * shrink, max_num_imprecise_acc=BLOCK_K)
         else:
             output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
         maximum = higher
 
-    # The linear branch is added up on top of the sparse one, and rounded once where the reference does so thrice.
+    # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.
     output *= 1.0 / total
     if ARITHMETIC == "sage_fp8":
         output *= tl.load(v_scale + head * HEAD + lanes)

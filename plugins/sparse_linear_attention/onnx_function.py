@@ -1,8 +1,8 @@
 """Sparse-linear attention in ONNX's own ops.
 
-One body for every arithmetic: what differs stands behind the names `Steps`, `Values` and `Probability`, of which a
-model carries the ones it needs. The loop over selected blocks repeats the reference's running maximum; a length
-(`selection`) gives its number of turns.
+All arithmetics share one body. It calls `Steps`, `Values` and `Probability`, of which a model carries the variants for
+its arithmetic. The loop over selected blocks repeats the reference's running maximum, and the length of `selection` is
+its number of iterations.
 """
 
 from onnx import FunctionProto
@@ -14,13 +14,12 @@ from wanforge.plugins.sparse_linear_attention.reference import Arithmetic, Block
 
 NAME = "SparseLinearAttention"
 
-# The plain function that a body calls is compiled under its own name; the variants below are renamed to the name they
-# stand behind.
+# Functions without variants keep their own names; the variants below are renamed to the name that the body calls.
 
 
 @script(ops)
 def SplitRows(x, rows):
-    """[B, H, L, K] as [B, H, blocks, rows, K], zeros at the end."""
+    """[B, H, L, K] as [B, H, blocks, rows, K], padded with zeros at the end."""
     length = op.Shape(x, start=2, end=3)
     blocks = op.Div(op.Add(length, op.Sub(rows, op.Constant(value_ints=[1]))), rows)
     missing = op.Sub(op.Mul(blocks, rows), length)
@@ -32,7 +31,7 @@ def SplitRows(x, rows):
 
 @script(ops)
 def MeanPool(x, rows):
-    """Mean of each block over what it really holds."""
+    """Mean of each block over the rows that it really holds."""
     sums = op.ReduceSum(ops.SplitRows(x, rows), op.Constant(value_ints=[3]), keepdims=0)
     ones = op.Expand(op.Constant(value_float=1.0), op.Concat(op.Shape(x, start=0, end=3), [1], axis=0))
     counts = op.ReduceSum(ops.SplitRows(ones, rows), op.Constant(value_ints=[3]), keepdims=0)
@@ -117,7 +116,7 @@ def SparseLinearAttention(q_BLHK, k_BLHK, v_BLHK, selection, proj_weight, proj_b
     q_rows = op.Unsqueeze(op.Constant(value_int=block_q), [0])
     k_rows = op.Unsqueeze(op.Constant(value_int=block_k), [0])
 
-    # Which key blocks each query block attends to, ascending.
+    # The key blocks that each query block attends to, ascending.
     count = op.Shape(selection)
     q_means = ops.MeanPool(q, q_rows)
     k_means = ops.MeanPool(smooth_k, k_rows)
@@ -175,12 +174,12 @@ VARIANTS = {
 
 
 def attributes(blocks: Blocks) -> dict[str, int | str]:
-    """The node's attributes: what a plugin must know, beyond shapes."""
+    """The node's attributes: what a plugin must know besides shapes."""
     return {"block_q": blocks.q, "block_k": blocks.k, "arithmetic": blocks.arithmetic}
 
 
 def functions(arithmetic: Arithmetic) -> list[FunctionProto]:
-    """The body for one arithmetic and the functions it calls."""
+    """The function body for one arithmetic, and the functions that it calls."""
     shared = [function_proto(f) for f in (SparseLinearAttention, SplitRows, MeanPool, LinearBranch)]
     names = ("Steps", "Values", "Probability")
     return shared + [function_proto(f, name) for f, name in zip(VARIANTS[arithmetic], names, strict=True)]

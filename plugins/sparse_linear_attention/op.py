@@ -22,12 +22,12 @@ def sparse_linear_attention(
     """Attention over the best key blocks plus a linear branch; see `reference.sparse_linear_attention`.
 
     Args:
-        selection_S: one place per selected key block. Only its length is read: a length is known to a compiled graph
-            and to the host without copying anything back, so one engine serves every top-k
+        selection_S: One element per selected key block. Only its length is read: a compiled graph and the host know a
+            length without copying anything back, so one engine serves every top-k
             (docs/decisions/0004-top-k-is-a-shape.md).
 
     Raises:
-        ShapeError: the tensors do not fit each other, or more blocks are asked for than there are.
+        ShapeError: The tensors do not fit each other, or more blocks are selected than exist.
     """
     if not q_BLHK.shape == k_BLHK.shape == v_BLHK.shape:
         raise ShapeError(
@@ -38,5 +38,5 @@ def sparse_linear_attention(
         return handle_torch_function(sparse_linear_attention, (q_BLHK,), *arguments)
     available = blocks.num_keys(q_BLHK.shape[1])
     if not 1 <= len(selection_S) <= available:
-        raise ShapeError(f"{len(selection_S)} key blocks selected of {available}; at least one and at most all can be")
+        raise ShapeError(f"{len(selection_S)} key blocks selected of {available}; select at least one and at most all")
     return reference(q_BLHK, k_BLHK, v_BLHK, len(selection_S), proj_weight_KK, proj_bias_K, blocks)

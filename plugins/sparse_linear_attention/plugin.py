@@ -1,4 +1,4 @@
-"""Sparse-linear attention as a TensorRT plugin: six launches, see `fused`."""
+"""Sparse-linear attention as a TensorRT plugin of six launches; see `fused`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 HEAD = 128
 FIRST_FP8_SM = 89
-"""Tensor cores of earlier architectures have no 8-bit floats: there values and probabilities are float16, as upstream's
-are."""
+"""The first architecture whose tensor cores support 8-bit floats. On earlier ones, values and probabilities are
+float16, as in upstream."""
 ARITHMETICS = ("sla", "sage_fp8", "sage_fp16")
 
 
@@ -21,7 +21,7 @@ ARITHMETICS = ("sla", "sage_fp8", "sage_fp16")
 class SparseLinearAttentionPlugin(PluginOp):
     """Sparse-linear attention: ``q, k, v [1, L, H, 128]`` to ``[1, L, H, 128]``.
 
-    Further inputs are ``selection [num_selected]``, of which only the length is read, and the linear branch's
+    The other inputs are ``selection [num_selected]``, of which only the length is read, and the linear branch's
     projection ``[128, 128]`` and bias ``[128]``.
     """
 
@@ -34,7 +34,7 @@ class SparseLinearAttentionPlugin(PluginOp):
 
     def __post_init__(self) -> None:
         if self.arithmetic not in ARITHMETICS:
-            raise ShapeError(f"arithmetic {self.arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+            raise ShapeError(f"arithmetic {self.arithmetic!r} is not one of {', '.join(ARITHMETICS)}")
 
     def types(self, compute: str) -> tuple[tuple[str, ...], ...]:
         same = (compute,)
@@ -48,7 +48,7 @@ class SparseLinearAttentionPlugin(PluginOp):
             )
         batch, _, heads, width = q
         if batch != 1 or heads == DYNAMIC or width != HEAD:
-            raise ShapeError(f"q {q}: wants one sample and heads of {HEAD} channels; only its length may be dynamic")
+            raise ShapeError(f"q {q}: must be one sample with heads of {HEAD} channels; only its length may be dynamic")
 
     def output(self, shapes: Sequence[Sequence[Expression]]) -> list[Expression]:
         return list(shapes[0])

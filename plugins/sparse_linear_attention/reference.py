@@ -3,7 +3,7 @@
 Letters: B batch, L tokens, H heads, K channels of a head; M query blocks of q rows, N key blocks of k rows,
 S selected key blocks.
 
-Source: SLA (arXiv:2509.24006) and SageAttention2 (arXiv:2411.10958) as in TurboDiffusion, SLA/ and SpargeAttn,
+Source: SLA (arXiv:2509.24006) and SageAttention2 (arXiv:2411.10958) as in TurboDiffusion, SLA/, and in SpargeAttn,
 spas_sage_attn/ (docs/sources.md).
 """
 
@@ -51,9 +51,9 @@ def sparse_linear_attention(
     """Attention whose softmax sees only the best key blocks of each query block, plus a linear branch over all keys.
 
     Args:
-        q_BLHK, k_BLHK, v_BLHK: ``[B, L, H, K]``, one float type, rotated, any strides; L need not fill a block.
-        num_selected: key blocks per query block, 1 to ceil(L / blocks.k).
-        proj_weight_KK, proj_bias_K: ``[K, K]`` and ``[K]``, the learned map of the linear branch, shared by heads.
+        q_BLHK, k_BLHK, v_BLHK: ``[B, L, H, K]`` of one float type, rotated, any strides; the last block may be ragged.
+        num_selected: Key blocks per query block, 1 to ceil(L / blocks.k).
+        proj_weight_KK, proj_bias_K: ``[K, K]`` and ``[K]``, the learned projection of the linear branch, for all heads.
 
     Returns:
         ``[B, L, H, K]`` in the type of `q`.
@@ -68,12 +68,12 @@ def sparse_linear_attention(
 
 def block_scores(q_BHLK: Tensor, smooth_k_BHLK: Tensor, blocks: Blocks) -> Tensor:
     """Scores ``[B, H, M, N]`` between the means of query and key blocks, in the type of `q`, neither scaled nor
-    normalised: only their order counts."""
+    normalised: only their order matters."""
     return mean_pool(q_BHLK, blocks.q) @ mean_pool(smooth_k_BHLK, blocks.k).transpose(-1, -2)
 
 
 def mean_pool(x_BHLK: Tensor, size: int) -> Tensor:
-    """Mean of each block of `size` rows, ``[B, H, ceil(L/size), K]``: float32 sums over what the block really holds."""
+    """Mean of each block of `size` rows, ``[B, H, ceil(L/size), K]``: float32 sums over the rows that it holds."""
     length = x_BHLK.shape[2]
     sums = split_rows(x_BHLK.float(), size).sum(3)
     starts = torch.arange(0, length, size, device=x_BHLK.device)
@@ -82,7 +82,7 @@ def mean_pool(x_BHLK: Tensor, size: int) -> Tensor:
 
 
 def split_rows(x_BHLK: Tensor, size: int) -> Tensor:
-    """``[B, H, L, K]`` as ``[B, H, ceil(L/size), size, K]``, the last block filled up with zeros."""
+    """``[B, H, L, K]`` as ``[B, H, ceil(L/size), size, K]``, the last block padded with zeros."""
     return pad(x_BHLK, (0, 0, 0, -x_BHLK.shape[2] % size)).unflatten(2, (-1, size))
 
 
@@ -101,9 +101,9 @@ def sparse_branch(
     selected_BHMS: Tensor,
     blocks: Blocks,
 ) -> Tensor:
-    """Softmax attention over the selected blocks, taken in ascending order with a running maximum.
+    """Softmax attention over the selected blocks, visited in ascending order with a running maximum.
 
-    The order matters to the last bits: probabilities are rounded to their format relative to the maximum so far.
+    The order affects the last bits: probabilities are rounded to their format relative to the maximum so far.
     """
     length, softmax_scale = q_BHLK.shape[2], q_BHLK.shape[3] ** -0.5 * math.log2(math.e)
     offset = 0.0
@@ -142,11 +142,11 @@ def sparse_branch(
 
 
 def quantise_rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Round each block of `size` rows to steps of its largest magnitude over 127, halves away from zero.
+    """Round each block of `size` rows to integer multiples of its largest magnitude / 127, halves away from zero.
 
     Returns:
-        The integers as float32 ``[B, H, blocks, size, K]`` (products of two such rows are exact there), and the
-        step ``[B, H, blocks]``.
+        The integers as float32 ``[B, H, blocks, size, K]`` (products of two such rows are exact in it), and
+        the step ``[B, H, blocks]``.
     """
     x = split_rows(x_BHLK.float(), size)
     step = x.abs().amax((-1, -2)) / INT8_FULL_SCALE + INT8_SCALE_FLOOR
@@ -155,9 +155,9 @@ def quantise_rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def quantise_values(v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each channel to a largest magnitude of 2.25 and round to e4m3; returns the values and what undoes the
-    scale. 448 * 2.25 * 64 keys stays below float16's largest number, in which the kernels add up. A channel that is
-    zero throughout stays zero; upstream makes it NaN."""
+    """Scale each channel to a largest magnitude of 2.25 and round to e4m3; return the values and the factor that
+    restores them. 448 * 2.25 * 64 keys stays below the largest float16, the type in which the kernels add up. A channel
+    that is all zeros stays zero; upstream turns it into NaN."""
     v = v_BHLK.float()
     amax = v.abs().amax(2, keepdim=True)
     factor = torch.where(amax > 0, FP8_VALUE_FULL_SCALE / amax, 1.0)
@@ -166,7 +166,7 @@ def quantise_values(v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear_branch(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor) -> Tensor:
     """Linear attention over all keys with softmax over channels as the feature map, ``[B, H, L, K]``; every
-    intermediate is rounded to the type of `q`."""
+    intermediate result is rounded to the type of `q`."""
     phi_q, phi_k = softmax(q_BHLK, -1), softmax(k_BHLK, -1)
     weighted = phi_q @ (phi_k.transpose(-1, -2) @ v_BHLK)
     return weighted / (LINEAR_EPS + (phi_q * phi_k.sum(2, keepdim=True)).sum(-1, keepdim=True))

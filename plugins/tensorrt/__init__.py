@@ -1,1 +1,1 @@
-"""TensorRT in its two flavours: the libraries, and the ops as plugins."""
+"""The two flavours of TensorRT: their libraries, and the ops as plugins."""

@@ -1,7 +1,7 @@
-"""TensorRT in its two flavours, whose Python modules share their names: one adapter over both.
+"""One adapter for the two flavours of TensorRT, whose Python modules offer the same names.
 
-TensorRT-RTX compiles for the GPUs of desktops and workstations, on machines without any. TensorRT compiles for the GPU
-it runs on, and is what there is for data centres.
+TensorRT-RTX compiles for the GPUs of desktops and workstations and needs no GPU to do so. TensorRT compiles for the GPU
+it runs on, and is the only flavour for data centres.
 """
 
 import ctypes
@@ -19,16 +19,17 @@ from typing import Any
 from wanforge.errors import ResourceError
 
 BROKEN = (1, 7, 1)
-"""TensorRT-RTX whose parser ends the process at the first plugin node, see `provide_unversioned_name`."""
+"""The TensorRT-RTX version whose parser ends the process at the first plugin node; see `provide_unversioned_name`."""
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the two products.
+    """One of the two TensorRT products.
 
     Attributes:
-        least: first version that this project works with, and why none before it.
-        sms: architectures that it compiles for on any machine; none where it compiles for the GPU that is here.
+        least: The first version that this project works with.
+        reason: Why no earlier version works.
+        sms: The architectures that it compiles for on any machine; empty if it compiles only for the GPU present.
     """
 
     name: str
@@ -44,20 +45,20 @@ RTX = Flavour(
     "tensorrt_rtx",
     "rtx",
     (1, 7, 1),
-    "earlier ones take no plugins",
+    "earlier versions do not support plugins",
     (75, 80, 86, 89, 120, 121),
 )
-TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt", (11,), "earlier ones are not strongly typed throughout")
+TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt", (11,), "earlier versions are not strongly typed throughout")
 FLAVOURS = (RTX, TENSORRT)
 
 
 def flavour_for(sm: int) -> Flavour:
-    """Which product compiles for an architecture: TensorRT-RTX where it can, for it needs no GPU."""
+    """The product that compiles for an architecture: TensorRT-RTX where possible, because it needs no GPU."""
     return RTX if sm in RTX.sms else TENSORRT
 
 
 def group_by_flavour(sms: Iterable[int]) -> list[tuple[Flavour, tuple[int, ...]]]:
-    """Architectures that one engine can serve: all of TensorRT-RTX's together, and each of TensorRT's by itself."""
+    """Group architectures that one engine can serve: all of TensorRT-RTX's together, each of TensorRT's separately."""
     ordered = sorted(sms)
     portable = tuple(sm for sm in ordered if flavour_for(sm) is RTX)
     alone = [(TENSORRT, (sm,)) for sm in ordered if sm not in portable]
@@ -69,8 +70,8 @@ class Library:
     """An installed flavour.
 
     Attributes:
-        trt: its Python module.
-        version: in full, for an engine loads in no other.
+        trt: The Python module.
+        version: The full version, because an engine loads in no other.
     """
 
     flavour: Flavour
@@ -83,29 +84,29 @@ class Library:
 
 @cache
 def open_library(flavour: Flavour) -> Library:
-    """Import a flavour, fit for plugins.
+    """Import a flavour and make it ready for plugins.
 
     Raises:
-        ResourceError: it is not installed, or too old.
+        ResourceError: It is not installed, does not load, or is too old.
     """
     install = f"run: pip install 'wanforge[{flavour.extra}]'"
     try:
         trt = import_module(flavour.module)
     except ImportError as error:
         if flavour.module not in str(error.name):
-            raise ResourceError(f"{flavour.name} is installed but does not load ({error}); {install}") from None
+            raise ResourceError(f"{flavour.name} is installed but cannot be loaded ({error}); {install}") from None
         raise ResourceError(f"{flavour.name} is not installed; {install}") from None
     found: str = trt.__version__
     if numbers(found) < flavour.least:
         least = ".".join(map(str, flavour.least))
-        raise ResourceError(f"{flavour.name} {found} is too old, {flavour.reason}; for {least} or newer {install}")
+        raise ResourceError(f"{flavour.name} {found} is too old: {flavour.reason}; for {least} or newer, {install}")
     if flavour is RTX and numbers(found)[: len(BROKEN)] == BROKEN and sys.platform == "linux":
         provide_unversioned_name("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")
     return Library(flavour, trt, installed_version(flavour) or found)
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``1.7.1.116`` and ``11.0.0rc1`` as they compare."""
+    """The leading numbers of a version such as ``1.7.1.116`` or ``11.0.0rc1``, for comparison."""
     found = []
     for part in version.split("."):
         if not part.isdigit():
@@ -117,9 +118,12 @@ def numbers(version: str) -> tuple[int, ...]:
 def provide_unversioned_name(name: str, library: str) -> None:
     """Let this process find a loaded library under a second name.
 
-    TensorRT-RTX 1.7.1's parser asks the loader for ``libtensorrt_rtx.so`` when it meets a plugin node, its wheel holds
-    ``libtensorrt_rtx.so.1``, and the failure ends the process. An empty library of the first name that depends on the
-    second answers the question: nothing is written to disk, and nothing that is installed is changed.
+    TensorRT-RTX 1.7.1's parser asks the loader for ``libtensorrt_rtx.so`` when it meets a plugin node, but its wheel
+    contains ``libtensorrt_rtx.so.1``, and the failure ends the process. The remedy is an empty library with the first
+    name that depends on the second: nothing is written to disk, and no installed file is changed.
+
+    Raises:
+        ResourceError: The empty library cannot be loaded.
     """
     file = os.memfd_create(name)
     try:
@@ -127,21 +131,22 @@ def provide_unversioned_name(name: str, library: str) -> None:
         ctypes.CDLL(f"/proc/self/fd/{file}", mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ResourceError(
-            f"{library} cannot be made known as {name} ({error}); put a link of that name on LD_LIBRARY_PATH"
+            f"{library} cannot be made available as {name} ({error}); put a link of that name on LD_LIBRARY_PATH"
         ) from None
     finally:
         os.close(file)
 
 
 MACHINES = {"x86_64": 62, "aarch64": 183}
-"""ELF's numbers for processors."""
+"""ELF machine numbers of the processors."""
 
 
 def empty_library(name: str, needed: str) -> bytes:
-    """A shared library that holds nothing but its own name and that of one it needs.
+    """Return a shared library that contains only its own name and that of a library it needs.
 
     Layout: ELF header, a segment for the file and one for its dynamic section, that section, strings, one null symbol.
-    As the System V ABI has it, chapters 4 and 5.
+
+    Source: System V ABI, chapters 4 and 5.
     """
     strings = b"\0" + name.encode() + b"\0" + needed.encode() + b"\0"
     needed_tag, strings_tag, symbols_tag, strings_size_tag, symbol_size_tag, name_tag = 1, 5, 6, 10, 11, 14
@@ -172,7 +177,7 @@ def empty_library(name: str, needed: str) -> bytes:
 
 
 def installed_version(flavour: Flavour) -> str | None:
-    """The version that would be opened, without opening it: that takes a second."""
+    """The version that `open_library` would import, or None, without importing it, which takes a second."""
     try:
         return version(flavour.module)
     except PackageNotFoundError:

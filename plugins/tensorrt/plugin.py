@@ -1,14 +1,14 @@
-"""Ops as TensorRT plugins: what TensorRT asks of a plugin, answered for any `PluginOp`, in both flavours.
+"""Ops as TensorRT plugins: TensorRT's plugin interface, implemented for any `PluginOp` and for both flavours.
 
-An op says in `plugins/<op>/plugin.py` which types and shapes it takes and what it launches. The ONNX parser finds it by
-the name, ``plugin_namespace`` and ``plugin_version`` of a node, see `onnx_body.PLUGIN`.
+An op declares in `plugins/<op>/plugin.py` which types and shapes it accepts and what it launches. The ONNX parser finds
+it by the name, ``plugin_namespace`` and ``plugin_version`` of a node; see `onnx_body.PLUGIN`.
 
-Which kernels run, and where their temporaries lie in the workspace, is worked out when shapes change; `enqueue` adds
-addresses and puts kernels on the stream it is given. Not measured, for want of a GPU with TensorRT: that the flavours
-call `on_shape_change` before they capture `enqueue` into a CUDA graph, and what a call costs. Parsing, building and
-the launches themselves are tested.
+The launch plan, with the places of temporaries in the workspace, is made when shapes change; `enqueue` adds
+addresses and puts kernels on the given stream. Two things are unverified because no GPU with TensorRT was available:
+that the flavours call `on_shape_change` before they capture `enqueue` into a CUDA graph, and the cost of a call.
+Parsing, building and the launches themselves are tested.
 
-Nothing here imports PyTorch until a plan is made: parsing needs none.
+PyTorch is imported only when a launch plan is made, because parsing does not need it.
 """
 
 from abc import ABC, abstractmethod
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 NAMESPACE, VERSION = "wanforge", "1"
 OPS = ("w8a8_linear", "sparse_linear_attention")
-"""Folders of the ops that have a plugin."""
+"""The folders of the ops that have a plugin."""
 
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64"}
-"""TensorRT's names of element types and PyTorch's."""
+"""PyTorch's names of element types by TensorRT's."""
 COMPUTE = ("float32", "float16", "bfloat16")
 
 DYNAMIC = -1
@@ -47,38 +47,38 @@ Shape = tuple[int, ...]
 
 
 class PluginOp(ABC):
-    """What TensorRT must know of one op. A subclass is a frozen dataclass of the node's attributes."""
+    """What TensorRT must know about an op. A subclass is a frozen dataclass of the node's attributes."""
 
     name: ClassVar[str]
-    """Of the node in ONNX."""
+    """Name of the node in ONNX."""
     inputs: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def types(self, compute: str) -> tuple[tuple[str, ...], ...]:
-        """The types that each input may have, once the first has type `compute`, which is the output's too."""
+        """The types that each input may have if the first input, and therefore the output, has type `compute`."""
 
     @abstractmethod
     def check_shapes(self, shapes: Sequence[Shape]) -> None:
-        """Refuse shapes, in which a dimension may be `DYNAMIC`.
+        """Check the shapes of the inputs, in which a dimension may be `DYNAMIC`.
 
         Raises:
-            ShapeError: the op does not take them.
+            ShapeError: The op does not accept the shapes.
         """
 
     @abstractmethod
     def output(self, shapes: Sequence[Sequence[Expression]]) -> list[Expression]:
-        """The output's shape, made of the inputs' dimensions, whatever those are."""
+        """The output's shape, built from the inputs' dimensions, which may be numbers or symbolic expressions."""
 
     @abstractmethod
     def run(self, inputs: Sequence["Tensor"]) -> "Tensor":
-        """Launch the op's kernels."""
+        """Launch the op's kernels and return the output."""
 
     def on(self, sm: int) -> Self:
-        """The op as an architecture runs it."""
+        """The variant of the op that runs on an architecture."""
         return self
 
     def plan(self, inputs: Sequence[tuple[Shape, str]], sm: int) -> "LaunchPlan":
-        """The op's launches for inputs of some shapes and types."""
+        """The op's launch plan for inputs of given shapes and types."""
         import torch
 
         from wanforge.plugins.launching.plan import plan
@@ -86,48 +86,52 @@ class PluginOp(ABC):
         return plan(self.on(sm).run, [(shape, getattr(torch, dtype)) for shape, dtype in inputs], sm)
 
     def workspace_bytes(self, inputs: Sequence[tuple[Shape, str]]) -> int:
-        """What the op needs on whichever architecture it will run: one engine serves several."""
+        """The most workspace that the op needs on any architecture, because one engine serves several."""
         distinct = {self.on(sm): sm for sm in tiled_architectures()}
         return max(op.plan(inputs, sm).workspace_bytes for op, sm in distinct.items())
 
     def refusal(self, position: int, found: Sequence[str]) -> str:
-        """Why the tensor at `position` (inputs, then the output) is not taken, given the types up to it; empty where
-        it is."""
+        """Why the tensor at `position` (inputs, then the output) has an unsupported type, or an empty string.
+
+        Args:
+            position: The index of the tensor.
+            found: The types of the tensors up to and including this one.
+        """
         what = [*self.inputs, "the output"][position]
         wanted = COMPUTE if position == 0 else (*self.types(found[0]), (found[0],))[position]
         if found[position] not in wanted:
-            return f"{self.name}: {what} is {found[position]}, and can be {' or '.join(wanted)} only"
+            return f"{self.name}: {what} is {found[position]}, but must be {' or '.join(wanted)}"
         return ""
 
 
 def find_op(folder: str) -> type[PluginOp]:
-    """The op of a folder of `plugins`."""
+    """The plugin op of a folder of `plugins`."""
     found: type[PluginOp] = import_module(f"wanforge.plugins.{folder}.plugin").OP
     return found
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A plan whose kernels are loaded."""
+    """A launch plan whose kernels are loaded."""
 
     launches: tuple[tuple["PlannedLaunch", "LoadedKernel"], ...]
 
     def put(self, launcher: "Launcher", bases: Sequence[int], stream: int) -> None:
-        """Put every kernel on a stream."""
+        """Launch every kernel on a stream."""
         for planned, loaded in self.launches:
             values = [planned.value(name, bases) for name, _ in loaded.cubin.parameters]
             launcher.driver.launch(loaded, planned.launch.grid, values, stream)
 
 
 class Preparation:
-    """The plans of one plugin in one execution context, made once per set of shapes."""
+    """The launch plans of one plugin in one execution context, made once per set of input shapes and types."""
 
     def __init__(self, op: PluginOp) -> None:
         self.op = op
         self.made: dict[tuple[tuple[Shape, str], ...], Ready] = {}
 
     def ready(self, inputs: tuple[tuple[Shape, str], ...], launcher: "Launcher") -> Ready:
-        """The launches for these inputs on the GPU that is current."""
+        """The loaded launch plan for these inputs on the current GPU."""
         if inputs not in self.made:
             device = launcher.driver.current_device()
             plan = self.op.plan(inputs, launcher.driver.sm(device))
@@ -138,25 +142,25 @@ class Preparation:
 
 @cache
 def array_of(value: int | str) -> Any:
-    """An attribute's memory, which TensorRT points at and does not keep."""
+    """An attribute as an array. It is cached because TensorRT keeps only a pointer to its memory."""
     if isinstance(value, int):
         return np.array([value], dtype=np.int32)
     return np.array(list(value.encode()), dtype=np.int8)
 
 
 class Attributes:
-    """The node's attributes as TensorRT passes them around."""
+    """Conversion of a node's attributes to and from TensorRT's plugin fields."""
 
     def __init__(self, trt: Any, op: type[PluginOp]) -> None:
         self.trt = trt
         self.kinds = {each.name: each.type for each in fields(op)}  # type: ignore[arg-type]
 
     def names(self) -> Any:
-        """What to look for in a node."""
+        """The fields that TensorRT should look for in a node."""
         return self._collection({name: 0 if kind in (int, "int") else "" for name, kind in self.kinds.items()})
 
     def of(self, op: PluginOp) -> Any:
-        """What the plan of an engine keeps."""
+        """The fields that are stored in an engine."""
         return self._collection(asdict(op))  # type: ignore[call-overload]
 
     def _collection(self, values: Mapping[str, int | str]) -> Any:
@@ -168,7 +172,7 @@ class Attributes:
         return self.trt.PluginFieldCollection(found)
 
     def read(self, collection: Any) -> dict[str, int | str]:
-        """What a node or a plan says; unknown fields are left out."""
+        """The attributes in the fields of a node or an engine; unknown fields are ignored."""
         found: dict[str, int | str] = {}
         for each in collection:
             if each.name in self.kinds:
@@ -180,11 +184,11 @@ class Attributes:
 
 @dataclass
 class Account:
-    """What happened to the plugins of a build.
+    """A record of the plugins in a build.
 
     Attributes:
-        refusals: what was not taken and why, for TensorRT's own message does not say.
-        calls: each op with the largest inputs that it was sized for.
+        refusals: What was refused and why, because TensorRT's own message does not say.
+        calls: Each op with the largest inputs for which TensorRT asked its workspace size.
     """
 
     refusals: list[str] = field(default_factory=list)
@@ -193,7 +197,7 @@ class Account:
 
 @contextmanager
 def noted(account: Account, op: PluginOp) -> Iterator[None]:
-    """Keep what goes wrong, for TensorRT does not pass it on."""
+    """Record an error in the account, because TensorRT does not pass it on."""
     try:
         yield
     except WanforgeError as error:
@@ -202,7 +206,7 @@ def noted(account: Account, op: PluginOp) -> Iterator[None]:
 
 
 def plugin_class(trt: Any, account: Account) -> type:
-    """The class of all plugins, for one flavour's module."""
+    """Define the class of all plugins on one flavour's module."""
 
     def type_of(desc: Any) -> str:
         return TYPES.get(desc.type.name, desc.type.name.lower())
@@ -259,7 +263,7 @@ def plugin_class(trt: Any, account: Account) -> type:
         # Running
 
         def get_fields_to_serialize(self) -> Any:
-            self.kept = Attributes(trt, type(self.op)).of(self.op)  # TensorRT reads it after the call
+            self.kept = Attributes(trt, type(self.op)).of(self.op)  # kept because TensorRT reads it after the call
             return self.kept
 
         def attach_to_context(self, context: Any) -> Any:
@@ -298,7 +302,7 @@ def plugin_class(trt: Any, account: Account) -> type:
 
 
 def creator_class(trt: Any) -> type:
-    """The class of all creators, for one flavour's module."""
+    """Define the class of all plugin creators on one flavour's module."""
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self, op: type[PluginOp], plugin: type) -> None:
@@ -315,14 +319,14 @@ def creator_class(trt: Any) -> type:
 
 @contextmanager
 def registered(library: Library) -> Iterator[Account]:
-    """Let a flavour take the plugins of all ops; without, it compiles their ONNX bodies."""
+    """Register the plugins of all ops with a flavour, which would otherwise compile their ONNX bodies."""
     account = Account()
     plugin, creator = plugin_class(library.trt, account), creator_class(library.trt)
     creators = [creator(find_op(folder), plugin) for folder in OPS]
     registry = library.trt.get_plugin_registry()
     for each in creators:
         if not registry.register_creator(each, NAMESPACE):
-            raise AssertionError(f"a plugin {each.name} is registered already")
+            raise AssertionError(f"a plugin named {each.name} is already registered")
     try:
         yield account
     finally:

@@ -1,7 +1,7 @@
-"""The W8A8 linear as kernels, with what comes before and after it in the same launch.
+"""The W8A8 linear as kernels, with the operations that follow it in the same launch.
 
-Inputs are on a GPU, or on the CPU, where Triton's interpreter runs the same kernels, or on the meta device, where
-launches are recorded. All are contiguous, unless said otherwise.
+Inputs are on a GPU, on the CPU, where Triton's interpreter runs the same kernels, or on the meta device, where
+launches are recorded. All are contiguous unless stated otherwise.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ GEMM, GEMM_ROWS = (
 
 
 class Weight(NamedTuple):
-    """A W8A8 linear's weights: ``int8 [N, K]``, their scales as in `Quantised`, ``[N]`` in the compute type."""
+    """A W8A8 linear's weight ``int8 [N, K]``, its scales as in `Quantised`, its bias ``[N]`` in the compute type."""
 
     int8_NK: Tensor
     scale: Tensor
@@ -30,7 +30,7 @@ class Weight(NamedTuple):
 
 
 def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
-    """One to three linears of one input, in one launch: ``[M, N]`` each, in the type of the biases."""
+    """Apply one to three linears to one input in one launch: ``[M, N]`` each, in the type of the biases."""
     rows = len(x.steps_MK)
     outputs = [torch.empty(rows, len(b), dtype=b.dtype, device=b.device) for _, _, b in weights]
     _gemm(x, weights, outputs)
@@ -38,8 +38,8 @@ def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
 
 
 def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
-    """``gelu(x @ W.T + bias)``, quantised for the linear that follows: by tiles in the same launch, by rows, which no
-    block of the product holds whole, in one more."""
+    """``gelu(x @ W.T + bias)``, quantised for the linear that follows: by tiles in the same launch, by rows in a second
+    launch, because no block of the product holds a whole row."""
     if weight.scale.dim() == 1:
         y_MN = torch.empty(len(x.steps_MK), len(weight.bias_N), dtype=weight.bias_N.dtype, device=weight.bias_N.device)
         _gemm(x, [weight], [y_MN], gelu=True)
@@ -50,7 +50,7 @@ def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
 
 
 def linear_residual(x: Quantised, weight: Weight, residual_MN: Tensor, gate_N: Tensor | None, out_MN: Tensor) -> Tensor:
-    """``residual + (x @ W.T + bias) * gate`` in `out`, which may be the residual; no gate is a gate of one."""
+    """Write ``residual + (x @ W.T + bias) * gate`` to `out`, which may be the residual; None is a gate of one."""
     _gemm(x, [weight], [out_MN], residual=residual_MN, gate=gate_N)
     return out_MN
 
@@ -68,9 +68,12 @@ def _gemm(
     (rows, inputs), outs = x.steps_MK.shape, len(weights[0].bias_N)
     for weight in weights:
         if weight.int8_NK.shape != (outs, inputs) or inputs % TILE or outs % TILE:
-            raise ShapeError(f"weight {tuple(weight.int8_NK.shape)} does not go with x {tuple(x.steps_MK.shape)}")
+            raise ShapeError(
+                f"weight {tuple(weight.int8_NK.shape)} does not fit x {tuple(x.steps_MK.shape)}; K must be the same, "
+                f"and N and K multiples of {TILE}"
+            )
         if weight.scale.dim() != x.scale.dim():
-            raise ShapeError("x and its weight are quantised by tiles and by rows, or the other way round")
+            raise ShapeError("x and its weight must both be quantised by tiles, or both by rows")
     pointers: dict[str, Tensor | None] = {}
     for i in range(3):
         given = (*weights[i], outputs[i]) if i < len(weights) else 4 * (None,)

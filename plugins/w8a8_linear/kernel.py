@@ -1,5 +1,5 @@
-"""Kernels of the W8A8 linear. Letters: M rows, N outputs, K inputs. With scales by tile a block of the product is one tile,
-so that it has one scale per slab of K on either side."""
+"""Kernels of the W8A8 linear. Letters: M rows, N outputs, K inputs. With scales by tile, a block of the product is one
+tile, so that each operand has one scale per slab of K."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def gelu(x):
 
 @triton.jit
 def pick(which, first, second, third, WEIGHTS: tl.constexpr):
-    """One of up to three pointers; those past WEIGHTS are None."""
+    """Select one of up to three pointers; those beyond WEIGHTS are None."""
     chosen = first
     if WEIGHTS > 1:
         if which == 1:
@@ -29,8 +29,8 @@ def pick(which, first, second, third, WEIGHTS: tl.constexpr):
 
 @triton.jit
 def place_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Which weight a program multiplies with, and its tile's row and column: programs that run at the same time share
-    GROUP tiles of rows, so that both operands come from the cache."""
+    """The index of a program's weight, and the row and column of its tile. Programs that run at the same time share GROUP
+    tiles of rows, so that both operands come from the cache."""
     row_tiles, column_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tiles = row_tiles * column_tiles
     which, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -46,8 +46,8 @@ def finish(
     M, N,
     GELU: tl.constexpr,
 ):  # fmt: skip
-    """What follows a product, in the registers that hold it: bias, GELU, gate and residual, and the store. `total` is a
-    tile from `row` and `column` on; the biases have the compute type, to which the reference rounds."""
+    """Apply bias, GELU, gate and residual to a product in registers, and store it. `total` is the tile that starts at
+    `row` and `column`; the bias has the compute type, to which the reference rounds."""
     rows = tl.arange(0, total.shape[0])[:, None]
     columns = tl.arange(0, total.shape[1])
     is_column = columns < N - column
@@ -65,7 +65,7 @@ def finish(
             total = rounded(total * rounded(factor, compute), compute)
         total += tl.load(residual + start + place, mask=inside, other=0.0).to(tl.float32)
     if y_scale is not None:
-        # Rows past the last one repeat it, so they change no tile's largest.
+        # Rows past the last one repeat it, so they do not change the largest magnitude of a tile.
         steps, step = quantise_tile(total)
         tl.store(y + start + place, steps, mask=inside)
         tl.store(y_scale + (row // TILE).to(tl.int64) * (N // TILE) + column // TILE, step)
@@ -89,10 +89,10 @@ def gemm(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """int8 x [M, K] times one to three int8 weights [N, K], which share x; scales by tile of 128x128, which is also the
-    block. What a None leaves out is not compiled.
+    """Multiply int8 x [M, K] by one to three int8 weights [N, K], with scales by tile of 128x128, which is also the block.
 
-    y_i [M, N]. `y_scale` asks for y quantised, `residual` [M, N] for residual + y * gate with `gate` [N].
+    y_i is [M, N]. With `y_scale`, y is quantised; with `residual` [M, N] and `gate` [N], y becomes residual + y * gate.
+    Code for arguments that are None is not compiled.
     """
     which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     weight, scale = pick(which, weight_0, weight_1, weight_2, WEIGHTS), pick(which, scale_0, scale_1, scale_2, WEIGHTS)
@@ -100,7 +100,7 @@ def gemm(
 
     row, column = row_tile * BLOCK_M, column_tile * BLOCK_N
     slab = tl.arange(0, TILE)
-    # A ragged tile reads its last row again instead of a mask: what lies outside is never stored.
+    # A ragged tile reads its last row again instead of using a mask: values outside are never stored.
     x_tile = x + row.to(tl.int64) * K + (tl.minimum(tl.arange(0, BLOCK_M), M - 1 - row)[:, None] * K + slab[None, :])
     w_tile = weight + column.to(tl.int64) * K + (tl.arange(0, BLOCK_N)[None, :] * K + slab[:, None])
     x_scale += row_tile.to(tl.int64) * (K // TILE)
@@ -128,7 +128,7 @@ def gemm_rows(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`gemm` with scales by row, x_scale [M] and scale_i [N]: all of K is added up in integers, and rescaled once."""
+    """`gemm` with scales by row, x_scale [M] and scale_i [N]: all of K is summed in integers and rescaled once."""
     which, row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     weight, scale = pick(which, weight_0, weight_1, weight_2, WEIGHTS), pick(which, scale_0, scale_1, scale_2, WEIGHTS)
     bias, y = pick(which, bias_0, bias_1, bias_2, WEIGHTS), pick(which, y_0, y_1, y_2, WEIGHTS)

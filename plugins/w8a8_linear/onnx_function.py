@@ -1,8 +1,9 @@
 """The W8A8 linear in ONNX's own ops.
 
-Activations and weights are rounded to their 8-bit steps and multiplied as float32: every step is a float32 number, so
-this differs from integer arithmetic only in the last bits of the sums. Weights pass through Cast, which TensorRT takes
-for inputs of a graph; DequantizeLinear it takes once per function, for it names that layer after the function's node.
+Activations and weights are rounded to their 8-bit steps and multiplied as float32, which represents every step exactly,
+so the result differs from integer arithmetic only in the last bits of the sums. Weights pass through Cast, which
+TensorRT accepts for inputs of a graph; it accepts DequantizeLinear only once per function, because it names that layer
+after the function's node.
 """
 
 from onnx import FunctionProto
@@ -22,7 +23,7 @@ def W8A8Linear(x, int8_weight, scale, bias):
     inputs = op.Shape(int8_weight, start=1, end=2)
     column_tiles = op.Div(inputs, tile)
 
-    # Whole tiles of rows, filled up with zeros.
+    # Pad the rows with zeros to whole tiles.
     rows = op.Reshape(op.Cast(x, to=FLOAT), op.Concat(op.Constant(value_ints=[-1]), inputs, axis=0))
     count = op.Shape(rows, start=0, end=1)
     row_tiles = op.Div(op.Add(count, op.Constant(value_ints=[127])), tile)
@@ -64,5 +65,5 @@ def W8A8LinearByRow(x, int8_weight, scale, bias):
 
 
 def functions(*, by_rows: bool = False) -> list[FunctionProto]:
-    """The body, for scales by tile or by row."""
+    """The function body, for scales by tile or by row."""
     return [function_proto(W8A8LinearByRow if by_rows else W8A8Linear, NAME)]

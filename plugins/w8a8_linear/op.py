@@ -10,7 +10,7 @@ from wanforge.plugins.w8a8_linear.reference import w8a8_linear as reference
 
 
 def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor) -> Tensor:
-    """``x @ W.T + bias`` with 8-bit weights, `x` quantised on the fly; arguments as in `reference.w8a8_linear`.
+    """``x @ W.T + bias`` with 8-bit weights and `x` quantised on the fly; arguments as in `reference.w8a8_linear`.
 
     Raises:
         ShapeError: K is not a multiple of 128, or the tensors do not fit each other.

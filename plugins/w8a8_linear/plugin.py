@@ -1,4 +1,4 @@
-"""The W8A8 linear as a TensorRT plugin: a quantiser and a product with its bias, two launches."""
+"""The W8A8 linear as a TensorRT plugin of two launches: a quantiser, then the product and its bias."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class W8A8LinearPlugin(PluginOp):
-    """``x [..., K]``, ``int8_weight [N, K]``, its scales by tile of 128x128 or by row, ``bias [N]`` to ``[..., N]``.
-    Which scales they are, their number of dimensions says."""
+    """Map ``x [..., K]``, ``int8_weight [N, K]``, its scales and ``bias [N]`` to ``[..., N]``. Scales are by tile of
+    128x128 if they have two dimensions, by row if they have one."""
 
     name = "W8A8Linear"
     inputs = ("x", "int8_weight", "scale", "bias")
@@ -29,7 +29,7 @@ class W8A8LinearPlugin(PluginOp):
             raise ShapeError("only the number of rows of x may be dynamic")
         outputs, columns = weight
         if columns % TILE or outputs % TILE:
-            raise ShapeError(f"weight {weight}: wants multiples of {TILE}; keep this layer unquantised")
+            raise ShapeError(f"weight {weight}: N and K must be multiples of {TILE}; keep this layer unquantised")
         if x[-1] != columns or scale not in ((outputs // TILE, columns // TILE), (outputs,)) or bias != (outputs,):
             raise ShapeError(f"x {x}, weight {weight}, scale {scale} and bias {bias} do not fit")
 

@@ -1,7 +1,8 @@
 """The definition of the W8A8 linear: quantise, multiply in integers, rescale.
 
-Two granularities, told apart by the weight's scale. Upstream's has one scale per tile of 128x128 on either side, and
-rescales every 128 of K. The finer one has a scale per row, that is per token and per output, and rescales once.
+There are two granularities, distinguished by the shape of the weight's scale. Upstream's has one scale per tile of
+128x128 for both operands and rescales after every 128 of K. The finer one has one scale per row, that is per token and
+per output, and rescales once.
 """
 
 import torch
@@ -14,18 +15,18 @@ def w8a8_linear(x: Tensor, int8_weight_NK: Tensor, scale: Tensor, bias_N: Tensor
     """``x @ W.T + bias`` with `x` quantised on the fly.
 
     By tiles, each slab of K as wide as a tile is multiplied in integers, which is exact (at most 2^22 for tiles of 256,
-    so float32 holds every partial sum), then rescaled and added up in float32 in ascending order. By rows, all of K is
-    added up in integers (exact in int32 up to K = 130,000, and here in float64), rounded to float32 and rescaled. The
-    result is rounded to the type of `x`, and again after the bias.
+    so float32 holds every partial sum), then rescaled and summed in float32 in ascending order. By rows, all of K is
+    summed in integers (exact in int32 up to K = 130,000, and here in float64), rounded to float32 and rescaled. The
+    result is rounded to the type of `x`, and again after the bias is added.
 
     Args:
-        x: ``[..., K]``, float32, float16 or bfloat16. Rows are tiled in storage order, across leading dimensions.
+        x: ``[..., K]``, float32, float16 or bfloat16. Rows are tiled in storage order across leading dimensions.
         int8_weight_NK: ``int8 [N, K]``, K a multiple of the tile.
-        scale: ``float32 [ceil(N/tile), K/tile]``, which tells how large a tile is, or ``[N]`` for scales by row.
+        scale: ``float32 [ceil(N/tile), K/tile]``, which implies the tile size, or ``[N]`` for scales by row.
         bias_N: ``[N]``, any float type.
 
     Returns:
-        ``[..., N]``, the type of `x`.
+        ``[..., N]`` in the type of `x`.
 
     Source: TurboDiffusion, ops/gemm (docs/sources.md).
     """

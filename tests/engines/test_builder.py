@@ -81,7 +81,7 @@ def test_a_node_without_its_plugin_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_plugin_refuses_ends_the_build(tmp_path: Path) -> None:
-    with pytest.raises(WanforgeError, match="W8A8Linear: bias is float16, and can be bfloat16 only"):
+    with pytest.raises(WanforgeError, match="W8A8Linear: bias is float16, but must be bfloat16"):
         build(rtx(), replace(job(tmp_path), onnx=linear(tmp_path, bias="float16")), [120])
 
 

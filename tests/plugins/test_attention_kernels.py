@@ -191,12 +191,12 @@ def test_linear_branch_is_added_for_every_key(tokens: int) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, proj, bias = operands(200, 1, DTYPES[1])
     blocks = Blocks(128, 64)
-    with pytest.raises(ShapeError, match="are not equal"):
+    with pytest.raises(ShapeError, match="must be equal in shape"):
         sparse_linear_attention(q, k[:100], v, 2, proj, bias, blocks)
     with pytest.raises(ShapeError, match="side by side"):
         sparse_linear_attention(q, k, v.T.contiguous().T, 2, proj, bias, blocks)
     for selected in (0, 5):
         with pytest.raises(ShapeError, match=f"{selected} key blocks selected of 4"):
             sparse_linear_attention(q, k, v, selected, proj, bias, blocks)
-    with pytest.raises(ShapeError, match="no tiles of the quantiser"):
+    with pytest.raises(ShapeError, match="not tiles of the quantiser"):
         sparse_linear_attention_quantised(q, k, v, 1, proj, bias, Blocks(64, 128))

@@ -159,7 +159,7 @@ def test_the_largest_sum_by_rows_is_exact() -> None:
 
 
 def test_scales_of_two_kinds_do_not_mix() -> None:
-    with pytest.raises(ShapeError, match="by tiles and by rows"):
+    with pytest.raises(ShapeError, match="both be quantised by tiles, or both by rows"):
         linears(quantise_rows(randn(10, 128, seed=1)), [weight(128, 128, 2, torch.float32)])
 
 
@@ -196,7 +196,7 @@ def test_sizes_that_are_no_tiles_are_refused(shape: tuple[int, int]) -> None:
         torch.zeros(1, 1, device=DEVICE),
         torch.zeros(shape[0], device=DEVICE),
     )
-    with pytest.raises(ShapeError, match="does not go with"):
+    with pytest.raises(ShapeError, match="does not fit x"):
         linears(q, [w])
 
 

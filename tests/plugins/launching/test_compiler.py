@@ -274,9 +274,9 @@ def test_the_share_of_shared_memory_is_of_what_a_program_may_have() -> None:
 @pytest.mark.parametrize(
     ("cubin", "message"),
     [
-        (made_up(80, 8, 64, 0, spill_bytes=8), "spills 8 bytes a thread"),
-        (made_up(89, 8, 64, 100 * 1024), "needs 100.0 KiB of shared memory, of 99"),
-        (made_up(80, 16, 136, 0), "does not fit an SM"),
+        (made_up(80, 8, 64, 0, spill_bytes=8), "spills 8 bytes per thread"),
+        (made_up(89, 8, 64, 100 * 1024), "needs 100.0 KiB of shared memory, but can have only 99"),
+        (made_up(80, 16, 136, 0), "does not fit on an SM"),
     ],
 )
 def test_what_should_not_be_shipped_is_told(cubin: Cubin, message: str) -> None:

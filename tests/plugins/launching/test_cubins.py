@@ -137,13 +137,13 @@ def test_a_damaged_cubin_is_refused(cache: CubinStore) -> None:
 def test_a_cubin_that_is_gone_is_refused(cache: CubinStore) -> None:
     cache.add(cubin_of(launch()), CODE)
     (cache.folder / "norm.cubin").unlink()
-    with pytest.raises(ResourceError, match=r"norm\.cubin: missing; make it again"):
+    with pytest.raises(ResourceError, match=r"norm\.cubin: missing; compile it again"):
         Launcher(FakeDriver())(launch())
 
 
 @pytest.mark.usefixtures("no_triton")
 def test_without_a_cubin_or_triton_the_message_says_how_to_make_one(cache: CubinStore) -> None:
-    message = r"no cubin of layer_norm\.norm for sm_90 in .*; make it with: wanforge kernels --target sm_90"
+    message = r"no cubin of layer_norm\.norm for sm_90 in .*; compile it with: wanforge kernels --target sm_90"
     with pytest.raises(ResourceError, match=message):
         Launcher(FakeDriver())(launch())
     # A cubin that was compiled from another source does not count.

@@ -87,7 +87,7 @@ def test_parts_of_a_tensor_keep_their_offset() -> None:
 
 def test_an_address_that_is_not_aligned_is_refused() -> None:
     made = W8A8LinearPlugin().plan(LINEAR, 120)
-    with pytest.raises(ShapeError, match=r"x lies at 0x1008, which is no multiple of 16"):
+    with pytest.raises(ShapeError, match=r"x lies at 0x1008, which is not a multiple of 16"):
         made.launches[0].value("x", [0x1008, *5 * [0]])
 
 
@@ -192,7 +192,7 @@ def test_the_driver_is_told_what_the_op_launches(
 
 
 def test_an_unknown_arithmetic_is_refused() -> None:
-    with pytest.raises(ShapeError, match=r"arithmetic 'sage_fp4' is none of sla, sage_fp8, sage_fp16"):
+    with pytest.raises(ShapeError, match=r"arithmetic 'sage_fp4' is not one of sla, sage_fp8, sage_fp16"):
         SparseLinearAttentionPlugin(128, 64, "sage_fp4")
 
 
@@ -204,8 +204,6 @@ def test_a_plan_is_worth_nothing_for_shapes_that_do_not_fit() -> None:
 
 def test_types_are_refused_by_name() -> None:
     op = W8A8LinearPlugin()
-    assert op.refusal(0, ["int32"]) == "W8A8Linear: x is int32, and can be float32 or float16 or bfloat16 only"
-    assert op.refusal(3, ["bfloat16", "int8", "float32", "float32"]).endswith(
-        "bias is float32, and can be bfloat16 only"
-    )
+    assert op.refusal(0, ["int32"]) == "W8A8Linear: x is int32, but must be float32 or float16 or bfloat16"
+    assert op.refusal(3, ["bfloat16", "int8", "float32", "float32"]).endswith("bias is float32, but must be bfloat16")
     assert op.refusal(4, ["bfloat16", "int8", "float32", "bfloat16", "bfloat16"]) == ""

@@ -45,7 +45,9 @@ def test_what_is_not_installed_is_named_with_its_cure(unopened: None, monkeypatc
 
 def test_what_is_too_old_is_refused(unopened: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.6.1.120"))
-    with pytest.raises(ResourceError, match=r"tensorrt-rtx 1\.6\.1\.120 is too old, earlier ones take no plugins"):
+    with pytest.raises(
+        ResourceError, match=r"tensorrt-rtx 1\.6\.1\.120 is too old: earlier versions do not support plugins"
+    ):
         open_library(RTX)
 
 

@@ -82,19 +82,19 @@ def test_attention_compiles_with_a_dynamic_length(tmp_path: Path) -> None:
     [
         (
             lambda folder: linear(folder, x="bfloat16", bias="float32"),
-            "W8A8Linear: bias is float32, and can be bfloat16 only",
+            "W8A8Linear: bias is float32, but must be bfloat16",
         ),
         (
             lambda folder: linear(folder, outputs=200),
-            "W8A8Linear: weight (200, 256): wants multiples of 128; keep this layer unquantised",
+            "W8A8Linear: weight (200, 256): N and K must be multiples of 128; keep this layer unquantised",
         ),
         (
             lambda folder: attention(folder, selection="float32"),
-            "SparseLinearAttention: selection is float32, and can be int32 only",
+            "SparseLinearAttention: selection is float32, but must be int32",
         ),
         (
             lambda folder: attention(folder, batch=2),
-            "SparseLinearAttention: q (2, -1, 2, 128): wants one sample and heads of 128 channels; "
+            "SparseLinearAttention: q (2, -1, 2, 128): must be one sample with heads of 128 channels; "
             "only its length may be dynamic",
         ),
     ],

@@ -112,7 +112,7 @@ def test_what_spills_is_marked_and_warned_of(compiled: Path, monkeypatch: pytest
     result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled)
     assert result.exit_code == 0
     assert [line[0] for line in result.stdout.splitlines()[1:3]] == ["!", " "]
-    assert result.stderr == "WARNING: layer_norm.norm for sm_80 spills 24 bytes a thread\n"
+    assert result.stderr == "WARNING: layer_norm.norm for sm_80 spills 24 bytes per thread\n"
 
 
 def test_cubins_of_a_kernel_are_told_apart(compiled: Path) -> None:
@@ -174,7 +174,7 @@ def test_json_and_markdown_are_two_things() -> None:
 
 def test_unknown_names_are_refused() -> None:
     assert "no target is called 'gtx970'; known: rtx3090" in refused("--target", "gtx970").replace("a100, ", "")
-    assert "no tiles of layer_norm.norm for sm_121; there are some for sm_80" in refused("--target", "sm_121")
+    assert "no tiles for layer_norm.norm on sm_121; there are some for sm_80" in refused("--target", "sm_121")
     assert "no model is called 'none'; known: " in refused("--target", "sm_80", "--model", "none")
     assert "no recipe is called 'none'; known: bf16" in refused("--target", "sm_80", "--recipe", "none")
 
