@@ -210,7 +210,7 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
     engine_bytes = path.read_bytes()
     if (found := hashlib.sha256(engine_bytes).hexdigest()) != record.sha256:
         raise BundleError(
-            f"{path}: damaged, or not built here; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
-            f"{remedy(name, bundle.root)}"
+            f"{path}: damaged, or not built here; its SHA-256 is {found[:12]}…, but {record.sha256[:12]}… was "
+            f"recorded; {remedy(name, bundle.root)}"
         )
     return engine_bytes

@@ -140,7 +140,7 @@ class Bundle:
                 )
             if (found := sha256_of(path, count)) != record.sha256:
                 raise BundleError(
-                    f"{path}: damaged; its SHA-256 is {found[:12]}…, recorded is {record.sha256[:12]}…; "
+                    f"{path}: damaged; its SHA-256 is {found[:12]}…, but {record.sha256[:12]}… was recorded; "
                     f"{remedy(name, self.root)}"
                 )
             stamps[name] = stamp

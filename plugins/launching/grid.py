@@ -23,9 +23,9 @@ def evaluate(expression: str, names: Mapping[str, int]) -> int:
         match node:
             case ast.Constant(value=int(number)):
                 return number
-            case ast.Name(id=name):
+            case ast.Name(id=name) if name in names:
                 return names[name]
-            case ast.BinOp(left=left, op=op, right=right):
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATIONS:
                 return _OPERATIONS[type(op)](value(left), value(right))
             case ast.Call(func=ast.Name(id="cdiv"), args=[a, b]):
                 return -(-value(a) // value(b))

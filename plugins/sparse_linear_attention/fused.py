@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wanforge.errors import ShapeError
 from wanforge.plugins.launching.call import Kernel
+from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
@@ -72,8 +73,8 @@ def sparse_linear_attention_quantised(
 ) -> Quantised:
     """`sparse_linear_attention`, quantised for the linear that follows. Query blocks must have 128 rows, so that the
     output of a program is one tile of the quantiser."""
-    if blocks.q != HEAD:
-        raise ShapeError(f"query blocks of {blocks.q} rows are not tiles of the quantiser; they must have 128")
+    if blocks.q != TILE:
+        raise ShapeError(f"query blocks of {blocks.q} rows are not tiles of the quantiser; they must have {TILE}")
     y = empty_quantised(q_LD.shape[0], q_LD.shape[1], q_LD.device)
     _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y.steps_MK, y.scale))
     return y

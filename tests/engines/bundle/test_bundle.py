@@ -185,7 +185,9 @@ def test_flipped_byte_is_found(bundle: Bundle, position: int) -> None:
     damaged[position] ^= 1
     rewrite(bundle.root / VAE, bytes(damaged))
     found, recorded = hashlib.sha256(damaged).hexdigest(), hashlib.sha256(CONTENT[VAE]).hexdigest()
-    with pytest.raises(BundleError, match=f"{VAE}: damaged; its SHA-256 is {found[:12]}…, recorded is {recorded[:12]}"):
+    with pytest.raises(
+        BundleError, match=f"{VAE}: damaged; its SHA-256 is {found[:12]}…, but {recorded[:12]}… was recorded"
+    ):
         bundle.verify([VAE])
 
 

@@ -321,7 +321,7 @@ DAMAGES: dict[str, tuple[Callable[[Bundle], object], list[str], str, str]] = {
     "graph-missing": (lambda b: (b.root / STEM).unlink(), [], STEM, "is missing; write it again with: wanforge export"),
     "graph-cut": (lambda b: os.truncate(b.root / STEM, 9), [], STEM, "damaged; 9 bytes where"),
     "graph-flipped": (lambda b: flip(b.root / STEM, 20), ["--verify"], STEM, "damaged; its SHA-256 is"),
-    "weights-flipped": (lambda b: flip(b.root / VAE, -1), ["--verify"], VAE, "recorded is"),
+    "weights-flipped": (lambda b: flip(b.root / VAE, -1), ["--verify"], VAE, "was recorded"),
     "tokenizer-missing": (lambda b: (b.root / TOKENIZER).unlink(), [], TOKENIZER, "import the checkpoint again"),
     "weights-missing": (lambda b: (b.root / VAE).unlink(), [], VAE, "is missing; import the checkpoint again"),
     "weights-cut": (lambda b: os.truncate(b.root / VAE, 9), [], VAE, "damaged; 9 bytes where"),

@@ -86,7 +86,9 @@ def test_a_grid_rule_is_arithmetic(expression: str, value: int) -> None:
     assert evaluate(expression, {"a": 10, "b": 3}) == value
 
 
-@pytest.mark.parametrize("expression", ["__import__('os')", "a.b", "max(a, b)", "'a'", "a if b else 1"])
+@pytest.mark.parametrize(
+    "expression", ["__import__('os')", "a.b", "max(a, b)", "'a'", "a if b else 1", "a % b", "a + c"]
+)
 def test_a_grid_rule_is_nothing_else(expression: str) -> None:
     with pytest.raises(ValueError, match="a grid rule cannot contain"):
         evaluate(expression, {"a": 10, "b": 3})
