@@ -44,7 +44,7 @@ def load_targets() -> Mapping[str, Target]:
 
 
 @dataclass(frozen=True)
-class Selection:
+class TargetList:
     """The architectures and GPUs that a list of targets names.
 
     Attributes:
@@ -56,7 +56,7 @@ class Selection:
     gpus: Mapping[str, Target]
 
 
-def parse_targets(texts: Iterable[str]) -> Selection:
+def parse_targets(texts: Iterable[str]) -> TargetList:
     """Read targets as a user types them: ``rtx5090,h100``, ``sm_90`` or ``all``, in upper or lower case.
 
     Args:
@@ -77,7 +77,7 @@ def parse_targets(texts: Iterable[str]) -> Selection:
             raise ConfigError(unknown_name("target", name, names))
         sms |= dict.fromkeys(found)
         gpus |= fitting
-    return Selection(tuple(sms), gpus)
+    return TargetList(tuple(sms), gpus)
 
 
 def architecture_name(sm: int) -> str:

@@ -151,7 +151,8 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
     graphs = bundle.graphs(DTYPE)
     if not graphs:
         raise BundleError(
-            f"{bundle.root}: has no bf16 graphs to build engines from; run: wanforge export {bundle.root}"
+            f"{bundle.root}: has no bf16 graphs to build engines from, or they were exported by another version of "
+            f"wanforge; run: wanforge export {bundle.root}"
         )
     known = [graph.name for graph in graphs.values()]
     if unknown := [name for name in only if name not in known]:

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, graph_name, weights_name
 from wanforge.engines.bundle.manifest import FileRecord, GraphRecord
 from wanforge.engines.bundle.tensorfile import read_header
-from wanforge.errors import ConfigError
+from wanforge.errors import ConfigError, unknown_name
 from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph, record_of
 from wanforge.exporter.whole_network import whole_network
@@ -35,6 +35,14 @@ class ExportResult:
     skipped: dict[str, str]
 
 
+def check_dtypes(dtypes: Sequence[str]) -> None:
+    if isinstance(dtypes, str) or not dtypes:
+        raise ConfigError(f"{dtypes!r} is not a list of compute types; choose from {', '.join(COMPUTE)}")
+    for short in dtypes:
+        if short not in COMPUTE:
+            raise ConfigError(unknown_name("compute type", short, list(COMPUTE)))
+
+
 def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Progress = silent) -> ExportResult:
     """Write a bundle's graphs and record them in its manifest; all are checked before any is put in place.
 
@@ -43,7 +51,11 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
     Args:
         dtypes: The compute types: ``fp32``, ``fp16``, ``bf16``.
         progress: Called with the number of files that are done and the number of all files.
+
+    Raises:
+        ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
     """
+    check_dtypes(dtypes)
     if bundle.recipe.tile != TILE:
         raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
     weights = {component: read_header(bundle.weights(component)) for component in components(bundle.model)}

@@ -22,7 +22,6 @@ from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.version import __version__
 
 IR_VERSION = 10
-STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 
 
 def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:

@@ -18,6 +18,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
+from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
@@ -54,6 +55,7 @@ class Pipeline:
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
 
+    @with_settings(Settings)
     def generate(
         self,
         prompt: str,

@@ -137,7 +137,7 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
 
 def _check_image(request: Request, model: ModelConfig) -> None:
     if (request.image is None) == (model.task == "i2v"):
-        need = "needs an image; give one with --image" if request.image is None else "takes no image"
+        need = "needs an image; give one (--image)" if request.image is None else "takes no image"
         raise RequestError(f"{model.name} {need}")
     if request.image is not None:
         open_image(request.image)

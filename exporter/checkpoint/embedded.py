@@ -19,8 +19,8 @@ def embedded(model: ModelConfig) -> Sources:
     """
     if model.name != EMBEDDED:
         raise CheckpointError(
-            f"{model.name} does not come with the package; give its files with --dit, --vae, --text-encoder and "
-            "--tokenizer"
+            f"{model.name} does not come with the package; give the files of its denoiser, VAE, text encoder and "
+            "tokenizer (--dit, --vae, --text-encoder, --tokenizer)"
         )
     return sources_in(FOLDER, model)
 

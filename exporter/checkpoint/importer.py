@@ -92,7 +92,7 @@ def import_checkpoint(
         ResourceError: The disk is too small.
     """
     if (out / MANIFEST).exists() and not replace:
-        raise BundleError(f"{out}: is a bundle already; choose another --out, or pass --replace")
+        raise BundleError(f"{out}: is already a bundle; choose another folder, or replace it (--replace)")
     if absent := set(components(model)) - set(sources.weights):
         raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)

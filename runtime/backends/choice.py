@@ -28,17 +28,23 @@ def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: 
     Raises:
         BundleError: A budget is required, and no backend that can keep to one can run.
     """
-    able = [name for name in FASTEST_FIRST if name in BOUNDED or not bounded]
-    for name in able:
-        if obstacle(name, bundle, clips) is None:
+    for name in FASTEST_FIRST:
+        if (name in BOUNDED or not bounded) and obstacle(name, bundle, clips) is None:
             return name
-    reasons = "; ".join(f"{name}: {obstacle(name, bundle, clips)}" for name in able)
-    raise BundleError(f"{bundle.root}: no backend that can keep to a memory budget can run here ({reasons})")
+    raise BundleError(
+        f"{bundle.root}: no backend that can keep to a memory budget can run here. {obstacles(bundle, clips)}"
+    )
 
 
 def runnable_backends(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> list[str]:
     """Every backend that can run a bundle on this machine at a useful speed, the reference first."""
     return [name for name in reversed(FASTEST_FIRST) if obstacle(name, bundle, clips) is None]
+
+
+def obstacles(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:
+    """A sentence about every backend that cannot run a bundle on this machine at a useful speed."""
+    found = {name: obstacle(name, bundle, clips) for name in FASTEST_FIRST}
+    return "Not usable here: " + "; ".join(f"{name} ({reason})" for name, reason in found.items() if reason)
 
 
 def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str | None:

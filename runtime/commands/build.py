@@ -9,7 +9,7 @@ from time import perf_counter
 import click
 
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.targets import Selection, architecture_name, parse_targets
+from wanforge.configs.targets import TargetList, architecture_name, parse_targets
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines, graphs_to_build
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
@@ -90,14 +90,14 @@ def build(options: BuildOptions) -> None:
     Example:
       wanforge build turbo-1.3b --target rtx5090,rtx4090
     """
-    selection = check_bf16(parse_targets(options.targets))
+    targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle), perf_counter()
     graphs_to_build(bundle, options.only)
     clip, outcome = options.shape(bundle.model), Outcome()
-    for flavour, sms in group_by_flavour(selection.sms):
+    for flavour, sms in group_by_flavour(targets.sms):
         build_group(outcome, bundle, flavour, options.engines(clip, sms), show=not options.as_json)
     if options.plan:
-        add_plans(outcome, bundle, [clip], selection)
+        add_plans(outcome, bundle, [clip], targets)
     outcome.seconds = perf_counter() - start
     click.echo(json.dumps(as_json(outcome)) if options.as_json else text(outcome, bundle))
     for engine in outcome.engines:
@@ -107,18 +107,18 @@ def build(options: BuildOptions) -> None:
         raise click.ClickException("\n".join(outcome.failures))
 
 
-def check_bf16(selection: Selection) -> Selection:
+def check_bf16(targets: TargetList) -> TargetList:
     """Refuse GPUs that cannot compute in bfloat16, as engines do.
 
     Raises:
         ConfigError: One of the GPUs cannot.
     """
-    if old := [sm for sm in selection.sms if sm < FIRST_BF16_SM]:
+    if old := [sm for sm in targets.sms if sm < FIRST_BF16_SM]:
         raise ConfigError(
             f"{architecture_name(old[0])} has no bfloat16, in which engines compute; "
             f"{architecture_name(FIRST_BF16_SM)} is the first architecture that has it"
         )
-    return selection
+    return targets
 
 
 def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: EngineOptions, *, show: bool) -> None:
@@ -137,10 +137,10 @@ def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: Engi
             outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
 
 
-def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], selection: Selection) -> None:
+def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], targets: TargetList) -> None:
     """Plan the memory of each clip on each GPU."""
     for clip in clips:
-        for name, gpu in selection.gpus.items():
+        for name, gpu in targets.gpus.items():
             try:
                 outcome.plans.append(memory_report(bundle, clip, name, gpu))
             except WanforgeError as error:

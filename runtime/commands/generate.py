@@ -12,6 +12,7 @@ import msgspec
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
+from wanforge.runtime.backends.choice import AUTO, obstacles
 from wanforge.runtime.commands.options import (
     BACKEND,
     BUNDLE,
@@ -128,6 +129,9 @@ def generate(options: GenerateOptions) -> None:
     with Bars() as bars:
         clips = [order.request.shape for order in orders]
         pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), clips, bars)
+        if options.backend == AUTO and pipeline.backend.name == "torch":
+            bars.close()
+            click.echo(f"No fast backend can run, so the reference does. {obstacles(bundle, clips)}", err=True)
         checked = [pipeline.check(order.request) for order in orders]
         places = video_places([order.out for order in orders])
         if options.save_noise is not None:

@@ -24,7 +24,7 @@ from wanforge.runtime.commands.options import (
     backend_option,
     takes,
 )
-from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, compare
+from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, check_pair, compare
 from wanforge.runtime.measure.parity.report import as_json, page, text
 from wanforge.runtime.measure.quality.held_out import MOST_LOST, measure, table
 from wanforge.runtime.pipeline import verify_files
@@ -128,6 +128,7 @@ def parity(options: ParityOptions) -> None:
     bundle = Bundle.open(options.bundle)
     request = options.request(bundle.model)
     reference, contender = options.contenders(bundle)
+    check_pair(bundle, reference, contender)
     if options.quality:
         compare_quality(bundle, (reference, contender), options)
         return

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.host import available_bytes
@@ -134,7 +135,9 @@ def gpu() -> Check:
     names = []
     for index in range(torch.cuda.device_count()):
         seen = torch.cuda.get_device_properties(index)
-        names.append(f"{seen.name} (sm_{seen.major}{seen.minor}, {seen.total_memory / 1e9:.1f} GB)")
+        names.append(
+            f"{seen.name} ({architecture_name(architecture(seen.major, seen.minor))}, {seen.total_memory / 1e9:.1f} GB)"
+        )
     return Check("GPU", "ok", ", ".join(names), needed_for)
 
 

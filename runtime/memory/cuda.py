@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanforge.configs.targets import architecture
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder as kernel_cache
@@ -40,8 +41,7 @@ class Cuda:
 
     @property
     def sm(self) -> int:
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return 10 * major + minor
+        return architecture(*torch.cuda.get_device_capability(self.device))
 
     @property
     def name(self) -> str:

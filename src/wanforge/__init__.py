@@ -5,6 +5,7 @@ The names in `__all__` are imported when they are first used, so `import wanforg
 
 from typing import TYPE_CHECKING, Any
 
+from wanforge.errors import WanforgeError
 from wanforge.version import __version__
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ __all__ = [
     "Bundle",
     "Clip",
     "Pipeline",
+    "WanforgeError",
     "__version__",
     "build",
     "export",

@@ -1,23 +1,25 @@
 """The five public functions, which lead from checkpoint files to a clip; the `wanforge` package re-exports them.
 
-They take folders as strings or paths and print nothing. Errors that a user can cause are raised as a `WanforgeError`.
+They take folders as strings or paths and print nothing. Errors that depend on files, requests or the machine are raised
+as a `WanforgeError`; a keyword that does not exist, or a value of a wrong type, is a TypeError.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from wanforge.configs.model import load_model
+from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import parse_targets
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines
-from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import CheckpointError
+from wanforge.engines.bundle.bundle import Bundle, components
+from wanforge.errors import CheckpointError, ConfigError, unknown_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.importer import Sources
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
+from wanforge.keywords import with_settings
 from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.choice import AUTO, choose_backend
@@ -42,8 +44,10 @@ def load(bundle: str | Path, backend: str = AUTO, memory: float | None = None) -
 
     Raises:
         BundleError: The folder is not a bundle, or a file of it is missing or damaged.
-        ConfigError: There is no such backend, or it cannot keep to a memory budget.
+        ConfigError: There is no such backend, or it cannot keep to this memory budget.
     """
+    if memory is not None and memory <= 0:
+        raise ConfigError(f"memory must be more than 0 gigabytes, not {memory:g}")
     return open_pipeline(Bundle.open(Path(bundle)), backend, None if memory is None else memory * 1e9)
 
 
@@ -61,6 +65,7 @@ class ImportSettings(TypedDict, total=False):
     replace: bool
 
 
+@with_settings(ImportSettings)
 def import_checkpoint(
     out: str | Path,
     model: str = EMBEDDED,
@@ -85,7 +90,7 @@ def import_checkpoint(
         ResourceError: The disk has too little space.
     """
     config = load_model(model)
-    sources = embedded(config) if files is None else sources_of(files)
+    sources = embedded(config) if files is None else sources_of(config, files)
     recipe = settings.get("recipe")
     return importer.import_checkpoint(
         config,
@@ -98,12 +103,16 @@ def import_checkpoint(
     )
 
 
-def sources_of(files: Mapping[str, str | Path]) -> Sources:
+def sources_of(model: ModelConfig, files: Mapping[str, str | Path]) -> Sources:
     """The files of a model by component, and its tokenizer.
 
     Raises:
-        CheckpointError: There is no tokenizer among them.
+        CheckpointError: The model has no such component, or there is no tokenizer among the files.
     """
+    known = [*components(model), "tokenizer"]
+    for name in files:
+        if name not in known:
+            raise CheckpointError(unknown_name(f"component of {model.name}", name, known))
     weights = {name: Path(path) for name, path in files.items() if name != "tokenizer"}
     if "tokenizer" not in files:
         raise CheckpointError("the files lack a tokenizer: give tokenizer.json of google/umt5-xxl, or its folder")
@@ -120,7 +129,7 @@ def export(
 
     Raises:
         BundleError: The folder is not a bundle.
-        ConfigError: Graphs cannot be made for its recipe.
+        ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
     """
     return export_bundle(Bundle.open(Path(bundle)), dtypes, on_progress)
 
@@ -139,13 +148,18 @@ class BuildSettings(TypedDict, total=False):
     smaller: bool
 
 
+@with_settings(BuildSettings)
 def build(
-    bundle: str | Path, targets: str, *, on_progress: Progress = silent, **settings: Unpack[BuildSettings]
+    bundle: str | Path,
+    targets: str | Sequence[str],
+    *,
+    on_progress: Progress = silent,
+    **settings: Unpack[BuildSettings],
 ) -> list[EngineResult]:
     """Compile a bundle's graphs into engines for GPUs; those that TensorRT-RTX supports need not be in this machine.
 
     Args:
-        targets: GPUs by name or architecture, separated by commas: ``rtx5090,sm_89``, or ``all``.
+        targets: GPUs by name or architecture: ``["rtx5090", "sm_89"]``, ``rtx5090,sm_89`` or ``all``.
         settings: See `BuildSettings`.
 
     Raises:
@@ -155,13 +169,15 @@ def build(
     """
     opened = Bundle.open(Path(bundle))
     clip = opened.model.video.shape(settings.get("size"), settings.get("frames"))
+    wanted = [targets] if isinstance(targets, str) else targets
     results = []
-    for flavour, sms in group_by_flavour(parse_targets([targets]).sms):
+    for flavour, sms in group_by_flavour(parse_targets(wanted).sms):
         options = EngineOptions(clip, sms, smaller=settings.get("smaller", False))
         results += build_engines(opened, open_library(flavour), options, progress=on_progress)
     return results
 
 
+@with_settings(Settings)
 def parity(
     bundle: str | Path,
     prompt: str,
@@ -185,7 +201,8 @@ def parity(
         All comparisons; `Parity.passed` says whether every limit is met.
 
     Raises:
-        RequestError, ConfigError, BundleError: The request or the backend does not fit this bundle.
+        RequestError, ConfigError, BundleError: The request or the backend does not fit this bundle, or only the
+            reference itself can run here.
     """
     opened = Bundle.open(Path(bundle))
     name = choose_backend(opened) if backend == AUTO else backend

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from wanforge.errors import WanforgeError, memory_errors
+from wanforge.errors import WanforgeError, memory_errors, unknown_name
 from wanforge.version import version_text
 
 # In the order in which a user needs them; the summaries are here so that `wanforge --help` imports no torch.
@@ -77,6 +77,8 @@ class LazyCommands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            ctx.fail(unknown_name("command", args[0], list(COMMANDS)))
         try:
             return super().resolve_command(ctx, args)
         except ModuleNotFoundError as missing:

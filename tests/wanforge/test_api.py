@@ -1,5 +1,6 @@
 """The public functions: what they return, and what they refuse."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,54 @@ def test_parity_says_whether_every_limit_is_met(bundle: Path) -> None:
     found = wanforge.parity(bundle, PROMPT, backend="ort", depths=["block"], size=(96, 64), frames=1, steps=1)
     assert found.passed
     assert {comparison.place.depth for comparison in found.comparisons} == {"block"}
+
+
+def test_a_comparison_that_proves_nothing_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the backend torch would be compared with itself"):
+        wanforge.parity(bundle, PROMPT, backend="torch", frames=1)
+    imported = wanforge.import_checkpoint(tmp_path / "bundle")
+    with pytest.raises(ConfigError, match=r"compared with itself; .* ort \(the bundle has no fp32 graphs; .*export"):
+        wanforge.parity(imported.root, PROMPT)
+    with pytest.raises(ConfigError, match="no depth is called 'clips'; did you mean clip"):
+        wanforge.parity(bundle, PROMPT, backend="ort", depths=["op", "clips"])
+    with pytest.raises(ConfigError, match="no depth to compare at"):
+        wanforge.parity(bundle, PROMPT, backend="ort", depths=[])
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"step": 1}, r"generate\(\): no parameter is called 'step'; did you mean steps\?"),
+        ({"topk": "a"}, r"generate\(\): Expected `float`, got `str` - at `\$\.topk`"),
+        ({"size": 128}, r"generate\(\): Expected `str \| array`, got `int` - at `\$\.size`"),
+        ({"frames": 5.5}, r"generate\(\): Expected `int`, got `float` - at `\$\.frames`"),
+    ],
+)
+def test_keywords_are_checked(pipeline: wanforge.Pipeline, settings: dict[str, object], complaint: str) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        pipeline.generate(PROMPT, **settings)  # type: ignore[arg-type]
+
+
+def test_the_signature_lists_every_setting() -> None:
+    names = list(inspect.signature(wanforge.Pipeline.generate).parameters)
+    assert names == ["self", "prompt", "image", "on_progress", "size", "frames", "seed", "steps", "topk"]
+    with pytest.raises(TypeError, match="no parameter is called 'recpe'; did you mean recipe"):
+        wanforge.import_checkpoint("bundle", recpe="w8a8")  # type: ignore[call-arg]
+
+
+def test_values_are_checked_before_anything_is_written(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="no compute type is called 'fp31'; did you mean fp32"):
+        wanforge.export(bundle, ["fp31"])
+    for dtypes in ("fp32", []):
+        with pytest.raises(ConfigError, match="is not a list of compute types"):
+            wanforge.export(bundle, dtypes)
+    with pytest.raises(ConfigError, match="memory must be more than 0"):
+        wanforge.load(bundle, backend="ort", memory=-1)
+    with pytest.raises(CheckpointError, match="no component of tiny-t2v is called 'ditt'; did you mean dit"):
+        wanforge.import_checkpoint("new", "tiny-t2v", {"ditt": "a", "tokenizer": "b"})
+    with pytest.raises(ConfigError, match="no target is called 'rtx1'"):
+        wanforge.build(bundle, ["rtx5090", "rtx1"])
+    assert issubclass(ConfigError, wanforge.WanforgeError)
 
 
 def test_targets_are_checked_before_anything_is_built(bundle: Path) -> None:

@@ -173,8 +173,8 @@ def merged(schedule: Schedule) -> Schedule:
         return schedule
     if schedule.stage != "denoise":
         programs = {
-            name: tuple(replace(each, inputs=each.inputs[:1], outputs=each.outputs[:1]) for each in launches)
-            for name, launches in schedule.programs.items()
+            name: tuple(replace(each, inputs=each.inputs[:1], outputs=each.outputs[:1]) for each in graph_runs)
+            for name, graph_runs in schedule.programs.items()
         }
         return replace(schedule, programs=programs)
     programs = dict.fromkeys(schedule.programs, ())

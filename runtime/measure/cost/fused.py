@@ -23,8 +23,9 @@ from wanforge.runtime.measure.cost.unfused import context, cross_attention, cros
 
 
 def fused_block(w: Workload) -> BlockLaunches:
-    """One block in 19 launches. Only what must passes through memory between them: inputs of linears as int8, and bf16
-    where attention, or a norm over the whole width, needs every column first."""
+    """One block in 19 launches, one of which is PyTorch's attention to the text. Only what must passes through memory
+    between them: inputs of linears as int8, and bf16 where attention, or a norm over the whole width, needs every
+    column first."""
     x = w.stream
     stream, gate = BF16 * x, FP32 * w.D
     return {

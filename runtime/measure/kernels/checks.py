@@ -50,25 +50,25 @@ class KernelVerdict:
 
     Attributes:
         error: Relative RMS error; infinite where shape or type differ, or a value is not finite.
-        bound: The largest error allowed; 0 requires exact equality.
+        limit: The largest error allowed; 0 requires exact equality.
     """
 
     op: str
     name: str
     error: float
-    bound: float
+    limit: float
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound
+        return self.error <= self.limit
 
     def as_json(self) -> dict[str, Any]:
         error = self.error if self.error < float("inf") else None
-        return {"op": self.op, "name": self.name, "error": error, "bound": self.bound, "passed": self.passed}
+        return {"op": self.op, "name": self.name, "error": error, "limit": self.limit, "passed": self.passed}
 
     def __str__(self) -> str:
         state = "right" if self.passed else "WRONG"
-        return f"{state}  {self.op}: {self.name}: relative error {self.error:.1e}, at most {self.bound:.1e}"
+        return f"{state}  {self.op}: {self.name}: relative error {self.error:.1e}, at most {self.limit:.1e}"
 
 
 Claim = tuple[str, Tensor, Tensor, float]
@@ -79,7 +79,7 @@ def check(op: str, device: torch.device, dtype: torch.dtype) -> list[KernelVerdi
     """Compare an op's kernels with their definitions."""
     with torch.inference_mode():
         claims = CHECKS[op](Draw(0, device, dtype))
-        return [KernelVerdict(op, name, error(actual, expected), bound) for name, actual, expected, bound in claims]
+        return [KernelVerdict(op, name, error(actual, expected), limit) for name, actual, expected, limit in claims]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -99,14 +99,14 @@ def quantised(
     actual: Quantised,
     values: Tensor,
     scheme: Scheme = TILES,
-    steps_bound: float = 0,
-    scales_bound: float = 0,
+    steps_limit: float = 0,
+    scales_limit: float = 0,
 ) -> list[Claim]:
     """Claims that a kernel quantised these values correctly."""
     steps, scale = scheme.definition(values)
     return [
-        (f"{name}, steps", actual.steps_MK, steps, steps_bound),
-        (f"{name}, scales", actual.scale, scale, scales_bound),
+        (f"{name}, steps", actual.steps_MK, steps, steps_limit),
+        (f"{name}, scales", actual.scale, scale, scales_limit),
     ]
 
 
@@ -124,13 +124,13 @@ def scheme_claims(draw: Draw, scheme: Scheme) -> list[Claim]:
 
     given, how = Quantised(*scheme.definition(x)), scheme.suffix
     added = linear_residual(given, weights[0], residual, gate, torch.empty_like(residual))
-    packed, scales_bound = linear_gelu(given, weights[0]), 1e-6 if draw.dtype == torch.float32 else 1e-3
+    packed, scales_limit = linear_gelu(given, weights[0]), 1e-6 if draw.dtype == torch.float32 else 1e-3
     return [
         *quantised(f"quantise{how}", scheme.quantise(x), x, scheme),
         *((f"{name}{how}", y, e, exact) for name, y, e in zip("qkv", linears(given, weights), expected, strict=True)),
         (f"gated residual{how}", added, gated_residual(residual[None], expected[0][None], gate[None])[0], exact),
         # The kernel computes GELU with another function, whose last bit may lead to another step.
-        *quantised(f"GELU, quantised{how}", packed, activated, scheme, FLIPPED, scales_bound),
+        *quantised(f"GELU, quantised{how}", packed, activated, scheme, FLIPPED, scales_limit),
     ]
 
 
@@ -144,9 +144,9 @@ def layer_norm_claims(draw: Draw) -> list[Claim]:
     x, scale, shift = hidden(draw, 384), draw.float32(384), draw.float32(384)
     y = norm(x, scale, shift, EPS, modulated=True)
     # In float32 the first row sets the error: its mean is 200 times its standard deviation.
-    bound = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
+    limit = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
     return [
-        ("norm", y, modulated_norm(x[None], shift[None], scale[None], EPS)[0], bound),
+        ("norm", y, modulated_norm(x[None], shift[None], scale[None], EPS)[0], limit),
         *quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y),
     ]
 
@@ -161,9 +161,9 @@ def rms_norm_claims(draw: Draw) -> list[Claim]:
     ]
     rms_norm_rotate(tensors, weights, EPS, angles)
     rms_norm_rotate([cross], weights[:1], EPS)
-    bound = rounding_error(draw.dtype, 0.5)
+    limit = rounding_error(draw.dtype, 0.5)
     names = ("q, rotated", "k, rotated", "cross q")
-    return [(*claim, bound) for claim in zip(names, [*tensors, cross], [*turned, plain], strict=True)]
+    return [(*claim, limit) for claim in zip(names, [*tensors, cross], [*turned, plain], strict=True)]
 
 
 def residual_claims(draw: Draw) -> list[Claim]:
@@ -199,8 +199,8 @@ def block_claims(draw: Draw) -> list[Claim]:
     with torch.device("meta"):
         reference = Block(config, recipe)
     # A value on the edge between two steps may round to the other one, which moves later values by a step.
-    bound = 1e-2 if draw.dtype == torch.float32 else 2e-2
-    return [("block", out, functional_call(reference, weights, block_arguments(inputs)), bound)]
+    limit = 1e-2 if draw.dtype == torch.float32 else 2e-2
+    return [("block", out, functional_call(reference, weights, block_arguments(inputs)), limit)]
 
 
 CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {

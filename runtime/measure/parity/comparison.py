@@ -18,9 +18,11 @@ from torch import Tensor
 from wanforge.configs.limits import DepthLimits, Limits, load_limits
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ConfigError, unknown_name
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.choice import obstacles
 from wanforge.runtime.backends.taps import Transparent
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
@@ -143,7 +145,8 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        return all(comparison.passed for comparison in self.comparisons)
+        """Whether anything was compared, and every comparison is within its limits."""
+        return bool(self.comparisons) and self.first is None
 
     @property
     def first(self) -> Comparison | None:
@@ -179,6 +182,19 @@ class Contender:
         return Pipeline(read, backend)
 
 
+def check_pair(bundle: Bundle, reference: Contender, other: Contender) -> None:
+    """Refuse to compare a contender with itself.
+
+    Raises:
+        ConfigError: The two are the same.
+    """
+    if other == reference:
+        raise ConfigError(
+            f"{bundle.root}: the backend {other.name} would be compared with itself; choose another backend, compute "
+            f"type or recipe. {obstacles(bundle)}"
+        )
+
+
 def compare(
     bundle: Bundle,
     backend: Contender,
@@ -198,6 +214,12 @@ def compare(
     Raises:
         RequestError, ConfigError, BundleError, ResourceError: The request or the pair of backends cannot be run here.
     """
+    check_pair(bundle, reference, backend)
+    if not depths:
+        raise ConfigError(f"no depth to compare at; choose from {', '.join(DEPTHS)}")
+    for depth in depths:
+        if depth not in DEPTHS:
+            raise ConfigError(unknown_name("depth", depth, DEPTHS))
     return compare_pipelines(reference.pipeline(bundle), backend.pipeline(bundle), request, depths, seeds, progress)
 
 

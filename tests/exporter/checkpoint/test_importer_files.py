@@ -43,7 +43,7 @@ def test_existing_bundle_is_refused_without_replace(
     tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
 ) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
-    with pytest.raises(BundleError, match="is a bundle already; choose another --out, or pass --replace"):
+    with pytest.raises(BundleError, match="is already a bundle; choose another folder, or replace it"):
         import_checkpoint(T2V, given(quantised=True), out)
     assert files_in(out) == files_in(bundles["plain"].root)
 

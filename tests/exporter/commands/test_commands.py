@@ -202,7 +202,7 @@ def test_import_without_files_takes_the_embedded_ones(tmp_path: Path) -> None:
     assert all(torch.equal(kept[name], value) for name, value in shipped.items())
     assert (tmp_path / "b" / TOKENIZER).read_bytes() == files.tokenizer.read_bytes()
     message = refused("import", "--model", "tiny-t2v", "--out", tmp_path / "c")
-    assert "tiny-t2v does not come with the package; give its files with --dit" in message
+    assert "tiny-t2v does not come with the package; give the files of its denoiser" in message
     assert not (tmp_path / "c").exists()
 
 
@@ -220,7 +220,7 @@ def test_import_says_what_was_mixed_up(
 def test_import_refuses_an_existing_bundle_until_told(
     bundle: Bundle, importing: Callable[..., list[object]], tmp_path: Path
 ) -> None:
-    assert "is a bundle already; choose another --out, or pass --replace" in refused(*importing(bundle.root))
+    assert "is already a bundle; choose another folder, or replace it (--replace)" in refused(*importing(bundle.root))
     succeeded(*importing(bundle.root, quantised=False), "--replace")
     assert Bundle.open(bundle.root).recipe.name == "bf16-sla"
 
@@ -370,7 +370,7 @@ def test_export_cures_what_is_stale_or_damaged(bundle: Bundle) -> None:
         (["export", "x", "--dtype", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
         (["export", __file__], "is a file"),
         (["inspect", "x", "--fast"], "No such option '--fast'"),
-        (["compile", "x"], "No such command 'compile'"),
+        (["compile", "x"], "no command is called 'compile'; known: synth"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], complaint: str) -> None:

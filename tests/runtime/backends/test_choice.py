@@ -60,7 +60,7 @@ def test_without_a_gpu_onnx_runtime_is_chosen_or_the_reference(bundle: Bundle) -
 @pytest.mark.usefixtures("no_gpu")
 def test_a_budget_of_memory_leaves_those_that_keep_to_one(bundle: Bundle) -> None:
     assert choose_backend(bundle, bounded=True) == "ort"
-    reasons = r"no backend .* budget .*trt: PyTorch sees no GPU.*ort: .* no fp32 graphs"
+    reasons = r"no backend .* budget .*trt \(PyTorch sees no GPU\).*ort \(.* no fp32 graphs"
     with pytest.raises(BundleError, match=reasons):
         choose_backend(without_graphs(bundle), bounded=True)
 

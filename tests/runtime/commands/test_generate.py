@@ -48,6 +48,20 @@ def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()))
 
 
+def test_a_user_is_told_why_only_the_reference_can_run(tmp_path: Path) -> None:
+    assert run("import", "--out", tmp_path / "bundle").exit_code == 0
+    small = ["--frames", 1, "--steps", 1, "--topk", 1]
+    out = tmp_path / "a.mp4"
+    done = run("generate", tmp_path / "bundle", "--prompt", "a red circle", "--out", out, "--json", *small)
+    assert json.loads(done.stdout)[0]["backend"] == "torch"
+    assert "the reference does. Not usable here: " in done.stderr
+    assert "ort (the bundle has no fp32 graphs; wanforge export makes them)" in done.stderr
+    chosen = run(
+        "generate", tmp_path / "bundle", "--prompt", "a red circle", "--out", out, "--backend", "torch", *small
+    )
+    assert (chosen.exit_code, chosen.stderr) == (0, "")
+
+
 @pytest.mark.slow
 def test_several_samples_are_numbered_and_differ(bundle: Path, tmp_path: Path) -> None:
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--samples", 2, "--json", *SMALL)
