@@ -4,7 +4,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -102,9 +102,9 @@ LARGE = ("runtime/reference", "runtime/backends", "runtime/measure")
 MODULES = sources(ROOT)
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    for name, path in MODULES.items():
-        yield name, ast.parse(path.read_text())
+@cache
+def trees() -> list[tuple[str, ast.Module]]:
+    return [(name, ast.parse(path.read_text())) for name, path in MODULES.items()]
 
 
 def room_of(module: str) -> int:

@@ -75,6 +75,7 @@ def test_every_graph_compiles_and_is_fused(
     assert all(engine.is_cached for engine in again)
 
 
+@pytest.mark.slow
 def test_one_engine_serves_every_smaller_clip(bundle: Bundle) -> None:
     small, large = ClipShape(96, 64, 9), ClipShape(208, 128, 17)
     (engine,) = build_engines(bundle, rtx(), EngineOptions(CLIP, (89,), only=("block",), smaller=True))

@@ -48,6 +48,7 @@ def expected_attention(
     return reference.sparse_linear_attention(*split, selected, proj, bias, blocks).flatten(2)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("shape", cases(SHAPES, "less than a block"))

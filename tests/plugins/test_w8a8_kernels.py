@@ -113,6 +113,7 @@ def test_gated_residual_rides_in_the_epilogue(dtype: torch.dtype, in_place: bool
     assert in_place or torch.equal(residual, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_quantiser_by_rows_is_the_reference_to_the_bit(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -123,6 +124,7 @@ def test_quantiser_by_rows_is_the_reference_to_the_bit(shape: tuple[int, int, in
         assert_matches(found, expected, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", cases(SHAPES, "one row", "ragged rows"))
@@ -149,6 +151,7 @@ def test_epilogues_by_rows_are_the_reference(dtype: torch.dtype) -> None:
     assert_matches(linear_residual(quantise_rows(x), w, residual, gate, residual), expected, EXACT)
 
 
+@pytest.mark.slow
 def test_the_largest_sum_by_rows_is_exact() -> None:
     """13,824 products of 127 * 127, as in the 14B's last linear: more than float32 can add up exactly."""
     steps = torch.full((128, 13824), 127, dtype=torch.int8, device=DEVICE)
@@ -181,6 +184,7 @@ def test_addresses_are_64_bits_wide() -> None:
         assert_matches(found, expected, 0)
 
 
+@pytest.mark.slow
 def test_runs_are_identical() -> None:
     _, q = quantised(333, 384, DTYPES[1])
     w = weight(256, 384, 11, DTYPES[1])

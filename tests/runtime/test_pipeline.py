@@ -122,6 +122,7 @@ def test_an_image_model_needs_an_image(bundle_of: BundleOf) -> None:
         Pipeline(bundle, create_backend("ort", bundle)).check(Request(PROMPT, SHAPE))
 
 
+@pytest.mark.slow
 def test_an_image_is_opened_before_anything_is_computed(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-i2v", "bf16-sla")
     pipeline = Pipeline(bundle, create_backend("ort", bundle))

@@ -67,6 +67,7 @@ def test_a_clip_is_saved_whole_or_not_at_all(pipeline: wanforge.Pipeline, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
 
 
+@pytest.mark.slow
 def test_an_image_may_be_a_path_or_a_picture(bundle_of: BundleOf, picture: Path) -> None:
     from PIL import Image
 

@@ -293,6 +293,7 @@ def test_refuses_a_huge_header_without_reading_it(file: Path) -> None:
     file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opening", [b'{"a":', b'{"a":{"dtype":"F32","shape":'])
 def test_refuses_deep_nesting_at_every_depth(file: Path, opening: bytes) -> None:
     closing = b"}" * opening.count(b"{")

@@ -62,6 +62,7 @@ DENOISER_FORMS: dict[str, Callable[[str, State, Path], Path]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
@@ -246,6 +247,7 @@ def test_recipe_follows_the_file_unless_told(
     assert has_projection == (expected != "bf16")
 
 
+@pytest.mark.slow
 def test_imports_what_diffusers_and_transformers_save(tmp_path: Path, given: Callable[..., Sources]) -> None:
     from diffusers import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel

@@ -152,6 +152,7 @@ def stop_after(ticks: int) -> Progress:
     return tick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "ticks"),
     [(SLA, 0), (SLA, 50), (SLA, 80), (SLA, 200), *((W8A8, ticks) for ticks in (0, 13, 14, 15, 16, 17, 90))],

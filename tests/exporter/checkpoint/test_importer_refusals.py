@@ -149,6 +149,7 @@ def test_refuses_experts_of_two_kinds(
     assert message.count("is quantised") == message.count("is not") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [False, True])
 def test_refuses_one_file_for_both_experts(tmp_path: Path, given: Callable[..., Sources], link: bool) -> None:
     high = given(I2V).weights["dit.high"]

@@ -140,6 +140,7 @@ def test_after_a_refusal_no_larger_clip_is_tried(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
 def test_the_command_writes_the_page_and_its_plot(tmp_path: Path) -> None:
     out = tmp_path / "scaling.md"

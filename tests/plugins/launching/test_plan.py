@@ -158,6 +158,7 @@ def stored(launch: Launch) -> tuple[Any, Cubin]:
     return Folder(), record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "inputs", "kernels"), CASES, ids=NAMES)
 def test_the_driver_is_told_what_the_op_launches(
     op: PluginOp, inputs: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch

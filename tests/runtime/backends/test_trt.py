@@ -139,6 +139,7 @@ def test_what_cannot_be_captured_is_launched_each_time(make: Callable[..., TrtBa
     assert stand_in_of(backend).replays == 0
 
 
+@pytest.mark.slow
 def test_why_a_plugin_failed_is_said(make: Callable[..., TrtBackend]) -> None:
     backend = make()
     backend.prepare(CLIP)
@@ -205,6 +206,7 @@ def test_a_shape_that_the_engine_was_not_built_for_is_said(make: Callable[..., T
         clips(backend, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_sessions_do_not_share_memory_unnoticed(make: Callable[..., TrtBackend]) -> None:
     backend = make()
     pipeline = Pipeline(backend.bundle, backend)

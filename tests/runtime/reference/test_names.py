@@ -159,10 +159,12 @@ def test_finds_every_tensor_of_diffusers_transformer(model_name: str) -> None:
     assert set(denoiser(model_name)) - set(matched) == {name for name in denoiser(model_name) if ".proj_l." in name}
 
 
+@pytest.mark.slow
 def test_finds_every_tensor_of_diffusers_vae() -> None:
     assert_same_tensors("vae", layout("vae", TINY, published_recipe(False, False)), diffusers_vae().state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropped", ["shared.weight", "encoder.embed_tokens.weight", ""])
 def test_finds_every_tensor_of_transformers_encoder(dropped: str) -> None:
     state = dict(transformers_encoder().state_dict())

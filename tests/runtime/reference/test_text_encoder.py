@@ -43,6 +43,7 @@ def test_buckets_begin_at_the_distances_of_the_specification(distance: int, buck
     assert int(buckets[190, 190 - 91]) == int(buckets[190, 0]) == 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 40, 130])
 @torch.no_grad()
 def test_equals_transformers(length: int) -> None:

@@ -65,6 +65,7 @@ def test_every_step_and_frame_is_the_references(bundle_of: BundleOf, picture: Pa
     assert float((apart > 0).float().mean()) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_quantised_bundle_runs_on_its_weights_multiplied_out(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     stored = Weights(bundle).component("dit")
@@ -119,6 +120,7 @@ def test_without_diffusers_it_is_left_out_and_said_so(bundle_of: BundleOf, monke
     assert "run: pip install diffusers" in said
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_the_weights_is_said_before_they_are_read(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
