@@ -86,7 +86,7 @@ def losses(log: Path) -> list[float]:
 def test_what_is_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     def run(folder: Path, *stops: int) -> dict[str, Tensor]:
         for stop in stops:
-            network = train_vae(MODEL, new_vae(MODEL), "vae", folder, SHORT, frames=5, side=16, stop_at=stop)
+            network = train_vae(MODEL, new_vae(MODEL), "vae", folder, replace(SHORT, stop_at=stop), crop=(5, 16))
         return network.state_dict()
 
     whole, pieces = run(tmp_path / "whole", 4), run(tmp_path / "pieces", 1, 3, 4)
@@ -113,7 +113,7 @@ def test_the_vae_begins_as_one_of_pictures_and_learns(tmp_path: Path) -> None:
         latents = vae.encode(still)
     # So far, only the small noise of the temporal resamplers tells one time from another.
     assert float((latents[:, :, 2:] - latents[:, :, 1:-1]).std()) < 0.05 * float(latents.std())
-    train_vae(MODEL, vae, "vae", tmp_path, Plan(steps=24, batch=2, rate=5e-3, warmup=2), frames=1, side=16)
+    train_vae(MODEL, vae, "vae", tmp_path, Plan(steps=24, batch=2, rate=5e-3, warmup=2), crop=(1, 16))
     first, last = losses(tmp_path / "vae.jsonl")
     assert last < first
 

@@ -105,10 +105,8 @@ def shipped(component: str) -> dict[str, Tensor]:
 def run_vae(place: Place) -> None:
     """Train the VAE on pictures, then on clips."""
     vae = new_vae(MODEL).to(place.device)
-    train_vae(
-        MODEL, vae, "vae-pictures", place.folder, PLANS["vae-pictures"], frames=1, side=48, compiled=place.compiled
-    )
-    train_vae(MODEL, vae, "vae-clips", place.folder, PLANS["vae-clips"], frames=13, side=48, compiled=place.compiled)
+    train_vae(MODEL, vae, "vae-pictures", place.folder, PLANS["vae-pictures"], crop=(1, 48), compiled=place.compiled)
+    train_vae(MODEL, vae, "vae-clips", place.folder, PLANS["vae-clips"], crop=(13, 48), compiled=place.compiled)
     place.settled_vae()
 
 

@@ -99,7 +99,6 @@ def train_denoiser(
     *,
     dense_share: float,
     compiled: bool = False,
-    stop_at: int | None = None,
 ) -> Network:
     """Train the denoiser, or continue its training.
 
@@ -119,5 +118,5 @@ def train_denoiser(
         patch.object(dit, "dense_attention", plain_attention),
         patch.object(reference, "sparse_branch", plain_sparse_branch),
     ):
-        train(phase, folder, plan, network, loss_of, stop_at=stop_at)
+        train(phase, folder, plan, network, loss_of)
     return network

@@ -35,6 +35,7 @@ class Plan:
         batch: Samples per step.
         rate: Peak learning rate, reached after `warmup` steps and then reduced along a cosine to a fiftieth.
         decay: Decay of the averaged weights per step.
+        stop_at: Stop after this step; a later run continues.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Plan:
     warmup: int = 100
     decay: float = 0.998
     seed: int = 0
+    stop_at: int | None = None
     muon: bool = False
     """Whether matrices other than lookup tables are trained with Muon, which orthogonalises momentum."""
 
@@ -61,7 +63,6 @@ def train(
     model: nn.Module,
     loss_of: Callable[[Generator, torch.Generator], tuple[Tensor, dict[str, float]]],
     *,
-    stop_at: int | None = None,
     tell: Callable[[str], None] = print,
 ) -> nn.Module:
     """Train a model, or continue its training, and return it with its averaged weights.
@@ -69,11 +70,10 @@ def train(
     Args:
         folder: Where ``<phase>.pt`` and ``<phase>.jsonl`` are kept.
         loss_of: Returns the loss for one step's random numbers, and what else to log.
-        stop_at: Stop after this step; a later call continues.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run, log = Run(model, plan, folder / f"{phase}.pt"), Log(phase, folder, tell)
-    last = plan.steps if stop_at is None else min(stop_at, plan.steps)
+    last = plan.steps if plan.stop_at is None else min(plan.stop_at, plan.steps)
     saved = time.monotonic()
     while run.step < last:
         loss, notes = loss_of(*generators(phase, plan.seed, run.step))

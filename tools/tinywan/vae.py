@@ -92,14 +92,16 @@ def train_vae(
     folder: Path,
     plan: Plan,
     *,
-    frames: int,
-    side: int,
+    crop: tuple[int, int],
     compiled: bool = False,
-    stop_at: int | None = None,
 ) -> VAE:
-    """Train on crops of `frames` frames and `side` pixels, and in a fifth of the steps on whole frames, because the
-    attention layer sees a whole frame at once."""
+    """Train on crops, and in a fifth of the steps on whole frames, because the attention layer sees a frame at once.
+
+    Args:
+        crop: The number of frames of a crop, and its width and height in pixels.
+    """
     encode, decode = quickly(vae, compiled)
+    frames, side = crop
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         whole = rng.random() < 0.2
@@ -113,7 +115,7 @@ def train_vae(
         notes = {"l1": float((out - pixels).detach().abs().mean()), "latent_rms": float(pull.detach().sqrt())}
         return infidelity(out, pixels, weight) + PULL * pull, notes
 
-    train(phase, folder, plan, vae, loss_of, stop_at=stop_at)
+    train(phase, folder, plan, vae, loss_of)
     return vae
 
 
@@ -203,7 +205,6 @@ def train_decoder(
     plan: Plan,
     *,
     compiled: bool = False,
-    stop_at: int | None = None,
 ) -> VAE:
     """Continue to train the decoder alone, on latents such as the denoiser learns to make."""
     decoder = decoder_of(vae)
@@ -221,7 +222,7 @@ def train_decoder(
         return infidelity(out, pixels, weight), {"l1": float((out - pixels).detach().abs().mean())}
 
     vae.requires_grad_(False)
-    train("decoder", folder, plan, decoder, loss_of, stop_at=stop_at)
+    train("decoder", folder, plan, decoder, loss_of)
     return vae
 
 

@@ -55,7 +55,7 @@ def answers(scene: Scene) -> list[int]:
     return [*found, list(BACKGROUNDS).index(scene.background)]
 
 
-def train_words(network: Network, tokens: Tokens, folder: Path, plan: Plan, *, stop_at: int | None = None) -> Network:
+def train_words(network: Network, tokens: Tokens, folder: Path, plan: Plan) -> Network:
     """Train the text encoder on captions alone."""
     video = network.model.video
     reader = Reader(network)
@@ -66,5 +66,5 @@ def train_words(network: Network, tokens: Tokens, folder: Path, plan: Plan, *, s
         right = torch.tensor([answers(scene) for scene in scenes], device=reader.answers.weight.device)
         return reader.loss(prompts, right), {}
 
-    train("words", folder, plan, reader, loss_of, stop_at=stop_at)
+    train("words", folder, plan, reader, loss_of)
     return network
