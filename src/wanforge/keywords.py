@@ -16,8 +16,8 @@ R = TypeVar("R")
 def with_settings(settings: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for functions that end with ``**settings: Unpack[Settings]``.
 
-    Python itself accepts any keyword there. The decorated function refuses unknown ones and values of other types, and
-    `help` shows every setting in its signature.
+    Python itself accepts any keyword there. The decorated function refuses unknown ones and values of other types. A
+    setting of None counts as left out. The signature, and therefore `help`, shows every setting.
 
     Args:
         settings: A TypedDict with ``total=False``.
@@ -34,6 +34,8 @@ def with_settings(settings: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            left_out = {name for name in names if kwargs.get(name, ...) is None}
+            kwargs = {name: value for name, value in kwargs.items() if name not in left_out}  # type: ignore[assignment]
             given = signature.bind(*args, **kwargs).arguments.get(rest.name, {})
             for name in given:
                 if name not in names:
