@@ -1,7 +1,6 @@
 """The command that compares a backend with the reference."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from wanforge.runtime.commands.options import (
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, check_pair, compare
 from wanforge.runtime.measure.parity.report import as_json, page, text
 from wanforge.runtime.measure.quality.held_out import MOST_LOST, measure, table
-from wanforge.runtime.pipeline import verify_files
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import EXAMPLE_PROMPT
 from wanforge.whole_file import write_atomically
@@ -128,12 +126,10 @@ def parity(options: ParityOptions) -> None:
     bundle = Bundle.open(options.bundle)
     request = options.request(bundle.model)
     reference, contender = options.contenders(bundle)
-    check_pair(bundle, reference, contender)
     if options.quality:
         compare_quality(bundle, (reference, contender), options)
         return
     with Bars() as bars:
-        verify_files(bundle, [reference.name, contender.name], bars)
         found = compare(
             bundle,
             contender,
@@ -150,10 +146,10 @@ def parity(options: ParityOptions) -> None:
         click.get_current_context().exit(1)
 
 
-def compare_quality(bundle: Bundle, contenders: Sequence[Contender], options: ParityOptions) -> None:
+def compare_quality(bundle: Bundle, contenders: tuple[Contender, Contender], options: ParityOptions) -> None:
     """Measure the quality of the reference and of a contender; exit with 1 if the contender loses too much."""
     with Bars() as bars:
-        verify_files(bundle, [contender.name for contender in contenders], bars)
+        check_pair(bundle, *contenders, bars)
         found = []
         for pipeline in [contender.pipeline(bundle) for contender in contenders]:
             topk = options.topk if pipeline.recipe.is_sparse else None

@@ -25,7 +25,7 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.choice import AUTO, choose_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
-from wanforge.runtime.pipeline import Pipeline, open_pipeline, verify_files
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import Settings, request_for
 
 __all__ = ["Bundle", "Clip", "Pipeline", "build", "export", "import_checkpoint", "load", "parity"]
@@ -207,5 +207,4 @@ def parity(
     opened = Bundle.open(Path(bundle))
     name = choose_backend(opened) if backend == AUTO else backend
     request = request_for(opened.model, prompt, image, settings)
-    verify_files(opened, [name, "torch"], on_progress)
     return compare(opened, Contender(name), request, depths=depths, progress=on_progress)

@@ -29,17 +29,17 @@ def with_settings(settings: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
-        *own, rest = signature.parameters.values()
+        *own, _ = signature.parameters.values()
+        own_names = [each.name for each in own if each.name != "self"]
         listed = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            left_out = {name for name in names if kwargs.get(name, ...) is None}
-            kwargs = {name: value for name, value in kwargs.items() if name not in left_out}  # type: ignore[assignment]
-            given = signature.bind(*args, **kwargs).arguments.get(rest.name, {})
+            kwargs = {name: x for name, x in kwargs.items() if x is not None or name not in names}  # type: ignore[assignment]
+            given = {name: x for name, x in kwargs.items() if name not in own_names}
             for name in given:
                 if name not in names:
-                    known = [*(each.name for each in own if each.name != "self"), *names]
+                    known = [*own_names, *names]
                     raise TypeError(f"{function.__name__}(): {unknown_name('parameter', name, known)}")
             try:
                 msgspec.convert(given, settings)

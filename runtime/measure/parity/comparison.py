@@ -27,7 +27,7 @@ from wanforge.runtime.backends.taps import Transparent
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
-from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.pipeline import Pipeline, verify_files
 from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.runtime.reference.sampler import Step, sample
 from wanforge.runtime.request import CheckedRequest, Request, Timings
@@ -182,17 +182,19 @@ class Contender:
         return Pipeline(read, backend)
 
 
-def check_pair(bundle: Bundle, reference: Contender, other: Contender) -> None:
-    """Refuse to compare a contender with itself.
+def check_pair(bundle: Bundle, reference: Contender, other: Contender, progress: Progress = silent) -> None:
+    """Refuse to compare a contender with itself, and verify the files that the two open.
 
     Raises:
         ConfigError: The two are the same.
+        BundleError: A file is missing or damaged.
     """
     if other == reference:
         raise ConfigError(
             f"{bundle.root}: the backend {other.name} would be compared with itself; choose another backend, compute "
             f"type or recipe. {obstacles(bundle)}"
         )
+    verify_files(bundle, [reference.name, other.name], progress)
 
 
 def compare(
@@ -214,12 +216,12 @@ def compare(
     Raises:
         RequestError, ConfigError, BundleError, ResourceError: The request or the pair of backends cannot be run here.
     """
-    check_pair(bundle, reference, backend)
     if not depths:
         raise ConfigError(f"no depth to compare at; choose from {', '.join(DEPTHS)}")
     for depth in depths:
         if depth not in DEPTHS:
             raise ConfigError(unknown_name("depth", depth, DEPTHS))
+    check_pair(bundle, reference, backend, progress)
     return compare_pipelines(reference.pipeline(bundle), backend.pipeline(bundle), request, depths, seeds, progress)
 
 
