@@ -24,7 +24,8 @@ if not torch.cuda.is_available():
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
 

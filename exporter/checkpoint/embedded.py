@@ -5,7 +5,7 @@ from pathlib import Path
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import components
 from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.importer import Sources
+from wanforge.exporter.checkpoint.checks import Sources
 
 EMBEDDED = "tinywan"
 FOLDER = Path(__file__).parent / EMBEDDED

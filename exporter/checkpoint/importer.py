@@ -1,67 +1,42 @@
 """Turn checkpoint files into a bundle: check, rename and convert every tensor, and write it once."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wanforge.configs.loading import named
-from wanforge.configs.model import ModelConfig, load_model
-from wanforge.configs.recipe import Recipe, load_recipe
-from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, components, dit_component, weights_name
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, components, weights_name
 from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
-from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.checks import (
+    Part,
+    Sources,
+    check_experts,
+    check_kind,
+    check_part,
+    check_tokenizer,
+    settle_recipe,
+)
+from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
-from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
-from wanforge.runtime.text import Tokenizer, find_tokenizer
+from wanforge.runtime.text import find_tokenizer
 from wanforge.whole_file import write_atomically
 
-KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 BAND = 8 * TILE
 """Number of rows quantised at a time: whole tiles, so that the result does not depend on it."""
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 Count = Callable[[int], object]
 """Called with the number of bytes of each piece that is read or written."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The files of one model, by component: ``dit`` (or ``dit.high`` and ``dit.low``), ``vae``, ``text_encoder``."""
-
-    weights: Mapping[str, Path]
-    tokenizer: Path
-
-
-@dataclass(frozen=True)
-class Part:
-    """One component, checked and ready to be written.
-
-    Attributes:
-        source: The file that was given.
-        stored: The source's tensor for each canonical name; a weight to be quantised has its unquantised name.
-        target: The tensors that will be written.
-    """
-
-    component: str
-    source: Path
-    stored: Mapping[str, StoredTensor]
-    target: Layout
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.target.values())
 
 
 def import_checkpoint(
@@ -134,140 +109,6 @@ def derived_files(out: Path) -> list[str]:
     with suppress(BundleError):
         return [name for name, record in Bundle.open(out).manifest.files.items() if record.key]
     return []
-
-
-def check_tokenizer(path: Path, model: ModelConfig) -> None:
-    """Refuse a tokenizer with more tokens than the text encoder has rows."""
-    if (size := len(Tokenizer(path))) > model.text_encoder.vocab_size:
-        raise CheckpointError(
-            f"{path}: {size:,} tokens, but the text encoder of {model.name} knows {model.text_encoder.vocab_size:,}; "
-            "give the tokenizer of this model"
-        )
-
-
-def check_experts(parts: Sequence[Part]) -> None:
-    """Refuse the same weights for both experts; comparing their small tensors is enough."""
-    if len(parts) < 2:
-        return
-    first, second = parts
-    small = [name for name, stored in first.stored.items() if stored.spec.nbytes < 1 << 20]
-    if all(_bytes_of(first.stored[name]) == _bytes_of(second.stored[name]) for name in small):
-        raise CheckpointError(
-            f"{first.source} and {second.source} hold the same tensors; give the high-noise expert with --dit and "
-            "the low-noise one with --dit-low"
-        )
-
-
-def _bytes_of(stored: StoredTensor) -> bytes:
-    return b"".join(bytes(as_bytes(chunk)) for chunk in stored.chunks())
-
-
-def check_kind(component: str, path: Path, contents: Contents) -> None:
-    """Refuse a file that was given as one kind but looks like another."""
-    kind, looks = KINDS.get(component, "a denoiser"), looks_like(contents)
-    if looks not in (kind, None):
-        raise CheckpointError(f"{path}: looks like {looks}, but was given as {kind}")
-
-
-def settle_recipe(
-    model: ModelConfig, paths: Mapping[str, Path], opened: Mapping[str, Contents], wanted: Recipe | None
-) -> Recipe:
-    """Return the wanted recipe if the denoisers' files allow it, or by default the one that describes these files."""
-    denoisers = [dit_component(expert) for expert in model.experts]
-    quantised = {c: is_quantised(opened[c]) for c in denoisers}
-    if len(set(quantised.values())) > 1:
-        kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
-        raise CheckpointError(f"the experts do not match: {kinds}; give two files of the same kind")
-    first = denoisers[0]
-    sla = {c: has_sla(opened[c]) for c in denoisers}
-    without = next((paths[c] for c in denoisers if not sla[c]), None)
-    if without is not None and (quantised[first] or any(sla.values())):
-        raise CheckpointError(
-            f"{without}: has no proj_l tensors, which sparse-linear attention needs; give the file that upstream "
-            "publishes"
-        )
-    if wanted is None:
-        by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
-        return load_recipe(by_content)
-    if wanted.linear != "w8a8" and quantised[first]:
-        raise CheckpointError(
-            f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
-            "unquantised file, or use --recipe w8a8"
-        )
-    if wanted.attention != "dense" and not has_sla(opened[first]):
-        raise CheckpointError(
-            f"{paths[first]}: has no proj_l tensors, so it was not trained for sparse-linear attention; recipe "
-            f"{wanted.name!r} needs them, use --recipe bf16"
-        )
-    return wanted
-
-
-def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:
-    """Compare every name, shape and type of a file with what the model needs.
-
-    Raises:
-        CheckpointError: Tensors are missing, unexpected or wrong; the message lists them.
-    """
-    target = layout(component, model, recipe)
-    expected = target
-    if component not in KINDS:
-        expected = layout(component, model, published_recipe(is_quantised(contents), has_sla(contents)))
-    matched, unexpected = match_names(component, expected, contents)
-    missing = [name for name in expected if name not in matched]
-    wrong = [
-        f"{name} is {contents[matched[name]].spec}, expected {spec}"
-        for name, spec in expected.items()
-        if name in matched and not fits(contents[matched[name]].spec, spec)
-    ]
-    if missing or unexpected or wrong:
-        raise CheckpointError(complaint(component, path, contents, model, missing, unexpected, wrong))
-    stored = {name: contents[found] for name, found in matched.items()}
-    return Part(component, path, stored, target)
-
-
-def fits(found: TensorSpec, expected: TensorSpec) -> bool:
-    """Whether a stored tensor can become the expected one: any float type for a float, the same elements in order."""
-    same_kind = found.dtype == expected.dtype or {found.dtype, expected.dtype} <= FLOATS
-    # A patch embedding may be stored as a convolution: the same numbers in the same order.
-    return same_kind and (found.shape == expected.shape or _flattened(found.shape) == expected.shape)
-
-
-def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 5:
-        return shape
-    inner = shape[1] * shape[2] * shape[3] * shape[4]
-    return (shape[0], inner)
-
-
-def complaint(
-    component: str,
-    path: Path,
-    contents: Contents,
-    model: ModelConfig,
-    missing: list[str],
-    unexpected: list[str],
-    wrong: list[str],
-) -> str:
-    """Describe what is wrong with a file, and guess why."""
-    lines = [f"{path}: does not fit {model.name}"]
-    if component not in KINDS and (other := guess_model(contents)) not in (None, model.name):
-        lines[0] += f"; it looks like {other}, so try --model {other}"
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
-        if names:
-            lines.append(f"  {title} ({len(names)}): {join_names(names)}")
-    return "\n".join(lines)
-
-
-def guess_model(contents: Contents) -> str | None:
-    """The known model whose unquantised or quantised denoiser this is."""
-    for name in named("models"):
-        candidate = load_model(name)
-        expected = layout("dit", candidate, published_recipe(is_quantised(contents), has_sla(contents)))
-        matched, unexpected = match_names("dit", expected, contents)
-        is_complete = len(matched) == len(expected) and not unexpected
-        if is_complete and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
-            return name
-    return None
 
 
 def check_disk(out: Path, parts: Sequence[Part]) -> None:

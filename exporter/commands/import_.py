@@ -10,8 +10,9 @@ from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, join_names
+from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.runtime.commands.options import ANY_PATH, FOLDER, MODELS, RECIPES, takes
 from wanforge.runtime.progress import Bars
 

@@ -15,7 +15,8 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export

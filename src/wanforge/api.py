@@ -15,8 +15,8 @@ from wanforge.engines.build import EngineOptions, EngineResult, build_engines
 from wanforge.engines.bundle.bundle import Bundle, components
 from wanforge.errors import CheckpointError, ConfigError, unknown_name
 from wanforge.exporter.checkpoint import importer
+from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
-from wanforge.exporter.checkpoint.importer import Sources
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
 from wanforge.keywords import with_settings

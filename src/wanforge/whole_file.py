@@ -1,18 +1,88 @@
-"""Writing files so that they are either complete or absent."""
+"""Writing files so that they are either complete or absent.
 
+A file is written under a temporary name of its own in its final folder and then renamed. The name is new, so that two
+processes never write to one file, and no link is followed. A process that is killed leaves its temporary file behind.
+The lock that it held on the file ends with it, by which the next process that writes the same file recognises what was
+left, and deletes it.
+"""
+
+import fcntl
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PARTIAL = ".partial"
+"""The part of a temporary name that no complete file has."""
+
+open_files: set[Path] = set()
+"""The temporary files of this process, which are deleted if it has to end at once."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file under a temporary name and rename it once it is on disk. Creates its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
+    with temporary_file(path) as temporary:
+        with temporary.open("r+b") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """Make an empty file beside `path`, with its suffix; whoever fills it renames it, and otherwise it is deleted.
+
+    Raises:
+        OSError: No file can be written there. The error names `path`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(path)
+        temporary, held = _create(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    open_files.add(temporary)
+    try:
+        yield temporary
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+        open_files.discard(temporary)
+        os.close(held)
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """Make a temporary file under a new name and lock it until it is closed."""
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
+        held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o666)
+        with suppress(BlockingIOError):  # another process took it for a leftover before it was locked
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(held).st_nlink:
+                return temporary, held
+        os.close(held)
+
+
+def delete_leftovers(path: Path) -> None:
+    """Delete the temporary files of `path` whose processes have ended."""
+    prefix, suffix = f".{path.stem}.", f"{PARTIAL}{path.suffix}"
+    for name in os.listdir(path.parent):
+        if name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix) + 8 + len(suffix):
+            delete_if_left(path.parent / name)
+
+
+def delete_if_left(temporary: Path) -> None:
+    """Delete a temporary file unless a process holds the lock on it."""
+    with suppress(OSError):
+        held = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink(missing_ok=True)
+        finally:
+            os.close(held)

@@ -39,7 +39,8 @@ from tools.tinywan.vae import latent_crops, new_vae, settle_latents, train_decod
 from tools.tinywan.words import Reader, answers, train_words
 from wanforge.configs.model import DiTConfig, ModelConfig, TextEncoderConfig, VAEConfig, VideoConfig, load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.plugins.sparse_linear_attention.reference import Blocks, block_scores, select_blocks, sparse_branch
 from wanforge.runtime.measure.quality.figures import COLOURS
 from wanforge.runtime.measure.quality.held_out import held_out_prompts

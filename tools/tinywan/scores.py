@@ -10,7 +10,8 @@ from tools.tinywan.pictures import sheet
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.export import export
 from wanforge.runtime.measure.page import picture_of
 from wanforge.runtime.measure.parity.comparison import Contender

@@ -10,7 +10,8 @@ from tests.conftest import checkpoint_sources
 from tests.exporter.checkpoint.sources import T2V, State
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 
 
 @pytest.fixture(scope="session")

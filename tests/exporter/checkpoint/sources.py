@@ -13,7 +13,8 @@ from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.reader import INDEX
 from wanforge.runtime.reference.names import aliases
 

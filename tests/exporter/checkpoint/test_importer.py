@@ -29,7 +29,8 @@ from tests.numerics import assert_matches
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.exporter.checkpoint import importer
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.reference.names import aliases

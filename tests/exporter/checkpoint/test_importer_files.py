@@ -29,7 +29,8 @@ from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.reader import StoredTensor
 from wanforge.progress import Progress
 

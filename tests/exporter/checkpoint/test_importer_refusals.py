@@ -24,7 +24,8 @@ from tests.exporter.checkpoint.sources import (
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.importer import Sources, import_checkpoint
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
 
 CHANGES: list[tuple[str, Callable[[State], State], str]] = [
     ("missing", lambda s: without(s, "head.modulation"), r"missing \(1\): head\.modulation$"),
