@@ -9,7 +9,9 @@ from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.builder import BuildJob, Built, build
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import GraphRecord
+from wanforge.engines.bundle.remedies import export_command
 from wanforge.engines.files import engine_key, engine_name, inputs_of, is_current, write_engine
+from wanforge.engines.graph_key import check_current
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
 from wanforge.errors import BundleError, ConfigError, ResourceError
@@ -152,7 +154,7 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
     if not graphs:
         raise BundleError(
             f"{bundle.root}: has no bf16 graphs to build engines from, or they were exported by another version of "
-            f"wanforge; run: wanforge export {bundle.root}"
+            f"wanforge; run: {export_command(bundle.root)}"
         )
     known = [graph.name for graph in graphs.values()]
     if unknown := [name for name in only if name not in known]:
@@ -164,6 +166,7 @@ def pending_engine(
     bundle: Bundle, library: Library, options: EngineOptions, onnx: str, graph: GraphRecord
 ) -> PendingEngine:
     """What to build for a graph, what it depends on, and where it goes."""
+    check_current(bundle, [onnx])
     bundle.verify([onnx])
     sizes = named_sizes(bundle.model, bundle.recipe, options.clip, smaller=options.smaller)
     inputs, has_plugins = inputs_of(graph), options.plugins and graph.plugin_ops > 0

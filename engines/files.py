@@ -6,23 +6,24 @@ from functools import cache
 from pathlib import Path
 
 from wanforge.configs.clip import ClipShape
-from wanforge.engines.bundle.bundle import ENGINES, Bundle, remedy
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import HOST_GRAPHS, FileRecord, GraphRecord
+from wanforge.engines.bundle.remedies import BODIES, ENGINES, UP_TO, remedy
 from wanforge.engines.bundle.shapes import Shape, read_shape
+from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import covers, named_sizes, profile
 from wanforge.errors import BundleError
 from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
 from wanforge.plugins.tensorrt.plugin import OPS
 from wanforge.version import PACKAGE
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import temporary_file
 
 FLAGS = ("REQUIRE_USER_ALLOCATION",)
 """Set for TensorRT-RTX: memory allocated at run time is in no memory plan, and cannot be captured into a CUDA graph."""
 
 NO_PLUGINS = "none"
-BODIES = ".bodies"
-UP_TO = "up-to-"
-"""Prefix of the clip in the name of an engine that serves smaller clips, too."""
+"""What an engine's key says of the plugins if it has none."""
 
 
 def engine_name(
@@ -120,10 +121,12 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
 
 
 def write_engine(bundle: Bundle, name: str, engine_bytes: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
-    """Write an engine atomically, then add it to the manifest."""
-    write_atomically(bundle.root / name, engine_bytes)
+    """Put an engine into a bundle."""
     digest = hashlib.sha256(engine_bytes).hexdigest()
-    bundle.add({name: FileRecord(digest, len(engine_bytes), source="wanforge build", key=key, facts=dict(facts))})
+    record = FileRecord(digest, len(engine_bytes), source="wanforge build", key=key, facts=dict(facts))
+    with temporary_file(inside(bundle.root, name)) as temporary:
+        temporary.write_bytes(engine_bytes)
+        bundle.add({name: record}, placing={name: temporary})
 
 
 def built_clips(bundle: Bundle) -> list[ClipShape]:
@@ -145,8 +148,9 @@ def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat
     have none.
 
     Raises:
-        BundleError: An engine is missing or stale.
+        BundleError: An engine is missing or stale, or the graph that it was built from is stale.
     """
+    check_current(bundle, bundle.graphs(dtype))
     sizes = named_sizes(bundle.model, bundle.recipe, clip)
     return {
         graph.name: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes))

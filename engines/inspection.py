@@ -1,13 +1,16 @@
 """The contents of a bundle, and the problems found in it."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import TensorFile, read_header
 from wanforge.engines.files import stale_engines
+from wanforge.engines.graph_key import stale_graphs
 from wanforge.errors import WanforgeError
 from wanforge.progress import Progress, silent
 
@@ -38,21 +41,19 @@ class Inspection:
 def inspect_bundle(
     bundle: Bundle,
     *,
-    key: dict[str, str] | None = None,
     verify: bool = False,
     progress: Progress = silent,
 ) -> Inspection:
     """Look at every file of a bundle.
 
     Args:
-        key: What graphs would be made from now; those that were made from something else are stale.
         verify: Whether to read the files and compare their SHA-256, rather than only their size.
     """
-    tensors, problems = {}, {}
-    for name, parts in bundle.stale(key or {}).items():
-        problems[name] = f"stale: {' and '.join(parts)} changed; run: wanforge export {bundle.root}"
-    for name, reason in stale_engines(bundle).items():
-        problems[name] = f"stale: {reason}; run: wanforge build {bundle.root}"
+    tensors: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    with suppress(WanforgeError):  # a weights file is missing or damaged, which is found below
+        problems |= {name: f"stale: {why}; {remedy(name, bundle.root)}" for name, why in stale_graphs(bundle).items()}
+    problems |= {name: f"stale: {why}; {remedy(name, bundle.root)}" for name, why in stale_engines(bundle).items()}
     for name, record in bundle.manifest.files.items():
         try:
             path = bundle.path(name)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanforge.engines.bundle.bundle import Bundle, remedy
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.files import read_engine
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt.library import RTX, Library

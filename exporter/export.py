@@ -6,20 +6,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from onnx import ModelProto
 
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, graph_name, weights_name
+from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import FileRecord, GraphRecord
-from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.bundle.tensorfile import read_header, sha256_of
+from wanforge.engines.graph_key import graph_key
 from wanforge.errors import ConfigError, unknown_name
-from wanforge.exporter.graph_key import graph_key
 from wanforge.exporter.onnx_model import check, model_from_graph, record_of
 from wanforge.exporter.whole_network import whole_network
 from wanforge.plugins.quantiser import TILE
 from wanforge.progress import Progress, silent
 from wanforge.runtime.dtypes import COMPUTE
 from wanforge.runtime.graphs import graphs
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import temporary_file
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
     records: dict[str, GraphRecord] = {}
     for short in dtypes:
         dtype = COMPUTE[short]
-        for graph in all_graphs.values():
+        for position, graph in enumerate(all_graphs.values()):
             component = graph.component(bundle.model)
             model = model_from_graph(graph, bundle.recipe, dtype, weights[component])
             name = graph_name(graph.name, dtype, graph.has_constants)
             models[name] = model
-            records[name] = record_of(graph, dtype, model, weights_name(component))
+            record = record_of(graph, dtype, model, weights_name(component))
+            records[name] = msgspec.structs.replace(record, position=position)
         for expert in bundle.model.experts:
             component = dit_component(expert)
             name = graph_name(component, dtype, True)
@@ -80,31 +83,38 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
             models[name] = whole_network(bundle.model, bundle.recipe, all_graphs, dtype, weights[component])
 
     key = graph_key(bundle)
-    files = {}
+    files: dict[str, FileRecord] = {}
+    placing: dict[str, Path] = {}
     with ExitStack() as candidates:
         for done, (name, model) in enumerate(models.items()):
             data = model.SerializeToString(deterministic=True)
-            candidates.enter_context(checked_candidate(bundle.root / name, data))
             digest = hashlib.sha256(data).hexdigest()
-            files[name] = FileRecord(digest, len(data), source="wanforge export", key=key, graph=records.get(name))
+            files[name] = made = FileRecord(
+                digest, len(data), source="wanforge export", key=key, graph=records.get(name)
+            )
+            if not is_there(bundle, name, made):
+                placing[name] = candidates.enter_context(checked_candidate(inside(bundle.root, name), data))
             progress("export", done + 1, len(models))
-        for name in files:
-            candidate(bundle.root / name).replace(bundle.root / name)
-    bundle.add(files, dropping=bundle.stale(key))
+        bundle.add(files, placing=placing, dropping=bundle.stale(key))
     return ExportResult(tuple(files), skipped)
 
 
-def candidate(path: Path) -> Path:
-    """Where a graph lies until all graphs are checked: in its final folder, so that its paths to weights are valid."""
-    return path.with_name(f".{path.name}")
+def is_there(bundle: Bundle, name: str, record: FileRecord) -> bool:
+    """Whether a file with just this record is in the bundle, undamaged."""
+    path = inside(bundle.root, name)
+    return (
+        bundle.manifest.files.get(name) == record
+        and path.is_file()
+        and not path.is_symlink()
+        and sha256_of(path) == record.sha256
+    )
 
 
 @contextmanager
-def checked_candidate(path: Path, data: bytes) -> Iterator[None]:
-    """Write a graph as a candidate and check it with onnx; in the end, delete it if it was not put in place."""
-    try:
-        write_atomically(candidate(path), data)
-        check(str(candidate(path)))
-        yield
-    finally:
-        candidate(path).unlink(missing_ok=True)
+def checked_candidate(path: Path, data: bytes) -> Iterator[Path]:
+    """Write a graph under a temporary name in its final folder, so that its paths to weights are valid, and check it
+    with onnx."""
+    with temporary_file(path) as temporary:
+        temporary.write_bytes(data)
+        check(str(temporary))
+        yield temporary

@@ -16,6 +16,7 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
+from wanforge.engines.graph_key import check_current
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
 from wanforge.keywords import with_settings
@@ -228,7 +229,7 @@ def open_pipeline(
     """
     name = choose_backend(bundle, clips, bounded=budget is not None) if backend == AUTO else backend
     created = create_backend(name, bundle, budget=budget)
-    bundle.verify([TOKENIZER, *created.files()], progress)
+    claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)
 
 
@@ -239,4 +240,17 @@ def verify_files(bundle: Bundle, backends: Iterable[str], progress: Progress = s
         BundleError: A file is missing or damaged.
     """
     opened = [name for backend in backends for name in create_backend(backend, bundle).files()]
-    bundle.verify(list(dict.fromkeys([TOKENIZER, *opened])), progress)
+    claim(bundle, opened, progress)
+
+
+def claim(bundle: Bundle, names: Iterable[str], progress: Progress) -> None:
+    """Make sure that files of a bundle are current and undamaged, and that no other process replaces or deletes any
+    while this one uses the bundle.
+
+    Raises:
+        BundleError: A file is missing, damaged or stale.
+    """
+    bundle.hold()
+    needed = list(dict.fromkeys([TOKENIZER, *names]))
+    check_current(bundle, needed)
+    bundle.verify(needed, progress)

@@ -12,7 +12,9 @@ The manifest is written last, so a directory without one is not a bundle.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -21,22 +23,19 @@ import msgspec
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.dtypes import dtype_called
-from wanforge.engines.bundle.manifest import FORMAT, FileRecord, GraphRecord, Manifest
+from wanforge.engines.bundle.folder import UNREADABLE, inside, read_unlinked
+from wanforge.engines.bundle.lock import FILES_LOCK, files_lock, hold, recording, shared
+from wanforge.engines.bundle.manifest import FORMAT, FileRecord, GraphRecord, Manifest, read_manifest, write_manifest
+from wanforge.engines.bundle.remedies import ENGINES, remedy
 from wanforge.engines.bundle.tensorfile import sha256_of
 from wanforge.errors import BundleError
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.version import __version__
 from wanforge.whole_file import write_atomically
 
-MANIFEST = "manifest.json"
-ENGINES = "engines/"
-"""The folder of the engines in a bundle."""
 VERIFIED = ".verified.json"
+WEIGHTS = "weights"
 TOKENIZER = "tokenizer/tokenizer.json"
-
-UNREADABLE = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, IsADirectoryError)
-"""The exceptions that reading a damaged JSON file raises."""
-
 Stamp = list[str | int]
 """SHA-256 of a file when it was last verified, and the properties by which it is recognised; see `stamp_of`."""
 
@@ -44,57 +43,119 @@ Stamp = list[str | int]
 class Bundle:
     """An opened bundle.
 
+    Attributes:
+        stale_ok: Whether graphs that were made by another version of the code, or from something else that has
+            changed, may be run.
+
     Raises:
-        BundleError: There is no manifest, or it cannot be read.
+        BundleError: There is no manifest, it cannot be read, or it was edited.
     """
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.root, self.manifest = root, manifest
+    def __init__(self, root: Path, manifest: Manifest, *, stale_ok: bool = False) -> None:
+        self.root, self.manifest, self.stale_ok = root, manifest, stale_ok
         self.model, self.recipe = manifest.model, manifest.recipe
 
     @classmethod
-    def open(cls, root: Path) -> Self:
-        path = root / MANIFEST
-        try:
-            return cls(root, msgspec.json.decode(path.read_bytes(), type=Manifest))
-        except (FileNotFoundError, NotADirectoryError):
-            hint = "its import was interrupted; run it again" if (root / "weights").is_dir() else "make one"
-            raise BundleError(
-                f"{root}: not a bundle (no {MANIFEST}); {hint} with: wanforge import --out {root}"
-            ) from None
-        except UNREADABLE as error:
-            raise BundleError(f"{path}: damaged, or of another version ({error}); import it again") from None
+    def open(cls, root: Path, *, stale_ok: bool = False) -> Self:
+        """Open a bundle. Waits for a process that is replacing its files."""
+        with shared(root) if (root / FILES_LOCK).exists() else nullcontext():
+            return cls(root, read_manifest(root), stale_ok=stale_ok)
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
         """Make a directory a bundle by writing its manifest, once every file is in place."""
-        manifest = Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files)
-        bundle = cls(root, manifest)
-        bundle._write()
+        bundle = cls(root, Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files))
+        with recording(root):
+            bundle._write(files)
         return bundle
 
-    def add(self, files: Mapping[str, FileRecord], *, dropping: Iterable[str] = ()) -> None:
-        """Record files that are in place, and delete others once the manifest no longer names them."""
-        dropped = set(dropping) - set(files)
-        kept = {name: record for name, record in self.manifest.files.items() if name not in dropped}
-        self.manifest = msgspec.structs.replace(self.manifest, files={**kept, **files})
-        self._write()
-        for name in dropped:
-            (self.root / name).unlink(missing_ok=True)
+    def add(
+        self,
+        files: Mapping[str, FileRecord],
+        *,
+        placing: Mapping[str, Path] | None = None,
+        dropping: Iterable[str] = (),
+    ) -> None:
+        """Record files in the manifest as it is now, whatever other processes have recorded since it was read.
 
-    def _write(self) -> None:
-        text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=1)
-        write_atomically(self.root / MANIFEST, text)
+        A file that replaces another one, or is deleted, is first forgotten. If the process ends half-way, the manifest
+        lacks files, but names none that is not as it says.
+
+        Args:
+            files: The records by name.
+            placing: A temporary file for each of them that is not in place yet.
+            dropping: Files to delete once the manifest no longer names them.
+
+        Raises:
+            BundleError: The model or the weights are others than when the bundle was opened.
+        """
+        placing = placing or {}
+        dropped = set(dropping) - set(files)
+        with self._changing({*placing, *dropped}):
+            self._refresh()
+            kept = {n: record for n, record in self.manifest.files.items() if n not in {*placing, *dropped}}
+            if kept.keys() != self.manifest.files.keys():
+                self._write(kept)
+            for name, temporary in placing.items():
+                os.replace(temporary, inside(self.root, name))
+            self._write({**kept, **files})
+            for name in dropped:
+                inside(self.root, name).unlink(missing_ok=True)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take files out of the manifest, because they are about to be written anew."""
+        if forgotten := set(names) & self.manifest.files.keys():
+            with recording(self.root):
+                self._refresh()
+                self._write({n: record for n, record in self.manifest.files.items() if n not in forgotten})
+
+    @contextmanager
+    def _changing(self, names: Collection[str], *, alone: bool = False) -> Iterator[None]:
+        """Keep others from changing the manifest and, if some of these files exist already, from using the files."""
+        with ExitStack() as locks:
+            if alone:
+                locks.enter_context(files_lock(self.root).exclusive())
+            locks.enter_context(recording(self.root))
+            if alone or not any(os.path.lexists(self.root / name) for name in names):
+                yield
+                return
+        with self._changing(names, alone=True):
+            yield
+
+    def _refresh(self) -> None:
+        """Take over what other processes have recorded since the manifest was read.
+
+        Raises:
+            BundleError: The model or the weights are others than before.
+        """
+        now = read_manifest(self.root)
+        if _origin(now) != _origin(self.manifest):
+            raise BundleError(f"{self.root}: was imported again in the meantime; run the command again")
+        self.manifest = now
+
+    def _write(self, files: Mapping[str, FileRecord]) -> None:
+        self.manifest = write_manifest(self.root, msgspec.structs.replace(self.manifest, files=dict(files)))
+
+    def hold(self) -> None:
+        """Keep other processes from replacing or deleting files for as long as this object lives."""
+        weakref.finalize(self, hold(self.root))
+        before = self.manifest
+        self.manifest = read_manifest(self.root)
+        if _origin(before) != _origin(self.manifest):
+            raise BundleError(f"{self.root}: was imported again in the meantime; run the command again")
 
     def path(self, name: str) -> Path:
         """The path of a file in the manifest.
 
         Raises:
-            BundleError: The manifest does not list it, or the file is gone.
+            BundleError: The manifest does not list it, it is gone, or it is a link that was not made by an import.
         """
-        path = self.root / name
-        if name not in self.manifest.files or not path.is_file():
+        path = inside(self.root, name)
+        record = self.manifest.files.get(name)
+        if record is None or not path.is_file():
             raise BundleError(f"{self.root}: {name} is missing; {remedy(name, self.root)}")
+        if path.is_symlink() and os.readlink(path) != record.link:
+            raise BundleError(f"{path}: is a link to {os.readlink(path)}; remove it, and {remedy(name, self.root)}")
         return path
 
     def weights(self, component: str) -> Path:
@@ -104,8 +165,9 @@ class Bundle:
     def graphs(self, dtype: object) -> dict[str, GraphRecord]:
         """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses."""
         short = dtype_called(dtype).short
-        records = ((name, record.graph) for name, record in self.manifest.files.items())
-        return {name: graph for name, graph in records if graph is not None and graph.dtype == short}
+        records = [(name, record.graph) for name, record in self.manifest.files.items()]
+        found = [(name, graph) for name, graph in records if graph is not None and graph.dtype == short]
+        return dict(sorted(found, key=lambda each: each[1].position))
 
     def verify(self, names: Collection[str], progress: Progress = silent, *, again: bool = False) -> None:
         """Compare files with the manifest's SHA-256.
@@ -156,20 +218,25 @@ class Bundle:
 
     def _unread(self, names: Iterable[str], stamps: Mapping[str, Stamp]) -> int:
         """Number of bytes that `verify` has to read."""
-        found = [(name, (self.root / name).stat()) for name in names if (self.root / name).is_file()]
-        return sum(
-            status.st_size for name, status in found if stamps.get(name) != stamp_of(self.manifest.files[name], status)
-        )
+        listed = self.manifest.files
+        found = [(name, (self.root / name).stat()) for name in names if name in listed and (self.root / name).is_file()]
+        return sum(status.st_size for name, status in found if stamps.get(name) != stamp_of(listed[name], status))
 
     def _stamps(self) -> dict[str, Stamp]:
         try:
-            return msgspec.json.decode((self.root / VERIFIED).read_bytes(), type=dict[str, Stamp])
-        except (FileNotFoundError, *UNREADABLE):
+            return msgspec.json.decode(read_unlinked(self.root / VERIFIED), type=dict[str, Stamp])
+        except (OSError, BundleError, *UNREADABLE):
             return {}
 
     def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
         if stamps != self._stamps() and os.access(self.root, os.W_OK):
             write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+
+
+def _origin(manifest: Manifest) -> tuple[object, ...]:
+    """What a bundle was imported from."""
+    weights = {name: record.sha256 for name, record in manifest.files.items() if name.startswith(f"{WEIGHTS}/")}
+    return manifest.model, manifest.recipe, weights
 
 
 def stamp_of(record: FileRecord, status: os.stat_result) -> Stamp:
@@ -184,7 +251,7 @@ def stamp_of(record: FileRecord, status: os.stat_result) -> Stamp:
 
 def weights_name(component: str) -> str:
     """Path in a bundle of a component's weights."""
-    return f"weights/{component}.safetensors"
+    return f"{WEIGHTS}/{component}.safetensors"
 
 
 def dit_component(expert: str) -> str:
@@ -195,15 +262,6 @@ def dit_component(expert: str) -> str:
 def components(model: ModelConfig) -> list[str]:
     """Every component with weights, in the order that a request uses."""
     return ["text_encoder", *(dit_component(expert) for expert in model.experts), "vae"]
-
-
-def remedy(name: str, root: Path) -> str:
-    """The advice about a missing or damaged file."""
-    if name.endswith(".onnx"):
-        return f"write it again with: wanforge export {root}"
-    if name.startswith(ENGINES):
-        return f"build it again with: wanforge build {root}"
-    return "import the checkpoint again"
 
 
 def graph_name(graph: str, dtype: object, has_constants: bool) -> str:

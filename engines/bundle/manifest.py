@@ -1,16 +1,26 @@
 """The manifest of a bundle: its files, what each was made from, and what its users need to know about it."""
 
-from pathlib import PurePosixPath
-from typing import Literal
+import hashlib
+from pathlib import Path, PurePosixPath
+from typing import Literal, Self
 
 import msgspec
 
 from wanforge.configs.loading import Record
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.folder import UNREADABLE, read_unlinked
+from wanforge.engines.bundle.remedies import import_command, remedy
 from wanforge.engines.bundle.shapes import Spelling
+from wanforge.errors import BundleError
+from wanforge.whole_file import write_atomically
 
-FORMAT: Literal[1] = 1
+MANIFEST = "manifest.json"
+IMPORT = "import.json"
+"""The file that remembers what a bundle was imported from."""
+
+FORMAT: Literal[2] = 2
+"""The version of the manifest. Those of version 1 had no seal and did not record links."""
 
 
 HOST_GRAPHS = {"text_embed"}
@@ -33,6 +43,8 @@ class GraphRecord(Record, frozen=True):
     """Number of products and convolutions that compute in float32, whatever the compute type."""
     weights: str = ""
     """Path in the bundle of the weights file that it points into; empty if its weights are inputs."""
+    position: int = 0
+    """Its place in the order in which a request uses the graphs."""
 
 
 class FileRecord(Record, frozen=True):
@@ -42,6 +54,8 @@ class FileRecord(Record, frozen=True):
     bytes: int
     source: str = ""
     """Where it came from, for people to read; never used to find a file."""
+    link: str = ""
+    """For weights that are linked instead of copied: the path that the link has."""
     key: dict[str, str] = msgspec.field(default_factory=dict)
     """For a file that is made from others: a digest of each of them. Any difference makes it stale."""
     facts: dict[str, int] = msgspec.field(default_factory=dict)
@@ -53,14 +67,72 @@ class FileRecord(Record, frozen=True):
 class Manifest(Record, frozen=True):
     """The contents of a bundle."""
 
-    format: Literal[1]
+    format: Literal[2]
     made_by: str
     model: ModelConfig
     recipe: Recipe
     files: dict[str, FileRecord]
     """The files, by path relative to the bundle."""
+    seal: str = ""
+    """Digest of everything else, by which a manifest that was edited is recognised."""
 
     def __post_init__(self) -> None:
         for name in self.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            parts = PurePosixPath(name).parts
+            if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
                 raise ValueError(f"{name!r} lies outside the bundle")
+
+    @property
+    def digest(self) -> str:
+        """The seal that it should have."""
+        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(self, seal=""))).hexdigest()
+
+    def sealed(self) -> Self:
+        """The manifest with its files sorted by name, so that their history leaves no trace, and with its seal."""
+        ordered = msgspec.structs.replace(self, files=dict(sorted(self.files.items())))
+        return msgspec.structs.replace(ordered, seal=ordered.digest)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest of a bundle, and return it as it was written."""
+    sealed = manifest.sealed()
+    write_atomically(root / MANIFEST, msgspec.json.format(msgspec.json.encode(sealed), indent=1))
+    return sealed
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle.
+
+    Raises:
+        BundleError: There is none, it cannot be read, or it was edited.
+    """
+    path = root / MANIFEST
+    try:
+        text = read_unlinked(path)
+        version = msgspec.json.decode(text, type=_AnyVersion).format
+        if version != FORMAT:
+            raise BundleError(
+                f"{path}: of version {version}, which another version of wanforge wrote; this one reads {FORMAT}. "
+                f"Import the checkpoint again, with --out {root} --replace"
+            )
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{root}: not a bundle (no {MANIFEST}); {_beginning(root)}") from None
+    except UNREADABLE as error:
+        raise BundleError(f"{path}: damaged, or of another version ({error}); {remedy(MANIFEST, root)}") from None
+    if manifest.seal != manifest.digest:
+        raise BundleError(f"{path}: was edited, its seal does not fit; {remedy(MANIFEST, root)}")
+    return manifest
+
+
+class _AnyVersion(msgspec.Struct):
+    """The part of a manifest that every version has."""
+
+    format: int
+
+
+def _beginning(root: Path) -> str:
+    """The advice about a directory that is not a bundle."""
+    if (root / IMPORT).is_file():
+        return f"its import was interrupted; continue it with: {import_command(root)}"
+    return f"make one with: wanforge import --out {root}"

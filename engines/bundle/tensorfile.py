@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 from wanforge.engines.bundle.dtypes import BY_STORED
 from wanforge.errors import CheckpointError
+from wanforge.whole_file import PARTIAL
 
 MAX_HEADER = 100_000_000
 """Largest header in bytes; the safetensors library refuses larger ones, too."""
@@ -26,6 +27,9 @@ METADATA = "__metadata__"
 LARGEST = 1 << 60
 """Upper bound of sizes and their products, which the library computes in 64 bits."""
 CHUNK = 16 << 20
+
+Count = Callable[[int], object]
+"""Called with the number of bytes of each piece that is read or written."""
 
 
 @dataclass(frozen=True)
@@ -152,30 +156,40 @@ def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]
 class TensorWriter:
     """Writes one safetensors file tensor by tensor, and continues where an interrupted run stopped.
 
-    The data goes to ``<path>.partial``; `finish` flushes it and renames it, so `path` is either complete or absent. A
-    partial file with the same header is kept up to its last complete tensor; `metadata` must therefore say what the
-    tensors were made from.
+    The data goes to ``<path>.partial``; `finish` renames it, so `path` is either complete or absent. Beside it,
+    ``<path>.journal`` has a line for each complete tensor: the SHA-256 of the file up to its end. A partial file is
+    continued after the last tensor up to which its bytes have the digest in the journal.
+
+    Args:
+        made_from: What the tensors are made from. A file that was begun from something else is begun again.
+        count: Called with the number of bytes of each piece that is kept or written.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
-        self.tensors, self.header = tensors, encode_header(tensors, metadata)
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorSpec], made_from: str = "", count: Count = lambda size: None
+    ) -> None:
+        self.path, self.tensors, self.count = path, tensors, count
+        self.partial, self.journal = (path.with_name(path.name + end) for end in (PARTIAL, ".journal"))
+        self.header = encode_header(tensors, {})
         self.kept = 0
         """Number of tensors kept from an interrupted run."""
+        self._title = hashlib.sha256(self.header + made_from.encode()).hexdigest()
         self._digest = hashlib.sha256(self.header)
         self._names = iter(tensors)
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        resumable = self.partial.exists() and self._starts_with(self.header)
+        lines = self._lines()
         with ExitStack() as on_failure:
-            self._file: IO[bytes] = on_failure.enter_context(self.partial.open("r+b" if resumable else "w+b"))
-            if resumable:
-                end = self._keep(self._file, len(self.header), self.partial.stat().st_size)
-                self._file.truncate(end)
-                self._file.seek(end)
-            else:
-                self._file.write(self.header)
+            self._file = on_failure.enter_context(open_unlinked(self.partial))
+            self._journal = on_failure.enter_context(open_unlinked(self.journal))
+            end = self._keep(lines)
+            self._file.truncate(end)
+            self._file.seek(0)
+            self._file.write(self.header)
+            self._file.seek(end)
+            self._journal.truncate(0)
+            self._note(self._title, *lines[: self.kept])
             on_failure.pop_all()
         return self
 
@@ -183,20 +197,31 @@ class TensorWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._journal.close()
 
-    def _starts_with(self, header: bytes) -> bool:
-        with self.partial.open("rb") as file:
-            return file.read(len(header)) == header
+    def _lines(self) -> list[str]:
+        """The digests of an interrupted run; none if it made something else."""
+        if self.journal.is_symlink() or not self.journal.is_file():
+            return []
+        title, *lines = self.journal.read_bytes().decode("ascii", "replace").split("\n")
+        return lines if title == self._title else []
 
-    def _keep(self, file: IO[bytes], position: int, size: int) -> int:
-        file.seek(position)
-        for spec in self.tensors.values():
-            if position + spec.nbytes > size:
+    def _keep(self, lines: Sequence[str]) -> int:
+        """Compare the partial file with the digests of the run that wrote it; returns where the part to keep ends."""
+        position = len(self.header)
+        if not lines or self._file.read(position) != self.header:
+            return position
+        for spec, line in zip(self.tensors.values(), lines, strict=False):
+            ahead = self._digest.copy()
+            with suppress(CheckpointError):  # the file ends within this tensor
+                for chunk in read_chunks(self._file, spec.nbytes):
+                    ahead.update(chunk)
+            if ahead.hexdigest() != line:
                 break
-            for chunk in read_chunks(file, spec.nbytes):
-                self._digest.update(chunk)
+            self._digest = ahead
             position += spec.nbytes
             self.kept += 1
+            self.count(spec.nbytes)
             next(self._names)
         return position
 
@@ -209,16 +234,40 @@ class TensorWriter:
             self._file.write(chunk)
             self._digest.update(chunk)
             written += len(chunk)
+            self.count(len(chunk))
         assert written == self.tensors[name].nbytes, f"{name}: {written} bytes, {self.tensors[name]}"
+        self._file.flush()
+        self._note(self._digest.hexdigest())
+
+    def _note(self, *lines: str) -> None:
+        self._journal.write("".join(f"{line}\n" for line in lines).encode())
+        self._journal.flush()
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the file, once every tensor is written."""
+        assert next(self._names, None) is None, "tensors are missing"
+        return self._digest.hexdigest()
 
     def finish(self) -> str:
         """Flush, rename to the final name, and return the SHA-256 of the file."""
-        assert next(self._names, None) is None, "tensors are missing"
+        digest = self.sha256
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._journal.close()
         os.replace(self.partial, self.path)
-        return self._digest.hexdigest()
+        self.journal.unlink(missing_ok=True)
+        return digest
+
+
+def open_unlinked(path: Path) -> IO[bytes]:
+    """Open a file to read and write, and make it if it is not there. A link is not followed.
+
+    Raises:
+        OSError: It is a link, or cannot be opened.
+    """
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b")
 
 
 def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
@@ -235,7 +284,7 @@ def read_chunks(file: IO[bytes], size: int) -> Iterable[bytes]:
         yield chunk
 
 
-def sha256_of(path: Path, count: Callable[[int], object] = lambda size: None) -> str:
+def sha256_of(path: Path, count: Count = lambda size: None) -> str:
     """SHA-256 of a file; `count` is called with the size of each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -1,19 +1,27 @@
 """Turn checkpoint files into a bundle: check, rename and convert every tensor, and write it once."""
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, components, weights_name
-from wanforge.engines.bundle.manifest import FileRecord
-from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_header, read_header, sha256_of
+from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, weights_name
+from wanforge.engines.bundle.folder import inside
+from wanforge.engines.bundle.lock import files_lock
+from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
+from wanforge.engines.bundle.remedies import import_command
+from wanforge.engines.bundle.tensorfile import Count, TensorSpec, TensorWriter, encode_header, read_header, sha256_of
+from wanforge.engines.graph_key import graph_key
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.checks import (
     Part,
@@ -25,18 +33,16 @@ from wanforge.exporter.checkpoint.checks import (
     settle_recipe,
 )
 from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.text import find_tokenizer
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE
 """Number of rows quantised at a time: whole tiles, so that the result does not depend on it."""
-
-Count = Callable[[int], object]
-"""Called with the number of bytes of each piece that is read or written."""
 
 
 def import_checkpoint(
@@ -51,23 +57,88 @@ def import_checkpoint(
 ) -> Bundle:
     """Turn published files into a bundle.
 
-    Nothing is written before every file has been checked. Running an interrupted import again continues it.
+    Nothing is written before every file has been checked. An interrupted import is continued by the same call, or by
+    `resume_import`.
 
     Args:
         recipe: The recipe of the bundle. By default it follows from the files: quantised or not, with or without SLA.
             `w8a8` quantises unquantised files to the same bytes as upstream's own quantiser.
         link: Link to canonical safetensors files of denoisers and text encoder instead of copying them. The VAE is
             small and always copied: its graphs point into its file, and ONNX tools do not follow links.
-        replace: Overwrite an existing bundle and delete the graphs and engines that were made from it.
+        replace: Overwrite an existing bundle. Files that are there already, undamaged and made from the same source,
+            are kept; graphs and engines that no longer fit are deleted.
 
     Raises:
         CheckpointError: A file is missing, damaged, or of another kind or model; or only one of two experts is
             quantised.
-        BundleError: `out` is already a bundle and `replace` is not set.
+        BundleError: `out` is already a bundle, or holds another import that was interrupted, and `replace` is not set.
         ResourceError: The disk is too small.
     """
-    if (out / MANIFEST).exists() and not replace:
+    arguments = Arguments.of(model, sources, recipe, link)
+    check_out(out, arguments, replace)
+    checked = check_sources(arguments, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with files_lock(out).exclusive():
+        check_out(out, arguments, replace)  # another process may have been faster
+        return write_bundle(out, arguments, checked, progress)
+
+
+def resume_import(out: Path, progress: Progress = silent) -> Bundle:
+    """Complete an interrupted import, or write the damaged and missing weights of a bundle again.
+
+    Raises:
+        BundleError: The folder does not say what it was imported from.
+        CheckpointError, ResourceError: See `import_checkpoint`.
+    """
+    record = read_record(out)
+    if record is None:
+        raise BundleError(
+            f"{out}: has no readable {IMPORT}, so it does not say what it was imported from; import it with --out "
+            f"{out} --replace and the checkpoint's files"
+        )
+    checked = check_sources(record.arguments, out)
+    with files_lock(out).exclusive():
+        return write_bundle(out, record.arguments, checked, progress)
+
+
+def check_out(out: Path, arguments: Arguments, replace: bool) -> None:
+    """Refuse to write over a bundle, or over an import of something else that was interrupted.
+
+    Raises:
+        BundleError: There is one.
+    """
+    if replace:
+        return
+    if (out / MANIFEST).exists():
         raise BundleError(f"{out}: is already a bundle; choose another folder, or replace it (--replace)")
+    record = read_record(out)
+    if record is not None and record.arguments != arguments:
+        raise BundleError(
+            f"{out}: holds an interrupted import of {record.arguments.model.name} from other files; continue it with: "
+            f"{import_command(out)}, choose another folder, or replace it (--replace)"
+        )
+    if record is None and (out / WEIGHTS).exists():
+        raise BundleError(
+            f"{out}: holds a folder {WEIGHTS} of something else; choose another folder, or replace it (--replace)"
+        )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The files of an import, found to be right.
+
+    Attributes:
+        tokenizer: The file ``tokenizer.json``.
+    """
+
+    recipe: Recipe
+    parts: list[Part]
+    tokenizer: Path
+
+
+def check_sources(arguments: Arguments, out: Path) -> Checked:
+    """Check all files of an import, and that the disk has room for what they become."""
+    model, sources = arguments.model, arguments.sources
     if absent := set(components(model)) - set(sources.weights):
         raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)
@@ -75,33 +146,81 @@ def import_checkpoint(
     opened = {component: open_checkpoint(path) for component, path in sources.weights.items()}
     for component, found in opened.items():
         check_kind(component, sources.weights[component], found)
-    recipe = settle_recipe(model, sources.weights, opened, recipe)
+    recipe = settle_recipe(model, sources.weights, opened, arguments.recipe)
     parts = [
         check_part(component, sources.weights[component], contents, model, recipe)
         for component, contents in opened.items()
     ]
-    linked = {part.component for part in parts if link and part.component != "vae"}
     for part in parts:
-        if part.component in linked:
+        if is_linked(part, arguments):
             check_link(part, out / weights_name(part.component))
     check_experts([part for part in parts if part.component.startswith("dit.")])
-    check_disk(out, [part for part in parts if part.component not in linked])
-    made_before = derived_files(out)
-    (out / MANIFEST).unlink(missing_ok=True)
+    check_disk(out, [part for part in parts if not is_linked(part, arguments)])
+    return Checked(recipe, parts, tokenizer)
 
+
+def is_linked(part: Part, arguments: Arguments) -> bool:
+    """Whether a component is linked rather than copied."""
+    return arguments.link and part.component != "vae"
+
+
+def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> Bundle:
+    """Write what is missing or damaged of a bundle. No other process may use it in the meantime."""
+    record = begin(out, arguments, checked, progress)
     files = {}
-    for part in parts:
-        name = weights_name(part.component)
-        count = ByteCount(progress, part.component, part.nbytes)
-        place = link_part if part.component in linked else write_part
-        digest = place(part, out / name, count)
-        files[name] = FileRecord(digest, (out / name).stat().st_size, source=str(part.source))
-    write_atomically(out / TOKENIZER, tokenizer.read_bytes())
-    files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), tokenizer.stat().st_size, source=str(tokenizer))
-    bundle = Bundle.create(out, model, recipe, files)
-    for name in made_before:
-        (out / name).unlink(missing_ok=True)
+    for part in checked.parts:
+        name, linked = weights_name(part.component), is_linked(part, arguments)
+        if part.component not in record.finished:
+            place = link_part if linked else write_part
+            record = place(part, out / name, record, ByteCount(progress, part.component, part.nbytes))
+        size, link = (out / name).stat().st_size, os.readlink(out / name) if linked else ""
+        files[name] = FileRecord(record.finished[part.component].sha256, size, source=str(part.source), link=link)
+    write_atomically(out / TOKENIZER, checked.tokenizer.read_bytes())
+    size = (out / TOKENIZER).stat().st_size
+    files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
+    before = bundle_before(out, arguments.model, checked.recipe)
+    derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
+    bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
+    bundle.add({}, dropping=bundle.stale(graph_key(bundle)))
+    for name in record.replaced:
+        inside(out, name).unlink(missing_ok=True)
+    write_record(out, msgspec.structs.replace(record, replaced=[]))
     return bundle
+
+
+def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> ImportRecord:
+    """Find out which components are complete, and let the manifest forget all others.
+
+    A bundle of another model or recipe is forgotten altogether. What was made from it is deleted in the end.
+    """
+    earlier, before = read_record(out), bundle_before(out, arguments.model, checked.recipe)
+    known = {} if earlier is None else earlier.finished
+    replaced = [] if earlier is None else earlier.replaced
+    for part in checked.parts:
+        inside(out, weights_name(part.component))
+    finished = {
+        part.component: known[part.component]
+        for part in checked.parts
+        if part.component in known and is_complete(part, out, known[part.component], arguments, progress)
+    }
+    if before is None:
+        replaced = [*replaced, *derived_files(out)]
+    record = ImportRecord(1, arguments, finished, replaced)
+    write_record(out, record)
+    if before is None:
+        (out / MANIFEST).unlink(missing_ok=True)
+    else:
+        before.forget(weights_name(part.component) for part in checked.parts if part.component not in finished)
+    return record
+
+
+def bundle_before(out: Path, model: ModelConfig, recipe: Recipe) -> Bundle | None:
+    """The bundle at `out` if it has this model and recipe, so that its graphs and engines may still fit."""
+    with suppress(BundleError):
+        bundle = Bundle.open(out)
+        if (bundle.model, bundle.recipe) == (model, recipe):
+            return bundle
+    return None
 
 
 def derived_files(out: Path) -> list[str]:
@@ -111,11 +230,31 @@ def derived_files(out: Path) -> list[str]:
     return []
 
 
+def is_complete(part: Part, out: Path, known: Finished, arguments: Arguments, progress: Progress) -> bool:
+    """Whether a component is in the bundle as an earlier import finished it, by the hash of its bytes."""
+    path = out / weights_name(part.component)
+    if known.made_from != made_from(part) or not path.is_file() or path.is_symlink() != is_linked(part, arguments):
+        return False
+    if path.is_symlink() and path.resolve() != part.source.resolve():
+        return False
+    count = ByteCount(progress, f"verify {part.component}", path.stat().st_size)
+    return sha256_of(path, count) == known.sha256
+
+
+def made_from(part: Part) -> str:
+    """What a component is made from: its files with their sizes and times, and the layout of its tensors."""
+    paths = sorted({stored.path for stored in part.stored.values()})
+    files = [f"{path} ({path.stat().st_size} bytes, {path.stat().st_mtime_ns})" for path in paths]
+    layout = hashlib.sha256(encode_header(part.target, {})).hexdigest()[:16]
+    return "; ".join([*files, f"layout {layout}"])
+
+
 def check_disk(out: Path, parts: Sequence[Part]) -> None:
     """Refuse to begin if the disk cannot hold the result."""
     needed = sum(part.nbytes for part in parts)
     place = next(p for p in (out, *out.parents, Path.cwd()) if p.exists())
-    done = sum(_done(part, out / weights_name(part.component)) for part in parts)
+    earlier = read_record(out)
+    done = sum(_done(part, out / weights_name(part.component), earlier) for part in parts)
     free = shutil.disk_usage(place).free
     if needed - done > free:
         raise ResourceError(
@@ -124,40 +263,33 @@ def check_disk(out: Path, parts: Sequence[Part]) -> None:
         )
 
 
-def _done(part: Part, path: Path) -> int:
-    """The number of bytes of a file that an interrupted import has already written."""
-    header = encode_header(part.target, fingerprint(part))
-    for candidate in (path, path.with_name(path.name + ".partial")):
-        if candidate.exists() and _begins_with(candidate, header):
-            return candidate.stat().st_size
-    return 0
+def _done(part: Part, path: Path, earlier: ImportRecord | None) -> int:
+    """The number of bytes of a file that need not be written, or whose room will be used again."""
+    known = None if earlier is None else earlier.finished.get(part.component)
+    if known is not None and known.made_from == made_from(part) and path.is_file() and not path.is_symlink():
+        return path.stat().st_size
+    partial = path.with_name(path.name + PARTIAL)
+    return partial.stat().st_size if partial.is_file() else 0
 
 
-def fingerprint(part: Part) -> dict[str, str]:
-    """The source files, sizes and times that a partial file must have been made from to be continued."""
-    paths = sorted({str(stored.path) for stored in part.stored.values()})
-    sizes = [(Path(p).stat().st_size, Path(p).stat().st_mtime_ns) for p in paths]
-    return {
-        "made_from": "; ".join(f"{p} ({size} bytes, {mtime})" for p, (size, mtime) in zip(paths, sizes, strict=True))
-    }
-
-
-def write_part(part: Part, path: Path, count: Count) -> str:
-    """Write one component's safetensors file, or what is still missing of it, and return its SHA-256."""
-    metadata = fingerprint(part)
-    if path.exists() and _begins_with(path, encode_header(part.target, metadata)):
-        return sha256_of(path, count)
-    with TensorWriter(path, part.target, metadata) as writer:
+def write_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:
+    """Write one component's safetensors file, or what is still missing of it, and return the record that says so."""
+    with TensorWriter(path, part.target, made_from(part), count) as writer:
         for index, (name, chunks) in enumerate(outputs(part)):
             if index >= writer.kept:
                 writer.write(name, chunks)
-            count(part.target[name].nbytes)
-        return writer.finish()
+        # Recorded first: a file without its name is found by its journal, and one with it by this record.
+        record = noted(path.parent.parent, record, part, writer.sha256)
+        writer.finish()
+    return record
 
 
-def _begins_with(path: Path, header: bytes) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
+def noted(out: Path, record: ImportRecord, part: Part, sha256: str) -> ImportRecord:
+    """Record that a component is complete."""
+    finished = {**record.finished, part.component: Finished(made_from(part), sha256)}
+    record = msgspec.structs.replace(record, finished=finished)
+    write_record(out, record)
+    return record
 
 
 def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
@@ -225,9 +357,11 @@ def check_link(part: Part, path: Path) -> None:
         raise CheckpointError(f"{part.source}: is the bundle's own file; choose another --out")
 
 
-def link_part(part: Part, path: Path, count: Count) -> str:
-    """Put a link to a canonical safetensors file into the bundle, and return the file's SHA-256."""
+def link_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:
+    """Put a link to a canonical safetensors file into the bundle, and return the record that says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    path.symlink_to(part.source.resolve())
-    return sha256_of(path, count)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(part.source.resolve())
+    partial.replace(path)
+    return noted(path.parent.parent, record, part, sha256_of(path, count))

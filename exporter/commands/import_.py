@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.bundle.bundle import dit_component
+from wanforge.engines.bundle.bundle import Bundle, dit_component
+from wanforge.engines.bundle.remedies import export_command
 from wanforge.errors import CheckpointError, join_names
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
-from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
+from wanforge.progress import Progress
 from wanforge.runtime.commands.options import ANY_PATH, FOLDER, MODELS, RECIPES, takes
 from wanforge.runtime.progress import Bars
 
@@ -27,7 +30,8 @@ class ImportOptions:
     vae: Path | None
     text_encoder: Path | None
     tokenizer: Path | None
-    out: Path
+    out: Path | None
+    resume: Path | None
     recipe: str | None
     link: bool
     replace: bool
@@ -60,7 +64,14 @@ class ImportOptions:
     help="Text encoder: models_t5_umt5-xxl-enc-bf16.pth, or its transformers version.",
 )
 @click.option("--tokenizer", type=ANY_PATH, help="Tokenizer: tokenizer.json of google/umt5-xxl, or the folder with it.")
-@click.option("--out", required=True, type=FOLDER, help="Folder of the new bundle.")
+@click.option("--out", type=FOLDER, help="Folder of the new bundle.")
+@click.option(
+    "--resume",
+    type=FOLDER,
+    metavar="BUNDLE",
+    help="Continue the interrupted import of this bundle with the options that it was given, or write its damaged and "
+    "missing weights again. Takes the place of all other options.",
+)
 @click.option(
     "--recipe",
     help=f"Recipe of the bundle: {RECIPES}. Those that begin with w8a8 quantise unquantised files.  "
@@ -73,34 +84,49 @@ def import_(options: ImportOptions) -> None:
     """Check published checkpoint files and turn them into a bundle.
 
     Every tensor's name, shape and type is checked before anything is written. An interrupted import continues where it
-    stopped when the same command is run again. If no files are given, the bundle is made from TinyWan's files, which
-    come with the package.
+    stopped when the same command is run again, or with --resume. If no files are given, the bundle is made from
+    TinyWan's files, which come with the package.
 
     \b
     Examples:
       wanforge import --out tinywan
+      wanforge import --resume tinywan
       wanforge import --model turbowan2.1-t2v-1.3b-480p --dit TurboWan2.1-T2V-1.3B-480P-quant.pth \\
           --vae Wan2.1_VAE.pth --text-encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl \\
           --out turbo-1.3b
     """
-    model, given = load_model(options.model), options.files()
-    sources = sources_of(model, given) if given else embedded(model)
-    recipe = None if options.recipe is None else load_recipe(options.recipe)
     with Bars() as bars:
-        bundle = import_checkpoint(
-            model,
-            sources,
-            options.out,
-            recipe=recipe,
-            link=options.link,
-            replace=options.replace,
-            progress=bars,
-        )
+        bundle = imported(options, bars) if options.resume is None else resumed(options.resume, bars)
     total = sum(record.bytes for record in bundle.manifest.files.values())
     click.echo(
-        f"{options.out}: {model.name}, recipe {bundle.recipe.name}, {total / 1e9:.2f} GB; "
-        f"next: wanforge export {options.out}"
+        f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {total / 1e9:.2f} GB; "
+        f"next: {export_command(bundle.root)}"
     )
+
+
+def imported(options: ImportOptions, progress: Progress) -> Bundle:
+    """The bundle made from the files that were given."""
+    if options.out is None:
+        raise click.UsageError("give the folder of the new bundle with --out")
+    model, given = load_model(options.model), options.files()
+    return import_checkpoint(
+        model,
+        sources_of(model, given) if given else embedded(model),
+        options.out,
+        recipe=None if options.recipe is None else load_recipe(options.recipe),
+        link=options.link,
+        replace=options.replace,
+        progress=progress,
+    )
+
+
+def resumed(bundle: Path, progress: Progress) -> Bundle:
+    """The bundle whose import was interrupted, completed."""
+    context = click.get_current_context()
+    for name in context.params:
+        if name != "resume" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError("--resume uses the options that the import was given; leave out all others")
+    return resume_import(bundle, progress)
 
 
 def sources_of(model: ModelConfig, given: Mapping[str, Path]) -> Sources:

@@ -11,10 +11,8 @@ import click
 from wanforge.configs.targets import Target, parse_targets
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.files import built_clips
-from wanforge.engines.inspection import Inspection, describe, inspect_bundle
+from wanforge.engines.inspection import describe, inspect_bundle
 from wanforge.errors import WanforgeError
-from wanforge.exporter.graph_key import graph_key
-from wanforge.progress import Progress
 from wanforge.runtime.commands.options import BUNDLE, JSON, takes
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.progress import Bars
@@ -53,7 +51,7 @@ def inspect(options: InspectOptions) -> None:
     gpus = parse_targets(options.plan).gpus if options.plan else {}
     bundle = Bundle.open(options.bundle)
     with Bars() as bars:
-        found = examined(bundle, options.verify, bars)
+        found = inspect_bundle(bundle, verify=options.verify, progress=bars)
     plans, failures = plans_of(bundle, gpus)
     if options.as_json:
         told = {**found.as_json(), "plans": [plan.as_json() for plan in plans], "failures": failures}
@@ -62,15 +60,6 @@ def inspect(options: InspectOptions) -> None:
         click.echo("\n".join([describe(found), *([table(plans)] if plans else []), *failures]))
     if found.problems or failures:
         click.get_current_context().exit(1)
-
-
-def examined(bundle: Bundle, verify: bool, progress: Progress) -> Inspection:
-    """What is in a bundle, and what is wrong with it."""
-    try:
-        key = graph_key(bundle)
-    except WanforgeError:
-        key = None  # a weight file is missing or damaged, which the inspection reports
-    return inspect_bundle(bundle, key=key, verify=verify, progress=progress)
 
 
 def plans_of(bundle: Bundle, gpus: Mapping[str, Target]) -> tuple[list[MemoryReport], list[str]]:

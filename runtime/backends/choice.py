@@ -7,7 +7,8 @@ import torch
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.targets import architecture
-from wanforge.engines.bundle.bundle import ENGINES, Bundle
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.remedies import ENGINES
 from wanforge.errors import BundleError
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.backends import BOUNDED

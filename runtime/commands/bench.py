@@ -21,6 +21,7 @@ from wanforge.runtime.commands.options import (
     MODELS,
     SEED,
     SHAPE,
+    STALE_OK,
     TARGET_SYNTAX,
     TOPK,
     RequestOptions,
@@ -142,6 +143,7 @@ class BenchOptions(RequestOptions):
     history: Path | None
     against: Path | None
     html: Path | None
+    stale_ok: bool
     as_json: bool
 
 
@@ -205,6 +207,7 @@ class BenchOptions(RequestOptions):
     help="Compare the result with earlier results of the same kind in this file, which --history wrote.",
 )
 @click.option("--html", type=FILE, help="Write the report, with plots, to this HTML file.")
+@STALE_OK
 @JSON
 @takes(BenchOptions)
 def bench_requests(options: BenchOptions) -> None:
@@ -222,7 +225,7 @@ def bench_requests(options: BenchOptions) -> None:
       wanforge bench turbo-1.3b --frames 5 --steps 1 --target h200 --html bench.html
       wanforge bench turbo-1.3b --sweep topk=0.05,0.1,0.2 --sweep steps=1,2,3,4 --backend ort
     """
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     request, machine = options.request(bundle.model), fingerprint()
     here = target_name(str(machine["gpu"]))
     gpus = targets_of(options.targets, here)

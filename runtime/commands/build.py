@@ -14,7 +14,16 @@ from wanforge.engines.build import EngineOptions, EngineResult, build_engines, g
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
 from wanforge.plugins.tensorrt.library import Flavour, group_by_flavour, open_library
-from wanforge.runtime.commands.options import BUNDLE, JSON, SHAPE, TARGET_SYNTAX, ShapeOptions, takes, target_option
+from wanforge.runtime.commands.options import (
+    BUNDLE,
+    JSON,
+    SHAPE,
+    STALE_OK,
+    TARGET_SYNTAX,
+    ShapeOptions,
+    takes,
+    target_option,
+)
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.progress import Bars
 
@@ -32,6 +41,7 @@ class BuildOptions(ShapeOptions):
     no_plugins: bool
     kernels: bool
     plan: bool
+    stale_ok: bool
     as_json: bool
 
     def engines(self, clip: ClipShape, sms: tuple[int, ...]) -> EngineOptions:
@@ -76,6 +86,7 @@ class Outcome:
     "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
 @click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
+@STALE_OK
 @JSON
 @takes(BuildOptions)
 def build(options: BuildOptions) -> None:
@@ -91,7 +102,7 @@ def build(options: BuildOptions) -> None:
       wanforge build turbo-1.3b --target rtx5090,rtx4090
     """
     targets = check_bf16(parse_targets(options.targets))
-    bundle, start = Bundle.open(options.bundle), perf_counter()
+    bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
     graphs_to_build(bundle, options.only)
     clip, outcome = options.shape(bundle.model), Outcome()
     for flavour, sms in group_by_flavour(targets.sms):

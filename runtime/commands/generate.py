@@ -21,6 +21,7 @@ from wanforge.runtime.commands.options import (
     IMAGE,
     JSON,
     MEMORY,
+    STALE_OK,
     ClipOptions,
     budget_bytes,
     takes,
@@ -50,6 +51,7 @@ class GenerateOptions(ClipOptions):
     save_noise: Path | None
     backend: str
     memory: float | None
+    stale_ok: bool
     as_json: bool
 
 
@@ -107,6 +109,7 @@ class Order:
 )
 @BACKEND
 @MEMORY
+@STALE_OK
 @JSON
 @takes(GenerateOptions)
 def generate(options: GenerateOptions) -> None:
@@ -124,7 +127,7 @@ def generate(options: GenerateOptions) -> None:
         raise click.UsageError("give either --prompt or --prompt-file")
     if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
         raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     orders = orders_of(options, bundle)
     with Bars() as bars:
         clips = [order.request.shape for order in orders]

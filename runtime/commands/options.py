@@ -106,6 +106,9 @@ def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 BUNDLE = click.argument("bundle", type=FOLDER)
+STALE_OK = click.option(
+    "--stale-ok", is_flag=True, help="Run stale graphs, which another version of the code or other weights made."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 SHAPE = combined(

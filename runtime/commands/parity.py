@@ -19,6 +19,7 @@ from wanforge.runtime.commands.options import (
     JSON,
     RECIPES,
     SEED,
+    STALE_OK,
     RequestOptions,
     backend_option,
     takes,
@@ -45,6 +46,7 @@ class ParityOptions(RequestOptions):
     depths: tuple[str, ...]
     html: Path | None
     quality: bool
+    stale_ok: bool
     as_json: bool
 
     def contenders(self, bundle: Bundle) -> tuple[Contender, Contender]:
@@ -103,6 +105,7 @@ class ParityOptions(RequestOptions):
     help="Instead, make clips from TinyWan's held-out prompts with the backend and with the reference, and count how "
     "often they show what is asked for.",
 )
+@STALE_OK
 @JSON
 @takes(ParityOptions)
 def parity(options: ParityOptions) -> None:
@@ -123,7 +126,7 @@ def parity(options: ParityOptions) -> None:
       wanforge parity turbo-1.3b --backend torch --recipe w8a8-row --reference-recipe bf16-sla
       wanforge parity tinywan --quality --backend torch --recipe w8a8 --reference-recipe bf16
     """
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     request = options.request(bundle.model)
     reference, contender = options.contenders(bundle)
     if options.quality:

@@ -29,7 +29,7 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
                         f"{bundle.root}: recipe {recipe.name!r} needs {plain}, which these weights of recipe "
                         f"{bundle.recipe.name!r} lack; import the unquantised files"
                     )
-    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
+    return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe), stale_ok=bundle.stale_ok)
 
 
 def scales(recipe: Recipe) -> tuple[str, int]:

@@ -212,7 +212,7 @@ def test_the_command_builds_and_inspect_tells_what_is_wrong(bundle: Bundle, monk
     monkeypatch.setattr("wanforge.engines.files.installed_version", lambda flavour: "9.9")
     code, said = run("inspect", bundle.root)
     assert code == 1
-    assert "tensorrt-rtx 9.9 is installed; run: wanforge build" in said
+    assert "tensorrt-rtx 9.9 is installed; build it again with: wanforge build" in said
 
 
 def test_hopper_is_refused_and_the_rest_is_built(bundle: Bundle) -> None:

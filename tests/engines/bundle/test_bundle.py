@@ -16,7 +16,6 @@ import torch
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import (
-    MANIFEST,
     VERIFIED,
     Bundle,
     components,
@@ -24,7 +23,7 @@ from wanforge.engines.bundle.bundle import (
     graph_name,
     weights_name,
 )
-from wanforge.engines.bundle.manifest import FileRecord
+from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.errors import BundleError
 from wanforge.whole_file import write_atomically
 
@@ -98,7 +97,11 @@ def test_opens_what_was_created(bundle: Bundle) -> None:
 
 def test_without_a_manifest_an_import_was_interrupted(bundle: Bundle) -> None:
     (bundle.root / MANIFEST).unlink()
-    with pytest.raises(BundleError, match=r"no manifest\.json\); its import was interrupted; run it again with"):
+    (bundle.root / IMPORT).touch()
+    complaint = (
+        rf"no manifest\.json\); its import was interrupted; continue it with: wanforge import --resume {bundle.root}"
+    )
+    with pytest.raises(BundleError, match=complaint):
         Bundle.open(bundle.root)
 
 
@@ -121,17 +124,32 @@ def changed(**change: Any) -> Callable[[bytes], bytes]:
         lambda text: b"\0" * len(text),
         lambda text: b"[]",
         lambda text: text.replace(b"tiny-t2v", b"tiny-\xff2v"),
-        changed(format=2),
         changed(files={"a": {"sha256": "0", "bytes": "many"}}),
         changed(colour="red"),
         changed(files={"a": {"sha256": "0", "bytes": 1, "colour": "red"}}),
     ],
-    ids=["empty", "half", "zeros", "list", "not-utf8", "format", "type", "unknown-key", "unknown-key-of-file"],
+    ids=["empty", "half", "zeros", "list", "not-utf8", "type", "unknown-key", "unknown-key-of-file"],
 )
 def test_damaged_manifest_is_refused_by_name(bundle: Bundle, damage: Callable[[bytes], bytes]) -> None:
     manifest = bundle.root / MANIFEST
     manifest.write_bytes(damage(manifest.read_bytes()))
     with pytest.raises(BundleError, match=r"manifest\.json: damaged, or of another version"):
+        Bundle.open(bundle.root)
+
+
+def test_manifest_of_another_version_is_told_from_a_damaged_one(bundle: Bundle) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(changed(format=1, colour="red")(manifest.read_bytes()))
+    complaint = r"manifest\.json: of version 1, .* this one reads 2\. Import the checkpoint again, .* --replace"
+    with pytest.raises(BundleError, match=complaint):
+        Bundle.open(bundle.root)
+
+
+@pytest.mark.parametrize("change", [{"made_by": "me"}, {"files": {}}, {"seal": ""}], ids=str)
+def test_edited_manifest_is_refused(bundle: Bundle, change: dict[str, Any]) -> None:
+    manifest = bundle.root / MANIFEST
+    manifest.write_bytes(changed(**change)(manifest.read_bytes()))
+    with pytest.raises(BundleError, match=r"manifest\.json: was edited, its seal does not fit; .*import --resume"):
         Bundle.open(bundle.root)
 
 
@@ -163,7 +181,8 @@ def test_names_outside_the_bundle_are_refused(bundle: Bundle, name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"), [(VAE, "import the checkpoint again"), (GRAPH, "write it again with: wanforge export")]
+    ("name", "remedy"),
+    [(VAE, "write it again with: wanforge import --resume"), (GRAPH, "write it again with: wanforge export")],
 )
 def test_missing_file_is_named_with_its_remedy(bundle: Bundle, name: str, remedy: str) -> None:
     (bundle.root / name).unlink()

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -20,7 +20,8 @@ from tests.conftest import checkpoint_sources
 from wanforge.cli import COMMANDS, cli, main
 from wanforge.configs.loading import CONFIGS
 from wanforge.configs.model import load_model
-from wanforge.engines.bundle.bundle import MANIFEST, TOKENIZER, Bundle, weights_name
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
+from wanforge.engines.bundle.manifest import MANIFEST
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.commands import import_ as commands
@@ -233,7 +234,7 @@ def test_full_disk_ends_in_a_message(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", full)
-    assert f"{os.strerror(code)}; free some space" in refused(*importing(tmp_path / "out"))
+    assert f"{os.strerror(code)} at {tmp_path / 'out'}" in refused(*importing(tmp_path / "out"))
     assert not (tmp_path / "out" / MANIFEST).exists()
     monkeypatch.undo()
     succeeded(*importing(tmp_path / "out"))
@@ -299,7 +300,7 @@ def test_what_is_not_a_bundle_is_refused(tmp_path: Path, command: str, json_opti
 
 def test_export_of_a_bundle_without_its_weights_is_refused(bundle: Bundle) -> None:
     (bundle.root / DIT).unlink()
-    assert f"{DIT} is missing; import the checkpoint again" in refused("export", bundle.root)
+    assert f"{DIT} is missing; write it again with: wanforge import --resume" in refused("export", bundle.root)
     assert (bundle.root / STEM).exists()
 
 
@@ -310,20 +311,23 @@ def flip(path: Path, position: int) -> None:
 
 
 def replace_key(bundle: Bundle, part: str) -> None:
-    manifest: dict[str, Any] = json.loads((bundle.root / MANIFEST).read_text())
-    for record in manifest["files"].values():
-        record["key"] = {**record["key"], part: "other"} if record.get("key") else {}
-    (bundle.root / MANIFEST).write_text(json.dumps(manifest))
+    derived = [(name, record) for name, record in bundle.manifest.files.items() if record.key]
+    bundle.add({n: msgspec.structs.replace(record, key={**record.key, part: "other"}) for n, record in derived})
 
 
 DAMAGES: dict[str, tuple[Callable[[Bundle], object], list[str], str, str]] = {
-    "stale": (lambda b: replace_key(b, "code"), [], STEM, "stale: code changed; run: wanforge export"),
+    "stale": (lambda b: replace_key(b, "code"), [], STEM, "stale: code changed; write it again with: wanforge export"),
     "graph-missing": (lambda b: (b.root / STEM).unlink(), [], STEM, "is missing; write it again with: wanforge export"),
     "graph-cut": (lambda b: os.truncate(b.root / STEM, 9), [], STEM, "damaged; 9 bytes where"),
     "graph-flipped": (lambda b: flip(b.root / STEM, 20), ["--verify"], STEM, "damaged; its SHA-256 is"),
     "weights-flipped": (lambda b: flip(b.root / VAE, -1), ["--verify"], VAE, "was recorded"),
-    "tokenizer-missing": (lambda b: (b.root / TOKENIZER).unlink(), [], TOKENIZER, "import the checkpoint again"),
-    "weights-missing": (lambda b: (b.root / VAE).unlink(), [], VAE, "is missing; import the checkpoint again"),
+    "tokenizer-missing": (lambda b: (b.root / TOKENIZER).unlink(), [], TOKENIZER, "wanforge import --resume"),
+    "weights-missing": (
+        lambda b: (b.root / VAE).unlink(),
+        [],
+        VAE,
+        "is missing; write it again with: wanforge import --resume",
+    ),
     "weights-cut": (lambda b: os.truncate(b.root / VAE, 9), [], VAE, "damaged; 9 bytes where"),
     "weights-header": (lambda b: flip(b.root / VAE, 9), [], VAE, "damaged"),
 }
@@ -365,7 +369,8 @@ def test_export_cures_what_is_stale_or_damaged(bundle: Bundle) -> None:
     ("arguments", "complaint"),
     [
         (["synth", "--out", "x"], "Missing option '--model'"),
-        (["import", "--model", "tiny-t2v"], "Missing option '--out'"),
+        (["import", "--model", "tiny-t2v"], "give the folder of the new bundle with --out"),
+        (["import", "--resume", "b", "--recipe", "w8a8"], "--resume uses the options that the import was given"),
         (["export"], "Missing argument 'BUNDLE'"),
         (["export", "x", "--dtype", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
         (["export", __file__], "is a file"),

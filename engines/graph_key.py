@@ -1,12 +1,15 @@
-"""Digests of what a bundle's graphs are made from, which tell whether they are stale. ONNX is not needed."""
+"""What the graphs of a bundle were made from, which tells whether they would be written differently now."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle, components
+from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.errors import BundleError
 from wanforge.version import PACKAGE
 
 SOURCES = (
@@ -19,6 +22,27 @@ SOURCES = (
     "exporter/*.py",
 )
 """The code that decides what a graph contains, as patterns of paths in the package."""
+
+
+def check_current(bundle: Bundle, names: Collection[str]) -> None:
+    """Refuse graphs that were made from something else than what is there now, unless the bundle was opened for that.
+
+    Raises:
+        BundleError: One of these files is a stale graph.
+    """
+    if bundle.stale_ok or not any(name.endswith(".onnx") for name in names):
+        return
+    stale = stale_graphs(bundle)
+    if found := [name for name in names if name in stale]:
+        raise BundleError(
+            f"{bundle.root}: {found[0]} is stale, {stale[found[0]]}; {remedy(found[0], bundle.root)}, or run it as it "
+            "is with --stale-ok"
+        )
+
+
+def stale_graphs(bundle: Bundle) -> dict[str, str]:
+    """Graphs that would be written differently now, and the reasons."""
+    return {name: f"{' and '.join(parts)} changed" for name, parts in bundle.stale(graph_key(bundle)).items()}
 
 
 def graph_key(bundle: Bundle) -> dict[str, str]:

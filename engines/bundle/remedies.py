@@ -1,0 +1,42 @@
+"""The command that mends a missing, damaged or stale file of a bundle."""
+
+import shlex
+from pathlib import Path
+
+ENGINES = "engines/"
+"""The folder of the engines in a bundle."""
+BODIES = ".bodies"
+"""The part of an engine's name that says that its ops are compiled from their ONNX bodies."""
+UP_TO = "up-to-"
+"""Prefix of the clip in the name of an engine that serves smaller clips, too."""
+
+
+def remedy(name: str, root: Path) -> str:
+    """The advice about a missing, damaged or stale file."""
+    if name.endswith(".onnx"):
+        return f"write it again with: {export_command(root)}"
+    if name.startswith(ENGINES):
+        return f"build it again with: {build_command(name, root)}"
+    return f"write it again with: {import_command(root)}"
+
+
+def import_command(root: Path) -> str:
+    """The command that makes the weights of a bundle whole, from the files that it was imported from."""
+    return f"wanforge import --resume {shlex.quote(str(root))}"
+
+
+def export_command(root: Path) -> str:
+    """The command that writes a bundle's graphs."""
+    return f"wanforge export {shlex.quote(str(root))}"
+
+
+def build_command(name: str, root: Path) -> str:
+    """The command that builds an engine, and the others that a clip needs, from the engine's path in the bundle."""
+    folders = name.split("/")[1:-1]
+    options = [f"--target {folders[0].replace('+', ',')}"] if folders else ["--target all"]
+    for clip in folders[1:2]:
+        width, height, frames = clip.removeprefix(UP_TO).split("x")
+        options += [f"--resolution {width}x{height} --frames {frames}"]
+        options += ["--smaller"] if clip.startswith(UP_TO) else []
+    options += ["--no-plugins"] if BODIES in name else []
+    return f"wanforge build {shlex.quote(str(root))} {' '.join(options)}"

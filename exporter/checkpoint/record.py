@@ -1,0 +1,69 @@
+"""What a bundle was imported from, and how far its import has come: the file ``import.json`` in the bundle."""
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+
+from wanforge.configs.loading import Record
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.folder import UNREADABLE, read_unlinked
+from wanforge.engines.bundle.manifest import IMPORT
+from wanforge.errors import BundleError
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.whole_file import write_atomically
+
+
+class Arguments(Record, frozen=True):
+    """What an import was asked for."""
+
+    model: ModelConfig
+    weights: dict[str, str]
+    """The absolute path of each component's file."""
+    tokenizer: str
+    recipe: Recipe | None
+    """None if it was to follow from the files."""
+    link: bool
+
+    @classmethod
+    def of(cls, model: ModelConfig, sources: Sources, recipe: Recipe | None, link: bool) -> Self:
+        weights = {component: os.path.abspath(path) for component, path in sources.weights.items()}
+        return cls(model, weights, os.path.abspath(sources.tokenizer), recipe, link)
+
+    @property
+    def sources(self) -> Sources:
+        return Sources({name: Path(path) for name, path in self.weights.items()}, Path(self.tokenizer))
+
+
+class Finished(Record, frozen=True):
+    """A component that is complete."""
+
+    made_from: str
+    """Its files with their sizes and times, and the layout of its tensors."""
+    sha256: str
+
+
+class ImportRecord(Record, frozen=True):
+    """An import, which is going on, was interrupted or is complete."""
+
+    format: Literal[1]
+    arguments: Arguments
+    finished: dict[str, Finished] = msgspec.field(default_factory=dict)
+    """The components that are complete."""
+    replaced: list[str] = msgspec.field(default_factory=list)
+    """Files of a bundle that is being replaced, which go when the import is complete."""
+
+
+def write_record(root: Path, record: ImportRecord) -> None:
+    """Keep the record of an import in its bundle."""
+    write_atomically(root / IMPORT, msgspec.json.format(msgspec.json.encode(record), indent=1))
+
+
+def read_record(root: Path) -> ImportRecord | None:
+    """The record of the import that made a bundle, or began to make it; None if there is none, or it is damaged."""
+    try:
+        return msgspec.json.decode(read_unlinked(root / IMPORT), type=ImportRecord)
+    except (OSError, BundleError, *UNREADABLE):
+        return None
