@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from wanforge.engines.bundle.bundle import (
 )
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.errors import BundleError
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import temporary_file, write_atomically
 
 VAE, GRAPH = weights_name("vae"), "onnx/fp32/stem.onnx"
 CONTENT = {VAE: b"v" * 1000, GRAPH: b"graph"}
@@ -352,3 +354,93 @@ def test_components_are_in_the_order_of_a_request(model: str, expected: list[str
 )
 def test_graphs_lie_where_their_weights_can_be_found(dtype: object, has_constants: bool, expected: str) -> None:
     assert graph_name("head", dtype, has_constants) == expected
+
+
+def graph_of(content: bytes) -> tuple[str, FileRecord]:
+    return f"onnx/fp32/{content.decode()}.onnx", record(content, code="1")
+
+
+def place(bundle: Bundle, name: str, made: FileRecord, content: bytes) -> None:
+    """Put a file into a bundle as a command does."""
+    with temporary_file(bundle.root / name) as temporary:
+        temporary.write_bytes(content)
+        bundle.add({name: made}, placing={name: temporary})
+
+
+def test_what_others_recorded_since_is_kept(bundle: Bundle) -> None:
+    others = [Bundle.open(bundle.root) for _ in range(3)]
+    names = [graph_of(content) for content in (b"a", b"b", b"c")]
+    for other, (name, made) in zip(others, names, strict=True):
+        place(other, name, made, made.sha256[:1].encode())
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE, GRAPH, *(name for name, _ in names)}
+
+
+@pytest.mark.slow
+def test_processes_that_record_at_once_lose_nothing(bundle: Bundle) -> None:
+    script = (
+        "import sys; from pathlib import Path; from wanforge.engines.bundle.bundle import Bundle\n"
+        "from wanforge.engines.bundle.manifest import FileRecord\n"
+        "bundle = Bundle.open(Path(sys.argv[1]))\n"
+        "for n in range(20): bundle.add({f'engines/{sys.argv[2]}-{n}': FileRecord('0', 0)})\n"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", script, str(bundle.root), str(n)]) for n in range(4)]
+    assert [process.wait() for process in started] == [0] * 4
+    assert len(Bundle.open(bundle.root).manifest.files) == 2 + 4 * 20
+
+
+def test_a_file_is_forgotten_before_it_is_replaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+
+    def killed(source: object, target: object) -> None:
+        if Path(str(target)).name == "stem.onnx":
+            raise KeyboardInterrupt
+        replace(source, target)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        place(bundle, GRAPH, record(b"other", code="2"), b"other")
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE}
+    with pytest.raises(BundleError, match=f"{GRAPH} is missing; write it again with: wanforge export"):
+        Bundle.open(bundle.root).verify([GRAPH])
+
+
+def test_nothing_is_recorded_in_a_bundle_that_was_imported_again(bundle: Bundle) -> None:
+    late = Bundle.open(bundle.root)
+    Bundle.create(bundle.root, load_model("tiny-t2v"), load_recipe("w8a8"), {VAE: record(CONTENT[VAE])})
+    for act in (lambda: late.add({GRAPH: record(b"late")}), late.hold):
+        with pytest.raises(BundleError, match="was imported again in the meantime; run the command again"):
+            act()
+    assert set(Bundle.open(bundle.root).manifest.files) == {VAE}
+
+
+def test_the_order_of_recording_leaves_no_trace(bundle: Bundle, tmp_path: Path) -> None:
+    copy = Bundle.open(Path(shutil.copytree(bundle.root, tmp_path / "copy")))
+    names = [graph_of(content) for content in (b"a", b"b", b"c")]
+    for each, order in ((bundle, names), (copy, names[::-1])):
+        for name, made in order:
+            each.add({name: made})
+    assert (bundle.root / MANIFEST).read_bytes() == (copy.root / MANIFEST).read_bytes()
+
+
+def test_a_link_that_no_import_made_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(CONTENT[VAE])
+    (bundle.root / VAE).unlink()
+    (bundle.root / VAE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"vae\.safetensors: is a link to .*elsewhere; remove it, and write it again"):
+        bundle.verify([VAE])
+
+
+def test_a_link_in_place_of_the_stamps_is_replaced_and_not_followed(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (bundle.root / VERIFIED).symlink_to(tmp_path / "victim")
+    assert bytes_read(bundle, VAE) == 1000
+    assert bytes_read(bundle, VAE) == 0
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
+def test_dropping_deletes_nothing_outside(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.move(bundle.root / "onnx/fp32", tmp_path / "elsewhere")
+    (bundle.root / "onnx/fp32").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link"):
+        bundle.add({}, dropping=[GRAPH])
+    assert (tmp_path / "elsewhere/stem.onnx").exists()

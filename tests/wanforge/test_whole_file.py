@@ -1,0 +1,91 @@
+"""Files are complete or absent, whoever else writes them, and however a process ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanforge.whole_file import delete_leftovers, temporary_file, write_atomically
+
+HANG = """
+import sys, time
+from pathlib import Path
+from wanforge.whole_file import temporary_file
+with temporary_file(Path(sys.argv[1])) as temporary:
+    print(temporary, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that is writing ``some.txt``, and its temporary file."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANG, str(tmp_path / "some.txt")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_is_not(
+    tmp_path: Path, hanging: tuple[subprocess.Popen[str], Path]
+) -> None:
+    process, temporary = hanging
+    with process:
+        delete_leftovers(tmp_path / "some.txt")
+        assert temporary.exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        write_atomically(tmp_path / "some.txt", b"mine")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("some.txt", b"mine")]
+
+
+def test_the_last_of_two_writers_wins_and_both_succeed(tmp_path: Path) -> None:
+    place = tmp_path / "clip.mp4"
+    with temporary_file(place) as first, temporary_file(place) as second:
+        assert first != second
+        assert first.suffix == second.suffix == ".mp4"
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+        first.replace(place)
+        second.replace(place)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("clip.mp4", b"second")]
+
+
+def test_a_temporary_file_that_was_not_renamed_is_deleted(tmp_path: Path) -> None:
+    with temporary_file(tmp_path / "some") as temporary:
+        temporary.write_bytes(b"half")
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_other_files_are_left_alone(tmp_path: Path) -> None:
+    others = [".some.partial.txt", ".some.0123456.partial.txt", ".somewhat.01234567.partial.txt", "some.partial.txt"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".some.01234567.partial.txt").touch()
+    (tmp_path / ".some.89abcdef.partial.txt").symlink_to(tmp_path / "victim")
+    delete_leftovers(tmp_path / "some.txt")
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, ".some.89abcdef.partial.txt"])
+
+
+def test_a_link_with_the_files_name_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / "some").symlink_to(tmp_path / "victim")
+    write_atomically(tmp_path / "some", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+    assert (tmp_path / "some").read_bytes() == b"new"
+    assert not (tmp_path / "some").is_symlink()
+
+
+def test_errors_name_the_file_and_not_its_temporary_name(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file") as raised:
+        write_atomically(tmp_path / "file" / "some", b"new")
+    assert "partial" not in str(raised.value)
+    with pytest.raises(OSError, match=r"some\.txt") as raised, temporary_file(tmp_path / "some.txt"):
+        raise OSError(28, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "some.txt")
