@@ -196,8 +196,8 @@ def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress)
     earlier, before = read_record(out), bundle_before(out, arguments.model, checked.recipe)
     known = {} if earlier is None else earlier.finished
     replaced = [] if earlier is None else earlier.replaced
-    for part in checked.parts:
-        inside(out, weights_name(part.component))
+    for name in [TOKENIZER, *(weights_name(part.component) for part in checked.parts)]:
+        inside(out, name)
     finished = {
         part.component: known[part.component]
         for part in checked.parts

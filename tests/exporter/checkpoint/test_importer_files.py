@@ -1,11 +1,13 @@
 """How an import treats files: existing ones, linked ones, and ones that it could not finish."""
 
+import hashlib
 import os
 import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -23,17 +25,22 @@ from tests.exporter.checkpoint.sources import (
     write_safetensors,
 )
 from tests.numerics import assert_matches
+from wanforge.configs.model import load_model
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, VERIFIED, Bundle, components, weights_name
 from wanforge.engines.bundle.lock import FILES_LOCK, MANIFEST_LOCK
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
+from wanforge.engines.graph_key import graph_key
 from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
-from wanforge.exporter.checkpoint.checks import Sources
-from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.checks import Part, Sources
+from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
 from wanforge.exporter.checkpoint.reader import StoredTensor
+from wanforge.exporter.checkpoint.record import ImportRecord
 from wanforge.progress import Progress
+from wanforge.whole_file import write_atomically
 
 UNCOMPARED = {VERIFIED, FILES_LOCK, MANIFEST_LOCK, IMPORT}
 
@@ -293,3 +300,143 @@ def test_failing_write_leaves_nothing_that_looks_whole(
     bundle = import_checkpoint(T2V, given(), out)
     for component in components(T2V):
         assert contents(bundle, component) == contents(bundles["plain"], component)
+
+
+def damage(path: Path, position: int = -100) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("position", [-100, -1, 5000])
+@pytest.mark.parametrize("mend", ["replace", "resume"])
+def test_damaged_weights_are_written_again(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], position: int, mend: str
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    damage(out / weights_name("dit"), position)
+    if mend == "replace":
+        import_checkpoint(T2V, given(), out, replace=True)
+    else:
+        resume_import(out)
+    assert files_in(out) == files_in(bundles["plain"].root)
+    Bundle.open(out).verify(Bundle.open(out).manifest.files, again=True)
+
+
+def test_a_damaged_partial_file_is_not_believed(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(), out, progress=stop_after(80))
+    [partial] = out.rglob("*.partial")
+    content = bytearray(partial.read_bytes())
+    content[-6000:-2000] = bytes(4000)
+    partial.write_bytes(content)
+    resume_import(out)
+    for component in components(T2V):
+        assert contents(Bundle.open(out), component) == contents(bundles["plain"], component)
+
+
+def test_resuming_keeps_graphs_and_engines_and_writes_only_what_is_missing(
+    tmp_path: Path, bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    bundle = Bundle.open(out)
+    write_atomically(out / "onnx/stem.onnx", b"graph")
+    made = FileRecord(hashlib.sha256(b"graph").hexdigest(), 5, key=graph_key(bundle))
+    bundle.add({"onnx/stem.onnx": made})
+    before = files_in(out)
+    (out / weights_name("vae")).unlink()
+    written: list[str] = []
+    original = importer.write_part
+
+    def seen(part: Part, *rest: Any) -> ImportRecord:
+        written.append(part.component)
+        return original(part, *rest)
+
+    monkeypatch.setattr(importer, "write_part", seen)
+    resume_import(out)
+    assert written == ["vae"]
+    assert files_in(out) == before
+
+
+def test_resuming_an_interrupted_replacement_completes_it(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    write_atomically(out / "onnx/stem.onnx", b"graph")
+    Bundle.open(out).add({"onnx/stem.onnx": FileRecord("0", 5, key={"code": "1"})})
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(quantised=True), out, replace=True, progress=stop_after(30))
+    with pytest.raises(BundleError, match="its import was interrupted; continue it with: wanforge import --resume"):
+        Bundle.open(out)
+    resume_import(out)
+    assert files_in(out) == files_in(bundles["quant"].root)
+
+
+def test_an_interrupted_import_is_not_written_over_by_another(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(T2V, given(), out, progress=stop_after(80))
+    before = files_in(out)
+    complaint = (
+        r"interrupted import of tiny-t2v from other files; continue it with: wanforge import --resume .*out, choose"
+    )
+    with pytest.raises(BundleError, match=complaint):
+        import_checkpoint(T2V, given(quantised=True), out)
+    with pytest.raises(BundleError, match=complaint):
+        import_checkpoint(load_model("tinywan"), embedded(load_model("tinywan")), out)
+    assert files_in(out) == before
+
+
+def test_weights_without_a_record_are_not_written_over(tmp_path: Path, given: Callable[..., Sources]) -> None:
+    write_atomically(tmp_path / "out" / weights_name("dit"), b"precious")
+    with pytest.raises(BundleError, match="holds a folder weights of something else"):
+        import_checkpoint(T2V, given(), tmp_path / "out")
+    assert (tmp_path / "out" / weights_name("dit")).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b'{"format": 1}', b"\xff"])
+def test_resuming_needs_a_record(tmp_path: Path, bundles: dict[str, Bundle], content: bytes | None) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    (out / IMPORT).unlink() if content is None else (out / IMPORT).write_bytes(content)
+    with pytest.raises(BundleError, match=r"no readable import\.json, .* import it with --out .*out --replace"):
+        resume_import(out)
+    assert Bundle.open(out).manifest == bundles["plain"].manifest
+
+
+def test_the_source_is_read_again_if_it_has_changed(
+    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+) -> None:
+    source, out = write_pth(states["dit"], tmp_path), tmp_path / "out"
+    import_checkpoint(T2V, given(dit=source), out)
+    write_pth({name: tensor * 2 for name, tensor in states["dit"].items()}, tmp_path)
+    os.utime(source, ns=(1, 1))
+    found = load_file(resume_import(out).weights("dit"))
+    for name, tensor in states["dit"].items():
+        assert_matches(found[name], tensor * 2, rms=0, name=name)
+
+
+@pytest.mark.parametrize("folder", ["weights", "tokenizer"])
+def test_folders_that_are_links_are_not_written_to(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], folder: str
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    shutil.move(out / folder, tmp_path / "elsewhere")
+    (out / folder).symlink_to(tmp_path / "elsewhere")
+    before = files_in(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=f"{folder}: is a link"):
+        import_checkpoint(T2V, given(quantised=True), out, replace=True)
+    assert files_in(tmp_path / "elsewhere") == before
+
+
+def test_the_same_files_give_the_same_weights_wherever_they_lie(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    copy = shutil.copy(given().weights["dit"], tmp_path / "copy.pth")
+    os.utime(copy, ns=(1, 1))
+    bundle = import_checkpoint(T2V, given(dit=Path(copy)), tmp_path / "out")
+    assert bundle.weights("dit").read_bytes() == bundles["plain"].weights("dit").read_bytes()
