@@ -31,11 +31,12 @@ from wanforge.runtime.request import Settings, request_for
 __all__ = ["Bundle", "Clip", "Pipeline", "build", "export", "import_checkpoint", "load", "parity"]
 
 
-def load(bundle: str | Path, backend: str = AUTO, memory: float | None = None) -> Pipeline:
+def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None = None) -> Pipeline:
     """Make a bundle ready to generate clips.
 
     Args:
-        bundle: The bundle's folder.
+        bundle: The bundle's folder, or the bundle as `Bundle.open` returns it: ``Bundle.open(folder, stale_ok=True)``
+            runs stale graphs, too. The other functions take the same.
         backend: ``torch``, ``ort``, ``kernels``, ``trt``, or ``auto`` for the fastest that can run here.
         memory: Memory budget in gigabytes, which is kept by streaming the weights that do not fit.
 
@@ -48,7 +49,12 @@ def load(bundle: str | Path, backend: str = AUTO, memory: float | None = None) -
     """
     if memory is not None and memory <= 0:
         raise ConfigError(f"memory must be more than 0 gigabytes, not {memory:g}")
-    return open_pipeline(Bundle.open(Path(bundle)), backend, None if memory is None else memory * 1e9)
+    return open_pipeline(opened(bundle), backend, None if memory is None else memory * 1e9)
+
+
+def opened(bundle: str | Path | Bundle) -> Bundle:
+    """A bundle by its folder, unless it is open already."""
+    return bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
 
 
 class ImportSettings(TypedDict, total=False):
@@ -120,7 +126,7 @@ def sources_of(model: ModelConfig, files: Mapping[str, str | Path]) -> Sources:
 
 
 def export(
-    bundle: str | Path, dtypes: Sequence[str] = ("fp32", "fp16", "bf16"), on_progress: Progress = silent
+    bundle: str | Path | Bundle, dtypes: Sequence[str] = ("fp32", "fp16", "bf16"), on_progress: Progress = silent
 ) -> ExportResult:
     """Write a bundle's ONNX graphs.
 
@@ -131,7 +137,7 @@ def export(
         BundleError: The folder is not a bundle.
         ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
     """
-    return export_bundle(Bundle.open(Path(bundle)), dtypes, on_progress)
+    return export_bundle(opened(bundle), dtypes, on_progress)
 
 
 class BuildSettings(TypedDict, total=False):
@@ -150,7 +156,7 @@ class BuildSettings(TypedDict, total=False):
 
 @with_settings(BuildSettings)
 def build(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     targets: str | Sequence[str],
     *,
     on_progress: Progress = silent,
@@ -167,19 +173,19 @@ def build(
         ResourceError: A library is not installed, TensorRT lacks the GPU, or there is too little memory.
         WanforgeError: A graph does not compile.
     """
-    opened = Bundle.open(Path(bundle))
-    clip = opened.model.video.shape(settings.get("size"), settings.get("frames"))
+    found = opened(bundle)
+    clip = found.model.video.shape(settings.get("size"), settings.get("frames"))
     wanted = [targets] if isinstance(targets, str) else targets
     results = []
     for flavour, sms in group_by_flavour(parse_targets(wanted).sms):
         options = EngineOptions(clip, sms, smaller=settings.get("smaller", False))
-        results += build_engines(opened, open_library(flavour), options, progress=on_progress)
+        results += build_engines(found, open_library(flavour), options, progress=on_progress)
     return results
 
 
 @with_settings(Settings)
 def parity(
-    bundle: str | Path,
+    bundle: str | Path | Bundle,
     prompt: str,
     image: str | Path | None = None,
     *,
@@ -204,7 +210,7 @@ def parity(
         RequestError, ConfigError, BundleError: The request or the backend does not fit this bundle, or only the
             reference itself can run here.
     """
-    opened = Bundle.open(Path(bundle))
-    name = choose_backend(opened) if backend == AUTO else backend
-    request = request_for(opened.model, prompt, image, settings)
-    return compare(opened, Contender(name), request, depths=depths, progress=on_progress)
+    found = opened(bundle)
+    name = choose_backend(found) if backend == AUTO else backend
+    request = request_for(found.model, prompt, image, settings)
+    return compare(found, Contender(name), request, depths=depths, progress=on_progress)
