@@ -57,7 +57,7 @@ ROOMS = [
     "wanforge.runtime.commands.options",
     "wanforge.runtime.commands",
     "wanforge.runtime",
-    "wanforge.exporter.tracer wanforge.exporter.graph_key",
+    "wanforge.exporter.tracer",
     "wanforge.exporter.lowerings",
     "wanforge.exporter.onnx_model",
     "wanforge.exporter.checkpoint",
