@@ -47,6 +47,7 @@ ROOMS = [
     "wanforge.runtime.backends",
     "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
+    "wanforge.runtime.measure.durations wanforge.runtime.measure.estimates",
     "wanforge.runtime.measure.doctor",
     "wanforge.runtime.measure.cost",
     "wanforge.runtime.measure.other_recipe wanforge.runtime.measure.baselines",

@@ -1,0 +1,79 @@
+"""What a command would do, and how much time, disk and memory it would take: the report of ``--dry-run``."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wanforge.host import available_bytes
+from wanforge.runtime.measure.durations import Work, expect
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a command would do and take.
+
+    Attributes:
+        steps: What it would do, a line each.
+        work: The work that its time depends on.
+        disk_bytes: The bytes that it would write at most.
+        folder: Where it would write them; the folder need not exist yet.
+        memory_bytes: The memory that it takes at most.
+    """
+
+    steps: list[str]
+    work: Work
+    disk_bytes: float
+    folder: Path
+    memory_bytes: float
+
+    @property
+    def free_bytes(self) -> int:
+        """Free bytes on the disk that it would write to."""
+        folder = self.folder.absolute()
+        return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+
+    def as_json(self) -> dict[str, Any]:
+        """The estimate in bytes and seconds; the time is null if it is not known."""
+        expected = expect(self.work)
+        return {
+            "steps": self.steps,
+            "seconds": expected and expected.seconds,
+            "runs": expected.runs if expected else 0,
+            "disk_bytes": self.disk_bytes,
+            "disk_free_bytes": self.free_bytes,
+            "memory_bytes": self.memory_bytes,
+            "memory_free_bytes": available_bytes(),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                *self.steps,
+                f"time    {said_time(self.work)}",
+                f"disk    at most {size(self.disk_bytes)}; {size(self.free_bytes)} are free",
+                f"memory  about {size(self.memory_bytes)}; {size(available_bytes())} are free",
+                "Nothing was written.",
+            ]
+        )
+
+
+def said_time(work: Work) -> str:
+    """The expected time of some work, and what it is taken from."""
+    expected = expect(work)
+    if expected is None:
+        return f"not known: nothing of this kind ({work.kind}) has been completed on this machine yet"
+    runs = "one earlier command" if expected.runs == 1 else f"{expected.runs} earlier commands"
+    return f"about {duration(expected.seconds)}, by {runs} on this machine"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: ``0.4 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """A number of bytes in words: ``12.3 MB``."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
