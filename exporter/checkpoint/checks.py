@@ -161,21 +161,25 @@ def complaint(
 ) -> str:
     """Describe what is wrong with a file, and guess why."""
     lines = [f"{path}: does not fit {model.name}"]
-    if component not in KINDS and (other := guess_model(contents)) not in (None, model.name):
-        lines[0] += f"; it looks like {other}, so try --model {other}"
+    others = [] if component in KINDS else fitting_models(contents)
+    if others and model.name not in others:
+        lines[0] += f"; it looks like {' or '.join(others)}, so try --model {others[0]}"
     for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
         if names:
             lines.append(f"  {title} ({len(names)}): {join_names(names)}")
     return "\n".join(lines)
 
 
-def guess_model(contents: Contents) -> str | None:
-    """The known model whose unquantised or quantised denoiser this is."""
-    for name in named("models"):
-        candidate = load_model(name)
-        expected = layout("dit", candidate, published_recipe(is_quantised(contents), has_sla(contents)))
-        matched, unexpected = match_names("dit", expected, contents)
-        is_complete = len(matched) == len(expected) and not unexpected
-        if is_complete and all(fits(contents[matched[k]].spec, s) for k, s in expected.items()):
-            return name
-    return None
+def fitting_models(contents: Contents) -> list[str]:
+    """The known models whose unquantised or quantised denoiser this is; some have the same tensors."""
+    return [name for name in named("models") if fits_model("dit", contents, load_model(name))]
+
+
+def fits_model(component: str, contents: Contents, model: ModelConfig) -> bool:
+    """Whether a file has exactly the tensors of a model's component, in one of the published forms."""
+    expected = layout(component, model, published_recipe(is_quantised(contents), has_sla(contents)))
+    if len(contents) < len(expected):
+        return False
+    matched, unexpected = match_names(component, expected, contents)
+    is_complete = len(matched) == len(expected) and not unexpected
+    return is_complete and all(fits(contents[matched[k]].spec, s) for k, s in expected.items())

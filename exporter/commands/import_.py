@@ -1,19 +1,17 @@
 """The command that turns checkpoint files into a bundle."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.bundle.bundle import Bundle, dit_component
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.remedies import export_command
-from wanforge.errors import CheckpointError, join_names
-from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
+from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
 from wanforge.progress import Progress
 from wanforge.runtime.commands.options import ANY_PATH, FOLDER, MODELS, RECIPES, takes
@@ -24,7 +22,8 @@ from wanforge.runtime.progress import Bars
 class ImportOptions:
     """The options of `wanforge import`."""
 
-    model: str
+    folders: tuple[Path, ...]
+    model: str | None
     dit: Path | None
     dit_low: Path | None
     vae: Path | None
@@ -39,17 +38,22 @@ class ImportOptions:
     def files(self) -> dict[str, Path]:
         """The files that were given, by option."""
         every = {
-            "dit": self.dit,
-            "dit-low": self.dit_low,
-            "vae": self.vae,
-            "text-encoder": self.text_encoder,
-            "tokenizer": self.tokenizer,
+            "--dit": self.dit,
+            "--dit-low": self.dit_low,
+            "--vae": self.vae,
+            "--text-encoder": self.text_encoder,
+            "--tokenizer": self.tokenizer,
         }
         return {name: path for name, path in every.items() if path is not None}
 
 
 @click.command("import")
-@click.option("--model", default=EMBEDDED, show_default=True, help=f"Model that the files belong to: {MODELS}.")
+@click.argument("folders", nargs=-1, type=ANY_PATH, metavar="[FOLDER]...")
+@click.option(
+    "--model",
+    help=f"Model that the files belong to: {MODELS}.  [default: the model that the denoiser fits; {EMBEDDED} without "
+    "files]",
+)
 @click.option(
     "--dit",
     type=ANY_PATH,
@@ -83,16 +87,24 @@ class ImportOptions:
 def import_(options: ImportOptions) -> None:
     """Check published checkpoint files and turn them into a bundle.
 
+    The files are looked for in the folders, and an option that names a file takes its place. A folder may be one of
+    published files, a pipeline of diffusers, or a repository in the cache of huggingface_hub. File names decide first,
+    then the names of folders, then contents; what is taken is listed, and where several files may be meant, the
+    options that decide. Of a quantised and an unquantised denoiser, the quantised one is taken, unless --recipe is one
+    that needs the other. If neither folders nor files are given, the bundle is made from TinyWan's files, which come
+    with the package.
+
     Every tensor's name, shape and type is checked before anything is written. An interrupted import continues where it
-    stopped when the same command is run again, or with --resume. If no files are given, the bundle is made from
-    TinyWan's files, which come with the package.
+    stopped when the same command is run again, or with --resume.
 
     \b
     Examples:
       wanforge import --out tinywan
       wanforge import --resume tinywan
-      wanforge import --model turbowan2.1-t2v-1.3b-480p --dit TurboWan2.1-T2V-1.3B-480P-quant.pth \\
-          --vae Wan2.1_VAE.pth --text-encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl \\
+      wanforge import TurboWan2.1-T2V-1.3B-480P Wan2.1-T2V-1.3B --out turbo-1.3b
+      wanforge import checkpoint --recipe bf16-sla --vae Wan2.1_VAE.pth --out turbo-1.3b
+      wanforge import --dit TurboWan2.1-T2V-1.3B-480P-quant.pth --vae Wan2.1_VAE.pth \\
+          --text-encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl \\
           --out turbo-1.3b
     """
     with Bars() as bars:
@@ -105,15 +117,25 @@ def import_(options: ImportOptions) -> None:
 
 
 def imported(options: ImportOptions, progress: Progress) -> Bundle:
-    """The bundle made from the files that were given."""
+    """The bundle made from the files that were given or found."""
     if options.out is None:
         raise click.UsageError("give the folder of the new bundle with --out")
-    model, given = load_model(options.model), options.files()
+    model = None if options.model is None else load_model(options.model)
+    recipe = None if options.recipe is None else load_recipe(options.recipe)
+    if options.folders or options.files():
+        found = find(
+            Wanted(out=options.out, folders=options.folders, files=options.files(), model=model, recipe=recipe)
+        )
+        click.echo("\n".join(found.lines()), err=True)
+        model, recipe, sources = found.model, found.recipe, found.sources
+    else:
+        model = load_model(EMBEDDED) if model is None else model
+        sources = embedded(model)
     return import_checkpoint(
         model,
-        sources_of(model, given) if given else embedded(model),
+        sources,
         options.out,
-        recipe=None if options.recipe is None else load_recipe(options.recipe),
+        recipe=recipe,
         link=options.link,
         replace=options.replace,
         progress=progress,
@@ -127,19 +149,3 @@ def resumed(bundle: Path, progress: Progress) -> Bundle:
         if name != "resume" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError("--resume uses the options that the import was given; leave out all others")
     return resume_import(bundle, progress)
-
-
-def sources_of(model: ModelConfig, given: Mapping[str, Path]) -> Sources:
-    """The files that were given for a model, by component.
-
-    Raises:
-        CheckpointError: A file is missing, or one too many was given.
-    """
-    denoisers = dict(zip(model.experts, ("dit", "dit-low"), strict=False))
-    needed = [*denoisers.values(), "vae", "text-encoder", "tokenizer"]
-    if missing := [name for name in needed if name not in given]:
-        raise CheckpointError(f"{model.name} needs {join_names([f'--{name}' for name in missing])} as well")
-    if "dit-low" in given.keys() - set(needed):
-        raise CheckpointError(f"{model.name} has one denoiser; leave out --dit-low")
-    weights = {dit_component(expert): given[name] for expert, name in denoisers.items()}
-    return Sources({**weights, "vae": given["vae"], "text_encoder": given["text-encoder"]}, given["tokenizer"])

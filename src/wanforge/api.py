@@ -5,11 +5,12 @@ as a `WanforgeError`; a keyword that does not exist, or a value of a wrong type,
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from wanforge.configs.model import ModelConfig, load_model
-from wanforge.configs.recipe import load_recipe
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.configs.targets import parse_targets
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines
 from wanforge.engines.bundle.bundle import Bundle, components
@@ -17,6 +18,7 @@ from wanforge.errors import CheckpointError, ConfigError, unknown_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
+from wanforge.exporter.checkpoint.finder.finder import Finder, Wanted, find
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
 from wanforge.keywords import with_settings
@@ -27,6 +29,9 @@ from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import Settings, request_for
+
+Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
+"""A folder of checkpoint files, several folders, or a file for each part of a model."""
 
 __all__ = ["Bundle", "Clip", "Pipeline", "build", "export", "import_checkpoint", "load", "parity"]
 
@@ -74,8 +79,8 @@ class ImportSettings(TypedDict, total=False):
 @with_settings(ImportSettings)
 def import_checkpoint(
     out: str | Path,
-    model: str = EMBEDDED,
-    files: Mapping[str, str | Path] | None = None,
+    model: str | None = None,
+    files: Files | None = None,
     *,
     on_progress: Progress = silent,
     **settings: Unpack[ImportSettings],
@@ -84,9 +89,11 @@ def import_checkpoint(
 
     Args:
         out: The folder of the bundle.
-        model: Name of a model, or a TOML file.
-        files: A file for each component of the model (``dit``, or ``dit.high`` and ``dit.low``; ``vae``;
-            ``text_encoder``) and the ``tokenizer``. TinyWan needs none: its files come with the package.
+        model: Name of a model, or a TOML file; by default the model that the denoiser fits.
+        files: A folder with the files, or several, in which every part of the model is looked for; or a mapping that
+            names a file for each component (``dit``, or ``dit.high`` and ``dit.low``; ``vae``; ``text_encoder``) and
+            the ``tokenizer``. Without files the bundle is TinyWan's, whose files come with the package. The manifest
+            of the bundle says which files were taken.
         on_progress: Called with a component, the number of its bytes written so far, and their total.
         settings: See `ImportSettings`.
 
@@ -95,21 +102,49 @@ def import_checkpoint(
         BundleError: The folder is a bundle already.
         ResourceError: The disk has too little space.
     """
-    config = load_model(model)
-    sources = embedded(config) if files is None else sources_of(config, files)
-    recipe = settings.get("recipe")
+    chosen = settings.get("recipe")
+    wanted = Wanted(
+        out=Path(out),
+        model=None if model is None else load_model(model),
+        recipe=None if chosen is None else load_recipe(chosen),
+    )
+    config, recipe, sources = sources_of(wanted, files)
     return importer.import_checkpoint(
         config,
         sources,
-        Path(out),
-        recipe=None if recipe is None else load_recipe(recipe),
+        wanted.out,
+        recipe=recipe,
         link=settings.get("link", False),
         replace=settings.get("replace", False),
         progress=on_progress,
     )
 
 
-def sources_of(model: ModelConfig, files: Mapping[str, str | Path]) -> Sources:
+def sources_of(wanted: Wanted, files: Files | None) -> tuple[ModelConfig, Recipe | None, Sources]:
+    """The model, its recipe if that is settled, and its files.
+
+    Raises:
+        CheckpointError: A part of the model is missing, or several files may be meant.
+    """
+    if files is None:
+        model = wanted.model or load_model(EMBEDDED)
+        return model, wanted.recipe, embedded(model)
+    if not isinstance(files, Mapping):
+        folders = [files] if isinstance(files, str | Path) else files
+        found = find(replace(wanted, folders=[Path(folder) for folder in folders]))
+        return found.model, found.recipe, found.sources
+    return (model := wanted.model or model_of(files)), wanted.recipe, sources_named(model, files)
+
+
+def model_of(files: Mapping[str, str | Path]) -> ModelConfig:
+    """The model that the denoiser among the files fits."""
+    denoiser = files.get("dit", files.get("dit.high"))
+    if denoiser is None:
+        raise CheckpointError("the files lack a denoiser: give dit, or dit.high and dit.low; or say which model it is")
+    return load_model(Finder(Wanted(out=Path())).model_of(Path(denoiser))[0])
+
+
+def sources_named(model: ModelConfig, files: Mapping[str, str | Path]) -> Sources:
     """The files of a model by component, and its tokenizer.
 
     Raises:
