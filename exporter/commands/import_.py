@@ -126,7 +126,8 @@ def imported(options: ImportOptions, progress: Progress) -> Bundle:
         found = find(
             Wanted(out=options.out, folders=options.folders, files=options.files(), model=model, recipe=recipe)
         )
-        click.echo("\n".join(found.lines()), err=True)
+        if options.folders or model is None:
+            click.echo("\n".join(found.lines()), err=True)
         model, recipe, sources = found.model, found.recipe, found.sources
     else:
         model = load_model(EMBEDDED) if model is None else model

@@ -95,6 +95,35 @@ def test_a_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_checkpoint_may_be_a_folder_or_several(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints["tiny-t2v"]
+    (tmp_path / "dit").mkdir()
+    (tmp_path / "dit" / "own.pth").symlink_to(folder / "tiny-t2v.pth")
+    (tmp_path / "rest").mkdir()
+    for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"):
+        (tmp_path / "rest" / Path(name).name).symlink_to(folder / name)
+    one = wanforge.import_checkpoint(tmp_path / "one", files=str(folder))
+    several = wanforge.import_checkpoint(tmp_path / "several", files=[tmp_path / "dit", tmp_path / "rest"])
+    assert [(each.model.name, each.recipe.name) for each in (one, several)] == [
+        ("tiny-t2v", "w8a8"),
+        ("tiny-t2v", "bf16-sla"),
+    ]
+    assert several.manifest.files["weights/dit.safetensors"].source == str(tmp_path / "dit" / "own.pth")
+    with pytest.raises(CheckpointError, match=r"no dit\.high, dit\.low of tiny-i2v here"):
+        wanforge.import_checkpoint(tmp_path / "other", "tiny-i2v", folder)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_model_of_named_files_is_guessed(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints["tiny-i2v"]
+    files = {"dit.high": folder / "tiny-i2v-high.pth", "dit.low": folder / "tiny-i2v-low.pth"}
+    files |= {"vae": folder / "Wan2.1_VAE.pth", "text_encoder": folder / "models_t5_umt5-xxl-enc-bf16.pth"}
+    bundle = wanforge.import_checkpoint(tmp_path / "b", files={**files, "tokenizer": folder / "google" / "umt5-xxl"})
+    assert bundle.model.name == "tiny-i2v"
+    with pytest.raises(CheckpointError, match=r"lack a denoiser: give dit, or dit\.high and dit\.low; or say which"):
+        wanforge.import_checkpoint(tmp_path / "c", files={"vae": folder / "Wan2.1_VAE.pth"})
+
+
 def test_parity_says_whether_every_limit_is_met(bundle: Path) -> None:
     found = wanforge.parity(bundle, PROMPT, backend="ort", depths=["block"], size=(96, 64), frames=1, steps=1)
     assert found.passed

@@ -77,7 +77,7 @@ class Taken:
 
 
 @dataclass(frozen=True)
-class Denoiser(Taken):
+class Candidate(Taken):
     """A denoiser that was found.
 
     Attributes:
@@ -188,7 +188,7 @@ class Finder:
             if self.readable(path) and looks_like(self.contents(path)) == kind
         ]
 
-    def model_and_denoisers(self) -> tuple[ModelConfig, str, list[Denoiser]]:
+    def model_and_denoisers(self) -> tuple[ModelConfig, str, list[Candidate]]:
         """The model, what shows that it is this one, and the denoisers in the folders that may belong to it.
 
         Raises:
@@ -211,7 +211,7 @@ class Finder:
                 f"{self.place}: the model may be {' or '.join(names)}; choose it with --model, or its denoiser with "
                 "--dit\n" + "\n".join(lines)
             )
-        return load_model(names[0]), f"{found[0].path.name}, {found[0].reason}", found
+        return load_model(names[0]), f"the denoiser, {found[0].reason}", found
 
     def model_of(self, path: Path) -> tuple[str, str]:
         """The model of a denoiser that was named, and what shows that it is this one.
@@ -231,28 +231,28 @@ class Finder:
             )
         return fitting[0], f"{path.name}, by its contents"
 
-    def denoisers(self, model: ModelConfig | None) -> list[Denoiser]:
+    def denoisers(self, model: ModelConfig | None) -> list[Candidate]:
         """The denoisers in the folders that may belong to `model`, or to any if it is None."""
         for taken in self.candidates(DENOISER):
             if found := [denoiser for each in taken if (denoiser := self.denoiser(each, model)) and denoiser.models]:
                 return found
         return []
 
-    def denoiser(self, taken: Taken, model: ModelConfig | None) -> Denoiser | None:
+    def denoiser(self, taken: Taken, model: ModelConfig | None) -> Candidate | None:
         """What is known of a denoiser in the folders; None if it cannot be read."""
         path, reason = taken.path, taken.reason
         if (name := self.published.get(stem_of(path))) is not None:
             models = [name.model] if model is None or model.name == name.model else []
-            return Denoiser(path, reason, name.expert, name.is_quantised, models)
+            return Candidate(path, reason, name.expert, name.is_quantised, models)
         if not self.readable(path):
             return None
         contents = self.contents(path)
         models = model_by_name(path, fitting_models(contents))
         if model is not None:
             models = [model.name] if fits_model("dit", contents, model) else []
-        return Denoiser(path, reason, expert_by_name(path), is_quantised(contents), models)
+        return Candidate(path, reason, expert_by_name(path), is_quantised(contents), models)
 
-    def choose_denoisers(self, model: ModelConfig, found: Sequence[Denoiser]) -> dict[str, Taken]:
+    def choose_denoisers(self, model: ModelConfig, found: Sequence[Candidate]) -> dict[str, Taken]:
         """The file of each expert: those that were named, and of those that were found all of the same kind.
 
         Raises:
@@ -292,7 +292,7 @@ class Finder:
         return recipe.linear == "w8a8" and recipe.tile == TILE, f"for recipe {recipe.name}"
 
     @staticmethod
-    def of_kind(group: Sequence[Denoiser], kind: bool, why: str) -> list[Denoiser]:
+    def of_kind(group: Sequence[Candidate], kind: bool, why: str) -> list[Candidate]:
         """The quantised denoisers of a group, or the others; if there are both, their reasons mention it."""
         of_kind = [each for each in group if each.is_quantised == kind]
         if len(of_kind) == len(group):

@@ -207,6 +207,33 @@ def test_import_without_files_takes_the_embedded_ones(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
+def test_import_finds_the_files_and_says_what_it_takes(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    folder, out = checkpoints["tiny-t2v"], tmp_path / "out"
+    vae = shutil.copy(folder / "Wan2.1_VAE.pth", tmp_path)
+    result = succeeded("import", folder, "--recipe", "bf16", "--vae", vae, "--out", out)
+    assert result.stdout.startswith(f"{out}: tiny-t2v, recipe bf16, ")
+    assert result.stderr.splitlines() == [
+        "model: tiny-t2v (the denoiser, by its published name)",
+        "recipe: bf16 (--recipe)",
+        f"dit: {folder / 'tiny-t2v.pth'} (by its published name; of two kinds the unquantised one, for recipe bf16)",
+        f"vae: {vae} (--vae)",
+        f"text_encoder: {folder / 'models_t5_umt5-xxl-enc-bf16.pth'} (by its published name)",
+        f"tokenizer: {folder / 'google/umt5-xxl/tokenizer.json'} (by its folder)",
+        f"not used: {folder / 'Wan2.1_VAE.pth'}, {folder / 'tiny-t2v-quant.pth'}",
+    ]
+    assert Bundle.open(out).manifest.files[VAE].source == vae
+    assert f"{out}: is a bundle already and needs no import" in refused("import", out, "--out", tmp_path / "b")
+
+
+def test_import_guesses_the_model_of_named_files(tmp_path: Path, importing: Callable[..., list[object]]) -> None:
+    result = succeeded(*importing(tmp_path / "out", model=None))
+    assert "model: tiny-t2v (tiny-t2v-quant.pth, by its published name)" in result.stderr
+    assert f"{tmp_path / 'out'}: tiny-t2v, recipe w8a8" in result.stdout
+    message = refused(*importing(tmp_path / "b", model=None, vae=None, tokenizer=None))
+    assert message == "Error: tiny-t2v needs --vae, --tokenizer as well\n"
+    assert "--resume uses the options" in refused("import", "--resume", tmp_path / "out", "checkpoint", code=2)
+
+
 def test_import_says_what_was_mixed_up(
     tmp_path: Path, importing: Callable[..., list[object]], checkpoints: dict[str, Path]
 ) -> None:

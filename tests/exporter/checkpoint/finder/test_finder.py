@@ -367,7 +367,7 @@ def test_every_published_name_stands_for_its_model(tmp_path: Path) -> None:
 
 def test_lines_say_what_is_taken_and_why(t2v: Path) -> None:
     assert find(Wanted(out=OUT, folders=[t2v], recipe=DENSE)).lines() == [
-        "model: tiny-t2v (tiny-t2v-quant.pth, by its published name)",
+        "model: tiny-t2v (the denoiser, by its published name)",
         "recipe: bf16 (--recipe)",
         f"dit: {t2v / 'tiny-t2v.pth'} (by its published name; of two kinds the unquantised one, for recipe bf16)",
         f"vae: {t2v / VAE_FILE} (by its published name)",
