@@ -207,11 +207,12 @@ class Finder:
         names = sorted({name for denoiser in found for name in denoiser.models})
         if len(names) > 1:
             lines = [f"  {denoiser.path}: {' or '.join(denoiser.models)}" for denoiser in found]
+            or_file = ", or its denoiser with --dit" if len(found) > 1 else ""
             raise CheckpointError(
-                f"{self.place}: the model may be {' or '.join(names)}; choose it with --model, or its denoiser with "
-                "--dit\n" + "\n".join(lines)
+                f"{self.place}: the model may be {' or '.join(names)}; choose it with --model{or_file}\n"
+                + "\n".join(lines)
             )
-        return load_model(names[0]), f"the denoiser, {found[0].reason}", found
+        return load_model(names[0]), self.model_of(found[0].path)[1], found
 
     def model_of(self, path: Path) -> tuple[str, str]:
         """The model of a denoiser that was named, and what shows that it is this one.
@@ -220,16 +221,17 @@ class Finder:
             CheckpointError: The file is no denoiser, or belongs to no known model or to several.
         """
         if (name := self.published.get(stem_of(path))) is not None:
-            return name.model, f"{path.name}, {BY_NAME}"
+            return name.model, f"the denoiser, {BY_NAME}"
         check_kind("dit", path, self.contents(path))
-        fitting = model_by_name(path, fitting_models(self.contents(path)))
+        every = fitting_models(self.contents(path))
+        fitting = model_by_name(path, every)
         if len(fitting) != 1:
             found = f"may be {' or '.join(fitting)}" if fitting else "fits no known model"
             raise CheckpointError(
                 f"{path}: {found}; give its model with --model ({', '.join(fitting or named('models'))}, or a .toml "
                 "file)"
             )
-        return fitting[0], f"{path.name}, by its contents"
+        return fitting[0], "the denoiser, by its contents" + (" and its name" if len(every) > 1 else "")
 
     def denoisers(self, model: ModelConfig | None) -> list[Candidate]:
         """The denoisers in the folders that may belong to `model`, or to any if it is None."""

@@ -227,7 +227,7 @@ def test_import_finds_the_files_and_says_what_it_takes(tmp_path: Path, checkpoin
 
 def test_import_guesses_the_model_of_named_files(tmp_path: Path, importing: Callable[..., list[object]]) -> None:
     result = succeeded(*importing(tmp_path / "out", model=None))
-    assert "model: tiny-t2v (tiny-t2v-quant.pth, by its published name)" in result.stderr
+    assert "model: tiny-t2v (the denoiser, by its published name)" in result.stderr
     assert f"{tmp_path / 'out'}: tiny-t2v, recipe w8a8" in result.stdout
     message = refused(*importing(tmp_path / "b", model=None, vae=None, tokenizer=None))
     assert message == "Error: tiny-t2v needs --vae, --tokenizer as well\n"

@@ -175,6 +175,7 @@ def test_unknown_names_are_told_apart_by_contents(tmp_path: Path, i2v: Path) -> 
     assert {each.reason for each in found.parts.values()} == {"by its contents"}
 
 
+@pytest.mark.slow
 def test_experts_that_no_name_tells_apart_are_refused(tmp_path: Path, i2v: Path) -> None:
     renamed = {"tiny_i2v_high_quant": "", "tiny_i2v_low_quant": "", "tiny_i2v_high": "a.pth", "tiny_i2v_low": "b.pth"}
     folder = published(i2v, tmp_path, **renamed)
@@ -244,6 +245,26 @@ def test_no_file_is_opened_that_names_leave_out(tmp_path: Path, t2v: Path, monke
     shutil.copy(t2v / "tiny-t2v.pth", folder / "other.pth")
     find(Wanted(out=OUT, folders=[folder]))
     assert opened == ["tiny-t2v-quant.pth"]
+
+
+def test_published_names_come_before_folders(tmp_path: Path, t2v: Path) -> None:
+    folder = diffusers(t2v, tmp_path, {"transformer": "tiny-t2v.pth"})
+    shutil.copy(t2v / "tiny-t2v.pth", folder)
+    shutil.copy(t2v / VAE_FILE, folder)
+    found = taken(find(Wanted(out=OUT, folders=[folder])), folder)
+    assert (found["dit"], found["vae"]) == ("tiny-t2v.pth", VAE_FILE)
+    assert found["text_encoder"] == "text_encoder/model.safetensors"
+
+
+def test_a_file_whose_name_says_that_it_is_something_else_is_no_candidate(tmp_path: Path, t2v: Path) -> None:
+    folder = published(t2v, tmp_path)
+    for name in ("vae_lora.pth", "clip_vision/a.pth", "transformer/a.pth"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(t2v / VAE_FILE, folder / name)
+    (folder / VAE_FILE).unlink()
+    message = refusal(folder)
+    assert f"{folder}: no vae ({VAE_FILE}) of tiny-t2v here; give --vae" in message
+    assert f"not used: {folder / 'vae_lora.pth'}\n" in message
 
 
 def test_a_denoiser_of_no_known_model_is_named(tmp_path: Path, t2v: Path, states: dict[str, State]) -> None:
@@ -321,10 +342,11 @@ def test_models_of_one_architecture_are_told_apart_by_names(
         folder = published(t2v, tmp_path / str(number), **renamed, tiny_t2v=name)
         found = find(Wanted(out=OUT, folders=[folder]))
         assert found.model.name == f"tiny-t2v-{size}"
+        assert found.reasons["model"] == "the denoiser, by its contents and its name"
         assert find(Wanted(out=OUT, folders=[folder], files={"--dit": folder / name})).model == found.model
     folder = published(t2v, tmp_path / "neither", **renamed, tiny_t2v="a.pth")
     message = refusal(folder)
-    assert "the model may be tiny-t2v-480p or tiny-t2v-720p; choose it with --model" in message
+    assert "the model may be tiny-t2v-480p or tiny-t2v-720p; choose it with --model\n" in message
     message = refusal(folder, files={"--dit": folder / "a.pth"})
     assert "a.pth: may be tiny-t2v-480p or tiny-t2v-720p; give its model with --model (tiny-t2v-480p, tiny" in message
 
@@ -334,7 +356,7 @@ def test_the_model_follows_from_a_named_denoiser(tmp_path: Path, t2v: Path, stat
     other = shutil.copy(t2v / "tiny-t2v-quant.pth", tmp_path / "other.pth")
     found = find(Wanted(out=OUT, files={**files, "--dit": Path(other)}))
     assert (found.model, found.recipe) == (T2V, W8A8)
-    assert found.reasons == {"model": "other.pth, by its contents", "recipe": "by the contents of the denoiser"}
+    assert found.reasons == {"model": "the denoiser, by its contents", "recipe": "by the contents of the denoiser"}
     unknown = write_pth(without(states["dit"], "blocks.1."), tmp_path)
     assert f"{unknown}: fits no known model; give its model" in refusal(files={**files, "--dit": unknown})
     assert "looks like a VAE, but was given as a denoiser" in refusal(files={**files, "--dit": t2v / VAE_FILE})
@@ -348,6 +370,7 @@ def test_a_model_of_ones_own_is_found_by_its_published_name(tmp_path: Path, t2v:
     assert (found.model, found.parts["dit"].path.name) == (own, "own-model.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(2))
 def test_a_link_beside_its_file_is_no_second_candidate(tmp_path: Path, t2v: Path, number: int) -> None:
     names = ["a.pth", "b.pth"]
