@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 from onnx import ModelProto
 
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, graph_name, weights_name
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import FileRecord, GraphRecord
@@ -37,12 +38,39 @@ class ExportResult:
     skipped: dict[str, str]
 
 
-def check_dtypes(dtypes: Sequence[str]) -> None:
+def check_exportable(bundle: Bundle, dtypes: Sequence[str]) -> None:
+    """Refuse compute types that do not exist, and recipes that graphs cannot be made for.
+
+    Raises:
+        ConfigError: See above.
+    """
     if isinstance(dtypes, str) or not dtypes:
         raise ConfigError(f"{dtypes!r} is not a list of compute types; choose from {', '.join(COMPUTE)}")
     for short in dtypes:
         if short not in COMPUTE:
             raise ConfigError(unknown_name("compute type", short, list(COMPUTE)))
+    if not has_graphs(bundle.recipe):
+        raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
+
+
+def has_graphs(recipe: Recipe) -> bool:
+    """Whether graphs can be made for a recipe."""
+    return recipe.tile == TILE
+
+
+def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:
+    """The paths in the bundle of the graphs that an export writes."""
+    weights = [(dit_component(expert), bundle.weights(dit_component(expert))) for expert in bundle.model.experts]
+    whole = [component for component, path in weights if not path.is_symlink()]
+    pieces = graphs(bundle.model, bundle.recipe).values()
+    return [
+        name
+        for dtype in (COMPUTE[short] for short in dtypes)
+        for name in [
+            *(graph_name(graph.name, dtype, graph.has_constants) for graph in pieces),
+            *(graph_name(component, dtype, True) for component in whole),
+        ]
+    ]
 
 
 def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Progress = silent) -> ExportResult:
@@ -57,9 +85,7 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
     Raises:
         ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
     """
-    check_dtypes(dtypes)
-    if bundle.recipe.tile != TILE:
-        raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
+    check_exportable(bundle, dtypes)
     weights = {component: read_header(bundle.weights(component)) for component in components(bundle.model)}
     all_graphs = graphs(bundle.model, bundle.recipe)
     skipped: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
+from wanforge.runtime.measure import durations
 
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
@@ -59,6 +60,14 @@ def checkpoint_sources(model_name: str, folder: Path, *, quantised: bool) -> Sou
     denoisers = {dit_component(e): folder / names[dit_component(e) + suffix] for e in model.experts}
     rest = {component: folder / names[component] for component in ("vae", "text_encoder")}
     return Sources({**denoisers, **rest}, folder / names["tokenizer"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_durations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the durations of tests apart from those that the machine's user has collected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durations, "place", lambda: tmp_path_factory.getbasetemp() / "durations.jsonl")
+        yield
 
 
 @pytest.fixture(scope="session")

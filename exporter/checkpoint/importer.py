@@ -74,7 +74,11 @@ def import_checkpoint(
         BundleError: `out` is already a bundle, or holds another import that was interrupted, and `replace` is not set.
         ResourceError: The disk is too small.
     """
-    arguments = Arguments.of(model, sources, recipe, link)
+    return run_import(Arguments.of(model, sources, recipe, link), out, replace=replace, progress=progress)
+
+
+def run_import(arguments: Arguments, out: Path, *, replace: bool = False, progress: Progress = silent) -> Bundle:
+    """Turn published files into a bundle, see `import_checkpoint`."""
     check_out(out, arguments, replace)
     checked = check_sources(arguments, out)
     out.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import click
 
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.exporter.commands.dry_run import estimate_export, export_work
 from wanforge.exporter.export import export as export_bundle
-from wanforge.runtime.commands.options import BUNDLE, JSON, takes
+from wanforge.runtime.commands.options import BUNDLE, DRY_RUN, JSON, takes
 from wanforge.runtime.dtypes import COMPUTE
+from wanforge.runtime.measure.durations import remember
+from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.progress import Bars
 
 
@@ -19,6 +23,7 @@ class ExportOptions:
 
     bundle: Path
     dtypes: tuple[str, ...]
+    dry_run: bool
     as_json: bool
 
 
@@ -31,6 +36,7 @@ class ExportOptions:
     type=click.Choice(list(COMPUTE)),
     help="Compute type of the graphs; repeatable.  [default: all three]",
 )
+@DRY_RUN
 @JSON
 @takes(ExportOptions)
 def export(options: ExportOptions) -> None:
@@ -44,9 +50,13 @@ def export(options: ExportOptions) -> None:
     Example:
       wanforge export turbo-1.3b
     """
-    bundle = Bundle.open(options.bundle)
+    bundle, dtypes, start = Bundle.open(options.bundle), options.dtypes or tuple(COMPUTE), perf_counter()
+    if options.dry_run:
+        show(estimate_export(bundle, dtypes), as_json=options.as_json)
+        return
     with Bars() as bars:
-        done = export_bundle(bundle, options.dtypes or tuple(COMPUTE), bars)
+        done = export_bundle(bundle, dtypes, bars)
+    remember(export_work(len(done.written)), perf_counter() - start)
     size = sum(bundle.manifest.files[name].bytes for name in done.written)
     if options.as_json:
         click.echo(json.dumps({"written": done.written, "skipped": done.skipped, "bytes": size}))

@@ -1,7 +1,10 @@
 """The command that turns checkpoint files into a bundle."""
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 import click
 from click.core import ParameterSource
@@ -9,12 +12,17 @@ from click.core import ParameterSource
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import IMPORT
 from wanforge.engines.bundle.remedies import export_command
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
-from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
-from wanforge.progress import Progress
-from wanforge.runtime.commands.options import ANY_PATH, FOLDER, MODELS, RECIPES, takes
+from wanforge.exporter.checkpoint.importer import resume_import, run_import
+from wanforge.exporter.checkpoint.record import Arguments
+from wanforge.exporter.commands.dry_run import estimate_import, import_work
+from wanforge.exporter.export import has_graphs
+from wanforge.runtime.commands.options import ANY_PATH, DRY_RUN, FOLDER, JSON, MODELS, RECIPES, takes
+from wanforge.runtime.measure.durations import remember
+from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.progress import Bars
 
 
@@ -34,6 +42,8 @@ class ImportOptions:
     recipe: str | None
     link: bool
     replace: bool
+    dry_run: bool
+    as_json: bool
 
     def files(self) -> dict[str, Path]:
         """The files that were given, by option."""
@@ -83,6 +93,8 @@ class ImportOptions:
 )
 @click.option("--link", is_flag=True, help="Link to canonical .safetensors files instead of copying them.")
 @click.option("--replace", is_flag=True, help="Overwrite an existing bundle.")
+@DRY_RUN
+@JSON
 @takes(ImportOptions)
 def import_(options: ImportOptions) -> None:
     """Check published checkpoint files and turn them into a bundle.
@@ -107,46 +119,59 @@ def import_(options: ImportOptions) -> None:
           --text-encoder models_t5_umt5-xxl-enc-bf16.pth --tokenizer google/umt5-xxl \\
           --out turbo-1.3b
     """
-    with Bars() as bars:
-        bundle = imported(options, bars) if options.resume is None else resumed(options.resume, bars)
-    total = sum(record.bytes for record in bundle.manifest.files.values())
-    click.echo(
-        f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {total / 1e9:.2f} GB; "
-        f"next: {export_command(bundle.root)}"
-    )
-
-
-def imported(options: ImportOptions, progress: Progress) -> Bundle:
-    """The bundle made from the files that were given or found."""
+    start = perf_counter()
+    if options.resume is not None:
+        check_alone("resume")
+        with Bars() as bars:
+            report(resume_import(options.resume, bars), as_json=options.as_json)
+        return
     if options.out is None:
         raise click.UsageError("give the folder of the new bundle with --out")
+    arguments, is_new = arguments_of(options, options.out), not (options.out / IMPORT).exists()
+    if options.dry_run:
+        show(estimate_import(arguments, options.out, replace=options.replace), as_json=options.as_json)
+        return
+    with Bars() as bars:
+        bundle = run_import(arguments, options.out, replace=options.replace, progress=bars)
+    if is_new:
+        remember(import_work(bundle.recipe.name, size_of(bundle)), perf_counter() - start)
+    report(bundle, as_json=options.as_json)
+
+
+def arguments_of(options: ImportOptions, out: Path) -> Arguments:
+    """What the import is asked for, with the files that were given or found."""
     model = None if options.model is None else load_model(options.model)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
     if options.folders or options.files():
-        found = find(
-            Wanted(out=options.out, folders=options.folders, files=options.files(), model=model, recipe=recipe)
-        )
+        found = find(Wanted(out=out, folders=options.folders, files=options.files(), model=model, recipe=recipe))
         if options.folders or model is None:
             click.echo("\n".join(found.lines()), err=True)
-        model, recipe, sources = found.model, found.recipe, found.sources
-    else:
-        model = load_model(EMBEDDED) if model is None else model
-        sources = embedded(model)
-    return import_checkpoint(
-        model,
-        sources,
-        options.out,
-        recipe=recipe,
-        link=options.link,
-        replace=options.replace,
-        progress=progress,
-    )
+        return Arguments.of(found.model, found.sources, found.recipe, options.link)
+    model = load_model(EMBEDDED) if model is None else model
+    return Arguments.of(model, embedded(model), recipe, options.link)
 
 
-def resumed(bundle: Path, progress: Progress) -> Bundle:
-    """The bundle whose import was interrupted, completed."""
+def check_alone(name: str) -> None:
+    """Refuse other options beside one that takes their place."""
     context = click.get_current_context()
-    for name in context.params:
-        if name != "resume" and context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            raise click.UsageError("--resume uses the options that the import was given; leave out all others")
-    return resume_import(bundle, progress)
+    for other in context.params:
+        if other not in (name, "as_json") and context.get_parameter_source(other) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{name} uses the options that the import was given; leave out all others")
+
+
+def size_of(bundle: Bundle) -> int:
+    """The bytes of a bundle's files."""
+    return sum(record.bytes for record in bundle.manifest.files.values())
+
+
+def report(bundle: Bundle, *, as_json: bool) -> None:
+    """Print what was made, and what to do next."""
+    if as_json:
+        made = {"bundle": str(bundle.root), "model": bundle.model.name, "recipe": bundle.recipe.name}
+        click.echo(json.dumps({**made, "bytes": size_of(bundle)}))
+        return
+    torch = f"wanforge generate {shlex.quote(str(bundle.root))} --backend torch --prompt …"
+    click.echo(
+        f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {size_of(bundle) / 1e9:.2f} GB; "
+        f"next: {export_command(bundle.root) if has_graphs(bundle.recipe) else torch}"
+    )

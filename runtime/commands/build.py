@@ -14,8 +14,10 @@ from wanforge.engines.build import EngineOptions, EngineResult, build_engines, g
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
 from wanforge.plugins.tensorrt.library import Flavour, group_by_flavour, open_library
+from wanforge.runtime.commands.dry_run import build_work, estimate_build
 from wanforge.runtime.commands.options import (
     BUNDLE,
+    DRY_RUN,
     JSON,
     SHAPE,
     STALE_OK,
@@ -25,6 +27,8 @@ from wanforge.runtime.commands.options import (
     target_option,
 )
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
+from wanforge.runtime.measure.durations import remember
+from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.progress import Bars
 
 FIRST_BF16_SM = 80
@@ -41,6 +45,7 @@ class BuildOptions(ShapeOptions):
     no_plugins: bool
     kernels: bool
     plan: bool
+    dry_run: bool
     stale_ok: bool
     as_json: bool
 
@@ -87,6 +92,7 @@ class Outcome:
 )
 @click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
 @STALE_OK
+@DRY_RUN
 @JSON
 @takes(BuildOptions)
 def build(options: BuildOptions) -> None:
@@ -105,8 +111,12 @@ def build(options: BuildOptions) -> None:
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
     graphs_to_build(bundle, options.only)
     clip, outcome = options.shape(bundle.model), Outcome()
-    for flavour, sms in group_by_flavour(targets.sms):
-        build_group(outcome, bundle, flavour, options.engines(clip, sms), show=not options.as_json)
+    groups = [(flavour, options.engines(clip, sms)) for flavour, sms in group_by_flavour(targets.sms)]
+    if options.dry_run:
+        show(estimate_build(bundle, groups), as_json=options.as_json)
+        return
+    for flavour, wanted in groups:
+        build_group(outcome, bundle, flavour, wanted, quiet=options.as_json)
     if options.plan:
         add_plans(outcome, bundle, [clip], targets)
     outcome.seconds = perf_counter() - start
@@ -132,18 +142,20 @@ def check_bf16(targets: TargetList) -> TargetList:
     return targets
 
 
-def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: EngineOptions, *, show: bool) -> None:
+def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: EngineOptions, *, quiet: bool) -> None:
     """Build for architectures that one engine can serve, print a line for each graph, and note failures."""
 
     def done(engine: EngineResult) -> None:
         outcome.engines.append(engine)
         bars.close()
-        if show:
+        if not quiet:
             click.echo(line(engine))
 
-    with Bars(quiet=not show) as bars:
+    with Bars(quiet=quiet) as bars:
         try:
-            build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
+            engines = build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
+            if built := [engine.seconds for engine in engines if not engine.is_cached]:
+                remember(build_work(flavour, len(built)), sum(built))
         except WanforgeError as error:
             outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
 

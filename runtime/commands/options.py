@@ -109,6 +109,9 @@ BUNDLE = click.argument("bundle", type=FOLDER)
 STALE_OK = click.option(
     "--stale-ok", is_flag=True, help="Run stale graphs, which another version of the code or other weights made."
 )
+DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Check everything and show what would be done, and what it would take; do nothing."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 SHAPE = combined(

@@ -1,12 +1,15 @@
 """What a command would do, and how much time, disk and memory it would take: the report of ``--dry-run``."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from wanforge.host import available_bytes
-from wanforge.runtime.measure.durations import Work, expect
+from wanforge.runtime.measure.durations import Expectation, Work, expect
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,14 @@ class Estimate:
 
     Attributes:
         steps: What it would do, a line each.
-        work: The work that its time depends on.
+        works: The parts of the work that its time depends on.
         disk_bytes: The bytes that it would write at most.
         folder: Where it would write them; the folder need not exist yet.
         memory_bytes: The memory that it takes at most.
     """
 
     steps: list[str]
-    work: Work
+    works: list[Work]
     disk_bytes: float
     folder: Path
     memory_bytes: float
@@ -33,9 +36,18 @@ class Estimate:
         folder = self.folder.absolute()
         return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
 
+    @property
+    def expected(self) -> Expectation | None:
+        """The time of all parts of the work; None if that of one is not known."""
+        parts = [expect(work) for work in self.works]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return Expectation(sum(part.seconds for part in known), min((part.runs for part in known), default=0))
+
     def as_json(self) -> dict[str, Any]:
         """The estimate in bytes and seconds; the time is null if it is not known."""
-        expected = expect(self.work)
+        expected = self.expected
         return {
             "steps": self.steps,
             "seconds": expected and expected.seconds,
@@ -50,21 +62,27 @@ class Estimate:
         return "\n".join(
             [
                 *self.steps,
-                f"time    {said_time(self.work)}",
+                f"time    {self._said_time()}",
                 f"disk    at most {size(self.disk_bytes)}; {size(self.free_bytes)} are free",
                 f"memory  about {size(self.memory_bytes)}; {size(available_bytes())} are free",
                 "Nothing was written.",
             ]
         )
 
+    def _said_time(self) -> str:
+        """The expected time, and what it is taken from."""
+        expected = self.expected
+        if expected is None:
+            return f"not known: nothing of this kind ({self.works[0].kind}) has been completed on this machine yet"
+        if not self.works:
+            return "none, because nothing is to be done"
+        runs = "one earlier command" if expected.runs == 1 else f"{expected.runs} earlier commands"
+        return f"about {duration(expected.seconds)}, by {runs} on this machine"
 
-def said_time(work: Work) -> str:
-    """The expected time of some work, and what it is taken from."""
-    expected = expect(work)
-    if expected is None:
-        return f"not known: nothing of this kind ({work.kind}) has been completed on this machine yet"
-    runs = "one earlier command" if expected.runs == 1 else f"{expected.runs} earlier commands"
-    return f"about {duration(expected.seconds)}, by {runs} on this machine"
+
+def show(estimate: Estimate, *, as_json: bool) -> None:
+    """Print an estimate."""
+    click.echo(json.dumps(estimate.as_json()) if as_json else str(estimate))
 
 
 def duration(seconds: float) -> str:

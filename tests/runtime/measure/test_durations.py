@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from wanforge.runtime.measure import durations
-from wanforge.runtime.measure.durations import Expectation, Work, expect, place, remember
+from wanforge.runtime.measure.durations import Expectation, Work, expect, remember
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(durations, "place", lambda: tmp_path / "durations.jsonl")
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def test_the_nearest_amounts_count_and_of_equal_ones_the_latest() -> None:
 
 def test_damaged_lines_are_passed_over() -> None:
     remember(Work("generate", 10), 5.0)
-    with place().open("ab") as file:
+    with durations.place().open("ab") as file:
         file.write(b'{"kind": 3}\n\xff\xfe\n{"machine"')
     assert expect(Work("generate", 10)) == Expectation(5.0, 1)
 
@@ -58,6 +58,6 @@ def test_a_long_past_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_nothing_can_be_written_nothing_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    monkeypatch.setattr(durations, "place", lambda: cache / "file" / "durations.jsonl")
     remember(Work("generate", 10), 5.0)
     assert expect(Work("generate", 10)) is None
