@@ -24,7 +24,7 @@ from tools.house import (
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
 """The floors, lowest first; the modules of `GROUND` lie below them, and those of `DOOR` above."""
-GROUND = ["errors", "whole_file", "host", "progress", "keywords", "version"]
+GROUND = ["errors", "regular_file", "whole_file", "host", "progress", "keywords", "version"]
 DOOR = ["cli", "api", "wanforge"]
 
 ROOMS = [
