@@ -1,20 +1,27 @@
-"""Reading the TOML files. A record refuses keys and values that it does not know, and the error names the file."""
+"""Reading the TOML files. A record refuses keys and values that it does not know; the error names the file, the key and
+what may stand there."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from wanforge.errors import ConfigError, unknown_name
+from wanforge.regular_file import check_regular
 
 CONFIGS = Path(__file__).parent
+
+MOST_BYTES = 1 << 20
+"""The largest size of a TOML file: a hundred times that of the largest one here."""
 
 Count = Annotated[int, Meta(ge=1)]
 Multiple16 = Annotated[int, Meta(ge=16, multiple_of=16)]
 Multiple128 = Annotated[int, Meta(ge=128, multiple_of=128)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
-Positive = Annotated[float, Meta(gt=0.0)]
+Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -28,14 +35,53 @@ def load(path: Path, record: type[RecordType]) -> RecordType:
     """Read one TOML file into `record`.
 
     Raises:
-        ConfigError: The file is missing, is not TOML, or has a key or value that the record does not know.
+        ConfigError: The file is missing, is no ordinary file, is not TOML, or has a key or value that the record does
+            not know.
     """
+    check_regular(path, ConfigError, MOST_BYTES)
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=record)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        return msgspec.toml.decode(path.read_bytes().decode("utf-8-sig"), type=record)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {explained(error, record)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its values are nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def explained(error: msgspec.ValidationError, record: type) -> str:
+    """What is wrong with a value that does not fit a record: the key at which it stands, and what may stand there."""
+    said, _, place = str(error).partition(" - at `$")
+    place = place.rstrip("`").removeprefix(".")
+    found = _type_at(record, place)
+    if (match := re.fullmatch("Object contains unknown field `(.*)`", said)) and isinstance(found, inspect.StructType):
+        said = unknown_name("key", match[1], [field.encode_name for field in found.fields])
+    elif (match := re.fullmatch("Object missing required field `(.*)`", said)) is not None:
+        said = f"the key {match[1]} is missing"
+    elif (match := re.fullmatch("Invalid enum value (.*)", said)) and isinstance(found, inspect.LiteralType):
+        said = f"{match[1]} is not allowed; use one of {', '.join(map(str, found.values))}"
+    elif said.startswith("Expected"):
+        said = said.replace("Expected", "expected", 1)
+    return f"{place}: {said}" if place else said
+
+
+def _type_at(record: type, place: str) -> inspect.Type:
+    """The type of the value at a place such as ``dit.dim`` or ``[...].sms[0]``, as msgspec writes it."""
+    found = inspect.type_info(record)
+    for step in re.findall(r"[^.\[\]]+|\[[^\]]*\]", place):
+        match _without_none(found):
+            case inspect.StructType(fields=fields):
+                found = next(field.type for field in fields if field.encode_name == step)
+            case inspect.DictType(value_type=item) | inspect.ListType(item_type=item):
+                found = item
+    return _without_none(found)
+
+
+def _without_none(found: inspect.Type) -> inspect.Type:
+    """The type of a value that may be left out."""
+    if isinstance(found, inspect.UnionType):
+        return next(each for each in found.types if not isinstance(each, inspect.NoneType))
+    return found
 
 
 def named(folder: str) -> list[str]:

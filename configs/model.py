@@ -110,6 +110,8 @@ class ModelConfig(Record, frozen=True):
     sampler: SamplerConfig = SamplerConfig()
     topk: Fraction = 0.1
     """Share of the key blocks that each query block attends to, unless a request sets another."""
+    example_prompt: str = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
+    """A prompt of the kind that it was trained on, for commands that need a clip but do not depend on what it shows."""
     held_out: Literal["", "figures"] = ""
     """The set of fixed prompts on which its quality can be measured, because it was trained on what they describe."""
 

@@ -13,18 +13,26 @@ def num_key_blocks(recipe: Recipe, clip: ClipShape) -> int:
     return -(-clip.tokens // recipe.block_k) if recipe.is_sparse else 1
 
 
-def num_selected(recipe: Recipe, clip: ClipShape, topk: float) -> int:
+def num_selected(recipe: Recipe, clip: ClipShape, default: float, asked: float | None = None) -> int:
     """Number of key blocks that each query block attends to; 1 if attention is dense.
 
+    Args:
+        default: The model's own top-k. Where a clip is so small that this selects no block, one block is selected, so
+            that every model can make every clip.
+        asked: The top-k that a user asks for, which takes the place of the model's own.
+
     Raises:
-        RequestError: `topk` is not a share.
-        ConfigError: It selects no block of this clip.
+        RequestError: `asked` is not a share.
+        ConfigError: `asked` selects no block of this clip.
     """
     if not recipe.is_sparse:
         return 1
-    if not 0 < topk <= 1:
-        raise RequestError(f"top-k {topk} is not a share of the key blocks; use more than 0 and at most 1")
-    return num_selected_of(topk, num_key_blocks(recipe, clip))
+    key_blocks = num_key_blocks(recipe, clip)
+    if asked is None:
+        return max(1, truncated_share(default, key_blocks))
+    if not 0 < asked <= 1:
+        raise RequestError(f"top-k {asked} is not a share of the key blocks; use more than 0 and at most 1")
+    return num_selected_of(asked, key_blocks)
 
 
 def num_selected_of(topk: float, key_blocks: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from wanforge.configs.clip import PATCH, ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.configs.topk import num_key_blocks, truncated_share
+from wanforge.configs.topk import num_key_blocks, num_selected
 from wanforge.engines.bundle.shapes import Shape, concrete, names_in
 
 LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
@@ -50,7 +50,7 @@ def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller:
         **{name: SizeRange(LEAST_OF_CLIP[name] if smaller else size, size, size) for name, size in fixed.items()},
         "prompt_tokens": text,
         "context_rows": text,
-        "num_selected": SizeRange(1, max(1, truncated_share(model.topk, key_blocks)), key_blocks),
+        "num_selected": SizeRange(1, num_selected(recipe, clip, model.topk), key_blocks),
     }
 
 

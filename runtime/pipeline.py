@@ -27,9 +27,10 @@ from wanforge.runtime.backends.choice import AUTO, choose_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.image import condition, open_image, to_pixels
+from wanforge.runtime.inputs.image import condition, open_image, to_pixels
+from wanforge.runtime.inputs.noise import load_noise
+from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.memory.estimate import needed_bytes
-from wanforge.runtime.noise import load_noise
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -42,7 +43,6 @@ from wanforge.runtime.request import (
     request_for,
 )
 from wanforge.runtime.schedule import text_schedule, vae_schedule
-from wanforge.runtime.text import Tokenizer
 from wanforge.runtime.video import video_writer
 
 

@@ -14,13 +14,10 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError
-from wanforge.runtime.image import open_image
-from wanforge.runtime.noise import check_noise, noise_names
+from wanforge.runtime.inputs.image import open_image
+from wanforge.runtime.inputs.noise import check_noise, noise_names
+from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.sampler import Step, schedule
-from wanforge.runtime.text import Tokenizer
-
-EXAMPLE_PROMPT = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
-"""The prompt of commands that need a clip but do not depend on what it shows."""
 
 SEEDS = 1 << 64
 """Number of distinct seeds of the generator."""
@@ -120,12 +117,11 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
         RequestError, ConfigError: The request does not make sense for this model.
     """
     _check_image(request, model)
-    if not 0 <= request.seed < SEEDS:
-        raise RequestError(f"seed {request.seed} is out of range; use 0 to {SEEDS - 1}")
+    check_seed(request.seed)
     ids = tokenizer.encode(request.prompt, model.dit.text_rows)
     if request.topk is not None and not recipe.is_sparse:
         raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
-    selected = num_selected(recipe, request.shape, model.topk if request.topk is None else request.topk)
+    selected = num_selected(recipe, request.shape, model.topk, request.topk)
     sampler = model.sampler
     num_steps = sampler.steps if request.steps is None else request.steps
     sigma_max = sampler.sigma_max if request.sigma_max is None else request.sigma_max
@@ -133,6 +129,16 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     if request.noise is not None:
         check_noise(request.noise, latent_shape(model, request.shape), checked.noise_names)
     return checked
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed of the generator.
+
+    Raises:
+        RequestError: It is negative or too large.
+    """
+    if not 0 <= seed < SEEDS:
+        raise RequestError(f"seed {seed} is out of range; use 0 to {SEEDS - 1}")
 
 
 def _check_image(request: Request, model: ModelConfig) -> None:

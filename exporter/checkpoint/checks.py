@@ -12,8 +12,8 @@ from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import CheckpointError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
+from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
-from wanforge.runtime.text import Tokenizer
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 FLOATS = {"F64", "F32", "F16", "BF16"}

@@ -38,7 +38,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
-from wanforge.runtime.text import find_tokenizer
+from wanforge.runtime.inputs.text import find_tokenizer
 from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE

@@ -9,11 +9,20 @@ import click
 from wanforge.configs.clip import ClipShape, size_of
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import EVERY, parse_targets
+from wanforge.errors import RequestError
 from wanforge.exporter.studies import scaling_report as report
 from wanforge.exporter.studies.scaling import predict
-from wanforge.runtime.commands.options import FILE, JSON, MODELS, TARGET_SYNTAX, takes, target_option
+from wanforge.runtime.commands.options import FILE, JSON, MODELS, TARGET_SYNTAX, Finite, takes, target_option
+from wanforge.runtime.measure.page import COLOURS
 from wanforge.runtime.progress import Bars
 from wanforge.whole_file import write_atomically
+
+MOST_CLIPS = 100
+"""The most clips of a report. Engines are built for each of them: for the usual fifteen and two models, this takes 17
+minutes."""
+
+MOST_LINES = COLOURS
+"""The most lines of a plot, one of which is the decoder's, and the most columns that compare top-k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +38,22 @@ class ScalingOptions:
     as_json: bool
 
     def clips(self) -> list[ClipShape]:
-        """The clips of every size and length."""
-        return [ClipShape(*size_of(size, "16:9"), count) for size in self.resolutions for count in self.frames]
+        """The clips of every size and length, each once.
+
+        Raises:
+            RequestError: There are more clips, models or shares than a report can show.
+            ConfigError: A size does not exist, or no clip can have one of the lengths.
+        """
+        clips = [ClipShape(*size_of(size, "16:9"), count) for size in self.resolutions for count in self.frames]
+        found = list(dict.fromkeys(clips))
+        for count, most, what in (
+            (len(found), MOST_CLIPS, "clips (sizes times lengths)"),
+            (len(self.models), MOST_LINES - 1, "models"),
+            (len(self.topks), MOST_LINES, "values of top-k"),
+        ):
+            if count > most:
+                raise RequestError(f"{count} {what} are more than one report can show; give at most {most}")
+        return found
 
 
 @click.command()
@@ -62,7 +85,7 @@ class ScalingOptions:
     "--topk",
     "topks",
     multiple=True,
-    type=float,
+    type=Finite(),
     default=[0.1, 0.05, 0.2, 1.0],
     show_default=True,
     help="Share of the key blocks that attention sees. Tables show the first value and compare the others with it.",
@@ -83,9 +106,10 @@ def scaling(options: ScalingOptions) -> None:
       wanforge scaling --model turbowan2.1-t2v-14b-720p --resolution 720p --frames 81 --frames 161 --target rtx5090
     """
     gpus = parse_targets(options.targets).gpus
-    models = [load_model(name) for name in options.models]
+    models = {model.name: model for model in map(load_model, options.models)}
+    clips = options.clips()
     with Bars() as bars:
-        found = predict(models, options.clips(), options.topks, gpus, bars)
+        found = predict(models.values(), clips, list(dict.fromkeys(options.topks)), gpus, bars)
     if options.markdown is not None:
         write_atomically(options.markdown.with_name(report.TIME_PLOT), report.time_plot(found).encode())
         if found.memories:

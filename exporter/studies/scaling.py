@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
+from PIL import Image
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
@@ -28,7 +29,7 @@ from wanforge.runtime.measure.cost.launches import LaunchCost
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report
 from wanforge.runtime.measure.cost.stages import StageCost, cost_of, stage_costs
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.request import EXAMPLE_PROMPT, Request
+from wanforge.runtime.request import Request
 
 RECIPE = "w8a8"
 ENDLESS_GIB = 1e6
@@ -42,7 +43,8 @@ class ScalingPoint:
     """The predicted time of one clip with one model at one top-k.
 
     Attributes:
-        costs: The costs of ``denoise`` (including what its steps share) and ``decode``, by GPU.
+        costs: The costs of ``denoise`` (including what its steps share), ``decode`` and, for image-to-video models,
+            ``encode``, by GPU.
         quadratic: The share of the denoiser's operations that grows with the square of the number of tokens.
     """
 
@@ -122,9 +124,10 @@ def points_of(
     """Predict the time of a clip at each top-k."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
+    image = Image.new("RGB", (1, 1)) if bundle.model.task == "i2v" else None  # what it shows costs nothing
     points = []
     for topk in topks:
-        checked = pipeline.resolve(Request(EXAMPLE_PROMPT, clip, topk=topk))
+        checked = pipeline.resolve(Request(bundle.model.example_prompt, clip, image, topk=topk))
         stages = {recipe: of_networks(stage_costs(bundle, checked, recipe)) for recipe in set(recipes.values())}
         costs = {
             name: {stage: cost_of(costs, target) for stage, costs in stages[recipes[name]].items()}
@@ -138,8 +141,10 @@ def points_of(
 
 
 def of_networks(stages: Mapping[str, list[LaunchCost]]) -> dict[str, list[LaunchCost]]:
-    """The launches of the denoiser, including what its steps share, and of the decoder."""
-    return {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
+    """The launches of the denoiser, including what its steps share, of the decoder and, for image-to-video models, of
+    the encoder."""
+    networks = {"denoise": stages["prepare"] + stages["denoise"], "decode": stages["decode"]}
+    return networks | ({"encode": stages["condition"]} if "condition" in stages else {})
 
 
 def memories_of(

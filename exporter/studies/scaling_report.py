@@ -1,6 +1,7 @@
 """Predictions as lines for a terminal, JSON, and docs/scaling.md with its plots."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -50,9 +51,12 @@ def as_json(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-def size(model: str) -> str:
-    """The short name of a model, such as ``14B``."""
-    return model.split("-")[-2].upper()
+def label(scaling: Scaling, model: str) -> str:
+    """The number of parameters in a model's name, such as ``14B``; the whole name if it has none, or if another model
+    has the same number."""
+    found = {name: re.search(r"-(a?[\d.]+b)-", name) for name in models(scaling)}
+    shorts = {name: name if match is None else match[1].upper() for name, match in found.items()}
+    return shorts[model] if [*shorts.values()].count(shorts[model]) == 1 else model
 
 
 def clip_facts(clip: ClipShape) -> dict[str, int]:
@@ -87,16 +91,21 @@ def rooflines_table(scaling: Scaling) -> Table:
     rows = []
     for point, *_ in by_clip(scaling):
         rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
-        rows.append([size(point.model), *clip_cells(point.clip), *rooflines])
+        rows.append([label(scaling, point.model), *clip_cells(point.clip), *rooflines])
     return ["", *CLIP, *scaling.targets], rows
 
 
-def decoder_table(scaling: Scaling) -> Table:
-    """The roofline of the VAE's decoder, which all models share, on every GPU."""
-    first, rows = models(scaling)[0], []
-    for point, *_ in by_clip(scaling):
-        if point.model == first:
-            rooflines = [number(point.costs[gpu]["decode"].roofline) for gpu in scaling.targets]
+def vae_table(scaling: Scaling, stage: str = "decode") -> Table:
+    """The roofline of one half of the VAE, which all models share, on every GPU.
+
+    Args:
+        stage: ``decode``, or ``encode``, which only image-to-video models do; without such a model there are no rows.
+    """
+    having = [points[0] for points in by_clip(scaling) if all(stage in each for each in points[0].costs.values())]
+    rows = []
+    for point in having:
+        if point.model == having[0].model:
+            rooflines = [number(point.costs[gpu][stage].roofline) for gpu in scaling.targets]
             rows.append([*clip_cells(point.clip), *rooflines])
     return ["size", *CLIP[1:], *scaling.targets], rows
 
@@ -110,7 +119,9 @@ def growth_table(scaling: Scaling) -> Table:
         follows = before is not None and (before.model, area(before.clip)) == (point.model, area(point.clip))
         exponent = f"{growth(before, point, gpu):.2f}" if before is not None and follows else "-"
         rooflines = [number(each.costs[gpu]["denoise"].roofline) for each in points]
-        rows.append([size(point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *rooflines])
+        rows.append(
+            [label(scaling, point.model), *clip_cells(point.clip), f"{point.quadratic:.0%}", exponent, *rooflines]
+        )
         before = point
     topks = [f"top-k {point.topk:g}, s" for point in next(by_clip(scaling))]
     return ["", *CLIP, "quadratic", "exponent", *topks], rows
@@ -127,7 +138,7 @@ def memory_table(scaling: Scaling) -> Table:
     gpus = list(dict.fromkeys(gpu for memory in scaling.memories for gpu in memory.plans))
     rows = []
     for memory in sorted(scaling.memories, key=lambda r: (models(scaling).index(r.model), area(r.clip), r.clip.frames)):
-        cells = [size(memory.model), *clip_cells(memory.clip)]
+        cells = [label(scaling, memory.model), *clip_cells(memory.clip)]
         if memory.plan is None:
             rows.append([*cells, *["-"] * (3 + len(gpus))])
             continue
@@ -165,27 +176,28 @@ def laws(scaling: Scaling) -> list[str]:
     """The law of growth of each model, in sentences with its numbers."""
     found = []
     for model in models(scaling):
+        name = label(scaling, model)
         of_model = sorted((p for p in by_clip(scaling) if p[0].model == model), key=lambda p: p[0].clip.tokens)
         halves = [f"{half_point(point):,.0f} at top-k {point.topk:g}" for point in of_model[-1]]
         found.append(
-            f"{size(model)}: the number of operations is one constant times the number of tokens plus another times "
+            f"{name}: the number of operations is one constant times the number of tokens plus another times "
             f"its square. The quadratic part makes up half of it at this many tokens: {', '.join(halves)}."
         )
         if len(halves) > 1:
             ratios = ", and ".join(ratio(points, next(iter(scaling.targets))) for points in (of_model[0], of_model[-1]))
-            found.append(f"{size(model)}: {ratios}.")
+            found.append(f"{name}: {ratios}.")
         planned = [memory for memory in scaling.memories if memory.model == model and memory.plan is not None]
         if len(planned) > 1:
             few, many = planned[0], planned[-1]
             slope = (extent(many, "denoise") - extent(few, "denoise")) / (many.clip.tokens - few.clip.tokens)
             found.append(
-                f"{size(model)}: the denoiser's memory besides weights grows by {slope / 1e3:.0f} kB per token "
+                f"{name}: the denoiser's memory besides weights grows by {slope / 1e3:.0f} kB per token "
                 f"({few.clip.tokens:,} to {many.clip.tokens:,} tokens)."
             )
         refused = [memory for memory in scaling.memories if memory.model == model and memory.plan is None]
         if refused:
             found.append(
-                f"{size(model)}: at {refused[0].clip.tokens:,} tokens no engine could be built, so there is no memory "
+                f"{name}: at {refused[0].clip.tokens:,} tokens no engine could be built, so there is no memory "
                 f"plan; larger clips were not tried. The builder said: {refused[0].refusal}"
             )
     return found
@@ -213,7 +225,8 @@ def text(scaling: Scaling) -> str:
         "denoiser, seconds",
         text_table(*rooflines_table(scaling)),
         "VAE decoder, seconds",
-        text_table(*decoder_table(scaling)),
+        text_table(*vae_table(scaling)),
+        *(["VAE encoder, seconds", text_table(*encoder)] if (encoder := vae_table(scaling, "encode"))[1] else []),
         "growth",
         text_table(*growth_table(scaling)),
     ]
@@ -248,9 +261,11 @@ def page(scaling: Scaling) -> str:
         "## VAE decoder",
         "Rooflines in seconds, in bf16; they are the same for all models and almost proportional to the number of "
         "pixels.",
-        markdown_table(*decoder_table(scaling)),
-        "## Memory",
+        markdown_table(*vae_table(scaling)),
     ]
+    if (encoder := vae_table(scaling, "encode"))[1]:
+        parts += ["## VAE encoder", "Rooflines in seconds, for image-to-video models.", markdown_table(*encoder)]
+    parts.append("## Memory")
     if scaling.memories:
         parts += [
             "All sizes are in GB. "
@@ -280,7 +295,7 @@ def time_plot(scaling: Scaling) -> str:
 
     places = dict.fromkeys((0, len(found[0]) - 1))
     series = [
-        line(f"{size(model)} {found[0][place].topk:g}", rooflines(model, place, "denoise"), "s")
+        line(f"{label(scaling, model)} {found[0][place].topk:g}", rooflines(model, place, "denoise"), "s")
         for model in models(scaling)
         for place in places
     ]
@@ -298,7 +313,7 @@ def memory_plot(scaling: Scaling) -> str:
         planned = (memory for memory in scaling.memories if memory.model == model and memory.plan is not None)
         return [(memory.clip, extent(memory, stage) / 1e9) for memory in planned]
 
-    series = [line(size(model), extents(model, "denoise"), "GB") for model in models(scaling)]
+    series = [line(label(scaling, model), extents(model, "denoise"), "GB") for model in models(scaling)]
     series.append(line("decoder", extents(models(scaling)[0], "decode"), "GB", is_joined=False))
     return picture_of(Plot("memory beside weights", "tokens; predicted", "GB", series, log_x=True, log_y=True))
 

@@ -27,7 +27,7 @@ from wanforge.runtime.measure.machine import Facts, fingerprint
 from wanforge.runtime.measure.requests.history import Entry, digest, entry
 from wanforge.runtime.measure.requests.overhead import step_seconds
 from wanforge.runtime.measure.requests.timing import Row, bench_request
-from wanforge.runtime.request import EXAMPLE_PROMPT, Request
+from wanforge.runtime.request import Request
 
 RECIPE = "w8a8"
 SIZES = {
@@ -115,7 +115,7 @@ def run_suite(repeats: int, progress: Progress = silent) -> Suite:
             scales.append(measure_scale(Path(folder) / title, title, load_model(name), repeats, builds=not missing))
             progress("export and build", len(scales), len(SIZES))
         bundle = tiny_bundle(Path(folder) / "files")
-        request = Request(EXAMPLE_PROMPT, bundle.model.video.clip)
+        request = Request(bundle.model.example_prompt, bundle.model.video.clip)
         rows = bench_request(bundle, request, ("torch", "ort"), repeats, progress=progress)
     return Suite(fingerprint(), scales, rows, missing)
 

@@ -26,6 +26,7 @@ from wanforge.runtime.commands.options import (
     TOPK,
     RequestOptions,
     ShapeOptions,
+    refuse_unused,
     takes,
     target_option,
 )
@@ -41,7 +42,7 @@ from wanforge.runtime.measure.requests.sweep import PARAMETERS, PlannedSweep, Se
 from wanforge.runtime.measure.requests.timing import Row, bench_request
 from wanforge.runtime.pipeline import Pipeline, verify_files
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.request import EXAMPLE_PROMPT, Request
+from wanforge.runtime.request import Request
 from wanforge.whole_file import write_atomically
 
 NOT_COMPARABLE = 3
@@ -149,7 +150,7 @@ class BenchOptions(RequestOptions):
 
 @bench.command("request", short_help="Time a whole request on each backend.")
 @BUNDLE
-@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip to time.")
+@click.option("--prompt", help="Prompt of the clip to time.  [default: the model's example]")
 @IMAGE
 @SEED
 @CLIP
@@ -225,6 +226,10 @@ def bench_requests(options: BenchOptions) -> None:
       wanforge bench turbo-1.3b --frames 5 --steps 1 --target h200 --html bench.html
       wanforge bench turbo-1.3b --sweep topk=0.05,0.1,0.2 --sweep steps=1,2,3,4 --backend ort
     """
+    if options.sweeps:
+        refuse_unused(("baselines", "warm_up"), "with --sweep, which times one backend")
+    else:
+        refuse_unused(("rates",), "without --sweep")
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     request, machine = options.request(bundle.model), fingerprint()
     here = target_name(str(machine["gpu"]))

@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
@@ -23,14 +23,19 @@ from wanforge.runtime.commands.options import (
     MEMORY,
     STALE_OK,
     ClipOptions,
+    Finite,
     budget_bytes,
     takes,
 )
-from wanforge.runtime.noise import write_noise
+from wanforge.runtime.inputs.noise import write_noise
+from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.request import CheckedRequest, Request, latent_shape
+from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
 from wanforge.runtime.video import check_place
+
+MOST_CLIPS = 10_000
+"""The most clips that one command makes. All of them are checked and numbered before the first is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +60,25 @@ class GenerateOptions(ClipOptions):
     as_json: bool
 
 
-class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request of a prompt file."""
-
-    prompt: str
-    image: str | None = None
-    seed: int | None = None
-    out: str | None = None
-
-
 @dataclass(frozen=True)
 class Order:
-    """A request and the file for its video."""
+    """A request for one or several clips, each with the next seed, and the file for their videos.
+
+    Attributes:
+        place: Where the request stands, see `PromptLine`.
+    """
 
     request: Request
     out: Path
+    place: str
+
+    def checked(self, pipeline: Pipeline, samples: int) -> list[CheckedRequest]:
+        """The requests of all samples. They differ in their seeds alone, so only the first and last are checked."""
+        with placed(self.place):
+            first = pipeline.check(self.request)
+            check_seed(self.request.seed + samples - 1)
+        seeds = range(self.request.seed, self.request.seed + samples)
+        return [replace(first, request=replace(self.request, seed=seed)) for seed in seeds]
 
 
 @click.command()
@@ -79,7 +88,8 @@ class Order:
     "--prompt-file",
     type=FILE,
     help="File with many requests, one per line: a prompt, or a JSON object such as "
-    '{"prompt": …, "image": …, "seed": …, "out": …}.',
+    '{"prompt": …, "image": …, "seed": …, "out": …}. A relative image is looked for in the folder of the file; out is '
+    "relative to the current folder, like --out. A single - reads the standard input.",
 )
 @IMAGE
 @click.option(
@@ -93,7 +103,7 @@ class Order:
 @click.option(
     "--adaptive", is_flag=True, help="Take the aspect ratio from the image, and the area from the resolution."
 )
-@click.option("--sigma-max", type=float, help="Noise level of the first step.  [default: the model's own]")
+@click.option("--sigma-max", type=Finite(), help="Noise level of the first step.  [default: the model's own]")
 @click.option(
     "--seed",
     type=int,
@@ -123,11 +133,13 @@ def generate(options: GenerateOptions) -> None:
       wanforge generate turbo-1.3b --prompt "A red kite turns slowly over a windy beach at dusk." --out kite.mp4
       wanforge generate turbo-1.3b --prompt-file prompts.txt --samples 2 --out clips/clip.mp4 --json
     """
-    if (options.prompt is None) == (options.prompt_file is None):
-        raise click.UsageError("give either --prompt or --prompt-file")
+    if options.prompt is not None and options.prompt_file is not None:
+        raise click.UsageError("give either --prompt or --prompt-file, not both")
     if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
         raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
+    if options.prompt is None and options.prompt_file is None:
+        raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
     orders = orders_of(options, bundle)
     with Bars() as bars:
         clips = [order.request.shape for order in orders]
@@ -135,8 +147,8 @@ def generate(options: GenerateOptions) -> None:
         if options.backend == AUTO and pipeline.backend.name == "torch":
             bars.close()
             click.echo(f"No fast backend can run, so the reference does. {obstacles(bundle, clips)}", err=True)
-        checked = [pipeline.check(order.request) for order in orders]
-        places = video_places([order.out for order in orders])
+        checked = [request for order in orders for request in order.checked(pipeline, options.samples)]
+        places = video_places(orders, options.samples)
         if options.save_noise is not None:
             save_noise(pipeline, checked, options.save_noise)
         results = []
@@ -150,22 +162,33 @@ def generate(options: GenerateOptions) -> None:
 
 
 def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
-    """All requests that are asked for, prompt by prompt and sample by sample."""
-    lines = [PromptLine(options.prompt)] if options.prompt is not None else read_prompts(options.prompt_file)
+    """All requests that are asked for, prompt by prompt.
+
+    Raises:
+        RequestError: The prompt file cannot be read, or there are too many clips.
+        ConfigError: No clip of this model has the size or the length.
+    """
+    lines = [PromptLine(options.prompt or "")] if options.prompt_file is None else read_prompts(options.prompt_file)
+    if len(lines) * options.samples > MOST_CLIPS:
+        raise RequestError(
+            f"{len(lines)} prompts with {options.samples} samples are {len(lines) * options.samples:,} clips; one "
+            f"command makes at most {MOST_CLIPS:,}, so ask for fewer samples, or split the prompt file"
+        )
     orders = []
     for line in lines:
-        image = options.image if line.image is None else Path(line.image)
-        shape = options.shape(bundle.model, adaptive=options.adaptive, image=image)
-        first_seed = options.seed if line.seed is None else line.seed
-        out = options.out if line.out is None else Path(line.out)
-        orders += [Order(request_of(options, line, shape, image, first_seed + n), out) for n in range(options.samples)]
+        with placed(line.place):
+            image = options.image if line.image is None else line.image
+            shape = options.shape(bundle.model, adaptive=options.adaptive, image=image)
+        seed = options.seed if line.seed is None else line.seed
+        request = request_of(options, line.prompt, shape, image, seed)
+        orders.append(Order(request, options.out if line.out is None else line.out, line.place))
     return orders
 
 
-def request_of(options: GenerateOptions, line: PromptLine, shape: ClipShape, image: Path | None, seed: int) -> Request:
+def request_of(options: GenerateOptions, prompt: str, shape: ClipShape, image: Path | None, seed: int) -> Request:
     """The request for one prompt and one seed."""
     return Request(
-        line.prompt,
+        prompt,
         shape,
         image,
         seed,
@@ -177,56 +200,35 @@ def request_of(options: GenerateOptions, line: PromptLine, shape: ClipShape, ima
     )
 
 
-def read_prompts(path: Path | None) -> list[PromptLine]:
-    """The requests of a prompt file.
-
-    Raises:
-        RequestError: The file is missing or empty, or a line of JSON is not a request.
-    """
-    assert path is not None
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: not a text file of prompts ({error})") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            found.append(PromptLine(line))
-            continue
-        try:
-            found.append(msgspec.json.decode(line, type=PromptLine))
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise RequestError(f"{path}, line {number}: {error}") from None
-    if not found:
-        raise RequestError(f"{path}: holds no prompts; write one per line")
-    return found
-
-
-def video_places(wanted: list[Path]) -> list[Path]:
+def video_places(orders: Sequence[Order], samples: int) -> list[Path]:
     """The file of each video: the one asked for, numbered where several share it. All of them can be written to.
 
     Raises:
         RequestError: A name does not end in .mp4, is that of a folder, or would be used twice.
         OSError: A file cannot be written there.
     """
-    places = numbered(wanted)
-    counts = Counter(place.absolute() for place in places)
-    if twice := [place for place in places if counts[place.absolute()] > 1]:
-        raise RequestError(f"{twice[0]}: two videos would be written under this name; give each its own")
-    for place in places:
-        check_place(place)
+    every = [order for order in orders for _ in range(samples)]
+    places = numbered([order.out for order in every])
+    taken: set[Path] = set()
+    for order, place in zip(every, places, strict=True):
+        with placed(order.place):
+            if place.resolve() in taken:
+                raise RequestError(f"{place}: two videos would be written under this name; give each its own")
+        taken.add(place.resolve())
+    for order, place in zip(every, places, strict=True):
+        with placed(order.place):
+            check_place(place)
     return places
 
 
 def numbered(wanted: list[Path]) -> list[Path]:
-    """The names, with -001, -002 and so on added where several are the same."""
+    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
     counts, numbers = Counter(wanted), Counter[Path]()
+    digits = max(3, len(str(max(counts.values()))))
     paths = []
     for path in wanted:
         numbers[path] += 1
-        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:03}") if counts[path] > 1 else path)
+        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
     return paths
 
 

@@ -4,13 +4,15 @@ A command declares its options with click and receives them as one record: a dat
 options. `takes` builds the record, so that no command has to pass on a long list of arguments.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from wanforge.configs.clip import ClipShape, adaptive_size, size_of
 from wanforge.configs.loading import named
@@ -18,12 +20,25 @@ from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.backends.choice import AUTO
-from wanforge.runtime.image import open_image
-from wanforge.runtime.request import EXAMPLE_PROMPT, Request
+from wanforge.runtime.inputs.image import open_image
+from wanforge.runtime.request import Request
 
 FILE = click.Path(dir_okay=False, path_type=Path)
+MOST_GIGABYTES = 1e6
+"""The most memory that can be asked for, more than any machine has."""
 FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+
+
+class Finite(click.FloatRange):
+    """The type of every option whose value is a number with a fraction: any of a range but infinity and NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
 
 Options = TypeVar("Options")
 Command = TypeVar("Command", bound=Callable[..., object])
@@ -85,13 +100,14 @@ class ClipOptions(ShapeOptions):
 class RequestOptions(ClipOptions):
     """The options of one request, shared by the commands that compare and time requests."""
 
-    prompt: str = EXAMPLE_PROMPT
+    prompt: str | None = None
     image: Path | None = None
     seed: int = 0
 
     def request(self, model: ModelConfig) -> Request:
-        """The request for a model."""
-        return Request(self.prompt, self.shape(model), self.image, self.seed, self.steps, topk=self.topk)
+        """The request for a model, by default with the model's example as the prompt."""
+        prompt = model.example_prompt if self.prompt is None else self.prompt
+        return Request(prompt, self.shape(model), self.image, self.seed, self.steps, topk=self.topk)
 
 
 def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -131,7 +147,7 @@ STEPS = click.option(
 )
 TOPK = click.option(
     "--topk",
-    type=float,
+    type=Finite(),
     help="Share of the key blocks that attention sees, at most 1. A larger share is slower and closer to full "
     "attention.  [default: the model's own]",
 )
@@ -139,6 +155,22 @@ CLIP = combined(SHAPE, STEPS, TOPK)
 
 IMAGE = click.option("--image", type=FILE, help="Picture to use as the first frame, for image-to-video models.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+
+
+def refuse_unused(names: Collection[str], reason: str) -> None:
+    """Refuse options that the user gives but that have no effect, rather than ignore them.
+
+    Args:
+        names: Names of the fields of the command's record.
+        reason: Why they have no effect, in words that follow on from "has no effect".
+
+    Raises:
+        click.UsageError: One of them is given.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        if option.name in names and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{option.opts[0]} has no effect {reason}; leave it out")
 
 
 def backend_option(name: str, field: str, **settings: Any) -> Callable[[Command], Command]:
@@ -156,7 +188,7 @@ BACKEND = backend_option(
 )
 MEMORY = click.option(
     "--memory",
-    type=click.FloatRange(0, min_open=True),
+    type=Finite(0, MOST_GIGABYTES, min_open=True),
     help="Memory limit in gigabytes; weights that do not fit are streamed. With trt it is a limit on GPU memory (by "
     "default, all that is free), with ort on the weights and buffers. torch and kernels accept no limit.",
 )

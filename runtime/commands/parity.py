@@ -22,14 +22,17 @@ from wanforge.runtime.commands.options import (
     STALE_OK,
     RequestOptions,
     backend_option,
+    refuse_unused,
     takes,
 )
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, check_pair, compare
 from wanforge.runtime.measure.parity.report import as_json, page, text
 from wanforge.runtime.measure.quality.held_out import MOST_LOST, measure, table
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.request import EXAMPLE_PROMPT
 from wanforge.whole_file import write_atomically
+
+NOT_OF_QUALITY = ("prompt", "image", "seed", "seeds", "resolution", "aspect", "frames", "depths", "html")
+"""The options that have no effect with --quality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ class ParityOptions(RequestOptions):
 
 @click.command()
 @BUNDLE
-@click.option("--prompt", default=EXAMPLE_PROMPT, help="Prompt of the clip to compare.")
+@click.option("--prompt", help="Prompt of the clip to compare.  [default: the model's example]")
 @IMAGE
 @SEED
 @click.option(
@@ -126,6 +129,8 @@ def parity(options: ParityOptions) -> None:
       wanforge parity turbo-1.3b --backend torch --recipe w8a8-row --reference-recipe bf16-sla
       wanforge parity tinywan --quality --backend torch --recipe w8a8 --reference-recipe bf16
     """
+    if options.quality:
+        refuse_unused(NOT_OF_QUALITY, "with --quality, whose prompts, seeds and sizes are fixed")
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     request = options.request(bundle.model)
     reference, contender = options.contenders(bundle)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 
 from PIL import Image
 from torch import Tensor
@@ -64,7 +65,7 @@ class Plot:
     Attributes:
         series: At most six.
         x_names: Labels below the whole values of x, where these stand for names rather than numbers.
-        marks: Horizontal lines by name.
+        limits: The x and y of each limit. Equal ones that follow each other are drawn as one dashed line.
     """
 
     title: str
@@ -74,7 +75,7 @@ class Plot:
     log_x: bool = False
     log_y: bool = False
     x_names: Sequence[str] = ()
-    marks: Sequence[tuple[str, float]] = ()
+    limits: Sequence[tuple[float, float]] = ()
 
 
 class Axis:
@@ -169,13 +170,11 @@ def picture_of(chart: Plot) -> str:
 
 def _svg(chart: Plot, attributes: str = "", before: Sequence[str] = (), headroom: int = 0) -> str:
     xs = [x for series in chart.series for x, _, _ in series.points]
-    ys = [y for series in chart.series for _, y, _ in series.points] + [y for _, y in chart.marks]
+    ys = [y for series in chart.series for _, y, _ in series.points] + [y for _, y in chart.limits]
     across = Axis(xs, (LEFT, WIDTH - RIGHT), chart.log_x, from_zero=False)
     up = Axis(ys, (HEIGHT - BOTTOM, TOP), chart.log_y, from_zero=True)
     parts = [*before, *_grid(chart, across, up)]
-    for name, y in chart.marks:
-        parts.append(_line(LEFT, up(y), WIDTH - RIGHT, up(y), "var(--bad)", ' stroke-dasharray="5 4"'))
-        parts.append(_text(WIDTH - RIGHT - 4, up(y) - 5, name, "end"))
+    parts += _limits(chart, across, up)
     for index, series in enumerate(chart.series):
         parts += _series(series, f"var(--c{index % COLOURS})", across, up)
     box = f'viewBox="0 {-headroom} {WIDTH} {HEIGHT + headroom}" role="img" aria-label="{escape(chart.title)}"'
@@ -215,6 +214,20 @@ def _grid(chart: Plot, across: Axis, up: Axis) -> Iterable[str]:
     yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, chart.x, "middle")
     middle = (TOP + HEIGHT - BOTTOM) / 2
     yield f'<g transform="rotate(-90 16 {middle})">{_text(16, middle, chart.y, "middle")}</g>'
+
+
+def _limits(chart: Plot, across: Axis, up: Axis) -> Iterable[str]:
+    """The limits as dashed lines, each value named once, at the end of its first line."""
+    runs = [(y, [x for x, _ in run]) for y, run in groupby(chart.limits, key=lambda limit: limit[1])]
+    named: set[float] = set()
+    for y, xs in runs:
+        left, right = float(LEFT), float(WIDTH - RIGHT)
+        if len(runs) > 1:
+            left, right = max(left, across(xs[0] - 0.5)), min(right, across(xs[-1] + 0.5))
+        yield _line(left, up(y), right, up(y), "var(--bad)", ' stroke-dasharray="5 4"')
+        if y not in named:
+            yield _text(max(right - 4, LEFT + 10 * CHARACTER), up(y) - 5, f"limit {y:.0e}", "end")
+        named.add(y)
 
 
 def _series(series: Series, colour: str, across: Axis, up: Axis) -> Iterable[str]:

@@ -2,20 +2,27 @@
 
 from collections.abc import Iterable, Sequence
 
+WIDTH = 118
+"""The most characters in a line of a table, so that an indented one fits into 120 columns."""
+
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table for a terminal: its first `words` columns aligned to the left, the numbers after them to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    """A table for a terminal: its first `words` columns aligned to the left, the numbers after them to the right.
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if index < words else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join(map(line, lines))
+    A table that is too wide continues below itself, where the columns of words are repeated.
+    """
+    columns = list(zip(header, *rows, strict=True))
+    padded = [
+        [cell.ljust(width) if index < words else cell.rjust(width) for cell in column]
+        for index, column in enumerate(columns)
+        for width in [max(map(len, column))]
+    ]
+    blocks = [padded[:words]]
+    for column in padded[words:]:
+        if len(blocks[-1]) > words and sum(len(each[0]) + 2 for each in blocks[-1]) + len(column[0]) > WIDTH:
+            blocks.append(padded[:words])
+        blocks[-1] = [*blocks[-1], column]
+    return "\n\n".join("\n".join("  ".join(cells).rstrip() for cells in zip(*b, strict=True)) for b in blocks)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:

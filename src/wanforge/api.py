@@ -4,6 +4,7 @@ They take folders as strings or paths and print nothing. Errors that depend on f
 as a `WanforgeError`; a keyword that does not exist, or a value of a wrong type, is a TypeError.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +53,8 @@ def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None 
         BundleError: The folder is not a bundle, or a file of it is missing or damaged.
         ConfigError: There is no such backend, or it cannot keep to this memory budget.
     """
-    if memory is not None and memory <= 0:
-        raise ConfigError(f"memory must be more than 0 gigabytes, not {memory:g}")
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(f"memory must be a finite number of gigabytes above 0, not {memory:g}")
     return open_pipeline(opened(bundle), backend, None if memory is None else memory * 1e9)
 
 
@@ -221,7 +222,7 @@ def build(
 @with_settings(Settings)
 def parity(
     bundle: str | Path | Bundle,
-    prompt: str,
+    prompt: str | None = None,
     image: str | Path | None = None,
     *,
     backend: str = AUTO,
@@ -232,7 +233,7 @@ def parity(
     """Compare a backend with the reference.
 
     Args:
-        prompt: The prompt of the clip that is compared.
+        prompt: The prompt of the clip that is compared; the model's example by default.
         image: Its first frame, for image-to-video models.
         backend: The backend that is compared.
         depths: Any of ``op``, ``block``, ``step`` and ``clip``.
@@ -247,5 +248,6 @@ def parity(
     """
     found = opened(bundle)
     name = choose_backend(found) if backend == AUTO else backend
-    request = request_for(found.model, prompt, image, settings)
+    asked = found.model.example_prompt if prompt is None else prompt
+    request = request_for(found.model, asked, image, settings)
     return compare(found, Contender(name), request, depths=depths, progress=on_progress)

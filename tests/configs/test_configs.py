@@ -1,5 +1,6 @@
 """Configurations hold the published sizes, and errors name the file and the misspelt key."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from hypothesis import strategies as st
 
 from tests.golden import load_json
 from wanforge.configs.clip import ClipShape, adaptive_size, latent_frames, load_resolutions, size_of
-from wanforge.configs.loading import CONFIGS, named
+from wanforge.configs.loading import CONFIGS, load, named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
-from wanforge.configs.topk import least_topk, num_selected_of
+from wanforge.configs.tiles import _Tiles
+from wanforge.configs.topk import least_topk, num_selected, num_selected_of
 from wanforge.errors import ConfigError
 
 TINY = (CONFIGS / "models" / "tiny-t2v.toml").read_text()
@@ -138,6 +140,15 @@ def test_num_selected_is_upstreams() -> None:
                 num_selected_of(row["topk"], row["key_blocks"])
 
 
+def test_a_models_own_topk_selects_at_least_one_block() -> None:
+    recipe, clip = load_recipe("w8a8"), ClipShape(192, 128, 5)  # 192 tokens in 3 key blocks
+    assert num_selected(recipe, clip, 0.3) == 1
+    assert num_selected(recipe, clip, 0.3, asked=0.7) == 2
+    with pytest.raises(ConfigError, match=r"selects no block; use at least 0\.334"):
+        num_selected(recipe, clip, 0.9, asked=0.3)
+    assert num_selected(load_recipe("bf16"), clip, 0.3) == 1
+
+
 def test_num_selected_truncates_the_double_precision_product() -> None:
     assert num_selected_of(0.29, 100) == 28
 
@@ -203,14 +214,21 @@ def test_clip_shape_refuses_other_frame_counts() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("dim = 256", "dimm = 256", r"unknown field `dimm` - at `\$\.dit`"),
-        ("frames = 17", "framse = 17", r"unknown field `framse` - at `\$\.video`"),
-        ('task = "t2v"', 'tusk = "t2v"', r"unknown field `tusk`"),
+        ("dim = 256", "dimm = 256", "dit: no key is called 'dimm'; did you mean dim"),
+        ("frames = 17", "framse = 17", "video: no key is called 'framse'; did you mean frames"),
+        ('task = "t2v"', 'tusk = "t2v"', r"toml: no key is called 'tusk'; .*known: name, task"),
         ("frames = 17", "frames = 18", "18 frames cannot be encoded"),
-        ("height_px = 128", "height_px = 100", r"multiple of 16 - at `\$\.video\.height_px`"),
-        ("dim = 256", "dim = 200", r"multiple of 128 - at `\$\.dit\.dim`"),
-        ("topk = 0.3", "topk = 0.0", r"> 0.0 - at `\$\.topk`"),
-        ("topk = 0.3", "topk = 1.5", r"<= 1.0 - at `\$\.topk`"),
+        ("height_px = 128", "height_px = 100", "video.height_px: expected .* multiple of 16"),
+        ("dim = 256", "dim = 200", "dit.dim: expected .* multiple of 128"),
+        ("topk = 0.3", "topk = 0.0", "toml: topk: expected .* > 0.0"),
+        ("topk = 0.3", "topk = 1.5", "toml: topk: expected .* <= 1.0"),
+        ("dim = 256", 'dim = "256"', "dit.dim: expected `int`, got `str`"),
+        ("num_layers = 2", "", "dit: the key num_layers is missing"),
+        ('task = "t2v"', 'task = "v2v"', "task: 'v2v' is not allowed; use one of i2v, t2v"),
+        ("dim = 256", "dim = 256\nin_channels = 20", "dit.in_channels: 20 is not allowed; use one of 16, 36"),
+        ("topk = 0.3", "topk = nan", "toml: topk: expected .* > 0.0"),
+        ("[vae]", "[sampler]\nsigma_max = inf\n[vae]", "sampler.sigma_max: expected `float` <= "),
+        ('task = "t2v"', "task = " + "[" * 5000, "nested too deeply"),
         ('task = "t2v"', 'task = "i2v"', "task 'i2v' does not go with 16 input channels"),
         ("text_dim = 64", "text_dim = 96", "text_encoder.dim is 64 but the denoiser expects 96"),
         ("[dit]", "[dit", "mine.toml: "),
@@ -226,7 +244,7 @@ def test_rejects_what_a_model_file_may_not_say(tmp_path: Path, old: str, new: st
 
 def test_rejects_unknown_key_of_a_recipe(tmp_path: Path) -> None:
     path = write(tmp_path, 'name = "x"\nlinear = "bf16"\nattention = "dense"\nblock_h = 64')
-    with pytest.raises(ConfigError, match="unknown field `block_h`") as caught:
+    with pytest.raises(ConfigError, match="no key is called 'block_h'; did you mean block_q") as caught:
         load_recipe(str(path))
     assert str(path) in str(caught.value)
 
@@ -253,8 +271,33 @@ def test_a_size_can_be_given_in_pixels() -> None:
         size_of("1920x", "16:9")
 
 
+def test_the_place_of_a_value_inside_tables_and_lists_is_named(tmp_path: Path) -> None:
+    row = 'sms = [80]\nnum_warps = 4\nnum_stages = 1\nreason = ""\n'
+    for line, complaint in {
+        "num_warps = 3": r"tiles\[...\]\[...\]\[0\].num_warps: 3 is not allowed; use one of 1, 2, 4, 8, 16$",
+        "num_warp = 4": r"tiles\[...\]\[...\]\[0\]: no key is called 'num_warp'; did you mean num_warps\?",
+    }.items():
+        path = write(tmp_path, "[[tiles.op.kernel]]\n" + row.replace("num_warps = 4", line))
+        with pytest.raises(ConfigError, match=complaint):
+            load(path, _Tiles)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    assert load_model(str(write(tmp_path, "\ufeff" + TINY))) == load_model("tiny-t2v")
+
+
+def test_what_is_no_ordinary_small_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match="is a pipe"):
+        load_model(str(tmp_path / "pipe.toml"))
+    with pytest.raises(ConfigError, match="at most 1,048,576"):
+        load_model(str(write(tmp_path, "#" * (1 << 20) + "\n")))
+    with pytest.raises(ConfigError, match=r"mine\.toml: .*decode"):
+        load_model(str(write(tmp_path, b"name = '\xff'")))
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"mine\.toml: no such configuration file"):
+    with pytest.raises(ConfigError, match=r"mine\.toml: no such file"):
         load_model(str(tmp_path / "mine.toml"))
 
 

@@ -15,7 +15,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
 from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.noise import write_noise
+from wanforge.runtime.inputs.noise import write_noise
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, latent_shape
 
@@ -61,7 +61,7 @@ def test_noise_that_does_not_fit_is_refused(pipeline: Pipeline, tmp_path: Path) 
     def attempt(steps: int) -> None:
         pipeline.check(Request(PROMPT, SHAPE, steps=steps, topk=0.5, noise=path))
 
-    with pytest.raises(RequestError, match="no such noise file"):
+    with pytest.raises(RequestError, match=r"noise\.safetensors: no such file"):
         attempt(4)
     path.write_bytes(b"nonsense")
     with pytest.raises(RequestError, match="not a noise file"):
@@ -126,7 +126,7 @@ def test_an_image_model_needs_an_image(bundle_of: BundleOf) -> None:
 def test_an_image_is_opened_before_anything_is_computed(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-i2v", "bf16-sla")
     pipeline = Pipeline(bundle, create_backend("ort", bundle))
-    with pytest.raises(RequestError, match="no such image"):
+    with pytest.raises(RequestError, match="no such file"):
         pipeline.check(Request(PROMPT, SHAPE, tmp_path / "absent.png", topk=0.5))
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(RequestError, match="not an image"):

@@ -169,8 +169,11 @@ def test_values_are_checked_before_anything_is_written(bundle: Path) -> None:
     for dtypes in ("fp32", []):
         with pytest.raises(ConfigError, match="is not a list of compute types"):
             wanforge.export(bundle, dtypes)
-    with pytest.raises(ConfigError, match="memory must be more than 0"):
+    with pytest.raises(ConfigError, match="memory must be a finite number of gigabytes above 0"):
         wanforge.load(bundle, backend="ort", memory=-1)
+    for memory in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ConfigError, match="memory must be a finite number"):
+            wanforge.load(bundle, backend="ort", memory=memory)
     with pytest.raises(CheckpointError, match="no component of tiny-t2v is called 'ditt'; did you mean dit"):
         wanforge.import_checkpoint("new", "tiny-t2v", {"ditt": "a", "tokenizer": "b"})
     with pytest.raises(ConfigError, match="no target is called 'rtx1'"):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from tools.tinywan.scenes import vocabulary
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.runtime.inputs.text import END
 from wanforge.runtime.reference.dit import Block, DiT, LayerNorm, Linear, RMSNorm, SparseAttention
 from wanforge.runtime.reference.text_encoder import BiaslessLinear as TextLinear
 from wanforge.runtime.reference.text_encoder import Norm, Table, TextEncoder, pad_rows
-from wanforge.runtime.text import END
 
 RESIDUAL_GAIN = 0.3
 """Initial gain of the last linear of each residual branch, relative to unit gain."""

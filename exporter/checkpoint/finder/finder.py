@@ -37,8 +37,8 @@ from wanforge.exporter.checkpoint.finder.listing import list_folders
 from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.plugins.quantiser import TILE
+from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import is_quantised, looks_like
-from wanforge.runtime.text import Tokenizer
 
 OPTIONS = {
     **{"dit": "--dit", "dit.high": "--dit", "dit.low": "--dit-low"},

@@ -24,7 +24,7 @@ def workload(model: ModelConfig, shape: ClipShape, topk: float | None, device: t
         ConfigError: The top-k selects no key block.
     """
     recipe = recipe_on(device)
-    selected = num_selected(recipe, shape, model.topk if topk is None else topk)
+    selected = num_selected(recipe, shape, model.topk, topk)
     return Workload(model, shape, recipe, selected, USUAL_TEXT_ROWS)
 
 

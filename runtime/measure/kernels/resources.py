@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import product
+from textwrap import wrap
 from typing import Any
 
 import msgspec
 
 from wanforge.plugins.launching.cubins import Cubin
 from wanforge.plugins.launching.occupancy import KIB, faults, occupancy
-from wanforge.runtime.measure.tables import markdown_table, text_table
+from wanforge.runtime.measure.tables import WIDTH, markdown_table, text_table
 
 
 def as_dict(cubin: Cubin) -> dict[str, Any]:
@@ -18,21 +19,29 @@ def as_dict(cubin: Cubin) -> dict[str, Any]:
     return {**msgspec.to_builtins(cubin), **derived, "faults": faults(cubin)}
 
 
-HEAD = ("", "kernel", "SM", "warps", "regs", "spills", "shared", "CTAs/SM", "occupancy", "size", "MMA", "variant")
+HEAD = ("", "SM", "warps", "regs", "spills", "shared", "CTAs/SM", "occupancy", "size", "tensor cores")
 
 
 def table(cubins: Sequence[Cubin]) -> str:
-    """Cubins as a table by kernel and architecture, marked with ! where one should not be shipped."""
-    ordered = sorted(cubins, key=lambda cubin: (cubin.kernel, cubin.sm))
-    rows = [row(cubin, [other for other in cubins if other.kernel == cubin.kernel]) for cubin in ordered]
-    return text_table(HEAD, rows, words=len(HEAD))
+    """Cubins by kernel and variant: a heading, and below it a row for each architecture, marked with ! where the cubin
+    should not be shipped."""
+    siblings = {cubin.kernel: [other for other in cubins if other.kernel == cubin.kernel] for cubin in cubins}
+    ordered = sorted(cubins, key=lambda cubin: (cubin.kernel, variant(cubin, siblings[cubin.kernel]), cubin.sm))
+    head, *rows = text_table(HEAD, map(row, ordered), words=len(HEAD)).splitlines()
+    lines, last = [head], ""
+    for cubin, line in zip(ordered, rows, strict=True):
+        title = f"{cubin.kernel}: {variant(cubin, siblings[cubin.kernel])}"
+        if title != last:
+            lines += wrap(title, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines.append(line)
+        last = title
+    return "\n".join(lines)
 
 
-def row(cubin: Cubin, siblings: Sequence[Cubin]) -> tuple[str, ...]:
+def row(cubin: Cubin) -> tuple[str, ...]:
     filled = occupancy(cubin)
     return (
         "!" if faults(cubin) else "",
-        cubin.kernel,
         f"sm_{cubin.sm}",
         str(cubin.threads // 32),
         str(cubin.registers),
@@ -41,8 +50,7 @@ def row(cubin: Cubin, siblings: Sequence[Cubin]) -> tuple[str, ...]:
         str(filled.programs),
         f"{filled.warps:.0%}",
         f"{cubin.bytes / KIB:.0f} KiB",
-        " ".join(cubin.mma) or "-",
-        variant(cubin, siblings),
+        instructions([cubin]),
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from wanforge.configs.limits import Limits
 from wanforge.runtime.measure.page import COLOURS, Plot, Series, document, heading, paragraph, picture, plot, table
 from wanforge.runtime.measure.parity.comparison import BLOCK, DEPTHS, Comparison, Parity
 from wanforge.runtime.measure.tables import indented, text_table
@@ -16,8 +16,11 @@ from wanforge.runtime.measure.tables import indented, text_table
 SHOWN_FRAMES = 4
 """Frames of a clip that the page shows."""
 
-SHOWN_FAULTS = 100
-"""Failed comparisons that the page lists."""
+SHOWN_ROWS = 100
+"""Rows of a table whose length depends on the number of clips, and failed comparisons that the page lists."""
+
+SHOWN_PIXELS = 480
+"""The most pixels of a side of a frame on the page, which shows three frames beside each other."""
 
 LEAST = 1e-9
 """Smallest error on a logarithmic axis, where equal tensors are drawn."""
@@ -113,10 +116,14 @@ def line(name: str, found: Sequence[Comparison], is_joined: bool = True) -> Seri
     )
 
 
-def errors(title: str, x: str, series: Sequence[Series], x_names: Sequence[str], limits: Limits | None) -> str:
-    """A plot of errors and their limit."""
-    marks = [("limit", limits.rms)] if limits is not None and limits.rms is not None else []
-    return plot(Plot(title, x, "relative RMS error", series, log_y=True, x_names=x_names, marks=marks))
+def errors(title: str, x: str, series: Sequence[Series], x_names: Sequence[str], limited: Sequence[Comparison]) -> str:
+    """A plot of errors and the limit of each.
+
+    Args:
+        limited: A comparison for each place on the axis, whose limit is drawn there.
+    """
+    limits = [(x, c.limits.rms) for x, c in enumerate(limited) if c.limits is not None and c.limits.rms is not None]
+    return plot(Plot(title, x, "relative RMS error", series, log_y=True, x_names=x_names, limits=limits))
 
 
 def _layers(parity: Parity) -> list[str]:
@@ -128,11 +135,12 @@ def _layers(parity: Parity) -> list[str]:
     if layers:
         steps = {c.place.step: [other for other in layers if other.place.step == c.place.step] for c in layers}
         series = [line(f"step {(step or 0) + 1}", mine) for step, mine in steps.items()]
-        names = [str(c.place.layer) for c in next(iter(steps.values()))]
-        parts.append(errors("layers of the denoiser", "layer", series, names, layers[0].limits))
+        first = next(iter(steps.values()))
+        names = [str(c.place.layer) for c in first]
+        parts.append(errors("layers of the denoiser", "layer", series, names, first))
     if others:
         names = [c.place.graph for c in others]
-        parts.append(errors("other graphs", "graph run", [line("", others, False)], names, others[0].limits))
+        parts.append(errors("other graphs", "graph run", [line("", others, False)], names, others))
     if not parts:
         return []
     note = paragraph("Each graph run on the reference's inputs, in the order of the request.", "soft")
@@ -160,7 +168,7 @@ def _ops(parity: Parity) -> list[str]:
     ]
     return [
         heading("Error per op"),
-        errors("worst layer of each op", "op", [line("", worst, False)], numbers, worst[0].limits),
+        errors("worst layer of each op", "op", [line("", worst, False)], numbers, worst),
         table(("", "op", "worst layer", "rms", "max", "verdict"), rows, words=2, verdicts=True),
     ]
 
@@ -172,10 +180,14 @@ def _steps(parity: Parity) -> list[str]:
     seeds = {seed: [c for c in found if c.place.seed == seed] for seed in parity.seeds[:COLOURS]}
     series = [line(f"seed {seed}", mine) for seed, mine in seeds.items()]
     names = [str((c.place.step or 0) + 1) for c in seeds[parity.seeds[0]]]
-    rows = [[str(c.place), f"{c.difference.rms:.1e}", f"{c.difference.cosine:.6f}", verdict(c)] for c in found]
+    shown = found[:SHOWN_ROWS]
+    rows = [[str(c.place), f"{c.difference.rms:.1e}", f"{c.difference.cosine:.6f}", verdict(c)] for c in shown]
+    cut = f"Of {len(found)} steps, the first {SHOWN_ROWS} are listed." if len(found) > SHOWN_ROWS else ""
+    drawn = f"Of {len(parity.seeds)} seeds, the first {COLOURS} are drawn." if len(parity.seeds) > COLOURS else ""
     return [
         heading("Error per step"),
-        errors("velocity, from the reference's latents", "step", series, names, found[0].limits),
+        *(paragraph(note, "soft") for note in (drawn, cut) if note),
+        errors("velocity, from the reference's latents", "step", series, names, seeds[parity.seeds[0]]),
         table(("step", "rms", "cosine", "verdict"), rows, verdicts=True),
     ]
 
@@ -186,19 +198,28 @@ def _frames(parity: Parity) -> list[str]:
         return []
     expected, found = parity.clips
     gain = amplification(found, expected)
-    parts = [
-        heading("Frames"),
-        paragraph(f"Reference, backend, and their difference around grey, amplified {gain:g} times.", "soft"),
-    ]
+    stride = -(-max(expected.shape[1:3]) // SHOWN_PIXELS)
+    scaled = f" Each side is scaled down {stride} times." if stride > 1 else ""
+    seed = f" of seed {parity.seeds[0]}" if len(parity.seeds) > 1 else ""
+    note = f"Frames{seed}: reference, backend, and their difference around grey, amplified {gain:g} times.{scaled}"
+    parts = [heading("Frames"), paragraph(note, "soft")]
     count = len(expected)
     for index in sorted({round(i * (count - 1) / max(1, SHOWN_FRAMES - 1)) for i in range(min(SHOWN_FRAMES, count))}):
         pictures = (
-            picture(expected[index], f"frame {index + 1}, {parity.reference.name}"),
-            picture(found[index], parity.backend.name),
-            picture(amplified(found[index], expected[index], gain), f"difference x {gain:g}"),
+            picture(reduced(expected[index], stride), f"frame {index + 1}, {parity.reference.name}"),
+            picture(reduced(found[index], stride), parity.backend.name),
+            picture(reduced(amplified(found[index], expected[index], gain), stride), f"difference x {gain:g}"),
         )
         parts.append(f'<div class="frames">{"".join(pictures)}</div>')
     return parts
+
+
+def reduced(frame_HWC: Tensor, stride: int) -> Tensor:
+    """A frame with every square of this many pixels a side replaced by its mean."""
+    if stride == 1:
+        return frame_HWC
+    planes_CHW = frame_HWC.permute(2, 0, 1).float()
+    return avg_pool2d(planes_CHW, stride, ceil_mode=True).round().to(torch.uint8).permute(1, 2, 0)
 
 
 def amplification(found: Tensor, expected: Tensor) -> float:
@@ -226,8 +247,8 @@ def _faults(parity: Parity) -> list[str]:
     wrong = [c for c in parity.comparisons if not c.passed]
     if not wrong:
         return []
-    rows = [[c.place.depth, str(c.place), ", ".join(c.faults)] for c in wrong[:SHOWN_FAULTS]]
-    shown = f", of which the first {SHOWN_FAULTS} are shown" if len(wrong) > SHOWN_FAULTS else ""
+    rows = [[c.place.depth, str(c.place), ", ".join(c.faults)] for c in wrong[:SHOWN_ROWS]]
+    shown = f", of which the first {SHOWN_ROWS} are shown" if len(wrong) > SHOWN_ROWS else ""
     return [heading(f"Failed comparisons: {len(wrong)}{shown}"), table(("depth", "where", "what"), rows, words=3)]
 
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import fill
 from typing import Any
 
 from wanforge.engines.bundle.bundle import Bundle
@@ -13,7 +14,7 @@ from wanforge.runtime.measure.quality.rates_plot import rates_plot
 from wanforge.runtime.measure.requests.history import Trend
 from wanforge.runtime.measure.requests.sweep import Sweep, SweepPoint
 from wanforge.runtime.measure.requests.timing import Row
-from wanforge.runtime.measure.tables import text_table
+from wanforge.runtime.measure.tables import WIDTH, text_table
 from wanforge.runtime.request import STAGES, Request
 
 UNMEASURED = "unmeasured"
@@ -150,7 +151,8 @@ def point_cells(point: SweepPoint) -> list[str]:
 
 
 def facts(machine: Facts) -> str:
-    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+    """What is known about the machine, in lines as wide as tables."""
+    return fill(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None), WIDTH)
 
 
 def notes(report: RequestReport) -> list[str]:

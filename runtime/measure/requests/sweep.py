@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 from wanforge.configs.clip import ClipShape, size_of
+from wanforge.configs.loading import explained
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
@@ -214,7 +215,9 @@ class PlannedSweep:
         """The setting with a value of the parameter, once checked."""
         try:
             setting = self.parameter.set(self.setting, value)
-        except (ValueError, msgspec.ValidationError) as error:
+        except msgspec.ValidationError as error:
+            raise RequestError(f"{self.name} cannot be {value!r}: {explained(error, Recipe)}") from None
+        except ValueError as error:
             raise RequestError(f"{self.name} cannot be {value!r}: {error}") from None
         self.pipeline(setting, self.backend).check(setting[0])
         return setting

@@ -19,7 +19,7 @@ from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.runtime.dtypes import STORED
-from wanforge.runtime.text import Tokenizer
+from wanforge.runtime.inputs.text import Tokenizer
 
 SUPPORT = {"Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"}
 WEIGHTS = {"dit", "dit-quant", "vae", "text_encoder"}

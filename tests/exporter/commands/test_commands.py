@@ -115,7 +115,7 @@ def test_synth_follows_the_seed(tmp_path: Path, checkpoints: dict[str, Path]) ->
             ["--model", "tiny"],
             "no model is called 'tiny'; did you mean tinywan? known: ",
         ),
-        (["--model", "gone.toml"], "gone.toml: no such configuration file"),
+        (["--model", "gone.toml"], "gone.toml: no such file"),
         (["--model", "tiny-t2v", "--part", "clip"], "tiny-t2v has no part clip; known: dit, dit-quant, vae"),
         (["--model", "tiny-t2v", "--part", "dit.low"], "tiny-t2v has no part dit.low"),
     ],
@@ -283,7 +283,7 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_disk(
     def denied(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "dit.pth")
 
-    monkeypatch.setattr(commands, "import_checkpoint", denied)
+    monkeypatch.setattr(commands, "run_import", denied)
     message = refused(*importing(tmp_path / "out"))
     assert "Permission denied" in message
     assert "dit.pth" in message
@@ -297,7 +297,7 @@ def test_whatever_the_system_refuses_ends_in_a_message(
     def failing(*args: object, **kwargs: object) -> None:
         raise OSError(code, os.strerror(code), "dit.pth")
 
-    monkeypatch.setattr(commands, "import_checkpoint", failing)
+    monkeypatch.setattr(commands, "run_import", failing)
     assert refused(*importing(tmp_path / "out")).startswith(f"Error: {os.strerror(code)} at dit.pth; check the path")
 
 
@@ -307,14 +307,14 @@ def test_an_error_that_is_not_the_systems_keeps_its_traceback(
     def failing(*args: object, **kwargs: object) -> None:
         raise OSError("a fault of ours")
 
-    monkeypatch.setattr(commands, "import_checkpoint", failing)
+    monkeypatch.setattr(commands, "run_import", failing)
     assert isinstance(run(*importing(tmp_path / "out")).exception, OSError)
 
 
 def test_memory_that_runs_out_ends_in_a_message(
     tmp_path: Path, importing: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "import_checkpoint", lambda *args, **kwargs: bytearray(1 << 62))
+    monkeypatch.setattr(commands, "run_import", lambda *args, **kwargs: bytearray(1 << 62))
     assert refused(*importing(tmp_path / "out")).startswith("Error: memory ran out; free some, or ask for a smaller")
 
 
@@ -475,4 +475,4 @@ def test_model_file_of_ones_own(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.pth"]
     (tmp_path / "mine.toml").write_text(text + "\nframse = 3\n")
     message = refused("synth", "--model", tmp_path / "mine.toml", "--out", tmp_path / "out")
-    assert f"{tmp_path / 'mine.toml'}: Object contains unknown field `framse` - at `$.video`" in message
+    assert f"{tmp_path / 'mine.toml'}: video: no key is called 'framse'; did you mean frames? known: " in message

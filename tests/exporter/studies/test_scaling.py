@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
+from wanforge.configs.loading import CONFIGS
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
 from wanforge.engines.build import EngineOptions
@@ -19,15 +20,16 @@ from wanforge.errors import ResourceError
 from wanforge.exporter.studies import scaling as scaling_module
 from wanforge.exporter.studies.scaling import Scaling, predict
 from wanforge.exporter.studies.scaling_report import (
-    decoder_table,
     growth,
     growth_table,
     half_point,
+    label,
     memory_table,
     page,
     rooflines_table,
     text,
     time_plot,
+    vae_table,
 )
 from wanforge.runtime.measure.cost.fused import fused_request
 from wanforge.runtime.measure.cost.launches import published_workload, seconds
@@ -44,6 +46,9 @@ def without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ResourceError("TensorRT-RTX is not installed")
 
     monkeypatch.setattr(scaling_module, "open_library", absent)
+
+
+I2V = "turbowan2.2-i2v-a14b-720p"
 
 
 def made(models: tuple[str, ...] = (SMALL,), gpus: dict[str, Target] = GPUS) -> Scaling:
@@ -100,7 +105,7 @@ def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> N
 def test_the_document_is_what_the_code_says() -> None:
     document = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
     found = predict([load_model(LARGE)], [ClipShape(1280, 720, 81)], [0.1, 0.05, 0.2, 1.0], load_targets())
-    for header, rows in (rooflines_table(found), decoder_table(found), growth_table(found)):
+    for header, rows in (rooflines_table(found), vae_table(found), growth_table(found)):
         line = markdown_table(header, rows).splitlines()[2]
         assert f"\n{line}\n" in document
 
@@ -153,3 +158,41 @@ def test_the_command_writes_the_page_and_its_plot(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli, ["scaling", "--target", "abacus"])
     assert wrong.exit_code == 1
     assert "no target is called 'abacus'" in wrong.output
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_a_builder")
+def test_any_model_can_be_predicted(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text((CONFIGS / "models" / "tiny-t2v.toml").read_text().replace('"tiny-t2v"', '"mine"'))
+    options = ["--model", I2V, "--model", str(mine), "--resolution", "480p", "--frames", "5", "--target", "all"]
+    done = CliRunner().invoke(cli, ["scaling", *options, "--markdown", str(tmp_path / "page.md")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^A14B +832x480 ", done.output, re.MULTILINE)
+    assert re.search(r"^mine +832x480 ", done.output, re.MULTILINE)
+    assert "\nVAE encoder, seconds\n" in done.output
+    assert "## VAE encoder" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_a_builder")
+def test_models_of_one_size_are_told_apart() -> None:
+    other = "turbowan2.1-t2v-14b-480p"
+    found = predict(
+        [load_model(name) for name in (SMALL, LARGE, other)], [ClipShape(832, 480, 5)], [0.1], {"h100": GPUS["h100"]}
+    )
+    assert [label(found, name) for name in (SMALL, LARGE, other)] == ["1.3B", LARGE, other]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--frames", "5"] + [f"--resolution={16 * n}x160" for n in range(1, 102)], "101 clips (sizes times lengths)"),
+        ([f"--topk=0.{n}" for n in range(1, 8)], "7 values of top-k are more than"),
+        (["--model", "tinywan"] * 2 + [f"--topk={n}" for n in ("nan",)], "is not a finite number"),
+    ],
+)
+def test_a_report_has_limits(options: list[str], complaint: str) -> None:
+    done = CliRunner().invoke(cli, ["scaling", *options])
+    assert done.exit_code in (1, 2)
+    assert complaint in done.output

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from wanforge.cli import cli
+from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
+from wanforge.runtime.commands.generate import numbered
 from wanforge.runtime.reference.sampler import gaussian
 
 BundleOf = Callable[[str, str], Bundle]
@@ -127,11 +130,9 @@ def test_noise_is_saved_for_every_sample(bundle: Path, tmp_path: Path) -> None:
         (["--prompt", PROMPT, "--steps", "9"], "1 to 4"),
         (["--prompt", PROMPT, "--out", "clip.gif"], "videos are written as .mp4"),
         (["--prompt", PROMPT, "--image", "absent.png"], "takes no image"),
-        (["--prompt-file", "absent.txt"], "not a text file of prompts"),
-        (["--prompt", PROMPT, "--noise", "absent.safetensors"], "no such noise file"),
+        (["--prompt-file", "absent.txt"], "absent.txt: no such file"),
+        (["--prompt", PROMPT, "--noise", "absent.safetensors"], "absent.safetensors: no such file"),
         (["--prompt", PROMPT, "--topk", "0"], "top-k 0.0 is not a share"),
-        (["--prompt", PROMPT, "--topk", "nan"], "top-k nan is not a share"),
-        (["--prompt", PROMPT, "--topk", "inf"], "top-k inf is not a share"),
         (["--prompt", PROMPT, "--topk", "2"], "top-k 2.0 is not a share"),
         (["--prompt", PROMPT, "--steps", "0"], "0 steps"),
         (["--prompt", PROMPT, "--sigma-max", "0"], "sigma_max is 0.0"),
@@ -158,9 +159,14 @@ def test_what_cannot_be_served_is_refused_with_a_reason(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([PROMPT, {"prompt": PROMPT, "seed": 10**30}], "out of range"),
+        ([PROMPT, {"prompt": PROMPT, "seed": 10**30}], "prompts.txt, line 2: seed 1"),
+        ([PROMPT, {"prompt": PROMPT, "seed": -1}], "prompts.txt, line 2: seed -1 is out of range"),
+        ([PROMPT, {"prompt": ""}], "prompts.txt, line 2: the prompt is empty"),
+        ([PROMPT, "kite " * 600], "prompts.txt, line 2: the prompt is "),
+        ([PROMPT, {"prompt": PROMPT, "image": "a.png"}], "prompts.txt, line 2: tiny-t2v takes no image"),
+        ([PROMPT, {"prompt": PROMPT, "out": "x" * 300 + ".mp4"}], "prompts.txt, line 2: "),
         ([PROMPT, {"prompt": PROMPT, "out": "x" * 300 + ".mp4"}], "File name too long"),
-        ([PROMPT, {"prompt": PROMPT, "out": "folder.mp4"}], "folder.mp4: is a folder"),
+        ([PROMPT, {"prompt": PROMPT, "out": "folder.mp4"}], "line 2: folder.mp4: is a folder"),
         ([{"prompt": PROMPT, "out": "a-001.mp4"}, PROMPT, PROMPT], "a-001.mp4: two videos would be written"),
         ([PROMPT, {"prompt": PROMPT, "out": "./b/../a.mp4"}, {"prompt": PROMPT, "out": "{here}/a.mp4"}], "two videos"),
     ],
@@ -187,18 +193,60 @@ def test_a_missing_image_on_the_second_line_stops_the_first(bundle_of: BundleOf,
     prompts.write_text("\n".join(json.dumps({"prompt": PROMPT, "image": str(i)}) for i in (picture, "absent.png")))
     done = run("generate", bundle_of("tiny-i2v", "w8a8").root, "--prompt-file", prompts, "--out", out, *SMALL)
     assert done.exit_code == 1
-    assert "absent.png: no such image" in done.output
+    assert "absent.png: no such file" in done.output
     assert not list(tmp_path.glob("*.mp4"))
 
 
-def test_a_line_that_is_no_request_is_named(bundle: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text(PROMPT + '\n{"promt": "x"}\n')
-    done = run("generate", bundle, "--prompt-file", prompts)
+def test_the_number_of_clips_has_a_limit(bundle: Path, tmp_path: Path) -> None:
+    done = run("generate", bundle, "--prompt", PROMPT, "--samples", 100_000_000)
     assert done.exit_code == 1
-    assert "line 2" in done.output
-    prompts.write_text("\n\n")
-    assert "holds no prompt" in run("generate", bundle, "--prompt-file", prompts).output
+    assert "100,000,000 clips; one command makes at most 10,000" in done.output
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\n" * 3)
+    done = run("generate", bundle, "--prompt-file", prompts, "--samples", 3334)
+    assert "3 prompts with 3334 samples are 10,002 clips" in done.output
+
+
+def test_the_seed_of_the_last_sample_is_checked(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    done = run("generate", bundle, "--prompt", PROMPT, "--seed", 2**64 - 2, "--samples", 3, "--out", out, *SMALL)
+    assert done.exit_code == 1
+    assert f"seed {2**64} is out of range" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_many_videos_sort_by_number() -> None:
+    found = numbered([Path("a.mp4")] * 1000)
+    assert [path.name for path in found] == sorted(path.name for path in found)
+    assert numbered([Path("a.mp4"), Path("b.mp4"), Path("a.mp4")]) == [
+        Path("a-001.mp4"),
+        Path("b.mp4"),
+        Path("a-002.mp4"),
+    ]
+
+
+def test_prompts_come_from_the_standard_input(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["generate", str(bundle), "--prompt-file", "-", "--out", str(tmp_path / "a.mp4"), "--topk", "0.1"]
+    done = CliRunner().invoke(cli, arguments, input=f"\n{PROMPT}\n")
+    assert "Error: the standard input, line 2: top-k 0.1 of 8 key blocks selects no block" in done.output
+
+
+def test_the_models_own_topk_makes_every_clip(bundle: Path, tmp_path: Path) -> None:
+    done = run("generate", bundle, "--prompt", PROMPT, "--frames", 1, "--steps", 1, "--out", tmp_path / "a.mp4")
+    assert done.exit_code == 0, done.output
+
+
+def test_without_a_prompt_the_models_example_is_named(bundle: Path) -> None:
+    done = run("generate", bundle)
+    assert done.exit_code == 2
+    assert f'--prompt "{load_model("tiny-t2v").example_prompt}"' in done.output
+
+
+def test_numbers_that_are_not_finite_are_wrong_usage(bundle: Path) -> None:
+    for option, value in product(("--memory", "--topk", "--sigma-max"), ("nan", "inf", "-inf", "1e400")):
+        done = run("generate", bundle, "--prompt", PROMPT, option, value)
+        assert done.exit_code == 2
+        assert "is not a finite number" in done.output or "is not in the range" in done.output
 
 
 def test_wrong_usage_exits_with_2(bundle: Path) -> None:
@@ -216,14 +264,9 @@ def test_a_missing_bundle_and_missing_graphs_are_told_apart(bundle_of: BundleOf,
     done = run("generate", tmp_path / "absent", "--prompt", PROMPT)
     assert done.exit_code == 1
     assert "not a bundle" in done.output
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    source = bundle_of("tiny-t2v", "bf16-sla")
-    for name in ("weights", "tokenizer"):
-        (bare / name).symlink_to(source.root / name)
-    manifest = json.loads((source.root / "manifest.json").read_text())
-    manifest["files"] = {k: v for k, v in manifest["files"].items() if not k.endswith(".onnx")}
-    (bare / "manifest.json").write_text(json.dumps(manifest))
+    bare = Path(shutil.copytree(bundle_of("tiny-t2v", "bf16-sla").root, tmp_path / "bare"))
+    opened = Bundle.open(bare)
+    opened.add({}, dropping=[name for name in opened.manifest.files if name.endswith(".onnx")])
     done = run("generate", bare, "--prompt", PROMPT, *SMALL, "--out", tmp_path / "a.mp4", "--backend", "ort")
     assert done.exit_code == 1
     assert "wanforge export" in done.output

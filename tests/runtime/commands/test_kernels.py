@@ -63,8 +63,9 @@ def test_the_table_of_what_is_compiled(tmp_path: Path, asked: list[tuple[str, st
     assert not result.stderr
     assert asked == [("tiny-t2v", "w8a8", 90), ("tiny-t2v", "w8a8", 80)]
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:3] == ["kernel", "SM", "warps"]
-    assert [line.split()[1] for line in lines[1:-1]] == ["sm_80", "sm_90"]
+    assert lines[0].split()[:3] == ["SM", "warps", "regs"]
+    assert lines[1].startswith("layer_norm.norm: D=256")
+    assert [line.split()[0] for line in lines[2:-1]] == ["sm_80", "sm_90"]
     assert lines[-1] == f"2 compiled, 0 from the cache, {tmp_path}"
     assert {cubin.sm for cubin in CubinStore(tmp_path).cubins().values()} == {80, 90}
 
@@ -111,7 +112,7 @@ def test_what_spills_is_marked_and_warned_of(compiled: Path, monkeypatch: pytest
     monkeypatch.setattr(kernels_cli, "compile_kernels", lambda launches, folder, jobs, progress: [good, bad])
     result = run("--target", "sm_80,sm_90", "--model", "tiny-t2v", "--out", compiled)
     assert result.exit_code == 0
-    assert [line[0] for line in result.stdout.splitlines()[1:3]] == ["!", " "]
+    assert [line[0] for line in result.stdout.splitlines()[2:4]] == ["!", " "]
     assert result.stderr == "WARNING: layer_norm.norm for sm_80 spills 24 bytes per thread\n"
 
 
@@ -131,8 +132,19 @@ def test_a_row_shows_the_figures(compiled: Path) -> None:
     cubin = msgspec.structs.replace(
         cubin_of(compiled, 90), registers=64, threads=256, shared_bytes=96 * 1024, mma=("IGMMA.64",), bytes=2048
     )
-    figures = table([cubin]).splitlines()[1].split()[2:13]
-    assert figures == ["8", "64", "0", "96.0", "KiB", "(42%)", "2", "25%", "2", "KiB", "IGMMA.64"]
+    figures = table([cubin]).splitlines()[2].split()[1:]
+    assert figures == ["8", "64", "0", "96.0", "KiB", "(42%)", "2", "25%", "2", "KiB", "wgmma", "int8"]
+
+
+def test_the_table_fits_into_a_terminal(compiled: Path) -> None:
+    one = cubin_of(compiled, 90)
+    many = (*one.parameters, *((f"a_tensor_of_some_length_{n}", "*bf16") for n in range(20)))
+    other = msgspec.structs.replace(one, parameters=many, mma=("IGMMA.64x128x32.S8.S8", "HGMMA.64x64x16.F32.BF16"))
+    lines = table([one, other]).splitlines()
+    assert max(map(len, lines)) <= 120
+    joined = " ".join(line.strip() for line in lines)
+    assert all(f"+a_tensor_of_some_length_{n}" in joined for n in range(20))
+    assert len([line for line in lines if line.strip().startswith("sm_90")]) == 2
 
 
 def test_the_summary_in_markdown(compiled: Path) -> None:

@@ -176,3 +176,24 @@ def test_quality_is_not_measured_where_one_of_two_cannot_be(
     done = run("parity", bundle_of("tiny-t2v", "w8a8").root, "--quality", "--backend", "torch", "--recipe", "bf16")
     assert done.exit_code == 1
     assert "bf16" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--html", "a.html"], ["--seeds", 1], ["--depth", "op"], ["--frames", 5]])
+def test_options_without_effect_on_quality_are_refused(tmp_path: Path, option: list[object]) -> None:
+    done = run("parity", tmp_path, "--quality", *option)
+    assert done.exit_code == 2
+    assert f"{option[0]} has no effect with --quality" in done.output
+
+
+def test_the_prompt_is_the_models_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def asking(bundle: Bundle, contender: object, request: Request, **others: object) -> None:
+        asked.append(request.prompt)
+        raise RequestError("asked")
+
+    monkeypatch.setattr(parity_cli, "compare", asking)
+    assert run("import", "--out", tmp_path / "bundle").exit_code == 0
+    run("parity", tmp_path / "bundle", "--backend", "ort")
+    run("parity", tmp_path / "bundle", "--backend", "ort", "--prompt", "")
+    assert asked == ["a red circle moving right", ""]

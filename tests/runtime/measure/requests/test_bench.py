@@ -188,7 +188,7 @@ def test_what_is_no_sweep_is_refused(text: str) -> None:
     [
         ("steps", "many", "steps cannot be 'many'"),
         ("topk", "3", "is not a share"),
-        ("block_k", "63", "block_k cannot be"),
+        ("block_k", "63", "block_k cannot be '63': block_k: 63 is not allowed; use one of 64"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from wanforge.errors import RequestError
+from wanforge.regular_file import check_regular
 from wanforge.runtime.reference.sampler import gaussian
 from wanforge.whole_file import write_atomically
 
@@ -29,13 +30,14 @@ def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Non
     Raises:
         RequestError: The file is missing or damaged, or its noise has another shape or is for fewer steps.
     """
+    check_regular(path, RequestError)
     try:
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such noise file") from None
-    except SafetensorError as error:
-        raise RequestError(f"{path}: not a noise file ({error})") from None
+    except PermissionError:
+        raise RequestError(f"{path}: this user may not read the file; change its permissions") from None
+    except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
+        raise RequestError(f"{path}: not a noise file ({error}); --save-noise writes one") from None
     for name in names:
         if found.get(name) != shape:
             what = list(found[name]) if name in found else "missing"

@@ -4,6 +4,7 @@ Source: TurboDiffusion, rcm/utils/umt5.py (docs/sources.md).
 """
 
 import html
+import math
 from pathlib import Path
 
 import ftfy
@@ -53,9 +54,11 @@ class Tokenizer:
             raise RequestError("the prompt is empty; describe the video in a sentence or more, in English")
         ids = [*self.tokens.encode(cleaned, add_special_tokens=False).ids, self.end]
         if len(ids) > max_tokens:
+            excess = len(ids) - max_tokens
+            words = math.ceil(excess * len(cleaned.split()) / len(ids))
             raise RequestError(
-                f"the prompt is {len(ids)} tokens long; the model reads {max_tokens}, so shorten it by about "
-                f"{1 - max_tokens / len(ids):.0%}"
+                f"the prompt is {len(ids)} tokens long, {excess} more than the {max_tokens} that the model reads; "
+                f"shorten it by about {words} word{'s' if words > 1 else ''}"
             )
         return ids
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import golden
 from wanforge.errors import CheckpointError, RequestError
-from wanforge.runtime.text import Tokenizer, clean, find_tokenizer
+from wanforge.runtime.inputs.text import Tokenizer, clean, find_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,12 @@ def test_refuses_an_empty_prompt(tokenizer: Tokenizer, prompt: str) -> None:
 def test_refuses_a_prompt_that_is_too_long_and_says_by_how_much(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("kite " * 50, 512)
     assert tokenizer.encode("kite " * 50, len(ids)) == ids
-    with pytest.raises(RequestError, match=rf"is {len(ids)} tokens long; the model reads {len(ids) - 1}"):
+    with pytest.raises(
+        RequestError, match=rf"is {len(ids)} tokens long, 1 more than the {len(ids) - 1} that .*about 1 word$"
+    ):
         tokenizer.encode("kite " * 50, len(ids) - 1)
+    with pytest.raises(RequestError, match=r"10 more than the .* about 5 words$"):  # two tokens each, and the end
+        tokenizer.encode("kite " * 50, len(ids) - 10)
 
 
 def test_refuses_files_that_are_no_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What users hand over: prompts, files of prompts, pictures and noise."""
