@@ -11,6 +11,7 @@ from pathlib import Path
 from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import FLAVOURS, Flavour, open_library
 from wanforge.plugins.tensorrt.plugin import registered
+from wanforge.requirements import install_extra
 
 
 def check_plugins(flavour: Flavour, onnx: Path) -> None:
@@ -25,7 +26,7 @@ def check_plugins(flavour: Flavour, onnx: Path) -> None:
         last = (said.strip().splitlines() or ["it says nothing"])[-1]
         raise ResourceError(
             f"{flavour.name} does not survive a graph with plugins ({how}: {last}); "
-            f"run: pip install --upgrade 'wanforge[{flavour.extra}]', or build with --no-plugins"
+            f"run: {install_extra(flavour.extra, '--upgrade')}; or build with --no-plugins"
         )
 
 

@@ -24,8 +24,8 @@ from tools.house import (
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
 """The floors, lowest first; the modules of `GROUND` lie below them, and those of `DOOR` above."""
-GROUND = ["errors", "regular_file", "whole_file", "host", "progress", "keywords", "version"]
-DOOR = ["cli", "api", "wanforge"]
+GROUND = ["errors", "regular_file", "whole_file", "host", "progress", "keywords", "version", "requirements"]
+DOOR = ["__main__", "cli", "api", "wanforge"]
 
 ROOMS = [
     *(f"wanforge.{name}" for name in GROUND),
@@ -71,6 +71,7 @@ ROOMS = [
     "wanforge.api",
     "wanforge",
     "wanforge.cli",
+    "wanforge.__main__",
 ]
 """Every room, lowest first. A module imports only from its own room and from those below."""
 

@@ -16,6 +16,7 @@ from wanforge.errors import ResourceError
 from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, folders, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
+from wanforge.requirements import install_extra, install_package
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a program may use without raising the limit through the driver."""
@@ -46,7 +47,7 @@ class Driver:
             from cuda.bindings import driver
         except ImportError:
             raise ResourceError(
-                "launching kernels needs cuda-python, which is not installed; run: pip install 'wanforge[gpu]'"
+                f"launching kernels needs cuda-python, which is not installed; run: {install_extra('gpu')}"
             ) from None
         self.cuda = driver
         self.contexts: dict[torch.device, Any] = {}
@@ -170,7 +171,7 @@ def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:
     if find_spec("triton") is None:
         raise ResourceError(
             f"no cubin of {launch.kernel.name} for sm_{launch.sm} in {' or '.join(map(str, folders()))}; compile it "
-            f"with: wanforge kernels --target sm_{launch.sm}, or run: pip install triton"
+            f"with: wanforge kernels --target sm_{launch.sm}, or run: {install_package('triton')}"
         )
     from wanforge.plugins.launching.compiler import compile_kernels
 

@@ -9,6 +9,7 @@ import torch
 
 from wanforge.errors import ResourceError
 from wanforge.plugins.launching.launch import Launch
+from wanforge.requirements import install_package
 
 
 def interpret(launch: Launch) -> None:
@@ -35,7 +36,7 @@ def load_function(op: str, function: str) -> Any:
     except ModuleNotFoundError as missing:
         raise ResourceError(
             f"running the kernel {op}.{function} without its cubin needs {missing.name}, which is not installed; "
-            "run: pip install triton"
+            f"run: {install_package(missing.name or 'triton')}"
         ) from None
     return getattr(module, function)
 

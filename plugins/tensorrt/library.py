@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from wanforge.errors import ResourceError
+from wanforge.requirements import install_extra
 
 BROKEN = (1, 7, 1)
 """The TensorRT-RTX version whose parser ends the process at the first plugin node; see `provide_unversioned_name`."""
@@ -89,7 +90,7 @@ def open_library(flavour: Flavour) -> Library:
     Raises:
         ResourceError: It is not installed, does not load, or is too old.
     """
-    install = f"run: pip install 'wanforge[{flavour.extra}]'"
+    install = f"run: {install_extra(flavour.extra)}"
     try:
         trt = import_module(flavour.module)
     except ImportError as error:

@@ -17,6 +17,7 @@ from wanforge.errors import ResourceError, WanforgeError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.tensorrt.library import RTX, TENSORRT, Flavour, open_library
+from wanforge.requirements import install_extra, install_package
 from wanforge.runtime.memory.cuda import cache_folder as tensorrt_cache
 from wanforge.runtime.memory.cuda import driver_version
 
@@ -66,21 +67,22 @@ def machine() -> Check:
 
 
 PACKAGES = {
-    "torch": ("everything", "pip install wanforge"),
-    "onnxruntime": ("generate, parity and bench with --backend ort", "pip install wanforge"),
-    "onnx": ("export", "pip install wanforge"),
-    "triton": ("compiling kernels", "pip install triton"),
-    "cuda.bindings": ("launching kernels and plugins on a GPU", "pip install 'wanforge[gpu]'"),
-    "polygraphy": ("the recipes of docs/debugging.md", "pip install polygraphy"),
+    "torch": "everything",
+    "onnxruntime": "generate, parity and bench with --backend ort",
+    "onnx": "export",
+    "triton": "compiling kernels",
+    "cuda.bindings": "launching kernels and plugins on a GPU",
+    "polygraphy": "the recipes of docs/debugging.md",
 }
-DISTRIBUTIONS = {"onnxruntime": ("onnxruntime-gpu", "onnxruntime"), "cuda.bindings": ("cuda-bindings",)}
+DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "cuda.bindings": ("cuda-bindings",)}
 
 
 def packages() -> Iterator[Check]:
     """The Python packages, by the names they are imported under."""
-    for module, (needed_for, remedy) in PACKAGES.items():
+    for module, needed_for in PACKAGES.items():
         found = installed(module)
-        yield Check(module, "ok" if found else "missing", found or "not installed", needed_for, "" if found else remedy)
+        remedy = "" if found else install_package(module)
+        yield Check(module, "ok" if found else "missing", found or "not installed", needed_for, remedy)
 
 
 def installed(module: str) -> str:
@@ -98,6 +100,11 @@ def installed(module: str) -> str:
     return "unknown version"
 
 
+def reinstall(package: str) -> str:
+    """The command that puts a damaged package right and leaves those that it needs as they are."""
+    return install_package(package, "--force-reinstall", "--no-deps")
+
+
 def ffmpeg() -> Check:
     """Whether videos can be written."""
     needed_for = "writing videos"
@@ -107,7 +114,7 @@ def ffmpeg() -> Check:
         path = imageio_ffmpeg.get_ffmpeg_exe()
         said = subprocess.run([path, "-version"], capture_output=True, text=True, check=True).stdout
     except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        return Check("ffmpeg", "broken", str(error), needed_for, "pip install --force-reinstall imageio-ffmpeg")
+        return Check("ffmpeg", "broken", str(error), needed_for, reinstall("imageio-ffmpeg"))
     return Check("ffmpeg", "ok", " ".join(said.split()[:3]), needed_for)
 
 
@@ -145,19 +152,19 @@ def compiler() -> Check:
     """Whether Triton finds the assembler that it generates machine code with."""
     needed_for = "compiling kernels, also for GPUs that this machine does not have"
     if find_spec("triton") is None:
-        return Check("compiler", "missing", "no Triton", needed_for, "pip install triton")
+        return Check("compiler", "missing", "no Triton", needed_for, install_package("triton"))
     from triton import knobs
 
     try:
         path, said = knobs.nvidia.ptxas.path, knobs.nvidia.ptxas.version
     except (RuntimeError, OSError) as error:
-        return Check("compiler", "broken", str(error), needed_for, "pip install --force-reinstall triton")
+        return Check("compiler", "broken", str(error), needed_for, reinstall("triton"))
     return Check("compiler", "ok", f"{Path(path).name} {said}", needed_for)
 
 
 def tensorrt(flavour: Flavour, what: str) -> Check:
     """A flavour of TensorRT, and whether its parser can read a graph with plugins without crashing."""
-    remedy = f"pip install 'wanforge[{flavour.extra}]'"
+    remedy = install_extra(flavour.extra)
     if not installed(flavour.module):
         return Check(flavour.name, "missing", "not installed", what, remedy)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from wanforge.errors import WanforgeError, memory_errors, unknown_name
+from wanforge.requirements import install_package
 from wanforge.version import version_text
 
 # In the order in which a user needs them; the summaries are here so that `wanforge --help` imports no torch.
@@ -84,7 +85,7 @@ class LazyCommands(click.Group):
         except ModuleNotFoundError as missing:
             raise click.ClickException(
                 f"`wanforge {args[0]}` needs the package {missing.name}, which is not installed; "
-                "run: pip install wanforge"
+                f"run: {install_package(missing.name or '')}"
             ) from None
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -125,5 +125,8 @@ def test_a_child_process_tries_the_plugins_first(tmp_path: Path, monkeypatch: py
 def test_a_parser_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "some words\nterminate called without an active exception\n"
     monkeypatch.setattr(plugin_check, "_known", {RTX: (-6, said)})
-    with pytest.raises(ResourceError, match=r"does not survive .* \(signal 6: terminate called .*\); run: pip install"):
+    with pytest.raises(
+        ResourceError,
+        match=r"does not survive .* \(signal 6: terminate called .*\); run: .* install --upgrade 'tensorrt-rtx>=",
+    ):
         check_plugins(RTX, Path("graph.onnx"))

@@ -73,6 +73,18 @@ def test_the_command_prints_it_and_loads_no_torch() -> None:
     assert CliRunner().invoke(cli, ["--version"]).output.startswith(f"wanforge {__version__}")
 
 
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wanforge", "--version"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+        check=True,
+    )
+    assert done.stdout.startswith(f"wanforge {__version__}")
+
+
 def test_the_project_takes_its_version_from_the_code() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" in project["project"]["dynamic"]

@@ -18,6 +18,7 @@ from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
 from wanforge.plugins.quantiser.reference import dequantise
+from wanforge.requirements import install_package
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
 from wanforge.runtime.memory.arena import Runnable
@@ -47,7 +48,7 @@ def missing() -> str | None:
     try:
         wan_classes()
     except (ImportError, RuntimeError) as error:
-        return f"diffusers' Wan networks cannot be imported ({error}); run: pip install diffusers"
+        return f"diffusers' Wan networks cannot be imported ({error}); run: {install_package('diffusers')}"
     return None
 
 

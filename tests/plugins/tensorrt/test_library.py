@@ -39,7 +39,7 @@ def test_versions_compare_as_numbers(version: str, found: tuple[int, ...]) -> No
 
 def test_what_is_not_installed_is_named_with_its_cure(unopened: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(ResourceError, match=r"tensorrt is not installed; run: pip install 'wanforge\[tensorrt\]'"):
+    with pytest.raises(ResourceError, match=r"tensorrt is not installed; run: .* -m pip install 'tensorrt>=11'"):
         open_library(TENSORRT)
 
 

@@ -11,6 +11,7 @@ from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
 from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import RTX
+from wanforge.requirements import install_extra, install_package
 from wanforge.runtime.measure import doctor
 from wanforge.runtime.measure.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
 
@@ -50,7 +51,7 @@ def test_a_library_that_does_not_survive_plugins_is_broken(monkeypatch: pytest.M
 
     monkeypatch.setattr(doctor, "check_plugins", dies)
     found = tensorrt(RTX, "engines")
-    assert (found.status, found.remedy) == ("broken", "pip install 'wanforge[rtx]'")
+    assert (found.status, found.remedy) == ("broken", install_extra("rtx"))
     monkeypatch.setattr("wanforge.runtime.commands.doctor.checks", lambda: iter([found]))
     code, said = run()
     assert code == 1
@@ -61,12 +62,9 @@ def test_what_is_not_installed_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     found = {check.name: check for check in packages()}
-    assert found["polygraphy"] == Check(
-        "polygraphy", "missing", "not installed", "the recipes of docs/debugging.md", "pip install polygraphy"
-    )
-    assert line(found["polygraphy"]).splitlines()[1].strip() == (
-        "needed for the recipes of docs/debugging.md; pip install polygraphy"
-    )
+    needed_for, command = "the recipes of docs/debugging.md", install_package("polygraphy")
+    assert found["polygraphy"] == Check("polygraphy", "missing", "not installed", needed_for, command)
+    assert line(found["polygraphy"]).splitlines()[1].strip() == f"needed for {needed_for}; {command}"
     assert tensorrt(RTX, "engines").status == "missing"
     assert doctor.compiler().status == "missing"
 

@@ -15,6 +15,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
+from wanforge.requirements import install_package
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.measure.baselines import create_baseline
 from wanforge.runtime.measure.baselines import diffusers as baseline
@@ -117,7 +118,7 @@ def test_without_diffusers_it_is_left_out_and_said_so(bundle_of: BundleOf, monke
     monkeypatch.setitem(sys.modules, "diffusers", None)
     said = bench(bundle_of("tiny-t2v", "bf16"))
     assert "diffusers: not timed, diffusers' Wan networks cannot be imported" in said
-    assert "run: pip install diffusers" in said
+    assert f"run: {install_package('diffusers')}" in said
 
 
 @pytest.mark.slow
