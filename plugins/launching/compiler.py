@@ -24,6 +24,7 @@ from wanforge.plugins.launching.cubins import Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed
 from wanforge.progress import Progress, silent
+from wanforge.requirements import install_package
 
 
 class Origin(NamedTuple):
@@ -103,7 +104,9 @@ def _origin(launch: Launch) -> Origin:
     try:
         return Origin(source_hash(launch.kernel.op), version("triton"), launch.kernel.grid)
     except PackageNotFoundError:
-        raise ResourceError("compiling kernels needs triton, which is not installed; run: pip install triton") from None
+        raise ResourceError(
+            f"compiling kernels needs triton, which is not installed; run: {install_package('triton')}"
+        ) from None
 
 
 def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> Cubin:
@@ -165,6 +168,8 @@ class Worker:
             "TRITON_INTERPRET": "0",
             # Triton's own cache could return the output of an older compiler.
             "TRITON_CACHE_DIR": str(self.scratch),
+            # Line numbers come with the paths of the sources, so the same kernel would be other bytes elsewhere.
+            "TRITON_DISABLE_LINE_INFO": "1",
             "TMPDIR": str(self.scratch),
         }
         # The child has its own session, so that Ctrl-C reaches only this process, which then ends the child and its
