@@ -167,7 +167,7 @@ def pending_engine(
 ) -> PendingEngine:
     """What to build for a graph, what it depends on, and where it goes."""
     check_current(bundle, [onnx])
-    bundle.verify([onnx])
+    bundle.verify([onnx, *([graph.weights] if graph.weights else [])])
     sizes = named_sizes(bundle.model, bundle.recipe, options.clip, smaller=options.smaller)
     inputs, has_plugins = inputs_of(graph), options.plugins and graph.plugin_ops > 0
     key = engine_key(

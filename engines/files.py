@@ -107,7 +107,8 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
         if graph is None or graph.sha256[:16] != key.get("graph"):
             reasons.append(f"{key.get('onnx')} changed")
         constants, _, digest = key.get("constants", "").partition(" ")
-        if constants and bundle.manifest.files[constants].sha256[:16] != digest:
+        weights = bundle.manifest.files.get(constants)
+        if constants and (weights is None or weights.sha256[:16] != digest):
             reasons.append(f"{constants} changed")
         if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
             reasons.append("the plugins changed")

@@ -58,7 +58,8 @@ class ImportRecord(Record, frozen=True):
 
 def write_record(root: Path, record: ImportRecord) -> None:
     """Keep the record of an import in its bundle."""
-    write_atomically(root / IMPORT, msgspec.json.format(msgspec.json.encode(record), indent=1))
+    ordered = msgspec.structs.replace(record, finished=dict(sorted(record.finished.items())))
+    write_atomically(root / IMPORT, msgspec.json.format(msgspec.json.encode(ordered), indent=1))
 
 
 def read_record(root: Path) -> ImportRecord | None:

@@ -240,3 +240,16 @@ def test_one_engine_serves_the_architectures_of_tensorrt_rtx() -> None:
 def test_gpus_without_bfloat16_are_refused() -> None:
     with pytest.raises(ConfigError, match="sm_75 has no bfloat16, in which engines compute; sm_80 is the first"):
         check_bf16(parse_targets(["sm_75,rtx5090"]))
+
+
+def test_weights_that_are_compiled_in_are_verified(bundle: Bundle) -> None:
+    weights = bundle.weights("vae")
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 64
+    weights.write_bytes(content)
+    options = EngineOptions(bundle.model.video.clip, (89,), only=("vae_decode_first",))
+    with pytest.raises(BundleError, match=r"vae\.safetensors: damaged; .* wanforge import --resume"):
+        build_engines(bundle, rtx(), options)
+    weights.unlink()
+    with pytest.raises(BundleError, match=r"vae\.safetensors is missing; .* wanforge import --resume"):
+        build_engines(bundle, rtx(), options)

@@ -11,7 +11,7 @@ import pytest
 from tools.house import imports, sources
 from wanforge.configs.clip import ClipShape
 from wanforge.engines import files as engine_files
-from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.files import (
     engine_key,
     engine_name,
@@ -152,3 +152,11 @@ def test_the_digest_covers_everything_that_a_plugin_imports() -> None:
         waiting += imports(ast.parse(modules[module].read_text()), set(modules)) - needed
     assert "wanforge.plugins.quantiser.fused" in needed
     assert {modules[name].resolve() for name in needed} <= {path.resolve() for path in plugin_sources()}
+
+
+def test_an_engine_is_stale_while_its_weights_are_forgotten(bundle: Bundle) -> None:
+    weights = weights_name("vae")
+    name = engine_name("vae_decode_first", (89,), None)
+    write_engine(bundle, name, b"plan", key(bundle, weights=weights), {})
+    bundle.forget([weights])
+    assert stale_engines(bundle) == {name: f"{weights} changed"}
