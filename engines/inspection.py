@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import TensorFile, read_header
 from wanforge.engines.files import stale_engines
@@ -54,12 +54,13 @@ def inspect_bundle(
     with suppress(WanforgeError):  # a weights file is missing or damaged, which is found below
         problems |= {name: f"stale: {why}; {remedy(name, bundle.root)}" for name, why in stale_graphs(bundle).items()}
     problems |= {name: f"stale: {why}; {remedy(name, bundle.root)}" for name, why in stale_engines(bundle).items()}
-    for name, record in bundle.manifest.files.items():
+    needed = dict.fromkeys([TOKENIZER, *map(weights_name, components(bundle.model))])
+    for name in needed | bundle.manifest.files:
         try:
             path = bundle.path(name)
             if verify:
                 bundle.verify([name], progress, again=True)
-            elif path.stat().st_size != record.bytes:
+            elif path.stat().st_size != bundle.manifest.files[name].bytes:
                 bundle.verify([name])
             if path.suffix == ".safetensors":
                 tensors[name] = contents(read_header(path))

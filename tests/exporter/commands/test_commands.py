@@ -355,6 +355,7 @@ DAMAGES: dict[str, tuple[Callable[[Bundle], object], list[str], str, str]] = {
         VAE,
         "is missing; write it again with: wanforge import --resume",
     ),
+    "weights-forgotten": (lambda b: b.forget([VAE]), [], VAE, "is missing; write it again with: wanforge import"),
     "weights-cut": (lambda b: os.truncate(b.root / VAE, 9), [], VAE, "damaged; 9 bytes where"),
     "weights-header": (lambda b: flip(b.root / VAE, 9), [], VAE, "damaged"),
 }
