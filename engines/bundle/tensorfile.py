@@ -21,8 +21,8 @@ from wanforge.engines.bundle.dtypes import BY_STORED
 from wanforge.errors import CheckpointError
 from wanforge.whole_file import PARTIAL
 
-MAX_HEADER = 100_000_000
-"""Largest header in bytes; the safetensors library refuses larger ones, too."""
+MAX_HEADER = 16 << 20
+"""Largest header in bytes. The largest denoiser of Wan needs 164,160, and reading one takes many times its size."""
 METADATA = "__metadata__"
 LARGEST = 1 << 60
 """Upper bound of sizes and their products, which the library computes in 64 bits."""

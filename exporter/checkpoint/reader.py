@@ -1,7 +1,8 @@
 """Open a checkpoint file in any container without loading it.
 
 A `.pth` file is a pickle: it is opened only here, with PyTorch's restricted unpickler, and only for its table of
-contents. Tensors are then read from the file by offset, a few megabytes at a time.
+contents. Tensors are then read from the file by offset, a few megabytes at a time. What is read is compared with the
+file's checksums, if it has any, and must consist of finite numbers.
 """
 
 import io
@@ -9,46 +10,155 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, _weights_only_unpickler
 
 from wanforge.engines.bundle.tensorfile import CHUNK, TensorSpec, read_chunks, read_header
 from wanforge.errors import CheckpointError, join_names
+from wanforge.regular_file import check_regular
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
 
 WRAPPERS = ("state_dict", "model", "module")
 INDEX = ".safetensors.index.json"
 
+MOST_CONTENTS = 16 << 20
+"""The most bytes of a table of contents. The largest denoiser of Wan needs 200,000, and reading one takes many times as
+much memory."""
+TOO_LARGE = 2.0**128 - 2.0**119
+"""The least number that becomes infinite when it is rounded to bfloat16."""
+INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
+
+
+@dataclass
+class ZipRecord:
+    """One record of a `.pth` file, which is a zip archive. It holds the bytes of one storage.
+
+    Attributes:
+        name: Its name in the archive.
+        checksum: Its CRC-32 according to the archive; 0 if PyTorch was told not to compute any.
+        is_checked: Whether its bytes are known to match.
+    """
+
+    path: Path
+    name: str
+    offset: int
+    size: int
+    checksum: int
+    is_checked: bool = False
+
+    def read(self) -> Iterator[bytes]:
+        """Yield all its bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            yield from read_chunks(file, self.size)
+
+    def check(self, holds: str) -> None:
+        """Read the record and compare its checksum, unless that was done before.
+
+        Raises:
+            CheckpointError: They differ; the message names what the record holds.
+        """
+        if self.is_checked or not self.checksum:
+            return
+        found = 0
+        for chunk in self.read():
+            found = zlib.crc32(chunk, found)
+        self.compare(found, holds)
+
+    def compare(self, found: int, holds: str) -> None:
+        """Refuse a checksum that is not the record's."""
+        if self.checksum and found != self.checksum:
+            raise CheckpointError(
+                f"{self.path}: damaged; the checksum of {holds} is {found:08x}, but the file says {self.checksum:08x}. "
+                "Fetch it again"
+            )
+        self.is_checked = True
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's type and shape, and where its bytes lie in a file."""
+    """A tensor's name in its file, its type and shape, and where its bytes lie.
 
+    Attributes:
+        record: The record that the bytes are in, if the file is a `.pth` file.
+    """
+
+    name: str
     spec: TensorSpec
     path: Path
     offset: int
+    record: ZipRecord | None = None
 
-    def chunks(self, rows: int | None = None) -> Iterable[Tensor]:
+    def chunks(self, rows: int | None = None) -> Iterator[Tensor]:
         """Yield the tensor's elements as flat pieces; with `rows`, each piece holds that many whole rows.
 
         Raises:
-            CheckpointError: The file ends before the tensor does.
+            CheckpointError: The file ends before the tensor does, its checksum does not match, or a value is not a
+                finite number.
         """
-        dtype = STORED[self.spec.dtype]
         row_bytes = self.spec.nbytes // max(1, self.spec.shape[0]) if self.spec.shape else self.spec.nbytes
-        piece = CHUNK if rows is None else rows * row_bytes
+        for piece in self._pieces(CHUNK if rows is None else rows * row_bytes):
+            if not is_finite(piece):
+                raise self._not_finite()
+            yield piece
+
+    def _pieces(self, most: int) -> Iterator[Tensor]:
+        """Yield pieces of at most `most` bytes, the last one only if the checksum matches.
+
+        The checksum is computed on the way if the tensor fills its record; otherwise the record is read once more.
+        """
+        record, dtype, left, found = self.record, STORED[self.spec.dtype], self.spec.nbytes, 0
+        fills = record is not None and (self.offset, left) == (record.offset, record.size)
+        if record is not None and not fills:
+            record.check(self.name)
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            left = self.spec.nbytes
             while left:
-                data = bytearray(b"".join(read_chunks(file, min(piece, left))))
+                piece = torch.empty(min(most, left) // dtype.itemsize, dtype=dtype)
+                data = as_bytes(piece)
+                if file.readinto(data) < len(data):
+                    raise CheckpointError(f"{self.path}: truncated within {self.name}. Fetch it again")
                 left -= len(data)
-                yield torch.frombuffer(data, dtype=dtype)
+                if record is not None and fills:
+                    found = zlib.crc32(data, found)
+                    if not left:
+                        record.compare(found, self.name)
+                yield piece
+
+    def _not_finite(self) -> CheckpointError:
+        """Count the values that are not finite, and say where the first one is."""
+        position, found = 0, []
+        for piece in self._pieces(CHUNK):
+            found.append((~(piece.double().abs() < TOO_LARGE)).nonzero().flatten() + position)
+            position += len(piece)
+        places = torch.cat(found)
+        first = [int(index) for index in np.unravel_index(int(places[0]), self.spec.shape)]
+        return CheckpointError(
+            f"{self.path}: {len(places):,} of the {position:,} values of {self.name} are NaN, infinite or too large "
+            f"for bfloat16, the first at {first}. Fetch it again, or repair what wrote it"
+        )
+
+
+def is_finite(piece: Tensor) -> bool:
+    """Whether every float stays finite in bfloat16; always true of integers.
+
+    Floats of one sign are ordered as integers of the same bits are, with infinity and NaN at the end. So the largest
+    signed and the largest unsigned integer tell, in a small part of the time that `torch.isfinite` takes.
+    """
+    if not piece.is_floating_point() or piece.dtype.itemsize not in INTEGERS:
+        return True
+    signed, unsigned = (piece.view(torch.uint8).numpy().view(kind) for kind in INTEGERS[piece.dtype.itemsize])
+    bound = torch.tensor([TOO_LARGE, -TOO_LARGE], dtype=torch.float64).to(piece.dtype)
+    positive, negative = bound.view(torch.uint8).numpy().view(unsigned.dtype)
+    return bool(signed.max() < positive and unsigned.max() < negative)
 
 
 Contents = dict[str, StoredTensor]
@@ -67,8 +177,7 @@ def open_checkpoint(path: Path) -> Contents:
     """
     if path.is_dir():
         path = _index_in(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+    check_regular(path, CheckpointError)
     if path.name.endswith(INDEX):
         return _open_index(path)
     if path.suffix == ".safetensors":
@@ -85,11 +194,13 @@ def _index_in(folder: Path) -> Path:
 
 
 def _open_safetensors(path: Path) -> Contents:
+    check_regular(path, CheckpointError)
     header = read_header(path)
-    return {name: StoredTensor(spec, path, header.offsets[name]) for name, spec in header.tensors.items()}
+    return {name: StoredTensor(name, spec, path, header.offsets[name]) for name, spec in header.tensors.items()}
 
 
 def _open_index(path: Path) -> Contents:
+    check_regular(path, CheckpointError, MOST_CONTENTS)
     try:
         shards: dict[str, str] = json.loads(path.read_text())["weight_map"]
         files = {name: path.parent / Path(file).name for name, file in shards.items()}
@@ -113,13 +224,13 @@ def _open_torch(path: Path) -> Contents:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            loaded = _unpickle(archive)
+            loaded = _unpickle(path, archive)
     except pickle.UnpicklingError as error:
         # PyTorch's message goes on to explain how to load the file regardless.
         reason = str(error).partition(" was not an allowed")[0].splitlines()[0]
         raise CheckpointError(f"{path}: refused, it holds more than tensors ({reason})") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged table can fail anywhere in the unpickler
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: damaged PyTorch file ({reason})") from None
@@ -127,41 +238,62 @@ def _open_torch(path: Path) -> Contents:
     return {name: _locate(path, name, tensor, size) for name, tensor in _flat(path, loaded).items()}
 
 
-def _unpickle(archive: zipfile.ZipFile) -> Any:
+def _unpickle(path: Path, archive: zipfile.ZipFile) -> Any:
     """Read the pickled table with PyTorch's restricted unpickler; its tensors have no data.
 
-    Each storage records where its bytes are according to the zip directory. `torch.load` would derive that from the
-    way PyTorch lays out files, and would be wrong for a repacked file.
+    Each storage knows the record with its bytes according to the zip directory. `torch.load` would derive that from
+    the way PyTorch lays out files, and would be wrong for a repacked file.
     """
     tables = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
     if len(tables) != 1:
         raise ValueError("it has no data.pkl")
     folder = tables[0].removesuffix("data.pkl")
+    record_of = cache(partial(_record, path, archive))
 
     def storage(saved: Any) -> Any:
         kind, storage_type, key, _, count = saved
         dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
         size = count * dtype.itemsize
-        record = archive.getinfo(f"{folder}data/{key}")
-        if kind != "storage" or size > record.file_size:
+        record = record_of(f"{folder}data/{key}")
+        if kind != "storage" or size > record.size:
             raise ValueError(f"record {key} is too short")
-        if record.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError("its data is compressed; save it again without compression")
         untyped: Any = torch.UntypedStorage(size, device="meta")
-        untyped.place = (_data_offset(archive, record), size)
+        untyped.place = record, size
         return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
 
-    unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(archive.read(tables[0])), encoding="utf-8")
+    unpickler: Any = _weights_only_unpickler.Unpickler(io.BytesIO(_table(record_of(tables[0]))), encoding="utf-8")
     unpickler.persistent_load = storage
     return unpickler.load()
 
 
-def _data_offset(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> int:
+def _table(record: ZipRecord) -> bytes:
+    """The pickled table, if it is not damaged and opening it cannot fill the memory."""
+    if record.size > MOST_CONTENTS:
+        raise CheckpointError(
+            f"{record.path}: its table of contents has {record.size:,} bytes, but no checkpoint of Wan needs more than "
+            f"{MOST_CONTENTS:,}; check that it is the right file"
+        )
+    record.check("its table of contents")
+    table = b"".join(record.read())
+    if b"bytearray" in table:  # PyTorch would make one of any size that the table asks for
+        raise pickle.UnpicklingError("bytearray was not an allowed global")
+    return table
+
+
+def _record(path: Path, archive: zipfile.ZipFile, name: str) -> ZipRecord:
+    """A record of a `.pth` file, by its name in the archive."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise CheckpointError(f"{path}: its data is compressed; save it again without compression")
+    return ZipRecord(path, name, _data_offset(archive, entry), entry.file_size, entry.CRC)
+
+
+def _data_offset(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> int:
     """Where a record's bytes begin: after its local header, whose two variable lengths are in bytes 26 to 30."""
     assert archive.fp is not None
-    archive.fp.seek(record.header_offset)
+    archive.fp.seek(entry.header_offset)
     header = archive.fp.read(30)
-    return record.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+    return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
 
 
 def _flat(path: Path, loaded: Any) -> Mapping[str, Tensor]:
@@ -189,11 +321,11 @@ def _locate(path: Path, name: str, tensor: Tensor, size: int) -> StoredTensor:
             f"{path}: {name} is stored as {tensor.dtype} with strides {tensor.stride()}; save it contiguously"
         )
     spec = TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape))
-    place = getattr(tensor.untyped_storage(), "place", None)
+    place: tuple[ZipRecord, int] | None = getattr(tensor.untyped_storage(), "place", None)
     if place is None:
         raise CheckpointError(f"{path}: {name} was saved without data")
-    start, length = place
+    record, length = place
     first = int(tensor.storage_offset()) * tensor.element_size()
-    if first + spec.nbytes > length or start + first + spec.nbytes > size:
+    if first + spec.nbytes > length or record.offset + record.size > size:
         raise CheckpointError(f"{path}: truncated; {name} lies beyond its {size:,} bytes. Fetch it again")
-    return StoredTensor(spec, path, start + first)
+    return StoredTensor(name, spec, path, record.offset + first, record)

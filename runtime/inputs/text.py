@@ -11,8 +11,11 @@ import ftfy
 from tokenizers import Tokenizer as Tokens
 
 from wanforge.errors import CheckpointError, RequestError
+from wanforge.regular_file import check_regular
 
 END = "</s>"
+MOST_BYTES = 64 << 20
+"""The most bytes of a ``tokenizer.json``. The published one has 17 MB for its 256,000 pieces."""
 
 
 def clean(prompt: str) -> str:
@@ -24,10 +27,11 @@ class Tokenizer:
     """The tokenizer of umT5, read from the published ``tokenizer.json``.
 
     Raises:
-        CheckpointError: The file is missing, or is not a tokenizer with an end-of-text token.
+        CheckpointError: The file is missing or too large, or is not a tokenizer with an end-of-text token.
     """
 
     def __init__(self, path: Path) -> None:
+        check_regular(path, CheckpointError, MOST_BYTES)
         try:
             self.tokens = Tokens.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception for every kind of damage

@@ -19,7 +19,16 @@ from torch import Tensor
 from tests.numerics import assert_matches
 from wanforge.engines.bundle.tensorfile import CHUNK
 from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.reader import INDEX, Contents, StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint import reader
+from wanforge.exporter.checkpoint.reader import (
+    INDEX,
+    Contents,
+    StoredTensor,
+    ZipRecord,
+    as_bytes,
+    is_finite,
+    open_checkpoint,
+)
 from wanforge.runtime.dtypes import STORED
 
 BASE = torch.arange(60, dtype=torch.float32).view(6, 10)
@@ -98,7 +107,7 @@ def refused_or_as_torch(path: Path, content: bytes) -> None:
         return
     try:
         expected = torch.load(path, weights_only=True)
-    except Exception:  # PyTorch also compares checksums of the data, which opening a checkpoint does not
+    except Exception:
         return
     assert {name: bytes(as_bytes(t)) for name, t in found.items()} == {
         name: bytes(as_bytes(t.detach())) for name, t in expected.items()
@@ -166,6 +175,78 @@ def test_opens_views_of_one_storage(tmp_path: Path) -> None:
     torch.save(views, tmp_path / "a.pth")
     assert (tmp_path / "a.pth").stat().st_size < 2000, "the storage was saved more than once"
     assert_holds(open_checkpoint(tmp_path / "a.pth"), views)
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["whole-records", "parts-of-a-record"])
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path: Path, views: bool) -> None:
+    path = tmp_path / "a.pth"
+    state = {"first": BASE[1:3], "second": BASE[4]} if views else {"only": BASE}
+    torch.save(state, path)
+    content = path.read_bytes()
+    start = content.index(bytes(as_bytes(BASE)))
+    for bit in range(0, 8 * BASE.nbytes, 37):
+        damaged = bytearray(content)
+        damaged[start + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        for name, stored in open_checkpoint(path).items():
+            with pytest.raises(CheckpointError, match=rf"a\.pth: damaged; the checksum of {name} is .* Fetch it again"):
+                read(stored)
+
+
+def test_every_byte_is_read_once_unless_tensors_share_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[str] = []
+    original = ZipRecord.read
+    monkeypatch.setattr(ZipRecord, "read", lambda record: (passes.append(record.name), original(record))[1])
+    torch.save({"a": BASE, "b": torch.ones(9)}, tmp_path / "a.pth")
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), {"a": BASE, "b": torch.ones(9)})
+    assert not [name for name in passes if "data/" in name]
+    torch.save({"a": BASE[:3], "b": BASE[3:], "c": torch.ones(9)}, tmp_path / "a.pth")
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), {"a": BASE[:3], "b": BASE[3:], "c": torch.ones(9)})
+    assert [name for name in passes if "data/" in name] == ["a/data/0"]
+
+
+def test_a_file_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38, -3.4e38])
+def test_a_value_that_is_not_finite_is_refused(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    tensor = torch.full((4, 3), -1.0, dtype=dtype)
+    tensor[2, 1] = tensor[3, 0] = value
+    torch.save({"fine": BASE, "odd": tensor}, tmp_path / "a.pth")
+    contents = open_checkpoint(tmp_path / "a.pth")
+    assert torch.equal(read(contents["fine"]), BASE)
+    complaint = r"a\.pth: 2 of the 12 values of odd are NaN, infinite or too large .*, the first at \[2, 1\]"
+    with pytest.raises(CheckpointError, match=complaint):
+        read(contents["odd"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_every_number_that_bfloat16_holds_is_finite(dtype: torch.dtype) -> None:
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.bfloat16).max)
+    piece = torch.tensor([largest, -largest, 0.0, -0.0, torch.finfo(dtype).tiny], dtype=dtype)
+    assert is_finite(piece)
+    assert all(is_finite(piece[i : i + 1]) for i in range(len(piece)))
+    assert torch.isfinite(piece.to(torch.bfloat16)).all()
+
+
+def test_bit_patterns_are_judged_as_by_pytorch() -> None:
+    ends = [0x7BFF, 0x7C00, 0x7F7F, 0x7F80, 0x7FFF]
+    patterns = torch.tensor([*range(0, 1 << 16, 31), *ends, *(0x8000 | end for end in ends)])
+    for dtype in (torch.bfloat16, torch.float16):
+        values = patterns.to(torch.int32).to(torch.int16).view(dtype)
+        assert [is_finite(values[i : i + 1]) for i in range(len(values))] == torch.isfinite(values).tolist()
+
+
+def test_integers_may_have_any_bits() -> None:
+    assert is_finite(torch.tensor([-1, -128, 127], dtype=torch.int8))
+    assert is_finite(torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32))
 
 
 def test_reads_large_tensors_in_pieces(tmp_path: Path) -> None:
@@ -291,6 +372,57 @@ def test_a_file_packed_by_another_tool_is_refused_or_read_as_torch_does(
     scratch: Path, method: int, backwards: bool
 ) -> None:
     refused_or_as_torch(scratch / "a.pth", packed(method, backwards=backwards))
+
+
+def test_a_compressed_table_is_refused_unread(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", TABLE + bytes(10**8))
+    assert (tmp_path / "a.pth").stat().st_size < 10**6
+    with pytest.raises(CheckpointError, match=r"a\.pth: its data is compressed; save it again without compression"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_table_of_contents_that_is_too_large_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MOST_CONTENTS", len(TABLE))
+    (tmp_path / "a.pth").write_bytes(with_table(TABLE))
+    assert_holds(open_checkpoint(tmp_path / "a.pth"), STATE)
+    monkeypatch.setattr(ZipRecord, "read", lambda record: pytest.fail("it was read"))
+    (tmp_path / "a.pth").write_bytes(with_table(TABLE + b"."))
+    with pytest.raises(CheckpointError, match=rf"a\.pth: its table of contents has {len(TABLE) + 1} bytes, but no"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+def test_an_index_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_shards(tmp_path, halves())
+    monkeypatch.setattr(reader, "MOST_CONTENTS", path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=rf"{INDEX}: has [\d,]+ bytes, but a file of this kind has at most"):
+        open_checkpoint(path)
+
+
+def test_a_table_cannot_ask_for_memory(tmp_path: Path) -> None:
+    table = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x00\x01\x85R."  # bytearray(2**40)
+    (tmp_path / "a.pth").write_bytes(with_table(table))
+    with pytest.raises(CheckpointError, match="refused, it holds more than tensors"):
+        open_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", f"a{INDEX}"])
+def test_what_is_no_ordinary_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: is a pipe; give an ordinary file"):
+        open_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="/dev/zero: is a device"):
+        open_checkpoint(Path("/dev/zero"))
+
+
+def test_a_shard_that_is_no_ordinary_file_is_not_opened(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, halves())
+    (tmp_path / "model-2-of-2.safetensors").unlink()
+    os.mkfifo(tmp_path / "model-2-of-2.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-2-of-2\.safetensors: is a pipe"):
+        open_checkpoint(path)
 
 
 # The shape (6, 10) and the element count 60 in the pickled table, where each number takes one byte.

@@ -1,6 +1,7 @@
 """Prompts are cleaned and tokenised."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests import golden
 from wanforge.errors import CheckpointError, RequestError
+from wanforge.runtime.inputs import text
 from wanforge.runtime.inputs.text import Tokenizer, clean, find_tokenizer
 
 
@@ -72,3 +74,19 @@ def test_finds_the_file_in_the_published_folder(tmp_path: Path) -> None:
         find_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     assert find_tokenizer(tmp_path) == find_tokenizer(tmp_path / "tokenizer.json") == tmp_path / "tokenizer.json"
+
+
+def test_a_tokenizer_is_an_ordinary_file_of_limited_size(
+    tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a pipe"):
+        Tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json here"):
+        find_tokenizer(tmp_path)
+    path = checkpoints["tiny-t2v"] / "google/umt5-xxl/tokenizer.json"
+    monkeypatch.setattr(text, "MOST_BYTES", path.stat().st_size - 1)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: has [\d,]+ bytes, but a file of this kind has at most"
+    ):
+        Tokenizer(path)
