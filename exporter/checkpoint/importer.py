@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from wanforge.exporter.checkpoint.checks import (
 )
 from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
+from wanforge.host import free_disk_bytes
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
@@ -256,10 +256,9 @@ def made_from(part: Part) -> str:
 def check_disk(out: Path, parts: Sequence[Part]) -> None:
     """Refuse to begin if the disk cannot hold the result."""
     needed = sum(part.nbytes for part in parts)
-    place = next(p for p in (out, *out.parents, Path.cwd()) if p.exists())
     earlier = read_record(out)
     done = sum(_done(part, out / weights_name(part.component), earlier) for part in parts)
-    free = shutil.disk_usage(place).free
+    free = free_disk_bytes(out)
     if needed - done > free:
         raise ResourceError(
             f"{out}: {(needed - done) / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room, or use "
@@ -368,4 +367,20 @@ def link_part(part: Part, path: Path, record: ImportRecord, count: Count) -> Imp
     partial.unlink(missing_ok=True)
     partial.symlink_to(part.source.resolve())
     partial.replace(path)
-    return noted(path.parent.parent, record, part, sha256_of(path, count))
+    return noted(path.parent.parent, record, part, checked_sha256(part, count))
+
+
+def checked_sha256(part: Part, count: Count) -> str:
+    """The SHA-256 of a canonical file, whose values are checked on the way.
+
+    Raises:
+        CheckpointError: A value is not a finite number.
+    """
+    header = read_header(part.source)
+    with part.source.open("rb") as file:
+        digest = hashlib.sha256(file.read(min(header.offsets.values())))
+    for name in header.tensors:
+        for piece in part.stored[name].chunks():
+            digest.update(as_bytes(piece))
+            count(piece.nbytes)
+    return digest.hexdigest()

@@ -5,10 +5,15 @@ little memory. A sparse file is left without data and takes almost no disk space
 """
 
 import math
+import os
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
+from operator import xor
 from pathlib import Path
+from typing import IO
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -18,17 +23,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.tensorfile import TensorSpec
+from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
+from wanforge.host import free_disk_bytes
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import temporary_file, write_atomically
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
+DESCRIPTOR = b"PK\x07\x08"
+"""What lies between a record's data and the checksum behind it."""
 PIECE = 4 << 20
 """Number of random elements drawn at a time."""
 
@@ -62,6 +71,7 @@ def write_checkpoint(
     parts: set[str] | None = None,
     sparse: bool = False,
     seed: int = 0,
+    replace: bool = False,
     progress: Progress = silent,
 ) -> list[Path]:
     """Write a model's files; the same seed gives the same bytes.
@@ -70,53 +80,131 @@ def write_checkpoint(
         parts: The parts to write, as in `file_names`; None writes all. Quantised denoisers hold the same weights as the
             unquantised ones, quantised.
         sparse: Write full-size files of zeros that take no disk space.
+        replace: Write over files that are there already.
 
     Returns:
         The files written.
+
+    Raises:
+        CheckpointError: There are such files, and `replace` is not set. Nothing was written.
+        ResourceError: The disk is too small. Nothing was written.
     """
-    written = []
-    for part, name in file_names(model).items():
-        if parts is not None and part not in parts:
-            continue
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+    files = {part: out / name for part, name in file_names(model).items() if parts is None or part in parts}
+    layouts = {part: published_layout(model, part) for part in files if part != "tokenizer"}
+    check_free(out, list(files.values()), replace)
+    if not sparse:
+        check_disk(out, sum(spec.nbytes for specs in layouts.values() for spec in specs.values()))
+    for part, path in files.items():
         if part == "tokenizer":
             write_atomically(path, train_tokenizer(model.text_encoder.vocab_size).to_str().encode())
-        else:
-            component, quantised = part.removesuffix("-quant"), part.endswith("-quant")
-            specs = layout(component, model, published_recipe(quantised, has_sla=True))
-            count = ByteCount(progress, name, sum(spec.nbytes for spec in specs.values()))
-            write_torch_file(path, specs, None if sparse else random_tensors(component, specs, seed), count)
-        written.append(path)
-    return written
+            continue
+        specs = layouts[part]
+        count = ByteCount(progress, path.name, sum(spec.nbytes for spec in specs.values()))
+        values = None if sparse else random_tensors(part.removesuffix("-quant"), specs, seed)
+        write_torch_file(path, specs, values, count)
+    return list(files.values())
+
+
+def published_layout(model: ModelConfig, part: str) -> Layout:
+    """The tensors of a part, as in `file_names`."""
+    return layout(part.removesuffix("-quant"), model, published_recipe(part.endswith("-quant"), has_sla=True))
+
+
+def check_free(out: Path, files: list[Path], replace: bool) -> None:
+    """Refuse to write over files unless it is asked for.
+
+    Raises:
+        CheckpointError: Some of the files are there already.
+    """
+    there = [str(path.relative_to(out)) for path in files if path.exists() or path.is_symlink()]
+    if there and not replace:
+        raise CheckpointError(
+            f"{out}: already holds {join_names(there)}; choose another folder, or replace them (--replace)"
+        )
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse to begin if the disk cannot hold the files.
+
+    Raises:
+        ResourceError: It cannot.
+    """
+    if needed > (free := free_disk_bytes(out)):
+        raise ResourceError(
+            f"{out}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room, choose another "
+            "folder, or write files of zeros that take no space (--sparse)"
+        )
 
 
 def write_torch_file(
     path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, count: Callable[[int], object]
 ) -> None:
     """Write a flat state dict as `torch.save` does, and then fill in its data from `values`, if any."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with FakeTensorMode():
-            state = {name: torch.empty(spec.shape, dtype=STORED[spec.dtype]) for name, spec in specs.items()}
+    with temporary_file(path) as temporary:
+        with temporary.open("r+b") as file:
+            lay_out(file, specs)
+            fill(file, specs, values or (lambda name: iter(())), count)
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def lay_out(file: IO[bytes], specs: Layout) -> None:
+    """Write a file with a hole in place of each tensor's data."""
+    with FakeTensorMode():
+        state = {name: torch.empty(spec.shape, dtype=STORED[spec.dtype]) for name, spec in specs.items()}
+        try:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(state, partial)
-        if values is not None:
-            fill(partial, specs, values, count)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                torch.save(state, file)
+        except RuntimeError as error:  # PyTorch fails once more when it closes a file that it could not write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
-def fill(path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]], count: Callable[[int], object]) -> None:
-    """Write data into the tensors of a file that was laid out without any."""
-    contents: Mapping[str, StoredTensor] = open_checkpoint(path)
-    with path.open("r+b") as file:
+def fill(
+    file: IO[bytes], specs: Layout, values: Callable[[str], Iterator[Tensor]], count: Callable[[int], object]
+) -> None:
+    """Write data into the tensors of a file that was laid out without any, and the checksums of all tensors.
+
+    A tensor without values is left as it is, a hole in the file that reads as zeros. PyTorch repeats the checksum of
+    each record behind its data.
+    """
+    contents = open_checkpoint(Path(file.name))
+    with zipfile.ZipFile(file, "a") as archive:
         for name, spec in specs.items():
-            file.seek(contents[name].offset)
+            record, checksum = contents[name].record, None
+            assert record is not None
+            file.seek(record.offset)
             for piece in values(name):
+                checksum = zlib.crc32(as_bytes(piece), checksum or 0)
                 count(file.write(as_bytes(piece)))
-            assert file.tell() == contents[name].offset + spec.nbytes, name
+            end = record.offset + spec.nbytes
+            assert checksum is None or file.tell() == end, name
+            entry = archive.getinfo(record.name)
+            entry.CRC = checksum_of_zeros(spec.nbytes) if checksum is None else checksum
+            file.seek(end + len(DESCRIPTOR))
+            file.write(entry.CRC.to_bytes(4, "little"))
+        archive.comment = b""  # makes zipfile write the directory again
+
+
+@cache
+def checksum_of_zeros(size: int) -> int:
+    """The CRC-32 of `size` zero bytes, without computing it from them.
+
+    What a zero byte does to the 32 bits of the register is linear. Squaring the matrix doubles the number of bytes.
+    """
+
+    def times(columns: list[int], vector: int) -> int:
+        return reduce(xor, (column for bit, column in enumerate(columns) if vector >> bit & 1), 0)
+
+    ones = 0xFFFFFFFF
+    register, matrix = ones, [ones ^ zlib.crc32(b"\0", ones ^ 1 << bit) for bit in range(32)]
+    while size:
+        if size & 1:
+            register = times(matrix, register)
+        matrix = [times(matrix, column) for column in matrix]
+        size >>= 1
+    return ones ^ register
 
 
 def random_tensors(component: str, specs: Layout, seed: int) -> Callable[[str], Iterator[Tensor]]:

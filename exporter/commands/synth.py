@@ -21,6 +21,7 @@ class SynthOptions:
     parts: tuple[str, ...]
     sparse: bool
     seed: int
+    replace: bool
 
 
 @click.command()
@@ -35,6 +36,7 @@ class SynthOptions:
 )
 @click.option("--sparse", is_flag=True, help="Write full-size files of zeros that take no disk space.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
+@click.option("--replace", is_flag=True, help="Write over files that are there already.")
 @takes(SynthOptions)
 def synth(options: SynthOptions) -> None:
     """Write checkpoint files in the formats that upstream publishes, with random weights.
@@ -48,10 +50,17 @@ def synth(options: SynthOptions) -> None:
     model = load_model(options.model)
     wanted = parts_of(model, options.parts)
     with Bars() as bars:
-        for path in write_checkpoint(
-            model, options.out, parts=wanted, sparse=options.sparse, seed=options.seed, progress=bars
-        ):
-            click.echo(path)
+        written = write_checkpoint(
+            model,
+            options.out,
+            parts=wanted,
+            sparse=options.sparse,
+            seed=options.seed,
+            replace=options.replace,
+            progress=bars,
+        )
+    for path in written:
+        click.echo(path)
 
 
 def parts_of(model: ModelConfig, asked: tuple[str, ...]) -> set[str]:

@@ -1,6 +1,7 @@
-"""How much memory this process can still allocate, whether it runs in a container or directly on a machine."""
+"""How much memory this process can still allocate, in a container or not, and how much disk is free."""
 
 import math
+import shutil
 from pathlib import Path
 
 import psutil
@@ -39,3 +40,9 @@ def control_group_bytes(folder: Path) -> float:
             cached = sum(int(counts.get(f"total_{n}", counts.get(n, 0))) for n in ("active_file", "inactive_file"))
             return max(0, int(most) - taken + cached)
     return math.inf
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Bytes that are free on the disk that `path` is on, or would be on once it is made."""
+    place = next(p for p in (path, *path.parents, Path.cwd()) if p.exists())
+    return shutil.disk_usage(place).free

@@ -1,6 +1,7 @@
 """Fixtures for the importer's tests: tiny-t2v's tensors, its files, and the bundles imported from them."""
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,11 @@ def bundles(given: Callable[..., Sources], tmp_path_factory: pytest.TempPathFact
         "plain": import_checkpoint(T2V, given(), folder / "plain"),
         "quant": import_checkpoint(T2V, given(quantised=True), folder / "quant"),
     }
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """A function that makes writes beyond a size really fail, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -272,14 +272,6 @@ def test_files_that_are_replaced_make_no_room(
     assert Bundle.open(tmp_path / "out").recipe == SLA
 
 
-@pytest.fixture
-def largest_file() -> Iterator[Callable[[int], None]]:
-    """A function that makes writes beyond a size really fail, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("size", [100, 10_000, 1_000_003, 4_000_000])
 def test_failing_write_leaves_nothing_that_looks_whole(
     tmp_path: Path,

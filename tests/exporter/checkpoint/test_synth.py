@@ -2,17 +2,24 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.exporter.checkpoint.sources import T2V
 from tests.golden import load_json
 from tests.numerics import assert_matches
 from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
+from wanforge.errors import CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import open_checkpoint
@@ -58,13 +65,82 @@ def test_no_two_files_share_a_name(model_name: str) -> None:
 @pytest.mark.parametrize("failing", ["save", "fill"])
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     def full(*args: object) -> None:
-        (tmp_path / "Wan2.1_VAE.pth.partial").touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(*((torch, "save") if failing == "save" else (synth, "fill")), full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*Wan2\.1_VAE\.pth'"):
         write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"vae"})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [100, 3_000, 1_000_003, 3_760_900])
+def test_a_write_that_really_fails_leaves_nothing(
+    tmp_path: Path, largest_file: Callable[[int], None], size: int
+) -> None:
+    largest_file(size)
+    with pytest.raises(OSError, match=r"File too large: '.*Wan2\.1_VAE\.pth'"):
+        write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"vae"})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("present", ["tiny-t2v.pth", "google/umt5-xxl/tokenizer.json"])
+def test_files_that_are_there_are_kept_unless_told(tmp_path: Path, present: str) -> None:
+    (tmp_path / present).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / present).write_bytes(b"published")
+    model, parts = load_model("tiny-t2v"), {"dit-quant", "dit", "tokenizer"}
+    with pytest.raises(CheckpointError, match=rf"already holds {present}; choose another .* \(--replace\)"):
+        write_checkpoint(model, tmp_path, parts=parts, sparse=True)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / present]
+    assert (tmp_path / present).read_bytes() == b"published"
+    write_checkpoint(model, tmp_path, parts={"vae"}, sparse=True)
+    write_checkpoint(model, tmp_path, parts=parts, sparse=True, replace=True)
+    assert (tmp_path / present).read_bytes() != b"published"
+
+
+def test_a_link_of_a_published_name_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "tiny-t2v.pth").symlink_to(tmp_path / "elsewhere.pth")
+    with pytest.raises(CheckpointError, match="already holds"):
+        write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"dit"}, sparse=True)
+    write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"dit"}, sparse=True, replace=True)
+    assert not (tmp_path / "elsewhere.pth").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    model, needed = load_model("tiny-t2v"), sum(spec.nbytes for spec in synth.published_layout(T2V, "dit").values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, needed - 1))
+    with pytest.raises(ResourceError, match=r"out: [\d.]+ MB are needed and [\d.]+ MB are free; make room, .*--sparse"):
+        write_checkpoint(model, tmp_path / "out", parts={"dit"})
+    assert not (tmp_path / "out").exists()
+    assert write_checkpoint(model, tmp_path / "out", parts={"dit"}, sparse=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, needed))
+    assert write_checkpoint(model, tmp_path / "full", parts={"dit"})
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_checksums_are_right(tmp_path: Path, sparse: bool) -> None:
+    written = write_checkpoint(load_model("tiny-t2v"), tmp_path, parts=WEIGHTS, sparse=sparse)
+    for path in written:
+        content = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None
+            for stored in open_checkpoint(path).values():
+                record = stored.record
+                assert record is not None
+                assert record.checksum == zlib.crc32(content[record.offset :][: record.size]) != 0
+                behind = content[record.offset + record.size :]
+                assert behind[:8] == b"PK\x07\x08" + record.checksum.to_bytes(4, "little")
+        if shutil.which("unzip"):
+            assert subprocess.run(["unzip", "-tqq", path], capture_output=True).stdout == b""
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 255, 65536, 1_000_003])
+def test_the_checksum_of_zeros_is_that_of_the_bytes(size: int) -> None:
+    assert synth.checksum_of_zeros(size) == zlib.crc32(bytes(size))
+
+
+def test_the_checksum_of_many_zeros_continues_that_of_fewer() -> None:
+    assert zlib.crc32(bytes(12_345), synth.checksum_of_zeros(28 * 10**9)) == synth.checksum_of_zeros(28_000_012_345)
 
 
 def test_every_file_is_written(checkpoints: dict[str, Path]) -> None:

@@ -125,6 +125,15 @@ def test_synth_refuses(tmp_path: Path, options: list[str], complaint: str) -> No
     assert not (tmp_path / "out").exists()
 
 
+def test_synth_writes_over_files_only_when_told(tmp_path: Path) -> None:
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"published")
+    command = ["synth", "--model", "tiny-t2v", "--out", tmp_path, "--sparse"]
+    assert "already holds Wan2.1_VAE.pth; choose another folder, or replace them (--replace)" in refused(*command)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"Wan2.1_VAE.pth": b"published"}
+    succeeded(*command, "--replace")
+    succeeded(*command, "--replace")
+
+
 @pytest.mark.slow
 def test_from_checkpoint_to_inspection(tmp_path: Path, importing: Callable[..., list[object]]) -> None:
     out = tmp_path / "bundle"
