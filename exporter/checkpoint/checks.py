@@ -1,5 +1,6 @@
 """What a checkpoint's files must be before anything is written: the right kind, model, tensors and recipe."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,16 @@ from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import CheckpointError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
+from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
+EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
+"""The folders of denoisers in the repositories of diffusers and of Wan 2.2, with the expert that each holds where there
+are two."""
+EXPERT = re.compile(r"(?<![a-z])(high|low)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,51 @@ def check_tokenizer(path: Path, model: ModelConfig) -> None:
 
 
 def check_experts(parts: Sequence[Part]) -> None:
-    """Refuse the same weights for both experts; comparing their small tensors is enough."""
+    """Refuse experts that are swapped by their names, or the same.
+
+    Comparing their small tensors is enough. If these are zeros, the files are synthetic ones without data, in which
+    the experts do not differ.
+    """
     if len(parts) < 2:
         return
-    first, second = parts
+    first, second = sorted(parts, key=lambda part: part.component)
+    check_expert_names(first.source, second.source)
     small = [name for name, stored in first.stored.items() if stored.spec.nbytes < 1 << 20]
-    if all(_bytes_of(first.stored[name]) == _bytes_of(second.stored[name]) for name in small):
+    are_equal = all(_bytes_of(first.stored[name]) == _bytes_of(second.stored[name]) for name in small)
+    if first.source.samefile(second.source) or (are_equal and any(any(_bytes_of(first.stored[n])) for n in small)):
         raise CheckpointError(
             f"{first.source} and {second.source} hold the same tensors; give the high-noise expert with --dit and "
             "the low-noise one with --dit-low"
         )
+
+
+def check_expert_names(high: Path, low: Path) -> None:
+    """Refuse experts whose names say that they are swapped, because nothing in the weights tells them apart.
+
+    Raises:
+        CheckpointError: One is named after the other, and the other is not.
+    """
+    named = named_after(high), named_after(low)
+    if named[0] == named[1] or (named[0] != "low" and named[1] != "high"):
+        return
+    path, other, given = (high, "low", "--dit") if named[0] == "low" else (low, "high", "--dit-low")
+    raise CheckpointError(
+        f"{path}: is named after the {other}-noise expert, but was given with {given}; give the high-noise expert with "
+        "--dit and the low-noise one with --dit-low, or rename the file if its name is wrong"
+    )
+
+
+def named_after(path: Path) -> str | None:
+    """The expert that a file is named after, or else its folder: ``high`` or ``low``; None if neither tells.
+
+    TurboDiffusion and ComfyUI publish files with the word high or low in their names.
+    """
+    path = path.absolute()
+    for name in (path.name.lower(), path.parent.name.lower()):
+        found = {EXPERT_FOLDERS[name]} if name in EXPERT_FOLDERS else set(EXPERT.findall(name))
+        if found:
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def _bytes_of(stored: StoredTensor) -> bytes:
@@ -133,7 +174,30 @@ def check_part(component: str, path: Path, contents: Contents, model: ModelConfi
     if missing or unexpected or wrong:
         raise CheckpointError(complaint(component, path, contents, model, missing, unexpected, wrong))
     stored = {name: contents[found] for name, found in matched.items()}
+    check_tiles(path, target, stored, recipe)
     return Part(component, path, stored, target)
+
+
+def check_tiles(path: Path, target: Layout, stored: Mapping[str, StoredTensor], recipe: Recipe) -> None:
+    """Refuse weights that cannot be quantised with the recipe's tiles, or that are quantised with others.
+
+    Raises:
+        CheckpointError: There are such weights; the message lists them.
+    """
+    if recipe.linear != "w8a8":
+        return
+    weights = {name: spec for name, spec in target.items() if name.endswith(".int8_weight")}
+    if recipe.tile != TILE and (given := [name for name in weights if name in stored]):
+        raise CheckpointError(
+            f"{path}: {given[0]} is quantised with tiles of {TILE}, but recipe {recipe.name!r} has tiles of "
+            f"{recipe.tile}; give the unquantised file, or use --recipe w8a8"
+        )
+    if ragged := {name: spec for name, spec in weights.items() if spec.shape[1] % recipe.tile}:
+        listed = [f"{name.replace('int8_weight', 'weight')} {list(spec.shape)}" for name, spec in ragged.items()]
+        raise CheckpointError(
+            f"{path}: recipe {recipe.name!r} quantises tiles of {recipe.tile} rows and columns, and these weights have "
+            f"columns for no whole number of tiles: {join_names(listed)}. Use --recipe w8a8, whose tiles have {TILE}"
+        )
 
 
 def fits(found: TensorSpec, expected: TensorSpec) -> bool:

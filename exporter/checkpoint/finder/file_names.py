@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
-from wanforge.exporter.checkpoint.checks import KINDS
+from wanforge.exporter.checkpoint.checks import EXPERT_FOLDERS, KINDS
 from wanforge.exporter.checkpoint.finder.listing import CONTAINERS
 from wanforge.exporter.checkpoint.reader import INDEX
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, VAE_FILE
@@ -20,9 +20,6 @@ DENOISER, VAE, TEXT_ENCODER = "a denoiser", KINDS["vae"], KINDS["text_encoder"]
 FOREIGN = "no part of a model"
 BY_NAME, BY_FOLDER = "by its published name", "by its folder"
 
-EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
-"""The folders of denoisers in the repositories of diffusers and of Wan 2.2, with the expert that each holds where there
-are two."""
 FOLDERS = {**dict.fromkeys(EXPERT_FOLDERS, DENOISER), "vae": VAE, "text_encoder": TEXT_ENCODER}
 """What the folders of published repositories hold."""
 FOREIGN_FOLDERS = {"image_encoder", "clip_vision", "loras", "controlnet"}

@@ -1,5 +1,6 @@
 """What cannot be imported is refused with a reason, before anything is written."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,20 @@ from tests.exporter.checkpoint.sources import (
     W8A8,
     State,
     assert_refused,
+    contents,
     without,
     write_pth,
 )
 from wanforge.configs.model import ModelConfig, load_model
-from wanforge.configs.recipe import Recipe
-from wanforge.errors import CheckpointError
-from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.errors import BundleError, CheckpointError
+from wanforge.exporter.checkpoint.checks import Sources, check_expert_names
+from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.reader import open_checkpoint
+from wanforge.exporter.checkpoint.synth import write_checkpoint
 
 CHANGES: list[tuple[str, Callable[[State], State], str]] = [
     ("missing", lambda s: without(s, "head.modulation"), r"missing \(1\): head\.modulation$"),
@@ -167,6 +174,126 @@ def test_refuses_a_copy_of_one_file_for_both_experts(tmp_path: Path, given: Call
     copy = Path(shutil.copy(given(I2V).weights["dit.high"], tmp_path / "copy.pth"))
     with pytest.raises(CheckpointError, match=r"hold the same tensors"):
         import_checkpoint(I2V, given(I2V, dit_low=copy), tmp_path / "out")
+
+
+def test_zeros_pass_for_both_experts_but_not_one_file(tmp_path: Path, given: Callable[..., Sources]) -> None:
+    high, low = write_checkpoint(I2V, tmp_path / "in", parts={"dit.high", "dit.low"}, sparse=True)
+    with pytest.raises(CheckpointError, match="hold the same tensors"):
+        import_checkpoint(I2V, given(I2V, dit_high=high, dit_low=high), tmp_path / "out")
+    bundle = import_checkpoint(I2V, given(I2V, dit_high=high, dit_low=low), tmp_path / "out")
+    assert contents(bundle, "dit.high") == contents(bundle, "dit.low")
+
+
+SWAPPED = r"{}: is named after the {}-noise expert, but was given with {}; give the high-noise expert with --dit"
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "blamed", "other", "given_with"),
+    [
+        ("TurboWan2.2-I2V-A14B-low-720P.pth", "TurboWan2.2-I2V-A14B-high-720P.pth", 0, "low", "--dit"),
+        ("low.pth", "a.pth", 0, "low", "--dit"),
+        ("a.pth", "HIGH.pth", 1, "high", "--dit-low"),
+        ("low_noise_model/a.pth", "high_noise_model/a.pth", 0, "low", "--dit"),
+        ("transformer_2/a.pth", "transformer/a.pth", 0, "low", "--dit"),
+        ("high/wan_low_noise.pth", "low/wan_high_noise.pth", 0, "low", "--dit"),
+    ],
+)
+def test_experts_that_are_swapped_by_their_names_are_refused(
+    tmp_path: Path, given: Callable[..., Sources], high: str, low: str, blamed: int, other: str, given_with: str
+) -> None:
+    paths = [tmp_path / high, tmp_path / low]
+    for path, original in zip(paths, (given(I2V).weights[f"dit.{expert}"] for expert in ("high", "low")), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(original, path)
+    sources = given(I2V, dit_high=paths[0], dit_low=paths[1])
+    assert_refused(tmp_path / "out", I2V, sources, SWAPPED.format(paths[blamed], other, given_with))
+
+
+@pytest.mark.parametrize(
+    ("high", "low"),
+    [
+        ("a-high.pth", "a-low.pth"),
+        ("a.pth", "b.pth"),
+        ("low/a.pth", "low/b.pth"),
+        ("slow.pth", "highest.pth"),
+        ("high-low.pth", "low-high.pth"),
+        ("low/high.pth", "high/low.pth"),
+        ("transformer/a.pth", "transformer_2/a.pth"),
+    ],
+)
+def test_other_names_of_experts_say_nothing(high: str, low: str) -> None:
+    check_expert_names(Path("/models", high), Path("/models", low))
+
+
+def test_tiles_that_do_not_divide_a_weight_are_refused(tmp_path: Path) -> None:
+    model = load_model("tinywan")
+    complaint = (
+        r"recipe 'w8a8-256' .* no whole number of tiles: blocks\.0\.ffn\.2\.weight \[256, 384\], .*--recipe w8a8"
+    )
+    assert_refused(tmp_path / "out", model, embedded(model), complaint, load_recipe("w8a8-256"))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-64", "w8a8-256"])
+def test_weights_quantised_with_other_tiles_are_refused(
+    tmp_path: Path, given: Callable[..., Sources], recipe: str
+) -> None:
+    complaint = r"tiny-t2v-quant\.pth: .*int8_weight is quantised with tiles of 128, .*give the unquantised file"
+    assert_refused(tmp_path / "out", T2V, given(quantised=True), complaint, load_recipe(recipe))
+
+
+@pytest.mark.parametrize("recipe", [None, W8A8], ids=["copied", "quantised"])
+@pytest.mark.parametrize(("name", "width"), [("blocks.1.ffn.0.weight", 256), ("blocks.0.modulation", 256)])
+def test_a_weight_that_is_not_finite_is_refused(
+    tmp_path: Path,
+    given: Callable[..., Sources],
+    states: dict[str, State],
+    name: str,
+    width: int,
+    recipe: Recipe | None,
+) -> None:
+    tensor = states["dit"][name].clone()
+    tensor.view(-1)[width + 3] = torch.nan
+    sources = given(dit=write_pth({**states["dit"], name: tensor}, tmp_path))
+    with pytest.raises(CheckpointError, match=rf"a\.pth: 1 of the .* values of {name} are .*, the first at \[.*1, 3\]"):
+        import_checkpoint(T2V, sources, tmp_path / "out", recipe=recipe)
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / "out")
+
+
+def test_a_linked_weight_that_is_not_finite_is_refused(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
+) -> None:
+    own = {component: bundles["plain"].weights(component) for component in ("vae", "text_encoder")}
+    source = Path(shutil.copy(bundles["plain"].weights("dit"), tmp_path / "dit.safetensors"))
+    fine = import_checkpoint(T2V, given(dit=source, **own), tmp_path / "fine", link=True)
+    fine.verify(fine.manifest.files, again=True)
+    with source.open("r+b") as file:
+        file.seek(read_header(source).offsets["head.head.bias"] + 2 * 7)
+        file.write(b"\xff\xff")
+    with pytest.raises(CheckpointError, match=r"1 of the 64 values of head\.head\.bias are .*, the first at \[7\]"):
+        import_checkpoint(T2V, given(dit=source, **own), tmp_path / "out", link=True)
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", [None, W8A8], ids=["copied", "quantised"])
+def test_a_damaged_weight_is_refused(tmp_path: Path, given: Callable[..., Sources], recipe: Recipe | None) -> None:
+    source = Path(shutil.copy(given().weights["dit"], tmp_path / "dit.pth"))
+    damaged = bytearray(source.read_bytes())
+    damaged[open_checkpoint(source)["blocks.1.ffn.0.weight"].offset + 1000] ^= 1
+    source.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"dit\.pth: damaged; the checksum of blocks\.1\.ffn\.0\.weight"):
+        import_checkpoint(T2V, given(dit=source), tmp_path / "out", recipe=recipe)
+    with pytest.raises(BundleError):
+        Bundle.open(tmp_path / "out")
+
+
+def test_what_is_no_ordinary_file_is_not_opened(tmp_path: Path, given: Callable[..., Sources]) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    for component in ("dit", "vae", "text_encoder"):
+        complaint = "/dev/zero: is a device; give an ordinary file"
+        assert_refused(tmp_path / "out", T2V, given(**{component: Path("/dev/zero")}), complaint)
+    assert_refused(tmp_path / "out", T2V, given(tokenizer=tmp_path / "pipe.json"), r"pipe\.json: .*tokenizer\.json")
 
 
 @pytest.mark.parametrize("recipe", [SLA, W8A8], ids=lambda recipe: recipe.name)
