@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorSpec
+from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
@@ -23,9 +24,13 @@ FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.scale$")
 
 
 def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
-    """The tensors of one component in canonical naming, in the order in which a bundle stores them."""
+    """The tensors of one component in canonical naming, in the order in which a bundle stores them.
+
+    Tensors whose sizes are no multiples of `ALIGNMENT` come last, so that all others lie at multiples of it.
+    """
     module = meta_module(component, model, recipe)
-    return {name: TensorSpec(_dtype(component, name, tensor), tuple(tensor.shape)) for name, tensor in _ordered(module)}
+    specs = {n: TensorSpec(_dtype(component, n, tensor), tuple(tensor.shape)) for n, tensor in _ordered(module)}
+    return dict(sorted(specs.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0))
 
 
 def meta_module(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:

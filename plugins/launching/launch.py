@@ -131,17 +131,17 @@ class Launch:
         if len(devices) > 1:
             raise ShapeError(f"{self.kernel.name}: tensors are on {' and '.join(sorted(map(str, devices)))}")
         for name, tensor in self.tensors.items():
-            self._check_multiple(name, tensor.data_ptr())
+            if beyond := tensor.data_ptr() % ALIGNMENT:
+                raise ShapeError(
+                    f"{self.kernel.name}: {name} begins {beyond} bytes after a multiple of {ALIGNMENT} bytes; give a "
+                    "copy of it"
+                )
         for name, kind in self.kernel.scalars.items():
             value = self.arguments.get(name)
-            if isinstance(value, int) and kind.endswith(":16"):
-                self._check_multiple(name, value)
+            if isinstance(value, int) and kind.endswith(":16") and value % ALIGNMENT:
+                raise ShapeError(f"{self.kernel.name}: {name} is {value}, which is not a multiple of {ALIGNMENT}")
             if isinstance(value, int) and kind.startswith("i32") and not INT32.min <= value <= INT32.max:
                 raise ShapeError(f"{self.kernel.name}: {name} is {value}, which does not fit a 32-bit integer")
-
-    def _check_multiple(self, name: str, number: int) -> None:
-        if number % ALIGNMENT:
-            raise ShapeError(f"{self.kernel.name}: {name} is {number}, which is not a multiple of {ALIGNMENT}")
 
 
 _target: ContextVar[int | None] = ContextVar("target", default=None)

@@ -45,9 +45,9 @@ class PlannedLaunch:
             assert not isinstance(value, Tensor)
             return value
         number = bases[lies.base] + lies.offset
-        if number % ALIGNMENT:
+        if beyond := number % ALIGNMENT:
             raise ShapeError(
-                f"{self.launch.kernel.name}: {name} lies at {number:#x}, which is not a multiple of {ALIGNMENT}"
+                f"{self.launch.kernel.name}: {name} begins {beyond} bytes after a multiple of {ALIGNMENT} bytes"
             )
         return number
 

@@ -1,7 +1,7 @@
 """A bundle's weights as tensors backed by the mapped files.
 
-Nothing is read before it is used, and nothing is copied unless the weights are read with another recipe than the
-bundle's.
+Nothing is read before it is used. Copies are made only of tensors that kernels could not read where they lie, and of
+weights that are read with another recipe than the bundle's.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
-from wanforge.errors import BundleError
+from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.schedule import GraphRun
@@ -65,17 +65,17 @@ class Weights:
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file on the CPU, sharing the file's pages. They must not be written to.
 
+    A tensor whose offset is no multiple of `ALIGNMENT` is copied. An import puts few and small tensors there, but in a
+    linked file it can be all of them.
+
     Raises:
         CheckpointError: The file is damaged.
-        BundleError: The offset of a tensor is not a multiple of its element size.
     """
     header = read_header(path)
     storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
     tensors = {}
     for name, spec in header.tensors.items():
-        dtype, offset = STORED[spec.dtype], header.offsets[name]
-        if offset % dtype.itemsize:
-            raise BundleError(f"{path}: {name} is {spec} at byte {offset}, which cannot be mapped; import it again")
-        strides = torch.empty(spec.shape, device="meta").stride()
-        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, spec.shape, strides)
+        data = torch.empty(0, dtype=torch.uint8).set_(storage, header.offsets[name], (spec.nbytes,), (1,))
+        data = data.clone() if header.offsets[name] % ALIGNMENT else data
+        tensors[name] = data.view(STORED[spec.dtype]).view(spec.shape)
     return tensors
