@@ -8,7 +8,8 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
-from wanforge.errors import BundleError
+from wanforge.engines.bundle.remedies import remedy
+from wanforge.errors import OUT_OF_MEMORY, BundleError
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
 from wanforge.runtime.backends.taps import ATTENTION, Taps
@@ -69,8 +70,23 @@ class OrtBackend(Backend):
     def graph_session(self, name: str) -> ort.InferenceSession:
         """The session of a graph, created on first use."""
         if name not in self._sessions:
-            self._sessions[name] = new_session(str(self.bundle.path(self.file(name))))
+            self._sessions[name] = self._open(name, str(self.bundle.path(self.file(name))))
         return self._sessions[name]
+
+    def _open(self, name: str, model: str | bytes) -> ort.InferenceSession:
+        """Create the session of a graph, given its path or its contents.
+
+        Raises:
+            BundleError: ONNX Runtime refuses the graph, for instance because its data lies outside of the bundle.
+        """
+        try:
+            return new_session(model)
+        except Exception as error:  # those of ONNX Runtime have no class in common
+            if not type(error).__module__.startswith("onnxruntime") or OUT_OF_MEMORY.search(str(error)):
+                raise
+            path, root = self.file(name), self.bundle.root
+            reason = str(error).rpartition("[ONNXRuntimeError]")[2].split(" : ", 3)[-1].splitlines()[0]
+            raise BundleError(f"{root}: ONNX Runtime refuses {path} ({reason}); {remedy(path, root)}") from None
 
     def prepare(self, clip: ClipShape) -> None:
         if self.budget is None or clip == self._clip:
@@ -118,7 +134,7 @@ class OrtBackend(Backend):
         """A graph opened at its taps, and its session."""
         if name not in self._opened:
             opened = open_at_taps(self.bundle.path(self.file(name)), self.graphs[name].weights)
-            self._opened[name] = opened, new_session(opened.model)
+            self._opened[name] = opened, self._open(name, opened.model)
         return self._opened[name]
 
 
