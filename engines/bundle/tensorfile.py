@@ -27,6 +27,8 @@ METADATA = "__metadata__"
 LARGEST = 1 << 60
 """Upper bound of sizes and their products, which the library computes in 64 bits."""
 CHUNK = 16 << 20
+JOURNAL = ".journal"
+"""End of the name of the file that says how far another one is written."""
 
 Count = Callable[[int], object]
 """Called with the number of bytes of each piece that is read or written."""
@@ -169,7 +171,7 @@ class TensorWriter:
         self, path: Path, tensors: Mapping[str, TensorSpec], made_from: str = "", count: Count = lambda size: None
     ) -> None:
         self.path, self.tensors, self.count = path, tensors, count
-        self.partial, self.journal = (path.with_name(path.name + end) for end in (PARTIAL, ".journal"))
+        self.partial, self.journal = (path.with_name(path.name + end) for end in (PARTIAL, JOURNAL))
         self.header = encode_header(tensors, {})
         self.kept = 0
         """Number of tensors kept from an interrupted run."""

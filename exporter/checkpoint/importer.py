@@ -19,7 +19,15 @@ from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.lock import files_lock
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.engines.bundle.remedies import import_command
-from wanforge.engines.bundle.tensorfile import Count, TensorSpec, TensorWriter, encode_header, read_header, sha256_of
+from wanforge.engines.bundle.tensorfile import (
+    JOURNAL,
+    Count,
+    TensorSpec,
+    TensorWriter,
+    encode_header,
+    read_header,
+    sha256_of,
+)
 from wanforge.engines.graph_key import graph_key
 from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.checks import (
@@ -186,7 +194,8 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
     bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
     bundle.add({}, dropping=bundle.stale(graph_key(bundle)))
-    for name in record.replaced:
+    leftovers = [f"{weights_name(part.component)}{end}" for part in checked.parts for end in (PARTIAL, JOURNAL)]
+    for name in [*record.replaced, *leftovers]:
         inside(out, name).unlink(missing_ok=True)
     write_record(out, msgspec.structs.replace(record, replaced=[]))
     return bundle

@@ -400,6 +400,14 @@ def test_resuming_needs_a_record(tmp_path: Path, bundles: dict[str, Bundle], con
     assert Bundle.open(out).manifest == bundles["plain"].manifest
 
 
+def test_what_a_killed_import_left_beside_complete_files_is_deleted(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    for end in (".partial", ".journal"):
+        (out / f"{weights_name('vae')}{end}").touch()
+    resume_import(out)
+    assert files_in(out) == files_in(bundles["plain"].root)
+
+
 def test_the_source_is_read_again_if_it_has_changed(
     tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
 ) -> None:
