@@ -1,18 +1,17 @@
 """Compiling ONNX graphs into engines in this process; TensorRT-RTX serves several architectures and needs no GPU."""
 
 import re
-import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from wanforge.engines.files import FLAGS
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
+from wanforge.interrupts import deferred_signals
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.plugins.tensorrt.plugin import Account, PluginOp, registered
 from wanforge.progress import Progress, silent
@@ -115,7 +114,7 @@ def build(
 ) -> Built:
     """Compile one graph.
 
-    Ctrl-C ends it at the builder's next step.
+    Ctrl-C and other signals end it at the builder's next step.
 
     Args:
         library: TensorRT-RTX, which compiles for every architecture in `sms`, or TensorRT, for the GPU in this machine.
@@ -128,7 +127,7 @@ def build(
     log = logger(trt)
     with ExitStack() as stack:
         account = stack.enter_context(registered(library)) if plugins else Account()
-        interrupted = stack.enter_context(cancelled_by_interrupt())
+        interrupted = stack.enter_context(deferred_signals())
         builder = trt.Builder(log)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
@@ -248,22 +247,3 @@ def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> An
             pass
 
     return Monitor()
-
-
-@contextmanager
-def cancelled_by_interrupt() -> Iterator[threading.Event]:
-    """Record Ctrl-C instead of raising it: an exception cannot pass through the library. Outside the main thread, where
-    Python delivers no signals, nothing changes."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)

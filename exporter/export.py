@@ -80,7 +80,8 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
 
     Args:
         dtypes: The compute types: ``fp32``, ``fp16``, ``bf16``.
-        progress: Called with the number of files that are done and the number of all files.
+        progress: Called with the stage, which is ``trace`` and then ``export``, the number of its files that are done,
+            and the number of all its files.
 
     Raises:
         ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
@@ -100,6 +101,7 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
             models[name] = model
             record = record_of(graph, dtype, model, weights_name(component))
             records[name] = msgspec.structs.replace(record, position=position)
+            progress("trace", len(models), len(dtypes) * len(all_graphs))
         for expert in bundle.model.experts:
             component = dit_component(expert)
             name = graph_name(component, dtype, True)

@@ -9,12 +9,22 @@ from pathlib import Path
 from typing import Protocol
 
 import imageio_ffmpeg
+import torch
 from torch import Tensor
 
 from wanforge.errors import RequestError, ResourceError
+from wanforge.requirements import install_package
+from wanforge.whole_file import check_writable, temporary_file
 
 RATE_FACTOR = 25
 """Constant rate factor of x264, 0 to 51, lower is better; the one that upstream's writer uses (imageio's quality 5)."""
+
+NOISE_BYTES_PER_PIXEL = 0.6
+"""Bytes of a video of noise per pixel of every frame; 0.44 to 0.57 were measured (docs/log.md)."""
+
+
+class VideoError(ResourceError):
+    """A video could not be encoded or written."""
 
 
 class FrameSink(Protocol):
@@ -23,25 +33,34 @@ class FrameSink(Protocol):
     def __call__(self, frame: Tensor) -> object: ...
 
 
-def partial_path(path: Path) -> Path:
-    """The temporary name of a video until it is complete."""
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
+def most_bytes(width_px: int, height_px: int, frames: int) -> int:
+    """About the size of a video of noise, the largest that there can be."""
+    return int(NOISE_BYTES_PER_PIXEL * frames * width_px * height_px)
 
 
 def check_place(path: Path) -> None:
     """Make the folder of a video and check that the video can be written there, before it is made.
 
     Raises:
-        RequestError: The name does not end in ``.mp4``, or is that of a folder.
+        RequestError: The name does not end in ``.mp4``, or is that of a folder or a device.
         OSError: The file cannot be written.
     """
     if path.suffix.lower() != ".mp4":
         raise RequestError(f"{path}: videos are written as .mp4 files; give a name that ends in .mp4")
-    if path.is_dir():
-        raise RequestError(f"{path}: is a folder; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path(path).touch()
-    partial_path(path).unlink()
+    check_writable(path)
+
+
+def check_encoder(path: Path, width_px: int, height_px: int, fps: int) -> None:
+    """Encode one black frame beside the place of a video, to know beforehand that the encoder works.
+
+    Raises:
+        ResourceError: The encoder is missing or cannot be started.
+        VideoError: It fails, for example because it lacks H.264 or because the disk is full.
+        OSError: The file cannot be written.
+    """
+    size = width_px, height_px
+    with temporary_file(path) as temporary, encoded(path, temporary, size, fps) as write:
+        write(torch.zeros(height_px, width_px, 3, dtype=torch.uint8))
 
 
 @contextmanager
@@ -51,20 +70,26 @@ def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterato
 
     Raises:
         RequestError, OSError: The video cannot be written there, see `check_place`.
-        ResourceError: The encoder stopped or failed, for example on a full disk.
+        ResourceError: The encoder cannot be started.
+        VideoError: The encoder stopped or failed, for example on a full disk.
     """
     check_place(path)
-    partial = partial_path(path)
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width_px}x{height_px}", "-r", str(fps), "-i", "-"]
-    target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR), "-v", "error", str(partial)]
+    with temporary_file(path) as temporary:
+        with encoded(path, temporary, (width_px, height_px), fps) as write:
+            yield write
+        temporary.replace(path)
+
+
+@contextmanager
+def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> Iterator[FrameSink]:
+    """Encode frames into a temporary file, which is complete when the block ends. Errors name `path`."""
+    size = f"{size_wh[0]}x{size_wh[1]}"
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR), "-v", "error", "-f", "mp4"]
     # The messages of ffmpeg go to a file: a pipe that is not read would fill up and stop it.
     with tempfile.TemporaryFile() as said:
-        encoder = subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), "-y", *source, *target],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-        )
+        # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
+        encoder = started([*source, *target, f"file:{temporary}"], said.fileno())
         assert encoder.stdin is not None
         write = encoder.stdin.write
         try:
@@ -77,19 +102,34 @@ def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterato
             if encoder.wait() or not is_fed:
                 said.seek(0)
                 raise failure(path, said.read().decode(errors="replace"))
-            partial.replace(path)
         finally:
             encoder.kill()
             encoder.wait()
             with suppress(BrokenPipeError):
                 encoder.stdin.close()
-            partial.unlink(missing_ok=True)
 
 
-def failure(path: Path, said: str) -> ResourceError:
+def started(options: list[str], said: int) -> "subprocess.Popen[bytes]":
+    """Start the encoder, which reads frames from its stdin and writes its messages to the descriptor `said`.
+
+    Raises:
+        ResourceError: It cannot be started.
+    """
+    name = "ffmpeg"
+    try:
+        name = imageio_ffmpeg.get_ffmpeg_exe()
+        return subprocess.Popen([name, "-y", *options], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the package imageio-ffmpeg holds none"
+        raise ResourceError(
+            f"the video encoder {name} cannot be started ({reason}); run: "
+            f"{install_package('imageio-ffmpeg', '--force-reinstall')}, and unset "
+            "IMAGEIO_FFMPEG_EXE if it names another one"
+        ) from None
+
+
+def failure(path: Path, said: str) -> VideoError:
     """The error for an encoder that stopped, with its last messages and the free space on the disk."""
     free = shutil.disk_usage(path.parent).free
     words = " ".join(said.split()[-40:]) or "nothing"
-    return ResourceError(
-        f"{path}: the video encoder stopped; it said: {words}. {free / 1e6:.1f} MB are free on that disk"
-    )
+    return VideoError(f"{path}: the video encoder stopped; it said: {words}. {free / 1e6:.1f} MB are free on that disk")

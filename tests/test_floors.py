@@ -24,7 +24,10 @@ from tools.house import (
 ROOT = Path(__file__).parent.parent
 FLOORS = ["configs", "plugins", "engines", "runtime", "exporter"]
 """The floors, lowest first; the modules of `GROUND` lie below them, and those of `DOOR` above."""
-GROUND = ["errors", "regular_file", "whole_file", "host", "progress", "keywords", "version", "requirements"]
+GROUND = [
+    *("errors", "regular_file", "whole_file", "interrupts", "streams", "logs", "host", "progress", "keywords"),
+    *("version", "requirements"),
+]
 DOOR = ["__main__", "cli", "api", "wanforge"]
 
 ROOMS = [

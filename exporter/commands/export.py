@@ -10,11 +10,15 @@ import click
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.commands.dry_run import estimate_export, export_work
 from wanforge.exporter.export import export as export_bundle
+from wanforge.progress import Overall
 from wanforge.runtime.commands.options import BUNDLE, DRY_RUN, JSON, takes
 from wanforge.runtime.dtypes import COMPUTE
 from wanforge.runtime.measure.durations import remember
 from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.progress import Bars
+
+SHARES = {"trace": 12.0, "export": 1.0}
+"""What recording the graphs and writing and checking them cost relative to each other (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ def export(options: ExportOptions) -> None:
     if options.dry_run:
         show(estimate_export(bundle, dtypes), as_json=options.as_json)
         return
-    with Bars() as bars:
+    with Bars(Overall(SHARES)) as bars:
         done = export_bundle(bundle, dtypes, bars)
     remember(export_work(len(done.written)), perf_counter() - start)
     size = sum(bundle.manifest.files[name].bytes for name in done.written)

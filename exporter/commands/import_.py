@@ -14,12 +14,14 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import IMPORT
 from wanforge.engines.bundle.remedies import export_command
+from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
-from wanforge.exporter.checkpoint.record import Arguments
+from wanforge.exporter.checkpoint.record import Arguments, read_record
 from wanforge.exporter.commands.dry_run import estimate_import, import_work
 from wanforge.exporter.export import has_graphs
+from wanforge.progress import Overall
 from wanforge.runtime.commands.options import ANY_PATH, DRY_RUN, FOLDER, JSON, MODELS, RECIPES, takes
 from wanforge.runtime.measure.durations import remember
 from wanforge.runtime.measure.estimates import show
@@ -122,8 +124,10 @@ def import_(options: ImportOptions) -> None:
     start = perf_counter()
     if options.resume is not None:
         check_alone("resume")
-        with Bars() as bars:
-            report(resume_import(options.resume, bars), as_json=options.as_json)
+        record = read_record(options.resume)
+        with Bars(None if record is None else Overall(sizes(record.arguments.sources))) as bars:
+            bundle = resume_import(options.resume, bars)
+        report(bundle, as_json=options.as_json)
         return
     if options.out is None:
         raise click.UsageError("give the folder of the new bundle with --out")
@@ -131,7 +135,7 @@ def import_(options: ImportOptions) -> None:
     if options.dry_run:
         show(estimate_import(arguments, options.out, replace=options.replace), as_json=options.as_json)
         return
-    with Bars() as bars:
+    with Bars(Overall(sizes(arguments.sources))) as bars:
         bundle = run_import(arguments, options.out, replace=options.replace, progress=bars)
     if is_new:
         remember(import_work(bundle.recipe.name, size_of(bundle)), perf_counter() - start)
@@ -149,6 +153,20 @@ def arguments_of(options: ImportOptions, out: Path) -> Arguments:
         return Arguments.of(found.model, found.sources, found.recipe, options.link)
     model = load_model(EMBEDDED) if model is None else model
     return Arguments.of(model, embedded(model), recipe, options.link)
+
+
+def sizes(sources: Sources) -> dict[str, float]:
+    """About how many bytes of weights there are to write, by component: those of the files that hold them."""
+    return {
+        component: sum(file.stat().st_size for file in files_of(path)) for component, path in sources.weights.items()
+    }
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a component: one, or the shards in a folder or beside an index; none if there is none."""
+    if path.is_dir() or path.suffix == ".json":
+        return list((path if path.is_dir() else path.parent).glob("*.safetensors"))
+    return [path] if path.is_file() else []
 
 
 def check_alone(name: str) -> None:

@@ -15,7 +15,7 @@ from wanforge.exporter.studies.scaling import predict
 from wanforge.runtime.commands.options import FILE, JSON, MODELS, TARGET_SYNTAX, Finite, takes, target_option
 from wanforge.runtime.measure.page import COLOURS
 from wanforge.runtime.progress import Bars
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import check_writable, write_atomically
 
 MOST_CLIPS = 100
 """The most clips of a report. Engines are built for each of them: for the usual fifteen and two models, this takes 17
@@ -108,11 +108,14 @@ def scaling(options: ScalingOptions) -> None:
     gpus = parse_targets(options.targets).gpus
     models = {model.name: model for model in map(load_model, options.models)}
     clips = options.clips()
+    if options.markdown is not None:
+        for place in (options.markdown, *map(options.markdown.with_name, (report.TIME_PLOT, report.MEMORY_PLOT))):
+            check_writable(place)
     with Bars() as bars:
         found = predict(models.values(), clips, list(dict.fromkeys(options.topks)), gpus, bars)
+    click.echo(json.dumps(report.as_json(found)) if options.as_json else report.text(found))
     if options.markdown is not None:
         write_atomically(options.markdown.with_name(report.TIME_PLOT), report.time_plot(found).encode())
         if found.memories:
             write_atomically(options.markdown.with_name(report.MEMORY_PLOT), report.memory_plot(found).encode())
         write_atomically(options.markdown, report.page(found).encode())
-    click.echo(json.dumps(report.as_json(found)) if options.as_json else report.text(found))

@@ -15,7 +15,7 @@ from wanforge.runtime.measure.requests import history
 from wanforge.runtime.measure.requests.history import Entry, Trend
 from wanforge.runtime.measure.requests.report import said
 from wanforge.runtime.progress import Bars
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import check_appendable, check_writable, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,14 @@ class SuiteOptions:
     history: Path | None
     against: Path | None
     as_json: bool
+
+    def check_places(self) -> None:
+        """Check that every file that is to be written can be."""
+        if self.history is not None:
+            check_appendable(self.history)
+        if self.markdown is not None:
+            check_writable(self.markdown)
+            check_writable(self.markdown.with_name(report.PLOT))
 
 
 @click.command()
@@ -51,16 +59,17 @@ def suite(options: SuiteOptions) -> None:
       wanforge suite --repeats 3 --history benchmarks.jsonl
     """
     past = [] if options.against is None else history.read(options.against)
+    options.check_places()
     with Bars() as bars:
         found = run_suite(options.repeats, bars)
     entries = found.entries()
     compared = [(each, history.compare(each, past)) for each in entries if options.against is not None]
+    show(found, compared, as_json=options.as_json)
     if options.history is not None:
         history.append(options.history, entries)
     if options.markdown is not None:
         write_atomically(options.markdown.with_name(report.PLOT), report.scaling_plot(found).encode())
         write_atomically(options.markdown, report.page(found).encode())
-    show(found, compared, as_json=options.as_json)
     if options.against is not None:
         exit_by([one.verdict for _, trends in compared for one in trends])
 

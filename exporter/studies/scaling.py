@@ -4,10 +4,8 @@ Files that have only headers stand in for the weights of published models. Times
 operations and bytes; memory is what the engine builder reports. Nothing is run, and no GPU is needed.
 """
 
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 from PIL import Image
@@ -30,6 +28,7 @@ from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report
 from wanforge.runtime.measure.cost.stages import StageCost, cost_of, stage_costs
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
+from wanforge.whole_file import temporary_folder
 
 RECIPE = "w8a8"
 ENDLESS_GIB = 1e6
@@ -108,8 +107,8 @@ def predict(
         library, missing = None, str(error)
     ordered = sorted(clips, key=lambda clip: clip.tokens)
     for model in models:
-        with tempfile.TemporaryDirectory() as folder:
-            bundle = skeleton(Path(folder), model, load_recipe(RECIPE), has_vae=library is not None)
+        with temporary_folder() as folder:
+            bundle = skeleton(folder, model, load_recipe(RECIPE), has_vae=library is not None)
             for clip in ordered:
                 points += points_of(bundle, clip, topks, targets)
             if library is not None:

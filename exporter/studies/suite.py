@@ -3,7 +3,6 @@ step, and ONNX Runtime compared with PyTorch on the tiny model."""
 
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from wanforge.runtime.measure.requests.history import Entry, digest, entry
 from wanforge.runtime.measure.requests.overhead import step_seconds
 from wanforge.runtime.measure.requests.timing import Row, bench_request
 from wanforge.runtime.request import Request
+from wanforge.whole_file import temporary_folder
 
 RECIPE = "w8a8"
 SIZES = {
@@ -109,12 +109,12 @@ def run_suite(repeats: int, progress: Progress = silent) -> Suite:
         open_library(RTX)
     except ResourceError as error:
         missing.append(f"build: {error}")
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         scales = []
         for title, name in SIZES.items():
-            scales.append(measure_scale(Path(folder) / title, title, load_model(name), repeats, builds=not missing))
+            scales.append(measure_scale(folder / title, title, load_model(name), repeats, builds=not missing))
             progress("export and build", len(scales), len(SIZES))
-        bundle = tiny_bundle(Path(folder) / "files")
+        bundle = tiny_bundle(folder / "files")
         request = Request(bundle.model.example_prompt, bundle.model.video.clip)
         rows = bench_request(bundle, request, ("torch", "ort"), repeats, progress=progress)
     return Suite(fingerprint(), scales, rows, missing)

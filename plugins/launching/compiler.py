@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
@@ -25,6 +24,7 @@ from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed
 from wanforge.progress import Progress, silent
 from wanforge.requirements import install_package
+from wanforge.whole_file import temporary_folder
 
 
 class Origin(NamedTuple):
@@ -203,8 +203,8 @@ def _compiled(
     specialisations: list[Specialisation], jobs: int
 ) -> Generator[tuple[Specialisation, Compiled | Failed], None, None]:
     """Yield each specialisation with its result, in the order in which they finish."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, ThreadPoolExecutor(jobs) as threads:
-        workers = [Worker(Path(scratch)) for _ in range(jobs)]
+    with temporary_folder() as scratch, ThreadPoolExecutor(jobs) as threads:
+        workers = [Worker(scratch) for _ in range(jobs)]
         idle: SimpleQueue[Worker] = SimpleQueue()
 
         def compile_one(specialisation: Specialisation) -> tuple[Specialisation, Compiled | Failed]:

@@ -43,7 +43,7 @@ from wanforge.runtime.measure.requests.timing import Row, bench_request
 from wanforge.runtime.pipeline import Pipeline, verify_files
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import Request
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import check_appendable, check_writable, write_atomically
 
 NOT_COMPARABLE = 3
 """Exit code when no number could be compared."""
@@ -147,6 +147,13 @@ class BenchOptions(RequestOptions):
     stale_ok: bool
     as_json: bool
 
+    def check_places(self) -> None:
+        """Check that every file that is to be written can be."""
+        if self.history is not None:
+            check_appendable(self.history)
+        if self.html is not None:
+            check_writable(self.html)
+
 
 @bench.command("request", short_help="Time a whole request on each backend.")
 @BUNDLE
@@ -237,6 +244,7 @@ def bench_requests(options: BenchOptions) -> None:
     past = [] if options.against is None else history.read(options.against)
     asked = [parse(each) for each in options.sweeps]
     missing = missing_baselines(options.baselines)
+    options.check_places()
     backends = options.backends or tuple(runnable_backends(bundle, [request.shape]))
     contenders = [*backends, *(name for name in options.baselines if name not in missing)]
     with Bars() as bars:
@@ -248,11 +256,11 @@ def bench_requests(options: BenchOptions) -> None:
     compared = {title: history.compare(each, past) for title, each in entries.items() if options.against is not None}
     costs = rooflines(bundle, request, gpus)
     report = RequestReport(bundle, request, machine, rows, costs, here, missing, sweeps, compared)
+    click.echo(json.dumps(report.as_json()) if options.as_json else text(report))
     if options.history is not None:
         history.append(options.history, [*entries.values()])
     if options.html is not None:
         write_atomically(options.html, page(report).encode())
-    click.echo(json.dumps(report.as_json()) if options.as_json else text(report))
     if options.against is not None:
         exit_by([each.verdict for trends in compared.values() for each in trends])
 

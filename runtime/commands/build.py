@@ -1,6 +1,7 @@
 """The command that compiles a bundle's graphs into engines."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from wanforge.configs.targets import TargetList, architecture_name, parse_target
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines, graphs_to_build
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
-from wanforge.plugins.tensorrt.library import Flavour, group_by_flavour, open_library
-from wanforge.runtime.commands.dry_run import build_work, estimate_build
+from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
+from wanforge.progress import Overall
 from wanforge.runtime.commands.options import (
     BUNDLE,
     DRY_RUN,
@@ -27,9 +28,12 @@ from wanforge.runtime.commands.options import (
     target_option,
 )
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
+from wanforge.runtime.measure.dry_run import build_work, estimate_build
 from wanforge.runtime.measure.durations import remember
 from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.progress import Bars
+
+log = logging.getLogger(__name__)
 
 FIRST_BF16_SM = 80
 
@@ -109,23 +113,36 @@ def build(options: BuildOptions) -> None:
     """
     targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
-    graphs_to_build(bundle, options.only)
+    onnx = graphs_to_build(bundle, options.only)
     clip, outcome = options.shape(bundle.model), Outcome()
     groups = [(flavour, options.engines(clip, sms)) for flavour, sms in group_by_flavour(targets.sms)]
     if options.dry_run:
         show(estimate_build(bundle, groups), as_json=options.as_json)
         return
-    for flavour, wanted in groups:
-        build_group(outcome, bundle, flavour, wanted, quiet=options.as_json)
+    overall = Overall({graph.name: bundle.manifest.files[name].bytes for name, graph in onnx.items()}, len(groups))
+
+    def done(engine: EngineResult) -> None:
+        outcome.engines.append(engine)
+        show_engine(engine, bars, overall, as_line=not options.as_json)
+
+    with Bars(overall) as bars:
+        for flavour, wanted in groups:
+            try:
+                engines = build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
+                if built := [engine.seconds for engine in engines if not engine.is_cached]:
+                    remember(build_work(flavour, len(built)), sum(built))
+            except WanforgeError as error:
+                outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
+            overall.end_round()
     if options.plan:
         add_plans(outcome, bundle, [clip], targets)
     outcome.seconds = perf_counter() - start
     click.echo(json.dumps(as_json(outcome)) if options.as_json else text(outcome, bundle))
     for engine in outcome.engines:
         for fault in engine.faults:
-            click.echo(f"WARNING: {engine.name}: {fault}", err=True)
+            log.warning("%s: %s", engine.name, fault, extra={"engine": engine.name})
     if outcome.failures:
-        raise click.ClickException("\n".join(outcome.failures))
+        raise WanforgeError("\n".join(outcome.failures))
 
 
 def check_bf16(targets: TargetList) -> TargetList:
@@ -142,22 +159,13 @@ def check_bf16(targets: TargetList) -> TargetList:
     return targets
 
 
-def build_group(outcome: Outcome, bundle: Bundle, flavour: Flavour, wanted: EngineOptions, *, quiet: bool) -> None:
-    """Build for architectures that one engine can serve, print a line for each graph, and note failures."""
-
-    def done(engine: EngineResult) -> None:
-        outcome.engines.append(engine)
-        bars.close()
-        if not quiet:
-            click.echo(line(engine))
-
-    with Bars(quiet=quiet) as bars:
-        try:
-            engines = build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
-            if built := [engine.seconds for engine in engines if not engine.is_cached]:
-                remember(build_work(flavour, len(built)), sum(built))
-        except WanforgeError as error:
-            outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
+def show_engine(engine: EngineResult, bars: Bars, overall: Overall, *, as_line: bool) -> None:
+    """Print a line for an engine, unless JSON is wanted."""
+    bars.close()
+    if engine.is_cached:
+        overall.skip(engine.graph)
+    if as_line:
+        click.echo(line(engine))
 
 
 def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], targets: TargetList) -> None:

@@ -1,6 +1,10 @@
 """The command that makes videos."""
 
 import json
+import logging
+import resource
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +15,16 @@ import click
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import RequestError
+from wanforge.errors import RequestError, message_of
+from wanforge.progress import Overall
 from wanforge.runtime.backends.choice import AUTO, obstacles
 from wanforge.runtime.commands.options import (
     BACKEND,
     BUNDLE,
     CLIP,
+    DRY_RUN,
     FILE,
     IMAGE,
-    JSON,
     MEMORY,
     STALE_OK,
     ClipOptions,
@@ -29,10 +34,16 @@ from wanforge.runtime.commands.options import (
 )
 from wanforge.runtime.inputs.noise import write_noise
 from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
+from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
+from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
-from wanforge.runtime.video import check_place
+from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
+from wanforge.whole_file import check_writable
+
+log = logging.getLogger(__name__)
 
 MOST_CLIPS = 10_000
 """The most clips that one command makes. All of them are checked and numbered before the first is made."""
@@ -57,6 +68,7 @@ class GenerateOptions(ClipOptions):
     backend: str
     memory: float | None
     stale_ok: bool
+    dry_run: bool
     as_json: bool
 
 
@@ -120,13 +132,15 @@ class Order:
 @BACKEND
 @MEMORY
 @STALE_OK
-@JSON
+@DRY_RUN
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each video as soon as it is made.")
 @takes(GenerateOptions)
 def generate(options: GenerateOptions) -> None:
     """Make a video from a prompt, or from an image and a prompt.
 
-    The video file appears once it is complete. The printed times are those of the request alone, without
-    loading.
+    A video file appears once it is complete, and then a report of it is printed. With --json this is one line of JSON
+    per video. A video that cannot be written does not stop the others; the command then exits with 1. The printed
+    times are those of the request alone, without loading.
 
     \b
     Examples:
@@ -141,24 +155,100 @@ def generate(options: GenerateOptions) -> None:
     if options.prompt is None and options.prompt_file is None:
         raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
     orders = orders_of(options, bundle)
+    clips = [order.request.shape for order in orders for _ in range(options.samples)]
+    places = video_places(orders, options.samples)
+    check_encoders(places, clips, bundle.model.video.fps)
+    check_disks(places, clips)
+    kinds = list(dict.fromkeys(clips))
     with Bars() as bars:
-        clips = [order.request.shape for order in orders]
-        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), clips, bars)
-        if options.backend == AUTO and pipeline.backend.name == "torch":
+        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), kinds, bars)
+    log_choice(pipeline, options.backend, kinds)
+    checked = [request for order in orders for request in order.checked(pipeline, options.samples)]
+    if options.dry_run:
+        show(estimate_generate(pipeline, checked, places), as_json=options.as_json)
+        return
+    if options.save_noise is not None:
+        save_noise(pipeline, checked, options.save_noise)
+    if not make_videos(pipeline, checked, places, as_json=options.as_json):
+        click.get_current_context().exit(1)
+
+
+def check_encoders(places: Sequence[Path], clips: Sequence[ClipShape], fps: int) -> None:
+    """Check that the encoder can write clips of each size into each folder.
+
+    Raises:
+        ResourceError: The encoder does not work.
+    """
+    seen = set()
+    for place, clip in zip(places, clips, strict=True):
+        kind = place.parent, clip.width_px, clip.height_px
+        if kind not in seen:
+            check_encoder(place, clip.width_px, clip.height_px, fps)
+        seen.add(kind)
+
+
+def check_disks(places: Sequence[Path], clips: Sequence[ClipShape]) -> None:
+    """Warn if a disk may be too small for the videos."""
+    needed = Counter[Path]()
+    for place, clip in zip(places, clips, strict=True):
+        needed[place.parent] += most_bytes(clip.width_px, clip.height_px, clip.frames)
+    for folder, most in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < most:
+            log.warning(
+                "%s: %.1f MB are free; videos of noise would take %.1f MB, and most take far less",
+                *(folder, free / 1e6, most / 1e6),
+                extra={"folder": folder, "free_bytes": free, "most_bytes": most},
+            )
+
+
+def log_choice(pipeline: Pipeline, asked: str, clips: Sequence[ClipShape]) -> None:
+    """Log which backend makes the videos and why, and the files that it reads."""
+    name, bundle = pipeline.backend.name, pipeline.bundle
+    reason = obstacles(bundle, clips) if asked == AUTO else f"It was asked for with --backend {asked}."
+    if asked == AUTO and name == "torch":
+        log.warning("No fast backend can run, so the reference does. %s", reason, extra={"backend": name})
+    else:
+        log.info("The backend is %s. %s", name, reason, extra={"backend": name})
+    for file in pipeline.backend.files():
+        log.debug("reads %s", bundle.path(file), extra={"file": bundle.path(file)})
+
+
+def make_videos(
+    pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path], *, as_json: bool
+) -> bool:
+    """Make videos one after the other, and print the report of each as soon as it is made. A video that cannot be
+    written does not stop the others.
+
+    Returns:
+        Whether all of them were written.
+    """
+    overall = Overall(stage_shares(pipeline.model, pipeline.recipe, requests[0]), rounds=len(requests))
+    succeeded = True
+    with Bars(overall) as bars:
+        for checked, place in zip(requests, places, strict=True):
+            try:
+                result = make_video(pipeline, checked, place, bars)
+            except (VideoError, OSError) as error:
+                if isinstance(error, OSError) and error.filename != str(place):
+                    raise
+                result, succeeded = {**named(checked, place), "error": message_of(error)}, False
+            overall.end_round()
             bars.close()
-            click.echo(f"No fast backend can run, so the reference does. {obstacles(bundle, clips)}", err=True)
-        checked = [request for order in orders for request in order.checked(pipeline, options.samples)]
-        places = video_places(orders, options.samples)
-        if options.save_noise is not None:
-            save_noise(pipeline, checked, options.save_noise)
-        results = []
-        for request, place in zip(checked, places, strict=True):
-            results.append(make_video(pipeline, request, place, bars))
-            if not options.as_json:
-                bars.close()
-                click.echo(summary(results[-1]))
-    if options.as_json:
-        click.echo(json.dumps(results))
+            tell(result, as_json=as_json)
+    return succeeded
+
+
+def tell(result: dict[str, Any], *, as_json: bool) -> None:
+    """Print the report of a video; an error also goes to the log."""
+    if "error" in result:
+        log.error(result["error"], extra={"out": result["out"]})
+    if as_json:
+        click.echo(json.dumps(result))
+    elif "error" not in result:
+        click.echo(summary(result))
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    log.info("The process took at most %.2f GB of memory.", peak_bytes / 1e9, extra={"peak_bytes": peak_bytes})
 
 
 def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
@@ -234,18 +324,21 @@ def numbered(wanted: list[Path]) -> list[Path]:
 
 def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:
     """Write the noise that is drawn from each request's seed."""
-    for each, place in zip(checked, numbered([path] * len(checked)), strict=True):
+    places = numbered([path] * len(checked))
+    for place in places:
+        check_writable(place)
+    for each, place in zip(checked, places, strict=True):
         shape = latent_shape(pipeline.model, each.request.shape)
         write_noise(place, shape, each.request.seed, len(each.steps))
 
 
 def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bars) -> dict[str, Any]:
     """Serve one request and return its report."""
+    check_place(out)  # again: another video may have filled the disk
     timings, shape = pipeline.write_video(checked, out, bars), checked.request.shape
+    remember_stages(pipeline, checked, timings)
     return {
-        "out": str(out),
-        "prompt": checked.request.prompt,
-        "seed": checked.request.seed,
+        **named(checked, out),
         "width_px": shape.width_px,
         "height_px": shape.height_px,
         "frames": shape.frames,
@@ -257,6 +350,11 @@ def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bar
         "step_seconds": timings.steps,
         "total_seconds": timings.total,
     }
+
+
+def named(checked: CheckedRequest, out: Path) -> dict[str, Any]:
+    """What tells a video from others in a report."""
+    return {"out": str(out), "prompt": checked.request.prompt, "seed": checked.request.seed}
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The command that compiles kernels ahead of time and lists the resources they take."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import parse_targets
 from wanforge.plugins.launching.compiler import compile_kernels, outdated
-from wanforge.plugins.launching.cubins import cache_folder
+from wanforge.plugins.launching.cubins import MANIFEST, cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import faults
 from wanforge.runtime.backends.fused_block import launches
@@ -28,6 +29,9 @@ from wanforge.runtime.commands.options import (
 )
 from wanforge.runtime.measure.kernels.resources import as_dict, summary, table
 from wanforge.runtime.progress import Bars
+from wanforge.whole_file import check_writable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,8 @@ def kernels(options: KernelsOptions) -> None:
         raise click.UsageError("give either --json or --markdown")
     folder, wanted = options.out or cache_folder(), options.launches()
     missing = len(outdated(wanted, folder))
+    if missing:
+        check_writable(folder / MANIFEST)
     with Bars() as bars:
         cubins = compile_kernels(wanted, folder, options.jobs, bars)
     if options.as_json:
@@ -100,4 +106,6 @@ def kernels(options: KernelsOptions) -> None:
         click.echo(f"{missing} compiled, {len(cubins) - missing} from the cache, {folder}")
     for cubin in cubins:
         for fault in faults(cubin):
-            click.echo(f"WARNING: {cubin.kernel} for sm_{cubin.sm} {fault}", err=True)
+            log.warning(
+                "%s for sm_%s %s", cubin.kernel, cubin.sm, fault, extra={"kernel": cubin.kernel, "sm": cubin.sm}
+            )

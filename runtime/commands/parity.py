@@ -29,7 +29,7 @@ from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, check_
 from wanforge.runtime.measure.parity.report import as_json, page, text
 from wanforge.runtime.measure.quality.held_out import MOST_LOST, measure, table
 from wanforge.runtime.progress import Bars
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import check_writable, write_atomically
 
 NOT_OF_QUALITY = ("prompt", "image", "seed", "seeds", "resolution", "aspect", "frames", "depths", "html")
 """The options that have no effect with --quality."""
@@ -133,6 +133,8 @@ def parity(options: ParityOptions) -> None:
         refuse_unused(NOT_OF_QUALITY, "with --quality, whose prompts, seeds and sizes are fixed")
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     request = options.request(bundle.model)
+    if options.html is not None:
+        check_writable(options.html)
     reference, contender = options.contenders(bundle)
     if options.quality:
         compare_quality(bundle, (reference, contender), options)
@@ -147,9 +149,9 @@ def parity(options: ParityOptions) -> None:
             seeds=options.seeds,
             progress=bars,
         )
+    click.echo(json.dumps(as_json(found)) if options.as_json else text(found))
     if options.html is not None:
         write_atomically(options.html, page(found).encode())
-    click.echo(json.dumps(as_json(found)) if options.as_json else text(found))
     if not found.passed:
         click.get_current_context().exit(1)
 

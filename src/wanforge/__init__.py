@@ -3,6 +3,7 @@
 The names in `__all__` are imported when they are first used, so `import wanforge` itself loads no PyTorch.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from wanforge.errors import WanforgeError
@@ -23,6 +24,8 @@ __all__ = [
     "load",
     "parity",
 ]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports wanforge decides what is shown
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,17 @@
 """The command line, which lists every command and imports its module only when it is used."""
 
-import errno
 import sys
 from importlib import import_module
-from typing import Any
+from signal import SIGINT
+from typing import IO, Any
 
 import click
 
-from wanforge.errors import WanforgeError, memory_errors, unknown_name
+from wanforge.errors import WanforgeError, memory_errors, message_of, unknown_name
+from wanforge.interrupts import SAID, Interrupted, end, ended_by_signals, exit_code
+from wanforge.logs import ROOT, Console
 from wanforge.requirements import install_package
+from wanforge.streams import patient_streams
 from wanforge.version import version_text
 
 # In the order in which a user needs them; the summaries are here so that `wanforge --help` imports no torch.
@@ -58,6 +61,39 @@ COMMANDS = {
 }
 
 
+def console_of(ctx: click.Context) -> Console:
+    """What shows the log of a command line."""
+    return ctx.find_root().ensure_object(Console)
+
+
+def log_options() -> list[click.Option]:
+    """The options that choose what is shown of the log, which are accepted before and after a command's name."""
+    return [
+        click.Option(
+            ["-v", "--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, option, asked: console_of(ctx).show(verbose=asked),
+            help="Show on stderr what is done, and how long each stage takes.",
+        ),
+        click.Option(
+            ["--log-json"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, option, asked: console_of(ctx).show(as_json=asked),
+            help="Show warnings, progress and errors on stderr as lines of JSON.",
+        ),
+    ]
+
+
+def with_log_options(command: click.Command) -> click.Command:
+    """Add the options of the log to a command, or to the commands of a group, unless they have them."""
+    for each in command.commands.values() if isinstance(command, click.Group) else [command]:
+        if all(option.name != "verbose" for option in each.params):
+            each.params += log_options()
+    return command
+
+
 class LazyCommands(click.Group):
     """A group whose commands are imported when they are called."""
 
@@ -68,8 +104,7 @@ class LazyCommands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(import_module(module), attribute)
-        return command
+        return with_log_options(getattr(import_module(module), attribute))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -89,21 +124,31 @@ class LazyCommands(click.Group):
             ) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
-            with memory_errors():
-                return super().invoke(ctx)
-        except WanforgeError as error:
-            raise click.ClickException(str(error)) from None
-        except OSError as error:
-            where = f" at {error.filename}" if error.filename else ""
-            match error.errno:
-                case None | errno.EPIPE:  # not a system error, or one that click ends quietly
+        with console_of(ctx):
+            try:
+                with memory_errors():
+                    return super().invoke(ctx)
+            except (WanforgeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is None:  # not from the system
                     raise
-                case errno.ENOSPC | errno.EDQUOT:
-                    advice = "free some space or choose another place"
-                case _:
-                    advice = "check the path and its permissions"
-            raise click.ClickException(f"{error.strerror}{where}; {advice}") from None
+                raise Failure(message_of(error), console_of(ctx)) from None
+            except KeyboardInterrupt as interrupt:
+                raise click.Abort from interrupt
+
+
+class Failure(click.ClickException):
+    """An error that a user can cause, shown as a line of text or, with --log-json, as a line of JSON."""
+
+    def __init__(self, message: str, console: Console) -> None:
+        super().__init__(message)
+        self.console = console
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if not self.console.is_json:
+            super().show(file)
+            return
+        with self.console:
+            ROOT.error(self.message)
 
 
 def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) -> None:
@@ -129,17 +174,37 @@ def cli() -> None:
     """
 
 
+cli.params += log_options()
+
+
 def main() -> None:
-    """Run the command line and exit with 0 for success, 1 for an error, 2 for wrong usage, or 130 for an interrupt."""
+    """Run the command line and exit with 0 for success, 1 for an error or 2 for wrong usage; after a signal, with 128
+    and its number, which is 130 for Ctrl-C."""
+    try:
+        with ended_by_signals(), patient_streams():
+            code = exit_code_of_command()
+    except Interrupted as interrupt:
+        end(interrupt.number)
+    sys.exit(code)
+
+
+def exit_code_of_command() -> int:
+    """Run the command line, show the error if there is one, and return the exit code.
+
+    Raises:
+        Interrupted: A signal ended the command.
+    """
     try:
         code = cli.main(standalone_mode=False)
-    except click.Abort:
-        click.echo("\ninterrupted", err=True)
-        sys.exit(130)
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, Interrupted):
+            raise abort.__cause__ from None
+        click.echo(f"\n{SAID[SIGINT]}", err=True)
+        return exit_code(SIGINT)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+        return error.exit_code
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

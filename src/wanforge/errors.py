@@ -81,3 +81,13 @@ def memory_errors() -> Iterator[None]:
 def _out_of_memory(reason: str) -> ResourceError:
     said = f" ({reason[:120].strip()})" if reason else ""
     return ResourceError(f"memory ran out{said}; free some, or ask for a smaller or shorter clip")
+
+
+def message_of(error: WanforgeError | OSError) -> str:
+    """The message for a user: what is wrong, where, and what to do."""
+    if isinstance(error, WanforgeError):
+        return str(error)
+    where = f" at {error.filename}" if error.filename else ""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "free some space or choose another place" if is_full else "check the path and its permissions"
+    return f"{error.strerror}{where}; {advice}"

@@ -9,15 +9,26 @@ left, and deletes it.
 import fcntl
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from wanforge.errors import RequestError
+from wanforge.regular_file import KINDS
+
 PARTIAL = ".partial"
 """The part of a temporary name that no complete file has."""
 
+LONGEST_NAME = 255
+"""The most bytes of a file's name, on the usual file systems."""
+
 open_files: set[Path] = set()
 """The temporary files of this process, which are deleted if it has to end at once."""
+
+open_folders: set[Path] = set()
+"""Its temporary folders, likewise."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -49,7 +60,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
         yield temporary
     except OSError as error:
         if error.filename in (None, str(temporary)):
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,10 +68,68 @@ def temporary_file(path: Path) -> Iterator[Path]:
         os.close(held)
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder for temporary files, which is deleted with everything in it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        open_folders.add(folder)
+        try:
+            yield folder
+        finally:
+            open_folders.discard(folder)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written, and check that it can be written there.
+
+    Raises:
+        RequestError: The path is that of a folder, a device or a pipe.
+        OSError: No file can be written there. The error names `path`.
+    """
+    check_kind(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary, held = _create(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    temporary.unlink(missing_ok=True)
+    os.close(held)
+
+
+def check_appendable(path: Path) -> None:
+    """Make the folder of a file to which lines are to be added, and check that this is possible.
+
+    Raises:
+        RequestError: The path is that of a folder, a device or a pipe.
+        OSError: Nothing can be written there. The error names `path`.
+    """
+    check_kind(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def check_kind(path: Path) -> None:
+    """Check that a path is that of an ordinary file, or of nothing yet. A link to the standard output is neither.
+
+    Raises:
+        RequestError: It is that of a folder, a device or a pipe.
+        OSError: No file can have this name.
+    """
+    with suppress(FileNotFoundError):
+        kind = stat.S_IFMT(path.stat().st_mode)
+        if kind != stat.S_IFREG or path.parent == Path("/dev"):
+            raise RequestError(f"{path}: is {KINDS.get(kind, 'a device')}; give the name of a file")
+
+
 def _create(path: Path) -> tuple[Path, int]:
     """Make a temporary file under a new name and lock it until it is closed."""
     while True:
-        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
+        temporary = path.with_name(f"{_beginning(path)}{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
         held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o666)
         with suppress(BlockingIOError):  # another process took it for a leftover before it was locked
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,9 +138,15 @@ def _create(path: Path) -> tuple[Path, int]:
         os.close(held)
 
 
+def _beginning(path: Path) -> str:
+    """What the temporary names of a file begin with: its own name, as much of it as there is room for."""
+    room = LONGEST_NAME - len(os.fsencode(f"..{'0' * 8}{PARTIAL}{path.suffix}"))
+    return f".{os.fsencode(path.stem)[:room].decode(errors='ignore')}."
+
+
 def delete_leftovers(path: Path) -> None:
     """Delete the temporary files of `path` whose processes have ended."""
-    prefix, suffix = f".{path.stem}.", f"{PARTIAL}{path.suffix}"
+    prefix, suffix = _beginning(path), f"{PARTIAL}{path.suffix}"
     for name in os.listdir(path.parent):
         if name.startswith(prefix) and name.endswith(suffix) and len(name) == len(prefix) + 8 + len(suffix):
             delete_if_left(path.parent / name)

@@ -1,14 +1,16 @@
 """Videos are written completely or not at all."""
 
+import signal
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 import torch
 
+from tests.processes import STUCK, signalled, start, wait_for_line
 from tests.video_reader import read_video
 from wanforge.errors import ResourceError
-from wanforge.runtime.video import check_place, video_writer
+from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes, video_writer
 
 
 def test_frames_survive_the_trip(tmp_path: Path) -> None:
@@ -49,10 +51,11 @@ def test_an_interrupted_video_leaves_the_one_before(tmp_path: Path) -> None:
 
 # Scripts that stand in for ffmpeg, which gets the path of the video as its last argument: one exits at once, one runs
 # out of disk at the end, and one finishes before it has read every frame.
+WRITE = 'for last; do :; done; echo some > "${last#file:}"'
 FAILURES = {
     "absent": "echo no such codec >&2; exit 1",
-    "full-disk": 'for last; do :; done; cat > /dev/null; echo some > "$last"; echo No space left on device >&2; exit 1',
-    "early": 'for last; do :; done; echo some > "$last"; echo enough seen >&2; exit 0',
+    "full-disk": f"cat > /dev/null; {WRITE}; echo No space left on device >&2; exit 1",
+    "early": f"{WRITE}; echo enough seen >&2; exit 0",
 }
 
 
@@ -72,7 +75,7 @@ def test_an_encoder_that_fails_is_an_error(
                 write(torch.zeros(512, 512, 3, dtype=torch.uint8))
 
     said = {"absent": "no such codec", "full-disk": "No space left on device", "early": "enough seen"}[failure]
-    with pytest.raises(ResourceError, match=rf"encoder stopped; it said: {said}\. .* MB are free"):
+    with pytest.raises(VideoError, match=rf"encoder stopped; it said: {said}\. .* MB are free"):
         write_clip()
     assert [file.name for file in tmp_path.iterdir()] == ["ffmpeg"]
 
@@ -85,3 +88,111 @@ def test_a_place_where_no_video_can_lie_is_known_beforehand(tmp_path: Path) -> N
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         check_place(tmp_path / "file" / "clip.mp4")
+
+
+def write_video(path: Path, frames: int = 2, value: int = 0) -> None:
+    with video_writer(path, 64, 48, 16) as write:
+        for _ in range(frames):
+            write(torch.full((48, 64, 3), value, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "12:30.mp4",
+        "-x.mp4",
+        "%d-%03d.mp4",
+        "two\nlines.mp4",
+        "ヌル é.mp4",
+        "a b'\"$.MP4",
+        "x" * 251 + ".mp4",
+        "é" * 125 + ".mp4",
+    ],
+)
+def test_a_video_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(Path(name))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert read_video(tmp_path / name)[1].shape == (2, 48, 64, 3)
+
+
+def test_the_last_of_two_writers_of_a_video_wins(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    with video_writer(path, 64, 48, 16) as write:
+        write(torch.full((48, 64, 3), 255, dtype=torch.uint8))
+        write_video(path, value=0)
+        assert float(read_video(path)[1].float().mean()) < 5
+    assert float(read_video(path)[1].float().mean()) > 250
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_encoder_that_works_leaves_nothing(tmp_path: Path) -> None:
+    check_encoder(tmp_path / "clip.mp4", 64, 48, 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("absent", r"encoder .*absent cannot be started \(No such file or directory\); run: .* pip install"),
+        ("folder", r"encoder .*folder cannot be started \(Permission denied\)"),
+        ("text", r"encoder .*text cannot be started \(Exec format error\).*unset IMAGEIO_FFMPEG_EXE"),
+        ("no-x264", r"clip.mp4: the video encoder stopped; it said: Unknown encoder 'libx264'"),
+    ],
+)
+def test_an_encoder_that_does_not_work_is_known_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, text in (
+        ("text", "no program"),
+        ("no-x264", "#!/bin/sh\necho Unknown encoder \\'libx264\\' >&2; exit 1\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / encoder))
+    with pytest.raises(ResourceError, match=message):
+        check_encoder(tmp_path / "clip.mp4", 64, 48, 16)
+
+
+def test_a_missing_encoder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
+    with pytest.raises(ResourceError, match="the package imageio-ffmpeg holds none"):
+        check_encoder(tmp_path / "clip.mp4", 64, 48, 16)
+
+
+def test_no_video_is_larger_than_one_of_noise(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    with video_writer(path, 320, 240, 16) as write:
+        for _ in range(4):
+            write((torch.randint(0, 2, (240, 320, 3)) * 255).to(torch.uint8))
+    assert 0.8 * most_bytes(320, 240, 4) < path.stat().st_size < most_bytes(320, 240, 4)
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_neither_half_a_video_nor_the_encoder(tmp_path: Path) -> None:
+    code = f"""
+import sys, torch
+from pathlib import Path
+from wanforge.interrupts import Interrupted, end, ended_by_signals
+from wanforge.runtime.video import video_writer
+try:
+    with ended_by_signals(), video_writer(Path(sys.argv[1]) / "clip.mp4", 512, 512, 16) as write:
+        for _ in range(80):
+            write(torch.randint(0, 256, (512, 512, 3), dtype=torch.uint8))
+        exec({STUCK!r})
+except Interrupted as interrupt:
+    end(interrupt.number)
+"""
+    process = start(code, tmp_path)
+    wait_for_line(process)
+    assert [path.stat().st_size > 0 for path in tmp_path.iterdir()] == [True]
+    ended = signalled(process, signal.SIGTERM)
+    assert (ended.code, ended.stderr) == (143, "terminated\n")
+    assert ended.seconds < 1.5
+    assert list(tmp_path.iterdir()) == []
+    assert len(ended.children) == 1
+    assert ended.survivors == []

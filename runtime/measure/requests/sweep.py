@@ -7,10 +7,8 @@ the reference at the same setting.
 
 import gc
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -32,6 +30,7 @@ from wanforge.runtime.measure.requests.timing import one_run
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.sampler import MAX_STEPS
 from wanforge.runtime.request import Request
+from wanforge.whole_file import temporary_folder
 
 Setting = tuple[Request, Recipe]
 
@@ -240,11 +239,11 @@ def measure_point(
 ) -> SweepPoint:
     """Measure one value."""
     clip = pipeline.make(request)
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         runs, meters = [], []
         for _ in range(repeats):
             with metered(nvml) as reading:
-                runs.append(one_run(pipeline, request, Path(folder) / "clip.mp4"))
+                runs.append(one_run(pipeline, request, folder / "clip.mp4"))
             meters.append(reading)
     return SweepPoint(
         value,

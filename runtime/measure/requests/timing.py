@@ -1,7 +1,6 @@
 """Times the stages of whole requests, several contenders side by side in one process."""
 
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from wanforge.runtime.measure.baselines import BASELINES, create_baseline
 from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import STAGES, Request
+from wanforge.whole_file import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def bench_request(
     """
     pipelines, rows = {}, []
     nvml = Nvml.open()
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "clip.mp4"
+    with temporary_folder() as folder:
+        out = folder / "clip.mp4"
         for name in contenders:
             graphs.cache_clear()  # made for the previous contender
             start = time.perf_counter()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
+def lines(done: Result) -> list[dict[str, Any]]:
+    """The lines of JSON that a command printed."""
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 @pytest.fixture
 def bundle(bundle_of: BundleOf) -> Path:
     return bundle_of("tiny-t2v", "bf16-sla").root
@@ -45,7 +51,7 @@ def test_generate_writes_a_video_and_says_where_the_time_went(bundle: Path, tmp_
 @pytest.mark.slow
 def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--json", "--steps", 2, *SMALL)
-    (result,) = json.loads(done.stdout)
+    (result,) = lines(done)
     assert result["frames"] == 5
     assert len(result["step_seconds"]) == 2
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()))
@@ -56,7 +62,7 @@ def test_a_user_is_told_why_only_the_reference_can_run(tmp_path: Path) -> None:
     small = ["--frames", 1, "--steps", 1, "--topk", 1]
     out = tmp_path / "a.mp4"
     done = run("generate", tmp_path / "bundle", "--prompt", "a red circle", "--out", out, "--json", *small)
-    assert json.loads(done.stdout)[0]["backend"] == "torch"
+    assert lines(done)[0]["backend"] == "torch"
     assert "the reference does. Not usable here: " in done.stderr
     assert "ort (the bundle has no fp32 graphs; wanforge export makes them)" in done.stderr
     chosen = run(
@@ -68,7 +74,7 @@ def test_a_user_is_told_why_only_the_reference_can_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_samples_are_numbered_and_differ(bundle: Path, tmp_path: Path) -> None:
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", "--samples", 2, "--json", *SMALL)
-    results = json.loads(done.stdout)
+    results = lines(done)
     assert [Path(r["out"]).name for r in results] == ["a-001.mp4", "a-002.mp4"]
     assert [r["seed"] for r in results] == [0, 1]
     assert (tmp_path / "a-001.mp4").read_bytes() != (tmp_path / "a-002.mp4").read_bytes()
@@ -81,7 +87,7 @@ def test_a_prompt_file_has_a_prompt_or_an_object_per_line(bundle: Path, tmp_path
     line = json.dumps({"prompt": "A cat jumps.", "seed": 7, "out": str(named)})
     prompts.write_text(f"{PROMPT}\n\n{line}\nAnother one.\n")
     done = run("generate", bundle, "--prompt-file", prompts, "--out", tmp_path / "a.mp4", "--json", *SMALL)
-    results = json.loads(done.stdout)
+    results = lines(done)
     assert [Path(r["out"]).name for r in results] == ["a-001.mp4", "named.mp4", "a-002.mp4"]
     assert [r["seed"] for r in results] == [0, 7, 0]
 
@@ -90,9 +96,9 @@ def test_a_prompt_file_has_a_prompt_or_an_object_per_line(bundle: Path, tmp_path
 def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-i2v", "w8a8").root
     arguments = ("--prompt", PROMPT, "--image", picture, "--out", tmp_path / "a.mp4", "--json", *SMALL)
-    (fixed,) = json.loads(run("generate", bundle, *arguments).stdout)
+    (fixed,) = lines(run("generate", bundle, *arguments))
     assert (fixed["width_px"], fixed["height_px"]) == (192, 128)
-    (adaptive,) = json.loads(run("generate", bundle, *arguments, "--adaptive").stdout)
+    (adaptive,) = lines(run("generate", bundle, *arguments, "--adaptive"))
     # The picture is 4:3. As many pixels as in the model's 192x128 are 181x136 at 4:3: 176x128 in multiples of 16.
     assert (adaptive["width_px"], adaptive["height_px"]) == (176, 128)
 

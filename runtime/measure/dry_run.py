@@ -1,0 +1,82 @@
+"""What `wanforge build` and `wanforge generate` would do and take."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from wanforge.configs.targets import architecture_name
+from wanforge.engines.build import EngineOptions, graphs_to_build, pending_engine
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import is_current
+from wanforge.plugins.tensorrt.library import Flavour, open_library
+from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.measure.durations import Work, remember
+from wanforge.runtime.measure.estimates import Estimate
+from wanforge.runtime.memory.estimate import needed_bytes
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import CheckedRequest, Timings
+from wanforge.runtime.video import most_bytes
+
+ENGINE_BYTES = 8_000_000
+"""More than the bytes of an engine without its constants; a block has about 2 MB, see docs/log.md, 2026-11-21."""
+
+
+def estimate_build(bundle: Bundle, groups: Sequence[tuple[Flavour, EngineOptions]]) -> Estimate:
+    """The estimate of a build, after the same checks as before the build itself.
+
+    Args:
+        groups: The engines that are asked for, with the flavour of TensorRT that builds them.
+    """
+    steps, works, disk, memory = [], [], 0, 0
+    for flavour, options in groups:
+        library, names = open_library(flavour), ", ".join(map(architecture_name, options.sms))
+        missing = []
+        for onnx, graph in graphs_to_build(bundle, options.only).items():
+            pending = pending_engine(bundle, library, options, onnx, graph)
+            if not is_current(bundle, pending.name, pending.key):
+                missing.append(pending)
+        steps.append(f"would build {len(missing)} engines for {names} with {library}:")
+        steps += [f"  {pending.name}" for pending in missing]
+        works += [build_work(flavour, len(missing))] if missing else []
+        disk += sum(ENGINE_BYTES + pending.job.constant_bytes for pending in missing)
+        memory = max([memory, *(pending.job.needed_bytes for pending in missing)])
+    return Estimate(steps, works, disk, bundle.root, memory)
+
+
+def build_work(flavour: Flavour, engines: int) -> Work:
+    """The work of building this many engines."""
+    return Work(f"build {flavour.name}", engines)
+
+
+def estimate_generate(pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path]) -> Estimate:
+    """The estimate of making videos, after the same checks as before making them."""
+    steps, disk, memory = [f"would make {len(requests)} videos with the backend {pipeline.backend.name}:"], 0, 0
+    amounts = defaultdict[str, float](float)
+    for checked, place in zip(requests, places, strict=True):
+        shape = checked.request.shape
+        steps.append(f"  {place}: {shape}, {len(checked.steps)} steps, seed {checked.request.seed}")
+        disk += most_bytes(shape.width_px, shape.height_px, shape.frames)
+        itemsize = pipeline.backend.dtype.itemsize
+        memory = max(memory, needed_bytes(pipeline.model, pipeline.recipe, shape, itemsize))
+        for work in generate_works(pipeline, checked):
+            amounts[work.kind] += work.amount
+    works = [Work(kind, amount) for kind, amount in amounts.items()]
+    return Estimate(steps, works, disk, places[0].parent, memory)
+
+
+def generate_works(pipeline: Pipeline, checked: CheckedRequest) -> list[Work]:
+    """The work of a request: the steps, decoding and writing, and everything before."""
+    shares = stage_shares(pipeline.model, pipeline.recipe, checked)
+    denoise = sum(amount for stage, amount in shares.items() if stage.startswith("step "))
+    rest = sum(shares.values()) - denoise - shares["decode"]
+    what = f"generate {pipeline.backend.name} {pipeline.model.name} {pipeline.recipe.name}"
+    return [Work(f"{what} denoise", denoise), Work(f"{what} decode", shares["decode"]), Work(f"{what} prepare", rest)]
+
+
+def remember_stages(pipeline: Pipeline, checked: CheckedRequest, timings: Timings) -> None:
+    """Note how long the stages of a request took."""
+    stages = timings.stages
+    written = sum(stages[stage] for stage in ("decode", "transfer", "write"))
+    seconds = [stages["denoise"], written, timings.total - stages["denoise"] - written]
+    for work, each in zip(generate_works(pipeline, checked), seconds, strict=True):
+        remember(work, each)

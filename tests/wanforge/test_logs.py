@@ -1,0 +1,81 @@
+"""What the command line shows of the log."""
+
+import json
+import logging
+import subprocess
+import sys
+from types import ModuleType
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.processes import ROOT
+from wanforge.cli import COMMANDS, cli
+from wanforge.errors import WanforgeError
+from wanforge.logs import PROGRESS
+
+log = logging.getLogger("wanforge.test")
+
+
+@click.command()
+@click.option("--fail", is_flag=True)
+def chatty(fail: bool) -> None:
+    """Log something of every level."""
+    log.debug("a detail")
+    log.info("took %.1f s", 1.5, extra={"stage": "text", "seconds": 1.5})
+    PROGRESS.info("half done")
+    log.warning("look out")
+    click.echo("result")
+    if fail:
+        raise WanforgeError("it failed")
+
+
+@pytest.fixture(autouse=True)
+def command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chatty_command", ModuleType("chatty_command"))
+    monkeypatch.setattr("chatty_command.chatty", chatty, raising=False)
+    monkeypatch.setitem(COMMANDS, "chatty", ("chatty_command:chatty", "Talk."))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments)
+
+
+def test_warnings_and_progress_are_shown_by_default() -> None:
+    assert run("chatty").stderr == "half done\nWARNING: look out\n"
+    assert run("chatty").stdout == "result\n"
+
+
+@pytest.mark.parametrize("arguments", [("-v", "chatty"), ("chatty", "-v"), ("chatty", "--verbose")])
+def test_everything_is_shown_on_request(arguments: tuple[str, ...]) -> None:
+    lines = [line.partition("] ")[2] or line for line in run(*arguments).stderr.splitlines()]
+    assert lines == ["a detail", "took 1.5 s", "half done", "WARNING: look out"]
+    assert run("chatty").stderr == "half done\nWARNING: look out\n"
+
+
+@pytest.mark.parametrize("arguments", [("--log-json", "chatty", "--fail"), ("chatty", "--log-json", "--fail")])
+def test_records_and_the_error_are_lines_of_json(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.exit_code == 1
+    assert [(record["level"], record["message"]) for record in records] == [
+        ("info", "half done"),
+        ("warning", "look out"),
+        ("error", "it failed"),
+    ]
+    assert all(record["time"].endswith("+00:00") for record in records)
+
+
+def test_a_record_keeps_its_fields() -> None:
+    records = [json.loads(line) for line in run("chatty", "--log-json", "-v").stderr.splitlines()]
+    assert records[1].items() >= {"level": "info", "stage": "text", "seconds": 1.5}.items()
+    assert records[0].keys() == {"time", "level", "message"}
+
+
+def test_whoever_imports_wanforge_sees_nothing() -> None:
+    code = "import logging, wanforge\nlogging.getLogger('wanforge.x').warning('look out')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
