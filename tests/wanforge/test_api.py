@@ -128,6 +128,12 @@ def test_parity_says_whether_every_limit_is_met(bundle: Path) -> None:
     found = wanforge.parity(bundle, PROMPT, backend="ort", depths=["block"], size=(96, 64), frames=1, steps=1)
     assert found.passed
     assert {comparison.place.depth for comparison in found.comparisons} == {"block"}
+    assert found.request.prompt == PROMPT
+
+
+def test_parity_without_a_prompt_uses_the_models_example(bundle: Path) -> None:
+    found = wanforge.parity(bundle, backend="ort", depths=["step"], size=(96, 64), frames=1, steps=1)
+    assert found.request.prompt == wanforge.Bundle.open(bundle).model.example_prompt
 
 
 def test_a_comparison_that_proves_nothing_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -199,6 +199,20 @@ def test_a_value_that_makes_no_sense_is_refused_before_anything_is_timed(
         PlannedSweep(bundle_of("tiny-t2v", "bf16-sla"), request, "torch", name, [value])
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--rates", 3], "--rates has no effect without --sweep"),
+        (["--sweep", "steps=1", "--baseline", "compile"], "--baseline has no effect with --sweep"),
+        (["--sweep", "steps=1", "--warm-up", 1], "--warm-up has no effect with --sweep"),
+    ],
+)
+def test_options_without_effect_are_wrong_usage(tmp_path: Path, options: list[object], complaint: str) -> None:
+    done = run("bench", tmp_path, *options)
+    assert done.exit_code == 2
+    assert complaint in done.output
+
+
 def test_the_count_of_a_graph_is_that_of_its_products() -> None:
     model, recipe = load_model("tiny-t2v"), load_recipe("bf16")
     tokens, dim, ffn, rows = 48, model.dit.dim, model.dit.ffn_dim, 20
