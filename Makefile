@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test quick check format bench clean
+.PHONY: help setup demo test quick check usage format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,11 @@ check: setup     ## check formatting, lint and types, and run every test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+usage: setup     ## use the tool as people do: kill commands at 220 moments, run every two at once, and their tests
+	$(PYTEST) tests/usage
+	$(BIN)/python -m tests.usage.pairs
+	$(BIN)/python -m tests.usage.chaos --trials 220
 
 bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md
 	@touch benchmarks.jsonl

@@ -1,0 +1,93 @@
+"""The tool as people use it: what the README shows, recipes on backends, and small runs of chaos and of pairs."""
+
+import re
+import shlex
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.usage.chaos import run_trials
+from tests.usage.commands import ROOT, run
+from tests.usage.folders import BUNDLE, Snapshot, differences, unsound
+from tests.usage.pairs import run_pairs
+from tests.usage.scenarios import EXPORT, IMPORT, Words, must_succeed, scenarios
+from wanforge.configs.loading import named
+from wanforge.plugins.tensorrt.library import RTX, installed_version
+
+pytestmark = pytest.mark.slow
+SMALL = ("--frames", "5", "--steps", "1")
+RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row")
+IMAGE = ("--image", str(ROOT / "docs" / "tinywan.png"))
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The commands of wanforge in the blocks of a page's shell code."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("wanforge ")]
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
+    if installed_version(RTX) is None:
+        pytest.skip("TensorRT-RTX is not installed")
+    found = commands_in((ROOT / "README.md").read_text())
+    assert [command[0] for command in found] == ["import", "export", "build", "generate", "parity"]
+    for command in found:
+        must_succeed(run(command, tmp_path, cold=True))
+    assert (tmp_path / "clip.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_on_every_backend(tmp_path: Path, recipe: str) -> None:
+    assert set(RECIPES) | {"w8a8-64", "w8a8-256"} == set(named("recipes"))
+    must_succeed(run(("import", "--recipe", recipe, "--out", BUNDLE), tmp_path))
+    must_succeed(run((*EXPORT, "--dtype", "fp32"), tmp_path))
+    for backend in ("torch", "ort", "kernels"):
+        if (backend, recipe) != ("kernels", "w8a8-row"):
+            make_and_compare(tmp_path, backend)
+
+
+@pytest.mark.parametrize("model", ["tiny-t2v", "tiny-i2v"])
+def test_every_task_leads_from_files_to_a_clip(tmp_path: Path, model: str) -> None:
+    image = IMAGE if model == "tiny-i2v" else ()
+    must_succeed(run(("synth", "--model", model, "--out", "files"), tmp_path))
+    must_succeed(run(("import", "files", "--out", BUNDLE), tmp_path))
+    must_succeed(run((*EXPORT, "--dtype", "fp32"), tmp_path))
+    for backend in ("torch", "ort", "kernels"):
+        make_and_compare(tmp_path, backend, image)
+
+
+def make_and_compare(folder: Path, backend: str, more: Words = ()) -> None:
+    """Make a clip, and compare the backend with the reference, as a new user does."""
+    options = (BUNDLE, "--prompt", "a red circle moving right", "--backend", backend, *SMALL, *more)
+    must_succeed(run(("generate", *options, "--out", f"{backend}.mp4"), folder))
+    assert (folder / f"{backend}.mp4").stat().st_size > 500
+    if backend != "torch":
+        must_succeed(run(("parity", *options, "--depth", "step", "--depth", "clip"), folder))
+
+
+def test_commands_that_are_killed_leave_what_can_be_mended(tmp_path: Path) -> None:
+    wanted = [
+        each for each in scenarios() if each.name in ("import", "import --resume", "export", "generate over a clip")
+    ]
+    done = run_trials(tmp_path, wanted, 8, Random(1))
+    assert sum(each.killed for each in done) >= 4
+    assert [fault for each in done for fault in each.faults] == []
+
+
+def test_commands_that_run_at_once_lose_nothing(tmp_path: Path) -> None:
+    pairs = [("build rtx4090", "build rtx3090"), ("export", "export"), ("import --replace", "generate")]
+    assert run_pairs(tmp_path, pairs, Random(1)) == 0
+
+
+def test_a_byte_that_is_wrong_does_not_escape(tmp_path: Path) -> None:
+    must_succeed(run(IMPORT, tmp_path))
+    before = Snapshot.of(tmp_path)
+    assert unsound(before, [before]) == []
+    with (tmp_path / BUNDLE / "weights/vae.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    after = Snapshot.of(tmp_path)
+    assert unsound(after, [before]) == ["weights/vae.safetensors is not as the manifest says"]
+    assert "weights/vae.safetensors has other bytes" in differences(after, before)
