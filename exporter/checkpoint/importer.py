@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -192,13 +192,24 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
     before = bundle_before(out, arguments.model, checked.recipe)
     derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
+    clear(out, record, set(record.replaced) - derived.keys())
     bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
-    bundle.add({}, dropping=bundle.stale(graph_key(bundle)))
-    leftovers = [f"{weights_name(part.component)}{end}" for part in checked.parts for end in (PARTIAL, JOURNAL)]
-    for name in [*record.replaced, *leftovers]:
-        inside(out, name).unlink(missing_ok=True)
-    write_record(out, msgspec.structs.replace(record, replaced=[]))
+    if stale := bundle.stale(graph_key(bundle)):
+        bundle.add({}, dropping=stale)
     return bundle
+
+
+def clear(out: Path, record: ImportRecord, replaced: Iterable[str]) -> None:
+    """Delete what is left of the bundle that was replaced, and of an import that was killed.
+
+    It comes before the manifest is written: afterwards the bundle is whole, nobody imports it again, and what a killed
+    import left would stay.
+    """
+    leftovers = [f"{weights_name(component)}{end}" for component in record.finished for end in (PARTIAL, JOURNAL)]
+    for name in [*replaced, *leftovers]:
+        inside(out, name).unlink(missing_ok=True)
+    if record.replaced:
+        write_record(out, msgspec.structs.replace(record, replaced=[]))
 
 
 def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> ImportRecord:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from safetensors.torch import load_file
 
@@ -38,7 +39,7 @@ from wanforge.exporter.checkpoint.checks import Part, Sources
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
 from wanforge.exporter.checkpoint.reader import StoredTensor
-from wanforge.exporter.checkpoint.record import ImportRecord
+from wanforge.exporter.checkpoint.record import ImportRecord, read_record, write_record
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
 
@@ -406,6 +407,38 @@ def test_what_a_killed_import_left_beside_complete_files_is_deleted(tmp_path: Pa
         (out / f"{weights_name('vae')}{end}").touch()
     resume_import(out)
     assert files_in(out) == files_in(bundles["plain"].root)
+
+
+def test_the_manifest_is_the_last_file_that_an_import_writes(
+    tmp_path: Path, given: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    original = os.replace
+
+    def seen(source: Path, target: Path) -> None:
+        written.append(target.name)
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", seen)
+    import_checkpoint(T2V, given(quantised=True), tmp_path / "out")
+    assert written.index(MANIFEST) == len(written) - 1
+
+
+def test_what_was_to_be_deleted_is_kept_if_the_bundle_names_it(
+    tmp_path: Path, bundles: dict[str, Bundle], given: Callable[..., Sources]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    bundle = Bundle.open(out)
+    write_atomically(out / "onnx/stem.onnx", b"graph")
+    made = FileRecord(hashlib.sha256(b"graph").hexdigest(), 5, key=graph_key(bundle))
+    bundle.add({"onnx/stem.onnx": made})
+    record = read_record(out)
+    assert record is not None
+    write_record(out, msgspec.structs.replace(record, replaced=["onnx/stem.onnx", "onnx/old.onnx"]))
+    write_atomically(out / "onnx/old.onnx", b"old")
+    import_checkpoint(T2V, record.arguments.sources, out, replace=True)
+    Bundle.open(out).verify(["onnx/stem.onnx"])
+    assert not (out / "onnx/old.onnx").exists()
 
 
 def test_the_source_is_read_again_if_it_has_changed(
