@@ -9,7 +9,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import HOST_GRAPHS, FileRecord, GraphRecord
-from wanforge.engines.bundle.remedies import BODIES, ENGINES, UP_TO, remedy
+from wanforge.engines.bundle.remedies import BODIES, ENGINES, UP_TO, build_command, remedy
 from wanforge.engines.bundle.shapes import Shape, read_shape
 from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import covers, named_sizes, profile
@@ -154,15 +154,18 @@ def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat
     check_current(bundle, bundle.graphs(dtype))
     sizes = named_sizes(bundle.model, bundle.recipe, clip)
     return {
-        graph.name: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes))
+        graph.name: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes), clip)
         for onnx, graph in bundle.graphs(dtype).items()
         if graph.name not in HOST_GRAPHS
     }
 
 
-def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str) -> str:
+def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape) -> str:
     """Path in the bundle of a graph's engine for an architecture and a profile; an engine that was made for exactly
     these sizes is preferred to one that serves others, too.
+
+    Args:
+        clip: The clip that it is for, for the advice where there is none.
 
     Raises:
         BundleError: There is none, or it is stale.
@@ -187,7 +190,7 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str) -> str:
     there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
     raise BundleError(
         f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
-        f"{'; '.join(sorted(there)) or 'none at all'}; run: wanforge build {bundle.root} --target sm_{sm}"
+        f"{'; '.join(sorted(there)) or 'none at all'}; run: {build_command(engine_name('', (sm,), clip), bundle.root)}"
     )
 
 

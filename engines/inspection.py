@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
-from wanforge.engines.bundle.remedies import remedy
+from wanforge.engines.bundle.remedies import mending_order, remedy
 from wanforge.engines.bundle.tensorfile import TensorFile, read_header
 from wanforge.engines.files import stale_engines
 from wanforge.engines.graph_key import stale_graphs
@@ -91,6 +91,9 @@ def describe(found: Inspection) -> str:
     for name, record in sorted(manifest.files.items()):
         extra = f"  {found.tensors[name]}" if name in found.tensors else ""
         lines.append(f"  {record.bytes:>15,}  {record.sha256[:12]}  {name}{extra}")
-    lines += [f"  PROBLEM {name}: {problem}" for name, problem in sorted(found.problems.items())]
+    lines += [
+        f"  PROBLEM {name}: {problem}"
+        for name, problem in sorted(found.problems.items(), key=lambda each: mending_order(each[0]))
+    ]
     lines.append("  nothing missing, damaged or stale" if not found.problems else "")
     return "\n".join(lines).rstrip()

@@ -1,6 +1,7 @@
 """The manifest of a bundle: its files, what each was made from, and what its users need to know about it."""
 
 import hashlib
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import Literal, Self
 
@@ -135,4 +136,4 @@ def _beginning(root: Path) -> str:
     """The advice about a directory that is not a bundle."""
     if (root / IMPORT).is_file():
         return f"its import was interrupted; continue it with: {import_command(root)}"
-    return f"make one with: wanforge import --out {root}"
+    return f"make one with: wanforge import --out {shlex.quote(str(root))}"

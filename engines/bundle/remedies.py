@@ -30,13 +30,21 @@ def export_command(root: Path) -> str:
     return f"wanforge export {shlex.quote(str(root))}"
 
 
+def mending_order(name: str) -> tuple[int, str]:
+    """A key to sort files by, so that no command that mends one of them needs one that is mended later."""
+    return (2 if name.startswith(ENGINES) else int(name.endswith(".onnx"))), name
+
+
 def build_command(name: str, root: Path) -> str:
-    """The command that builds an engine, and the others that a clip needs, from the engine's path in the bundle."""
-    folders = name.split("/")[1:-1]
+    """The command that builds an engine, from the engine's path in the bundle: with the others that a clip needs if it
+    is for a clip, and alone if it serves every clip."""
+    _, *folders, file = name.split("/")
     options = [f"--target {folders[0].replace('+', ',')}"] if folders else ["--target all"]
     for clip in folders[1:2]:
         width, height, frames = clip.removeprefix(UP_TO).split("x")
         options += [f"--resolution {width}x{height} --frames {frames}"]
         options += ["--smaller"] if clip.startswith(UP_TO) else []
+    if not folders[1:]:
+        options += [f"--graph {file.partition('.')[0]}"]
     options += ["--no-plugins"] if BODIES in name else []
     return f"wanforge build {shlex.quote(str(root))} {' '.join(options)}"

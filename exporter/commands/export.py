@@ -1,6 +1,7 @@
 """The command that writes a bundle's ONNX graphs."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -69,5 +70,5 @@ def export(options: ExportOptions) -> None:
         click.echo(f"not written: {name}, {reason}", err=True)
     click.echo(
         f"{options.bundle}: {len(done.written)} graphs, {size / 1e6:.2f} MB; "
-        f"next: wanforge generate {options.bundle} --prompt …"
+        f"next: wanforge generate {shlex.quote(str(options.bundle))} --prompt …"
     )

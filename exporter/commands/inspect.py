@@ -1,6 +1,7 @@
 """The command that shows what a bundle holds."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -71,5 +72,6 @@ def plans_of(bundle: Bundle, gpus: Mapping[str, Target]) -> tuple[list[MemoryRep
         except WanforgeError as error:
             failures.append(f"no memory plan for {name}: {error}")
     if gpus and not plans and not failures:
-        failures.append(f"no memory plan: there are no engines; run: wanforge build {bundle.root}")
+        build = f"wanforge build {shlex.quote(str(bundle.root))} --target {','.join(gpus)}"
+        failures.append(f"no memory plan: there are no engines; run: {build}")
     return plans, failures

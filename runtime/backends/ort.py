@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
-from wanforge.engines.bundle.remedies import remedy
+from wanforge.engines.bundle.remedies import export_command, remedy
 from wanforge.errors import OUT_OF_MEMORY, BundleError
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
@@ -63,7 +63,7 @@ class OrtBackend(Backend):
         if record is not None and (record.graph is None or record.graph.inputs.keys() != expected):
             raise BundleError(
                 f"{self.bundle.root}: {path} was exported by another version of wanforge, with other inputs; "
-                f"run: wanforge export {self.bundle.root}"
+                f"run: {export_command(self.bundle.root)}"
             )
         return path
 

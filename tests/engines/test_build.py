@@ -85,13 +85,14 @@ def test_one_engine_serves_every_smaller_clip(bundle: Bundle) -> None:
 
     def found(clip: ClipShape) -> str:
         sizes = named_sizes(bundle.model, bundle.recipe, clip)
-        return find_engine(bundle, onnx, 89, profile(inputs_of(record), sizes))
+        return find_engine(bundle, onnx, 89, profile(inputs_of(record), sizes), clip)
 
     assert found(small) == found(CLIP) == engine.name
     with pytest.raises(
         BundleError, match=r"no engine of onnx/bf16/block\.onnx for sm_89 and .*tokens=520; there is sm_89"
-    ):
+    ) as caught:
         found(large)
+    assert str(caught.value).endswith("--target sm_89 --resolution 208x128 --frames 17")
     (exact,) = build_engines(bundle, rtx(), EngineOptions(small, (89,), only=("block",)))
     assert (found(small), found(CLIP)) == (exact.name, engine.name)
     assert built_clips(bundle) == [CLIP, small]

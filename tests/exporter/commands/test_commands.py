@@ -21,7 +21,7 @@ from wanforge.cli import COMMANDS, cli, main
 from wanforge.configs.loading import CONFIGS
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
-from wanforge.engines.bundle.manifest import MANIFEST
+from wanforge.engines.bundle.manifest import MANIFEST, FileRecord
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.commands import import_ as commands
@@ -385,6 +385,16 @@ def test_inspect_says_what_is_wrong(
     result = run("inspect", bundle.root, "--json", *options)
     assert result.exit_code == 1
     assert why in json.loads(result.stdout)["problems"][name]
+
+
+def test_inspect_lists_first_what_has_to_be_mended_first(bundle: Bundle) -> None:
+    engine = "engines/sm_89/time.bf16.engine"
+    bundle.add({engine: FileRecord("0" * 64, 1, key={"onnx": "onnx/bf16/time.onnx", "constants": f"{VAE} 0"})})
+    for name in (STEM, VAE):
+        (bundle.root / name).unlink()
+    lines = run("inspect", bundle.root).stdout.splitlines()
+    names = [line.split()[1].rstrip(":") for line in lines if line.startswith("  PROBLEM")]
+    assert names == [VAE, STEM, engine]
 
 
 def test_inspect_trusts_the_size_unless_told_to_read(bundle: Bundle) -> None:
