@@ -150,6 +150,7 @@ def run_here(words: Sequence[str], folder: Path, output: Path, moment: Moment | 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["wanforge", *words]
+    multiprocessing.set_start_method("fork", force=True)  # the default of a new interpreter
     counts: Counter[str] = Counter()
     if moment is not None and moment.step:
         watch(folder, kill_at(moment))
