@@ -1,5 +1,6 @@
 """Files in the folder of a bundle, reached without following links out of it."""
 
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import msgspec
@@ -27,6 +28,18 @@ def read_unlinked(path: Path) -> bytes:
     if len(data) > MOST_BYTES:
         raise BundleError(f"{path}: damaged, it has more than {MOST_BYTES:,} bytes")
     return data
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of files that do not lie in a bundle.
+
+    Raises:
+        ValueError: One of them is no relative path, or leads out of the bundle.
+    """
+    for name in names:
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"{name!r} lies outside the bundle")
 
 
 def inside(root: Path, name: str) -> Path:

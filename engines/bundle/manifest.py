@@ -2,7 +2,7 @@
 
 import hashlib
 import shlex
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, Self
 
 import msgspec
@@ -10,7 +10,7 @@ import msgspec
 from wanforge.configs.loading import Record
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.folder import UNREADABLE, read_unlinked
+from wanforge.engines.bundle.folder import UNREADABLE, check_names, read_unlinked
 from wanforge.engines.bundle.remedies import import_command, remedy
 from wanforge.engines.bundle.shapes import Spelling
 from wanforge.errors import BundleError
@@ -78,10 +78,7 @@ class Manifest(Record, frozen=True):
     """Digest of everything else, by which a manifest that was edited is recognised."""
 
     def __post_init__(self) -> None:
-        for name in self.files:
-            parts = PurePosixPath(name).parts
-            if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
-                raise ValueError(f"{name!r} lies outside the bundle")
+        check_names(self.files)
 
     @property
     def digest(self) -> str:

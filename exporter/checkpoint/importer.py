@@ -192,7 +192,7 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
     before = bundle_before(out, arguments.model, checked.recipe)
     derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
-    clear(out, record, set(record.replaced) - derived.keys())
+    clear(out, record, set(record.replaced) - {*derived, *files})
     bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
     if stale := bundle.stale(graph_key(bundle)):
         bundle.add({}, dropping=stale)
@@ -215,7 +215,7 @@ def clear(out: Path, record: ImportRecord, replaced: Iterable[str]) -> None:
 def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> ImportRecord:
     """Find out which components are complete, and let the manifest forget all others.
 
-    A bundle of another model or recipe is forgotten altogether. What was made from it is deleted in the end.
+    A bundle of another model or recipe is forgotten altogether. What is not written anew is deleted in the end.
     """
     earlier, before = read_record(out), bundle_before(out, arguments.model, checked.recipe)
     known = {} if earlier is None else earlier.finished
@@ -228,7 +228,7 @@ def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress)
         if part.component in known and is_complete(part, out, known[part.component], arguments, progress)
     }
     if before is None:
-        replaced = [*replaced, *derived_files(out)]
+        replaced = sorted({*replaced, *files_before(out, earlier)})
     record = ImportRecord(1, arguments, finished, replaced)
     write_record(out, record)
     if before is None:
@@ -247,11 +247,13 @@ def bundle_before(out: Path, model: ModelConfig, recipe: Recipe) -> Bundle | Non
     return None
 
 
-def derived_files(out: Path) -> list[str]:
-    """The files made from the bundle at `out`; none if there is no bundle or its manifest cannot be read."""
+def files_before(out: Path, earlier: ImportRecord | None) -> set[str]:
+    """The files of the bundle at `out`, as far as its manifest can be read, and of the import that began to make it."""
+    weights = [] if earlier is None else [weights_name(component) for component in earlier.arguments.weights]
+    names = {f"{name}{end}" for name in weights for end in ("", PARTIAL, JOURNAL)}
     with suppress(BundleError):
-        return [name for name, record in Bundle.open(out).manifest.files.items() if record.key]
-    return []
+        names |= Bundle.open(out).manifest.files.keys()
+    return names
 
 
 def is_complete(part: Part, out: Path, known: Finished, arguments: Arguments, progress: Progress) -> bool:

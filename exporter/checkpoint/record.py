@@ -9,9 +9,10 @@ import msgspec
 from wanforge.configs.loading import Record
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.folder import UNREADABLE, read_unlinked
+from wanforge.engines.bundle.bundle import components
+from wanforge.engines.bundle.folder import UNREADABLE, check_names, read_unlinked
 from wanforge.engines.bundle.manifest import IMPORT
-from wanforge.errors import BundleError
+from wanforge.errors import BundleError, join_names
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.whole_file import write_atomically
 
@@ -26,6 +27,10 @@ class Arguments(Record, frozen=True):
     recipe: Recipe | None
     """None if it was to follow from the files."""
     link: bool
+
+    def __post_init__(self) -> None:
+        if unknown := self.weights.keys() - set(components(self.model)):
+            raise ValueError(f"{self.model.name} has no {join_names(sorted(unknown))}")
 
     @classmethod
     def of(cls, model: ModelConfig, sources: Sources, recipe: Recipe | None, link: bool) -> Self:
@@ -54,6 +59,9 @@ class ImportRecord(Record, frozen=True):
     """The components that are complete."""
     replaced: list[str] = msgspec.field(default_factory=list)
     """Files of a bundle that is being replaced, which go when the import is complete."""
+
+    def __post_init__(self) -> None:
+        check_names(self.replaced)
 
 
 def write_record(root: Path, record: ImportRecord) -> None:

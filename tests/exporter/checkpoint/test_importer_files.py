@@ -6,6 +6,7 @@ import resource
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.exporter.checkpoint.sources import (
+    I2V,
     SLA,
     T2V,
     W8A8,
@@ -422,6 +424,31 @@ def test_the_manifest_is_the_last_file_that_an_import_writes(
     monkeypatch.setattr(os, "replace", seen)
     import_checkpoint(T2V, given(quantised=True), tmp_path / "out")
     assert written.index(MANIFEST) == len(written) - 1
+
+
+@pytest.mark.parametrize("ticks", [300, 100_000], ids=["interrupted", "complete"])
+def test_replacing_another_model_leaves_none_of_its_weights(
+    tmp_path: Path, bundles: dict[str, Bundle], given: Callable[..., Sources], ticks: int
+) -> None:
+    out = tmp_path / "out"
+    with suppress(KeyboardInterrupt):
+        import_checkpoint(I2V, given(I2V), out, progress=stop_after(ticks))
+    assert any(path.name.startswith("dit.high") for path in (out / "weights").iterdir())
+    import_checkpoint(T2V, given(), out, replace=True)
+    assert files_in(out) == files_in(bundles["plain"].root)
+
+
+@pytest.mark.parametrize("name", ["../victim", "onnx/../../victim"])
+def test_a_record_that_leads_out_of_the_bundle_is_not_believed(
+    tmp_path: Path, bundles: dict[str, Bundle], name: str
+) -> None:
+    out, victim = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out")), tmp_path / "victim"
+    victim.write_text("precious")
+    record = msgspec.json.decode((out / IMPORT).read_bytes())
+    (out / IMPORT).write_bytes(msgspec.json.encode({**record, "replaced": [name]}))
+    with pytest.raises(BundleError, match=r"has no readable import\.json"):
+        resume_import(out)
+    assert victim.read_text() == "precious"
 
 
 def test_what_was_to_be_deleted_is_kept_if_the_bundle_names_it(
