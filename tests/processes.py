@@ -48,6 +48,7 @@ def start(code: str, *arguments: object, **environment: str) -> "subprocess.Pope
     """Run Python code in a child process."""
     return subprocess.Popen(
         [sys.executable, "-c", ATTENTIVE + code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

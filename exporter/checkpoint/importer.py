@@ -29,7 +29,7 @@ from wanforge.engines.bundle.tensorfile import (
     sha256_of,
 )
 from wanforge.engines.graph_key import graph_key
-from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names
+from wanforge.errors import BundleError, CheckpointError, ResourceError, join_names, naming
 from wanforge.exporter.checkpoint.checks import (
     Part,
     Sources,
@@ -299,7 +299,7 @@ def _done(part: Part, path: Path, earlier: ImportRecord | None) -> int:
 
 def write_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:
     """Write one component's safetensors file, or what is still missing of it, and return the record that says so."""
-    with TensorWriter(path, part.target, made_from(part), count) as writer:
+    with naming(path), TensorWriter(path, part.target, made_from(part), count) as writer:
         for index, (name, chunks) in enumerate(outputs(part)):
             if index >= writer.kept:
                 writer.write(name, chunks)

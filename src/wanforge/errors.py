@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 
 OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
 """How PyTorch and ONNX Runtime word a failed allocation, for which they have no exception type."""
@@ -81,6 +82,16 @@ def memory_errors() -> Iterator[None]:
 def _out_of_memory(reason: str) -> ResourceError:
     said = f" ({reason[:120].strip()})" if reason else ""
     return ResourceError(f"memory ran out{said}; free some, or ask for a smaller or shorter clip")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of the operating system that name no file, as those of writing do, name this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def message_of(error: WanforgeError | OSError) -> str:

@@ -13,6 +13,7 @@ from wanforge.engines.builder import BuildJob, build, layers
 from wanforge.engines.plugin_check import check_plugins
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
+from wanforge.interrupts import Interrupted, ended_by_signals
 from wanforge.plugins.tensorrt.library import RTX
 
 STATIC = ShapeRange((1, 300, 256), (1, 300, 256), (1, 300, 256))
@@ -85,19 +86,25 @@ def test_what_a_plugin_refuses_ends_the_build(tmp_path: Path) -> None:
         build(rtx(), replace(job(tmp_path), onnx=linear(tmp_path, bias="float16")), [120])
 
 
-def test_an_interrupt_ends_a_build(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_build(tmp_path: Path, number: signal.Signals) -> None:
     calls = []
 
     def interrupt(*counts: object) -> None:
         calls.append(counts)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted), ended_by_signals():
         build(rtx(), job(tmp_path), [120], progress=interrupt)
     assert calls
-    assert signal.getsignal(signal.SIGINT) is before
     assert build(rtx(), job(tmp_path), [120]).engine_bytes
+
+
+def test_ctrl_c_ends_a_build_of_a_program_of_ones_own(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build(rtx(), job(tmp_path), [120], progress=lambda *counts: os.kill(os.getpid(), signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_table_is_read() -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.onnx_runner import run_model
-from wanforge.errors import RequestError, ResourceError, memory_errors
+from wanforge.errors import RequestError, ResourceError, memory_errors, message_of, naming
 from wanforge.exporter.onnx_model import onnx_model
 
 HUGE = 1 << 58
@@ -62,3 +63,28 @@ def test_other_errors_pass_as_they_are(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, memory_errors():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RequestError("the prompt is empty"), "the prompt is empty"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.html"),
+            "No space left on device at a.html; free some space or choose another place",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied"),
+            "Permission denied; check the path and its permissions",
+        ),
+    ],
+)
+def test_a_message_says_what_is_wrong_where_and_what_to_do(error: RequestError | OSError, message: str) -> None:
+    assert message_of(error) == message
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, "a.html"), ("b.html", "b.html")])
+def test_an_error_of_writing_names_the_file(named: str | None, expected: str) -> None:
+    with pytest.raises(OSError, match="full") as caught, naming(Path("a.html")):
+        raise OSError(errno.ENOSPC, "full", named)
+    assert caught.value.filename == expected

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import ROOT, start
 
 PRINTS = """
 import sys
@@ -84,3 +84,18 @@ with patient_streams():
 """
     done = shell("> /dev/full", code)
     assert done.stderr == "[Errno 28] No space left on device: 'the standard output'\ncode 0\n"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_messages_appear_at_once(buffered: str) -> None:
+    code = """
+import sys
+from wanforge.streams import patient_streams
+with patient_streams():
+    print("message", file=sys.stderr)
+    sys.stdin.read()
+"""
+    process = start(code, PYTHONUNBUFFERED=buffered)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "message\n"
+    process.communicate()

@@ -4,11 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from wanforge.whole_file import delete_leftovers, temporary_file, write_atomically
+from wanforge.errors import RequestError
+from wanforge.whole_file import (
+    check_appendable,
+    check_writable,
+    delete_leftovers,
+    temporary_file,
+    temporary_folder,
+    write_atomically,
+)
 
 HANG = """
 import sys, time
@@ -89,3 +98,44 @@ def test_errors_name_the_file_and_not_its_temporary_name(tmp_path: Path) -> None
     with pytest.raises(OSError, match=r"some\.txt") as raised, temporary_file(tmp_path / "some.txt"):
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "some.txt")
+
+
+@pytest.mark.parametrize("check", [check_writable, check_appendable])
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path, check: Callable[[Path], None]) -> None:
+    check(tmp_path / "deep" / "a.html")
+    assert list((tmp_path / "deep").iterdir()) == []
+    (tmp_path / "there").write_text("before")
+    check(tmp_path / "there")
+    assert (tmp_path / "there").read_text() == "before"
+
+
+@pytest.mark.parametrize("check", [check_writable, check_appendable])
+@pytest.mark.parametrize(
+    ("kind", "said"), [("folder", "is a folder"), ("pipe", "is a pipe"), ("/dev/null", "a device")]
+)
+def test_what_is_no_file_is_refused(tmp_path: Path, check: Callable[[Path], None], kind: str, said: str) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match=said):
+        check(tmp_path / kind)
+
+
+@pytest.mark.parametrize("check", [check_writable, check_appendable])
+@pytest.mark.parametrize("name", ["file/a.html", "x" * 256])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, check: Callable[[Path], None], name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Not a directory|File exists|File name too long") as caught:
+        check(tmp_path / name)
+    assert str(caught.value.filename) in (str(tmp_path / name), str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 251 + ".txt", "\u00e9" * 127])
+def test_a_name_may_be_as_long_as_the_file_system_permits(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, b"data")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_temporary_folder_goes_with_everything_in_it() -> None:
+    with temporary_folder() as folder:
+        (folder / "file").touch()
+    assert not folder.exists()

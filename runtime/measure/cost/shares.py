@@ -36,7 +36,7 @@ def text_operations(model: ModelConfig, checked: CheckedRequest) -> float:
 def context_operations(model: ModelConfig, checked: CheckedRequest) -> float:
     """The operations that turn the text into keys and values for every layer of each expert."""
     dit, experts = model.dit, len({step.expert for step in checked.steps})
-    return 2.0 * experts * len(checked.ids) * (dit.text_dim * dit.dim + (1 + 2 * dit.num_layers) * dit.dim**2)
+    return 2.0 * experts * dit.text_rows * (dit.text_dim * dit.dim + (1 + 2 * dit.num_layers) * dit.dim**2)
 
 
 def step_operations(model: ModelConfig, recipe: Recipe, checked: CheckedRequest) -> float:

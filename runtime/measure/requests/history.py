@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from wanforge.errors import RequestError
+from wanforge.errors import RequestError, naming
 from wanforge.runtime.measure.machine import COMPARABLE, PACKAGES, Facts
 
 WINDOW, FEWEST = 10, 3
@@ -79,7 +79,7 @@ def digest(record: object) -> str:
 def append(path: Path, entries: Sequence[Entry]) -> None:
     """Append entries to a history, which need not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    with naming(path), path.open("ab") as file:
         file.write(b"".join(msgspec.json.encode(each) + b"\n" for each in entries))
 
 
