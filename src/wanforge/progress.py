@@ -27,6 +27,11 @@ class ByteCount:
         self.progress(self.stage, self.done, self.total, "B")
 
 
+LEAST_SHARE = 0.01
+"""The share of a round that must be done before the time left is told. What is done before tells little, because the first stages
+are short ones that mostly load and start things."""
+
+
 class Overall:
     """How much of some work is done over all of its stages, and how long the rest will take.
 
@@ -82,10 +87,12 @@ class Overall:
         self._advance()
 
     def seconds_left(self) -> float | None:
-        """How long the rest will take; None before anything is done."""
+        """How long the rest will take; None before enough is done to tell."""
+        if self._round >= self.rounds:
+            return 0.0
         pace = self._pace()
-        if pace is None or self._round >= self.rounds:
-            return None if self.share < 1 else 0.0
+        if pace is None or self.share * self.rounds < LEAST_SHARE:
+            return None
         expected = [self._expected(stage, pace) for stage in self._stages]
         later_rounds = (self.rounds - 1 - self._round) * sum(expected)
         return self._left_of_stage(expected[self._place]) + sum(expected[self._place + 1 :]) + later_rounds
