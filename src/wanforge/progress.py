@@ -28,8 +28,8 @@ class ByteCount:
 
 
 LEAST_SHARE = 0.01
-"""The share of a round that must be done before the time left is told. What is done before tells little, because the first stages
-are short ones that mostly load and start things."""
+"""The share of a round that must be done before the time left is told. What is done before tells little, because the
+first stages are short ones that mostly load and start things."""
 
 
 class Overall:

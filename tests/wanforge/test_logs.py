@@ -10,10 +10,10 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.processes import ROOT
+from tests import processes
 from wanforge.cli import COMMANDS, cli
 from wanforge.errors import WanforgeError
-from wanforge.logs import PROGRESS
+from wanforge.logs import PROGRESS, ROOT, Console
 
 log = logging.getLogger("wanforge.test")
 
@@ -73,9 +73,19 @@ def test_a_record_keeps_its_fields() -> None:
     assert records[0].keys() == {"time", "level", "message"}
 
 
+def test_a_command_leaves_the_loggers_as_they_were() -> None:
+    run("chatty", "-v")
+    assert [
+        (logger.level, any(isinstance(each, Console) for each in logger.handlers)) for logger in (ROOT, PROGRESS)
+    ] == [
+        (logging.NOTSET, False),
+        (logging.NOTSET, False),
+    ]
+
+
 def test_whoever_imports_wanforge_sees_nothing() -> None:
     code = "import logging, wanforge\nlogging.getLogger('wanforge.x').warning('look out')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")}
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(processes.ROOT / "src")}
     )
     assert (done.returncode, done.stderr) == (0, "")

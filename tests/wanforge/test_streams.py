@@ -77,10 +77,11 @@ def test_a_full_disk_is_an_error_once() -> None:
 import sys
 from wanforge.streams import patient_streams
 with patient_streams():
-    try:
-        print("result", flush=True)
-    except OSError as error:
-        print(error, file=sys.stderr)
+    for line in range(3):
+        try:
+            print(line, flush=True)
+        except OSError as error:
+            print(error, file=sys.stderr)
 """
     done = shell("> /dev/full", code)
     assert done.stderr == "[Errno 28] No space left on device: 'the standard output'\ncode 0\n"
