@@ -1,103 +1,197 @@
-"""Starts every two commands at once on one bundle, and checks that neither loses or damages what the other does.
+"""Start two commands at once on one bundle, and compare what they leave with what they do one after the other.
 
-Run as ``python -m tests.usage.pairs --seed 1``. A pair passes if both commands succeed or one is refused for a reason
-that it states, and if afterwards, once the refused one has run again, the bundle is whole and has the results of both.
+    python -m tests.usage.pairs --seed 1
+
+Every two commands of `COMMANDS` run in a folder that others have prepared, the second a little later than the first. A
+command may fail only with a message of `REFUSALS`; then it is run once more, after the commands that its message hints
+at. In the end the folder has to be as if one of the two had run after the other, in either order, and
+``wanforge inspect --verify`` has to find nothing. The processes are forked from a warm server (see `commands`).
+
+It exits with 1 if a pair failed, and keeps the folder of that pair.
 """
 
 import argparse
+import re
 import shutil
 import sys
-import tempfile
-from itertools import combinations_with_replacement
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations_with_replacement, permutations
+from multiprocessing import get_context
+from os import cpu_count
 from pathlib import Path
 from random import Random
+from tempfile import mkdtemp
 from time import monotonic, sleep
 
 from tests.usage.commands import Ended, Running, run
-from tests.usage.folders import BUNDLE, Snapshot, leftovers
+from tests.usage.folders import BUNDLE, Snapshot, differences
 from tests.usage.hints import mend
-from tests.usage.scenarios import CLIP, EXPORT, IMPORT, Words, must_succeed
+from tests.usage.scenarios import (
+    BUILD,
+    CLIP,
+    EXPORT,
+    GENERATE,
+    IMPORT,
+    STARTS,
+    Words,
+    must_succeed,
+    perform,
+)
 
 COMMANDS: dict[str, Words] = {
     "import --replace": (*IMPORT, "--replace"),
+    "import --replace, other recipe": ("import", "--recipe", "w8a8-row", "--replace", "--out", BUNDLE),
     "import --resume": ("import", "--resume", BUNDLE),
     "export": EXPORT,
-    "build rtx4090": ("build", BUNDLE, "--target", "rtx4090", "--frames", "5", "--graph", "head", "--graph", "stem"),
-    "build rtx3090": ("build", BUNDLE, "--target", "rtx3090", "--frames", "5", "--graph", "head", "--graph", "stem"),
-    "generate": ("generate", BUNDLE, *CLIP, "--out", "clip.mp4"),
-    "parity": ("parity", BUNDLE, "--frames", "5", "--steps", "1", "--depth", "step"),
-    "inspect": ("inspect", BUNDLE, "--verify"),
+    "build": (*BUILD, "--graph", "time", "--graph", "block"),
+    "build, other target": ("build", BUNDLE, "--target", "rtx3090", "--graph", "time", "--graph", "cross_kv"),
+    "generate": GENERATE,
+    "inspect --verify": ("inspect", BUNDLE, "--verify"),
+    "parity": ("parity", BUNDLE, *CLIP, "--depth", "block"),
 }
-"""Commands on one bundle, by name."""
-REFUSALS = ("was imported again in the meantime", "is missing; ", "is stale, ")
-"""Reasons for which a command may be refused beside another one."""
-MADE = {
-    "build rtx4090": [f"engines/sm_89/128x112x5/{graph}.bf16.engine" for graph in ("head", "stem")],
-    "build rtx3090": [f"engines/sm_86/128x112x5/{graph}.bf16.engine" for graph in ("head", "stem")],
-}
-"""The files in the bundle that a command has made."""
+"""What runs side by side, by name."""
+STARTING = ("exported", "damaged", "old")
+"""The folders that they begin in: one of them for each pair, at random. See `scenarios.STARTS`."""
+REFUSALS = re.compile(
+    r"was imported again in the meantime; run the command again|"
+    r"(is missing|damaged.*|stale.*|changed); (write|build) it again with: wanforge|"
+    r"has no bf16 graphs to build engines from|"
+    r"PROBLEM "
+)
+"""What a command may say that the other one has disturbed, or that the folder's own damage has stopped."""
+LATEST_S = 1.5
+"""The longest time between the two starts."""
+TIMES = 3
+"""How often a command may be refused and run again."""
 
 
-def pair(start: Path, folder: Path, names: tuple[str, str], offset: float) -> list[str]:
-    """Run two commands at once on a copy of a bundle, and return what should not have happened."""
-    shutil.copytree(start, folder)
-    first = Running(COMMANDS[names[0]], folder)
-    sleep(offset)
-    second = Running(COMMANDS[names[1]], folder)
-    both = [first.end(), second.end()]
-    faults = [fault for ended in both for fault in ended.faults]
-    mended = list(mend(folder))
-    for ended in both:
-        if ended.code:
-            faults += [] if is_refused(ended) else [f"`{ended}` exited with {ended.code}:\n{ended.output[-2000:]}"]
-            again = run(ended.words, folder)
-            faults += [f"`{again}` exited with {again.code}, alone:\n{again.output[-2000:]}"] if again.code else []
-    last = run(("inspect", BUNDLE, "--verify"), folder)
-    faults += [f"`{each}` printed a traceback" for each in mended if each.faults]
-    faults += [f"the bundle is not whole:\n{last.output[-2000:]}"] if last.code else []
-    found = Snapshot.of(folder)
-    made = [name for command in names for name in MADE.get(command, [])]
-    faults += [f"{name} is lost" for name in made if name not in found.records]
-    if "generate" in names and "clip.mp4" not in found.others:
-        faults.append("clip.mp4 is lost")
-    return [*faults, *found.unlike_its_manifest(), *leftovers(found.files)]
+@dataclass
+class Pair:
+    """Two commands that ran at once, and what came of them.
+
+    Attributes:
+        refused: How many of them were refused at first.
+        log: Every command and its exit code.
+        faults: What was wrong.
+    """
+
+    names: tuple[str, str]
+    start: str
+    delay_s: float
+    folder: Path
+    refused: int = 0
+    log: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def note(self, ended: Ended) -> Ended:
+        self.log.append(f"{ended.code}  {ended}")
+        self.faults += ended.faults
+        return ended
+
+    def __str__(self) -> str:
+        told = f"{self.names[0]} and, {self.delay_s:.2f} s later, {self.names[1]}, {self.start}, in {self.folder}"
+        return "\n  ".join([told, *self.log, *self.faults])
 
 
-def is_refused(ended: Ended) -> bool:
-    return ended.code == 1 and any(reason in ended.output for reason in REFUSALS)
+def at_once(folder: Path, seed: int, number: int, names: tuple[str, str]) -> Pair:
+    """Run two commands at once, and compare the folder with those in which they ran in turns."""
+    random = Random(f"{seed} {number}")
+    start = random.choice(STARTING)
+    names = random.choice(list(permutations(names)))
+    place = Path(shutil.copytree(folder / start, folder / f"pair {number}", symlinks=True))
+    pair = Pair(names, start, random.choice([0.0, random.uniform(0, LATEST_S)]), place)
+    first = Running(COMMANDS[names[0]], place)
+    sleep(pair.delay_s)
+    second = Running(COMMANDS[names[1]], place)
+    for ended in [first.end(), second.end()]:
+        pair.note(ended)
+        settle(pair, ended)
+    *_, last = mend(place)
+    pair.note(last)
+    if last.code:
+        pair.faults.append(f"no hint led to a whole bundle: {last.output[-2000:]}")
+    found = Snapshot.of(place)
+    orders = {order: differences(found, in_turns(folder, start, order)) for order in permutations(names)}
+    if all(orders.values()):
+        pair.faults += [f"not as after {' and '.join(order)}: {told}" for order, told in orders.items()]
+    if not pair.faults:
+        shutil.rmtree(place)
+    return pair
 
 
-def main() -> int:
-    """Run every pair and print what came of it; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, help="Seed of the offsets.  [default: from the clock]")
-    options = parser.parse_args()
-    seed = int(monotonic() * 1000) % 1_000_000 if options.seed is None else options.seed
-    folder, random = Path(tempfile.mkdtemp(prefix="wanforge-pairs-")), Random(seed)
-    bad = run_pairs(folder, list(combinations_with_replacement(COMMANDS, 2)), random)
-    print(f"seed {seed}: {bad} pairs with faults", flush=True)
-    if not bad:
+def settle(pair: Pair, ended: Ended) -> None:
+    """If a command was refused, follow its hints and run it again, until it succeeds."""
+    pair.refused += bool(ended.code)
+    for _ in range(TIMES):
+        if not ended.code:
+            return
+        if not REFUSALS.search(ended.output):
+            pair.faults.append(f"`{ended}` exits with {ended.code}: {ended.output[-2000:]}")
+            return
+        for each in mend(pair.folder):
+            pair.note(each)
+        ended = pair.note(run(ended.words, pair.folder))
+    pair.faults.append(f"`{ended}` is refused again and again: {ended.output[-2000:]}")
+
+
+def in_turns(folder: Path, start: str, names: tuple[str, ...]) -> Snapshot:
+    """What two commands leave if nothing disturbs them; each runs once the bundle is mended."""
+    place = Path(shutil.copytree(folder / start, folder / f"in turns {folder_name(names)} {start}", symlinks=True))
+    for name in names:
+        *_, mended = mend(place)
+        must_succeed(mended)
+        must_succeed(run(COMMANDS[name], place))
+    *_, mended = mend(place)
+    must_succeed(mended)
+    found = Snapshot.of(place)
+    shutil.rmtree(place)
+    return found
+
+
+def folder_name(names: tuple[str, ...]) -> str:
+    return " ".join(names).replace(",", "")
+
+
+def table(pairs: list[Pair]) -> str:
+    """The outcomes, a line for each pair."""
+    lines = [f"{'':64}{'start':>10}{'refused':>9}{'faults':>8}"]
+    for pair in pairs:
+        lines.append(f"{' + '.join(pair.names):64}{pair.start:>10}{pair.refused:>9}{len(pair.faults):>8}")
+    return "\n".join(lines)
+
+
+def pairs(seed: int, workers: int, only: str = "") -> list[Pair]:
+    """Run all pairs in a folder of their own, which is deleted if none of them found a fault."""
+    folder, start = Path(mkdtemp(prefix="wanforge-pairs-")), monotonic()
+    for name in STARTING:
+        (folder / name).mkdir()
+        for step in STARTS[name]:
+            perform(step, folder / name)
+    wanted = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
+    print(f"seed {seed}, {len(wanted)} pairs, {workers} at a time, in {folder}", flush=True)
+    done = []
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for pair in pool.map(partial(at_once, folder, seed), range(len(wanted)), wanted):
+            done.append(pair)
+            if pair.faults:
+                print(pair, flush=True)
+    print(table(done))
+    print(f"seed {seed}, {len(done)} pairs, {sum(p.refused for p in done)} refused, {monotonic() - start:.0f} s")
+    if not any(pair.faults for pair in done):
         shutil.rmtree(folder)
-    return 1 if bad else 0
+    return done
 
 
-def run_pairs(folder: Path, pairs: list[tuple[str, str]], random: Random) -> int:
-    """Run some pairs and return how many had faults; the folders of those are kept."""
-    start, bad = folder / "start", 0
-    start.mkdir()
-    must_succeed(run(IMPORT, start))
-    must_succeed(run(EXPORT, start))
-    for number, names in enumerate(pairs):
-        place, offset = folder / f"pair {number}", random.uniform(0, 1)
-        faults = pair(start, place, names, offset)
-        print(f"{names[0]} & {names[1]} {offset:.2f} s later: {'FAULT' if faults else 'passed'}", flush=True)
-        print("".join(f"  {fault}\n" for fault in faults), end="", flush=True)
-        if faults:
-            bad += 1
-        else:
-            shutil.rmtree(place)
-    return bad
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Start two commands at once on one bundle.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=min(8, cpu_count() or 1))
+    parser.add_argument("--only", default="", help="part of the names of the pairs to run")
+    options = parser.parse_args()
+    sys.exit(any(pair.faults for pair in pairs(options.seed, options.workers, options.only)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,6 +12,7 @@ import msgspec
 from tests.usage.commands import Ended, run
 from tests.usage.folders import BUNDLE, Snapshot
 from tests.usage.hints import mend
+from tests.usage.moments import Moment
 from wanforge.engines.bundle.manifest import FileRecord, read_manifest, write_manifest
 
 Words = tuple[str, ...]
@@ -43,6 +44,7 @@ T2V: Words = files_of("tiny-t2v", {"dit": "tiny-t2v-quant.pth", **COMMON})
 I2V: Words = files_of("tiny-i2v", {"dit": "tiny-i2v-high.pth", "dit-low": "tiny-i2v-low.pth", **COMMON})
 PLAIN = f"../{FILES}/plain"
 """A bundle whose weights can be linked."""
+INTERRUPTED: Words = ("import", *I2V, "--recipe", "w8a8", "--out", BUNDLE)
 LINKED: Words = (
     *("--dit", f"{PLAIN}/weights/dit.safetensors", "--vae", f"{PLAIN}/weights/vae.safetensors"),
     *("--text-encoder", f"{PLAIN}/weights/text_encoder.safetensors", "--tokenizer", f"{PLAIN}/tokenizer"),
@@ -63,6 +65,11 @@ def damage(folder: Path) -> None:
 def delete(folder: Path) -> None:
     """Delete a weights file."""
     (folder / BUNDLE / "weights/vae.safetensors").unlink()
+
+
+def interrupt(folder: Path) -> None:
+    """Kill an import of another model half-way."""
+    run(INTERRUPTED, folder, moment=Moment(step="file", count=40))
 
 
 def age(folder: Path) -> None:
@@ -88,6 +95,7 @@ STARTS: dict[str, list[Step]] = {
     "damaged": [IMPORT, EXPORT, BUILD, damage],
     "lacking": [IMPORT, EXPORT, BUILD, delete],
     "old": [IMPORT, EXPORT, BUILD, age],
+    "interrupted": [interrupt],
     "linked": [("import", *LINKED, "--out", BUNDLE), EXPORT],
 }
 """How a folder is prepared, by name."""
@@ -123,11 +131,12 @@ def scenarios() -> list[Scenario]:
         Scenario("import", "nothing", IMPORT),
         Scenario("import, not quantised", "nothing", ("import", "--out", BUNDLE)),
         Scenario("import .pth, quantised", "nothing", ("import", *T2V, "--out", BUNDLE)),
-        Scenario("import .pth, two experts", "nothing", ("import", *I2V, "--recipe", "w8a8", "--out", BUNDLE)),
+        Scenario("import .pth, two experts", "nothing", INTERRUPTED),
         Scenario("import --link", "nothing", ("import", *LINKED, "--out", BUNDLE)),
         Scenario("import --replace", "complete", (*IMPORT, "--replace")),
         Scenario("import --replace, other recipe", "complete", (*other, *replacing)),
         Scenario("import --replace, other model", "complete", ("import", *I2V, *replacing)),
+        Scenario("import --replace of an import", "interrupted", (*IMPORT, "--replace")),
         Scenario("import --replace --link", "complete", ("import", *LINKED, *replacing)),
         Scenario("import --replace of links", "linked", ("import", *replacing)),
         Scenario("import --resume", "damaged", ("import", "--resume", BUNDLE)),
@@ -145,17 +154,16 @@ def scenarios() -> list[Scenario]:
 
 def prepare(folder: Path, wanted: list[Scenario]) -> None:
     """Make the folders that scenarios start from, and find out what each command does when nothing disturbs it."""
-    given = {word for scenario in wanted for word in scenario.words}
+    given = {
+        word for scenario in wanted for word in (*scenario.words, *INTERRUPTED * (scenario.start == "interrupted"))
+    }
     for model in given & {"tiny-t2v", "tiny-i2v"}:
         must_succeed(run(("synth", "--model", model, "--out", f"{FILES}/{model}"), folder))
     must_succeed(run(("import", "--out", f"{FILES}/plain"), folder))
     for start in dict.fromkeys(scenario.start for scenario in wanted):
         (folder / start).mkdir()
         for step in STARTS[start]:
-            if callable(step):
-                step(folder / start)
-            else:
-                must_succeed(run(step, folder / start))
+            perform(step, folder / start)
     for scenario in wanted:
         undisturbed = begin(folder, scenario, f"undisturbed {scenario.name}")
         scenario.before = Snapshot.of(undisturbed)
@@ -165,6 +173,14 @@ def prepare(folder: Path, wanted: list[Scenario]) -> None:
         must_succeed(last)
         scenario.after = Snapshot.of(undisturbed)
         shutil.rmtree(undisturbed)
+
+
+def perform(step: Step, folder: Path) -> None:
+    """Do a step of the preparation of a folder."""
+    if callable(step):
+        step(folder)
+    else:
+        must_succeed(run(step, folder))
 
 
 def begin(folder: Path, scenario: Scenario, name: str) -> Path:
