@@ -2,7 +2,7 @@
 
     python -m tests.usage.pairs --seed 1
 
-Every two commands of `COMMANDS` run in a folder that others have prepared, the second a little later than the first. A
+Every two commands of `COMMANDS` run in a folder that others have prepared, one of them a little later than the other. A
 command may fail only with a message of `REFUSALS`; then it is run once more, after the commands that its message hints
 at. In the end the folder has to be as if one of the two had run after the other, in either order, and
 ``wanforge inspect --verify`` has to find nothing. The processes are forked from a warm server (see `commands`).
@@ -52,8 +52,9 @@ COMMANDS: dict[str, Words] = {
     "parity": ("parity", BUNDLE, *CLIP, "--depth", "block"),
 }
 """What runs side by side, by name."""
-STARTING = ("exported", "damaged", "old")
-"""The folders that they begin in: one of them for each pair, at random. See `scenarios.STARTS`."""
+STARTING = {"exported": "", "damaged": "import --resume", "old": "export"}
+"""The folders that they begin in (see `scenarios.STARTS`): all pairs in the first, and in the others those with the
+command that mends them."""
 REFUSALS = re.compile(
     r"was imported again in the meantime; run the command again|"
     r"(is missing|damaged.*|stale.*|changed); (write|build) it again with: wanforge|"
@@ -95,10 +96,9 @@ class Pair:
         return "\n  ".join([told, *self.log, *self.faults])
 
 
-def at_once(folder: Path, seed: int, number: int, names: tuple[str, str]) -> Pair:
+def at_once(folder: Path, seed: int, number: int, start: str, names: tuple[str, str]) -> Pair:
     """Run two commands at once, and compare the folder with those in which they ran in turns."""
     random = Random(f"{seed} {number}")
-    start = random.choice(STARTING)
     names = random.choice(list(permutations(names)))
     place = Path(shutil.copytree(folder / start, folder / f"pair {number}", symlinks=True))
     pair = Pair(names, start, random.choice([0.0, random.uniform(0, LATEST_S)]), place)
@@ -169,11 +169,12 @@ def pairs(seed: int, workers: int, only: str = "") -> list[Pair]:
         (folder / name).mkdir()
         for step in STARTS[name]:
             perform(step, folder / name)
-    wanted = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
+    every = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
+    wanted = [(name, names) for name, mender in STARTING.items() for names in every if not mender or mender in names]
     print(f"seed {seed}, {len(wanted)} pairs, {workers} at a time, in {folder}", flush=True)
     done = []
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for pair in pool.map(partial(at_once, folder, seed), range(len(wanted)), wanted):
+        for pair in pool.map(partial(at_once, folder, seed), range(len(wanted)), *zip(*wanted, strict=True)):
             done.append(pair)
             if pair.faults:
                 print(pair, flush=True)
