@@ -17,9 +17,15 @@ CONFIGS = Path(__file__).parent
 MOST_BYTES = 1 << 20
 """The largest size of a TOML file: a hundred times that of the largest one here."""
 
-Count = Annotated[int, Meta(ge=1)]
-Multiple16 = Annotated[int, Meta(ge=16, multiple_of=16)]
-Multiple128 = Annotated[int, Meta(ge=128, multiple_of=128)]
+MOST = 1 << 20
+"""The largest number of anything: more than any model has, and products of three fit in 64 bits."""
+
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+Layers = Annotated[int, Meta(ge=1, le=1024)]
+"""A number of layers; each of them takes a while to set up, even without its weights."""
+Multiple2 = Annotated[int, Meta(ge=2, le=MOST, multiple_of=2)]
+Multiple16 = Annotated[int, Meta(ge=16, le=MOST, multiple_of=16)]
+Multiple128 = Annotated[int, Meta(ge=128, le=MOST, multiple_of=128)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Positive = Annotated[float, Meta(gt=0.0, le=sys.float_info.max)]
 

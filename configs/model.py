@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from wanforge.configs.clip import ClipShape, latent_frames, size_of
-from wanforge.configs.loading import Count, Fraction, Multiple16, Multiple128, Positive, Record, load_named
+from wanforge.configs.loading import (
+    Count,
+    Fraction,
+    Layers,
+    Multiple2,
+    Multiple16,
+    Multiple128,
+    Positive,
+    Record,
+    load_named,
+)
 
 HEAD_DIM = 128
 """Channels per attention head: the same in every Wan model, and the size that the kernels are written for."""
@@ -20,14 +30,14 @@ class DiTConfig(Record, frozen=True):
     dim: Multiple128
     """Width of the residual stream: heads x 128."""
     ffn_dim: Multiple128
-    num_layers: Count
+    num_layers: Layers
     in_channels: Literal[16, 36] = 16
     """16 latent channels; image-to-video adds 4 mask and 16 image-latent channels."""
-    out_channels: Count = 16
+    out_channels: Literal[16] = 16
     text_dim: Count = 4096
     text_rows: Count = 512
     """Rows of text that cross-attention sees; short prompts are padded with zero rows, which are attended to."""
-    frequency_dim: Count = 256
+    frequency_dim: Multiple2 = 256
     """Length of the timestep's sinusoid."""
     eps: Positive = 1e-6
 
@@ -41,7 +51,7 @@ class VAEConfig(Record, frozen=True):
 
     dim: Count = 96
     """Channels at full resolution; the lower resolutions have 2, 4 and 4 times as many."""
-    latent_channels: Count = 16
+    latent_channels: Literal[16] = 16
 
 
 class TextEncoderConfig(Record, frozen=True):
@@ -51,10 +61,19 @@ class TextEncoderConfig(Record, frozen=True):
     dim: Count = 4096
     ffn_dim: Count = 10240
     num_heads: Count = 64
-    num_layers: Count = 24
-    num_buckets: Count = 32
+    num_layers: Layers = 24
+    num_buckets: Annotated[int, Meta(ge=4, le=1024, multiple_of=4)] = 32
     max_distance: Count = 128
     eps: Positive = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim is {self.dim}, which cannot be divided among {self.num_heads} heads")
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(
+                f"max_distance is {self.max_distance}, but it must be more than {self.num_buckets // 4}, a quarter of "
+                "num_buckets"
+            )
 
 
 class SamplerConfig(Record, frozen=True):
@@ -71,7 +90,7 @@ class VideoConfig(Record, frozen=True):
 
     width_px: Multiple16
     height_px: Multiple16
-    frames: Annotated[int, Meta(ge=1)] = 81
+    frames: Count = 81
     fps: Count = 16
 
     @property

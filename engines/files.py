@@ -9,11 +9,11 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import HOST_GRAPHS, FileRecord, GraphRecord
-from wanforge.engines.bundle.remedies import BODIES, ENGINES, UP_TO, build_command, remedy
-from wanforge.engines.bundle.shapes import Shape, read_shape
+from wanforge.engines.bundle.remedies import BODIES, ENGINE_NAME, ENGINES, UP_TO, build_command, remedy
+from wanforge.engines.bundle.shapes import Shape, names_in, read_shape
 from wanforge.engines.graph_key import check_current
-from wanforge.engines.sizes import covers, named_sizes, profile
-from wanforge.errors import BundleError
+from wanforge.engines.sizes import SIZES, covers, is_profile, named_sizes, profile
+from wanforge.errors import BundleError, join_names
 from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
 from wanforge.plugins.tensorrt.plugin import OPS
 from wanforge.version import PACKAGE
@@ -116,9 +116,20 @@ def stale_engines(bundle: Bundle) -> dict[str, str]:
             reasons.append("the builder's flags changed")
         if key.get("recipe") != bundle.recipe.name:
             reasons.append("the recipe changed")
+        if not is_complete(record):
+            reasons.append("its record is not complete")
         if reasons:
             found[name] = " and ".join(reasons)
     return found
+
+
+def is_complete(record: FileRecord) -> bool:
+    """Whether the record of an engine has all that its users read."""
+    return (
+        {"onnx", "architectures", "profile"} <= record.key.keys()
+        and {"layers", "plugins", "activation_bytes"} <= record.facts.keys()
+        and is_profile(record.key["profile"])
+    )
 
 
 def write_engine(bundle: Bundle, name: str, engine_bytes: bytes, key: dict[str, str], facts: Mapping[str, int]) -> None:
@@ -132,16 +143,24 @@ def write_engine(bundle: Bundle, name: str, engine_bytes: bytes, key: dict[str, 
 
 def built_clips(bundle: Bundle) -> list[ClipShape]:
     """The clip sizes and lengths that a bundle has engines for."""
-    folders = {
-        name.split("/")[2] for name in bundle.manifest.files if name.startswith(ENGINES) and name.count("/") == 3
-    }
-    shapes = {folder.removeprefix(UP_TO) for folder in folders}
-    return [ClipShape(*map(int, shape.split("x"))) for shape in sorted(shapes)]
+    found = [match for name in bundle.manifest.files if (match := ENGINE_NAME.fullmatch(name)) and match["width"]]
+    shapes = {tuple(int(match[part]) for part in ("width", "height", "frames")) for match in found}
+    return [ClipShape(*shape) for shape in sorted(shapes)]
 
 
 def inputs_of(graph: GraphRecord) -> dict[str, Shape]:
-    """Shape of each input of a graph, except the weights."""
-    return {name: read_shape(spelling) for name, spelling in graph.inputs.items()}
+    """Shape of each input of a graph, except the weights.
+
+    Raises:
+        BundleError: A shape has sizes that no clip has.
+    """
+    shapes = {name: read_shape(spelling) for name, spelling in graph.inputs.items()}
+    if unknown := names_in(shapes.values()) - SIZES:
+        raise BundleError(
+            f"the graph {graph.name} has inputs of unknown sizes ({join_names(sorted(unknown))}); it was exported by "
+            "another version of wanforge, export the bundle again"
+        )
+    return shapes
 
 
 def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16") -> dict[str, str]:
@@ -173,7 +192,7 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape
     engines = {
         name: record.key
         for name, record in bundle.manifest.files.items()
-        if name.startswith(ENGINES) and record.key.get("onnx") == onnx
+        if name.startswith(ENGINES) and record.key.get("onnx") == onnx and is_complete(record)
     }
     best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
     fitting = [

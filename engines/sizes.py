@@ -1,5 +1,6 @@
 """The named sizes that the shapes of graphs depend on, and the range of each that an engine serves."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from wanforge.engines.bundle.shapes import Shape, concrete, names_in
 
 LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
 """The sizes that follow from the clip alone, with the smallest value of each."""
+
+SIZES = {*LEAST_OF_CLIP, "prompt_tokens", "context_rows", "num_selected"}
+"""Every named size."""
 
 USUAL_PROMPT = 128
 """Tokens of text that engines are optimised for."""
@@ -72,6 +76,11 @@ def shape_ranges(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) ->
 def profile(inputs: Mapping[str, Shape], sizes: Mapping[str, SizeRange]) -> str:
     """The ranges that an engine of a graph serves, as its key stores them: ``context_rows=1..512 tokens=32760``."""
     return " ".join(f"{name}={sizes[name]}" for name in sorted(names_in(inputs.values())))
+
+
+def is_profile(text: str) -> bool:
+    """Whether a text is what `profile` makes."""
+    return all(re.fullmatch(r"\w+=\d+(\.\.\d+)?", each) for each in text.split())
 
 
 def covers(has: str, wants: str) -> bool:

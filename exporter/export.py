@@ -22,6 +22,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.progress import Progress, silent
 from wanforge.runtime.dtypes import COMPUTE
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory.weights import check_tensors
 from wanforge.whole_file import temporary_file
 
 
@@ -85,9 +86,11 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
 
     Raises:
         ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
+        BundleError: The weights do not fit the bundle's model.
     """
     check_exportable(bundle, dtypes)
     weights = {component: read_header(bundle.weights(component)) for component in components(bundle.model)}
+    check_tensors(bundle, bundle.manifest.files)
     all_graphs = graphs(bundle.model, bundle.recipe)
     skipped: dict[str, str] = {}
     models: dict[str, ModelProto] = {}

@@ -31,6 +31,7 @@ from wanforge.runtime.inputs.image import condition, open_image, to_pixels
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.memory.estimate import needed_bytes
+from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -248,9 +249,10 @@ def claim(bundle: Bundle, names: Iterable[str], progress: Progress) -> None:
     while this one uses the bundle.
 
     Raises:
-        BundleError: A file is missing, damaged or stale.
+        BundleError: A file is missing, damaged or stale, or does not fit the bundle's model.
     """
     bundle.hold()
     needed = list(dict.fromkeys([TOKENIZER, *names]))
     check_current(bundle, needed)
     bundle.verify(needed, progress)
+    check_tensors(bundle, needed)

@@ -1,5 +1,6 @@
 """The command that mends a missing, damaged or stale file of a bundle."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,12 @@ BODIES = ".bodies"
 """The part of an engine's name that says that its ops are compiled from their ONNX bodies."""
 UP_TO = "up-to-"
 """Prefix of the clip in the name of an engine that serves smaller clips, too."""
+ENGINE_NAME = re.compile(
+    rf"{ENGINES}(?P<architectures>[\w+]+)/"
+    rf"((?P<smaller>{UP_TO})?(?P<width>\d+)x(?P<height>\d+)x(?P<frames>\d+)/)?"
+    r"(?P<graph>\w*)[\w.]*"
+)
+"""The path of an engine in a bundle, as `engines.files.engine_name` makes it."""
 
 
 def remedy(name: str, root: Path) -> str:
@@ -38,13 +45,13 @@ def mending_order(name: str) -> tuple[int, str]:
 def build_command(name: str, root: Path) -> str:
     """The command that builds an engine, from the engine's path in the bundle: with the others that a clip needs if it
     is for a clip, and alone if it serves every clip."""
-    _, *folders, file = name.split("/")
-    options = [f"--target {folders[0].replace('+', ',')}"] if folders else ["--target all"]
-    for clip in folders[1:2]:
-        width, height, frames = clip.removeprefix(UP_TO).split("x")
-        options += [f"--resolution {width}x{height} --frames {frames}"]
-        options += ["--smaller"] if clip.startswith(UP_TO) else []
-    if not folders[1:]:
-        options += [f"--graph {file.partition('.')[0]}"]
+    options, found = ["--target all"], ENGINE_NAME.fullmatch(name)
+    if found is not None:
+        options = [f"--target {found['architectures'].replace('+', ',')}"]
+        if found["width"]:
+            options += [f"--resolution {found['width']}x{found['height']} --frames {found['frames']}"]
+            options += ["--smaller"] if found["smaller"] else []
+        else:
+            options += [f"--graph {found['graph']}"]
     options += ["--no-plugins"] if BODIES in name else []
     return f"wanforge build {shlex.quote(str(root))} {' '.join(options)}"

@@ -13,9 +13,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.plugins.launching.launch import ALIGNMENT
-from wanforge.runtime.reference.dit import DiT
-from wanforge.runtime.reference.text_encoder import TextEncoder
-from wanforge.runtime.reference.vae import VAE
+from wanforge.runtime.reference.networks import network
 
 Layout = dict[str, TensorSpec]
 
@@ -28,20 +26,9 @@ def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
 
     Tensors whose sizes are no multiples of `ALIGNMENT` come last, so that all others lie at multiples of it.
     """
-    module = meta_module(component, model, recipe)
+    module = network(component, model, recipe)
     specs = {n: TensorSpec(_dtype(component, n, tensor), tuple(tensor.shape)) for n, tensor in _ordered(module)}
     return dict(sorted(specs.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0))
-
-
-def meta_module(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:
-    """The reference network of a component, on the meta device, where it takes no memory."""
-    with torch.device("meta"):
-        match component:
-            case "vae":
-                return VAE(model.vae)
-            case "text_encoder":
-                return TextEncoder(model.text_encoder)
-        return DiT(model.dit, recipe)
 
 
 def published_recipe(quantised: bool, has_sla: bool) -> Recipe:

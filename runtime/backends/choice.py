@@ -64,7 +64,7 @@ def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     sm = architecture(*torch.cuda.get_device_capability())
-    if not any(str(sm) in key["architectures"].split() for key in _engine_keys(bundle)):
+    if not any(str(sm) in key.get("architectures", "").split() for key in _engine_keys(bundle)):
         return f"the bundle has no engines for sm_{sm}; wanforge build makes them"
     # Imported here, because the other backends do not need the modules for TensorRT.
     from wanforge.engines.files import engines_of

@@ -4,7 +4,7 @@ Nothing is read before it is used. Copies are made only of tensors that kernels 
 weights that are read with another recipe than the bundle's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
+from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.errors import BundleError
 from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.dtypes import STORED
+from wanforge.runtime.reference.networks import network
 from wanforge.runtime.schedule import GraphRun
+
+QUANTISED = ("int8_weight", "scale")
+"""The last parts of the names of tensors that can be computed from unquantised weights."""
 
 
 class Weights:
@@ -54,12 +60,37 @@ class Weights:
         """The 8-bit weight and scales of a layer whose unquantised weight is stored."""
         layer, _, part = name.rpartition(".")
         weight = tensors.get(f"{layer}.weight")
-        if part not in ("int8_weight", "scale") or weight is None:
+        if part not in QUANTISED or weight is None:
             raise KeyError(name)
         rounded, recipe = weight.to(torch.bfloat16), self.bundle.recipe
         by_rows = recipe.linear == "w8a8-row"
         steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
         return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
+
+
+def check_tensors(bundle: Bundle, names: Collection[str]) -> None:
+    """Refuse weights files, out of these files of a bundle, that do not hold the tensors of its model. Unquantised
+    weights are enough where the recipe quantises.
+
+    Raises:
+        BundleError: Tensors are missing, or have other shapes.
+    """
+    for component in components(bundle.model):
+        if weights_name(component) in names:
+            _check_component(bundle, component)
+
+
+def _check_component(bundle: Bundle, component: str) -> None:
+    found = read_header(bundle.weights(component))
+    stored = {name: list(spec.shape) for name, spec in found.tensors.items()}
+    for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
+        layer, _, part = name.rpartition(".")
+        is_quantised = part in QUANTISED and f"{layer}.weight" in stored
+        if not is_quantised and stored.get(name) != list(tensor.shape):
+            raise BundleError(
+                f"{found.path}: {name} is {stored.get(name, 'missing')}, where {bundle.model.name} with recipe "
+                f"{bundle.recipe.name} has {list(tensor.shape)}; {remedy(weights_name(component), bundle.root)}"
+            )
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

@@ -310,3 +310,32 @@ def test_rejects_a_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").mkdir()
     with pytest.raises(ConfigError, match=r"mine\.toml"):
         load_model(str(tmp_path / "mine.toml"))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("num_layers = 2", "num_layers = 9223372036854775807"),
+        ("[dit]", "[dit]\nfrequency_dim = 1"),
+        ("[dit]", "[dit]\nout_channels = 3"),
+        ("[dit]", "[dit]\ntext_rows = 100000000000000000000"),
+    ],
+)
+def test_numbers_that_no_network_has_are_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    assert line in TINY
+    with pytest.raises(ConfigError, match=r"mine\.toml: dit\."):
+        load_model(str(write(tmp_path, TINY.replace(line, complaint, 1))))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("num_heads = 7", "dim is 64, which cannot be divided among 7 heads"),
+        ("num_heads = 4\nnum_buckets = 1", "num_buckets"),
+        ("num_heads = 4\nmax_distance = 8", "max_distance is 8, but it must be more than 8"),
+    ],
+)
+def test_text_encoders_that_cannot_be_are_refused(tmp_path: Path, change: str, complaint: str) -> None:
+    assert "num_heads = 4" in TINY
+    with pytest.raises(ConfigError, match=complaint):
+        load_model(str(write(tmp_path, TINY.replace("num_heads = 4", change, 1))))

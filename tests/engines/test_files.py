@@ -12,9 +12,13 @@ from tools.house import imports, sources
 from wanforge.configs.clip import ClipShape
 from wanforge.engines import files as engine_files
 from wanforge.engines.bundle.bundle import Bundle, weights_name
+from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.files import (
+    built_clips,
     engine_key,
     engine_name,
+    find_engine,
+    inputs_of,
     is_current,
     plugin_sources,
     read_engine,
@@ -30,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 CLIP = ClipShape(192, 128, 17)
 ONNX = "onnx/bf16/block.onnx"
 VERSION = "1.7.1.116"
+FACTS = {"layers": 3, "plugins": 1, "activation_bytes": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +65,7 @@ def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[
 def name(bundle: Bundle) -> str:
     """The name of an engine in the bundle."""
     name = engine_name("block", [120, 89], CLIP)
-    write_engine(bundle, name, b"plan", key(bundle), {})
+    write_engine(bundle, name, b"plan", key(bundle), FACTS)
     return name
 
 
@@ -108,7 +113,7 @@ def test_where_nothing_is_installed_no_version_is_wrong(
 
 def test_other_plugins_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without = engine_name("stem", [89], CLIP)
-    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False), {})
+    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False), FACTS)
     monkeypatch.setattr(engine_files, "plugin_digest", lambda: "another")
     assert stale_engines(bundle) == {name: "the plugins changed"}
 
@@ -132,7 +137,7 @@ def test_another_graph_or_recipe_makes_it_stale(bundle: Bundle, name: str) -> No
 
 def test_other_weights_make_an_engine_that_holds_them_stale(bundle: Bundle) -> None:
     weights, name = "weights/vae.safetensors", "engines/sm_89/vae.bf16.engine"
-    write_engine(bundle, name, b"plan", key(bundle, weights=weights), {})
+    write_engine(bundle, name, b"plan", key(bundle, weights=weights), FACTS)
     assert stale_engines(bundle) == {}
     bundle.add({weights: msgspec.structs.replace(bundle.manifest.files[weights], sha256="0" * 64)})
     assert stale_engines(bundle) == {name: f"{weights} changed"}
@@ -157,6 +162,39 @@ def test_the_digest_covers_everything_that_a_plugin_imports() -> None:
 def test_an_engine_is_stale_while_its_weights_are_forgotten(bundle: Bundle) -> None:
     weights = weights_name("vae")
     name = engine_name("vae_decode_first", (89,), None)
-    write_engine(bundle, name, b"plan", key(bundle, weights=weights), {})
+    write_engine(bundle, name, b"plan", key(bundle, weights=weights), FACTS)
     bundle.forget([weights])
     assert stale_engines(bundle) == {name: f"{weights} changed"}
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({}, {"layers": 3, "plugins": 1}),
+        ({"profile": "tokens=many"}, FACTS),
+        ({"profile": "../x"}, FACTS),
+    ],
+)
+def test_an_engine_with_an_incomplete_record_is_stale(
+    bundle: Bundle, name: str, change: dict[str, str], facts: dict[str, int]
+) -> None:
+    record = msgspec.structs.replace(bundle.manifest.files[name], key={**key(bundle), **change}, facts=facts)
+    bundle.add({name: record})
+    assert stale_engines(bundle) == {name: "its record is not complete"}
+    with pytest.raises(BundleError, match=r"no engine of onnx/bf16/block\.onnx for sm_89"):
+        find_engine(bundle, ONNX, 89, "num_selected=1..8 tokens=480", CLIP)
+
+
+def test_sizes_that_no_clip_has_are_refused(bundle: Bundle) -> None:
+    graph = bundle.manifest.files[ONNX].graph
+    assert graph is not None
+    with pytest.raises(BundleError, match=r"inputs of unknown sizes \(depth\); .* export the bundle again"):
+        inputs_of(msgspec.structs.replace(graph, inputs={"hidden": (1, "2*depth")}))
+
+
+def test_names_that_no_engine_has_are_no_clips(bundle: Bundle) -> None:
+    names = ["engines/sm_89/axbxc/block.bf16.engine", "engines/block", "engines/sm_89/1x1/time.bf16.engine"]
+    bundle.add(dict.fromkeys(names, bundle.manifest.files[ONNX]))
+    assert built_clips(bundle) == []
+    for name in names:
+        assert remedy(name, bundle.root).endswith("--target all")

@@ -1,14 +1,17 @@
 """Weights are the mapped file itself: they are bound in place, without a copy."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import read_manifest, write_manifest
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.errors import BundleError, ConfigError
 from wanforge.exporter.export import export
@@ -18,6 +21,7 @@ from wanforge.runtime.backends.base import Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.other_recipe import read_as
 from wanforge.runtime.memory.weights import Weights, map_tensors
+from wanforge.runtime.pipeline import open_pipeline
 from wanforge.runtime.schedule import GraphRun, text_schedule
 
 
@@ -107,3 +111,22 @@ def begin_at(path: Path, remainder: int) -> None:
 def test_components_are_mapped_once(bundle_of: Callable[[str, str], Bundle]) -> None:
     weights = Weights(bundle_of("tiny-t2v", "w8a8"))
     assert weights.component("vae") is weights.component("vae")
+
+
+CHANGES = {
+    "more layers": ({"num_layers": 3}, r"blocks\.2\.\S+ is missing, where tiny-t2v with recipe w8a8 has"),
+    "other sizes": ({"ffn_dim": 640}, r"blocks\.0\.ffn\.\S+ is \[\d+.*\], where tiny-t2v .* has \[\d+"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), CHANGES.values(), ids=CHANGES)
+def test_weights_that_do_not_fit_the_model_are_refused(
+    tmp_path: Path, bundle_of: Callable[[str, str], Bundle], change: dict[str, int], complaint: str
+) -> None:
+    root = Path(shutil.copytree(bundle_of("tiny-t2v", "w8a8").root, tmp_path / "bundle"))
+    manifest = read_manifest(root)
+    model = msgspec.structs.replace(manifest.model, dit=msgspec.structs.replace(manifest.model.dit, **change))
+    write_manifest(root, msgspec.structs.replace(manifest, model=model))
+    for use in (open_pipeline, export):
+        with pytest.raises(BundleError, match=rf"dit\.safetensors: {complaint}.*wanforge import --resume"):
+            use(Bundle.open(root, stale_ok=True))

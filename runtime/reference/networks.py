@@ -1,0 +1,21 @@
+"""The reference network of each component, without weights."""
+
+import torch
+from torch import nn
+
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.reference.text_encoder import TextEncoder
+from wanforge.runtime.reference.vae import VAE
+
+
+def network(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:
+    """The reference network of a component, on the meta device, where it takes no memory."""
+    with torch.device("meta"):
+        match component:
+            case "vae":
+                return VAE(model.vae)
+            case "text_encoder":
+                return TextEncoder(model.text_encoder)
+        return DiT(model.dit, recipe)
