@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.usage.damage import damaged_bytes, edits, few, refused, run
+from tests.usage.damage import damaged_bytes, edited, edits, few, refused, run
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, Manifest, write_manifest
 
@@ -51,13 +51,16 @@ def test_damaged_manifest(bundle: Path, manifest: dict[str, Any], data: st.DataO
 @few
 @given(data=st.data())
 def test_edited_manifest(bundle: Path, manifest: dict[str, Any], data: st.DataObject) -> None:
-    value = data.draw(edits(manifest, ["model", "model", "recipe", "files", "files", "format", "made_by"]))
+    value = edited(manifest, data.draw(edits(manifest, ["model", "model", "recipe", "files", "files", "format"])))
     try:
         write_manifest(bundle, msgspec.convert(value, Manifest))
     except (msgspec.ValidationError, ValueError):
         (bundle / MANIFEST).write_bytes(json.dumps(value).encode())
     use(bundle)
-    refused(run("build", bundle, "--target", "rtx5090", "--resolution", "64x64", "--frames", "5", "--graph", "time"), str(bundle))
+    refused(
+        run("build", bundle, "--target", "rtx5090", "--resolution", "64x64", "--frames", "5", "--graph", "time"),
+        str(bundle),
+    )
 
 
 @pytest.mark.slow
@@ -65,7 +68,7 @@ def test_edited_manifest(bundle: Path, manifest: dict[str, Any], data: st.DataOb
 @given(data=st.data())
 def test_edited_record_of_an_import(bundle: Path, manifest: dict[str, Any], data: st.DataObject) -> None:
     original = json.loads((bundle / IMPORT).read_bytes())
-    value = data.draw(edits(original, ["arguments", "finished", "replaced", "format"]))
+    value = edited(original, data.draw(edits(original, ["arguments", "arguments", "finished", "replaced", "format"])))
     (bundle / IMPORT).write_bytes(json.dumps(value).encode())
     refused(run("import", "--resume", bundle), str(bundle), "checkpoint")
     write_manifest(bundle, msgspec.convert(manifest, Manifest))
