@@ -6,13 +6,13 @@ from time import perf_counter
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.targets import architecture, architecture_name
-from wanforge.engines.builder import BuildJob, Built, build
+from wanforge.engines.build_process import build_apart
+from wanforge.engines.builder import BuildJob, Built
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import GraphRecord
 from wanforge.engines.bundle.remedies import export_command
 from wanforge.engines.files import engine_key, engine_name, inputs_of, is_current, write_engine
 from wanforge.engines.graph_key import check_current
-from wanforge.engines.plugin_check import check_plugins
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.host import available_bytes
@@ -212,10 +212,8 @@ def build_engine(
         ResourceError: There is too little memory.
     """
     check_memory(pending)
-    if pending.has_plugins:
-        check_plugins(library.flavour, pending.job.onnx)
     start = perf_counter()
-    built = build(library, pending.job, options.sms, plugins=options.plugins, progress=progress)
+    built = build_apart(library, pending.job, options.sms, plugins=options.plugins, progress=progress)
     facts = {
         "layers": len(built.layers),
         "plugins": built.plugin_nodes,

@@ -1,7 +1,6 @@
-"""Compiling ONNX graphs into engines in this process; TensorRT-RTX serves several architectures and needs no GPU."""
+"""Compiling an ONNX graph into an engine. TensorRT-RTX serves several architectures and needs no GPU."""
 
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from wanforge.engines.files import FLAGS
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.interrupts import deferred_signals
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.plugins.tensorrt.plugin import Account, PluginOp, registered
 from wanforge.progress import Progress, silent
@@ -114,8 +112,6 @@ def build(
 ) -> Built:
     """Compile one graph.
 
-    Ctrl-C and other signals end it at the builder's next step.
-
     Args:
         library: TensorRT-RTX, which compiles for every architecture in `sms`, or TensorRT, for the GPU in this machine.
         plugins: Whether ops run as kernels; otherwise their ONNX bodies are compiled.
@@ -127,7 +123,6 @@ def build(
     log = logger(trt)
     with ExitStack() as stack:
         account = stack.enter_context(registered(library)) if plugins else Account()
-        interrupted = stack.enter_context(deferred_signals())
         builder = trt.Builder(log)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log)
@@ -143,13 +138,11 @@ def build(
             for place, sm in enumerate(sms):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
         set_shapes(builder, network, config, job)
-        config.progress_monitor = monitor = monitor_of(trt, progress, interrupted)
+        config.progress_monitor = monitor = monitor_of(trt, progress)
         plugin_kinds = (trt.LayerType.PLUGIN_V3,)
         taken = sum(network.get_layer(i).type in plugin_kinds for i in range(network.num_layers))
         engine = builder.build_serialized_network(network, config)
         del monitor
-        if interrupted.is_set():
-            raise KeyboardInterrupt
         if engine is None or account.refusals:  # the library goes on without the workspace of a refusing plugin
             raise refusal(library, job, "cannot compile", [*account.refusals, *log.errors])
         return Built(bytes(engine), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
@@ -226,8 +219,8 @@ def logger(trt: Any) -> Any:
     return Log()
 
 
-def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
-    """A monitor that passes on the builder's progress, and stops the builder after an interrupt."""
+def monitor_of(trt: Any, progress: Progress) -> Any:
+    """A monitor that passes on the builder's progress."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -241,7 +234,7 @@ def monitor_of(trt: Any, progress: Progress, interrupted: threading.Event) -> An
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self.totals:
                 progress(phase, step + 1, self.totals[phase])
-            return not interrupted.is_set()
+            return True
 
         def phase_finish(self, phase: str) -> None:
             pass

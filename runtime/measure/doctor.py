@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wanforge.configs.targets import architecture, architecture_name
-from wanforge.engines.plugin_check import check_plugins
+from wanforge.engines.build_process import build_apart
+from wanforge.engines.builder import BuildJob
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching import cubins
@@ -163,7 +164,7 @@ def compiler() -> Check:
 
 
 def tensorrt(flavour: Flavour, what: str) -> Check:
-    """A flavour of TensorRT, and whether its parser can read a graph with plugins without crashing."""
+    """A flavour of TensorRT, and whether it compiles a graph with a plugin."""
     remedy = install_extra(flavour.extra)
     if not installed(flavour.module):
         return Check(flavour.name, "missing", "not installed", what, remedy)
@@ -175,8 +176,8 @@ def tensorrt(flavour: Flavour, what: str) -> Check:
         if find_spec("onnx") is None:
             return Check(flavour.name, "ok", f"{found}; plugins not tried, because onnx is not installed", what)
         with tempfile.TemporaryDirectory() as folder:
-            check_plugins(flavour, plugin_graph(Path(folder)))
-    except ResourceError as error:
+            build_apart(library, BuildJob(plugin_graph(Path(folder)), {}), flavour.sms[-1:])
+    except WanforgeError as error:
         return Check(flavour.name, "broken", str(error), what, remedy)
     return Check(flavour.name, "ok", f"{found}; supports plugins", what)
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -24,8 +24,6 @@ GRACE_SECONDS = 0.5
 
 SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "ended because the terminal closed"}
 """The signals that end the process, and what it says when it ends."""
-
-Handler = Callable[[int, FrameType | None], object]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,13 +41,6 @@ class Interrupted(KeyboardInterrupt):
 def exit_code(number: int) -> int:
     """The exit code of a process that a signal ended, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + number
-
-
-def handlers() -> Mapping[int, Handler]:
-    """Python's handlers of those signals. Signals that are ignored, as by nohup, or that end the process without
-    asking it, have none."""
-    found = {number: signal.getsignal(number) for number in SAID}
-    return {number: handler for number, handler in found.items() if callable(handler)}
 
 
 @contextmanager
@@ -126,32 +117,3 @@ def _end_children() -> None:
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
                 child.kill()
-
-
-@contextmanager
-def deferred_signals() -> Iterator[threading.Event]:
-    """Note signals while the block runs, and handle them when it ends: an exception from a handler cannot pass through
-    a library that calls back. Outside the main thread, where Python delivers no signals, nothing changes.
-
-    Yields:
-        An event that is set when a signal has arrived.
-    """
-    event, arrived = threading.Event(), list[int]()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        arrived.append(number)
-        event.set()
-
-    before = handlers()
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if arrived:
-            before[arrived[0]](arrived[0], None)

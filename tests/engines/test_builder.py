@@ -1,20 +1,14 @@
-"""Graphs are compiled in this process, or refused with the reason; Ctrl-C ends a build and leaves nothing behind."""
+"""Graphs are compiled, or refused with the reason."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.tensorrt_flavours import linear, rtx
-from wanforge.engines import plugin_check
 from wanforge.engines.builder import BuildJob, build, layers
-from wanforge.engines.plugin_check import check_plugins
 from wanforge.engines.sizes import ShapeRange
-from wanforge.errors import ResourceError, WanforgeError
-from wanforge.interrupts import Interrupted, ended_by_signals
-from wanforge.plugins.tensorrt.library import RTX
+from wanforge.errors import WanforgeError
 
 STATIC = ShapeRange((1, 300, 256), (1, 300, 256), (1, 300, 256))
 TABLE = """Layers:
@@ -86,27 +80,6 @@ def test_what_a_plugin_refuses_ends_the_build(tmp_path: Path) -> None:
         build(rtx(), replace(job(tmp_path), onnx=linear(tmp_path, bias="float16")), [120])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_build(tmp_path: Path, number: signal.Signals) -> None:
-    calls = []
-
-    def interrupt(*counts: object) -> None:
-        calls.append(counts)
-        os.kill(os.getpid(), number)
-
-    with pytest.raises(Interrupted), ended_by_signals():
-        build(rtx(), job(tmp_path), [120], progress=interrupt)
-    assert calls
-    assert build(rtx(), job(tmp_path), [120]).engine_bytes
-
-
-def test_ctrl_c_ends_a_build_of_a_program_of_ones_own(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        build(rtx(), job(tmp_path), [120], progress=lambda *counts: os.kill(os.getpid(), signal.SIGINT))
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_the_table_is_read() -> None:
     product, plugin = layers(TABLE)
     assert (product.name, product.kind, product.tactic) == ("gemm", "gemm", "mm")
@@ -119,21 +92,3 @@ def test_the_table_is_read() -> None:
 def test_constants_cost_memory() -> None:
     small, large = (BuildJob(Path(), {}, size).needed_bytes for size in (0, 1_000_000_000))
     assert large - small == 3_100_000_000
-
-
-def test_a_child_process_tries_the_plugins_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rtx()
-    monkeypatch.setattr(plugin_check, "_known", {})
-    path = linear(tmp_path)
-    check_plugins(RTX, path)
-    assert plugin_check._known == {RTX: (0, "")}
-
-
-def test_a_parser_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "some words\nterminate called without an active exception\n"
-    monkeypatch.setattr(plugin_check, "_known", {RTX: (-6, said)})
-    with pytest.raises(
-        ResourceError,
-        match=r"does not survive .* \(signal 6: terminate called .*\); run: .* install --upgrade 'tensorrt-rtx>=",
-    ):
-        check_plugins(RTX, Path("graph.onnx"))

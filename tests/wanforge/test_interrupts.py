@@ -1,13 +1,12 @@
 """Signals end a process within a second, in good order, and whatever it is doing."""
 
-import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from tests.processes import STUCK, signalled, start, wait_for_line
-from wanforge.interrupts import Interrupted, deferred_signals, ended_by_signals
+from wanforge.interrupts import Interrupted, ended_by_signals
 
 SIGNALS = {
     signal.SIGINT: (130, "interrupted\n"),
@@ -111,25 +110,3 @@ def test_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGTERM)
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_that_was_put_off_is_handled_at_the_end(number: signal.Signals) -> None:
-    handled = []
-    before = signal.signal(number, lambda number, frame: handled.append(number))
-    try:
-        with deferred_signals() as arrived:
-            os.kill(os.getpid(), number)
-            assert arrived.wait(1)
-            assert handled == []
-        assert handled == [number]
-    finally:
-        signal.signal(number, before)
-
-
-def test_signals_that_nobody_handles_are_not_put_off() -> None:
-    code = "import os, signal\nfrom wanforge.interrupts import deferred_signals\n"
-    code += "with deferred_signals():\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('alive')"
-    process = start(code)
-    assert process.communicate() == ("", "")
-    assert process.returncode == -signal.SIGTERM

@@ -17,6 +17,9 @@ from tests.tensorrt_flavours import rtx
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
+GRAPHS = ("cross_kv", "block", "vae_decode_first", "vae_decode_next")
+"""The graphs of which engines are built. Those of the VAE have many inputs and outputs, which TensorRT-RTX lists in the
+order of their addresses."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,9 @@ def test_kernels(settings: tuple[Setting, Setting]) -> None:
     assert differing(here.folder / "kernels", there.folder / "kernels") == []
 
 
-@pytest.mark.parametrize("graphs", [("cross_kv", "block"), ("vae_decode_next",)])
-def test_engines(settings: tuple[Setting, Setting], bundles: tuple[Path, Path], graphs: tuple[str, ...]) -> None:
-    """The engines of the VAE are built in processes of their own: TensorRT-RTX lists the many inputs and outputs of
-    such a graph in the order of their addresses, which are always the same in the first build of a process only."""
+def test_engines(settings: tuple[Setting, Setting], bundles: tuple[Path, Path]) -> None:
     rtx()
-    only = [word for graph in graphs for word in ("--graph", graph)]
+    only = [word for graph in GRAPHS for word in ("--graph", graph)]
     for setting, bundle, targets in zip(settings, bundles, ("rtx4090,rtx5090", "rtx5090,rtx4090"), strict=True):
         setting.run("build", bundle.name, "--target", targets, *only)
     assert differing(*bundles) == []

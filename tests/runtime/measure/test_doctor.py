@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
+from wanforge.engines.builder import BuildJob
 from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import RTX
 from wanforge.requirements import install_extra, install_package
@@ -37,7 +38,7 @@ def test_every_check_is_shown_and_nothing_here_is_broken() -> None:
     assert found["torch"]["found"].startswith("torch 2.")
 
 
-def test_plugins_are_tried_in_a_child_process() -> None:
+def test_a_graph_with_a_plugin_is_compiled() -> None:
     rtx()
     assert tensorrt(RTX, "engines").found.endswith("supports plugins")
 
@@ -45,11 +46,11 @@ def test_plugins_are_tried_in_a_child_process() -> None:
 def test_a_library_that_does_not_survive_plugins_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     rtx()
 
-    def dies(flavour: object, onnx: Path) -> None:
-        assert onnx.stat().st_size > 0
-        raise ResourceError("does not survive a graph with plugins (signal 6)")
+    def dies(library: object, job: BuildJob, sms: object) -> None:
+        assert job.onnx.stat().st_size > 0
+        raise ResourceError("does not survive compiling plugin.onnx (signal 6)")
 
-    monkeypatch.setattr(doctor, "check_plugins", dies)
+    monkeypatch.setattr(doctor, "build_apart", dies)
     found = tensorrt(RTX, "engines")
     assert (found.status, found.remedy) == ("broken", install_extra("rtx"))
     monkeypatch.setattr("wanforge.runtime.commands.doctor.checks", lambda: iter([found]))

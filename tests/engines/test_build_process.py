@@ -1,0 +1,84 @@
+"""A graph is compiled in a process of its own, which ends with the call, and whose end never ends the caller."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tensorrt_flavours import linear, rtx
+from wanforge.engines.build_process import build_apart
+from wanforge.engines.builder import BuildJob, build
+from wanforge.engines.sizes import ShapeRange
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.interrupts import Interrupted, ended_by_signals
+from wanforge.progress import Progress
+
+SHAPE = (1, 300, 256)
+RANGES = {"x": ShapeRange(SHAPE, SHAPE, SHAPE)}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> BuildJob:
+    rtx()
+    return BuildJob(linear(tmp_path), RANGES)
+
+
+def killer(number: signal.Signals) -> Progress:
+    """Progress that kills the process that it comes from."""
+
+    def kill(stage: str, done: int, total: int, unit: str = "", /) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    return kill
+
+
+def test_the_result_is_that_of_a_build_in_this_process(job: BuildJob) -> None:
+    seen = []
+    found = build_apart(rtx(), job, [89, 120], progress=lambda *counts: seen.append(counts))
+    here = build(rtx(), job, [89, 120])
+    assert replace(found, engine_bytes=b"") == replace(here, engine_bytes=b"")
+    found_kernels, kernels = ([each.specialisation for each in one.launches([89])] for one in (found, here))
+    assert found_kernels == kernels
+    assert seen
+    assert all(0 < done <= total for _, done, total, *_ in seen)
+    assert psutil.Process().children() == []
+
+
+def test_what_the_library_refuses_is_refused(job: BuildJob, tmp_path: Path) -> None:
+    with pytest.raises(WanforgeError, match=r"cannot read linear\.onnx: .*Plugin not found"):
+        build_apart(rtx(), job, [120], plugins=False)
+    with pytest.raises(WanforgeError, match="W8A8Linear: bias is float16, but must be bfloat16"):
+        build_apart(rtx(), replace(job, onnx=linear(tmp_path, bias="float16")), [120])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_build(job: BuildJob, number: signal.Signals) -> None:
+    with pytest.raises(Interrupted), ended_by_signals():
+        build_apart(rtx(), job, [120], progress=lambda *counts: os.kill(os.getpid(), number))
+    assert psutil.Process().children() == []
+
+
+def test_ctrl_c_ends_a_build_of_a_program_of_ones_own(job: BuildJob) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_apart(rtx(), job, [120], progress=lambda *counts: os.kill(os.getpid(), signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert psutil.Process().children() == []
+
+
+def test_a_library_that_ends_its_process_is_reported(job: BuildJob) -> None:
+    says = (
+        r"tensorrt-rtx \S+ does not survive compiling linear\.onnx \(signal 6: .*\); "
+        r"run: .* install --upgrade 'tensorrt-rtx>=.*; or build with --no-plugins"
+    )
+    with pytest.raises(ResourceError, match=says):
+        build_apart(rtx(), job, [120], progress=killer(signal.SIGABRT))
+
+
+def test_a_build_without_memory_is_reported(job: BuildJob) -> None:
+    with pytest.raises(ResourceError, match=r"compiling linear\.onnx was killed, probably because memory ran out"):
+        build_apart(rtx(), job, [120], progress=killer(signal.SIGKILL))
