@@ -108,7 +108,13 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
             f"{out}: has no readable {IMPORT}, so it does not say what it was imported from; import it with --out "
             f"{out} --replace and the checkpoint's files"
         )
-    checked = check_sources(record.arguments, out)
+    try:
+        checked = check_sources(record.arguments, out)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n  {out / IMPORT} names the files that it was imported from; if they lie elsewhere now, import them "
+            f"with --out {out} --replace"
+        ) from None
     with files_lock(out).exclusive():
         return write_bundle(out, record.arguments, checked, progress)
 

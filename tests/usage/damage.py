@@ -22,7 +22,7 @@ OUT_OF_MEMORY = "memory ran out"
 few = settings(
     derandomize=True,
     deadline=None,
-    max_examples=int(__import__("os").environ.get("EX", "40")),
+    max_examples=40,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

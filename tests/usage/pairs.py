@@ -165,12 +165,12 @@ def table(pairs: list[Pair]) -> str:
 def pairs(seed: int, workers: int, only: str = "") -> list[Pair]:
     """Run all pairs in a folder of their own, which is deleted if none of them found a fault."""
     folder, start = Path(mkdtemp(prefix="wanforge-pairs-")), monotonic()
-    for name in STARTING:
+    every = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
+    wanted = [(name, names) for name, mender in STARTING.items() for names in every if not mender or mender in names]
+    for name in dict.fromkeys(name for name, _ in wanted):
         (folder / name).mkdir()
         for step in STARTS[name]:
             perform(step, folder / name)
-    every = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
-    wanted = [(name, names) for name, mender in STARTING.items() for names in every if not mender or mender in names]
     print(f"seed {seed}, {len(wanted)} pairs, {workers} at a time, in {folder}", flush=True)
     done = []
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:

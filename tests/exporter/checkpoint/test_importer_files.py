@@ -403,6 +403,19 @@ def test_resuming_needs_a_record(tmp_path: Path, bundles: dict[str, Bundle], con
     assert Bundle.open(out).manifest == bundles["plain"].manifest
 
 
+def test_resuming_without_the_files_names_the_record(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    record = msgspec.json.decode((out / IMPORT).read_bytes(), type=ImportRecord)
+    moved = {**record.arguments.weights, "vae": str(tmp_path / "moved.pth")}
+    arguments = msgspec.structs.replace(record.arguments, weights=moved)
+    write_record(out, msgspec.structs.replace(record, arguments=arguments))
+    with pytest.raises(
+        CheckpointError, match=r"moved\.pth: no such file\n  .*import\.json names the files .* --replace"
+    ):
+        resume_import(out)
+    assert Bundle.open(out).manifest == bundles["plain"].manifest
+
+
 def test_what_a_killed_import_left_beside_complete_files_is_deleted(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
     for end in (".partial", ".journal"):
