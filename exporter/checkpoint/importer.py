@@ -112,8 +112,8 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
         checked = check_sources(record.arguments, out)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n  {out / IMPORT} names the files that it was imported from; if they lie elsewhere now, import them "
-            f"with --out {out} --replace"
+            f"{error}\n  {out / IMPORT} names the files of this import; if they lie elsewhere now, import them with "
+            f"--out {out} --replace"
         ) from None
     with files_lock(out).exclusive():
         return write_bundle(out, record.arguments, checked, progress)
