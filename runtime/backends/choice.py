@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from shlex import quote
 
 import torch
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.targets import architecture
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.bundle.remedies import ENGINES
+from wanforge.engines.bundle.remedies import ENGINES, export_command
 from wanforge.errors import BundleError
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.backends import BOUNDED
@@ -56,7 +57,8 @@ def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str 
         case "kernels":
             return _kernels_obstacle(bundle)
         case "ort":
-            return None if bundle.graphs(torch.float32) else "the bundle has no fp32 graphs; wanforge export makes them"
+            if not bundle.graphs(torch.float32):
+                return f"the bundle has no fp32 graphs; make them with: {export_command(bundle.root)}"
     return None
 
 
@@ -65,7 +67,8 @@ def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
         return "PyTorch sees no GPU"
     sm = architecture(*torch.cuda.get_device_capability())
     if not any(str(sm) in key.get("architectures", "").split() for key in _engine_keys(bundle)):
-        return f"the bundle has no engines for sm_{sm}; wanforge build makes them"
+        command = f"wanforge build {quote(str(bundle.root))} --target sm_{sm}"
+        return f"the bundle has no engines for sm_{sm}; build them with: {command}"
     # Imported here, because the other backends do not need the modules for TensorRT.
     from wanforge.engines.files import engines_of
     from wanforge.plugins.tensorrt.library import flavour_for, installed_version

@@ -11,11 +11,8 @@ from typing import Any
 
 BUNDLE = "a bundle"
 """The name of every bundle. It has a space, so that hints that do not quote it fail."""
-ENGINES = "engines/"
 UNLIKE = {".lock", ".manifest.lock", ".verified.json"}
 """Files of a bundle that differ between bundles that are equal."""
-MEASURED = ("sha256", "bytes", "facts")
-"""What the record of an engine says of its bytes. TensorRT does not build the same bytes every time."""
 
 Manifest = dict[str, Any]
 
@@ -46,14 +43,10 @@ class Snapshot:
         """The files beside the bundle."""
         return {name: it for name, it in self.files.items() if not name.startswith(f"{BUNDLE}/")}
 
-    @cached_property
+    @property
     def records(self) -> dict[str, Any]:
-        """The manifest's records by file, without what differs between engines that are equal."""
-        listed = {} if self.manifest is None else self.manifest["files"]
-        return {
-            name: {key: it for key, it in record.items() if not (name.startswith(ENGINES) and key in MEASURED)}
-            for name, record in listed.items()
-        }
+        """The manifest's records by file."""
+        return {} if self.manifest is None else dict(self.manifest["files"])
 
     @property
     def origin(self) -> Any:
@@ -63,10 +56,9 @@ class Snapshot:
 
     def unlike_its_manifest(self) -> list[str]:
         """The files that differ from what the manifest says."""
-        listed = {} if self.manifest is None else self.manifest["files"]
         return [
             f"{name} is not as the manifest says"
-            for name, record in listed.items()
+            for name, record in self.records.items()
             if not record.get("link") and self.bundle.get(name) != record["sha256"]
         ]
 
@@ -86,14 +78,13 @@ def leftovers(names: Iterable[str]) -> list[str]:
 
 def differences(found: Snapshot, expected: Snapshot) -> list[str]:
     """How a folder differs from another one, in which nothing was disturbed."""
-    kept = {name for name in expected.bundle if not name.startswith(ENGINES) and name != "manifest.json"}
-    there = {name for name in found.bundle if not name.startswith(ENGINES) and name != "manifest.json"}
+    both = sorted((found.bundle.keys() & expected.bundle.keys()) - {"manifest.json"})
     names = sorted(found.records.keys() | expected.records.keys())
     return [
         *leftovers(found.files),
         *(f"{name} is missing" for name in sorted(expected.bundle.keys() - found.bundle.keys())),
         *(f"{name} is one file too many" for name in sorted(found.bundle.keys() - expected.bundle.keys())),
-        *(f"{name} has other bytes" for name in sorted(kept & there) if found.bundle[name] != expected.bundle[name]),
+        *(f"{name} has other bytes" for name in both if found.bundle[name] != expected.bundle[name]),
         *(f"another record of {name}" for name in names if found.records.get(name) != expected.records.get(name)),
         *found.unlike_its_manifest(),
         *([] if found.others == expected.others else [f"beside the bundle: {found.others}, not {expected.others}"]),

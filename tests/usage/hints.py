@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.usage.commands import Ended, run
 from tests.usage.folders import BUNDLE
 
-HINT = re.compile(r"wanforge (?:import --resume|export|build)(?:(?!, |;|\n|`).)*")
+HINT = re.compile(r"wanforge (?:import --resume|export|build)(?:(?!, |;|\n|`|\)).)*")
 """A command in a message that mends a bundle."""
 MOST = 8
 """The most hints that it may take to mend a bundle."""

@@ -107,6 +107,7 @@ class Scenario:
 
     Attributes:
         before: The folder before the command.
+        mended: The folder if all hints are followed in place of the command.
         after: The folder when the command has ended, all hints are followed, and it has run once more.
     """
 
@@ -114,9 +115,15 @@ class Scenario:
     start: str
     words: Words
     before: Snapshot = field(default_factory=lambda: Snapshot({}, None))
+    mended: Snapshot = field(default_factory=lambda: Snapshot({}, None))
     after: Snapshot = field(default_factory=lambda: Snapshot({}, None))
     seconds: float = 0.0
     steps: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def sound(self) -> tuple[Snapshot, ...]:
+        """The folders whose bundles are whole."""
+        return self.before, self.mended, self.after
 
     @property
     def makes_clips(self) -> bool:
@@ -164,7 +171,9 @@ def prepare(folder: Path, wanted: list[Scenario]) -> None:
         (folder / start).mkdir()
         for step in STARTS[start]:
             perform(step, folder / start)
+    whole = {start: mended(folder, start) for start in STARTS if (folder / start).exists()}
     for scenario in wanted:
+        scenario.mended = whole[scenario.start]
         undisturbed = begin(folder, scenario, f"undisturbed {scenario.name}")
         scenario.before = Snapshot.of(undisturbed)
         ended = must_succeed(run(scenario.words, undisturbed, record=True))
@@ -173,6 +182,16 @@ def prepare(folder: Path, wanted: list[Scenario]) -> None:
         must_succeed(last)
         scenario.after = Snapshot.of(undisturbed)
         shutil.rmtree(undisturbed)
+
+
+def mended(folder: Path, start: str) -> Snapshot:
+    """A folder of this start in which all hints are followed."""
+    place = Path(shutil.copytree(folder / start, folder / f"mended {start}", symlinks=True))
+    for _ in mend(place):
+        pass
+    found = Snapshot.of(place)
+    shutil.rmtree(place)
+    return found
 
 
 def perform(step: Step, folder: Path) -> None:

@@ -103,6 +103,7 @@ def test_what_differs_or_is_gone_is_noticed(folder: Path) -> None:
         ("build it again with: wanforge build B --target sm_89,sm_120 --frames 5\n", None),
         ("interrupted; continue it with: wanforge import --resume B", "wanforge import --resume B"),
         ("make one with: wanforge import --out B", ""),
+        ("ort (it has no graphs; make them with: wanforge export 'a b'); trt", "wanforge export 'a b'"),
     ],
 )
 def test_hints_are_found_in_messages(message: str, command: str | None) -> None:

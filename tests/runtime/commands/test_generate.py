@@ -64,7 +64,7 @@ def test_a_user_is_told_why_only_the_reference_can_run(tmp_path: Path) -> None:
     done = run("generate", tmp_path / "bundle", "--prompt", "a red circle", "--out", out, "--json", *small)
     assert lines(done)[0]["backend"] == "torch"
     assert "the reference does. Not usable here: " in done.stderr
-    assert "ort (the bundle has no fp32 graphs; wanforge export makes them)" in done.stderr
+    assert "ort (the bundle has no fp32 graphs; make them with: wanforge export " in done.stderr
     chosen = run(
         "generate", tmp_path / "bundle", "--prompt", "a red circle", "--out", out, "--backend", "torch", *small
     )
