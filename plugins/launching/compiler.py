@@ -40,6 +40,8 @@ def compile_kernels(
     folder: Path,
     jobs: int | None = None,
     progress: Progress = silent,
+    *,
+    ptx: bool = False,
 ) -> list[Cubin]:
     """Make sure that a folder holds the cubin of every launch.
 
@@ -50,6 +52,7 @@ def compile_kernels(
             specialisation share one cubin.
         folder: Where the cubins and their manifest are written.
         jobs: The number of compilers that run at a time; by default the number of processors.
+        ptx: Whether to keep the PTX that each cubin was assembled from beside it.
 
     Returns:
         One record per specialisation, in the order of the launches.
@@ -59,7 +62,7 @@ def compile_kernels(
         ResourceError: Triton is not installed.
     """
     wanted = _distinct(launches)
-    missing = _distinct(outdated(wanted.values(), folder))
+    missing = _distinct(outdated(wanted.values(), folder, ptx=ptx))
     store, failures = CubinStore(folder), []
     with closing(_compiled(list(missing), jobs or os.cpu_count() or 1)) as answers:
         for done, (specialisation, answer) in enumerate(answers, 1):
@@ -69,7 +72,7 @@ def compile_kernels(
                 )
             else:
                 launch = missing[specialisation]
-                store.add(_record(specialisation, answer, _origin(launch)), answer.code)
+                store.add(_record(specialisation, answer, _origin(launch)), answer.code, answer.ptx if ptx else None)
             progress("compile", done, len(missing))
     if failures:
         others = f"\n({len(failures) - 1} more did not compile)" if len(failures) > 1 else ""
@@ -78,14 +81,20 @@ def compile_kernels(
     return [cubins[specialisation.key] for specialisation in wanted]
 
 
-def outdated(launches: Iterable[Launch], folder: Path) -> list[Launch]:
-    """Return the launches, one per specialisation, whose cubin in a folder is missing, damaged or out of date."""
+def outdated(launches: Iterable[Launch], folder: Path, *, ptx: bool = False) -> list[Launch]:
+    """Return the launches, one per specialisation, whose cubin in a folder is missing, damaged or out of date.
+
+    Args:
+        ptx: Whether those without their PTX count as well.
+    """
     store = CubinStore(folder)
     cubins = store.cubins()
 
     def is_current(launch: Launch) -> bool:
         cubin, origin = cubins.get(launch.specialisation.key), _origin(launch)
         if cubin is None or Origin(cubin.source_hash, cubin.triton, cubin.grid) != origin:
+            return False
+        if ptx and not store.ptx_path(cubin).exists():
             return False
         try:
             store.read(cubin)

@@ -116,10 +116,16 @@ class CubinStore:
             )
         return code
 
-    def add(self, cubin: Cubin, code: bytes) -> None:
-        """Add a cubin, replacing the one with the same key; the manifest is written after the cubin."""
+    def ptx_path(self, cubin: Cubin) -> Path:
+        """Where the PTX of a cubin is, if it was kept."""
+        return (self.folder / cubin.file).with_suffix(".ptx")
+
+    def add(self, cubin: Cubin, code: bytes, ptx: str | None = None) -> None:
+        """Add a cubin, replacing the one with the same key; the manifest is written after the cubin and its PTX."""
         with self._locked():
             write_atomically(self.folder / cubin.file, code)
+            if ptx is not None:
+                write_atomically(self.ptx_path(cubin), ptx.encode())
             cubins = self.cubins()
             replaced = cubins.get(cubin.key)
             cubins[cubin.key] = cubin
@@ -128,6 +134,7 @@ class CubinStore:
             write_atomically(self.folder / MANIFEST, msgspec.json.format(data, indent=1))
             if replaced is not None and replaced.file != cubin.file:
                 (self.folder / replaced.file).unlink(missing_ok=True)
+                self.ptx_path(replaced).unlink(missing_ok=True)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

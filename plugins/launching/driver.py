@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,19 +38,28 @@ class LoadedKernel:
 class Driver:
     """The parts of CUDA that launching needs: the driver, through cuda-python, and PyTorch's streams.
 
-    Raises:
-        ResourceError: cuda-python is not installed.
+    Args:
+        cuda: The module ``cuda.bindings.driver``, or a stand-in for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Any) -> None:
+        self.cuda = cuda
+        self.contexts: dict[torch.device, Any] = {}
+
+    @classmethod
+    def installed(cls) -> Self:
+        """The driver of this machine.
+
+        Raises:
+            ResourceError: cuda-python is not installed.
+        """
         try:
             from cuda.bindings import driver
         except ImportError:
             raise ResourceError(
                 f"launching kernels needs cuda-python, which is not installed; run: {install_extra('gpu')}"
             ) from None
-        self.cuda = driver
-        self.contexts: dict[torch.device, Any] = {}
+        return cls(driver)
 
     def stream(self, device: torch.device) -> int:
         """PyTorch's current stream on a device."""
@@ -182,7 +191,7 @@ def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:
 @cache
 def launcher() -> Launcher:
     """The launcher of this process."""
-    return Launcher(Driver())
+    return Launcher(Driver.installed())
 
 
 def run(launch: Launch) -> None:

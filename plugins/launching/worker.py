@@ -36,6 +36,7 @@ class Compiled(msgspec.Struct, frozen=True, tag=True):
     """A cubin and what the compiler reports about it."""
 
     code: bytes
+    ptx: str
     entry: str
     parameters: list[tuple[str, str]]
     threads: int
@@ -99,6 +100,7 @@ def compile_kernel(request: CompileRequest) -> Compiled:
     registers, spill_bytes = resources(code, metadata.name)
     return Compiled(
         code,
+        made.asm["ptx"],
         metadata.name,
         parameters,
         32 * metadata.num_warps,

@@ -250,7 +250,7 @@ def test_launching_imports_no_triton() -> None:
 def test_without_cuda_python_the_message_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(ResourceError, match=r"run: .*pip install 'cuda-python>="):
-        Driver()
+        Driver.installed()
 
 
 class FakeCuda:
@@ -281,9 +281,7 @@ class FakeCuda:
 
 @pytest.fixture
 def driver() -> Driver:
-    made = Driver.__new__(Driver)
-    made.cuda, made.contexts = FakeCuda(), {}
-    return made
+    return Driver(FakeCuda())
 
 
 GPU = torch.device("cuda", 1)

@@ -1,0 +1,100 @@
+"""Running wanforge's kernels on the machine: every launch of a function of tensors on the CPU goes through the launcher,
+the stand-in driver and the PTX."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tools.ptx.driver import DriverOfTensors, StandIn, ptx_in
+from tools.ptx.machine import Modes
+from tools.ptx.memory import GlobalMemory, Region
+from wanforge.plugins.launching import call
+from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.driver import Launcher
+from wanforge.plugins.launching.launch import Launch, recording
+
+
+def compiled(run: Callable[[], object], sm: int, folder: Path, jobs: int | None = None) -> list[Launch]:
+    """Compile the kernels that a function of tensors on the meta device launches on an architecture.
+
+    Args:
+        folder: Where the cubins and their PTX are kept.
+    """
+    with torch.device("meta"), recording(sm) as launches:
+        run()
+    compile_kernels(launches, folder, jobs, ptx=True)
+    return launches
+
+
+class Bench:
+    """A device of an architecture, whose memory is that of tensors on the CPU.
+
+    Attributes:
+        memory: The tensors that kernels may use, which every launch completes by its own arguments.
+    """
+
+    def __init__(self, sm: int, folder: Path, modes: Modes | None = None) -> None:
+        self.sm, self.folder, self.memory = sm, folder, GlobalMemory()
+        self.cuda = StandIn(sm, ptx_in(folder), self.memory, modes or Modes())
+        self.launcher = Launcher(DriverOfTensors(self.cuda))
+        self.unwritten: set[int] = set()
+
+    def launch(self, launch: Launch) -> None:
+        """Run one launch."""
+        for name, tensor in launch.tensors.items():
+            self.add(f"{launch.kernel.name}: {name}", tensor)
+        compile_kernels([launch], self.folder, jobs=1, ptx=True)
+        self.launcher(launch)
+
+    def add(self, name: str, tensor: Tensor) -> Region:
+        """Let kernels use a tensor. Memory that `allocating` has seen counts as never written."""
+        storage = tensor.untyped_storage()
+        start, size = storage.data_ptr(), storage.nbytes()
+        region = self.memory.find(start)
+        if region is None or (region.start, region.end) != (start, start + size):
+            region = self.memory.add(Region.at(name, start, size))
+            if start not in self.unwritten:
+                region.written[:] = 1
+        inside = torch.from_numpy(region.inside)[:size].view(_same_size(tensor.element_size()))
+        ones = int.from_bytes(b"\1" * tensor.element_size(), "little")
+        inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(ones)
+        return region
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the kernels that are called with tensors on the CPU here, with the tiles of this architecture."""
+        with (
+            mock.patch.object(call, "interpret", self.launch),
+            mock.patch.object(call, "architecture_of", lambda device: self.sm),
+            mock.patch.dict("os.environ", {"WANFORGE_KERNELS": str(self.folder)}),
+            self.allocating(),
+        ):
+            yield
+
+    @contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Note memory that `torch.empty` gives, and fill it with a pattern."""
+        empty = torch.empty
+
+        def poisoned(*sizes: object, **options: object) -> Tensor:
+            tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+            if tensor.device.type == "cpu" and tensor.numel():
+                storage = tensor.untyped_storage()
+                storage.fill_(0xFF)
+                self.unwritten.add(storage.data_ptr())
+                stale = self.memory.find(storage.data_ptr())
+                if stale is not None:
+                    stale.written[:] = 0
+                    stale.inside[:] = 0
+            return tensor
+
+        with mock.patch.object(torch, "empty", poisoned):
+            yield
+
+
+def _same_size(size: int) -> torch.dtype:
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

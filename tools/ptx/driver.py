@@ -1,0 +1,174 @@
+"""A stand-in for the CUDA driver, behind wanforge's own launcher: cubins come in, and the PTX that they were assembled
+from is run.
+
+It answers the calls of `wanforge.plugins.launching.driver.Driver` as the driver does, and refuses what the driver
+refuses: too many threads, grids that are too large, and shared memory that was not asked for.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.ptx.machine import Launch, Modes
+from tools.ptx.memory import GlobalMemory
+from tools.ptx.syntax import Kernel, read_kernel
+from wanforge.plugins.launching.cubins import CubinStore
+from wanforge.plugins.launching.driver import STATIC_SHARED, Driver
+
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+
+
+class Result(IntEnum):
+    """The driver's answers."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_NOT_FOUND = 500
+
+
+class DeviceAttribute(IntEnum):
+    """The properties of a device that the launcher asks for."""
+
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
+
+
+class FunctionAttribute(IntEnum):
+    """The properties of a function that the launcher sets."""
+
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+
+@dataclass
+class Function:
+    """A loaded kernel.
+
+    Attributes:
+        shared_limit: The dynamic shared memory that it may use.
+    """
+
+    kernel: Kernel
+    shared_limit: int = STATIC_SHARED
+
+
+@dataclass
+class StandIn:
+    """The parts of ``cuda.bindings.driver`` that the launcher uses.
+
+    Attributes:
+        sm: The architecture of the only device.
+        ptx: Finds the PTX of a cubin by its SHA-256.
+        memory: The tensors that kernels may use.
+        side_by_side: How many threads the machine runs at a time, about.
+        launched: The name and the stream of every launch.
+    """
+
+    sm: int
+    ptx: Callable[[str], str]
+    memory: GlobalMemory
+    modes: Modes = field(default_factory=Modes)
+    side_by_side: int = 2048
+    launched: list[tuple[str, int]] = field(default_factory=list)
+
+    CUresult = Result
+    CUdevice_attribute = DeviceAttribute
+    CUfunction_attribute = FunctionAttribute
+
+    def cuCtxGetDevice(self) -> tuple[Result, int]:
+        return Result.CUDA_SUCCESS, 0
+
+    def cuDeviceGetAttribute(self, attribute: DeviceAttribute, device: int) -> tuple[Result, int]:
+        major, minor = divmod(self.sm, 10)
+        is_major = attribute is DeviceAttribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        return Result.CUDA_SUCCESS, major if is_major else minor
+
+    def cuDevicePrimaryCtxRetain(self, device: int | None) -> tuple[Result, str]:
+        return Result.CUDA_SUCCESS, "context"
+
+    def cuCtxPushCurrent(self, context: str) -> tuple[Result]:
+        return (Result.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[Result, str]:
+        return Result.CUDA_SUCCESS, "context"
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Result, Kernel | None]:
+        try:
+            text = self.ptx(hashlib.sha256(code).hexdigest())
+        except KeyError:
+            return Result.CUDA_ERROR_INVALID_IMAGE, None
+        return Result.CUDA_SUCCESS, read_kernel(text)
+
+    def cuModuleGetFunction(self, module: Kernel, name: bytes) -> tuple[Result, Function | None]:
+        if module.name != name.decode():
+            return Result.CUDA_ERROR_NOT_FOUND, None
+        return Result.CUDA_SUCCESS, Function(module)
+
+    def cuFuncSetAttribute(self, function: Function, attribute: FunctionAttribute, value: int) -> tuple[Result]:
+        function.shared_limit = value
+        return (Result.CUDA_SUCCESS,)
+
+    def cuLaunchKernel(
+        self,
+        function: Function,
+        *sizes: Any,
+    ) -> tuple[Result]:
+        """Run a kernel.
+
+        Args:
+            sizes: Grid and block along three axes each, shared memory in bytes, the stream, the parameters as values
+                and ctypes types, and no extra options.
+        """
+        *axes, shared_bytes, stream, (values, types), _ = sizes
+        grid, block, kernel = tuple(axes[:3]), tuple(axes[3:]), function.kernel
+        wrong = any(not 0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
+        if wrong or block != (kernel.threads, 1, 1) or shared_bytes > function.shared_limit:
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
+        self.launched.append((kernel.name, stream))
+        launch = Launch(kernel, grid, packed(kernel, values, types), shared_bytes, self.memory, self.modes)
+        launch.run(max(1, self.side_by_side // kernel.threads))
+        return (Result.CUDA_SUCCESS,)
+
+
+def packed(kernel: Kernel, values: Sequence[Any], types: Sequence[Any]) -> list[bytes]:
+    """The bytes of each parameter, as the driver copies them: it takes as many bytes as the kernel declares from where
+    each value lies, whatever the caller meant by them.
+
+    Raises:
+        ValueError: There are fewer values than parameters, so that the driver would read beyond them.
+    """
+    if len(values) < len(kernel.parameters):
+        raise ValueError(f"{kernel.name} has {len(kernel.parameters)} parameters, but is given {len(values)}")
+    lying = [bytes(kind(value)) for value, kind in zip(values, types, strict=True)]
+    return [
+        value.ljust(parameter.size, b"\0")[: parameter.size]
+        for value, parameter in zip(lying, kernel.parameters, strict=False)
+    ]
+
+
+class DriverOfTensors(Driver):
+    """The launcher's driver for tensors on the CPU, which stand for tensors on a device."""
+
+    def stream(self, device: torch.device) -> int:
+        return 0
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def ptx_in(folder: Path) -> Callable[[str], str]:
+    """A function that finds the PTX of the cubins in a folder by the hash of their code."""
+
+    def find(digest: str) -> str:
+        store = CubinStore(folder)
+        by_digest = {cubin.sha256: cubin for cubin in store.cubins().values()}
+        return store.ptx_path(by_digest[digest]).read_text()
+
+    return find
+
+

@@ -1,0 +1,438 @@
+"""The step of each instruction: what it does to the blocks that run it."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.ptx import tensor_cores
+from tools.ptx.arithmetic import DTYPES, size_of
+from tools.ptx.faults import Unsupported
+from tools.ptx.machine import (
+    FINISHED,
+    WARP,
+    Launch,
+    State,
+    Step,
+    address_reader,
+    on_registers,
+    operation_of,
+    reader,
+    writer,
+)
+from tools.ptx.syntax import Address, Immediate, Instruction, Register, Symbol, Vector
+
+Array = NDArray[Any]
+
+
+def build(instruction: Instruction, launch: Launch) -> Step:
+    """The step of an instruction.
+
+    Raises:
+        Unsupported: The machine does not know it.
+    """
+    match instruction.words:
+        case ("ld", "param", kind):
+            return _parameter(instruction, kind, launch)
+        case ("ld", "global" | "shared" as space, *_, kind):
+            return _load(instruction, space, kind, launch)
+        case ("st", "global" | "shared" as space, *_, kind):
+            return _store(instruction, space, kind, launch)
+        case ("mov", "b32" | "b64" as kind) if any(isinstance(each, Vector) for each in instruction.operands):
+            return _repack(instruction, kind, launch)
+        case ("bra", *_):
+            return _branch(instruction, launch)
+        case ("ret",):
+            return _return
+        case ("bar", "sync"):
+            return _barrier(instruction)
+        case ("shfl", "sync", how, "b32"):
+            return _shuffle(instruction, how, launch)
+        case ("ldmatrix", *_):
+            return _load_matrix(instruction, launch)
+        case ("stmatrix", *_):
+            return _store_matrix(instruction, launch)
+        case ("cp", "async", *rest):
+            return _copy(instruction, rest, launch)
+        case ("mma", "sync", *_):
+            return _product(instruction, launch)
+        case ("wgmma", what, *_):
+            return _group(instruction, what, launch)
+        case ("fence", "proxy", "async", *_):
+            return lambda state, mask: state.shared.fence()
+        case ("redux", "sync", how, kind):
+            return _reduce(instruction, how, kind, launch)
+    return on_registers(instruction, operation_of(instruction, launch.modes), launch)
+
+
+def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
+    result, source = instruction.operands
+    if not isinstance(source, Address) or not isinstance(source.base, Symbol):
+        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    given = launch.parameters[source.base.name][source.offset :][: size_of(kind)]
+    value, write = np.frombuffer(given, DTYPES[kind])[0], writer(result, kind)
+    return lambda state, mask: write(state, np.full(state.lanes.shape, value), mask)
+
+
+def _parts(instruction: Instruction, operand: Any) -> tuple[Any, ...]:
+    return operand.parts if isinstance(operand, Vector) else (operand,)
+
+
+def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
+    result, source = instruction.operands
+    parts, addresses = _parts(instruction, result), address_reader(source, launch)
+    writers, size = [writer(part, kind) for part in parts], size_of(kind)
+
+    def step(state: State, mask: Array | None) -> None:
+        lanes = state.chosen(mask)
+        where, report = addresses(state)[lanes], state.report(instruction, lanes)
+        if space == "global":
+            found = launch.memory.load(where, size * len(parts), state.numbers[lanes], report)
+        else:
+            found = state.shared.load(where, size * len(parts), lanes, report)
+        values = np.zeros((len(state.lanes), len(parts)), DTYPES[kind])
+        values[lanes] = np.ascontiguousarray(found).view(DTYPES[kind])
+        for index, write in enumerate(writers):
+            write(state, values[:, index], mask)
+
+    return step
+
+
+def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
+    target, source = instruction.operands
+    addresses = address_reader(target, launch)
+    readers = [reader(part, kind, launch) for part in _parts(instruction, source)]
+
+    def step(state: State, mask: Array | None) -> None:
+        lanes = state.chosen(mask)
+        values = np.stack([read(state)[lanes] for read in readers], 1)
+        found, where = np.ascontiguousarray(values).view(np.uint8), addresses(state)[lanes]
+        report = state.report(instruction, lanes)
+        if space == "global":
+            launch.memory.store(where, found, state.numbers[lanes], report)
+        else:
+            state.shared.store(where, found, lanes, report)
+
+    return step
+
+
+def _repack(instruction: Instruction, kind: str, launch: Launch) -> Step:
+    """A register as its parts, or the other way round."""
+    result, source = instruction.operands
+    if isinstance(source, Vector):
+        part = f"b{8 * size_of(kind) // len(source.parts)}"
+        readers, write = [reader(each, part, launch) for each in source.parts], writer(result, kind)
+
+        def pack(state: State, mask: Array | None) -> None:
+            joined = np.ascontiguousarray(np.stack([read(state) for read in readers], 1))
+            write(state, joined.view(DTYPES[kind])[:, 0], mask)
+
+        return pack
+    assert isinstance(result, Vector)
+    part = f"b{8 * size_of(kind) // len(result.parts)}"
+    read = reader(source, kind, launch)
+    writers = [None if getattr(each, "name", "") == "_" else writer(each, part) for each in result.parts]
+
+    def unpack(state: State, mask: Array | None) -> None:
+        split = np.ascontiguousarray(read(state)).view(DTYPES[part]).reshape(-1, len(writers))
+        for index, write in enumerate(writers):
+            if write is not None:
+                write(state, split[:, index], mask)
+
+    return unpack
+
+
+def _branch(instruction: Instruction, launch: Launch) -> Step:
+    (target,) = instruction.operands
+    assert isinstance(target, Symbol)
+    place = launch.kernel.labels[target.name]
+
+    def step(state: State, mask: Array | None) -> None:
+        state.places[state.chosen(mask)] = place
+
+    return step
+
+
+def _return(state: State, mask: Array | None) -> None:
+    state.places[state.chosen(mask)] = FINISHED
+
+
+def _barrier(instruction: Instruction) -> Step:
+    def step(state: State, mask: Array | None) -> None:
+        state.waiting[state.chosen(mask)] = instruction.place
+
+    return step
+
+
+def _shuffle(instruction: Instruction, how: str, launch: Launch) -> Step:
+    result, source, by, clamp, members = instruction.operands
+    if not isinstance(clamp, Immediate) or members != Immediate(-1):
+        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    read, amount, write = reader(source, "b32", launch), reader(by, "b32", launch), writer(result, "b32")
+    segment, bound = (clamp.value >> 8) & 31, clamp.value & 31
+
+    def step(state: State, mask: Array | None) -> None:
+        state.whole_warps(instruction, mask)
+        lane = (state.lanes % WARP).astype(np.int64)
+        b = amount(state).astype(np.int64) & 31
+        most, least = (lane & segment) | (bound & ~segment), lane & segment
+        wanted = {
+            "bfly": lane ^ b,
+            "idx": least | (b & ~segment),
+            "up": lane - b,
+            "down": lane + b,
+        }[how]
+        is_inside = wanted >= most if how == "up" else wanted <= most
+        chosen = np.where(is_inside, wanted, lane)
+        write(state, read(state)[state.lanes - lane + chosen], mask)
+
+    return step
+
+
+def _reduce(instruction: Instruction, how: str, kind: str, launch: Launch) -> Step:
+    result, source, _ = instruction.operands
+    read, write = reader(source, kind, launch), writer(result, kind)
+    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[how]
+
+    def step(state: State, mask: Array | None) -> None:
+        state.whole_warps(instruction, mask)
+        values = reduce.reduce(read(state).reshape(-1, WARP), axis=1, dtype=DTYPES[kind])
+        write(state, np.repeat(values, WARP), mask)
+
+    return step
+
+
+def _words(state: State, registers: tuple[Register, ...], lanes: Array) -> Array:
+    """Registers of 32 bits of some threads, [threads, registers]."""
+    return np.stack([state.registers[register.index][lanes] for register in registers], 1)
+
+
+def _put_words(state: State, registers: tuple[Register, ...], lanes: Array, words: Array) -> None:
+    """Write such registers."""
+    for index, register in enumerate(registers):
+        value = state.registers[register.index].copy()
+        value[lanes] = words[:, index]
+        state.registers[register.index] = value
+
+
+def _of_warps(warps: Array) -> Array:
+    """The threads of warps, [warps, 32]."""
+    return warps[:, None] * WARP + np.arange(WARP)
+
+
+def _matrix_form(instruction: Instruction, vector: Any) -> tuple[int, bool]:
+    """How many 8x8 matrices an instruction moves, and whether it transposes them."""
+    count = int(next(word for word in instruction.words if word in ("x1", "x2", "x4"))[1:])
+    if "b16" not in instruction.words or "m8n8" not in instruction.words or len(vector.parts) != count:
+        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    return count, "trans" in instruction.words
+
+
+def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
+    result, source = instruction.operands
+    count, is_transposed = _matrix_form(instruction, result)
+    addresses, registers = address_reader(source, launch), result.parts  # type: ignore[union-attr]
+
+    def step(state: State, mask: Array | None) -> None:
+        threads = _of_warps(state.whole_warps(instruction, mask))
+        givers = threads[:, : 8 * count].reshape(-1)
+        report = state.report(instruction, givers)
+        rows = state.shared.load(addresses(state)[givers], 16, givers, report)
+        matrices = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
+        if is_transposed:
+            matrices = matrices.swapaxes(2, 3)
+        words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, WARP).swapaxes(1, 2)
+        _put_words(state, registers, threads.reshape(-1), words.reshape(-1, count))
+
+    return step
+
+
+def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
+    target, source = instruction.operands
+    count, is_transposed = _matrix_form(instruction, source)
+    addresses, registers = address_reader(target, launch), source.parts  # type: ignore[union-attr]
+
+    def step(state: State, mask: Array | None) -> None:
+        threads = _of_warps(state.whole_warps(instruction, mask))
+        words = _words(state, registers, threads.reshape(-1)).reshape(-1, WARP, count).swapaxes(1, 2)
+        matrices = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
+        if is_transposed:
+            matrices = matrices.swapaxes(2, 3)
+        givers = threads[:, : 8 * count].reshape(-1)
+        rows = np.ascontiguousarray(matrices.reshape(-1, 8)).view(np.uint8)
+        state.shared.store(addresses(state)[givers], rows, givers, state.report(instruction, givers))
+
+    return step
+
+
+def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
+    match rest:
+        case ["commit_group"]:
+
+            def commit(state: State, mask: Array | None) -> None:
+                state.copies.committed[state.chosen(mask)] += 1
+
+            return commit
+        case ["wait_group"]:
+            (pending,) = instruction.operands
+            assert isinstance(pending, Immediate)
+
+            def wait(state: State, mask: Array | None) -> None:
+                waiting = np.ones(len(state.lanes), bool) if mask is None else mask
+                state.copies.wait(waiting, pending.value)
+
+            return wait
+        case ["ca" | "cg", "shared", "global"]:
+            return _begin_copy(instruction, launch)
+    raise Unsupported(f"the machine does not know this form: {instruction.text}")
+
+
+def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
+    target, source, length, *given = instruction.operands
+    to, origin = address_reader(target, launch), address_reader(source, launch)
+    assert isinstance(length, Immediate)
+    read = reader(given[0] if given else length, "u32", launch)
+
+    def step(state: State, mask: Array | None) -> None:
+        lanes = state.chosen(mask)
+        report, size = state.report(instruction, lanes), read(state)[lanes]
+        partial = (size != 0) & (size != length.value)
+        if partial.any():
+            raise Unsupported(f"the machine does not know copies of parts: {instruction.text}")
+        values, some = np.zeros((len(lanes), length.value), np.uint8), np.flatnonzero(size)
+        if len(some):
+            within = state.report(instruction, lanes[some])
+            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.numbers[lanes[some]], within)
+            values[some] = found
+        places = state.shared.begin_copy(to(state)[lanes], length.value, lanes, report)
+
+        def end(done: Array) -> None:
+            state.shared.end_copy(places[done], values[done], lanes[done], state.report(instruction, lanes[done]))
+
+        state.copies.begin(lanes, end)
+
+    return step
+
+
+def _product(instruction: Instruction, launch: Launch) -> Step:
+    shapes = {"m16n8k16": ("bf16", "f16"), "m16n8k32": ("s8", "e4m3")}
+    kinds = [word for word in instruction.words if word in ("s8", "e4m3", "bf16", "f16", "f32", "s32")]
+    shape = next(word for word in instruction.words if word.startswith("m16"))
+    kind = kinds[1]
+    if kind not in shapes.get(shape, ()) or kinds[0] not in ("f32", "s32") or kinds[1] != kinds[2]:
+        raise Unsupported(f"the machine does not know {instruction.opcode}")
+    d, a, b, c = (operand.parts for operand in instruction.operands)  # type: ignore[union-attr]
+    dtype = DTYPES[kinds[0]]
+    satfinite = "satfinite" in instruction.words
+
+    def step(state: State, mask: Array | None) -> None:
+        lanes = _of_warps(state.whole_warps(instruction, mask)).reshape(-1)
+        a_RK = tensor_cores.a_fragment(_words(state, a, lanes).reshape(-1, WARP, 4), kind)
+        b_CK = tensor_cores.b_fragment(_words(state, b, lanes).reshape(-1, WARP, 2), kind)
+        c_RC = tensor_cores.c_matrix(_words(state, c, lanes).view(dtype).reshape(-1, WARP, 4))
+        result = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums, saturates=satfinite)
+        words = tensor_cores.c_registers(result).reshape(-1, 4)
+        _put_words(state, d, lanes, np.ascontiguousarray(words).view(np.uint32))
+
+    return step
+
+
+def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
+    match what:
+        case "fence":
+            return lambda state, mask: None
+        case "commit_group":
+
+            def commit(state: State, mask: Array | None) -> None:
+                state.products.committed[state.chosen(mask)] += 1
+
+            return commit
+        case "wait_group":
+            (pending,) = instruction.operands
+            assert isinstance(pending, Immediate)
+
+            def wait(state: State, mask: Array | None) -> None:
+                waiting = np.ones(len(state.lanes), bool) if mask is None else mask
+                state.products.wait(waiting, pending.value)
+
+            return wait
+        case "mma_async":
+            return _group_product(instruction, launch)
+    raise Unsupported(f"the machine does not know {instruction.opcode}")
+
+
+def _group_product(instruction: Instruction, launch: Launch) -> Step:
+    shape = next(word for word in instruction.words if word.startswith("m64"))
+    columns, depth = map(int, shape.removeprefix("m64n").split("k"))
+    to, kind, _ = instruction.words[-3:]
+    result, first, second, keeps, *flags = instruction.operands
+    element = 2 if kind in ("bf16", "f16") else 1
+    is_register = isinstance(first, Vector)
+    scales, transposed = flags[:2], [flag.value == 1 for flag in flags[2:]]  # type: ignore[union-attr]
+    if any(scale != Immediate(1) for scale in scales) or kind not in ("bf16", "f16", "s8", "e4m3"):
+        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    a_transposed = bool(transposed) and not is_register and transposed[0]
+    b_transposed = bool(transposed) and transposed[-1]
+    registers: tuple[Register, ...] = result.parts  # type: ignore[union-attr, assignment]
+    keep = reader(keeps, "pred", launch)
+    a_descriptor = None if is_register else reader(first, "b64", launch)
+    b_descriptor = reader(second, "b64", launch)
+    size, dtype = tensor_cores.WARPGROUP, DTYPES[to]
+
+    def operand(state: State, descriptors: Array, groups: Array, rows: int, is_transposed: bool) -> tuple[Array, Array]:
+        values, used = [], []
+        for group, descriptor in zip(groups, descriptors, strict=True):
+            places = tensor_cores.operand_places(
+                int(descriptor), rows, depth * element, element, transposed=is_transposed
+            )
+            read, granules = state.shared.read_operand(
+                places, element, group * size // launch.kernel.threads, state.report(instruction, np.array([group * size]))
+            )
+            values.append(tensor_cores.elements(read, kind).reshape(rows, -1))
+            used.append(granules)
+        return np.stack(values), np.unique(np.concatenate(used))
+
+    def step(state: State, mask: Array | None) -> None:
+        warps = state.whole_warps(instruction, mask)
+        groups = np.unique(warps // 4)
+        if len(groups) * 4 != len(warps):
+            raise Unsupported(f"part of a warpgroup runs {instruction.text}")
+        lanes = (groups[:, None] * size + np.arange(size)).reshape(-1)
+        starts = groups * size
+        b_CK, used = operand(state, b_descriptor(state)[starts], groups, columns, b_transposed)
+        if a_descriptor is None:
+            words = _words(state, first.parts, lanes).reshape(-1, WARP, 4)  # type: ignore[union-attr]
+            a_RK = tensor_cores.a_fragment(words, kind).reshape(len(groups), 64, -1)
+        else:
+            a_RK, also = operand(state, a_descriptor(state)[starts], groups, 64, a_transposed)
+            used = np.union1d(used, also)
+        held = np.stack([state.flying.get(each.index, state.registers[each.index])[lanes] for each in registers], 1)
+        c_RC = tensor_cores.group_c_matrix(held.view(dtype).reshape(len(groups), size, -1))
+        kept = keep(state)[starts][:, None, None]
+        c_RC = np.where(kept, c_RC, c_RC.dtype.type(0))
+        found = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums)
+        words = tensor_cores.group_c_registers(found).reshape(len(lanes), -1)
+        _begin_product(state, registers, lanes, np.ascontiguousarray(words).view(np.uint32), used)
+
+    return step
+
+
+def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, words: Array, used: Array) -> None:
+    """Keep the result of a product until it is waited for."""
+    state.shared.hold(used, 1)
+    for index, register in enumerate(registers):
+        value = state.flying.get(register.index, state.registers[register.index]).copy()
+        value[lanes] = words[:, index]
+        state.flying[register.index] = value
+    left = [len(lanes)]
+
+    def end(done: Array) -> None:
+        left[0] -= int(done.sum())
+        if left[0]:
+            return  # the rest of the warpgroup has not waited yet
+        state.shared.hold(used, -1)
+        for register in registers:
+            if register.index in state.flying:
+                state.registers[register.index] = state.flying.pop(register.index)
+
+    state.products.begin(lanes, end)

@@ -1,0 +1,359 @@
+"""Running a kernel block by block: registers as arrays over all threads, branches, barriers, and everything that takes
+its time.
+
+Threads have places of their own in the program. The machine runs those that are at the lowest place, as far as the next
+branch, barrier or target of a branch, so that threads that have parted meet again. Several blocks may run side by side,
+as if they had more threads; each has its own shared memory and barriers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
+from tools.ptx.faults import Fault, Unsupported
+from tools.ptx.memory import GlobalMemory, Report, SharedMemory
+from tools.ptx.numbers import Approximation
+from tools.ptx.syntax import DYNAMIC, Address, Immediate, Instruction, Kernel, Operand, Register, Special, Symbol, Vector
+from tools.ptx.tensor_cores import Sums
+
+Array = NDArray[Any]
+Step = Callable[["State", Array | None], None]
+UNSIGNED: dict[int, Any] = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+WARP = 32
+FINISHED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Choices that the documents leave open: approximate instructions, and the sums of fp8 products."""
+
+    approximation: Approximation = Approximation.NEAREST
+    sums: Sums = Sums.FULL
+
+
+@dataclass
+class Queue:
+    """What threads have begun and not waited for: copies or products, in groups that are committed.
+
+    Attributes:
+        committed: How many groups each thread has committed.
+        entries: Each with the threads that take part, their group, and what ends it for some of them.
+    """
+
+    committed: Array
+    entries: list[tuple[Array, Array, Callable[[Array], None]]] = field(default_factory=list)
+
+    def begin(self, lanes: Array, end: Callable[[Array], None]) -> None:
+        """Add what these threads have begun; `end` is called with a mask of those that have waited for it."""
+        self.entries.append((lanes, self.committed[lanes].copy(), end))
+
+    def wait(self, waiting: Array, pending: int) -> None:
+        """End what threads have waited for: all groups but the last `pending`.
+
+        Args:
+            waiting: A mask of all threads.
+        """
+        left = []
+        for lanes, group, end in self.entries:
+            done = waiting[lanes] & (group < self.committed[lanes] - pending)
+            if done.any():
+                end(done)
+            if not done.all():
+                left.append((lanes[~done], group[~done], _only(end, ~done)))
+        self.entries = left
+
+
+def _only(end: Callable[[Array], None], some: Array) -> Callable[[Array], None]:
+    """The end of an entry for the threads that are left in it."""
+
+    def ends(done: Array) -> None:
+        spread = np.zeros(len(some), bool)
+        spread[np.flatnonzero(some)] = done
+        end(spread)
+
+    return ends
+
+
+class State:
+    """Blocks that run side by side.
+
+    Attributes:
+        registers: An unsigned array over all threads for each register.
+        lanes: The numbers of all threads, those of the first block first.
+        threads: The number of each thread within its block.
+        numbers: The number of each thread's block in the grid, from 1.
+        flying: Registers that a product in flight will write.
+    """
+
+    def __init__(self, launch: "Launch", blocks: Sequence[tuple[int, int, int]], first: int) -> None:
+        kernel, self.launch, self.blocks = launch.kernel, launch, blocks
+        count = len(blocks) * kernel.threads
+        self.lanes = np.arange(count)
+        self.threads = self.lanes % kernel.threads
+        self.numbers = (self.lanes // kernel.threads + first + 1).astype(np.int32)
+        zeros = {size: np.zeros(count, dtype) for size, dtype in UNSIGNED.items()}
+        self.registers = [zeros[4]] * kernel.registers
+        for instruction in kernel.instructions:
+            for register in launch.written[instruction.place]:
+                self.registers[register.index] = zeros[register.size]
+        self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.shared_granule)
+        self.places = np.zeros(count, np.int64)
+        self.waiting = np.full(count, -1)
+        self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
+        self.flying: dict[int, Array] = {}
+        self.special = {
+            "%tid.x": self.threads.astype(np.uint32),
+            **{f"%ctaid.{axis}": self._block_index(i) for i, axis in enumerate("xyz")},
+            **{f"%nctaid.{axis}": np.full(count, launch.grid[i], np.uint32) for i, axis in enumerate("xyz")},
+        }
+
+    def _block_index(self, axis: int) -> Array:
+        each = np.array([block[axis] for block in self.blocks], np.uint32)
+        return np.repeat(each, self.launch.kernel.threads)
+
+    def put(self, register: Register, value: Array, mask: Array | None) -> None:
+        """Write a register, where the mask says."""
+        value = np.broadcast_to(value, self.lanes.shape)
+        old = self.registers[register.index]
+        self.registers[register.index] = value if mask is None else np.where(mask, value, old)
+
+    def chosen(self, mask: Array | None) -> Array:
+        """The numbers of the threads in a mask."""
+        return self.lanes if mask is None else np.flatnonzero(mask)
+
+    def report(self, instruction: Instruction, lanes: Array) -> Report:
+        """What reports a fault of some of these threads."""
+
+        def report(kind: str, some: Array, addresses: Array | None) -> None:
+            index = int(np.argmax(some))
+            lane = int(lanes[index])
+            raise Fault(
+                kind,
+                self.launch.kernel.name,
+                instruction.place,
+                instruction.text,
+                self.blocks[lane // self.launch.kernel.threads],
+                int(self.threads[lane]),
+                None if addresses is None else int(addresses[index]),
+            )
+
+        return report
+
+    def whole_warps(self, instruction: Instruction, mask: Array | None) -> Array:
+        """The numbers of the warps that run an instruction, which all threads of a warp must run together."""
+        if mask is None:
+            return np.arange(len(self.lanes) // WARP)
+        per_warp = mask.reshape(-1, WARP)
+        warps = per_warp.any(1)
+        missing = (warps[:, None] & ~per_warp).reshape(-1)
+        if missing.any():
+            self.report(instruction, self.lanes)("does not take part in an instruction of its whole warp", missing, None)
+        return np.flatnonzero(warps)
+
+
+class Launch:
+    """A kernel with its grid and parameters.
+
+    Args:
+        parameters: The bytes of each parameter.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        parameters: Sequence[bytes],
+        shared_bytes: int,
+        memory: GlobalMemory,
+        modes: Modes = Modes(),  # noqa: B008
+    ) -> None:
+        from tools.ptx.instructions import build  # which needs the types above
+
+        self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
+        self.parameters = {each.name: value for each, value in zip(kernel.parameters, parameters, strict=True)}
+        self.shared_granule = granule(kernel, "shared")
+        self.written = [
+            [part for operand in each.operands for part in (operand.parts if isinstance(operand, Vector) else [operand])
+             if isinstance(part, Register)]
+            for each in kernel.instructions
+        ]  # fmt: skip
+        self.targets = {
+            kernel.labels[operand.name]
+            for each in kernel.instructions
+            for operand in each.operands
+            if each.words[0] == "bra" and isinstance(operand, Symbol)
+        }
+        self.steps: list[Step] = [build(each, self) for each in kernel.instructions]
+
+    def run(self, side_by_side: int = 1) -> None:
+        """Run all blocks.
+
+        Args:
+            side_by_side: How many blocks run at the same time.
+
+        Raises:
+            Fault: A thread did what none may do.
+        """
+        self.memory.begin(granule(self.kernel, "global"))
+        x, y, z = self.grid
+        blocks = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+        with np.errstate(all="ignore"):
+            for first in range(0, len(blocks), side_by_side):
+                self._run(State(self, blocks[first : first + side_by_side], first))
+
+    def _run(self, state: State) -> None:
+        while True:
+            ready = (state.waiting < 0) & (state.places < FINISHED)
+            if not ready.any():
+                if not (state.waiting >= 0).any():
+                    break
+                self._release(state)
+                continue
+            place = int(state.places[ready].min())
+            mask = ready & (state.places == place)
+            self._run_from(state, place, None if mask.all() else mask)
+            if (state.waiting >= 0).any():
+                self._release(state, only_whole=True)
+        self._finish(state)
+
+    def _run_from(self, state: State, place: int, mask: Array | None) -> None:
+        """Run the threads in a mask to the next place where they may part or meet others."""
+        instructions = self.kernel.instructions
+        while True:
+            instruction = instructions[place]
+            running, guard = mask, instruction.guard
+            if guard is not None:
+                taken = state.registers[guard[0].index] ^ guard[1]
+                running = taken if mask is None else taken & mask
+                if running.all():
+                    running = None
+            ends = instruction.words[0] in ("bra", "ret", "bar")
+            if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
+                self._check_flying(state, instruction, running)
+            if running is None or running.any():
+                if ends:
+                    everyone = np.ones(len(state.lanes), bool) if mask is None else mask
+                    state.places[everyone] = place + 1
+                self.steps[place](state, running)
+            elif ends:
+                state.places[np.ones(len(state.lanes), bool) if mask is None else mask] = place + 1
+            place += 1
+            if ends:
+                return
+            if place in self.targets or place == len(instructions):
+                state.places[np.ones(len(state.lanes), bool) if mask is None else mask] = place
+                return
+
+    def _check_flying(self, state: State, instruction: Instruction, running: Array | None) -> None:
+        if instruction.words[0] != "wgmma":
+            lanes = state.chosen(running)
+            if len(lanes):
+                everyone = np.ones(len(lanes), bool)
+                state.report(instruction, lanes)("uses the result of a product before waiting for it", everyone, None)
+
+    def _release(self, state: State, *, only_whole: bool = False) -> None:
+        """Let blocks go on of which all threads have reached a barrier."""
+        waiting = state.waiting.reshape(len(state.blocks), -1)
+        whole = (waiting >= 0).all(1) & (waiting == waiting[:, :1]).all(1)
+        if whole.any():
+            waiting[whole] = -1
+            state.shared.barriers[whole] += 1
+        elif not only_whole:
+            stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & (waiting >= 0).any(1)[:, None]
+            lanes = stuck if stuck.any() else waiting != waiting[:, :1]
+            last = self.kernel.instructions[int(state.waiting.max())]
+            state.report(last, state.lanes)("does not reach the barrier of its block", lanes.reshape(-1), None)
+
+    def _finish(self, state: State) -> None:
+        for queue in (state.copies, state.products):
+            queue.wait(np.ones(len(state.lanes), bool), -(1 << 30))
+
+
+def granule(kernel: Kernel, space: str) -> int:
+    """The smallest number of bytes that a kernel accesses at a time, at most 4."""
+    sizes = [4]
+    for each in kernel.instructions:
+        if each.words[0] in ("ld", "st") and each.words[1] == space:
+            sizes.append(size_of(each.words[-1]))
+    return min(sizes)
+
+
+def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Array]:
+    """A function that gives the elements of an operand.
+
+    Raises:
+        Unsupported: The operand has another size.
+    """
+    dtype, size = np.dtype(DTYPES[kind]), size_of(kind)
+    match operand:
+        case Register(index, found):
+            if found == size:
+                return lambda state: state.registers[index].view(dtype)
+            if found > size and size == dtype.itemsize:
+                whole = UNSIGNED.get(size, np.uint8)
+                return lambda state: state.registers[index].astype(whole).view(dtype)
+        case Immediate(value):
+            bits = value & ((1 << 8 * size) - 1)
+            if dtype == np.bool_:
+                return lambda state: np.full(state.lanes.shape, bool(value))
+            constant = np.frombuffer(bits.to_bytes(size, "little"), dtype)
+            if len(constant) == 1:
+                scalar = constant[0]
+                return lambda state: np.full(state.lanes.shape, scalar)
+            return lambda state: np.tile(constant, len(state.lanes))
+        case Special(name):
+            return lambda state: state.special[name].view(dtype)
+        case Symbol(name) if name == DYNAMIC:
+            return lambda state: np.zeros(state.lanes.shape, dtype)
+    raise Unsupported(f"the machine does not know {operand} as {kind}")
+
+
+def writer(operand: Operand, kind: str) -> Callable[[State, Array, Array | None], None]:
+    """A function that writes elements into a register, which may be larger than they are.
+
+    Raises:
+        Unsupported: The operand is no such register.
+    """
+    if not isinstance(operand, Register) or operand.size < size_of(kind):
+        raise Unsupported(f"the machine cannot write {kind} to {operand}")
+    unsigned, dtype = UNSIGNED[operand.size], np.dtype(DTYPES[kind])
+    wide = operand.size > size_of(kind)
+    extended = np.dtype(f"{'i' if dtype.kind == 'i' else 'u'}{operand.size}") if operand.size > 1 else np.dtype(bool)
+
+    def write(state: State, value: Array, mask: Array | None) -> None:
+        value = np.ascontiguousarray(value, dtype)
+        state.put(operand, (value.astype(extended) if wide else value).view(unsigned), mask)
+
+    return write
+
+
+def on_registers(instruction: Instruction, operation: Operation, launch: Launch) -> Step:
+    """The step of an instruction that reads and writes registers only."""
+    result, *sources = instruction.operands
+    read = [reader(operand, kind, launch) for operand, kind in zip(sources, operation.sources, strict=True)]
+    write, apply = writer(result, operation.result), operation.apply
+
+    def step(state: State, mask: Array | None) -> None:
+        write(state, apply(*[each(state) for each in read]), mask)
+
+    return step
+
+
+def address_reader(operand: Operand, launch: Launch) -> Callable[[State], Array]:
+    """A function that gives the addresses of an operand in brackets."""
+    if not isinstance(operand, Address):
+        raise Unsupported(f"{operand} is no address")
+    kind = "b64" if isinstance(operand.base, Register) and operand.base.size == 8 else "b32"
+    base = reader(operand.base, kind, launch)
+    offset = np.array(operand.offset).astype(np.int64).astype(np.uint64)
+    if kind == "b32":
+        return lambda state: (base(state).astype(np.int64) + operand.offset).astype(np.uint64)
+    return lambda state: base(state) + offset
+
+
+def operation_of(instruction: Instruction, modes: Modes) -> Operation:
+    return compute(instruction.words, len(instruction.operands) - 1, modes.approximation)

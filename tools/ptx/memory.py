@@ -1,0 +1,328 @@
+"""Global and shared memory that notice what a GPU would let pass: accesses outside of tensors, misaligned ones, reads of
+what was never written, and races.
+
+Every access is an array of addresses, one for each thread that takes part, and a size in bytes. Masks and stamps are
+kept per granule, the smallest number of bytes that a kernel accesses at a time.
+"""
+
+import bisect
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+Integers = NDArray[Any]
+Report = Callable[[str, Integers, Integers | None], None]
+"""Called with what a thread did, a mask of the threads that did it, and the addresses."""
+
+MANY = -1
+"""Stands for several readers."""
+BYTES_OF = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
+PADDING = 16
+
+
+def padded(size: int) -> int:
+    return -(-size // PADDING) * PADDING
+
+
+@dataclass
+class Region:
+    """The memory of one tensor, or of several that share it.
+
+    Attributes:
+        start: The address of its first byte.
+        data: Its bytes.
+        inside: 1 for each byte that belongs to an element of a tensor.
+        written: 1 for each byte that has a value.
+        writer, reader: For each granule the number of the block that wrote or read it in this launch, from 1.
+    """
+
+    name: str
+    start: int
+    data: Bytes
+    inside: Bytes
+    written: Bytes
+    writer: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
+    reader: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.data)
+
+    @classmethod
+    def at(cls, name: str, start: int, size: int) -> "Region":
+        """The bytes at an address of this process, none of which belongs to a tensor yet, and none of which is written."""
+        data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
+        return cls(name, start, data, np.zeros(padded(size), np.uint8), np.zeros(padded(size), np.uint8))
+
+
+def gathered(mask: Bytes, offsets: Integers, size: int) -> Integers:
+    """Whether all bytes of each access are 1 in a mask."""
+    if size == 16:
+        pairs = mask.view(np.uint64).reshape(-1, 2)[offsets // 16]
+        return (pairs == 0x0101010101010101).all(1)
+    whole = int.from_bytes(b"\1" * size, "little")
+    return mask.view(BYTES_OF[size])[offsets // size] == whole
+
+
+class GlobalMemory:
+    """The tensors that a launch may use, at their addresses in this process."""
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+        self.starts: list[int] = []
+        self.granule = 4
+
+    def add(self, region: Region) -> Region:
+        """Add memory, in place of what has been there before."""
+        kept = [each for each in self.regions if each.end <= region.start or region.end <= each.start]
+        self.regions = sorted([*kept, region], key=lambda each: each.start)
+        self.starts = [each.start for each in self.regions]
+        return region
+
+    def find(self, address: int) -> Region | None:
+        """The region with an address."""
+        index = bisect.bisect_right(self.starts, address) - 1
+        return self.regions[index] if index >= 0 and address < self.regions[index].end else None
+
+    def begin(self, granule: int) -> None:
+        """Forget the readers and writers of the last launch."""
+        self.granule = granule
+        for region in self.regions:
+            count = padded(len(region.data)) // granule
+            region.writer, region.reader = np.zeros(count, np.int32), np.zeros(count, np.int32)
+
+    def load(self, addresses: Integers, size: int, blocks: Integers, report: Report) -> Bytes:
+        """Read `size` bytes for each thread.
+
+        Args:
+            blocks: The number of each thread's block, from 1.
+        """
+        result = np.zeros((len(addresses), size), np.uint8)
+        for region, chosen, offsets in self._regions(addresses, size, report):
+            unwritten = ~gathered(region.written, offsets, size)
+            if unwritten.any():
+                report("reads memory that was never written", _spread(chosen, unwritten), addresses)
+            mine = blocks[chosen]
+            granules = self._granules(offsets, size)
+            writers = region.writer[granules]
+            foreign = ((writers != 0) & (writers != mine[:, None])).any(1)
+            if foreign.any():
+                report("reads what another block of this launch writes", _spread(chosen, foreign), addresses)
+            readers = region.reader[granules]
+            shared = (readers != 0) & (readers != mine[:, None])
+            region.reader[granules] = np.where(shared, MANY, mine[:, None])
+            result[chosen] = _take(region.data, offsets, size)
+        return result
+
+    def store(self, addresses: Integers, values: Bytes, blocks: Integers, report: Report) -> None:
+        """Write bytes [threads, size]."""
+        size = values.shape[1]
+        for region, chosen, offsets in self._regions(addresses, size, report):
+            mine = blocks[chosen][:, None]
+            granules = self._granules(offsets, size)
+            writers, readers = region.writer[granules], region.reader[granules]
+            foreign = ((writers != 0) & (writers != mine)).any(1)
+            if foreign.any():
+                report("writes what another block of this launch writes", _spread(chosen, foreign), addresses)
+            foreign = ((readers != 0) & (readers != mine)).any(1)
+            if foreign.any():
+                report("writes what another block of this launch reads", _spread(chosen, foreign), addresses)
+            region.writer[granules] = mine
+            foreign = (region.writer[granules] != mine).any(1)
+            if foreign.any():
+                report("writes what another block of this launch writes", _spread(chosen, foreign), addresses)
+            place = offsets[:, None] + np.arange(size)
+            region.data[place] = values[chosen]
+            region.written[place] = 1
+            differs = (region.data[place] != values[chosen]).any(1)
+            if differs.any():
+                report("writes another value than another thread at the same time", _spread(chosen, differs), addresses)
+
+    def _granules(self, offsets: Integers, size: int) -> Integers:
+        count = max(1, size // self.granule)
+        return (offsets // self.granule)[:, None] + np.arange(count)
+
+    def _regions(
+        self, addresses: Integers, size: int, report: Report
+    ) -> Sequence[tuple[Region, Integers, Integers]]:
+        """The regions that are accessed, each with a mask of the threads and their offsets in it."""
+        misaligned = addresses % np.uint64(size) != 0
+        if misaligned.any():
+            report(f"accesses {size} bytes at an address that is no multiple of {size}", misaligned, addresses)
+        found, left = [], np.ones(len(addresses), bool)
+        while left.any():
+            first = int(addresses[np.argmax(left)])
+            region = self.find(first)
+            if region is None:
+                report("accesses memory outside of every tensor", left & (addresses == first), addresses)
+                break
+            chosen = left & (addresses >= region.start) & (addresses < region.end)
+            offsets = (addresses[chosen] - np.uint64(region.start)).astype(np.int64)
+            outside = (offsets + size > len(region.data)) | ~gathered(region.inside, offsets, size)
+            if outside.any():
+                report("accesses memory outside of every tensor", _spread(chosen, outside), addresses)
+            found.append((region, chosen, offsets))
+            left &= ~chosen
+        return found
+
+
+def _take(data: Bytes, offsets: Integers, size: int) -> Bytes:
+    whole = data[: len(data) // size * size]
+    return whole.view(BYTES_OF[size])[offsets // size].view(np.uint8).reshape(-1, size)
+
+
+def _spread(chosen: Integers, some: Integers) -> Integers:
+    """A mask over all threads from one over the chosen ones."""
+    result = np.zeros(len(chosen), bool)
+    result[chosen] = some
+    return result
+
+
+class SharedMemory:
+    """The shared memory of several blocks that run at the same time.
+
+    A stamp is the number of a thread, from 1, and the number of barriers that its block has passed. Two threads that
+    access a granule with no barrier in between race, unless both read.
+
+    Args:
+        size: Bytes of each block.
+    """
+
+    def __init__(self, size: int, blocks: int, threads: int, granule: int) -> None:
+        self.size, self.threads, self.granule = size, threads, granule
+        self.stride = padded(size)
+        self.data = np.zeros(blocks * self.stride, np.uint8)
+        self.written = np.zeros(blocks * self.stride, np.uint8)
+        count = len(self.data) // granule
+        self.writer, self.reader = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.in_flight = np.zeros(count, np.int32)
+        """The thread, from 1, whose asynchronous copy will write the granule."""
+        self.held = np.zeros(count, np.int32)
+        """How many asynchronous products are reading the granule."""
+        self.unfenced = np.zeros(count, np.uint8)
+        """Whether the granule was written since the last fence between ordinary and asynchronous accesses."""
+        self.barriers = np.zeros(blocks, np.int64)
+
+    def stamps(self, lanes: Integers) -> Integers:
+        """The stamps of threads, given by block * threads + thread."""
+        block, thread = np.divmod(lanes, self.threads)
+        return (self.barriers[block] + 1) * 4096 + thread + 1
+
+    def places(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Integers:
+        """The places of accesses in the data of all blocks."""
+        offsets = addresses.astype(np.int64)
+        misaligned = offsets % size != 0
+        if misaligned.any():
+            report(f"accesses {size} bytes of shared memory at no multiple of {size}", misaligned, addresses)
+        outside = offsets + size > self.size
+        if outside.any():
+            report("accesses memory beyond its block's shared memory", outside, addresses)
+        return offsets + lanes // self.threads * self.stride
+
+    def granules(self, places: Integers, size: int) -> Integers:
+        return (places // self.granule)[:, None] + np.arange(max(1, size // self.granule))
+
+    def load(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Bytes:
+        """Read `size` bytes for each thread."""
+        places = self.places(addresses, size, lanes, report)
+        unwritten = ~gathered(self.written, places, size)
+        granules = self.granules(places, size)
+        self._check_in_flight(granules, addresses, report)
+        if unwritten.any():
+            report("reads shared memory that was never written", unwritten, addresses)
+        stamps = self.stamps(lanes)[:, None]
+        self._check(self.writer[granules], stamps, "reads shared memory that another thread writes", addresses, report)
+        readers = self.reader[granules]
+        others = (readers // 4096 == stamps // 4096) & (readers != stamps)
+        self.reader[granules] = np.where(others, stamps // 4096 * 4096, stamps)
+        return _take(self.data, places, size)
+
+    def store(self, addresses: Integers, values: Bytes, lanes: Integers, report: Report) -> None:
+        """Write bytes [threads, size]."""
+        size = values.shape[1]
+        places = self.places(addresses, size, lanes, report)
+        granules = self.granules(places, size)
+        self._check_in_flight(granules, addresses, report)
+        self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
+        self.put(places, values, lanes, addresses, report)
+
+    def put(self, places: Integers, values: Bytes, lanes: Integers, addresses: Integers, report: Report) -> None:
+        """Write bytes at places that were checked."""
+        size = values.shape[1]
+        granules = self.granules(places, size)
+        self.writer[granules] = self.stamps(lanes)[:, None]
+        self.unfenced[granules] = 1
+        where = places[:, None] + np.arange(size)
+        self.data[where] = values
+        self.written[where] = 1
+        differs = (self.data[where] != values).any(1)
+        if differs.any():
+            report("writes another value to shared memory than another thread at the same time", differs, addresses)
+
+    def begin_copy(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Integers:
+        """Check the target of an asynchronous copy, and mark it; the places are returned."""
+        places = self.places(addresses, size, lanes, report)
+        granules = self.granules(places, size)
+        self._check_in_flight(granules, addresses, report)
+        self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
+        self.in_flight[granules] = lanes[:, None] % self.threads + 1
+        return places
+
+    def end_copy(self, places: Integers, values: Bytes, lanes: Integers, report: Report) -> None:
+        """Write the bytes of an asynchronous copy."""
+        self.in_flight[self.granules(places, values.shape[1])] = 0
+        self.put(places, values, lanes, places, report)
+
+    def _check_in_flight(self, granules: Integers, addresses: Integers, report: Report) -> None:
+        if self.in_flight.any():
+            early = (self.in_flight[granules] != 0).any(1)
+            if early.any():
+                report("uses shared memory before it has waited for the copy into it", early, addresses)
+
+    def _check_writable(self, granules: Integers, stamps: Integers, addresses: Integers, report: Report) -> None:
+        held = (self.held[granules] != 0).any(1)
+        if held.any():
+            report("overwrites an operand of a product in flight", held, addresses)
+        self._check(self.writer[granules], stamps, "writes shared memory that another thread writes", addresses, report)
+        self._check(self.reader[granules], stamps, "writes shared memory that another thread reads", addresses, report)
+
+    def _check(self, there: Integers, stamps: Integers, what: str, addresses: Integers, report: Report) -> None:
+        races = ((there // 4096 == stamps // 4096) & (there != stamps)).any(1)
+        if races.any():
+            report(f"{what}, with no barrier in between", races, addresses)
+
+    def read_operand(self, places: Integers, size: int, block: int, report: Report) -> tuple[Bytes, Integers]:
+        """The bytes of an asynchronous product's operand [rows, K * size], and the granules in which they lie."""
+        flat = (places.reshape(-1) + block * self.stride).astype(np.int64)
+        first = np.zeros(1, bool)
+        first[0] = True
+        if (flat >= block * self.stride + self.size).any():
+            report("gives a product an operand beyond its block's shared memory", first, None)
+        granules = np.unique(flat // self.granule)
+        where = flat[:, None] + np.arange(size)
+        if self.in_flight[granules].any():
+            report("gives a product an operand that is still being copied", first, None)
+        if not self.written[where].all():
+            report("gives a product an operand that was never written", first, None)
+        if self.unfenced[granules].any():
+            report("gives a product an operand without a fence after it was written", first, None)
+        newest = self.writer[granules] // 4096 == self.barriers[block] + 1
+        if newest.any():
+            report("gives a product an operand with no barrier after it was written", first, None)
+        return np.ascontiguousarray(self.data[where].reshape(places.shape[0], -1)), granules
+
+    def hold(self, granules: Integers, change: int) -> None:
+        """Note that an asynchronous product begins or ends to read granules, which are given once each."""
+        self.held[granules] += change
+        if change < 0:
+            block = granules * self.granule // self.stride
+            self.reader[granules] = (self.barriers[block] + 1) * 4096
+
+    def fence(self) -> None:
+        """Make what was written visible to asynchronous products."""
+        self.unfenced[:] = 0

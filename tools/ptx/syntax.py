@@ -1,0 +1,228 @@
+"""Reading PTX: one kernel as a list of instructions with operands that are taken apart."""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tools.ptx.faults import Unsupported
+
+SIZES = {"pred": 1, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
+"""Bytes of a register or a parameter."""
+DYNAMIC = "global_smem"
+"""The name that Triton gives to shared memory."""
+
+
+@dataclass(frozen=True)
+class Register:
+    """A register by its place in the table of all registers of a kernel, and its bytes; a predicate has 1."""
+
+    index: int
+    size: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Immediate:
+    """A constant: an integer, or the bits of a float32."""
+
+    value: int
+    is_float: bool = False
+
+
+@dataclass(frozen=True)
+class Special:
+    """A register that the hardware sets, such as ``%tid.x``."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A variable, a parameter or a label."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place in memory: a register, a parameter or a variable, plus a number of bytes."""
+
+    base: Register | Symbol
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Several operands in braces."""
+
+    parts: tuple["Operand", ...]
+
+
+Operand = Register | Immediate | Special | Symbol | Address | Vector
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        words: The opcode and its modifiers.
+        guard: The predicate under which it runs, and whether it runs where that is false.
+        text: Its text, for messages.
+    """
+
+    place: int
+    words: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    guard: tuple[Register, bool] | None
+    text: str
+
+    @property
+    def opcode(self) -> str:
+        return ".".join(self.words)
+
+    @property
+    def registers(self) -> frozenset[int]:
+        """Every register that it reads or writes."""
+        return frozenset(register.index for register in registers_in(self.operands))
+
+
+def registers_in(operands: tuple[Operand, ...]) -> Iterator[Register]:
+    """The registers in operands, also inside of addresses and vectors."""
+    for operand in operands:
+        match operand:
+            case Register():
+                yield operand
+            case Address(Register() as base):
+                yield base
+            case Vector(parts):
+                yield from registers_in(parts)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel; `kind` is its type in PTX."""
+
+    name: str
+    kind: str
+
+    @property
+    def size(self) -> int:
+        return SIZES.get(self.kind, int(self.kind[1:]) // 8)
+
+
+@dataclass
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        registers: How many registers it has.
+        labels: The place of the instruction that follows each label.
+        sm: The architecture that it is for.
+        threads: Threads of a block.
+    """
+
+    name: str
+    sm: int
+    threads: int
+    parameters: tuple[Parameter, ...]
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: int = 0
+
+
+def read_kernel(text: str) -> Kernel:
+    """Read the only kernel of a PTX file.
+
+    Raises:
+        Unsupported: The file is not such as Triton writes.
+    """
+    lines = [line.split("//")[0].strip() for line in text.splitlines()]
+    source = "\n".join(line for line in lines if line)
+    target = re.search(r"^\.target sm_(\d+)", source, re.MULTILINE)
+    entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", source, re.DOTALL)
+    threads = re.search(r"\.reqntid (\d+)", source)
+    if target is None or entry is None or threads is None:
+        raise Unsupported("the file has no kernel with a fixed number of threads")
+    declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", entry[2].replace("\n", " "))
+    parameters = tuple(Parameter(name, kind) for kind, name in declared)
+    kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
+    body = source[source.index("{", threads.end()) + 1 : source.index("\n}", threads.end())]
+    return _Reader(kernel).read(body)
+
+
+STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>$")
+
+
+class _Reader:
+    """Reads the body of a kernel."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.names: dict[str, Register] = {}
+
+    def read(self, body: str) -> Kernel:
+        for statement in self._statements(body):
+            if statement.endswith(":"):
+                self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
+            elif found := REGISTERS.match(statement):
+                self._declare(*found.groups())
+            elif not statement.startswith("."):
+                self.kernel.instructions.append(self._instruction(statement))
+        return self.kernel
+
+    def _statements(self, body: str) -> Iterator[str]:
+        for line in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
+            *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", line.strip())
+            yield from (label for label in labels if label.strip())
+            bare = " ".join(statement.split()).lstrip("{} ")  # braces around inline assembly
+            if bare:
+                yield bare
+
+    def _declare(self, kind: str, prefix: str, count: str) -> None:
+        for number in range(int(count)):
+            name = f"{prefix}{number}"
+            self.names[name] = Register(len(self.names), SIZES[kind], name)
+        self.kernel.registers = len(self.names)
+
+    def _instruction(self, statement: str) -> Instruction:
+        found = STATEMENT.fullmatch(statement)
+        if found is None:
+            raise Unsupported(f"cannot read the statement {statement!r}")
+        negated, guard, opcode, rest = found.groups()
+        return Instruction(
+            len(self.kernel.instructions),
+            tuple(opcode.replace("::", "_").split(".")),
+            tuple(self._operand(each) for each in split(rest)),
+            (self.names[guard], bool(negated)) if guard else None,
+            statement,
+        )
+
+    def _operand(self, text: str) -> Operand:
+        if text.startswith("{"):
+            return Vector(tuple(self._operand(each) for each in split(text[1:-1])))
+        if text.startswith("["):
+            base, sign, offset = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text).groups()  # type: ignore[union-attr]
+            place = self.names.get(base) or Symbol(base)
+            return Address(place, int(f"{sign or '+'}{offset or 0}".replace("+-", "-")))
+        if text in self.names:
+            return self.names[text]
+        if text.startswith("%"):
+            return Special(text)
+        if text.startswith("0f"):
+            return Immediate(int(text[2:], 16), is_float=True)
+        if re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text):
+            return Immediate(int(text.rstrip("U"), 0))
+        return Symbol(text)
+
+
+def split(text: str) -> list[str]:
+    """The operands of an instruction."""
+    return [each.strip() for each in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{\[]+", text) if each.strip()]
+
+
+def float_bits(value: float) -> int:
+    """The bits of a number as float32."""
+    return int.from_bytes(struct.pack("<f", value), "little")
