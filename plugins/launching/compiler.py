@@ -140,6 +140,7 @@ def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> C
         mma=tuple(made.mma),
         source_hash=origin.source_hash,
         triton=origin.triton,
+        warnings=tuple(made.warnings),
     )
 
 

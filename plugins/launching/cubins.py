@@ -53,6 +53,8 @@ class Cubin(Record, frozen=True):
     """The kinds of tensor-core instruction in the machine code."""
     source_hash: str
     triton: str
+    warnings: tuple[str, ...] = ()
+    """What the assembler says of instructions that run one after the other although they could overlap."""
 
 
 class CubinManifest(Record, frozen=True):

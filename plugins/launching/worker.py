@@ -4,11 +4,13 @@ This is a separate process because Triton decides when it is imported whether ke
 compiler that crashes takes its process with it. It does not import torch, so that it starts quickly.
 """
 
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from wanforge.plugins.launching import Constant
 
 TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
 """IMMA, HMMA and QMMA are mma.sync; IGMMA, HGMMA and QGMMA are wgmma; UTC*MMA is tcgen05. HFMA2.MMA does not match."""
+
+
+WARNING = re.compile(r"\(C75\d\d\) (?:Potential Performance Loss: )?(.*?)(?: in the function '\w+')?$", re.MULTILINE)
+"""What the assembler says of instructions that run one after the other although they could overlap."""
 
 
 class CompileRequest(msgspec.Struct, frozen=True):
@@ -45,6 +51,7 @@ class Compiled(msgspec.Struct, frozen=True, tag=True):
     registers: int
     spill_bytes: int
     mma: list[str]
+    warnings: list[str]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -77,6 +84,7 @@ def answer(request: CompileRequest) -> Compiled | Failed:
 def compile_kernel(request: CompileRequest) -> Compiled:
     """Compile one kernel for one architecture."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -92,8 +100,11 @@ def compile_kernel(request: CompileRequest) -> Compiled:
         constexprs=constants,
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name, t in parameters if is_aligned(t)},
     )
-    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=options)
+    # A product and a sum are only one rounding where the kernel says so, by tl.fma.
+    options = {"num_warps": request.num_warps, "num_stages": request.num_stages, "enable_fp_fusion": False}
+    with knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as said:
+        knobs.nvidia.dump_ptxas_log = True
+        made = triton.compile(source, target=GPUTarget("cuda", request.sm, 32), options=options)
     code, metadata = made.asm["cubin"], made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError("the kernel needs scratch memory, which the launcher does not provide")
@@ -110,6 +121,7 @@ def compile_kernel(request: CompileRequest) -> Compiled:
         spill_bytes,
         # Without mma in the PTX there is none in the machine code, and disassembling takes longer than ptxas.
         tensor_core_instructions(code) if "mma" in made.asm["ptx"] else [],
+        sorted(set(WARNING.findall(said.getvalue()))),
     )
 
 

@@ -51,10 +51,11 @@ def quantise_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x_RC.float()
     amax = x.abs().amax(1).clamp_min(AMAX_FLOOR)
-    # PyTorch divides a number by a tensor by multiplying it with the reciprocal, which rounds twice.
-    factor = torch.full_like(amax, ROW_FULL_SCALE) / amax
-    steps = torch.round(x * factor[:, None])
-    return steps.to(torch.int8), amax / ROW_FULL_SCALE
+    # PyTorch divides a number by a tensor, and on a GPU a tensor by a number, by multiplying with the reciprocal, which
+    # rounds twice.
+    full_scale = torch.full_like(amax, ROW_FULL_SCALE)
+    steps = torch.round(x * (full_scale / amax)[:, None])
+    return steps.to(torch.int8), amax / full_scale
 
 
 def dequantise(steps_RC: Tensor, scale: Tensor) -> Tensor:

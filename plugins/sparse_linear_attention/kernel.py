@@ -25,8 +25,21 @@ def to_e4m3(x):
     if INTERPRETED:
         exponent = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         unit = tl.maximum(exponent * 0.125, 0.001953125)
-        x = tl.clamp(((x / unit + 12582912.0) - 12582912.0) * unit, -448.0, 448.0)
-    return x.to(tl.float8e4nv)
+        return tl.clamp(((x / unit + 12582912.0) - 12582912.0) * unit, -448.0, 448.0).to(tl.float8e4nv)
+    # Triton's own cast goes by way of fp16 on sm_89, which rounds twice.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f",
+        [x],
+        dtype=tl.float8e4nv,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit
@@ -73,7 +86,9 @@ def statistics(
         key_sum += tl.sum(key, 0)
         feature = tl.where(inside, feature_map(key, dtype), 0.0)
         weight += tl.sum(feature, 0)
-        total = tl.dot(tl.trans(feature).to(dtype), value, total, input_precision="ieee")
+        # The limit on inexact sums means nothing to these types, but keeps Triton from joining the sum to the product. Joined
+        # in wgmma, the product would go on while the next value is copied over this one.
+        total += tl.dot(tl.trans(feature).to(dtype), value, input_precision="ieee", max_num_imprecise_acc=ROWS)
         if v_amax is not None:
             largest = tl.maximum(largest, tl.max(tl.abs(value.to(tl.float32)), 0))
         k += ROWS * k_stride
@@ -237,9 +252,11 @@ def attention(
     ARITHMETIC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ADDS_LATER: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: softmax over its selected key blocks, in ascending order with a running maximum, plus
-    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128.
+    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128. With ADDS_LATER,
+    products are summed outside of the tensor cores, as those of fp8 always are.
 
     `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`.
     """
@@ -282,16 +299,17 @@ def attention(
                 k + first * k_stride + (key[None, :] * k_stride + lane[:, None]), mask=is_key[None, :], other=0.0
             )
             values = tl.load(v + first * v_stride + (key[:, None] * v_stride + lanes), mask=is_key[:, None], other=0.0)
-            logits = tl.dot(query, keys, input_precision="ieee") * SOFTMAX_SCALE
+            logits = tl.dot(query, keys, input_precision="ieee")
+            step = SOFTMAX_SCALE
         else:
             keys = tl.load(k + first * HEAD + (key[None, :] * HEAD + lane[:, None]))
             step = SOFTMAX_SCALE * (q_step * tl.load(k_step + chosen))
-            logits = tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32) * step
+            logits = tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32)
             if ARITHMETIC == "sage_fp8":
                 values = tl.trans(tl.load(v + first + (lane[:, None] * padded + key[None, :])))
             else:
                 values = tl.load(v + first * HEAD + (key[:, None] * HEAD + lanes))
-        logits += tl.where(is_key, 0.0, -float("inf"))[None, :]
+        logits = tl.fma(logits, step, tl.where(is_key, 0.0, -float("inf"))[None, :])
 
         higher = tl.maximum(maximum, tl.max(logits, 1, keep_dims=True))
         shrink = tl.exp2(maximum - higher)
@@ -299,9 +317,15 @@ def attention(
         total = total * shrink + tl.sum(p, 1, keep_dims=True)
         # Each block is summed separately, because tensor cores accumulate fp8 products with few bits.
         if ARITHMETIC == "sage_fp8":
-            output = tl.dot(to_e4m3(p), values, output * shrink, max_num_imprecise_acc=BLOCK_K)
+            output = output * shrink + tl.dot(to_e4m3(p), values)
         else:
-            output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
+            # A limit on inexact sums means nothing to these types, but keeps Triton from joining the sum to the product.
+            if ADDS_LATER:
+                output = output * shrink + tl.dot(
+                    p.to(values.dtype), values, input_precision="ieee", max_num_imprecise_acc=BLOCK_K
+                )
+            else:
+                output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
         maximum = higher
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.

@@ -6,12 +6,16 @@ import triton.language as tl
 
 from wanforge.plugins.quantiser.kernel import TILE, quantise_tile, rounded
 
+# 2 sqrt(2 / pi) log2(e), and that times 0.044715.
+GELU_LINEAR = tl.constexpr(2.302208198144325)
+GELU_CUBIC = tl.constexpr(0.1029432395800235)
+
 
 @triton.jit
 def gelu(x):
     """GELU by its tanh approximation, written with one exponential: x * sigmoid(2u)."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x / (1.0 + tl.exp(tl.minimum(-2.0 * u, 80.0)))
+    exponent = x * tl.fma(x * x, -GELU_CUBIC, -GELU_LINEAR)
+    return x / (1.0 + tl.exp2(tl.minimum(exponent, 115.0)))
 
 
 @triton.jit
@@ -108,7 +112,7 @@ def gemm(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(K // TILE):
         product = tl.dot(tl.load(x_tile + k * TILE), tl.load(w_tile + k * TILE), out_dtype=tl.int32)
-        total += product.to(tl.float32) * (tl.load(x_scale + k) * tl.load(scale + k))
+        total = tl.fma(product.to(tl.float32), tl.load(x_scale + k) * tl.load(scale + k), total)
     finish(total, row, column, bias, residual, gate, y, y_scale, M, N, GELU)
 
 

@@ -1,7 +1,7 @@
 """What each instruction computes on the registers of all threads.
 
-`compute` gives, for an instruction, the kinds of its operands and a function of arrays. Packed kinds, such as ``bf16x2``,
-are arrays of twice as many elements.
+`compute` gives, for an instruction, the kinds of its operands and a function of arrays. Packed kinds, such as
+``bf16x2``, are arrays of twice as many elements.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx import numbers
-from tools.ptx.faults import Unsupported
+from tools.ptx.faults import UnsupportedError
 from tools.ptx.numbers import Approximation
 
 Array = NDArray[Any]
@@ -95,7 +95,7 @@ def compute(words: tuple[str, ...], count: int, mode: Approximation) -> Operatio
     """What an instruction with so many sources computes.
 
     Raises:
-        Unsupported: The machine does not know it.
+        UnsupportedError: The machine does not know it.
     """
     name, kinds = words[0], [word for word in words[1:] if word in DTYPES]
     flags = {word for word in words[1:] if word not in DTYPES}
@@ -103,7 +103,7 @@ def compute(words: tuple[str, ...], count: int, mode: Approximation) -> Operatio
     if found is not None and name in ("min", "max") and count == 3:
         found = Operation((*found.sources, found.sources[0]), found.result, _of_three(found.apply))
     if found is None or len(found.sources) != count:
-        raise Unsupported(f"the machine does not know {'.'.join(words)} with {count} sources")
+        raise UnsupportedError(f"the machine does not know {'.'.join(words)} with {count} sources")
     return found
 
 
@@ -188,27 +188,35 @@ def _floats(name: str, flags: set[str], kinds: list[str], mode: Approximation) -
             divide = numbers.divide if exact else lambda a, b: numbers.divide_full(a, b, mode)
             return Operation((kind, kind), kind, divide)
     if len(kinds) == 1 and kinds[0] in HALVES and name in EXACT and flags <= {"rn"}:
-        widen, narrow = HALVES[kinds[0]]
-        exactly = EXACT[name]
-        return Operation(
-            kinds * (3 if name == "fma" else 2), kinds[0], lambda *x: narrow(exactly(*map(widen, x)))  # type: ignore[arg-type]
-        )
+        return _halves(name, kinds[0])
     if len(kinds) == 1 and kinds[0] in HALVES and name in ("abs", "neg") and not flags:
         sign = np.uint16(0x8000)
-        return Operation(
-            (kinds[0],), kinds[0], (lambda x: x & ~sign) if name == "abs" else (lambda x: x ^ sign)
-        )
+        return Operation((kinds[0],), kinds[0], (lambda x: x & ~sign) if name == "abs" else (lambda x: x ^ sign))
     if len(kinds) == 2 and kinds[0] == "f32" and kinds[1] in HALVES and name in FLOATS and flags <= {"rn"}:
         return _mixed(name, kinds[1])
     return None
 
 
+def _halves(name: str, kind: str) -> Operation:
+    """An operation on numbers of 16 bits."""
+    widen, narrow = HALVES[kind]
+    exactly = EXACT[name]
+
+    def apply(*operands: Array) -> Array:
+        return narrow(exactly(*[widen(operand) for operand in operands]))
+
+    return Operation((kind,) * (3 if name == "fma" else 2), kind, apply)
+
+
 def _mixed(name: str, half: str) -> Operation:
     """An operation in float32 whose first operands have 16 bits."""
-    widen, count = HALVES[half][0], 2 if name == "fma" else 1
-    return Operation(
-        (*[half] * count, "f32"), "f32", lambda *x: FLOATS[name](*map(widen, x[:count]), x[count])
-    )
+    widen, single = HALVES[half][0], FLOATS[name]
+
+    def apply(*operands: Array) -> Array:
+        *short, last = operands
+        return single(*[widen(operand) for operand in short], last)
+
+    return Operation((*[half] * (2 if name == "fma" else 1), "f32"), "f32", apply)
 
 
 def _others(name: str, flags: set[str], kinds: list[str]) -> Operation | None:

@@ -1,5 +1,5 @@
-"""Running wanforge's kernels on the machine: every launch of a function of tensors on the CPU goes through the launcher,
-the stand-in driver and the PTX."""
+"""Running wanforge's kernels on the machine: every launch of a function of tensors on the CPU goes through the
+launcher, the stand-in driver and the PTX."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,7 +84,7 @@ class Bench:
             tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
             if tensor.device.type == "cpu" and tensor.numel():
                 storage = tensor.untyped_storage()
-                storage.fill_(0xFF)
+                tensor.view(torch.uint8).fill_(0xFF) if tensor.dim() else tensor.fill_(-1)
                 self.unwritten.add(storage.data_ptr())
                 stale = self.memory.find(storage.data_ptr())
                 if stale is not None:

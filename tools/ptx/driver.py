@@ -170,5 +170,3 @@ def ptx_in(folder: Path) -> Callable[[str], str]:
         return store.ptx_path(by_digest[digest]).read_text()
 
     return find
-
-

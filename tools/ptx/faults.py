@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """An instruction, or a form of one, that the machine does not know."""
 
 
 @dataclass
-class Fault(Exception):
+class FaultError(Exception):
     """A kernel did what no kernel may do.
 
     Attributes:

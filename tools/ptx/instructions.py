@@ -1,13 +1,13 @@
 """The step of each instruction: what it does to the blocks that run it."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx import tensor_cores
 from tools.ptx.arithmetic import DTYPES, size_of
-from tools.ptx.faults import Unsupported
+from tools.ptx.faults import UnsupportedError
 from tools.ptx.machine import (
     FINISHED,
     WARP,
@@ -20,7 +20,7 @@ from tools.ptx.machine import (
     reader,
     writer,
 )
-from tools.ptx.syntax import Address, Immediate, Instruction, Register, Symbol, Vector
+from tools.ptx.syntax import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
 
 Array = NDArray[Any]
 
@@ -29,7 +29,7 @@ def build(instruction: Instruction, launch: Launch) -> Step:
     """The step of an instruction.
 
     Raises:
-        Unsupported: The machine does not know it.
+        UnsupportedError: The machine does not know it.
     """
     match instruction.words:
         case ("ld", "param", kind):
@@ -68,19 +68,31 @@ def build(instruction: Instruction, launch: Launch) -> Step:
 def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
     result, source = instruction.operands
     if not isinstance(source, Address) or not isinstance(source.base, Symbol):
-        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     given = launch.parameters[source.base.name][source.offset :][: size_of(kind)]
     value, write = np.frombuffer(given, DTYPES[kind])[0], writer(result, kind)
     return lambda state, mask: write(state, np.full(state.lanes.shape, value), mask)
 
 
-def _parts(instruction: Instruction, operand: Any) -> tuple[Any, ...]:
+def _parts(operand: Operand) -> tuple[Operand, ...]:
     return operand.parts if isinstance(operand, Vector) else (operand,)
+
+
+def _registers(operand: Operand) -> tuple[Register, ...]:
+    """The registers of an operand in braces.
+
+    Raises:
+        UnsupportedError: It has other parts.
+    """
+    parts = _parts(operand)
+    if any(not isinstance(part, Register) for part in parts):
+        raise UnsupportedError(f"the machine does not know {operand}")
+    return cast(tuple[Register, ...], parts)
 
 
 def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
     result, source = instruction.operands
-    parts, addresses = _parts(instruction, result), address_reader(source, launch)
+    parts, addresses = _parts(result), address_reader(source, launch)
     writers, size = [writer(part, kind) for part in parts], size_of(kind)
 
     def step(state: State, mask: Array | None) -> None:
@@ -101,7 +113,7 @@ def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> St
 def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
     target, source = instruction.operands
     addresses = address_reader(target, launch)
-    readers = [reader(part, kind, launch) for part in _parts(instruction, source)]
+    readers = [reader(part, kind, launch) for part in _parts(source)]
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
@@ -167,7 +179,7 @@ def _barrier(instruction: Instruction) -> Step:
 def _shuffle(instruction: Instruction, how: str, launch: Launch) -> Step:
     result, source, by, clamp, members = instruction.operands
     if not isinstance(clamp, Immediate) or members != Immediate(-1):
-        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     read, amount, write = reader(source, "b32", launch), reader(by, "b32", launch), writer(result, "b32")
     segment, bound = (clamp.value >> 8) & 31, clamp.value & 31
 
@@ -220,18 +232,18 @@ def _of_warps(warps: Array) -> Array:
     return warps[:, None] * WARP + np.arange(WARP)
 
 
-def _matrix_form(instruction: Instruction, vector: Any) -> tuple[int, bool]:
+def _matrix_form(instruction: Instruction, vector: Operand) -> tuple[int, bool]:
     """How many 8x8 matrices an instruction moves, and whether it transposes them."""
     count = int(next(word for word in instruction.words if word in ("x1", "x2", "x4"))[1:])
-    if "b16" not in instruction.words or "m8n8" not in instruction.words or len(vector.parts) != count:
-        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    if "b16" not in instruction.words or "m8n8" not in instruction.words or len(_parts(vector)) != count:
+        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     return count, "trans" in instruction.words
 
 
 def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
     result, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, result)
-    addresses, registers = address_reader(source, launch), result.parts  # type: ignore[union-attr]
+    addresses, registers = address_reader(source, launch), _registers(result)
 
     def step(state: State, mask: Array | None) -> None:
         threads = _of_warps(state.whole_warps(instruction, mask))
@@ -250,7 +262,7 @@ def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
 def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
     target, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, source)
-    addresses, registers = address_reader(target, launch), source.parts  # type: ignore[union-attr]
+    addresses, registers = address_reader(target, launch), _registers(source)
 
     def step(state: State, mask: Array | None) -> None:
         threads = _of_warps(state.whole_warps(instruction, mask))
@@ -284,7 +296,7 @@ def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
             return wait
         case ["ca" | "cg", "shared", "global"]:
             return _begin_copy(instruction, launch)
-    raise Unsupported(f"the machine does not know this form: {instruction.text}")
+    raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
 
 
 def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
@@ -298,7 +310,7 @@ def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
         report, size = state.report(instruction, lanes), read(state)[lanes]
         partial = (size != 0) & (size != length.value)
         if partial.any():
-            raise Unsupported(f"the machine does not know copies of parts: {instruction.text}")
+            raise UnsupportedError(f"the machine does not know copies of parts: {instruction.text}")
         values, some = np.zeros((len(lanes), length.value), np.uint8), np.flatnonzero(size)
         if len(some):
             within = state.report(instruction, lanes[some])
@@ -320,8 +332,8 @@ def _product(instruction: Instruction, launch: Launch) -> Step:
     shape = next(word for word in instruction.words if word.startswith("m16"))
     kind = kinds[1]
     if kind not in shapes.get(shape, ()) or kinds[0] not in ("f32", "s32") or kinds[1] != kinds[2]:
-        raise Unsupported(f"the machine does not know {instruction.opcode}")
-    d, a, b, c = (operand.parts for operand in instruction.operands)  # type: ignore[union-attr]
+        raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+    d, a, b, c = map(_registers, instruction.operands)
     dtype = DTYPES[kinds[0]]
     satfinite = "satfinite" in instruction.words
 
@@ -358,7 +370,7 @@ def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
             return wait
         case "mma_async":
             return _group_product(instruction, launch)
-    raise Unsupported(f"the machine does not know {instruction.opcode}")
+    raise UnsupportedError(f"the machine does not know {instruction.opcode}")
 
 
 def _group_product(instruction: Instruction, launch: Launch) -> Step:
@@ -370,10 +382,10 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
     is_register = isinstance(first, Vector)
     scales, transposed = flags[:2], [flag.value == 1 for flag in flags[2:]]  # type: ignore[union-attr]
     if any(scale != Immediate(1) for scale in scales) or kind not in ("bf16", "f16", "s8", "e4m3"):
-        raise Unsupported(f"the machine does not know this form: {instruction.text}")
+        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     a_transposed = bool(transposed) and not is_register and transposed[0]
     b_transposed = bool(transposed) and transposed[-1]
-    registers: tuple[Register, ...] = result.parts  # type: ignore[union-attr, assignment]
+    registers = _registers(result)
     keep = reader(keeps, "pred", launch)
     a_descriptor = None if is_register else reader(first, "b64", launch)
     b_descriptor = reader(second, "b64", launch)
@@ -386,7 +398,10 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
                 int(descriptor), rows, depth * element, element, transposed=is_transposed
             )
             read, granules = state.shared.read_operand(
-                places, element, group * size // launch.kernel.threads, state.report(instruction, np.array([group * size]))
+                places,
+                element,
+                group * size // launch.kernel.threads,
+                state.report(instruction, np.array([group * size])),
             )
             values.append(tensor_cores.elements(read, kind).reshape(rows, -1))
             used.append(granules)
@@ -396,12 +411,12 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
         warps = state.whole_warps(instruction, mask)
         groups = np.unique(warps // 4)
         if len(groups) * 4 != len(warps):
-            raise Unsupported(f"part of a warpgroup runs {instruction.text}")
+            raise UnsupportedError(f"part of a warpgroup runs {instruction.text}")
         lanes = (groups[:, None] * size + np.arange(size)).reshape(-1)
         starts = groups * size
         b_CK, used = operand(state, b_descriptor(state)[starts], groups, columns, b_transposed)
         if a_descriptor is None:
-            words = _words(state, first.parts, lanes).reshape(-1, WARP, 4)  # type: ignore[union-attr]
+            words = _words(state, _registers(first), lanes).reshape(-1, WARP, 4)
             a_RK = tensor_cores.a_fragment(words, kind).reshape(len(groups), 64, -1)
         else:
             a_RK, also = operand(state, a_descriptor(state)[starts], groups, 64, a_transposed)
@@ -411,8 +426,8 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
         kept = keep(state)[starts][:, None, None]
         c_RC = np.where(kept, c_RC, c_RC.dtype.type(0))
         found = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums)
-        words = tensor_cores.group_c_registers(found).reshape(len(lanes), -1)
-        _begin_product(state, registers, lanes, np.ascontiguousarray(words).view(np.uint32), used)
+        results = tensor_cores.group_c_registers(found).reshape(len(lanes), -1)
+        _begin_product(state, registers, lanes, np.ascontiguousarray(results).view(np.uint32), used)
 
     return step
 
@@ -425,6 +440,7 @@ def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, 
         value[lanes] = words[:, index]
         state.flying[register.index] = value
     left = [len(lanes)]
+    state.products_of.update(register.index for register in registers)
 
     def end(done: Array) -> None:
         left[0] -= int(done.sum())
@@ -432,7 +448,8 @@ def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, 
             return  # the rest of the warpgroup has not waited yet
         state.shared.hold(used, -1)
         for register in registers:
-            if register.index in state.flying:
+            state.products_of[register.index] -= 1
+            if not state.products_of[register.index]:
                 state.registers[register.index] = state.flying.pop(register.index)
 
     state.products.begin(lanes, end)

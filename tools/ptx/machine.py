@@ -6,6 +6,7 @@ branch, barrier or target of a branch, so that threads that have parted meet aga
 as if they had more threads; each has its own shared memory and barriers.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
-from tools.ptx.faults import Fault, Unsupported
+from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.memory import GlobalMemory, Report, SharedMemory
 from tools.ptx.numbers import Approximation
-from tools.ptx.syntax import DYNAMIC, Address, Immediate, Instruction, Kernel, Operand, Register, Special, Symbol, Vector
+from tools.ptx.syntax import (
+    DYNAMIC,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Operand,
+    Register,
+    Special,
+    Symbol,
+    Vector,
+)
 from tools.ptx.tensor_cores import Sums
 
 Array = NDArray[Any]
@@ -86,7 +98,8 @@ class State:
         lanes: The numbers of all threads, those of the first block first.
         threads: The number of each thread within its block.
         numbers: The number of each thread's block in the grid, from 1.
-        flying: Registers that a product in flight will write.
+        flying: What products in flight will write, by register.
+        products_of: How many products in flight will write a register.
     """
 
     def __init__(self, launch: "Launch", blocks: Sequence[tuple[int, int, int]], first: int) -> None:
@@ -105,6 +118,7 @@ class State:
         self.waiting = np.full(count, -1)
         self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
         self.flying: dict[int, Array] = {}
+        self.products_of: Counter[int] = Counter()
         self.special = {
             "%tid.x": self.threads.astype(np.uint32),
             **{f"%ctaid.{axis}": self._block_index(i) for i, axis in enumerate("xyz")},
@@ -131,7 +145,7 @@ class State:
         def report(kind: str, some: Array, addresses: Array | None) -> None:
             index = int(np.argmax(some))
             lane = int(lanes[index])
-            raise Fault(
+            raise FaultError(
                 kind,
                 self.launch.kernel.name,
                 instruction.place,
@@ -148,10 +162,12 @@ class State:
         if mask is None:
             return np.arange(len(self.lanes) // WARP)
         per_warp = mask.reshape(-1, WARP)
-        warps = per_warp.any(1)
+        warps = np.asarray(per_warp.any(1))
         missing = (warps[:, None] & ~per_warp).reshape(-1)
         if missing.any():
-            self.report(instruction, self.lanes)("does not take part in an instruction of its whole warp", missing, None)
+            self.report(instruction, self.lanes)(
+                "does not take part in an instruction of its whole warp", missing, None
+            )
         return np.flatnonzero(warps)
 
 
@@ -169,7 +185,7 @@ class Launch:
         parameters: Sequence[bytes],
         shared_bytes: int,
         memory: GlobalMemory,
-        modes: Modes = Modes(),  # noqa: B008
+        modes: Modes = Modes(),
     ) -> None:
         from tools.ptx.instructions import build  # which needs the types above
 
@@ -196,7 +212,7 @@ class Launch:
             side_by_side: How many blocks run at the same time.
 
         Raises:
-            Fault: A thread did what none may do.
+            FaultError: A thread did what none may do.
         """
         self.memory.begin(granule(self.kernel, "global"))
         x, y, z = self.grid
@@ -263,7 +279,8 @@ class Launch:
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
         elif not only_whole:
-            stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & (waiting >= 0).any(1)[:, None]
+            begun = np.asarray((waiting >= 0).any(1))
+            stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & begun[:, None]
             lanes = stuck if stuck.any() else waiting != waiting[:, :1]
             last = self.kernel.instructions[int(state.waiting.max())]
             state.report(last, state.lanes)("does not reach the barrier of its block", lanes.reshape(-1), None)
@@ -286,7 +303,7 @@ def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Arr
     """A function that gives the elements of an operand.
 
     Raises:
-        Unsupported: The operand has another size.
+        UnsupportedError: The operand has another size.
     """
     dtype, size = np.dtype(DTYPES[kind]), size_of(kind)
     match operand:
@@ -294,7 +311,7 @@ def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Arr
             if found == size:
                 return lambda state: state.registers[index].view(dtype)
             if found > size and size == dtype.itemsize:
-                whole = UNSIGNED.get(size, np.uint8)
+                whole = np.dtype(f"u{size}")
                 return lambda state: state.registers[index].astype(whole).view(dtype)
         case Immediate(value):
             bits = value & ((1 << 8 * size) - 1)
@@ -309,17 +326,17 @@ def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Arr
             return lambda state: state.special[name].view(dtype)
         case Symbol(name) if name == DYNAMIC:
             return lambda state: np.zeros(state.lanes.shape, dtype)
-    raise Unsupported(f"the machine does not know {operand} as {kind}")
+    raise UnsupportedError(f"the machine does not know {operand} as {kind}")
 
 
 def writer(operand: Operand, kind: str) -> Callable[[State, Array, Array | None], None]:
     """A function that writes elements into a register, which may be larger than they are.
 
     Raises:
-        Unsupported: The operand is no such register.
+        UnsupportedError: The operand is no such register.
     """
     if not isinstance(operand, Register) or operand.size < size_of(kind):
-        raise Unsupported(f"the machine cannot write {kind} to {operand}")
+        raise UnsupportedError(f"the machine cannot write {kind} to {operand}")
     unsigned, dtype = UNSIGNED[operand.size], np.dtype(DTYPES[kind])
     wide = operand.size > size_of(kind)
     extended = np.dtype(f"{'i' if dtype.kind == 'i' else 'u'}{operand.size}") if operand.size > 1 else np.dtype(bool)
@@ -346,7 +363,7 @@ def on_registers(instruction: Instruction, operation: Operation, launch: Launch)
 def address_reader(operand: Operand, launch: Launch) -> Callable[[State], Array]:
     """A function that gives the addresses of an operand in brackets."""
     if not isinstance(operand, Address):
-        raise Unsupported(f"{operand} is no address")
+        raise UnsupportedError(f"{operand} is no address")
     kind = "b64" if isinstance(operand.base, Register) and operand.base.size == 8 else "b32"
     base = reader(operand.base, kind, launch)
     offset = np.array(operand.offset).astype(np.int64).astype(np.uint64)

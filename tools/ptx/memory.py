@@ -1,5 +1,5 @@
-"""Global and shared memory that notice what a GPU would let pass: accesses outside of tensors, misaligned ones, reads of
-what was never written, and races.
+"""Global and shared memory that notice what a GPU would let pass: accesses outside of tensors, misaligned ones, reads
+of what was never written, and races.
 
 Every access is an array of addresses, one for each thread that takes part, and a size in bytes. Masks and stamps are
 kept per granule, the smallest number of bytes that a kernel accesses at a time.
@@ -21,7 +21,7 @@ Report = Callable[[str, Integers, Integers | None], None]
 
 MANY = -1
 """Stands for several readers."""
-BYTES_OF = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
+BYTES_OF: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 PADDING = 16
 
 
@@ -55,7 +55,7 @@ class Region:
 
     @classmethod
     def at(cls, name: str, start: int, size: int) -> "Region":
-        """The bytes at an address of this process, none of which belongs to a tensor yet, and none of which is written."""
+        """The bytes at an address of this process, none of which belongs to a tensor or is written yet."""
         data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(start))
         return cls(name, start, data, np.zeros(padded(size), np.uint8), np.zeros(padded(size), np.uint8))
 
@@ -147,9 +147,7 @@ class GlobalMemory:
         count = max(1, size // self.granule)
         return (offsets // self.granule)[:, None] + np.arange(count)
 
-    def _regions(
-        self, addresses: Integers, size: int, report: Report
-    ) -> Sequence[tuple[Region, Integers, Integers]]:
+    def _regions(self, addresses: Integers, size: int, report: Report) -> Sequence[tuple[Region, Integers, Integers]]:
         """The regions that are accessed, each with a mask of the threads and their offsets in it."""
         misaligned = addresses % np.uint64(size) != 0
         if misaligned.any():

@@ -1,11 +1,12 @@
 """The number formats of a GPU on numpy arrays: rounding to the bit, and instructions that are only approximate."""
 
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 E4M3_MOST = 448.0
 
 

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tools.ptx.faults import Unsupported
+from tools.ptx.faults import UnsupportedError
 
 SIZES = {"pred": 1, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
 """Bytes of a register or a parameter."""
@@ -136,7 +136,7 @@ def read_kernel(text: str) -> Kernel:
     """Read the only kernel of a PTX file.
 
     Raises:
-        Unsupported: The file is not such as Triton writes.
+        UnsupportedError: The file is not such as Triton writes.
     """
     lines = [line.split("//")[0].strip() for line in text.splitlines()]
     source = "\n".join(line for line in lines if line)
@@ -144,16 +144,29 @@ def read_kernel(text: str) -> Kernel:
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", source, re.DOTALL)
     threads = re.search(r"\.reqntid (\d+)", source)
     if target is None or entry is None or threads is None:
-        raise Unsupported("the file has no kernel with a fixed number of threads")
+        raise UnsupportedError("the file has no kernel with a fixed number of threads")
     declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", entry[2].replace("\n", " "))
     parameters = tuple(Parameter(name, kind) for kind, name in declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
-    body = source[source.index("{", threads.end()) + 1 : source.index("\n}", threads.end())]
-    return _Reader(kernel).read(body)
+    _Reader(kernel).read(within_braces(source, threads.end()))
+    if not kernel.instructions or kernel.instructions[-1].words != ("ret",):
+        raise UnsupportedError(f"{kernel.name} does not end with a return")
+    return kernel
+
+
+def within_braces(source: str, start: int) -> str:
+    """The text between the first brace from a place on and the one that closes it."""
+    depth, first = 0, source.index("{", start)
+    for found in re.finditer(r"[{}]", source[first:]):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return source[first + 1 : first + found.start()]
+    raise UnsupportedError("the file ends within a kernel")
 
 
 STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>$")
+NAMED = re.compile(r"\.reg \.(\w+)\s+([\w ,]+)$")
 
 
 class _Reader:
@@ -168,7 +181,9 @@ class _Reader:
             if statement.endswith(":"):
                 self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
             elif found := REGISTERS.match(statement):
-                self._declare(*found.groups())
+                self._declare(found[1], [f"{found[2]}{number}" for number in range(int(found[3]))])
+            elif found := NAMED.match(statement):
+                self._declare(found[1], split(found[2]))  # in a scope of its own, so a name may come again
             elif not statement.startswith("."):
                 self.kernel.instructions.append(self._instruction(statement))
         return self.kernel
@@ -181,16 +196,15 @@ class _Reader:
             if bare:
                 yield bare
 
-    def _declare(self, kind: str, prefix: str, count: str) -> None:
-        for number in range(int(count)):
-            name = f"{prefix}{number}"
-            self.names[name] = Register(len(self.names), SIZES[kind], name)
-        self.kernel.registers = len(self.names)
+    def _declare(self, kind: str, names: list[str]) -> None:
+        for name in names:
+            self.names[name] = Register(self.kernel.registers, SIZES[kind], name)
+            self.kernel.registers += 1
 
     def _instruction(self, statement: str) -> Instruction:
         found = STATEMENT.fullmatch(statement)
         if found is None:
-            raise Unsupported(f"cannot read the statement {statement!r}")
+            raise UnsupportedError(f"cannot read the statement {statement!r}")
         negated, guard, opcode, rest = found.groups()
         return Instruction(
             len(self.kernel.instructions),

@@ -1,8 +1,8 @@
-"""Matrix products of tensor cores, with the layouts in which warps and warpgroups hold their operands (PTX ISA, warp-level
-and warpgroup-level matrix instructions).
+"""Matrix products of tensor cores, with the layouts in which warps and warpgroups hold their operands (PTX ISA,
+warp-level and warpgroup-level matrix instructions).
 
-Products and their sum are computed exactly enough that one rounding to float32 is left. Hardware keeps fewer bits of the
-partial sums, which no document defines; `FEW_BITS` stands for what is known of fp8 on sm_89 and sm_90.
+Products and their sum are computed exactly enough that one rounding to float32 is left. Hardware keeps fewer bits of
+the partial sums, which no document defines; `FEW_BITS` stands for what is known of fp8 on sm_89 and sm_90.
 """
 
 from enum import Enum
@@ -19,8 +19,8 @@ WARPGROUP = 128
 
 
 class Sums(Enum):
-    """How sums of fp8 products are kept: as float32, or with 13 bits after the point of the largest addend, as measured on
-    Hopper (DeepSeek-V3 technical report, section 3.3.2, which speaks of 14 bits with the leading one)."""
+    """How sums of fp8 products are kept: as float32, or with 13 bits after the point of the largest addend, as measured
+    on Hopper (DeepSeek-V3 technical report, section 3.3.2, which speaks of 14 bits with the leading one)."""
 
     FULL = 0
     FEW_BITS = 1
@@ -41,9 +41,7 @@ def elements(words: Array, kind: str) -> Array:
     raise KeyError(kind)
 
 
-def product(
-    a_RK: Array, b_CK: Array, c_RC: Array, kind: str, sums: Sums, *, saturates: bool = False
-) -> Array:
+def product(a_RK: Array, b_CK: Array, c_RC: Array, kind: str, sums: Sums, *, saturates: bool = False) -> Array:
     """a b^T + c for stacks of matrices. Integers wrap or saturate, and floating-point sums are rounded once."""
     if kind == "s8":
         whole = np.matmul(a_RK, b_CK.swapaxes(-1, -2)).astype(np.int64) + c_RC.astype(np.int64)
