@@ -34,7 +34,7 @@ MOST_SAID = 2000
 """The most bytes of the child's last words that are read."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class BuildRequest(msgspec.Struct, frozen=True):
     """The arguments of `builder.build`."""
 
     flavour: str
@@ -44,7 +44,7 @@ class Request(msgspec.Struct, frozen=True):
     plugins: bool
 
 
-class Step(msgspec.Struct, frozen=True, tag=True):
+class BuildStep(msgspec.Struct, frozen=True, tag=True):
     """The builder's progress."""
 
     stage: str
@@ -92,11 +92,11 @@ def build_apart(
         WanforgeError: The library refuses the graph.
         ResourceError: There was too little memory, or the library ended its process.
     """
-    request = Request(library.flavour.name, str(job.onnx), dict(job.ranges), tuple(sms), plugins)
+    request = BuildRequest(library.flavour.name, str(job.onnx), dict(job.ranges), tuple(sms), plugins)
     with TemporaryFile() as errors, child(request, errors) as (process, messages):
         for message in messages:
             match message:
-                case Step(stage, done, total):
+                case BuildStep(stage, done, total):
                     progress(stage, done, total)
                 case Refused(said, for_resources):
                     raise (ResourceError if for_resources else WanforgeError)(said)
@@ -107,8 +107,8 @@ def build_apart(
 
 @contextmanager
 def child(
-    request: Request, errors: IO[bytes]
-) -> Iterator[tuple["subprocess.Popen[bytes]", Iterator[Step | Refused | Made]]]:
+    request: BuildRequest, errors: IO[bytes]
+) -> Iterator[tuple["subprocess.Popen[bytes]", Iterator[BuildStep | Refused | Made]]]:
     """A process that answers a request. It has its own session, so that Ctrl-C reaches only the caller."""
     paths = os.pathsep.join(path for path in sys.path if path)
     with subprocess.Popen(
@@ -132,11 +132,11 @@ def child(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def messages_from(answers: Connection) -> Iterator[Step | Refused | Made]:
+def messages_from(answers: Connection) -> Iterator[BuildStep | Refused | Made]:
     """What a child says, until it ends."""
     with suppress(EOFError, ConnectionResetError):
         while True:
-            yield msgspec.msgpack.decode(answers.recv_bytes(), type=Step | Refused | Made)
+            yield msgspec.msgpack.decode(answers.recv_bytes(), type=BuildStep | Refused | Made)
 
 
 def built(made: Made) -> Built:
@@ -166,17 +166,17 @@ def main() -> None:
     # Whatever the library prints must not get mixed with the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def send(message: Step | Refused | Made) -> None:
+    def send(message: BuildStep | Refused | Made) -> None:
         answers.send_bytes(msgspec.msgpack.encode(message))
 
-    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Request)
+    request = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=BuildRequest)
     try:
-        send(answer(request, lambda stage, done, total, unit="": send(Step(stage, done, total))))
+        send(answer(request, lambda stage, done, total, unit="": send(BuildStep(stage, done, total))))
     except WanforgeError as error:
         send(Refused(str(error), isinstance(error, ResourceError)))
 
 
-def answer(request: Request, progress: Progress) -> Made:
+def answer(request: BuildRequest, progress: Progress) -> Made:
     library = open_library(next(flavour for flavour in FLAVOURS if flavour.name == request.flavour))
     job = BuildJob(Path(request.onnx), request.ranges)
     made = build(library, job, request.sms, plugins=request.plugins, progress=progress)

@@ -220,9 +220,8 @@ def _mixed(name: str, half: str) -> Operation:
 
 
 def _others(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
-    if name == "setp" and len(kinds) == 1 and len(flags) == 1 and (test := COMPARISONS.get(*flags)):
-        widen = HALVES[kinds[0]][0] if kinds[0] in HALVES else lambda x: x
-        return Operation((kinds[0], kinds[0]), "pred", lambda a, b: test(widen(a), widen(b)))
+    if name == "setp" and len(kinds) == 1 and flags <= COMPARISONS.keys() and len(flags) == 1:
+        return _comparison(COMPARISONS[next(iter(flags))], kinds[0])
     if name == "selp" and not flags:
         return Operation((kinds[0], kinds[0], "pred"), kinds[0], lambda a, b, p: np.where(p, a, b))
     if name == "mov" and len(kinds) == 1 and not flags:
@@ -234,6 +233,11 @@ def _others(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
     if name == "cvt" and len(kinds) == 2:
         return _conversion(flags, *kinds)
     return None
+
+
+def _comparison(test: Callable[[Array, Array], Array], kind: str) -> Operation:
+    widen: Callable[[Array], Array] = HALVES[kind][0] if kind in HALVES else np.asarray
+    return Operation((kind, kind), "pred", lambda a, b: test(widen(a), widen(b)))
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:

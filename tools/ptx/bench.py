@@ -69,7 +69,7 @@ class Bench:
         """Run the kernels that are called with tensors on the CPU here, with the tiles of this architecture."""
         with (
             mock.patch.object(call, "interpret", self.launch),
-            mock.patch.object(call, "architecture_of", lambda device: self.sm),
+            mock.patch.object(call, "architecture_of", return_value=self.sm),
             mock.patch.dict("os.environ", {"WANFORGE_KERNELS": str(self.folder)}),
             self.allocating(),
         ):
