@@ -17,7 +17,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, weights_name
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.lock import files_lock
-from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
+from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord, read_manifest
 from wanforge.engines.bundle.remedies import import_command
 from wanforge.engines.bundle.tensorfile import (
     JOURNAL,
@@ -169,12 +169,37 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         check_part(component, sources.weights[component], contents, model, recipe)
         for component, contents in opened.items()
     ]
+    check_sources_lie_elsewhere(out, parts, tokenizer)
     for part in parts:
         if is_linked(part, arguments):
-            check_link(part, out / weights_name(part.component))
+            check_link(part)
     check_experts([part for part in parts if part.component.startswith("dit.")])
     check_disk(out, [part for part in parts if not is_linked(part, arguments)])
     return Checked(recipe, parts, tokenizer)
+
+
+def check_sources_lie_elsewhere(out: Path, parts: Sequence[Part], tokenizer: Path) -> None:
+    """Refuse files of the bundle that is being made: damage in them would be recorded as right, and links would lead to
+    themselves.
+
+    Raises:
+        CheckpointError: A file is the bundle's own, whatever path or link leads to it.
+    """
+    root = out.resolve()
+    names = {TOKENIZER, *(weights_name(part.component) for part in parts), *files_before(out, read_record(out))}
+    own = {root / name: name for name in names}
+    for path in [tokenizer, *(path for part in parts for path in files_of(part))]:
+        for place in (path.resolve(), path.parent.resolve() / path.name):
+            if place in own:
+                raise CheckpointError(
+                    f"{path}: is the bundle's own {own[place]}; give the file that it was made from, or choose another "
+                    "--out"
+                )
+
+
+def files_of(part: Part) -> list[Path]:
+    """The file that was given for a component, and those that hold its tensors."""
+    return sorted({part.source, *(stored.path for stored in part.stored.values())})
 
 
 def is_linked(part: Part, arguments: Arguments) -> bool:
@@ -258,7 +283,7 @@ def files_before(out: Path, earlier: ImportRecord | None) -> set[str]:
     weights = [] if earlier is None else [weights_name(component) for component in earlier.arguments.weights]
     names = {f"{name}{end}" for name in weights for end in ("", PARTIAL, JOURNAL)}
     with suppress(BundleError):
-        names |= Bundle.open(out).manifest.files.keys()
+        names |= read_manifest(out).files.keys()
     return names
 
 
@@ -369,8 +394,8 @@ class Quantiser:
             yield as_bytes(scale)
 
 
-def check_link(part: Part, path: Path) -> None:
-    """Refuse to link a file that is not a canonical safetensors file or that is the bundle's own.
+def check_link(part: Part) -> None:
+    """Refuse to link a file that is not a canonical safetensors file.
 
     Raises:
         CheckpointError: The file cannot be linked.
@@ -384,8 +409,6 @@ def check_link(part: Part, path: Path) -> None:
             f"{part.source}: not in canonical form (differing: {join_names(differing) or 'additional tensors'}); "
             "import it without --link"
         )
-    if path.absolute() in (part.source.absolute(), part.source.resolve()):
-        raise CheckpointError(f"{part.source}: is the bundle's own file; choose another --out")
 
 
 def link_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:

@@ -1,6 +1,7 @@
 """How an import treats files: existing ones, linked ones, and ones that it could not finish."""
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -40,7 +41,7 @@ from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Part, Sources
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
-from wanforge.exporter.checkpoint.reader import StoredTensor
+from wanforge.exporter.checkpoint.reader import INDEX, StoredTensor
 from wanforge.exporter.checkpoint.record import ImportRecord, read_record, write_record
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
@@ -141,16 +142,49 @@ def test_link_refuses_what_is_not_canonical(
     assert_refused(tmp_path / "out", T2V, sources, complaint, W8A8 if form == "quantise" else None, link=True)
 
 
-def test_linking_a_bundle_to_its_own_files_keeps_them(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+@pytest.mark.parametrize("link", [False, True], ids=["copied", "linked"])
+@pytest.mark.parametrize("way", ["direct", "source-through-link", "bundle-through-link", "link-to-file"])
+def test_a_bundle_is_not_imported_from_its_own_weights(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], way: str, link: bool
+) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
-    before = files_in(out / "weights")
-    own = Sources({c: out / weights_name(c) for c in components(T2V)}, out / TOKENIZER)
-    try:
-        import_checkpoint(T2V, own, out, link=True, replace=True)
-    except CheckpointError:
-        assert files_in(out / "weights") == before
-    else:
-        Bundle.open(out).verify([weights_name(c) for c in components(T2V)], again=True)
+    (tmp_path / "alias").symlink_to(out)
+    (tmp_path / "dit.safetensors").symlink_to(out / weights_name("dit"))
+    folder = tmp_path / "alias" if way == "source-through-link" else out
+    dit = tmp_path / "dit.safetensors" if way == "link-to-file" else folder / weights_name("dit")
+    before = files_in(out)
+    # Only the denoiser is the bundle's own.
+    text_encoder = bundles["plain"].weights("text_encoder")
+    with pytest.raises(CheckpointError, match=r"is the bundle's own weights/dit\.safetensors; .* another --out"):
+        import_checkpoint(
+            T2V,
+            given(dit=dit, text_encoder=text_encoder),
+            tmp_path / "alias" if way == "bundle-through-link" else out,
+            link=link,
+            replace=True,
+        )
+    assert files_in(out) == before
+
+
+def test_a_bundle_is_not_imported_from_its_own_shards_tokenizer_or_links(
+    tmp_path: Path, given: Callable[..., Sources], canonical: Sources
+) -> None:
+    out = tmp_path / "out"
+    import_checkpoint(T2V, canonical, out, link=True)
+    (tmp_path / "shard.safetensors").symlink_to(out / weights_name("vae"))
+    names = read_header(out / weights_name("vae")).tensors
+    index = tmp_path / f"vae{INDEX}"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard.safetensors")}))
+    own = {
+        "tokenizer/tokenizer.json": given(tokenizer=out / TOKENIZER),
+        "weights/vae.safetensors": given(vae=index),
+        "weights/dit.safetensors": given(dit=out / weights_name("dit")),
+    }
+    for name, sources in own.items():
+        with pytest.raises(CheckpointError, match=f"is the bundle's own {name}; give the file that it was made from"):
+            import_checkpoint(T2V, sources, out, replace=True)
+    import_checkpoint(T2V, canonical, out, link=True, replace=True)
+    Bundle.open(out).verify(Bundle.open(out).manifest.files, again=True)
 
 
 def stop_after(ticks: int) -> Progress:
