@@ -225,8 +225,9 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
     clear(out, record, set(record.replaced) - {*derived, *files})
     bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
-    if stale := bundle.stale(graph_key(bundle)):
-        bundle.add({}, dropping=stale)
+    key = graph_key(bundle)
+    if bundle.stale(key):
+        bundle.add({}, dropping=lambda: bundle.stale(key))
     return bundle
 
 

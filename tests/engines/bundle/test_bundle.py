@@ -167,7 +167,7 @@ def test_add_keeps_what_is_recorded_and_deletes_what_it_drops(bundle: Bundle) ->
     bundle.add({head: record(b"head")})
     assert set(Bundle.open(bundle.root).manifest.files) == {VAE, GRAPH, head}
     write_atomically(bundle.root / head, b"head")
-    bundle.add({head: record(b"head")}, dropping=[GRAPH, head])
+    bundle.add({head: record(b"head")}, dropping=lambda: [GRAPH, head])
     assert set(Bundle.open(bundle.root).manifest.files) == {VAE, head}
     assert Bundle.open(bundle.root).manifest == bundle.manifest
     assert not (bundle.root / GRAPH).exists()
@@ -300,7 +300,7 @@ def test_verifies_where_nothing_can_be_written(foreign: Path) -> None:
 def test_adding_where_nothing_can_be_written_changes_nothing(foreign: Path) -> None:
     opened = Bundle.open(foreign)
     with pytest.raises(PermissionError):
-        opened.add({}, dropping=[GRAPH])
+        opened.add({}, dropping=lambda: [GRAPH])
     assert set(Bundle.open(foreign).manifest.files) == set(CONTENT)
     assert (foreign / GRAPH).exists()
 
@@ -442,5 +442,5 @@ def test_dropping_deletes_nothing_outside(bundle: Bundle, tmp_path: Path) -> Non
     shutil.move(bundle.root / "onnx/fp32", tmp_path / "elsewhere")
     (bundle.root / "onnx/fp32").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match="is a link"):
-        bundle.add({}, dropping=[GRAPH])
+        bundle.add({}, dropping=lambda: [GRAPH])
     assert (tmp_path / "elsewhere/stem.onnx").exists()
