@@ -99,7 +99,8 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
     """Complete an interrupted import, or write the damaged and missing weights of a bundle again.
 
     Raises:
-        BundleError: The folder does not say what it was imported from.
+        BundleError: The folder does not say what it was imported from, or another process has imported something else
+            into it in the meantime.
         CheckpointError, ResourceError: See `import_checkpoint`.
     """
     record = read_record(out)
@@ -116,6 +117,9 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
             f"--out {out} --replace"
         ) from None
     with files_lock(out).exclusive():
+        now = read_record(out)
+        if now is None or now.arguments != record.arguments:
+            raise BundleError(f"{out}: was imported again in the meantime; run the command again")
         return write_bundle(out, record.arguments, checked, progress)
 
 

@@ -40,9 +40,9 @@ from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Part, Sources
 from wanforge.exporter.checkpoint.embedded import embedded
-from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
+from wanforge.exporter.checkpoint.importer import Checked, import_checkpoint, resume_import
 from wanforge.exporter.checkpoint.reader import INDEX, StoredTensor
-from wanforge.exporter.checkpoint.record import ImportRecord, read_record, write_record
+from wanforge.exporter.checkpoint.record import Arguments, ImportRecord, read_record, write_record
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
 
@@ -401,6 +401,24 @@ def test_resuming_an_interrupted_replacement_completes_it(
     with pytest.raises(BundleError, match="its import was interrupted; continue it with: wanforge import --resume"):
         Bundle.open(out)
     resume_import(out)
+    assert files_in(out) == files_in(bundles["quant"].root)
+
+
+def test_resuming_does_not_undo_an_import_that_was_faster(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    checking = importer.check_sources
+
+    def slowly(arguments: Arguments, out: Path) -> Checked:
+        checked = checking(arguments, out)
+        monkeypatch.undo()
+        import_checkpoint(T2V, given(quantised=True), out, replace=True)
+        return checked
+
+    monkeypatch.setattr(importer, "check_sources", slowly)
+    with pytest.raises(BundleError, match="was imported again in the meantime; run the command again"):
+        resume_import(out)
     assert files_in(out) == files_in(bundles["quant"].root)
 
 
