@@ -63,10 +63,10 @@ class Bundle:
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
-        """Make a directory a bundle by writing its manifest, once every file is in place."""
+        """Make a directory a bundle by writing its manifest, once every file is in place. Where others may change the
+        manifest as well, the caller holds the lock `recording`, so as to keep what they have recorded."""
         bundle = cls(root, Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files))
-        with recording(root):
-            bundle._write(files)
+        bundle._write(files)
         return bundle
 
     def add(

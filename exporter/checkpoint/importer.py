@@ -16,7 +16,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, weights_name
 from wanforge.engines.bundle.folder import inside
-from wanforge.engines.bundle.lock import files_lock
+from wanforge.engines.bundle.lock import files_lock, recording
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord, read_manifest
 from wanforge.engines.bundle.remedies import import_command
 from wanforge.engines.bundle.tensorfile import (
@@ -225,10 +225,11 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     write_atomically(out / TOKENIZER, checked.tokenizer.read_bytes())
     size = (out / TOKENIZER).stat().st_size
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
-    before = bundle_before(out, arguments.model, checked.recipe)
-    derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
-    clear(out, record, set(record.replaced) - {*derived, *files})
-    bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
+    with recording(out):  # a build that began before the import may record an engine at any time
+        before = bundle_before(out, arguments.model, checked.recipe)
+        derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
+        clear(out, record, set(record.replaced) - {*derived, *files})
+        bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
     key = graph_key(bundle)
     if bundle.stale(key):
         bundle.add({}, dropping=lambda: bundle.stale(key))

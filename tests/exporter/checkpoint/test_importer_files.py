@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import msgspec
@@ -388,6 +389,25 @@ def test_resuming_keeps_graphs_and_engines_and_writes_only_what_is_missing(
     resume_import(out)
     assert written == ["vae"]
     assert files_in(out) == before
+
+
+def test_an_engine_that_is_finished_while_an_import_ends_is_kept(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    engine = {"engines/sm_89/time.engine": FileRecord("0", 0, key={"onnx": "time.onnx"})}
+    build = Thread(target=Bundle.open(out).add, args=[engine])
+    clearing = importer.clear
+
+    def late(*arguments: Any) -> None:
+        build.start()
+        build.join(0.2)  # it has to wait for the import, which reads the manifest before this and writes it afterwards
+        clearing(*arguments)
+
+    monkeypatch.setattr(importer, "clear", late)
+    import_checkpoint(T2V, given(), out, replace=True)
+    build.join()
+    assert engine.items() <= Bundle.open(out).manifest.files.items()
 
 
 def test_resuming_an_interrupted_replacement_completes_it(
