@@ -331,7 +331,7 @@ def _done(part: Part, path: Path, earlier: ImportRecord | None) -> int:
     if known is not None and known.made_from == made_from(part) and path.is_file() and not path.is_symlink():
         return path.stat().st_size
     partial = path.with_name(path.name + PARTIAL)
-    return partial.stat().st_size if partial.is_file() else 0
+    return partial.stat().st_size if partial.is_file() and not partial.is_symlink() else 0
 
 
 def write_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:

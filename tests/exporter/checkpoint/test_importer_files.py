@@ -293,6 +293,29 @@ def test_disk_needs_no_room_for_what_an_interrupted_import_wrote(
     assert import_checkpoint(T2V, given(), tmp_path / "out").manifest.files
 
 
+def test_a_link_that_a_killed_import_left_is_replaced_and_makes_no_room(
+    tmp_path: Path,
+    canonical: Sources,
+    bundles: dict[str, Bundle],
+    disk: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def killed(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        import_checkpoint(T2V, canonical, out, link=True)
+    assert any(path.is_symlink() for path in (out / "weights").glob("*.partial"))
+    disk(size_of(bundles["plain"]) - 1)
+    with pytest.raises(ResourceError):
+        import_checkpoint(T2V, canonical, out, replace=True)
+    disk(size_of(bundles["plain"]))
+    import_checkpoint(T2V, canonical, out, replace=True)
+    assert files_in(out) == files_in(bundles["plain"].root) | {MANIFEST: (out / MANIFEST).read_bytes()}
+
+
 @pytest.mark.parametrize("before", ["plain", "linked"])
 def test_files_that_are_replaced_make_no_room(
     tmp_path: Path,
