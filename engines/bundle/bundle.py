@@ -14,7 +14,7 @@ The manifest is written last, so a directory without one is not a bundle.
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -233,8 +233,10 @@ class Bundle:
             return {}
 
     def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
+        """Remember what was verified, if that can be written; otherwise it is verified again the next time."""
         if stamps != self._stamps() and os.access(self.root, os.W_OK):
-            write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+            with suppress(OSError):
+                write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
 
 
 def _origin(manifest: Manifest) -> tuple[object, ...]:

@@ -297,6 +297,18 @@ def test_verifies_where_nothing_can_be_written(foreign: Path) -> None:
     assert not (foreign / VERIFIED).exists()
 
 
+def test_verifies_on_a_full_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert bytes_read(bundle) == sum(map(len, CONTENT.values()))
+    rewrite(bundle.root / GRAPH, b"other")
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify(CONTENT)
+    assert not (bundle.root / VERIFIED).exists()
+
+
 def test_adding_where_nothing_can_be_written_changes_nothing(foreign: Path) -> None:
     opened = Bundle.open(foreign)
     with pytest.raises(PermissionError):
