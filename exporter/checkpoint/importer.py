@@ -271,8 +271,15 @@ def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress)
     if before is None:
         (out / MANIFEST).unlink(missing_ok=True)
     else:
-        before.forget(weights_name(part.component) for part in checked.parts if part.component not in finished)
+        unfinished = [weights_name(part.component) for part in checked.parts if part.component not in finished]
+        before.forget([*unfinished, *([] if is_same_tokenizer(before, checked.tokenizer) else [TOKENIZER])])
     return record
+
+
+def is_same_tokenizer(bundle: Bundle, path: Path) -> bool:
+    """Whether a bundle records a tokenizer with the bytes of this file."""
+    record = bundle.manifest.files.get(TOKENIZER)
+    return record is not None and record.sha256 == sha256_of(path)
 
 
 def bundle_before(out: Path, model: ModelConfig, recipe: Recipe) -> Bundle | None:

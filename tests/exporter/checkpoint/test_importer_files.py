@@ -201,6 +201,11 @@ def stop_after(ticks: int) -> Progress:
     return tick
 
 
+def killed(*arguments: Any) -> None:
+    """Stands in for a function during which an import ends."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "ticks"),
@@ -300,9 +305,6 @@ def test_a_link_that_a_killed_import_left_is_replaced_and_makes_no_room(
     disk: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def killed(path: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", killed)
@@ -532,6 +534,32 @@ def test_the_manifest_is_the_last_file_that_an_import_writes(
     monkeypatch.setattr(os, "replace", seen)
     import_checkpoint(T2V, given(quantised=True), tmp_path / "out")
     assert written.index(MANIFEST) == len(written) - 1
+
+
+def test_a_tokenizer_is_forgotten_before_it_is_replaced(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out")), tmp_path / "tokenizer.json"
+    other.write_text(json.dumps(json.loads((out / TOKENIZER).read_bytes()), indent=3))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importer, "clear", killed)
+        import_checkpoint(T2V, given(tokenizer=other), out, replace=True)
+    interrupted = Bundle.open(out)
+    interrupted.verify(interrupted.manifest.files, again=True)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is missing; write it again with: wanforge import --resume"):
+        interrupted.path(TOKENIZER)
+    resume_import(out)
+    assert Bundle.open(out).path(TOKENIZER).read_bytes() == other.read_bytes()
+
+
+def test_a_tokenizer_that_stays_as_it_is_stays_in_the_manifest(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(importer, "clear", killed)
+        import_checkpoint(T2V, given(), out, replace=True)
+    assert Bundle.open(out).manifest == bundles["plain"].manifest
 
 
 @pytest.mark.parametrize("ticks", [300, 100_000], ids=["interrupted", "complete"])
