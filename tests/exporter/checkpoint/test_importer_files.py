@@ -306,9 +306,10 @@ def test_a_link_that_a_killed_import_left_is_replaced_and_makes_no_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        import_checkpoint(T2V, canonical, out, link=True)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, canonical, out, link=True)
     assert any(path.is_symlink() for path in (out / "weights").glob("*.partial"))
     disk(size_of(bundles["plain"]) - 1)
     with pytest.raises(ResourceError):
@@ -541,9 +542,10 @@ def test_a_tokenizer_is_forgotten_before_it_is_replaced(
 ) -> None:
     out, other = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out")), tmp_path / "tokenizer.json"
     other.write_text(json.dumps(json.loads((out / TOKENIZER).read_bytes()), indent=3))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(importer, "clear", killed)
-        import_checkpoint(T2V, given(tokenizer=other), out, replace=True)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, given(tokenizer=other), out, replace=True)
     interrupted = Bundle.open(out)
     interrupted.verify(interrupted.manifest.files, again=True)
     with pytest.raises(BundleError, match=r"tokenizer\.json is missing; write it again with: wanforge import --resume"):
@@ -556,9 +558,10 @@ def test_a_tokenizer_that_stays_as_it_is_stays_in_the_manifest(
     tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(importer, "clear", killed)
-        import_checkpoint(T2V, given(), out, replace=True)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, given(), out, replace=True)
     assert Bundle.open(out).manifest == bundles["plain"].manifest
 
 
