@@ -126,7 +126,7 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
             if not is_there(bundle, name, made):
                 placing[name] = candidates.enter_context(checked_candidate(inside(bundle.root, name), data))
             progress("export", done + 1, len(models))
-        bundle.add(files, placing=placing, dropping=bundle.stale(key))
+        bundle.add(files, placing=placing, dropping=lambda: bundle.stale(key))
     return ExportResult(tuple(files), skipped)
 
 

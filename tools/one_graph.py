@@ -22,8 +22,8 @@ from wanforge.engines.builder import BuildJob, build
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.engines.sizes import ShapeRange, named_sizes, shape_ranges
-from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
+from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.plugins.tensorrt.library import RTX, open_library
 from wanforge.runtime.graphs import graphs
 

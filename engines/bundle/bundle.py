@@ -14,7 +14,7 @@ The manifest is written last, so a directory without one is not a bundle.
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
@@ -63,10 +63,10 @@ class Bundle:
 
     @classmethod
     def create(cls, root: Path, model: ModelConfig, recipe: Recipe, files: dict[str, FileRecord]) -> Self:
-        """Make a directory a bundle by writing its manifest, once every file is in place."""
+        """Make a directory a bundle by writing its manifest, once every file is in place. Where others may change the
+        manifest as well, the caller holds the lock `recording`, so as to keep what they have recorded."""
         bundle = cls(root, Manifest(FORMAT, f"wanforge {__version__}", model, recipe, files))
-        with recording(root):
-            bundle._write(files)
+        bundle._write(files)
         return bundle
 
     def add(
@@ -74,7 +74,7 @@ class Bundle:
         files: Mapping[str, FileRecord],
         *,
         placing: Mapping[str, Path] | None = None,
-        dropping: Iterable[str] = (),
+        dropping: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         """Record files in the manifest as it is now, whatever other processes have recorded since it was read.
 
@@ -84,15 +84,14 @@ class Bundle:
         Args:
             files: The records by name.
             placing: A temporary file for each of them that is not in place yet.
-            dropping: Files to delete once the manifest no longer names them.
+            dropping: Names the files to delete once the manifest no longer lists them. It is called when the manifest
+                has been read again and nobody else can change it.
 
         Raises:
             BundleError: The model or the weights are others than when the bundle was opened.
         """
         placing = placing or {}
-        dropped = set(dropping) - set(files)
-        with self._changing({*placing, *dropped}):
-            self._refresh()
+        with self._changing(placing, lambda: set(dropping()) - set(files)) as dropped:
             kept = {n: record for n, record in self.manifest.files.items() if n not in {*placing, *dropped}}
             if kept.keys() != self.manifest.files.keys():
                 self._write(kept)
@@ -110,17 +109,22 @@ class Bundle:
                 self._write({n: record for n, record in self.manifest.files.items() if n not in forgotten})
 
     @contextmanager
-    def _changing(self, names: Collection[str], *, alone: bool = False) -> Iterator[None]:
-        """Keep others from changing the manifest and, if some of these files exist already, from using the files."""
+    def _changing(
+        self, placed: Collection[str], dropping: Callable[[], set[str]], *, alone: bool = False
+    ) -> Iterator[set[str]]:
+        """Keep others from changing the manifest, which is read again, and, if some of these files exist already, from
+        using the files. Yields the names of those to drop."""
         with ExitStack() as locks:
             if alone:
                 locks.enter_context(files_lock(self.root).exclusive())
             locks.enter_context(recording(self.root))
-            if alone or not any(os.path.lexists(self.root / name) for name in names):
-                yield
+            self._refresh()
+            dropped = dropping()
+            if alone or not any(os.path.lexists(self.root / name) for name in {*placed, *dropped}):
+                yield dropped
                 return
-        with self._changing(names, alone=True):
-            yield
+        with self._changing(placed, dropping, alone=True) as dropped:
+            yield dropped
 
     def _refresh(self) -> None:
         """Take over what other processes have recorded since the manifest was read.
@@ -229,8 +233,10 @@ class Bundle:
             return {}
 
     def _save_stamps(self, stamps: dict[str, Stamp]) -> None:
+        """Remember what was verified, if that can be written; otherwise it is verified again the next time."""
         if stamps != self._stamps() and os.access(self.root, os.W_OK):
-            write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
+            with suppress(OSError):
+                write_atomically(self.root / VERIFIED, msgspec.json.encode(stamps))
 
 
 def _origin(manifest: Manifest) -> tuple[object, ...]:

@@ -181,6 +181,9 @@ class TensorWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for path in (self.partial, self.journal):
+            if path.is_symlink():  # left by an import that made a link and was killed
+                path.unlink()
         lines = self._lines()
         with ExitStack() as on_failure:
             self._file = on_failure.enter_context(open_unlinked(self.partial))
@@ -203,7 +206,7 @@ class TensorWriter:
 
     def _lines(self) -> list[str]:
         """The digests of an interrupted run; none if it made something else."""
-        if self.journal.is_symlink() or not self.journal.is_file():
+        if not self.journal.is_file():
             return []
         title, *lines = self.journal.read_bytes().decode("ascii", "replace").split("\n")
         return lines if title == self._title else []

@@ -16,8 +16,8 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, weights_name
 from wanforge.engines.bundle.folder import inside
-from wanforge.engines.bundle.lock import files_lock
-from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
+from wanforge.engines.bundle.lock import files_lock, recording
+from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord, read_manifest
 from wanforge.engines.bundle.remedies import import_command
 from wanforge.engines.bundle.tensorfile import (
     JOURNAL,
@@ -99,7 +99,8 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
     """Complete an interrupted import, or write the damaged and missing weights of a bundle again.
 
     Raises:
-        BundleError: The folder does not say what it was imported from.
+        BundleError: The folder does not say what it was imported from, or another process has imported something else
+            into it in the meantime.
         CheckpointError, ResourceError: See `import_checkpoint`.
     """
     record = read_record(out)
@@ -116,6 +117,9 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
             f"--out {out} --replace"
         ) from None
     with files_lock(out).exclusive():
+        now = read_record(out)
+        if now is None or now.arguments != record.arguments:
+            raise BundleError(f"{out}: was imported again in the meantime; run the command again")
         return write_bundle(out, record.arguments, checked, progress)
 
 
@@ -169,12 +173,37 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         check_part(component, sources.weights[component], contents, model, recipe)
         for component, contents in opened.items()
     ]
+    check_sources_lie_elsewhere(out, parts, tokenizer)
     for part in parts:
         if is_linked(part, arguments):
-            check_link(part, out / weights_name(part.component))
+            check_link(part)
     check_experts([part for part in parts if part.component.startswith("dit.")])
     check_disk(out, [part for part in parts if not is_linked(part, arguments)])
     return Checked(recipe, parts, tokenizer)
+
+
+def check_sources_lie_elsewhere(out: Path, parts: Sequence[Part], tokenizer: Path) -> None:
+    """Refuse files of the bundle that is being made: damage in them would be recorded as right, and links would lead to
+    themselves.
+
+    Raises:
+        CheckpointError: A file is the bundle's own, whatever path or link leads to it.
+    """
+    root = out.resolve()
+    names = {TOKENIZER, *(weights_name(part.component) for part in parts), *files_before(out, read_record(out))}
+    own = {root / name: name for name in names}
+    for path in [tokenizer, *(path for part in parts for path in files_of(part))]:
+        for place in (path.resolve(), path.parent.resolve() / path.name):
+            if place in own:
+                raise CheckpointError(
+                    f"{path}: is the bundle's own {own[place]}; give the file that it was made from, or choose another "
+                    "--out"
+                )
+
+
+def files_of(part: Part) -> list[Path]:
+    """The file that was given for a component, and those that hold its tensors."""
+    return sorted({part.source, *(stored.path for stored in part.stored.values())})
 
 
 def is_linked(part: Part, arguments: Arguments) -> bool:
@@ -196,12 +225,14 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
     write_atomically(out / TOKENIZER, checked.tokenizer.read_bytes())
     size = (out / TOKENIZER).stat().st_size
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
-    before = bundle_before(out, arguments.model, checked.recipe)
-    derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
-    clear(out, record, set(record.replaced) - {*derived, *files})
-    bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
-    if stale := bundle.stale(graph_key(bundle)):
-        bundle.add({}, dropping=stale)
+    with recording(out):  # a build that began before the import may record an engine at any time
+        before = bundle_before(out, arguments.model, checked.recipe)
+        derived = {name: each for name, each in before.manifest.files.items() if each.key} if before else {}
+        clear(out, record, set(record.replaced) - {*derived, *files})
+        bundle = Bundle.create(out, arguments.model, checked.recipe, {**derived, **files})
+    key = graph_key(bundle)
+    if bundle.stale(key):
+        bundle.add({}, dropping=lambda: bundle.stale(key))
     return bundle
 
 
@@ -240,8 +271,15 @@ def begin(out: Path, arguments: Arguments, checked: Checked, progress: Progress)
     if before is None:
         (out / MANIFEST).unlink(missing_ok=True)
     else:
-        before.forget(weights_name(part.component) for part in checked.parts if part.component not in finished)
+        unfinished = [weights_name(part.component) for part in checked.parts if part.component not in finished]
+        before.forget([*unfinished, *([] if is_same_tokenizer(before, checked.tokenizer) else [TOKENIZER])])
     return record
+
+
+def is_same_tokenizer(bundle: Bundle, path: Path) -> bool:
+    """Whether a bundle records a tokenizer with the bytes of this file."""
+    record = bundle.manifest.files.get(TOKENIZER)
+    return record is not None and record.sha256 == sha256_of(path)
 
 
 def bundle_before(out: Path, model: ModelConfig, recipe: Recipe) -> Bundle | None:
@@ -258,7 +296,7 @@ def files_before(out: Path, earlier: ImportRecord | None) -> set[str]:
     weights = [] if earlier is None else [weights_name(component) for component in earlier.arguments.weights]
     names = {f"{name}{end}" for name in weights for end in ("", PARTIAL, JOURNAL)}
     with suppress(BundleError):
-        names |= Bundle.open(out).manifest.files.keys()
+        names |= read_manifest(out).files.keys()
     return names
 
 
@@ -300,7 +338,7 @@ def _done(part: Part, path: Path, earlier: ImportRecord | None) -> int:
     if known is not None and known.made_from == made_from(part) and path.is_file() and not path.is_symlink():
         return path.stat().st_size
     partial = path.with_name(path.name + PARTIAL)
-    return partial.stat().st_size if partial.is_file() else 0
+    return partial.stat().st_size if partial.is_file() and not partial.is_symlink() else 0
 
 
 def write_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:
@@ -369,8 +407,8 @@ class Quantiser:
             yield as_bytes(scale)
 
 
-def check_link(part: Part, path: Path) -> None:
-    """Refuse to link a file that is not a canonical safetensors file or that is the bundle's own.
+def check_link(part: Part) -> None:
+    """Refuse to link a file that is not a canonical safetensors file.
 
     Raises:
         CheckpointError: The file cannot be linked.
@@ -384,8 +422,6 @@ def check_link(part: Part, path: Path) -> None:
             f"{part.source}: not in canonical form (differing: {join_names(differing) or 'additional tensors'}); "
             "import it without --link"
         )
-    if path.absolute() in (part.source.absolute(), part.source.resolve()):
-        raise CheckpointError(f"{part.source}: is the bundle's own file; choose another --out")
 
 
 def link_part(part: Part, path: Path, record: ImportRecord, count: Count) -> ImportRecord:

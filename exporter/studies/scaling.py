@@ -17,8 +17,8 @@ from wanforge.configs.targets import Target, load_targets
 from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
+from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.plugins.tensorrt.library import RTX, Library, flavour_for, open_library
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend

@@ -16,9 +16,9 @@ from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.importer import import_checkpoint
-from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.export import export
+from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.plugins.tensorrt.library import RTX, open_library
 from wanforge.progress import Progress, silent
 from wanforge.runtime.graphs import graphs

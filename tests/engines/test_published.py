@@ -13,8 +13,8 @@ from tests.tensorrt_flavours import rtx
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.exporter.checkpoint.skeleton import skeleton
 from wanforge.exporter.export import export
+from wanforge.exporter.studies.skeleton import skeleton
 
 DENOISER = {"context", "cross_kv", "time", "stem", "block", "head"}
 TARGETS = "rtx5090,rtx4090,rtx3090,a100"

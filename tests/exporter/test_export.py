@@ -65,3 +65,12 @@ def test_stale_graphs_of_other_types_are_deleted(bundle: Bundle) -> None:
     done = export(bundle, ["fp32"])
     assert set(done.written) == set(graphs_of(bundle.root)) == recorded(bundle.root)
     bundle.verify(bundle.manifest.files, again=True)
+
+
+def test_an_export_deletes_no_graphs_that_another_has_written_since(bundle: Bundle) -> None:
+    make_stale(bundle)
+    late = Bundle.open(bundle.root)
+    done = [export(bundle, ["fp32"]), export(late, ["fp16"])]
+    written = {name for each in done for name in each.written}
+    assert written == set(graphs_of(bundle.root)) == recorded(bundle.root)
+    late.verify(late.manifest.files, again=True)

@@ -52,6 +52,11 @@ COMMANDS: dict[str, Words] = {
     "parity": ("parity", BUNDLE, *CLIP, "--depth", "block"),
 }
 """What runs side by side, by name."""
+ONE_TYPE: dict[str, Words] = {
+    "export, float32": (*EXPORT, "--dtype", "fp32"),
+    "export, float16": (*EXPORT, "--dtype", "fp16"),
+}
+"""Exports that run beside each other only, where all graphs are stale."""
 STARTING = {"exported": "", "damaged": "import --resume", "old": "export"}
 """The folders that they begin in (see `scenarios.STARTS`): all pairs in the first, and in the others those with the
 command that mends them."""
@@ -102,9 +107,9 @@ def at_once(folder: Path, seed: int, number: int, start: str, names: tuple[str, 
     names = random.choice(list(permutations(names)))
     place = Path(shutil.copytree(folder / start, folder / f"pair {number}", symlinks=True))
     pair = Pair(names, start, random.choice([0.0, random.uniform(0, LATEST_S)]), place)
-    first = Running(COMMANDS[names[0]], place)
+    first = Running(words_of(names[0]), place)
     sleep(pair.delay_s)
-    second = Running(COMMANDS[names[1]], place)
+    second = Running(words_of(names[1]), place)
     for ended in [first.end(), second.end()]:
         pair.note(ended)
         settle(pair, ended)
@@ -137,17 +142,23 @@ def settle(pair: Pair, ended: Ended) -> None:
 
 
 def in_turns(folder: Path, start: str, names: tuple[str, ...]) -> Snapshot:
-    """What two commands leave if nothing disturbs them; each runs once the bundle is mended."""
+    """What two commands leave if nothing disturbs them; one that is refused runs again once the bundle is mended."""
     place = Path(shutil.copytree(folder / start, folder / f"in turns {folder_name(names)} {start}", symlinks=True))
     for name in names:
-        *_, mended = mend(place)
-        must_succeed(mended)
-        must_succeed(run(COMMANDS[name], place))
+        if run(words_of(name), place).code:
+            *_, mended = mend(place)
+            must_succeed(mended)
+            must_succeed(run(words_of(name), place))
     *_, mended = mend(place)
     must_succeed(mended)
     found = Snapshot.of(place)
     shutil.rmtree(place)
     return found
+
+
+def words_of(name: str) -> Words:
+    """The command of this name."""
+    return {**COMMANDS, **ONE_TYPE}[name]
 
 
 def folder_name(names: tuple[str, ...]) -> str:
@@ -165,8 +176,10 @@ def table(pairs: list[Pair]) -> str:
 def pairs(seed: int, workers: int, only: str = "") -> list[Pair]:
     """Run all pairs in a folder of their own, which is deleted if none of them found a fault."""
     folder, start = Path(mkdtemp(prefix="wanforge-pairs-")), monotonic()
-    every = [names for names in combinations_with_replacement(COMMANDS, 2) if only in " + ".join(names)]
+    every = list(combinations_with_replacement(COMMANDS, 2))
     wanted = [(name, names) for name, mender in STARTING.items() for names in every if not mender or mender in names]
+    wanted.append(("old graphs", tuple(ONE_TYPE)))
+    wanted = [(name, names) for name, names in wanted if only in " + ".join(names)]
     for name in dict.fromkeys(name for name, _ in wanted):
         (folder / name).mkdir()
         for step in STARTS[name]:

@@ -95,6 +95,7 @@ STARTS: dict[str, list[Step]] = {
     "damaged": [IMPORT, EXPORT, BUILD, damage],
     "lacking": [IMPORT, EXPORT, BUILD, delete],
     "old": [IMPORT, EXPORT, BUILD, age],
+    "old graphs": [IMPORT, EXPORT, age],
     "interrupted": [interrupt],
     "linked": [("import", *LINKED, "--out", BUNDLE), EXPORT],
 }

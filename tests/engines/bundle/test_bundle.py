@@ -167,7 +167,7 @@ def test_add_keeps_what_is_recorded_and_deletes_what_it_drops(bundle: Bundle) ->
     bundle.add({head: record(b"head")})
     assert set(Bundle.open(bundle.root).manifest.files) == {VAE, GRAPH, head}
     write_atomically(bundle.root / head, b"head")
-    bundle.add({head: record(b"head")}, dropping=[GRAPH, head])
+    bundle.add({head: record(b"head")}, dropping=lambda: [GRAPH, head])
     assert set(Bundle.open(bundle.root).manifest.files) == {VAE, head}
     assert Bundle.open(bundle.root).manifest == bundle.manifest
     assert not (bundle.root / GRAPH).exists()
@@ -297,10 +297,22 @@ def test_verifies_where_nothing_can_be_written(foreign: Path) -> None:
     assert not (foreign / VERIFIED).exists()
 
 
+def test_verifies_on_a_full_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert bytes_read(bundle) == sum(map(len, CONTENT.values()))
+    rewrite(bundle.root / GRAPH, b"other")
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.verify(CONTENT)
+    assert not (bundle.root / VERIFIED).exists()
+
+
 def test_adding_where_nothing_can_be_written_changes_nothing(foreign: Path) -> None:
     opened = Bundle.open(foreign)
     with pytest.raises(PermissionError):
-        opened.add({}, dropping=[GRAPH])
+        opened.add({}, dropping=lambda: [GRAPH])
     assert set(Bundle.open(foreign).manifest.files) == set(CONTENT)
     assert (foreign / GRAPH).exists()
 
@@ -442,5 +454,5 @@ def test_dropping_deletes_nothing_outside(bundle: Bundle, tmp_path: Path) -> Non
     shutil.move(bundle.root / "onnx/fp32", tmp_path / "elsewhere")
     (bundle.root / "onnx/fp32").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match="is a link"):
-        bundle.add({}, dropping=[GRAPH])
+        bundle.add({}, dropping=lambda: [GRAPH])
     assert (tmp_path / "elsewhere/stem.onnx").exists()

@@ -397,16 +397,16 @@ def test_damage_of_a_partial_file_is_written_over(
     assert digest == hashlib.sha256(whole).hexdigest()
 
 
-def test_links_are_not_followed(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
-    for end in (".partial", ".journal"):
-        link = tmp_path / f"a.safetensors{end}"
-        link.symlink_to(victim)
-        with pytest.raises(OSError, match="symbolic links"):
-            write(tmp_path / "a.safetensors", data_of(SPECS))
-        link.unlink()
-    assert victim.read_bytes() == b"precious"
+@pytest.mark.parametrize("target", ["victim", "nowhere"])
+@pytest.mark.parametrize("end", [".partial", ".journal"])
+def test_links_are_replaced_and_not_followed(file: Path, tmp_path: Path, end: str, target: str) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / f"a.safetensors{end}").symlink_to(tmp_path / target)
+    write(tmp_path / "a.safetensors", data_of(SPECS))
+    assert (tmp_path / "a.safetensors").read_bytes() == file_of(SPECS)
+    assert not (tmp_path / "a.safetensors").is_symlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("victim")} == {"victim": b"precious"}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("broken", SPECS)

@@ -1,6 +1,7 @@
 """How an import treats files: existing ones, linked ones, and ones that it could not finish."""
 
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -8,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import msgspec
@@ -39,9 +41,9 @@ from wanforge.errors import BundleError, CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Part, Sources
 from wanforge.exporter.checkpoint.embedded import embedded
-from wanforge.exporter.checkpoint.importer import import_checkpoint, resume_import
-from wanforge.exporter.checkpoint.reader import StoredTensor
-from wanforge.exporter.checkpoint.record import ImportRecord, read_record, write_record
+from wanforge.exporter.checkpoint.importer import Checked, import_checkpoint, resume_import
+from wanforge.exporter.checkpoint.reader import INDEX, StoredTensor
+from wanforge.exporter.checkpoint.record import Arguments, ImportRecord, read_record, write_record
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
 
@@ -141,16 +143,49 @@ def test_link_refuses_what_is_not_canonical(
     assert_refused(tmp_path / "out", T2V, sources, complaint, W8A8 if form == "quantise" else None, link=True)
 
 
-def test_linking_a_bundle_to_its_own_files_keeps_them(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+@pytest.mark.parametrize("link", [False, True], ids=["copied", "linked"])
+@pytest.mark.parametrize("way", ["direct", "source-through-link", "bundle-through-link", "link-to-file"])
+def test_a_bundle_is_not_imported_from_its_own_weights(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], way: str, link: bool
+) -> None:
     out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
-    before = files_in(out / "weights")
-    own = Sources({c: out / weights_name(c) for c in components(T2V)}, out / TOKENIZER)
-    try:
-        import_checkpoint(T2V, own, out, link=True, replace=True)
-    except CheckpointError:
-        assert files_in(out / "weights") == before
-    else:
-        Bundle.open(out).verify([weights_name(c) for c in components(T2V)], again=True)
+    (tmp_path / "alias").symlink_to(out)
+    (tmp_path / "dit.safetensors").symlink_to(out / weights_name("dit"))
+    folder = tmp_path / "alias" if way == "source-through-link" else out
+    dit = tmp_path / "dit.safetensors" if way == "link-to-file" else folder / weights_name("dit")
+    before = files_in(out)
+    # Only the denoiser is the bundle's own.
+    text_encoder = bundles["plain"].weights("text_encoder")
+    with pytest.raises(CheckpointError, match=r"is the bundle's own weights/dit\.safetensors; .* another --out"):
+        import_checkpoint(
+            T2V,
+            given(dit=dit, text_encoder=text_encoder),
+            tmp_path / "alias" if way == "bundle-through-link" else out,
+            link=link,
+            replace=True,
+        )
+    assert files_in(out) == before
+
+
+def test_a_bundle_is_not_imported_from_its_own_shards_tokenizer_or_links(
+    tmp_path: Path, given: Callable[..., Sources], canonical: Sources
+) -> None:
+    out = tmp_path / "out"
+    import_checkpoint(T2V, canonical, out, link=True)
+    (tmp_path / "shard.safetensors").symlink_to(out / weights_name("vae"))
+    names = read_header(out / weights_name("vae")).tensors
+    index = tmp_path / f"vae{INDEX}"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "shard.safetensors")}))
+    own = {
+        "tokenizer/tokenizer.json": given(tokenizer=out / TOKENIZER),
+        "weights/vae.safetensors": given(vae=index),
+        "weights/dit.safetensors": given(dit=out / weights_name("dit")),
+    }
+    for name, sources in own.items():
+        with pytest.raises(CheckpointError, match=f"is the bundle's own {name}; give the file that it was made from"):
+            import_checkpoint(T2V, sources, out, replace=True)
+    import_checkpoint(T2V, canonical, out, link=True, replace=True)
+    Bundle.open(out).verify(Bundle.open(out).manifest.files, again=True)
 
 
 def stop_after(ticks: int) -> Progress:
@@ -164,6 +199,11 @@ def stop_after(ticks: int) -> Progress:
             raise KeyboardInterrupt
 
     return tick
+
+
+def killed(*arguments: Any) -> None:
+    """Stands in for a function during which an import ends."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow
@@ -256,6 +296,27 @@ def test_disk_needs_no_room_for_what_an_interrupted_import_wrote(
     done = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.safetensors*"))
     disk(size_of(bundles["plain"]) - done + 100_000)
     assert import_checkpoint(T2V, given(), tmp_path / "out").manifest.files
+
+
+def test_a_link_that_a_killed_import_left_is_replaced_and_makes_no_room(
+    tmp_path: Path,
+    canonical: Sources,
+    bundles: dict[str, Bundle],
+    disk: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, canonical, out, link=True)
+    assert any(path.is_symlink() for path in (out / "weights").glob("*.partial"))
+    disk(size_of(bundles["plain"]) - 1)
+    with pytest.raises(ResourceError):
+        import_checkpoint(T2V, canonical, out, replace=True)
+    disk(size_of(bundles["plain"]))
+    import_checkpoint(T2V, canonical, out, replace=True)
+    assert files_in(out) == files_in(bundles["plain"].root) | {MANIFEST: (out / MANIFEST).read_bytes()}
 
 
 @pytest.mark.parametrize("before", ["plain", "linked"])
@@ -356,6 +417,25 @@ def test_resuming_keeps_graphs_and_engines_and_writes_only_what_is_missing(
     assert files_in(out) == before
 
 
+def test_an_engine_that_is_finished_while_an_import_ends_is_kept(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    engine = {"engines/sm_89/time.engine": FileRecord("0", 0, key={"onnx": "time.onnx"})}
+    build = Thread(target=Bundle.open(out).add, args=[engine])
+    clearing = importer.clear
+
+    def late(*arguments: Any) -> None:
+        build.start()
+        build.join(0.2)  # it has to wait for the import, which reads the manifest before this and writes it afterwards
+        clearing(*arguments)
+
+    monkeypatch.setattr(importer, "clear", late)
+    import_checkpoint(T2V, given(), out, replace=True)
+    build.join()
+    assert engine.items() <= Bundle.open(out).manifest.files.items()
+
+
 def test_resuming_an_interrupted_replacement_completes_it(
     tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle]
 ) -> None:
@@ -367,6 +447,24 @@ def test_resuming_an_interrupted_replacement_completes_it(
     with pytest.raises(BundleError, match="its import was interrupted; continue it with: wanforge import --resume"):
         Bundle.open(out)
     resume_import(out)
+    assert files_in(out) == files_in(bundles["quant"].root)
+
+
+def test_resuming_does_not_undo_an_import_that_was_faster(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    checking = importer.check_sources
+
+    def slowly(arguments: Arguments, out: Path) -> Checked:
+        checked = checking(arguments, out)
+        monkeypatch.undo()
+        import_checkpoint(T2V, given(quantised=True), out, replace=True)
+        return checked
+
+    monkeypatch.setattr(importer, "check_sources", slowly)
+    with pytest.raises(BundleError, match="was imported again in the meantime; run the command again"):
+        resume_import(out)
     assert files_in(out) == files_in(bundles["quant"].root)
 
 
@@ -437,6 +535,34 @@ def test_the_manifest_is_the_last_file_that_an_import_writes(
     monkeypatch.setattr(os, "replace", seen)
     import_checkpoint(T2V, given(quantised=True), tmp_path / "out")
     assert written.index(MANIFEST) == len(written) - 1
+
+
+def test_a_tokenizer_is_forgotten_before_it_is_replaced(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out")), tmp_path / "tokenizer.json"
+    other.write_text(json.dumps(json.loads((out / TOKENIZER).read_bytes()), indent=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(importer, "clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, given(tokenizer=other), out, replace=True)
+    interrupted = Bundle.open(out)
+    interrupted.verify(interrupted.manifest.files, again=True)
+    with pytest.raises(BundleError, match=r"tokenizer\.json is missing; write it again with: wanforge import --resume"):
+        interrupted.path(TOKENIZER)
+    resume_import(out)
+    assert Bundle.open(out).path(TOKENIZER).read_bytes() == other.read_bytes()
+
+
+def test_a_tokenizer_that_stays_as_it_is_stays_in_the_manifest(
+    tmp_path: Path, given: Callable[..., Sources], bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(importer, "clear", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_checkpoint(T2V, given(), out, replace=True)
+    assert Bundle.open(out).manifest == bundles["plain"].manifest
 
 
 @pytest.mark.parametrize("ticks", [300, 100_000], ids=["interrupted", "complete"])

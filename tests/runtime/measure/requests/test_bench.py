@@ -17,7 +17,7 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
-from wanforge.exporter.checkpoint.skeleton import skeleton
+from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.commands import bench as bench_cli
 from wanforge.runtime.graphs import graphs
