@@ -223,7 +223,7 @@ def _others(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
     if name == "setp" and len(kinds) == 1 and flags <= COMPARISONS.keys() and len(flags) == 1:
         return _comparison(COMPARISONS[next(iter(flags))], kinds[0])
     if name == "selp" and not flags:
-        return Operation((kinds[0], kinds[0], "pred"), kinds[0], lambda a, b, p: np.where(p, a, b))
+        return Operation((kinds[0], kinds[0], "pred"), kinds[0], _chosen)
     if name == "mov" and len(kinds) == 1 and not flags:
         return Operation((kinds[0],), kinds[0], lambda a: a)
     if name in ("and", "or", "xor", "not") and kinds == ["pred"]:
@@ -233,6 +233,10 @@ def _others(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
     if name == "cvt" and len(kinds) == 2:
         return _conversion(flags, *kinds)
     return None
+
+
+def _chosen(a: Array, b: Array, is_first: Array) -> Array:
+    return np.where(is_first, a, b)
 
 
 def _comparison(test: Callable[[Array, Array], Array], kind: str) -> Operation:

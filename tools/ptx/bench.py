@@ -3,11 +3,14 @@ launcher, the stand-in driver and the PTX."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tools.ptx.driver import DriverOfTensors, StandIn, ptx_in
 from tools.ptx.machine import Modes
@@ -43,12 +46,38 @@ class Bench:
         self.launcher = Launcher(DriverOfTensors(self.cuda))
         self.unwritten: set[int] = set()
 
+    def __call__(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function of tensors on the CPU whose kernels run on this device, once they are compiled."""
+        like = tree_map_only(Tensor, _on_meta, arguments)
+        compiled(lambda: run(*like), self.sm, self.folder)
+        with self.running():
+            return run(*arguments)
+
     def launch(self, launch: Launch) -> None:
-        """Run one launch."""
+        """Run one launch.
+
+        Raises:
+            FaultError: A thread did what none may do, or a result is not finite although all operands are.
+        """
         for name, tensor in launch.tensors.items():
             self.add(f"{launch.kernel.name}: {name}", tensor)
-        compile_kernels([launch], self.folder, jobs=1, ptx=True)
+        floats = [tensor for tensor in launch.tensors.values() if tensor.dtype.is_floating_point]
+        before = [(region, region.data.copy(), region.written.copy()) for region in self.memory.regions]
+        is_finite = all(self._is_finite(tensor) for tensor in floats)
         self.launcher(launch)
+        if is_finite and not all(self._is_finite(tensor) for tensor in floats):
+            for region, data, written in before:
+                region.data[:], region.written[:] = data, written
+            self.cuda.modes = replace(self.cuda.modes, finite=True)
+            self.launcher(launch)
+
+    def _is_finite(self, tensor: Tensor) -> bool:
+        """Whether all elements of a tensor that are written are finite."""
+        region = self.memory.find(tensor.untyped_storage().data_ptr())
+        assert region is not None
+        written = torch.from_numpy(region.written)[: len(region.data)].view(_same_size(tensor.element_size()))
+        is_written = written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) != 0
+        return bool((torch.isfinite(tensor.float()) | ~is_written).all())
 
     def add(self, name: str, tensor: Tensor) -> Region:
         """Let kernels use a tensor. Memory that `allocating` has seen counts as never written."""
@@ -94,6 +123,10 @@ class Bench:
 
         with mock.patch.object(torch, "empty", poisoned):
             yield
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _same_size(size: int) -> torch.dtype:

@@ -20,7 +20,7 @@ from tools.ptx.machine import (
     reader,
     writer,
 )
-from tools.ptx.syntax import Address, Immediate, Instruction, Operand, Register, Symbol, Vector
+from tools.ptx.syntax import Immediate, Instruction, Operand, Register, Symbol, Vector
 
 Array = NDArray[Any]
 
@@ -67,11 +67,20 @@ def build(instruction: Instruction, launch: Launch) -> Step:
 
 def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
     result, source = instruction.operands
-    if not isinstance(source, Address) or not isinstance(source.base, Symbol):
-        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
-    given = launch.parameters[source.base.name][source.offset :][: size_of(kind)]
-    value, write = np.frombuffer(given, DTYPES[kind])[0], writer(result, kind)
-    return lambda state, mask: write(state, np.full(state.lanes.shape, value), mask)
+    addresses, write, size = address_reader(source, launch), writer(result, kind), size_of(kind)
+    given = np.frombuffer(b"".join(launch.parameters), np.uint8)
+
+    def step(state: State, mask: Array | None) -> None:
+        places = addresses(state).astype(np.int64)
+        lanes = state.chosen(mask)
+        outside = (places[lanes] + size > len(given)) | (places[lanes] % size != 0)
+        if outside.any():
+            state.report(instruction, lanes)("reads outside of the parameters", outside, places[lanes])
+        if mask is not None:
+            places = np.where(mask, places, 0)
+        write(state, given[places[:, None] + np.arange(size)].view(DTYPES[kind])[:, 0], mask)
+
+    return step
 
 
 def _parts(operand: Operand) -> tuple[Operand, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
+from tools.ptx.checks import EXACT, addressing, check_finite, check_range
 from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.memory import GlobalMemory, Report, SharedMemory
 from tools.ptx.numbers import Approximation
@@ -41,10 +42,13 @@ FINISHED = 1 << 30
 
 @dataclass(frozen=True)
 class Modes:
-    """Choices that the documents leave open: approximate instructions, and the sums of fp8 products."""
+    """Choices that the documents leave open, approximate instructions and the sums of fp8 products, and what counts as
+    a fault."""
 
     approximation: Approximation = Approximation.NEAREST
     sums: Sums = Sums.FULL
+    finite: bool = False
+    """Whether an instruction that makes infinity or no number out of finite numbers is a fault."""
 
 
 @dataclass
@@ -190,8 +194,9 @@ class Launch:
         from tools.ptx.instructions import build  # which needs the types above
 
         self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
-        self.parameters = {each.name: value for each, value in zip(kernel.parameters, parameters, strict=True)}
+        self.parameters, self.parameter_places = laid_out(kernel, parameters)
         self.shared_granule = granule(kernel, "shared")
+        self.addressing = addressing(kernel)
         self.written = [
             [part for operand in each.operands for part in (operand.parts if isinstance(operand, Vector) else [operand])
              if isinstance(part, Register)]
@@ -290,6 +295,17 @@ class Launch:
             queue.wait(np.ones(len(state.lanes), bool), -(1 << 30))
 
 
+def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:
+    """The parameters one after the other, each at a multiple of its size, and their places."""
+    pieces, places, end = [], {}, 0
+    for parameter, value in zip(kernel.parameters, values, strict=True):
+        gap = -end % parameter.size
+        places[parameter.name] = end + gap
+        pieces += [bytes(gap), value]
+        end += gap + parameter.size
+    return pieces, places
+
+
 def granule(kernel: Kernel, space: str) -> int:
     """The smallest number of bytes that a kernel accesses at a time, at most 4."""
     sizes = [4]
@@ -324,8 +340,9 @@ def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Arr
             return lambda state: np.tile(constant, len(state.lanes))
         case Special(name):
             return lambda state: state.special[name].view(dtype)
-        case Symbol(name) if name == DYNAMIC:
-            return lambda state: np.zeros(state.lanes.shape, dtype)
+        case Symbol(name) if name == DYNAMIC or name in launch.parameter_places:
+            place = launch.parameter_places.get(name, 0)
+            return lambda state: np.full(state.lanes.shape, place, dtype)
     raise UnsupportedError(f"the machine does not know {operand} as {kind}")
 
 
@@ -353,9 +370,17 @@ def on_registers(instruction: Instruction, operation: Operation, launch: Launch)
     result, *sources = instruction.operands
     read = [reader(operand, kind, launch) for operand, kind in zip(sources, operation.sources, strict=True)]
     write, apply = writer(result, operation.result), operation.apply
+    exact = EXACT.get(instruction.words[0]) if instruction.place in launch.addressing else None
+    checks_finite = launch.modes.finite and operation.result in ("f32", "f32x2")
 
     def step(state: State, mask: Array | None) -> None:
-        write(state, apply(*[each(state) for each in read]), mask)
+        given = [each(state) for each in read]
+        value = apply(*given)
+        if exact is not None:
+            check_range(state, instruction, exact(*[each.view(np.int32).astype(np.int64) for each in given]), mask)
+        if checks_finite:
+            check_finite(state, instruction, given, value, mask)
+        write(state, value, mask)
 
     return step
 

@@ -80,7 +80,8 @@ def from_bf16(bits: Array) -> Array:
 
 def to_f16(x: Array, *, towards_zero: bool = False) -> Array:
     """The bits of float32 x as float16, rounded to nearest or towards zero."""
-    near = x.astype(np.float16)
+    with np.errstate(over="ignore"):
+        near = x.astype(np.float16)
     if not towards_zero:
         return near.view(np.uint16)
     bits = near.view(np.uint16)

@@ -145,7 +145,7 @@ def read_kernel(text: str) -> Kernel:
     threads = re.search(r"\.reqntid (\d+)", source)
     if target is None or entry is None or threads is None:
         raise UnsupportedError("the file has no kernel with a fixed number of threads")
-    declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", entry[2].replace("\n", " "))
+    declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", " ".join(entry[2].split()))
     parameters = tuple(Parameter(name, kind) for kind, name in declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
     _Reader(kernel).read(within_braces(source, threads.end()))

@@ -1,0 +1,23 @@
+"""Every kernel, compiled for each kind of architecture, computes what the definitions say, on the machine for PTX."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.ptx.bench import Bench
+from tools.ptx.proof import cases, prove
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.mark.parametrize("sm", [80, 89, 90, 120])
+def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
+    outcomes = [prove(case, Bench(sm, folder)) for case in cases(sm, torch.bfloat16)]
+    assert len(outcomes) == 29
+    assert [outcome for outcome in outcomes if not outcome.is_right] == []
