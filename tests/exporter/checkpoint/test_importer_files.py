@@ -33,7 +33,7 @@ from tests.numerics import assert_matches
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, VERIFIED, Bundle, components, weights_name
-from wanforge.engines.bundle.lock import FILES_LOCK, MANIFEST_LOCK
+from wanforge.engines.bundle.lock import CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.engines.graph_key import graph_key
@@ -47,7 +47,7 @@ from wanforge.exporter.checkpoint.record import Arguments, ImportRecord, read_re
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
 
-UNCOMPARED = {VERIFIED, FILES_LOCK, MANIFEST_LOCK, IMPORT}
+UNCOMPARED = {VERIFIED, CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK, IMPORT}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
