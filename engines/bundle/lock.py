@@ -23,10 +23,10 @@ from pathlib import Path
 import psutil
 
 from wanforge.errors import BundleError
+from wanforge.whole_file import NO_LOCKS
 
 CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK = ".changes.lock", ".lock", ".manifest.lock"
 KERNEL_LOCKS = Path("/proc/locks")
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 log = logging.getLogger("wanforge.bundle")
 
@@ -210,7 +210,7 @@ def lock(descriptor: int | None, kind: int, root: Path, *, wait: bool = True) ->
         log.warning("%s is in use by %s; waiting for it", root, holders(descriptor))
         fcntl.flock(descriptor, kind)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in NO_LOCKS:
             raise
         log.warning("%s lies on a disk that knows no locks; do not change it from two processes at once", root)
 
