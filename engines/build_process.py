@@ -133,8 +133,8 @@ def child(
 
 
 def messages_from(answers: Connection) -> Iterator[BuildStep | Refused | Made]:
-    """What a child says, until it ends."""
-    with suppress(EOFError, ConnectionResetError):
+    """What a child says, until it ends, be it in the middle of a message."""
+    with suppress(EOFError, OSError):
         while True:
             yield msgspec.msgpack.decode(answers.recv_bytes(), type=BuildStep | Refused | Made)
 

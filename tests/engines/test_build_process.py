@@ -2,14 +2,16 @@
 
 import os
 import signal
+import struct
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.tensorrt_flavours import linear, rtx
-from wanforge.engines.build_process import build_apart
+from wanforge.engines.build_process import build_apart, messages_from
 from wanforge.engines.builder import BuildJob, build
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
@@ -82,3 +84,12 @@ def test_a_library_that_ends_its_process_is_reported(job: BuildJob) -> None:
 def test_a_build_without_memory_is_reported(job: BuildJob) -> None:
     with pytest.raises(ResourceError, match=r"compiling linear\.onnx was killed, probably because memory ran out"):
         build_apart(rtx(), job, [120], progress=killer(signal.SIGKILL))
+
+
+@pytest.mark.parametrize("cut", [b"", struct.pack("!i", 1 << 20) + b"x"])
+def test_a_message_that_is_cut_off_ends_what_a_child_says(cut: bytes) -> None:
+    reads, writes = os.pipe()
+    os.write(writes, cut)
+    os.close(writes)
+    with Connection(reads, writable=False) as answers:
+        assert list(messages_from(answers)) == []
