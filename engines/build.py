@@ -17,7 +17,7 @@ from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder
-from wanforge.plugins.tensorrt.library import TENSORRT, Library
+from wanforge.plugins.tensorrt.library import TENSORRT, Flavour, Library
 from wanforge.progress import Progress, silent
 
 DTYPE = "bfloat16"
@@ -104,29 +104,35 @@ def build_engines(
         WanforgeError: A graph is missing, or does not compile.
         ResourceError: There is too little memory.
     """
-    if library.flavour is TENSORRT:
-        check_gpu(options.sms)
+    check_gpu(library.flavour, options.sms)
     results = []
     wanted = graphs_to_build(bundle, options.only)
     for index, (onnx, graph) in enumerate(wanted.items(), 1):
         pending = pending_engine(bundle, library, options, onnx, graph)
-        has_kernels = options.kernels and pending.has_plugins
-        if not has_kernels and is_current(bundle, pending.name, pending.key):
-            result = found_engine(bundle, pending, options.sms)
-        else:
+        if is_needed(bundle, options, pending):
             title = f"{graph.name} ({index} of {len(wanted)})"
             result = build_engine(bundle, library, options, pending, retitled(progress, title))
+        else:
+            result = found_engine(bundle, pending, options.sms)
         results.append(result)
         done(result)
     return results
 
 
-def check_gpu(sms: tuple[int, ...]) -> None:
-    """Refuse to build with TensorRT for any GPU other than the one in this machine.
+def is_needed(bundle: Bundle, options: EngineOptions, pending: PendingEngine) -> bool:
+    """Whether an engine has to be built: it is missing or stale, or its kernels, which building names, are wanted."""
+    has_kernels = options.kernels and pending.has_plugins
+    return has_kernels or not is_current(bundle, pending.name, pending.key)
+
+
+def check_gpu(flavour: Flavour, sms: tuple[int, ...]) -> None:
+    """Refuse to build with TensorRT for any GPU other than the one in this machine. TensorRT-RTX builds for every GPU.
 
     Raises:
         ResourceError: The GPU here has another architecture, or there is none.
     """
+    if flavour is not TENSORRT:
+        return
     import torch
 
     here = architecture(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None

@@ -4,10 +4,10 @@
     .lock            shared: the files are in use; exclusive: files are being replaced or deleted
     .manifest.lock   exclusive: the manifest is being changed
 
-Whoever needs several takes them in this order. The system gives a process that turns a shared lock into an exclusive one
-neither while it waits; the first lock keeps the files as they are in the meantime. It also ends the locks of a process
-when the process ends, however it ends. Where nothing can be written and there is no lock file, nobody can change
-anything either, and nothing is locked.
+Whoever needs several takes them in this order. A process that turns a shared lock into an exclusive one holds neither
+while it waits; the first lock keeps the files as they are in the meantime. The system ends the locks of a process when
+the process ends, however it ends. Where nothing can be written and there is no lock file, nobody can change anything
+either, and nothing is locked.
 """
 
 import errno

@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
+from wanforge.errors import WanforgeError
 from wanforge.host import available_bytes
 from wanforge.runtime.measure.durations import Expectation, Work, expect
 
@@ -22,6 +23,7 @@ class Estimate:
         disk_bytes: The bytes that it would write at most.
         folder: Where it would write them; the folder need not exist yet.
         memory_bytes: The memory that it takes at most.
+        failures: What it could not do, and why.
     """
 
     steps: list[str]
@@ -29,6 +31,7 @@ class Estimate:
     disk_bytes: float
     folder: Path
     memory_bytes: float
+    failures: list[str] = field(default_factory=list)
 
     @property
     def free_bytes(self) -> int:
@@ -56,6 +59,7 @@ class Estimate:
             "disk_free_bytes": self.free_bytes,
             "memory_bytes": self.memory_bytes,
             "memory_free_bytes": available_bytes(),
+            "failures": self.failures,
         }
 
     def __str__(self) -> str:
@@ -81,8 +85,15 @@ class Estimate:
 
 
 def show(estimate: Estimate, *, as_json: bool) -> None:
-    """Print an estimate."""
-    click.echo(json.dumps(estimate.as_json()) if as_json else str(estimate))
+    """Print an estimate, unless nothing could be done.
+
+    Raises:
+        WanforgeError: The command could not do all that it is asked for.
+    """
+    if as_json or estimate.steps:
+        click.echo(json.dumps(estimate.as_json()) if as_json else str(estimate))
+    if estimate.failures:
+        raise WanforgeError("\n".join(estimate.failures))
 
 
 def duration(seconds: float) -> str:

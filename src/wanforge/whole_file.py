@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -100,6 +100,18 @@ def check_writable(path: Path) -> None:
         raise
     temporary.unlink(missing_ok=True)
     os.close(held)
+
+
+@contextmanager
+def folders_as_before(paths: Iterable[Path]) -> Iterator[None]:
+    """Delete the folders of files that the block makes, unless something is in them by then."""
+    missing = {folder for path in paths for folder in path.absolute().parents if not folder.exists()}
+    try:
+        yield
+    finally:
+        for folder in sorted(missing, reverse=True):  # those within others first
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def check_appendable(path: Path) -> None:

@@ -90,7 +90,9 @@ with patient_streams():
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", ["--help", "--version", "import --help"])
 def test_help_that_cannot_be_printed_is_an_error_without_a_traceback(arguments: str) -> None:
-    done = shell("> /dev/full", f"import sys; sys.argv[1:] = {arguments.split()}; from wanforge.cli import main; main()")
+    done = shell(
+        "> /dev/full", f"import sys; sys.argv[1:] = {arguments.split()}; from wanforge.cli import main; main()"
+    )
     assert done.stderr == (
         "Error: No space left on device at the standard output; free some space or choose another place\ncode 1\n"
     )

@@ -14,7 +14,17 @@ from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import RTX
 from wanforge.requirements import install_extra, install_package
 from wanforge.runtime.measure import doctor
-from wanforge.runtime.measure.doctor import Check, cubin_cache, driver, engine_cache, ffmpeg, gpu, line, packages, tensorrt
+from wanforge.runtime.measure.doctor import (
+    Check,
+    cubin_cache,
+    driver,
+    engine_cache,
+    ffmpeg,
+    gpu,
+    line,
+    packages,
+    tensorrt,
+)
 
 
 @pytest.fixture(autouse=True)
