@@ -590,6 +590,20 @@ def test_a_record_that_leads_out_of_the_bundle_is_not_believed(
     assert victim.read_text() == "precious"
 
 
+def test_commands_in_messages_can_be_pasted_whatever_the_bundle_is_called(
+    tmp_path: Path, bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "my bundle"))
+    record = msgspec.json.decode((out / IMPORT).read_bytes())
+    record["arguments"]["weights"]["vae"] = str(tmp_path / "gone.safetensors")
+    (out / IMPORT).write_bytes(msgspec.json.encode(record))
+    with pytest.raises(CheckpointError, match=f"--out '{out}' --replace"):
+        resume_import(out)
+    (out / IMPORT).write_bytes(b"{}")
+    with pytest.raises(BundleError, match=f"--out '{out}' --replace"):
+        resume_import(out)
+
+
 def test_what_was_to_be_deleted_is_kept_if_the_bundle_names_it(
     tmp_path: Path, bundles: dict[str, Bundle], given: Callable[..., Sources]
 ) -> None:
