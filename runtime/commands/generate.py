@@ -174,6 +174,8 @@ def check_usage(options: GenerateOptions) -> None:
         raise click.UsageError("give either --prompt or --prompt-file, not both")
     if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
         raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
+    if options.noise is not None:
+        refuse_unused(["seed"], "with --noise, which takes the place of the seed")
     if options.dry_run:
         refuse_unused(["save_noise"], "with --dry-run")
 
