@@ -9,7 +9,7 @@ from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.build_process import build_apart
 from wanforge.engines.builder import BuildJob, Built
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.bundle.manifest import GraphRecord
+from wanforge.engines.bundle.manifest import HOST_GRAPHS, GraphRecord
 from wanforge.engines.bundle.remedies import export_command
 from wanforge.engines.files import engine_key, engine_name, inputs_of, is_current, write_engine
 from wanforge.engines.graph_key import check_current
@@ -154,7 +154,7 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
 
     Raises:
         BundleError: The bundle has no such graphs.
-        ConfigError: A name is not that of a graph.
+        ConfigError: A name is not that of a graph, or that of one that has no engine.
     """
     graphs = bundle.graphs(DTYPE)
     if not graphs:
@@ -162,6 +162,9 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
             f"{bundle.root}: has no bf16 graphs to build engines from, or they were exported by another version of "
             f"wanforge; run: {export_command(bundle.root)}"
         )
+    if on_host := HOST_GRAPHS.intersection(only):
+        raise ConfigError(f"the graph {on_host.pop()} runs on the host and has no engine; leave it out")
+    graphs = {onnx: graph for onnx, graph in graphs.items() if graph.name not in HOST_GRAPHS}
     known = [graph.name for graph in graphs.values()]
     if unknown := [name for name in only if name not in known]:
         raise ConfigError(f"no graph is called {unknown[0]!r}; known: {', '.join(known)}")
