@@ -133,7 +133,7 @@ def build(options: BuildOptions) -> None:
             try:
                 engines = build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
                 if built := [engine.seconds for engine in engines if not engine.is_cached]:
-                    remember(build_work(flavour, len(built)), sum(built))
+                    remember(build_work(bundle, flavour, wanted, len(built)), sum(built))
             except WanforgeError as error:
                 outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
             overall.end_round()

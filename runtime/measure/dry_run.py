@@ -44,7 +44,7 @@ def estimate_build(bundle: Bundle, groups: Sequence[tuple[Flavour, EngineOptions
             continue
         steps.append(f"would build {len(needed)} engines for {names} with {library}:")
         steps += [f"  {pending.name}" for pending in needed]
-        works += [build_work(flavour, len(needed))] if needed else []
+        works += [build_work(bundle, flavour, options, len(needed))] if needed else []
         disk += sum(ENGINE_BYTES + pending.job.constant_bytes for pending in needed)
         memory = max([memory, *(pending.job.needed_bytes for pending in needed)])
     return Estimate(steps, works, disk, bundle.root, memory, failures)
@@ -63,9 +63,10 @@ def needed_engines(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> 
     return library, [each for each in pending if is_needed(bundle, options, each)]
 
 
-def build_work(flavour: Flavour, engines: int) -> Work:
+def build_work(bundle: Bundle, flavour: Flavour, options: EngineOptions, engines: int) -> Work:
     """The work of building this many engines."""
-    return Work(f"build {flavour.name}", engines)
+    what = f"{bundle.model.name} {bundle.recipe.name} for {len(options.sms)} architectures"
+    return Work(f"build {flavour.name} {what}", engines)
 
 
 def estimate_generate(pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path]) -> Estimate:

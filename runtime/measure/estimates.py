@@ -77,7 +77,8 @@ class Estimate:
         """The expected time, and what it is taken from."""
         expected = self.expected
         if expected is None:
-            return f"not known: nothing of this kind ({self.works[0].kind}) has been completed on this machine yet"
+            unknown = next(work.kind for work in self.works if expect(work) is None)
+            return f"not known: nothing of this kind ({unknown}) has been completed on this machine yet"
         if not self.works:
             return "none, because nothing is to be done"
         runs = "one earlier command" if expected.runs == 1 else f"{expected.runs} earlier commands"

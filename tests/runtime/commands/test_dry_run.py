@@ -12,9 +12,9 @@ from tests.tensorrt_flavours import rtx
 from wanforge.cli import cli
 from wanforge.engines.build import EngineOptions
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.plugins.tensorrt.library import TENSORRT
+from wanforge.plugins.tensorrt.library import RTX, TENSORRT
 from wanforge.runtime.measure import dry_run
-from wanforge.runtime.measure.dry_run import estimate_build
+from wanforge.runtime.measure.dry_run import build_work, estimate_build
 
 COMMANDS = {
     "import": (
@@ -113,6 +113,15 @@ def test_a_dry_run_looks_for_the_gpu_that_tensorrt_builds_on(monkeypatch: pytest
         "sm_90: TensorRT builds only on a GPU of the target architecture, and this machine has no GPU; build on such a "
         "GPU"
     ]
+
+
+def test_builds_are_told_apart_by_their_number_of_architectures() -> None:
+    bundle = Bundle.open(Path("bundle"))
+    one, two, another = (
+        build_work(bundle, RTX, EngineOptions(bundle.model.video.clip, sms), 3) for sms in ((89,), (89, 120), (86,))
+    )
+    assert one == another
+    assert one.kind != two.kind
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,12 @@ def test_it_says_what_is_not_known(estimate: Estimate) -> None:
     assert estimate.as_json()["seconds"] is None
 
 
+def test_it_names_the_part_whose_time_is_not_known(estimate: Estimate) -> None:
+    remember(Work("export", 8), 3.0)
+    several = replace(estimate, works=[Work("export", 4), Work("build", 1)])
+    assert "nothing of this kind (build) has been completed" in str(several)
+
+
 def test_it_says_what_the_time_is_taken_from(estimate: Estimate) -> None:
     remember(Work("export", 8), 3.0)
     assert "time    about 1.5 s, by one earlier command on this machine" in str(estimate)
