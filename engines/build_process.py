@@ -190,6 +190,12 @@ def main() -> None:
 
 
 def answer(request: BuildRequest, progress: Progress) -> Made:
+    """Build the engine of a request.
+
+    Raises:
+        WanforgeError: The graph does not compile.
+        ResourceError: There is too little memory, or the library is missing.
+    """
     library = open_library(next(flavour for flavour in FLAVOURS if flavour.name == request.flavour))
     job = BuildJob(Path(request.onnx), request.ranges)
     made = build(library, job, request.sms, plugins=request.plugins, progress=progress)

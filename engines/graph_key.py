@@ -55,6 +55,7 @@ def graph_key(bundle: Bundle) -> dict[str, str]:
 
 
 def digest_of(*parts: bytes) -> str:
+    """The first 64 bits, in hexadecimal, of the SHA-256 of some bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -141,12 +141,13 @@ class Bundle:
         self.manifest = write_manifest(self.root, msgspec.structs.replace(self.manifest, files=dict(files)))
 
     def hold(self) -> None:
-        """Keep other processes from replacing or deleting files for as long as this object lives."""
+        """Keep other processes from replacing or deleting files for as long as this object lives.
+
+        Raises:
+            BundleError: The model or the weights are others than when the bundle was opened.
+        """
         weakref.finalize(self, hold(self.root))
-        before = self.manifest
-        self.manifest = read_manifest(self.root)
-        if _origin(before) != _origin(self.manifest):
-            raise BundleError(f"{self.root}: was imported again in the meantime; run the command again")
+        self._refresh()
 
     def path(self, name: str) -> Path:
         """The path of a file in the manifest.

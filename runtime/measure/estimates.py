@@ -1,7 +1,6 @@
 """What a command would do, and how much time, disk and memory it would take: the report of ``--dry-run``."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import click
 
 from wanforge.errors import WanforgeError
-from wanforge.host import available_bytes
+from wanforge.host import available_bytes, free_disk_bytes
 from wanforge.runtime.measure.durations import Expectation, Work, expect
 
 
@@ -36,8 +35,7 @@ class Estimate:
     @property
     def free_bytes(self) -> int:
         """Free bytes on the disk that it would write to."""
-        folder = self.folder.absolute()
-        return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+        return free_disk_bytes(self.folder)
 
     @property
     def expected(self) -> Expectation | None:
