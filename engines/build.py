@@ -9,7 +9,7 @@ from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.build_process import build_apart
 from wanforge.engines.builder import BuildJob, Built
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.bundle.manifest import GraphRecord
+from wanforge.engines.bundle.manifest import HOST_GRAPHS, GraphRecord
 from wanforge.engines.bundle.remedies import export_command
 from wanforge.engines.files import engine_key, engine_name, inputs_of, is_current, write_engine
 from wanforge.engines.graph_key import check_current
@@ -17,7 +17,7 @@ from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_
 from wanforge.errors import BundleError, ConfigError, ResourceError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder
-from wanforge.plugins.tensorrt.library import TENSORRT, Library
+from wanforge.plugins.tensorrt.library import TENSORRT, Flavour, Library
 from wanforge.progress import Progress, silent
 
 DTYPE = "bfloat16"
@@ -104,29 +104,35 @@ def build_engines(
         WanforgeError: A graph is missing, or does not compile.
         ResourceError: There is too little memory.
     """
-    if library.flavour is TENSORRT:
-        check_gpu(options.sms)
+    check_gpu(library.flavour, options.sms)
     results = []
     wanted = graphs_to_build(bundle, options.only)
     for index, (onnx, graph) in enumerate(wanted.items(), 1):
         pending = pending_engine(bundle, library, options, onnx, graph)
-        has_kernels = options.kernels and pending.has_plugins
-        if not has_kernels and is_current(bundle, pending.name, pending.key):
-            result = found_engine(bundle, pending, options.sms)
-        else:
+        if is_needed(bundle, options, pending):
             title = f"{graph.name} ({index} of {len(wanted)})"
             result = build_engine(bundle, library, options, pending, retitled(progress, title))
+        else:
+            result = found_engine(bundle, pending, options.sms)
         results.append(result)
         done(result)
     return results
 
 
-def check_gpu(sms: tuple[int, ...]) -> None:
-    """Refuse to build with TensorRT for any GPU other than the one in this machine.
+def is_needed(bundle: Bundle, options: EngineOptions, pending: PendingEngine) -> bool:
+    """Whether an engine has to be built: it is missing or stale, or its kernels, which building names, are wanted."""
+    has_kernels = options.kernels and pending.has_plugins
+    return has_kernels or not is_current(bundle, pending.name, pending.key)
+
+
+def check_gpu(flavour: Flavour, sms: tuple[int, ...]) -> None:
+    """Refuse to build with TensorRT for any GPU other than the one in this machine. TensorRT-RTX builds for every GPU.
 
     Raises:
         ResourceError: The GPU here has another architecture, or there is none.
     """
+    if flavour is not TENSORRT:
+        return
     import torch
 
     here = architecture(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
@@ -148,7 +154,7 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
 
     Raises:
         BundleError: The bundle has no such graphs.
-        ConfigError: A name is not that of a graph.
+        ConfigError: A name is not that of a graph, or that of one that has no engine.
     """
     graphs = bundle.graphs(DTYPE)
     if not graphs:
@@ -156,6 +162,9 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
             f"{bundle.root}: has no bf16 graphs to build engines from, or they were exported by another version of "
             f"wanforge; run: {export_command(bundle.root)}"
         )
+    if on_host := HOST_GRAPHS.intersection(only):
+        raise ConfigError(f"the graph {on_host.pop()} runs on the host and has no engine; leave it out")
+    graphs = {onnx: graph for onnx, graph in graphs.items() if graph.name not in HOST_GRAPHS}
     known = [graph.name for graph in graphs.values()]
     if unknown := [name for name in only if name not in known]:
         raise ConfigError(f"no graph is called {unknown[0]!r}; known: {', '.join(known)}")

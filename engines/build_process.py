@@ -4,10 +4,11 @@ TensorRT-RTX lists the inputs and outputs of a graph in the order of their addre
 process has done before. The parser of some versions ends the process where it meets a plugin; the caller then still
 says what happened. All memory of a build is free once it is done.
 
-Run as ``python -m wanforge.engines.build_process``, this module is that process: it reads a request from stdin, and
-writes messages to stdout.
+Run as ``python -m wanforge.engines.build_process``, this module is that process: it reads a request from stdin,
+writes messages to stdout, and ends with its parent, whose process id is its argument.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -32,6 +33,10 @@ from wanforge.requirements import install_extra
 
 MOST_SAID = 2000
 """The most bytes of the child's last words that are read."""
+
+
+PR_SET_PDEATHSIG = 1
+"""The call of prctl(2) that names the signal for the end of the parent."""
 
 
 class BuildRequest(msgspec.Struct, frozen=True):
@@ -112,7 +117,7 @@ def child(
     """A process that answers a request. It has its own session, so that Ctrl-C reaches only the caller."""
     paths = os.pathsep.join(path for path in sys.path if path)
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", __spec__.name],
+        [sys.executable, "-P", "-m", __spec__.name, str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -133,8 +138,8 @@ def child(
 
 
 def messages_from(answers: Connection) -> Iterator[BuildStep | Refused | Made]:
-    """What a child says, until it ends."""
-    with suppress(EOFError, ConnectionResetError):
+    """What a child says, until it ends, be it in the middle of a message."""
+    with suppress(EOFError, OSError):
         while True:
             yield msgspec.msgpack.decode(answers.recv_bytes(), type=BuildStep | Refused | Made)
 
@@ -160,8 +165,16 @@ def last_words(library: Library, job: BuildJob, status: int, errors: IO[bytes], 
     )
 
 
+def end_with(parent: int) -> None:
+    """Let the system kill this process when its parent ends, and end it now if the parent has ended already."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 def main() -> None:
     """Answer one request."""
+    end_with(int(sys.argv[1]))
     answers = Connection(os.dup(sys.stdout.fileno()), readable=False)
     # Whatever the library prints must not get mixed with the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -177,6 +190,12 @@ def main() -> None:
 
 
 def answer(request: BuildRequest, progress: Progress) -> Made:
+    """Build the engine of a request.
+
+    Raises:
+        WanforgeError: The graph does not compile.
+        ResourceError: There is too little memory, or the library is missing.
+    """
     library = open_library(next(flavour for flavour in FLAVOURS if flavour.name == request.flavour))
     job = BuildJob(Path(request.onnx), request.ranges)
     made = build(library, job, request.sms, plugins=request.plugins, progress=progress)

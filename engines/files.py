@@ -92,35 +92,36 @@ def engine_key(
 
 def stale_engines(bundle: Bundle) -> dict[str, str]:
     """Engines that would be built differently now, and the reasons."""
+    engines = {name: record for name, record in bundle.manifest.files.items() if name.startswith(ENGINES)}
+    reasons = {name: why_stale(bundle, record) for name, record in engines.items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def why_stale(bundle: Bundle, record: FileRecord) -> str:
+    """Why an engine would be built differently now; empty if it would not."""
     versions = {f"{flavour.name} {installed_version(flavour)}" for flavour in FLAVOURS if installed_version(flavour)}
     names = {version.partition(" ")[0] for version in versions}
-    found: dict[str, str] = {}
-    for name, record in bundle.manifest.files.items():
-        if not name.startswith(ENGINES):
-            continue
-        key, reasons = record.key, []
-        library = key.get("library", "an unknown library")
-        if library not in versions and library.partition(" ")[0] in names:
-            installed = next(v for v in versions if v.partition(" ")[0] == library.partition(" ")[0])
-            reasons.append(f"made by {library}, but {installed} is installed")
-        graph = bundle.manifest.files.get(key.get("onnx", ""))
-        if graph is None or graph.sha256[:16] != key.get("graph"):
-            reasons.append(f"{key.get('onnx')} changed")
-        constants, _, digest = key.get("constants", "").partition(" ")
-        weights = bundle.manifest.files.get(constants)
-        if constants and (weights is None or weights.sha256[:16] != digest):
-            reasons.append(f"{constants} changed")
-        if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
-            reasons.append("the plugins changed")
-        if key.get("flags") != " ".join(FLAGS):
-            reasons.append("the builder's flags changed")
-        if key.get("recipe") != bundle.recipe.name:
-            reasons.append("the recipe changed")
-        if not is_complete(record):
-            reasons.append("its record is not complete")
-        if reasons:
-            found[name] = " and ".join(reasons)
-    return found
+    key, reasons = record.key, []
+    library = key.get("library", "an unknown library")
+    if library not in versions and library.partition(" ")[0] in names:
+        installed = next(v for v in versions if v.partition(" ")[0] == library.partition(" ")[0])
+        reasons.append(f"made by {library}, but {installed} is installed")
+    graph = bundle.manifest.files.get(key.get("onnx", ""))
+    if graph is None or graph.sha256[:16] != key.get("graph"):
+        reasons.append(f"{key.get('onnx')} changed")
+    constants, _, digest = key.get("constants", "").partition(" ")
+    weights = bundle.manifest.files.get(constants)
+    if constants and (weights is None or weights.sha256[:16] != digest):
+        reasons.append(f"{constants} changed")
+    if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
+        reasons.append("the plugins changed")
+    if key.get("flags") != " ".join(FLAGS):
+        reasons.append("the builder's flags changed")
+    if key.get("recipe") != bundle.recipe.name:
+        reasons.append("the recipe changed")
+    if not is_complete(record):
+        reasons.append("its record is not complete")
+    return " and ".join(reasons)
 
 
 def is_complete(record: FileRecord) -> bool:
@@ -189,23 +190,21 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape
     Raises:
         BundleError: There is none, or it is stale.
     """
+    files = bundle.manifest.files
     engines = {
         name: record.key
-        for name, record in bundle.manifest.files.items()
+        for name, record in files.items()
         if name.startswith(ENGINES) and record.key.get("onnx") == onnx and is_complete(record)
     }
     best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
     fitting = [
         name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
     ]
-    stale = stale_engines(bundle)
-    current = [name for name in fitting if name not in stale]
-    if current:
+    stale = {name: why_stale(bundle, files[name]) for name in fitting}
+    if current := [name for name, reason in stale.items() if not reason]:
         return current[0]
-    if fitting:
-        raise BundleError(
-            f"{bundle.root}: {fitting[0]} is stale, {stale[fitting[0]]}; {remedy(fitting[0], bundle.root)}"
-        )
+    for name, reason in stale.items():
+        raise BundleError(f"{bundle.root}: {name} is stale, {reason}; {remedy(name, bundle.root)}")
     there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
     raise BundleError(
         f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
@@ -232,7 +231,7 @@ def read_engine(bundle: Bundle, name: str) -> bytes:
             match must not be loaded.
     """
     path, record = bundle.path(name), bundle.manifest.files[name]
-    if (reason := stale_engines(bundle).get(name)) is not None:
+    if reason := why_stale(bundle, record):
         raise BundleError(f"{path}: stale, {reason}; {remedy(name, bundle.root)}")
     engine_bytes = path.read_bytes()
     if (found := hashlib.sha256(engine_bytes).hexdigest()) != record.sha256:

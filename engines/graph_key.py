@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from wanforge.engines.bundle.bundle import Bundle, components
+from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.engines.bundle.remedies import remedy
-from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.bundle.tensorfile import TensorFile
 from wanforge.errors import BundleError
 from wanforge.version import PACKAGE
 
@@ -36,7 +36,7 @@ def check_current(bundle: Bundle, names: Collection[str]) -> None:
     if found := [name for name in names if name in stale]:
         raise BundleError(
             f"{bundle.root}: {found[0]} is stale, {stale[found[0]]}; {remedy(found[0], bundle.root)}, or run it as it "
-            "is with --stale-ok"
+            "is: generate, build, bench and parity take --stale-ok, and Bundle.open takes stale_ok=True"
         )
 
 
@@ -49,20 +49,20 @@ def graph_key(bundle: Bundle) -> dict[str, str]:
     """Digests of the model and recipe, of where each tensor lies, and of the code."""
     return {
         "model": digest_of(msgspec.json.encode([bundle.model, bundle.recipe])),
-        "weights": digest_of(*(_layout(bundle.weights(component)) for component in components(bundle.model))),
+        "weights": digest_of(*(_layout(bundle.header(weights_name(each))) for each in components(bundle.model))),
         "code": digest_of(*(path.read_bytes() for path in _sources(PACKAGE))),
     }
 
 
 def digest_of(*parts: bytes) -> str:
+    """The first 64 bits, in hexadecimal, of the SHA-256 of some bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def _layout(path: Path) -> bytes:
-    header = read_header(path)
+def _layout(header: TensorFile) -> bytes:
     return repr([(name, str(spec), header.offsets[name]) for name, spec in header.tensors.items()]).encode()
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.engines.bundle.remedies import mending_order, remedy
-from wanforge.engines.bundle.tensorfile import TensorFile, read_header
+from wanforge.engines.bundle.tensorfile import TensorFile
 from wanforge.engines.files import stale_engines
 from wanforge.engines.graph_key import stale_graphs
 from wanforge.errors import WanforgeError
@@ -63,7 +63,7 @@ def inspect_bundle(
             elif path.stat().st_size != bundle.manifest.files[name].bytes:
                 bundle.verify([name])
             if path.suffix == ".safetensors":
-                tensors[name] = contents(read_header(path))
+                tensors[name] = contents(bundle.header(name))
         except WanforgeError as error:
             problems[name] = str(error)
     return Inspection(bundle, tensors, problems)

@@ -13,7 +13,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, graph_name, weights_name
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import FileRecord, GraphRecord
-from wanforge.engines.bundle.tensorfile import read_header, sha256_of
+from wanforge.engines.bundle.tensorfile import sha256_of
 from wanforge.engines.graph_key import graph_key
 from wanforge.errors import ConfigError, unknown_name
 from wanforge.exporter.onnx_model import check, model_from_graph, record_of
@@ -86,10 +86,10 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
 
     Raises:
         ConfigError: There is no such compute type, or graphs cannot be made for the bundle's recipe.
-        BundleError: The weights do not fit the bundle's model.
+        BundleError: The weights are damaged, or do not fit the bundle's model.
     """
     check_exportable(bundle, dtypes)
-    weights = {component: read_header(bundle.weights(component)) for component in components(bundle.model)}
+    weights = {component: bundle.header(weights_name(component)) for component in components(bundle.model)}
     check_tensors(bundle, bundle.manifest.files)
     all_graphs = graphs(bundle.model, bundle.recipe)
     skipped: dict[str, str] = {}

@@ -27,8 +27,8 @@ from wanforge.engines.bundle.folder import UNREADABLE, inside, read_unlinked
 from wanforge.engines.bundle.lock import FILES_LOCK, files_lock, hold, recording, shared
 from wanforge.engines.bundle.manifest import FORMAT, FileRecord, GraphRecord, Manifest, read_manifest, write_manifest
 from wanforge.engines.bundle.remedies import ENGINES, remedy
-from wanforge.engines.bundle.tensorfile import sha256_of
-from wanforge.errors import BundleError
+from wanforge.engines.bundle.tensorfile import TensorFile, read_header, sha256_of
+from wanforge.errors import BundleError, CheckpointError
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.version import __version__
 from wanforge.whole_file import write_atomically
@@ -141,12 +141,13 @@ class Bundle:
         self.manifest = write_manifest(self.root, msgspec.structs.replace(self.manifest, files=dict(files)))
 
     def hold(self) -> None:
-        """Keep other processes from replacing or deleting files for as long as this object lives."""
+        """Keep other processes from replacing or deleting files for as long as this object lives.
+
+        Raises:
+            BundleError: The model or the weights are others than when the bundle was opened.
+        """
         weakref.finalize(self, hold(self.root))
-        before = self.manifest
-        self.manifest = read_manifest(self.root)
-        if _origin(before) != _origin(self.manifest):
-            raise BundleError(f"{self.root}: was imported again in the meantime; run the command again")
+        self._refresh()
 
     def path(self, name: str) -> Path:
         """The path of a file in the manifest.
@@ -165,6 +166,21 @@ class Bundle:
     def weights(self, component: str) -> Path:
         """The safetensors file of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``."""
         return self.path(weights_name(component))
+
+    def header(self, name: str) -> TensorFile:
+        """The table of the tensors in a weights file, by its path in the bundle.
+
+        Raises:
+            BundleError: The file is missing, or damaged so that the table cannot be right.
+        """
+        path = self.path(name)
+        try:
+            return read_header(path)
+        except CheckpointError:
+            raise BundleError(
+                f"{path}: damaged; its table of tensors cannot be read or does not fit its size; "
+                f"{remedy(name, self.root)}"
+            ) from None
 
     def graphs(self, dtype: object) -> dict[str, GraphRecord]:
         """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses."""

@@ -1,10 +1,13 @@
 """Locks on a bundle, by which processes and threads agree who may use its files and who may change them.
 
+    .changes.lock    exclusive: whoever has it is the only process that may ask for the second one exclusively
     .lock            shared: the files are in use; exclusive: files are being replaced or deleted
     .manifest.lock   exclusive: the manifest is being changed
 
-Whoever needs both takes them in this order. The system ends the locks of a process when the process ends, however it
-ends. Where nothing can be written and there is no lock file, nobody can change anything either, and nothing is locked.
+Whoever needs several takes them in this order. A process that turns a shared lock into an exclusive one holds neither
+while it waits; the first lock keeps the files as they are in the meantime. The system ends the locks of a process when
+the process ends, however it ends. Where nothing can be written and there is no lock file, nobody can change anything
+either, and nothing is locked.
 """
 
 import errno
@@ -14,16 +17,16 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 from wanforge.errors import BundleError
+from wanforge.whole_file import NO_LOCKS
 
-FILES_LOCK, MANIFEST_LOCK = ".lock", ".manifest.lock"
+CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK = ".changes.lock", ".lock", ".manifest.lock"
 KERNEL_LOCKS = Path("/proc/locks")
-UNSUPPORTED = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 log = logging.getLogger("wanforge.bundle")
 
@@ -38,13 +41,13 @@ class FilesLock:
         self.root = root
         self._turn = threading.RLock()
         self._descriptor: int | None = None
-        self._users = self._changes = 0
+        self._users = 0
+        self._is_changing = False
 
     def share(self) -> None:
         """Announce a use of the files. Waits for processes that change them."""
         with self._turn:
-            self._open()
-            if not self._users and not self._changes:
+            if not self._users and not self._is_changing:
                 self._lock(fcntl.LOCK_SH)
             self._users += 1
 
@@ -56,23 +59,34 @@ class FilesLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keep other processes from using the files while a ``with`` block changes them."""
-        with self._turn:
-            self._open()
-            if not self._changes:
-                self._lock(fcntl.LOCK_EX)
-            self._changes += 1
-            try:
-                yield
-            finally:
-                self._changes -= 1
-                self._settle()
+        """Keep other processes from using the files while a ``with`` block changes them.
 
-    def _open(self) -> None:
-        if not self._users and not self._changes:
-            self._descriptor = open_lock(self.root / FILES_LOCK)
+        Raises:
+            BundleError: Another process is waiting to change the files until this one no longer uses them.
+        """
+        with self._turn:
+            if self._is_changing:
+                yield
+                return
+            with locked(self.root / CHANGES_LOCK, self.root, wait=not self._users):
+                self._lock(fcntl.LOCK_EX)
+                self._is_changing = True
+                try:
+                    yield
+                finally:
+                    self._is_changing = False
+                    self._settle()
+
+    def leave_to_parent(self) -> None:
+        """Let go, in a child that was forked, of the lock that its parent holds."""
+        self._turn = threading.RLock()  # another thread of the parent may have had its turn
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _lock(self, kind: int) -> None:
+        if self._descriptor is None:
+            self._descriptor = open_lock(self.root / FILES_LOCK)
         try:
             lock(self._descriptor, kind, self.root)
         except BaseException:
@@ -81,17 +95,26 @@ class FilesLock:
 
     def _settle(self) -> None:
         """Hold no more than what is still needed."""
-        if self._descriptor is None or self._changes:
+        if self._descriptor is None or self._is_changing:
             return
         if self._users:
             lock(self._descriptor, fcntl.LOCK_SH, self.root)
         else:
-            os.close(self._descriptor)
+            unlock(self._descriptor)
             self._descriptor = None
 
 
 _files_locks: dict[Path, FilesLock] = {}
-os.register_at_fork(after_in_child=_files_locks.clear)
+
+
+def _leave_to_parent() -> None:
+    """Let go of all locks in a child that was forked."""
+    for each in _files_locks.values():
+        each.leave_to_parent()
+    _files_locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def files_lock(root: Path) -> FilesLock:
@@ -119,12 +142,28 @@ def shared(root: Path) -> Iterator[None]:
 @contextmanager
 def recording(root: Path) -> Iterator[None]:
     """Keep other processes and threads from changing a bundle's manifest while a ``with`` block changes it."""
-    descriptor = open_lock(root / MANIFEST_LOCK)
+    with locked(root / MANIFEST_LOCK, root):
+        yield
+
+
+@contextmanager
+def locked(path: Path, root: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file of a bundle alone in a ``with`` block.
+
+    Args:
+        wait: Whether to wait for another process or thread that holds it.
+
+    Raises:
+        BundleError: Another one holds it, and this one is not to wait.
+    """
+    descriptor, process = open_lock(path), os.getpid()
     try:
-        lock(descriptor, fcntl.LOCK_EX, root)
+        lock(descriptor, fcntl.LOCK_EX, root, wait=wait)
         yield
     finally:
-        if descriptor is not None:
+        if descriptor is not None and os.getpid() == process:
+            unlock(descriptor)
+        elif descriptor is not None:  # in a child that was forked
             os.close(descriptor)
 
 
@@ -152,19 +191,35 @@ def open_lock(path: Path) -> int | None:
     return descriptor
 
 
-def lock(descriptor: int | None, kind: int, root: Path) -> None:
-    """Lock an open file. Where another process has to end something first, say so and wait."""
+def lock(descriptor: int | None, kind: int, root: Path, *, wait: bool = True) -> None:
+    """Lock an open file. Where another process has to end something first, say so and wait.
+
+    Raises:
+        BundleError: Another process has to end something first, and this one is not to wait.
+    """
     if descriptor is None:
         return
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
+        if not wait:
+            raise BundleError(
+                f"{root}: {holders(descriptor)} is about to change its files and waits until this process no longer "
+                "uses them; end the uses here, and try again"
+            ) from None
         log.warning("%s is in use by %s; waiting for it", root, holders(descriptor))
         fcntl.flock(descriptor, kind)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in NO_LOCKS:
             raise
         log.warning("%s lies on a disk that knows no locks; do not change it from two processes at once", root)
+
+
+def unlock(descriptor: int) -> None:
+    """End a lock of this process, also for children that were forked and have the file open, too."""
+    with suppress(OSError):  # on a disk that knows no locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def holders(descriptor: int) -> str:

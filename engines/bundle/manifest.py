@@ -111,7 +111,7 @@ def read_manifest(root: Path) -> Manifest:
         if version != FORMAT:
             raise BundleError(
                 f"{path}: of version {version}, which another version of wanforge wrote; this one reads {FORMAT}. "
-                f"Import the checkpoint again, with --out {root} --replace"
+                f"Import the checkpoint again, with --out {shlex.quote(str(root))} --replace"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
     except (FileNotFoundError, NotADirectoryError):

@@ -22,7 +22,8 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
 """The folders of denoisers in the repositories of diffusers and of Wan 2.2, with the expert that each holds where there
 are two."""
-EXPERT = re.compile(r"(?<![a-z])(high|low)(?![a-z])")
+EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise)?(?![a-z])")
+"""The words for the experts in names of files and folders."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,20 @@ def check_expert_names(high: Path, low: Path) -> None:
     )
 
 
-def named_after(path: Path) -> str | None:
-    """The expert that a file is named after, or else its folder: ``high`` or ``low``; None if neither tells.
+def named_after(path: Path, folders: int = 1) -> str | None:
+    """The expert that a file is named after, or else the nearest of its folders that tells: ``high`` or ``low``; None
+    if none does.
 
     TurboDiffusion and ComfyUI publish files with the word high or low in their names.
+
+    Args:
+        folders: How many of the folders that it lies in count.
     """
     path = path.absolute()
-    for name in (path.name.lower(), path.parent.name.lower()):
+    for name in (path.name.lower(), *(folder.name.lower() for folder in list(path.parents)[:folders])):
         found = {EXPERT_FOLDERS[name]} if name in EXPERT_FOLDERS else set(EXPERT.findall(name))
-        if found:
-            return found.pop() if len(found) == 1 else None
+        if len(found) == 1:
+            return found.pop()
     return None
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -107,14 +108,14 @@ def resume_import(out: Path, progress: Progress = silent) -> Bundle:
     if record is None:
         raise BundleError(
             f"{out}: has no readable {IMPORT}, so it does not say what it was imported from; import it with --out "
-            f"{out} --replace and the checkpoint's files"
+            f"{shlex.quote(str(out))} --replace and the checkpoint's files"
         )
     try:
         checked = check_sources(record.arguments, out)
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}\n  {out / IMPORT} names the files of this import; if they lie elsewhere now, import them with "
-            f"--out {out} --replace"
+            f"--out {shlex.quote(str(out))} --replace"
         ) from None
     with files_lock(out).exclusive():
         now = read_record(out)

@@ -217,11 +217,12 @@ def _open_index(path: Path) -> Contents:
 
 
 def _open_torch(path: Path) -> Contents:
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path}: not a PyTorch file, or truncated (no zip directory at its end). Fetch it again; a file from "
-            "before PyTorch 1.6 must be saved again with a newer version"
-        )
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise CheckpointError(
+                f"{path}: not a PyTorch file, or truncated (no zip directory at its end). Fetch it again; a file from "
+                "before PyTorch 1.6 must be saved again with a newer version"
+            )
     try:
         with zipfile.ZipFile(path) as archive:
             loaded = _unpickle(path, archive)

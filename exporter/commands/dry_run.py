@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from wanforge.engines.bundle.bundle import Bundle, weights_name
+from wanforge.configs.recipe import Recipe
+from wanforge.engines.bundle.bundle import Bundle, components, dit_component, weights_name
 from wanforge.exporter.checkpoint.importer import check_out, check_sources, is_linked
+from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import check_exportable, graph_names
 from wanforge.runtime.measure.durations import Work
 from wanforge.runtime.measure.estimates import Estimate, size
+from wanforge.runtime.reference.names import is_quantised
 
 IMPORT_MEMORY = 500_000_000
 """Bytes of memory that an import takes, whatever the model's size; see docs/log.md, 2026-11-20."""
@@ -28,12 +31,27 @@ def estimate_import(arguments: Arguments, out: Path, *, replace: bool) -> Estima
         how = f"{size(part.nbytes)} from" if part in copied else "a link to"
         steps.append(f"  {weights_name(part.component)}: {how} {part.source}")
     nbytes = sum(part.nbytes for part in copied)
-    return Estimate(steps, [import_work(checked.recipe.name, nbytes)], nbytes, out, IMPORT_MEMORY)
+    work = import_work(arguments, checked.recipe, sum(part.nbytes for part in checked.parts))
+    return Estimate(steps, [work], nbytes, out, IMPORT_MEMORY)
 
 
-def import_work(recipe: str, nbytes: int) -> Work:
-    """The work of an import that writes this many bytes."""
-    return Work(f"import {recipe}", nbytes)
+def import_work(arguments: Arguments, recipe: Recipe, nbytes: int) -> Work:
+    """The work of an import that writes or links this many bytes of tensors. It also reads what it links."""
+    how = "linked" if arguments.link else "quantised" if quantises(arguments, recipe) else "copied"
+    return Work(f"import {recipe.name} {how}", nbytes)
+
+
+def quantises(arguments: Arguments, recipe: Recipe) -> bool:
+    """Whether an import has to quantise the weights of the denoisers."""
+    denoiser = arguments.sources.weights[dit_component(arguments.model.experts[0])]
+    return recipe.linear != "bf16" and not is_quantised(open_checkpoint(denoiser))
+
+
+def done_import_work(arguments: Arguments, bundle: Bundle) -> Work:
+    """The work of an import that made a bundle."""
+    headers = [bundle.header(weights_name(component)) for component in components(bundle.model)]
+    nbytes = sum(spec.nbytes for header in headers for spec in header.tensors.values())
+    return import_work(arguments, bundle.recipe, nbytes)
 
 
 def estimate_export(bundle: Bundle, dtypes: Sequence[str]) -> Estimate:

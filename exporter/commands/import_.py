@@ -19,7 +19,7 @@ from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
 from wanforge.exporter.checkpoint.record import Arguments, read_record
-from wanforge.exporter.commands.dry_run import estimate_import, import_work
+from wanforge.exporter.commands.dry_run import done_import_work, estimate_import
 from wanforge.exporter.export import has_graphs
 from wanforge.progress import Overall
 from wanforge.runtime.commands.options import ANY_PATH, DRY_RUN, FOLDER, JSON, MODELS, RECIPES, takes
@@ -137,8 +137,9 @@ def import_(options: ImportOptions) -> None:
         return
     with Bars(Overall(sizes(arguments.sources))) as bars:
         bundle = run_import(arguments, options.out, replace=options.replace, progress=bars)
+    seconds = perf_counter() - start
     if is_new:
-        remember(import_work(bundle.recipe.name, size_of(bundle)), perf_counter() - start)
+        remember(done_import_work(arguments, bundle), seconds)
     report(bundle, as_json=options.as_json)
 
 

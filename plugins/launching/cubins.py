@@ -66,9 +66,16 @@ class CubinManifest(Record, frozen=True):
 
 
 def cache_folder() -> Path:
-    """The folder where cubins are kept unless a command names another."""
+    """The folder where cubins are kept unless a command names another.
+
+    Raises:
+        ResourceError: This user has no home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "wanforge" / "kernels"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "wanforge" / "kernels"
+    except RuntimeError:
+        raise ResourceError("there is no home folder to keep a cache in; set XDG_CACHE_HOME to a folder") from None
 
 
 def folders() -> list[Path]:

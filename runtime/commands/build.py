@@ -24,6 +24,7 @@ from wanforge.runtime.commands.options import (
     STALE_OK,
     TARGET_SYNTAX,
     ShapeOptions,
+    refuse_unused,
     takes,
     target_option,
 )
@@ -111,6 +112,8 @@ def build(options: BuildOptions) -> None:
     Example:
       wanforge build turbo-1.3b --target rtx5090,rtx4090
     """
+    if options.dry_run:
+        refuse_unused(["plan"], "with --dry-run")
     targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
     onnx = graphs_to_build(bundle, options.only)
@@ -130,7 +133,7 @@ def build(options: BuildOptions) -> None:
             try:
                 engines = build_engines(bundle, open_library(flavour), wanted, progress=bars, done=done)
                 if built := [engine.seconds for engine in engines if not engine.is_cached]:
-                    remember(build_work(flavour, len(built)), sum(built))
+                    remember(build_work(bundle, flavour, wanted, len(built)), sum(built))
             except WanforgeError as error:
                 outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
             overall.end_round()

@@ -30,6 +30,7 @@ from wanforge.runtime.commands.options import (
     ClipOptions,
     Finite,
     budget_bytes,
+    refuse_unused,
     takes,
 )
 from wanforge.runtime.inputs.noise import write_noise
@@ -41,7 +42,7 @@ from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
 from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
-from wanforge.whole_file import check_writable
+from wanforge.whole_file import check_writable, folders_as_before
 
 log = logging.getLogger(__name__)
 
@@ -147,14 +148,46 @@ def generate(options: GenerateOptions) -> None:
       wanforge generate turbo-1.3b --prompt "A red kite turns slowly over a windy beach at dusk." --out kite.mp4
       wanforge generate turbo-1.3b --prompt-file prompts.txt --samples 2 --out clips/clip.mp4 --json
     """
-    if options.prompt is not None and options.prompt_file is not None:
-        raise click.UsageError("give either --prompt or --prompt-file, not both")
-    if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
-        raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
+    check_usage(options)
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     if options.prompt is None and options.prompt_file is None:
         raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
     orders = orders_of(options, bundle)
+    if options.dry_run:
+        with folders_as_before([order.out for order in orders]):
+            show(estimate_generate(*prepare(options, bundle, orders)), as_json=options.as_json)
+        return
+    pipeline, checked, places = prepare(options, bundle, orders)
+    if options.save_noise is not None:
+        save_noise(pipeline, checked, options.save_noise)
+    if not make_videos(pipeline, checked, places, as_json=options.as_json):
+        click.get_current_context().exit(1)
+
+
+def check_usage(options: GenerateOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        click.UsageError: Some do not.
+    """
+    if options.prompt is not None and options.prompt_file is not None:
+        raise click.UsageError("give either --prompt or --prompt-file, not both")
+    if options.noise is not None and (options.samples > 1 or options.save_noise is not None):
+        raise click.UsageError("--noise takes the place of the seed; leave out --samples and --save-noise")
+    if options.noise is not None:
+        refuse_unused(["seed"], "with --noise, which takes the place of the seed")
+    if options.dry_run:
+        refuse_unused(["save_noise"], "with --dry-run")
+
+
+def prepare(
+    options: GenerateOptions, bundle: Bundle, orders: Sequence[Order]
+) -> tuple[Pipeline, list[CheckedRequest], list[Path]]:
+    """Check everything that can be checked before the first video is made.
+
+    Returns:
+        What makes the videos, their requests, and their files.
+    """
     clips = [order.request.shape for order in orders for _ in range(options.samples)]
     places = video_places(orders, options.samples)
     check_encoders(places, clips, bundle.model.video.fps)
@@ -163,14 +196,7 @@ def generate(options: GenerateOptions) -> None:
     with Bars() as bars:
         pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), kinds, bars)
     log_choice(pipeline, options.backend, kinds)
-    checked = [request for order in orders for request in order.checked(pipeline, options.samples)]
-    if options.dry_run:
-        show(estimate_generate(pipeline, checked, places), as_json=options.as_json)
-        return
-    if options.save_noise is not None:
-        save_noise(pipeline, checked, options.save_noise)
-    if not make_videos(pipeline, checked, places, as_json=options.as_json):
-        click.get_current_context().exit(1)
+    return pipeline, [request for order in orders for request in order.checked(pipeline, options.samples)], places
 
 
 def check_encoders(places: Sequence[Path], clips: Sequence[ClipShape], fps: int) -> None:

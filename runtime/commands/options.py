@@ -30,14 +30,18 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
 
 
-class Finite(click.FloatRange):
-    """The type of every option whose value is a number with a fraction: any of a range but infinity and NaN."""
+class Finite(click.types.FloatParamType):
+    """The type of every option whose value is a number with a fraction: any but infinity and NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class FiniteRange(Finite, click.FloatRange):
+    """A finite number of a range."""
 
 
 Options = TypeVar("Options")
@@ -188,7 +192,7 @@ BACKEND = backend_option(
 )
 MEMORY = click.option(
     "--memory",
-    type=Finite(0, MOST_GIGABYTES, min_open=True),
+    type=FiniteRange(0, MOST_GIGABYTES, min_open=True),
     help="Memory limit in gigabytes; weights that do not fit are streamed. With trt it is a limit on GPU memory (by "
     "default, all that is free), with ort on the weights and buffers. torch and kernels accept no limit.",
 )

@@ -208,7 +208,10 @@ def plugin_graph(folder: Path) -> Path:
 
 def cubin_cache() -> Check:
     """The kernels that have been compiled."""
-    folder = cubins.cache_folder()
+    try:
+        folder = cubins.cache_folder()
+    except ResourceError:
+        return no_cache("kernels")
     remedy = f"delete {folder}"
     try:
         known = cubins.CubinStore(folder).cubins()
@@ -222,10 +225,19 @@ def cubin_cache() -> Check:
 
 def engine_cache() -> Check:
     """The files that TensorRT-RTX has compiled on this machine."""
-    folder = tensorrt_cache()
+    try:
+        folder = tensorrt_cache()
+    except ResourceError:
+        return no_cache("engine cache")
     files = sorted(folder.glob("*.cache")) if folder.is_dir() else []
     size = sum(path.stat().st_size for path in files)
     return Check("engine cache", "ok", f"{len(files)} files in {folder}, {size / 1e6:.1f} MB", "a faster start")
+
+
+def no_cache(name: str) -> Check:
+    """What is found where a user has no home folder."""
+    found = "no home folder to keep a cache in"
+    return Check(name, "missing", found, "a faster start", "set XDG_CACHE_HOME to a folder")
 
 
 def as_json(found: list[Check]) -> list[dict[str, Any]]:

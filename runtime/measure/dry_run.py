@@ -5,10 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wanforge.configs.targets import architecture_name
-from wanforge.engines.build import EngineOptions, graphs_to_build, pending_engine
+from wanforge.engines.build import (
+    EngineOptions,
+    PendingEngine,
+    check_gpu,
+    graphs_to_build,
+    is_needed,
+    pending_engine,
+)
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.files import is_current
-from wanforge.plugins.tensorrt.library import Flavour, open_library
+from wanforge.errors import WanforgeError
+from wanforge.plugins.tensorrt.library import Flavour, Library, open_library
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.durations import Work, remember
 from wanforge.runtime.measure.estimates import Estimate
@@ -27,25 +34,39 @@ def estimate_build(bundle: Bundle, groups: Sequence[tuple[Flavour, EngineOptions
     Args:
         groups: The engines that are asked for, with the flavour of TensorRT that builds them.
     """
-    steps, works, disk, memory = [], [], 0, 0
+    steps, works, disk, memory, failures = list[str](), list[Work](), 0, 0, list[str]()
     for flavour, options in groups:
-        library, names = open_library(flavour), ", ".join(map(architecture_name, options.sms))
-        missing = []
-        for onnx, graph in graphs_to_build(bundle, options.only).items():
-            pending = pending_engine(bundle, library, options, onnx, graph)
-            if not is_current(bundle, pending.name, pending.key):
-                missing.append(pending)
-        steps.append(f"would build {len(missing)} engines for {names} with {library}:")
-        steps += [f"  {pending.name}" for pending in missing]
-        works += [build_work(flavour, len(missing))] if missing else []
-        disk += sum(ENGINE_BYTES + pending.job.constant_bytes for pending in missing)
-        memory = max([memory, *(pending.job.needed_bytes for pending in missing)])
-    return Estimate(steps, works, disk, bundle.root, memory)
+        names = ", ".join(map(architecture_name, options.sms))
+        try:
+            library, needed = needed_engines(bundle, flavour, options)
+        except WanforgeError as error:
+            failures.append(f"{names}: {error}")
+            continue
+        steps.append(f"would build {len(needed)} engines for {names} with {library}:")
+        steps += [f"  {pending.name}" for pending in needed]
+        works += [build_work(bundle, flavour, options, len(needed))] if needed else []
+        disk += sum(ENGINE_BYTES + pending.job.constant_bytes for pending in needed)
+        memory = max([memory, *(pending.job.needed_bytes for pending in needed)])
+    return Estimate(steps, works, disk, bundle.root, memory, failures)
 
 
-def build_work(flavour: Flavour, engines: int) -> Work:
+def needed_engines(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> tuple[Library, list[PendingEngine]]:
+    """The library that would build the engines of some architectures, and those that it would build.
+
+    Raises:
+        WanforgeError: It cannot build for them on this machine, or a graph is missing or stale.
+    """
+    library = open_library(flavour)
+    check_gpu(flavour, options.sms)
+    graphs = graphs_to_build(bundle, options.only)
+    pending = [pending_engine(bundle, library, options, onnx, graph) for onnx, graph in graphs.items()]
+    return library, [each for each in pending if is_needed(bundle, options, each)]
+
+
+def build_work(bundle: Bundle, flavour: Flavour, options: EngineOptions, engines: int) -> Work:
     """The work of building this many engines."""
-    return Work(f"build {flavour.name}", engines)
+    what = f"{bundle.model.name} {bundle.recipe.name} for {len(options.sms)} architectures"
+    return Work(f"build {flavour.name} {what}", engines)
 
 
 def estimate_generate(pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path]) -> Estimate:

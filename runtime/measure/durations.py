@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from wanforge.configs.loading import Record
+from wanforge.errors import ResourceError
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.runtime.measure.machine import cpu_name, device_here
 
@@ -52,7 +53,11 @@ class Expectation:
 
 
 def place() -> Path:
-    """The file in the cache that remembers durations."""
+    """The file in the cache that remembers durations.
+
+    Raises:
+        ResourceError: This user has no home folder.
+    """
     return cache_folder().parent / "durations.jsonl"
 
 
@@ -64,7 +69,7 @@ def this_machine() -> str:
 def remember(work: Work, seconds: float) -> None:
     """Note how long some work took. Where that cannot be written, it is not remembered."""
     line = msgspec.json.encode(Duration(this_machine(), work.kind, work.amount, seconds)) + b"\n"
-    with suppress(OSError):
+    with suppress(OSError, ResourceError):
         place().parent.mkdir(parents=True, exist_ok=True)
         with place().open("ab") as file:
             file.write(line)
@@ -84,7 +89,7 @@ def expect(work: Work) -> Expectation | None:
 def _durations() -> list[Duration]:
     """What is remembered, the latest first, so that of equal amounts the latest count."""
     found = []
-    with suppress(OSError), place().open("rb") as file:
+    with suppress(OSError, ResourceError), place().open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - MOST_BYTES))
         for line in file.read(MOST_BYTES).splitlines():
             with suppress(msgspec.DecodeError, msgspec.ValidationError):  # the first line may be cut

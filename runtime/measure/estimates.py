@@ -1,14 +1,14 @@
 """What a command would do, and how much time, disk and memory it would take: the report of ``--dry-run``."""
 
 import json
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
-from wanforge.host import available_bytes
+from wanforge.errors import WanforgeError
+from wanforge.host import available_bytes, free_disk_bytes
 from wanforge.runtime.measure.durations import Expectation, Work, expect
 
 
@@ -22,6 +22,7 @@ class Estimate:
         disk_bytes: The bytes that it would write at most.
         folder: Where it would write them; the folder need not exist yet.
         memory_bytes: The memory that it takes at most.
+        failures: What it could not do, and why.
     """
 
     steps: list[str]
@@ -29,12 +30,12 @@ class Estimate:
     disk_bytes: float
     folder: Path
     memory_bytes: float
+    failures: list[str] = field(default_factory=list)
 
     @property
     def free_bytes(self) -> int:
         """Free bytes on the disk that it would write to."""
-        folder = self.folder.absolute()
-        return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
+        return free_disk_bytes(self.folder)
 
     @property
     def expected(self) -> Expectation | None:
@@ -56,6 +57,7 @@ class Estimate:
             "disk_free_bytes": self.free_bytes,
             "memory_bytes": self.memory_bytes,
             "memory_free_bytes": available_bytes(),
+            "failures": self.failures,
         }
 
     def __str__(self) -> str:
@@ -73,7 +75,8 @@ class Estimate:
         """The expected time, and what it is taken from."""
         expected = self.expected
         if expected is None:
-            return f"not known: nothing of this kind ({self.works[0].kind}) has been completed on this machine yet"
+            unknown = next(work.kind for work in self.works if expect(work) is None)
+            return f"not known: nothing of this kind ({unknown}) has been completed on this machine yet"
         if not self.works:
             return "none, because nothing is to be done"
         runs = "one earlier command" if expected.runs == 1 else f"{expected.runs} earlier commands"
@@ -81,8 +84,15 @@ class Estimate:
 
 
 def show(estimate: Estimate, *, as_json: bool) -> None:
-    """Print an estimate."""
-    click.echo(json.dumps(estimate.as_json()) if as_json else str(estimate))
+    """Print an estimate, unless nothing could be done.
+
+    Raises:
+        WanforgeError: The command could not do all that it is asked for.
+    """
+    if as_json or estimate.steps:
+        click.echo(json.dumps(estimate.as_json()) if as_json else str(estimate))
+    if estimate.failures:
+        raise WanforgeError("\n".join(estimate.failures))
 
 
 def duration(seconds: float) -> str:

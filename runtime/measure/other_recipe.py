@@ -3,8 +3,7 @@
 import msgspec
 
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import Bundle, dit_component
-from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.bundle.bundle import Bundle, dit_component, weights_name
 from wanforge.errors import BundleError
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.graphs import graphs
@@ -19,7 +18,7 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
     """
     wanted = graphs(bundle.model, recipe)
     for expert in bundle.model.experts:
-        stored = read_header(bundle.weights(dit_component(expert))).tensors
+        stored = bundle.header(weights_name(dit_component(expert))).tensors
         for graph in (wanted["block"], wanted["cross_kv"]):
             for name in graph.weights:
                 plain = graph.prefix + name.replace(".int8_weight", ".weight").replace(".scale", ".weight")

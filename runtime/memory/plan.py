@@ -22,9 +22,8 @@ from math import prod
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.dtypes import BY_NAME
-from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
 from wanforge.runtime.graphs import Graph
@@ -170,7 +169,7 @@ def plan_request(
 ) -> MemoryPlan:
     """The memory plan for any request for a clip, see `plan_memory`."""
     schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
-    groups = groups_of(schedules, graphs, lambda component: read_header(bundle.weights(component)).tensors)
+    groups = groups_of(schedules, graphs, lambda component: bundle.header(weights_name(component)).tensors)
     return plan_memory(groups, schedules, workspaces, itemsize, budget)
 
 

@@ -81,7 +81,7 @@ def check_tensors(bundle: Bundle, names: Collection[str]) -> None:
 
 
 def _check_component(bundle: Bundle, component: str) -> None:
-    found = read_header(bundle.weights(component))
+    found = bundle.header(weights_name(component))
     stored = {name: list(spec.shape) for name, spec in found.tensors.items()}
     for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
         layer, _, part = name.rpartition(".")

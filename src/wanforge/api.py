@@ -19,7 +19,9 @@ from wanforge.errors import CheckpointError, ConfigError, unknown_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
-from wanforge.exporter.checkpoint.finder.finder import Finder, Wanted, find
+from wanforge.exporter.checkpoint.finder import finder
+from wanforge.exporter.checkpoint.finder.file_names import published_names
+from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
 from wanforge.keywords import with_settings
@@ -142,7 +144,7 @@ def model_of(files: Mapping[str, str | Path]) -> ModelConfig:
     denoiser = files.get("dit", files.get("dit.high"))
     if denoiser is None:
         raise CheckpointError("the files lack a denoiser: give dit, or dit.high and dit.low; or say which model it is")
-    return load_model(Finder(Wanted(out=Path())).model_of(Path(denoiser))[0])
+    return load_model(finder.model_of(Path(denoiser), published_names(None))[0])
 
 
 def sources_named(model: ModelConfig, files: Mapping[str, str | Path]) -> Sources:

@@ -1,9 +1,11 @@
 """The command line, which lists every command and imports its module only when it is used."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from signal import SIGINT
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -124,31 +126,23 @@ class LazyCommands(click.Group):
             ) from None
 
     def invoke(self, ctx: click.Context) -> Any:
-        with console_of(ctx):
+        with console_of(ctx), failures():
             try:
                 with memory_errors():
                     return super().invoke(ctx)
-            except (WanforgeError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is None:  # not from the system
-                    raise
-                raise Failure(message_of(error), console_of(ctx)) from None
             except KeyboardInterrupt as interrupt:
                 raise click.Abort from interrupt
 
 
-class Failure(click.ClickException):
-    """An error that a user can cause, shown as a line of text or, with --log-json, as a line of JSON."""
-
-    def __init__(self, message: str, console: Console) -> None:
-        super().__init__(message)
-        self.console = console
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        if not self.console.is_json:
-            super().show(file)
-            return
-        with self.console:
-            ROOT.error(self.message)
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn an error that a user can cause into one that click shows without a traceback."""
+    try:
+        yield
+    except (WanforgeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # not from the system
+            raise
+        raise click.ClickException(message_of(error)) from None
 
 
 def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) -> None:
@@ -194,17 +188,29 @@ def exit_code_of_command() -> int:
     Raises:
         Interrupted: A signal ended the command.
     """
+    console = Console()
     try:
-        code = cli.main(standalone_mode=False)
+        with failures():
+            code = cli.main(standalone_mode=False, obj=console)
     except click.Abort as abort:
         if isinstance(abort.__cause__, Interrupted):
             raise abort.__cause__ from None
         click.echo(f"\n{SAID[SIGINT]}", err=True)
         return exit_code(SIGINT)
     except click.ClickException as error:
-        error.show()
+        show_error(error, console)
         return error.exit_code
     return code if isinstance(code, int) else 0
+
+
+def show_error(error: click.ClickException, console: Console) -> None:
+    """Show an error as text or, with --log-json, as a line of JSON."""
+    console.show(as_json="--log-json" in sys.argv)  # wrong usage may have been met before the option was
+    if not console.is_json:
+        error.show()
+        return
+    with console:
+        ROOT.error(error.format_message())
 
 
 if __name__ == "__main__":

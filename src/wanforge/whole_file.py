@@ -6,12 +6,13 @@ The lock that it held on the file ends with it, by which the next process that w
 left, and deletes it.
 """
 
+import errno
 import fcntl
 import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from wanforge.regular_file import KINDS
 
 PARTIAL = ".partial"
 """The part of a temporary name that no complete file has."""
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+"""The errors of locking on a disk that knows no locks."""
 
 LONGEST_NAME = 255
 """The most bytes of a file's name, on the usual file systems."""
@@ -98,6 +102,18 @@ def check_writable(path: Path) -> None:
     os.close(held)
 
 
+@contextmanager
+def folders_as_before(paths: Iterable[Path]) -> Iterator[None]:
+    """Delete the folders of files that the block makes, unless something is in them by then."""
+    missing = {folder for path in paths for folder in path.absolute().parents if not folder.exists()}
+    try:
+        yield
+    finally:
+        for folder in sorted(missing, reverse=True):  # those within others first
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def check_appendable(path: Path) -> None:
     """Make the folder of a file to which lines are to be added, and check that this is possible.
 
@@ -131,11 +147,26 @@ def _create(path: Path) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f"{_beginning(path)}{secrets.token_hex(4)}{PARTIAL}{path.suffix}")
         held = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o666)
-        with suppress(BlockingIOError):  # another process took it for a leftover before it was locked
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(held).st_nlink:
+        try:
+            if _is_ours(held):
                 return temporary, held
+        except BaseException:
+            os.close(held)
+            temporary.unlink(missing_ok=True)
+            raise
         os.close(held)
+
+
+def _is_ours(held: int) -> bool:
+    """Lock a new file, and return whether no other process took it for a leftover before it was locked."""
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:  # without locks, no other process takes it for a leftover
+            raise
+    return bool(os.fstat(held).st_nlink)
 
 
 def _beginning(path: Path) -> str:

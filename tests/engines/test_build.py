@@ -228,9 +228,15 @@ def test_hopper_is_refused_and_the_rest_is_built(bundle: Bundle) -> None:
 
 def test_an_unknown_graph_is_refused(bundle: Bundle) -> None:
     assert (
-        "no graph is called 'bolck'; known: text_embed"
+        "no graph is called 'bolck'; known: text_block"
         in run("build", bundle.root, "--target", "rtx5090", "--graph", "bolck")[1]
     )
+
+
+def test_a_graph_that_runs_on_the_host_has_no_engine(bundle: Bundle) -> None:
+    assert "text_embed" not in {graph.name for graph in graphs_to_build(bundle).values()}
+    with pytest.raises(ConfigError, match="text_embed runs on the host and has no engine; leave it out"):
+        graphs_to_build(bundle, ["text_embed"])
 
 
 def test_one_engine_serves_the_architectures_of_tensorrt_rtx() -> None:

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import struct
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.processes import start
 from tests.tensorrt_flavours import linear, rtx
-from wanforge.engines.build_process import build_apart
+from wanforge.engines.build_process import build_apart, messages_from
 from wanforge.engines.builder import BuildJob, build
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
@@ -82,3 +86,48 @@ def test_a_library_that_ends_its_process_is_reported(job: BuildJob) -> None:
 def test_a_build_without_memory_is_reported(job: BuildJob) -> None:
     with pytest.raises(ResourceError, match=r"compiling linear\.onnx was killed, probably because memory ran out"):
         build_apart(rtx(), job, [120], progress=killer(signal.SIGKILL))
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+child.stdout.readline()
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+CHILD = """
+import os, time
+from wanforge.engines.build_process import end_with
+end_with(os.getppid())
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_child_ends_with_its_parent_even_if_that_is_killed() -> None:
+    with start(PARENT, CHILD) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    try:
+        assert not psutil.wait_procs([child], timeout=5)[1]
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+@pytest.mark.slow
+def test_a_child_whose_parent_has_ended_already_ends() -> None:
+    child = start(CHILD.replace("os.getppid()", "os.getpid()"))  # which cannot be its parent
+    assert child.communicate() == ("", "")
+    assert child.returncode == 1
+
+
+@pytest.mark.parametrize("cut", [b"", struct.pack("!i", 1 << 20) + b"x"])
+def test_a_message_that_is_cut_off_ends_what_a_child_says(cut: bytes) -> None:
+    reads, writes = os.pipe()
+    os.write(writes, cut)
+    os.close(writes)
+    with Connection(reads, writable=False) as answers:
+        assert list(messages_from(answers)) == []

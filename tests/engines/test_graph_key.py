@@ -26,7 +26,8 @@ def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
 
 
 def test_a_stale_graph_is_refused_with_both_ways_on(bundle: Bundle) -> None:
-    complaint = rf"{BLOCK} is stale, code changed; write it again with: wanforge export {bundle.root}, .* --stale-ok"
+    ways = rf"wanforge export {bundle.root}, .* take --stale-ok, and Bundle\.open takes stale_ok=True"
+    complaint = f"{BLOCK} is stale, code changed; write it again with: {ways}"
     with pytest.raises(BundleError, match=complaint):
         check_current(bundle, [HEAD, BLOCK])
 

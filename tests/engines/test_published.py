@@ -65,7 +65,7 @@ def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
     vae = {f"vae_{half}_{part}" for half in ("decode", "encode") for part in ("first", "next")}
     if bundle.model.task == "t2v":
         vae = {name for name in vae if "decode" in name}
-    assert set(engines) == DENOISER | {"text_embed", "text_block", "text_final"} | vae
+    assert set(engines) == DENOISER | {"text_block", "text_final"} | vae
     assert {name: engine["faults"] for name, engine in engines.items() if engine["faults"]} == {}
     assert sum(engines[name]["bytes"] for name in DENOISER) < 15e6
     assert {plan["target"]: plan["refusal"] for plan in report["plans"]} == dict.fromkeys(TARGETS.split(","), "")

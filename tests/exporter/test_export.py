@@ -1,5 +1,6 @@
 """An export takes effect as a whole and leaves behind no graph that the manifest does not name."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import msgspec
 import pytest
 
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import BundleError
 from wanforge.exporter import export as exporting
 from wanforge.exporter.export import export
 
@@ -49,6 +51,13 @@ def test_a_graph_that_fails_the_check_leaves_every_graph_as_it_was(
         export(bundle)
     assert set(graphs_of(bundle.root).values()) == {b"as it was"}
     assert sorted(path for path in bundle.root.rglob("*") if path.is_file()) == files
+
+
+def test_damaged_weights_are_named_with_their_remedy(bundle: Bundle) -> None:
+    weights = bundle.weights("dit")
+    os.truncate(weights, weights.stat().st_size - 1000)
+    with pytest.raises(BundleError, match=f"damaged; .*; write it again with: wanforge import --resume {bundle.root}"):
+        export(bundle)
 
 
 def test_one_type_written_again_keeps_the_others(bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 BUNDLE = "a bundle"
 """The name of every bundle. It has a space, so that hints that do not quote it fail."""
-UNLIKE = {".lock", ".manifest.lock", ".verified.json"}
+UNLIKE = {".changes.lock", ".lock", ".manifest.lock", ".verified.json"}
 """Files of a bundle that differ between bundles that are equal."""
 
 Manifest = dict[str, Any]

@@ -43,6 +43,11 @@ def test_every_option_says_what_it_does_in_a_sentence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_no_range_is_shown_where_there_is_none(name: str) -> None:
+    assert "None" not in EVERY[name].get_help(click.Context(EVERY[name], info_name=name))
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_command_says_what_it_does(name: str) -> None:
     first = (EVERY[name].help or "").partition("\n\n")[0]
     assert re.match(r"[A-Z]", first)

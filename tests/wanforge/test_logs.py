@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests import processes
-from wanforge.cli import COMMANDS, cli
+from wanforge.cli import COMMANDS, cli, exit_code_of_command
 from wanforge.errors import WanforgeError
 from wanforge.logs import PROGRESS, ROOT, Console
 
@@ -55,16 +55,42 @@ def test_everything_is_shown_on_request(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--log-json", "chatty", "--fail"), ("chatty", "--log-json", "--fail")])
-def test_records_and_the_error_are_lines_of_json(arguments: tuple[str, ...]) -> None:
-    done = run(*arguments)
-    records = [json.loads(line) for line in done.stderr.splitlines()]
-    assert done.exit_code == 1
+def test_records_and_the_error_are_lines_of_json(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, records = run_as_a_program(arguments, monkeypatch, capsys)
+    assert code == 1
     assert [(record["level"], record["message"]) for record in records] == [
         ("info", "half done"),
         ("warning", "look out"),
         ("error", "it failed"),
     ]
     assert all(record["time"].endswith("+00:00") for record in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--log-json", "chatty", "--odd"), "--odd"),
+        (("chatty", "--odd", "--log-json"), "--odd"),
+        (("--log-json", "chatter"), "did you mean chatty?"),
+    ],
+)
+def test_wrong_usage_is_a_line_of_json(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, (record,) = run_as_a_program(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert record["level"] == "error"
+    assert said in record["message"]
+
+
+def run_as_a_program(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, list[dict[str, str]]]:
+    """The exit code of a command line, and the lines of JSON on stderr."""
+    monkeypatch.setattr(sys, "argv", ["wanforge", *arguments])
+    return exit_code_of_command(), [json.loads(line) for line in capsys.readouterr().err.splitlines()]
 
 
 def test_a_record_keeps_its_fields() -> None:

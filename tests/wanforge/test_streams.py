@@ -87,6 +87,17 @@ with patient_streams():
     assert done.stderr == "[Errno 28] No space left on device: 'the standard output'\ncode 0\n"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["--help", "--version", "import --help"])
+def test_help_that_cannot_be_printed_is_an_error_without_a_traceback(arguments: str) -> None:
+    done = shell(
+        "> /dev/full", f"import sys; sys.argv[1:] = {arguments.split()}; from wanforge.cli import main; main()"
+    )
+    assert done.stderr == (
+        "Error: No space left on device at the standard output; free some space or choose another place\ncode 1\n"
+    )
+
+
 @pytest.mark.parametrize("buffered", ["", "1"])
 def test_messages_appear_at_once(buffered: str) -> None:
     code = """

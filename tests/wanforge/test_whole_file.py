@@ -1,5 +1,7 @@
 """Files are complete or absent, whoever else writes them, and however a process ends."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -98,6 +100,33 @@ def test_errors_name_the_file_and_not_its_temporary_name(tmp_path: Path) -> None
     with pytest.raises(OSError, match=r"some\.txt") as raised, temporary_file(tmp_path / "some.txt"):
         raise OSError(28, "No space left on device")
     assert raised.value.filename == str(tmp_path / "some.txt")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_is_written_on_a_disk_that_knows_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fail_to_lock(monkeypatch, number)
+    write_atomically(tmp_path / "file.json", b"data")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_file_that_cannot_be_locked_is_neither_left_nor_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_to_lock(monkeypatch, errno.EIO)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomically(tmp_path / "file.json", b"data")
+    assert os.listdir("/proc/self/fd") == before
+    assert not list(tmp_path.iterdir())
+
+
+def fail_to_lock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let every lock fail with an error of the system."""
+
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
 
 
 @pytest.mark.parametrize("check", [check_writable, check_appendable])

@@ -75,18 +75,6 @@ def kind_by_name(path: Path, published: PublishedNames) -> tuple[str | None, str
     return None, ""
 
 
-def expert_by_name(path: Path) -> str | None:
-    """Which of two experts a file is, according to its name and its nearest folders."""
-    if (folder := path.absolute().parent.name.lower()) in EXPERT_FOLDERS:
-        return EXPERT_FOLDERS[folder]
-    for part in _nearest(path):
-        words = re.split(r"[^a-z0-9]+", part)
-        said = [expert for expert in ("high", "low") if any(word.startswith(expert) for word in words)]
-        if len(said) == 1:
-            return said[0]
-    return None
-
-
 def model_by_name(path: Path, models: Sequence[str]) -> list[str]:
     """Those of `models` that the file's name or its nearest folders mention by what tells them apart; or all."""
     shared = set.intersection(*(set(model.split("-")) for model in models)) if models else set()

@@ -21,13 +21,15 @@ from wanforge.exporter.checkpoint.checks import (
     check_kind,
     fits_model,
     fitting_models,
+    named_after,
     settle_recipe,
 )
 from wanforge.exporter.checkpoint.finder.file_names import (
     BY_FOLDER,
     BY_NAME,
     DENOISER,
-    expert_by_name,
+    NEAREST,
+    PublishedNames,
     kind_by_name,
     model_by_name,
     published_names,
@@ -121,6 +123,7 @@ class Findings:
 
 
 def lines_of(parts: Mapping[str, Taken]) -> list[str]:
+    """A line for each part: its file, and why it is this one."""
     return [f"{part}: {taken.path} ({taken.reason})" for part, taken in parts.items()]
 
 
@@ -133,6 +136,31 @@ def find(wanted: Wanted) -> Findings:
         BundleError: A folder is a bundle.
     """
     return Finder(wanted).find()
+
+
+def model_of(
+    path: Path, published: PublishedNames, contents_of: Callable[[Path], Contents] = open_checkpoint
+) -> tuple[str, str]:
+    """The model of a denoiser that was named, and what shows that it is this one.
+
+    Args:
+        contents_of: Opens the file, if its name does not tell.
+
+    Raises:
+        CheckpointError: The file is no denoiser, or belongs to no known model or to several.
+    """
+    if (name := published.get(stem_of(path))) is not None:
+        return name.model, f"the denoiser, {BY_NAME}"
+    contents = contents_of(path)
+    check_kind("dit", path, contents)
+    every = fitting_models(contents)
+    fitting = model_by_name(path, every)
+    if len(fitting) != 1:
+        found = f"may be {' or '.join(fitting)}" if fitting else "fits no known model"
+        raise CheckpointError(
+            f"{path}: {found}; give its model with --model ({', '.join(fitting or named('models'))}, or a .toml file)"
+        )
+    return fitting[0], "the denoiser, by its contents" + (" and its name" if len(every) > 1 else "")
 
 
 class Finder:
@@ -164,6 +192,11 @@ class Finder:
         return Findings(model, recipe, {part: parts[part] for part in needed}, reasons, unused)
 
     def contents(self, path: Path) -> Contents:
+        """The table of contents of a file, which is read once.
+
+        Raises:
+            CheckpointError: It cannot be read.
+        """
         if path not in self.opened:
             self.opened[path] = open_checkpoint(path)
         return self.opened[path]
@@ -199,7 +232,7 @@ class Finder:
         if model is not None:
             return model, "--model", self.denoisers(model)
         if given is not None:
-            name, reason = self.model_of(given)
+            name, reason = model_of(given, self.published, self.contents)
             return load_model(name), reason, self.denoisers(load_model(name))
         found = self.denoisers(None)
         if not found:
@@ -212,26 +245,7 @@ class Finder:
                 f"{self.place}: the model may be {' or '.join(names)}; choose it with --model{or_file}\n"
                 + "\n".join(lines)
             )
-        return load_model(names[0]), self.model_of(found[0].path)[1], found
-
-    def model_of(self, path: Path) -> tuple[str, str]:
-        """The model of a denoiser that was named, and what shows that it is this one.
-
-        Raises:
-            CheckpointError: The file is no denoiser, or belongs to no known model or to several.
-        """
-        if (name := self.published.get(stem_of(path))) is not None:
-            return name.model, f"the denoiser, {BY_NAME}"
-        check_kind("dit", path, self.contents(path))
-        every = fitting_models(self.contents(path))
-        fitting = model_by_name(path, every)
-        if len(fitting) != 1:
-            found = f"may be {' or '.join(fitting)}" if fitting else "fits no known model"
-            raise CheckpointError(
-                f"{path}: {found}; give its model with --model ({', '.join(fitting or named('models'))}, or a .toml "
-                "file)"
-            )
-        return fitting[0], "the denoiser, by its contents" + (" and its name" if len(every) > 1 else "")
+        return load_model(names[0]), model_of(found[0].path, self.published, self.contents)[1], found
 
     def denoisers(self, model: ModelConfig | None) -> list[Candidate]:
         """The denoisers in the folders that may belong to `model`, or to any if it is None."""
@@ -252,7 +266,7 @@ class Finder:
         models = model_by_name(path, fitting_models(contents))
         if model is not None:
             models = [model.name] if fits_model("dit", contents, model) else []
-        return Candidate(path, reason, expert_by_name(path), is_quantised(contents), models)
+        return Candidate(path, reason, named_after(path, NEAREST), is_quantised(contents), models)
 
     def choose_denoisers(self, model: ModelConfig, found: Sequence[Candidate]) -> dict[str, Taken]:
         """The file of each expert: those that were named, and of those that were found all of the same kind.
@@ -327,6 +341,7 @@ class Finder:
         return self.only("tokenizer", found, fits) if found else None
 
     def fits(self, component: str, model: ModelConfig, path: Path) -> bool:
+        """Whether a file can be read and has exactly the tensors of a model's component."""
         return self.readable(path) and fits_model(component, self.contents(path), model)
 
     def only(self, part: str, found: Sequence[Taken], fits: Callable[[Path], bool]) -> Taken:
@@ -356,6 +371,7 @@ class Finder:
 
     @property
     def place(self) -> str:
+        """The folders that are searched, for messages."""
         return join_names([str(folder) for folder in self.wanted.folders])
 
     def missing(self, model: ModelConfig | None, parts: Sequence[str], found: Mapping[str, Taken]) -> str:

@@ -7,6 +7,7 @@ repository in the cache of huggingface_hub is entered at its current snapshot
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -92,7 +93,9 @@ def check_folder(folder: Path, out: Path) -> None:
             "--text-encoder or --tokenizer"
         )
     if is_bundle(folder) and (folder / MANIFEST).is_file():
-        raise BundleError(f"{folder}: is a bundle already and needs no import; next: wanforge inspect {folder}")
+        raise BundleError(
+            f"{folder}: is a bundle already and needs no import; next: wanforge inspect {shlex.quote(str(folder))}"
+        )
     if is_bundle(folder):
         raise BundleError(
             f"{folder}: is a bundle whose import was interrupted; continue it with: {import_command(folder)}"

@@ -15,9 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
-from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.shapes import concrete, names_in
-from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
@@ -121,7 +120,7 @@ class Counter:
                 fused_block(Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows))
             )
         graph = self.graphs[graph_run.graph]
-        stored = read_header(self.bundle.weights(graph_run.component)).tensors
+        stored = self.bundle.header(weights_name(graph_run.component)).tensors
         weights = sum(
             stored[graph_run.prefix + name].nbytes for name in graph.weights if graph_run.prefix + name in stored
         )

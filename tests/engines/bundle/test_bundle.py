@@ -145,6 +145,9 @@ def test_manifest_of_another_version_is_told_from_a_damaged_one(bundle: Bundle) 
     complaint = r"manifest\.json: of version 1, .* this one reads 2\. Import the checkpoint again, .* --replace"
     with pytest.raises(BundleError, match=complaint):
         Bundle.open(bundle.root)
+    other = bundle.root.rename(bundle.root.with_name("my bundle"))
+    with pytest.raises(BundleError, match=f"--out '{other}' --replace"):
+        Bundle.open(other)
 
 
 @pytest.mark.parametrize("change", [{"made_by": "me"}, {"files": {}}, {"seal": ""}], ids=str)

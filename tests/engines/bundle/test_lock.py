@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from select import select
 
 import pytest
 
-from wanforge.engines.bundle.lock import FILES_LOCK, MANIFEST_LOCK, files_lock, hold, recording, shared
+from wanforge.engines.bundle.lock import CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK, files_lock, hold, recording, shared
 from wanforge.errors import BundleError
 
 HOLD = """
@@ -24,6 +25,17 @@ kinds = {"shared": shared, "exclusive": lambda root: files_lock(root).exclusive(
 with kinds[sys.argv[1]](Path(sys.argv[2])):
     print("held", flush=True)
     sys.stdin.read()
+"""
+CHANGE_IN_USE = """
+import sys
+from pathlib import Path
+from wanforge.engines.bundle.lock import files_lock, hold
+root = Path(sys.argv[1])
+release = hold(root)
+print("used", flush=True)
+sys.stdin.readline()
+with files_lock(root).exclusive():
+    print("changed", flush=True)
 """
 KINDS = {"shared": shared, "exclusive": lambda root: files_lock(root).exclusive(), "recording": recording}
 
@@ -108,15 +120,93 @@ def test_changing_gives_the_files_up_to_others_afterwards(tmp_path: Path) -> Non
 def test_a_use_counts_after_a_change_in_the_same_process(tmp_path: Path) -> None:
     with files_lock(tmp_path).exclusive():
         release = hold(tmp_path)
+    assert not is_free("exclusive", tmp_path)
+    release()
+
+
+@pytest.mark.slow
+def test_of_two_users_that_both_want_to_change_the_second_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = hold(tmp_path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", CHANGE_IN_USE, str(tmp_path)], text=True, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "used\n"
+        changed = threading.Event()
+        changing = threading.Thread(target=change, args=(tmp_path, changed))
+        changing.start()
+        while not any("waiting for it" in message for message in caplog.messages):
+            time.sleep(0.01)
+        said, errors = other.communicate("change\n")
+        changing.join(10)
+    assert said == ""
+    assert f"process {os.getpid()} is about to change its files" in errors
+    assert changed.is_set()
+    release()
+
+
+def change(root: Path, changed: threading.Event) -> None:
+    """Take the lock for a change."""
+    with files_lock(root).exclusive():
+        changed.set()
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """A child of this process that lives until the block ends."""
+    waits, ends = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(ends)
+        os.read(waits, 1)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.close(ends)
+        os.close(waits)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ours", ["shared", "exclusive", "recording"])
+def test_a_forked_child_does_not_keep_the_locks(tmp_path: Path, ours: str) -> None:
+    with ExitStack() as stack:
+        with KINDS[ours](tmp_path):
+            stack.enter_context(forked())
+        assert is_free("exclusive", tmp_path)
+        assert is_free("recording", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exclusive", "recording"])
+def test_a_forked_child_does_not_end_the_locks_of_its_parent(tmp_path: Path, kind: str) -> None:
+    release = hold(tmp_path)
+    recorded = recording(tmp_path)
+    recorded.__enter__()
+    child = os.fork()
+    if not child:
+        recorded.__exit__(None, None, None)
+        release()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not is_free(kind, tmp_path)
+    recorded.__exit__(None, None, None)
+    release()
+    assert is_free(kind, tmp_path)
+
+
+def is_free(kind: str, root: Path) -> bool:
+    """Whether another process gets a lock."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, "exclusive", str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, kind, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None
     with process:
-        is_held = select([process.stdout], [], [], 1)[0]
+        is_held = bool(select([process.stdout], [], [], 3)[0])
         process.kill()
-    assert not is_held
-    release()
+    return is_held
 
 
 def test_a_process_does_not_wait_for_itself(tmp_path: Path) -> None:
@@ -144,13 +234,13 @@ def test_threads_take_turns_to_change(tmp_path: Path) -> None:
     assert len(most) == 200
 
 
-@pytest.mark.parametrize("name", [FILES_LOCK, MANIFEST_LOCK])
+@pytest.mark.parametrize("name", [CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK])
 @pytest.mark.parametrize("kind", ["link", "folder", "fifo"])
 def test_what_is_no_lock_file_is_refused(tmp_path: Path, name: str, kind: str) -> None:
     root, victim = tmp_path / "bundle", tmp_path / "victim"
     root.mkdir()
     victim.write_text("precious")
     {"link": lambda path: path.symlink_to(victim), "folder": Path.mkdir, "fifo": os.mkfifo}[kind](root / name)
-    with pytest.raises(BundleError, match=f"{name}: is not a lock file"), shared(root), recording(root):
+    with pytest.raises(BundleError, match=f"{name}: is not a lock file"), files_lock(root).exclusive(), recording(root):
         pass
     assert victim.read_text() == "precious"

@@ -33,7 +33,7 @@ from tests.numerics import assert_matches
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, VERIFIED, Bundle, components, weights_name
-from wanforge.engines.bundle.lock import FILES_LOCK, MANIFEST_LOCK
+from wanforge.engines.bundle.lock import CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.engines.graph_key import graph_key
@@ -47,7 +47,7 @@ from wanforge.exporter.checkpoint.record import Arguments, ImportRecord, read_re
 from wanforge.progress import Progress
 from wanforge.whole_file import write_atomically
 
-UNCOMPARED = {VERIFIED, FILES_LOCK, MANIFEST_LOCK, IMPORT}
+UNCOMPARED = {VERIFIED, CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK, IMPORT}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -588,6 +588,20 @@ def test_a_record_that_leads_out_of_the_bundle_is_not_believed(
     with pytest.raises(BundleError, match=r"has no readable import\.json"):
         resume_import(out)
     assert victim.read_text() == "precious"
+
+
+def test_commands_in_messages_can_be_pasted_whatever_the_bundle_is_called(
+    tmp_path: Path, bundles: dict[str, Bundle]
+) -> None:
+    out = Path(shutil.copytree(bundles["plain"].root, tmp_path / "my bundle"))
+    record = msgspec.json.decode((out / IMPORT).read_bytes())
+    record["arguments"]["weights"]["vae"] = str(tmp_path / "gone.safetensors")
+    (out / IMPORT).write_bytes(msgspec.json.encode(record))
+    with pytest.raises(CheckpointError, match=f"--out '{out}' --replace"):
+        resume_import(out)
+    (out / IMPORT).write_bytes(b"{}")
+    with pytest.raises(BundleError, match=f"--out '{out}' --replace"):
+        resume_import(out)
 
 
 def test_what_was_to_be_deleted_is_kept_if_the_bundle_names_it(

@@ -1,5 +1,6 @@
 """Every container opens to the same tensors; damaged, hostile and non-tensor files are refused and never executed."""
 
+import errno
 import io
 import json
 import os
@@ -351,6 +352,17 @@ def test_refuses_what_is_not_a_zip(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pth: not a PyTorch file, or truncated"):
         open_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, *arguments: object, **settings: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    path = tmp_path / "model.pth"
+    path.write_bytes(pth(STATE))
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(PermissionError, match=r"model\.pth"):
+        open_checkpoint(path)
 
 
 def test_refuses_a_file_from_before_pytorch_1_6(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_an_image_becomes_a_video_at_its_own_aspect(bundle_of: BundleOf, picture
 def test_noise_is_saved_and_taken_again(bundle: Path, tmp_path: Path) -> None:
     noise, first, second = tmp_path / "noise.safetensors", tmp_path / "a.mp4", tmp_path / "b.mp4"
     assert run("generate", bundle, "--prompt", PROMPT, "--out", first, "--save-noise", noise, *SMALL).exit_code == 0
-    done = run("generate", bundle, "--prompt", PROMPT, "--out", second, "--noise", noise, "--seed", 9, *SMALL)
+    done = run("generate", bundle, "--prompt", PROMPT, "--out", second, "--noise", noise, *SMALL)
     assert done.exit_code == 0, done.output
     assert first.read_bytes() == second.read_bytes()
 
@@ -263,6 +263,9 @@ def test_wrong_usage_exits_with_2(bundle: Path) -> None:
         done = run("generate", bundle, *arguments)
         assert done.exit_code == 2
         assert "--noise takes the place of the seed" in done.output
+    done = run("generate", bundle, *noise, "--seed", "9")
+    assert done.exit_code == 2
+    assert "--seed has no effect with --noise" in done.output
 
 
 @pytest.mark.slow

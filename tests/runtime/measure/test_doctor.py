@@ -14,7 +14,17 @@ from wanforge.errors import ResourceError
 from wanforge.plugins.tensorrt.library import RTX
 from wanforge.requirements import install_extra, install_package
 from wanforge.runtime.measure import doctor
-from wanforge.runtime.measure.doctor import Check, cubin_cache, driver, ffmpeg, gpu, line, packages, tensorrt
+from wanforge.runtime.measure.doctor import (
+    Check,
+    cubin_cache,
+    driver,
+    engine_cache,
+    ffmpeg,
+    gpu,
+    line,
+    packages,
+    tensorrt,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +115,17 @@ def test_a_driver_that_does_not_answer_is_broken(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("ctypes.CDLL", Library)
     assert driver().status == "broken"
+
+
+def test_caches_without_a_home_folder_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(no_home))
+    for check in (cubin_cache(), engine_cache()):
+        assert check.status == "missing"
+        assert check.found == "no home folder to keep a cache in"
+        assert check.remedy == "set XDG_CACHE_HOME to a folder"
+
+
+def no_home(kind: type[Path]) -> Path:
+    """What `Path.home` does for a user whom the system does not know."""
+    raise RuntimeError("Could not determine home directory.")

@@ -7,6 +7,8 @@ import pytest
 from wanforge.runtime.measure import durations
 from wanforge.runtime.measure.durations import Expectation, Work, expect, remember
 
+PLACE = durations.place
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -59,5 +61,16 @@ def test_a_long_past_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_nothing_can_be_written_nothing_is_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").touch()
     monkeypatch.setattr(durations, "place", lambda: cache / "file" / "durations.jsonl")
+    remember(Work("generate", 10), 5.0)
+    assert expect(Work("generate", 10)) is None
+
+
+def test_without_a_home_folder_nothing_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(durations, "place", PLACE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
     remember(Work("generate", 10), 5.0)
     assert expect(Work("generate", 10)) is None

@@ -15,7 +15,7 @@ from wanforge.runtime.measure.estimates import Estimate, duration, size
 def estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Estimate:
     monkeypatch.setattr(durations, "place", lambda: tmp_path / "durations.jsonl")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda path: usage(10**12, 0, 5 * 10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 0, 5 * 10**9))
     monkeypatch.setattr(estimates, "available_bytes", lambda: 3e9)
     return Estimate(["would write a", "would write b"], [Work("export", 4)], 2.5e6, tmp_path / "deep" / "out", 1.5e9)
 
@@ -30,6 +30,12 @@ def test_it_says_what_is_not_known(estimate: Estimate) -> None:
         "Nothing was written.",
     ]
     assert estimate.as_json()["seconds"] is None
+
+
+def test_it_names_the_part_whose_time_is_not_known(estimate: Estimate) -> None:
+    remember(Work("export", 8), 3.0)
+    several = replace(estimate, works=[Work("export", 4), Work("build", 1)])
+    assert "nothing of this kind (build) has been completed" in str(several)
 
 
 def test_it_says_what_the_time_is_taken_from(estimate: Estimate) -> None:

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from wanforge.exporter.checkpoint.checks import named_after
 from wanforge.exporter.checkpoint.finder.file_names import (
     BY_FOLDER,
     BY_NAME,
     DENOISER,
     FOREIGN,
+    NEAREST,
     TEXT_ENCODER,
     VAE,
-    expert_by_name,
     kind_by_name,
     model_by_name,
     published_names,
@@ -55,10 +56,12 @@ def test_what_a_name_says(path: str, kind: tuple[str | None, str]) -> None:
         ("high-and-low/high/x/a.pth", "high"),
         ("high-and-low.pth", None),
         ("flow-slow.pth", None),
+        ("lowvram/highres/a.pth", None),
+        ("wan22_HighNoise.pth", "high"),
     ],
 )
 def test_which_expert_a_name_says(path: str, expert: str | None) -> None:
-    assert expert_by_name(Path("/", path)) == expert
+    assert named_after(Path("/", path), NEAREST) == expert
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_bundles_and_the_place_of_the_new_one_are_left_out(tmp_path: Path, bundl
 
 
 def test_a_bundle_needs_no_import(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
-    root = bundles["plain"].root
-    with pytest.raises(BundleError, match=f"{root}: is a bundle already and needs no import; next: wanforge inspect"):
+    root = Path(shutil.copytree(bundles["plain"].root, tmp_path / "my bundle"))
+    with pytest.raises(BundleError, match=f"is a bundle already and needs no import; next: wanforge inspect '{root}'"):
         list_folders([root], OUT)
     interrupted = Path(shutil.copytree(root, tmp_path / "bundle"))
     (interrupted / "manifest.json").unlink()
