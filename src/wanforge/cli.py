@@ -118,10 +118,7 @@ class LazyCommands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except ModuleNotFoundError as missing:
-            raise click.ClickException(
-                f"`wanforge {args[0]}` needs the package {missing.name}, which is not installed; "
-                f"run: {install_package(missing.name or '')}"
-            ) from None
+            raise click.ClickException(absence(missing, f"`wanforge {args[0]}`")) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         with console_of(ctx):
@@ -132,8 +129,20 @@ class LazyCommands(click.Group):
                 if isinstance(error, OSError) and error.errno is None:  # not from the system
                     raise
                 raise Failure(message_of(error), console_of(ctx)) from None
+            except ModuleNotFoundError as missing:
+                if (missing.name or "wanforge").partition(".")[0] == "wanforge":  # a mistake of ours
+                    raise
+                raise Failure(absence(missing, "this"), console_of(ctx)) from None
             except KeyboardInterrupt as interrupt:
                 raise click.Abort from interrupt
+
+
+def absence(missing: ModuleNotFoundError, needed_for: str) -> str:
+    """The message for a package that is not installed."""
+    return (
+        f"{needed_for} needs the package {missing.name}, which is not installed; "
+        f"run: {install_package(missing.name or '')}"
+    )
 
 
 class Failure(click.ClickException):
