@@ -22,7 +22,7 @@ from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.choice import AUTO, choose_backend
+from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
 from wanforge.runtime.graphs import graphs
@@ -231,7 +231,7 @@ def open_pipeline(
         BundleError: A file is missing or damaged.
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
-    name = choose_backend(bundle, clips, bounded=budget is not None) if backend == AUTO else backend
+    name = resolve_backend(backend, bundle, clips, bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)
