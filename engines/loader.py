@@ -61,7 +61,11 @@ class LoadedEngine:
             if not self.context.set_input_shape(name, shape):
                 raise ResourceError(f"{self.name} was not built for {name} of shape {shape}; build it for this clip")
         for name in self.tensors:
-            self.context.set_tensor_address(name, addresses[name])
+            if not self.context.set_tensor_address(name, addresses[name]):
+                raise ResourceError(
+                    f"{self.name}: the library does not take {addresses[name]:#x} as the address of {name}; its own "
+                    "message is above"
+                )
         if not self.context.execute_async_v3(stream):
             raise ResourceError(f"{self.name}: the library did not run it; its own message is above")
 

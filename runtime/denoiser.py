@@ -38,7 +38,7 @@ class Denoiser:
         self.backend, self.shape, self.timings, self.progress = backend, checked.request.shape, timings, progress
         self.channels = None if channels is None else channels.to(backend.device)
         model, recipe = bundle.model, bundle.recipe
-        kept, counts = context_rows(
+        kept, biases = context_rows(
             len(checked.ids), model.dit.text_rows, recipe.rows_per_scale, backend.text_rows_multiple
         )
         schedule = denoise_schedule(
@@ -52,7 +52,7 @@ class Denoiser:
         self.session = session = backend.session(schedule)
         session["text"].copy_(text)
         session["kept_rows"].copy_(torch.tensor(kept))
-        session["key_bias"].copy_(torch.tensor(counts).log())
+        session["key_bias"].copy_(torch.tensor(biases))
         for name, table in zip(("cos", "sin"), rope_tables(self.shape.grid), strict=True):
             session[name].copy_(table)
         session["selection"].zero_()

@@ -7,10 +7,9 @@ seed ─── noise ──────────────┘
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
@@ -23,11 +22,10 @@ from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.choice import AUTO, choose_backend
+from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.inputs.image import condition, open_image, to_pixels
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.memory.estimate import needed_bytes
@@ -46,6 +44,9 @@ from wanforge.runtime.request import (
 from wanforge.runtime.schedule import text_schedule, vae_schedule
 from wanforge.runtime.video import video_writer
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 class Pipeline:
     """A model that is ready to serve requests, one after the other."""
@@ -61,7 +62,7 @@ class Pipeline:
     def generate(
         self,
         prompt: str,
-        image: str | Path | Image | None = None,
+        image: "str | Path | Image | None" = None,
         *,
         on_progress: Progress = silent,
         **settings: Unpack[Settings],
@@ -161,8 +162,10 @@ class Pipeline:
         session.run("text", "text", progress)
         return pad_rows(session["embedding"][0], self.model.dit.text_rows)[None]
 
-    def encode_image(self, image: Path | Image, shape: ClipShape, progress: Progress = silent) -> Tensor:
+    def encode_image(self, image: "Path | Image", shape: ClipShape, progress: Progress = silent) -> Tensor:
         """The 20 channels that an image-to-video denoiser is conditioned on, in the compute type."""
+        from wanforge.runtime.inputs.image import condition, open_image, to_pixels
+
         session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
         first = to_pixels(open_image(image), shape.width_px, shape.height_px)
         session["first_pixels"].copy_(first[:, :, None])
@@ -228,7 +231,7 @@ def open_pipeline(
         BundleError: A file is missing or damaged.
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
-    name = choose_backend(bundle, clips, bounded=budget is not None) if backend == AUTO else backend
+    name = resolve_backend(backend, bundle, clips, bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

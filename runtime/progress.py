@@ -3,13 +3,15 @@
 import logging
 import sys
 import time
+from importlib.util import find_spec
 from types import TracebackType
-from typing import Self
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Self
 
 from wanforge.logs import PROGRESS, is_json
 from wanforge.progress import Overall, amount, clock
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 log = logging.getLogger("wanforge.stages")
 
@@ -20,7 +22,8 @@ SHARE_BETWEEN = 0.05
 
 
 class Bars:
-    """Shows progress as one bar: of each stage, or of the whole work if its stages are declared.
+    """Shows progress as one bar: of each stage, or of the whole work if its stages are declared. Without tqdm there are
+    lines of the log on a terminal, too.
 
     Args:
         overall: The stages of the whole work.
@@ -28,7 +31,7 @@ class Bars:
 
     def __init__(self, overall: Overall | None = None) -> None:
         self.overall = overall
-        self.has_terminal = sys.stderr.isatty() and not is_json()
+        self.has_terminal = sys.stderr.isatty() and not is_json() and find_spec("tqdm") is not None
         self._bar: tqdm | None = None
         self._stage = ""
         self._begun = self._stage_begun = self._latest = self._told = time.monotonic()
@@ -56,6 +59,8 @@ class Bars:
         self._end_stage()
 
     def _draw(self, done: int, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
         if self.overall is None:
             if self._bar is None:
                 options = {"unit": unit, "unit_scale": True, "unit_divisor": 1000} if unit else {}

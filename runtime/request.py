@@ -5,19 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, TypedDict
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError
-from wanforge.runtime.inputs.image import open_image
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.sampler import Step, schedule
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SEEDS = 1 << 64
 """Number of distinct seeds of the generator."""
@@ -45,7 +45,7 @@ class Request:
 
     prompt: str
     shape: ClipShape
-    image: Path | Image | None = None
+    image: "Path | Image | None" = None
     seed: int = 0
     steps: int | None = None
     sigma_max: float | None = None
@@ -73,7 +73,7 @@ class Settings(TypedDict, total=False):
     topk: float
 
 
-def request_for(model: ModelConfig, prompt: str, image: str | Path | Image | None, settings: Settings) -> Request:
+def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | None", settings: Settings) -> Request:
     """Build the request for a model from a prompt, an image and settings.
 
     Raises:
@@ -146,6 +146,8 @@ def _check_image(request: Request, model: ModelConfig) -> None:
         need = "needs an image; give one (--image)" if request.image is None else "takes no image"
         raise RequestError(f"{model.name} {need}")
     if request.image is not None:
+        from wanforge.runtime.inputs.image import open_image
+
         open_image(request.image)
 
 

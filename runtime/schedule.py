@@ -4,7 +4,8 @@ A stage of a request (text, denoising, VAE) is a `Schedule`: named buffers of kn
 of graph runs. A backend only binds and runs them; this module decides what is computed once and what at every step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,6 +15,9 @@ from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.graphs import Graph, Port
+
+STAND_INS = 4
+"""The most rows of text that stand for equal ones."""
 
 
 @dataclass(frozen=True)
@@ -176,23 +180,47 @@ def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Sc
     return Schedule(half, build.buffers, programs)
 
 
-def context_rows(prompt_tokens: int, rows: int, tile: int, multiple: int = 1) -> tuple[list[int], list[int]]:
-    """Which rows of the padded text differ, and how often each occurs.
+def context_rows(prompt_tokens: int, rows: int, tile: int, multiple: int = 1) -> tuple[list[int], list[float]]:
+    """Which rows of the padded text attention sees, and the bias of each row's logits.
 
-    The padding rows after the prompt are equal, so attention sees one of them, weighted by their number. If the linears
-    quantise by tiles of `tile` rows, padding that shares a tile with the prompt gets other values than padding in tiles
-    of its own, so one row of each kind is kept. This is exact, because equal keys have equal softmax weights, which add
-    up.
+    The padding rows after the prompt are equal, so a few stand for all of them. If the linears quantise by tiles of
+    `tile` rows, padding that shares a tile with the prompt gets other values than padding in tiles of its own, so rows
+    of each kind are kept. Equal keys have equal softmax weights, which add up, so this is as exact as the biases.
 
     Args:
-        multiple: The number of rows is filled up to a multiple of this. The rows added occur 0 times, so attention
-            gives them no weight.
+        multiple: The number of rows is filled up to a multiple of this. The rows added have a bias of minus infinity,
+            so attention gives them no weight.
     """
     border = min(rows, -(-prompt_tokens // tile) * tile)
-    kept, counts = list(range(prompt_tokens)), [1] * prompt_tokens
+    kept, biases = list(range(prompt_tokens)), [0.0] * prompt_tokens
     for start, stop in ((prompt_tokens, border), (border, rows)):
-        if stop > start:
-            kept.append(start)
-            counts.append(stop - start)
+        standing_in = weight_biases(stop - start)
+        kept += [start] * len(standing_in)
+        biases += standing_in
     filling = min(rows, -(-len(kept) // multiple) * multiple) - len(kept)
-    return kept + [0] * filling, counts + [0] * filling
+    return kept + [0] * filling, biases + [-math.inf] * filling
+
+
+def weight_biases(count: int) -> list[float]:
+    """The biases of a few equal keys that weigh as much as `count` equal keys: their exponentials add up to it.
+
+    The logarithm of the count would do for one key, but attention adds its bias in the compute type, and the eight bits
+    of bfloat16 make the weight wrong by up to 1.6 %. Therefore every bias here has eight bits, and each key makes up
+    for what the ones before it lack. With four keys the weight is right to 1e-7, in every compute type.
+    """
+    if count <= STAND_INS:
+        return [0.0] * count
+    biases: list[float] = []
+    for _ in range(STAND_INS - 1):
+        biases.append(eight_bits(math.log(count - _weight(biases)), math.floor))
+    return [*biases, eight_bits(math.log(count - _weight(biases)), round)]
+
+
+def eight_bits(value: float, rounded: Callable[[float], int]) -> float:
+    """A number rounded to the eight significant bits of bfloat16, which float16 has as well."""
+    spacing = 2.0 ** (math.frexp(value)[1] - 8)
+    return rounded(value / spacing) * spacing
+
+
+def _weight(biases: Sequence[float]) -> float:
+    return math.fsum(map(math.exp, biases))

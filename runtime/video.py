@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-import imageio_ffmpeg
 import torch
 from torch import Tensor
 
@@ -115,6 +114,8 @@ def started(options: list[str], said: int) -> "subprocess.Popen[bytes]":
     Raises:
         ResourceError: It cannot be started.
     """
+    import imageio_ffmpeg  # only here, so that all that makes no videos works without it
+
     name = "ffmpeg"
     try:
         name = imageio_ffmpeg.get_ffmpeg_exe()

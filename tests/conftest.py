@@ -14,12 +14,11 @@ from filelock import FileLock
 # those of the BLAS that comes with numpy. Each variable is read once, when its library is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Kernels whose tensors are on the CPU are interpreted, on a machine with a GPU, too. Triton reads this variable once,
+# when it is first imported. Compiling has processes of its own, which ignore it.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-
-# Triton reads this variable once, when it is first imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe

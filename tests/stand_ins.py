@@ -126,7 +126,7 @@ class Context:
         assert name in self.engine.names
         assert address % 256 == 0, f"{name} lies at {address:#x}"
         self.addresses[name] = address
-        return True
+        return name != self.engine.stand_in.refused_tensor
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self.engine.stand_in.is_capturable
@@ -189,6 +189,7 @@ class StandIn:
     Attributes:
         is_late: Whether copies happen only when their event is waited for, instead of at once.
         refused: A shape that engines refuse.
+        refused_tensor: The name of a tensor whose address engines refuse.
         is_capturable: Whether engines can be captured.
         launched: Names of the graphs that were put on a stream.
         replays: Number of times that a captured graph ran.
@@ -197,6 +198,7 @@ class StandIn:
     bundle: Bundle
     is_late: bool
     refused: Shape = ()
+    refused_tensor: str = ""
     is_capturable: bool = True
     free: int = 1 << 34
     launched: list[str] = field(default_factory=list)

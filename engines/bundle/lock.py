@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from wanforge.errors import BundleError
 from wanforge.whole_file import NO_LOCKS
 
@@ -235,6 +233,8 @@ def holders(descriptor: int) -> str:
 
 def _process(number: int) -> str:
     """A process by its number, with the command if it is one of wanforge."""
+    import psutil
+
     try:
         words = [Path(word).name for word in psutil.Process(number).cmdline()]
     except (psutil.Error, ValueError):

@@ -1,7 +1,7 @@
 """Checkpoint files in the published formats with random weights, for any model at any size.
 
 A file is laid out first, without data, and its tensors are then filled in one by one, so a 28 GB checkpoint needs
-little memory. A sparse file is left without data and takes almost no disk space.
+little memory. Several threads draw, and one writes. A sparse file is left without data and takes almost no disk space.
 """
 
 import math
@@ -22,13 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
-from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
 from wanforge.host import free_disk_bytes
-from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.whole_file import temporary_file, write_atomically
@@ -38,8 +36,6 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 DESCRIPTOR = b"PK\x07\x08"
 """What lies between a record's data and the checksum behind it."""
-PIECE = 4 << 20
-"""Number of random elements drawn at a time."""
 
 # Enough text to train a small vocabulary on; what it says does not matter.
 CORPUS = (
@@ -100,8 +96,11 @@ def write_checkpoint(
             continue
         specs = layouts[part]
         count = ByteCount(progress, path.name, sum(spec.nbytes for spec in specs.values()))
-        values = None if sparse else random_tensors(part.removesuffix("-quant"), specs, seed)
-        write_torch_file(path, specs, values, count)
+        if sparse:
+            write_torch_file(path, specs, None, count)
+            continue
+        with random_tensors(part.removesuffix("-quant"), specs, seed) as values:
+            write_torch_file(path, specs, values, count)
     return list(files.values())
 
 
@@ -205,59 +204,6 @@ def checksum_of_zeros(size: int) -> int:
         matrix = [times(matrix, column) for column in matrix]
         size >>= 1
     return ones ^ register
-
-
-def random_tensors(component: str, specs: Layout, seed: int) -> Callable[[str], Iterator[Tensor]]:
-    """Random values of realistic scale for each tensor, by name; the file's other tensors do not affect them."""
-
-    def values(name: str) -> Iterator[Tensor]:
-        spec = specs[name]
-        stem, _, leaf = name.rpartition(".")
-        if leaf not in ("int8_weight", "scale"):
-            yield from draw(component, name, spec, seed)
-            return
-        outputs, inputs = specs[f"{stem}.int8_weight"].shape
-        plain = draw(component, f"{stem}.weight", TensorSpec("BF16", (outputs, inputs)), seed)
-        for band in plain:
-            steps, scale = quantise_tiles(band.unflatten(0, (-1, inputs)))
-            yield steps if leaf == "int8_weight" else scale
-
-    return values
-
-
-def draw(component: str, name: str, spec: TensorSpec, seed: int) -> Iterator[Tensor]:
-    """Yield one tensor in flat pieces of whole 128-row bands, drawn from a normal distribution that suits its role."""
-    mean, deviation = scale_of(name, spec.shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{component}/{name}".encode()))
-    row = math.prod(spec.shape[1:])
-    rows_per_piece = max(1, PIECE // row // TILE) * TILE
-    left = spec.shape[0]
-    while left:
-        rows = min(rows_per_piece, left)
-        left -= rows
-        yield torch.randn(rows * row, generator=generator).mul_(deviation).add_(mean).to(STORED[spec.dtype])
-
-
-def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """The mean and standard deviation of a tensor: unit gain through each layer, norms near one, small biases."""
-    leaf = name.rpartition(".")[2]
-    if leaf == "gamma" or ("norm" in name.split(".")[-2] and leaf == "weight"):
-        return 1.0, 0.1
-    if leaf == "bias":
-        return 0.0, 0.02
-    if leaf == "modulation":
-        return 0.0, 0.3
-    if name.startswith("token_embedding"):
-        return 0.0, 1.0
-    if ".pos_embedding." in name:
-        return 0.0, 0.5
-    if name.startswith("decoder.head.2"):
-        # Pixels lie in [-1, 1]; four levels of upsampling would otherwise leave that range.
-        return 0.0, math.prod(shape[1:]) ** -0.5 * 0.3
-    if ".attn.q." in name:
-        # umT5 does not scale its logits: the scale is in the query weights.
-        return 0.0, shape[1] ** -0.5 * 0.25
-    return 0.0, math.prod(shape[1:]) ** -0.5
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from wanforge.configs.tiles import tiled_architectures
-from wanforge.errors import WanforgeError
-from wanforge.plugins.tensorrt.library import Library
+from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins.tensorrt.library import Flavour, Library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -205,8 +205,8 @@ def noted(account: Account, op: PluginOp) -> Iterator[None]:
         raise
 
 
-def plugin_class(trt: Any, account: Account) -> type:
-    """Define the class of all plugins on one flavour's module."""
+def plugin_class(trt: Any, accounts: Sequence[Account]) -> type:
+    """Define the class of all plugins on one flavour's module. They use the last account that there is at the time."""
 
     def type_of(desc: Any) -> str:
         return TYPES.get(desc.type.name, desc.type.name.lower())
@@ -247,17 +247,17 @@ def plugin_class(trt: Any, account: Account) -> type:
             found = [type_of(each.desc) for each in described[: position + 1]]
             refusal = self.op.refusal(position, found)
             if refusal:
-                account.refusals.append(refusal)
+                accounts[-1].refusals.append(refusal)
             return not refusal and described[position].desc.format == trt.TensorFormat.LINEAR
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            with noted(account, self.op):
+            with noted(accounts[-1], self.op):
                 self.op.check_shapes([shape_of(each.desc.dims) for each in inputs])
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             largest = tuple((shape_of(each.max), type_of(each.desc)) for each in inputs)
-            account.calls[self.op, largest] = None
-            with noted(account, self.op):
+            accounts[-1].calls[self.op, largest] = None
+            with noted(accounts[-1], self.op):
                 return self.op.workspace_bytes(largest)
 
         # Running
@@ -273,7 +273,7 @@ def plugin_class(trt: Any, account: Account) -> type:
             pass
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-            with noted(account, self.op):
+            with noted(accounts[-1], self.op):
                 self.preparation.ready(self._inputs(inputs), self._launcher())
 
         def enqueue(
@@ -285,7 +285,7 @@ def plugin_class(trt: Any, account: Account) -> type:
             workspace: int,
             stream: int,
         ) -> None:
-            with noted(account, self.op):
+            with noted(accounts[-1], self.op):
                 launcher = self._launcher()
                 ready = self.preparation.ready(self._inputs(input_desc), launcher)
                 ready.put(launcher, [*inputs, *outputs, workspace], stream)
@@ -317,18 +317,59 @@ def creator_class(trt: Any) -> type:
     return Creator
 
 
+class Registration:
+    """The plugins of all ops in one flavour's registry, which takes each name only once.
+
+    Attributes:
+        accounts: Those of everyone who uses the plugins, the last user's last.
+
+    Raises:
+        ResourceError: A plugin of that name is registered that is not this registration's.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.registry = library.trt.get_plugin_registry()
+        self.accounts: list[Account] = []
+        plugin, creator = plugin_class(library.trt, self.accounts), creator_class(library.trt)
+        self.creators: list[Any] = []
+        for each in [creator(find_op(folder), plugin) for folder in OPS]:
+            if not self.registry.register_creator(each, NAMESPACE):
+                self.remove()
+                raise ResourceError(
+                    f"{library} already has a plugin named {NAMESPACE}::{each.name} in this process, which something "
+                    "else has registered; run wanforge in a process of its own"
+                )
+            self.creators.append(each)
+
+    def remove(self) -> None:
+        """Take the plugins out of the registry."""
+        for each in self.creators:
+            self.registry.deregister_creator(each)
+
+
+_registrations: dict[Flavour, Registration] = {}
+"""The plugins that are registered in this process."""
+
+
 @contextmanager
 def registered(library: Library) -> Iterator[Account]:
-    """Register the plugins of all ops with a flavour, which would otherwise compile their ONNX bodies."""
-    account = Account()
-    plugin, creator = plugin_class(library.trt, account), creator_class(library.trt)
-    creators = [creator(find_op(folder), plugin) for folder in OPS]
-    registry = library.trt.get_plugin_registry()
-    for each in creators:
-        if not registry.register_creator(each, NAMESPACE):
-            raise AssertionError(f"a plugin named {each.name} is already registered")
+    """Register the plugins of all ops with a flavour, which would otherwise compile their ONNX bodies.
+
+    Within the ``with`` block, what happens to plugins is in the account. Blocks can be nested or overlap, for instance
+    if engines are built while others run: the plugins stay registered until the last block ends.
+
+    Raises:
+        ResourceError: Something else has registered plugins of these names in this process.
+    """
+    if library.flavour not in _registrations:
+        _registrations[library.flavour] = Registration(library)
+    registration, account = _registrations[library.flavour], Account()
+    registration.accounts.append(account)
     try:
         yield account
     finally:
-        for each in creators:
-            registry.deregister_creator(each)
+        places = [place for place, each in enumerate(registration.accounts) if each is account]
+        del registration.accounts[places[0]]
+        if not registration.accounts:
+            del _registrations[library.flavour]
+            registration.remove()

@@ -38,9 +38,9 @@ def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: 
     )
 
 
-def runnable_backends(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> list[str]:
-    """Every backend that can run a bundle on this machine at a useful speed, the reference first."""
-    return [name for name in reversed(FASTEST_FIRST) if obstacle(name, bundle, clips) is None]
+def resolve_backend(name: str, bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: bool = False) -> str:
+    """The name of a backend, `AUTO` being that of the fastest, as `choose_backend` chooses it."""
+    return choose_backend(bundle, clips, bounded=bounded) if name == AUTO else name
 
 
 def obstacles(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:

@@ -25,6 +25,7 @@ from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
 from wanforge.plugins.tensorrt.plugin import Account, registered
 from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.backends.host import on_host
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.arena import Arena, Guarded, Memory, Runnable, Unbounded
 from wanforge.runtime.memory.cuda import Cuda, StreamMover, cache_file
@@ -106,7 +107,7 @@ class TrtBackend(Backend):
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         graph = self.graphs[graph_run.graph]
         if graph.name in HOST_GRAPHS:
-            return partial(self._run_on_host, graph_run, inputs, outputs)
+            return on_host(graph, partial(self.weights.of, graph_run), inputs, outputs)
         engine = self.engines[graph.name]
         ports = [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]
         tensors = {port.name: buffer for port, buffer in ports}
@@ -131,14 +132,6 @@ class TrtBackend(Backend):
                 raise ResourceError("; ".join([str(error), *self.plugins.refusals])) from None
 
         return run
-
-    def _run_on_host(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        graph = self.graphs[graph_run.graph]
-        state = {name: self.weights.of(graph_run, name) for name in graph.weights}
-        with torch.inference_mode():
-            results = graph.run(state, [each.cpu() for each in inputs])
-        for buffer, result in zip(outputs, results, strict=True):
-            buffer.copy_(result)
 
     def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         guarded = [each for each in runnables if isinstance(each, Guarded)]

@@ -10,8 +10,8 @@ import click
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets, parse_targets
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends import BACKENDS, create_backend
-from wanforge.runtime.backends.choice import runnable_backends
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.commands.options import (
     BUNDLE,
     CLIP,
@@ -26,6 +26,7 @@ from wanforge.runtime.commands.options import (
     TOPK,
     RequestOptions,
     ShapeOptions,
+    backend_option,
     refuse_unused,
     takes,
     target_option,
@@ -161,12 +162,12 @@ class BenchOptions(RequestOptions):
 @IMAGE
 @SEED
 @CLIP
-@click.option(
+@backend_option(
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice(list(BACKENDS)),
-    help="Backend to time; repeatable. torch is the reference in eager mode.  [default: all that can run here]",
+    default=[AUTO],
+    help="Backend to time; repeatable. auto is the fastest that can run here, torch the reference in eager mode.",
 )
 @click.option(
     "--baseline",
@@ -221,8 +222,9 @@ class BenchOptions(RequestOptions):
 def bench_requests(options: BenchOptions) -> None:
     """Time a whole request on each backend: text, steps, VAE, transfer and video file.
 
-    The backends take turns. Loading and the first run are listed separately. The report also has the peak memory, the
-    energy where NVML reports it, and for GPUs the roofline, which is the least time that their peak speeds allow.
+    By default that is the backend that `wanforge generate` would use. Several backends take turns. Loading and the
+    first run are listed separately. The report also has the peak memory, the energy where NVML reports it, and for
+    GPUs the roofline, which is the least time that their peak speeds allow.
 
     With --against, the command exits with 1 on a regression and with 3 if nothing could be compared. Each number is
     compared with the median of the last ten comparable results, and may be worse by 5 %, by 50 microseconds or by
@@ -245,7 +247,7 @@ def bench_requests(options: BenchOptions) -> None:
     asked = [parse(each) for each in options.sweeps]
     missing = missing_baselines(options.baselines)
     options.check_places()
-    backends = options.backends or tuple(runnable_backends(bundle, [request.shape]))
+    backends = list(dict.fromkeys(resolve_backend(name, bundle, [request.shape]) for name in options.backends))
     contenders = [*backends, *(name for name in options.baselines if name not in missing)]
     with Bars() as bars:
         verify_files(bundle, backends, bars)

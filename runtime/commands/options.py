@@ -20,7 +20,6 @@ from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.backends.choice import AUTO
-from wanforge.runtime.inputs.image import open_image
 from wanforge.runtime.request import Request
 
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -88,6 +87,8 @@ class ShapeOptions:
         if self.resolution is not None:
             size = size_of(self.resolution, self.aspect or "16:9")
         if adaptive and image is not None:
+            from wanforge.runtime.inputs.image import open_image
+
             size = adaptive_size(open_image(image).size, size)
         return ClipShape(*size, model.video.frames if self.frames is None else self.frames)
 

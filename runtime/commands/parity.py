@@ -10,7 +10,7 @@ import torch
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import BACKENDS
-from wanforge.runtime.backends.choice import AUTO, choose_backend
+from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.commands.options import (
     BUNDLE,
     CLIP,
@@ -54,7 +54,7 @@ class ParityOptions(RequestOptions):
 
     def contenders(self, bundle: Bundle) -> tuple[Contender, Contender]:
         """The reference and the contender to compare with it."""
-        name = choose_backend(bundle) if self.backend == AUTO else self.backend
+        name = resolve_backend(self.backend, bundle, [self.shape(bundle.model)])
         dtype: torch.dtype | None = None if self.dtype is None else getattr(torch, self.dtype)
         recipes = [None if each is None else load_recipe(each) for each in (self.reference_recipe, self.recipe)]
         return Contender(self.reference, recipes[0]), Contender(name, recipes[1], dtype)

@@ -7,7 +7,6 @@ import html
 import math
 from pathlib import Path
 
-import ftfy
 from tokenizers import Tokenizer as Tokens
 
 from wanforge.errors import CheckpointError, RequestError
@@ -20,7 +19,18 @@ MOST_BYTES = 64 << 20
 
 def clean(prompt: str) -> str:
     """Repair the encoding, resolve HTML entities twice, and replace every run of white space by one space."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+    return " ".join(html.unescape(html.unescape(repaired(prompt))).split())
+
+
+def repaired(prompt: str) -> str:
+    """A prompt with its encoding repaired by ftfy, which is imported only for what it could change: not for printable
+    ASCII without entities."""
+    if prompt.isascii() and prompt.isprintable() and "&" not in prompt:
+        return prompt
+    import ftfy
+
+    fixed: str = ftfy.fix_text(prompt)
+    return fixed
 
 
 class Tokenizer:

@@ -5,7 +5,6 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 
 from wanforge.configs.targets import Target, load_targets
@@ -35,6 +34,8 @@ def device_here() -> torch.device:
 
 def fingerprint() -> Facts:
     """Everything about this machine and this code that a number may depend on."""
+    import psutil
+
     frequency = psutil.cpu_freq()
     device = device_here()
     return {

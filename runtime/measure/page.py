@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-from PIL import Image
 from torch import Tensor
 
 STYLE = """
@@ -143,6 +142,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, 
 
 def picture(frame_HWC: Tensor, caption: str) -> str:
     """A uint8 frame ``[H, W, 3]`` as a PNG embedded in the page."""
+    from PIL import Image
+
     file = io.BytesIO()
     Image.fromarray(frame_HWC.numpy()).save(file, "png", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()

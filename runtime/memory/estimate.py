@@ -1,4 +1,4 @@
-"""A rough estimate of how much memory a request takes on a CPU, made before it starts."""
+"""A rough estimate of how much memory a request takes besides its weights, made before it starts."""
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
@@ -11,24 +11,38 @@ VAE_LIVE = 6
 
 
 def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:
-    """The bytes that denoising or decoding takes, whichever is more.
+    """The bytes that denoising or decoding takes on a CPU, whichever is more.
 
     Weights are not counted: they are mapped from files, and the system may drop them.
 
     Args:
         itemsize: Bytes of one element of the compute type.
     """
-    return OVERHEAD + max(denoise_bytes(model, recipe, shape, itemsize), decode_bytes(model, shape, itemsize))
+    logits = shape.tokens if recipe.attention == "dense" else recipe.block_k
+    return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
 
 
-def denoise_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:
+def needed_device_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:
+    """The bytes that denoising or decoding takes on a GPU besides weights, whichever is more. There, dense attention
+    keeps no more logits at a time than sparse attention.
+
+    Args:
+        itemsize: Bytes of one element of the compute type.
+    """
+    return max(denoise_bytes(model, shape, recipe.block_k, itemsize), decode_bytes(model, shape, itemsize))
+
+
+def denoise_bytes(model: ModelConfig, shape: ClipShape, logits: int, itemsize: int) -> int:
     """The bytes of the residual stream, queries, keys, values, the widest hidden layer with its float32 copy, the
-    attention logits (whole rows where attention is dense), and the text's keys and values."""
+    attention logits, and the text's keys and values.
+
+    Args:
+        logits: Number of logits per query that exist at the same time.
+    """
     dit, tokens = model.dit, shape.tokens
     widest = tokens * (8 * dit.dim + 2 * dit.ffn_dim) * max(4, itemsize)
-    rows = tokens if recipe.attention == "dense" else recipe.block_k
     context = dit.num_layers * len(model.experts) * 2 * dit.text_rows * dit.dim * itemsize
-    return widest + dit.num_heads * tokens * rows * 4 + context
+    return widest + dit.num_heads * tokens * logits * 4 + context
 
 
 def decode_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:

@@ -104,7 +104,10 @@ def split_heads(x_BLD: Tensor) -> Tensor:
 
 
 def dense_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """Softmax attention over all keys, ``[B, L, H, K]``; `key_bias_T` is added to every row of logits."""
+    """Softmax attention over all keys, ``[B, L, H, K]``; `key_bias_T` is added to every row of logits.
+
+    It is added in the type of the queries, which holds the biases of `schedule.weight_biases` exactly.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
     bias = None if key_bias_T is None else key_bias_T.to(q.dtype)[None, None, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)

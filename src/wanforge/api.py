@@ -27,7 +27,7 @@ from wanforge.exporter.export import export as export_bundle
 from wanforge.keywords import with_settings
 from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Progress, silent
-from wanforge.runtime.backends.choice import AUTO, choose_backend
+from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
@@ -249,7 +249,7 @@ def parity(
             reference itself can run here.
     """
     found = opened(bundle)
-    name = choose_backend(found) if backend == AUTO else backend
     asked = found.model.example_prompt if prompt is None else prompt
     request = request_for(found.model, asked, image, settings)
+    name = resolve_backend(backend, found, [request.shape])
     return compare(found, Contender(name), request, depths=depths, progress=on_progress)

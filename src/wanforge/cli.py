@@ -120,10 +120,7 @@ class LazyCommands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except ModuleNotFoundError as missing:
-            raise click.ClickException(
-                f"`wanforge {args[0]}` needs the package {missing.name}, which is not installed; "
-                f"run: {install_package(missing.name or '')}"
-            ) from None
+            raise click.ClickException(absence(missing, f"`wanforge {args[0]}`")) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         with console_of(ctx), failures():
@@ -143,6 +140,18 @@ def failures() -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is None:  # not from the system
             raise
         raise click.ClickException(message_of(error)) from None
+    except ModuleNotFoundError as missing:
+        if (missing.name or "wanforge").partition(".")[0] == "wanforge":  # a mistake of ours
+            raise
+        raise click.ClickException(absence(missing, "this")) from None
+
+
+def absence(missing: ModuleNotFoundError, needed_for: str) -> str:
+    """The message for a package that is not installed."""
+    return (
+        f"{needed_for} needs the package {missing.name}, which is not installed; "
+        f"run: {install_package(missing.name or '')}"
+    )
 
 
 def show_version(ctx: click.Context, option: click.Parameter, is_asked: bool) -> None:

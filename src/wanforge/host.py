@@ -4,14 +4,14 @@ import math
 import shutil
 from pathlib import Path
 
-import psutil
-
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def available_bytes() -> float:
     """Bytes that this process can still allocate: the machine's free memory, or less if a container limits it."""
+    import psutil
+
     return min([psutil.virtual_memory().available, *map(control_group_bytes, control_groups())])
 
 

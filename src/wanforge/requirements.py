@@ -1,13 +1,15 @@
 """The packages that wanforge needs, read from its own metadata, and the commands that install them here."""
 
+import re
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, requires
-
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from importlib.metadata import requires
+from typing import TYPE_CHECKING
 
 from wanforge.version import PACKAGE
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTIONS = {"PIL": "pillow", "cuda": "cuda-python", "pynvml": "nvidia-ml-py"}
 """The packages whose modules have another name."""
@@ -41,24 +43,31 @@ def install_package(name: str, *options: str) -> str:
         options: Options of ``pip install``.
     """
     top = name.partition(".")[0]
-    wanted = canonicalize_name(DISTRIBUTIONS.get(top, top))
-    found = [_spelling(each) for each in _declared() if canonicalize_name(each.name) == wanted][:1]
+    wanted = _canonical(DISTRIBUTIONS.get(top, top))
+    found = [_spelling(each) for each in _declared() if _canonical(each.name) == wanted][:1]
     everything = [_spelling(each) for each in _declared() if _is_needed(each)]
     return pip_install(*options, *(found or everything or [str(PACKAGE.resolve().parents[1])]))
 
 
-def _declared() -> list[Requirement]:
-    """The requirements in the metadata of wanforge; none if there is no metadata."""
+def _declared() -> "list[Requirement]":
+    """The requirements in the metadata of wanforge; none if there is no metadata, or nothing that can read it."""
     try:
+        from packaging.requirements import Requirement
+
         return [Requirement(line) for line in requires("wanforge") or ()]
-    except PackageNotFoundError:
+    except ModuleNotFoundError:  # PackageNotFoundError is one of them
         return []
 
 
-def _is_needed(requirement: Requirement, extra: str = "") -> bool:
+def _canonical(name: str) -> str:
+    """The name of a package as indexes spell it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _is_needed(requirement: "Requirement", extra: str = "") -> bool:
     """Whether this machine needs a package, with an extra or without any."""
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
-def _spelling(requirement: Requirement) -> str:
+def _spelling(requirement: "Requirement") -> str:
     return f"{requirement.name}{requirement.specifier}"

@@ -87,6 +87,7 @@ class DiffusersBackend(TorchBackend):
             )
 
     def prepare(self, clip: ClipShape) -> None:
+        super().prepare(clip)
         self.grid = clip.grid
 
     def session(self, schedule: Schedule) -> Session:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any
 
-import psutil
 import torch
 
 INTERVAL = 0.01
@@ -67,6 +66,8 @@ class Nvml:
 @contextmanager
 def metered(nvml: Nvml | None) -> Iterator[ResourceUse]:
     """Measure memory and energy while the ``with`` block runs."""
+    import psutil
+
     reading, process, ended = ResourceUse(), psutil.Process(), Event()
 
     def look() -> None:

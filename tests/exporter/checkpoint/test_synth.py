@@ -2,14 +2,20 @@
 
 import errno
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +30,7 @@ from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
+from wanforge.exporter.checkpoint.synthetic import weights
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import Tokenizer
@@ -178,6 +185,74 @@ def test_quant_file_holds_the_plain_one_quantised(checkpoints: dict[str, Path], 
         elif leaf != "scale":
             assert_matches(tensor, plain.pop(name), rms=0, name=name)
     assert not plain, "the plain file holds tensors that the quant file lacks"
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tensors of tiny models be drawn in several pieces."""
+    monkeypatch.setattr(weights, "PIECE", 1 << 14)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_quantised_weights_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, randn = list[int](), torch.randn
+
+    def counted(number: int, **options: Any) -> torch.Tensor:
+        drawn.append(number)
+        return randn(number, **options)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    content(tmp_path, {"dit-quant"})
+    specs = synth.published_layout(T2V, "dit-quant")
+    assert sum(drawn) == sum(math.prod(spec.shape) for name, spec in specs.items() if not name.endswith(".scale"))
+    assert len(drawn) > len(specs)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("part", sorted(WEIGHTS))
+def test_the_number_of_processors_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    found = []
+    for processors in (1, 5):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, count=processors: set(range(count)))
+        found.append(content(tmp_path / str(processors), {part}))
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_pieces_differ(tmp_path: Path) -> None:
+    content(tmp_path, {"dit"})
+    weight = torch.load(tmp_path / "tiny-t2v.pth", weights_only=True)["blocks.0.ffn.0.weight"]
+    pieces = [each.flatten() for each in weight.split(weights.bands(tuple(weight.shape)))]
+    assert len(pieces) > 2
+    assert not [one for one, other in pairwise(pieces) if torch.equal(one, other)]
+
+
+def test_as_many_threads_draw_as_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)))
+    together, begun = threading.Barrier(3, timeout=10), list[int]()
+
+    def job(number: int) -> int:
+        begun.append(number)
+        together.wait()
+        return number
+
+    before = torch.get_num_threads()
+    with weights.in_parallel(partial(job, number) for number in range(30)) as results:
+        assert next(results) == 0
+        assert max(begun) <= 6, "results that nobody has taken fill the memory"
+        assert [*results] == list(range(1, 30))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("model_name", named("models"))
+def test_scales_follow_their_weights_in_every_file(model_name: str) -> None:
+    model = load_model(model_name)
+    for part in file_names(model):
+        if part.endswith("-quant"):
+            order = {name: place for place, name in enumerate(synth.published_layout(model, part))}
+            scales = [name for name in order if name.endswith(".scale")]
+            assert scales
+            assert not [name for name in scales if order[name] < order[name.replace(".scale", ".int8_weight")]]
 
 
 def test_experts_differ(checkpoints: dict[str, Path]) -> None:

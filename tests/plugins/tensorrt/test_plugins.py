@@ -1,6 +1,7 @@
 """The plugins parse and compile in the real TensorRT-RTX without a GPU, and report what they do not accept."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import onnx
 import pytest
 
 from tests.tensorrt_flavours import Port, linear, model, node, rtx
+from wanforge.errors import ResourceError
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
-from wanforge.plugins.tensorrt.plugin import NAMESPACE, OPS, Attributes, registered
+from wanforge.plugins.tensorrt.plugin import NAMESPACE, OPS, Attributes, Registration, registered
 
 
 class Build:
@@ -116,16 +118,49 @@ def test_attributes_survive_the_plan() -> None:
     assert SparseLinearAttentionPlugin(**kept.read(kept.of(op))) == op  # type: ignore[arg-type]
 
 
+def creators() -> Sequence[str]:
+    """The names of all plugins that are registered."""
+    return [each.name for each in rtx().trt.get_plugin_registry().all_creators_recursive]
+
+
 def test_nothing_stays_registered() -> None:
-    library = rtx()
-
-    def names() -> Sequence[str]:
-        return [each.name for each in library.trt.get_plugin_registry().all_creators_recursive]
-
-    before = names()
+    library, before = rtx(), creators()
     with registered(library):
-        assert len(names()) == len(before) + len(OPS)
+        assert len(creators()) == len(before) + len(OPS)
         registry = library.trt.get_plugin_registry()
         creator = registry.get_creator("W8A8Linear", "1", NAMESPACE)
         assert creator.name == "W8A8Linear"
-    assert names() == before
+    assert creators() == before
+
+
+def test_plugins_are_registered_once_for_all_who_use_them() -> None:
+    """A second model, or a build beside a model that runs; the one that began last need not end first."""
+    library, names = rtx(), creators()
+    first, second = ExitStack(), ExitStack()
+    outer = first.enter_context(registered(library))
+    once = creators()
+    inner = second.enter_context(registered(library))
+    assert creators() == once != names
+    assert outer is not inner
+    first.close()
+    assert creators() == once
+    second.close()
+    assert creators() == names
+
+
+def test_a_build_beside_another_user_has_an_account_of_its_own(tmp_path: Path) -> None:
+    with registered(rtx()) as outer:
+        built = Build(attention(tmp_path, selection="bfloat16"))
+    assert "selection is bfloat16" in built.refusals[0]
+    assert outer.refusals == []
+
+
+def test_plugins_that_something_else_has_registered_are_refused() -> None:
+    library, names = rtx(), creators()
+    other = Registration(library)
+    with pytest.raises(ResourceError, match=r"already has a plugin named wanforge::W8A8Linear .* process of its own"):
+        registered(library).__enter__()
+    other.remove()
+    assert creators() == names
+    with registered(library):
+        assert creators() != names

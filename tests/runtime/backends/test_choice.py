@@ -1,17 +1,20 @@
 """Which backend `auto` chooses, with and without a GPU, engines and graphs."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 import pytest
 import torch
+from click.testing import CliRunner
 
+from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.errors import BundleError
-from wanforge.runtime.backends import choice
-from wanforge.runtime.backends.choice import choose_backend, obstacle, runnable_backends
+from wanforge.runtime.backends import BACKENDS, choice
+from wanforge.runtime.backends.choice import AUTO, choose_backend, obstacle, resolve_backend
 
 BundleOf = Callable[[str, str], Bundle]
 CLIP = ClipShape(192, 128, 17)
@@ -52,9 +55,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_onnx_runtime_is_chosen_or_the_reference(bundle: Bundle) -> None:
     assert choose_backend(bundle) == "ort"
-    assert runnable_backends(bundle) == ["torch", "ort"]
     assert choose_backend(without_graphs(bundle)) == "torch"
-    assert runnable_backends(without_graphs(bundle)) == ["torch"]
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -70,7 +71,6 @@ def test_on_a_gpu_kernels_are_chosen_until_engines_are_built_for_it(bundle: Bund
     assert choose_backend(bundle) == "kernels"
     assert choose_backend(with_engine(bundle, "90")) == "kernels"
     assert choose_backend(with_engine(bundle, "89 120")) == "trt"
-    assert runnable_backends(with_engine(bundle, "89 120")) == ["torch", "ort", "kernels", "trt"]
 
 
 @pytest.mark.usefixtures("gpu")
@@ -96,3 +96,40 @@ def test_kernels_are_made_for_one_size_of_tile(bundle: Bundle) -> None:
     recipe = msgspec.structs.replace(bundle.recipe, tile=64)
     other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
     assert obstacle("kernels", other) == "kernels are made for tiles of 128, not 64"
+
+
+def test_only_auto_stands_for_another_backend(bundle: Bundle) -> None:
+    assert [resolve_backend(name, without_graphs(bundle)) for name in BACKENDS] == list(BACKENDS)
+    assert resolve_backend(AUTO, bundle) == choose_backend(bundle)
+
+
+class ChosenError(Exception):
+    """Carries the name of the backend that a command was about to use."""
+
+
+USES: dict[str, tuple[str, Callable[..., object]]] = {
+    "generate": ("pipeline.create_backend", lambda name, *rest, **options: name),
+    "parity": ("commands.parity.compare", lambda bundle, contender, *rest, **options: contender.name),
+    "bench": ("commands.bench.verify_files", lambda bundle, names, progress: " ".join(names)),
+}
+"""What the commands call with their backends, and how its arguments name them."""
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("has_other_engines", [False, True])
+@pytest.mark.parametrize("command", USES)
+def test_every_command_uses_the_fastest_for_its_clip(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, command: str, has_other_engines: bool
+) -> None:
+    found = with_engine(bundle, "89") if has_other_engines else bundle
+    called, name_in = USES[command]
+
+    def caught(*arguments: object, **options: object) -> NoReturn:
+        raise ChosenError(name_in(*arguments, **options))
+
+    monkeypatch.setattr(Bundle, "open", lambda root, **options: found)
+    monkeypatch.setattr(f"wanforge.runtime.{called}", caught)
+    monkeypatch.setattr("wanforge.runtime.commands.bench.fingerprint", lambda: {"gpu": None})
+    done = CliRunner().invoke(cli, [command, str(found.root), "--prompt", "a red kite"])
+    assert isinstance(done.exception, ChosenError), done.output
+    assert str(done.exception) == "kernels"

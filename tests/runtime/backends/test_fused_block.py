@@ -23,9 +23,7 @@ from wanforge.runtime.request import Request
 
 BundleOf = Callable[[str, str], Bundle]
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="these tests run kernels in the interpreter, without a GPU"
-)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what the backend does without a GPU")
 
 # In float32 only the order of sums differs. With 8 bits, a value on the edge between two steps may then fall to the
 # other side and shift what follows by a step; a few values in a million do (docs/log.md).
@@ -77,6 +75,7 @@ def test_one_sample_at_a_time() -> None:
 
 
 @pytest.mark.slow
+@without_gpu
 def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     # 144 tokens fill neither blocks of 128 queries nor blocks of 64 keys evenly.
@@ -88,6 +87,7 @@ def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     assert found.passed, found.first
 
 
+@without_gpu
 def test_without_a_gpu_the_backend_interprets(bundle_of: BundleOf) -> None:
     backend = create_backend("kernels", bundle_of("tiny-t2v", "w8a8"))
     assert (backend.device.type, backend.dtype) == ("cpu", torch.float32)

@@ -206,6 +206,14 @@ def test_a_shape_that_the_engine_was_not_built_for_is_said(make: Callable[..., T
         clips(backend, tmp_path)
 
 
+def test_an_address_that_is_not_taken_is_said(make: Callable[..., TrtBackend], tmp_path: Path) -> None:
+    backend = make()
+    stand_in_of(backend).refused_tensor = "patches"
+    with pytest.raises(ResourceError, match=r"stem\.bf16\.engine: .* not take 0x[0-9a-f]+ as the address of patches"):
+        clips(backend, tmp_path)
+    assert "stem" not in stand_in_of(backend).launched
+
+
 @pytest.mark.slow
 def test_two_sessions_do_not_share_memory_unnoticed(make: Callable[..., TrtBackend]) -> None:
     backend = make()

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import ftfy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tests import golden
 from wanforge.errors import CheckpointError, RequestError
 from wanforge.runtime.inputs import text
-from wanforge.runtime.inputs.text import Tokenizer, clean, find_tokenizer
+from wanforge.runtime.inputs.text import Tokenizer, clean, find_tokenizer, repaired
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,11 @@ def tokenizer(checkpoints: dict[str, Path]) -> Tokenizer:
 @pytest.mark.parametrize("entry", golden.load_json("prompt_cleaning"), ids=lambda entry: repr(entry["raw"])[:30])
 def test_cleaning_equals_upstreams(entry: dict[str, str]) -> None:
     assert clean(entry["raw"]) == entry["cleaned"]
+
+
+@given(st.text("&;#<>\"'`\\?~ aAmp039\t\x1b\x7f\u00e9\u2019", max_size=12) | st.text(st.characters(max_codepoint=127)))
+def test_what_is_not_given_to_ftfy_would_not_have_changed(prompt: str) -> None:
+    assert repaired(prompt) == ftfy.fix_text(prompt)
 
 
 @given(st.text())

@@ -94,7 +94,6 @@ def test_every_op_has_a_check() -> None:
 
 
 @pytest.mark.slow
-@without_gpu
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernels_pass_their_checks(op: str) -> None:
     verdicts = check(op, CPU, torch.float32)

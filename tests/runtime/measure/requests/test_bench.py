@@ -52,7 +52,8 @@ def test_the_contenders_take_turns_and_say_how_far_they_are(bundle_of: BundleOf)
 
 @pytest.mark.slow
 def test_every_stage_of_every_contender_is_reported(bundle_of: BundleOf, picture: Path) -> None:
-    options = [*SMALL, "--image", picture, "--topk", 0.5, "--repeats", 2, "--json"]
+    backends = ("--backend", "torch", "--backend", "ort", "--backend", "auto")
+    options = [*SMALL, "--image", picture, "--topk", 0.5, "--repeats", 2, "--json", *backends]
     done = run("bench", bundle_of("tiny-i2v", "w8a8").root, "--prompt", PROMPT, *options)
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)

@@ -1,0 +1,1 @@
+"""Random weights for checkpoint files."""
