@@ -174,6 +174,7 @@ def test_the_kernels_of_plugins_are_compiled_on_demand(bundle: Bundle, monkeypat
     assert asked
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_keeps_what_is_done(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(engine: object) -> None:
         raise KeyboardInterrupt

@@ -40,6 +40,7 @@ def killer(number: signal.Signals) -> Progress:
     return kill
 
 
+@pytest.mark.slow
 def test_the_result_is_that_of_a_build_in_this_process(job: BuildJob) -> None:
     seen = []
     found = build_apart(rtx(), job, [89, 120], progress=lambda *counts: seen.append(counts))

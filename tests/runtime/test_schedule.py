@@ -85,6 +85,7 @@ def test_few_rows_cost_no_accuracy_in_bfloat16(prompt: int) -> None:
     assert relative_rms(few, exact) < 1.1 * relative_rms(dense_attention(q, keys, values), exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "recipe", "tolerance"),
     [

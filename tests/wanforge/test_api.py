@@ -95,6 +95,7 @@ def test_a_checkpoint_needs_a_tokenizer(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_a_folder_or_several(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     folder = checkpoints["tiny-t2v"]
     (tmp_path / "dit").mkdir()

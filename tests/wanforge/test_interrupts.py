@@ -73,6 +73,7 @@ except Interrupted as interrupt:
     assert (tmp_path / "said").read_text() == "cleaned up"
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_python_swallows_shows_no_traceback() -> None:
     code = """
 import os, signal

@@ -244,6 +244,7 @@ def test_as_many_threads_draw_as_there_are_processors(monkeypatch: pytest.Monkey
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_name", named("models"))
 def test_scales_follow_their_weights_in_every_file(model_name: str) -> None:
     model = load_model(model_name)

@@ -243,6 +243,7 @@ def test_import_guesses_the_model_of_named_files(tmp_path: Path, importing: Call
     assert "--resume uses the options" in refused("import", "--resume", tmp_path / "out", "checkpoint", code=2)
 
 
+@pytest.mark.slow
 def test_import_says_what_was_mixed_up(
     tmp_path: Path, importing: Callable[..., list[object]], checkpoints: dict[str, Path]
 ) -> None:

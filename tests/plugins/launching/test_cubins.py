@@ -199,6 +199,7 @@ def test_an_interrupted_write_leaves_the_manifest_as_it_was(cache: CubinStore, m
     assert {path.name for path in cache.folder.iterdir()} == {"norm.cubin", MANIFEST, ".lock"}
 
 
+@pytest.mark.slow
 def test_several_may_add_at_once(cache: CubinStore) -> None:
     def add(number: int) -> None:
         CubinStore(cache.folder).add(cubin_of(launch(), key=f"{number}", file=f"{number}.cubin"), CODE)

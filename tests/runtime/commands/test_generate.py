@@ -57,6 +57,7 @@ def test_json_is_all_there_is_on_stdout(bundle: Path, tmp_path: Path) -> None:
     assert result["total_seconds"] == pytest.approx(sum(result["seconds"].values()))
 
 
+@pytest.mark.slow
 def test_a_user_is_told_why_only_the_reference_can_run(tmp_path: Path) -> None:
     assert run("import", "--out", tmp_path / "bundle").exit_code == 0
     small = ["--frames", 1, "--steps", 1, "--topk", 1]

@@ -38,6 +38,7 @@ def run(*options: str) -> tuple[int, str]:
     return done.return_value or done.exit_code, done.output
 
 
+@pytest.mark.slow
 def test_every_check_is_shown_and_nothing_here_is_broken() -> None:
     code, said = run("--json")
     found = {check["name"]: check for check in json.loads(said)}
@@ -48,6 +49,7 @@ def test_every_check_is_shown_and_nothing_here_is_broken() -> None:
     assert found["torch"]["found"].startswith("torch 2.")
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_plugin_is_compiled() -> None:
     rtx()
     assert tensorrt(RTX, "engines").found.endswith("supports plugins")

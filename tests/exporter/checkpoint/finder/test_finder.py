@@ -144,6 +144,7 @@ def test_a_pipeline_of_diffusers_is_found(tmp_path: Path, t2v: Path, bundles: di
         assert contents(bundle, component) == contents(bundles["plain"], component)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_two_experts_is_found(tmp_path: Path, i2v: Path) -> None:
     folders = {"transformer": "tiny-i2v-high.pth", "transformer_2": "tiny-i2v-low.pth"}
     root = diffusers(i2v, tmp_path, folders, sharded=True)
@@ -153,6 +154,7 @@ def test_a_pipeline_of_two_experts_is_found(tmp_path: Path, i2v: Path) -> None:
         assert taken(found, root)[part] == f"{folder}/diffusion_pytorch_model.safetensors.index.json"
 
 
+@pytest.mark.slow
 def test_the_folders_of_wan_2_2_name_the_experts(tmp_path: Path, i2v: Path) -> None:
     renamed = {"tiny_i2v_high_quant": "", "tiny_i2v_low_quant": ""}
     renamed |= {"tiny_i2v_high": "high_noise_model/a.pth", "tiny_i2v_low": "low_noise_model/a.pth"}
@@ -184,6 +186,7 @@ def test_experts_that_no_name_tells_apart_are_refused(tmp_path: Path, i2v: Path)
     assert taken(found, folder)["dit.low"] == "b.pth"
 
 
+@pytest.mark.slow
 def test_the_files_of_the_package_are_found() -> None:
     found = find(Wanted(out=OUT, folders=[TINYWAN]))
     assert found.model.name == "tinywan"
@@ -310,6 +313,7 @@ def test_two_files_for_one_part_are_refused_unless_only_one_fits(tmp_path: Path,
     assert find(Wanted(out=OUT, folders=[copy, folder])).parts["vae"].path == folder / VAE_FILE
 
 
+@pytest.mark.slow
 def test_two_unquantised_denoisers_are_refused(tmp_path: Path, t2v: Path) -> None:
     folder = published(t2v, tmp_path, tiny_t2v="a.pth", tiny_t2v_quant="")
     shutil.copy(t2v / "tiny-t2v.pth", folder / "b.pth")

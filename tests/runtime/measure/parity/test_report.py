@@ -70,6 +70,7 @@ def test_each_op_has_its_own_limit_in_the_plot() -> None:
     assert lines_of(page(parity_of(replace(found[0], limits=None)))) == []
 
 
+@pytest.mark.slow
 def test_large_frames_are_scaled_down_and_the_page_says_so() -> None:
     noise = torch.randint(0, 256, (9, 720, 1280, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     parity = parity_of(compared(replace(LAYER, depth="clip"), 1e-4))
