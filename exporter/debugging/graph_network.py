@@ -5,6 +5,7 @@ gives each dynamic dimension one size, because Polygraphy's profiles cannot name
 recipes.
 """
 
+import atexit
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -15,6 +16,7 @@ from wanforge.plugins.tensorrt.plugin import registered
 
 _kept = ExitStack()
 """Plugins must stay registered for as long as the network is used."""
+atexit.register(_kept.close)  # which also keeps it, because Polygraphy does not keep this module
 
 
 def load_network() -> tuple[Any, Any, Any]:

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -60,6 +61,15 @@ def test_what_the_library_refuses_is_refused(job: BuildJob, tmp_path: Path) -> N
         build_apart(rtx(), replace(job, onnx=linear(tmp_path, bias="float16")), [120])
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Handle SIGINT as in a terminal; shells start what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_build(job: BuildJob, number: signal.Signals) -> None:
     with pytest.raises(Interrupted), ended_by_signals():
@@ -67,6 +77,7 @@ def test_a_signal_ends_a_build(job: BuildJob, number: signal.Signals) -> None:
     assert psutil.Process().children() == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_build_of_a_program_of_ones_own(job: BuildJob) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):

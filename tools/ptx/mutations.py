@@ -1,0 +1,185 @@
+"""Editing one instruction of a kernel's PTX, to see whether the machine notices.
+
+    python -m tools.ptx.mutations --count 40 --seed 1
+
+Each edit drops, swaps or changes one thing, as a compiler's or a programmer's mistake would. A mutant is caught if a
+fault is reported or a result is not what it should be. One that survives is printed with its instruction; edits that
+make an instruction unknown to the machine, or that change nothing, are drawn again.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import torch
+
+from tools.ptx.bench import Bench
+from tools.ptx.faults import FaultError, UnsupportedError
+from tools.ptx.proof import Case, cases, prove
+from wanforge.plugins.launching.cubins import cache_folder
+
+SMS = (80, 89, 90, 120)
+
+
+def _drop(line: str, random: Random) -> str:
+    return ""
+
+
+def _negate(line: str, random: Random) -> str:
+    return re.sub(r"@(!?)%p", lambda found: f"@{'' if found[1] else '!'}%p", line)
+
+
+def _unguard(line: str, random: Random) -> str:
+    return re.sub(r"@!?%p\d+\s+", "", line)
+
+
+def _swap(line: str, random: Random) -> str:
+    """Exchange the two sources."""
+    return re.sub(r"(%\w+), ([\w%-]+), ([\w%-]+)(.*);", r"\1, \3, \2\4;", line)
+
+
+def _later(line: str, random: Random) -> str:
+    """Wait for one group less."""
+    return re.sub(r"(\d+);", lambda found: f"{int(found[1]) + 1};", line)
+
+
+def _replace(old: str, new: str) -> Callable[[str, Random], str]:
+    return lambda line, random: line.replace(old, new, 1)
+
+
+def _shift(line: str, random: Random) -> str:
+    """Access an element further."""
+    size = int(re.search(r"\.(?:v(\d)\.)?b(\d+)", line)[2]) // 8  # type: ignore[index]
+    return re.sub(r"\[\s*(%\w+)\s*(?:\+\s*(\d+))?\s*\]", lambda m: f"[{m[1]}+{int(m[2] or 0) + size}]", line)
+
+
+def _nearby(line: str, random: Random) -> str:
+    """Change a constant by one."""
+    change = random.choice((-1, 1))
+    return re.sub(r", (-?\d+)(?=[,;])", lambda found: f", {int(found[1]) + change}", line, count=1)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A kind of mistake: the lines that it can be made in, and what it makes of one."""
+
+    name: str
+    lines: str
+    make: Callable[[str, Random], str]
+
+
+EDITS = (
+    Edit("drop a barrier", r"bar\.sync", _drop),
+    Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop),
+    Edit("wait for fewer copies", r"cp\.async\.wait_group", _later),
+    Edit("drop a commit of copies", r"cp\.async\.commit_group", _drop),
+    Edit("drop a wait for products", r"wgmma\.wait_group", _drop),
+    Edit("drop a fence", r"fence\.proxy", _drop),
+    Edit("negate a predicate", r"@!?%p\d+\s+(ld|st|cp)", _negate),
+    Edit("drop a predicate", r"@!?%p\d+\s+(ld|st)\.global", _unguard),
+    Edit("negate a branch", r"@!?%p\d+\s+bra", _negate),
+    Edit("swap operands", r"\b(sub|div|rem|setp\.(lt|gt|le|ge))\.\S+\s+%\w+, %\w+, %\w+;", _swap),
+    Edit("swap a selection", r"\bselp\.\S+\s+%\w+, [\w%-]+, [\w%-]+, %p", _swap),
+    Edit("round otherwise", r"cvt\.rz\.f16\.f32", _replace("cvt.rz", "cvt.rn")),
+    Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni")),
+    Edit("read a type without its sign", r"\b(shr|mul\.wide|bfe|cvt\.s64|cvt\.rn\.f32)\.s32\s", _replace("s32", "u32")),
+    Edit("load an element further", r"\bld\.(global|shared)\.(v\d\.)?b\d+", _shift),
+    Edit("store an element further", r"\bst\.(global|shared)\.(v\d\.)?b\d+", _shift),
+    Edit("shuffle with another lane", r"shfl\.sync\.bfly", _nearby),
+    Edit("change a constant", r"\b(shl|and|add|mad\.lo|mul\.wide)\.\S+\s+%\w+, %\w+, -?\d+[,;]", _nearby),
+    Edit("drop a product", r"mma\.sync|wgmma\.mma_async", _drop),
+    Edit("transpose no matrix", r"ldmatrix\S*\.trans", _replace(".trans", "")),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A kernel with one edit.
+
+    Attributes:
+        line: The index of the line that is edited.
+    """
+
+    edit: Edit
+    line: int
+    before: str
+    after: str
+
+
+def mutant(text: str, edit: Edit, random: Random) -> Mutant | None:
+    """A kernel with an edit of this kind; None if it has no line for it."""
+    lines = text.splitlines()
+    found = [index for index, line in enumerate(lines) if re.search(edit.lines, line)]
+    if not found:
+        return None
+    index = random.choice(found)
+    after = edit.make(lines[index], random)
+    return Mutant(edit, index, lines[index].strip(), after) if after != lines[index] else None
+
+
+def mutated(bench: Bench, edit: Edit, random: Random, made: list[Mutant]) -> None:
+    """Let a bench run one of the kernels that it loads with an edit of this kind."""
+    find = bench.cuda.ptx
+
+    def ptx(digest: str) -> str:
+        text = find(digest)
+        if made:
+            return text
+        change = mutant(text, edit, random)
+        if change is None:
+            return text
+        made.append(change)
+        lines = text.splitlines()
+        lines[change.line] = change.after
+        return "\n".join(lines)
+
+    bench.cuda.ptx = ptx
+
+
+def verdict(case: Case, bench: Bench) -> str:
+    """How a mutant is caught; empty if it is not."""
+    try:
+        outcome = prove(case, bench)
+    except FaultError as fault:
+        return fault.kind
+    except AssertionError as error:
+        return f"wrong: {error}"
+    return "" if outcome.is_right else "the result differs"
+
+
+def mutate(count: int, seed: int, folder: Path) -> list[tuple[Mutant, str, str]]:
+    """Make mutants, and give each with its case and how it is caught."""
+    random, done = Random(seed), list[tuple[Mutant, str, str]]()
+    known = {sm: list(cases(sm, torch.bfloat16)) for sm in SMS}
+    while len(done) < count:
+        edit, sm = EDITS[len(done) % len(EDITS)], random.choice(SMS)
+        case, made, bench = random.choice(known[sm]), list[Mutant](), Bench(sm, folder)
+        mutated(bench, edit, random, made)
+        try:
+            caught = verdict(case, bench)
+        except (UnsupportedError, KeyError):
+            continue
+        if made:
+            done.append((made[0], f"sm_{sm}, {case.name}", caught))
+            print(f"{made[0].edit.name:32}{done[-1][1]:52}{caught or 'SURVIVES: ' + made[0].before}", flush=True)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Edit single instructions of kernels, and see what is caught.")
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=cache_folder().parent / "ptx", help="where cubins are kept")
+    options = parser.parse_args()
+    done = mutate(options.count, options.seed, options.folder)
+    caught = sum(bool(how) for _, _, how in done)
+    print(f"seed {options.seed}: {caught} of {len(done)} caught")
+    sys.exit(caught < 0.95 * len(done))
+
+
+if __name__ == "__main__":
+    main()
