@@ -14,7 +14,7 @@ from wanforge.engines.bundle.remedies import export_command
 from wanforge.engines.files import engine_key, engine_name, inputs_of, is_current, write_engine
 from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
-from wanforge.errors import BundleError, ConfigError, ResourceError
+from wanforge.errors import BundleError, ConfigError, ResourceError, WanforgeError
 from wanforge.host import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.plugins.tensorrt.library import TENSORRT, Flavour, Library
@@ -218,11 +218,16 @@ def build_engine(
 
     Raises:
         WanforgeError: The graph does not compile.
+        BundleError: The bundle was imported again in the meantime.
         ResourceError: There is too little memory.
     """
     check_memory(pending)
     start = perf_counter()
-    built = build_apart(library, pending.job, options.sms, plugins=options.plugins, progress=progress)
+    try:
+        built = build_apart(library, pending.job, options.sms, plugins=options.plugins, progress=progress)
+    except WanforgeError:
+        bundle.refresh()  # which tells if the graph is gone because the bundle was imported again
+        raise
     facts = {
         "layers": len(built.layers),
         "plugins": built.plugin_nodes,

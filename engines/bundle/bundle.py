@@ -105,7 +105,7 @@ class Bundle:
         """Take files out of the manifest, because they are about to be written anew."""
         if forgotten := set(names) & self.manifest.files.keys():
             with recording(self.root):
-                self._refresh()
+                self.refresh()
                 self._write({n: record for n, record in self.manifest.files.items() if n not in forgotten})
 
     @contextmanager
@@ -118,7 +118,7 @@ class Bundle:
             if alone:
                 locks.enter_context(files_lock(self.root).exclusive())
             locks.enter_context(recording(self.root))
-            self._refresh()
+            self.refresh()
             dropped = dropping()
             if alone or not any(os.path.lexists(self.root / name) for name in {*placed, *dropped}):
                 yield dropped
@@ -126,7 +126,7 @@ class Bundle:
         with self._changing(placed, dropping, alone=True) as dropped:
             yield dropped
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Take over what other processes have recorded since the manifest was read.
 
         Raises:
@@ -147,7 +147,7 @@ class Bundle:
             BundleError: The model or the weights are others than when the bundle was opened.
         """
         weakref.finalize(self, hold(self.root))
-        self._refresh()
+        self.refresh()
 
     def path(self, name: str) -> Path:
         """The path of a file in the manifest.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -17,12 +18,12 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import parse_targets
 from wanforge.engines import build as build_module
 from wanforge.engines.build import EngineOptions, build_engines, faults, graphs_to_build, pending_engine
-from wanforge.engines.builder import Built, build
+from wanforge.engines.builder import BuildJob, Built, build
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.engines.bundle.manifest import HOST_GRAPHS, GraphRecord
+from wanforge.engines.bundle.manifest import HOST_GRAPHS, GraphRecord, read_manifest, write_manifest
 from wanforge.engines.files import built_clips, find_engine, inputs_of, read_engine
 from wanforge.engines.sizes import covers, named_sizes, profile
-from wanforge.errors import BundleError, ConfigError, ResourceError
+from wanforge.errors import BundleError, ConfigError, ResourceError, WanforgeError
 from wanforge.plugins.launching import compiler
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.tensorrt.library import group_by_flavour
@@ -262,3 +263,16 @@ def test_weights_that_are_compiled_in_are_verified(bundle: Bundle) -> None:
     weights.unlink()
     with pytest.raises(BundleError, match=r"vae\.safetensors is missing; .* wanforge import --resume"):
         build_engines(bundle, rtx(), options)
+
+
+def test_a_graph_that_another_import_deleted_is_no_fault_of_the_library(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(library: object, job: BuildJob, sms: object, **options: object) -> None:
+        manifest = read_manifest(bundle.root)
+        write_manifest(bundle.root, msgspec.structs.replace(manifest, recipe=load_recipe("w8a8-row")))
+        raise WanforgeError("cannot read time.onnx")
+
+    monkeypatch.setattr(build_module, "build_apart", delete)
+    with pytest.raises(BundleError, match="was imported again in the meantime; run the command again"):
+        build_engines(bundle, rtx(), EngineOptions(CLIP, (120,), only=("time",)))

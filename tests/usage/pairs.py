@@ -27,7 +27,7 @@ from time import monotonic, sleep
 
 from tests.usage.commands import Ended, Running, run
 from tests.usage.folders import BUNDLE, Snapshot, differences
-from tests.usage.hints import mend
+from tests.usage.hints import hints, mend
 from tests.usage.scenarios import (
     BUILD,
     CLIP,
@@ -63,7 +63,7 @@ command that mends them."""
 REFUSALS = re.compile(
     r"was imported again in the meantime; run the command again|"
     r"(is missing|damaged.*|stale.*|changed); (write|build) it again with: wanforge|"
-    r"has no bf16 graphs to build engines from|"
+    r"has no (bf16 graphs to build engines from|fp32 graphs; make them with: wanforge)|"
     r"PROBLEM "
 )
 """What a command may say that the other one has disturbed, or that the folder's own damage has stopped."""
@@ -135,7 +135,7 @@ def settle(pair: Pair, ended: Ended) -> None:
         if not REFUSALS.search(ended.output):
             pair.faults.append(f"`{ended}` exits with {ended.code}: {ended.output[-2000:]}")
             return
-        for each in mend(pair.folder):
+        for each in recover(pair.folder, ended):
             pair.note(each)
         ended = pair.note(run(ended.words, pair.folder))
     pair.faults.append(f"`{ended}` is refused again and again: {ended.output[-2000:]}")
@@ -145,15 +145,20 @@ def in_turns(folder: Path, start: str, names: tuple[str, ...]) -> Snapshot:
     """What two commands leave if nothing disturbs them; one that is refused runs again once the bundle is mended."""
     place = Path(shutil.copytree(folder / start, folder / f"in turns {folder_name(names)} {start}", symlinks=True))
     for name in names:
-        if run(words_of(name), place).code:
-            *_, mended = mend(place)
-            must_succeed(mended)
+        ended = run(words_of(name), place)
+        if ended.code:
+            must_succeed(recover(place, ended)[-1])
             must_succeed(run(words_of(name), place))
     *_, mended = mend(place)
     must_succeed(mended)
     found = Snapshot.of(place)
     shutil.rmtree(place)
     return found
+
+
+def recover(folder: Path, refused: Ended) -> list[Ended]:
+    """Follow the hint of a command that was refused, and those for the bundle."""
+    return [*(run(hint, folder) for hint in hints(refused)[:1]), *mend(folder)]
 
 
 def words_of(name: str) -> Words:

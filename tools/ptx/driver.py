@@ -67,6 +67,7 @@ class StandIn:
         memory: The tensors that kernels may use.
         side_by_side: How many threads the machine runs at a time, about.
         launched: The name and the stream of every launch.
+        modules: The kernels that were loaded, by the hash of their cubins.
     """
 
     sm: int
@@ -75,6 +76,7 @@ class StandIn:
     modes: Modes = field(default_factory=Modes)
     side_by_side: int = 2048
     launched: list[tuple[str, int]] = field(default_factory=list)
+    modules: dict[str, Kernel] = field(default_factory=dict)
 
     CUresult = Result
     CUdevice_attribute = DeviceAttribute
@@ -98,11 +100,12 @@ class StandIn:
         return Result.CUDA_SUCCESS, "context"
 
     def cuModuleLoadData(self, code: bytes) -> tuple[Result, Kernel | None]:
+        digest = hashlib.sha256(code).hexdigest()
         try:
-            text = self.ptx(hashlib.sha256(code).hexdigest())
+            self.modules[digest] = read_kernel(self.ptx(digest))
         except KeyError:
             return Result.CUDA_ERROR_INVALID_IMAGE, None
-        return Result.CUDA_SUCCESS, read_kernel(text)
+        return Result.CUDA_SUCCESS, self.modules[digest]
 
     def cuModuleGetFunction(self, module: Kernel, name: bytes) -> tuple[Result, Function | None]:
         if module.name != name.decode():

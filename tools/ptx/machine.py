@@ -256,6 +256,7 @@ class Launch:
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
             if running is None or running.any():
+                self.kernel.ran.add(place)
                 if ends:
                     everyone = np.ones(len(state.lanes), bool) if mask is None else mask
                     state.places[everyone] = place + 1

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from random import Random
 
@@ -84,7 +85,7 @@ EDITS = (
     Edit("negate a branch", r"@!?%p\d+\s+bra", _negate),
     Edit("swap operands", r"\b(sub|div|rem|setp\.(lt|gt|le|ge))\.\S+\s+%\w+, %\w+, %\w+;", _swap),
     Edit("swap a selection", r"\bselp\.\S+\s+%\w+, [\w%-]+, [\w%-]+, %p", _swap),
-    Edit("round otherwise", r"cvt\.rz\.f16\.f32", _replace("cvt.rz", "cvt.rn")),
+    Edit("swap halves", r"cvt\.rn\.(bf16x2|satfinite\.e4m3x2)\.f32", _swap),
     Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni")),
     Edit("read a type without its sign", r"\b(shr|mul\.wide|bfe|cvt\.s64|cvt\.rn\.f32)\.s32\s", _replace("s32", "u32")),
     Edit("load an element further", r"\bld\.(global|shared)\.(v\d\.)?b\d+", _shift),
@@ -101,40 +102,57 @@ class Mutant:
     """A kernel with one edit.
 
     Attributes:
+        digest: The hash of its cubin.
         line: The index of the line that is edited.
     """
 
     edit: Edit
+    digest: str
     line: int
     before: str
     after: str
 
 
-def mutant(text: str, edit: Edit, random: Random) -> Mutant | None:
-    """A kernel with an edit of this kind; None if it has no line for it."""
-    lines = text.splitlines()
-    found = [index for index, line in enumerate(lines) if re.search(edit.lines, line)]
+def lines_of(text: str) -> list[int]:
+    """The index of the line of each instruction; Triton writes one on a line."""
+    found, in_body = [], False
+    for index, line in enumerate(text.splitlines()):
+        statement = line.split("//")[0].strip().lstrip("{} ")
+        in_body = in_body or statement.startswith(".reg")
+        if in_body and statement.endswith(";") and not statement.startswith("."):
+            found.append(index)
+    return found
+
+
+def candidates(bench: Bench, edit: Edit) -> list[tuple[str, int]]:
+    """Where a kind of mistake can be made: the hash of a cubin, and the index of a line that has run in it."""
+    found = []
+    for digest, kernel in bench.cuda.modules.items():
+        text = bench.cuda.ptx(digest)
+        lines, places = text.splitlines(), lines_of(text)
+        found += [(digest, places[at]) for at in sorted(kernel.ran) if re.search(edit.lines, lines[places[at]])]
+    return found
+
+
+def mutant(bench: Bench, edit: Edit, random: Random) -> Mutant | None:
+    """One of the kernels that a bench has run, with an edit; None if there is nothing to edit."""
+    found = candidates(bench, edit)
     if not found:
         return None
-    index = random.choice(found)
-    after = edit.make(lines[index], random)
-    return Mutant(edit, index, lines[index].strip(), after) if after != lines[index] else None
+    digest, index = random.choice(found)
+    before = bench.cuda.ptx(digest).splitlines()[index]
+    after = edit.make(before, random)
+    return Mutant(edit, digest, index, before.strip(), after) if after != before else None
 
 
-def mutated(bench: Bench, edit: Edit, random: Random, made: list[Mutant]) -> None:
-    """Let a bench run one of the kernels that it loads with an edit of this kind."""
+def install(change: Mutant, bench: Bench) -> None:
+    """Let a bench load the mutant in place of the kernel."""
     find = bench.cuda.ptx
 
     def ptx(digest: str) -> str:
-        text = find(digest)
-        if made:
-            return text
-        change = mutant(text, edit, random)
-        if change is None:
-            return text
-        made.append(change)
-        lines = text.splitlines()
-        lines[change.line] = change.after
+        lines = find(digest).splitlines()
+        if digest == change.digest:
+            lines[change.line] = change.after
         return "\n".join(lines)
 
     bench.cuda.ptx = ptx
@@ -152,20 +170,29 @@ def verdict(case: Case, bench: Bench) -> str:
 
 
 def mutate(count: int, seed: int, folder: Path) -> list[tuple[Mutant, str, str]]:
-    """Make mutants, and give each with its case and how it is caught."""
-    random, done = Random(seed), list[tuple[Mutant, str, str]]()
-    known = {sm: list(cases(sm, torch.bfloat16)) for sm in SMS}
+    """Make mutants of the cases with ragged shapes, and give each with its case and how it is caught."""
+    random, done, edits = Random(seed), list[tuple[Mutant, str, str]](), cycle(EDITS)
+    ragged = {
+        sm: [case for case in cases(sm, torch.bfloat16) if "333" in case.name or "GELU" in case.name] for sm in SMS
+    }
+    ran: dict[tuple[int, str], Bench] = {}
     while len(done) < count:
-        edit, sm = EDITS[len(done) % len(EDITS)], random.choice(SMS)
-        case, made, bench = random.choice(known[sm]), list[Mutant](), Bench(sm, folder)
-        mutated(bench, edit, random, made)
+        edit, sm = next(edits), random.choice(SMS)
+        case = random.choice(ragged[sm])
+        if (sm, case.name) not in ran:
+            ran[sm, case.name] = bench = Bench(sm, folder)
+            assert prove(case, bench).is_right
+        change = mutant(ran[sm, case.name], edit, random)
+        if change is None:
+            continue
+        bench = Bench(sm, folder)
+        install(change, bench)
         try:
             caught = verdict(case, bench)
         except (UnsupportedError, KeyError):
             continue
-        if made:
-            done.append((made[0], f"sm_{sm}, {case.name}", caught))
-            print(f"{made[0].edit.name:32}{done[-1][1]:52}{caught or 'SURVIVES: ' + made[0].before}", flush=True)
+        done.append((change, f"sm_{sm}, {case.name}", caught))
+        print(f"{edit.name:32}{done[-1][1]:52}{caught or 'SURVIVES: ' + change.before}", flush=True)
     return done
 
 

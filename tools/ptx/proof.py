@@ -6,6 +6,7 @@ it by another function. Errors of floating-point results are in units in the las
 numbers that are smaller than the average of units of the average.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,8 @@ def error_in_ulp(found: Tensor, wanted: Tensor) -> float:
     size = wanted.double().abs()
     size = size.clamp_min(float(size.square().mean().sqrt()))
     unit = torch.exp2(torch.floor(torch.log2(size.clamp_min(1e-30)))) * torch.finfo(wanted.dtype).eps
-    return float(((found.double() - wanted.double()).abs() / unit).max())
+    error = float(((found.double() - wanted.double()).abs() / unit).max())
+    return math.inf if math.isnan(error) else error
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -118,6 +118,7 @@ class Kernel:
 
     Attributes:
         registers: How many registers it has.
+        ran: The places of the instructions that a thread has run.
         labels: The place of the instruction that follows each label.
         sm: The architecture that it is for.
         threads: Threads of a block.
@@ -130,6 +131,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: int = 0
+    ran: set[int] = field(default_factory=set)
 
 
 def read_kernel(text: str) -> Kernel:
