@@ -149,7 +149,9 @@ def quantise_rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:
         the step ``[B, H, blocks]``.
     """
     x = split_rows(x_BHLK.float(), size)
-    step = x.abs().amax((-1, -2)) / INT8_FULL_SCALE + INT8_SCALE_FLOOR
+    amax = x.abs().amax((-1, -2))
+    # On a GPU, PyTorch divides by a number by multiplying with its reciprocal, which rounds twice.
+    step = amax / torch.full_like(amax, INT8_FULL_SCALE) + INT8_SCALE_FLOOR
     scaled = x / step[..., None, None]
     return torch.trunc(scaled + 0.5 * torch.sign(x)), step
 

@@ -300,7 +300,8 @@ def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
 
             def wait(state: State, mask: Array | None) -> None:
                 waiting = np.ones(len(state.lanes), bool) if mask is None else mask
-                state.copies.wait(waiting, pending.value)
+                if state.copies.wait(waiting, pending.value):
+                    launch.kernel.mattered.add(instruction.place)
 
             return wait
         case ["ca" | "cg", "shared", "global"]:
@@ -374,7 +375,8 @@ def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
 
             def wait(state: State, mask: Array | None) -> None:
                 waiting = np.ones(len(state.lanes), bool) if mask is None else mask
-                state.products.wait(waiting, pending.value)
+                if state.products.wait(waiting, pending.value):
+                    launch.kernel.mattered.add(instruction.place)
 
             return wait
         case "mma_async":

@@ -67,20 +67,25 @@ class Queue:
         """Add what these threads have begun; `end` is called with a mask of those that have waited for it."""
         self.entries.append((lanes, self.committed[lanes].copy(), end))
 
-    def wait(self, waiting: Array, pending: int) -> None:
+    def wait(self, waiting: Array, pending: int) -> bool:
         """End what threads have waited for: all groups but the last `pending`.
 
         Args:
             waiting: A mask of all threads.
+
+        Returns:
+            Whether there was something.
         """
-        left = []
+        left, ended = [], False
         for lanes, group, end in self.entries:
             done = waiting[lanes] & (group < self.committed[lanes] - pending)
             if done.any():
                 end(done)
+                ended = True
             if not done.all():
                 left.append((lanes[~done], group[~done], _only(end, ~done)))
         self.entries = left
+        return ended
 
 
 def _only(end: Callable[[Array], None], some: Array) -> Callable[[Array], None]:
@@ -252,6 +257,8 @@ class Launch:
                 running = taken if mask is None else taken & mask
                 if running.all():
                     running = None
+                elif not (running == (True if mask is None else mask)).all():
+                    self.kernel.mattered.add(place)
             ends = instruction.words[0] in ("bra", "ret", "bar")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)

@@ -66,27 +66,37 @@ def _nearby(line: str, random: Random) -> str:
 
 @dataclass(frozen=True)
 class Edit:
-    """A kind of mistake: the lines that it can be made in, and what it makes of one."""
+    """A kind of mistake.
+
+    Attributes:
+        lines: The lines that it can be made in.
+        make: What it makes of one.
+        matters: Whether the instruction must have made a difference: a predicate that was false for some thread, a wait
+            for something that was not finished.
+        cases: The cases that it is made in.
+    """
 
     name: str
     lines: str
     make: Callable[[str, Random], str]
+    matters: bool = False
+    cases: str = ""
 
 
 EDITS = (
     Edit("drop a barrier", r"bar\.sync", _drop),
-    Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop),
-    Edit("wait for fewer copies", r"cp\.async\.wait_group", _later),
+    Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop, matters=True),
+    Edit("wait for fewer copies", r"cp\.async\.wait_group", _later, matters=True),
     Edit("drop a commit of copies", r"cp\.async\.commit_group", _drop),
-    Edit("drop a wait for products", r"wgmma\.wait_group", _drop),
+    Edit("drop a wait for products", r"wgmma\.wait_group", _drop, matters=True),
     Edit("drop a fence", r"fence\.proxy", _drop),
-    Edit("negate a predicate", r"@!?%p\d+\s+(ld|st|cp)", _negate),
-    Edit("drop a predicate", r"@!?%p\d+\s+(ld|st)\.global", _unguard),
+    Edit("negate a predicate", r"@!?%p\d+\s+(ld|st|cp)", _negate, matters=True),
+    Edit("drop a predicate", r"@!?%p\d+\s+(ld|st)\.global", _unguard, matters=True),
     Edit("negate a branch", r"@!?%p\d+\s+bra", _negate),
     Edit("swap operands", r"\b(sub|div|rem|setp\.(lt|gt|le|ge))\.\S+\s+%\w+, %\w+, %\w+;", _swap),
     Edit("swap a selection", r"\bselp\.\S+\s+%\w+, [\w%-]+, [\w%-]+, %p", _swap),
     Edit("swap halves", r"cvt\.rn\.(bf16x2|satfinite\.e4m3x2)\.f32", _swap),
-    Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni")),
+    Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni"), cases="keys"),
     Edit("read a type without its sign", r"\b(shr|mul\.wide|bfe|cvt\.s64|cvt\.rn\.f32)\.s32\s", _replace("s32", "u32")),
     Edit("load an element further", r"\bld\.(global|shared)\.(v\d\.)?b\d+", _shift),
     Edit("store an element further", r"\bst\.(global|shared)\.(v\d\.)?b\d+", _shift),
@@ -130,7 +140,8 @@ def candidates(bench: Bench, edit: Edit) -> list[tuple[str, int]]:
     for digest, kernel in bench.cuda.modules.items():
         text = bench.cuda.ptx(digest)
         lines, places = text.splitlines(), lines_of(text)
-        found += [(digest, places[at]) for at in sorted(kernel.ran) if re.search(edit.lines, lines[places[at]])]
+        ran = kernel.mattered if edit.matters else kernel.ran
+        found += [(digest, places[at]) for at in sorted(ran) if re.search(edit.lines, lines[places[at]])]
     return found
 
 
@@ -178,7 +189,7 @@ def mutate(count: int, seed: int, folder: Path) -> list[tuple[Mutant, str, str]]
     ran: dict[tuple[int, str], Bench] = {}
     while len(done) < count:
         edit, sm = next(edits), random.choice(SMS)
-        case = random.choice(ragged[sm])
+        case = random.choice([case for case in ragged[sm] if edit.cases in case.name])
         if (sm, case.name) not in ran:
             ran[sm, case.name] = bench = Bench(sm, folder)
             assert prove(case, bench).is_right

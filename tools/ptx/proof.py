@@ -264,6 +264,14 @@ def attentions(blocks: Blocks, dtype: torch.dtype) -> Iterator[Case]:
 
         # The reference rounds four times where the kernel rounds once, and keys or probabilities may be a step away.
         yield Case(f"attention {blocks.arithmetic}, {tokens} tokens", run, expected, (q, k, v, proj, bias), ulp=8)
+    if blocks.arithmetic != "sla":
+        yield Case(
+            f"keys and values of attention {blocks.arithmetic}, 333 tokens",
+            lambda k, v, proj: eight_bit(attention.prepare_keys(k, v, proj, blocks)),
+            lambda k, v, proj: eight_bit_reference(k, v, blocks),
+            (randn(333, 256, seed=2, dtype=dtype), randn(333, 256, seed=3, dtype=dtype), randn(128, 128, seed=5)),
+            steps=2e-4,  # the reference multiplies the values by a reciprocal, as upstream does, which rounds twice
+        )
     q, k, v = (randn(200, 128, seed=seed, dtype=dtype) for seed in (1, 2, 3))
     yield Case(
         f"attention {blocks.arithmetic}, quantised",
@@ -271,6 +279,25 @@ def attentions(blocks: Blocks, dtype: torch.dtype) -> Iterator[Case]:
         lambda *tensors: [torch.zeros(200, 128, dtype=torch.int8), torch.zeros(2, 1)],
         (q, k, v, randn(128, 128, seed=5) / 11, randn(128, seed=6)),
     )
+
+
+def eight_bit(keys: attention.Keys) -> list[Tensor]:
+    """The keys in steps and the values in their format, as integers, [H, padded, K] and [H, K, padded]."""
+    assert keys.k_step is not None
+    values = keys.v.view(torch.int8) if keys.v.dtype == torch.float8_e4m3fn else keys.v
+    return [keys.k, keys.k_step, values]
+
+
+def eight_bit_reference(k: Tensor, v: Tensor, blocks: Blocks) -> list[Tensor]:
+    """The same by the definition."""
+    k_BHLK, v_BHLK = (x[None].unflatten(-1, (-1, 128)).transpose(1, 2) for x in (k, v))
+    steps, step = reference.quantise_rows(k_BHLK - k_BHLK.mean(2, keepdim=True), blocks.k)
+    padding = (0, 0, 0, -len(k) % blocks.k)
+    if blocks.arithmetic == "sage_fp16":
+        return [steps[0].flatten(1, 2).to(torch.int8), step[0], F.pad(v_BHLK[0].half(), padding)]
+    values, _ = reference.quantise_values(v_BHLK)
+    codes = F.pad(values[0].float(), padding).to(torch.float8_e4m3fn).view(torch.int8).transpose(1, 2)
+    return [steps[0].flatten(1, 2).to(torch.int8), step[0], codes]
 
 
 def quantised_twice(tensors: Sequence[Tensor], blocks: Blocks) -> list[Tensor]:

@@ -119,6 +119,7 @@ class Kernel:
     Attributes:
         registers: How many registers it has.
         ran: The places of the instructions that a thread has run.
+        mattered: Those that some threads did not run because of their predicate, and waits for something unfinished.
         labels: The place of the instruction that follows each label.
         sm: The architecture that it is for.
         threads: Threads of a block.
@@ -132,6 +133,7 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     registers: int = 0
     ran: set[int] = field(default_factory=set)
+    mattered: set[int] = field(default_factory=set)
 
 
 def read_kernel(text: str) -> Kernel:
