@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test quick check usage format bench clean
+.PHONY: help setup demo test quick check usage ptx format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ usage: setup     ## use the tool as people do: kill commands at 220 moments, run
 	$(PYTEST) tests/usage
 	$(BIN)/python -m tests.usage.pairs
 	$(BIN)/python -m tests.usage.chaos --trials 220 --seed 1
+
+ptx: setup       ## run every kernel's PTX on the CPU, write docs/proof.md, and edit single instructions to see them caught
+	$(BIN)/python -m tools.ptx --markdown docs/proof.md
+	$(BIN)/python -m tools.ptx.mutations --count 40 --seed 1
 
 bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md
 	@touch benchmarks.jsonl
