@@ -46,8 +46,8 @@ usage: setup     ## use the tool as people do: kill commands at 220 moments, run
 	$(BIN)/python -m tests.usage.pairs
 	$(BIN)/python -m tests.usage.chaos --trials 220 --seed 1
 
-ptx: setup       ## run every kernel's PTX on the CPU, write docs/proof.md, and edit single instructions to see them caught
-	$(BIN)/python -m tools.ptx --markdown docs/proof.md
+ptx: setup       ## run every kernel's PTX on the CPU, and edit single instructions to see them caught
+	$(BIN)/python -m tools.ptx
 	$(BIN)/python -m tools.ptx.mutations --count 40 --seed 1
 
 bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md

@@ -1,6 +1,6 @@
 """Run every kernel on the machine, and write what was found.
 
-    python -m tools.ptx --markdown docs/proof.md
+    python -m tools.ptx --markdown page.md
 
 Each case of `proof` runs on each architecture, in bfloat16 and float16, and with approximate instructions at both ends
 of their documented error. It exits with 1 if a result is not what it should be.
@@ -77,7 +77,7 @@ HEAD = """# What the compiled kernels compute
 
 Every kernel is compiled for each architecture, and the PTX that its cubin is assembled from is executed on a CPU, by
 way of the launcher and a stand-in for the CUDA driver (tools/ptx). The results are compared with the definitions of
-the ops. This page is written by `make ptx`.
+the ops. This page is written by `python -m tools.ptx`.
 
 Each cell has the worst of several runs: with approximate instructions (`ex2`, `rsqrt`, `div.full`) at the nearest
 result and at both ends of their documented error, and on sm_89 and sm_90 with the few bits that tensor cores keep of
