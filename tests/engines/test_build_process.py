@@ -33,7 +33,8 @@ def job(tmp_path: Path) -> BuildJob:
 
 def builders() -> list[psutil.Process]:
     """The processes of this one that build; other tests may have left others."""
-    return [child for child in psutil.Process().children() if build_apart.__module__ in child.cmdline()]
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if build_apart.__module__ in child.cmdline()]
 
 
 def killer(number: signal.Signals) -> Progress:
