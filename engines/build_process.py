@@ -26,6 +26,7 @@ import msgspec
 from wanforge.engines.builder import BuildJob, Built, Layer, build
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins.launching.child_process import kill_group, start_module
 from wanforge.plugins.tensorrt.library import FLAVOURS, Library, open_library
 from wanforge.plugins.tensorrt.plugin import OPS, find_op
 from wanforge.progress import Progress, silent
@@ -33,7 +34,6 @@ from wanforge.requirements import install_extra
 
 MOST_SAID = 2000
 """The most bytes of the child's last words that are read."""
-
 
 PR_SET_PDEATHSIG = 1
 """The call of prctl(2) that names the signal for the end of the parent."""
@@ -114,16 +114,8 @@ def build_apart(
 def child(
     request: BuildRequest, errors: IO[bytes]
 ) -> Iterator[tuple["subprocess.Popen[bytes]", Iterator[BuildStep | Refused | Made]]]:
-    """A process that answers a request. It has its own session, so that Ctrl-C reaches only the caller."""
-    paths = os.pathsep.join(path for path in sys.path if path)
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", __spec__.name, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-        env={**os.environ, "PYTHONPATH": paths},
-        start_new_session=True,
-    ) as process:
+    """A process that answers a request."""
+    with start_module(__spec__.name, str(os.getpid()), errors=errors) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -133,8 +125,7 @@ def child(
             with Connection(os.dup(process.stdout.fileno()), writable=False) as answers:
                 yield process, messages_from(answers)
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
 
 
 def messages_from(answers: Connection) -> Iterator[BuildStep | Refused | Made]:

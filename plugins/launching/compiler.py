@@ -5,12 +5,10 @@ The compiler runs in child processes only (`worker`), because Triton may be inte
 
 import hashlib
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, suppress
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from wanforge.errors import ResourceError, WanforgeError
+from wanforge.plugins.launching.child_process import kill_group, start_module
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed
@@ -172,9 +171,7 @@ class Worker:
         return Failed(f"the compiler crashed ({process.returncode})\n{said}".strip())
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        variables = {
             "TRITON_INTERPRET": "0",
             # Triton's own cache could return the output of an older compiler.
             "TRITON_CACHE_DIR": str(self.scratch),
@@ -182,24 +179,14 @@ class Worker:
             "TRITON_DISABLE_LINE_INFO": "1",
             "TMPDIR": str(self.scratch),
         }
-        # The child has its own session, so that Ctrl-C reaches only this process, which then ends the child and its
-        # children.
         with self.errors.open("wb") as errors:
-            return subprocess.Popen(
-                [sys.executable, "-P", "-m", Compiled.__module__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
+            return start_module(Compiled.__module__, errors=errors, variables=variables)
 
     def kill(self) -> None:
         """End the child immediately, whatever it is doing."""
         process = self.process
         if process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_group(process)
 
     def close(self) -> None:
         """End the child and close its pipes."""

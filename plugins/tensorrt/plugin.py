@@ -182,7 +182,7 @@ class Attributes:
         return found
 
 
-@dataclass
+@dataclass(eq=False)
 class Account:
     """A record of the plugins in a build.
 
@@ -368,8 +368,7 @@ def registered(library: Library) -> Iterator[Account]:
     try:
         yield account
     finally:
-        places = [place for place, each in enumerate(registration.accounts) if each is account]
-        del registration.accounts[places[0]]
+        registration.accounts.remove(account)
         if not registration.accounts:
             del _registrations[library.flavour]
             registration.remove()

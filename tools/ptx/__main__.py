@@ -45,10 +45,9 @@ def rows(sm: int, dtype: torch.dtype, folder: Path) -> list[Row]:
     """The worst that each case gives on an architecture."""
     torch.set_num_threads(1)
     found = []
-    for index, first in enumerate(cases(sm, dtype)):
+    for case in cases(sm, dtype):
         ulp, steps, wrong = 0.0, 0.0, ""
         for each in modes(sm):
-            case = list(cases(sm, dtype))[index]
             try:
                 outcome = prove(case, Bench(sm, folder, each))
             except FaultError as fault:
@@ -56,7 +55,7 @@ def rows(sm: int, dtype: torch.dtype, folder: Path) -> list[Row]:
                 break
             ulp, steps = max(ulp, outcome.ulp), max(steps, outcome.steps)
             wrong = wrong or ("" if outcome.is_right else f"{outcome.ulp:.3g} ulp, {outcome.steps:.1e} of the steps")
-        found.append((first.name, sm, str(dtype).removeprefix("torch."), ulp, steps, wrong))
+        found.append((case.name, sm, str(dtype).removeprefix("torch."), ulp, steps, wrong))
     return found
 
 

@@ -21,7 +21,7 @@ from wanforge.plugins.launching.driver import Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 
 
-def compiled(run: Callable[[], object], sm: int, folder: Path, jobs: int | None = None) -> list[Launch]:
+def compile_for(run: Callable[[], object], sm: int, folder: Path) -> None:
     """Compile the kernels that a function of tensors on the meta device launches on an architecture.
 
     Args:
@@ -29,8 +29,7 @@ def compiled(run: Callable[[], object], sm: int, folder: Path, jobs: int | None 
     """
     with torch.device("meta"), recording(sm) as launches:
         run()
-    compile_kernels(launches, folder, jobs, ptx=True)
-    return launches
+    compile_kernels(launches, folder, ptx=True)
 
 
 class Bench:
@@ -49,7 +48,7 @@ class Bench:
     def __call__(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of tensors on the CPU whose kernels run on this device, once they are compiled."""
         like = tree_map_only(Tensor, _on_meta, arguments)
-        compiled(lambda: run(*like), self.sm, self.folder)
+        compile_for(lambda: run(*like), self.sm, self.folder)
         with self.running():
             return run(*arguments)
 

@@ -29,6 +29,7 @@ class Result(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_INVALID_IMAGE = 200
+    CUDA_ERROR_NO_BINARY_FOR_GPU = 209
     CUDA_ERROR_NOT_FOUND = 500
 
 
@@ -105,6 +106,8 @@ class StandIn:
             self.modules[digest] = read_kernel(self.ptx(digest))
         except KeyError:
             return Result.CUDA_ERROR_INVALID_IMAGE, None
+        if self.modules[digest].sm != self.sm:
+            return Result.CUDA_ERROR_NO_BINARY_FOR_GPU, None
         return Result.CUDA_SUCCESS, self.modules[digest]
 
     def cuModuleGetFunction(self, module: Kernel, name: bytes) -> tuple[Result, Function | None]:

@@ -1,5 +1,6 @@
 """The step of each instruction: what it does to the blocks that run it."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from tools.ptx.machine import (
     FINISHED,
     WARP,
     Launch,
+    Queue,
     State,
     Step,
     address_reader,
@@ -286,24 +288,33 @@ def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
+def _commit(queue: Callable[[State], Queue]) -> Step:
+    """Make a group of what the threads have begun."""
+
+    def step(state: State, mask: Array | None) -> None:
+        queue(state).committed[state.chosen(mask)] += 1
+
+    return step
+
+
+def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Launch) -> Step:
+    """Wait for all groups but the last ones."""
+    (pending,) = instruction.operands
+    assert isinstance(pending, Immediate)
+
+    def step(state: State, mask: Array | None) -> None:
+        if queue(state).wait(state.whole(mask), pending.value):
+            launch.kernel.mattered.add(instruction.place)
+
+    return step
+
+
 def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
     match rest:
         case ["commit_group"]:
-
-            def commit(state: State, mask: Array | None) -> None:
-                state.copies.committed[state.chosen(mask)] += 1
-
-            return commit
+            return _commit(lambda state: state.copies)
         case ["wait_group"]:
-            (pending,) = instruction.operands
-            assert isinstance(pending, Immediate)
-
-            def wait(state: State, mask: Array | None) -> None:
-                waiting = np.ones(len(state.lanes), bool) if mask is None else mask
-                if state.copies.wait(waiting, pending.value):
-                    launch.kernel.mattered.add(instruction.place)
-
-            return wait
+            return _wait(instruction, lambda state: state.copies, launch)
         case ["ca" | "cg", "shared", "global"]:
             return _begin_copy(instruction, launch)
     raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
@@ -364,21 +375,9 @@ def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
         case "fence":
             return lambda state, mask: None
         case "commit_group":
-
-            def commit(state: State, mask: Array | None) -> None:
-                state.products.committed[state.chosen(mask)] += 1
-
-            return commit
+            return _commit(lambda state: state.products)
         case "wait_group":
-            (pending,) = instruction.operands
-            assert isinstance(pending, Immediate)
-
-            def wait(state: State, mask: Array | None) -> None:
-                waiting = np.ones(len(state.lanes), bool) if mask is None else mask
-                if state.products.wait(waiting, pending.value):
-                    launch.kernel.mattered.add(instruction.place)
-
-            return wait
+            return _wait(instruction, lambda state: state.products, launch)
         case "mma_async":
             return _group_product(instruction, launch)
     raise UnsupportedError(f"the machine does not know {instruction.opcode}")

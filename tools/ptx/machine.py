@@ -148,6 +148,10 @@ class State:
         """The numbers of the threads in a mask."""
         return self.lanes if mask is None else np.flatnonzero(mask)
 
+    def whole(self, mask: Array | None) -> Array:
+        """A mask of all threads."""
+        return np.ones(len(self.lanes), bool) if mask is None else mask
+
     def report(self, instruction: Instruction, lanes: Array) -> Report:
         """What reports a fault of some of these threads."""
 
@@ -257,24 +261,21 @@ class Launch:
                 running = taken if mask is None else taken & mask
                 if running.all():
                     running = None
-                elif not (running == (True if mask is None else mask)).all():
+                elif not np.array_equal(running, state.whole(mask)):
                     self.kernel.mattered.add(place)
             ends = instruction.words[0] in ("bra", "ret", "bar")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
+            if ends:
+                state.places[state.chosen(mask)] = place + 1  # which the step changes where it branches
             if running is None or running.any():
                 self.kernel.ran.add(place)
-                if ends:
-                    everyone = np.ones(len(state.lanes), bool) if mask is None else mask
-                    state.places[everyone] = place + 1
                 self.steps[place](state, running)
-            elif ends:
-                state.places[np.ones(len(state.lanes), bool) if mask is None else mask] = place + 1
             place += 1
             if ends:
                 return
-            if place in self.targets or place == len(instructions):
-                state.places[np.ones(len(state.lanes), bool) if mask is None else mask] = place
+            if place in self.targets:
+                state.places[state.chosen(mask)] = place
                 return
 
     def _check_flying(self, state: State, instruction: Instruction, running: Array | None) -> None:
@@ -300,7 +301,7 @@ class Launch:
 
     def _finish(self, state: State) -> None:
         for queue in (state.copies, state.products):
-            queue.wait(np.ones(len(state.lanes), bool), -(1 << 30))
+            queue.wait(state.whole(None), -(1 << 30))
 
 
 def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:

@@ -29,9 +29,9 @@ from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
+from wanforge.runtime.backends.fused_block import FIRST_FP8_SM
 
 EPS = 1e-6
-FIRST_FP8_SM = 89
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Reading PTX: one kernel as a list of instructions with operands that are taken apart."""
 
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -239,8 +238,3 @@ class _Reader:
 def split(text: str) -> list[str]:
     """The operands of an instruction."""
     return [each.strip() for each in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{\[]+", text) if each.strip()]
-
-
-def float_bits(value: float) -> int:
-    """The bits of a number as float32."""
-    return int.from_bytes(struct.pack("<f", value), "little")
