@@ -10,7 +10,7 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
-from wanforge.runtime.reference.sampler import Step
+from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import CheckedRequest, Timings
 from wanforge.runtime.schedule import context_rows, denoise_schedule
 

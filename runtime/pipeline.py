@@ -164,7 +164,8 @@ class Pipeline:
 
     def encode_image(self, image: "Path | Image", shape: ClipShape, progress: Progress = silent) -> Tensor:
         """The 20 channels that an image-to-video denoiser is conditioned on, in the compute type."""
-        from wanforge.runtime.inputs.image import condition, open_image, to_pixels
+        from wanforge.runtime.inputs.condition import condition, to_pixels
+        from wanforge.runtime.inputs.image import open_image
 
         session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
         first = to_pixels(open_image(image), shape.width_px, shape.height_px)

@@ -14,7 +14,7 @@ from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.sampler import Step, schedule
+from wanforge.runtime.reference.steps import Step, schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

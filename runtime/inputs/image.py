@@ -1,7 +1,4 @@
-"""From an image file to the channels that the network is conditioned on.
-
-Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (docs/sources.md).
-"""
+"""Reading image files as a person sees them."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,15 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from wanforge.errors import RequestError
 from wanforge.regular_file import check_regular
-
-MASK_CHANNELS = 4
 
 MOST_GREY = 65535
 """White in 16 bits."""
@@ -94,23 +87,3 @@ def _eight_bits(values_HW: NDArray[Any]) -> NDArray[np.uint8]:
     if least < 0 or most > MOST_GREY:
         raise RequestError(f"its greys go from {least} to {most}, a scale that is not known; use 8 or 16 bits")
     return ((values_HW.astype(np.uint32) * 255 + MOST_GREY // 2) // MOST_GREY).astype(np.uint8)
-
-
-def to_pixels(image: Image.Image, width_px: int, height_px: int) -> Tensor:
-    """Stretch an image to exactly the video's size and scale it to [-1, 1], float32 ``[1, 3, H, W]``.
-
-    Resizing is bilinear with antialiasing and rounds to 8 bits before scaling, as upstream does. The aspect ratio is
-    not kept.
-    """
-    resized = image.resize((width_px, height_px), Image.Resampling.BILINEAR)
-    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1.0
-
-
-def condition(latents_BCFHW: Tensor) -> Tensor:
-    """The 20 channels that accompany the noise: a mask that is one on the first latent frame, then the latents of a
-    clip whose first frame is the image and whose other frames are grey."""
-    batch, _, frames, height, width = latents_BCFHW.shape
-    mask = latents_BCFHW.new_zeros(batch, MASK_CHANNELS, frames, height, width)
-    mask[:, :, 0] = 1.0
-    return torch.cat((mask, latents_BCFHW), 1)

@@ -1,16 +1,20 @@
-"""Noise files, for requests that start from given numbers rather than from a seed."""
+"""Noise files, for requests that start from given numbers rather than from a seed.
+
+PyTorch is imported only where tensors are made, so that a request can be checked without it.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from wanforge.errors import RequestError
 from wanforge.regular_file import check_regular
-from wanforge.runtime.reference.sampler import gaussian
 from wanforge.whole_file import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def noise_names(num_steps: int) -> list[str]:
@@ -20,6 +24,10 @@ def noise_names(num_steps: int) -> list[str]:
 
 def write_noise(path: Path, shape: tuple[int, ...], seed: int, num_steps: int) -> None:
     """Write the noise that a seed generates. If writing fails, no partial file is left."""
+    from safetensors.torch import save
+
+    from wanforge.runtime.reference.sampler import gaussian
+
     source = gaussian(shape, seed)
     write_atomically(path, save({name: next(source) for name in noise_names(num_steps)}))
 
@@ -32,7 +40,7 @@ def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Non
     """
     check_regular(path, RequestError)
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except PermissionError:
         raise RequestError(f"{path}: this user may not read the file; change its permissions") from None
@@ -44,12 +52,14 @@ def check_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Non
             raise RequestError(f"{path}: {name} is {what}, this request needs {list(shape)}")
 
 
-def load_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> Iterator[Tensor]:
+def load_noise(path: Path, shape: tuple[int, ...], names: Sequence[str]) -> "Iterator[Tensor]":
     """The named tensors of a noise file, written by `write_noise` or by other means: float32, of this shape.
 
     Raises:
         RequestError: `check_noise` refuses the file.
     """
+    from safetensors.torch import load_file
+
     check_noise(path, shape, names)
     found = load_file(path)
     return iter([found[name].float() for name in names])

@@ -28,8 +28,8 @@ from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
-from wanforge.runtime.reference.sampler import MAX_STEPS
-from wanforge.runtime.reference.sampler import schedule as sampler_steps
+from wanforge.runtime.reference.steps import MAX_STEPS
+from wanforge.runtime.reference.steps import schedule as sampler_steps
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
 
 RESERVE = 1_000_000_000

@@ -13,9 +13,10 @@ from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected_of
 from wanforge.plugins.sparse_linear_attention import reference
-from wanforge.runtime.inputs.image import condition, to_pixels
+from wanforge.runtime.inputs.condition import condition, to_pixels
 from wanforge.runtime.reference.dit import DiT
-from wanforge.runtime.reference.sampler import Step, sample, schedule
+from wanforge.runtime.reference.sampler import sample
+from wanforge.runtime.reference.steps import Step, schedule
 from wanforge.runtime.reference.text_encoder import TextEncoder, pad_rows
 from wanforge.runtime.reference.vae import VAE
 

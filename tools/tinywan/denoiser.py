@@ -21,7 +21,7 @@ from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.reference import dit
 from wanforge.runtime.reference.dit import Block
-from wanforge.runtime.reference.sampler import TIMESTEP_SCALE
+from wanforge.runtime.reference.steps import TIMESTEP_SCALE
 
 
 class Denoiser(nn.Module):

@@ -21,7 +21,7 @@ from tools.tinywan.latents import Pool, centre, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
 from wanforge.configs.model import ModelConfig
-from wanforge.runtime.reference.sampler import TIMESTEP_SCALE, network_timestep, schedule
+from wanforge.runtime.reference.steps import TIMESTEP_SCALE, network_timestep, schedule
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function from latents, the times given to the network and embedded prompts to the velocity."""

@@ -29,7 +29,8 @@ from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
 from wanforge.runtime.pipeline import Pipeline, verify_files
 from wanforge.runtime.reference.dit import attention_blocks
-from wanforge.runtime.reference.sampler import Step, sample
+from wanforge.runtime.reference.sampler import sample
+from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.schedule import GraphRun
 

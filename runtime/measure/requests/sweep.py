@@ -28,7 +28,7 @@ from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts, m
 from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.measure.requests.timing import one_run
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.reference.sampler import MAX_STEPS
+from wanforge.runtime.reference.steps import MAX_STEPS
 from wanforge.runtime.request import Request
 from wanforge.whole_file import temporary_folder
 

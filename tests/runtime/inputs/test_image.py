@@ -12,7 +12,8 @@ from PIL import Image
 
 from tests import golden
 from wanforge.errors import RequestError
-from wanforge.runtime.inputs.image import condition, open_image, to_pixels
+from wanforge.runtime.inputs.condition import condition, to_pixels
+from wanforge.runtime.inputs.image import open_image
 
 
 @pytest.mark.parametrize("name", ["image_down", "image_up", "image_grey"])

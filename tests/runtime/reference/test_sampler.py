@@ -10,7 +10,8 @@ from torch import Tensor
 from tests import golden
 from tests.numerics import assert_matches
 from wanforge.errors import RequestError
-from wanforge.runtime.reference.sampler import Step, gaussian, sample, schedule
+from wanforge.runtime.reference.sampler import gaussian, sample
+from wanforge.runtime.reference.steps import Step, schedule
 
 RUNS = [
     "sampler_t2v_1",
