@@ -101,8 +101,10 @@ class Result(Record, frozen=True, kw_only=True):
 
 
 class Lease(Record, frozen=True):
-    """A worker's claim on a job. It is the fence of every change that the worker makes: once the job has gone to another
-    attempt, changes with this lease have no effect."""
+    """A worker's claim on a job, the fence of every change that the worker makes.
+
+    Once the job has gone to another attempt, changes with this lease have no effect.
+    """
 
     job: str
     worker: str

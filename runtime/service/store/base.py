@@ -13,10 +13,10 @@ until `SETTLING` seconds of running time have passed, so that a clock that is se
 
 **Order.** A free worker serves the owner that has the fewest jobs running, and among those the one that was served
 least recently. Of that owner's jobs it takes the one with the highest priority; a job that waits gains a level for each
-`Policy.ageing_seconds`. So a job is overtaken only by jobs of the same owner that were submitted at most that many
-seconds per level of difference after it. A job that the worker is warm for is preferred if its priority is the same and
-its owner has as many jobs running, and each job is passed over in that way at most `MOST_PASSES` times. With one worker
-and N owners, a job with k jobs of its owner ahead of it is thus among the next (1 + MOST_PASSES) N (k + 1) to start.
+`Policy.ageing_seconds`. So a job is overtaken only by jobs of the same owner, and only by those that were submitted at
+most that many seconds per level of difference after it. Of jobs with the same priority, one that the worker is warm for
+is preferred, but the job that would be next is passed over in that way at most `MOST_PASSES` times. So with one worker
+and N owners, a job with k jobs of its owner ahead of it is among the next (1 + MOST_PASSES) N (k + 1) to start.
 """
 
 from abc import ABC, abstractmethod
@@ -31,8 +31,10 @@ LARGEST_STEP = 10.0
 """The most running time that passes between two uses of the store: two heartbeats, and a third of a lease."""
 SETTLING = 600.0
 """Seconds of running time after a jump of the wall clock in which nothing expires."""
+SMALLEST_JUMP = 60.0
+"""Seconds by which the wall clock has to move between two uses of the store, in either direction, to have jumped."""
 MOST_PASSES = 3
-"""How often a job is passed over for jobs of a shape that a worker is warm for."""
+"""How often a job is passed over for jobs that a worker is warm for."""
 
 
 class StoreError(ResourceError):
@@ -52,8 +54,8 @@ class TurnedAwayError(RequestError):
     """A submission, or a change by a client, that the store refuses.
 
     Attributes:
-        code: ``queue_full``, ``too_many_queued``, ``idempotency_conflict``, ``batch_empty``, ``job_active`` or
-            ``unknown_job``.
+        code: ``queue_full``, ``too_many_queued``, ``idempotency_conflict``, ``batch_empty``, ``object_gone``,
+            ``job_active`` or ``unknown_job``.
         retry_after: Seconds after which it is worth trying again; None where it is not.
     """
 
@@ -166,7 +168,7 @@ class Census(Record, frozen=True):
 
 
 class DurationKey(Record, frozen=True):
-    """What decides how long a job takes. None stands for any."""
+    """What decides how long a job takes. No backend stands for any."""
 
     bundle: str
     shape: str
@@ -285,7 +287,7 @@ class JobStore(ABC):
 
     @abstractmethod
     def stopped(self, lease: Lease) -> bool:
-        """The worker has stopped because cancelling was requested. Returns False if it was not, or the lease is lost."""
+        """The worker has stopped, as it was asked to. Returns False if it was not, or if the lease is lost."""
 
     @abstractmethod
     def requeue(self, lease: Lease, *, counts: bool) -> bool:

@@ -1,0 +1,156 @@
+"""A store in Postgres, for the processes of several machines.
+
+Writers take turns by an advisory lock, as they do in SQLite by its file lock: fairness, quotas and the numbers of
+events are properties of the whole queue, which a claim that skips locked rows does not see.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
+
+from wanforge.errors import ResourceError
+from wanforge.requirements import install_extra
+from wanforge.runtime.service.store.base import News, StoreError
+from wanforge.runtime.service.store.databases.database import Database, Transaction
+from wanforge.runtime.service.store.databases.schema import migrate
+
+LOCK = 0x77616E66
+"""The number of the lock by which writers take turns."""
+CHANNEL = "wanforge_jobs"
+LARGEST_WAIT = 30
+"""Seconds after which Postgres ends a statement, or a transaction that does nothing because its process hangs."""
+
+REMEDIES = {
+    "55P03": ("store_busy", "is locked by another process; try again"),
+    "57014": ("store_busy", "took too long; try again"),
+    "53100": ("store_full", "has no room, so nothing was changed; free some space on the disk of its server"),
+    "53300": ("store_busy", "has no connection left; raise max_connections of its server"),
+    "XX001": ("store_damaged", "is damaged; restore it from a backup"),
+}
+"""By SQLSTATE: the code of the `StoreError`, what is wrong and what to do."""
+
+
+@cache
+def psycopg() -> Any:
+    """The module psycopg, which only those need who have Postgres.
+
+    Raises:
+        ResourceError: It is not installed.
+    """
+    try:
+        import psycopg
+    except ModuleNotFoundError as error:
+        raise ResourceError(f"a job store in Postgres needs psycopg; run: {install_extra('postgres')}") from error
+    return psycopg
+
+
+class Postgres(Database):
+    """A database of a Postgres server.
+
+    Args:
+        url: How to connect, in any form that libpq knows.
+        busy_seconds: How long to wait for others that write.
+        clock: Seconds since 1970; the server's clock if None, which is the same for all machines.
+    """
+
+    def __init__(self, url: str, busy_seconds: float = 10.0, clock: Callable[[], float] | None = None) -> None:
+        super().__init__("in Postgres", clock)
+        self._url, self._busy_seconds = url, busy_seconds
+        library = psycopg()
+        with self._errors():
+            named = library.conninfo.conninfo_to_dict(url)
+            self.place = f"in the Postgres database {named.get('dbname', '')!r} at {named.get('host', 'localhost')}"
+            with self._transaction(writes=True) as transaction:
+                migrate(transaction, self.place)
+
+    def connect(self) -> Any:
+        library = psycopg()
+        row_factory = library.rows.dict_row
+        connection = library.connect(self._url, autocommit=True, row_factory=row_factory, connect_timeout=10)
+        connection.execute(
+            f"SET lock_timeout = {int(self._busy_seconds * 1000)};"
+            f"SET statement_timeout = '{LARGEST_WAIT}s';"
+            f"SET idle_in_transaction_session_timeout = '{LARGEST_WAIT}s';"
+            "SET synchronous_commit = on; SET client_min_messages = warning"
+        )
+        return connection
+
+    def begin(self, connection: Any, *, writes: bool) -> Transaction:
+        if writes:
+            connection.execute(f"BEGIN; SELECT pg_advisory_xact_lock({LOCK})")
+        else:
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return Transaction(partial(_execute, connection), partial(_execute_many, connection))
+
+    def is_broken(self, connection: Any) -> bool:
+        return bool(connection.closed)
+
+    def explained(self, error: Exception) -> StoreError | None:
+        if not isinstance(error, psycopg().Error):
+            return None
+        said = " ".join(str(error).split())
+        if error.sqlstate in REMEDIES:
+            name, remedy = REMEDIES[error.sqlstate]
+            return StoreError(name, f"the job store {self.place} {remedy} ({said})")
+        if isinstance(error, psycopg().OperationalError | psycopg().InterfaceError):
+            return StoreError(
+                "store_unreachable", f"the job store {self.place} cannot be reached; check its server ({said})"
+            )
+        return None
+
+    def wall(self, transaction: Transaction) -> float:
+        found = transaction.row("SELECT extract(epoch FROM clock_timestamp())::double precision AS wall")
+        assert found is not None
+        return float(found["wall"])
+
+    def announce(self, transaction: Transaction) -> None:
+        transaction.rows(f"SELECT pg_notify('{CHANNEL}', '')")
+
+    def news(self) -> News:
+        with self._errors():
+            return PostgresNews(self)
+
+
+class PostgresNews(News):
+    """Listens to what transactions announce. A connection that breaks is made again, which counts as news."""
+
+    def __init__(self, database: Postgres) -> None:
+        self._database = database
+        self._connection = self._listen()
+
+    def wait(self, seconds: float) -> bool:
+        with self._database._errors():
+            try:
+                found = list(self._connection.notifies(timeout=seconds, stop_after=1))
+                found += self._connection.notifies(timeout=0) if found else []
+                return bool(found)
+            except psycopg().OperationalError:
+                self._connection.close()
+                time.sleep(min(1.0, seconds))
+                self._connection = self._listen()
+                return True
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _listen(self) -> Any:
+        connection = self._database.connect()
+        connection.execute(f"LISTEN {CHANNEL}")
+        return connection
+
+
+@cache
+def translated(statement: str) -> str:
+    """A statement with its values named as psycopg names them. Casts (``::``) stay as they are."""
+    return re.sub(r"(?<!:):(\w+)", r"%(\1)s", statement)
+
+
+def _execute(connection: Any, statement: str, values: Mapping[str, Any]) -> Any:
+    return connection.execute(translated(statement), values or None)
+
+
+def _execute_many(connection: Any, statement: str, values: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.executemany(translated(statement), values)

@@ -1,0 +1,56 @@
+"""What time asks for."""
+
+from wanforge.runtime.service.job import State
+from wanforge.runtime.service.store.base import Policy
+from wanforge.runtime.service.store.databases.database import Transaction
+from wanforge.runtime.service.store.leasing import end_leases
+from wanforge.runtime.service.store.rows import ENDED, change, let_go
+from wanforge.runtime.service.store.submitting import delete
+
+MOST = 200
+"""The number of jobs that one sweep expires or deletes, so that others need not wait for long."""
+
+
+def sweep(transaction: Transaction, policy: Policy) -> list[str]:
+    """End leases, and expire and forget what is due."""
+    changed = end_leases(transaction, policy)
+    if transaction.time.is_settled:
+        changed += _expire(transaction)
+        _forget(transaction, policy)
+    return changed
+
+
+def _expire(transaction: Transaction) -> list[str]:
+    """Take their results from the jobs that have had them for long enough."""
+    rows = transaction.rows(
+        "SELECT id FROM jobs WHERE state = 'completed' AND expires_at <= :now ORDER BY expires_at LIMIT :most",
+        now=transaction.now,
+        most=MOST,
+    )
+    for row in rows:
+        fence = "state = 'completed'"
+        if change(transaction, row["id"], fence, {}, State.EXPIRED, state=State.EXPIRED, result=None):
+            let_go(transaction, row["id"])
+    return [row["id"] for row in rows]
+
+
+def _forget(transaction: Transaction, policy: Policy) -> None:
+    """Delete events, idempotency keys, durations, jobs and batches that are old enough."""
+    now = transaction.now
+    transaction.run(
+        f"DELETE FROM events WHERE created_at <= :before AND job IN (SELECT id FROM jobs WHERE {ENDED})",
+        before=now - policy.event_seconds,
+    )
+    transaction.run("DELETE FROM idempotency WHERE created_at <= :before", before=now - policy.key_seconds)
+    before = now - policy.record_seconds
+    transaction.run("DELETE FROM durations WHERE created_at <= :before", before=before)
+    for state in (State.FAILED, State.CANCELLED, State.EXPIRED):
+        rows = transaction.rows(
+            "SELECT id FROM jobs WHERE state = :state AND completed_at <= :before LIMIT :most",
+            state=state,
+            before=before,
+            most=MOST,
+        )
+        for row in rows:
+            delete(transaction, row["id"])
+    transaction.run("DELETE FROM batches WHERE NOT EXISTS (SELECT 1 FROM jobs WHERE jobs.batch = batches.id)")
