@@ -55,7 +55,7 @@ class TurnedAwayError(RequestError):
 
     Attributes:
         code: ``queue_full``, ``too_many_queued``, ``idempotency_conflict``, ``batch_empty``, ``object_gone``,
-            ``job_active`` or ``unknown_job``.
+            ``job_active``, ``unknown_job`` or ``bad_text``.
         retry_after: Seconds after which it is worth trying again; None where it is not.
     """
 
@@ -337,7 +337,7 @@ class JobStore(ABC):
         """Make a key. Returns it and the text ``id_secret``, which is stored nowhere."""
 
     @abstractmethod
-    def keys(self) -> list[ApiKey]: ...
+    def api_keys(self) -> list[ApiKey]: ...
 
     @abstractmethod
     def revoke_key(self, key: str) -> bool:

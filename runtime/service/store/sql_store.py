@@ -151,7 +151,7 @@ class SqlStore(JobStore):
         with self.database.write() as transaction:
             return keys.add_key(transaction, owner, scopes)
 
-    def keys(self) -> list[ApiKey]:
+    def api_keys(self) -> list[ApiKey]:
         with self.database.read() as transaction:
             return keys.keys(transaction)
 

@@ -1,16 +1,18 @@
 """Transactions of a database, whichever it is. Statements name their values: ``WHERE id = :job``."""
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from wanforge.runtime.service.store.base import News, StoreError
+from wanforge.runtime.service.store.base import News, StoreError, TurnedAwayError
 from wanforge.runtime.service.store.databases.clock import StoreTime
 
 Row = Mapping[str, Any]
 
+SURROGATES = re.compile("[\ud800-\udfff]")
 INHERITED: list[Any] = []
 """Connections of parent processes. Neither database allows a child to use or close them, so they are kept from the
 garbage collector."""
@@ -37,22 +39,22 @@ class Transaction:
 
     def run(self, statement: str, **values: Any) -> int:
         """Run a statement that writes. Returns the number of rows that it wrote."""
-        count = max(0, self._execute(statement, values).rowcount)
+        count = max(0, self._execute(statement, checked(values)).rowcount)
         self.changes += count
         return count
 
     def run_many(self, statement: str, values: Sequence[Mapping[str, Any]]) -> None:
         """Run a statement that writes once for each of several sets of values."""
-        self._execute_many(statement, values)
+        self._execute_many(statement, [checked(each) for each in values])
         self.changes += len(values)
 
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """The rows that a query gives."""
-        return self._execute(statement, values).fetchall()
+        return self._execute(statement, checked(values)).fetchall()
 
     def row(self, statement: str, **values: Any) -> Row | None:
         """The first row that a query gives."""
-        return self._execute(statement, values).fetchone()
+        return self._execute(statement, checked(values)).fetchone()
 
     def number(self, statement: str, **values: Any) -> int:
         """The number that a query gives in its column ``n``."""
@@ -63,6 +65,20 @@ class Transaction:
         """Count a number of the clock's row up, and return what it was before."""
         self.run(f"UPDATE clock SET {column} = {column} + :by", by=by)
         return self.number(f"SELECT {column} AS n FROM clock") - by
+
+
+def checked(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Values that any database can store, or compare with what it has.
+
+    Raises:
+        TurnedAwayError: There is a text with a NUL, or with half of a surrogate pair.
+    """
+    for name, value in values.items():
+        if isinstance(value, str) and ("\0" in value or SURROGATES.search(value)):
+            raise TurnedAwayError(
+                "bad_text", f"{name} is {value!r}, which is no text; use characters of Unicode, no NUL"
+            )
+    return values
 
 
 def listed(values: Collection[Any], prefix: str = "v") -> tuple[str, dict[str, Any]]:
