@@ -118,6 +118,15 @@ class Database(ABC):
                 transaction.run(statement, wall=time.wall, running=time.running, settled=time.settled)
                 self.announce(transaction)
 
+    def prepare(self, migrate: Callable[[Transaction, str], None]) -> None:
+        """Bring the tables to the present version."""
+        try:
+            with self._transaction(writes=True) as transaction:
+                migrate(transaction, self.place)
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Close the connections of this process that are not in use."""
         self._forget_parent()

@@ -62,8 +62,7 @@ class Postgres(Database):
         with self._errors():
             named = library.conninfo.conninfo_to_dict(url)
             self.place = f"in the Postgres database {named.get('dbname', '')!r} at {named.get('host', 'localhost')}"
-            with self._transaction(writes=True) as transaction:
-                migrate(transaction, self.place)
+        self.prepare(migrate)
 
     def connect(self) -> Any:
         library = psycopg()

@@ -45,14 +45,7 @@ class Sqlite(Database):
         self._busy_seconds = busy_seconds
         with self._errors():
             self._create()
-            connection, transaction = self._begin(writes=True)
-            is_done = False
-            try:
-                migrate(transaction, self.place)
-                connection.commit()
-                is_done = True
-            finally:
-                self._give_back(connection, is_done=is_done)
+        self.prepare(migrate)
 
     def _create(self) -> None:
         """Make the file, and switch it to write-ahead mode, for which SQLite does not wait by itself."""

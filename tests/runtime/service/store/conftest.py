@@ -27,17 +27,17 @@ def postgres_url() -> Iterator[str]:
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """A place for one store."""
     with quick_folder() as folder:
-        rig = Rig(str(folder / "jobs.sqlite") if request.param == "sqlite" else _schema(request))
+        is_file = request.param == "sqlite"
+        rig = Rig(str(folder / "jobs.sqlite") if is_file else new_schema(request.getfixturevalue("postgres_url")))
         yield rig
         rig.close()
 
 
-def _schema(request: pytest.FixtureRequest) -> str:
-    """The URL of an empty schema."""
+def new_schema(url: str) -> str:
+    """The URL of an empty schema of a database."""
     import psycopg
 
-    url = request.getfixturevalue("postgres_url")
     schema = f"store_{next(NUMBERS)}"
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"CREATE SCHEMA {schema}")
+        connection.execute(f"CREATE SCHEMA {schema}".encode())
     return f"{url}&options=-csearch_path%3D{schema}"
