@@ -50,7 +50,7 @@ def confirm(what: str, name: str) -> None:
 
 def live(store: SqlStore) -> None:
     """One of everything that happens to jobs."""
-    for key in "abc":
+    for key in (f"{os.getpid()}-{number}" for number in range(3)):
         job = store.submit(submission(objects=(f"{key}.png",), idempotency=Idempotency(key, key))).job
         confirm("submitted", job.id)
     batch = store.submit_batch([submission("bob", refused=Failure("bad", "bad")), *[submission("bob")] * 3])
