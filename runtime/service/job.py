@@ -5,12 +5,12 @@ All times are seconds since 1970 by the wall clock, as the API shows them.
 
 import hashlib
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from wanforge.configs.loading import Record
+from wanforge.errors import RequestError
 
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -10, 10
 
@@ -68,7 +68,7 @@ class Submission(Record, frozen=True, kw_only=True):
         shape: Width, height and frames, ``832x480x81``: what a worker has to be warm for.
         steps: Number of denoising steps.
         request: The checked request. The store does not look into it.
-        priority: Higher is sooner, among the jobs of the same owner.
+        priority: Higher is sooner, among the jobs of the same owner: from `LOWEST_PRIORITY` to `HIGHEST_PRIORITY`.
         objects: Names of the objects that the job reads, such as an uploaded image. They live as long as the job.
         idempotency: Set where the client may repeat the submission.
         refused: Set where the request is known to be wrong. Such a job has failed from the start, so that the status
@@ -80,10 +80,16 @@ class Submission(Record, frozen=True, kw_only=True):
     shape: str
     steps: int
     request: dict[str, Any]
-    priority: Annotated[int, Meta(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = 0
+    priority: int = 0
     objects: tuple[str, ...] = ()
     idempotency: Idempotency | None = None
     refused: Failure | None = None
+
+    def __post_init__(self) -> None:
+        if not LOWEST_PRIORITY <= self.priority <= HIGHEST_PRIORITY:
+            raise RequestError(
+                f"the priority is {self.priority}; choose one from {LOWEST_PRIORITY} to {HIGHEST_PRIORITY}"
+            )
 
 
 class Result(Record, frozen=True, kw_only=True):

@@ -103,15 +103,15 @@ def change(transaction: Transaction, job: str, fence: str, values: dict[str, Any
         **{f"new_{name}": value for name, value in columns.items()},
     )
     if changed:
-        transaction.run(
-            "INSERT INTO events (job, sequence, created_at, kind, data) "
-            "SELECT id, events, :now, :kind, :data FROM jobs WHERE id = :job",
-            job=job,
-            now=transaction.now,
-            kind=event,
-            data=told(columns),
-        )
+        transaction.run(APPEND, job=job, now=transaction.now, kind=event, data=told(columns))
     return changed == 1
+
+
+APPEND = (
+    "INSERT INTO events (job, sequence, created_at, kind, data) "
+    "SELECT id, events, :now, :kind, :data FROM jobs WHERE id = :job"
+)
+"""Appends an event to a job whose number of events has been counted up."""
 
 
 TOLD = ("stage", "progress", "attempt", "error")
@@ -126,9 +126,8 @@ def told(columns: Mapping[str, Any]) -> str:
 
 def add_objects(transaction: Transaction, objects: Sequence[tuple[str, str]]) -> None:
     """Note which objects jobs have: pairs of an object's name and a job's id."""
-    if objects:
-        statement = "INSERT INTO objects (name, job) VALUES (:name, :job) ON CONFLICT (name, job) DO NOTHING"
-        transaction.run_many(statement, [{"name": name, "job": job} for name, job in objects])
+    statement = "INSERT INTO objects (name, job) VALUES (:name, :job) ON CONFLICT (name, job) DO NOTHING"
+    transaction.run_many(statement, [{"name": name, "job": job} for name, job in objects])
 
 
 def removals_among(transaction: Transaction, names: Sequence[str]) -> set[str]:
@@ -149,15 +148,16 @@ def _among(transaction: Transaction, table: str, names: Sequence[str]) -> set[st
     return found
 
 
-def let_go(transaction: Transaction, job: str) -> None:
-    """Take its objects from a job. Those that no other job has become removable."""
-    transaction.run(
+def let_go(transaction: Transaction, jobs: Sequence[str]) -> None:
+    """Take their objects from some jobs. Those that no other job has become removable."""
+    values = [{"job": job} for job in jobs]
+    transaction.run_many(
         "INSERT INTO removals (name) SELECT name FROM objects WHERE job = :job AND NOT EXISTS "
         "(SELECT 1 FROM objects AS others WHERE others.name = objects.name AND others.job <> :job) "
         "ON CONFLICT (name) DO NOTHING",
-        job=job,
+        values,
     )
-    transaction.run("DELETE FROM objects WHERE job = :job", job=job)
+    transaction.run_many("DELETE FROM objects WHERE job = :job", values)
 
 
 def end(transaction: Transaction, job: str, fence: str, values: dict[str, Any], error: Failure | None) -> bool:
@@ -169,5 +169,17 @@ def end(transaction: Transaction, job: str, fence: str, values: dict[str, Any], 
         transaction, job, fence, values, state, state=state, completed_at=time.wall, ended=time.running, **columns
     )
     if has_ended:
-        let_go(transaction, job)
+        let_go(transaction, [job])
     return has_ended
+
+
+def end_all(transaction: Transaction, jobs: Sequence[str]) -> None:
+    """Cancel many queued jobs."""
+    time, kind = transaction.time, State.CANCELLED
+    transaction.run_many(
+        "UPDATE jobs SET events = events + 1, state = :kind, completed_at = :now, ended = :running "
+        f"WHERE id = :job AND {QUEUED}",
+        [{"job": job, "kind": kind, "now": time.wall, "running": time.running} for job in jobs],
+    )
+    transaction.run_many(APPEND, [{"job": job, "now": time.wall, "kind": kind, "data": told({})} for job in jobs])
+    let_go(transaction, jobs)

@@ -17,6 +17,7 @@ from wanforge.runtime.service.store.rows import (
     add_objects,
     change,
     end,
+    end_all,
     find,
     let_go,
     new_id,
@@ -61,6 +62,8 @@ def submit_batch(
     if any(each.owner != owner for each in submissions):
         raise ValueError("all jobs of a batch have one owner")
     if batch and (found := batch_of(transaction, batch)):
+        if found.owner != owner:
+            raise TurnedAwayError("idempotency_conflict", f"the batch {batch} is somebody else's; use another id")
         return found
     batch = batch or new_id("batch")
     _check_room(transaction, policy, owner, sum(each.refused is None for each in submissions))
@@ -86,9 +89,10 @@ def cancel(transaction: Transaction, job: str) -> Job | None:
 
 def cancel_batch(transaction: Transaction, batch: str) -> Batch | None:
     """Cancel the jobs of a batch that have not ended."""
-    rows = transaction.rows(f"SELECT id FROM jobs WHERE batch = :batch AND NOT {ENDED}", batch=batch)
-    for row in rows:
+    for row in transaction.rows(f"SELECT id FROM jobs WHERE batch = :batch AND {RUNNING}", batch=batch):
         cancel(transaction, row["id"])
+    queued = transaction.rows(f"SELECT id FROM jobs WHERE batch = :batch AND {QUEUED}", batch=batch)
+    end_all(transaction, [row["id"] for row in queued])
     return batch_of(transaction, batch)
 
 
@@ -100,7 +104,7 @@ def delete(transaction: Transaction, job: str) -> bool:
         return False
     transaction.run("DELETE FROM events WHERE job = :job", job=job)
     transaction.run("DELETE FROM idempotency WHERE job = :job", job=job)
-    let_go(transaction, job)
+    let_go(transaction, [job])
     return True
 
 
@@ -181,9 +185,7 @@ def _insert(
     )
     names_of = zip(rows, submissions, strict=True)
     add_objects(transaction, [(name, row["id"]) for row, each in names_of for name in each.objects])
-    for row in rows:
-        if row["state"] != State.QUEUED:
-            let_go(transaction, row["id"])
+    let_go(transaction, [row["id"] for row in rows if row["state"] != State.QUEUED])
     return [row["id"] for row in rows]
 
 

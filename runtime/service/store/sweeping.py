@@ -30,7 +30,7 @@ def _expire(transaction: Transaction) -> list[str]:
     for row in rows:
         fence = "state = 'completed'"
         if change(transaction, row["id"], fence, {}, State.EXPIRED, state=State.EXPIRED, result=None):
-            let_go(transaction, row["id"])
+            let_go(transaction, [row["id"]])
     return [row["id"] for row in rows]
 
 

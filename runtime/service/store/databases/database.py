@@ -44,9 +44,10 @@ class Transaction:
         return count
 
     def run_many(self, statement: str, values: Sequence[Mapping[str, Any]]) -> None:
-        """Run a statement that writes once for each of several sets of values."""
-        self._execute_many(statement, [checked(each) for each in values])
-        self.changes += len(values)
+        """Run a statement that writes once for each of some sets of values."""
+        if values:
+            self._execute_many(statement, [checked(each) for each in values])
+            self.changes += len(values)
 
     def rows(self, statement: str, **values: Any) -> list[Row]:
         """The rows that a query gives."""
@@ -163,13 +164,13 @@ class Database(ABC):
 
     @contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[Transaction]:
-        with self._errors():
+        with self.errors():
             connection, transaction = self._begin(writes=writes)
         is_done = False
         try:
-            with self._errors():
+            with self.errors():
                 yield transaction
-            with self._errors(is_unknown=writes):
+            with self.errors(is_unknown=writes):
                 connection.commit()
             is_done = True
         finally:
@@ -220,7 +221,8 @@ class Database(ABC):
         return before, before.at(self._clock() if self._clock else self.wall(transaction))
 
     @contextmanager
-    def _errors(self, *, is_unknown: bool = False) -> Iterator[None]:
+    def errors(self, *, is_unknown: bool = False) -> Iterator[None]:
+        """Turn errors of the database's library into those of the store."""
         try:
             yield
         except Exception as error:

@@ -59,7 +59,7 @@ class Postgres(Database):
         super().__init__("in Postgres", clock)
         self._url, self._busy_seconds = url, busy_seconds
         library = psycopg()
-        with self._errors():
+        with self.errors():
             named = library.conninfo.conninfo_to_dict(url)
             self.place = f"in the Postgres database {named.get('dbname', '')!r} at {named.get('host', 'localhost')}"
         self.prepare(migrate)
@@ -108,7 +108,7 @@ class Postgres(Database):
         transaction.rows(f"SELECT pg_notify('{CHANNEL}', '')")
 
     def news(self) -> News:
-        with self._errors():
+        with self.errors():
             return PostgresNews(self)
 
 
@@ -120,7 +120,7 @@ class PostgresNews(News):
         self._connection = self._listen()
 
     def wait(self, seconds: float) -> bool:
-        with self._database._errors():
+        with self._database.errors():
             try:
                 found = list(self._connection.notifies(timeout=seconds, stop_after=1))
                 found += self._connection.notifies(timeout=0) if found else []

@@ -43,7 +43,7 @@ class Sqlite(Database):
         super().__init__(str(path), clock)
         self._path = path.absolute()
         self._busy_seconds = busy_seconds
-        with self._errors():
+        with self.errors():
             self._create()
         self.prepare(migrate)
 
@@ -93,15 +93,14 @@ class Sqlite(Database):
         return time.time()
 
     def news(self) -> News:
-        with self._errors():
-            return SqliteNews(self.connect())
+        return SqliteNews(self)
 
 
 class SqliteNews(News):
     """Looks at the number that SQLite changes when another connection has committed."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, database: Sqlite) -> None:
+        self._database, self._connection = database, database.connect()
         self._version = self._look()
 
     def wait(self, seconds: float) -> bool:
@@ -118,7 +117,8 @@ class SqliteNews(News):
         self._connection.close()
 
     def _look(self) -> Any:
-        return self._connection.execute("PRAGMA data_version").fetchone()[0]
+        with self._database.errors():
+            return self._connection.execute("PRAGMA data_version").fetchone()[0]
 
 
 def primary(error: sqlite3.Error) -> int | None:

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.runtime.service.store.rig import Rig, broken_rules, claim, claimed, found, kinds, result, submission
+from wanforge.errors import RequestError
 from wanforge.runtime.service.job import Failure, Idempotency, State
 from wanforge.runtime.service.store.base import Quota, TurnedAwayError
 
@@ -121,6 +122,29 @@ def test_a_batch_is_added_whole_or_not_at_all(rig: Rig) -> None:
     batch = store.submit_batch([submission()] * 2, "batch_1")
     assert store.submit_batch([submission()] * 2, "batch_1") == batch
     assert store.census().states == {State.QUEUED: 3}
+    with pytest.raises(TurnedAwayError, match="somebody else's"):
+        store.submit_batch([submission("bob")], "batch_1")
+
+
+def test_cancelling_a_batch_reaches_all_of_it_and_nothing_else(rig: Rig) -> None:
+    store = rig.open()
+    alone = store.submit(submission("bob")).job
+    batch = store.submit_batch([submission(objects=("picture.png",))] * 3)
+    running = claimed(store)
+    store.cancel_batch(batch.id)
+    assert found(store, alone.id).state == State.QUEUED
+    assert found(store, running.id).cancel_requested
+    assert store.removable() == []
+    assert store.stopped(running.lease)
+    assert store.removable() == ["picture.png"]
+    assert store.cancel_batch("batch_0") is None
+    assert broken_rules(store) == []
+
+
+@pytest.mark.parametrize("priority", [-11, 11])
+def test_a_priority_is_bounded(priority: int) -> None:
+    with pytest.raises(RequestError, match="from -10 to 10"):
+        submission(priority=priority)
 
 
 def test_a_queued_job_is_cancelled_at_once(rig: Rig) -> None:
