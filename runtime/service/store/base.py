@@ -8,8 +8,8 @@ lost; it may be repeated, so that a worker that does not know whether it got thr
 from one use of the store to the next, never backwards, and by at most `LARGEST_STEP` at once. So a clock that is moved
 back or forward, a suspended machine and a service that was off for a night end no lease before its worker's next
 heartbeat, and a dead worker's lease ends after at most `Policy.lease_seconds` in which the store was in use. What the
-API shows, and when results and idempotency keys expire, follows the wall clock. After it has jumped, nothing expires
-until `SETTLING` seconds of running time have passed, so that a clock that is set right again expires nothing.
+API shows, and when results and idempotency keys expire, follows the wall clock. After it has jumped ahead, nothing
+expires until `SETTLING` seconds of running time have passed, so that a clock that is set right again expires nothing.
 
 **Order.** A free worker serves the owner that has the fewest jobs running, and among those the one that was served
 least recently. Of that owner's jobs it takes the one with the highest priority; a job that waits gains a level for each
@@ -30,9 +30,9 @@ from wanforge.runtime.service.job import Batch, Failure, Job, JobEvent, Lease, R
 LARGEST_STEP = 10.0
 """The most running time that passes between two uses of the store: two heartbeats, and a third of a lease."""
 SETTLING = 600.0
-"""Seconds of running time after a jump of the wall clock in which nothing expires."""
+"""Seconds of running time after the wall clock jumped ahead in which nothing expires."""
 SMALLEST_JUMP = 60.0
-"""Seconds by which the wall clock has to move between two uses of the store, in either direction, to have jumped."""
+"""Seconds by which the wall clock has to move ahead between two uses of the store to have jumped."""
 MOST_PASSES = 3
 """How often a job is passed over for jobs that a worker is warm for."""
 

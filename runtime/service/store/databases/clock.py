@@ -24,15 +24,14 @@ class StoreTime:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it has been long enough since the wall clock jumped for things to expire."""
+        """Whether it has been long enough since the wall clock jumped ahead for things to expire."""
         return self.running >= self.settled
 
     def at(self, wall: float) -> "StoreTime":
         """The time at the next use of the store."""
         passed = wall - self.wall
         running = self.running + min(max(passed, 0.0), LARGEST_STEP)
-        has_jumped = abs(passed) >= SMALLEST_JUMP
-        return StoreTime(wall, running, running + SETTLING if has_jumped else self.settled)
+        return StoreTime(wall, running, running + SETTLING if passed >= SMALLEST_JUMP else self.settled)
 
     def is_worth_writing(self, before: "StoreTime") -> bool:
         """Whether to write this time though nothing else is written. Otherwise, idle workers would wake each other."""

@@ -81,17 +81,18 @@ def test_a_level_of_priority_is_worth_a_minute_of_waiting(queue: list[tuple[int,
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(st.lists(OWNERS, min_size=1, max_size=20), st.lists(st.booleans(), min_size=30, max_size=30))
-def test_the_owner_with_the_fewest_jobs_running_is_next(queue: list[str], ends: list[bool]) -> None:
+@given(st.lists(OWNERS, min_size=6, max_size=20), st.lists(st.integers(-2, 5), min_size=30, max_size=30))
+def test_the_owner_with_the_fewest_jobs_running_is_next(queue: list[str], ends: list[int]) -> None:
+    """Each number is a claim if it is negative, and otherwise the place of a running job that ends."""
     with fresh_rig() as rig:
         store = rig.open()
         waiting, running = Counter(queue), Counter[str]()
         for owner in queue:
             store.submit(submission(owner))
         held: list[Job] = []
-        for is_ending in ends:
-            if is_ending and held:
-                job = held.pop(0)
+        for end in ends:
+            if end >= 0 and held:
+                job = held.pop(end % len(held))
                 store.complete(job.lease, result(job.id))
                 running[job.owner] -= 1
             elif next_job := claim(store):
@@ -107,6 +108,16 @@ def test_owners_take_turns(rig: Rig) -> None:
     for owner in ("ann", "ann", "ann", "bob", "bob", "cyd"):
         store.submit(submission(owner))
     assert [job.owner for job in started(store, prefer_warm=False)] == ["ann", "bob", "cyd", "ann", "bob", "ann"]
+
+
+def test_an_owner_whose_jobs_have_ended_is_next(rig: Rig) -> None:
+    store = rig.open()
+    for owner in ("ann", "bob", "ann", "bob"):
+        store.submit(submission(owner))
+    claimed(store)
+    job = claimed(store)
+    store.complete(job.lease, result(job.id))
+    assert claimed(store).owner == job.owner == "bob"
 
 
 def test_a_flood_of_urgent_jobs_holds_another_up_for_as_long_as_stated(rig: Rig) -> None:

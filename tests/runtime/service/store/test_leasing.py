@@ -97,6 +97,17 @@ def test_a_worker_that_is_silent_for_a_lease_loses_its_job(rig: Rig) -> None:
     assert broken_rules(store) == []
 
 
+def test_claims_end_leases_by_themselves(rig: Rig) -> None:
+    store = rig.open()
+    store.submit(submission())
+    lost = claimed(store, "w1")
+    for _ in range(5):
+        rig.clock.seconds += HEARTBEAT
+        assert claim(store, "w2") is None
+    rig.clock.seconds += HEARTBEAT
+    assert claimed(store, "w2").id == lost.id
+
+
 def test_a_worker_that_claims_its_own_job_again_has_another_lease(rig: Rig) -> None:
     store = rig.open()
     store.submit(submission())
