@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,19 @@ from pathlib import Path
 import pytest
 
 from tests.processes import start
-from tests.runtime.service.store.rig import BUNDLE, Rig, broken_rules, claim, claimed, found, result, submission
+from tests.runtime.service.store.rig import (
+    BUNDLE,
+    Rig,
+    StillClock,
+    broken_rules,
+    claim,
+    claimed,
+    found,
+    result,
+    submission,
+)
 from wanforge.runtime.service.job import Idempotency, State
-from wanforge.runtime.service.store.base import Policy, StoreError
+from wanforge.runtime.service.store.base import Policy, Receipt, StoreError
 from wanforge.runtime.service.store.databases.sqlite import Sqlite
 from wanforge.runtime.service.store.sql_store import SqlStore
 
@@ -148,23 +159,35 @@ def test_a_process_that_is_killed_between_statements_leaves_a_whole_store(rig: R
         assert {found(store, job).state for job in confirmed[state]} == {state}
 
 
+class SlowClock(StillClock):
+    """A clock that takes long enough for other threads to come in between."""
+
+    def __call__(self) -> float:
+        time.sleep(0.001)
+        return super().__call__()
+
+
 def test_a_key_is_used_once_by_eight_threads(rig: Rig) -> None:
+    rig.clock = SlowClock()
     store = rig.open()
     barrier = threading.Barrier(8)
-    receipts = []
+    receipts: dict[str, list[Receipt]] = defaultdict(list)
 
     def submit() -> None:
-        barrier.wait()
-        receipts.append(store.submit(submission(idempotency=Idempotency.of("k", b"body"))))
+        for key in "abcdefghij":
+            barrier.wait(20)
+            receipts[key].append(store.submit(submission(idempotency=Idempotency.of(key, b"body"))))
 
     threads = [threading.Thread(target=submit) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(receipt.is_new for receipt in receipts) == [False] * 7 + [True]
-    assert len({receipt.job.id for receipt in receipts}) == 1
-    assert store.census().states == {State.QUEUED: 1}
+    assert len(receipts) == 10
+    for of_a_key in receipts.values():
+        assert sorted(receipt.is_new for receipt in of_a_key) == [False] * 7 + [True]
+        assert len({receipt.job.id for receipt in of_a_key}) == 1
+    assert store.census().states == {State.QUEUED: 10}
 
 
 @pytest.mark.slow
