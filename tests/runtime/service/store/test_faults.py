@@ -174,7 +174,7 @@ def test_a_key_is_used_once_by_eight_threads(rig: Rig) -> None:
     receipts: dict[str, list[Receipt]] = defaultdict(list)
 
     def submit() -> None:
-        for key in "abcdefghij":
+        for key in "abcd":
             barrier.wait(20)
             receipts[key].append(store.submit(submission(idempotency=Idempotency.of(key, b"body"))))
 
@@ -183,11 +183,11 @@ def test_a_key_is_used_once_by_eight_threads(rig: Rig) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(receipts) == 10
+    assert len(receipts) == 4
     for of_a_key in receipts.values():
         assert sorted(receipt.is_new for receipt in of_a_key) == [False] * 7 + [True]
         assert len({receipt.job.id for receipt in of_a_key}) == 1
-    assert store.census().states == {State.QUEUED: 10}
+    assert store.census().states == {State.QUEUED: 4}
 
 
 @pytest.mark.slow
