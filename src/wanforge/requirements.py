@@ -70,4 +70,5 @@ def _is_needed(requirement: "Requirement", extra: str = "") -> bool:
 
 
 def _spelling(requirement: "Requirement") -> str:
-    return f"{requirement.name}{requirement.specifier}"
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"

@@ -23,6 +23,7 @@ METADATA = [
     "cuda-python>=12.9; extra == 'gpu'",
     "nvidia-ml-py>=12.535,<14; extra == 'gpu'",
     "diffusers==0.42.1; extra == 'dev'",
+    "psycopg[binary]>=3.2; extra == 'postgres'",
 ]
 
 
@@ -54,6 +55,7 @@ def test_an_extra_is_spelled_out_for_the_python_that_runs_this() -> None:
         ("cuda.bindings", "cuda-python>=12.9"),
         ("triton.language", "triton>=3.6"),
         ("diffusers", "diffusers==0.42.1"),
+        ("psycopg", "psycopg[binary]>=3.2"),
     ],
 )
 def test_a_package_is_found_by_its_name_or_a_module_of_it(name: str, package: str) -> None:
