@@ -68,6 +68,7 @@ class Postgres(Database):
         library = psycopg()
         row_factory = library.rows.dict_row
         connection = library.connect(self._url, autocommit=True, row_factory=row_factory, connect_timeout=10)
+        connection.prepare_threshold = None  # a prepared query would fail once a newer wanforge has added a column
         connection.execute(
             f"SET lock_timeout = {int(self._busy_seconds * 1000)};"
             f"SET statement_timeout = '{LARGEST_WAIT}s';"

@@ -64,3 +64,13 @@ def test_a_migration_that_fails_changes_nothing(rig: Rig, monkeypatch: pytest.Mo
             rig.open()
     assert version(rig) == 2
     run_script(rig, "CREATE TABLE more (n BIGINT)")
+
+
+def test_a_process_goes_on_while_a_newer_one_adds_a_column(rig: Rig) -> None:
+    store = rig.open()
+    job = store.submit(submission()).job
+    for _ in range(10):  # often enough for a library to keep the query
+        found(store, job.id)
+    run_script(rig, "ALTER TABLE jobs ADD COLUMN more BIGINT")
+    assert found(store, job.id) == job
+    assert store.complete(claimed(store).lease, DONE)
