@@ -11,7 +11,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected
-from wanforge.errors import RequestError
+from wanforge.errors import RequestError, concerning
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.steps import Step, schedule
@@ -114,21 +114,31 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     """Check everything that can be wrong with a request, including its files, before anything is computed.
 
     Raises:
-        RequestError, ConfigError: The request does not make sense for this model.
+        RequestError, ConfigError: The request does not make sense for this model. The error's `field` says which part.
     """
-    _check_image(request, model)
-    check_seed(request.seed)
-    ids = tokenizer.encode(request.prompt, model.dit.text_rows)
-    if request.topk is not None and not recipe.is_sparse:
-        raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
-    selected = num_selected(recipe, request.shape, model.topk, request.topk)
+    with concerning("image"):
+        _check_image(request, model)
+    with concerning("seed"):
+        check_seed(request.seed)
+    with concerning("prompt"):
+        ids = tokenizer.encode(request.prompt, model.dit.text_rows)
+    with concerning("topk"):
+        selected = _num_selected(request, model, recipe)
     sampler = model.sampler
     num_steps = sampler.steps if request.steps is None else request.steps
     sigma_max = sampler.sigma_max if request.sigma_max is None else request.sigma_max
-    checked = CheckedRequest(request, ids, schedule(num_steps, sigma_max, sampler.boundary), selected)
+    with concerning("steps"):
+        steps = schedule(num_steps, sigma_max, sampler.boundary)
+    checked = CheckedRequest(request, ids, steps, selected)
     if request.noise is not None:
         check_noise(request.noise, latent_shape(model, request.shape), checked.noise_names)
     return checked
+
+
+def _num_selected(request: Request, model: ModelConfig, recipe: Recipe) -> int:
+    if request.topk is not None and not recipe.is_sparse:
+        raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
+    return num_selected(recipe, request.shape, model.topk, request.topk)
 
 
 def check_seed(seed: int) -> None:

@@ -1,0 +1,205 @@
+"""The bundles that are served, and what their models allow: every request is checked here, before it is a job.
+
+Nothing here imports PyTorch.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.loading import Record
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
+from wanforge.errors import ConfigError, RequestError, concerning, unknown_name
+from wanforge.runtime.inputs.text import Tokenizer
+from wanforge.runtime.request import CheckedRequest, Request, check_request
+from wanforge.runtime.service.job import Job, Submission
+
+
+class Asked(Record, frozen=True, kw_only=True):
+    """The checked request of a job, as the job store keeps it and a worker reads it.
+
+    Attributes:
+        model: The name under which the bundle is served.
+        image: Name of the object that holds the first frame.
+        backend: The backend that was asked for; None if any will do.
+        topk: None for the model's own.
+        remixed_from: The job that this one is a variation of.
+        traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
+    """
+
+    model: str
+    recipe: str
+    prompt: str
+    width_px: int
+    height_px: int
+    frames: int
+    fps: int
+    seed: int
+    steps: int
+    topk: float | None = None
+    image: str | None = None
+    backend: str | None = None
+    remixed_from: str | None = None
+    traceparent: str | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> "Asked":
+        """The request of a job."""
+        return msgspec.convert(job.request, cls)
+
+    def request(self, image: Path | None) -> Request:
+        """The request for a pipeline.
+
+        Args:
+            image: The file of the first frame.
+        """
+        shape = ClipShape(self.width_px, self.height_px, self.frames)
+        return Request(self.prompt, shape, image, self.seed, self.steps, topk=self.topk)
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first frame to the last."""
+        return (self.frames - 1) / self.fps
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle that is served.
+
+    Attributes:
+        name: What clients call it.
+        fingerprint: Tells it from every other bundle, and from itself with other weights.
+    """
+
+    name: str
+    fingerprint: str
+    bundle: Bundle
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, root: Path, name: str = "") -> "Served":
+        """Open a bundle.
+
+        Raises:
+            BundleError: The folder is no bundle, or its tokenizer is missing or damaged.
+        """
+        bundle = Bundle.open(root)
+        return cls(name or bundle.model.name, fingerprint(bundle), bundle, Tokenizer(bundle.path(TOKENIZER)))
+
+    def frames(self, seconds: float | None, frames: int | None) -> int:
+        """The number of frames of a clip.
+
+        Args:
+            seconds: Its length, from which follows the nearest number of frames that the model can make.
+
+        Raises:
+            RequestError: Both are given.
+        """
+        video = self.bundle.model.video
+        if seconds is None:
+            return video.frames if frames is None else frames
+        if frames is not None:
+            raise RequestError("give seconds or frames, not both")
+        return 1 + 4 * max(0, round(seconds * video.fps / 4))
+
+    def check(self, asked: Asked, image: Path | None) -> CheckedRequest:
+        """Check a request with the model's own rules.
+
+        Raises:
+            RequestError, ConfigError: The model cannot do this; the error's `field` says which part of it.
+        """
+        return check_request(asked.request(image), self.bundle.model, self.bundle.recipe, self.tokenizer)
+
+    def submission(self, owner: str, asked: Asked, **more: Any) -> Submission:
+        """The job for a checked request.
+
+        Args:
+            more: Other fields of the submission.
+        """
+        return Submission(
+            owner=owner,
+            bundle=self.fingerprint,
+            shape=f"{asked.width_px}x{asked.height_px}x{asked.frames}",
+            steps=asked.steps,
+            request=msgspec.to_builtins(asked),
+            objects=() if asked.image is None else (asked.image,),
+            **more,
+        )
+
+
+class Catalogue:
+    """All bundles that are served, the first of which is the default.
+
+    Raises:
+        ConfigError: Two bundles have the same name.
+    """
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        self.served = list(served)
+        names = [each.name for each in self.served]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"two bundles would be served as {name!r}; give one of them another name in [[bundles]]"
+                )
+
+    @classmethod
+    def open(cls, places: Sequence[tuple[str, Path]]) -> "Catalogue":
+        """Open bundles, each given by its name and its folder. Where a name is empty, the model's name is used, with the
+        recipe's behind it if several bundles have that model."""
+        found = [(name, Served.open(root)) for name, root in places]
+        models = [served.bundle.model.name for _, served in found]
+        named = []
+        for name, served in found:
+            model, recipe = served.bundle.model.name, served.bundle.recipe.name
+            usual = model if models.count(model) == 1 else f"{model}-{recipe}"
+            named.append(Served(name or usual, served.fingerprint, served.bundle, served.tokenizer))
+        return cls(named)
+
+    def find(self, name: str | None, recipe: str | None) -> Served:
+        """The bundle that a client means by a name, or a model's name, and a recipe.
+
+        Raises:
+            RequestError: There is none.
+        """
+        if name is None and recipe is None:
+            return self.served[0]
+        with concerning("model"):
+            known = [each for each in self.served if name in (None, each.name, each.bundle.model.name)]
+            if not known:
+                raise RequestError(unknown_name("model", name or "", [each.name for each in self.served]))
+        with concerning("recipe"):
+            for each in known:
+                if recipe in (None, each.bundle.recipe.name):
+                    return each
+            recipes = sorted({each.bundle.recipe.name for each in known})
+            raise RequestError(unknown_name("recipe of this model", recipe or "", recipes))
+
+    def by_fingerprint(self, found: str) -> Served | None:
+        """The bundle with a fingerprint, if it is still served."""
+        return next((each for each in self.served if each.fingerprint == found), None)
+
+
+def fingerprint(bundle: Bundle) -> str:
+    """A hash of a bundle's model, recipe and weights. Graphs and engines do not count, so building more of them leaves
+    queued jobs as they are."""
+    files = {
+        n: record.sha256 for n, record in bundle.manifest.files.items() if n.startswith(("weights/", "tokenizer/"))
+    }
+    whole = msgspec.json.encode([bundle.model, bundle.recipe, files], order="deterministic")
+    return hashlib.sha256(whole).hexdigest()[:16]
+
+
+def drawn_seed() -> int:
+    """A seed for a request that names none. It is short enough for JavaScript's numbers."""
+    return secrets.randbelow(1 << 32)
+
+
+def names(served: Collection[Served]) -> list[str]:
+    return [each.name for each in served]

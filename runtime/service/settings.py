@@ -1,0 +1,116 @@
+"""The settings of the service: a TOML file, and what the command line changes in it."""
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from wanforge.configs.loading import Count, Positive, Record, load
+from wanforge.errors import ConfigError
+from wanforge.runtime.service.store.base import Policy
+
+MEGABYTE = 1_000_000
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class ServedBundle(Record, frozen=True):
+    """A bundle to serve.
+
+    Attributes:
+        path: Its folder; a relative one starts from the settings file's.
+        name: What clients call it; the model's name by default.
+    """
+
+    path: str
+    name: str = ""
+
+
+class Limits(Record, frozen=True, kw_only=True):
+    """What clients may ask for.
+
+    Attributes:
+        body_megabytes: Size of a request, with its image.
+        batch_megabytes: Size of a batch's file, and `batch_lines`, its length.
+        image_megapixels: Size of a picture once it is unpacked.
+        clip_frames: Length of a clip.
+        clip_megapixels: Size of a clip's frame.
+        requests_per_second: How often one API key may ask, on average; as many as `burst` may come at once.
+        streams: How many event streams one API key may have open.
+    """
+
+    body_megabytes: Positive = 20.0
+    batch_megabytes: Positive = 20.0
+    batch_lines: Count = 10_000
+    image_megapixels: Positive = 50.0
+    clip_frames: Count = 1025
+    clip_megapixels: Positive = 4.0
+    requests_per_second: Positive = 50.0
+    burst: Count = 200
+    streams: Count = 100
+
+
+class ServeSettings(Record, frozen=True, kw_only=True):
+    """All settings of `wanforge serve`.
+
+    Attributes:
+        host, port: Where to listen. Port 0 takes a free one.
+        data: The folder of the job store and the results.
+        store: A Postgres URL, in place of the file of SQLite in `data`.
+        results: ``s3://bucket/prefix``, in place of a folder in `data`.
+        workers: How many processes make clips; by default one for each GPU, or one on a CPU.
+        backend: The backend that they use.
+        logs_prompts: Whether prompts appear in logs.
+        policy: The rules of the job store.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    data: str = "service"
+    store: str = ""
+    results: str = ""
+    workers: Annotated[int, Meta(ge=0, le=1024)] = 0
+    backend: str = "auto"
+    logs: Literal["text", "json"] = "text"
+    logs_prompts: bool = False
+    bundles: tuple[ServedBundle, ...] = ()
+    limits: Limits = Limits()
+    policy: Policy = Policy()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_settings(path: Path) -> ServeSettings:
+    """Read a settings file; paths in it start from its folder.
+
+    Raises:
+        ConfigError: It is missing, or has a key or a value that is not known.
+    """
+    found = load(path, ServeSettings)
+    folder = path.resolve().parent
+    bundles = tuple(msgspec.structs.replace(each, path=str(folder / each.path)) for each in found.bundles)
+    return msgspec.structs.replace(found, data=str(folder / found.data), bundles=bundles)
+
+
+def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
+    """Refuse settings that nobody should run.
+
+    Raises:
+        ConfigError: Other machines could use the server without a key.
+    """
+    if not settings.is_loopback and not has_keys:
+        raise ConfigError(
+            f"{settings.host} can be reached from other machines, and there are no API keys, so anybody could use this "
+            f"server; make one with: wanforge serve keys add NAME --data {settings.data}"
+        )
+    if not settings.bundles:
+        raise ConfigError("there is nothing to serve; name a bundle: wanforge serve BUNDLE")

@@ -1,0 +1,133 @@
+"""The body of a submission, as JSON or as a form, and the picture that comes with it."""
+
+import base64
+import binascii
+import io
+import json
+from typing import Any
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+
+from wanforge.errors import RequestError
+from wanforge.runtime.service.settings import MEGABYTE, Limits
+from wanforge.runtime.service.web.errors import ApiError, invalid, validation_error
+from wanforge.runtime.service.web.schema import VideoRequest
+
+JSON, FORMS = "application/json", ("multipart/form-data", "application/x-www-form-urlencoded")
+MOST_FIELDS = 32
+DEEPEST = 8
+"""How deep the values of a JSON body may be nested."""
+PICTURE = "input_reference"
+"""The field of the first frame."""
+
+
+def described() -> dict[str, Any]:
+    """The body in the OpenAPI document."""
+    as_json = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    as_form = json.loads(json.dumps(as_json))
+    as_form["properties"][PICTURE] = {
+        "type": "string",
+        "format": "binary",
+        "description": "The first frame, for image-to-video models.",
+    }
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": as_json}, FORMS[0]: {"schema": as_form}}}}
+
+
+async def video_request(request: Request, limits: Limits) -> tuple[VideoRequest, bytes | None]:
+    """What a client asks for, and the bytes of its picture.
+
+    Raises:
+        ApiError: The body is too large, no JSON object and no form, or a field of it is unknown or wrong.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in FORMS:
+        return await _of_form(request, limits)
+    if kind != JSON:
+        raise ApiError(415, "unknown_content_type", f"send {JSON} or {FORMS[0]}, not {kind or 'a body without a type'}")
+    return of_json(await request.body())
+
+
+def of_json(body: bytes) -> tuple[VideoRequest, bytes | None]:
+    """What a JSON object asks for."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_body", f"the body is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "invalid_body", "the body is JSON, but no object")
+    asked = _validated(json.dumps(found), None)
+    return asked, None if asked.input_reference is None else of_data_url(asked.input_reference)
+
+
+async def _of_form(request: Request, limits: Limits) -> tuple[VideoRequest, bytes | None]:
+    most = int(limits.body_megabytes * MEGABYTE)
+    fields: dict[str, Any] = {}
+    picture: bytes | None = None
+    async with request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=most) as form:
+        for name, value in form.multi_items():
+            if name in fields or (name == PICTURE and picture is not None):
+                raise invalid(name, f"{name} is given twice", "duplicate_field")
+            if isinstance(value, UploadFile):
+                if name != PICTURE:
+                    raise invalid(name, f"{name} is no file; only {PICTURE} is", "unknown_field")
+                picture = await value.read()
+            elif name == PICTURE:
+                picture = of_data_url(value)
+            else:
+                fields[name] = value
+    return _validated(None, fields), picture
+
+
+def _validated(text: str | None, fields: dict[str, Any] | None) -> VideoRequest:
+    try:
+        if text is not None:
+            return VideoRequest.model_validate_json(text, strict=True)
+        return VideoRequest.model_validate(fields)
+    except ValidationError as error:
+        raise validation_error(error.errors()[0]) from None
+
+
+def of_data_url(text: str) -> bytes:
+    """The bytes of a data URL.
+
+    Raises:
+        ApiError: It is another URL, or damaged.
+    """
+    head, comma, data = text.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise invalid(
+            PICTURE, "give a picture as a file of a form, or as data:image/png;base64,…; this server fetches no URLs"
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid(PICTURE, "the data URL is no valid base64") from None
+
+
+def redrawn(picture: bytes, limits: Limits) -> bytes:
+    """A picture decoded and encoded again as PNG, so that nothing but its pixels is kept.
+
+    Raises:
+        ApiError: It is no picture, damaged or too large.
+    """
+    from PIL import Image
+
+    from wanforge.runtime.inputs.image import open_image
+
+    most = int(limits.image_megapixels * MEGABYTE)
+    try:
+        with Image.open(io.BytesIO(picture)) as opened:
+            if opened.width * opened.height > most:
+                raise invalid(PICTURE, f"the picture has {opened.width}x{opened.height} pixels, more than {most:,}")
+            pixels = open_image(opened)
+    except ApiError:
+        raise
+    except RequestError as error:
+        raise invalid(PICTURE, str(error)) from None
+    except Exception as error:  # decoders raise exceptions of many types
+        raise invalid(PICTURE, f"not a picture in a format that Pillow reads ({error})") from None
+    encoded = io.BytesIO()
+    pixels.save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()

@@ -1,0 +1,135 @@
+"""Errors of the API in the form that clients of OpenAI's API know, each with a stable code."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from wanforge.errors import WanforgeError
+from wanforge.runtime.service.store.base import StoreError, TurnedAwayError
+
+STATUS = {
+    "queue_full": 429,
+    "too_many_queued": 429,
+    "idempotency_conflict": 409,
+    "batch_empty": 400,
+    "object_gone": 409,
+    "job_active": 409,
+    "unknown_job": 404,
+}
+"""The HTTP status of each code with which the store turns a client away."""
+BUSY_SECONDS = 5
+"""After how many seconds to try again when the store is out of order."""
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         405: "invalid_request_error", 409: "conflict_error", 410: "not_found_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 416: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong.
+
+    Attributes:
+        param: The field that is wrong.
+        code: A stable word for programs; docs/serving.md lists them.
+    """
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetails
+
+
+class ApiError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return error_response(self.status, self.code, str(self), param=self.param, headers=headers)
+
+
+def error_response(
+    status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    details = ErrorDetails(message=message, type=kind, param=param, code=code)
+    return JSONResponse(ErrorBody(error=details).model_dump(), status, headers)
+
+
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """The error for a field with a wrong value."""
+    return ApiError(400, code, message, param)
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """Let what the model's rules say of a value be an error of a field."""
+    try:
+        yield
+    except WanforgeError as error:
+        raise invalid(error.field or param, str(error)) from None
+
+
+def install(app: FastAPI) -> None:
+    """Answer every failure in the same form."""
+
+    @app.exception_handler(ApiError)
+    async def of_the_api(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(TurnedAwayError)
+    async def turned_away(request: Request, error: TurnedAwayError) -> JSONResponse:
+        return ApiError(STATUS[error.code], error.code, str(error), retry_after=error.retry_after).response()
+
+    @app.exception_handler(StoreError)
+    async def of_the_store(request: Request, error: StoreError) -> JSONResponse:
+        return ApiError(503, error.code, str(error), retry_after=BUSY_SECONDS).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return validation_error(first).response()
+
+    @app.exception_handler(HTTPException)
+    async def of_the_framework(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 400: "invalid_body"}
+        name = code.get(error.status_code, "invalid_request")
+        return error_response(error.status_code, name, str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return error_response(500, "internal_error", "the server failed; the log of the server says why")
+
+
+def validation_error(found: Any) -> ApiError:
+    """What pydantic says of a field.
+
+    Args:
+        found: One of the errors of a ValidationError.
+    """
+    place = [str(part) for part in found["loc"] if part not in ("body", "query", "path", "header")]
+    param = place[0] if place else None
+    kind = found["type"]
+    if kind == "extra_forbidden":
+        return invalid(param, f"there is no field {param!r}", "unknown_field")
+    if kind == "missing":
+        return invalid(param, f"{param} is missing", "missing_field")
+    if kind in ("json_invalid", "model_type"):
+        return ApiError(400, "invalid_body", f"the body is no JSON object: {found['msg']}")
+    return invalid(param, f"{param}: {found['msg']}")

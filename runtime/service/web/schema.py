@@ -1,0 +1,165 @@
+"""The objects of the API, as its OpenAPI document describes them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from wanforge.runtime.request import SEEDS
+from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
+
+LONGEST_PROMPT = 20_000
+"""Characters of a prompt; far more than the text encoder's 512 tokens."""
+LONGEST_NAME = 200
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PROMPT)]
+
+
+def _seconds(value: Any) -> Any:
+    """The API has always had seconds as a string, and clients send numbers all the same."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class VideoRequest(BaseModel):
+    """What a clip is to be. Fields that are left out have the model's defaults."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Prompt = Field(description="What the clip shows, in English.")
+    model: Name | None = Field(None, description="A name of `GET /v1/models`; the first of them by default.")
+    size: Name | None = Field(None, description="`832x480`, or a resolution such as `480p`.", examples=["832x480"])
+    aspect: Name | None = Field(None, description="With a resolution: 1:1, 4:3, 3:4, 16:9 or 9:16.")
+    seconds: Annotated[
+        Annotated[str, StringConstraints(pattern=r"^\d{1,4}(\.\d{1,6})?$")] | None, BeforeValidator(_seconds)
+    ] = Field(None, description="Length of the clip; the nearest that the model can make.", examples=["5"])
+    frames: Annotated[int, Field(ge=1, le=100_000)] | None = Field(None, description="Its length in frames, 4n+1.")
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = Field(None, description="Seed of the noise; drawn by default.")
+    steps: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="Number of sampling steps.")
+    topk: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
+        None, description="Share of the key blocks that attention sees."
+    )
+    recipe: Name | None = Field(None, description="The recipe, if the model is served in several.")
+    backend: Name | None = Field(None, description="The backend, if only one will do.")
+    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = Field(
+        0, description="Higher is sooner, among your own jobs."
+    )
+    negative_prompt: Literal[""] | None = Field(
+        None, description="These models are distilled without guidance and know no negative prompts."
+    )
+    input_reference: str | None = Field(
+        None,
+        description="The first frame, for image-to-video models: a file of a form, or a data URL "
+        "(`data:image/png;base64,…`).",
+    )
+
+
+class Problem(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A job, and the clip that it makes."""
+
+    id: str
+    object: Literal["video"] = "video"
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled", "expired"]
+    progress: Annotated[int, Field(ge=0, le=100)]
+    created_at: int
+    started_at: int | None
+    completed_at: int | None
+    expires_at: int | None
+    model: str
+    prompt: str
+    size: str
+    seconds: str
+    remixed_from_video_id: str | None
+    error: Problem | None
+    frames: int
+    seed: int | None
+    steps: int
+    topk: float | None
+    recipe: str
+    backend: str | None = Field(description="The backend that made the clip, or that was asked for.")
+    priority: int
+    attempt: int
+    stage: str | None = Field(description="What is being computed: text, condition, step 1, …, decode.")
+    queue_position: int | None = Field(description="About how many jobs will start before this one.")
+    estimated_seconds: float | None = Field(
+        description="About how long until it is done, from earlier jobs of its kind here."
+    )
+    timings: dict[str, float] | None = Field(description="Seconds that each stage took.")
+    batch_id: str | None
+
+
+class VideoList(BaseModel):
+    """A page of a list of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """The answer to a deletion."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["wanforge"] = "wanforge"
+    task: Literal["t2v", "i2v"]
+    recipe: str
+    size: str
+    frames: int
+    fps: int
+    steps: int
+    topk: float | None
+    sizes: list[str] = Field(description="Resolutions of the table, as pixels at 16:9.")
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class BatchCounts(BaseModel):
+    """How many jobs of a batch are in each state."""
+
+    queued: int
+    in_progress: int
+    completed: int
+    failed: int
+    cancelled: int
+    expired: int
+
+
+class VideoBatch(BaseModel):
+    """Many jobs that were submitted together."""
+
+    id: str
+    object: Literal["video.batch"] = "video.batch"
+    status: Literal["in_progress", "completed"]
+    created_at: int
+    total: int
+    counts: BatchCounts
+
+
+class Ready(BaseModel):
+    """Whether jobs can be made, and if not, why."""
+
+    ready: bool
+    reasons: list[str]

@@ -1,0 +1,82 @@
+"""What happens to a job, as server-sent events that can be taken up again where they broke off."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import StreamingResponse
+
+from wanforge.runtime.service.job import JobEvent, State
+from wanforge.runtime.service.web.access import Reader
+from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.state import Service, service_of
+from wanforge.runtime.service.web.videos import JobId, errors, found
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
+
+KEEP_ALIVE = 15.0
+"""Seconds after which a comment is sent, so that no proxy closes a quiet stream."""
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+TEXT = {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+
+
+@router.get(
+    "/{video_id}/events",
+    response_class=StreamingResponse,
+    responses={200: TEXT, **errors(404)},
+    operation_id="stream_video_events",
+)
+async def events(
+    request: Request,
+    video_id: JobId,
+    caller: Reader,
+    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
+) -> StreamingResponse:
+    """The events of a video from the first one, or from the one after `Last-Event-ID`. The stream ends with the job."""
+    service = service_of(request)
+    await service.in_thread(found, service, caller, video_id)
+    if service.streams[caller.id] >= service.settings.limits.streams:
+        raise ApiError(429, "too_many_streams", "too many event streams are open; close some", retry_after=5)
+    return StreamingResponse(
+        told(service, caller.id, video_id, int(last_event_id or 0)), media_type="text/event-stream", headers=HEADERS
+    )
+
+
+async def told(service: Service, key: str, job: str, last: int) -> AsyncIterator[str]:
+    """The text of a stream."""
+    service.streams[key] += 1
+    try:
+        edition = service.newsroom.edition
+        yield "retry: 1000\n\n"
+        while not service.newsroom.is_closed:
+            some = await service.in_thread(service.store.events, job, last)
+            for each in some:
+                yield text_of(each)
+                last = each.sequence
+            if some and is_last(some[-1]):
+                return
+            if not some and await service.in_thread(has_ended, service, job):
+                return
+            now = await service.newsroom.wait(edition, KEEP_ALIVE)
+            if now == edition:
+                yield ": still here\n\n"
+            edition = now
+    finally:
+        service.streams[key] -= 1
+
+
+def has_ended(service: Service, job: str) -> bool:
+    """Whether nothing more will happen to a job, whose events may have been forgotten."""
+    found = service.store.get(job)
+    return found is None or found.state.is_terminal
+
+
+def is_last(event: JobEvent) -> bool:
+    return event.kind in {state.value for state in State if state.is_terminal}
+
+
+def text_of(event: JobEvent) -> str:
+    """An event as the stream has it."""
+    data = {"kind": event.kind, "at": event.created_at, **event.data}
+    return f"id: {event.sequence}\nevent: {event.kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"

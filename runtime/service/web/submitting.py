@@ -1,0 +1,96 @@
+"""From a request of the API to a job: every rule of the model and of the server is applied here."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+
+from wanforge.configs.clip import ClipShape, size_of
+from wanforge.errors import RequestError, unknown_name
+from wanforge.runtime.backends import BACKENDS
+from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
+from wanforge.runtime.service.settings import MEGABYTE, Limits
+from wanforge.runtime.service.web.body import PICTURE, redrawn
+from wanforge.runtime.service.web.errors import about, invalid
+from wanforge.runtime.service.web.schema import VideoRequest
+
+
+def checked(catalogue: Catalogue, limits: Limits, wanted: VideoRequest, picture: bytes | None) -> tuple[Served, Asked]:
+    """The bundle and the checked request for what a client asks for. The picture is not stored yet, so the request does
+    not name it.
+
+    Raises:
+        ApiError: A field is wrong; the error names it.
+    """
+    with about("model"):
+        served = catalogue.find(wanted.model, wanted.recipe)
+    model = served.bundle.model
+    shape = shape_of(served, limits, wanted)
+    if wanted.backend is not None and wanted.backend not in BACKENDS:
+        raise invalid("backend", unknown_name("backend", wanted.backend, BACKENDS))
+    asked = Asked(
+        model=served.name,
+        recipe=served.bundle.recipe.name,
+        prompt=wanted.prompt,
+        width_px=shape.width_px,
+        height_px=shape.height_px,
+        frames=shape.frames,
+        fps=model.video.fps,
+        seed=drawn_seed() if wanted.seed is None else wanted.seed,
+        steps=model.sampler.steps if wanted.steps is None else wanted.steps,
+        topk=wanted.topk,
+        backend=wanted.backend,
+    )
+    with about("prompt"), kept(picture) as path:
+        if path is None and model.task == "i2v":
+            raise invalid(PICTURE, f"{served.name} starts from a picture; send one as {PICTURE}", "missing_field")
+        if path is not None and model.task != "i2v":
+            raise invalid(PICTURE, f"{served.name} takes no picture; leave {PICTURE} out")
+        served.check(asked, path)
+    return served, asked
+
+
+def shape_of(served: Served, limits: Limits, wanted: VideoRequest) -> ClipShape:
+    """The size and length of the clip."""
+    video = served.bundle.model.video
+    with about("seconds" if wanted.seconds is not None else "frames"):
+        frames = served.frames(None if wanted.seconds is None else float(wanted.seconds), wanted.frames)
+        if frames > limits.clip_frames:
+            raise RequestError(f"{frames} frames are more than this server makes, which is {limits.clip_frames}")
+        ClipShape(*video.size_wh, frames)
+    with about("aspect"):
+        if wanted.aspect is not None and (wanted.size is None or "x" in wanted.size):
+            raise RequestError("aspect chooses a size of the resolution table; give size with it, such as 480p")
+    with about("size"):
+        width, height = video.size_wh if wanted.size is None else size_of(wanted.size, wanted.aspect or "16:9")
+        if width * height > limits.clip_megapixels * MEGABYTE:
+            raise RequestError(
+                f"{width}x{height} is more than this server makes: {limits.clip_megapixels:g} megapixels"
+            )
+        return ClipShape(width, height, frames)
+
+
+@contextmanager
+def kept(picture: bytes | None) -> Iterator[Path | None]:
+    """A picture as a file, as long as the ``with`` block runs."""
+    if picture is None:
+        yield None
+        return
+    with TemporaryDirectory(prefix="wanforge-") as folder:
+        path = Path(folder) / "picture.png"
+        path.write_bytes(picture)
+        yield path
+
+
+def prepared(
+    catalogue: Catalogue, limits: Limits, wanted: VideoRequest, picture: bytes | None
+) -> tuple[Served, Asked, bytes | None]:
+    """`checked`, with the picture as it is to be stored."""
+    drawn = None if picture is None else redrawn(picture, limits)
+    served, asked = checked(catalogue, limits, wanted, drawn)
+    if drawn is not None:
+        asked = msgspec.structs.replace(asked, image=f"{secrets.token_hex(16)}.png")
+    return served, asked, drawn

@@ -1,0 +1,80 @@
+"""A job as the API tells of it, with its place in the queue and when it will be done."""
+
+import time
+from statistics import median
+
+from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.job import Job, State
+from wanforge.runtime.service.store.base import DurationKey
+from wanforge.runtime.service.web.schema import Problem, Video
+from wanforge.runtime.service.web.state import Service
+
+SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 5000
+"""How long clients should wait between two looks, while a job runs and while it is queued."""
+
+
+def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
+    """A job as an object of the API.
+
+    Args:
+        with_place: Whether to look up its place in the queue and how long it will take.
+    """
+    asked = Asked.of(job)
+    position = service.store.position(job.id) if with_place and job.state is State.QUEUED else None
+    details = {} if job.result is None else job.result.details
+    return Video(
+        id=job.id,
+        status=job.state.value,
+        progress=100 if job.state is State.COMPLETED else min(99, job.progress),
+        created_at=int(job.created_at),
+        started_at=whole(job.started_at),
+        completed_at=whole(job.completed_at),
+        expires_at=whole(job.expires_at),
+        model=asked.model,
+        prompt=asked.prompt,
+        size=f"{asked.width_px}x{asked.height_px}",
+        seconds=f"{asked.seconds:g}",
+        remixed_from_video_id=asked.remixed_from,
+        error=None if job.error is None else Problem(code=job.error.code, message=job.error.message),
+        frames=asked.frames,
+        seed=asked.seed,
+        steps=asked.steps,
+        topk=asked.topk,
+        recipe=asked.recipe,
+        backend=asked.backend if job.result is None else job.result.backend,
+        priority=job.priority,
+        attempt=job.attempt,
+        stage=job.stage if job.state is State.IN_PROGRESS else None,
+        queue_position=position,
+        estimated_seconds=estimated(service, job, position) if with_place else None,
+        timings=details.get("timings"),
+        batch_id=job.batch,
+    )
+
+
+def estimated(service: Service, job: Job, position: int | None) -> float | None:
+    """About how many seconds until a job is done, if jobs of its kind were made before.
+
+    The jobs ahead of it are taken to last as long as it does.
+    """
+    if job.state.is_terminal:
+        return None
+    usual = service.store.durations(DurationKey(job.bundle, job.shape, job.steps))
+    if not usual:
+        return None
+    each = median(usual)
+    if job.state is State.IN_PROGRESS:
+        return round(each * (1 - job.progress / 100), 1)
+    return round(each * (1 + (position or 0) / max(1, service.makers())), 1)
+
+
+def poll_after_ms(job: Job) -> int:
+    """When a client should look again."""
+    if job.state is State.IN_PROGRESS:
+        return SOON_MS
+    waited = 1000 * (time.time() - job.created_at)
+    return int(min(LATEST_MS, max(LATER_MS, waited / 10)))
+
+
+def whole(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds)

@@ -1,0 +1,162 @@
+"""The routes of videos: submit, look, list, cancel, delete, and download."""
+
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+
+from wanforge.runtime.service.job import Idempotency, Job, State
+from wanforge.runtime.service.store.base import ApiKey, JobFilter
+from wanforge.runtime.service.web import body, submitting
+from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by
+from wanforge.runtime.service.web.errors import ApiError, ErrorBody
+from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList
+from wanforge.runtime.service.web.state import Service, service_of
+from wanforge.runtime.service.web.telling import poll_after_ms, told
+
+router = APIRouter(prefix="/v1/videos", tags=["videos"])
+
+JobId = Annotated[str, Path(max_length=100, description="Id of a video.")]
+TRACEPARENT = r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words}
+    for status, words in {
+        400: "A field is wrong.",
+        401: "No valid API key.",
+        403: "The API key may not do this.",
+        404: "There is no such video.",
+        409: "The video is in another state.",
+        410: "The result has expired.",
+        413: "The body is too large.",
+        415: "The body is of an unknown type.",
+        416: "The file has no such range.",
+        429: "Too many requests or jobs; try again after Retry-After.",
+        503: "The server cannot do this now; try again after Retry-After.",
+    }.items()
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors in the OpenAPI document of a route: these, and those that every route has."""
+    return {status: ERRORS[status] for status in (*statuses, 400, 401, 403, 429, 503)}
+
+
+@router.post(
+    "",
+    response_model=Video,
+    responses=errors(409, 413, 415),
+    openapi_extra=body.described(),
+    operation_id="create_video",
+)
+async def create(
+    request: Request,
+    response: Response,
+    caller: Writer,
+    idempotency_key: Annotated[
+        str | None, Header(max_length=255, min_length=1, description="Repeating a request with it makes no second job.")
+    ] = None,
+    traceparent: Annotated[str | None, Header(max_length=100)] = None,
+) -> Video:
+    """Submit a video. The answer comes at once; the video is made when its turn comes."""
+    service = service_of(request)
+    wanted, picture = await body.video_request(request, service.settings.limits)
+    key = None
+    if idempotency_key is not None:
+        key = Idempotency.of(idempotency_key, msgspec.json.encode([wanted.model_dump(), picture]))
+    job = await service.in_thread(submit, service, caller, wanted, picture, key, traceparent)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
+    return await service.in_thread(told, service, job)
+
+
+def submit(
+    service: Service,
+    caller: ApiKey,
+    wanted: body.VideoRequest,
+    picture: bytes | None,
+    key: Idempotency | None,
+    traceparent: str | None,
+) -> Job:
+    """Check a request, store its picture, and submit it."""
+    served, asked, drawn = submitting.prepared(service.catalogue, service.settings.limits, wanted, picture)
+    asked = msgspec.structs.replace(asked, traceparent=traceparent)
+    if drawn is not None and asked.image is not None:
+        service.objects.put(asked.image, drawn)
+    submission = served.submission(caller.owner, asked, priority=wanted.priority, idempotency=key)
+    return service.store.submit(submission).job
+
+
+@router.get("", response_model=VideoList, responses=errors(404), operation_id="list_videos")
+async def listed(
+    request: Request,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(max_length=100)] = None,
+    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    status: Annotated[State | None, Query()] = None,
+    batch: Annotated[str | None, Query(max_length=100)] = None,
+) -> VideoList:
+    """The caller's videos, latest first."""
+    service = service_of(request)
+    states = () if status is None else (status,)
+    which = JobFilter(
+        owner=owner_seen_by(caller),
+        states=states,
+        batch=batch,
+        after=after,
+        limit=limit,
+        order=order,  # type: ignore[arg-type]
+    )
+    page = await service.in_thread(service.store.jobs, which)
+    data = await service.in_thread(lambda: [told(service, job, with_place=False) for job in page.jobs])
+    ids = [each.id for each in data]
+    return VideoList(
+        data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=page.has_more
+    )
+
+
+@router.get("/{video_id}", response_model=Video, responses=errors(404), operation_id="retrieve_video")
+async def retrieve(request: Request, response: Response, video_id: JobId, caller: Reader) -> Video:
+    """A video as it is now. The header `openai-poll-after-ms` says when it is worth looking again."""
+    service = service_of(request)
+    job = await service.in_thread(found, service, caller, video_id)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
+    return await service.in_thread(told, service, job)
+
+
+@router.post("/{video_id}/cancel", response_model=Video, responses=errors(404), operation_id="cancel_video")
+async def cancel(request: Request, video_id: JobId, caller: Writer) -> Video:
+    """Cancel a video. One that is being made stops at its next launch. One that has ended stays as it is."""
+    service = service_of(request)
+    await service.in_thread(found, service, caller, video_id)
+    job = await service.in_thread(service.store.cancel, video_id)
+    if job is None:
+        raise absent(video_id)
+    return await service.in_thread(told, service, job)
+
+
+@router.delete("/{video_id}", response_model=VideoDeleted, responses=errors(404, 409), operation_id="delete_video")
+async def delete(request: Request, video_id: JobId, caller: Writer) -> VideoDeleted:
+    """Delete a video with its files. One that is queued is cancelled; one that is being made has to be cancelled first."""
+    service = service_of(request)
+    job = await service.in_thread(found, service, caller, video_id)
+    if job.state is State.QUEUED:
+        await service.in_thread(service.store.cancel, video_id)
+    if not await service.in_thread(service.store.delete, video_id):
+        raise absent(video_id)
+    return VideoDeleted(id=video_id)
+
+
+def found(service: Service, caller: ApiKey, video_id: str) -> Job:
+    """A job that the caller may see.
+
+    Raises:
+        ApiError: There is none.
+    """
+    job = service.store.get(video_id)
+    if job is None or owner_seen_by(caller) not in (None, job.owner):
+        raise absent(video_id)
+    return job
+
+
+def absent(video_id: str) -> ApiError:
+    return ApiError(404, "not_found", f"there is no video {video_id[:100]!r}")
