@@ -5,7 +5,7 @@ Nothing here imports PyTorch.
 
 import hashlib
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +151,10 @@ class Catalogue:
 
     @classmethod
     def open(cls, places: Sequence[tuple[str, Path]]) -> "Catalogue":
-        """Open bundles, each given by its name and its folder. Where a name is empty, the model's name is used, with the
-        recipe's behind it if several bundles have that model."""
+        """Open bundles, each given by its name and its folder.
+
+        Where a name is empty, the model's name is used, with the recipe's behind it if several bundles have that model.
+        """
         found = [(name, Served.open(root)) for name, root in places]
         models = [served.bundle.model.name for _, served in found]
         named = []
@@ -199,7 +201,3 @@ def fingerprint(bundle: Bundle) -> str:
 def drawn_seed() -> int:
     """A seed for a request that names none. It is short enough for JavaScript's numbers."""
     return secrets.randbelow(1 << 32)
-
-
-def names(served: Collection[Served]) -> list[str]:
-    return [each.name for each in served]

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from wanforge.runtime.service.web.access import Admin
+from wanforge.runtime.service.web.figures import figures
 from wanforge.runtime.service.web.schema import Ready
 from wanforge.runtime.service.web.state import service_of
 from wanforge.runtime.service.web.videos import errors
@@ -35,5 +36,5 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request, caller: Admin) -> Response:
     """Figures in the format of Prometheus."""
     service = service_of(request)
-    text = await service.in_thread(service.figures)
+    text = await service.in_thread(figures, service.store)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio.to_thread
@@ -37,7 +38,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: Any) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
-        self.needs_keys = any(each.revoked_at is None for each in store.keys())
+        self.needs_keys = any(each.revoked_at is None for each in store.api_keys())
         self.newsroom = Newsroom(store)
         self.streams: Counter[str] = Counter()
         self.started_at = time.time()
@@ -45,6 +46,14 @@ class Service:
     def makers(self) -> int:
         """How many workers make clips."""
         return max(1, self.settings.workers)
+
+    def obstacles(self) -> list[str]:
+        """Why videos cannot be made; empty if they can."""
+        try:
+            self.store.census()
+        except StoreError as error:
+            return [str(error)]
+        return []
 
     async def in_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs
@@ -77,10 +86,8 @@ class Newsroom:
         """Wait until there is a later edition than one, or some time has passed. Returns the latest edition."""
         if self.edition == edition and not self._ends.is_set():
             changed = self._changed
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), seconds)
-            except TimeoutError:
-                pass
         return self.edition
 
     @property

@@ -10,7 +10,7 @@ from wanforge.runtime.service.store.base import ApiKey, JobFilter
 from wanforge.runtime.service.web import body, submitting
 from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by
 from wanforge.runtime.service.web.errors import ApiError, ErrorBody
-from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList
+from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList, VideoRequest
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import poll_after_ms, told
 
@@ -71,7 +71,7 @@ async def create(
 def submit(
     service: Service,
     caller: ApiKey,
-    wanted: body.VideoRequest,
+    wanted: VideoRequest,
     picture: bytes | None,
     key: Idempotency | None,
     traceparent: str | None,
@@ -136,7 +136,7 @@ async def cancel(request: Request, video_id: JobId, caller: Writer) -> Video:
 
 @router.delete("/{video_id}", response_model=VideoDeleted, responses=errors(404, 409), operation_id="delete_video")
 async def delete(request: Request, video_id: JobId, caller: Writer) -> VideoDeleted:
-    """Delete a video with its files. One that is queued is cancelled; one that is being made has to be cancelled first."""
+    """Delete a video with its files. One that is being made has to be cancelled first."""
     service = service_of(request)
     job = await service.in_thread(found, service, caller, video_id)
     if job.state is State.QUEUED:
