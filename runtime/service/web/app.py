@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.web import batches, catalogued, content, errors, health, page, stream, videos
 from wanforge.runtime.service.web.access import Keys
+from wanforge.runtime.service.web.errors import ApiError
 from wanforge.runtime.service.web.state import Service
 from wanforge.version import __version__
 
@@ -27,7 +28,7 @@ SECURE = {
 def create_app(service: Service) -> FastAPI:
     """The application of a service."""
     limits = service.settings.limits
-    most = int(max(limits.body_megabytes, limits.batch_megabytes) * MEGABYTE) + 100_000
+    most = int(max(limits.body_megabytes, limits.batch_megabytes) * MEGABYTE)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +46,6 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,  # its page loads scripts from another server
         redoc_url=None,
         openapi_url="/openapi.json",
-        max_body_size=most,
     )
     app.state.service = service
     service.keys = Keys(service)
@@ -53,8 +53,33 @@ def create_app(service: Service) -> FastAPI:
     for room in (videos, content, stream, batches, catalogued, health, page):
         app.include_router(room.router)
 
+    app.add_middleware(Bounded, most=most)
     app.add_middleware(Secured)
     return app
+
+
+class Bounded:
+    """Refuses bodies that are too large, as soon as that is known.
+
+    Args:
+        most: The most bytes of a body.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        came = 0
+
+        async def receiving() -> Message:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > self.most:
+                raise ApiError(413, "too_large", f"the body is larger than {self.most / MEGABYTE:g} MB")
+            return message
+
+        await self.app(scope, receiving, send)
 
 
 class Secured:

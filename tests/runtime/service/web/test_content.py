@@ -1,0 +1,33 @@
+"""Downloads."""
+
+from tests.runtime.service.web.rig import MADE, Rig
+
+WHOLE = MADE["video"][0]
+
+
+def test_a_download_that_broke_off_is_taken_up(rig: Rig) -> None:
+    path = f"/v1/videos/{rig.submit()['id']}/content"
+    rig.make()
+    first = rig.client.get(path, headers={"Range": "bytes=0-99"})
+    assert (first.status_code, first.content) == (206, WHOLE[:100])
+    rest = {"Range": "bytes=100-", "If-Range": first.headers["etag"]}
+    assert rig.client.get(path, headers=rest).content == WHOLE[100:]
+    beyond = rig.client.get(path, headers={"Range": "bytes=999999-"})
+    assert beyond.status_code == 416
+
+
+def test_there_is_nothing_to_download_before_the_end(rig: Rig) -> None:
+    video = rig.submit()
+    early = rig.client.get(f"/v1/videos/{video['id']}/content")
+    assert (early.status_code, early.json()["error"]["code"]) == (404, "not_ready")
+    assert early.headers["retry-after"] == "1"
+
+
+def test_downloads_run_nothing_in_a_browser(rig: Rig) -> None:
+    video = rig.submit(prompt="<script>alert(1)</script> \"'; a red circle")
+    rig.make()
+    headers = rig.client.get(f"/v1/videos/{video['id']}/content").headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in headers["content-security-policy"]
+    assert headers["content-type"] == "video/mp4"
+    assert "script" not in headers["content-disposition"]

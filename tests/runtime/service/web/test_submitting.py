@@ -1,0 +1,121 @@
+"""Submissions: forms and JSON, pictures, and requests that are repeated."""
+
+import base64
+import io
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tests.runtime.service.web.rig import Rig, running
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.settings import Limits, ServeSettings
+
+PROMPT = {"prompt": "a red circle"}
+
+
+def png(width: int = 64, height: int = 48) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_form_and_json_are_the_same(rig: Rig) -> None:
+    fields = {"prompt": "a red circle", "seed": 7, "steps": 2, "topk": 0.5, "frames": 5, "priority": 1}
+    by_json = rig.client.post("/v1/videos", json=fields).json()
+    by_form = rig.client.post("/v1/videos", data={name: str(value) for name, value in fields.items()}).json()
+    by_parts = rig.client.post("/v1/videos", files={name: (None, str(value)) for name, value in fields.items()}).json()
+    same = {name: value for name, value in by_json.items() if name not in ("id", "queue_position")}
+    for other in (by_form, by_parts):
+        assert {name: other[name] for name in same} == same
+
+
+def test_repeating_a_request_makes_no_second_job(rig: Rig) -> None:
+    headers = {"Idempotency-Key": "abc"}
+    first = rig.client.post("/v1/videos", json=PROMPT, headers=headers).json()
+    again = rig.client.post("/v1/videos", json=PROMPT, headers=headers).json()
+    assert (again["id"], again["seed"]) == (first["id"], first["seed"])
+    other = rig.client.post("/v1/videos", json={"prompt": "a blue square"}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
+def test_seconds_become_the_nearest_length_that_the_model_makes(rig: Rig) -> None:
+    model = rig.client.get("/v1/models/tinywan").json()
+    video = rig.submit(seconds="0.9")
+    assert video["frames"] % 4 == 1
+    assert abs(video["frames"] - 1 - 0.9 * model["fps"]) <= 2
+    assert float(video["seconds"]) == pytest.approx((video["frames"] - 1) / model["fps"])
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "..\\..\\x.png", "x.png\0.sh", "a" * 5000, "con.png", "é\r\nX: y.png"]
+)
+def test_names_of_uploads_lead_nowhere(rig: Rig, name: str, tmp_path: Path) -> None:
+    before = set(tmp_path.rglob("*"))
+    response = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": (name, png())})
+    assert response.status_code == 400  # TinyWan takes no picture
+    assert {path for path in set(tmp_path.rglob("*")) - before if path.name.startswith(("passwd", "x.png"))} == set()
+
+
+def test_pictures_that_unpack_to_much_are_refused(tinywan: Path, tmp_path: Path) -> None:
+    with running(ServeSettings(limits=Limits(image_megapixels=0.001)), [("", tinywan)], tmp_path) as rig:
+        response = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": ("p.png", png())})
+    assert response.status_code == 400
+    assert "pixels" in response.json()["error"]["message"]
+
+
+def test_a_bomb_is_refused_before_it_goes_off(rig: Rig) -> None:
+    rows = zlib.compress(bytes(100_000_000), 9)
+    header = (50_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    response = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": ("p.png", bomb)})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "input_reference")
+
+
+def test_bodies_that_are_too_large_or_too_deep_are_refused(tinywan: Path, tmp_path: Path) -> None:
+    limits = Limits(body_megabytes=0.1, batch_megabytes=0.1)
+    with running(ServeSettings(limits=limits), [("", tinywan)], tmp_path) as rig:
+        headers = {"Content-Type": "application/json"}
+        large = rig.client.post("/v1/videos", content=b'{"prompt": "' + b"a" * 500_000 + b'"}', headers=headers)
+        deep = rig.client.post("/v1/videos", content=b'{"prompt": ' + b"[" * 50_000, headers=headers)
+        many = rig.client.post("/v1/videos", files=[(f"f{i}", (None, "x")) for i in range(1000)])
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "too_large")
+    assert (deep.status_code, deep.json()["error"]["code"]) == (400, "invalid_body")
+    assert many.status_code == 400
+
+
+def test_a_job_holds_all_that_a_worker_needs(rig: Rig) -> None:
+    video = rig.submit(seed=7, steps=2)
+    asked = Asked.of(rig.claim())
+    assert (asked.prompt, asked.seed, asked.steps, asked.model) == ("a red circle moving right", 7, 2, "tinywan")
+    assert asked.request(None).shape.frames == video["frames"]
+
+
+@pytest.mark.slow
+def test_a_picture_is_drawn_again_and_kept_for_the_job(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> None:
+    comment = PngInfo()
+    comment.add_text("where", "at home")
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, "PNG", pnginfo=comment)
+    with running(ServeSettings(), [("", bundle_of("tiny-i2v", "w8a8").root)], tmp_path) as rig:
+        missing = rig.client.post("/v1/videos", data=PROMPT)
+        assert (missing.status_code, missing.json()["error"]["param"]) == (400, "input_reference")
+        sent = {"input_reference": ("../my home.png", file.getvalue())}
+        as_file = rig.client.post("/v1/videos", data=PROMPT, files=sent)
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        as_url = rig.client.post("/v1/videos", json={**PROMPT, "input_reference": url})
+        assert (as_file.status_code, as_url.status_code) == (200, 200)
+        job = rig.claim()
+        name = Asked.of(job).image
+        assert name is not None
+        assert job.objects == (name,)
+        with Image.open(rig.service.objects.local(name)) as kept:
+            assert (kept.size, kept.getpixel((0, 0)), kept.info) == ((64, 48), (255, 0, 0), {})
