@@ -40,6 +40,10 @@ COMMANDS = {
         "wanforge.runtime.commands.generate:generate",
         "Make a video from a prompt, or from an image and a prompt.",
     ),
+    "client": (
+        "wanforge.runtime.commands.client:client",
+        "Submit videos to a server, follow them, and download them.",
+    ),
     "parity": (
         "wanforge.runtime.commands.parity:parity",
         "Compare a backend with the reference, from single ops to whole clips.",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.service.web.rig import Rig, running
+from tests.runtime.service.served import Rig, running
 from wanforge.errors import ConfigError
 from wanforge.runtime.service.settings import Limits, ServedBundle, ServeSettings, check_settings
 from wanforge.runtime.service.web.access import Bucket

@@ -2,7 +2,7 @@
 
 import json
 
-from tests.runtime.service.web.rig import Rig
+from tests.runtime.service.served import Rig
 
 LINES = "\n".join(
     [

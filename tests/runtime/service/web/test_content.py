@@ -1,6 +1,6 @@
 """Downloads."""
 
-from tests.runtime.service.web.rig import MADE, Rig
+from tests.runtime.service.served import MADE, Rig
 
 WHOLE = MADE["video"][0]
 

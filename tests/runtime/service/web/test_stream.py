@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from tests.runtime.service.web.rig import Rig
+from tests.runtime.service.served import Rig
 
 
 def events_of(response: httpx2.Response) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tests.runtime.service.web.rig import Rig, running
+from tests.runtime.service.served import Rig, running
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.settings import Limits, ServeSettings

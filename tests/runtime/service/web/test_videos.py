@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.runtime.service.web.rig import MADE, Rig
+from tests.runtime.service.served import MADE, Rig
 from wanforge.runtime.service.job import Failure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import made_once
-from tests.runtime.service.web.rig import Rig, running
+from tests.runtime.service.served import Rig, running
 from wanforge.api import import_checkpoint
 from wanforge.runtime.service.settings import ServeSettings
 

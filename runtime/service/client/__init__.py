@@ -1,0 +1,1 @@
+"""A client of this server, and of others with the same API."""
