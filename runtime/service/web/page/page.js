@@ -143,7 +143,7 @@ function stageOf(video) {
   return [`${video.progress} %`, video.stage, leftOf(video)].filter(Boolean).join(", ");
 }
 
-const leftOf = (video) => (video.estimated_seconds === null ? "" : `about ${Math.ceil(video.estimated_seconds)} s left`);
+const leftOf = (video) => (!video.estimated_seconds || video.estimated_seconds < 1 ? "" : `about ${Math.ceil(video.estimated_seconds)} s left`);
 
 function timesOf(video) {
   if (!video.timings) return "";
