@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
-from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
+from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
@@ -25,6 +25,7 @@ from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
+from wanforge.runtime.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
@@ -42,14 +43,18 @@ from wanforge.runtime.request import (
     request_for,
 )
 from wanforge.runtime.schedule import text_schedule, vae_schedule
-from wanforge.runtime.video import video_writer
+from wanforge.runtime.video import FrameSink, video_writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 class Pipeline:
-    """A model that is ready to serve requests, one after the other."""
+    """A model that is ready to serve requests, one after the other.
+
+    Attributes:
+        embeddings: Keeps the embeddings of prompts, if it is set; the stage ``text`` is left out for prompts in it.
+    """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
@@ -57,6 +62,7 @@ class Pipeline:
         self.recipe = bundle.recipe
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
+        self.embeddings: Embeddings | None = None
 
     @with_settings(Settings)
     def generate(
@@ -116,8 +122,17 @@ class Pipeline:
         frames = torch.stack(list(self.frames(latents, request.shape, timings, progress)))
         return Clip(request, frames.numpy(), latents, self.model.video.fps, timings, self.backend.name)
 
-    def write_video(self, checked: CheckedRequest, path: Path, progress: Progress = silent) -> Timings:
+    def write_video(
+        self, checked: CheckedRequest, path: Path, progress: Progress = silent, watch: FrameSink | None = None
+    ) -> Timings:
         """Serve a request into a video file, frame by frame; the file appears under its name when it is complete.
+
+        Frames are encoded while the next ones are decoded. The stage ``write`` is the time that the request waits for
+        the encoder: for its start, for room in its queue, and after the last frame.
+
+        Args:
+            progress: It may raise an exception, which ends the request. The pipeline can then serve the next one.
+            watch: Is given every frame as well.
 
         Raises:
             ResourceError: The encoder failed, for example on a full disk.
@@ -130,7 +145,9 @@ class Pipeline:
         ):
             for frame in self.frames(latents, shape, timings, progress):
                 write(frame)
-        # Decoding and encoding take turns, so subtracting the decoder's time leaves the encoder's.
+                if watch is not None:
+                    watch(frame)
+        # What is left without the decoder's time is the time of waiting for the encoder.
         timings.stages["write"] -= timings.stages["decode"] + timings.stages["transfer"]
         return timings
 
@@ -144,15 +161,29 @@ class Pipeline:
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
         """Embed the prompt, encode the image, and compute whatever the steps share."""
         self.backend.prepare(checked.request.shape)
-        with timings.stage("text"):
-            text = self.embed(checked.ids, progress)
-            self.backend.synchronise()
+        text = self.text(checked.ids, timings, progress)
         channels = None
         if checked.request.image is not None:
             with timings.stage("condition"):
                 channels = self.encode_image(checked.request.image, checked.request.shape, progress)
         with timings.stage("prepare"):
             return Denoiser(self.backend, self.bundle, checked, text, channels, timings, progress)
+
+    def text(self, ids: list[int], timings: Timings, progress: Progress = silent) -> Tensor:
+        """The embedding of a prompt as `embed` returns it, computed or remembered."""
+        kept = self.embeddings
+        if kept is not None and (rows := kept.find(self._embedding_key(ids))) is not None:
+            return pad_rows(rows, self.model.dit.text_rows)[None]
+        with timings.stage("text"):
+            text = self.embed(ids, progress)
+            self.backend.synchronise()
+        if kept is not None:
+            kept.keep(self._embedding_key(ids), text[0, : len(ids)])
+        return text
+
+    def _embedding_key(self, ids: list[int]) -> EmbeddingKey:
+        weights = self.bundle.manifest.files[weights_name("text_encoder")].sha256
+        return EmbeddingKey(weights, self.backend.name, self.backend.dtype, tuple(ids))
 
     def embed(self, ids: list[int], progress: Progress = silent) -> Tensor:
         """Embed a prompt as ``[1, T, E]`` in the compute type, padded with rows of zeros."""

@@ -24,7 +24,7 @@ SEEDS = 1 << 64
 
 STAGES = ("text", "condition", "prepare", "denoise", "decode", "transfer", "write")
 """The stages of a request, in order: prompt to embedding; image to latents; the values that all steps share; the steps;
-latents to pixels; pixels to the host; frames to the video file."""
+latents to pixels; pixels to the host; waiting for the encoder, which works while frames are decoded."""
 
 
 @dataclass(frozen=True)

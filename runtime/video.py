@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wanforge.errors import RequestError, ResourceError
 from wanforge.requirements import install_package
+from wanforge.runtime.frame_queue import FrameQueue
 from wanforge.whole_file import check_writable, temporary_file
 
 RATE_FACTOR = 25
@@ -27,7 +28,7 @@ class VideoError(ResourceError):
 
 
 class FrameSink(Protocol):
-    """Called with one frame after the other, uint8 ``[H, W, 3]``."""
+    """Called with one frame after the other, uint8 ``[H, W, 3]``. The frames must not be changed afterwards."""
 
     def __call__(self, frame: Tensor) -> object: ...
 
@@ -65,7 +66,7 @@ def check_encoder(path: Path, width_px: int, height_px: int, fps: int) -> None:
 @contextmanager
 def video_writer(path: Path, width_px: int, height_px: int, fps: int) -> Iterator[FrameSink]:
     """Write an H.264 video under a temporary name; `path` appears when the block ends and the encoder has reported
-    that all of it is written.
+    that all of it is written. Frames are encoded while the block goes on.
 
     Raises:
         RequestError, OSError: The video cannot be written there, see `check_place`.
@@ -90,10 +91,11 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
         # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
         encoder = started([*source, *target, f"file:{temporary}"], said.fileno())
         assert encoder.stdin is not None
-        write = encoder.stdin.write
+        frames = FrameQueue(encoder.stdin.write)
         try:
             try:
-                yield lambda frame: write(frame.numpy().tobytes())
+                yield frames.put
+                frames.finish()
                 encoder.stdin.close()
                 is_fed = True
             except BrokenPipeError:
@@ -104,6 +106,7 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
         finally:
             encoder.kill()
             encoder.wait()
+            frames.abandon()
             with suppress(BrokenPipeError):
                 encoder.stdin.close()
 
