@@ -8,7 +8,6 @@ Run as ``python -m wanforge.engines.build_process``, this module is that process
 writes messages to stdout, and ends with its parent, whose process id is its argument.
 """
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ import msgspec
 from wanforge.engines.builder import BuildJob, Built, Layer, build
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.launching.child_process import kill_group, start_module
+from wanforge.plugins.launching.child_process import end_with, kill_group, start_module
 from wanforge.plugins.tensorrt.library import FLAVOURS, Library, open_library
 from wanforge.plugins.tensorrt.plugin import OPS, find_op
 from wanforge.progress import Progress, silent
@@ -34,9 +33,6 @@ from wanforge.requirements import install_extra
 
 MOST_SAID = 2000
 """The most bytes of the child's last words that are read."""
-
-PR_SET_PDEATHSIG = 1
-"""The call of prctl(2) that names the signal for the end of the parent."""
 
 
 class BuildRequest(msgspec.Struct, frozen=True):
@@ -154,13 +150,6 @@ def last_words(library: Library, job: BuildJob, status: int, errors: IO[bytes], 
         f"{library} does not survive compiling {job.onnx.name} ({how}: {said[-1]}); "
         f"run: {install_extra(library.flavour.extra, '--upgrade')}{without}"
     )
-
-
-def end_with(parent: int) -> None:
-    """Let the system kill this process when its parent ends, and end it now if the parent has ended already."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 def main() -> None:

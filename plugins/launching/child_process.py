@@ -1,5 +1,6 @@
 """Child processes that run a module of this package, for work that must not happen in this process."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -7,6 +8,9 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO
+
+PR_SET_PDEATHSIG = 1
+"""The call of prctl(2) that names the signal for the end of the parent."""
 
 
 def start_module(
@@ -36,3 +40,10 @@ def kill_group(process: "subprocess.Popen[bytes]") -> None:
     """End a child and its children immediately, whatever they are doing."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_with(parent: int) -> None:
+    """Let the system kill this process when the thread that started it ends, and end it now if the parent has ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)

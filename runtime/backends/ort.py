@@ -142,6 +142,7 @@ def new_session(model: str | bytes) -> ort.InferenceSession:
     """Create a session for an ONNX file, given its path or its contents."""
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
+    options.intra_op_num_threads = torch.get_num_threads()  # one number for both, which whoever shares a machine sets
     # The sessions take turns, so threads that spin while they wait would only slow each other down.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,122 @@
+"""A process that makes clips, one after the other.
+
+It is started by the supervisor as ``python -m wanforge.runtime.service.workers.child PID``, gets its orders on stdin
+and answers on stdout. It ends with the supervisor, whose process id is its argument, however that ends. It knows
+nothing of the job store.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from importlib import import_module
+from queue import SimpleQueue
+from threading import Thread
+
+from wanforge.host import process_bytes
+from wanforge.plugins.launching.child_process import end_with
+from wanforge.runtime.service.workers.failures import failure_of
+from wanforge.runtime.service.workers.maker import Maker, StoppedError
+from wanforge.runtime.service.workers.messages import (
+    Advance,
+    Channel,
+    ChildReady,
+    ClipFailed,
+    ClipStopped,
+    MakeClip,
+    ReloadBundles,
+    SetUp,
+    ShutDown,
+    StopClip,
+    ToChild,
+)
+
+log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 0.05
+"""How often progress within a stage is told."""
+LAST_EXIT = 70
+"""The exit status after an error after which the process cannot go on."""
+LOADING = ""
+"""The ticket of what is not done for a clip."""
+
+
+class Child:
+    """Takes orders, and makes clips in the thread that calls `serve`."""
+
+    def __init__(self, channel: Channel[ToChild]) -> None:
+        self.channel = channel
+        self._orders: SimpleQueue[ToChild] = SimpleQueue()
+        self._stopped = ""
+        self._told_stage, self._told_at = "", 0.0
+
+    def listen(self) -> None:
+        """Take messages until the supervisor ends, and then end at once."""
+        try:
+            while True:
+                message = self.channel.receive()
+                if isinstance(message, StopClip):
+                    self._stopped = message.ticket
+                else:
+                    self._orders.put(message)
+        except (EOFError, OSError):
+            os._exit(1)
+
+    def serve(self) -> None:
+        """Do what is asked for until a `ShutDown`."""
+        Thread(target=self.listen, name="orders", daemon=True).start()
+        setup = self._orders.get()
+        assert isinstance(setup, SetUp)
+        maker: Maker = import_module(setup.maker).create(setup)
+        self._load(maker, ReloadBundles(setup.bundles))
+        while not isinstance(order := self._orders.get(), ShutDown):
+            if isinstance(order, ReloadBundles):
+                self._load(maker, order)
+            elif isinstance(order, MakeClip):
+                self._make(maker, order)
+
+    def _load(self, maker: Maker, order: ReloadBundles) -> None:
+        refused = maker.load(order.bundles, lambda stage, percent: self._report(LOADING, stage, percent))
+        self.channel.send(ChildReady(maker.loaded(), refused, process_bytes()))
+
+    def _make(self, maker: Maker, order: MakeClip) -> None:
+        self._told_stage = ""
+        try:
+            made = maker.make(order, lambda stage, percent: self._report(order.ticket, stage, percent))
+            self.channel.send(made)
+        except StoppedError:
+            self.channel.send(ClipStopped(order.ticket))
+        except Exception as error:
+            failure, is_last = failure_of(error)
+            log.exception("An attempt failed (%s).", failure.code, extra={"ticket": order.ticket})
+            self.channel.send(ClipFailed(order.ticket, failure, is_last))
+            if is_last:
+                os._exit(LAST_EXIT)  # at once, because libraries may hang when they clean up
+
+    def _report(self, ticket: str, stage: str, percent: int) -> None:
+        """Tell of progress, and stop where that was asked for."""
+        if ticket and ticket == self._stopped:
+            raise StoppedError
+        now = time.monotonic()
+        if stage != self._told_stage or now - self._told_at >= REPORT_SECONDS:
+            self._told_stage, self._told_at = stage, now
+            self.channel.send(Advance(ticket, stage, percent))
+
+
+def main() -> None:
+    """Serve the supervisor."""
+    end_with(int(sys.argv[1]))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the supervisor decides, also where a signal reaches all processes
+    channel: Channel[ToChild] = Channel(sys.stdin.fileno(), sys.stdout.fileno(), ToChild)
+    # Whatever libraries print must not get mixed with the answers.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    Child(channel).serve()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

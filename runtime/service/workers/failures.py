@@ -1,0 +1,61 @@
+"""Which code a job fails with, and whether the process that tried it can go on."""
+
+import errno
+import re
+from typing import NamedTuple
+
+from wanforge.errors import OUT_OF_MEMORY, BundleError, ConfigError, RequestError, WanforgeError, message_of
+from wanforge.runtime.service.job import Failure
+
+GPU_FAILED = re.compile(
+    r"illegal (memory access|instruction|address)|misaligned address|device-side assert|unspecified launch failure|"
+    r"uncorrectable ECC|CUDA error|cudaError|CUDA_ERROR",
+    re.IGNORECASE,
+)
+"""How libraries word errors after which a process cannot use its GPU any more."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Verdict(NamedTuple):
+    """A failure, and whether the process has to end."""
+
+    failure: Failure
+    is_last: bool
+
+
+def failure_of(error: BaseException) -> Verdict:
+    """The verdict on an error that a clip ended with.
+
+    | code | means |
+    |---|---|
+    | ``invalid_request`` | the model cannot do what was asked for |
+    | ``out_of_memory`` | there was not enough memory; the process ends, because what it holds is in disorder |
+    | ``gpu_failed`` | the GPU reported an error; the process ends, because it cannot use the GPU any more |
+    | ``disk_full`` | the clip did not fit on the disk |
+    | ``bundle_damaged`` | the bundle is incomplete or damaged |
+    | ``resources_lacking`` | this machine lacks something else, such as memory for a clip of this size |
+    | ``internal_error`` | anything else |
+
+    The supervisor adds ``worker_died``, ``worker_hung`` and the codes of a `StorageError`.
+    """
+    said = str(error)
+    if isinstance(error, MemoryError) or (_is_of_a_library(error) and OUT_OF_MEMORY.search(said)):
+        message = "memory ran out; ask for a smaller or shorter clip, or for fewer at once"
+        return Verdict(Failure("out_of_memory", message), True)
+    if _is_of_a_library(error) and GPU_FAILED.search(said):
+        message = "the GPU reported an error, and its worker was started anew; try again"
+        return Verdict(Failure("gpu_failed", message), True)
+    if isinstance(error, RequestError | ConfigError):
+        return Verdict(Failure("invalid_request", str(error)), False)
+    if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in said:
+        return Verdict(Failure("disk_full", "the disk of the server is full; try again later"), False)
+    if isinstance(error, BundleError):
+        return Verdict(Failure("bundle_damaged", message_of(error)), False)
+    if isinstance(error, WanforgeError):
+        return Verdict(Failure("resources_lacking", message_of(error)), False)
+    message = f"the server failed ({type(error).__name__}); its log says more"
+    return Verdict(Failure("internal_error", message), False)
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")

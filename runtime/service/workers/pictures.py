@@ -1,0 +1,78 @@
+"""The pictures that go with a clip: one frame from its middle, and a sheet of frames from all of it."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from wanforge.whole_file import temporary_file
+
+COLUMNS, MOST_TILES, TILE_WIDTH = 4, 16, 160
+QUICK = 1
+"""The level of PNG's compression; higher ones take longer than the last frame's way into the video."""
+
+
+class Pictures:
+    """Collects frames as they are decoded, and draws pictures in a thread.
+
+    Args:
+        folder: Where the pictures are written.
+        frames: The number of frames that will come.
+    """
+
+    def __init__(self, folder: Path, frames: int) -> None:
+        self.folder, self.middle, count = folder, frames // 2, min(MOST_TILES, frames)
+        self.chosen = [(2 * place + 1) * frames // (2 * count) for place in range(count)]
+        self._next, self._tiles = 0, list[Image.Image]()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self._drawn: list[Future[None]] = []
+
+    def __call__(self, frame: Tensor) -> None:
+        """Take the next frame."""
+        if self._next == self.middle:
+            self._drawn.append(self._pool.submit(self._save, "thumbnail.png", frame))
+        if self._next in self.chosen:
+            self._drawn.append(self._pool.submit(self._add_tile, frame))
+        self._next += 1
+
+    def finish(self) -> dict[str, str]:
+        """Wait for the pictures. Returns their names by variant."""
+        self._drawn.append(self._pool.submit(self._save_sheet))
+        self.close()
+        for each in self._drawn:
+            each.result()
+        return {"thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=False)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Where each frame of the sheet is: the number of columns, the size of a tile, and the frames row by row."""
+        width, height = self._tiles[0].size
+        return {"columns": COLUMNS, "tile_width_px": width, "tile_height_px": height, "frames": self.chosen}
+
+    def _add_tile(self, frame: Tensor) -> None:
+        picture = Image.fromarray(frame.numpy())
+        height = max(1, round(picture.height * TILE_WIDTH / picture.width))
+        self._tiles.append(picture.resize((TILE_WIDTH, height), Image.Resampling.BILINEAR))
+
+    def _save_sheet(self) -> None:
+        width, height = self._tiles[0].size
+        rows = -(-len(self._tiles) // COLUMNS)
+        sheet = Image.new("RGB", (min(COLUMNS, len(self._tiles)) * width, rows * height))
+        for place, tile in enumerate(self._tiles):
+            sheet.paste(tile, (place % COLUMNS * width, place // COLUMNS * height))
+        self._write("spritesheet.png", sheet)
+
+    def _save(self, name: str, frame: Tensor) -> None:
+        self._write(name, Image.fromarray(frame.numpy()))
+
+    def _write(self, name: str, picture: Image.Image) -> None:
+        path = self.folder / name
+        with temporary_file(path) as temporary:
+            picture.save(temporary, "PNG", compress_level=QUICK)
+            temporary.replace(path)

@@ -1,0 +1,164 @@
+"""Makes clips with the pipelines of several bundles, which stay loaded as far as there is memory for them."""
+
+import gc
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import BundleError, WanforgeError, message_of
+from wanforge.host import available_bytes, process_bytes
+from wanforge.progress import Overall
+from wanforge.runtime.embeddings import Embeddings
+from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.request import CheckedRequest, Request, Timings
+from wanforge.runtime.service.catalogue import Asked, fingerprint
+from wanforge.runtime.service.workers.maker import Maker, Report
+from wanforge.runtime.service.workers.messages import BundlePlace, ClipMade, MakeClip, SetUp
+from wanforge.runtime.service.workers.pictures import Pictures
+
+SHARE = 0.8
+"""The share of the memory that is free at the start which loaded bundles may take, if nothing else is set."""
+Loaded = tuple[str, str]
+"""Fingerprint of a bundle, and the backend that was asked for."""
+
+
+class Pipelines(Maker):
+    """The pipelines that were used last."""
+
+    def __init__(self, setup: SetUp) -> None:
+        torch.set_num_threads(setup.threads)
+        self.setup, self.embeddings = setup, Embeddings()
+        self.memory_bytes = setup.memory_bytes or SHARE * free_bytes()
+        self.places: dict[str, BundlePlace] = {}
+        self._kept: OrderedDict[Loaded, Pipeline] = OrderedDict()
+
+    def load(self, bundles: Sequence[BundlePlace], report: Report) -> dict[str, str]:
+        self._kept.clear()
+        self._reclaim()
+        self.places = {place.fingerprint: place for place in bundles}
+        refused = {}
+        for place in bundles:
+            try:
+                if self._kept and not self._fits(place):
+                    continue
+                warm_up(self._pipeline(place.fingerprint, self.setup.backend, report), report)
+            except (WanforgeError, OSError) as error:
+                refused[place.fingerprint] = message_of(error)
+        return refused
+
+    def loaded(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(found for found, _ in self._kept))
+
+    def make(self, order: MakeClip, report: Report) -> ClipMade:
+        asked, folder = msgspec.convert(order.request, Asked), Path(order.folder)
+        pipeline = self._pipeline(order.bundle, asked.backend or self.setup.backend, report)
+        checked = pipeline.check(asked.request(None if order.image is None else Path(order.image)))
+        pictures = Pictures(folder, asked.frames)
+        try:
+            timings = pipeline.write_video(checked, folder / "video.mp4", Percent(pipeline, checked, report), pictures)
+            files = {"video": "video.mp4", **pictures.finish()}
+        except BaseException:
+            pictures.close()
+            raise
+        return ClipMade(
+            order.ticket,
+            files,
+            pipeline.backend.name,
+            timings.stages,
+            details(asked, timings, pictures),
+            self.loaded(),
+            process_bytes(),
+        )
+
+    def _pipeline(self, bundle: str, backend: str, report: Report) -> Pipeline:
+        """The pipeline of a bundle, opened if necessary."""
+        key = bundle, backend
+        if key not in self._kept:
+            place = self.places.get(bundle)
+            if place is None:
+                raise BundleError(f"the bundle {bundle} is not served any more; submit the request again")
+            while self._kept and not self._fits(place):
+                self._kept.popitem(last=False)
+                self._reclaim()
+            self._kept[key] = self._open(place, backend, report)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _open(self, place: BundlePlace, backend: str, report: Report) -> Pipeline:
+        bundle = Bundle.open(Path(place.root))
+        if fingerprint(bundle) != place.fingerprint:
+            raise BundleError(f"{place.root}: was imported again in the meantime; reload the service, with SIGHUP")
+        opened = open_pipeline(
+            bundle, backend, progress=lambda stage, done, total, unit="": report("load", 100 * done // max(1, total))
+        )
+        opened.embeddings = self.embeddings
+        return opened
+
+    def _fits(self, place: BundlePlace) -> bool:
+        """Whether there is memory for one more bundle."""
+        taken = sum(weights_bytes(pipeline.bundle) for pipeline in self._kept.values())
+        return taken + weights_bytes(Bundle.open(Path(place.root))) <= self.memory_bytes
+
+    def _reclaim(self) -> None:
+        """Give back the memory of pipelines that were dropped."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Percent:
+    """The progress of a request as a percentage of all its stages."""
+
+    def __init__(self, pipeline: Pipeline, checked: CheckedRequest, report: Report) -> None:
+        self.overall = Overall(stage_shares(pipeline.model, pipeline.recipe, checked))
+        self.report = report
+
+    def __call__(self, stage: str, done: int, total: int, unit: str = "", /) -> None:
+        self.overall.report(stage, done, total)
+        self.report(stage, min(99, int(100 * self.overall.share)))
+
+
+def details(asked: Asked, timings: Timings, pictures: Pictures) -> dict[str, object]:
+    """What the API tells of a clip besides its files."""
+    return {
+        "timings": timings.stages,
+        "step_seconds": timings.steps,
+        "total_seconds": timings.total,
+        "seed": asked.seed,
+        "recipe": asked.recipe,
+        "spritesheet": pictures.layout,
+    }
+
+
+def warm_up(pipeline: Pipeline, report: Report) -> None:
+    """Make a clip of one step where the first request would have to load kernels and weights, which is on a GPU."""
+    if pipeline.backend.device.type == "cpu" or pipeline.model.task != "t2v":
+        return
+    shape = pipeline.model.video.shape(None, None)
+    checked, timings = pipeline.check(Request(pipeline.model.example_prompt, shape, steps=1)), Timings()
+    progress = Percent(pipeline, checked, lambda stage, percent: report(f"warm-up: {stage}", percent))
+    latents = pipeline.latents(checked, timings, progress)
+    for _ in pipeline.frames(latents, shape, timings, progress):
+        pass
+
+
+def weights_bytes(bundle: Bundle) -> int:
+    """The bytes of a bundle's weights, about what it takes in memory."""
+    return sum(record.bytes for name, record in bundle.manifest.files.items() if name.startswith("weights/"))
+
+
+def free_bytes() -> float:
+    """The memory that is free: the GPU's, or this machine's where there is none."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_bytes()
+
+
+def create(setup: SetUp) -> Maker:
+    """Make clips with PyTorch and whatever backends are installed."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return Pipelines(setup)

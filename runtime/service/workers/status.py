@@ -1,0 +1,130 @@
+"""What the supervisor tells of its workers: a small file that is written anew every second.
+
+It is a file and not a part of the job store, because it has to be readable while the store is locked or away, because
+a commit every second would wake everybody who waits for news, and because it concerns one machine, while several may
+share a store.
+"""
+
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from wanforge.configs.loading import Record
+from wanforge.whole_file import temporary_file
+
+STATUS = "workers.json"
+STALE_SECONDS = 10.0
+"""The age from which a status is that of a supervisor that has ended or hangs."""
+BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+"""Upper bounds of the histograms, in seconds."""
+READY = ("idle", "working")
+
+
+class Histogram(Record, frozen=True):
+    """How often a stage took how long.
+
+    Attributes:
+        counts: The number of durations up to each of `BOUNDS`, and of longer ones.
+        sum: Seconds of all of them.
+    """
+
+    counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
+    sum: float = 0.0
+
+    def with_one(self, seconds: float) -> "Histogram":
+        """The histogram with one more duration."""
+        counts = list(self.counts)
+        counts[bisect_left(BOUNDS, seconds)] += 1
+        return Histogram(tuple(counts), self.sum + seconds)
+
+
+class WorkerStatus(Record, frozen=True, kw_only=True):
+    """A worker.
+
+    Attributes:
+        state: ``starting``, ``idle``, ``working``, ``waiting`` before a child is started again, ``broken`` or
+            ``ended``.
+        reason: Why it is not ready.
+        child: Process id of its child.
+        loaded: Fingerprints of the bundles that its child has loaded.
+        refused: Why bundles cannot be served, by fingerprint.
+        memory_bytes: The memory of its child.
+        restarts: How often a child was started again.
+        last_good_at: When it last completed a job, in seconds since 1970.
+        outcomes: How many attempts ended in which way: ``completed``, ``cancelled``, ``requeued`` or a failure's code.
+        stages: Durations of the stages of completed jobs.
+    """
+
+    name: str
+    state: str = "starting"
+    reason: str = ""
+    child: int | None = None
+    job: str | None = None
+    loaded: tuple[str, ...] = ()
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
+    memory_bytes: int = 0
+    restarts: int = 0
+    last_good_at: float | None = None
+    outcomes: dict[str, int] = msgspec.field(default_factory=dict)
+    stages: dict[str, Histogram] = msgspec.field(default_factory=dict)
+
+    def with_outcome(self, outcome: str, stages: Mapping[str, float] | None = None) -> "WorkerStatus":
+        """The status after an attempt."""
+        times = dict(self.stages)
+        for name, seconds in (stages or {}).items():
+            times[name] = times.get(name, Histogram()).with_one(seconds)
+        outcomes = {**self.outcomes, outcome: self.outcomes.get(outcome, 0) + 1}
+        return msgspec.structs.replace(self, outcomes=outcomes, stages=times)
+
+
+class ServiceStatus(Record, frozen=True, kw_only=True):
+    """All workers of a machine.
+
+    Attributes:
+        supervisor: Process id of the supervisor.
+        written: When it was written, by the clock that all processes of the machine share and nobody can set.
+        lease_names: The names in the job store under which its workers hold leases.
+        problem: Why no jobs are started, such as a full disk.
+    """
+
+    supervisor: int
+    written: float
+    workers: tuple[WorkerStatus, ...]
+    lease_names: tuple[str, ...] = ()
+    problem: str = ""
+
+    def obstacles(self) -> list[str]:
+        """Why no videos can be made now; empty if they can."""
+        if time.monotonic() - self.written > STALE_SECONDS:
+            return ["the supervisor of the workers has ended or hangs"]
+        if self.problem:
+            return [self.problem]
+        if any(worker.state in READY for worker in self.workers):
+            return []
+        return [f"{worker.name} is {worker.state}: {worker.reason}".rstrip(": ") for worker in self.workers]
+
+
+def write_status(data: Path, status: ServiceStatus) -> None:
+    """Write the status. It need not survive a power failure, so nothing is synced."""
+    path = data / STATUS
+    with temporary_file(path) as temporary:
+        temporary.write_bytes(msgspec.json.encode(status))
+        os.replace(temporary, path)
+
+
+def read_status(data: Path) -> ServiceStatus | None:
+    """The status that was written last; None if there is none of this version."""
+    try:
+        return msgspec.json.decode((data / STATUS).read_bytes(), type=ServiceStatus)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def obstacles(data: Path) -> list[str]:
+    """Why no videos can be made now; empty if they can."""
+    found = read_status(data)
+    return ["the workers were not started"] if found is None else found.obstacles()

@@ -1,0 +1,380 @@
+"""A worker: a thread of the supervisor that has a child, claims jobs for it, and stores what it makes."""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+import msgspec
+
+from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.job import Failure, Job, Result
+from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
+from wanforge.runtime.service.store.base import JobStore, Offer, StoreError
+from wanforge.runtime.service.workers.breaker import Breaker
+from wanforge.runtime.service.workers.failures import failure_of
+from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
+from wanforge.runtime.service.workers.messages import (
+    Advance,
+    BundlePlace,
+    ChildReady,
+    ClipFailed,
+    ClipMade,
+    ClipStopped,
+    MakeClip,
+    ReloadBundles,
+    StopClip,
+    ToSupervisor,
+)
+from wanforge.runtime.service.workers.process import ChildProcess, EndedError
+from wanforge.runtime.service.workers.settings import Seat, Supervision
+from wanforge.runtime.service.workers.status import WorkerStatus
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.25
+"""How often a worker that waits looks whether something else is to be done."""
+STORE_SECONDS = 0.5
+"""How long to wait before the store is asked again after an error."""
+MOST_TRIES = 3
+"""How often storing a result is tried where the storage cannot be reached."""
+
+
+@dataclass(frozen=True)
+class Shop:
+    """What all workers share.
+
+    Attributes:
+        is_closed: Set when no more jobs are to be started: the service ends.
+        is_ended: Set when the service does not even wait for the job store any more.
+    """
+
+    settings: Supervision
+    store: JobStore
+    storage: ObjectStorage
+    heart: Heart
+    is_closed: Event
+    is_ended: Event
+
+
+@dataclass(frozen=True)
+class Killed:
+    """The child of an attempt has ended, or had to be killed.
+
+    Attributes:
+        how: How it ended.
+        was_hung: Whether it was killed because there was no progress.
+        was_asked: Whether it was killed because it did not stop when it was asked to.
+    """
+
+    how: str
+    was_hung: bool = False
+    was_asked: bool = False
+
+
+Outcome = ClipMade | ClipFailed | ClipStopped | Killed
+
+
+class Worker(Thread):
+    """Serves one job after the other, with one child after the other.
+
+    Args:
+        name: What people call it.
+        bundles: The bundles that it serves.
+
+    Attributes:
+        status: What it does.
+        problem: Why it may not start jobs for now; set by the supervisor.
+        lease_name: The name under which its child's leases are held.
+    """
+
+    def __init__(self, name: str, shop: Shop, seat: Seat, bundles: Sequence[BundlePlace]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.shop, self.seat, self.bundles = shop, seat, tuple(bundles)
+        self.times = shop.settings.times
+        self.breaker = Breaker(shop.settings)
+        self.status = WorkerStatus(name=name)
+        self.problem = ""
+        self.lease_name = ""
+        self._warm: tuple[str, str] | None = None
+        self._child: ChildProcess | None = None
+        self._reloading: tuple[BundlePlace, ...] | None = None
+        self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def run(self) -> None:
+        self._news = self.shop.store.news()
+        try:
+            while not self.shop.is_closed.is_set():
+                try:
+                    self._turn()
+                except StoreError as error:
+                    log.warning("%s cannot use the job store: %s", self.name, error)
+                    self.shop.is_closed.wait(STORE_SECONDS)
+                except EndedError as error:
+                    self._lose_child(str(error))
+                except Exception as error:
+                    log.exception("%s has failed.", self.name)
+                    self._lose_child(f"the supervisor failed ({type(error).__name__})")
+        finally:
+            self._news.close()
+            if self._child is not None:
+                self._child.end()
+            self._tell(state="ended", reason="the service ends", child=None)
+
+    def reload(self, bundles: Sequence[BundlePlace]) -> None:
+        """Serve these bundles, from the next job on."""
+        self._reloading = tuple(bundles)
+        self.breaker.reset()
+
+    def wake(self) -> None:
+        """Let the thread look what is to be done."""
+        os.eventfd_write(self._woken, 1)
+
+    def _turn(self) -> None:
+        """Do what is to be done next."""
+        if self._reloading is not None:
+            self.bundles, self._reloading = self._reloading, None
+            if self._child is not None:
+                self._child.send(ReloadBundles(self.bundles))
+                self._await_ready(self._child)
+        if self._child is None:
+            self._start()
+            return
+        self._child.receive(0)  # which notices if it has ended
+        job = None if self.problem else self._claim()
+        if job is not None:
+            self._serve(job, self._child)
+        else:
+            self._news.wait(LOOK_SECONDS)
+
+    def _claim(self) -> Job | None:
+        served = [each.fingerprint for each in self.bundles if each.fingerprint not in self.status.refused]
+        return self.shop.store.claim(Offer(self.lease_name, tuple(served), self._warm)) if served else None
+
+    def _start(self) -> None:
+        """Start a child, unless it has to wait."""
+        if (left := self.breaker.seconds_left) > 0:
+            self._tell(state="broken" if self.breaker.is_open else "waiting")
+            self.shop.is_closed.wait(min(left, LOOK_SECONDS))
+            return
+        self.lease_name = f"{socket.gethostname()}/{self.name}/{secrets.token_hex(8)}"
+        self._tell(state="starting", reason="its bundles are being loaded")
+        child = self._child = ChildProcess(self.shop.settings, self.seat, self.bundles)
+        self._tell(child=child.pid)
+        self._await_ready(child)
+
+    def _await_ready(self, child: ChildProcess) -> None:
+        """Wait until a child has loaded its bundles.
+
+        Raises:
+            EndedError: It has ended, or had to be.
+        """
+        self._warm, heard_at = None, time.monotonic()
+        while not isinstance(message := child.receive(LOOK_SECONDS), ChildReady):
+            heard_at = time.monotonic() if message is not None else heard_at
+            if time.monotonic() - heard_at > self.times.load:
+                raise EndedError(f"loading made no progress for {self.times.load:g} s")
+            if self.shop.is_closed.is_set():
+                return
+        refused = message.refused
+        for reason in refused.values():
+            log.error("%s cannot serve a bundle: %s", self.name, reason)
+        if refused and len(refused) == len(self.bundles):
+            self._tell(refused=refused)
+            raise EndedError(next(iter(refused.values())))
+        self._tell(state="idle", reason="", loaded=message.loaded, memory_bytes=message.memory_bytes, refused=refused)
+
+    def _lose_child(self, how: str, *, counts: bool = True) -> None:
+        """Clean up after a child that has ended.
+
+        Args:
+            counts: Whether something is wrong with it.
+        """
+        log.error("%s has lost its process: %s.", self.name, how)
+        if self._child is not None:
+            self._child.kill()
+        self._child, self._warm = None, None
+        if counts:
+            self.breaker.died(how)
+        reason = self.breaker.reason or how
+        self._tell(state="waiting", reason=reason, child=None, loaded=(), restarts=self.status.restarts + 1)
+
+    def _serve(self, job: Job, child: ChildProcess) -> None:
+        """Make the clip of a job, and settle what becomes of the job."""
+        attempt = Attempt(job, self.wake)
+        folder = self.shop.storage.staging() / self.lease_name.replace("/", "-")
+        self._tell(state="working", job=job.id)
+        self.shop.heart.add(attempt)
+        try:
+            with suppress(FileExistsError):
+                folder.mkdir(parents=True)
+            outcome = self._make(attempt, child, folder)
+            self._settle(attempt, outcome, folder)
+        except OSError as error:
+            log.exception("%s cannot use its folder.", self.name)
+            self._fail(attempt, failure_of(error).failure)
+        finally:
+            self.shop.heart.remove(attempt)
+            shutil.rmtree(folder, ignore_errors=True)
+            if self._child is not None:
+                self._tell(state="idle", job=None)
+            else:
+                self._tell(job=None)
+
+    def _make(self, attempt: Attempt, child: ChildProcess, folder: Path) -> Outcome:
+        """Let the child make a clip, and watch it."""
+        job = attempt.job
+        try:
+            asked = Asked.of(job)
+            image = None if asked.image is None else str(self.shop.storage.local(asked.image))
+        except StorageError as error:
+            return ClipFailed(attempt.ticket, Failure(error.code, str(error)), False)
+        except msgspec.ValidationError as error:
+            said = f"the request is not one of this version ({error}); submit it again"
+            return ClipFailed(attempt.ticket, Failure("invalid_request", said), False)
+        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(folder)))
+        try:
+            outcome = self._watch(attempt, child)
+        except EndedError as error:
+            outcome = Killed(str(error))
+        match outcome:
+            case Killed(how, was_asked=was_asked):
+                self._lose_child(how, counts=not was_asked)
+            case ClipFailed(_, failure, is_last=True):
+                self._lose_child(failure.message)
+        return outcome
+
+    def _watch(self, attempt: Attempt, child: ChildProcess) -> Outcome:
+        """Wait for the end of an attempt.
+
+        Raises:
+            EndedError: The child has ended.
+        """
+        stop_until = None
+        while True:
+            if attempt.stop is not None and stop_until is None:
+                stop_until = time.monotonic() + self.times.stop
+                child.send(StopClip(attempt.ticket))
+            message = child.receive(LOOK_SECONDS, [self._woken])
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._woken)
+            if (outcome := self._heard(attempt, message)) is not None:
+                return outcome
+            if stop_until is not None and time.monotonic() > stop_until:
+                return Killed(f"it did not stop within {self.times.stop:g} s", was_asked=True)
+            if time.monotonic() - attempt.moved_at > self.times.hang:
+                return Killed(f"it made no progress for {self.times.hang:g} s", was_hung=True)
+
+    def _heard(self, attempt: Attempt, message: ToSupervisor | None) -> Outcome | None:
+        """Take a message of the child; return it if it ends the attempt."""
+        match message:
+            case Advance(ticket, stage, percent) if ticket == attempt.ticket:
+                attempt.advance(stage, percent)
+            case ClipMade() | ClipFailed() | ClipStopped() if message.ticket == attempt.ticket:
+                return message
+        return None
+
+    def _settle(self, attempt: Attempt, outcome: Outcome, folder: Path) -> None:
+        """Tell the store what became of an attempt."""
+        match outcome:
+            case ClipMade():
+                self._complete(attempt, outcome, folder)
+            case ClipFailed(_, failure, _):
+                self._fail(attempt, failure)
+            case ClipStopped() | Killed(was_asked=True):
+                self._give_back(attempt)
+            case Killed(_, was_hung=True):
+                self._lose(attempt, Failure("worker_hung", f"the clip was given up: {outcome.how}"))
+            case Killed():
+                self._lose(attempt, None)
+
+    def _complete(self, attempt: Attempt, made: ClipMade, folder: Path) -> None:
+        """Store the files of a clip and complete its job."""
+        objects: dict[str, str] = {}
+        try:
+            for variant, file in made.files.items():
+                objects[variant] = new_name(Path(file).suffix)
+                self._store(objects[variant], folder / file)
+        except StorageError as error:
+            self._discard(objects)
+            self._fail(attempt, Failure(error.code, str(error)))
+            return
+        job, result = attempt.job, Result(objects=objects, backend=made.backend, details=made.details)
+        if not self._surely(lambda: self.shop.store.complete(job.lease, result)):
+            self._discard(objects)
+            return
+        self.breaker.succeeded()
+        self._warm = job.bundle, job.shape
+        self.status = self.status.with_outcome("completed", made.stages)
+        self._tell(last_good_at=time.time(), loaded=made.loaded, memory_bytes=made.memory_bytes)
+        log.info("%s completed %s.", self.name, job.id, extra={"job": job.id, "seconds": made.stages})
+
+    def _store(self, name: str, path: Path) -> None:
+        """Store a file, trying again where the storage cannot be reached.
+
+        Raises:
+            StorageError: It cannot be stored.
+        """
+        for tries in range(MOST_TRIES):
+            try:
+                self.shop.storage.add(name, path)
+                return
+            except StorageError as error:
+                if error.code != "storage_unreachable" or tries + 1 == MOST_TRIES:
+                    raise
+                time.sleep(STORE_SECONDS * 2**tries)
+
+    def _discard(self, objects: dict[str, str]) -> None:
+        """Delete objects that no job will have. If that fails, they are found as orphans."""
+        with suppress(StorageError):
+            self.shop.storage.delete(list(objects.values()))
+
+    def _fail(self, attempt: Attempt, failure: Failure) -> None:
+        job = attempt.job
+        if self._surely(lambda: self.shop.store.fail(job.lease, failure)):
+            self.status = self.status.with_outcome(failure.code)
+            log.warning("%s failed (%s): %s", job.id, failure.code, failure.message, extra={"job": job.id})
+
+    def _give_back(self, attempt: Attempt) -> None:
+        """End an attempt that was stopped: cancelled, if that is why, or else as if it had not begun."""
+        lease = attempt.job.lease
+        if attempt.stop is Stop.LEASE_LOST:
+            return
+        if self._surely(lambda: self.shop.store.stopped(lease)):
+            self.status = self.status.with_outcome("cancelled")
+        elif self._surely(lambda: self.shop.store.requeue(lease, counts=False)):
+            self.status = self.status.with_outcome("requeued")
+
+    def _lose(self, attempt: Attempt, last: Failure | None) -> None:
+        """End an attempt whose child is lost: the job is queued again, or fails if that has happened often enough.
+
+        Args:
+            last: The failure after the last attempt; None for the store's own.
+        """
+        job, most = attempt.job, self.shop.settings.serve.policy.most_lost
+        if last is not None and job.lost + 1 >= most and attempt.stop is None:
+            self._fail(attempt, last)
+        elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
+            self.status = self.status.with_outcome("worker_died" if last is None else last.code)
+
+    def _surely(self, change: Callable[[], bool]) -> bool:
+        """Make a change in the store, and try again for as long as the store cannot be used. Until then the lease runs
+        on; if it runs out, the change has no effect."""
+        while True:
+            try:
+                return change()
+            except StoreError as error:
+                log.warning("%s waits for the job store: %s", self.name, error)
+                if self.shop.is_ended.wait(STORE_SECONDS):
+                    return False
+
+    def _tell(self, **changes: object) -> None:
+        """Change the status."""
+        self.status = msgspec.structs.replace(self.status, **changes)

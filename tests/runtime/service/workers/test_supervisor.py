@@ -1,0 +1,240 @@
+"""Jobs through a supervisor whose child pretends to make clips: what becomes of them when something goes wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from tests.processes import ROOT
+from tests.runtime.service.workers.rig import QUICK, Rig, settled, working
+from wanforge.runtime.service.job import State
+from wanforge.runtime.service.store.base import Policy
+from wanforge.runtime.service.workers.status import STATUS
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_job_from_end_to_end(rig: Rig) -> None:
+    with working(rig):
+        job = rig.completed(rig.submit("sleep 0.5"))
+        assert job.result is not None
+        assert sorted(job.result.objects) == ["spritesheet", "thumbnail", "video"]
+        assert rig.storage.local(job.result.objects["video"]).read_text() == f"video.mp4 of {job.id}/1"
+        assert rig.objects() == set(job.result.objects.values())
+        rig.wait(lambda: list(rig.storage.staging().iterdir()) == [])
+        progress = [event.data["progress"] for event in rig.store.events(job.id) if event.kind == "progress"]
+        assert len(progress) > 3
+        assert progress == sorted(progress)
+        rig.wait(lambda: rig.status.workers[0].outcomes == {"completed": 1})
+        worker = rig.status.workers[0]
+        assert worker.loaded == (rig.served[0].fingerprint,)
+        assert sum(worker.stages["denoise"].counts) == 1
+        assert abs(worker.last_good_at - time.time()) < 10
+        assert rig.signal(signal.SIGTERM) == 0
+        assert rig.status.workers[0].state == "ended"
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "dies"),
+    [
+        ("wrong", "invalid_request", False),
+        ("full", "disk_full", False),
+        ("broken", "internal_error", False),
+        ("memory", "out_of_memory", True),
+        ("gpu", "gpu_failed", True),
+    ],
+)
+def test_an_error_fails_only_its_job(rig: Rig, word: str, code: str, dies: bool) -> None:
+    with working(rig):
+        before = rig.child.pid
+        bad, good = rig.submit(word), rig.submit("good")
+        assert rig.failed(bad) == code
+        assert rig.job(bad).attempt == 1
+        rig.completed(good)
+        assert (rig.child.pid != before) is dies
+        assert len(rig.objects()) == 3
+
+
+def test_a_killed_child_costs_an_attempt(rig: Rig) -> None:
+    with working(rig):
+        job = rig.submit("sleep 1")
+        rig.running(job)
+        rig.child.kill()
+        found = rig.completed(job)
+        assert (found.attempt, found.lost) == (2, 1)
+        assert len(rig.objects()) == 3
+        assert rig.status.workers[0].restarts == 1
+
+
+def test_a_child_that_is_killed_while_idle_costs_nothing(rig: Rig) -> None:
+    with working(rig):
+        before = rig.child.pid
+        rig.child.kill()
+        assert rig.completed(rig.submit("good")).lost == 0
+        assert rig.child.pid != before
+
+
+def test_a_job_that_kills_its_workers_fails_and_the_next_is_served(rig: Rig) -> None:
+    with working(rig):
+        bad, good = rig.submit("die"), rig.submit("good")
+        assert rig.failed(bad) == "worker_died"
+        assert rig.job(bad).attempt == 2
+        rig.completed(good)
+
+
+def test_a_child_that_hangs_is_killed(rig: Rig) -> None:
+    with working(rig):
+        first, always = rig.submit("hang first"), rig.submit("hang")
+        assert rig.completed(first).attempt == 2
+        assert rig.failed(always) == "worker_hung"
+        assert rig.job(always).attempt == 2
+
+
+@pytest.mark.parametrize("prompt", ["sleep 5", "hang"])
+def test_a_running_job_is_cancelled(rig: Rig, prompt: str) -> None:
+    rig.changes["times"] = msgspec.structs.replace(QUICK, heartbeat=30.0, hang=60.0)
+    rig.policy = Policy(lease_seconds=60.0)
+    with working(rig):
+        job, next_ = rig.submit(prompt), rig.submit("good")
+        rig.running(job)
+        begun = time.monotonic()
+        rig.store.cancel(job)
+        assert rig.ended(job).state is State.CANCELLED
+        assert time.monotonic() - begun < 3
+        rig.completed(next_)
+        assert len(rig.objects()) == 3
+
+
+def test_a_supervisor_that_is_killed_loses_nothing(rig: Rig) -> None:
+    with working(rig):
+        job = rig.submit("sleep 2")
+        rig.running(job)
+        child = rig.child
+        rig.signal(signal.SIGKILL)
+        child.wait(2)
+        assert rig.job(job).state is State.IN_PROGRESS
+        rig.start()
+        begun = time.monotonic()
+        rig.wait(lambda: rig.job(job).attempt == 2)
+        assert time.monotonic() - begun < 1
+        rig.completed(job)
+        assert len(rig.objects()) == 3
+
+
+def test_without_its_status_the_leases_of_a_killed_supervisor_run_out(rig: Rig) -> None:
+    with working(rig):
+        job = rig.submit("sleep 1")
+        rig.running(job)
+        rig.signal(signal.SIGKILL)
+        (rig.folder / STATUS).unlink()
+        rig.start()
+        assert (rig.completed(job).attempt, rig.job(job).lost) == (2, 1)
+
+
+def test_ending_gives_running_jobs_back(rig: Rig) -> None:
+    with working(rig):
+        running, waiting = rig.submit("sleep 20"), rig.submit("good")
+        rig.running(running)
+        assert rig.signal(signal.SIGTERM) == 0
+        assert [rig.job(each).state for each in (running, waiting)] == [State.QUEUED, State.QUEUED]
+        assert (rig.job(running).attempt, rig.job(running).lost) == (1, 0)
+        assert list(rig.storage.staging().iterdir()) == []
+
+
+def test_running_jobs_may_finish_within_the_grace(rig: Rig) -> None:
+    rig.changes["times"] = msgspec.structs.replace(QUICK, grace=30.0)
+    with working(rig):
+        running, waiting = rig.submit("sleep 1"), rig.submit("good")
+        rig.running(running)
+        assert rig.signal(signal.SIGTERM) == 0
+        assert [rig.job(each).state for each in (running, waiting)] == [State.COMPLETED, State.QUEUED]
+
+
+def test_a_second_signal_does_not_wait(rig: Rig) -> None:
+    rig.changes["times"] = msgspec.structs.replace(QUICK, grace=60.0, hang=60.0)
+    with working(rig):
+        running = rig.submit("hang")
+        rig.running(running)
+        rig.supervisor.send_signal(signal.SIGTERM)
+        assert settled(lambda: rig.supervisor.poll() is None, 1.0)
+        assert rig.signal(signal.SIGINT) == 0
+        assert (rig.job(running).state, rig.job(running).lost) == (State.QUEUED, 0)
+
+
+def test_too_many_deaths_open_the_breaker(rig: Rig) -> None:
+    rig.changes |= {"most_deaths": 2, "times": msgspec.structs.replace(QUICK, rest=3.0)}
+    with working(rig):
+        bad, good = rig.submit("die"), rig.submit("good")
+        assert rig.failed(bad) == "worker_died"
+        rig.wait(lambda: rig.status.workers[0].state == "broken")
+        [said] = rig.obstacles
+        assert "worker 0 is broken: its process died 2 times, last because it was killed" in said
+        assert rig.job(good).state is State.QUEUED
+        rig.completed(good)
+        assert rig.obstacles == []
+
+
+def test_a_full_disk_starts_no_jobs(rig: Rig) -> None:
+    rig.prelude = f"""
+import shutil, types, pathlib
+full, before = pathlib.Path({str(rig.folder)!r}) / "full", shutil.disk_usage
+shutil.disk_usage = lambda path: types.SimpleNamespace(free=5) if full.exists() else before(path)
+"""
+    with working(rig):
+        (rig.folder / "full").touch()
+        rig.wait(lambda: "have to stay free" in "".join(rig.obstacles))
+        job = rig.submit("good")
+        assert settled(lambda: rig.job(job).state is State.QUEUED, 0.6)
+        (rig.folder / "full").unlink()
+        rig.completed(job)
+
+
+def test_two_supervisors_do_not_share_a_folder(rig: Rig) -> None:
+    with working(rig):
+        command = [sys.executable, "-m", "wanforge.runtime.service.workers.supervisor", str(rig.write_settings())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "another supervisor works in this folder" in done.stderr
+        rig.completed(rig.submit("good"))
+
+
+def test_a_hangup_reloads_the_bundles(rig: Rig, tmp_path: Path) -> None:
+    with working(rig):
+        child, bundles = rig.child.pid, rig.bundles
+        rig.bundles = [tmp_path / "nothing"]
+        rig.write_settings()
+        rig.supervisor.send_signal(signal.SIGHUP)
+        rig.wait(lambda: "The bundles stay as they are" in rig.log)
+        rig.completed(rig.submit("good"))
+        rig.bundles = bundles
+        rig.write_settings()
+        rig.supervisor.send_signal(signal.SIGHUP)
+        rig.completed(rig.submit("good"))
+        assert rig.child.pid == child
+
+
+def test_several_workers_share_the_queue(rig: Rig) -> None:
+    rig.changes["serve"] = {"workers": 2}
+    with working(rig):
+        rig.wait(lambda: [each.state for each in rig.status.workers] == ["idle", "idle"])
+        jobs = [rig.submit("sleep 0.5") for _ in range(4)]
+        workers = {rig.completed(job).worker for job in jobs}
+        assert len(workers) == 2
+        assert len(rig.objects()) == 12
+        children = [psutil.Process(each.child) for each in rig.status.workers]
+        if len(os.sched_getaffinity(0)) > 1:
+            assert not set(children[0].cpu_affinity()) & set(children[1].cpu_affinity())
+
+
+def test_the_supervisor_loads_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import wanforge.runtime.service.workers.supervisor"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
