@@ -12,7 +12,7 @@ from wanforge.runtime.service.store.base import News, StoreError
 from wanforge.runtime.service.store.databases.database import Database, Transaction
 from wanforge.runtime.service.store.databases.schema import migrate
 
-POLL = 0.05
+POLL = 0.01
 """Seconds between two looks for news, each of which takes microseconds."""
 MOST_WAL_BYTES = 1 << 26
 """The size to which the write-ahead log is cut when it has been copied into the database."""
