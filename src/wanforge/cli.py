@@ -40,6 +40,10 @@ COMMANDS = {
         "wanforge.runtime.commands.generate:generate",
         "Make a video from a prompt, or from an image and a prompt.",
     ),
+    "serve": (
+        "wanforge.runtime.commands.serve:serve",
+        "Run a server that makes videos, with an API and a page, and loses no job.",
+    ),
     "client": (
         "wanforge.runtime.commands.client:client",
         "Submit videos to a server, follow them, and download them.",

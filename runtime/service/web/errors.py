@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from wanforge.errors import WanforgeError
+from wanforge.runtime.service.results.base import StorageError
 from wanforge.runtime.service.store.base import StoreError, TurnedAwayError
 
 STATUS = {
@@ -99,6 +100,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(StoreError)
     async def of_the_store(request: Request, error: StoreError) -> JSONResponse:
+        return ApiError(503, error.code, str(error), retry_after=BUSY_SECONDS).response()
+
+    @app.exception_handler(StorageError)
+    async def of_the_storage(request: Request, error: StorageError) -> JSONResponse:
+        if error.code == "object_gone":
+            return ApiError(410, "expired", str(error)).response()
         return ApiError(503, error.code, str(error), retry_after=BUSY_SECONDS).response()
 
     @app.exception_handler(RequestValidationError)

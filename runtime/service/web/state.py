@@ -6,14 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
 
 from wanforge.runtime.service.catalogue import Catalogue
+from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
+from wanforge.runtime.service.workers.status import obstacles
 
 if TYPE_CHECKING:
     from wanforge.runtime.service.web.access import Keys
@@ -36,12 +39,16 @@ class Service:
 
     keys: "Keys"
 
-    def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: Any) -> None:
+    def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
-        self.needs_keys = any(each.revoked_at is None for each in store.api_keys())
+        self.reload_keys()
         self.newsroom = Newsroom(store)
         self.streams: Counter[str] = Counter()
         self.started_at = time.time()
+
+    def reload_keys(self) -> None:
+        """Look again whether there are keys. A server whose keys are all revoked lets nobody in."""
+        self.needs_keys = bool(self.store.api_keys())
 
     def makers(self) -> int:
         """How many workers make clips."""
@@ -53,7 +60,7 @@ class Service:
             self.store.census()
         except StoreError as error:
             return [str(error)]
-        return []
+        return obstacles(Path(self.settings.data))
 
     async def in_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs

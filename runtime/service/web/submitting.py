@@ -1,6 +1,5 @@
 """From a request of the API to a job: every rule of the model and of the server is applied here."""
 
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from wanforge.configs.clip import ClipShape, size_of
 from wanforge.errors import RequestError, unknown_name
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
+from wanforge.runtime.service.results.base import new_name
 from wanforge.runtime.service.settings import MEGABYTE, Limits
 from wanforge.runtime.service.web.body import PICTURE, redrawn
 from wanforge.runtime.service.web.errors import about, invalid
@@ -92,5 +92,5 @@ def prepared(
     drawn = None if picture is None else redrawn(picture, limits)
     served, asked = checked(catalogue, limits, wanted, drawn)
     if drawn is not None:
-        asked = msgspec.structs.replace(asked, image=f"{secrets.token_hex(16)}.png")
+        asked = msgspec.structs.replace(asked, image=new_name(".png"))
     return served, asked, drawn

@@ -22,6 +22,7 @@ import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError, message_of
+from wanforge.plugins.launching.child_process import end_with
 from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.results.opening import open_storage
@@ -249,8 +250,11 @@ def sole(data: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run a supervisor with the settings that the argument names."""
+    """Run a supervisor with the settings that the first argument names. With a second one, the process that starts it,
+    it ends when that process does."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    if len(sys.argv) > 2:
+        end_with(int(sys.argv[2]))
     try:
         Supervisor(Path(sys.argv[1])).run()
     except (WanforgeError, OSError) as error:

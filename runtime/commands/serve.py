@@ -1,0 +1,149 @@
+"""The commands that run a server and manage its keys."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from wanforge.errors import RequestError, unknown_name
+from wanforge.logs import Console
+from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option, takes
+from wanforge.runtime.service.settings import ServedBundle, ServeSettings, load_settings
+
+log = logging.getLogger(__name__)
+
+SCOPES = ("read", "write", "admin")
+DATA = click.option(
+    "--data",
+    type=FOLDER,
+    default=Path("service"),
+    show_default=True,
+    help="Folder of the job store, the results and the keys.",
+)
+
+
+class ServeOrKeys(click.Group):
+    """Runs a server, unless the first argument is ``keys``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] != ["keys"]:
+            args.insert(0, "run")
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=ServeOrKeys)
+def serve() -> None:
+    """Run a server, or manage its keys."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """The options of `wanforge serve`; those that are None are left to the settings file."""
+
+    bundles: tuple[Path, ...]
+    config: Path | None
+    host: str | None
+    port: int | None
+    data: Path | None
+    workers: int | None
+    backend: str | None
+
+    def settings(self) -> ServeSettings:
+        """The settings file, with what the options say instead."""
+        found = ServeSettings() if self.config is None else load_settings(self.config)
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("host", "port", "workers", "backend")}
+        given["data"] = None if self.data is None else str(self.data)
+        if self.bundles:
+            given["bundles"] = tuple(ServedBundle(str(each)) for each in self.bundles)
+        changed = {name: value for name, value in given.items() if value is not None}
+        return msgspec.structs.replace(found, **changed)
+
+
+@serve.command("run")
+@click.argument("bundles", nargs=-1, type=FOLDER, metavar="BUNDLE...")
+@click.option("--config", type=FILE, help="TOML file with all settings (docs/serving.md); options take precedence.")
+@click.option("--host", help="Address to listen at; any but this machine's own needs keys.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.  [default: 8000]")
+@click.option("--data", type=FOLDER, help="Folder of the job store, the results and the keys.  [default: service]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    help="Processes that make videos.  [default: one for each GPU, or one on a CPU]",
+)
+@backend_option("--backend", "backend", help="Backend that runs the networks.  [default: auto]")
+@takes(ServeOptions)
+def run(options: ServeOptions) -> None:
+    """Serve bundles: an API for videos at /v1/videos, and a page at /.
+
+    Jobs and results outlive the server: whatever was accepted is made after a restart. Ctrl-C or SIGTERM lets running
+    jobs finish, a second one gives them back to the queue at once, and SIGHUP reloads keys and bundles.
+
+    `wanforge serve keys --help` tells about API keys, without which only this machine can use the server.
+    """
+    from wanforge.runtime.service.front import Front  # after the options are checked, since it loads much
+
+    front = Front(options.settings)
+    names = ", ".join(each.name for each in front.service.catalogue.served)
+    click.get_current_context().find_object(Console).show(verbose=True)  # type: ignore[union-attr]
+    front.run(lambda url: click.echo(f"Serving {names} at {url}"))
+
+
+@serve.group()
+def keys() -> None:
+    """Manage API keys. A server that has any asks everybody for one."""
+
+
+@keys.command()
+@click.argument("owner")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    help="What the key allows; may be repeated. admin sees everybody's videos and the metrics.  [default: read, write]",
+)
+@DATA
+@JSON
+def add(owner: str, scopes: tuple[str, ...], data: Path, as_json: bool) -> None:
+    """Make a key for OWNER and print it. It is stored as a hash, so it is shown only now."""
+    with _store(data) as store:
+        key, text = store.add_key(owner, scopes)
+    click.echo(json.dumps({"id": key.id, "owner": owner, "key": text}) if as_json else text)
+
+
+@keys.command("list")
+@DATA
+@JSON
+def list_(data: Path, as_json: bool) -> None:
+    """List the keys, without their secrets."""
+    with _store(data) as store:
+        found = store.api_keys()
+    if as_json:
+        click.echo(json.dumps([msgspec.to_builtins(key) for key in found]))
+        return
+    for key in found:
+        state = "valid" if key.revoked_at is None else "revoked"
+        click.echo(f"{key.id}  {key.owner}  {', '.join(key.scopes) or 'read, write'}  {state}")
+
+
+@keys.command()
+@click.argument("key")
+@DATA
+def revoke(key: str, data: Path) -> None:
+    """Make the key with the id KEY invalid for ever. A server that runs notices within ten seconds."""
+    with _store(data) as store:
+        if not store.revoke_key(key):
+            known = [each.id for each in store.api_keys() if each.revoked_at is None]
+            raise RequestError(unknown_name("valid key", key, known) if known else "there are no valid keys")
+
+
+def _store(data: Path) -> Any:
+    from contextlib import closing
+
+    from wanforge.runtime.service.workers.supervisor import store_of
+
+    return closing(store_of(ServeSettings(data=str(data))))

@@ -1,0 +1,101 @@
+"""The supervisor as the front of the service sees it: a process that is started, watched and started again."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.workers.settings import Supervision
+from wanforge.whole_file import write_atomically
+
+log = logging.getLogger(__name__)
+
+MODULE = "wanforge.runtime.service.workers.supervisor"
+SETTINGS = "supervision.json"
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds until a supervisor that has died is started again. They double with each death."""
+CALM_SECONDS = 60.0
+"""The time after which a supervisor that dies counts as the first one."""
+
+
+class SupervisorProcess:
+    """Keeps a supervisor running until `stop`.
+
+    Args:
+        settings: What it is told; see `write_settings`.
+    """
+
+    def __init__(self, settings: ServeSettings) -> None:
+        self.path = Path(settings.data) / SETTINGS
+        self.write_settings(settings)
+        self._ends = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def write_settings(self, settings: ServeSettings) -> None:
+        """Write what the supervisor reads when it starts, and when it is told to reload."""
+        write_atomically(self.path, msgspec.json.encode(Supervision(serve=settings)))
+
+    def start(self) -> None:
+        """Start it, and from then on whenever it has died."""
+        self._thread.start()
+
+    def reload(self) -> None:
+        """Let it read the settings again and reload the bundles."""
+        self._signal(signal.SIGHUP)
+
+    def stop(self) -> None:
+        """Let it end: running jobs may finish within their grace."""
+        if not self._ends.is_set():
+            self._ends.set()
+            self._signal(signal.SIGTERM)
+
+    def hurry(self) -> None:
+        """Give running jobs back at once."""
+        self._signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._thread.join()
+
+    def _signal(self, number: int) -> None:
+        process = self._process
+        if process is not None:
+            with suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    def _watch(self) -> None:
+        pause = FIRST_PAUSE
+        while not self._ends.is_set():
+            # This thread starts it, and it ends with this thread, even if that is killed.
+            self._process = started(self.path)
+            if self._ends.is_set():
+                self._signal(signal.SIGTERM)  # which came too early for it
+            begun = time.monotonic()
+            code = self._process.wait()
+            if self._ends.is_set():
+                return
+            if time.monotonic() - begun > CALM_SECONDS:
+                pause = FIRST_PAUSE
+            log.error("The supervisor ended with %d; it is started again in %g s.", code, pause)
+            self._ends.wait(pause)
+            pause = min(LONGEST_PAUSE, 2 * pause)
+
+
+def started(settings: Path) -> "subprocess.Popen[bytes]":
+    """Start a supervisor. It has a session of its own, so that Ctrl-C reaches only this process, which tells it."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", MODULE, str(settings), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": paths},
+        start_new_session=True,
+    )
