@@ -1,11 +1,15 @@
 """Figures for monitoring, in the format of Prometheus."""
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from shutil import disk_usage
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from wanforge.runtime.service.store.base import JobStore
+from wanforge.runtime.service.workers.status import BOUNDS, READY, ServiceStatus, read_status
 
 
 class StoreFigures:
@@ -25,8 +29,66 @@ class StoreFigures:
         )
 
 
-def figures(store: JobStore) -> bytes:
+class WorkerFigures:
+    """What the supervisor tells of its workers."""
+
+    def __init__(self, status: ServiceStatus) -> None:
+        self.status = status
+
+    def collect(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("wanforge_worker_ready", "Whether a worker can take jobs.", labels=["worker"])
+        memory = GaugeMetricFamily("wanforge_worker_memory_bytes", "Memory of a worker's child.", labels=["worker"])
+        restarts = CounterMetricFamily("wanforge_worker_restarts", "Children that were replaced.", labels=["worker"])
+        last = GaugeMetricFamily(
+            "wanforge_worker_last_good_timestamp_seconds", "When a worker last completed a job.", labels=["worker"]
+        )
+        for worker in self.status.workers:
+            ready.add_metric([worker.name], worker.state in READY)
+            memory.add_metric([worker.name], worker.memory_bytes)
+            restarts.add_metric([worker.name], worker.restarts)
+            if worker.last_good_at is not None:
+                last.add_metric([worker.name], worker.last_good_at)
+        yield from (ready, memory, restarts, last, self._attempts(), self._stages())
+
+    def _attempts(self) -> Metric:
+        counts = Counter[str]()
+        for worker in self.status.workers:
+            counts.update(worker.outcomes)
+        attempts = CounterMetricFamily("wanforge_attempts", "Attempts that ended, by how they did.", labels=["outcome"])
+        for outcome, count in counts.items():
+            attempts.add_metric([outcome], count)
+        return attempts
+
+    def _stages(self) -> Metric:
+        stages = HistogramMetricFamily("wanforge_stage_seconds", "Duration of stages.", labels=["worker", "stage"])
+        for worker in self.status.workers:
+            for stage, histogram in worker.stages.items():
+                buckets, below = [], 0
+                for bound, count in zip([*map(str, BOUNDS), "+Inf"], histogram.counts, strict=True):
+                    below += count
+                    buckets.append((bound, below))
+                stages.add_metric([worker.name, stage], buckets, histogram.sum)
+        return stages
+
+
+class DiskFigures:
+    """The room on the disk of the service's folder."""
+
+    def __init__(self, data: Path) -> None:
+        self.data = data
+
+    def collect(self) -> Iterator[Metric]:
+        usage = disk_usage(self.data)
+        yield GaugeMetricFamily("wanforge_disk_free_bytes", "Free space on the disk of the service.", usage.free)
+        yield GaugeMetricFamily("wanforge_disk_bytes", "Size of that disk.", usage.total)
+
+
+def figures(store: JobStore, data: Path) -> bytes:
     """All figures as text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StoreFigures(store))
+    registry.register(DiskFigures(data))
+    status = read_status(data)
+    if status is not None:
+        registry.register(WorkerFigures(status))
     return generate_latest(registry)

@@ -1,5 +1,7 @@
 """Whether the server lives, whether it can make videos, and figures for monitoring."""
 
+from pathlib import Path
+
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
@@ -36,5 +38,5 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request, caller: Admin) -> Response:
     """Figures in the format of Prometheus."""
     service = service_of(request)
-    text = await service.in_thread(figures, service.store)
+    text = await service.in_thread(figures, service.store, Path(service.settings.data))
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -16,7 +16,7 @@ from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
-from wanforge.runtime.service.workers.status import obstacles
+from wanforge.runtime.service.workers.status import obstacles, read_status
 
 if TYPE_CHECKING:
     from wanforge.runtime.service.web.access import Keys
@@ -52,7 +52,8 @@ class Service:
 
     def makers(self) -> int:
         """How many workers make clips."""
-        return max(1, self.settings.workers)
+        status = read_status(Path(self.settings.data))
+        return max(1, 0 if status is None else len(status.workers))
 
     def obstacles(self) -> list[str]:
         """Why videos cannot be made; empty if they can."""

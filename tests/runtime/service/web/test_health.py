@@ -1,0 +1,63 @@
+"""What a monitor sees."""
+
+import time
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.runtime.service.served import Rig, running
+from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.workers.status import Histogram, ServiceStatus, WorkerStatus, write_status
+
+
+def status(state: str = "idle", reason: str = "", age: float = 0.0) -> ServiceStatus:
+    worker = WorkerStatus(
+        name="worker 0",
+        state=state,
+        reason=reason,
+        restarts=2,
+        memory_bytes=5,
+        outcomes={"completed": 3, "out_of_memory": 1},
+        stages={"decode": Histogram().with_one(0.2).with_one(5000.0)},
+    )
+    return ServiceStatus(supervisor=1, written=time.monotonic() - age, workers=(worker,))
+
+
+def test_a_server_without_a_living_worker_is_not_ready(tinywan: Path, tmp_path: Path) -> None:
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        assert rig.client.get("/livez").status_code == 200
+        assert rig.client.get("/readyz").status_code == 503
+        write_status(tmp_path, status())
+        assert rig.client.get("/readyz").json() == {"ready": True, "reasons": []}
+        write_status(tmp_path, status("broken", "its process died 5 times"))
+        broken = rig.client.get("/readyz")
+        assert broken.status_code == 503
+        assert broken.json()["reasons"] == ["worker 0 is broken: its process died 5 times"]
+        write_status(tmp_path, status(age=60.0))
+        assert rig.client.get("/readyz").json()["reasons"] == ["the supervisor of the workers has ended or hangs"]
+
+
+def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path: Path) -> None:
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        write_status(tmp_path, status())
+        rig.submit(prompt='a "quoted" prompt\n# HELP evil')
+        text = rig.client.get("/metrics").text
+    assert "quoted" not in text
+    found = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert found["wanforge_jobs", "queued"] == 1
+    assert found["wanforge_attempts_total", "out_of_memory"] == 1
+    assert found["wanforge_worker_restarts_total", "worker 0"] == 2
+    assert found["wanforge_stage_seconds_count", "decode", "worker 0"] == 2
+    assert found["wanforge_stage_seconds_bucket", "0.3", "decode", "worker 0"] == 1
+    assert found["wanforge_disk_free_bytes",] > 0
+
+
+def test_models_are_told_with_what_they_can_do(rig: Rig) -> None:
+    (model,) = rig.client.get("/v1/models").json()["data"]
+    assert (model["id"], model["recipe"], model["task"]) == ("tinywan", "w8a8", "t2v")
+    assert rig.client.get("/v1/models/tinywan").json() == model
+    assert rig.client.get("/v1/models/sora").status_code == 404
