@@ -25,8 +25,8 @@ from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import AUTO, resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
-from wanforge.runtime.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.memory.estimate import needed_bytes

@@ -1,4 +1,4 @@
-"""How much memory this process uses and can still allocate, in a container or not, and how much disk is free."""
+"""How much memory this process can still allocate, in a container or not, and how much disk is free."""
 
 import math
 import shutil
@@ -13,14 +13,6 @@ def available_bytes() -> float:
     import psutil
 
     return min([psutil.virtual_memory().available, *map(control_group_bytes, control_groups())])
-
-
-def process_bytes() -> int:
-    """Bytes of memory that this process uses."""
-    import psutil
-
-    found: int = psutil.Process().memory_info().rss
-    return found
 
 
 def control_groups() -> list[Path]:

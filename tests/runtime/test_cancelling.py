@@ -9,7 +9,7 @@ import torch
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.embeddings import EmbeddingKey, Embeddings
+from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings
 from wanforge.runtime.video import video_writer

@@ -1,1 +1,1 @@
-"""The processes that make clips: a supervisor, and a child for each GPU. Only the children load PyTorch."""
+"""The supervisor of the processes that make clips."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from wanforge.plugins.launching.child_process import kill_group, start_module
-from wanforge.runtime.service.workers.messages import (
+from wanforge.runtime.service.child.messages import (
     BundlePlace,
     Channel,
     SetUp,
@@ -18,7 +18,7 @@ from wanforge.runtime.service.workers.messages import (
 )
 from wanforge.runtime.service.workers.settings import VISIBLE, Seat, Supervision
 
-MODULE = "wanforge.runtime.service.workers.child"
+MODULE = "wanforge.runtime.service.child.child"
 END_SECONDS = 5.0
 """How long a child may take to end in good order."""
 

@@ -54,7 +54,7 @@ class Supervision(Record, frozen=True, kw_only=True):
     """
 
     serve: ServeSettings
-    maker: str = "wanforge.runtime.service.workers.pipelines"
+    maker: str = "wanforge.runtime.service.child.pipelines"
     memory_gigabytes: Positive | None = None
     most_deaths: Count = 5
     times: WorkTimes = WorkTimes()

@@ -24,6 +24,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError, message_of
 from wanforge.plugins.launching.child_process import end_with
 from wanforge.runtime.service.catalogue import fingerprint
+from wanforge.runtime.service.child.messages import BundlePlace
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.results.opening import open_storage
 from wanforge.runtime.service.results.sweeping import delete_orphans, delete_removable
@@ -31,7 +32,6 @@ from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.workers.heart import Heart, Stop
-from wanforge.runtime.service.workers.messages import BundlePlace
 from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
 from wanforge.runtime.service.workers.status import ServiceStatus, read_status, write_status
 from wanforge.runtime.service.workers.worker import Shop, Worker

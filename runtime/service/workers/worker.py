@@ -15,13 +15,8 @@ from threading import Event, Thread
 import msgspec
 
 from wanforge.runtime.service.catalogue import Asked
-from wanforge.runtime.service.job import Failure, Job, Result
-from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
-from wanforge.runtime.service.store.base import JobStore, Offer, StoreError
-from wanforge.runtime.service.workers.breaker import Breaker
-from wanforge.runtime.service.workers.failures import failure_of
-from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
-from wanforge.runtime.service.workers.messages import (
+from wanforge.runtime.service.child.failures import failure_of
+from wanforge.runtime.service.child.messages import (
     Advance,
     BundlePlace,
     ChildReady,
@@ -33,6 +28,11 @@ from wanforge.runtime.service.workers.messages import (
     StopClip,
     ToSupervisor,
 )
+from wanforge.runtime.service.job import Failure, Job, Result
+from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
+from wanforge.runtime.service.store.base import JobStore, Offer, StoreError
+from wanforge.runtime.service.workers.breaker import Breaker
+from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
 from wanforge.runtime.service.workers.process import ChildProcess, EndedError
 from wanforge.runtime.service.workers.settings import Seat, Supervision
 from wanforge.runtime.service.workers.status import WorkerStatus

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wanforge.errors import RequestError
-from wanforge.runtime.service.workers.maker import Maker, Report
-from wanforge.runtime.service.workers.messages import BundlePlace, ClipMade, MakeClip, SetUp
+from wanforge.runtime.service.child.maker import Maker, Report
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 
 PARTS = 10
 
@@ -41,7 +41,7 @@ class StandIn(Maker):
         files = {"video": "video.mp4", "thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}
         for name in files.values():
             (Path(order.folder) / name).write_text(f"{name} of {order.ticket}")
-        return ClipMade(order.ticket, files, "stand-in", {"denoise": seconds}, {"timings": {}}, self.bundles)
+        return ClipMade(order.ticket, files, "stand-in", {"denoise": seconds}, {"timings": {}})
 
 
 def misbehave(words: list[str]) -> None:

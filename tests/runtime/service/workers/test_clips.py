@@ -13,7 +13,7 @@ from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.job import State
 
 pytestmark = pytest.mark.slow
-PIPELINES = "wanforge.runtime.service.workers.pipelines"
+PIPELINES = "wanforge.runtime.service.child.pipelines"
 PROMPT = "a red circle moving right"
 
 

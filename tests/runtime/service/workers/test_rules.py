@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
+from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.workers.breaker import Breaker
-from wanforge.runtime.service.workers.failures import failure_of
 from wanforge.runtime.service.workers.settings import Supervision, WorkTimes, seats
 from wanforge.runtime.service.workers.status import (
     STALE_SECONDS,

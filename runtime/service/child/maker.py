@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from wanforge.runtime.service.workers.messages import BundlePlace, ClipMade, MakeClip
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip
 
 Report = Callable[[str, int], None]
 """Called with a stage and the percent that is done, between any two launches. It raises a `StoppedError` to stop."""

@@ -1,6 +1,6 @@
 """A process that makes clips, one after the other.
 
-It is started by the supervisor as ``python -m wanforge.runtime.service.workers.child PID``, gets its orders on stdin
+It is started by the supervisor as ``python -m wanforge.runtime.service.child.child PID``, gets its orders on stdin
 and answers on stdout. It ends with the supervisor, whose process id is its argument, however that ends. It knows
 nothing of the job store.
 """
@@ -14,11 +14,12 @@ from importlib import import_module
 from queue import SimpleQueue
 from threading import Thread
 
-from wanforge.host import process_bytes
+from msgspec.structs import replace
+
 from wanforge.plugins.launching.child_process import end_with
-from wanforge.runtime.service.workers.failures import failure_of
-from wanforge.runtime.service.workers.maker import Maker, StoppedError
-from wanforge.runtime.service.workers.messages import (
+from wanforge.runtime.service.child.failures import failure_of
+from wanforge.runtime.service.child.maker import Maker, StoppedError
+from wanforge.runtime.service.child.messages import (
     Advance,
     Channel,
     ChildReady,
@@ -78,13 +79,13 @@ class Child:
 
     def _load(self, maker: Maker, order: ReloadBundles) -> None:
         refused = maker.load(order.bundles, lambda stage, percent: self._report(LOADING, stage, percent))
-        self.channel.send(ChildReady(maker.loaded(), refused, process_bytes()))
+        self.channel.send(ChildReady(maker.loaded(), refused, memory_bytes()))
 
     def _make(self, maker: Maker, order: MakeClip) -> None:
         self._told_stage = ""
         try:
             made = maker.make(order, lambda stage, percent: self._report(order.ticket, stage, percent))
-            self.channel.send(made)
+            self.channel.send(replace(made, loaded=maker.loaded(), memory_bytes=memory_bytes()))
         except StoppedError:
             self.channel.send(ClipStopped(order.ticket))
         except Exception as error:
@@ -102,6 +103,14 @@ class Child:
         if stage != self._told_stage or now - self._told_at >= REPORT_SECONDS:
             self._told_stage, self._told_at = stage, now
             self.channel.send(Advance(ticket, stage, percent))
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that this process uses."""
+    import psutil
+
+    found: int = psutil.Process().memory_info().rss
+    return found
 
 
 def main() -> None:

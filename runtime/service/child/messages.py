@@ -102,7 +102,7 @@ class ClipMade(Record, frozen=True, tag=True):
         files: Names of the files in the folder by variant: ``video``, ``thumbnail``, ``spritesheet``.
         stages: Seconds of each stage.
         details: What else to tell of it.
-        loaded: Fingerprints of the bundles that are now loaded.
+        loaded: Fingerprints of the bundles that are now loaded. The child adds this and the memory that it uses.
     """
 
     ticket: str

@@ -11,16 +11,16 @@ import torch
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, WanforgeError, message_of
-from wanforge.host import available_bytes, process_bytes
+from wanforge.host import available_bytes
 from wanforge.progress import Overall
-from wanforge.runtime.embeddings import Embeddings
+from wanforge.runtime.inputs.embeddings import Embeddings
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.catalogue import Asked, fingerprint
-from wanforge.runtime.service.workers.maker import Maker, Report
-from wanforge.runtime.service.workers.messages import BundlePlace, ClipMade, MakeClip, SetUp
-from wanforge.runtime.service.workers.pictures import Pictures
+from wanforge.runtime.service.child.maker import Maker, Report
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
+from wanforge.runtime.service.child.pictures import Pictures
 
 SHARE = 0.8
 """The share of the memory that is free at the start which loaded bundles may take, if nothing else is set."""
@@ -72,8 +72,6 @@ class Pipelines(Maker):
             pipeline.backend.name,
             timings.stages,
             details(asked, timings, pictures),
-            self.loaded(),
-            process_bytes(),
         )
 
     def _pipeline(self, bundle: str, backend: str, report: Report) -> Pipeline:

@@ -1,9 +1,9 @@
 """How much the service adds to the time of a clip, and how many clips it makes in a second.
 
-python -m tools.service.pace --clips 10 --workers 2
+python -m tools.workers_pace --clips 10 --workers 2
 
-It makes clips of TinyWan through a supervisor, and then as many with as many processes of `wanforge generate`. Run it from
-the top of a checkout.
+It makes clips of TinyWan through a supervisor, and then as many with as many processes of `wanforge generate`. Run it
+from the top of a checkout.
 """
 
 import argparse
@@ -24,17 +24,17 @@ import msgspec
 
 from wanforge.api import import_checkpoint
 from wanforge.runtime.service.catalogue import Asked, Served
+from wanforge.runtime.service.child import pipelines
+from wanforge.runtime.service.child.maker import Maker, Report
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings
 from wanforge.runtime.service.store.base import JobStore
-from wanforge.runtime.service.workers import pipelines
-from wanforge.runtime.service.workers.maker import Maker, Report
-from wanforge.runtime.service.workers.messages import BundlePlace, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.workers.settings import Supervision, seats
 from wanforge.runtime.service.workers.status import obstacles, read_status
 from wanforge.runtime.service.workers.supervisor import store_of
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle moving right"
 
 
@@ -93,8 +93,15 @@ def submit(store: JobStore, served: Served, seed: int) -> str:
     video, sampler = served.bundle.model.video, served.bundle.model.sampler
     width, height = video.size_wh
     asked = Asked(
-        model=served.name, recipe=served.bundle.recipe.name, prompt=PROMPT, seed=seed, steps=sampler.steps,
-        width_px=width, height_px=height, frames=video.frames, fps=video.fps,
+        model=served.name,
+        recipe=served.bundle.recipe.name,
+        prompt=PROMPT,
+        seed=seed,
+        steps=sampler.steps,
+        width_px=width,
+        height_px=height,
+        frames=video.frames,
+        fps=video.fps,
     )
     return store.submit(served.submission("pace", asked)).job.id
 
@@ -115,8 +122,9 @@ def one_by_one(store: JobStore, served: Served, clips: int) -> dict[str, list[fl
     found: dict[str, list[float]] = {"submitted to first launch": [], "decoded to made": [], "made to visible": []}
     for seed in range(clips):
         time.sleep(0.2)
+        queued = submit(store, served, seed)
         submitted = time.time()
-        job, seen = ended(store, submit(store, served, seed))
+        job, seen = ended(store, queued)
         assert job.result is not None
         times = job.result.details["times"]
         for name, seconds in zip(
@@ -168,7 +176,7 @@ def main() -> None:
         serve = ServeSettings(data=str(folder), bundles=(ServedBundle(str(bundle)),), workers=options.workers)
         store = store_of(serve)
         print(f"load {os.getloadavg()[0]:.1f}")
-        with supervisor(Supervision(serve=serve, maker="tools.service.pace")):
+        with supervisor(Supervision(serve=serve, maker="tools.workers_pace")):
             at_once(store, served, 2 * options.workers)  # the first clips load what they need
             for what, seconds in one_by_one(store, served, options.clips).items():
                 print(f"{what}: median {1e3 * statistics.median(seconds):.1f} ms, most {1e3 * max(seconds):.1f} ms")
