@@ -39,7 +39,7 @@ class S3Storage(ObjectStorage):
             from obstore.store import S3Store
         except ImportError:
             raise ResourceError(f"results in S3 need obstore; run: {install_extra('s3')}") from None
-        self._obstore, self._error, self.url, self.cache = obstore, BaseError, url, FolderStorage(cache, 0)
+        self._obstore, self._error, self.url, self.cache = obstore, BaseError, url, FolderStorage(cache)
         with self._explained():
             self._store = S3Store.from_url(url, **(settings or {}))
 

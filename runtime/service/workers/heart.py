@@ -112,6 +112,9 @@ class Heart:
                 except StoreError as error:
                     log.warning("Heartbeats cannot be sent: %s", error)
                     self._ends.wait(min(1.0, self.times.heartbeat))
+                except Exception:  # without heartbeats, every job would be lost
+                    log.exception("Heartbeats have failed.")
+                    self._ends.wait(min(1.0, self.times.heartbeat))
         finally:
             news.close()
 

@@ -307,8 +307,10 @@ class Worker(Thread):
             self._fail(attempt, Failure(error.code, str(error)))
             return
         job, result = attempt.job, Result(objects=objects, backend=made.backend, details=made.details)
-        if not self._surely(lambda: self.shop.store.complete(job.lease, result)):
-            self._discard(objects)
+        is_done = self._surely(lambda: self.shop.store.complete(job.lease, result))
+        if not is_done:
+            if is_done is False:
+                self._discard(objects)
             return
         self.breaker.succeeded()
         self._warm = job.bundle, job.shape
@@ -364,16 +366,20 @@ class Worker(Thread):
         elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
             self.status = self.status.with_outcome("worker_died" if last is None else last.code)
 
-    def _surely(self, change: Callable[[], bool]) -> bool:
+    def _surely(self, change: Callable[[], bool]) -> bool | None:
         """Make a change in the store, and try again for as long as the store cannot be used. Until then the lease runs
-        on; if it runs out, the change has no effect."""
+        on; if it runs out, the change has no effect.
+
+        Returns:
+            Whether the change was made; None if the service ends before that is known.
+        """
         while True:
             try:
                 return change()
             except StoreError as error:
                 log.warning("%s waits for the job store: %s", self.name, error)
                 if self.shop.is_ended.wait(STORE_SECONDS):
-                    return False
+                    return None
 
     def _tell(self, **changes: object) -> None:
         """Change the status."""

@@ -51,6 +51,8 @@ def misbehave(words: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
             time.sleep(600)
+        case "quiet":
+            time.sleep(2.5)
         case "memory":
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
         case "gpu":

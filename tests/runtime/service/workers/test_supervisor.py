@@ -96,19 +96,40 @@ def test_a_child_that_hangs_is_killed(rig: Rig) -> None:
         assert rig.job(always).attempt == 2
 
 
-@pytest.mark.parametrize("prompt", ["sleep 5", "hang"])
-def test_a_running_job_is_cancelled(rig: Rig, prompt: str) -> None:
+def test_heartbeats_do_not_depend_on_progress(rig: Rig) -> None:
+    rig.policy = Policy(lease_seconds=1.0)
+    rig.changes["times"] = msgspec.structs.replace(QUICK, hang=10.0)
+    with working(rig):
+        assert rig.completed(rig.submit("quiet")).attempt == 1
+
+
+@pytest.mark.parametrize("notices", [True, False])
+def test_what_is_made_without_a_lease_is_thrown_away(rig: Rig, notices: bool) -> None:
+    if not notices:
+        rig.changes["times"] = msgspec.structs.replace(QUICK, heartbeat=60.0, progress=60.0)
+    rig.policy = Policy(lease_seconds=60.0)
+    with working(rig):
+        job = rig.submit("sleep 1")
+        rig.wait(lambda: rig.job(job).state is State.IN_PROGRESS)
+        assert rig.store.requeue(rig.job(job).lease, counts=False)
+        assert rig.completed(job).attempt == 2
+        assert len(rig.objects()) == 3
+
+
+@pytest.mark.parametrize(("prompt", "dies"), [("sleep 5", False), ("hang", True)])
+def test_a_running_job_is_cancelled(rig: Rig, prompt: str, dies: bool) -> None:
     rig.changes["times"] = msgspec.structs.replace(QUICK, heartbeat=30.0, hang=60.0)
     rig.policy = Policy(lease_seconds=60.0)
     with working(rig):
         job, next_ = rig.submit(prompt), rig.submit("good")
         rig.running(job)
-        begun = time.monotonic()
+        begun, child = time.monotonic(), rig.child.pid
         rig.store.cancel(job)
         assert rig.ended(job).state is State.CANCELLED
         assert time.monotonic() - begun < 3
         rig.completed(next_)
         assert len(rig.objects()) == 3
+        assert (rig.child.pid != child) is dies
 
 
 def test_a_supervisor_that_is_killed_loses_nothing(rig: Rig) -> None:
@@ -123,7 +144,7 @@ def test_a_supervisor_that_is_killed_loses_nothing(rig: Rig) -> None:
         begun = time.monotonic()
         rig.wait(lambda: rig.job(job).attempt == 2)
         assert time.monotonic() - begun < 1
-        rig.completed(job)
+        assert rig.completed(job).lost == 1
         assert len(rig.objects()) == 3
 
 

@@ -1,0 +1,91 @@
+"""What a worker does with a result while the job store cannot be used."""
+
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+
+from tests.runtime.service.store.rig import claimed, submission
+from wanforge.runtime.service.child.messages import ClipMade
+from wanforge.runtime.service.job import State
+from wanforge.runtime.service.results.base import StorageError
+from wanforge.runtime.service.results.folder import FolderStorage
+from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.store.base import StoreError
+from wanforge.runtime.service.store.sql_store import SqlStore, open_store
+from wanforge.runtime.service.workers import worker as worker_module
+from wanforge.runtime.service.workers.heart import Attempt, Heart
+from wanforge.runtime.service.workers.settings import Seat, Supervision
+from wanforge.runtime.service.workers.worker import Shop, Worker
+
+MADE = ClipMade("", {"video": "video.mp4"}, "torch", {"denoise": 1.0}, {})
+
+
+@pytest.fixture
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """A worker that is not running, and a file that its child has made."""
+    monkeypatch.setattr(worker_module, "STORE_SECONDS", 0.01)
+    store, settings = open_store(tmp_path / "jobs.sqlite"), Supervision(serve=ServeSettings())
+    storage = FolderStorage(tmp_path / "results", least_free=0)
+    (tmp_path / "video.mp4").write_bytes(b"clip")
+    shop = Shop(settings, store, storage, Heart(store, settings.times), Event(), Event())
+    return Worker("worker 0", shop, Seat("", (0,)), ())
+
+
+def finish(worker: Worker, folder: Path) -> str:
+    store: Any = worker.shop.store
+    worker.shop.store.submit(submission())
+    job = claimed(store)
+    worker._settle(Attempt(job, lambda: None), MADE, folder)
+    return job.id
+
+
+def objects(worker: Worker) -> int:
+    return len(list(worker.shop.storage.stored()))
+
+
+def test_a_result_waits_for_the_store(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complete, tries = SqlStore.complete, list[None]()
+
+    def busy_at_first(*arguments: Any) -> bool:
+        tries.append(None)
+        if len(tries) < 3:
+            raise StoreError("store_busy", "the job store is locked")
+        return complete(*arguments)
+
+    monkeypatch.setattr(SqlStore, "complete", busy_at_first)
+    job = worker.shop.store.get(finish(worker, tmp_path))
+    assert job is not None
+    assert job.state is State.COMPLETED
+    assert (len(tries), objects(worker)) == (3, 1)
+    assert worker.status.outcomes == {"completed": 1}
+
+
+def test_a_result_that_may_have_been_recorded_is_kept(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: Any) -> bool:
+        worker.shop.is_ended.set()
+        raise StoreError("store_unreachable", "the connection broke", is_unknown=True)
+
+    monkeypatch.setattr(SqlStore, "complete", away)
+    finish(worker, tmp_path)
+    assert objects(worker) == 1
+
+
+@pytest.mark.parametrize(("code", "tries"), [("storage_unreachable", 3), ("disk_full", 1)])
+def test_a_result_that_cannot_be_stored_fails_the_job(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, tries: int
+) -> None:
+    tried = list[str]()
+
+    def refuse(storage: FolderStorage, name: str, path: Path) -> None:
+        tried.append(name)
+        raise StorageError(code, "no")
+
+    monkeypatch.setattr(FolderStorage, "add", refuse)
+    job = worker.shop.store.get(finish(worker, tmp_path))
+    assert job is not None
+    assert job.error is not None
+    assert (job.error.code, len(tried), objects(worker)) == (code, tries, 0)
