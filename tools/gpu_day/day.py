@@ -1,0 +1,127 @@
+"""What a part is given: the device, the sizes, the place for its results, and the time that it has."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.gpu_day.device import Device
+from tools.gpu_day.results import Results
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.configs.topk import num_selected
+from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
+
+REHEARSED_MODEL = "tinywan"
+REHEARSED_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything is done.
+
+    Attributes:
+        repeats: Timed runs of a case.
+        sweep_repeats: Timed runs of a variant.
+        requests: Timed requests.
+        variants: The most variants of a kernel that a sweep tries.
+        steps: Steps of a request; None for the model's own.
+    """
+
+    repeats: int
+    sweep_repeats: int
+    requests: int
+    variants: int
+    steps: int | None
+
+
+FULL = Scale(repeats=20, sweep_repeats=9, requests=3, variants=24, steps=None)
+SMALL = Scale(repeats=1, sweep_repeats=1, requests=1, variants=2, steps=1)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a part writes.
+
+    Attributes:
+        out: What comes back from the machine.
+        scratch: Everything else.
+    """
+
+    out: Path
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Day:
+    """One run of a part.
+
+    Attributes:
+        options: What the part is about: a model, an op.
+        ends: When it has to end, on the clock of `time.monotonic`.
+    """
+
+    part: str
+    options: Mapping[str, str]
+    device: Device
+    scale: Scale
+    results: Results
+    paths: Paths
+    ends: float
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Keep a result."""
+        self.results.add(self.part, kind, **values)
+
+    def once(self, kind: str, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Do a piece of work unless an earlier run has its result, and keep its result, which may be that it failed."""
+        if any(line.get("name") == name for line in self.results.of(self.part, kind)):
+            return
+        try:
+            found = work()
+        except Exception as error:
+            self.add("failure", name=name, of=kind, error=f"{type(error).__name__}: {error}"[:2000])
+            return
+        self.add(kind, name=name, **found)
+
+    @property
+    def rehearses(self) -> bool:
+        return self.scale is SMALL
+
+    @property
+    def seconds_left(self) -> float:
+        return self.ends - time.monotonic()
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        return load_model(REHEARSED_MODEL if self.rehearses else self.options["model"])
+
+    @property
+    def op(self) -> str:
+        """The op that the part is about."""
+        return self.options["op"]
+
+    @property
+    def recipe(self) -> Recipe:
+        return recipe_for(load_recipe("w8a8"), self.device.sm)
+
+    @property
+    def shape(self) -> ClipShape:
+        return self.model.video.shape(None, REHEARSED_FRAMES if self.rehearses else None)
+
+    @property
+    def workload(self) -> Workload:
+        """The model making a clip."""
+        selected = num_selected(self.recipe, self.shape, self.model.topk)
+        return Workload(self.model, self.shape, self.recipe, selected, USUAL_TEXT_ROWS)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute type."""
+        return torch.bfloat16
