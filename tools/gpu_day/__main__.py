@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tools.gpu_day.page import page
-from tools.gpu_day.parts import PARTS
+from tools.gpu_day.parts import PARTS, rehearsed
 from tools.gpu_day.patch import tiles_patch
 from tools.gpu_day.results import PASSED, Results
 from tools.gpu_day.run import Call, run_parts
@@ -50,7 +50,8 @@ def main() -> None:
     results = Results(out / RESULTS)
     if given.resume is not None and not results.path.exists():
         shutil.copyfile(given.resume, results.path)
-    parts = [part for part in PARTS if given.part is None or part.name in given.part]
+    offered = rehearsed() if given.rehearse else PARTS
+    parts = [part for part in offered if given.part is None or part.name in given.part]
     call = Call(results, out, scratch, given.rehearse, start + 60 * given.minutes)
     try:
         run_parts(call, parts)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from tools.gpu_day.device import Device
@@ -19,7 +20,8 @@ from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
 
 REHEARSED_MODEL = "tinywan"
-REHEARSED_FRAMES = 5
+REHEARSED_SIZE, REHEARSED_FRAMES = (96, 96), 5
+"""A clip whose 72 tokens fill one key block and begin another."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,28 @@ class Scale:
     Attributes:
         repeats: Timed runs of a case.
         sweep_repeats: Timed runs of a variant.
-        requests: Timed requests.
-        variants: The most variants of a kernel that a sweep tries.
+        requests: Timed requests after the first.
+        cases: The most cases of an op that are timed, and of a kernel that are swept.
+        variants: The most variants of a kernel or of the VAE that are tried.
         steps: Steps of a request; None for the model's own.
     """
 
     repeats: int
     sweep_repeats: int
     requests: int
+    cases: int
     variants: int
     steps: int | None
 
 
-FULL = Scale(repeats=20, sweep_repeats=9, requests=3, variants=24, steps=None)
-SMALL = Scale(repeats=1, sweep_repeats=1, requests=1, variants=2, steps=1)
+FULL = Scale(repeats=20, sweep_repeats=9, requests=3, cases=99, variants=24, steps=None)
+SMALL = Scale(repeats=1, sweep_repeats=1, requests=0, cases=1, variants=2, steps=1)
+
+
+def rehearsed_model() -> ModelConfig:
+    """TinyWan with one layer."""
+    tiny = load_model(REHEARSED_MODEL)
+    return msgspec.structs.replace(tiny, dit=msgspec.structs.replace(tiny.dit, num_layers=1))
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Day:
 
     @cached_property
     def model(self) -> ModelConfig:
-        return load_model(REHEARSED_MODEL if self.rehearses else self.options["model"])
+        return rehearsed_model() if self.rehearses else load_model(self.options["model"])
 
     @property
     def op(self) -> str:
@@ -113,13 +123,18 @@ class Day:
 
     @property
     def shape(self) -> ClipShape:
-        return self.model.video.shape(None, REHEARSED_FRAMES if self.rehearses else None)
+        given = (REHEARSED_SIZE, REHEARSED_FRAMES) if self.rehearses else ()
+        return self.model.video.shape(*given)
+
+    def workload_of(self, model: ModelConfig, shape: ClipShape) -> Workload:
+        """A model making a clip."""
+        selected = num_selected(self.recipe, shape, model.topk)
+        return Workload(model, shape, self.recipe, selected, USUAL_TEXT_ROWS)
 
     @property
     def workload(self) -> Workload:
-        """The model making a clip."""
-        selected = num_selected(self.recipe, self.shape, self.model.topk)
-        return Workload(self.model, self.shape, self.recipe, selected, USUAL_TEXT_ROWS)
+        """The model of this part making its clip."""
+        return self.workload_of(self.model, self.shape)
 
     @property
     def dtype(self) -> torch.dtype:

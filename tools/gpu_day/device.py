@@ -12,9 +12,10 @@ import torch
 
 from tools.ptx.bench import Bench
 from wanforge.configs.targets import Target, load_targets
+from wanforge.plugins.launching import driver
 from wanforge.plugins.launching.compiler import compile_kernels
-from wanforge.plugins.launching.launch import Launch, architecture_of
-from wanforge.runtime.measure.kernels import timing
+from wanforge.plugins.launching.launch import Launch, Specialisation, architecture_of
+from wanforge.runtime.measure.kernels import cases, timing
 from wanforge.runtime.measure.kernels.timing import CudaTimer, Run, Timer
 from wanforge.runtime.measure.machine import target_of
 
@@ -40,6 +41,10 @@ class Device(Protocol):
         """Within the ``with`` block, kernels run on this device."""
         ...
 
+    def launch(self, launch: Launch) -> None:
+        """Put a launch on the device."""
+        ...
+
     def synchronise(self) -> None:
         """Wait until all work is done."""
         ...
@@ -60,6 +65,9 @@ class Gpu:
 
     def entered(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def launch(self, launch: Launch) -> None:
+        driver.run(launch)
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -91,15 +99,15 @@ class StandIn(Bench):
     def __init__(self, folder: Path) -> None:
         target = load_targets()[REHEARSED]
         super().__init__(target.sm, folder)
-        self.device, self.target = torch.device("cpu"), target
+        self.device = torch.device("cpu")
+        self.target: Target | None = target
         self.timer: Timer = HostTimer()
-        self.compiled: set[str] = set()
+        self.compiled: set[Specialisation] = set()
 
     def launch(self, launch: Launch) -> None:
-        key = launch.specialisation.key
-        if key not in self.compiled:
+        if launch.specialisation not in self.compiled:
             compile_kernels([launch], self.folder, jobs=1, ptx=True)
-            self.compiled.add(key)
+            self.compiled.add(launch.specialisation)
         self.memory.regions.clear()
         self.memory.starts.clear()
         super().launch(launch)
@@ -113,6 +121,7 @@ class StandIn(Bench):
         with ExitStack() as stack:
             for name in ("SETS", "WARM_UP"):
                 stack.enter_context(mock.patch.object(timing, name, 1))
+            stack.enter_context(mock.patch.object(cases, "architecture_of", return_value=self.sm))
             stack.enter_context(self.running())
             yield
 

@@ -28,12 +28,12 @@ def winners(results: Results) -> list[Line]:
 def tiles_patch(results: Results) -> str:
     """A unified diff for ``git apply``; empty where no tile changes."""
     before = (CONFIGS / "tiles.toml").read_text()
-    facts = next((line["facts"] for line in results.of("machine", "facts")), {})
+    facts: dict[str, Any] = next((line["facts"] for line in results.of("machine", "facts")), {})
     after = before
     for line in winners(results):
         after = changed(after, line["name"], facts.get("sm"), row(line, str(facts.get("gpu") or "a rehearsal")))
-    lines = (text.splitlines(keepends=True) for text in (before, after))
-    return "".join(difflib.unified_diff(*lines, f"a/{FILE}", f"b/{FILE}"))
+    old, new = before.splitlines(keepends=True), after.splitlines(keepends=True)
+    return "".join(difflib.unified_diff(old, new, f"a/{FILE}", f"b/{FILE}"))
 
 
 def row(line: Mapping[str, Any], gpu: str) -> dict[str, str]:

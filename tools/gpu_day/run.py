@@ -23,7 +23,7 @@ RESERVED = 8.0
 """Seconds that are kept for the page at the end of a call."""
 MOST_SAID = 3000
 """The most characters that are kept of what a failed part says."""
-REHEARSED_SECONDS = 120
+REHEARSED_SECONDS = 300
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@ must pass the op's checks as well."""
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -15,32 +16,55 @@ import torch
 from torch import Tensor
 
 from tools.gpu_day.day import Day
+from tools.gpu_day.dry import launches_of_cases
 from tools.gpu_day.variants import Variant, of_tile, variants
 from wanforge.configs.tiles import Tile
 from wanforge.errors import WanforgeError
-from wanforge.plugins.launching import call, driver
+from wanforge.plugins.launching import call
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.launch import Launch, tile_for
 from wanforge.runtime.measure.kernels.cases import OPS
 from wanforge.runtime.measure.kernels.checks import HALF_SPACING, check, error
-from wanforge.runtime.measure.kernels.timing import Draw
+from wanforge.runtime.measure.kernels.timing import Case, Draw
 
 LARGEST_ERROR = HALF_SPACING[torch.bfloat16]
 """The largest relative error of a variant: one rounding to bfloat16. Most variants only compute in another order."""
 
 
 def run(day: Day) -> None:
-    """Sweep every kernel that has a case of its own, then check the fastest tile of each."""
-    with compiled_here(day):
-        for case in OPS[day.op](day.workload):
-            with torch.inference_mode():
-                launches = captured(case.kernel, case.inputs(Draw(0, day.device.device, day.dtype)))
-            kernels = {launch.kernel.name for launch in launches}
-            if len(kernels) == 1:
-                _sweep(day, kernels.pop(), case.name, launches)
+    """Compile the variants of every kernel that has a case of its own, compare and time them, then check the fastest
+    of each kernel."""
+    draw = Draw(0, day.device.device, day.dtype)
+    with compiled_here(day), torch.inference_mode():
+        dry = chosen(launches_of_cases(OPS[day.op](day.workload), draw, day.device.sm), day.scale.cases)
+        tiled = [each for _, launches in dry for each in _variants(day, launches).values()]
+        compile_all(day, [launch for each in tiled for launch in each])
+        for case, _ in dry:
+            _sweep(day, case.name, captured(case.kernel, case.inputs(draw)))
         for kernel, (present, best) in fastest(day.results.of(day.part, "variant")).items():
             day.once("winner", kernel, partial(_checked, day, kernel, present, best))
+
+
+def chosen(dry: Iterable[tuple[Case, list[Launch]]], most: int) -> list[tuple[Case, list[Launch]]]:
+    """The cases that launch one kernel alone, so many of each kernel."""
+    by_kernel: dict[str, list[tuple[Case, list[Launch]]]] = defaultdict(list)
+    for case, launches in dry:
+        names = {launch.kernel.name for launch in launches}
+        if len(names) == 1:
+            by_kernel[names.pop()].append((case, launches))
+    return [each for cases in by_kernel.values() for each in cases[:most]]
+
+
+def folder_of(day: Day) -> Path:
+    """Where the cubins of all variants are kept."""
+    return day.paths.scratch / ("kernels" if day.rehearses else "sweep")
+
+
+def compile_all(day: Day, launches: Sequence[Launch]) -> None:
+    """Compile launches side by side, apart from those that do not compile."""
+    with suppress(WanforgeError):
+        compile_kernels(launches, folder_of(day), ptx=day.rehearses)
 
 
 @contextmanager
@@ -49,7 +73,7 @@ def compiled_here(day: Day) -> Iterator[None]:
     if day.rehearses:
         yield
         return
-    with mock.patch.dict(os.environ, {"WANFORGE_KERNELS": str(day.paths.scratch / "sweep")}):
+    with mock.patch.dict(os.environ, {"WANFORGE_KERNELS": str(folder_of(day))}):
         yield
 
 
@@ -71,19 +95,20 @@ def with_tile(launch: Launch, variant: Variant) -> Launch:
     return replace(launch, arguments=arguments, num_warps=variant.num_warps, num_stages=variant.num_stages)
 
 
-def _sweep(day: Day, kernel: str, case: str, launches: Sequence[Launch]) -> None:
-    """Compile a kernel's variants side by side, then compare and time those that compile."""
+def _variants(day: Day, launches: Sequence[Launch]) -> dict[Variant, list[Launch]]:
+    """The launches of a case with each tile, the present one first."""
+    kernel = launches[0].kernel.name
     tried = variants(kernel, tile_for(kernel, day.device.sm), day.scale.variants)
-    if any(dict(launches[0].arguments).get(name) is None for name, _ in tried[-1].blocks):
-        return
-    by_variant = {variant: [with_tile(launch, variant) for launch in launches] for variant in tried}
-    folder = day.paths.scratch / ("kernels" if day.rehearses else "sweep")
-    with suppress(WanforgeError):  # of a variant that does not compile, which then has no cubin
-        compile_kernels([one for each in by_variant.values() for one in each], folder, ptx=day.rehearses)
-    cubins = CubinStore(folder).cubins()
+    return {variant: [with_tile(launch, variant) for launch in launches] for variant in tried}
+
+
+def _sweep(day: Day, case: str, launches: Sequence[Launch]) -> None:
+    """Compare and time the variants of a case that compile."""
+    by_variant, cubins = _variants(day, launches), CubinStore(folder_of(day)).cubins()
+    present = next(iter(by_variant))
     tensors = list({id(tensor): tensor for launch in launches for tensor in launch.tensors.values()}.values())
     before = [tensor.clone() for tensor in tensors]
-    _run(by_variant[tried[0]])
+    _run(day, by_variant[present])
     expected = [tensor.clone() for tensor in tensors]
     for variant, variant_launches in by_variant.items():
         keys = {launch.specialisation.key for launch in variant_launches}
@@ -91,7 +116,12 @@ def _sweep(day: Day, kernel: str, case: str, launches: Sequence[Launch]) -> None
             day.add("refused", name=f"{case}: {variant}", why="it does not compile")
             continue
         _restore(tensors, before)
-        facts = {"kernel": kernel, "case": case, "variant": str(variant), "is_present": variant == tried[0]}
+        facts = {
+            "kernel": launches[0].kernel.name,
+            "case": case,
+            "variant": str(variant),
+            "is_present": variant == present,
+        }
         facts["spills"] = max(cubins[key].spill_bytes for key in keys)
         facts["tile"] = {
             "num_warps": variant.num_warps,
@@ -105,18 +135,17 @@ def _sweep(day: Day, kernel: str, case: str, launches: Sequence[Launch]) -> None
 def _measured(
     day: Day, launches: Sequence[Launch], tensors: Sequence[Tensor], expected: Sequence[Tensor], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    _run(launches)
+    _run(day, launches)
     worst = max(error(actual, right) for actual, right in zip(tensors, expected, strict=True))
     if not worst <= LARGEST_ERROR:
         return {**facts, "error": str(worst), "ms": None}
-    times = [day.device.timer.seconds(lambda: _run(launches)) for _ in range(day.scale.sweep_repeats)]
+    times = [day.device.timer.seconds(lambda: _run(day, launches)) for _ in range(day.scale.sweep_repeats)]
     return {**facts, "error": worst, "ms": 1000 * median(times), "least_ms": 1000 * min(times)}
 
 
-def _run(launches: Sequence[Launch]) -> None:
+def _run(day: Day, launches: Sequence[Launch]) -> None:
     for launch in launches:
-        on_cpu = next(iter(launch.tensors.values())).device.type == "cpu"
-        call.interpret(launch) if on_cpu else driver.run(launch)
+        day.device.launch(launch)
 
 
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice, product
 from statistics import median
 from typing import Any
 
@@ -41,16 +42,13 @@ def run(day: Day) -> None:
         graph_run = vae_schedule(known, day.shape, "decode").programs["next.0"][0]
         graph, drawn = known[graph_run.graph], DrawnWeights(bundle, day.device.device)
         state = {name: drawn.of(graph_run, name) for name in graph.weights}
-        for layout in LAYOUTS:
-            for is_cast in (False, True):
-                for measures in (False, True):
-                    name = (
-                        f"{layout}, cast {'once' if is_cast else 'each call'}, benchmark {'on' if measures else 'off'}"
-                    )
-                    chosen = {key: _weight(day, each, layout, is_cast) for key, each in state.items()}
-                    inputs = [LAYOUTS[layout](each) for each in _inputs(day, graph)]
-                    with benchmarking(measures):
-                        day.once("vae", name, partial(_timed, day, graph, chosen, inputs))
+        tried = product(LAYOUTS, ("each call", "once"), ("off", "on"))
+        for layout, cast, measured in islice(tried, day.scale.variants):
+            chosen = {name: _weight(day, each, layout, cast == "once") for name, each in state.items()}
+            inputs = [LAYOUTS[layout](each) for each in _inputs(day, graph)]
+            with benchmarking(measured == "on"):
+                name = f"{layout}, cast {cast}, benchmark {measured}"
+                day.once("vae", name, partial(_timed, day, graph, chosen, inputs))
 
 
 @contextmanager
