@@ -12,7 +12,7 @@ import msgspec
 
 from tools.gpu_day.day import FULL, SMALL, Day, Paths
 from tools.gpu_day.device import open_device
-from tools.gpu_day.parts import PARTS
+from tools.gpu_day.parts import Part
 from tools.gpu_day.results import Results
 
 
@@ -20,12 +20,11 @@ class Order(msgspec.Struct, frozen=True):
     """What a child is to do.
 
     Attributes:
-        part: The name of a part.
         seconds: The most that it may take.
         out, scratch, results: The folders and the file to write to.
     """
 
-    part: str
+    part: Part
     seconds: float
     rehearses: bool
     out: Path
@@ -45,15 +44,14 @@ def watch_parent(parent: int) -> None:
 
 
 def main(order: Order) -> None:
-    (part,) = (part for part in PARTS if part.name == order.part)
-    results = Results(order.results)
+    part, results = order.part, Results(order.results)
     before = len(results.of(part.name, "failure"))
     device = open_device(order.rehearses, order.scratch / "kernels")
     paths, scale = Paths(order.out, order.scratch), SMALL if order.rehearses else FULL
     day = Day(part.name, part.options, device, scale, results, paths, time.monotonic() + order.seconds)
     module, _, function = part.function.partition(":")
     with device.entered():
-        getattr(import_module(f"tools.gpu_day.{module}"), function)(day)
+        getattr(import_module(module), function)(day)
     failures = results.of(part.name, "failure")[before:]
     for failure in failures:
         print(f"{failure['name']}: {failure['error']}")

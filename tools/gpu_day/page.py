@@ -270,15 +270,15 @@ def _baselines(results: Results, part: Part) -> Iterable[str]:
 Section = Callable[[Results, Part], Iterable[str]]
 
 SECTIONS: dict[str, Section] = {
-    "machine:run": _machine,
-    "kernels:run": _cubins,
-    "device_tests:run": _tests,
-    "ops:run": _ops,
-    "ops:run_baselines": _baselines,
-    "requests:run": _requests,
-    "requests:run_profile": _profiles,
-    "sweep:run": _sweeps,
-    "vae:run": _vae,
-    "parity:run": _parity,
+    "tools.gpu_day.machine:run": _machine,
+    "tools.gpu_day.kernels:run": _cubins,
+    "tools.gpu_day.device_tests:run": _tests,
+    "tools.gpu_day.ops:run": _ops,
+    "tools.gpu_day.ops:run_baselines": _baselines,
+    "tools.gpu_day.requests:run": _requests,
+    "tools.gpu_day.requests:run_profile": _profiles,
+    "tools.gpu_day.sweep:run": _sweeps,
+    "tools.gpu_day.vae:run": _vae,
+    "tools.gpu_day.parity:run": _parity,
 }
 """What shows the results of each kind of part, by the function that finds them."""

@@ -14,7 +14,7 @@ class Part:
 
     Attributes:
         title: What it finds out, as the page says it.
-        function: The module of this package that does it, and the function.
+        function: The module that does it, and the function.
         seconds: The most that it may take.
         least: The fewest seconds that are worth starting it for.
         options: What it is about.
@@ -33,26 +33,33 @@ def _of_model(prefix: str, model: str) -> list[Part]:
     given = {"model": model}
     times = {"1.3b": (150, 240, 120), "14b": (180, 300, 180)}[size]
     return {
-        "ops": [Part(f"ops-{size}", f"Ops of the {about}", "ops:run", times[0], 45, given)],
+        "ops": [Part(f"ops-{size}", f"Ops of the {about}", "tools.gpu_day.ops:run", times[0], 45, given)],
         "request": [
-            Part(f"request-{size}", f"Whole requests of the {about}", "requests:run", times[1], 60, given),
-            Part(f"profile-{size}", f"Profile of the {about}", "requests:run_profile", times[2], 45, given),
+            Part(
+                f"request-{size}", f"Whole requests of the {about}", "tools.gpu_day.requests:run", times[1], 60, given
+            ),
+            Part(
+                f"profile-{size}", f"Profile of the {about}", "tools.gpu_day.requests:run_profile", times[2], 45, given
+            ),
         ],
     }[prefix]
 
 
 PARTS = [
-    Part("machine", "The machine", "machine:run", 60, 10, {"model": SMALL}),
-    Part("kernels", "Cubins", "kernels:run", 150, 20, {"model": SMALL}),
-    Part("tests", "Tests of the kernels", "device_tests:run", 240, 45, {"model": SMALL}),
+    Part("machine", "The machine", "tools.gpu_day.machine:run", 60, 10, {"model": SMALL}),
+    Part("kernels", "Cubins", "tools.gpu_day.kernels:run", 150, 20, {"model": SMALL}),
+    Part("tests", "Tests of the kernels", "tools.gpu_day.device_tests:run", 240, 45, {"model": SMALL}),
     *_of_model("ops", SMALL),
     *_of_model("request", SMALL),
     *_of_model("ops", LARGE),
     *_of_model("request", LARGE),
-    *(Part(f"sweep-{op}", f"Tiles of {op}", "sweep:run", 150, 40, {"model": SMALL, "op": op}) for op in SWEPT),
-    Part("vae", "Variants of the VAE", "vae:run", 120, 40, {"model": SMALL}),
-    Part("parity", "Parity of TinyWan", "parity:run", 180, 40, {"model": "tinywan"}),
-    Part("baselines", "Baselines of PyTorch's compiler", "ops:run_baselines", 240, 60, {"model": SMALL}),
+    *(
+        Part(f"sweep-{op}", f"Tiles of {op}", "tools.gpu_day.sweep:run", 150, 40, {"model": SMALL, "op": op})
+        for op in SWEPT
+    ),
+    Part("vae", "Variants of the VAE", "tools.gpu_day.vae:run", 120, 40, {"model": SMALL}),
+    Part("parity", "Parity of TinyWan", "tools.gpu_day.parity:run", 180, 40, {"model": "tinywan"}),
+    Part("baselines", "Baselines of PyTorch's compiler", "tools.gpu_day.ops:run_baselines", 240, 60, {"model": SMALL}),
 ]
 """Every part. `kernels` goes before whatever launches any."""
 

@@ -65,7 +65,7 @@ def run_part(call: Call, part: Part) -> str:
     start = time.monotonic()
     said = call.scratch / f"{part.name}.log"
     with said.open("wb") as log:
-        order = Order(part.name, seconds, call.rehearses, call.out, call.scratch, call.results.path)
+        order = Order(part, seconds, call.rehearses, call.out, call.scratch, call.results.path)
         process = started(call, order, log.fileno())
         try:
             code = process.wait(seconds)
