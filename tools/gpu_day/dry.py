@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanforge.plugins.launching import call, driver
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.measure.kernels.checks import CHECKS
+from wanforge.runtime.measure.kernels.checks import CHECKS, check
 from wanforge.runtime.measure.kernels.timing import Case, Draw
 
 CPU = torch.device("cpu")
@@ -42,8 +42,8 @@ def without_data(launch: Launch) -> Launch:
 def launches_of_checks(sm: int) -> list[Launch]:
     """What the checks of every op launch."""
     with recorded(sm) as found:
-        for claims in CHECKS.values():
-            claims(Draw(0, CPU, torch.bfloat16))
+        for op in CHECKS:
+            check(op, CPU, torch.bfloat16)
     return found
 
 

@@ -121,8 +121,9 @@ def _ops(results: Results, part: Part) -> Iterable[str]:
     if cases:
         yield _ratio_plot(cases)
         yield table(
-            ("case", "ms", "20 %", "80 %", "predicted", "ratio", "of roofline", "baselines (times of the kernel)"),
+            ("case", "baselines (times of the kernel)", "ms", "20 %", "80 %", "predicted", "ratio", "of roofline"),
             [_case(line) for line in cases],
+            words=2,
         )
 
 
@@ -133,11 +134,11 @@ def _case(line: Line) -> tuple[str, ...]:
     missing = [f"{name} is missing" for name in line["missing"]]
     return (
         line["name"] + (" (wrong)" if line["is_wrong"] else ""),
+        ", ".join(others + missing),
         *(_ms(times[name]) for name in ("median_ms", "p20_ms", "p80_ms")),
         _ms(line["predicted_ms"]),
         _ratio(ms, line["predicted_ms"]),
         f"{roofline / ms:.0%}" if roofline else "",
-        ", ".join(others + missing),
     )
 
 
@@ -262,9 +263,8 @@ def _parity(results: Results, part: Part) -> Iterable[str]:
 def _baselines(results: Results, part: Part) -> Iterable[str]:
     cases = [line for line in results.of(part.name, "case") if "kernel" in line["times"]]
     if cases:
-        yield table(
-            ("case", "kernel, ms", "baselines (times of the kernel)"), [(c[0], c[1], c[7]) for c in map(_case, cases)]
-        )
+        rows = [_case(line)[:3] for line in cases]
+        yield table(("case", "baselines (times of the kernel)", "ms"), rows, words=2)
 
 
 Section = Callable[[Results, Part], Iterable[str]]
