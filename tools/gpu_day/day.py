@@ -32,7 +32,8 @@ class Scale:
         repeats: Timed runs of a case.
         sweep_repeats: Timed runs of a variant.
         requests: Timed requests after the first.
-        cases: The most cases of an op that are timed, and of a kernel that are swept.
+        cases: The most cases of an op that are timed, cases of a kernel that are swept, and kernels of an op whose
+            fastest tile is checked.
         variants: The most variants of a kernel or of the VAE that are tried.
         steps: Steps of a request; None for the model's own.
     """

@@ -36,7 +36,7 @@ def test_a_rehearsal_passes_without_home_and_network(tmp_path: Path) -> None:
     assert done.returncode == 0, "\n".join(str(line) for line in results.lines() if line["kind"] in ("failure", "end"))
     assert {results.state(part.name) for part in rehearsed()} == {PASSED}
     assert REHEARSAL in (out / "page.html").read_text()
-    swept = {line["name"] for line in results.lines() if line["kind"] == "winner"}
+    swept = {line["kernel"] for line in results.lines() if line["kind"] == "variant"}
     assert swept == set(load_tiles())
     right = [line["passed"] for line in results.lines() if line["kind"] in ("check", "winner", "parity")]
     assert right
