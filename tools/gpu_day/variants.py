@@ -63,7 +63,7 @@ def variants(kernel: str, tile: Tile, most: int) -> list[Variant]:
     choices, present = CHOICES[kernel], of_tile(tile)
     names = [name for name, _ in choices.blocks]
     found = (
-        Variant(warps, stages, tuple(sorted(zip(names, sizes, strict=True))))
+        Variant(warps, stages, tuple(sorted((tile.blocks | dict(zip(names, sizes, strict=True))).items())))
         for *sizes, warps, stages in product(*(values for _, values in choices.blocks), choices.warps, choices.stages)
     )
     return [present, *islice((each for each in found if each != present), most - 1)]
