@@ -20,12 +20,10 @@ class Order(msgspec.Struct, frozen=True):
     """What a child is to do.
 
     Attributes:
-        seconds: The most that it may take.
         out, scratch, results: The folders and the file to write to.
     """
 
     part: Part
-    seconds: float
     rehearses: bool
     out: Path
     scratch: Path
@@ -48,7 +46,7 @@ def main(order: Order) -> None:
     before = len(results.of(part.name, "failure"))
     device = open_device(order.rehearses, order.scratch / "kernels")
     paths, scale = Paths(order.out, order.scratch), SMALL if order.rehearses else FULL
-    day = Day(part.name, part.options, device, scale, results, paths, time.monotonic() + order.seconds)
+    day = Day(part.name, part.options, device, scale, results, paths)
     module, _, function = part.function.partition(":")
     with device.entered():
         getattr(import_module(module), function)(day)

@@ -1,6 +1,5 @@
-"""What a part is given: the device, the sizes, the place for its results, and the time that it has."""
+"""What a part is given: the device, the sizes, and the place for its results."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +74,6 @@ class Day:
 
     Attributes:
         options: What the part is about: a model, an op.
-        ends: When it has to end, on the clock of `time.monotonic`.
     """
 
     part: str
@@ -84,7 +82,6 @@ class Day:
     scale: Scale
     results: Results
     paths: Paths
-    ends: float
 
     def add(self, kind: str, **values: Any) -> None:
         """Keep a result."""
@@ -104,10 +101,6 @@ class Day:
     @property
     def rehearses(self) -> bool:
         return self.scale is SMALL
-
-    @property
-    def seconds_left(self) -> float:
-        return self.ends - time.monotonic()
 
     @cached_property
     def model(self) -> ModelConfig:

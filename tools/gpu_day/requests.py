@@ -16,7 +16,6 @@ from wanforge.runtime.backends.kernels import KernelsBackend
 from wanforge.runtime.measure.cost.stages import costs_on
 from wanforge.runtime.measure.requests.meters import Nvml, metered
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.reference.sampler import Step
 from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import vae_schedule
 from wanforge.whole_file import temporary_folder
@@ -83,7 +82,7 @@ def _step(pipeline: Pipeline, request: Request) -> Callable[[], object]:
     checked = pipeline.check(request)
     denoiser = pipeline.denoiser(checked, Timings())
     noise = next(iter(pipeline.noise(checked))).to(pipeline.backend.device)
-    first: Step = checked.steps[0]
+    first = checked.steps[0]
     return lambda: denoiser(noise, first)
 
 

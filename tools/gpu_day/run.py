@@ -65,7 +65,7 @@ def run_part(call: Call, part: Part) -> str:
     start = time.monotonic()
     said = call.scratch / f"{part.name}.log"
     with said.open("wb") as log:
-        order = Order(part, seconds, call.rehearses, call.out, call.scratch, call.results.path)
+        order = Order(part, call.rehearses, call.out, call.scratch, call.results.path)
         process = started(call, order, log.fileno())
         try:
             code = process.wait(seconds)
@@ -105,6 +105,7 @@ def variables(call: Call) -> dict[str, str]:
         **{name: str(call.scratch / folder) for name, folder in caches.items()},
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
         "PYTHONUNBUFFERED": "1",
+        **({"CUDA_VISIBLE_DEVICES": ""} if call.rehearses else {}),
         "HOME": os.environ.get("HOME", str(call.scratch)),
     }
 
