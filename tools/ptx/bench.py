@@ -27,9 +27,9 @@ def compile_for(run: Callable[[], object], sm: int, folder: Path) -> None:
     Args:
         folder: Where the cubins and their PTX are kept.
     """
-    with torch.device("meta"), recording(sm) as launches:
+    with torch.device("meta"), recording(sm) as recorded:
         run()
-    compile_kernels(launches, folder, ptx=True)
+    compile_kernels(recorded.launches, folder, ptx=True)
 
 
 class Bench:

@@ -5,8 +5,9 @@ It answers the calls of `wanforge.plugins.launching.driver.Driver` as the driver
 refuses: too many threads, grids that are too large, and shared memory that was not asked for.
 """
 
+import ctypes
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -127,34 +128,25 @@ class StandIn:
         """Run a kernel.
 
         Args:
-            sizes: Grid and block along three axes each, shared memory in bytes, the stream, the parameters as values
-                and ctypes types, and no extra options.
+            sizes: Grid and block along three axes each, shared memory in bytes, the stream, the address of pointers to
+                the parameters, and no extra options.
         """
-        *axes, shared_bytes, stream, (values, types), _ = sizes
+        *axes, shared_bytes, stream, pointers, _ = sizes
         grid, block, kernel = tuple(axes[:3]), tuple(axes[3:]), function.kernel
         wrong = any(not 0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
         if wrong or block != (kernel.threads, 1, 1) or shared_bytes > function.shared_limit:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         self.launched.append((kernel.name, stream))
-        launch = Launch(kernel, grid, packed(kernel, values, types), shared_bytes, self.memory, self.modes)
+        launch = Launch(kernel, grid, parameters_at(pointers, kernel), shared_bytes, self.memory, self.modes)
         launch.run(max(1, self.side_by_side // kernel.threads))
         return (Result.CUDA_SUCCESS,)
 
 
-def packed(kernel: Kernel, values: Sequence[Any], types: Sequence[Any]) -> list[bytes]:
+def parameters_at(pointers: int, kernel: Kernel) -> list[bytes]:
     """The bytes of each parameter, as the driver copies them: it takes as many bytes as the kernel declares from where
-    each value lies, whatever the caller meant by them.
-
-    Raises:
-        ValueError: There are fewer values than parameters, so that the driver would read beyond them.
-    """
-    if len(values) < len(kernel.parameters):
-        raise ValueError(f"{kernel.name} has {len(kernel.parameters)} parameters, but is given {len(values)}")
-    lying = [bytes(kind(value)) for value, kind in zip(values, types, strict=True)]
-    return [
-        value.ljust(parameter.size, b"\0")[: parameter.size]
-        for value, parameter in zip(lying, kernel.parameters, strict=False)
-    ]
+    each pointer points, whatever the caller meant by them."""
+    places = (ctypes.c_void_p * len(kernel.parameters)).from_address(pointers)
+    return [ctypes.string_at(place, each.size) for place, each in zip(places, kernel.parameters, strict=True)]
 
 
 class DriverOfTensors(Driver):

@@ -1,10 +1,10 @@
 """The launcher hands over what the kernel expects; where it did not, the stand-in for the driver shows it."""
 
+import ctypes
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -40,8 +40,10 @@ def test_a_launch_goes_through(folder: Path) -> None:
 def test_swapped_parameters_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = driver.Driver.launch
 
-    def swapped(self: driver.Driver, loaded: Any, grid: Any, values: list[Any], stream: int) -> None:
-        launch(self, loaded, grid, [values[1], values[0], *values[2:]], stream)
+    def swapped(self: driver.Driver, kernel: Any, grid: Any, parameters: int, stream: int) -> None:
+        pointers = (ctypes.c_void_p * 2).from_address(parameters)
+        pointers[:] = pointers[::-1]
+        launch(self, kernel, grid, parameters, stream)
 
     monkeypatch.setattr(driver.Driver, "launch", swapped)
     with pytest.raises(FaultError):
@@ -54,9 +56,9 @@ def test_a_grid_that_is_too_small_or_too_large_is_noticed(
 ) -> None:
     launch = driver.Driver.launch
 
-    def other(self: driver.Driver, loaded: Any, grid: Any, values: list[Any], stream: int, change: int = -1) -> None:
+    def other(self: driver.Driver, kernel: Any, grid: Any, parameters: int, stream: int, change: int = -1) -> None:
         sizes = [size + change * (place == axis) for place, size in enumerate(grid)]
-        launch(self, loaded, tuple(sizes), values, stream)
+        launch(self, kernel, tuple(sizes), parameters, stream)
 
     monkeypatch.setattr(driver.Driver, "launch", other)
     assert not quantised(Bench(89, folder))
@@ -72,7 +74,7 @@ def test_shared_memory_that_was_not_asked_for_is_refused(folder: Path, monkeypat
     (y,) = bench(linears, *arguments)
     assert torch.equal(y, torch.full_like(y, 256.0 * 127 * 127 / 128 / 128))
     (loaded,) = bench.launcher.loaded.values()
-    assert loaded.cubin.shared_bytes > driver.STATIC_SHARED
+    assert loaded.shared_bytes > driver.STATIC_SHARED
     monkeypatch.setattr(driver, "STATIC_SHARED", 10**6)
     with pytest.raises(ResourceError, match="CUDA_ERROR_INVALID_VALUE"):
         Bench(89, folder)(linears, *arguments)
@@ -82,6 +84,6 @@ def test_less_shared_memory_than_the_kernel_uses_is_noticed(folder: Path) -> Non
     bench = Bench(89, folder)
     assert quantised(bench)
     ((place, loaded),) = bench.launcher.loaded.items()
-    bench.launcher.loaded[place] = replace(loaded, cubin=msgspec.structs.replace(loaded.cubin, shared_bytes=0))
+    bench.launcher.loaded[place] = replace(loaded, shared_bytes=0)
     with pytest.raises(FaultError, match="beyond its block's shared memory"):
         quantised(bench)
