@@ -114,12 +114,11 @@ class Driver:
         Args:
             parameters: The address of pointers to the parameters and to the null scratch pointers after them.
         """
-        cuda = self.cuda
-        (status,) = cuda.cuLaunchKernel(
-            kernel.function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, parameters, 0
+        self._checked(
+            self.cuda.cuLaunchKernel(
+                kernel.function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, parameters, 0
+            )
         )
-        if status != cuda.CUresult.CUDA_SUCCESS:
-            self._checked((status,))
 
     @contextmanager
     def current(self, device: torch.device) -> Iterator[None]:

