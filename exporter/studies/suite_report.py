@@ -140,8 +140,8 @@ def page(suite: Suite) -> str:
         "## Host time of a step",
         "A step of the backend `kernels` in requests of four steps for one token, with a driver that launches nothing: "
         "casting the latents and cutting them into patches, binding and running every block up to the call of "
-        "`cuLaunchKernel`, PyTorch's attention to the text on the one token, and assembling the velocity. Stem and head "
-        "are left out. What the driver takes for each launch is unmeasured.",
+        "`cuLaunchKernel`, PyTorch's attention to the text on the one token, and assembling the velocity. Stem and "
+        "head are left out. What the driver takes for each launch is unmeasured.",
         markdown_table(HOST, host_rows(suite)),
         "## ONNX Runtime against eager PyTorch",
         "Both run the tiny model's own clip with W8A8 and SageSLA, on the CPU in float32, and take turns.",

@@ -134,10 +134,9 @@ class Driver:
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         """Return the value of a driver call, or raise if the call failed."""
-        status, *values = answer
-        if status != self.cuda.CUresult.CUDA_SUCCESS:
-            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {status.name}")
-        return values[0] if values else None
+        if answer[0] != self.cuda.CUresult.CUDA_SUCCESS:
+            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {answer[0].name}")
+        return answer[1] if len(answer) > 1 else None
 
 
 class Launcher:

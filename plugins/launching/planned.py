@@ -15,8 +15,8 @@ from wanforge.plugins.launching.driver import Launcher, LoadedLaunches
 from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.launching.plan import Address, LaunchPlan, PlannedCall, PlannedLaunch, plan
 
-Part = Callable[[list[Tensor]], None]
-"""A part of a plan, run on the tensors at its base addresses, to which a call of PyTorch adds its result."""
+Part = Callable[[list[Tensor], list[int]], None]
+"""A part of a plan, run on the tensors at its base addresses. A call of PyTorch adds its result to both."""
 
 NOTHING = torch.empty(0)
 """Stands for a result that is not needed any more."""
@@ -89,8 +89,9 @@ class Repetition:
     def __call__(self, given: Sequence[Tensor]) -> None:
         """Repeat the plan on tensors like those that it was made for."""
         memory = [*given, torch.empty(self.plan.workspace_bytes, dtype=torch.uint8, device=self.device)]
+        bases = [tensor.data_ptr() for tensor in memory]
         for part, done in zip(self.parts, self.done, strict=True):
-            part(memory)
+            part(memory, bases)
             for base in done:
                 memory[base] = NOTHING
 
@@ -106,20 +107,22 @@ def _part(steps: Sequence[PlannedLaunch | PlannedCall], device: torch.device, la
     return partial(_put, LoadedLaunches(launcher, device, launches))
 
 
-def _call(step: PlannedCall, memory: list[Tensor]) -> None:
+def _call(step: PlannedCall, memory: list[Tensor], bases: list[int]) -> None:
     arguments = [_at(memory, *each) for each in zip(step.addresses, step.call.tensors, strict=True)]
-    memory.append(step.call.function(*arguments).contiguous())
+    result = step.call.function(*arguments).contiguous()
+    memory.append(result)
+    bases.append(result.data_ptr())
 
 
-def _interpret(launches: Sequence[PlannedLaunch], memory: list[Tensor]) -> None:
+def _interpret(launches: Sequence[PlannedLaunch], memory: list[Tensor], bases: list[int]) -> None:
     for planned in launches:
         launch = planned.launch
         tensors = {name: _at(memory, planned.addresses[name], like) for name, like in launch.tensors.items()}
         run(replace(launch, arguments={**launch.arguments, **tensors}))
 
 
-def _put(launches: LoadedLaunches, memory: list[Tensor]) -> None:
-    launches.put([tensor.data_ptr() for tensor in memory], launches.driver.stream(launches.device))
+def _put(launches: LoadedLaunches, memory: list[Tensor], bases: list[int]) -> None:
+    launches.put(bases, launches.driver.stream(launches.device))
 
 
 def _at(memory: Sequence[Tensor], address: Address, like: Tensor) -> Tensor:
