@@ -290,7 +290,15 @@ def test_the_hosts_time_is_that_of_all_launches_of_a_step(tmp_path: Path, monkey
     assert found.launches == 30 * 18
     assert len(found.seconds) == 2 * 4
     assert len(bound) == 3 * 4 * 30
-    monkeypatch.setattr(IdleCuda, "cuLaunchKernel", lambda self, *arguments: time.sleep(1e-4) or (0,))
+    launch = IdleCuda.cuLaunchKernel
+
+    def slow(self: IdleCuda, *arguments: Any) -> tuple[int]:
+        until = time.thread_time() + 1e-4
+        while time.thread_time() < until:
+            pass
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(IdleCuda, "cuLaunchKernel", slow)
     assert min(host_time(bundle, requests=1).seconds) > 540 * 1e-4
 
 
