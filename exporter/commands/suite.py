@@ -49,7 +49,7 @@ class SuiteOptions:
 @JSON
 @takes(SuiteOptions)
 def suite(options: SuiteOptions) -> None:
-    """Measure what needs no GPU and no files: export and build from tiny to 14B, the host's time for a step, ONNX Runtime.
+    """Measure what needs no GPU and no files: export and build from tiny to 14B, host time of a step, ONNX Runtime.
 
     The command takes a few minutes. With --against, it exits with 1 on a regression, and with 3 if nothing could be
     compared.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.launch import architecture_of
-from wanforge.runtime.backends.planned import Planned
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
+from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
 from wanforge.runtime.memory.arena import Runnable

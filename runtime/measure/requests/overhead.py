@@ -18,8 +18,8 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.driver import Driver, Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, latent_shape

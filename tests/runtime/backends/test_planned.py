@@ -14,8 +14,8 @@ from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.driver import Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.backends.planned import Planned
 from wanforge.plugins.quantiser.fused import quantise
+from wanforge.runtime.backends.planned import Planned
 
 Tensors = Mapping[str, Tensor]
 GIVEN = ("x", "y", "gate", "out")
