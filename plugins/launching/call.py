@@ -11,14 +11,7 @@ from torch import Tensor
 
 from wanforge.plugins.launching import Constant, driver
 from wanforge.plugins.launching.interpreter import interpret
-from wanforge.plugins.launching.launch import (
-    KernelSignature,
-    Launch,
-    LibraryCall,
-    architecture_of,
-    record,
-    tile_for,
-)
+from wanforge.plugins.launching.launch import KernelSignature, Launch, LibraryCall, architecture_of, record, tile_for
 
 
 @dataclass(frozen=True)

@@ -403,7 +403,8 @@ class Blank(Draw):
 def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
     """The costs have as many launches as the kernels make and, for ops that touch each tensor once, as many bytes."""
     for case in OPS[op](tiny):
-        inputs = case.inputs(Blank())
+        with recording(90), torch.device("meta"):
+            inputs = case.inputs(Blank())
         with recording(90) as recorded, torch.device("meta"):
             case.kernel(*inputs)
         # Cross-attention is counted, but the library computes it.
