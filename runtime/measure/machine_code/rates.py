@@ -1,0 +1,104 @@
+"""How fast the parts of an SM are, by kind of chip, and what each GPU has of them."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta
+
+from wanforge.configs.loading import Positive, Record, load
+from wanforge.configs.targets import Target, load_targets
+from wanforge.errors import ConfigError
+
+RATES = Path(__file__).with_suffix(".toml")
+
+QUARTERS = 4
+"""The parts of an SM that each issue one instruction per clock, for their own warps, to their own pipes."""
+LANES = 32
+
+Share = Annotated[float, Meta(gt=0, le=1)]
+
+
+class Latency(Record, frozen=True):
+    """Clocks from issuing an instruction to having its result, where it is not fixed by the assembler."""
+
+    L2: Positive
+    DRAM: Positive
+    shared: Positive
+    xu: Positive
+
+
+class Tensor(Record, frozen=True):
+    """Multiply-adds per clock and SM by number format; `half` is fp16 and bf16 with float32 sums."""
+
+    int8: float
+    fp8: float
+    half: float
+
+
+class Chip(Record, frozen=True):
+    """One kind of chip; rates are per clock and SM, see ``rates.toml``."""
+
+    sm: int
+    fma: Positive
+    half: Positive
+    imad: Positive
+    alu: Positive
+    xu: Positive
+    shared: Positive
+    tensor: Tensor
+    mma_share: Share
+    latency: Latency
+
+
+class Machine(Record, frozen=True):
+    """What one GPU has of its kind of chip; see ``rates.toml``."""
+
+    chip: str
+    multiprocessors: Annotated[int, Meta(gt=0)]
+    clock_ghz: Positive
+    L2_mib: Positive
+    L2_near: Share
+    L2_bytes: Positive
+    bandwidth_share: Share
+
+    @property
+    def clock(self) -> float:
+        """Clocks per second."""
+        return self.clock_ghz * 1e9
+
+    @property
+    def near_bytes(self) -> float:
+        """Bytes that the L2 cache holds at full speed."""
+        return self.L2_mib * 2**20 * self.L2_near
+
+
+class Rates(Record, frozen=True):
+    """The table ``rates.toml``."""
+
+    chips: dict[str, Chip]
+    gpus: dict[str, Machine]
+
+
+@cache
+def load_rates() -> Rates:
+    """The table of rates."""
+    return load(RATES, Rates)
+
+
+def chips_of(sm: int) -> Mapping[str, Chip]:
+    """The kinds of chip of an architecture by name."""
+    return {name: chip for name, chip in load_rates().chips.items() if chip.sm == sm}
+
+
+def machine_of(target: Target) -> Machine:
+    """What a GPU has.
+
+    Raises:
+        ConfigError: It is not in the table of rates.
+    """
+    for name, known in load_targets().items():
+        if known.title == target.title and name in load_rates().gpus:
+            return load_rates().gpus[name]
+    raise ConfigError(f"{target.title} has no entry in {RATES.name}; add its SMs, clock and L2 cache under [gpus]")
