@@ -54,6 +54,41 @@ ASSUMED = Efficiency(arithmetic=0.65, bandwidth=0.80)
 
 
 @dataclass(frozen=True)
+class Reread:
+    """Bytes that a launch reads again: from the L2 cache if it has kept them, otherwise from DRAM.
+
+    Attributes:
+        bytes: How many, all rereads together.
+        held: Bytes that the cache would have to hold until then.
+        held_per_program: The same for each thread block that runs meanwhile.
+    """
+
+    bytes: int
+    held: int = 0
+    held_per_program: int = 0
+
+
+@dataclass(frozen=True)
+class KernelRun:
+    """How one of this package's kernels is run by a launch.
+
+    Attributes:
+        programs: Thread blocks.
+        trips: Iterations of each loop of the kernel, in the order of the loops in its source.
+        from_dram: For what is executed once and for each loop, whether its loads miss the L2 cache; None where they read
+            something again.
+        width: The model's width. Kernels of another width have slightly different machine code.
+        rereads: What is read more than once.
+    """
+
+    programs: int
+    trips: tuple[int, ...]
+    from_dram: tuple[bool | None, ...]
+    width: int
+    rereads: tuple[Reread, ...] = ()
+
+
+@dataclass(frozen=True)
 class LaunchCost:
     """The cost of one launch.
 
@@ -61,6 +96,7 @@ class LaunchCost:
         flops: Operations of matrix products by number format.
         bytes_read, bytes_written: Bytes of each tensor, counted once.
         bytes_fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
+        run: How the kernel is run, if it is one of this package's.
     """
 
     name: str
@@ -68,6 +104,7 @@ class LaunchCost:
     bytes_read: int
     bytes_written: int
     bytes_fetched: int = 0
+    run: KernelRun | None = None
 
     @property
     def total_flops(self) -> int:

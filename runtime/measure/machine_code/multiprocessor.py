@@ -7,10 +7,12 @@ The rules, which docs/kernels.md states as well:
   for the scoreboards that it names.
 - An instruction is issued when its pipe is free, and occupies it; `wgmma` and `tcgen05` queue up instead. Shared memory
   and L1 are one pipe of the whole SM.
+- Loads from and stores to global memory are one pipe of the SM as well, at the rate that the SM gets of the L2 cache or
+  DRAM while all SMs use it; data arrive after the latency.
 - Scoreboards become free after the latency of shared memory, the special functions, the L2 cache or DRAM.
 - A barrier holds each warp of a program until all have come. A wait for copies or for `wgmma` holds until they are done.
 
-Left out: conflicts of register banks, misses of the instruction cache, and that loads queue up in the L2 cache.
+Left out: conflicts of register banks, and misses of the instruction cache.
 """
 
 from collections.abc import Sequence
@@ -18,8 +20,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from wanforge.runtime.measure.machine_code.disassembly import Instruction
-from wanforge.runtime.measure.machine_code.pipes import SHARED, TENSOR, Use, use_of
-from wanforge.runtime.measure.machine_code.rates import LANES, QUARTERS, Chip
+from wanforge.runtime.measure.machine_code.pipes import SHARED, TENSOR, Use, global_bytes, use_of
+from wanforge.runtime.measure.machine_code.rates import QUARTERS, Chip
+
+FAR = "memory"
 
 BARRIER = 8
 """Clocks from the last warp's arrival at a barrier to the first one's next instruction (assumed)."""
@@ -27,6 +31,8 @@ DRAIN = 20
 """Clocks from the end of a matrix product to its result (Luo: `wgmma` of the smallest shape takes 18 to 26)."""
 OPERANDS = 12
 """Clocks after which a load or store has read its registers (assumed)."""
+ROUNDS = 2, 5
+"""A loop is run this many times; the difference is without its beginning and its end."""
 CONSTANT = 30
 """Clocks of special registers and constants (assumed)."""
 
@@ -59,6 +65,16 @@ class Step:
     latency: float
     left: int
     """How many of the latest groups a wait leaves in flight."""
+    bytes: int
+    """What the warp moves to or from global memory."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory beyond an SM: clocks until data begin to arrive, and the bytes per clock that the SM gets of it."""
+
+    latency: float
+    bytes: float
 
 
 class Multiprocessor:
@@ -67,28 +83,24 @@ class Multiprocessor:
     Args:
         programs: Programs that it runs at a time.
         warps: Warps of one program.
-        is_cached: Whether loads from global memory find their data in the L2 cache.
+        memory: Where loads from global memory find their data.
     """
 
-    def __init__(self, chip: Chip, *, programs: int, warps: int, is_cached: bool = True) -> None:
-        self.chip, self.programs, self.warps = chip, programs, warps
-        self.global_latency = chip.latency.L2 if is_cached else chip.latency.DRAM
+    def __init__(self, chip: Chip, memory: Memory, *, programs: int, warps: int) -> None:
+        self.chip, self.memory, self.programs, self.warps = chip, memory, programs, warps
 
-    def clocks(self, instructions: Sequence[Instruction], rounds: int, *, apart: float = 0.0) -> list[float]:
-        """Run the instructions several times over in every warp.
+    def clocks(self, instructions: Sequence[Instruction], rounds: int, apart: float = 0.0) -> float:
+        """Run the instructions `rounds` times over in every warp, and return the clocks until the last was issued.
 
         Args:
             apart: Clocks between the starts of the programs.
-
-        Returns:
-            When the last warp had issued all instructions of each round, in clocks.
         """
         steps = [self._step(each) for each in instructions]
         if not steps:
-            return [0.0] * rounds
-        done, length = [0.0] * rounds, len(steps)
+            return 0.0
+        done, length = 0.0, len(steps)
         issue, pipes = [0.0] * QUARTERS, [dict[str, float]() for _ in range(QUARTERS)]
-        memory = {SHARED: 0.0}
+        memory = {SHARED: 0.0, FAR: 0.0}
         waiting: list[tuple[float, int, Warp]] = []
         at_barrier: dict[int, list[Warp]] = {}
         order = 0
@@ -112,12 +124,7 @@ class Multiprocessor:
             issue[warp.quarter] = now + 1
             self._occupy(step, warp, now, pipe, memory)
             warp.place += 1
-            if warp.place % length == 0:
-                turn = warp.place // length - 1
-                done[turn] = max(done[turn], now)
-            if warp.place == rounds * length:
-                if step.kind != "barrier":
-                    continue
+            done = now
             if step.kind == "barrier":
                 met = at_barrier.setdefault(warp.program, [])
                 met.append(warp)
@@ -127,8 +134,8 @@ class Multiprocessor:
                             order += 1
                             heappush(waiting, (now + BARRIER, order, other))
                     met.clear()
-                continue
-            heappush(waiting, (now + max(1, step.instruction.stall), order, warp))
+            elif warp.place < rounds * length:
+                heappush(waiting, (now + max(1, step.instruction.stall), order, warp))
         return done
 
     def _step(self, instruction: Instruction) -> Step:
@@ -139,7 +146,7 @@ class Multiprocessor:
             latency = use.clocks + DRAIN
             kind = "async" if "GMMA" in name or name.startswith("UTC") else "plain"
         elif name in ("LDG", "LDGSTS"):
-            latency, kind = self.global_latency, "copy" if name == "LDGSTS" else "plain"
+            latency, kind = self.memory.latency, "copy" if name == "LDGSTS" else "plain"
         elif use.pipe == SHARED:
             latency = times.shared
         elif use.pipe in ("xu", "alu", "fma", "imad", "uniform"):
@@ -154,7 +161,7 @@ class Multiprocessor:
             kind, left = "products", int(instruction.operands.rpartition("0x")[2] or "0", 16)
         elif instruction.opcode.startswith("SYNCS.PHASECHK"):
             kind = "products"
-        return Step(instruction, kind, use, latency, left)
+        return Step(instruction, kind, use, latency, left, global_bytes(instruction))
 
     @staticmethod
     def _ready(step: Step, warp: Warp) -> float:
@@ -186,33 +193,30 @@ class Multiprocessor:
             return
         if use.pipe:
             pipe[use.pipe] = now + use.clocks
+        arrival = now + step.latency
+        if step.bytes:
+            memory[FAR] = max(now, memory[FAR]) + step.bytes / self.memory.bytes
+            arrival = memory[FAR] + step.latency
         if step.kind == "copy":
-            warp.copies = max(warp.copies, now + step.latency)
+            warp.copies = max(warp.copies, arrival)
         elif step.kind == "commit":
             warp.groups = [*warp.groups[-8:], warp.copies]
         if instruction.writes is not None and step.kind != "commit":
-            warp.free[instruction.writes] = max(warp.free[instruction.writes], now + step.latency)
+            warp.free[instruction.writes] = max(warp.free[instruction.writes], arrival)
         if instruction.reads is not None:
             warp.free[instruction.reads] = max(warp.free[instruction.reads], now + use.clocks + OPERANDS)
 
 
-def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], rounds: int = 4) -> float:
-    """Clocks of one round of a loop, of all programs together, once it runs evenly. The programs begin apart."""
-    if not instructions:
-        return 0.0
-    alone = Multiprocessor(sm.chip, programs=1, warps=sm.warps)
-    alone.global_latency = sm.global_latency
-    times = alone.clocks(instructions, rounds)
-    one = (times[-1] - times[0]) / (rounds - 1)
-    if sm.programs == 1:
-        return one
-    times = sm.clocks(instructions, rounds, apart=one / sm.programs)
-    return (times[-1] - times[0]) / (rounds - 1)
+def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:
+    """Clocks of one round of a loop, of all programs together, once it runs evenly.
+
+    Args:
+        alone: The same for one program; the programs begin apart by its share.
+    """
+    few, many = (sm.clocks(instructions, rounds, alone / sm.programs) for rounds in ROUNDS)
+    return (many - few) / (ROUNDS[1] - ROUNDS[0])
 
 
-def through_clocks(sm: Multiprocessor, instructions: Sequence[Instruction]) -> float:
-    """Clocks of going through instructions once, until the last result is there, of all programs together."""
-    return sm.clocks(instructions, 1)[0] if instructions else 0.0
-
-
-assert LANES
+def through_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:
+    """Clocks of going through instructions once, all programs at a time."""
+    return sm.clocks(instructions, 1)

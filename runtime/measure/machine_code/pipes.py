@@ -1,7 +1,6 @@
 """Which pipe of an SM runs an instruction, and for how many clocks."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +20,9 @@ HALF = {"HFMA2", "HADD2", "HMUL2", "HFMA2.MMA", "HADD2.F32"}
 SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "POPC", "FLO", "FRND", "BREV"}
 MOVES = {"LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMS", "REDUX", "CREDUX", "LDTM", "STTM"}
 """What passes through the load and store unit, at most one warp's worth of banks per clock and SM."""
-GLOBAL = {"LDG", "LDGSTS"}
+GLOBAL = {"LDG", "LDGSTS", "STG"}
+SECTOR = 32
+"""Bytes that global memory moves at least."""
 FREE = {"NOP", "BRA", "EXIT", "BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BSSY", "BSYNC", "WARPSYNC", "CALL", "RET"}
 FREE |= {"MEMBAR", "FENCE", "SYNCS", "ELECT", "NANOSLEEP", "BREAK", "UTCBAR", "UTCATOMSWS", "UVIRTCOUNT", "VOTEU", "BPT"}
 FREE |= {"S2R", "S2UR", "R2UR", "CS2R", "LDC", "ULDC", "LDCU", "ERRBAR", "CCTL", "UCGABAR", "ACQBULK", "DEPBAR", "WARPSYNC"}
@@ -131,14 +132,30 @@ def _bytes(opcode: str) -> int:
     return 4
 
 
+def global_bytes(instruction: Instruction) -> int:
+    """Bytes that a warp moves to or from global memory.
+
+    The kernels move their tiles with 8 or 16 bytes per lane; narrower accesses are taken for one value for all lanes.
+    """
+    if instruction.name not in GLOBAL or instruction.predicate == "@!PT":
+        return 0
+    wide = _bytes(instruction.opcode)
+    return wide * LANES if wide > 4 else SECTOR
+
+
 def counts(instructions: Iterable[Instruction], chip: Chip) -> dict[str, float]:
-    """The clocks that one warp's instructions occupy each pipe, by name; `ISSUE` is their number."""
-    found: Counter[str] = Counter()
+    """The clocks for which one warp's instructions occupy each pipe, by name; `ISSUE` is their number."""
+    found: dict[str, float] = {}
     for instruction in instructions:
         use = use_of(instruction, chip)
-        found[ISSUE] += 1  # type: ignore[assignment]
-        if use.pipe:
-            found[use.pipe] += use.clocks  # type: ignore[assignment]
-        if use.shared:
-            found[SHARED] += use.shared  # type: ignore[assignment]
-    return dict(found)
+        for pipe, clocks in ((ISSUE, 1.0), (use.pipe, use.clocks), (SHARED, use.shared)):
+            if pipe and clocks:
+                found[pipe] = found.get(pipe, 0.0) + clocks
+    return found
+
+
+def products(instructions: Iterable[Instruction], chip: Chip, warps: int) -> int:
+    """The multiply-adds that the warps of one program do on tensor cores."""
+    return sum(
+        use_of(each, chip).work * (QUARTERS if each.name.startswith("UTC") else warps) for each in instructions
+    )

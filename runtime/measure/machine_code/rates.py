@@ -1,6 +1,5 @@
 """How fast the parts of an SM are, by kind of chip, and what each GPU has of them."""
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +67,10 @@ class Machine(Record, frozen=True):
         """Clocks per second."""
         return self.clock_ghz * 1e9
 
+    def dram_bytes(self, target: Target) -> float:
+        """Bytes per clock that an SM gets from DRAM, or writes there, while all of them do."""
+        return target.bandwidth_gbs * self.bandwidth_share / (self.clock_ghz * self.multiprocessors)
+
     @property
     def near_bytes(self) -> float:
         """Bytes that the L2 cache holds at full speed."""
@@ -87,9 +90,22 @@ def load_rates() -> Rates:
     return load(RATES, Rates)
 
 
-def chips_of(sm: int) -> Mapping[str, Chip]:
-    """The kinds of chip of an architecture by name."""
-    return {name: chip for name, chip in load_rates().chips.items() if chip.sm == sm}
+def gpus_of(sm: int) -> list[str]:
+    """The GPUs of an architecture."""
+    rates = load_rates()
+    return [name for name, machine in rates.gpus.items() if rates.chips[machine.chip].sm == sm]
+
+
+def gpu_of(target: Target) -> str:
+    """The name of a GPU.
+
+    Raises:
+        ConfigError: It is not in the table of rates.
+    """
+    for name, known in load_targets().items():
+        if known.title == target.title and name in load_rates().gpus:
+            return name
+    raise ConfigError(f"{target.title} has no entry in {RATES.name}; add its SMs, clock and L2 cache under [gpus]")
 
 
 def machine_of(target: Target) -> Machine:
@@ -98,7 +114,4 @@ def machine_of(target: Target) -> Machine:
     Raises:
         ConfigError: It is not in the table of rates.
     """
-    for name, known in load_targets().items():
-        if known.title == target.title and name in load_rates().gpus:
-            return load_rates().gpus[name]
-    raise ConfigError(f"{target.title} has no entry in {RATES.name}; add its SMs, clock and L2 cache under [gpus]")
+    return load_rates().gpus[gpu_of(target)]
