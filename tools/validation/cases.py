@@ -62,20 +62,20 @@ def gemm(
 
 
 def attention(
-    case: tuple[str, str, str, float], heads: int, length: int, tile: tuple[int, int, int, int]
+    case: tuple[str, str, str, float], function: str, heads: int, length: int, tile: tuple[int, int, int, int]
 ) -> Case:
     """Dense attention with heads of 128 channels; `tile` is queries, keys, warps, stages."""
     what, source, target, stated = case
     queries, keys, warps, stages = tile
     types = dict.fromkeys(("q", "k", "v", "out"), "*fp16")
-    programs = cdiv(length, queries) * heads
-    moved = 2 * length * heads * 128
-    cost = LaunchCost(
-        what, {"fp16": 4 * heads * length * length * 128}, 3 * moved, moved, programs * 2 * 2 * length * 128
-    )
+    if function == "attend_int8":
+        types |= {"q": "*i8", "k": "*i8", "q_step": "*fp32", "k_step": "*fp32"}
+    programs, moved = cdiv(length, queries) * heads, 2 * length * heads * 128
+    flops = {"int8" if function == "attend_int8" else "fp16": 4 * heads * length * length * 128}
+    cost = LaunchCost(what, flops, 3 * moved, moved, programs * 2 * 2 * length * 128)
     run = KernelRun(programs, (cdiv(length, keys),), (True, False), 0)
     constants = {"BLOCK_M": queries, "BLOCK_N": keys, "HEAD": 128}
-    return Case(what, source, target, "attend", types, constants, warps, stages, cost, run, stated)
+    return Case(what, source, target, function, types, constants, warps, stages, cost, run, stated)
 
 
 def compiled(case: Case, sm: int) -> tuple[Cubin, bytes]:
@@ -118,10 +118,13 @@ def predict(case: Case) -> tuple[Target, Prediction]:
 
 
 VLLM, TRITON, TLX = "vLLM, pull request 23280", "Triton", "facebookexperimental/triton, pull request 206"
+FA = ("attention, 128 heads, 16384 tokens", TLX, "h100", 487.0)
+SAGE = ("int8 attention, 128 heads, 16384 tokens", "SageAttention, arXiv:2410.02367", "rtx4090", 340.0)
+A100 = ("fp16, 2944x2944x2944", f"{TRITON}, issue 6523", "a100", 170.1)
 CASES = (
-    gemm(("block-scaled fp8, 4096x2112x7168", VLLM, "h100", 403.0), "scaled", "fp8", (4096, 2112, 7168), (128, 64, 128, 1, 4, 4), True),
-    gemm(("fp8, 3584x3584x3584", f"{TRITON}, pull request 3546", "h100", 1280.0), "product", "fp8", (3584, 3584, 3584), (128, 256, 128, 8, 8, 3), True),
-    gemm(("fp16, 8192x8192 by 2048 rows", f"{TRITON}, issue 2339", "h100", 369.8), "product", "fp16", (2048, 8192, 8192), (128, 128, 64, 8, 4, 3), False),
-    gemm(("fp16, 2944x2944x2944", f"{TRITON}, issue 6523", "a100", 170.1), "product", "fp16", (2944, 2944, 2944), (128, 128, 32, 8, 4, 4), False),
-    attention(("attention, 128 heads, 16384 tokens", TLX, "h100", 487.0), 128, 16384, (128, 128, 8, 2)),
+    [gemm(("block-scaled fp8, 4096x2112x7168", VLLM, "h100", 403.0), "scaled", "fp8", (4096, 2112, 7168), (128, 64, 128, 1, 4, 4), True)],
+    [gemm(("fp8, 3584x3584x3584", f"{TRITON}, pull request 3546", "h100", 1280.0), "product", "fp8", (3584, 3584, 3584), (128, 256, 128, 8, 8, 3), True)],
+    [gemm(A100, "product", "fp16", (2944, 2944, 2944), tile, False) for tile in ((128, 256, 64, 8, 8, 3), (128, 128, 32, 8, 4, 4), (64, 128, 32, 8, 4, 4))],
+    [attention(FA, "attend", 128, 16384, tile) for tile in ((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4))],
+    [attention(SAGE, "attend_int8", 128, 16384, tile) for tile in ((128, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 3))],
 )

@@ -99,3 +99,36 @@ def attend(
         k += BLOCK_N * HEAD
         v += BLOCK_N * HEAD
     tl.store(out + head + (start + rows) * HEAD + lanes[None, :], (output / total[:, None]).to(tl.float16))
+
+
+@triton.jit
+def attend_int8(
+    q, k, v, q_step, k_step, out,
+    L, head_stride, key_steps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    """Dense attention of one head with int8 queries and keys, a step per block of each, and float16 values and sums."""
+    start, head = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64) * head_stride
+    rows, keys, lanes = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N), tl.arange(0, HEAD)
+    query = tl.load(q + head + (start + rows) * HEAD + lanes[None, :])
+    step = tl.load(q_step + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0))
+    k += head + keys[None, :] * HEAD + lanes[:, None]
+    v += head + keys[:, None] * HEAD + lanes[None, :]
+    k_step += tl.program_id(1) * key_steps
+    maximum = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.full((BLOCK_M,), 1.0, tl.float32)
+    output = tl.zeros((BLOCK_M, HEAD), tl.float32)
+    for first in range(0, L, BLOCK_N):
+        inside = keys < L - first
+        logits = tl.dot(query, tl.load(k, mask=inside[None, :], other=0)).to(tl.float32) * (step * tl.load(k_step))
+        higher = tl.maximum(maximum, tl.max(logits, 1))
+        p = tl.math.exp2(logits - higher[:, None])
+        shrink = tl.math.exp2(maximum - higher)
+        total = total * shrink + tl.sum(p, 1)
+        value = tl.load(v, mask=inside[:, None], other=0.0)
+        output = output * shrink[:, None] + tl.dot(p.to(tl.float16), value, out_dtype=tl.float16)
+        maximum = higher
+        k += BLOCK_N * HEAD
+        v += BLOCK_N * HEAD
+        k_step += 1
+    tl.store(out + head + (start + rows) * HEAD + lanes[None, :], (output / total[:, None]).to(tl.float16))

@@ -27,7 +27,7 @@ FREE = {"NOP", "BRA", "EXIT", "BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BSSY",
 FREE |= {"MEMBAR", "FENCE", "SYNCS", "ELECT", "NANOSLEEP", "BREAK", "UTCBAR", "UTCATOMSWS", "UVIRTCOUNT", "VOTEU", "BPT"}
 FREE |= {"S2R", "S2UR", "R2UR", "CS2R", "LDC", "ULDC", "LDCU", "ERRBAR", "CCTL", "UCGABAR", "ACQBULK", "DEPBAR", "WARPSYNC"}
 
-WARP_MMA = re.compile(r"(?P<kind>[HIQ])MMA\.(?:SP\.)?(?P<shape>\d+)")
+WARP_MMA = re.compile(r"(?P<kind>[HIQ])MMA\.(?P<shape>\d+)(?P<sums>\.F16)?")
 GROUP_MMA = re.compile(r"(?P<kind>[HIQ])GMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)")
 TENSOR_MEMORY_MMA = re.compile(r"UTC(?P<kind>[HIQ])MMA")
 SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "16864": (16, 8, 64), "884": (8, 8, 4)}
@@ -108,6 +108,8 @@ def _tensor(opcode: str, operands: str, chip: Chip) -> Use:
         raise ConfigError(f"the shape of {opcode} is unknown; add it to {__name__}")
     form = FORMATS[match["kind"]]
     m, n, k = SHAPES[match["shape"]]
+    if match["sums"]:
+        form += "_fp16"
     return _timed(form, m * n * k, chip, chip.mma_share, 0.0)
 
 

@@ -29,11 +29,14 @@ class Latency(Record, frozen=True):
 
 
 class Tensor(Record, frozen=True):
-    """Multiply-adds per clock and SM by number format; `half` is fp16 and bf16 with float32 sums."""
+    """Multiply-adds per clock and SM by number format; `half` is fp16 and bf16. Sums are in float32 or int32, and in
+    float16 for those that end in ``_fp16``."""
 
     int8: float
     fp8: float
     half: float
+    fp8_fp16: float
+    half_fp16: float
 
 
 class Chip(Record, frozen=True):
