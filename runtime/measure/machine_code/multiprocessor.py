@@ -17,15 +17,21 @@ Left out: conflicts of register banks, and misses of the instruction cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
+from itertools import count
+from typing import NamedTuple
 
 from wanforge.runtime.measure.machine_code.disassembly import Instruction
-from wanforge.runtime.measure.machine_code.pipes import SHARED, TENSOR, Use, global_bytes, use_of
+from wanforge.runtime.measure.machine_code.pipes import PIPES, SHARED, TENSOR, global_bytes, use_of
 from wanforge.runtime.measure.machine_code.rates import QUARTERS, Chip
 
-FAR = "memory"
+PLAIN, ASYNC, ASYNC_ONCE, BARRIER = "plain", "product", "product for all", "barrier"
+COPY, COMMIT, COPIES, PRODUCTS = "copy", "group of copies", "wait for copies", "wait for products"
+FAR = "global memory"
+DEEPEST = 16
+"""Groups in flight that are remembered."""
 
-BARRIER = 8
+RELEASE = 8
 """Clocks from the last warp's arrival at a barrier to the first one's next instruction (assumed)."""
 DRAIN = 20
 """Clocks from the end of a matrix product to its result (Luo: `wgmma` of the smallest shape takes 18 to 26)."""
@@ -42,31 +48,16 @@ class Warp:
     """A warp: where it is, and what it waits for."""
 
     program: int
-    number: int
-    quarter: int
+    is_first: bool
     place: int = 0
     free: list[float] = field(default_factory=lambda: [0.0] * 6)
+    """When each scoreboard is free."""
     copies: float = 0.0
     """When the copies that belong to no group yet are there."""
     groups: list[float] = field(default_factory=list)
     """When each group of copies is there."""
     products: list[float] = field(default_factory=list)
     """When each group of asynchronous products is done."""
-    product: float = 0.0
-
-
-@dataclass(frozen=True)
-class Step:
-    """An instruction as the SM sees it, worked out once."""
-
-    instruction: Instruction
-    kind: str
-    use: Use
-    latency: float
-    left: int
-    """How many of the latest groups a wait leaves in flight."""
-    bytes: int
-    """What the warp moves to or from global memory."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +68,36 @@ class Memory:
     bytes: float
 
 
+class Step(NamedTuple):
+    """An instruction as the SM sees it, worked out once. `shared` and `far` are the clocks for which it occupies shared
+    memory and the way to global memory besides its pipe."""
+
+    kind: str
+    pipe: str
+    clocks: float
+    shared: float
+    far: float
+    latency: float
+    left: int
+    stall: int
+    waits: tuple[int, ...]
+    writes: int | None
+    reads: int | None
+
+
 class Multiprocessor:
-    """An SM with some programs of one kernel.
+    """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what all
+    of them use.
 
     Args:
+        memory: Where loads from global memory find their data.
         programs: Programs that it runs at a time.
         warps: Warps of one program.
-        memory: Where loads from global memory find their data.
     """
 
     def __init__(self, chip: Chip, memory: Memory, *, programs: int, warps: int) -> None:
         self.chip, self.memory, self.programs, self.warps = chip, memory, programs, warps
+        self.sharing = min(QUARTERS, warps)
 
     def clocks(self, instructions: Sequence[Instruction], rounds: int, apart: float = 0.0) -> float:
         """Run the instructions `rounds` times over in every warp, and return the clocks until the last was issued.
@@ -98,113 +108,117 @@ class Multiprocessor:
         steps = [self._step(each) for each in instructions]
         if not steps:
             return 0.0
-        done, length = 0.0, len(steps)
-        issue, pipes = [0.0] * QUARTERS, [dict[str, float]() for _ in range(QUARTERS)]
-        memory = {SHARED: 0.0, FAR: 0.0}
-        waiting: list[tuple[float, int, Warp]] = []
-        at_barrier: dict[int, list[Warp]] = {}
-        order = 0
-        for program in range(self.programs):
-            for number in range(self.warps):
-                warp = Warp(program, number, (program * self.warps + number) % QUARTERS)
-                heappush(waiting, (program * apart, order, warp))
-                order += 1
+        length, last, each = len(steps), len(steps) * rounds, self.warps // self.sharing
+        issue, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
+        order = count()
+        waiting = [
+            (program * apart, next(order), Warp(program, number == 0))
+            for program in range(self.programs)
+            for number in range(each)
+        ]
+        met: list[list[Warp]] = [[] for _ in range(self.programs)]
         while waiting:
-            now, _, warp = heappop(waiting)
+            now, _, warp = waiting[0]
             step = steps[warp.place % length]
-            use = step.use
-            pipe = memory if use.pipe == SHARED else pipes[warp.quarter]
-            ready = max(now, self._ready(step, warp), issue[warp.quarter])
-            if use.pipe and step.kind != "async":
-                ready = max(ready, pipe.get(use.pipe, 0.0))
-            order += 1
+            ready = max(now, issue, _arrived(step, warp), pipes[step.pipe] if step.kind != ASYNC else 0.0)
             if ready > now:
-                heappush(waiting, (ready, order, warp))
+                heapreplace(waiting, (ready, next(order), warp))
                 continue
-            issue[warp.quarter] = now + 1
-            self._occupy(step, warp, now, pipe, memory)
+            done, issue = now, now + 1
+            _occupy(step, warp, now, pipes)
             warp.place += 1
-            done = now
-            if step.kind == "barrier":
-                met = at_barrier.setdefault(warp.program, [])
-                met.append(warp)
-                if len(met) == self.warps:
-                    for other in met:
-                        if other.place < rounds * length:
-                            order += 1
-                            heappush(waiting, (now + BARRIER, order, other))
-                    met.clear()
-            elif warp.place < rounds * length:
-                heappush(waiting, (now + max(1, step.instruction.stall), order, warp))
+            if step.kind == BARRIER:
+                heappop(waiting)
+                met[warp.program].append(warp)
+                if len(met[warp.program]) == each:
+                    for other in met[warp.program]:
+                        if other.place < last:
+                            heappush(waiting, (now + RELEASE, next(order), other))
+                    met[warp.program] = []
+            elif warp.place < last:
+                heapreplace(waiting, (now + max(1, step.stall), next(order), warp))
+            else:
+                heappop(waiting)
         return done
 
     def _step(self, instruction: Instruction) -> Step:
-        use, name = use_of(instruction, self.chip), instruction.name
-        latency, kind, left = float(CONSTANT), "plain", 0
-        times = self.chip.latency
+        use, name, times = use_of(instruction, self.chip), instruction.name, self.chip.latency
+        latency, kind, left = float(CONSTANT), PLAIN, 0
         if use.pipe == TENSOR:
-            latency = use.clocks + DRAIN
-            kind = "async" if "GMMA" in name or name.startswith("UTC") else "plain"
+            latency, kind = use.clocks + DRAIN, ASYNC if "GMMA" in name or name.startswith("UTC") else PLAIN
         elif name in ("LDG", "LDGSTS"):
-            latency, kind = self.memory.latency, "copy" if name == "LDGSTS" else "plain"
-        elif use.pipe == SHARED:
-            latency = times.shared
-        elif use.pipe in ("xu", "alu", "fma", "imad", "uniform"):
-            latency = times.xu
+            latency, kind = self.memory.latency, COPY if name == "LDGSTS" else PLAIN
+        elif use.pipe:
+            latency = times.shared if use.pipe == SHARED else times.xu
         elif name == "BAR" and "ARV" not in instruction.opcode:
-            kind = "barrier"
+            kind = BARRIER
         elif name == "LDGDEPBAR":
-            kind = "commit"
+            kind = COMMIT
         elif name == "DEPBAR" and "SB0" in instruction.operands:
-            kind, left = "copies", int(instruction.operands.rpartition("0x")[2] or "0", 16)
+            kind, left = COPIES, _number(instruction)
         elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
-            kind, left = "products", int(instruction.operands.rpartition("0x")[2] or "0", 16)
+            kind, left = PRODUCTS, _number(instruction)
         elif instruction.opcode.startswith("SYNCS.PHASECHK"):
-            kind = "products"
-        return Step(instruction, kind, use, latency, left, global_bytes(instruction))
+            kind = PRODUCTS
+        if kind == ASYNC and name.startswith("UTC"):
+            kind = ASYNC_ONCE
+        return Step(
+            kind,
+            use.pipe,
+            use.clocks * (self.sharing if use.pipe == SHARED else 1),
+            use.shared * self.sharing,
+            global_bytes(instruction) / self.memory.bytes * self.sharing,
+            latency,
+            left,
+            instruction.stall,
+            instruction.waits,
+            instruction.writes,
+            instruction.reads,
+        )
 
-    @staticmethod
-    def _ready(step: Step, warp: Warp) -> float:
-        """When what the instruction waits for is there."""
-        ready = 0.0
-        for number in step.instruction.waits:
-            ready = max(ready, warp.free[number])
-        if step.kind == "copies" and len(warp.groups) > step.left:
-            ready = max(ready, warp.groups[len(warp.groups) - 1 - step.left])
-        if step.kind == "products" and len(warp.products) > step.left:
-            ready = max(ready, warp.products[len(warp.products) - 1 - step.left])
-        return ready
 
-    def _occupy(self, step: Step, warp: Warp, now: float, pipe: dict[str, float], memory: dict[str, float]) -> None:
-        """Note what the instruction takes, and when its result is there."""
-        use, instruction = step.use, step.instruction
-        end = now
-        if step.kind == "async":
-            if instruction.name.startswith("UTC") and warp.number:
-                return  # one thread of the program issues it for all
-            end = max(now, pipe.get(TENSOR, 0.0)) + use.clocks
-            if use.shared:
-                memory[SHARED] = max(now, memory[SHARED]) + use.shared
-                end = max(end, memory[SHARED])
-            pipe[TENSOR] = end
-            warp.product = max(warp.product, end + DRAIN)
-            if "gsb0" in instruction.operands or instruction.name.startswith("UTC"):
-                warp.products = [*warp.products[-8:], warp.product]
-            return
-        if use.pipe:
-            pipe[use.pipe] = now + use.clocks
-        arrival = now + step.latency
-        if step.bytes:
-            memory[FAR] = max(now, memory[FAR]) + step.bytes / self.memory.bytes
-            arrival = memory[FAR] + step.latency
-        if step.kind == "copy":
-            warp.copies = max(warp.copies, arrival)
-        elif step.kind == "commit":
-            warp.groups = [*warp.groups[-8:], warp.copies]
-        if instruction.writes is not None and step.kind != "commit":
-            warp.free[instruction.writes] = max(warp.free[instruction.writes], arrival)
-        if instruction.reads is not None:
-            warp.free[instruction.reads] = max(warp.free[instruction.reads], now + use.clocks + OPERANDS)
+def _number(instruction: Instruction) -> int:
+    """How many of the latest groups a wait leaves in flight."""
+    return int(instruction.operands.rpartition("0x")[2], 16)
+
+
+def _arrived(step: Step, warp: Warp) -> float:
+    """When what the instruction waits for is there."""
+    ready = 0.0
+    for number in step.waits:
+        ready = max(ready, warp.free[number])
+    if step.kind in (COPIES, PRODUCTS):
+        groups = warp.groups if step.kind == COPIES else warp.products
+        if len(groups) > step.left:
+            ready = max(ready, groups[-1 - step.left])
+    return ready
+
+
+def _occupy(step: Step, warp: Warp, now: float, pipes: dict[str, float]) -> None:
+    """Note what the instruction takes, and when its result is there."""
+    if step.kind in (ASYNC, ASYNC_ONCE):
+        if step.kind == ASYNC or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
+            end = max(now, pipes[TENSOR]) + step.clocks
+            if step.shared:
+                pipes[SHARED] = max(now, pipes[SHARED]) + step.shared
+                end = max(end, pipes[SHARED])
+            pipes[TENSOR] = end
+        warp.products = [*warp.products[-DEEPEST:], pipes[TENSOR] + DRAIN]
+        return
+    if step.pipe:
+        pipes[step.pipe] = now + step.clocks
+    arrival = now + step.latency
+    if step.far:
+        pipes[FAR] = max(now, pipes[FAR]) + step.far
+        arrival = pipes[FAR] + step.latency
+    if step.kind == COPY:
+        warp.copies = max(warp.copies, arrival)
+    elif step.kind == COMMIT:
+        warp.groups = [*warp.groups[-DEEPEST:], warp.copies]
+    elif step.writes is not None:
+        warp.free[step.writes] = max(warp.free[step.writes], arrival)
+    if step.reads is not None:
+        warp.free[step.reads] = max(warp.free[step.reads], now + step.clocks + OPERANDS)
 
 
 def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:

@@ -12,6 +12,9 @@ from wanforge.errors import ConfigError
 
 RATES = Path(__file__).with_suffix(".toml")
 
+CONFLICTS = Path(__file__).with_name("conflicts.json")
+"""Wavefronts of shared memory that kernels take for one that they need; ``python -m tools.ptx.banks`` writes it."""
+
 QUARTERS = 4
 """The parts of an SM that each issue one instruction per clock, for their own warps, to their own pipes."""
 LANES = 32
