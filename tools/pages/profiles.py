@@ -16,28 +16,31 @@ from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.measure.cost.fused import named_launches
-from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, published_workload
-from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, published_workload
+from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles, may_miss
 from wanforge.runtime.measure.machine_code.profiles import Profile, profiles
-from wanforge.runtime.measure.machine_code.rates import load_rates
+from wanforge.runtime.measure.machine_code.rates import gpus_of, load_rates
 from wanforge.whole_file import write_atomically
 
-MODELS = ("turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p")
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+OTHER_CODE = ("keys, values", "select")
+"""Launches whose kernels are unrolled for the number of tokens, so the large model's are profiled as well."""
 PROCESSES = 2
 
 
-def recorded() -> Iterator[tuple[str, str, Launch]]:
-    """Every launch of the published models on every architecture, with the model's width and the launch's name."""
-    for name in MODELS:
+def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
+    """The launches to profile on every architecture, with the model's width and their costs."""
+    for name in (SMALL, LARGE):
         workload = published_workload(name, text_rows=USUAL_TEXT_ROWS)
         for sm in sorted({chip.sm for chip in load_rates().chips.values()}):
             found = launches(workload.model, workload.recipe, sm)
             for cost, launch in zip(named_launches(workload), found, strict=True):
-                yield str(workload.D), cost.name, launch
+                if name == SMALL or cost.name in OTHER_CODE:
+                    yield str(workload.D), cost, launch
 
 
-def made(folder: Path, cubin: Cubin) -> dict[str, Profile]:
-    return profiles(cubin, CubinStore(folder).read(cubin))
+def made(folder: Path, cubin: Cubin, cost: LaunchCost) -> dict[str, Profile]:
+    return profiles(cubin, CubinStore(folder).read(cubin), gpus_of(cubin.sm), may_miss(cost))
 
 
 @click.command()
@@ -47,13 +50,14 @@ def main(folder: Path | None) -> None:
     where, wanted = folder or cache_folder(), list(recorded())
     compile_kernels([launch for _, _, launch in wanted], where)
     cubins = CubinStore(where).cubins()
-    keys = list(dict.fromkeys(launch.specialisation.key for _, _, launch in wanted))
+    needed = {launch.specialisation.key: cost for _, cost, launch in wanted}
+    arguments = [where] * len(needed), [cubins[key] for key in needed], needed.values()
     with ProcessPoolExecutor(PROCESSES) as processes:
-        answers = dict(zip(keys, processes.map(made, [where] * len(keys), [cubins[key] for key in keys]), strict=True))
+        answers = dict(zip(needed, processes.map(made, *arguments), strict=True))
     table: Profiles = {}
-    for width, name, launch in wanted:
+    for width, cost, launch in wanted:
         for gpu, profile in answers[launch.specialisation.key].items():
-            table.setdefault(gpu, {}).setdefault(width, {})[name] = profile
+            table.setdefault(gpu, {}).setdefault(width, {})[cost.name] = profile
     ordered = {gpu: table[gpu] for gpu in load_rates().gpus}
     write_atomically(PROFILES, msgspec.json.format(msgspec.json.encode(ordered), indent=0))
 

@@ -113,7 +113,7 @@ def predict(case: Case) -> tuple[Target, Prediction]:
     """What is predicted for a case."""
     target = load_targets()[case.target]
     cubin, code = compiled(case, target.sm)
-    profile = profiles(cubin, code, [case.target])[case.target]
+    profile = profiles(cubin, code, [case.target], [each is not False for each in case.run.from_dram])[case.target]
     return target, prediction_of(case.cost, case.run, profile, target)
 
 

@@ -68,6 +68,17 @@ def profile_of(cost: LaunchCost, run: KernelRun, gpu: str) -> Profile:
     raise ConfigError(f"no profile of {cost.name!r} on {gpu}; run: python -m tools.pages.profiles")
 
 
+@cache
+def _profiles_by_code() -> dict[tuple[str, str], Profile]:
+    by_name = (named for widths in packaged_profiles().values() for named in widths.values())
+    return {(profile.code, profile.gpu): profile for named in by_name for profile in named.values()}
+
+
+def known_profile(code: str, gpu: str) -> Profile | None:
+    """The packaged profile of a cubin, by its SHA-256."""
+    return _profiles_by_code().get((code, gpu))
+
+
 def predicted(launches: Iterable[LaunchCost], target: Target) -> list[Prediction]:
     """How long each launch takes on a GPU."""
     machine = machine_of(target)
@@ -93,18 +104,8 @@ def _predicted(cost: LaunchCost, target: Target, machine: Machine) -> Prediction
 
 
 def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Target) -> Prediction:
-    """How long a launch takes with a kernel's profile on a GPU.
-
-    Raises:
-        ConfigError: The kernel has loops that the launch says nothing of, or lacks some.
-    """
+    """How long a launch takes with a kernel's profile on a GPU."""
     machine = machine_of(target)
-    if len(run.trips) != len(profile.parts) - 1:
-        found = ", ".join(f"{part.address:#x}" for part in profile.parts[1:]) or "none"
-        raise ConfigError(
-            f"{profile.kernel} on {profile.gpu} has loops at {found}, but {cost.name!r} gives the iterations of "
-            f"{len(run.trips)}; correct its KernelRun in runtime/measure/cost/fused.py"
-        )
     again = rereads_from_dram(run, profile, machine)
     dram = _dram_seconds(cost.total_bytes + again, target, machine)
     fetched = (cost.bytes_fetched or cost.bytes_read + sum(each.bytes for each in run.rereads)) + cost.bytes_written
@@ -117,6 +118,12 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     times = {L2: l2, DRAM: dram, "": clocks / machine.clock}
     slowest = max(times, key=lambda name: times[name])
     return Prediction(times[slowest], slowest or busiest(work, profile), times[""], dram, l2, tail / clocks)
+
+
+def may_miss(cost: LaunchCost) -> list[bool]:
+    """For what a launch executes once and for each loop, whether it may load from DRAM."""
+    assert cost.run is not None
+    return [from_dram is not False for from_dram in cost.run.from_dram]
 
 
 def _dram_seconds(moved: int, target: Target, machine: Machine) -> float:

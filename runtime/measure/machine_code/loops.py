@@ -58,7 +58,7 @@ def outline(listing: Listing) -> Loop:
             if header in dominators[block]:
                 bodies.setdefault(header, {header}).update(_body(order, header, block))
     real = {header: body for header, body in bodies.items() if not _only_waits(body)}
-    return _nest(entry, set(order), real)
+    return _nest(entry.address, set(order), real)
 
 
 def _only_waits(body: set[Block]) -> bool:
@@ -67,17 +67,20 @@ def _only_waits(body: set[Block]) -> bool:
     return len(instructions) < 20 and any(each.opcode.startswith(WAITS) for each in instructions)
 
 
-def _nest(header: Block, body: set[Block], bodies: Mapping[Block, set[Block]]) -> Loop:
-    inside = {other: blocks for other, blocks in bodies.items() if other is not header and blocks < body}
+def _nest(address: int, body: set[Block], inside: Mapping[Block, set[Block]]) -> Loop:
+    """The loop with this body, given the bodies of all loops inside it."""
     outermost = {
-        other: blocks
-        for other, blocks in inside.items()
-        if not any(blocks < wider for third, wider in inside.items() if third is not other)
+        header: blocks
+        for header, blocks in inside.items()
+        if not any(blocks < wider for other, wider in inside.items() if other is not header)
     }
     own = body.difference(*outermost.values())
     instructions = sorted((each for block in own for each in block.instructions), key=lambda each: each.address)
-    inner = sorted((_nest(other, blocks, inside) for other, blocks in outermost.items()), key=lambda loop: loop.address)
-    return Loop(header.address, tuple(instructions), tuple(inner))
+    inner = [
+        _nest(header.address, blocks, {other: those for other, those in inside.items() if those < blocks})
+        for header, blocks in sorted(outermost.items(), key=lambda item: item[0].address)
+    ]
+    return Loop(address, tuple(instructions), tuple(inner))
 
 
 def _blocks(listing: Listing) -> list[Block]:

@@ -229,8 +229,3 @@ def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone
     """
     few, many = (sm.clocks(instructions, rounds, alone / sm.programs) for rounds in ROUNDS)
     return (many - few) / (ROUNDS[1] - ROUNDS[0])
-
-
-def through_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:
-    """Clocks of going through instructions once, all programs at a time."""
-    return sm.clocks(instructions, 1)

@@ -1,6 +1,7 @@
 """What a compiled kernel takes on an SM, worked out from its machine code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from wanforge.configs.loading import Record
 from wanforge.configs.targets import load_targets
@@ -13,10 +14,9 @@ from wanforge.runtime.measure.machine_code.multiprocessor import (
     Memory,
     Multiprocessor,
     steady_clocks,
-    through_clocks,
 )
 from wanforge.runtime.measure.machine_code.pipes import SHARED, counts, products
-from wanforge.runtime.measure.machine_code.rates import QUARTERS, gpus_of, load_rates
+from wanforge.runtime.measure.machine_code.rates import QUARTERS, load_rates
 
 
 class Part(Record, frozen=True):
@@ -26,19 +26,21 @@ class Part(Record, frozen=True):
         address: Where it begins in the machine code.
         pipes: Clocks for which one program occupies each pipe, the busiest first. `issue` are instructions.
         products: Multiply-adds that one program does on tensor cores.
-        alone: Clocks of one program that has the SM to itself, with data in the L2 cache and from DRAM.
+        alone: Clocks of one program that has the SM to itself, with data in the L2 cache, and from DRAM if that was asked.
         together: Clocks of all programs that fit on the SM, while all are in this part, likewise.
     """
 
     address: int
     pipes: dict[str, float]
     products: int
-    alone: tuple[float, float]
-    together: tuple[float, float]
+    alone: tuple[float, float | None]
+    together: tuple[float, float | None]
 
     def clocks(self, programs: int, most: int, *, from_dram: bool) -> float:
         """Clocks of some programs, at most as many as fit."""
         alone, together = self.alone[from_dram], self.together[from_dram]
+        assert alone is not None
+        assert together is not None
         return alone if most == 1 else alone + (together - alone) * (programs - 1) / (most - 1)
 
 
@@ -46,62 +48,95 @@ class Profile(Record, frozen=True):
     """A kernel on a GPU.
 
     Attributes:
+        code: SHA-256 of the cubin.
         programs: How many programs fit on an SM.
         parts: What is executed once, then each loop in the order of their addresses.
     """
 
     kernel: str
+    code: str
     gpu: str
     programs: int
     warps: int
     parts: list[Part]
 
 
-def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str] | None = None) -> dict[str, Profile]:
-    """What a kernel takes on some GPUs of its architecture, by default all of them.
+@dataclass(frozen=True)
+class Piece:
+    """Instructions of a part, and whether they are run with data from DRAM as well."""
+
+    address: int
+    instructions: tuple[Instruction, ...]
+    is_loop: bool
+    from_dram: bool
+
+
+def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], from_dram: Sequence[bool]) -> dict[str, Profile]:
+    """What a kernel takes on some GPUs of its architecture.
+
+    Args:
+        from_dram: For what is executed once and for each loop, whether it may load from DRAM.
 
     Raises:
         ResourceError: The disassembler is missing, or does not accept the code.
-        ConfigError: The kernel contains a loop inside a loop, or an instruction of unknown shape.
+        ConfigError: The kernel has a loop inside a loop, more or fewer loops than were expected, or an instruction of
+            unknown shape.
     """
     whole = outline(disassemble(code))
+    name = f"{cubin.kernel} for sm_{cubin.sm}"
     if nested := [loop for outer in whole.inner for loop in outer.inner]:
-        raise ConfigError(f"{cubin.kernel} for sm_{cubin.sm} has a loop inside a loop at {nested[0].address:#x}")
-    pieces = [(part.address, part.instructions) for part in whole.walk()]
-    return {gpu: _profile(cubin, pieces, gpu) for gpu in gpus or gpus_of(cubin.sm)}
+        raise ConfigError(f"{name} has a loop inside a loop at {nested[0].address:#x}")
+    parts = list(whole.walk())
+    if len(parts) != len(from_dram):
+        found = ", ".join(f"{part.address:#x}" for part in parts[1:]) or "none"
+        raise ConfigError(
+            f"{name} has loops at {found}, but {len(from_dram) - 1} were expected; correct the KernelRun of its launch in "
+            "runtime/measure/cost/fused.py"
+        )
+    pieces = [
+        Piece(part.address, part.instructions, number > 0, may_miss)
+        for number, (part, may_miss) in enumerate(zip(parts, from_dram, strict=True))
+    ]
+    timer = Timer(cubin)
+    return {gpu: timer.profile(gpu, pieces) for gpu in gpus}
 
 
-def _profile(cubin: Cubin, pieces: Sequence[tuple[int, tuple[Instruction, ...]]], gpu: str) -> Profile:
-    programs, warps = occupancy(cubin).programs, cubin.threads // 32
-    machine, target = load_rates().gpus[gpu], load_targets()[gpu]
-    chip = load_rates().chips[machine.chip]
-    memories = (
-        Memory(chip.latency.L2, machine.L2_bytes),
-        Memory(chip.latency.DRAM, min(machine.L2_bytes, machine.dram_bytes(target))),
-    )
-    sms = [[Multiprocessor(chip, memory, programs=n, warps=warps) for memory in memories] for n in (1, programs)]
-    parts = [_part(*piece, sms, is_loop=number > 0) for number, piece in enumerate(pieces)]
-    return Profile(cubin.kernel, gpu, programs, warps, parts)
+class Timer:
+    """Runs the parts of a kernel on the SMs of GPUs. What GPUs have in common is run once."""
 
+    def __init__(self, cubin: Cubin) -> None:
+        self.cubin, self.programs, self.warps = cubin, occupancy(cubin).programs, cubin.threads // 32
+        self._known: dict[tuple[int, str, Memory, int], float] = {}
 
-def _part(
-    address: int, instructions: tuple[Instruction, ...], sms: Sequence[Sequence[Multiprocessor]], *, is_loop: bool
-) -> Part:
-    (near, far), full = sms
-    chip, warps = near.chip, near.warps
-    busy = {
-        pipe: round(clocks * warps / (1 if pipe == SHARED else QUARTERS), 1)
-        for pipe, clocks in counts(instructions, chip).items()
-    }
-    run = steady_clocks if is_loop else through_clocks
-    alone = near_alone, far_alone = run(near, instructions, 0.0), run(far, instructions, 0.0)
-    together = alone
-    if full[0].programs > 1:
-        together = run(full[0], instructions, near_alone), run(full[1], instructions, far_alone)
-    return Part(
-        address,
-        dict(sorted(busy.items(), key=lambda item: -item[1])),
-        products(instructions, chip, warps),
-        (round(alone[0], 1), round(alone[1], 1)),
-        (round(together[0], 1), round(together[1], 1)),
-    )
+    def profile(self, gpu: str, pieces: Iterable[Piece]) -> Profile:
+        """The kernel on a GPU."""
+        parts = [self._part(gpu, piece) for piece in pieces]
+        return Profile(self.cubin.kernel, self.cubin.sha256, gpu, self.programs, self.warps, parts)
+
+    def _part(self, gpu: str, piece: Piece) -> Part:
+        machine = load_rates().gpus[gpu]
+        chip = load_rates().chips[machine.chip]
+        near = Memory(chip.latency.L2, machine.L2_bytes)
+        far = Memory(chip.latency.DRAM, min(machine.L2_bytes, machine.dram_bytes(load_targets()[gpu])))
+        alone = self._clocks(machine.chip, near, 1, piece), None
+        together = self._clocks(machine.chip, near, self.programs, piece), None
+        if piece.from_dram:
+            alone = alone[0], self._clocks(machine.chip, far, 1, piece)
+            together = together[0], self._clocks(machine.chip, far, self.programs, piece)
+        busy = {
+            pipe: round(clocks * self.warps / (1 if pipe == SHARED else QUARTERS), 1)
+            for pipe, clocks in counts(piece.instructions, chip).items()
+        }
+        ordered = dict(sorted(busy.items(), key=lambda item: -item[1]))
+        return Part(piece.address, ordered, products(piece.instructions, chip, self.warps), alone, together)
+
+    def _clocks(self, chip: str, memory: Memory, programs: int, piece: Piece) -> float:
+        key = piece.address, chip, memory, programs
+        if key not in self._known:
+            sm = Multiprocessor(load_rates().chips[chip], memory, programs=programs, warps=self.warps)
+            if piece.is_loop:
+                alone = self._clocks(chip, memory, 1, piece) if programs > 1 else 0.0
+                self._known[key] = round(steady_clocks(sm, piece.instructions, alone), 1)
+            else:
+                self._known[key] = round(sm.clocks(piece.instructions, 1), 1)
+        return self._known[key]
