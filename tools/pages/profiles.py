@@ -17,8 +17,8 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.measure.cost.fused import named_launches
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, published_workload
-from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles, may_miss
-from wanforge.runtime.measure.machine_code.profiles import Profile, profiles
+from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles, usage_of
+from wanforge.runtime.measure.machine_code.profiles import Profile, Usage, profiles
 from wanforge.runtime.measure.machine_code.rates import gpus_of, load_rates
 from wanforge.whole_file import write_atomically
 
@@ -39,8 +39,8 @@ def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
                     yield str(workload.D), cost, launch
 
 
-def made(folder: Path, cubin: Cubin, cost: LaunchCost) -> dict[str, Profile]:
-    return profiles(cubin, CubinStore(folder).read(cubin), gpus_of(cubin.sm), may_miss(cost))
+def made(folder: Path, cubin: Cubin, usage: Usage) -> dict[str, Profile]:
+    return profiles(cubin, CubinStore(folder).read(cubin), gpus_of(cubin.sm), usage)
 
 
 @click.command()
@@ -50,7 +50,7 @@ def main(folder: Path | None) -> None:
     where, wanted = folder or cache_folder(), list(recorded())
     compile_kernels([launch for _, _, launch in wanted], where)
     cubins = CubinStore(where).cubins()
-    needed = {launch.specialisation.key: cost for _, cost, launch in wanted}
+    needed = {launch.specialisation.key: usage_of(cost, cost.run) for _, cost, launch in wanted if cost.run}
     arguments = [where] * len(needed), [cubins[key] for key in needed], needed.values()
     with ProcessPoolExecutor(PROCESSES) as processes:
         answers = dict(zip(needed, processes.map(made, *arguments), strict=True))

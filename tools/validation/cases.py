@@ -8,7 +8,7 @@ from wanforge.configs.targets import Target, load_targets
 from wanforge.plugins.launching.cubins import Cubin
 from wanforge.plugins.launching.worker import resources
 from wanforge.runtime.measure.cost.launches import KernelRun, LaunchCost, Reread, cdiv
-from wanforge.runtime.measure.cost.prediction import Prediction, prediction_of
+from wanforge.runtime.measure.cost.prediction import Prediction, prediction_of, usage_of
 from wanforge.runtime.measure.machine_code.profiles import profiles
 
 
@@ -113,7 +113,7 @@ def predict(case: Case) -> tuple[Target, Prediction]:
     """What is predicted for a case."""
     target = load_targets()[case.target]
     cubin, code = compiled(case, target.sm)
-    profile = profiles(cubin, code, [case.target], [each is not False for each in case.run.from_dram])[case.target]
+    profile = profiles(cubin, code, [case.target], usage_of(case.cost, case.run))[case.target]
     return target, prediction_of(case.cost, case.run, profile, target)
 
 

@@ -10,17 +10,29 @@ import msgspec
 
 from wanforge.configs.targets import Target
 from wanforge.errors import ConfigError
-from wanforge.runtime.measure.cost.launches import KernelRun, LaunchCost
-from wanforge.runtime.measure.machine_code.profiles import Part, Profile
+from wanforge.runtime.measure.cost.launches import PEAKS, KernelRun, LaunchCost, peak
+from wanforge.runtime.measure.machine_code.pipes import TENSOR
+from wanforge.runtime.measure.machine_code.profiles import Part, Profile, Usage
 from wanforge.runtime.measure.machine_code.rates import Machine, gpu_of, machine_of
 
 PROFILES = Path(__file__).with_name("profiles.json")
 """The profiles of the published models' kernels, by GPU, width and launch; ``python -m tools.pages.profiles`` writes it."""
 
-ARITHMETIC = {"int8": 0.67, "fp8": 0.56, "fp8, fp16 sums": 0.56, "fp16": 0.71, "bf16": 0.71}
-"""The share of the peak that kernels of others reach. bf16: cuBLAS on an H100, 703 to 716 of 989 TFLOP/s (vLLM's pull
-request 23280). fp8: SageAttention2 on an RTX 5090, about 470 of 838 TOPS. int8: what is predicted for the product of this
-package on an RTX 5090, because no measurement of upstream's was found."""
+SHARES = {
+    "int8": 0.67,
+    "fp8": 0.56,
+    "fp8, fp16 sums": 0.56,
+    "fp16": 0.71,
+    "bf16": 0.71,
+    "sparse attention": 0.56,
+    "cross attention": 0.5,
+}
+"""The share of the peak that kernels of others reach, by number format, or by launch where that is known better.
+
+docs/kernels.md has the measurements: cuBLAS and cuDNN as 703 to 716 of 989 TFLOP/s on an H100, 8-bit attention as
+SageAttention2 with 470 of 838 TOPS on an RTX 5090, attention with a bias as PyTorch's with 78 to 92 of 165 TFLOP/s on an
+RTX 4090, and the products in int8 as block-scaled ones on sm_120.
+"""
 
 BUSY = 0.75
 """A pipe that is occupied for this share of the time bounds a launch; otherwise it waits."""
@@ -95,12 +107,11 @@ def _predicted(cost: LaunchCost, target: Target, machine: Machine) -> Prediction
         return prediction_of(cost, cost.run, profile_of(cost, cost.run, gpu_of(target)), target)
     moving = _dram_seconds(cost.total_bytes, target, machine)
     computing = sum(
-        replaced.arithmetic_seconds(target) / ARITHMETIC[form]
-        for form in cost.flops
-        if form in ARITHMETIC
-        for replaced in [LaunchCost(cost.name, {form: cost.flops[form]}, 0, 0)]
+        flops / peak(target, form) / SHARES.get(cost.name, SHARES[form])
+        for form, flops in cost.flops.items()
+        if form in PEAKS
     )
-    return Prediction(max(moving, computing), DRAM if moving >= computing else "tensor", None, moving, 0.0)
+    return Prediction(max(moving, computing), DRAM if moving >= computing else TENSOR, None, moving, 0.0)
 
 
 def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Target) -> Prediction:
@@ -108,8 +119,7 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     machine = machine_of(target)
     again = rereads_from_dram(run, profile, machine)
     dram = _dram_seconds(cost.total_bytes + again, target, machine)
-    fetched = (cost.bytes_fetched or cost.bytes_read + sum(each.bytes for each in run.rereads)) + cost.bytes_written
-    l2 = fetched / (machine.L2_bytes * machine.multiprocessors * machine.clock)
+    l2 = fetched_bytes(cost, run) / (machine.L2_bytes * machine.multiprocessors * machine.clock)
     work = [
         (part, trips, again > 0 if from_dram is None else from_dram)
         for part, trips, from_dram in zip(profile.parts, (1, *run.trips), run.from_dram, strict=True)
@@ -120,10 +130,16 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     return Prediction(times[slowest], slowest or busiest(work, profile), times[""], dram, l2, tail / clocks)
 
 
-def may_miss(cost: LaunchCost) -> list[bool]:
-    """For what a launch executes once and for each loop, whether it may load from DRAM."""
-    assert cost.run is not None
-    return [from_dram is not False for from_dram in cost.run.from_dram]
+def usage_of(cost: LaunchCost, run: KernelRun) -> Usage:
+    """What a launch says of its kernel."""
+    may_miss = tuple(from_dram is not False for from_dram in run.from_dram)
+    return Usage(run.trips, may_miss, fetched_bytes(cost, run) / run.programs)
+
+
+def fetched_bytes(cost: LaunchCost, run: KernelRun) -> int:
+    """Bytes from and to the L2 cache."""
+    read = cost.bytes_fetched or cost.bytes_read + sum(again.bytes for again in run.rereads)
+    return read + cost.bytes_written
 
 
 def _dram_seconds(moved: int, target: Target, machine: Machine) -> float:

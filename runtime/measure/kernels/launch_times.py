@@ -15,8 +15,8 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.fused_block import launches, recipe_for
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, Workload, all_launches
-from wanforge.runtime.measure.cost.prediction import Prediction, known_profile, may_miss, predicted, prediction_of
-from wanforge.runtime.measure.machine_code.profiles import Profile, profiles
+from wanforge.runtime.measure.cost.prediction import Prediction, known_profile, predicted, prediction_of, usage_of
+from wanforge.runtime.measure.machine_code.profiles import Profile, Usage, profiles
 from wanforge.runtime.measure.machine_code.rates import gpu_of
 from wanforge.runtime.measure.tables import number, text_table
 
@@ -82,14 +82,15 @@ class Times:
     def _predicted(self, cost: LaunchCost, launch: Launch | None, target: Target) -> Prediction:
         if launch is None or cost.run is None:
             return predicted([cost], target)[0]
-        return prediction_of(cost, cost.run, self._profile(cost, launch, gpu_of(target)), target)
+        profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run))
+        return prediction_of(cost, cost.run, profile, target)
 
-    def _profile(self, cost: LaunchCost, launch: Launch, gpu: str) -> Profile:
+    def _profile(self, launch: Launch, gpu: str, usage: Usage) -> Profile:
         cubin = self.cubins[launch.specialisation.key]
         key = cubin.sha256, gpu
         if key not in self._profiles:
             known = known_profile(*key)
-            self._profiles[key] = known or profiles(cubin, self.store.read(cubin), [gpu], may_miss(cost))[gpu]
+            self._profiles[key] = known or profiles(cubin, self.store.read(cubin), [gpu], usage)[gpu]
         return self._profiles[key]
 
 

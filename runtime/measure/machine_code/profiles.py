@@ -15,8 +15,8 @@ from wanforge.runtime.measure.machine_code.multiprocessor import (
     Multiprocessor,
     steady_clocks,
 )
-from wanforge.runtime.measure.machine_code.pipes import SHARED, counts, products
-from wanforge.runtime.measure.machine_code.rates import QUARTERS, load_rates
+from wanforge.runtime.measure.machine_code.pipes import SHARED, counts, global_bytes, products
+from wanforge.runtime.measure.machine_code.rates import LANES, QUARTERS, load_rates
 
 
 class Part(Record, frozen=True):
@@ -62,6 +62,21 @@ class Profile(Record, frozen=True):
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a launch says of its kernel.
+
+    Attributes:
+        trips: Iterations of each loop, in the order of the loops in the source.
+        may_miss: For what is executed once and for each loop, whether it may load from DRAM.
+        bytes: Bytes that one program moves from and to the L2 cache.
+    """
+
+    trips: tuple[int, ...]
+    may_miss: tuple[bool, ...]
+    bytes: float
+
+
+@dataclass(frozen=True)
 class Piece:
     """Instructions of a part, and whether they are run with data from DRAM as well."""
 
@@ -71,11 +86,11 @@ class Piece:
     from_dram: bool
 
 
-def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], from_dram: Sequence[bool]) -> dict[str, Profile]:
-    """What a kernel takes on some GPUs of its architecture.
+def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], usage: Usage) -> dict[str, Profile]:
+    """What a kernel takes on some GPUs of its architecture, as a launch uses it.
 
-    Args:
-        from_dram: For what is executed once and for each loop, whether it may load from DRAM.
+    The machine code does not tell which warps load the same bytes. So what its instructions move is scaled to what the
+    launch is known to move.
 
     Raises:
         ResourceError: The disassembler is missing, or does not accept the code.
@@ -87,24 +102,33 @@ def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], from_dram: Sequence
     if nested := [loop for outer in whole.inner for loop in outer.inner]:
         raise ConfigError(f"{name} has a loop inside a loop at {nested[0].address:#x}")
     parts = list(whole.walk())
-    if len(parts) != len(from_dram):
+    if len(parts) != len(usage.may_miss):
         found = ", ".join(f"{part.address:#x}" for part in parts[1:]) or "none"
         raise ConfigError(
-            f"{name} has loops at {found}, but {len(from_dram) - 1} were expected; correct the KernelRun of its launch in "
+            f"{name} has loops at {found}, but {len(usage.trips)} were expected; correct the KernelRun of its launch in "
             "runtime/measure/cost/fused.py"
         )
     pieces = [
         Piece(part.address, part.instructions, number > 0, may_miss)
-        for number, (part, may_miss) in enumerate(zip(parts, from_dram, strict=True))
+        for number, (part, may_miss) in enumerate(zip(parts, usage.may_miss, strict=True))
     ]
-    timer = Timer(cubin)
+    moved = sum(
+        trips * sum(map(global_bytes, piece.instructions))
+        for trips, piece in zip((1, *usage.trips), pieces, strict=True)
+    )
+    timer = Timer(cubin, usage.bytes / (moved * cubin.threads / LANES) if moved else 1.0, bool(whole.inner))
     return {gpu: timer.profile(gpu, pieces) for gpu in gpus}
 
 
 class Timer:
-    """Runs the parts of a kernel on the SMs of GPUs. What GPUs have in common is run once."""
+    """Runs the parts of a kernel on the SMs of GPUs. What GPUs have in common is run once.
 
-    def __init__(self, cubin: Cubin) -> None:
+    Args:
+        distinct: Bytes that are moved for each byte that an instruction moves.
+    """
+
+    def __init__(self, cubin: Cubin, distinct: float, has_loops: bool) -> None:
+        self.distinct, self.has_loops = distinct, has_loops
         self.cubin, self.programs, self.warps = cubin, occupancy(cubin).programs, cubin.threads // 32
         self._known: dict[tuple[int, str, Memory, int], float] = {}
 
@@ -116,8 +140,12 @@ class Timer:
     def _part(self, gpu: str, piece: Piece) -> Part:
         machine = load_rates().gpus[gpu]
         chip = load_rates().chips[machine.chip]
-        near = Memory(chip.latency.L2, machine.L2_bytes)
-        far = Memory(chip.latency.DRAM, min(machine.L2_bytes, machine.dram_bytes(load_targets()[gpu])))
+        dram = min(machine.L2_bytes, machine.dram_bytes(load_targets()[gpu]))
+        if self.has_loops and not piece.is_loop:
+            # The other programs are in their loops meanwhile, and leave DRAM to those that begin or end.
+            dram = machine.L2_bytes
+        near = Memory(chip.latency.L2, machine.L2_bytes / self.distinct)
+        far = Memory(chip.latency.DRAM, dram / self.distinct)
         alone = self._clocks(machine.chip, near, 1, piece), None
         together = self._clocks(machine.chip, near, self.programs, piece), None
         if piece.from_dram:
