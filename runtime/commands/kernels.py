@@ -28,7 +28,7 @@ from wanforge.runtime.commands.options import (
     takes,
     target_option,
 )
-from wanforge.runtime.measure.kernels.launch_times import LaunchTime, Times, times_table
+from wanforge.runtime.measure.kernels.launch_times import LaunchTime, block_times, times_table
 from wanforge.runtime.measure.kernels.resources import as_dict, summary, table
 from wanforge.runtime.progress import Bars
 from wanforge.whole_file import check_writable
@@ -59,12 +59,9 @@ class KernelsOptions(ShapeOptions):
 
     def block_times(self, folder: Path, cubins: Iterable[Cubin]) -> list[LaunchTime]:
         """What each launch of a block of the models is predicted to take on each GPU."""
-        recipe, found = load_recipe(self.recipe), Times(folder, cubins)
         models = [load_model(name) for name in self.models or named("models")]
-        gpus = parse_targets(self.targets).gpus.values()
-        return [
-            time for model in models for gpu in gpus for time in found.of_block(model, recipe, self.shape(model), gpu)
-        ]
+        blocks = [(model, self.shape(model)) for model in models]
+        return block_times(blocks, load_recipe(self.recipe), parse_targets(self.targets).gpus.values(), folder, cubins)
 
 
 @click.command()
@@ -86,11 +83,7 @@ class KernelsOptions(ShapeOptions):
 @click.option(
     "--jobs", type=click.IntRange(1), help="Number of compilers to run at a time.  [default: one per processor]"
 )
-@click.option(
-    "--times",
-    is_flag=True,
-    help="Also print what each launch of a block is predicted to take on each GPU, from the machine code.",
-)
+@click.option("--times", is_flag=True, help="Also predict how long each launch of a block takes on each GPU.")
 @JSON
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the result as two short Markdown tables.")
 @takes(KernelsOptions)
@@ -107,8 +100,6 @@ def kernels(options: KernelsOptions) -> None:
     """
     if options.as_json and options.as_markdown:
         raise click.UsageError("give either --json or --markdown")
-    if options.times and options.as_markdown:
-        raise click.UsageError("--markdown does not print times; docs/kernels.md has them")
     folder, wanted = options.out or cache_folder(), options.launches()
     missing = len(outdated(wanted, folder))
     if missing:
@@ -118,9 +109,7 @@ def kernels(options: KernelsOptions) -> None:
     times = options.block_times(folder, cubins) if options.times else []
     if options.as_json:
         report = {"folder": str(folder), "compiled": missing, "cubins": [as_dict(cubin) for cubin in cubins]}
-        if options.times:
-            report["launches"] = [time.as_json() for time in times]
-        click.echo(json.dumps(report))
+        click.echo(json.dumps(report | ({"launches": [time.as_json() for time in times]} if options.times else {})))
     elif options.as_markdown:
         click.echo(summary(cubins))
     else:

@@ -12,7 +12,7 @@ from wanforge.configs.targets import Target
 from wanforge.errors import ConfigError
 from wanforge.runtime.measure.cost.launches import PEAKS, KernelRun, LaunchCost, peak
 from wanforge.runtime.measure.machine_code.pipes import TENSOR
-from wanforge.runtime.measure.machine_code.profiles import Part, Profile, Usage
+from wanforge.runtime.measure.machine_code.profiles import KernelPart, Profile, Usage
 from wanforge.runtime.measure.machine_code.rates import Machine, gpu_of, machine_of
 
 PROFILES = Path(__file__).with_name("profiles.json")
@@ -154,7 +154,7 @@ def rereads_from_dram(run: KernelRun, profile: Profile, machine: Machine) -> int
     )
 
 
-Work = Sequence[tuple[Part, int, bool]]
+Work = Sequence[tuple[KernelPart, int, bool]]
 """The parts of a kernel with their iterations, and whether what they load comes from DRAM."""
 
 
@@ -172,7 +172,7 @@ def wave_clocks(work: Work, run: KernelRun, profile: Profile, machine: Machine) 
 def busiest(work: Work, profile: Profile) -> str:
     """The pipe that bounds the part in which an SM spends most of its time, or `WAITING`."""
 
-    def clocks(part: Part, trips: int, dram: bool) -> float:
+    def clocks(part: KernelPart, trips: int, dram: bool) -> float:
         return trips * part.clocks(profile.programs, profile.programs, from_dram=dram)
 
     part, trips, dram = max(work, key=lambda each: clocks(*each))

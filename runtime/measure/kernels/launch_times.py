@@ -52,7 +52,7 @@ class LaunchTime:
         }
 
 
-class Times:
+class BlockTimes:
     """Predicts the launches of models from the kernels in a folder.
 
     Args:
@@ -92,6 +92,18 @@ class Times:
             known = known_profile(*key)
             self._profiles[key] = known or profiles(cubin, self.store.read(cubin), [gpu], usage)[gpu]
         return self._profiles[key]
+
+
+def block_times(
+    models: Iterable[tuple[ModelConfig, ClipShape]],
+    recipe: Recipe,
+    gpus: Iterable[Target],
+    folder: Path,
+    cubins: Iterable[Cubin],
+) -> list[LaunchTime]:
+    """Every launch of one block of some models, each with its clip, on some GPUs; see `BlockTimes`."""
+    found, targets = BlockTimes(folder, cubins), list(gpus)
+    return [time for model, shape in models for gpu in targets for time in found.of_block(model, recipe, shape, gpu)]
 
 
 def times_table(times: Sequence[LaunchTime]) -> str:

@@ -57,14 +57,14 @@ class Instruction:
 
 
 @dataclass(frozen=True)
-class Listing:
+class MachineCode:
     """The instructions of a kernel in the order of their addresses, and the labels by the address they stand at."""
 
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
 
-def disassemble(code: bytes) -> Listing:
+def disassemble(code: bytes) -> MachineCode:
     """Read a cubin with one kernel.
 
     Raises:
@@ -98,7 +98,7 @@ def disassembler() -> Path:
     )
 
 
-def parse(text: str) -> Listing:
+def parse(text: str) -> MachineCode:
     """Read what ``nvdisasm -hex`` prints for one kernel.
 
     Raises:
@@ -118,7 +118,7 @@ def parse(text: str) -> Listing:
             instructions.append(instruction)
     if not instructions:
         raise ResourceError("the disassembler prints no instructions; is this a cubin with one kernel?")
-    return Listing(tuple(instructions), labels)
+    return MachineCode(tuple(instructions), labels)
 
 
 def _instruction(address: int, text: str, upper: int) -> Instruction:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from wanforge.runtime.measure.machine_code.disassembly import Instruction, Listing
+from wanforge.runtime.measure.machine_code.disassembly import Instruction, MachineCode
 
 JUMPS = {"BRA", "EXIT", "RET", "CALL", "BRX", "BREAK", "KILL"}
 WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS.FIND", "NANOSLEEP")
@@ -11,11 +11,11 @@ WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS.FIND", "NANOSLEEP")
 
 
 @dataclass(eq=False)
-class Block:
+class BasicBlock:
     """Instructions that are executed one after the other."""
 
     instructions: list[Instruction]
-    followers: list["Block"] = field(default_factory=list)
+    followers: list["BasicBlock"] = field(default_factory=list)
 
     @property
     def address(self) -> int:
@@ -43,7 +43,7 @@ class Loop:
             yield from loop.walk()
 
 
-def outline(listing: Listing) -> Loop:
+def outline(listing: MachineCode) -> Loop:
     """A kernel as a loop of one iteration, with its loops inside.
 
     Left out are subroutines (rare cases of a division), what only traps, and the padding after the last instruction.
@@ -52,7 +52,7 @@ def outline(listing: Listing) -> Loop:
     entry = blocks[0]
     order = _reachable(entry)
     dominators = _dominators(order)
-    bodies: dict[Block, set[Block]] = {}
+    bodies: dict[BasicBlock, set[BasicBlock]] = {}
     for block in order:
         for header in block.followers:
             if header in dominators[block]:
@@ -61,13 +61,13 @@ def outline(listing: Listing) -> Loop:
     return _nest(entry.address, set(order), real)
 
 
-def _only_waits(body: set[Block]) -> bool:
+def _only_waits(body: set[BasicBlock]) -> bool:
     """Whether a loop repeats only until something asynchronous is done."""
     instructions = [each for block in body for each in block.instructions]
     return len(instructions) < 20 and any(each.opcode.startswith(WAITS) for each in instructions)
 
 
-def _nest(address: int, body: set[Block], inside: Mapping[Block, set[Block]]) -> Loop:
+def _nest(address: int, body: set[BasicBlock], inside: Mapping[BasicBlock, set[BasicBlock]]) -> Loop:
     """The loop with this body, given the bodies of all loops inside it."""
     outermost = {
         header: blocks
@@ -83,12 +83,12 @@ def _nest(address: int, body: set[Block], inside: Mapping[Block, set[Block]]) ->
     return Loop(address, tuple(instructions), tuple(inner))
 
 
-def _blocks(listing: Listing) -> list[Block]:
+def _blocks(listing: MachineCode) -> list[BasicBlock]:
     starts = set(listing.labels.values())
-    blocks: list[Block] = []
+    blocks: list[BasicBlock] = []
     for each in listing.instructions:
         if not blocks or each.address in starts or blocks[-1].instructions[-1].name in JUMPS:
-            blocks.append(Block([]))
+            blocks.append(BasicBlock([]))
         blocks[-1].instructions.append(each)
     at = {block.address: block for block in blocks}
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
@@ -104,14 +104,14 @@ def _blocks(listing: Listing) -> list[Block]:
     return blocks
 
 
-def _is_subroutine(call: Instruction, target: Block) -> bool:
+def _is_subroutine(call: Instruction, target: BasicBlock) -> bool:
     return call.name == "CALL" and call.target.startswith("$")
 
 
-def _reachable(entry: Block) -> list[Block]:
+def _reachable(entry: BasicBlock) -> list[BasicBlock]:
     """Blocks in reverse postorder."""
     seen, found = {entry}, []
-    stack: list[tuple[Block, Iterator[Block]]] = [(entry, iter(entry.followers))]
+    stack: list[tuple[BasicBlock, Iterator[BasicBlock]]] = [(entry, iter(entry.followers))]
     while stack:
         block, followers = stack[-1]
         for other in followers:
@@ -125,10 +125,10 @@ def _reachable(entry: Block) -> list[Block]:
     return found[::-1]
 
 
-def _dominators(order: Sequence[Block]) -> dict[Block, set[Block]]:
+def _dominators(order: Sequence[BasicBlock]) -> dict[BasicBlock, set[BasicBlock]]:
     everything = set(order)
     dominators = {block: everything for block in order} | {order[0]: {order[0]}}
-    before: dict[Block, list[Block]] = {block: [] for block in order}
+    before: dict[BasicBlock, list[BasicBlock]] = {block: [] for block in order}
     for block in order:
         for other in block.followers:
             before[other].append(block)
@@ -142,9 +142,9 @@ def _dominators(order: Sequence[Block]) -> dict[Block, set[Block]]:
     return dominators
 
 
-def _body(order: Sequence[Block], header: Block, last: Block) -> set[Block]:
+def _body(order: Sequence[BasicBlock], header: BasicBlock, last: BasicBlock) -> set[BasicBlock]:
     """The blocks from which `last` is reached without passing the header."""
-    before: dict[Block, list[Block]] = {block: [] for block in order}
+    before: dict[BasicBlock, list[BasicBlock]] = {block: [] for block in order}
     for block in order:
         for other in block.followers:
             before[other].append(block)

@@ -61,14 +61,14 @@ class Warp:
 
 
 @dataclass(frozen=True)
-class Memory:
+class FarMemory:
     """The memory beyond an SM: clocks until data begin to arrive, and the bytes per clock that the SM gets of it."""
 
     latency: float
     bytes: float
 
 
-class Step(NamedTuple):
+class Issue(NamedTuple):
     """An instruction as the SM sees it, worked out once. `shared` and `far` are the clocks for which it occupies shared
     memory and the way to global memory besides its pipe."""
 
@@ -95,7 +95,7 @@ class Multiprocessor:
         warps: Warps of one program.
     """
 
-    def __init__(self, chip: Chip, memory: Memory, *, programs: int, warps: int) -> None:
+    def __init__(self, chip: Chip, memory: FarMemory, *, programs: int, warps: int) -> None:
         self.chip, self.memory, self.programs, self.warps = chip, memory, programs, warps
         self.sharing = min(QUARTERS, warps)
 
@@ -105,11 +105,11 @@ class Multiprocessor:
         Args:
             apart: Clocks between the starts of the programs.
         """
-        steps = [self._step(each) for each in instructions]
-        if not steps:
+        issues = [self._issue(each) for each in instructions]
+        if not issues:
             return 0.0
-        length, last, each = len(steps), len(steps) * rounds, self.warps // self.sharing
-        issue, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
+        length, last, each = len(issues), len(issues) * rounds, self.warps // self.sharing
+        free, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
         order = count()
         waiting = [
             (program * apart, next(order), Warp(program, number == 0))
@@ -119,15 +119,15 @@ class Multiprocessor:
         met: list[list[Warp]] = [[] for _ in range(self.programs)]
         while waiting:
             now, _, warp = waiting[0]
-            step = steps[warp.place % length]
-            ready = max(now, issue, _arrived(step, warp), pipes[step.pipe] if step.kind != ASYNC else 0.0)
+            issue = issues[warp.place % length]
+            ready = max(now, free, _arrived(issue, warp), pipes[issue.pipe] if issue.kind != ASYNC else 0.0)
             if ready > now:
                 heapreplace(waiting, (ready, next(order), warp))
                 continue
-            done, issue = now, now + 1
-            _occupy(step, warp, now, pipes)
+            done, free = now, now + 1
+            _occupy(issue, warp, now, pipes)
             warp.place += 1
-            if step.kind == BARRIER:
+            if issue.kind == BARRIER:
                 heappop(waiting)
                 met[warp.program].append(warp)
                 if len(met[warp.program]) == each:
@@ -136,12 +136,12 @@ class Multiprocessor:
                             heappush(waiting, (now + RELEASE, next(order), other))
                     met[warp.program] = []
             elif warp.place < last:
-                heapreplace(waiting, (now + max(1, step.stall), next(order), warp))
+                heapreplace(waiting, (now + max(1, issue.stall), next(order), warp))
             else:
                 heappop(waiting)
         return done
 
-    def _step(self, instruction: Instruction) -> Step:
+    def _issue(self, instruction: Instruction) -> Issue:
         use, name, times = use_of(instruction, self.chip), instruction.name, self.chip.latency
         latency, kind, left = float(CONSTANT), PLAIN, 0
         if use.pipe == TENSOR:
@@ -162,7 +162,7 @@ class Multiprocessor:
             kind = PRODUCTS
         if kind == ASYNC and name.startswith("UTC"):
             kind = ASYNC_ONCE
-        return Step(
+        return Issue(
             kind,
             use.pipe,
             use.clocks * (self.sharing if use.pipe == SHARED else 1),
@@ -182,43 +182,43 @@ def _number(instruction: Instruction) -> int:
     return int(instruction.operands.rpartition("0x")[2], 16)
 
 
-def _arrived(step: Step, warp: Warp) -> float:
+def _arrived(issue: Issue, warp: Warp) -> float:
     """When what the instruction waits for is there."""
     ready = 0.0
-    for number in step.waits:
+    for number in issue.waits:
         ready = max(ready, warp.free[number])
-    if step.kind in (COPIES, PRODUCTS):
-        groups = warp.groups if step.kind == COPIES else warp.products
-        if len(groups) > step.left:
-            ready = max(ready, groups[-1 - step.left])
+    if issue.kind in (COPIES, PRODUCTS):
+        groups = warp.groups if issue.kind == COPIES else warp.products
+        if len(groups) > issue.left:
+            ready = max(ready, groups[-1 - issue.left])
     return ready
 
 
-def _occupy(step: Step, warp: Warp, now: float, pipes: dict[str, float]) -> None:
+def _occupy(issue: Issue, warp: Warp, now: float, pipes: dict[str, float]) -> None:
     """Note what the instruction takes, and when its result is there."""
-    if step.kind in (ASYNC, ASYNC_ONCE):
-        if step.kind == ASYNC or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
-            end = max(now, pipes[TENSOR]) + step.clocks
-            if step.shared:
-                pipes[SHARED] = max(now, pipes[SHARED]) + step.shared
+    if issue.kind in (ASYNC, ASYNC_ONCE):
+        if issue.kind == ASYNC or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
+            end = max(now, pipes[TENSOR]) + issue.clocks
+            if issue.shared:
+                pipes[SHARED] = max(now, pipes[SHARED]) + issue.shared
                 end = max(end, pipes[SHARED])
             pipes[TENSOR] = end
         warp.products = [*warp.products[-DEEPEST:], pipes[TENSOR] + DRAIN]
         return
-    if step.pipe:
-        pipes[step.pipe] = now + step.clocks
-    arrival = now + step.latency
-    if step.far:
-        pipes[FAR] = max(now, pipes[FAR]) + step.far
-        arrival = pipes[FAR] + step.latency
-    if step.kind == COPY:
+    if issue.pipe:
+        pipes[issue.pipe] = now + issue.clocks
+    arrival = now + issue.latency
+    if issue.far:
+        pipes[FAR] = max(now, pipes[FAR]) + issue.far
+        arrival = pipes[FAR] + issue.latency
+    if issue.kind == COPY:
         warp.copies = max(warp.copies, arrival)
-    elif step.kind == COMMIT:
+    elif issue.kind == COMMIT:
         warp.groups = [*warp.groups[-DEEPEST:], warp.copies]
-    elif step.writes is not None:
-        warp.free[step.writes] = max(warp.free[step.writes], arrival)
-    if step.reads is not None:
-        warp.free[step.reads] = max(warp.free[step.reads], now + step.clocks + OPERANDS)
+    elif issue.writes is not None:
+        warp.free[issue.writes] = max(warp.free[issue.writes], arrival)
+    if issue.reads is not None:
+        warp.free[issue.reads] = max(warp.free[issue.reads], now + issue.clocks + OPERANDS)
 
 
 def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:

@@ -20,6 +20,8 @@ HALF = {"HFMA2", "HADD2", "HMUL2", "HFMA2.MMA", "HADD2.F32"}
 SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "POPC", "FLO", "FRND", "BREV"}
 MOVES = {"LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "STSM", "SHFL", "ATOMS", "REDUX", "CREDUX", "LDTM", "STTM"}
 """What passes through the load and store unit, at most one warp's worth of banks per clock and SM."""
+BANKED = {"LDGSTS", "LDS", "STS", "LDSM", "STSM"}
+"""What goes to the banks of shared memory, which may be the same for several lanes."""
 GLOBAL = {"LDG", "LDGSTS", "STG"}
 SECTOR = 32
 """Bytes that global memory moves at least."""
@@ -71,7 +73,8 @@ def _use(opcode: str, operands: str, is_off: bool, chip: Chip) -> Use:
     if name.endswith("MMA") and name != "HFMA2.MMA":
         return _tensor(opcode, operands, chip)
     if name in MOVES:
-        return Use(SHARED, max(1.0, _bytes(opcode) * LANES / chip.shared))
+        clocks = max(1.0, _bytes(opcode) * LANES / chip.shared)
+        return Use(SHARED, clocks * chip.conflicts if name in BANKED else clocks)
     quarter = LANES * QUARTERS
     if name in PAIRS:
         return Use(FMA, 2 * quarter / chip.fma)

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from wanforge.configs.loading import Record
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
@@ -11,15 +13,15 @@ from wanforge.plugins.launching.occupancy import occupancy
 from wanforge.runtime.measure.machine_code.disassembly import Instruction, disassemble
 from wanforge.runtime.measure.machine_code.loops import outline
 from wanforge.runtime.measure.machine_code.multiprocessor import (
-    Memory,
+    FarMemory,
     Multiprocessor,
     steady_clocks,
 )
 from wanforge.runtime.measure.machine_code.pipes import SHARED, counts, global_bytes, products
-from wanforge.runtime.measure.machine_code.rates import LANES, QUARTERS, load_rates
+from wanforge.runtime.measure.machine_code.rates import LANES, QUARTERS, Chip, conflicts_of, load_rates
 
 
-class Part(Record, frozen=True):
+class KernelPart(Record, frozen=True):
     """A part of a kernel: what is executed once, or one iteration of a loop.
 
     Attributes:
@@ -58,7 +60,7 @@ class Profile(Record, frozen=True):
     gpu: str
     programs: int
     warps: int
-    parts: list[Part]
+    parts: list[KernelPart]
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], usage: Usage) -> di
         trips * sum(map(global_bytes, piece.instructions))
         for trips, piece in zip((1, *usage.trips), pieces, strict=True)
     )
-    timer = Timer(cubin, usage.bytes / (moved * cubin.threads / LANES) if moved else 1.0, bool(whole.inner))
+    timer = KernelTimer(cubin, usage.bytes / (moved * cubin.threads / LANES) if moved else 1.0, bool(whole.inner))
     return {gpu: timer.profile(gpu, pieces) for gpu in gpus}
 
 
-class Timer:
+class KernelTimer:
     """Runs the parts of a kernel on the SMs of GPUs. What GPUs have in common is run once.
 
     Args:
@@ -130,22 +132,22 @@ class Timer:
     def __init__(self, cubin: Cubin, distinct: float, has_loops: bool) -> None:
         self.distinct, self.has_loops = distinct, has_loops
         self.cubin, self.programs, self.warps = cubin, occupancy(cubin).programs, cubin.threads // 32
-        self._known: dict[tuple[int, str, Memory, int], float] = {}
+        self._known: dict[tuple[int, str, FarMemory, int], float] = {}
 
     def profile(self, gpu: str, pieces: Iterable[Piece]) -> Profile:
         """The kernel on a GPU."""
         parts = [self._part(gpu, piece) for piece in pieces]
         return Profile(self.cubin.kernel, self.cubin.sha256, gpu, self.programs, self.warps, parts)
 
-    def _part(self, gpu: str, piece: Piece) -> Part:
+    def _part(self, gpu: str, piece: Piece) -> KernelPart:
         machine = load_rates().gpus[gpu]
-        chip = load_rates().chips[machine.chip]
+        chip = self._chip(machine.chip)
         dram = min(machine.L2_bytes, machine.dram_bytes(load_targets()[gpu]))
         if self.has_loops and not piece.is_loop:
             # The other programs are in their loops meanwhile, and leave DRAM to those that begin or end.
             dram = machine.L2_bytes
-        near = Memory(chip.latency.L2, machine.L2_bytes / self.distinct)
-        far = Memory(chip.latency.DRAM, dram / self.distinct)
+        near = FarMemory(chip.latency.L2, machine.L2_bytes / self.distinct)
+        far = FarMemory(chip.latency.DRAM, dram / self.distinct)
         alone = self._clocks(machine.chip, near, 1, piece), None
         together = self._clocks(machine.chip, near, self.programs, piece), None
         if piece.from_dram:
@@ -156,12 +158,17 @@ class Timer:
             for pipe, clocks in counts(piece.instructions, chip).items()
         }
         ordered = dict(sorted(busy.items(), key=lambda item: -item[1]))
-        return Part(piece.address, ordered, products(piece.instructions, chip, self.warps), alone, together)
+        return KernelPart(piece.address, ordered, products(piece.instructions, chip, self.warps), alone, together)
 
-    def _clocks(self, chip: str, memory: Memory, programs: int, piece: Piece) -> float:
+    def _chip(self, name: str) -> Chip:
+        """A kind of chip with the bank conflicts of this kernel."""
+        conflicts = conflicts_of(self.cubin.kernel, self.cubin.sm)
+        return msgspec.structs.replace(load_rates().chips[name], conflicts=conflicts)
+
+    def _clocks(self, chip: str, memory: FarMemory, programs: int, piece: Piece) -> float:
         key = piece.address, chip, memory, programs
         if key not in self._known:
-            sm = Multiprocessor(load_rates().chips[chip], memory, programs=programs, warps=self.warps)
+            sm = Multiprocessor(self._chip(chip), memory, programs=programs, warps=self.warps)
             if piece.is_loop:
                 alone = self._clocks(chip, memory, 1, piece) if programs > 1 else 0.0
                 self._known[key] = round(steady_clocks(sm, piece.instructions, alone), 1)

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from wanforge.configs.loading import Positive, Record, load
@@ -43,7 +44,11 @@ class Tensor(Record, frozen=True):
 
 
 class Chip(Record, frozen=True):
-    """One kind of chip; rates are per clock and SM, see ``rates.toml``."""
+    """One kind of chip; rates are per clock and SM, see ``rates.toml``.
+
+    Attributes:
+        conflicts: Wavefronts of shared memory that a kernel takes for one that it needs; see `conflicts_of`.
+    """
 
     sm: int
     fma: Positive
@@ -55,6 +60,7 @@ class Chip(Record, frozen=True):
     tensor: Tensor
     mma_share: Share
     latency: Latency
+    conflicts: float = 1.0
 
 
 class Machine(Record, frozen=True):
@@ -83,7 +89,7 @@ class Machine(Record, frozen=True):
         return self.L2_mib * 2**20 * self.L2_near
 
 
-class Rates(Record, frozen=True):
+class RateTable(Record, frozen=True):
     """The table ``rates.toml``."""
 
     chips: dict[str, Chip]
@@ -91,9 +97,9 @@ class Rates(Record, frozen=True):
 
 
 @cache
-def load_rates() -> Rates:
+def load_rates() -> RateTable:
     """The table of rates."""
-    return load(RATES, Rates)
+    return load(RATES, RateTable)
 
 
 def gpus_of(sm: int) -> list[str]:
@@ -121,3 +127,14 @@ def machine_of(target: Target) -> Machine:
         ConfigError: It is not in the table of rates.
     """
     return load_rates().gpus[gpu_of(target)]
+
+
+@cache
+def _conflicts() -> dict[str, dict[str, float]]:
+    return msgspec.json.decode(CONFLICTS.read_bytes(), type=dict[str, dict[str, float]])
+
+
+def conflicts_of(kernel: str, sm: int) -> float:
+    """The wavefronts of shared memory that a kernel takes for one that it needs, counted on the machine for PTX; 1 for
+    kernels and architectures that it does not run."""
+    return _conflicts().get(str(sm), {}).get(kernel, 1.0)

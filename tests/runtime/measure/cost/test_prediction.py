@@ -20,15 +20,15 @@ from wanforge.runtime.measure.cost.prediction import (
     prediction_of,
     rereads_from_dram,
 )
-from wanforge.runtime.measure.machine_code.profiles import Part, Profile
+from wanforge.runtime.measure.machine_code.profiles import KernelPart, Profile
 from wanforge.runtime.measure.machine_code.rates import load_rates, machine_of
 
 TARGETS = load_targets()
 H200 = TARGETS["h200"]
 SMS, CLOCK = 132, 1.83e9
 
-ONCE = Part(0, {"alu": 90.0}, 0, (100.0, 300.0), (150.0, 400.0))
-LOOP = Part(64, {"tensor": 450.0, "issue": 100.0}, 0, (500.0, None), (800.0, None))
+ONCE = KernelPart(0, {"alu": 90.0}, 0, (100.0, 300.0), (150.0, 400.0))
+LOOP = KernelPart(64, {"tensor": 450.0, "issue": 100.0}, 0, (500.0, None), (800.0, None))
 PROFILE = Profile("op.kernel", "", "h200", 2, 8, [ONCE, LOOP])
 RUN = KernelRun(2 * SMS, (10,), (False, False), 1536)
 SMALL_COST = LaunchCost("kernel", {}, 1000, 1000, run=RUN)

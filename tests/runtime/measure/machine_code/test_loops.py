@@ -1,10 +1,10 @@
 """Loops are found in the control flow; what is executed rarely or only waits does not count."""
 
-from wanforge.runtime.measure.machine_code.disassembly import Instruction, Listing
+from wanforge.runtime.measure.machine_code.disassembly import Instruction, MachineCode
 from wanforge.runtime.measure.machine_code.loops import Loop, outline
 
 
-def listing(*lines: str) -> Listing:
+def listing(*lines: str) -> MachineCode:
     """Instructions, and labels that end in a colon. A predicate comes first, a branch's label last."""
     instructions, labels = [], {}
     for line in lines:
@@ -17,7 +17,7 @@ def listing(*lines: str) -> Listing:
         instructions.append(
             Instruction(len(instructions), f"@{predicate}" * bool(predicate), opcode, operands, target, 1, (), None, None)
         )
-    return Listing(tuple(instructions), labels)
+    return MachineCode(tuple(instructions), labels)
 
 
 def names(loop: Loop) -> list[str]:

@@ -6,16 +6,16 @@ import pytest
 
 from tests.instructions import instruction
 from wanforge.runtime.measure.machine_code.disassembly import Instruction
-from wanforge.runtime.measure.machine_code.multiprocessor import DRAIN, RELEASE, Memory, Multiprocessor, steady_clocks
+from wanforge.runtime.measure.machine_code.multiprocessor import DRAIN, RELEASE, FarMemory, Multiprocessor, steady_clocks
 from wanforge.runtime.measure.machine_code.rates import load_rates
 
 CHIPS = load_rates().chips
-FAST = Memory(200.0, 1e9)
+FAST = FarMemory(200.0, 1e9)
 PRODUCT = "IGMMA.64x128x32.S8.S8 R24, R4, gdesc[UR4], R24"
 
 
 def steady(
-    body: Sequence[Instruction], *, warps: int = 4, programs: int = 1, chip: str = "hopper", memory: Memory = FAST
+    body: Sequence[Instruction], *, warps: int = 4, programs: int = 1, chip: str = "hopper", memory: FarMemory = FAST
 ) -> float:
     sm = Multiprocessor(CHIPS[chip], memory, programs=programs, warps=warps)
     return steady_clocks(sm, body, 0.0)
@@ -99,8 +99,8 @@ def test_global_memory_gives_its_share() -> None:
     """Four quarters load 512 bytes each, at 8 bytes per clock."""
     loads = [instruction("LDG.E.128 R0, [R2.64]", writes=0)] * 4
     body = [*loads, instruction("FADD R0, R0, R1", waits=(0,))]
-    assert steady(body, memory=Memory(200.0, 8.0)) == pytest.approx(4 * 4 * 512 / 8 + 200, rel=0.02)
-    assert steady(body, programs=4, memory=Memory(200.0, 8.0)) == pytest.approx(4 * 4 * 4 * 512 / 8, rel=0.1)
+    assert steady(body, memory=FarMemory(200.0, 8.0)) == pytest.approx(4 * 4 * 512 / 8 + 200, rel=0.02)
+    assert steady(body, programs=4, memory=FarMemory(200.0, 8.0)) == pytest.approx(4 * 4 * 4 * 512 / 8, rel=0.1)
 
 
 def test_more_work_never_takes_less() -> None:
