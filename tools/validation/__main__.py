@@ -10,14 +10,27 @@ import os
 from tools.validation.cases import CASES, Case, predict
 from wanforge.runtime.measure.tables import markdown_table
 
-HEAD = ["kernel, compiled here", "GPU", "tile, warps, stages", "stated by", "stated, TFLOP/s", "predicted", "error", "bound by"]
+HEAD = [
+    "kernel, compiled here",
+    "GPU",
+    "tile, warps, stages",
+    "stated by",
+    "stated, TFLOP/s",
+    "predicted",
+    "error",
+    "bound by",
+]
 
 
 def row(tiles: list[Case]) -> list[str]:
     """A measurement beside the prediction for the fastest of its tiles."""
-    found = [(case.cost.total_flops / prediction.seconds / 1e12, case, target, prediction) for case in tiles for target, prediction in [predict(case)]]
+    found = [
+        (case.cost.total_flops / prediction.seconds / 1e12, case, target, prediction)
+        for case in tiles
+        for target, prediction in [predict(case)]
+    ]
     speed, case, target, prediction = max(found, key=lambda each: each[0])
-    tile = "×".join(str(case.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in case.constants)
+    tile = "x".join(str(case.constants[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in case.constants)
     return [
         case.what,
         target.title,

@@ -1,4 +1,4 @@
-"""Speeds that others state for kernels of known kind and tile, and what is predicted for the same kernel, compiled here."""
+"""Speeds that others state for kernels of known kind and tile, and what is predicted for the same kernels."""
 
 import hashlib
 from collections.abc import Mapping
@@ -39,7 +39,12 @@ class Case:
 
 
 def gemm(
-    case: tuple[str, str, str, float], function: str, form: str, sizes: tuple[int, int, int], tile: tuple[int, ...], fast: bool
+    case: tuple[str, str, str, float],
+    function: str,
+    form: str,
+    sizes: tuple[int, int, int],
+    tile: tuple[int, ...],
+    fast: bool,
 ) -> Case:
     """A product; `tile` is rows, columns, depth, group, warps, stages."""
     what, source, target, stated = case
@@ -122,9 +127,30 @@ FA = ("attention, 128 heads, 16384 tokens", TLX, "h100", 487.0)
 SAGE = ("int8 attention, 128 heads, 16384 tokens", "SageAttention, arXiv:2410.02367", "rtx4090", 340.0)
 A100 = ("fp16, 2944x2944x2944", f"{TRITON}, issue 6523", "a100", 170.1)
 CASES = (
-    [gemm(("block-scaled fp8, 4096x2112x7168", VLLM, "h100", 403.0), "scaled", "fp8", (4096, 2112, 7168), (128, 64, 128, 1, 4, 4), True)],
-    [gemm(("fp8, 3584x3584x3584", f"{TRITON}, pull request 3546", "h100", 1280.0), "product", "fp8", (3584, 3584, 3584), (128, 256, 128, 8, 8, 3), True)],
-    [gemm(A100, "product", "fp16", (2944, 2944, 2944), tile, False) for tile in ((128, 256, 64, 8, 8, 3), (128, 128, 32, 8, 4, 4), (64, 128, 32, 8, 4, 4))],
+    [
+        gemm(
+            ("block-scaled fp8, 4096x2112x7168", VLLM, "h100", 403.0),
+            "scaled",
+            "fp8",
+            (4096, 2112, 7168),
+            (128, 64, 128, 1, 4, 4),
+            True,
+        )
+    ],
+    [
+        gemm(
+            ("fp8, 3584x3584x3584", f"{TRITON}, pull request 3546", "h100", 1280.0),
+            "product",
+            "fp8",
+            (3584, 3584, 3584),
+            (128, 256, 128, 8, 8, 3),
+            True,
+        )
+    ],
+    [
+        gemm(A100, "product", "fp16", (2944, 2944, 2944), tile, False)
+        for tile in ((128, 256, 64, 8, 8, 3), (128, 128, 32, 8, 4, 4), (64, 128, 32, 8, 4, 4))
+    ],
     [attention(FA, "attend", 128, 16384, tile) for tile in ((128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4))],
     [attention(SAGE, "attend_int8", 128, 16384, tile) for tile in ((128, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 3))],
 )

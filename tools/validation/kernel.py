@@ -1,5 +1,7 @@
-"""Triton kernels of the kinds that others have measured: a product, a product with scales per block, and attention. They are
-compiled, never run."""
+"""Triton kernels of the kinds that others have measured: a product, one with scales per block, and attention.
+
+They are compiled, never run.
+"""
 
 import triton
 import triton.language as tl
@@ -41,7 +43,9 @@ def product(
         b += step
     down, across = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(
-        c + down[:, None] * c_stride + across[None, :], total.to(tl.float16), (down[:, None] < M) & (across[None, :] < N)
+        c + down[:, None] * c_stride + across[None, :],
+        total.to(tl.float16),
+        (down[:, None] < M) & (across[None, :] < N),
     )
 
 
@@ -69,7 +73,9 @@ def scaled(
         b += BLOCK_K
     down, across = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     tl.store(
-        c + down[:, None] * c_stride + across[None, :], total.to(tl.bfloat16), (down[:, None] < M) & (across[None, :] < N)
+        c + down[:, None] * c_stride + across[None, :],
+        total.to(tl.bfloat16),
+        (down[:, None] < M) & (across[None, :] < N),
     )
 
 

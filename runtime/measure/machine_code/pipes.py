@@ -26,8 +26,34 @@ GLOBAL = {"LDG", "LDGSTS", "STG"}
 SECTOR = 32
 """Bytes that global memory moves at least."""
 FREE = {"NOP", "BRA", "EXIT", "BAR", "DEPBAR", "LDGDEPBAR", "WARPGROUP", "BSSY", "BSYNC", "WARPSYNC", "CALL", "RET"}
-FREE |= {"MEMBAR", "FENCE", "SYNCS", "ELECT", "NANOSLEEP", "BREAK", "UTCBAR", "UTCATOMSWS", "UVIRTCOUNT", "VOTEU", "BPT"}
-FREE |= {"S2R", "S2UR", "R2UR", "CS2R", "LDC", "ULDC", "LDCU", "ERRBAR", "CCTL", "UCGABAR", "ACQBULK", "DEPBAR", "WARPSYNC"}
+FREE |= {
+    "MEMBAR",
+    "FENCE",
+    "SYNCS",
+    "ELECT",
+    "NANOSLEEP",
+    "BREAK",
+    "UTCBAR",
+    "UTCATOMSWS",
+    "UVIRTCOUNT",
+    "VOTEU",
+    "BPT",
+}
+FREE |= {
+    "S2R",
+    "S2UR",
+    "R2UR",
+    "CS2R",
+    "LDC",
+    "ULDC",
+    "LDCU",
+    "ERRBAR",
+    "CCTL",
+    "UCGABAR",
+    "ACQBULK",
+    "DEPBAR",
+    "WARPSYNC",
+}
 
 WARP_MMA = re.compile(r"(?P<kind>[HIQ])MMA\.(?P<shape>\d+)(?P<sums>\.F16)?")
 GROUP_MMA = re.compile(r"(?P<kind>[HIQ])GMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)")
@@ -161,6 +187,4 @@ def counts(instructions: Iterable[Instruction], chip: Chip) -> dict[str, float]:
 
 def products(instructions: Iterable[Instruction], chip: Chip, warps: int) -> int:
     """The multiply-adds that the warps of one program do on tensor cores."""
-    return sum(
-        use_of(each, chip).work * (QUARTERS if each.name.startswith("UTC") else warps) for each in instructions
-    )
+    return sum(use_of(each, chip).work * (QUARTERS if each.name.startswith("UTC") else warps) for each in instructions)

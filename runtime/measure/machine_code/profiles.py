@@ -148,17 +148,19 @@ class KernelTimer:
             dram = machine.L2_bytes
         near = FarMemory(chip.latency.L2, machine.L2_bytes / self.distinct)
         far = FarMemory(chip.latency.DRAM, dram / self.distinct)
-        alone = self._clocks(machine.chip, near, 1, piece), None
-        together = self._clocks(machine.chip, near, self.programs, piece), None
-        if piece.from_dram:
-            alone = alone[0], self._clocks(machine.chip, far, 1, piece)
-            together = together[0], self._clocks(machine.chip, far, self.programs, piece)
+
+        def clocks(programs: int) -> tuple[float, float | None]:
+            missed = self._clocks(machine.chip, far, programs, piece) if piece.from_dram else None
+            return self._clocks(machine.chip, near, programs, piece), missed
+
         busy = {
-            pipe: round(clocks * self.warps / (1 if pipe == SHARED else QUARTERS), 1)
-            for pipe, clocks in counts(piece.instructions, chip).items()
+            pipe: round(each * self.warps / (1 if pipe == SHARED else QUARTERS), 1)
+            for pipe, each in counts(piece.instructions, chip).items()
         }
         ordered = dict(sorted(busy.items(), key=lambda item: -item[1]))
-        return KernelPart(piece.address, ordered, products(piece.instructions, chip, self.warps), alone, together)
+        return KernelPart(
+            piece.address, ordered, products(piece.instructions, chip, self.warps), clocks(1), clocks(self.programs)
+        )
 
     def _chip(self, name: str) -> Chip:
         """A kind of chip with the bank conflicts of this kernel."""

@@ -15,7 +15,9 @@ def listing(*lines: str) -> MachineCode:
         opcode, _, operands = rest.partition(" ")
         target = operands if opcode.startswith(("BRA", "CALL")) else ""
         instructions.append(
-            Instruction(len(instructions), f"@{predicate}" * bool(predicate), opcode, operands, target, 1, (), None, None)
+            Instruction(
+                len(instructions), f"@{predicate}" * bool(predicate), opcode, operands, target, 1, (), None, None
+            )
         )
     return MachineCode(tuple(instructions), labels)
 
@@ -46,7 +48,17 @@ def test_a_loop_inside_a_loop() -> None:
 
 
 def test_a_rare_subroutine_and_the_padding_do_not_count() -> None:
-    lines = ("@P0 BRA skip", "CALL.REL.NOINC $division", "skip:", "EXIT", "$division:", "FCHK", "RET", "pad:", "BRA pad")
+    lines = (
+        "@P0 BRA skip",
+        "CALL.REL.NOINC $division",
+        "skip:",
+        "EXIT",
+        "$division:",
+        "FCHK",
+        "RET",
+        "pad:",
+        "BRA pad",
+    )
     whole = outline(listing(*lines))
     assert "FCHK" not in names(whole)
     assert whole.inner == ()

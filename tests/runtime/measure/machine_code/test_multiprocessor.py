@@ -6,7 +6,13 @@ import pytest
 
 from tests.instructions import instruction
 from wanforge.runtime.measure.machine_code.disassembly import Instruction
-from wanforge.runtime.measure.machine_code.multiprocessor import DRAIN, RELEASE, FarMemory, Multiprocessor, steady_clocks
+from wanforge.runtime.measure.machine_code.multiprocessor import (
+    DRAIN,
+    RELEASE,
+    FarMemory,
+    Multiprocessor,
+    steady_clocks,
+)
 from wanforge.runtime.measure.machine_code.rates import load_rates
 
 CHIPS = load_rates().chips
@@ -104,7 +110,11 @@ def test_global_memory_gives_its_share() -> None:
 
 
 def test_more_work_never_takes_less() -> None:
-    body = [instruction("LDS R0, [R4]", writes=0), instruction("FADD R0, R0, R1", waits=(0,)), instruction("MUFU.EX2 R0, R1")]
+    body = [
+        instruction("LDS R0, [R4]", writes=0),
+        instruction("FADD R0, R0, R1", waits=(0,)),
+        instruction("MUFU.EX2 R0, R1"),
+    ]
     times = [steady(body * count, warps=8) for count in (1, 2, 4, 8)]
     assert times == sorted(times)
     assert steady(body, warps=16) >= steady(body, warps=8)
