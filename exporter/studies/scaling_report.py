@@ -244,8 +244,8 @@ def page(scaling: Scaling) -> str:
         "longer clips look right.",
         "Times are rooflines: the time that the operations and bytes of every launch take at the vendor's peaks, with "
         "each tensor counted once, for W8A8 with SageSLA and four steps. Nothing can be faster; "
-        "[kernels.md](kernels.md) predicts how much longer the kernels take. The text encoder and the writing of the video "
-        "file are left out, because their time hardly grows with the clip's size, if at all.",
+        "[kernels.md](kernels.md) predicts how much longer the kernels take. The text encoder and the writing of the "
+        "video file are left out, because their time hardly grows with the clip's size, if at all.",
         "## The law",
         "\n".join(f"- {law}" for law in laws(scaling)),
         f"![Roofline of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",

@@ -1,7 +1,8 @@
-"""The profiles of the published models' kernels. ``python -m tools.pages.profiles`` writes runtime/measure/cost/profiles.json.
+"""The profiles of the published models' kernels: ``python -m tools.pages.profiles`` writes
+runtime/measure/cost/profiles.json.
 
-It compiles the kernels unless they are in the cache already, disassembles them, and runs their machine code on a model of an
-SM for every GPU, which takes some minutes.
+It compiles the kernels unless they are in the cache already, disassembles them, and runs their machine code on a model
+of an SM for every GPU, which takes some minutes.
 """
 
 from collections.abc import Iterator

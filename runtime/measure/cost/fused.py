@@ -94,8 +94,8 @@ def _gemm(
 ) -> LaunchCost:
     """A W8A8 product with its epilogue: an output of one byte is quantised; `residual` is what a residual reads.
 
-    Thread blocks go through `GROUP` tiles of rows for all outputs, then through the next; and for several weights through
-    all rows each time.
+    Thread blocks go through `GROUP` tiles of rows for all outputs, then through the next; and for several weights
+    through all rows each time.
     """
     rows = w.L
     read = quantised(rows, inputs) + weights * (quantised(outputs, inputs) + BF16 * outputs) + residual

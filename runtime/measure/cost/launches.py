@@ -62,8 +62,8 @@ class KernelRun:
     Attributes:
         programs: Thread blocks.
         trips: Iterations of each loop of the kernel, in the order of the loops in its source.
-        from_dram: For what is executed once and for each loop, whether its loads miss the L2 cache; None where they read
-            something again.
+        from_dram: For what is executed once and for each loop, whether its loads miss the L2 cache; None where they
+            read something again.
         width: The model's width. Kernels of another width have slightly different machine code.
         rereads: What is read more than once.
     """

@@ -1,5 +1,8 @@
-"""How long launches take on a GPU, predicted from the machine code of this package's kernels, and for those of libraries
-from what others have measured of theirs. docs/kernels.md states the rules, and how far off they are."""
+"""How long launches take on a GPU, predicted from the machine code of this package's kernels.
+
+Those of libraries are predicted from what others have measured of theirs. docs/kernels.md states the rules, and how far
+off they are.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +19,8 @@ from wanforge.runtime.measure.machine_code.profiles import KernelPart, Profile, 
 from wanforge.runtime.measure.machine_code.rates import Machine, gpu_of, machine_of
 
 PROFILES = Path(__file__).with_name("profiles.json")
-"""The profiles of the published models' kernels, by GPU, width and launch; ``python -m tools.pages.profiles`` writes it."""
+"""The profiles of the published models' kernels, by GPU, width and launch, as ``python -m tools.pages.profiles`` writes
+them."""
 
 SHARES = {
     "int8": 0.67,
@@ -29,9 +33,9 @@ SHARES = {
 }
 """The share of the peak that kernels of others reach, by number format, or by launch where that is known better.
 
-docs/kernels.md has the measurements: cuBLAS and cuDNN as 703 to 716 of 989 TFLOP/s on an H100, 8-bit attention as
-SageAttention2 with 470 of 838 TOPS on an RTX 5090, attention with a bias as PyTorch's with 78 to 92 of 165 TFLOP/s on an
-RTX 4090, and the products in int8 as block-scaled ones on sm_120.
+docs/kernels.md has the sources: cuBLAS and cuDNN as 703 to 716 of 989 TFLOP/s on an H100, 8-bit attention as
+SageAttention2 with 470 of 838 TOPS on an RTX 5090, attention with a bias as PyTorch's with 78 to 92 of 165 TFLOP/s on
+an RTX 4090. Products in int8 are as this package's on an RTX 5090 would be if the L2 cache never ran short.
 """
 
 BUSY = 0.75

@@ -94,18 +94,17 @@ def _blocks(listing: MachineCode) -> list[BasicBlock]:
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         last = block.instructions[-1]
         target = at.get(listing.labels.get(last.target, -1))
-        # A call with NOINC jumps to the end of the kernel; others are subroutines for rare cases.
-        if target is not None and (last.name == "BRA" or (last.name == "CALL" and "NOINC" in last.opcode)):
-            if not _is_subroutine(last, target):
-                block.followers.append(target)
+        if target is not None and (last.name == "BRA" or _ends_the_kernel(last)):
+            block.followers.append(target)
         goes_on = last.name not in JUMPS - {"CALL"} or bool(last.predicate) or ".U" in last.opcode
         if goes_on and following is not None:
             block.followers.append(following)
     return blocks
 
 
-def _is_subroutine(call: Instruction, target: BasicBlock) -> bool:
-    return call.name == "CALL" and call.target.startswith("$")
+def _ends_the_kernel(last: Instruction) -> bool:
+    """Whether a call only jumps to the end of the kernel. Other calls are of subroutines for rare cases."""
+    return last.name == "CALL" and "NOINC" in last.opcode and not last.target.startswith("$")
 
 
 def _reachable(entry: BasicBlock) -> list[BasicBlock]:
@@ -127,7 +126,7 @@ def _reachable(entry: BasicBlock) -> list[BasicBlock]:
 
 def _dominators(order: Sequence[BasicBlock]) -> dict[BasicBlock, set[BasicBlock]]:
     everything = set(order)
-    dominators = {block: everything for block in order} | {order[0]: {order[0]}}
+    dominators = dict.fromkeys(order, everything) | {order[0]: {order[0]}}
     before: dict[BasicBlock, list[BasicBlock]] = {block: [] for block in order}
     for block in order:
         for other in block.followers:

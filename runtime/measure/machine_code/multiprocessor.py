@@ -10,7 +10,7 @@ The rules, which docs/kernels.md states as well:
 - Loads from and stores to global memory are one pipe of the SM as well, at the rate that the SM gets of the L2 cache or
   DRAM while all SMs use it; data arrive after the latency.
 - Scoreboards become free after the latency of shared memory, the special functions, the L2 cache or DRAM.
-- A barrier holds each warp of a program until all have come. A wait for copies or for `wgmma` holds until they are done.
+- A barrier holds each warp of a program until all have come; a wait for copies or for `wgmma` until they are done.
 
 Left out: conflicts of register banks, and misses of the instruction cache.
 """
@@ -86,8 +86,8 @@ class Issue(NamedTuple):
 
 
 class Multiprocessor:
-    """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what all
-    of them use.
+    """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what
+    all of them use.
 
     Args:
         memory: Where loads from global memory find their data.

@@ -28,7 +28,7 @@ class KernelPart(Record, frozen=True):
         address: Where it begins in the machine code.
         pipes: Clocks for which one program occupies each pipe, the busiest first. `issue` are instructions.
         products: Multiply-adds that one program does on tensor cores.
-        alone: Clocks of one program that has the SM to itself, with data in the L2 cache, and from DRAM if that was asked.
+        alone: Clocks of one program that has the SM to itself, with data in the L2 cache, and from DRAM if asked for.
         together: Clocks of all programs that fit on the SM, while all are in this part, likewise.
     """
 
@@ -107,8 +107,8 @@ def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], usage: Usage) -> di
     if len(parts) != len(usage.may_miss):
         found = ", ".join(f"{part.address:#x}" for part in parts[1:]) or "none"
         raise ConfigError(
-            f"{name} has loops at {found}, but {len(usage.trips)} were expected; correct the KernelRun of its launch in "
-            "runtime/measure/cost/fused.py"
+            f"{name} has loops at {found}, but {len(usage.trips)} were expected; correct the KernelRun of its launch "
+            "in runtime/measure/cost/fused.py"
         )
     pieces = [
         Piece(part.address, part.instructions, number > 0, may_miss)

@@ -93,8 +93,8 @@ def test_profiles_cover_every_launch_and_loop() -> None:
 
 @pytest.mark.parametrize("gpu", ["a100", "rtx3090", "rtx4090", "h200", "rtx5090"])
 def test_products_in_the_machine_code_are_those_that_were_counted(gpu: str) -> None:
-    """The multiply-adds of all tensor-core instructions, times their iterations, are those of whole tiles. This shows as
-    well that no compiler unrolled a loop."""
+    """The multiply-adds of all tensor-core instructions, times their iterations, are those of whole tiles. So the
+    compiler unrolled no loop."""
     w = fused(SMALL)
     rows, tokens = 128 * w.M, 64 * w.N
     pairs = rows * w.num_selected * 64 * w.D

@@ -47,5 +47,5 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return None
 
     monkeypatch.setattr(disassembly, "find_spec", nothing)
-    with pytest.raises(ResourceError, match="triton, which is not installed; run: .*triton"):
+    with pytest.raises(ResourceError, match=r"triton, which is not installed; run: .*triton"):
         disassembler()
