@@ -5,7 +5,7 @@
 It runs every kernel of the recipe w8a8 on the machine for PTX, counts the wavefronts of each warp's accesses, and
 writes how many times the fewest possible they are to runtime/measure/machine_code/conflicts.json, by architecture and
 kernel. A wavefront serves each of the 32 banks, which are four bytes wide, with one word. Accesses of 8 and 16 bytes
-take the lanes of a warp in halves and quarters; the rows of a matrix that `ldmatrix` loads are such accesses of 16 bytes.
+take the lanes of a warp in halves and quarters; the rows of a matrix that `ldmatrix` loads are such accesses, too.
 """
 
 import argparse
