@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
@@ -23,12 +25,13 @@ from wanforge.runtime.measure.tables import number, text_table
 
 @dataclass(frozen=True)
 class LaunchTime:
-    """One launch of a model's block on a GPU."""
+    """One launch of a model's block on a GPU; kernels of libraries have no profile."""
 
     model: str
     target: Target
     cost: LaunchCost
     prediction: Prediction
+    profile: Profile | None
 
     @property
     def share(self) -> float:
@@ -49,6 +52,8 @@ class LaunchTime:
             "dram_seconds": self.prediction.dram_seconds,
             "l2_seconds": self.prediction.L2_seconds,
             "tail": self.prediction.tail,
+            "programs_per_sm": self.profile.programs if self.profile else None,
+            "parts": msgspec.to_builtins(self.profile.parts) if self.profile else [],
         }
 
 
@@ -74,16 +79,13 @@ class BlockTimes:
         selected = num_selected(runs, shape, model.topk)
         costs = all_launches(fused_block(Workload(model, shape, runs, selected, USUAL_TEXT_ROWS)))
         recorded = iter(launches(model, recipe, target.sm, shape))
-        return [
-            LaunchTime(model.name, target, cost, self._predicted(cost, next(recorded) if cost.run else None, target))
-            for cost in costs
-        ]
+        return [self._timed(model, cost, next(recorded) if cost.run else None, target) for cost in costs]
 
-    def _predicted(self, cost: LaunchCost, launch: Launch | None, target: Target) -> Prediction:
+    def _timed(self, model: ModelConfig, cost: LaunchCost, launch: Launch | None, target: Target) -> LaunchTime:
         if launch is None or cost.run is None:
-            return predicted([cost], target)[0]
+            return LaunchTime(model.name, target, cost, predicted([cost], target)[0], None)
         profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run))
-        return prediction_of(cost, cost.run, profile, target)
+        return LaunchTime(model.name, target, cost, prediction_of(cost, cost.run, profile, target), profile)
 
     def _profile(self, launch: Launch, gpu: str, usage: Usage) -> Profile:
         cubin = self.cubins[launch.specialisation.key]

@@ -46,6 +46,9 @@ def test_known_kernels_take_what_the_package_says(norm: tuple[Cubin, bytes], tmp
     record = times[1].as_json()
     assert (record["launch"], record["target"]) == ("gemm q, k, v", "rtx5090")
     assert 0 < record["share_of_roofline"] < 1
+    once, loop = record["parts"]
+    assert once["products"] == 0
+    assert loop["pipes"]["tensor"] == 2048
     lines = times_table(times).splitlines()
     assert lines[0] == "turbowan2.1-t2v-1.3b-480p on a GeForce RTX 5090, predicted:"
     assert lines[-1].split()[0] == "block"
