@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tools.gpu_day.day import Day
-from tools.gpu_day.predictions import predicted_seconds
 from wanforge.runtime.measure.cost.launches import seconds
+from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.measure.kernels.cases import OPS
 from wanforge.runtime.measure.kernels.checks import check
 from wanforge.runtime.measure.kernels.timing import Case, Draw, measure
