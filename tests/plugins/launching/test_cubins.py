@@ -215,12 +215,13 @@ def test_a_damaged_manifest_is_refused(cache: CubinStore) -> None:
         cache.cubins()
 
 
-def test_the_source_hash_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_hash_follows_imports_and_the_compilers_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "plugins/one/kernel.py": "import triton\nfrom wanforge.plugins.two.kernel import TILE\n",
         "plugins/two/kernel.py": "from wanforge.plugins.two import sizes\nTILE = sizes.TILE\n",
         "plugins/two/sizes.py": "from . import __name__\nTILE = 128\n",
         "plugins/three/kernel.py": "TILE = 64\n",
+        "plugins/launching/worker.py": "OPTIONS = 1\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
