@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
 from tools.ptx.checks import EXACT, addressing, check_finite, check_range
 from tools.ptx.faults import FaultError, UnsupportedError
+from tools.ptx.mbarriers import Mbarriers
 from tools.ptx.memory import GlobalMemory, Report, SharedMemory
 from tools.ptx.numbers import Approximation
 from tools.ptx.syntax import (
@@ -32,6 +33,7 @@ from tools.ptx.syntax import (
     Vector,
 )
 from tools.ptx.tensor_cores import Sums
+from tools.ptx.tensor_memory import TensorMemory
 
 Array = NDArray[Any]
 Step = Callable[["State", Array | None], None]
@@ -107,6 +109,7 @@ class State:
         lanes: The numbers of all threads, those of the first block first.
         threads: The number of each thread within its block.
         numbers: The number of each thread's block in the grid, from 1.
+        parked: Which threads wait for a phase of an mbarrier.
         flying: What products in flight will write, by register.
         products_of: How many products in flight will write a register.
     """
@@ -123,7 +126,10 @@ class State:
             for register in launch.written[instruction.place]:
                 self.registers[register.index] = zeros[register.size]
         self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.shared_granule)
+        self.tensors = TensorMemory(len(blocks), self.shared)
+        self.mbarriers = Mbarriers(self.shared, self.tensors)
         self.places = np.zeros(count, np.int64)
+        self.parked = np.zeros(count, bool)
         self.waiting = np.full(count, -1)
         self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
         self.flying: dict[int, Array] = {}
@@ -237,9 +243,9 @@ class Launch:
 
     def _run(self, state: State) -> None:
         while True:
-            ready = (state.waiting < 0) & (state.places < FINISHED)
+            ready = (state.waiting < 0) & ~state.parked & (state.places < FINISHED)
             if not ready.any():
-                if not (state.waiting >= 0).any():
+                if not (state.waiting >= 0).any() and not state.parked.any():
                     break
                 self._release(state)
                 continue
@@ -263,7 +269,7 @@ class Launch:
                     running = None
                 elif not np.array_equal(running, state.whole(mask)):
                     self.kernel.mattered.add(place)
-            ends = instruction.words[0] in ("bra", "ret", "bar")
+            ends = instruction.words[0] in ("bra", "ret", "bar") or instruction.words[:2] == ("mbarrier", "try_wait")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
             if ends:
@@ -292,7 +298,12 @@ class Launch:
         if whole.any():
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
+            state.tensors.meet(np.flatnonzero(whole))
         elif not only_whole:
+            if state.parked.any():
+                place = int(state.places[np.argmax(state.parked)])
+                what = "waits for a phase of an mbarrier that nothing completes"
+                state.report(self.kernel.instructions[place], state.lanes)(what, state.parked, None)
             begun = np.asarray((waiting >= 0).any(1))
             stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & begun[:, None]
             lanes = stuck if stuck.any() else waiting != waiting[:, :1]
@@ -302,6 +313,10 @@ class Launch:
     def _finish(self, state: State) -> None:
         for queue in (state.copies, state.products):
             queue.wait(state.whole(None), -(1 << 30))
+        unfreed = np.repeat(state.tensors.unfreed(), self.kernel.threads)
+        if unfreed.any():
+            what = "ends without freeing its tensor memory"
+            state.report(self.kernel.instructions[-1], state.lanes)(what, unfreed, None)
 
 
 def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:

@@ -9,7 +9,7 @@ import bisect
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,6 +181,18 @@ def _spread(chosen: Integers, some: Integers) -> Integers:
     return result
 
 
+class Reader(Protocol):
+    """A product in flight.
+
+    Attributes:
+        granules: What it reads of shared memory.
+        seen: Which threads of its block know that it is complete.
+    """
+
+    granules: Integers
+    seen: Integers
+
+
 class SharedMemory:
     """The shared memory of several blocks that run at the same time.
 
@@ -205,6 +217,8 @@ class SharedMemory:
         self.unfenced = np.zeros(count, np.uint8)
         """Whether the granule was written since the last fence between ordinary and asynchronous accesses."""
         self.barriers = np.zeros(blocks, np.int64)
+        self.products: Sequence[Reader] = ()
+        """What reads granules until threads know that it is complete."""
 
     def stamps(self, lanes: Integers) -> Integers:
         """The stamps of threads, given by block * threads + thread."""
@@ -284,6 +298,8 @@ class SharedMemory:
 
     def _check_writable(self, granules: Integers, stamps: Integers, addresses: Integers, report: Report) -> None:
         held = (self.held[granules] != 0).any(1)
+        for product in self.products:
+            held |= np.isin(granules, product.granules).any(1) & ~product.seen[stamps[:, 0] % 4096 - 1]
         if held.any():
             report("overwrites an operand of a product in flight", held, addresses)
         self._check(self.writer[granules], stamps, "writes shared memory that another thread writes", addresses, report)

@@ -53,7 +53,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """Several operands in braces."""
+    """Several operands in braces, or two with a bar in between."""
 
     parts: tuple["Operand", ...]
 
@@ -151,7 +151,7 @@ def read_kernel(text: str) -> Kernel:
     declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", " ".join(entry[2].split()))
     parameters = tuple(Parameter(name, kind) for kind, name in declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
-    _Reader(kernel).read(within_braces(source, threads.end()))
+    _Reader(kernel).read(with_own_labels(within_braces(source, threads.end())))
     if not kernel.instructions or kernel.instructions[-1].words != ("ret",):
         raise UnsupportedError(f"{kernel.name} does not end with a return")
     return kernel
@@ -167,7 +167,19 @@ def within_braces(source: str, start: int) -> str:
     raise UnsupportedError("the file ends within a kernel")
 
 
-STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+def with_own_labels(body: str) -> str:
+    """The same text with labels that have names of their own where they stand in a scope in braces."""
+
+    def renamed(scope: re.Match[str]) -> str:
+        text = scope[0]
+        for label in re.findall(r"(?m)^(\w+):", text):
+            text = re.sub(rf"\b{label}\b", f"{label}_{scope.start()}", text)
+        return text
+
+    return re.sub(r"\{[^{}]*\}", renamed, body)
+
+
+STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>$")
 NAMED = re.compile(r"\.reg \.(\w+)\s+([\w ,]+)$")
 
@@ -194,7 +206,7 @@ class _Reader:
     def _statements(self, body: str) -> Iterator[str]:
         for line in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
             *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", line.strip())
-            yield from (label for label in labels if label.strip())
+            yield from (label for label in labels if label.endswith(":"))  # not the braces before them
             bare = " ".join(statement.split()).lstrip("{} ")  # braces around inline assembly
             if bare:
                 yield bare
@@ -220,6 +232,8 @@ class _Reader:
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
             return Vector(tuple(self._operand(each) for each in split(text[1:-1])))
+        if "|" in text:
+            return Vector(tuple(self._operand(each) for each in text.split("|")))
         if text.startswith("["):
             base, sign, offset = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text).groups()  # type: ignore[union-attr]
             place = self.names.get(base) or Symbol(base)
