@@ -25,7 +25,7 @@ from tools.ptx.tensor_cores import Sums
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.whole_file import write_atomically
 
-SMS = (80, 86, 89, 90, 120)
+SMS = (80, 86, 89, 90, 100, 120)
 FEW_BITS = (89, 90)
 """The architectures on which tensor cores keep few bits of sums of fp8."""
 

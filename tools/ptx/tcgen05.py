@@ -1,8 +1,8 @@
 """The steps of the instructions that only sm_100 has: tensor memory and products in it, mbarriers, and `elect.sync`.
 
 The forms are those that Triton uses: loads and stores in the shapes 32x32b and 16x32bx2 (PTX ISA 9.2, sections
-9.7.16.2.3, 9.7.16.8.3 and 9.7.16.8.4), and products with 128 rows by one block, whose row is a lane (layout D, section
-9.7.16.10.5.4), whose accumulators are float32, and whose first operand lies in shared or in tensor memory.
+9.7.16.2.3 and 9.7.16.8), and products of one block with 128 rows, each in a lane (layout D, section 9.7.16.10.5.4),
+with accumulators in float32 and the first operand in shared or in tensor memory.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from tools.ptx import tensor_cores
 from tools.ptx.faults import UnsupportedError
-from tools.ptx.machine import Launch, State, Step, address_reader, reader, writer
+from tools.ptx.machine import WARP, Launch, State, Step, address_reader, reader, writer
 from tools.ptx.memory import Report
 from tools.ptx.syntax import Address, Immediate, Instruction, Operand, Vector
 from tools.ptx.tensor_memory import LANES, Access, Product, parts
-from tools.ptx.warps import WARP, of_warps, put_words, registers_of, words_of
+from tools.ptx.warps import of_warps, put_words, registers_of, words_of
 
 Array = NDArray[Any]
 OPERAND_BYTES = 32
@@ -230,7 +230,9 @@ def form_of(descriptor: int, kind: str) -> Form | None:
     known = descriptor & 0xF == 0 and descriptor >> 4 & 3 == 1 and descriptor >> 13 & 3 == 0
     if not known or descriptor >> 24 != LANES >> 4 or first != second or (kind, first) not in KINDS:
         return None
-    return Form((descriptor >> 17 & 63) << 3, KINDS[kind, first], (bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1)))
+    return Form(
+        (descriptor >> 17 & 63) << 3, KINDS[kind, first], (bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1))
+    )
 
 
 def _product(instruction: Instruction, kind: str, launch: Launch) -> Step:
@@ -294,8 +296,6 @@ class _Source:
         if descriptor >> 46 & 0x7FFF != 1 or descriptor >> 61 not in (2, 4, 6):
             raise _unknown(self.instruction)  # other swizzles, a base offset, or an absolute address
         size = 1 if form.element == "e4m3" else 2
-        places = tensor_cores.operand_places(
-            descriptor, rows, OPERAND_BYTES, size, transposed=form.transposed[which]
-        )
+        places = tensor_cores.operand_places(descriptor, rows, OPERAND_BYTES, size, transposed=form.transposed[which])
         found, granules = state.shared.read_operand(places, size, lane // self.threads, report)
         return tensor_cores.elements(found, form.element).reshape(rows, -1), granules

@@ -1,9 +1,10 @@
 """Tensor memory of sm_100, and the products that read and write it.
 
-A block has 128 lanes of 512 columns of 32 bits (PTX ISA 9.2, section 9.7.16.1); a cell is one of them. Loads, stores and
-products take their time (section 9.7.16.6): a store is complete once its warp has waited for it, a product once a
-thread has waited for an mbarrier at which it arrives. A load only reads until its warp has waited for it: what comes
-into registers may be used at once, because a dependency through a register is respected (section 9.7.16.6.4.5).
+A block has 128 lanes of 512 columns of 32 bits (PTX ISA 9.2, section 9.7.16.1); a cell is one of them. Loads, stores
+and products take their time (section 9.7.16.6). A store is complete once its warp has waited for it, and a product once
+a thread has waited for an mbarrier at which it arrives; threads that did not wait know of that after the next barrier
+of the block. What a load brings into registers may be used at once, because a dependency through a register is
+respected (section 9.7.16.6.4.5), but its cells may not be overwritten before its warp has waited for it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ Array = NDArray[Any]
 WARP = 32
 LANES, COLUMNS = 128, 512
 QUARTER = LANES // 4
-"""The lanes that a warp may load and store, by its number modulo 4 (section 9.7.16.2.1)."""
+"""The lanes that a warp may load and store, by its number modulo 4 (section 9.7.16.5)."""
 LEAST = 32
 """The smallest number of columns that can be allocated."""
 
@@ -101,7 +102,7 @@ class TensorMemory:
 
     def __init__(self, blocks: int, shared: SharedMemory) -> None:
         self.shared = shared
-        count = blocks * LANES * COLUMNS
+        count = blocks * LANES * COLUMNS + 1  # the last one stands for all that lies outside
         self.data, self.written = np.zeros(count, np.uint32), np.zeros(count, bool)
         self.allocated = np.zeros(count, bool)
         self.allocations: list[dict[int, int]] = [{} for _ in range(blocks)]
@@ -116,7 +117,8 @@ class TensorMemory:
 
     def cells(self, blocks: Array, lanes: Array, columns: Array) -> Array:
         """The numbers of cells."""
-        return np.asarray((blocks * LANES + lanes) * COLUMNS + columns)
+        outside = (lanes >= LANES) | (columns >= COLUMNS)
+        return np.where(outside, len(self.data) - 1, (blocks * LANES + lanes) * COLUMNS + columns)
 
     def allocate(self, block: int, columns: int, report: Report) -> int:
         """Allocate columns. They are the last ones that are free, so that no kernel can take their address for 0.
@@ -145,15 +147,19 @@ class TensorMemory:
         across = np.arange(address, address + columns)
         cells = self.cells(np.array(block), np.arange(LANES)[:, None], across).reshape(1, -1)
         access = Access(np.array([lane]), np.array([address]), cells)
-        self._check_products(access, [self.result_of, self.operand_of], "frees tensor memory that a product uses", report)
-        self._check(access, self.loads.warps[cells] + self.stores.warps[cells] > 0, "frees tensor memory in use", report)
+        self._check_products(
+            access, [self.result_of, self.operand_of], "frees tensor memory that a product uses", report
+        )
+        self._check(
+            access, self.loads.warps[cells] + self.stores.warps[cells] > 0, "frees tensor memory in use", report
+        )
         self._check_races(access, [self.writer, self.reader], "frees tensor memory that another warp uses", report)
         self.allocated[cells] = False
 
     def load(self, access: Access, report: Report) -> Array:
         """Read the cells of each warp."""
-        self._check_lanes(access, report)
         self._check_allocated(access, report)
+        self._check_lanes(access, report)
         self._check_products(access, [self.result_of], "uses the result of a product before waiting for it", report)
         self._check_stored(access, report)
         self._check_races(access, [self.writer], "reads tensor memory that another warp writes", report)
@@ -165,8 +171,8 @@ class TensorMemory:
 
     def store(self, access: Access, values: Array, report: Report) -> None:
         """Write the cells of each warp."""
-        self._check_lanes(access, report)
         self._check_allocated(access, report)
+        self._check_lanes(access, report)
         self._check_writable(access, [self.result_of, self.operand_of], report)
         self.data[access.cells], self.written[access.cells] = values, True
         self.writer[access.cells] = self._stamps(access)
@@ -228,7 +234,7 @@ class TensorMemory:
         self.shared.products = list(self.products.values())
 
     def _of(self, block: int, mask: Array) -> Array:
-        return mask.reshape(-1, LANES, COLUMNS)[block]
+        return mask[:-1].reshape(-1, LANES, COLUMNS)[block]
 
     def _of_thread(self, lane: int, cells: Array) -> Access:
         return Access(np.array([lane]), cells[:1, 0], cells.reshape(1, -1))
@@ -294,7 +300,7 @@ class TensorMemory:
                 product = self.products[int(number)]
                 if user is self.result_of and (product.lane, product.kind) == pipelined:
                     continue
-                unseen = ~product.seen[access.lanes % self.shared.threads]
+                unseen = np.asarray(~product.seen[access.lanes % self.shared.threads])
                 self._check(access, (numbers == number) & unseen[:, None], what, report)
 
 
