@@ -246,7 +246,7 @@ class TensorMemory:
 
     def _check(self, access: Access, wrong: Array, what: str, report: Report) -> None:
         if wrong.any():
-            report(what, wrong.any(1), access.addresses)
+            report(what, np.asarray(wrong.any(1)), access.addresses)
 
     def _check_lanes(self, access: Access, report: Report) -> None:
         lanes = access.cells // COLUMNS % LANES
@@ -300,7 +300,7 @@ class TensorMemory:
                 product = self.products[int(number)]
                 if user is self.result_of and (product.lane, product.kind) == pipelined:
                     continue
-                unseen = np.asarray(~product.seen[access.lanes % self.shared.threads])
+                unseen = ~product.seen[access.lanes % self.shared.threads]
                 self._check(access, (numbers == number) & unseen[:, None], what, report)
 
 
