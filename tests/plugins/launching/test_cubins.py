@@ -215,7 +215,9 @@ def test_a_damaged_manifest_is_refused(cache: CubinStore) -> None:
         cache.cubins()
 
 
-def test_the_source_hash_follows_imports_and_the_compilers_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_hash_follows_imports_and_the_compilers_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {
         "plugins/one/kernel.py": "import triton\nfrom wanforge.plugins.two.kernel import TILE\n",
         "plugins/two/kernel.py": "from wanforge.plugins.two import sizes\nTILE = sizes.TILE\n",
