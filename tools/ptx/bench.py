@@ -70,21 +70,25 @@ class Bench:
             self.cuda.modes = replace(self.cuda.modes, finite=True)
             self.launcher(launch)
 
-    def _is_finite(self, tensor: Tensor) -> bool:
-        """Whether all elements of a tensor that are written are finite."""
+    def written(self, tensor: Tensor) -> Tensor:
+        """Which elements of a tensor have a value."""
         region = self.memory.find(tensor.untyped_storage().data_ptr())
         assert region is not None
         written = torch.from_numpy(region.written)[: len(region.data)].view(_same_size(tensor.element_size()))
-        is_written = written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) != 0
-        return bool((torch.isfinite(tensor.float()) | ~is_written).all())
+        return written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) != 0
 
-    def add(self, name: str, tensor: Tensor) -> Region:
-        """Let kernels use a tensor. Memory that `allocating` has seen counts as never written."""
+    def _is_finite(self, tensor: Tensor) -> bool:
+        """Whether all elements of a tensor that are written are finite."""
+        return bool((torch.isfinite(tensor.float()) | ~self.written(tensor)).all())
+
+    def add(self, name: str, tensor: Tensor, stream: int = 0) -> Region:
+        """Let kernels on a stream use a tensor. Memory that `allocating` has seen counts as never written."""
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
         region = self.memory.find(start)
         if region is None or (region.start, region.end) != (start, start + size):
             region = self.memory.add(Region.at(name, start, size))
+            region.stream = stream
             if start not in self.unwritten:
                 region.written[:] = 1
         inside = torch.from_numpy(region.inside)[:size].view(_same_size(tensor.element_size()))

@@ -2,7 +2,9 @@
 from is run.
 
 It answers the calls of `wanforge.plugins.launching.driver.Driver` as the driver does, and refuses what the driver
-refuses: too many threads, grids that are too large, and shared memory that was not asked for.
+refuses: other numbers of threads than a kernel was compiled for, grids that are too large, and shared memory that was
+not asked for or that the architecture does not have. Streams are not ordered: memory belongs to the stream that used it
+first.
 """
 
 import ctypes
@@ -20,6 +22,7 @@ from tools.ptx.memory import GlobalMemory
 from tools.ptx.syntax import Kernel, read_kernel
 from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.driver import STATIC_SHARED, Driver
+from wanforge.plugins.launching.occupancy import LIMITS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 
@@ -117,6 +120,8 @@ class StandIn:
         return Result.CUDA_SUCCESS, Function(module)
 
     def cuFuncSetAttribute(self, function: Function, attribute: FunctionAttribute, value: int) -> tuple[Result]:
+        if not 0 <= value <= LIMITS[self.sm].shared_per_program:
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
         function.shared_limit = value
         return (Result.CUDA_SUCCESS,)
 
@@ -130,6 +135,10 @@ class StandIn:
         Args:
             sizes: Grid and block along three axes each, shared memory in bytes, the stream, the address of pointers to
                 the parameters, and no extra options.
+
+        Raises:
+            FaultError: A thread did what none may do.
+            StreamError: The launch uses memory that work on another stream uses.
         """
         *axes, shared_bytes, stream, pointers, _ = sizes
         grid, block, kernel = tuple(axes[:3]), tuple(axes[3:]), function.kernel
@@ -139,6 +148,7 @@ class StandIn:
         self.launched.append((kernel.name, stream))
         launch = Launch(kernel, grid, parameters_at(pointers, kernel), shared_bytes, self.memory, self.modes)
         launch.run(max(1, self.side_by_side // kernel.threads))
+        self.memory.end(kernel.name, stream)
         return (Result.CUDA_SUCCESS,)
 
 
@@ -150,7 +160,7 @@ def parameters_at(pointers: int, kernel: Kernel) -> list[bytes]:
 
 
 class DriverOfTensors(Driver):
-    """The launcher's driver for tensors on the CPU, which stand for tensors on a device."""
+    """The launcher's driver for tensors on the CPU, which stand for tensors on a device with one stream."""
 
     def stream(self, device: torch.device) -> int:
         return 0

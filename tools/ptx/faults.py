@@ -1,10 +1,14 @@
-"""What the machine finds: instructions that it does not know, and faults of a kernel."""
+"""What the machine finds: instructions that it does not know, faults of a kernel, and launches that nothing orders."""
 
 from dataclasses import dataclass
 
 
 class UnsupportedError(Exception):
     """An instruction, or a form of one, that the machine does not know."""
+
+
+class StreamError(Exception):
+    """A launch used what a launch on another stream uses, and nothing orders the two."""
 
 
 @dataclass

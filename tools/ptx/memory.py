@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tools.ptx.faults import StreamError
+
 Bytes = NDArray[np.uint8]
 Integers = NDArray[Any]
 Report = Callable[[str, Integers, Integers | None], None]
@@ -39,6 +41,7 @@ class Region:
         inside: 1 for each byte that belongs to an element of a tensor.
         written: 1 for each byte that has a value.
         writer, reader: For each granule the number of the block that wrote or read it in this launch, from 1.
+        stream: The stream whose work has used it; None before its first use.
     """
 
     name: str
@@ -48,6 +51,12 @@ class Region:
     written: Bytes
     writer: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
     reader: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
+    stream: int | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether this launch has read or written any of it."""
+        return bool(self.writer.any() or self.reader.any())
 
     @property
     def end(self) -> int:
@@ -95,6 +104,20 @@ class GlobalMemory:
         for region in self.regions:
             count = padded(len(region.data)) // granule
             region.writer, region.reader = np.zeros(count, np.int32), np.zeros(count, np.int32)
+
+    def end(self, kernel: str, stream: int) -> None:
+        """Note that a launch on a stream is done.
+
+        Raises:
+            StreamError: It used memory that work on another stream uses.
+        """
+        for region in self.regions:
+            if region.is_used:
+                if region.stream not in (None, stream):
+                    raise StreamError(
+                        f"{kernel} on stream {stream} uses {region.name}, which work on stream {region.stream} uses"
+                    )
+                region.stream = stream
 
     def load(self, addresses: Integers, size: int, blocks: Integers, report: Report) -> Bytes:
         """Read `size` bytes for each thread.
