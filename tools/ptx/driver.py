@@ -9,7 +9,7 @@ first.
 
 import ctypes
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -71,6 +71,7 @@ class StandIn:
         ptx: Finds the PTX of a cubin by its SHA-256.
         memory: The tensors that kernels may use.
         side_by_side: How many threads the machine runs at a time, about.
+        only: By kernel, the blocks along the first axis of its grid that run; all where it is not named.
         launched: The name and the stream of every launch.
         modules: The kernels that were loaded, by the hash of their cubins.
     """
@@ -80,6 +81,7 @@ class StandIn:
     memory: GlobalMemory
     modes: Modes = field(default_factory=Modes)
     side_by_side: int = 2048
+    only: Mapping[str, Collection[int]] = field(default_factory=dict)
     launched: list[tuple[str, int]] = field(default_factory=list)
     modules: dict[str, Kernel] = field(default_factory=dict)
 
@@ -147,7 +149,7 @@ class StandIn:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         self.launched.append((kernel.name, stream))
         launch = Launch(kernel, grid, parameters_at(pointers, kernel), shared_bytes, self.memory, self.modes)
-        launch.run(max(1, self.side_by_side // kernel.threads))
+        launch.run(max(1, self.side_by_side // kernel.threads), self.only.get(kernel.name))
         self.memory.end(kernel.name, stream)
         return (Result.CUDA_SUCCESS,)
 

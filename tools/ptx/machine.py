@@ -7,7 +7,7 @@ as if they had more threads; each has its own shared memory and barriers.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,18 +225,19 @@ class Launch:
         }
         self.steps: list[Step] = [build(each, self) for each in kernel.instructions]
 
-    def run(self, side_by_side: int = 1) -> None:
-        """Run all blocks.
+    def run(self, side_by_side: int = 1, only: Collection[int] | None = None) -> None:
+        """Run all blocks, or some of them.
 
         Args:
             side_by_side: How many blocks run at the same time.
+            only: The indices along the first axis of the blocks that run; None for all.
 
         Raises:
             FaultError: A thread did what none may do.
         """
         self.memory.begin(granule(self.kernel, "global"))
         x, y, z = self.grid
-        blocks = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+        blocks = [(i, j, k) for k in range(z) for j in range(y) for i in (range(x) if only is None else only)]
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), side_by_side):
                 self._run(State(self, blocks[first : first + side_by_side], first))

@@ -19,8 +19,10 @@ from random import Random
 import torch
 
 from tools.ptx.bench import Bench
+from tools.ptx.cases import cases
 from tools.ptx.faults import FaultError, UnsupportedError
-from tools.ptx.proof import Case, cases, prove
+from tools.ptx.proof import Case, prove
+from tools.ptx.sizes import RAGGED
 from wanforge.plugins.launching.cubins import cache_folder
 
 SMS = (80, 89, 90, 120)
@@ -184,7 +186,8 @@ def mutate(count: int, seed: int, folder: Path) -> list[tuple[Mutant, str, str]]
     """Make mutants of the cases with ragged shapes, and give each with its case and how it is caught."""
     random, done, edits = Random(seed), list[tuple[Mutant, str, str]](), cycle(EDITS)
     ragged = {
-        sm: [case for case in cases(sm, torch.bfloat16) if "333" in case.name or "GELU" in case.name] for sm in SMS
+        sm: [case for case in cases(sm, torch.bfloat16, RAGGED) if "333" in case.name or "GELU" in case.name]
+        for sm in SMS
     }
     ran: dict[tuple[int, str], Bench] = {}
     while len(done) < count:

@@ -125,7 +125,7 @@ def on_the_machine(bench: Bench) -> Iterator[None]:
     """Register the plugins, and let them launch on a bench."""
     with (
         registered(rtx()),
-        mock.patch.object(driver, "launcher", lambda: bench.launcher),
+        mock.patch.object(driver, "launcher", return_value=bench.launcher),
         mock.patch.dict("os.environ", {"WANFORGE_KERNELS": str(bench.folder)}),
     ):
         yield

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.tools.ptx.enqueue import LoadedPlugin, Workspace, compile_for, on_the_machine
 from tools.ptx.bench import Bench
+from tools.ptx.cases import tile_weight
 from tools.ptx.driver import StandIn
 from tools.ptx.faults import FaultError, StreamError
-from tools.ptx.proof import error_in_ulp, randn, tile_weight
+from tools.ptx.proof import error_in_ulp, randn
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import driver
 from wanforge.plugins.launching.launch import Launch

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.tools.ptx.enqueue import STREAM, LoadedPlugin, compile_for, on_the_machine
 from tools.ptx.bench import Bench
-from tools.ptx.proof import error_in_ulp, randn, row_weight, tile_weight
+from tools.ptx.cases import row_weight, tile_weight
+from tools.ptx.proof import error_in_ulp, randn
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.sparse_linear_attention.reference import Blocks, sparse_linear_attention
 from wanforge.plugins.tensorrt.plugin import PluginOp
