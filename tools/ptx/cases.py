@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -237,19 +236,13 @@ def attention_inputs(size: Attended, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return q, k, v, randn(HEAD, HEAD, seed=5) / 11, randn(HEAD, seed=6)
 
 
-def chunked(size: Attended) -> Any:
-    """Within the block, attention adds in chunks of this size."""
-    return mock.patch.object(attention, "CHUNK_ROWS", size.chunk_rows)
-
-
 def attended(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
     """Attention, compared for some query blocks; the result of each depends on all keys and values."""
     queries = size.queries or range(-(-size.tokens // blocks.q))
     rows = torch.cat([torch.arange(size.tokens)[i * blocks.q : (i + 1) * blocks.q] for i in queries])
 
     def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
-        with chunked(size):
-            y = attention.sparse_linear_attention(q, k, v, size.selected, proj, bias, blocks)
+        y = attention.sparse_linear_attention(q, k, v, size.selected, proj, bias, blocks)
         return [y if y.is_meta else y[rows]]
 
     def expected(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
@@ -272,8 +265,7 @@ def keys_of(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
     """What attention computes of keys and values: their 8 bits, their means, and the state of the linear branch."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
-        with chunked(size):
-            keys = attention.prepare_keys(k, v, proj, blocks)
+        keys = attention.prepare_keys(k, v, proj, blocks)
         return [*eight_bit(keys), keys.pooled_HNK, keys.folded_HKK, keys.folded_mass_HK]
 
     def expected(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
@@ -331,9 +323,8 @@ def packed(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
 
     def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
         given = q, k, v, size.selected, proj, bias, blocks
-        with chunked(size):
-            y = attention.sparse_linear_attention_quantised(*given)
-            steps, scale = quantise_tiles(attention.sparse_linear_attention(*given))
+        y = attention.sparse_linear_attention_quantised(*given)
+        steps, scale = quantise_tiles(attention.sparse_linear_attention(*given))
         return [y.steps_MK - steps, y.scale - scale]
 
     def nothing(q: Tensor, *others: Tensor) -> list[Tensor]:

@@ -7,8 +7,6 @@ WHOLE   a block of TinyWan, all kernels of a recipe together
 
 from dataclasses import dataclass
 
-from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS
-
 
 @dataclass(frozen=True)
 class Attended:
@@ -16,18 +14,17 @@ class Attended:
 
     Attributes:
         selected: How many key blocks each query block sees.
-        chunk_rows: The approximate rows of a chunk, as `CHUNK_ROWS`; few, for as many chunks as many tokens would have.
         queries: The query blocks whose attention is computed; empty for all. What it needs is computed for all tokens.
     """
 
     tokens: int
     heads: int
     selected: int
-    chunk_rows: int = CHUNK_ROWS
     queries: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens, {self.heads} heads, {self.selected} blocks"
+        some = f", {len(self.queries)} query blocks" if self.queries else ""
+        return f"{self.tokens} tokens, {self.heads} heads, {self.selected} key blocks{some}"
 
 
 @dataclass(frozen=True)
@@ -71,20 +68,19 @@ RAGGED = Sizes(
     ranked=((3, 2, 70, 7),),
 )
 
-MANY_HEADS = Attended(130, 40, 2)
-"""The heads of the 14B."""
-MANY_CHUNKS = Attended(130, 40, 2, chunk_rows=2)
-"""The heads and the 64 chunks of the 14B; most of these are empty."""
-
 REAL = Sizes(
     quantised=((130, 5120), (130, 13824)),
     linears=((130, 256, 5120, 3), (130, 5120, 128, 3), (130, 128, 8960, 1)),
     epilogues=((130, 13824, 128), (130, 256, 13824), (130, 5120, 128)),
     normed=((130, 5120), (130, 1536)),
     added=((130, 5120),),
-    keys=(MANY_HEADS, Attended(32760, 1, 51)),
-    attended=(MANY_CHUNKS, Attended(32760, 1, 51, queries=(255,)), Attended(75600, 1, 118, queries=(0, 590))),
-    packed=(MANY_HEADS,),
+    keys=(Attended(130, 40, 2), Attended(32760, 1, 51)),
+    attended=(
+        Attended(130, 40, 2),
+        Attended(32760, 1, 51, queries=(0, 255)),
+        Attended(75600, 1, 118, queries=(0, 590)),
+    ),
+    packed=(Attended(130, 12, 2),),
     scored=((300, 40, 1182), (300, 12, 512)),
     ranked=((2, 40, 1182, 118), (2, 12, 512, 51)),
 )
