@@ -49,8 +49,8 @@ usage: setup     ## use the tool as people do: kill commands at 220 moments, run
 	$(BIN)/python -m tests.usage.pairs
 	$(BIN)/python -m tests.usage.chaos --trials 220 --seed 1
 
-ptx: setup       ## run every kernel's PTX on the CPU, and edit single instructions to see them caught
-	$(BIN)/python -m tools.ptx
+ptx: setup       ## run every kernel's PTX on the CPU, write docs/proof.md, and edit single instructions to see them caught
+	$(BIN)/python -m tools.ptx --markdown docs/proof.md
 	$(BIN)/python -m tools.ptx.mutations --count 40 --seed 1
 
 gpu:             ## on a machine with a GPU: find out whatever only a GPU can show, in parts (tools/gpu_day)
