@@ -55,6 +55,19 @@ class Sizes:
     blocks: tuple[tuple[str, str], ...] = ()
 
 
+SHORT = Sizes(
+    quantised=((333, 384),),
+    linears=((333, 256, 384, 3),),
+    epilogues=((333, 384, 256),),
+    normed=((333, 384),),
+    added=((333, 384),),
+    keys=(Attended(200, 1, 1),),
+    attended=(Attended(200, 2, 2),),
+    packed=(Attended(140, 1, 2),),
+    scored=((333, 2, 70),),
+    ranked=((3, 2, 70, 7),),
+)
+
 RAGGED = Sizes(
     quantised=((333, 384), (128, 256), (1, 128)),
     linears=((333, 256, 384, 3), (128, 128, 256, 1)),
@@ -69,18 +82,14 @@ RAGGED = Sizes(
 )
 
 REAL = Sizes(
-    quantised=((130, 5120), (130, 13824)),
-    linears=((130, 256, 5120, 3), (130, 5120, 128, 3), (130, 128, 8960, 1)),
-    epilogues=((130, 13824, 128), (130, 256, 13824), (130, 5120, 128)),
-    normed=((130, 5120), (130, 1536)),
-    added=((130, 5120),),
-    keys=(Attended(130, 40, 2), Attended(32760, 1, 51)),
-    attended=(
-        Attended(130, 40, 2),
-        Attended(32760, 1, 51, queries=(0, 255)),
-        Attended(75600, 1, 118, queries=(0, 590)),
-    ),
-    packed=(Attended(130, 12, 2),),
+    quantised=((100, 5120), (100, 13824)),
+    linears=((100, 256, 5120, 3), (100, 5120, 128, 3), (100, 128, 8960, 1)),
+    epilogues=((100, 13824, 128), (100, 256, 13824)),
+    normed=((100, 5120), (100, 1536)),
+    added=((100, 5120),),
+    keys=(Attended(100, 40, 1), Attended(32760, 1, 51)),
+    attended=(Attended(100, 40, 1), Attended(75600, 1, 118, queries=(0, 590))),
+    packed=(Attended(100, 12, 1),),
     scored=((300, 40, 1182), (300, 12, 512)),
     ranked=((2, 40, 1182, 118), (2, 12, 512, 51)),
 )
