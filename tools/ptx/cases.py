@@ -255,8 +255,9 @@ def attended(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
         run,
         expected,
         lambda: attention_inputs(size, dtype),
-        # The reference rounds four times where the kernel rounds once, and keys or probabilities may be a step away.
-        ulp=8,
+        # The reference rounds four times where the kernel rounds once, and keys or probabilities may be a step away. A
+        # step of fp8 does not shrink with the unit of float16.
+        ulp=64 if blocks.arithmetic == "sage_fp8" and dtype == torch.float16 else 8,
         only={"attention": size.queries} if size.queries else {},
     )
 
