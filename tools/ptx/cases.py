@@ -166,7 +166,7 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
             lambda x, g, o: [norm(x, g, o, EPS, modulated=True)],
             lambda x, g, o: [modulated_norm(x[None], o[None], g[None], EPS)[0]],
             inputs,
-            ulp=4,  # the reference rounds the norm, the product and the sum
+            ulp=4,  # a norm that rounds to the other side is multiplied by up to 4 and may be cancelled by its offset
         )
         yield Case(
             f"modulated layer norm, quantised, {tokens}x{width}",

@@ -70,8 +70,8 @@ Where errors are not zero, this is why:
   bits for about one of 10,000 to 100,000 elements. By rows there is only one sum, in integers, so these are exact.
 - **Linears with GELU.** The hyperbolic tangent is made of `ex2.approx` and a division; its last bit decides a step
   for a few elements of a million.
-- **Norms and scores, up to 1 ulp,** and 2 where a norm is modulated. Sums are added in another order. The definition of
-  modulation rounds the norm, the product and the sum, as the kernel does, so that a last bit may count twice.
+- **Norms and scores, up to 1 ulp,** because sums are added in another order. Where a norm is modulated, the norm itself
+  is rounded first. If it falls to the other side, modulation makes more of the unit than one: up to 2 ulp.
 - **RMS norm with rotation, up to 4 ulp.** A norm rounds to the other side, as above, which is one unit of the norm.
   Where the other channel of its pair cancels most of it, the result is smaller and its unit too. All 14 of 1,331,200
   elements that differ at 130x5120 on sm_89 are of this kind: their norms lie within 2e-7 of a tie.
@@ -98,7 +98,8 @@ and sm_90, with the few bits that tensor cores keep of sums of fp8.""",
 These are the sizes of the 14B at 720p (5,120 channels, 13,824 in the feed-forward, 40 heads, 1,182 key blocks in 64
 chunks, of which 118 are selected with 2,048 lanes) and of the 1.3B at 480p (1,536 and 8,960 channels, 12 heads, 512 key
 blocks in 32 chunks, 51 of them selected with 512 lanes), over as few rows as the kernels allow. Where it says so, the
-attention of some query blocks is computed, over all keys. Approximate instructions give the nearest number.""",
+attention of some query blocks is computed, over all keys. Approximate instructions give the nearest number. They ran on
+an architecture of each kind: `mma.sync` with fp16, `wgmma` with fp8, and `mma.sync` with fp8.""",
     "A whole block": """\
 A layer of TinyWan with its trained weights, on random inputs, by each recipe that has kernels. PyTorch computes the
 cross-attention, and with `bf16-sla` the linears.""",
