@@ -67,19 +67,19 @@ Where errors are not zero, this is why:
 
 - **Linears by tiles, up to 1 ulp.** The kernel joins the product with a tile's scales and the sum over tiles into one
   rounding, the definition rounds twice. That moves the float32 sum by its last bit, which decides the rounding to 16
-  bits for about one of 10,000 to 100,000 elements. By rows there is only one sum, in integers, so these are exact.
+  bits for a few of 100,000 elements. By rows there is only one sum, in integers, so these are exact.
 - **Linears with GELU.** The hyperbolic tangent is made of `ex2.approx` and a division; its last bit decides a step
   for a few elements of a million.
 - **Norms and scores, up to 1 ulp,** because sums are added in another order. Where a norm is modulated, the norm itself
   is rounded first. If it falls to the other side, modulation makes more of the unit than one: up to 2 ulp.
 - **RMS norm with rotation, up to 4 ulp.** A norm rounds to the other side, as above, which is one unit of the norm.
-  Where the other channel of its pair cancels most of it, the result is smaller and its unit too. All 14 of 1,331,200
-  elements that differ at 130x5120 on sm_89 are of this kind: their norms lie within 2e-7 of a tie.
+  Where the other channel of its pair cancels most of it, the result is smaller and its unit too. With 130 rows of 5,120
+  on sm_89, all 14 of 1,331,200 elements that differed were of this kind: their norms lay within 2e-7 of a tie.
 - **Attention.** The kernel adds the linear branch to the sparse one in float32 and rounds once. The definition rounds
   both branches, the product of the linear one, its quotient and the projection: up to 4 ulp. With fp8, a value or a
-  probability may be the neighbouring code, an eighth of it away, which is 8 times as many units in float16 as in
-  bfloat16. The nine elements above 3 ulp of 256 tokens in float16 on sm_89 (with the nearest results) lie in the two
-  channels in which codes of values differ.
+  probability may be the neighbouring code, an eighth of it away: up to 7 ulp in bfloat16, and 8 times as many in
+  float16, whose unit is smaller. The nine elements above 3 ulp of 256 tokens in float16 on sm_89 (with the nearest
+  results) lie in the two channels in which codes of values differ.
 - **Keys and values.** The definition of fp8 values multiplies by a rounded factor, as upstream does, and the kernel
   by a factor of its own that is rounded otherwise: one or two values in 10,000 are the neighbouring code. Means and
   sums of the linear branch are rounded once in either, after float32 and float64 sums.
