@@ -22,18 +22,21 @@ import torch
 from numpy.typing import NDArray
 
 from tools.ptx.bench import Bench
+from tools.ptx.cases import cases
 from tools.ptx.memory import SharedMemory
-from tools.ptx.proof import cases, copies
+from tools.ptx.proof import copies
+from tools.ptx.sizes import RAGGED
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.measure.machine_code.rates import CONFLICTS
 from wanforge.whole_file import write_atomically
 
 COUNTED = re.compile(
-    "attention sage_fp(8|16), quantised|linear by tiles with GELU, quantised|linear by tiles, 128x128x256, 1 weights|"
-    "quantiser by tiles, 128x256|modulated layer norm, quantised, 37x1536|RMS norm and rotation, 37x1536"
+    "attention sage_fp(8|16), quantised, .*|linear by tiles with GELU, quantised, .*|"
+    "linear by tiles, 128x128x256, 1 weights|quantiser by tiles, 128x256|modulated layer norm, quantised, 37x1536|"
+    "RMS norm and rotation of two, 37x1536"
 )
-"""The cases of `proof` that launch each kernel of the recipe w8a8. Addresses do not depend on the number of tokens."""
+"""The cases that launch each kernel of the recipe w8a8. Addresses do not depend on the number of tokens."""
 SMS = (80, 86, 89, 90, 120)
 BANKS, WORD, LANES = 32, 4, 32
 WARPS_COUNTED = 8
@@ -99,10 +102,10 @@ def factors(sm: int, folder: Path) -> dict[str, float]:
     """The factor of every kernel of the recipe w8a8 on an architecture, in bfloat16."""
     conflicts = Conflicts()
     with conflicts.counting():
-        for case in cases(sm, torch.bfloat16):
+        for case in cases(sm, torch.bfloat16, RAGGED):
             if not COUNTED.fullmatch(case.name):
                 continue
-            Bench(sm, folder)(case.run, *copies(case.inputs))
+            Bench(sm, folder)(case.run, *copies(case.inputs()))
     return conflicts.factors
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 
 from tools.ptx.driver import DriverOfTensors, StandIn, ptx_in
@@ -37,13 +38,15 @@ class Bench:
 
     Attributes:
         memory: The tensors that kernels may use, which every launch completes by its own arguments.
+        unwritten: Memory that counts as never written by the host, by its address. Once it is freed, something else
+            may lie there.
     """
 
     def __init__(self, sm: int, folder: Path, modes: Modes | None = None) -> None:
         self.sm, self.folder, self.memory = sm, folder, GlobalMemory()
         self.cuda = StandIn(sm, ptx_in(folder), self.memory, modes or Modes())
         self.launcher = Launcher(DriverOfTensors(self.cuda))
-        self.unwritten: set[int] = set()
+        self.unwritten: dict[int, StorageWeakRef] = {}
 
     def __call__(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of tensors on the CPU whose kernels run on this device, once they are compiled."""
@@ -86,6 +89,9 @@ class Bench:
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
         region = self.memory.find(start)
+        if start in self.unwritten and self.unwritten[start].expired():
+            del self.unwritten[start]
+            region = None
         if region is None or (region.start, region.end) != (start, start + size):
             region = self.memory.add(Region.at(name, start, size))
             region.stream = stream
@@ -95,6 +101,11 @@ class Bench:
         ones = int.from_bytes(b"\1" * tensor.element_size(), "little")
         inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(ones)
         return region
+
+    def leave_unwritten(self, tensor: Tensor) -> None:
+        """Let the memory of a tensor count as never written."""
+        storage = tensor.untyped_storage()
+        self.unwritten[storage.data_ptr()] = StorageWeakRef(storage)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -115,10 +126,9 @@ class Bench:
         def poisoned(*sizes: object, **options: object) -> Tensor:
             tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
             if tensor.device.type == "cpu" and tensor.numel():
-                storage = tensor.untyped_storage()
                 tensor.view(torch.uint8).fill_(0xFF) if tensor.dim() else tensor.fill_(-1)
-                self.unwritten.add(storage.data_ptr())
-                stale = self.memory.find(storage.data_ptr())
+                self.leave_unwritten(tensor)
+                stale = self.memory.find(tensor.untyped_storage().data_ptr())
                 if stale is not None:
                     stale.written[:] = 0
                     stale.inside[:] = 0

@@ -25,6 +25,8 @@ from wanforge.plugins.launching.driver import STATIC_SHARED, Driver
 from wanforge.plugins.launching.occupancy import LIMITS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
+SCRATCH = 2
+"""How many pointers to scratch memory are the last parameters of every kernel of Triton's."""
 
 
 class Result(IntEnum):
@@ -156,9 +158,17 @@ class StandIn:
 
 def parameters_at(pointers: int, kernel: Kernel) -> list[bytes]:
     """The bytes of each parameter, as the driver copies them: it takes as many bytes as the kernel declares from where
-    each pointer points, whatever the caller meant by them."""
+    each pointer points, whatever the caller meant by them.
+
+    Raises:
+        ValueError: One of the two scratch pointers, which are the last parameters, is not null, although wanforge's
+            kernels need no scratch memory.
+    """
     places = (ctypes.c_void_p * len(kernel.parameters)).from_address(pointers)
-    return [ctypes.string_at(place, each.size) for place, each in zip(places, kernel.parameters, strict=True)]
+    found = [ctypes.string_at(place, each.size) for place, each in zip(places, kernel.parameters, strict=True)]
+    if any(any(each) for each in found[-SCRATCH:]):
+        raise ValueError(f"{kernel.name} is given scratch memory: {[each.hex() for each in found[-SCRATCH:]]}")
+    return found
 
 
 class DriverOfTensors(Driver):

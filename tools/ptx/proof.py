@@ -89,7 +89,7 @@ def prove(case: Case, bench: Bench) -> Outcome:
             integers += found.numel()
             away += int((difference != 0).sum())
             largest = max(largest, int(difference.max()))
-    kernels = tuple(sorted({loaded.cubin.kernel for loaded in bench.launcher.loaded.values()}))
+    kernels = tuple(sorted({specialisation.kernel for _, specialisation in bench.launcher.loaded}))
     return Outcome(case, kernels, ulp, away / max(1, integers), largest, rms)
 
 

@@ -23,7 +23,7 @@ from tools.ptx.sizes import RAGGED, REAL, WHOLE, Sizes
 from tools.ptx.syntax import Kernel
 from tools.ptx.tensor_cores import Sums
 
-SMS = (80, 86, 89, 90, 120)
+SMS = (80, 86, 89, 90, 100, 120)
 FEW_BITS = (89, 90)
 """The architectures on which tensor cores keep few bits of sums of fp8."""
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ SOURCES = (
     *("plugins/launching/*.py", "configs/tiles.toml", "configs/parity.toml", "runtime/backends/fused_block.py"),
 )
 """The files on which results depend."""
-REPORTS = ("page.py", "mutations.py", "sizes.py")
+REPORTS = ("page.py", "banks.py", "mutations.py", "sizes.py")
 """Files of tools/ptx on which they do not depend. The sizes are in the names of the cases."""
 
 

@@ -1,12 +1,12 @@
 """Mistakes between the code that launches and the kernels, planted one at a time: each is noticed as what it is, both
 where the launcher launches and where a plugin does."""
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.tools.ptx.enqueue import LoadedPlugin, Workspace, compile_for, on_the_machine
 from tools.ptx.bench import Bench
 from tools.ptx.cases import tile_weight
-from tools.ptx.driver import StandIn
 from tools.ptx.faults import FaultError, StreamError
 from tools.ptx.proof import error_in_ulp, randn
 from wanforge.errors import ResourceError, ShapeError
@@ -23,7 +22,7 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import LIMITS
 from wanforge.plugins.quantiser.fused import quantise
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
-from wanforge.plugins.tensorrt.plugin import PluginOp, Ready
+from wanforge.plugins.tensorrt.plugin import PluginOp
 from wanforge.plugins.w8a8_linear.fused import Weight, linears
 from wanforge.plugins.w8a8_linear.plugin import W8A8LinearPlugin
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
@@ -64,16 +63,31 @@ def test_without_a_mistake_the_result_is_right(folder: Path, way: Way) -> None:
 
 
 def patch_launch(monkeypatch: Patch, change: Callable[..., tuple[Any, ...]]) -> None:
-    """Change what the launcher's driver is told of each launch: the kernel, its grid, its values and the stream."""
+    """Change what the launcher's driver is told of each launch: the kernel, its grid, the address of pointers to its
+    parameters, and the stream."""
     launch = driver.Driver.launch
     monkeypatch.setattr(driver.Driver, "launch", lambda self, *told: launch(self, *change(*told)))
 
 
+def pointers_of(kernel: Any, parameters: int) -> list[int]:
+    """The pointers to the parameters of a launch, and to the scratch pointers."""
+    return list((ctypes.c_void_p * (len(kernel.parameters) + driver.SCRATCH)).from_address(parameters))
+
+
+def array_of(pointers: Sequence[int]) -> Any:
+    return (ctypes.c_void_p * len(pointers))(*pointers)
+
+
 @ways
 def test_swapped_parameters_are_noticed(folder: Path, way: Way, monkeypatch: Patch) -> None:
-    patch_launch(
-        monkeypatch, lambda loaded, grid, values, stream: (loaded, grid, [values[1], values[0], *values[2:]], stream)
-    )
+    kept = []
+
+    def swapped(kernel: Any, grid: Any, parameters: int, stream: int) -> tuple[Any, ...]:
+        first, second, *others = pointers_of(kernel, parameters)
+        kept.append(array_of([second, first, *others]))
+        return kernel, grid, ctypes.addressof(kept[-1]), stream
+
+    patch_launch(monkeypatch, swapped)
     with pytest.raises(FaultError):
         way(Bench(SM, folder))
 
@@ -120,10 +134,8 @@ def test_shared_memory_that_was_not_asked_for_is_refused(folder: Path, way: Way,
     with pytest.raises(ResourceError, match="CUDA_ERROR_INVALID_VALUE"):
         way(bench)
     assert [name for name, _ in bench.cuda.launched] == ["quantise"]  # which needs less than 48 KiB
-    assert {each.cubin.kernel: each.cubin.shared_bytes > 48 * 1024 for each in bench.launcher.loaded.values()} == {
-        "quantiser.quantise": False,
-        "w8a8_linear.gemm": True,
-    }
+    large = {key.kernel: loaded.shared_bytes > 48 * 1024 for (_, key), loaded in bench.launcher.loaded.items()}
+    assert large == {"quantiser.quantise": False, "w8a8_linear.gemm": True}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 120])
@@ -139,9 +151,8 @@ def test_more_shared_memory_than_there_is_is_refused(folder: Path, sm: int) -> N
 @ways
 @pytest.mark.parametrize("factor", [0.5, 2])
 def test_another_number_of_threads_is_refused(folder: Path, way: Way, factor: float, monkeypatch: Patch) -> None:
-    def change(loaded: Any, *told: Any) -> tuple[Any, ...]:
-        cubin = msgspec.structs.replace(loaded.cubin, threads=int(loaded.cubin.threads * factor))
-        return replace(loaded, cubin=cubin), *told
+    def change(kernel: Any, *told: Any) -> tuple[Any, ...]:
+        return replace(kernel, threads=int(kernel.threads * factor)), *told
 
     patch_launch(monkeypatch, change)
     with pytest.raises(ResourceError, match="CUDA_ERROR_INVALID_VALUE"):
@@ -150,34 +161,28 @@ def test_another_number_of_threads_is_refused(folder: Path, way: Way, factor: fl
 
 @ways
 def test_a_wrong_stream_is_noticed(folder: Path, way: Way, monkeypatch: Patch) -> None:
-    patch_launch(monkeypatch, lambda loaded, grid, values, stream: (loaded, grid, values, stream + 1))
+    patch_launch(monkeypatch, lambda *told: (*told[:3], told[3] + 1))
     with pytest.raises(StreamError, match=r"quantise on stream \d+ uses .*x, which work on stream \d+ uses"):
         way(Bench(SM, folder))
 
 
 def test_a_plugin_that_uses_pytorchs_stream_is_noticed(folder: Path, monkeypatch: Patch) -> None:
-    put = Ready.put
-    monkeypatch.setattr(Ready, "put", lambda self, launcher, bases, stream: put(self, launcher, bases, 0))
-    with pytest.raises(StreamError, match="quantise on stream 0 uses x, which work on stream 28672 uses"):
+    put = driver.LoadedLaunches.put
+    monkeypatch.setattr(driver.LoadedLaunches, "put", lambda self, bases, stream: put(self, bases, 0))
+    with pytest.raises(StreamError, match=r"quantise on stream 0 uses \w+, which work on stream 28672 uses"):
         by_plugin(Bench(SM, folder))
 
 
-@ways
-def test_a_missing_scratch_pointer_is_noticed(folder: Path, way: Way, monkeypatch: Patch) -> None:
-    launch = StandIn.cuLaunchKernel
-
-    def without(self: StandIn, function: Any, *sizes: Any) -> tuple[Any]:
-        *before, (values, types), extra = sizes
-        return launch(self, function, *before, (values[:-1], types[:-1]), extra)
-
-    monkeypatch.setattr(StandIn, "cuLaunchKernel", without)
-    with pytest.raises(ValueError, match="quantise has 7 parameters, but is given 6"):
-        way(Bench(SM, folder))
+def test_a_missing_scratch_pointer_is_noticed(folder: Path, monkeypatch: Patch) -> None:
+    """In its place is the first parameter of the next launch."""
+    monkeypatch.setattr(driver, "SCRATCH", 1)
+    with pytest.raises(ValueError, match="quantise is given scratch memory"):
+        by_plugin(Bench(SM, folder))
 
 
 def test_less_shared_memory_than_the_kernel_uses_is_noticed(folder: Path, monkeypatch: Patch) -> None:
-    def change(loaded: Any, *told: Any) -> tuple[Any, ...]:
-        return replace(loaded, cubin=msgspec.structs.replace(loaded.cubin, shared_bytes=0)), *told
+    def change(kernel: Any, *told: Any) -> tuple[Any, ...]:
+        return replace(kernel, shared_bytes=0), *told
 
     patch_launch(monkeypatch, change)
     with pytest.raises(FaultError, match="beyond its block's shared memory"):
@@ -250,20 +255,22 @@ def attention() -> tuple[PluginOp, list[Tensor]]:
 def test_mistakes_in_any_launch_are_noticed(folder: Path, op: PluginOp, inputs: list[Tensor]) -> None:
     recording = Recording(op, inputs, Bench(SM, folder))
     missed, kinds = [], set()
-    for (loaded, grid, values, stream), before, after in recording.launches:
-        names = [name for name, _ in loaded.cubin.parameters]
-        mutants: dict[str, tuple[Any, ...]] = {}
-        for place in range(len(values) - 1):
-            swapped = [*values[:place], values[place + 1], values[place], *values[place + 2 :]]
-            if swapped != values:
-                mutants[f"{names[place]} and {names[place + 1]} swapped"] = loaded, grid, swapped, stream
+    for (kernel, grid, parameters, stream), before, after in recording.launches:
+        pointers, names = pointers_of(kernel, parameters), [name for name, _ in kernel.parameters]
+        arrays: dict[str, Any] = {}
+        for place in range(len(names) - 1):
+            pair = pointers[place : place + 2]
+            if ctypes.string_at(pair[0], 8) != ctypes.string_at(pair[1], 8):
+                what = f"{names[place]} and {names[place + 1]} swapped"
+                arrays[what] = array_of([*pointers[:place], *pair[::-1], *pointers[place + 2 :]])
+        mutants = {what: (kernel, grid, ctypes.addressof(array), stream) for what, array in arrays.items()}
         for axis in range(3):
             for change in (-1, 1):
                 other = tuple(size + change * (place == axis) for place, size in enumerate(grid))
-                mutants[f"{change:+} on axis {axis}"] = loaded, other, values, stream
+                mutants[f"{change:+} on axis {axis}"] = kernel, other, parameters, stream
         for what, told in mutants.items():
             kinds.add(what.split()[-1])
             if not recording.notices(before, after, *told):
-                missed.append(f"{loaded.cubin.entry}: {what}")
+                missed.append(f"{kernel.function.kernel.name}: {what}")
     assert kinds == {"swapped", "0", "1", "2"}
     assert set(missed) <= HARMLESS

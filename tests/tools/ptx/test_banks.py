@@ -6,7 +6,9 @@ import torch
 
 from tools.ptx.banks import Conflicts, wavefronts
 from tools.ptx.bench import Bench
-from tools.ptx.proof import cases, copies
+from tools.ptx.cases import cases
+from tools.ptx.proof import copies
+from tools.ptx.sizes import RAGGED
 from wanforge.runtime.measure.machine_code.rates import conflicts_of
 
 LANES = np.arange(32)
@@ -39,7 +41,9 @@ def test_warps_do_not_get_into_each_others_way() -> None:
 @pytest.mark.parametrize("sm", [89, 120])
 def test_the_table_is_what_the_machine_counts(sm: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     conflicts, folder = Conflicts(), tmp_path_factory.mktemp("kernels")
-    (case,) = (case for case in cases(sm, torch.bfloat16) if case.name == "modulated layer norm, quantised, 37x1536")
+    (case,) = (
+        case for case in cases(sm, torch.bfloat16, RAGGED) if case.name == "modulated layer norm, quantised, 37x1536"
+    )
     with conflicts.counting():
-        Bench(sm, folder)(case.run, *copies(case.inputs))
+        Bench(sm, folder)(case.run, *copies(case.inputs()))
     assert conflicts.factors == {"layer_norm.norm": conflicts_of("layer_norm.norm", sm)}

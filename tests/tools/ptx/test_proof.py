@@ -23,3 +23,9 @@ def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
     outcomes = [prove(case, Bench(sm, folder)) for case in cases(sm, torch.bfloat16, SHORT)]
     assert len(outcomes) == 22
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
+
+
+@pytest.mark.parametrize("name", ["attention sla, 200 tokens", "attention sage_fp8, 200 tokens"])
+def test_kernels_with_tensor_memory_are_the_reference(folder: Path, name: str) -> None:
+    (case,) = [case for case in cases(100, torch.bfloat16, SHORT) if case.name.startswith(name)]
+    assert prove(case, Bench(100, folder)).is_right
