@@ -167,7 +167,7 @@ class State:
             raise FaultError(
                 kind,
                 self.launch.kernel.name,
-                instruction.place,
+                instruction.line,
                 instruction.text,
                 self.blocks[lane // self.launch.kernel.threads],
                 int(self.threads[lane]),
@@ -206,8 +206,6 @@ class Launch:
         memory: GlobalMemory,
         modes: Modes = Modes(),
     ) -> None:
-        from tools.ptx.instructions import build  # which needs the types above
-
         self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
         self.parameters, self.parameter_places = laid_out(kernel, parameters)
         self.shared_granule = granule(kernel, "shared")
@@ -223,7 +221,7 @@ class Launch:
             for operand in each.operands
             if each.words[0] == "bra" and isinstance(operand, Symbol)
         }
-        self.steps: list[Step] = [build(each, self) for each in kernel.instructions]
+        self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
 
     def run(self, side_by_side: int = 1) -> None:
         """Run all blocks.
@@ -317,6 +315,21 @@ class Launch:
         if unfreed.any():
             what = "ends without freeing its tensor memory"
             state.report(self.kernel.instructions[-1], state.lanes)(what, unfreed, None)
+
+
+def built(instruction: Instruction, launch: Launch) -> Step:
+    """The step of an instruction.
+
+    Raises:
+        UnsupportedError: The machine does not know it.
+    """
+    from tools.ptx.instructions import build  # which needs the types above
+
+    try:
+        return build(instruction, launch)
+    except UnsupportedError as error:
+        what = f"{launch.kernel.name}: {error.what}, in: {instruction.text}"
+        raise UnsupportedError(what, instruction.line) from None
 
 
 def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:

@@ -69,6 +69,7 @@ class Instruction:
         words: The opcode and its modifiers.
         guard: The predicate under which it runs, and whether it runs where that is false.
         text: Its text, for messages.
+        line: The line of the file in which it begins, from 1.
     """
 
     place: int
@@ -76,6 +77,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: tuple[Register, bool] | None
     text: str
+    line: int
 
     @property
     def opcode(self) -> str:
@@ -141,8 +143,7 @@ def read_kernel(text: str) -> Kernel:
     Raises:
         UnsupportedError: The file is not such as Triton writes.
     """
-    lines = [line.split("//")[0].strip() for line in text.splitlines()]
-    source = "\n".join(line for line in lines if line)
+    source = "\n".join(line.split("//")[0].strip() for line in text.splitlines())
     target = re.search(r"^\.target sm_(\d+)", source, re.MULTILINE)
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", source, re.DOTALL)
     threads = re.search(r"\.reqntid (\d+)", source)
@@ -151,19 +152,20 @@ def read_kernel(text: str) -> Kernel:
     declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", " ".join(entry[2].split()))
     parameters = tuple(Parameter(name, kind) for kind, name in declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
-    _Reader(kernel).read(with_own_labels(within_braces(source, threads.end())))
+    start, body = within_braces(source, threads.end())
+    _Reader(kernel).read(with_own_labels(body), source.count("\n", 0, start) + 1)
     if not kernel.instructions or kernel.instructions[-1].words != ("ret",):
         raise UnsupportedError(f"{kernel.name} does not end with a return")
     return kernel
 
 
-def within_braces(source: str, start: int) -> str:
-    """The text between the first brace from a place on and the one that closes it."""
+def within_braces(source: str, start: int) -> tuple[int, str]:
+    """The text between the first brace from a place on and the one that closes it, and where it begins."""
     depth, first = 0, source.index("{", start)
     for found in re.finditer(r"[{}]", source[first:]):
         depth += 1 if found[0] == "{" else -1
         if depth == 0:
-            return source[first + 1 : first + found.start()]
+            return first + 1, source[first + 1 : first + found.start()]
     raise UnsupportedError("the file ends within a kernel")
 
 
@@ -191,8 +193,9 @@ class _Reader:
         self.kernel = kernel
         self.names: dict[str, Register] = {}
 
-    def read(self, body: str) -> Kernel:
-        for statement in self._statements(body):
+    def read(self, body: str, line: int) -> Kernel:
+        """Read a body that begins in a line."""
+        for statement, at in self._statements(body, line):
             if statement.endswith(":"):
                 self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
             elif found := REGISTERS.match(statement):
@@ -200,23 +203,25 @@ class _Reader:
             elif found := NAMED.match(statement):
                 self._declare(found[1], split(found[2]))  # in a scope of its own, so a name may come again
             elif not statement.startswith("."):
-                self.kernel.instructions.append(self._instruction(statement))
+                self.kernel.instructions.append(self._instruction(statement, at))
         return self.kernel
 
-    def _statements(self, body: str) -> Iterator[str]:
-        for line in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
-            *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", line.strip())
-            yield from (label for label in labels if label.endswith(":"))  # not the braces before them
-            bare = " ".join(statement.split()).lstrip("{} ")  # braces around inline assembly
+    def _statements(self, body: str, line: int) -> Iterator[tuple[str, int]]:
+        """Each label and each statement, with its line."""
+        for piece in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
+            *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", piece.strip())
+            yield from ((label, line) for label in labels if label.endswith(":"))  # not the braces before them
+            bare = statement.lstrip("{} \n")  # without the braces around inline assembly
             if bare:
-                yield bare
+                yield " ".join(bare.split()), line + piece.rstrip().count("\n") - bare.count("\n")
+            line += piece.count("\n")
 
     def _declare(self, kind: str, names: list[str]) -> None:
         for name in names:
             self.names[name] = Register(self.kernel.registers, SIZES[kind], name)
             self.kernel.registers += 1
 
-    def _instruction(self, statement: str) -> Instruction:
+    def _instruction(self, statement: str, line: int) -> Instruction:
         found = STATEMENT.fullmatch(statement)
         if found is None:
             raise UnsupportedError(f"cannot read the statement {statement!r}")
@@ -227,6 +232,7 @@ class _Reader:
             tuple(self._operand(each) for each in split(rest)),
             (self.names[guard], bool(negated)) if guard else None,
             statement,
+            line,
         )
 
     def _operand(self, text: str) -> Operand:
