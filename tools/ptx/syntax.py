@@ -1,6 +1,7 @@
 """Reading PTX: one kernel as a list of instructions with operands that are taken apart."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -120,7 +121,8 @@ class Kernel:
     Attributes:
         registers: How many registers it has.
         ran: The places of the instructions that a thread has run.
-        mattered: Those that some threads did not run because of their predicate, and waits for something unfinished.
+        skipped: Those that some threads did not run because of their predicate.
+        needed: Those without which a recorded run would not have been right, by what they are (`records`).
         labels: The place of the instruction that follows each label.
         sm: The architecture that it is for.
         threads: Threads of a block.
@@ -134,7 +136,8 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     registers: int = 0
     ran: set[int] = field(default_factory=set)
-    mattered: set[int] = field(default_factory=set)
+    skipped: set[int] = field(default_factory=set)
+    needed: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
 
 def read_kernel(text: str) -> Kernel:
