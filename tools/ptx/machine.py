@@ -246,6 +246,8 @@ class Launch:
             FaultError: A thread did what none may do.
         """
         self.memory.begin(granule(self.kernel, "global"))
+        if self.modes.trace is not None:
+            self.modes.trace.begin()
         x, y, z = self.grid
         blocks = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
         with np.errstate(all="ignore"):

@@ -118,8 +118,8 @@ class GlobalMemory:
             several = (readers == MANY) | ((readers != 0) & (readers >> 32 != mine >> 32))
             _mark(region.reader, granules, mine, several, MANY)
             result[chosen] = _take(region.data, offsets, size)
-        if self.record is not None:
-            self.record.read_global(addresses, size, stamps, self.granule)
+            if self.record is not None:
+                self.record.read_global(granules, region.start, offsets, size, stamps[chosen])
         return result
 
     def store(self, addresses: Integers, values: Bytes, stamps: Integers, report: Report) -> None:
@@ -141,8 +141,8 @@ class GlobalMemory:
             differs = (region.data[place] != values[chosen]).any(1)
             if differs.any():
                 tell("writes another value than another thread at the same time", differs)
-        if self.record is not None:
-            self.record.write_global(addresses, values, stamps, self.granule)
+            if self.record is not None:
+                self.record.write_global(granules, region.start, offsets, values[chosen], stamps[chosen])
 
     def _check(
         self, there: Integers, mine: Integers, does: tuple[str, str], tell: Callable[[str, Integers], None]
@@ -239,8 +239,8 @@ class Reader(Protocol):
 class SharedMemory:
     """The shared memory of several blocks that run at the same time.
 
-    A stamp is the number of barriers that a block has passed, from 1, and the number of a thread in it, from 1, or 0 for
-    several. Two threads that access a granule with no barrier in between race, unless both read.
+    A stamp is the number of barriers that a block has passed, from 1, and the number of a thread in it, from 1, or 0
+    for several. Two threads that access a granule with no barrier in between race, unless both read.
 
     Args:
         size: Bytes of each block.
@@ -400,7 +400,10 @@ class SharedMemory:
         Args:
             place: The place of the instruction.
         """
-        granules = np.flatnonzero(self.unfenced)
+        unfenced = self.unfenced
+        if self.record is not None:
+            unfenced = unfenced | self.record.copies.unfenced.any(0)
+        granules = np.flatnonzero(unfenced)
         block = granules * self.granule // self.stride
         epoch, thread = np.divmod(self.writer[granules], 4096)
         fences = np.zeros((len(self.barriers), self.threads), bool)

@@ -169,8 +169,8 @@ Done = tuple[Mutant, str, str]
 """A mutant, its case, and how it is caught."""
 
 
-def install(change: Mutant, bench: Bench) -> None:
-    """Let a bench load the mutant in place of the kernel."""
+def edited(bench: Bench, change: Mutant) -> Bench:
+    """A bench that loads the mutant in place of the kernel."""
     find = bench.cuda.ptx
 
     def ptx(digest: str) -> str:
@@ -180,6 +180,8 @@ def install(change: Mutant, bench: Bench) -> None:
         return "\n".join(lines)
 
     bench.cuda.ptx = ptx
+    bench.names_source = False
+    return bench
 
 
 def verdict(case: Case, bench: Bench) -> str:
@@ -204,15 +206,10 @@ class Trials:
     folder: Path
     unedited: dict[tuple[int, str], Bench] = field(default_factory=dict)
 
-    def bench(self, sm: int) -> Bench:
-        bench = Bench(sm, self.folder, Modes(trace=Trace()))
-        bench.names_source = False
-        return bench
-
     def right(self, sm: int, case: Case) -> Bench:
-        """The bench that has run a case without edits."""
+        """The bench that has run a case without edits, and recorded it."""
         if (sm, case.name) not in self.unedited:
-            self.unedited[sm, case.name] = bench = self.bench(sm)
+            self.unedited[sm, case.name] = bench = Bench(sm, self.folder, Modes(trace=Trace()))
             assert prove(case, bench).is_right
         return self.unedited[sm, case.name]
 
@@ -222,12 +219,12 @@ class Trials:
         Raises:
             UnsupportedError: The machine does not know what the edit makes.
         """
-        bench = self.bench(sm)
-        install(change, bench)
-        caught = verdict(case, bench)
-        if not caught and not change.edit.needed and digest(bench) == digest(self.right(sm, case)):
-            return None
-        return caught
+        caught = verdict(case, edited(Bench(sm, self.folder), change))
+        if caught or change.edit.needed:
+            return caught
+        bench = edited(Bench(sm, self.folder, Modes(trace=Trace())), change)
+        prove(case, bench)
+        return None if digest(bench) == digest(self.right(sm, case)) else ""
 
 
 def digest(bench: Bench) -> str:

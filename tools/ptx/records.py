@@ -19,11 +19,20 @@ Array = NDArray[Any]
 
 
 class Trace:
-    """A digest of all that a run does to memory, in order: which addresses it reads, which values it writes where, and
-    what it copies. Two runs with the same digest differ in registers only that nothing depends on."""
+    """A digest of all that a run does to memory, in order: what it reads, which values it writes where, and what it
+    copies. Two runs with the same digest differ in registers only that nothing depends on."""
 
     def __init__(self) -> None:
         self.hash = blake2b()
+        self.regions: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Begin a launch. Regions of memory are numbered as they are used, because they lie elsewhere in each run."""
+        self.regions.clear()
+
+    def number(self, start: int) -> int:
+        """The number of the region that begins at an address."""
+        return self.regions.setdefault(start, len(self.regions))
 
     def add(self, what: str, *arrays: Array) -> None:
         """Add an access, given by arrays over its threads. Threads that do the same count once: which of them writes a
@@ -77,8 +86,8 @@ def _ends(accesses: list[tuple[Array, Array]]) -> tuple[Array, Array, Array]:
 class Barriers:
     """Finds the barriers that keep two threads apart.
 
-    A barrier instruction does, if threads would access a granule together, and one of them write it, were it not there at
-    any time that it is run. What other barriers keep apart as well does not count.
+    A barrier instruction does if without it, at all times that it is run, different threads would access a granule with
+    no barrier in between, and one of them writes it.
     """
 
     def __init__(self, blocks: int, needed: set[int]) -> None:
@@ -133,11 +142,11 @@ class Copying:
 
 
 class Copies:
-    """Finds the commits and waits without which copied bytes would be used before the copy is waited for, and the fences
-    without which a product would read bytes that were not made visible to it.
+    """Finds the commits and waits without which copied bytes would be used before the copy is waited for, and the
+    fences without which a product would read bytes that were not made visible to it.
 
-    It follows all the runs in which one of them is missing at the same time. For each granule a bit says in which of them
-    the copy into it has not been waited for.
+    It follows the runs in which one of them is missing, all at the same time: a row of `open` says into which granules
+    copies have not been waited for in one of these runs, and a row of `unfenced` which have not been fenced.
     """
 
     def __init__(self, kernel: Kernel, threads: int, granules: int, needed: Callable[[Without], None]) -> None:
@@ -175,16 +184,13 @@ class Copies:
         for each in self.copying:
             done = waiting[each.lanes] & (each.groups < self.committed[:, each.lanes] - pending)
             earlier = waiting[each.lanes] & (each.groups[0] < self.committed[0, each.lanes] - pending - 1)
-            rows = []
             for row, run in enumerate(self.runs):
                 if run.what == "commit":
                     ended = done[1 + self.commits.index(run.place)]
                 elif run.place != place:
                     ended = done[0]
                 else:
-                    ended = earlier if run.what == "wait for one group less" else np.zeros_like(earlier)
-                rows.append(ended)
-            for row, ended in enumerate(rows):
+                    ended = earlier & (run.what == "wait for one group less")
                 granules = each.granules[ended]
                 self.open[row, granules[self.newest[granules] == each.number]] = False
         self.copying = [each for each in self.copying if self._is_open(each)]
@@ -234,17 +240,18 @@ class Record:
     def _needs(self, without: Without) -> None:
         self.kernel.needed[without.what].add(without.place)
 
-    def read_global(self, addresses: Array, size: int, stamps: Array, granule: int) -> None:
-        self.trace.add(f"reads {size}", addresses)
-        self._access_global(addresses, size, stamps, granule, writes=False)
+    def read_global(self, granules: Array, start: int, offsets: Array, size: int, stamps: Array) -> None:
+        """Note that threads read bytes at offsets in the region that begins at an address."""
+        self.trace.add(f"reads {size} of {self.trace.number(start)}", offsets)
+        self._access_global(granules + start, stamps, writes=False)
 
-    def write_global(self, addresses: Array, values: Array, stamps: Array, granule: int) -> None:
-        self.trace.add("writes", addresses, values)
-        self._access_global(addresses, values.shape[1], stamps, granule, writes=True)
+    def write_global(self, granules: Array, start: int, offsets: Array, values: Array, stamps: Array) -> None:
+        """Note that threads write values there."""
+        self.trace.add(f"writes {self.trace.number(start)}", offsets, values)
+        self._access_global(granules + start, stamps, writes=True)
 
-    def _access_global(self, addresses: Array, size: int, stamps: Array, granule: int, *, writes: bool) -> None:
-        keys = (addresses.astype(np.int64) // granule)[:, None] + np.arange(max(1, size // granule)) + GLOBAL
-        self.barriers.access(keys, (stamps >> 32) - 1 - self.first, stamps & 4095, writes=writes)
+    def _access_global(self, keys: Array, stamps: Array, *, writes: bool) -> None:
+        self.barriers.access(keys + GLOBAL, (stamps >> 32) - 1 - self.first, stamps & 4095, writes=writes)
 
     def _access_shared(self, granules: Array, lanes: Array, *, writes: bool) -> None:
         blocks, threads = np.divmod(lanes, self.kernel.threads)

@@ -1,8 +1,8 @@
 """The lines of Python that instructions come from.
 
-Cubins are compiled without line numbers, so that they are the same bytes everywhere. When there is something to say of an
-instruction, its kernel is compiled once more with line numbers. These are of use only if the instructions are the same,
-which is checked each time.
+Cubins are compiled without line numbers, so that they are the same bytes everywhere. When there is something to say of
+an instruction, its kernel is compiled once more with line numbers. These are of use only if the instructions are the
+same, which is checked each time.
 """
 
 import re
