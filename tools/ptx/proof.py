@@ -132,6 +132,7 @@ def cases(sm: int, dtype: torch.dtype) -> Iterator[Case]:
     arithmetics = ("sla", "sage_fp8" if sm >= FIRST_FP8_SM else "sage_fp16")
     for arithmetic in arithmetics:
         yield from attentions(Blocks(128, 64, arithmetic), dtype)  # type: ignore[arg-type]
+    yield selection(Blocks(128, 64), dtype)
 
 
 def quantisers(dtype: torch.dtype) -> Iterator[Case]:
@@ -278,6 +279,34 @@ def attentions(blocks: Blocks, dtype: torch.dtype) -> Iterator[Case]:
         lambda *tensors: quantised_twice(tensors, blocks),
         lambda *tensors: [torch.zeros(200, 128, dtype=torch.int8), torch.zeros(2, 1)],
         (q, k, v, randn(128, 128, seed=5) / 11, randn(128, seed=6)),
+    )
+
+
+def selection(blocks: Blocks, dtype: torch.dtype) -> Case:
+    """The means of key blocks, scores, and what is selected by them. Attention hardly shows errors of the first two,
+    which change few selections."""
+    q, k, v = (randn(333, 256, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+    q_BHLK, k_BHLK = (x[None].unflatten(-1, (-1, 128)).transpose(1, 2) for x in (q, k))
+    smooth = k_BHLK - k_BHLK.mean(2, keepdim=True)
+    pooled = reference.mean_pool(smooth, blocks.k)[0]
+    means = reference.mean_pool(q_BHLK, blocks.q)[0]
+    scores = (means.float() @ pooled.float().transpose(1, 2)).to(dtype)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        q, k, v, proj, pooled, scores = tensors
+        found = attention.prepare_keys(k, v, proj, blocks).pooled_HNK
+        return [
+            found,
+            attention.block_scores(q, pooled, blocks),
+            attention.select_blocks(scores, 2).to(torch.int8),
+        ]
+
+    return Case(
+        "selection of attention, 333 tokens",
+        run,
+        lambda *tensors: [pooled, scores, reference.select_blocks(scores[None], 2)[0].to(torch.int8)],
+        (q, k, v, randn(128, 128, seed=5), pooled, scores),
+        ulp=1,  # sums of another order may round to the other side
     )
 
 
