@@ -408,8 +408,9 @@ class SharedMemory:
         epoch, thread = np.divmod(self.writer[granules], 4096)
         fences = np.zeros((len(self.barriers), self.threads), bool)
         fences.reshape(-1)[lanes] = True
-        own = np.where(thread > 0, fences[block, thread - 1], fences.all(1)[block])
-        done = granules[own | (fences.any(1)[block] & (epoch <= self.barriers[block]))]
+        whole, some = np.asarray(fences.all(1)), np.asarray(fences.any(1))
+        own = np.where(thread > 0, fences[block, thread - 1], whole[block])
+        done = granules[own | (some[block] & (epoch <= self.barriers[block]))]
         self.unfenced[done] = 0
         if self.record is not None:
             self.record.copies.fence(place, done)

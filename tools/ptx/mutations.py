@@ -3,7 +3,8 @@
     python -m tools.ptx.mutations --count 40 --seed 1
 
 Each edit drops, swaps or changes one thing, as a compiler's or a programmer's mistake would. A mutant is caught if a
-fault is reported or a result is not what it should be. One that survives is printed with its instruction.
+fault is reported or a result is not what it should be, in the case that it was drawn in or another one of `proof` that
+runs the kernel. One that survives is printed with its instruction.
 
 An edit that cannot matter in the case that is run says nothing of the machine, so another is drawn. Whether one matters
 is recorded (`records`), in two ways:
@@ -216,15 +217,28 @@ class Trials:
     def run(self, sm: int, case: Case, change: Mutant) -> str | None:
         """Run a case with an edit, and tell how that is caught; empty if it is not, and None if it changes nothing.
 
+        An edit that changes something and is not caught there is tried in every other case that runs the kernel.
+
         Raises:
             UnsupportedError: The machine does not know what the edit makes.
         """
         caught = verdict(case, edited(Bench(sm, self.folder), change))
-        if caught or change.edit.needed:
+        if caught:
             return caught
-        bench = edited(Bench(sm, self.folder, Modes(trace=Trace())), change)
-        prove(case, bench)
-        return None if digest(bench) == digest(self.right(sm, case)) else ""
+        if not change.edit.needed:
+            bench = edited(Bench(sm, self.folder, Modes(trace=Trace())), change)
+            prove(case, bench)
+            if digest(bench) == digest(self.right(sm, case)):
+                return None
+        return self._elsewhere(sm, case, change)
+
+    def _elsewhere(self, sm: int, case: Case, change: Mutant) -> str:
+        for other in cases(sm, torch.bfloat16):
+            if other.name != case.name and change.digest in self.right(sm, other).cuda.modules:
+                caught = verdict(other, edited(Bench(sm, self.folder), change))
+                if caught:
+                    return f"{caught} ({other.name})"
+        return ""
 
 
 def digest(bench: Bench) -> str:

@@ -133,6 +133,7 @@ def cases(sm: int, dtype: torch.dtype) -> Iterator[Case]:
     for arithmetic in arithmetics:
         yield from attentions(Blocks(128, 64, arithmetic), dtype)  # type: ignore[arg-type]
     yield selection(Blocks(128, 64), dtype)
+    yield linear_state(Blocks(128, 64), dtype)
 
 
 def quantisers(dtype: torch.dtype) -> Iterator[Case]:
@@ -308,6 +309,23 @@ def selection(blocks: Blocks, dtype: torch.dtype) -> Case:
         (q, k, v, randn(128, 128, seed=5), pooled, scores),
         ulp=1,  # sums of another order may round to the other side
     )
+
+
+def linear_state(blocks: Blocks, dtype: torch.dtype) -> Case:
+    """What the linear branch of attention needs of all keys and values, each head's times the projection."""
+    k, v, proj = randn(500, 256, seed=2, dtype=dtype), randn(500, 256, seed=3, dtype=dtype), randn(128, 128, seed=5)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        keys = attention.prepare_keys(*tensors, blocks)
+        return [keys.folded_HKK, keys.folded_mass_HK.to(dtype)]
+
+    def expected(k: Tensor, v: Tensor, proj: Tensor) -> list[Tensor]:
+        k_HLK, v_HLK = (x.unflatten(-1, (-1, 128)).transpose(0, 1) for x in (k, v))
+        phi = torch.softmax(k_HLK, -1).float()
+        state = (phi.transpose(1, 2) @ v_HLK.float()).to(dtype)
+        return [(state.float() @ proj.to(dtype).float().T).to(dtype), phi.sum(1).to(dtype)]
+
+    return Case("linear state of attention", run, expected, (k, v, proj), ulp=2)  # exponentials are approximate
 
 
 def eight_bit(keys: attention.Keys) -> list[Tensor]:

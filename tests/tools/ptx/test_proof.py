@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sm", [80, 89, 90, 120])
 def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
     outcomes = [prove(case, Bench(sm, folder)) for case in cases(sm, torch.bfloat16)]
-    assert len(outcomes) == 31
+    assert len(outcomes) == 32
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
 
 
