@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from tools.ptx.faults import UnsupportedError
 
@@ -175,10 +176,12 @@ def within_braces(source: str, start: int) -> tuple[int, str]:
 def with_own_labels(body: str) -> str:
     """The same text with labels that have names of their own where they stand in a scope in braces."""
 
+    scopes = count()
+
     def renamed(scope: re.Match[str]) -> str:
-        text = scope[0]
+        text, number = scope[0], next(scopes)
         for label in re.findall(r"(?m)^(\w+):", text):
-            text = re.sub(rf"\b{label}\b", f"{label}_{scope.start()}", text)
+            text = re.sub(rf"\b{label}\b", f"{label}_{number}", text)
         return text
 
     return re.sub(r"\{[^{}]*\}", renamed, body)
