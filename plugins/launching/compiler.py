@@ -144,12 +144,8 @@ def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> C
 
 
 class Worker:
-    """A child process that compiles one kernel after another. It is started when it is first needed.
-
-    Args:
-        scratch: A folder for temporary files.
-        line_info: Whether the PTX names the lines of the sources, as no cubin that is kept may.
-    """
+    """A child process that compiles one kernel after another. It is started when it is first needed. With `line_info`,
+    the PTX names the lines of the sources, as no cubin that is kept may."""
 
     def __init__(self, scratch: Path, *, line_info: bool = False) -> None:
         self.scratch, self.line_info = scratch, line_info

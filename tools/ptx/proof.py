@@ -315,8 +315,8 @@ def linear_state(blocks: Blocks, dtype: torch.dtype) -> Case:
     """What the linear branch of attention needs of all keys and values, each head's times the projection."""
     k, v, proj = randn(500, 256, seed=2, dtype=dtype), randn(500, 256, seed=3, dtype=dtype), randn(128, 128, seed=5)
 
-    def run(*tensors: Tensor) -> list[Tensor]:
-        keys = attention.prepare_keys(*tensors, blocks)
+    def run(k: Tensor, v: Tensor, proj: Tensor) -> list[Tensor]:
+        keys = attention.prepare_keys(k, v, proj, blocks)
         return [keys.folded_HKK, keys.folded_mass_HK.to(dtype)]
 
     def expected(k: Tensor, v: Tensor, proj: Tensor) -> list[Tensor]:

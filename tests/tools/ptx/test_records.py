@@ -57,6 +57,27 @@ $L__BB0_1:
     assert needed(recorded(apart)[0], "barrier", "bar.sync") == [False]
 
 
+def test_a_barrier_of_a_loop_is_needed_between_rounds_that_are_not_adjacent() -> None:
+    """The first and the third round write the same, the second one elsewhere."""
+    body = """
+    mov.b32 %r3, 0;
+$L__BB0_1:
+    shl.b32 %r4, %r3, 1;
+    and.b32 %r4, %r4, 128;
+    xor.b32 %r5, %r2, %r4;
+    and.b32 %r6, %r3, 32;
+    shl.b32 %r6, %r6, 3;
+    add.s32 %r5, %r5, %r6;
+    st.shared.b32 [%r5], %r3;
+    bar.sync 0;
+    add.s32 %r3, %r3, 32;
+    setp.lt.s32 %p0, %r3, 96;
+    @%p0 bra $L__BB0_1;
+"""
+    assert needed(recorded(body)[0], "barrier", "bar.sync") == [True]
+    assert needed(recorded(body.replace("%r3, 96", "%r3, 64"))[0], "barrier", "bar.sync") == [False]
+
+
 COPIES = """
     shl.b32 %r3, %r0, 2;
     cp.async.ca.shared.global [%r3], [%rd3], 4;
