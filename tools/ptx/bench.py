@@ -14,10 +14,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 
 from tools.ptx.driver import DriverOfTensors, StandIn, ptx_in
+from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.machine import Modes
 from tools.ptx.memory import GlobalMemory, Region
+from tools.ptx.source_lines import source
 from wanforge.plugins.launching import call
 from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.driver import Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 
@@ -40,7 +43,10 @@ class Bench:
         memory: The tensors that kernels may use, which every launch completes by its own arguments.
         unwritten: Memory that counts as never written by the host, by its address. Once it is freed, something else
             may lie there.
+        names_source: Whether what is raised names lines of Python, for which a kernel is compiled once more.
     """
+
+    names_source = True
 
     def __init__(self, sm: int, folder: Path, modes: Modes | None = None) -> None:
         self.sm, self.folder, self.memory = sm, folder, GlobalMemory()
@@ -60,7 +66,16 @@ class Bench:
 
         Raises:
             FaultError: A thread did what none may do, or a result is not finite although all operands are.
+            UnsupportedError: The machine does not know an instruction.
         """
+        try:
+            self._launch(launch)
+        except (FaultError, UnsupportedError) as error:
+            if self.names_source and error.line is not None:
+                error.source = source(CubinStore(self.folder), launch.specialisation, error.line)
+            raise
+
+    def _launch(self, launch: Launch) -> None:
         for name, tensor in launch.tensors.items():
             self.add(f"{launch.kernel.name}: {name}", tensor)
         floats = [tensor for tensor in launch.tensors.values() if tensor.dtype.is_floating_point]
@@ -120,22 +135,29 @@ class Bench:
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """Note memory that `torch.empty` gives, and fill it with a pattern."""
-        empty = torch.empty
+        """Note memory that `torch.empty` and `torch.empty_like` give, and fill it with a pattern."""
+        with (
+            mock.patch.object(torch, "empty", self._poisoning(torch.empty)),
+            mock.patch.object(torch, "empty_like", self._poisoning(torch.empty_like)),
+        ):
+            yield
 
-        def poisoned(*sizes: object, **options: object) -> Tensor:
-            tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+    def _poisoning(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        nothing = torch.zeros(0, dtype=torch.uint8)
+
+        def poisoned(*given: object, **options: object) -> Tensor:
+            tensor = make(*given, **options)
             if tensor.device.type == "cpu" and tensor.numel():
-                tensor.view(torch.uint8).fill_(0xFF) if tensor.dim() else tensor.fill_(-1)
+                storage = tensor.untyped_storage()
+                nothing.clone().set_(storage).fill_(0xFF)
                 self.leave_unwritten(tensor)
-                stale = self.memory.find(tensor.untyped_storage().data_ptr())
+                stale = self.memory.find(storage.data_ptr())
                 if stale is not None:
                     stale.written[:] = 0
                     stale.inside[:] = 0
             return tensor
 
-        with mock.patch.object(torch, "empty", poisoned):
-            yield
+        return poisoned
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

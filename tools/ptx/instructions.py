@@ -62,7 +62,7 @@ def build(instruction: Instruction, launch: Launch) -> Step:
         case ("wgmma", what, *_):
             return _group(instruction, what, launch)
         case ("fence", "proxy", "async", *_):
-            return lambda state, mask: state.shared.fence()
+            return lambda state, mask: state.shared.fence(state.chosen(mask), instruction.place)
         case ("redux", "sync", how, kind):
             return _reduce(instruction, how, kind, launch)
         case ("tcgen05" | "mbarrier" | "elect", *_):
@@ -97,7 +97,7 @@ def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> St
         lanes = state.chosen(mask)
         where, report = addresses(state)[lanes], state.report(instruction, lanes)
         if space == "global":
-            found = launch.memory.load(where, size * len(parts), state.numbers[lanes], report)
+            found = launch.memory.load(where, size * len(parts), state.stamps(lanes), report)
         else:
             found = state.shared.load(where, size * len(parts), lanes, report)
         values = np.zeros((len(state.lanes), len(parts)), DTYPES[kind])
@@ -119,7 +119,7 @@ def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> S
         found, where = np.ascontiguousarray(values).view(np.uint8), addresses(state)[lanes]
         report = state.report(instruction, lanes)
         if space == "global":
-            launch.memory.store(where, found, state.numbers[lanes], report)
+            launch.memory.store(where, found, state.stamps(lanes), report)
         else:
             state.shared.store(where, found, lanes, report)
 
@@ -257,11 +257,13 @@ def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _commit(queue: Callable[[State], Queue]) -> Step:
+def _commit(instruction: Instruction, queue: Callable[[State], Queue]) -> Step:
     """Make a group of what the threads have begun."""
 
     def step(state: State, mask: Array | None) -> None:
         queue(state).committed[state.chosen(mask)] += 1
+        if state.shared.record is not None and instruction.words[0] == "cp":
+            state.shared.record.copies.commit(instruction.place, state.chosen(mask))
 
     return step
 
@@ -272,8 +274,10 @@ def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Lau
     assert isinstance(pending, Immediate)
 
     def step(state: State, mask: Array | None) -> None:
-        if queue(state).wait(state.whole(mask), pending.value):
-            launch.kernel.mattered.add(instruction.place)
+        if state.shared.record is not None and instruction.words[0] == "cp":
+            state.shared.record.copies.wait(instruction.place, state.whole(mask), pending.value)
+        if queue(state).wait(state.whole(mask), pending.value) and instruction.words[0] == "wgmma":
+            launch.kernel.needed["wait for products"].add(instruction.place)
 
     return step
 
@@ -281,7 +285,7 @@ def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Lau
 def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
     match rest:
         case ["commit_group"]:
-            return _commit(lambda state: state.copies)
+            return _commit(instruction, lambda state: state.copies)
         case ["wait_group"]:
             return _wait(instruction, lambda state: state.copies, launch)
         case ["ca" | "cg", "shared", "global"]:
@@ -304,7 +308,7 @@ def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
         values, some = np.zeros((len(lanes), length.value), np.uint8), np.flatnonzero(size)
         if len(some):
             within = state.report(instruction, lanes[some])
-            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.numbers[lanes[some]], within)
+            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.stamps(lanes[some]), within)
             values[some] = found
         places = state.shared.begin_copy(to(state)[lanes], length.value, lanes, report)
 
@@ -344,7 +348,7 @@ def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
         case "fence":
             return lambda state, mask: None
         case "commit_group":
-            return _commit(lambda state: state.products)
+            return _commit(instruction, lambda state: state.products)
         case "wait_group":
             return _wait(instruction, lambda state: state.products, launch)
         case "mma_async":

@@ -18,8 +18,9 @@ from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
 from tools.ptx.checks import EXACT, addressing, check_finite, check_range
 from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.mbarriers import Mbarriers
-from tools.ptx.memory import GlobalMemory, Report, SharedMemory
+from tools.ptx.memory import GlobalMemory, Report, SharedMemory, stamp
 from tools.ptx.numbers import Approximation
+from tools.ptx.records import Record, Trace
 from tools.ptx.syntax import (
     DYNAMIC,
     Address,
@@ -51,6 +52,8 @@ class Modes:
     sums: Sums = Sums.FULL
     finite: bool = False
     """Whether an instruction that makes infinity or no number out of finite numbers is a fault."""
+    trace: Trace | None = None
+    """Where the effects on memory are recorded; without it, nothing is recorded."""
 
 
 @dataclass
@@ -128,6 +131,10 @@ class State:
         self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.shared_granule)
         self.tensors = TensorMemory(len(blocks), self.shared)
         self.mbarriers = Mbarriers(self.shared, self.tensors)
+        if launch.modes.trace is not None:
+            granules = len(self.shared.writer)
+            self.shared.record = Record(kernel, launch.modes.trace, first, len(blocks), granules)
+        launch.memory.record = self.shared.record
         self.places = np.zeros(count, np.int64)
         self.parked = np.zeros(count, bool)
         self.waiting = np.full(count, -1)
@@ -150,6 +157,12 @@ class State:
         old = self.registers[register.index]
         self.registers[register.index] = value if mask is None else np.where(mask, value, old)
 
+    def stamps(self, lanes: Array) -> Array:
+        """The stamps of threads in global memory."""
+        return stamp(
+            self.numbers[lanes], self.shared.barriers[lanes // self.launch.kernel.threads], self.threads[lanes] + 1
+        )
+
     def chosen(self, mask: Array | None) -> Array:
         """The numbers of the threads in a mask."""
         return self.lanes if mask is None else np.flatnonzero(mask)
@@ -167,7 +180,7 @@ class State:
             raise FaultError(
                 kind,
                 self.launch.kernel.name,
-                instruction.place,
+                instruction.line,
                 instruction.text,
                 self.blocks[lane // self.launch.kernel.threads],
                 int(self.threads[lane]),
@@ -206,8 +219,6 @@ class Launch:
         memory: GlobalMemory,
         modes: Modes = Modes(),
     ) -> None:
-        from tools.ptx.instructions import build  # which needs the types above
-
         self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
         self.parameters, self.parameter_places = laid_out(kernel, parameters)
         self.shared_granule = granule(kernel, "shared")
@@ -223,7 +234,7 @@ class Launch:
             for operand in each.operands
             if each.words[0] == "bra" and isinstance(operand, Symbol)
         }
-        self.steps: list[Step] = [build(each, self) for each in kernel.instructions]
+        self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
 
     def run(self, side_by_side: int = 1, only: Collection[int] | None = None) -> None:
         """Run all blocks, or some of them.
@@ -236,6 +247,8 @@ class Launch:
             FaultError: A thread did what none may do.
         """
         self.memory.begin(granule(self.kernel, "global"))
+        if self.modes.trace is not None:
+            self.modes.trace.begin()
         x, y, z = self.grid
         blocks = [(i, j, k) for k in range(z) for j in range(y) for i in (range(x) if only is None else only)]
         with np.errstate(all="ignore"):
@@ -269,7 +282,7 @@ class Launch:
                 if running.all():
                     running = None
                 elif not np.array_equal(running, state.whole(mask)):
-                    self.kernel.mattered.add(place)
+                    self.kernel.skipped.add(place)
             ends = instruction.words[0] in ("bra", "ret", "bar") or instruction.words[:2] == ("mbarrier", "try_wait")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
@@ -297,6 +310,7 @@ class Launch:
         waiting = state.waiting.reshape(len(state.blocks), -1)
         whole = (waiting >= 0).all(1) & (waiting == waiting[:, :1]).all(1)
         if whole.any():
+            self._record_barriers(state, np.flatnonzero(whole), waiting[:, 0])
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
             state.tensors.meet(np.flatnonzero(whole))
@@ -311,6 +325,11 @@ class Launch:
             last = self.kernel.instructions[int(state.waiting.max())]
             state.report(last, state.lanes)("does not reach the barrier of its block", lanes.reshape(-1), None)
 
+    def _record_barriers(self, state: State, blocks: Array, places: Array) -> None:
+        if state.shared.record is not None:
+            for block in blocks:
+                state.shared.record.passed(int(block), int(places[block]))
+
     def _finish(self, state: State) -> None:
         for queue in (state.copies, state.products):
             queue.wait(state.whole(None), -(1 << 30))
@@ -318,6 +337,22 @@ class Launch:
         if unfreed.any():
             what = "ends without freeing its tensor memory"
             state.report(self.kernel.instructions[-1], state.lanes)(what, unfreed, None)
+        self._record_barriers(state, np.arange(len(state.blocks)), np.full(len(state.blocks), -1))
+
+
+def built(instruction: Instruction, launch: Launch) -> Step:
+    """The step of an instruction.
+
+    Raises:
+        UnsupportedError: The machine does not know it.
+    """
+    from tools.ptx.instructions import build  # which needs the types above
+
+    try:
+        return build(instruction, launch)
+    except UnsupportedError as error:
+        what = f"{launch.kernel.name}: {error.what}, in: {instruction.text}"
+        raise UnsupportedError(what, instruction.line) from None
 
 
 def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:
