@@ -4,15 +4,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= a red circle moving right
 OUT    ?= demo
+# The Python of a machine with a GPU that has PyTorch, and options for tools.gpu_day.
+GPU_PYTHON ?= $(PYTHON)
+GPU_ARGS   ?=
 # Without compiled modules every process that a test starts would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test quick check usage ptx format bench clean
+.PHONY: help setup demo test quick check usage ptx gpu gpu-rehearsal gpu-pack format bench clean
 
 help:            ## list the commands
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/.installed ## make .venv with everything that demo and test need
 
@@ -46,9 +49,18 @@ usage: setup     ## use the tool as people do: kill commands at 220 moments, run
 	$(BIN)/python -m tests.usage.pairs
 	$(BIN)/python -m tests.usage.chaos --trials 220 --seed 1
 
-ptx: setup       ## run every kernel's PTX on the CPU, and edit single instructions to see them caught
-	$(BIN)/python -m tools.ptx
+ptx: setup       ## run every kernel's PTX on the CPU, write docs/proof.md, and edit single instructions to see them caught
+	$(BIN)/python -m tools.ptx --markdown docs/proof.md
 	$(BIN)/python -m tools.ptx.mutations --count 40 --seed 1
+
+gpu:             ## on a machine with a GPU: find out whatever only a GPU can show, in parts (tools/gpu_day)
+	PYTHONPATH=src:. $(GPU_PYTHON) -m tools.gpu_day $(GPU_ARGS)
+
+gpu-rehearsal: setup ## run every part of gpu at a small size, without a GPU
+	$(BIN)/python -m tools.gpu_day --rehearse --minutes 30 --out gpu-rehearsal
+
+gpu-pack: setup  ## make gpu-pack/, which takes everything to a machine with a GPU and without a network
+	$(BIN)/python -m tools.gpu_day.pack --out gpu-pack
 
 bench: setup     ## measure what any machine can, compare with earlier runs here, and write docs/benchmarks.md
 	@touch benchmarks.jsonl

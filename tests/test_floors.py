@@ -53,6 +53,7 @@ ROOMS = [
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
     "wanforge.runtime.measure.durations wanforge.runtime.measure.estimates",
     "wanforge.runtime.measure.doctor",
+    "wanforge.runtime.measure.machine_code",
     "wanforge.runtime.measure.cost",
     "wanforge.runtime.measure.other_recipe wanforge.runtime.measure.baselines",
     "wanforge.runtime.measure.parity.metrics",

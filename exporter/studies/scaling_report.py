@@ -8,7 +8,6 @@ from typing import Any
 
 from wanforge.configs.clip import ClipShape
 from wanforge.exporter.studies.scaling import ClipMemory, Scaling, ScalingPoint
-from wanforge.runtime.measure.cost.launches import ASSUMED
 from wanforge.runtime.measure.cost.memory import MemoryReport
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 from wanforge.runtime.measure.tables import markdown_table, number, text_table
@@ -244,10 +243,9 @@ def page(scaling: Scaling) -> str:
         "nothing is measured.** The models' own clips have 81 frames (five seconds); this page does not say whether "
         "longer clips look right.",
         "Times are rooflines: the time that the operations and bytes of every launch take at the vendor's peaks, with "
-        "each tensor counted once, for W8A8 with SageSLA and four steps. Nothing can be faster; kernels that reach the "
-        f"shares of the peaks assumed in [kernels.md](kernels.md) take {1 / ASSUMED.bandwidth:.2f} to "
-        f"{1 / ASSUMED.arithmetic:.2f} times as long. The text encoder and the writing of the video file are left out, "
-        "because their time hardly grows with the clip's size, if at all.",
+        "each tensor counted once, for W8A8 with SageSLA and four steps. Nothing can be faster; "
+        "[kernels.md](kernels.md) predicts how much longer the kernels take. The text encoder and the writing of the "
+        "video file are left out, because their time hardly grows with the clip's size, if at all.",
         "## The law",
         "\n".join(f"- {law}" for law in laws(scaling)),
         f"![Roofline of the denoiser and of the decoder over tokens, {gpu}]({TIME_PLOT})",

@@ -1,16 +1,17 @@
-"""A kernel that can be called with tensors on any device.
+"""Kernels and PyTorch's functions, called with tensors on any device.
 
-On the CPU the kernel runs in Triton's interpreter, on a GPU its cubin runs, and on the meta device the launch is only
-recorded, which is how the ahead-of-time compiler learns which kernels a model needs.
+On the CPU a kernel runs in Triton's interpreter, on a GPU its cubin runs, and on the meta device the launch is only
+recorded, which is how the ahead-of-time compiler learns which kernels a model needs, and a launch plan what to repeat.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from wanforge.plugins.launching import Constant, driver
 from wanforge.plugins.launching.interpreter import interpret
-from wanforge.plugins.launching.launch import KernelSignature, Launch, architecture_of, record, tile_for
+from wanforge.plugins.launching.launch import KernelSignature, Launch, LibraryCall, architecture_of, record, tile_for
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,30 @@ class Kernel(KernelSignature):
         tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
         sm = architecture_of(tensor.device)
         tile = tile_for(self.name, sm)
-        launch = Launch(self, {**tile.blocks, **arguments}, tile.num_warps, tile.num_stages, sm)
-        match tensor.device.type:
-            case "meta":
-                record(launch)
-            case "cpu":
-                interpret(launch)
-            case _:
-                driver.run(launch)
+        run(Launch(self, {**tile.blocks, **arguments}, tile.num_warps, tile.num_stages, sm))
+
+
+def run(launch: Launch) -> None:
+    """Run a launch on the device of its tensors; see `Kernel`."""
+    match next(iter(launch.tensors.values())).device.type:
+        case "meta":
+            record(launch)
+        case "cpu":
+            interpret(launch)
+        case _:
+            driver.run(launch)
+
+
+def library(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call a function of PyTorch between launches, so that a launch plan calls it as well.
+
+    Args:
+        function: Computes a new tensor. What it does must not depend on the values of its tensors.
+
+    Returns:
+        The result, made contiguous: how it lies in memory may differ from one device to another.
+    """
+    result = function(*tensors).contiguous()
+    if result.device.type == "meta":
+        record(LibraryCall(function, tensors, result))
+    return result

@@ -144,10 +144,11 @@ def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> C
 
 
 class Worker:
-    """A child process that compiles one kernel after another. It is started when it is first needed."""
+    """A child process that compiles one kernel after another. It is started when it is first needed. With `line_info`,
+    the PTX names the lines of the sources, as no cubin that is kept may."""
 
-    def __init__(self, scratch: Path) -> None:
-        self.scratch = scratch
+    def __init__(self, scratch: Path, *, line_info: bool = False) -> None:
+        self.scratch, self.line_info = scratch, line_info
         self.errors = scratch / f"errors-{id(self)}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -176,7 +177,7 @@ class Worker:
             # Triton's own cache could return the output of an older compiler.
             "TRITON_CACHE_DIR": str(self.scratch),
             # Line numbers come with the paths of the sources, so the same kernel would be other bytes elsewhere.
-            "TRITON_DISABLE_LINE_INFO": "1",
+            "TRITON_DISABLE_LINE_INFO": str(int(not self.line_info)),
             "TMPDIR": str(self.scratch),
         }
         with self.errors.open("wb") as errors:

@@ -154,9 +154,10 @@ class CubinStore:
 
 
 def source_hash(op: str) -> str:
-    """SHA-256 of an op's kernels and of every wanforge module that they import. The files are read, not imported."""
+    """SHA-256 of an op's kernels, of the wanforge modules that they import, and of the one with the compiler's options.
+    The files are read, not imported."""
     sources: dict[str, bytes] = {}
-    waiting = [f"wanforge.plugins.{op}.kernel"]
+    waiting = [f"wanforge.plugins.{op}.kernel", "wanforge.plugins.launching.worker"]
     while waiting:
         module = waiting.pop()
         path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")

@@ -1,38 +1,54 @@
-"""Launch cubins through the CUDA driver. Triton is needed only when a cubin is missing and must be compiled."""
+"""Launch cubins through the CUDA driver. Triton is needed only when a cubin is missing and must be compiled.
 
-import ctypes
+The parameters of launches are packed when their kernels are loaded. To run them, their addresses are added up in one
+operation for all, and the driver is given pointers to the parameters, which it copies.
+"""
+
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, Self
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from wanforge.configs.targets import architecture
-from wanforge.errors import ResourceError
-from wanforge.plugins.launching import Constant
+from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, folders, source_hash
-from wanforge.plugins.launching.launch import Launch, Specialisation
+from wanforge.plugins.launching.launch import ALIGNMENT, Launch, Specialisation
+from wanforge.plugins.launching.plan import Address, PlannedLaunch
 from wanforge.requirements import install_extra, install_package
 
 STATIC_SHARED = 48 * 1024
 """Bytes of shared memory that a program may use without raising the limit through the driver."""
 
-SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+SCALARS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+"""How `struct` packs scalars."""
+
+WORD = 8
+"""Bytes from one packed parameter to the next: the size of the largest."""
+
+SCRATCH = 2
+"""The number of null pointers that follow the parameters of every kernel."""
 
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A cubin that is loaded into a device's memory."""
+    """A kernel in a device's memory.
 
-    device: torch.device
-    cubin: Cubin
+    Attributes:
+        parameters: Name and type of each parameter, in order, without the scratch pointers.
+        threads, shared_bytes: What one program has.
+    """
+
     function: Any
-    types: tuple[type, ...]
-    """The ctypes types of the parameters and of the two scratch pointers."""
+    parameters: tuple[tuple[str, str], ...]
+    threads: int
+    shared_bytes: int
 
 
 class Driver:
@@ -84,7 +100,7 @@ class Driver:
     def load(self, device: torch.device, code: bytes, entry: str, shared_bytes: int) -> Any:
         """Load a cubin and return its function, allowed as much dynamic shared memory as it needs."""
         cuda = self.cuda
-        with self._current(device):
+        with self.current(device):
             module = self._checked(cuda.cuModuleLoadData(code))
             function = self._checked(cuda.cuModuleGetFunction(module, entry.encode()))
             if shared_bytes > STATIC_SHARED:
@@ -92,22 +108,20 @@ class Driver:
                 self._checked(cuda.cuFuncSetAttribute(function, limit, shared_bytes))
         return function
 
-    def launch(self, loaded: LoadedKernel, grid: tuple[int, int, int], values: Sequence[Constant], stream: int) -> None:
-        """Put a kernel on a stream.
+    def launch(self, kernel: LoadedKernel, grid: tuple[int, int, int], parameters: int, stream: int) -> None:
+        """Put a kernel on a stream of the device whose context is current.
 
         Args:
-            values: The values of the cubin's parameters in order, with tensors as addresses.
+            parameters: The address of pointers to the parameters and to the null scratch pointers after them.
         """
-        cubin = loaded.cubin
-        arguments = ((*values, 0, 0), loaded.types)  # two null scratch pointers follow
-        with self._current(loaded.device):
-            status = self.cuda.cuLaunchKernel(
-                loaded.function, *grid, cubin.threads, 1, 1, cubin.shared_bytes, stream, arguments, 0
+        self._checked(
+            self.cuda.cuLaunchKernel(
+                kernel.function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, parameters, 0
             )
-            self._checked(status)
+        )
 
     @contextmanager
-    def _current(self, device: torch.device) -> Iterator[None]:
+    def current(self, device: torch.device) -> Iterator[None]:
         """Make PyTorch's context current, because a thread that has not called CUDA has none."""
         cuda = self.cuda
         if device not in self.contexts:
@@ -120,10 +134,9 @@ class Driver:
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
         """Return the value of a driver call, or raise if the call failed."""
-        status, *values = answer
-        if status != self.cuda.CUresult.CUDA_SUCCESS:
-            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {status.name}")
-        return values[0] if values else None
+        if answer[0] != self.cuda.CUresult.CUDA_SUCCESS:
+            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {answer[0].name}")
+        return answer[1] if len(answer) > 1 else None
 
 
 class Launcher:
@@ -141,11 +154,11 @@ class Launcher:
             ResourceError: The cubin is missing or damaged, or the driver refuses it.
         """
         launch.check_arguments()
-        device = next(iter(launch.tensors.values())).device
-        loaded = self.load(device, launch)
-        given = (launch.arguments[name] for name, _ in loaded.cubin.parameters)
-        values: list[Constant] = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
-        self.driver.launch(loaded, launch.grid, values, self.driver.stream(device))
+        tensors = launch.tensors
+        device = next(iter(tensors.values())).device
+        alone = PlannedLaunch(launch, {name: Address(base, 0) for base, name in enumerate(tensors)})
+        addresses = [tensor.data_ptr() for tensor in tensors.values()]
+        LoadedLaunches(self, device, [alone]).put(addresses, self.driver.stream(device))
 
     def load(self, device: torch.device, launch: Launch) -> LoadedKernel:
         """Load the cubin of a launch onto a device; only the types and constants of its arguments matter.
@@ -156,14 +169,62 @@ class Launcher:
         place = device, launch.specialisation
         if place not in self.loaded:
             store, cubin = find_cubin(launch)
-            types = [_ctype(kind) for _, kind in cubin.parameters]
             function = self.driver.load(device, store.read(cubin), cubin.entry, cubin.shared_bytes)
-            self.loaded[place] = LoadedKernel(device, cubin, function, (*types, ctypes.c_void_p, ctypes.c_void_p))
+            self.loaded[place] = LoadedKernel(function, cubin.parameters, cubin.threads, cubin.shared_bytes)
         return self.loaded[place]
 
 
-def _ctype(kind: str) -> type:
-    return ctypes.c_void_p if kind.startswith("*") else SCALARS[kind.removesuffix(":16")]
+class LoadedLaunches:
+    """Launches that follow each other, with their kernels loaded and all parameters packed but the addresses.
+
+    The packed parameters are written at every run, so only one thread at a time may use this.
+
+    Raises:
+        ResourceError: A cubin is missing or damaged.
+    """
+
+    def __init__(self, launcher: Launcher, device: torch.device, launches: Sequence[PlannedLaunch]) -> None:
+        self.driver, self.device = launcher.driver, device
+        kernels = [launcher.load(device, planned.launch) for planned in launches]
+        starts = list(accumulate((len(kernel.parameters) + SCRATCH for kernel in kernels), initial=0))
+        self._parameters = np.zeros(starts[-1], np.uint64)
+        self._pointers = self._parameters.ctypes.data + WORD * np.arange(starts[-1], dtype=np.uint64)
+        self._launches = [
+            (kernel, planned.launch.grid, self._pointers.ctypes.data + WORD * start)
+            for kernel, planned, start in zip(kernels, launches, starts, strict=False)
+        ]
+        self._tensors: list[tuple[str, str]] = []
+        places: list[tuple[int, int, int]] = []
+        for planned, kernel, start in zip(launches, kernels, starts, strict=False):
+            for position, (name, kind) in enumerate(kernel.parameters, start):
+                address = planned.addresses.get(name)
+                if address is not None:
+                    self._tensors.append((planned.launch.kernel.name, name))
+                    places.append((position, address.base, address.offset))
+                else:
+                    scalar = SCALARS[kind.removesuffix(":16")]
+                    struct.pack_into(scalar, self._parameters.data, WORD * position, planned.launch.arguments[name])
+        self._positions, self._bases, self._offsets = np.array(places, np.uint64).T
+
+    def put(self, bases: Sequence[int], stream: int) -> None:
+        """Put the launches on a stream.
+
+        Args:
+            bases: The base addresses of the launch plan.
+
+        Raises:
+            ShapeError: An address is not aligned as the compiled code assumes.
+            ResourceError: The driver refuses a launch.
+        """
+        addresses = np.array(bases, np.uint64)[self._bases] + self._offsets
+        beyond = addresses % ALIGNMENT
+        if beyond.any():
+            kernel, name = self._tensors[beyond.argmax()]
+            raise ShapeError(f"{kernel}: {name} begins {beyond.max()} bytes after a multiple of {ALIGNMENT} bytes")
+        self._parameters[self._positions] = addresses
+        with self.driver.current(self.device):
+            for kernel, grid, parameters in self._launches:
+                self.driver.launch(kernel, grid, parameters, stream)
 
 
 def find_cubin(launch: Launch) -> tuple[CubinStore, Cubin]:

@@ -1,11 +1,12 @@
-"""Kernel launches: a kernel's signature, its arguments, and the specialisation that a cubin is compiled for.
+"""Kernel launches: a kernel's signature, its arguments, and the specialisation that a cubin is compiled for; and what
+is recorded of a function that makes them.
 
 Nothing here runs a kernel or imports Triton; see `call`, `interpreter` and `driver`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -144,25 +145,45 @@ class Launch:
                 raise ShapeError(f"{self.kernel.name}: {name} is {value}, which does not fit a 32-bit integer")
 
 
+@dataclass(frozen=True)
+class LibraryCall:
+    """A call of PyTorch between launches, and its result."""
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+    result: Tensor
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a function does with tensors on the meta device, in order."""
+
+    steps: list[Launch | LibraryCall] = field(default_factory=list)
+
+    @property
+    def launches(self) -> list[Launch]:
+        return [step for step in self.steps if isinstance(step, Launch)]
+
+
 _target: ContextVar[int | None] = ContextVar("target", default=None)
-_recorded: ContextVar[list[Launch]] = ContextVar("recorded")
+_recorded: ContextVar[Recording] = ContextVar("recorded")
 
 
 @contextmanager
-def recording(sm: int) -> Iterator[list[Launch]]:
-    """Collect the launches made with tensors on the meta device, using the tiles of an architecture."""
-    launches: list[Launch] = []
-    tokens = _target.set(sm), _recorded.set(launches)
+def recording(sm: int) -> Iterator[Recording]:
+    """Collect what is launched with tensors on the meta device, using the tiles of an architecture."""
+    recorded = Recording()
+    tokens = _target.set(sm), _recorded.set(recorded)
     try:
-        yield launches
+        yield recorded
     finally:
         _target.reset(tokens[0])
         _recorded.reset(tokens[1])
 
 
-def record(launch: Launch) -> None:
-    """Add a launch to the innermost `recording`."""
-    _recorded.get().append(launch)
+def record(step: Launch | LibraryCall) -> None:
+    """Add a launch or a call of PyTorch to the innermost `recording`."""
+    _recorded.get().steps.append(step)
 
 
 def architecture_of(device: torch.device) -> int:

@@ -1,18 +1,17 @@
-"""Launch plans: an op's launches with each tensor as an offset from a base address, made before memory is allocated.
+"""Launch plans: a function's launches with each tensor as an offset from a base address, without any memory.
 
-The op's function runs once on the meta device. Its launches are recorded, and every tensor it creates gets a place in
-one workspace. At run time only additions are left: no allocation, no PyTorch tensor, no synchronisation.
+The function runs once on the meta device. What it does is recorded, and every tensor it creates gets a place in one
+workspace, where tensors that are not needed at the same time take the same place. A plan holds no address, so it can be
+repeated on any memory. At run time only additions are left, besides the calls of PyTorch between launches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wanforge.errors import ShapeError
-from wanforge.plugins.launching import Constant
-from wanforge.plugins.launching.launch import ALIGNMENT, Launch, recording
+from wanforge.plugins.launching.launch import Launch, LibraryCall, recording
 
 PLACE_ALIGNMENT = 256
 """Alignment in bytes of the places in the workspace, the same as that of memory allocated by CUDA."""
@@ -33,75 +32,136 @@ class PlannedLaunch:
     launch: Launch
     addresses: Mapping[str, Address]
 
-    def value(self, name: str, bases: Sequence[int]) -> Constant:
-        """The value of a run-time argument: the address of a tensor, or the number itself.
+    @property
+    def bases(self) -> set[int]:
+        """The numbers of the base addresses that it uses."""
+        return {address.base for address in self.addresses.values()}
 
-        Raises:
-            ShapeError: The address is not aligned as the compiled code assumes.
-        """
-        lies = self.addresses.get(name)
-        if lies is None:
-            value = self.launch.arguments[name]
-            assert not isinstance(value, Tensor)
-            return value
-        number = bases[lies.base] + lies.offset
-        if beyond := number % ALIGNMENT:
-            raise ShapeError(
-                f"{self.launch.kernel.name}: {name} begins {beyond} bytes after a multiple of {ALIGNMENT} bytes"
-            )
-        return number
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """A call of PyTorch, the addresses of its arguments, and the number of the base address that its result gives."""
+
+    call: LibraryCall
+    addresses: tuple[Address, ...]
+    base: int
+
+    @property
+    def bases(self) -> set[int]:
+        """The numbers of the base addresses that it uses or gives."""
+        return {self.base, *(address.base for address in self.addresses)}
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """The launches of an op for inputs of given shapes.
+    """What a function does with tensors of given shapes.
 
-    The base addresses are those of the inputs, the output and the workspace, in this order.
+    The base addresses are those of the tensors it was given, of the output, if it returns one, of the workspace, and of
+    the results of its calls of PyTorch, in this order.
+
+    Attributes:
+        workspace_bytes: The bytes of the workspace.
+        temporary_bytes: The bytes of all tensors in the workspace together. No plan for smaller shapes needs more,
+            whereas the workspace may be larger for smaller shapes, if less fits in between.
+        output: The shape of the output.
     """
 
-    launches: tuple[PlannedLaunch, ...]
+    steps: tuple[PlannedLaunch | PlannedCall, ...]
     workspace_bytes: int
-    output: torch.Size
+    temporary_bytes: int
+    output: torch.Size | None
+
+    @property
+    def results(self) -> list[int]:
+        """The numbers of the base addresses that calls of PyTorch give."""
+        return [step.base for step in self.steps if isinstance(step, PlannedCall)]
+
+    @property
+    def launches(self) -> list[PlannedLaunch]:
+        return [step for step in self.steps if isinstance(step, PlannedLaunch)]
 
 
-def plan(
-    run: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[tuple[Sequence[int], torch.dtype]], sm: int
-) -> LaunchPlan:
-    """Make the launch plan of an op.
+def plan(run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tensor], sm: int) -> LaunchPlan:
+    """Make the launch plan of a function.
 
     Args:
-        run: The op as a function of its inputs, which are contiguous tensors on the meta device.
-        inputs: The shapes and types of the inputs.
+        run: Launches kernels, calls PyTorch through `call.library` and in no other way, and returns a tensor that it
+            creates, or nothing.
+        given: Tensors on the meta device for it.
         sm: The architecture, such as 90.
 
     Raises:
-        ShapeError: The op does not accept these inputs.
+        ShapeError: The function does not accept these tensors.
     """
-    with torch.device("meta"), recording(sm) as launches:
-        given = [torch.empty(tuple(shape), dtype=dtype) for shape, dtype in inputs]
+    with torch.device("meta"), recording(sm) as recorded:
         output = run(given)
-    assert output.is_contiguous()
-    assert output.storage_offset() == 0
-    starts = {_storage(tensor): Address(base, 0) for base, tensor in enumerate([*given, output])}
-    workspace, size = len(starts), 0
-    for launch in launches:
-        launch.check_arguments()
-        for tensor in launch.tensors.values():
-            if _storage(tensor) not in starts:
-                starts[_storage(tensor)] = Address(workspace, size)
-                size += -(-tensor.untyped_storage().nbytes() // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
-    planned = []
-    for launch in launches:
-        addresses = {}
-        for name, tensor in launch.tensors.items():
-            start = starts[_storage(tensor)]
-            offset = int(tensor.storage_offset()) * tensor.element_size()
-            addresses[name] = Address(start.base, start.offset + offset)
-        planned.append(PlannedLaunch(launch, addresses))
-    return LaunchPlan(tuple(planned), size, output.shape)
+    outputs = [] if output is None else [output]
+    assert all(tensor.is_contiguous() and tensor.storage_offset() == 0 for tensor in outputs)
+    starts = {_storage(tensor): Address(base, 0) for base, tensor in enumerate([*given, *outputs])}
+    workspace = len(starts)
+    results = [_storage(step.result) for step in recorded.steps if isinstance(step, LibraryCall)]
+    assert starts.keys().isdisjoint(results)
+    starts |= {result: Address(workspace + 1 + index, 0) for index, result in enumerate(results)}
+
+    temporaries: dict[int, Temporary] = {}
+    for position, step in enumerate(recorded.steps):
+        for tensor in _tensors(step):
+            if (storage := _storage(tensor)) not in starts:
+                size = -(-tensor.untyped_storage().nbytes() // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+                temporaries.setdefault(storage, Temporary(size, position, position)).last = position
+    lay_out(temporaries.values())
+    starts |= {storage: Address(workspace, each.offset) for storage, each in temporaries.items()}
+
+    def address(tensor: Tensor) -> Address:
+        start = starts[_storage(tensor)]
+        return Address(start.base, start.offset + int(tensor.storage_offset()) * tensor.element_size())
+
+    steps: list[PlannedLaunch | PlannedCall] = []
+    for step in recorded.steps:
+        if isinstance(step, Launch):
+            step.check_arguments()
+            steps.append(PlannedLaunch(step, {name: address(tensor) for name, tensor in step.tensors.items()}))
+        else:
+            steps.append(PlannedCall(step, tuple(map(address, step.tensors)), address(step.result).base))
+    return LaunchPlan(
+        tuple(steps),
+        max((each.end for each in temporaries.values()), default=0),
+        sum(each.size for each in temporaries.values()),
+        None if output is None else output.shape,
+    )
+
+
+@dataclass
+class Temporary:
+    """Memory that a function needs from one step to another, and its place in the workspace."""
+
+    size: int
+    first: int
+    last: int
+    offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+def lay_out(temporaries: Iterable[Temporary]) -> None:
+    """Give each a place, the largest first: the lowest offset where nothing is needed at the same time."""
+    placed: list[Temporary] = []
+    for each in sorted(temporaries, key=lambda each: -each.size):
+        together = (other for other in placed if each.first <= other.last and other.first <= each.last)
+        for other in sorted(together, key=lambda other: other.offset):
+            if each.end <= other.offset:
+                break
+            each.offset = max(each.offset, other.end)
+        placed.append(each)
+
+
+def _tensors(step: Launch | LibraryCall) -> Iterator[Tensor]:
+    yield from step.tensors.values() if isinstance(step, Launch) else step.tensors
 
 
 def _storage(tensor: Tensor) -> int:
-    """Identify the memory of a tensor. The launches keep their tensors alive, so no number is used again."""
+    """Identify the memory of a tensor. The recorded steps keep their tensors alive, so no number is used again."""
     number: int = tensor.untyped_storage()._cdata
     return number

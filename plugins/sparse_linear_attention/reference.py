@@ -101,11 +101,12 @@ def sparse_branch(
     selected_BHMS: Tensor,
     blocks: Blocks,
 ) -> Tensor:
-    """Softmax attention over the selected blocks, visited in ascending order with a running maximum.
+    """Softmax attention over the selected blocks, visited in ascending order with a running maximum. There may be fewer
+    queries than keys: whole blocks of them.
 
     The order affects the last bits: probabilities are rounded to their format relative to the maximum so far.
     """
-    length, softmax_scale = q_BHLK.shape[2], q_BHLK.shape[3] ** -0.5 * math.log2(math.e)
+    num_queries, num_keys, softmax_scale = q_BHLK.shape[2], k_BHLK.shape[2], q_BHLK.shape[3] ** -0.5 * math.log2(math.e)
     offset = 0.0
     if blocks.arithmetic == "sla":
         q, k = split_rows(q_BHLK.float(), blocks.q), split_rows(k_BHLK.float(), blocks.k)
@@ -129,7 +130,7 @@ def sparse_branch(
         if logit_scale_BHMN is not None:
             logits = logits * logit_scale_BHMN.take_along_dim(chosen_BHM[..., None], -1)[..., None]
         position = index * blocks.k + torch.arange(blocks.k, device=q.device)
-        logits = logits.masked_fill(position >= length, -math.inf)
+        logits = logits.masked_fill(position >= num_keys, -math.inf)
 
         previous, maximum = maximum, torch.maximum(maximum, logits.amax(-1, keepdim=True))
         shrink = torch.exp2(previous - maximum)
@@ -137,7 +138,7 @@ def sparse_branch(
         total = total * shrink + p.sum(-1, keepdim=True)
         output = output * shrink + p.to(p_type).float() @ v_blocks.take_along_dim(index, 2)
 
-    attended = (output / total).flatten(2, 3)[:, :, :length]
+    attended = (output / total).flatten(2, 3)[:, :, :num_queries]
     return (attended if v_scale is None else attended * v_scale).to(q_BHLK.dtype)
 
 

@@ -28,8 +28,8 @@ from wanforge.plugins.tensorrt.library import Flavour, Library
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wanforge.plugins.launching.driver import Launcher, LoadedKernel
-    from wanforge.plugins.launching.plan import LaunchPlan, PlannedLaunch
+    from wanforge.plugins.launching.driver import Launcher, LoadedLaunches
+    from wanforge.plugins.launching.plan import LaunchPlan
 
 NAMESPACE, VERSION = "wanforge", "1"
 OPS = ("w8a8_linear", "sparse_linear_attention")
@@ -83,12 +83,13 @@ class PluginOp(ABC):
 
         from wanforge.plugins.launching.plan import plan
 
-        return plan(self.on(sm).run, [(shape, getattr(torch, dtype)) for shape, dtype in inputs], sm)
+        blanks = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in inputs]
+        return plan(self.on(sm).run, blanks, sm)
 
     def workspace_bytes(self, inputs: Sequence[tuple[Shape, str]]) -> int:
-        """The most workspace that the op needs on any architecture, because one engine serves several."""
+        """A workspace that is enough for these inputs and smaller ones, on every architecture that an engine serves."""
         distinct = {self.on(sm): sm for sm in tiled_architectures()}
-        return max(op.plan(inputs, sm).workspace_bytes for op, sm in distinct.items())
+        return max(op.plan(inputs, sm).temporary_bytes for op, sm in distinct.items())
 
     def refusal(self, position: int, found: Sequence[str]) -> str:
         """Why the tensor at `position` (inputs, then the output) has an unsupported type, or an empty string.
@@ -110,33 +111,21 @@ def find_op(folder: str) -> type[PluginOp]:
     return found
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A launch plan whose kernels are loaded."""
-
-    launches: tuple[tuple["PlannedLaunch", "LoadedKernel"], ...]
-
-    def put(self, launcher: "Launcher", bases: Sequence[int], stream: int) -> None:
-        """Launch every kernel on a stream."""
-        for planned, loaded in self.launches:
-            values = [planned.value(name, bases) for name, _ in loaded.cubin.parameters]
-            launcher.driver.launch(loaded, planned.launch.grid, values, stream)
-
-
 class Preparation:
-    """The launch plans of one plugin in one execution context, made once per set of input shapes and types."""
+    """The launches of one plugin in one execution context, loaded once per set of input shapes and types."""
 
     def __init__(self, op: PluginOp) -> None:
         self.op = op
-        self.made: dict[tuple[tuple[Shape, str], ...], Ready] = {}
+        self.made: dict[tuple[tuple[Shape, str], ...], LoadedLaunches] = {}
 
-    def ready(self, inputs: tuple[tuple[Shape, str], ...], launcher: "Launcher") -> Ready:
-        """The loaded launch plan for these inputs on the current GPU."""
+    def ready(self, inputs: tuple[tuple[Shape, str], ...], launcher: "Launcher") -> "LoadedLaunches":
+        """The loaded launches for these inputs on the current GPU."""
         if inputs not in self.made:
+            from wanforge.plugins.launching.driver import LoadedLaunches
+
             device = launcher.driver.current_device()
             plan = self.op.plan(inputs, launcher.driver.sm(device))
-            loaded = [(planned, launcher.load(device, planned.launch)) for planned in plan.launches]
-            self.made[inputs] = Ready(tuple(loaded))
+            self.made[inputs] = LoadedLaunches(launcher, device, plan.launches)
         return self.made[inputs]
 
 
@@ -288,7 +277,7 @@ def plugin_class(trt: Any, accounts: Sequence[Account]) -> type:
             with noted(accounts[-1], self.op):
                 launcher = self._launcher()
                 ready = self.preparation.ready(self._inputs(input_desc), launcher)
-                ready.put(launcher, [*inputs, *outputs, workspace], stream)
+                ready.put([*inputs, *outputs, workspace], stream)
 
         def _inputs(self, described: Iterable[Any]) -> tuple[tuple[Shape, str], ...]:
             return tuple((shape_of(desc.dims), type_of(desc)) for desc in described)

@@ -18,6 +18,7 @@ from wanforge.configs.topk import num_selected
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
 from wanforge.plugins.quantiser import TILE
@@ -38,6 +39,21 @@ Input = Tensor | Quantised
 """The input of a linear: hidden states, plain or quantised."""
 
 Weights = Mapping[str, Tensor]
+
+
+def cast_linear(x_LD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear in the type of its input."""
+    return F.linear(x_LD, weight.to(x_LD.dtype), bias.to(x_LD.dtype))
+
+
+def gelu(x_LD: Tensor) -> Tensor:
+    return F.gelu(x_LD, approximate="tanh")
+
+
+def attend_to_all(q_LD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
+    """`dense_attention` of one sample, its heads side by side: ``[L, D]``."""
+    q_BLHK, k_BTHK, v_BTHK = map(split_heads, (q_LD[None], keys_BTD, values_BTD))
+    return dense_attention(q_BLHK, k_BTHK, v_BTHK, key_bias_T).flatten(2)[0]
 
 
 class Linears(Protocol):
@@ -82,7 +98,7 @@ class PlainLinears:
         return y_LD
 
     def linear(self, x_LD: Tensor, name: str) -> Tensor:
-        return F.linear(x_LD, *(self.weights[f"{name}.{part}"].to(x_LD.dtype) for part in ("weight", "bias")))
+        return library(cast_linear, x_LD, *(self.weights[f"{name}.{part}"] for part in ("weight", "bias")))
 
     def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
         assert isinstance(x, Tensor)
@@ -94,7 +110,7 @@ class PlainLinears:
 
     def gelu(self, x: Input, name: str) -> Tensor:
         assert isinstance(x, Tensor)
-        return F.gelu(self.linear(x, name), approximate="tanh")
+        return library(gelu, self.linear(x, name))
 
 
 class QuantisedLinears:
@@ -115,7 +131,10 @@ class QuantisedLinears:
 
     def weight(self, name: str) -> Weight:
         int8, scale, bias = (self.weights[f"{name}.{part}"] for part in ("int8_weight", "scale", "bias"))
-        return Weight(int8, scale, bias.to(self.dtype))
+        return Weight(int8, scale, bias if bias.dtype == self.dtype else library(self.cast, bias))
+
+    def cast(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
 
     def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
         assert isinstance(x, Quantised)
@@ -211,8 +230,8 @@ class FusedBlock:
         q_LD = observer.value("cross_attn.q", q_LD)
         rms_norm_rotate([q_LD], [weights["cross_attn.norm_q.weight"]], self.config.eps)
         q_LD = observer.value("cross_attn.norm_q", q_LD)
-        y_BLHK = dense_attention(split_heads(q_LD[None]), split_heads(keys_BTD), split_heads(values_BTD), key_bias_T)
-        a = observer.input("cross_attn.o.in", layers.pack(y_BLHK.flatten(2)[0]), layers)
+        y_LD = library(attend_to_all, q_LD, keys_BTD, values_BTD, key_bias_T)
+        a = observer.input("cross_attn.o.in", layers.pack(y_LD), layers)
         layers.add(a, "cross_attn.o", out_LD, None, out_LD)
 
         a = observer.input("ffn.0.in", layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True), layers)
@@ -233,8 +252,7 @@ class FusedBlock:
         self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
     ) -> Input:
         if self.blocks is None:
-            y_BLHK = dense_attention(*(split_heads(x[None]) for x in (q_LD, k_LD, v_LD)))
-            return layers.pack(y_BLHK.flatten(2)[0])
+            return layers.pack(library(attend_to_all, q_LD, k_LD[None], v_LD[None]))
         proj, bias = (weights[f"self_attn.attn_op.local_attn.proj_l.{part}"] for part in ("weight", "bias"))
         arguments = (q_LD, k_LD, v_LD, num_selected, proj, bias, self.blocks)
         if layers.packs_tiles and self.blocks.q == HEAD_DIM:
@@ -263,13 +281,13 @@ def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | Non
         "context_rows": model.dit.text_rows,
         "num_selected": num_selected(runs, clip, model.topk),
     }
-    with recording(sm) as found, torch.device("meta"):
+    with recording(sm) as recorded, torch.device("meta"):
         inputs = [
             torch.empty(concrete(port.shape, sizes), dtype=element_type(port.dtype, torch.bfloat16))
             for port in block.inputs
         ]
         FusedBlock(model.dit, runs).run(_empty_weights(block), inputs, torch.empty_like(inputs[0]))
-    return found
+    return recorded.launches
 
 
 def _empty_weights(block: Graph) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
+from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
 from wanforge.runtime.memory.arena import Runnable
@@ -28,24 +29,32 @@ class KernelsBackend(TorchBackend):
 
     name = "kernels"
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
-        super().__init__(bundle, dtype, gpu_or_cpu())
+    def __init__(self, bundle: Bundle, dtype: torch.dtype | None, device: torch.device | None = None) -> None:
+        super().__init__(bundle, dtype, device or gpu_or_cpu())
         has_gpu = self.device.type == "cuda"
         recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if has_gpu else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
+        self.planned = Planned(self.run_block)
         # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         if graph_run.graph != "block":
             return super().bind(graph_run, inputs, outputs)
-        state = self.state(graph_run)
+        names = [port.name for port in (*self.graphs["block"].inputs, *self.graphs["block"].outputs)]
+        tensors = {**dict(zip(names, [*inputs, *outputs], strict=True)), **self.state(graph_run)}
 
         def run() -> None:
             with torch.inference_mode():
-                self.block.run(state, inputs, outputs[0])
+                self.planned(tensors)
 
         return run
+
+    def run_block(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute a block of its inputs, its output and its weights, by their names in the graph."""
+        graph = self.graphs["block"]
+        inputs = [tensors[port.name] for port in graph.inputs]
+        self.block.run(tensors, inputs, tensors[graph.outputs[0].name])
 
     def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         observer, hidden_out = ForcedTaps(forced or {}, self.dtype), torch.empty_like(inputs[0])

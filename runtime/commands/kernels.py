@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import parse_targets
 from wanforge.plugins.launching.compiler import compile_kernels, outdated
-from wanforge.plugins.launching.cubins import MANIFEST, cache_folder
+from wanforge.plugins.launching.cubins import MANIFEST, Cubin, cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import faults
 from wanforge.runtime.backends.fused_block import launches
@@ -27,6 +28,7 @@ from wanforge.runtime.commands.options import (
     takes,
     target_option,
 )
+from wanforge.runtime.measure.kernels.launch_times import LaunchTime, block_times, times_table
 from wanforge.runtime.measure.kernels.resources import as_dict, summary, table
 from wanforge.runtime.progress import Bars
 from wanforge.whole_file import check_writable
@@ -45,6 +47,7 @@ class KernelsOptions(ShapeOptions):
     jobs: int | None = None
     as_json: bool = False
     as_markdown: bool = False
+    times: bool = False
 
     def launches(self) -> list[Launch]:
         """Every launch of the models' denoisers on the targets."""
@@ -53,6 +56,12 @@ class KernelsOptions(ShapeOptions):
         pairs = [(model, self.shape(model)) for model in models]
         sms = parse_targets(self.targets).sms
         return [launch for sm in sms for model, shape in pairs for launch in launches(model, recipe, sm, shape)]
+
+    def block_times(self, folder: Path, cubins: Iterable[Cubin]) -> list[LaunchTime]:
+        """What each launch of a block of the models is predicted to take on each GPU."""
+        models = [load_model(name) for name in self.models or named("models")]
+        blocks = [(model, self.shape(model)) for model in models]
+        return block_times(blocks, load_recipe(self.recipe), parse_targets(self.targets).gpus.values(), folder, cubins)
 
 
 @click.command()
@@ -74,6 +83,7 @@ class KernelsOptions(ShapeOptions):
 @click.option(
     "--jobs", type=click.IntRange(1), help="Number of compilers to run at a time.  [default: one per processor]"
 )
+@click.option("--times", is_flag=True, help="Also predict how long each launch of a block takes on each GPU.")
 @JSON
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the result as two short Markdown tables.")
 @takes(KernelsOptions)
@@ -96,13 +106,16 @@ def kernels(options: KernelsOptions) -> None:
         check_writable(folder / MANIFEST)
     with Bars() as bars:
         cubins = compile_kernels(wanted, folder, options.jobs, bars)
+    times = options.block_times(folder, cubins) if options.times else []
     if options.as_json:
         report = {"folder": str(folder), "compiled": missing, "cubins": [as_dict(cubin) for cubin in cubins]}
-        click.echo(json.dumps(report))
+        click.echo(json.dumps(report | ({"launches": [time.as_json() for time in times]} if options.times else {})))
     elif options.as_markdown:
         click.echo(summary(cubins))
     else:
         click.echo(table(cubins))
+        if times:
+            click.echo(times_table(times))
         click.echo(f"{missing} compiled, {len(cubins) - missing} from the cache, {folder}")
     for cubin in cubins:
         for fault in faults(cubin):

@@ -26,7 +26,7 @@ h3 { font-size: 15px; margin: 20px 0 4px } p { max-width: 75ch; margin: 6px 0 } 
 .good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 8px 0 }
 th, td { padding: 4px 14px 4px 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-th { color: var(--soft); font-weight: 500 } th:first-child, td:first-child { text-align: left }
+th { color: var(--soft); font-weight: 500 } th.text, td:first-child { text-align: left }
 td.text { text-align: left; white-space: normal }
 figure { margin: 12px 0; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: 12px }
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
@@ -135,7 +135,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1, 
             kind += " good" if text == "passed" else " bad"
         return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
 
-    head = "".join(f"<th>{escape(text)}</th>" for text in header)
+    kinds = [' class="text"' if index < words else "" for index in range(len(header))]
+    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, header, strict=True))
     body = "".join("<tr>" + "".join(cell(i, text) for i, text in enumerate(row)) + "</tr>\n" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 

@@ -40,9 +40,10 @@ class Weights:
 
     def component(self, name: str) -> dict[str, Tensor]:
         """The tensors of ``dit``, ``dit.high``, ``dit.low``, ``vae`` or ``text_encoder``, by canonical name."""
-        with self._mapping:  # a second mapping would free the first while its address may still be in use
-            if name not in self._mapped:
-                self._mapped[name] = map_tensors(self.bundle.weights(name))
+        if name not in self._mapped:
+            with self._mapping:  # a second mapping would free the first while its address may still be in use
+                if name not in self._mapped:
+                    self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
 
     def of(self, run: GraphRun, name: str) -> Tensor:

@@ -3,6 +3,7 @@
 Without a GPU Triton's interpreter runs the kernels, in float32 and float16, because it is unsound in bfloat16.
 """
 
+import math
 import mmap
 from collections.abc import Mapping
 
@@ -23,6 +24,13 @@ FLOAT32_ERROR = 2e-6
 def rounding_error(dtype: torch.dtype, roundings: float = 1.0) -> float:
     """The largest relative RMS error that `roundings` additional or omitted roundings can cause."""
     return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
+
+
+def flipped_error(dtype: torch.dtype, roundings: float) -> float:
+    """The largest relative RMS error that so many roundings of a float32 sum can cause: in the share of values that lie
+    close to a tie of their own type, they decide to which side a value is rounded."""
+    share = roundings * HALF_SPACING[torch.float32] / HALF_SPACING[dtype]
+    return math.sqrt(share) * 2 * HALF_SPACING[dtype]
 
 
 def cases(shapes: Mapping[str, tuple[int, ...]], *quick: str) -> list[ParameterSet]:

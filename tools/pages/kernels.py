@@ -10,8 +10,6 @@ from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
 from wanforge.runtime.measure.cost.launches import (
-    ASSUMED,
-    IDEAL,
     USUAL_TEXT_ROWS,
     LaunchCost,
     Workload,
@@ -19,6 +17,7 @@ from wanforge.runtime.measure.cost.launches import (
     published_workload,
     seconds,
 )
+from wanforge.runtime.measure.cost.prediction import predicted, predicted_seconds
 from wanforge.runtime.measure.cost.unfused import unfused_block, unfused_step
 from wanforge.runtime.measure.tables import markdown_table, number
 
@@ -84,6 +83,26 @@ def launch_table(name: str) -> str:
     return markdown_table(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
 
 
+def times_table(name: str) -> str:
+    """What each launch of a fused block is predicted to take, the share of its roofline, and what bounds it."""
+    launches = all_launches(fused_block(fused(name)))
+    columns = [predicted(launches, gpu) for gpu in gpus()]
+    rows = []
+    for i, launch in enumerate(launches):
+        cells = (
+            f"{number(1e6 * column[i].seconds)} ({launch.roofline(gpu) / column[i].seconds:.0%}, {column[i].bound})"
+            for gpu, column in zip(gpus(), columns, strict=True)
+        )
+        rows.append([str(i + 1), launch.name, *cells])
+    totals = [sum(one.seconds for one in column) for column in columns]
+    blocks = (
+        f"{number(1e6 * total)} ({seconds(launches, gpu) / total:.0%})"
+        for gpu, total in zip(gpus(), totals, strict=True)
+    )
+    rows.append(["", "**block**", *blocks])
+    return markdown_table(["", "launch", *(gpu.title for gpu in gpus())], rows, words=6)
+
+
 def parts_table(name: str) -> str:
     """The launches, bytes and roofline of each part of a block in both launch plans."""
     gpu = gpus()[0]
@@ -100,7 +119,7 @@ def parts_table(name: str) -> str:
 
 
 def steps_table() -> str:
-    """The roofline of a whole step in both launch plans, and the time predicted at the assumed efficiency."""
+    """The roofline of a whole step in both launch plans, and the predicted time."""
     plans: list[tuple[str, Callable[[Workload], list[LaunchCost]], Callable[[str], Workload]]] = [
         ("unfused", unfused_step, unfused),
         ("fused", fused_step, fused),
@@ -109,7 +128,7 @@ def steps_table() -> str:
     for name in (SMALL, MEDIUM, LARGE):
         for plan, step, workload in plans:
             launches = step(workload(name))
-            times = ([1e3 * seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
+            times = ([1e3 * time(launches, gpu) for time in (seconds, predicted_seconds)] for gpu in gpus())
             rows.append(
                 [
                     f"{TITLES[name]}, {plan}",
@@ -127,7 +146,7 @@ def requests_table() -> str:
     rows = []
     for name in (SMALL, MEDIUM, LARGE):
         launches = fused_request(fused(name), 4)
-        times = ([seconds(launches, gpu, e) for e in (IDEAL, ASSUMED)] for gpu in gpus())
+        times = ([time(launches, gpu) for time in (seconds, predicted_seconds)] for gpu in gpus())
         rows.append([TITLES[name], *(f"{roofline:.2f} → {predicted:.2f}" for roofline, predicted in times)])
     return markdown_table(["4 steps and the prompt", *(gpu.title for gpu in gpus())], rows)
 
@@ -138,7 +157,7 @@ def published_table() -> str:
     for entry in PUBLISHED:
         gpu, stated = targets[entry.gpu], 1e3 * entry.seconds / entry.steps
         before, after = unfused_step(unfused(entry.model)), fused_step(fused(entry.model))
-        times = [1e3 * seconds(launches, gpu, e) for launches in (before, after) for e in (IDEAL, ASSUMED)]
+        times = [1e3 * time(launches, gpu) for launches in (before, after) for time in (seconds, predicted_seconds)]
         ratios = (f"{number(t)} ({stated / t:.2f} x)" for t in times)
         who = f"{entry.who}, {TITLES[entry.model]}, {gpu.title}"
         rows.append([who, f"{entry.seconds:g} s / {entry.steps}", number(stated), *ratios])
@@ -203,6 +222,8 @@ def levers_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "launches-1.3b-480p": lambda: launch_table(SMALL),
     "launches-14b-720p": lambda: launch_table(LARGE),
+    "times-1.3b-480p": lambda: times_table(SMALL),
+    "times-14b-720p": lambda: times_table(LARGE),
     "parts-1.3b-480p": lambda: parts_table(SMALL),
     "parts-14b-720p": lambda: parts_table(LARGE),
     "steps": steps_table,

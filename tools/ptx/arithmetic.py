@@ -125,6 +125,8 @@ def _integers(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
         return Operation((kind, kind), kind, _quotient if name == "div" else _remainder)
     if name in ("shl", "shr") and not flags:
         return Operation((kind, "u32"), kind, _shift_left if name == "shl" else _shift_right)
+    if name == "popc" and not flags:
+        return Operation((kind,), "u32", lambda a: np.bitwise_count(a).astype(np.uint32))
     if name == "bfe" and not flags:
         return Operation((kind, "u32", "u32"), kind, _extract)
     return None

@@ -10,13 +10,17 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 
 from tools.ptx.driver import DriverOfTensors, StandIn, ptx_in
+from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.machine import Modes
 from tools.ptx.memory import GlobalMemory, Region
+from tools.ptx.source_lines import source
 from wanforge.plugins.launching import call
 from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.driver import Launcher
 from wanforge.plugins.launching.launch import Launch, recording
 
@@ -27,9 +31,9 @@ def compile_for(run: Callable[[], object], sm: int, folder: Path) -> None:
     Args:
         folder: Where the cubins and their PTX are kept.
     """
-    with torch.device("meta"), recording(sm) as launches:
+    with torch.device("meta"), recording(sm) as recorded:
         run()
-    compile_kernels(launches, folder, ptx=True)
+    compile_kernels(recorded.launches, folder, ptx=True)
 
 
 class Bench:
@@ -37,13 +41,18 @@ class Bench:
 
     Attributes:
         memory: The tensors that kernels may use, which every launch completes by its own arguments.
+        unwritten: Memory that counts as never written by the host, by its address. Once it is freed, something else
+            may lie there.
+        names_source: Whether what is raised names lines of Python, for which a kernel is compiled once more.
     """
+
+    names_source = True
 
     def __init__(self, sm: int, folder: Path, modes: Modes | None = None) -> None:
         self.sm, self.folder, self.memory = sm, folder, GlobalMemory()
         self.cuda = StandIn(sm, ptx_in(folder), self.memory, modes or Modes())
         self.launcher = Launcher(DriverOfTensors(self.cuda))
-        self.unwritten: set[int] = set()
+        self.unwritten: dict[int, StorageWeakRef] = {}
 
     def __call__(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of tensors on the CPU whose kernels run on this device, once they are compiled."""
@@ -57,7 +66,16 @@ class Bench:
 
         Raises:
             FaultError: A thread did what none may do, or a result is not finite although all operands are.
+            UnsupportedError: The machine does not know an instruction.
         """
+        try:
+            self._launch(launch)
+        except (FaultError, UnsupportedError) as error:
+            if self.names_source and error.line is not None:
+                error.source = source(CubinStore(self.folder), launch.specialisation, error.line)
+            raise
+
+    def _launch(self, launch: Launch) -> None:
         for name, tensor in launch.tensors.items():
             self.add(f"{launch.kernel.name}: {name}", tensor)
         floats = [tensor for tensor in launch.tensors.values() if tensor.dtype.is_floating_point]
@@ -70,27 +88,39 @@ class Bench:
             self.cuda.modes = replace(self.cuda.modes, finite=True)
             self.launcher(launch)
 
-    def _is_finite(self, tensor: Tensor) -> bool:
-        """Whether all elements of a tensor that are written are finite."""
+    def written(self, tensor: Tensor) -> Tensor:
+        """Which elements of a tensor have a value."""
         region = self.memory.find(tensor.untyped_storage().data_ptr())
         assert region is not None
         written = torch.from_numpy(region.written)[: len(region.data)].view(_same_size(tensor.element_size()))
-        is_written = written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) != 0
-        return bool((torch.isfinite(tensor.float()) | ~is_written).all())
+        return written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) != 0
 
-    def add(self, name: str, tensor: Tensor) -> Region:
-        """Let kernels use a tensor. Memory that `allocating` has seen counts as never written."""
+    def _is_finite(self, tensor: Tensor) -> bool:
+        """Whether all elements of a tensor that are written are finite."""
+        return bool((torch.isfinite(tensor.float()) | ~self.written(tensor)).all())
+
+    def add(self, name: str, tensor: Tensor, stream: int = 0) -> Region:
+        """Let kernels on a stream use a tensor. Memory that `allocating` has seen counts as never written."""
         storage = tensor.untyped_storage()
         start, size = storage.data_ptr(), storage.nbytes()
         region = self.memory.find(start)
+        if start in self.unwritten and self.unwritten[start].expired():
+            del self.unwritten[start]
+            region = None
         if region is None or (region.start, region.end) != (start, start + size):
             region = self.memory.add(Region.at(name, start, size))
+            region.stream = stream
             if start not in self.unwritten:
                 region.written[:] = 1
         inside = torch.from_numpy(region.inside)[:size].view(_same_size(tensor.element_size()))
         ones = int.from_bytes(b"\1" * tensor.element_size(), "little")
         inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(ones)
         return region
+
+    def leave_unwritten(self, tensor: Tensor) -> None:
+        """Let the memory of a tensor count as never written."""
+        storage = tensor.untyped_storage()
+        self.unwritten[storage.data_ptr()] = StorageWeakRef(storage)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -105,23 +135,29 @@ class Bench:
 
     @contextmanager
     def allocating(self) -> Iterator[None]:
-        """Note memory that `torch.empty` gives, and fill it with a pattern."""
-        empty = torch.empty
+        """Note memory that `torch.empty` and `torch.empty_like` give, and fill it with a pattern."""
+        with (
+            mock.patch.object(torch, "empty", self._poisoning(torch.empty)),
+            mock.patch.object(torch, "empty_like", self._poisoning(torch.empty_like)),
+        ):
+            yield
 
-        def poisoned(*sizes: object, **options: object) -> Tensor:
-            tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+    def _poisoning(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        nothing = torch.zeros(0, dtype=torch.uint8)
+
+        def poisoned(*given: object, **options: object) -> Tensor:
+            tensor = make(*given, **options)
             if tensor.device.type == "cpu" and tensor.numel():
                 storage = tensor.untyped_storage()
-                tensor.view(torch.uint8).fill_(0xFF) if tensor.dim() else tensor.fill_(-1)
-                self.unwritten.add(storage.data_ptr())
+                nothing.clone().set_(storage).fill_(0xFF)
+                self.leave_unwritten(tensor)
                 stale = self.memory.find(storage.data_ptr())
                 if stale is not None:
                     stale.written[:] = 0
                     stale.inside[:] = 0
             return tensor
 
-        with mock.patch.object(torch, "empty", poisoned):
-            yield
+        return poisoned
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

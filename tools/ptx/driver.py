@@ -2,11 +2,14 @@
 from is run.
 
 It answers the calls of `wanforge.plugins.launching.driver.Driver` as the driver does, and refuses what the driver
-refuses: too many threads, grids that are too large, and shared memory that was not asked for.
+refuses: other numbers of threads than a kernel was compiled for, grids that are too large, and shared memory that was
+not asked for or that the architecture does not have. Streams are not ordered: memory belongs to the stream that used it
+first.
 """
 
+import ctypes
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -19,8 +22,11 @@ from tools.ptx.memory import GlobalMemory
 from tools.ptx.syntax import Kernel, read_kernel
 from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.driver import STATIC_SHARED, Driver
+from wanforge.plugins.launching.occupancy import LIMITS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
+SCRATCH = 2
+"""How many pointers to scratch memory are the last parameters of every kernel of Triton's."""
 
 
 class Result(IntEnum):
@@ -67,6 +73,7 @@ class StandIn:
         ptx: Finds the PTX of a cubin by its SHA-256.
         memory: The tensors that kernels may use.
         side_by_side: How many threads the machine runs at a time, about.
+        only: By kernel, the blocks along the first axis of its grid that run; all where it is not named.
         launched: The name and the stream of every launch.
         modules: The kernels that were loaded, by the hash of their cubins.
     """
@@ -76,6 +83,7 @@ class StandIn:
     memory: GlobalMemory
     modes: Modes = field(default_factory=Modes)
     side_by_side: int = 2048
+    only: Mapping[str, Collection[int]] = field(default_factory=dict)
     launched: list[tuple[str, int]] = field(default_factory=list)
     modules: dict[str, Kernel] = field(default_factory=dict)
 
@@ -116,6 +124,8 @@ class StandIn:
         return Result.CUDA_SUCCESS, Function(module)
 
     def cuFuncSetAttribute(self, function: Function, attribute: FunctionAttribute, value: int) -> tuple[Result]:
+        if not 0 <= value <= LIMITS[self.sm].shared_per_program:
+            return (Result.CUDA_ERROR_INVALID_VALUE,)
         function.shared_limit = value
         return (Result.CUDA_SUCCESS,)
 
@@ -127,38 +137,42 @@ class StandIn:
         """Run a kernel.
 
         Args:
-            sizes: Grid and block along three axes each, shared memory in bytes, the stream, the parameters as values
-                and ctypes types, and no extra options.
+            sizes: Grid and block along three axes each, shared memory in bytes, the stream, the address of pointers to
+                the parameters, and no extra options.
+
+        Raises:
+            FaultError: A thread did what none may do.
+            StreamError: The launch uses memory that work on another stream uses.
         """
-        *axes, shared_bytes, stream, (values, types), _ = sizes
+        *axes, shared_bytes, stream, pointers, _ = sizes
         grid, block, kernel = tuple(axes[:3]), tuple(axes[3:]), function.kernel
         wrong = any(not 0 < size <= most for size, most in zip(grid, LARGEST_GRID, strict=True))
         if wrong or block != (kernel.threads, 1, 1) or shared_bytes > function.shared_limit:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         self.launched.append((kernel.name, stream))
-        launch = Launch(kernel, grid, packed(kernel, values, types), shared_bytes, self.memory, self.modes)
-        launch.run(max(1, self.side_by_side // kernel.threads))
+        launch = Launch(kernel, grid, parameters_at(pointers, kernel), shared_bytes, self.memory, self.modes)
+        launch.run(max(1, self.side_by_side // kernel.threads), self.only.get(kernel.name))
+        self.memory.end(kernel.name, stream)
         return (Result.CUDA_SUCCESS,)
 
 
-def packed(kernel: Kernel, values: Sequence[Any], types: Sequence[Any]) -> list[bytes]:
+def parameters_at(pointers: int, kernel: Kernel) -> list[bytes]:
     """The bytes of each parameter, as the driver copies them: it takes as many bytes as the kernel declares from where
-    each value lies, whatever the caller meant by them.
+    each pointer points, whatever the caller meant by them.
 
     Raises:
-        ValueError: There are fewer values than parameters, so that the driver would read beyond them.
+        ValueError: One of the two scratch pointers, which are the last parameters, is not null, although wanforge's
+            kernels need no scratch memory.
     """
-    if len(values) < len(kernel.parameters):
-        raise ValueError(f"{kernel.name} has {len(kernel.parameters)} parameters, but is given {len(values)}")
-    lying = [bytes(kind(value)) for value, kind in zip(values, types, strict=True)]
-    return [
-        value.ljust(parameter.size, b"\0")[: parameter.size]
-        for value, parameter in zip(lying, kernel.parameters, strict=False)
-    ]
+    places = (ctypes.c_void_p * len(kernel.parameters)).from_address(pointers)
+    found = [ctypes.string_at(place, each.size) for place, each in zip(places, kernel.parameters, strict=True)]
+    if any(any(each) for each in found[-SCRATCH:]):
+        raise ValueError(f"{kernel.name} is given scratch memory: {[each.hex() for each in found[-SCRATCH:]]}")
+    return found
 
 
 class DriverOfTensors(Driver):
-    """The launcher's driver for tensors on the CPU, which stand for tensors on a device."""
+    """The launcher's driver for tensors on the CPU, which stand for tensors on a device with one stream."""
 
     def stream(self, device: torch.device) -> int:
         return 0

@@ -1,12 +1,12 @@
 """The step of each instruction: what it does to the blocks that run it."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.ptx import tensor_cores
+from tools.ptx import tcgen05, tensor_cores
 from tools.ptx.arithmetic import DTYPES, size_of
 from tools.ptx.faults import UnsupportedError
 from tools.ptx.machine import (
@@ -23,6 +23,7 @@ from tools.ptx.machine import (
     writer,
 )
 from tools.ptx.syntax import Immediate, Instruction, Operand, Register, Symbol, Vector
+from tools.ptx.warps import of_warps, parts_of, put_words, registers_of, words_of
 
 Array = NDArray[Any]
 
@@ -61,9 +62,11 @@ def build(instruction: Instruction, launch: Launch) -> Step:
         case ("wgmma", what, *_):
             return _group(instruction, what, launch)
         case ("fence", "proxy", "async", *_):
-            return lambda state, mask: state.shared.fence()
+            return lambda state, mask: state.shared.fence(state.chosen(mask), instruction.place)
         case ("redux", "sync", how, kind):
             return _reduce(instruction, how, kind, launch)
+        case ("tcgen05" | "mbarrier" | "elect", *_):
+            return tcgen05.build(instruction, launch)
     return on_registers(instruction, operation_of(instruction, launch.modes), launch)
 
 
@@ -85,32 +88,16 @@ def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
     return step
 
 
-def _parts(operand: Operand) -> tuple[Operand, ...]:
-    return operand.parts if isinstance(operand, Vector) else (operand,)
-
-
-def _registers(operand: Operand) -> tuple[Register, ...]:
-    """The registers of an operand in braces.
-
-    Raises:
-        UnsupportedError: It has other parts.
-    """
-    parts = _parts(operand)
-    if any(not isinstance(part, Register) for part in parts):
-        raise UnsupportedError(f"the machine does not know {operand}")
-    return cast(tuple[Register, ...], parts)
-
-
 def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
     result, source = instruction.operands
-    parts, addresses = _parts(result), address_reader(source, launch)
+    parts, addresses = parts_of(result), address_reader(source, launch)
     writers, size = [writer(part, kind) for part in parts], size_of(kind)
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
         where, report = addresses(state)[lanes], state.report(instruction, lanes)
         if space == "global":
-            found = launch.memory.load(where, size * len(parts), state.numbers[lanes], report)
+            found = launch.memory.load(where, size * len(parts), state.stamps(lanes), report)
         else:
             found = state.shared.load(where, size * len(parts), lanes, report)
         values = np.zeros((len(state.lanes), len(parts)), DTYPES[kind])
@@ -124,7 +111,7 @@ def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> St
 def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
     target, source = instruction.operands
     addresses = address_reader(target, launch)
-    readers = [reader(part, kind, launch) for part in _parts(source)]
+    readers = [reader(part, kind, launch) for part in parts_of(source)]
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
@@ -132,7 +119,7 @@ def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> S
         found, where = np.ascontiguousarray(values).view(np.uint8), addresses(state)[lanes]
         report = state.report(instruction, lanes)
         if space == "global":
-            launch.memory.store(where, found, state.numbers[lanes], report)
+            launch.memory.store(where, found, state.stamps(lanes), report)
         else:
             state.shared.store(where, found, lanes, report)
 
@@ -225,28 +212,10 @@ def _reduce(instruction: Instruction, how: str, kind: str, launch: Launch) -> St
     return step
 
 
-def _words(state: State, registers: tuple[Register, ...], lanes: Array) -> Array:
-    """Registers of 32 bits of some threads, [threads, registers]."""
-    return np.stack([state.registers[register.index][lanes] for register in registers], 1)
-
-
-def _put_words(state: State, registers: tuple[Register, ...], lanes: Array, words: Array) -> None:
-    """Write such registers."""
-    for index, register in enumerate(registers):
-        value = state.registers[register.index].copy()
-        value[lanes] = words[:, index]
-        state.registers[register.index] = value
-
-
-def _of_warps(warps: Array) -> Array:
-    """The threads of warps, [warps, 32]."""
-    return warps[:, None] * WARP + np.arange(WARP)
-
-
 def _matrix_form(instruction: Instruction, vector: Operand) -> tuple[int, bool]:
     """How many 8x8 matrices an instruction moves, and whether it transposes them."""
     count = int(next(word for word in instruction.words if word in ("x1", "x2", "x4"))[1:])
-    if "b16" not in instruction.words or "m8n8" not in instruction.words or len(_parts(vector)) != count:
+    if "b16" not in instruction.words or "m8n8" not in instruction.words or len(parts_of(vector)) != count:
         raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     return count, "trans" in instruction.words
 
@@ -254,10 +223,10 @@ def _matrix_form(instruction: Instruction, vector: Operand) -> tuple[int, bool]:
 def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
     result, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, result)
-    addresses, registers = address_reader(source, launch), _registers(result)
+    addresses, registers = address_reader(source, launch), registers_of(result)
 
     def step(state: State, mask: Array | None) -> None:
-        threads = _of_warps(state.whole_warps(instruction, mask))
+        threads = of_warps(state.whole_warps(instruction, mask))
         givers = threads[:, : 8 * count].reshape(-1)
         report = state.report(instruction, givers)
         rows = state.shared.load(addresses(state)[givers], 16, givers, report)
@@ -265,7 +234,7 @@ def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
         if is_transposed:
             matrices = matrices.swapaxes(2, 3)
         words = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, count, WARP).swapaxes(1, 2)
-        _put_words(state, registers, threads.reshape(-1), words.reshape(-1, count))
+        put_words(state, registers, threads.reshape(-1), words.reshape(-1, count))
 
     return step
 
@@ -273,11 +242,11 @@ def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
 def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
     target, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, source)
-    addresses, registers = address_reader(target, launch), _registers(source)
+    addresses, registers = address_reader(target, launch), registers_of(source)
 
     def step(state: State, mask: Array | None) -> None:
-        threads = _of_warps(state.whole_warps(instruction, mask))
-        words = _words(state, registers, threads.reshape(-1)).reshape(-1, WARP, count).swapaxes(1, 2)
+        threads = of_warps(state.whole_warps(instruction, mask))
+        words = words_of(state, registers, threads.reshape(-1)).reshape(-1, WARP, count).swapaxes(1, 2)
         matrices = np.ascontiguousarray(words).view(np.uint16).reshape(-1, count, 8, 8)
         if is_transposed:
             matrices = matrices.swapaxes(2, 3)
@@ -288,11 +257,13 @@ def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _commit(queue: Callable[[State], Queue]) -> Step:
+def _commit(instruction: Instruction, queue: Callable[[State], Queue]) -> Step:
     """Make a group of what the threads have begun."""
 
     def step(state: State, mask: Array | None) -> None:
         queue(state).committed[state.chosen(mask)] += 1
+        if state.shared.record is not None and instruction.words[0] == "cp":
+            state.shared.record.copies.commit(instruction.place, state.chosen(mask))
 
     return step
 
@@ -303,8 +274,10 @@ def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Lau
     assert isinstance(pending, Immediate)
 
     def step(state: State, mask: Array | None) -> None:
-        if queue(state).wait(state.whole(mask), pending.value):
-            launch.kernel.mattered.add(instruction.place)
+        if state.shared.record is not None and instruction.words[0] == "cp":
+            state.shared.record.copies.wait(instruction.place, state.whole(mask), pending.value)
+        if queue(state).wait(state.whole(mask), pending.value) and instruction.words[0] == "wgmma":
+            launch.kernel.needed["wait for products"].add(instruction.place)
 
     return step
 
@@ -312,7 +285,7 @@ def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Lau
 def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
     match rest:
         case ["commit_group"]:
-            return _commit(lambda state: state.copies)
+            return _commit(instruction, lambda state: state.copies)
         case ["wait_group"]:
             return _wait(instruction, lambda state: state.copies, launch)
         case ["ca" | "cg", "shared", "global"]:
@@ -335,7 +308,7 @@ def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
         values, some = np.zeros((len(lanes), length.value), np.uint8), np.flatnonzero(size)
         if len(some):
             within = state.report(instruction, lanes[some])
-            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.numbers[lanes[some]], within)
+            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.stamps(lanes[some]), within)
             values[some] = found
         places = state.shared.begin_copy(to(state)[lanes], length.value, lanes, report)
 
@@ -354,18 +327,18 @@ def _product(instruction: Instruction, launch: Launch) -> Step:
     kind = kinds[1]
     if kind not in shapes.get(shape, ()) or kinds[0] not in ("f32", "s32") or kinds[1] != kinds[2]:
         raise UnsupportedError(f"the machine does not know {instruction.opcode}")
-    d, a, b, c = map(_registers, instruction.operands)
+    d, a, b, c = map(registers_of, instruction.operands)
     dtype = DTYPES[kinds[0]]
     satfinite = "satfinite" in instruction.words
 
     def step(state: State, mask: Array | None) -> None:
-        lanes = _of_warps(state.whole_warps(instruction, mask)).reshape(-1)
-        a_RK = tensor_cores.a_fragment(_words(state, a, lanes).reshape(-1, WARP, 4), kind)
-        b_CK = tensor_cores.b_fragment(_words(state, b, lanes).reshape(-1, WARP, 2), kind)
-        c_RC = tensor_cores.c_matrix(_words(state, c, lanes).view(dtype).reshape(-1, WARP, 4))
+        lanes = of_warps(state.whole_warps(instruction, mask)).reshape(-1)
+        a_RK = tensor_cores.a_fragment(words_of(state, a, lanes).reshape(-1, WARP, 4), kind)
+        b_CK = tensor_cores.b_fragment(words_of(state, b, lanes).reshape(-1, WARP, 2), kind)
+        c_RC = tensor_cores.c_matrix(words_of(state, c, lanes).view(dtype).reshape(-1, WARP, 4))
         result = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums, saturates=satfinite)
         words = tensor_cores.c_registers(result).reshape(-1, 4)
-        _put_words(state, d, lanes, np.ascontiguousarray(words).view(np.uint32))
+        put_words(state, d, lanes, np.ascontiguousarray(words).view(np.uint32))
 
     return step
 
@@ -375,7 +348,7 @@ def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
         case "fence":
             return lambda state, mask: None
         case "commit_group":
-            return _commit(lambda state: state.products)
+            return _commit(instruction, lambda state: state.products)
         case "wait_group":
             return _wait(instruction, lambda state: state.products, launch)
         case "mma_async":
@@ -395,7 +368,7 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
         raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
     a_transposed = bool(transposed) and not is_register and transposed[0]
     b_transposed = bool(transposed) and transposed[-1]
-    registers = _registers(result)
+    registers = registers_of(result)
     keep = reader(keeps, "pred", launch)
     a_descriptor = None if is_register else reader(first, "b64", launch)
     b_descriptor = reader(second, "b64", launch)
@@ -426,7 +399,7 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
         starts = groups * size
         b_CK, used = operand(state, b_descriptor(state)[starts], groups, columns, b_transposed)
         if a_descriptor is None:
-            words = _words(state, _registers(first), lanes).reshape(-1, WARP, 4)
+            words = words_of(state, registers_of(first), lanes).reshape(-1, WARP, 4)
             a_RK = tensor_cores.a_fragment(words, kind).reshape(len(groups), 64, -1)
         else:
             a_RK, also = operand(state, a_descriptor(state)[starts], groups, 64, a_transposed)

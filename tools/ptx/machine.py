@@ -7,7 +7,7 @@ as if they had more threads; each has its own shared memory and barriers.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
 from tools.ptx.checks import EXACT, addressing, check_finite, check_range
 from tools.ptx.faults import FaultError, UnsupportedError
-from tools.ptx.memory import GlobalMemory, Report, SharedMemory
+from tools.ptx.mbarriers import Mbarriers
+from tools.ptx.memory import GlobalMemory, Report, SharedMemory, stamp
 from tools.ptx.numbers import Approximation
+from tools.ptx.records import Record, Trace
 from tools.ptx.syntax import (
     DYNAMIC,
     Address,
@@ -32,6 +34,7 @@ from tools.ptx.syntax import (
     Vector,
 )
 from tools.ptx.tensor_cores import Sums
+from tools.ptx.tensor_memory import TensorMemory
 
 Array = NDArray[Any]
 Step = Callable[["State", Array | None], None]
@@ -49,6 +52,8 @@ class Modes:
     sums: Sums = Sums.FULL
     finite: bool = False
     """Whether an instruction that makes infinity or no number out of finite numbers is a fault."""
+    trace: Trace | None = None
+    """Where the effects on memory are recorded; without it, nothing is recorded."""
 
 
 @dataclass
@@ -107,6 +112,7 @@ class State:
         lanes: The numbers of all threads, those of the first block first.
         threads: The number of each thread within its block.
         numbers: The number of each thread's block in the grid, from 1.
+        parked: Which threads wait for a phase of an mbarrier.
         flying: What products in flight will write, by register.
         products_of: How many products in flight will write a register.
     """
@@ -123,7 +129,14 @@ class State:
             for register in launch.written[instruction.place]:
                 self.registers[register.index] = zeros[register.size]
         self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.shared_granule)
+        self.tensors = TensorMemory(len(blocks), self.shared)
+        self.mbarriers = Mbarriers(self.shared, self.tensors)
+        if launch.modes.trace is not None:
+            granules = len(self.shared.writer)
+            self.shared.record = Record(kernel, launch.modes.trace, first, len(blocks), granules)
+        launch.memory.record = self.shared.record
         self.places = np.zeros(count, np.int64)
+        self.parked = np.zeros(count, bool)
         self.waiting = np.full(count, -1)
         self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
         self.flying: dict[int, Array] = {}
@@ -144,6 +157,12 @@ class State:
         old = self.registers[register.index]
         self.registers[register.index] = value if mask is None else np.where(mask, value, old)
 
+    def stamps(self, lanes: Array) -> Array:
+        """The stamps of threads in global memory."""
+        return stamp(
+            self.numbers[lanes], self.shared.barriers[lanes // self.launch.kernel.threads], self.threads[lanes] + 1
+        )
+
     def chosen(self, mask: Array | None) -> Array:
         """The numbers of the threads in a mask."""
         return self.lanes if mask is None else np.flatnonzero(mask)
@@ -161,7 +180,7 @@ class State:
             raise FaultError(
                 kind,
                 self.launch.kernel.name,
-                instruction.place,
+                instruction.line,
                 instruction.text,
                 self.blocks[lane // self.launch.kernel.threads],
                 int(self.threads[lane]),
@@ -200,8 +219,6 @@ class Launch:
         memory: GlobalMemory,
         modes: Modes = Modes(),
     ) -> None:
-        from tools.ptx.instructions import build  # which needs the types above
-
         self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
         self.parameters, self.parameter_places = laid_out(kernel, parameters)
         self.shared_granule = granule(kernel, "shared")
@@ -217,29 +234,32 @@ class Launch:
             for operand in each.operands
             if each.words[0] == "bra" and isinstance(operand, Symbol)
         }
-        self.steps: list[Step] = [build(each, self) for each in kernel.instructions]
+        self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
 
-    def run(self, side_by_side: int = 1) -> None:
-        """Run all blocks.
+    def run(self, side_by_side: int = 1, only: Collection[int] | None = None) -> None:
+        """Run all blocks, or some of them.
 
         Args:
             side_by_side: How many blocks run at the same time.
+            only: The indices along the first axis of the blocks that run; None for all.
 
         Raises:
             FaultError: A thread did what none may do.
         """
         self.memory.begin(granule(self.kernel, "global"))
+        if self.modes.trace is not None:
+            self.modes.trace.begin()
         x, y, z = self.grid
-        blocks = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+        blocks = [(i, j, k) for k in range(z) for j in range(y) for i in (range(x) if only is None else only)]
         with np.errstate(all="ignore"):
             for first in range(0, len(blocks), side_by_side):
                 self._run(State(self, blocks[first : first + side_by_side], first))
 
     def _run(self, state: State) -> None:
         while True:
-            ready = (state.waiting < 0) & (state.places < FINISHED)
+            ready = (state.waiting < 0) & ~state.parked & (state.places < FINISHED)
             if not ready.any():
-                if not (state.waiting >= 0).any():
+                if not (state.waiting >= 0).any() and not state.parked.any():
                     break
                 self._release(state)
                 continue
@@ -262,8 +282,8 @@ class Launch:
                 if running.all():
                     running = None
                 elif not np.array_equal(running, state.whole(mask)):
-                    self.kernel.mattered.add(place)
-            ends = instruction.words[0] in ("bra", "ret", "bar")
+                    self.kernel.skipped.add(place)
+            ends = instruction.words[0] in ("bra", "ret", "bar") or instruction.words[:2] == ("mbarrier", "try_wait")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
             if ends:
@@ -290,18 +310,49 @@ class Launch:
         waiting = state.waiting.reshape(len(state.blocks), -1)
         whole = (waiting >= 0).all(1) & (waiting == waiting[:, :1]).all(1)
         if whole.any():
+            self._record_barriers(state, np.flatnonzero(whole), waiting[:, 0])
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
+            state.tensors.meet(np.flatnonzero(whole))
         elif not only_whole:
+            if state.parked.any():
+                place = int(state.places[np.argmax(state.parked)])
+                what = "waits for a phase of an mbarrier that nothing completes"
+                state.report(self.kernel.instructions[place], state.lanes)(what, state.parked, None)
             begun = np.asarray((waiting >= 0).any(1))
             stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & begun[:, None]
             lanes = stuck if stuck.any() else waiting != waiting[:, :1]
             last = self.kernel.instructions[int(state.waiting.max())]
             state.report(last, state.lanes)("does not reach the barrier of its block", lanes.reshape(-1), None)
 
+    def _record_barriers(self, state: State, blocks: Array, places: Array) -> None:
+        if state.shared.record is not None:
+            for block in blocks:
+                state.shared.record.passed(int(block), int(places[block]))
+
     def _finish(self, state: State) -> None:
         for queue in (state.copies, state.products):
             queue.wait(state.whole(None), -(1 << 30))
+        unfreed = np.repeat(state.tensors.unfreed(), self.kernel.threads)
+        if unfreed.any():
+            what = "ends without freeing its tensor memory"
+            state.report(self.kernel.instructions[-1], state.lanes)(what, unfreed, None)
+        self._record_barriers(state, np.arange(len(state.blocks)), np.full(len(state.blocks), -1))
+
+
+def built(instruction: Instruction, launch: Launch) -> Step:
+    """The step of an instruction.
+
+    Raises:
+        UnsupportedError: The machine does not know it.
+    """
+    from tools.ptx.instructions import build  # which needs the types above
+
+    try:
+        return build(instruction, launch)
+    except UnsupportedError as error:
+        what = f"{launch.kernel.name}: {error.what}, in: {instruction.text}"
+        raise UnsupportedError(what, instruction.line) from None
 
 
 def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:

@@ -9,10 +9,13 @@ import bisect
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tools.ptx.faults import StreamError
+from tools.ptx.records import Record
 
 Bytes = NDArray[np.uint8]
 Integers = NDArray[Any]
@@ -38,7 +41,8 @@ class Region:
         data: Its bytes.
         inside: 1 for each byte that belongs to an element of a tensor.
         written: 1 for each byte that has a value.
-        writer, reader: For each granule the number of the block that wrote or read it in this launch, from 1.
+        writer, reader: For each granule the stamp of the thread that last wrote or read it in this launch.
+        stream: The stream whose work has used it; None before its first use.
     """
 
     name: str
@@ -46,8 +50,14 @@ class Region:
     data: Bytes
     inside: Bytes
     written: Bytes
-    writer: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
-    reader: Integers = field(default_factory=lambda: np.zeros(0, np.int32))
+    writer: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    reader: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    stream: int | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether this launch has read or written any of it."""
+        return bool(self.writer.any() or self.reader.any())
 
     @property
     def end(self) -> int:
@@ -70,12 +80,18 @@ def gathered(mask: Bytes, offsets: Integers, size: int) -> Integers:
 
 
 class GlobalMemory:
-    """The tensors that a launch may use, at their addresses in this process."""
+    """The tensors that a launch may use, at their addresses in this process.
+
+    A stamp is the number of a block in the grid, from 1, the number of barriers that it has passed, and the number of a
+    thread in it, from 1, or 0 for several (`stamp`). Accesses of different blocks race, unless all of them read, and so
+    do those of different threads of a block with no barrier in between.
+    """
 
     def __init__(self) -> None:
         self.regions: list[Region] = []
         self.starts: list[int] = []
         self.granule = 4
+        self.record: Record | None = None
 
     def add(self, region: Region) -> Region:
         """Add memory, in place of what has been there before."""
@@ -94,54 +110,72 @@ class GlobalMemory:
         self.granule = granule
         for region in self.regions:
             count = padded(len(region.data)) // granule
-            region.writer, region.reader = np.zeros(count, np.int32), np.zeros(count, np.int32)
+            region.writer, region.reader = np.zeros(count, np.int64), np.zeros(count, np.int64)
 
-    def load(self, addresses: Integers, size: int, blocks: Integers, report: Report) -> Bytes:
-        """Read `size` bytes for each thread.
+    def end(self, kernel: str, stream: int) -> None:
+        """Note that a launch on a stream is done.
 
-        Args:
-            blocks: The number of each thread's block, from 1.
+        Raises:
+            StreamError: It used memory that work on another stream uses.
         """
+        for region in self.regions:
+            if region.is_used:
+                if region.stream not in (None, stream):
+                    raise StreamError(
+                        f"{kernel} on stream {stream} uses {region.name}, which work on stream {region.stream} uses"
+                    )
+                region.stream = stream
+
+    def load(self, addresses: Integers, size: int, stamps: Integers, report: Report) -> Bytes:
+        """Read `size` bytes for each thread."""
         result = np.zeros((len(addresses), size), np.uint8)
         for region, chosen, offsets in self._regions(addresses, size, report):
             unwritten = ~gathered(region.written, offsets, size)
             if unwritten.any():
                 report("reads memory that was never written", _spread(chosen, unwritten), addresses)
-            mine = blocks[chosen]
+            mine = stamps[chosen][:, None]
             granules = self._granules(offsets, size)
-            writers = region.writer[granules]
-            foreign = ((writers != 0) & (writers != mine[:, None])).any(1)
-            if foreign.any():
-                report("reads what another block of this launch writes", _spread(chosen, foreign), addresses)
+            self._check(region.writer[granules], mine, ("reads", "writes"), _reporter(report, chosen, addresses))
             readers = region.reader[granules]
-            shared = (readers != 0) & (readers != mine[:, None])
-            region.reader[granules] = np.where(shared, MANY, mine[:, None])
+            several = (readers == MANY) | ((readers != 0) & (readers >> 32 != mine >> 32))
+            _mark(region.reader, granules, mine, several, MANY)
             result[chosen] = _take(region.data, offsets, size)
+            if self.record is not None:
+                self.record.read_global(granules, region.start, offsets, size, stamps[chosen])
         return result
 
-    def store(self, addresses: Integers, values: Bytes, blocks: Integers, report: Report) -> None:
+    def store(self, addresses: Integers, values: Bytes, stamps: Integers, report: Report) -> None:
         """Write bytes [threads, size]."""
         size = values.shape[1]
         for region, chosen, offsets in self._regions(addresses, size, report):
-            mine = blocks[chosen][:, None]
+            mine = stamps[chosen][:, None]
             granules = self._granules(offsets, size)
-            writers, readers = region.writer[granules], region.reader[granules]
-            foreign = ((writers != 0) & (writers != mine)).any(1)
+            tell = _reporter(report, chosen, addresses)
+            self._check(region.writer[granules], mine, ("writes", "writes"), tell)
+            self._check(region.reader[granules], mine, ("writes", "reads"), tell)
+            _mark(region.writer, granules, mine)
+            foreign = (region.writer[granules] >> 32 != mine >> 32).any(1)
             if foreign.any():
-                report("writes what another block of this launch writes", _spread(chosen, foreign), addresses)
-            foreign = ((readers != 0) & (readers != mine)).any(1)
-            if foreign.any():
-                report("writes what another block of this launch reads", _spread(chosen, foreign), addresses)
-            region.writer[granules] = mine
-            foreign = (region.writer[granules] != mine).any(1)
-            if foreign.any():
-                report("writes what another block of this launch writes", _spread(chosen, foreign), addresses)
+                tell("writes what another block of this launch writes", foreign)
             place = offsets[:, None] + np.arange(size)
             region.data[place] = values[chosen]
             region.written[place] = 1
             differs = (region.data[place] != values[chosen]).any(1)
             if differs.any():
-                report("writes another value than another thread at the same time", _spread(chosen, differs), addresses)
+                tell("writes another value than another thread at the same time", differs)
+            if self.record is not None:
+                self.record.write_global(granules, region.start, offsets, values[chosen], stamps[chosen])
+
+    def _check(
+        self, there: Integers, mine: Integers, does: tuple[str, str], tell: Callable[[str, Integers], None]
+    ) -> None:
+        """Report races with what was done before."""
+        foreign = ((there != 0) & (there >> 32 != mine >> 32)).any(1)
+        if foreign.any():
+            tell(f"{does[0]} what another block of this launch {does[1]}", foreign)
+        races = ((there >> 12 == mine >> 12) & (there != mine)).any(1)
+        if races.any():
+            tell(f"{does[0]} memory that another thread {does[1]}, with no barrier in between", races)
 
     def _granules(self, offsets: Integers, size: int) -> Integers:
         count = max(1, size // self.granule)
@@ -169,6 +203,37 @@ class GlobalMemory:
         return found
 
 
+def stamp(blocks: Integers, barriers: Integers, threads: Integers) -> Integers:
+    """The stamps of threads: the numbers of their blocks, from 1, the barriers that these have passed, and their own
+    numbers, from 1."""
+    return (blocks.astype(np.int64) << 32) | (barriers << 12) | threads
+
+
+def _mark(
+    marks: Integers, granules: Integers, stamps: Integers, several: Integers | bool = False, otherwise: int = 0
+) -> None:
+    """Stamp granules. Where several threads have a granule, with no barrier in between, they get a stamp of no thread.
+
+    Args:
+        granules, stamps: Those of each thread.
+        several: Where to set another stamp.
+    """
+    before = marks[granules]
+    own = np.where((before >> 12 == stamps >> 12) & (before != stamps), stamps >> 12 << 12, stamps)
+    own = np.where(several, otherwise, own)
+    marks[granules] = own
+    lost = marks[granules] != own  # to another thread that accesses it now
+    if not lost.any():
+        return
+    both = np.broadcast_to(stamps, granules.shape)[lost]
+    marks[granules[lost]] = np.where(marks[granules[lost]] >> 32 == both >> 32, both >> 12 << 12, otherwise)
+
+
+def _reporter(report: Report, chosen: Integers, addresses: Integers) -> Callable[[str, Integers], None]:
+    """Reports what some of the chosen threads did."""
+    return lambda what, some: report(what, _spread(chosen, some), addresses)
+
+
 def _take(data: Bytes, offsets: Integers, size: int) -> Bytes:
     whole = data[: len(data) // size * size]
     return whole.view(BYTES_OF[size])[offsets // size].view(np.uint8).reshape(-1, size)
@@ -181,11 +246,23 @@ def _spread(chosen: Integers, some: Integers) -> Integers:
     return result
 
 
+class Reader(Protocol):
+    """A product in flight.
+
+    Attributes:
+        granules: What it reads of shared memory.
+        seen: Which threads of its block know that it is complete.
+    """
+
+    granules: Integers
+    seen: Integers
+
+
 class SharedMemory:
     """The shared memory of several blocks that run at the same time.
 
-    A stamp is the number of a thread, from 1, and the number of barriers that its block has passed. Two threads that
-    access a granule with no barrier in between race, unless both read.
+    A stamp is the number of barriers that a block has passed, from 1, and the number of a thread in it, from 1, or 0
+    for several. Two threads that access a granule with no barrier in between race, unless both read.
 
     Args:
         size: Bytes of each block.
@@ -205,6 +282,9 @@ class SharedMemory:
         self.unfenced = np.zeros(count, np.uint8)
         """Whether the granule was written since the last fence between ordinary and asynchronous accesses."""
         self.barriers = np.zeros(blocks, np.int64)
+        self.products: Sequence[Reader] = ()
+        """What reads granules until threads know that it is complete."""
+        self.record: Record | None = None
 
     def stamps(self, lanes: Integers) -> Integers:
         """The stamps of threads, given by block * threads + thread."""
@@ -235,9 +315,9 @@ class SharedMemory:
             report("reads shared memory that was never written", unwritten, addresses)
         stamps = self.stamps(lanes)[:, None]
         self._check(self.writer[granules], stamps, "reads shared memory that another thread writes", addresses, report)
-        readers = self.reader[granules]
-        others = (readers // 4096 == stamps // 4096) & (readers != stamps)
-        self.reader[granules] = np.where(others, stamps // 4096 * 4096, stamps)
+        _mark(self.reader, granules, stamps)
+        if self.record is not None:
+            self.record.read_shared(places, size, granules, lanes)
         return _take(self.data, places, size)
 
     def store(self, addresses: Integers, values: Bytes, lanes: Integers, report: Report) -> None:
@@ -247,13 +327,15 @@ class SharedMemory:
         granules = self.granules(places, size)
         self._check_in_flight(granules, addresses, report)
         self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
+        if self.record is not None:
+            self.record.write_shared(places, values, granules, lanes)
         self.put(places, values, lanes, addresses, report)
 
     def put(self, places: Integers, values: Bytes, lanes: Integers, addresses: Integers, report: Report) -> None:
         """Write bytes at places that were checked."""
         size = values.shape[1]
         granules = self.granules(places, size)
-        self.writer[granules] = self.stamps(lanes)[:, None]
+        _mark(self.writer, granules, self.stamps(lanes)[:, None])
         self.unfenced[granules] = 1
         where = places[:, None] + np.arange(size)
         self.data[where] = values
@@ -269,11 +351,16 @@ class SharedMemory:
         self._check_in_flight(granules, addresses, report)
         self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
         self.in_flight[granules] = lanes[:, None] % self.threads + 1
+        if self.record is not None:
+            self.record.begin_copy(places, granules, lanes)
         return places
 
     def end_copy(self, places: Integers, values: Bytes, lanes: Integers, report: Report) -> None:
         """Write the bytes of an asynchronous copy."""
-        self.in_flight[self.granules(places, values.shape[1])] = 0
+        granules = self.granules(places, values.shape[1])
+        self.in_flight[granules] = 0
+        if self.record is not None:
+            self.record.end_copy(granules, lanes)
         self.put(places, values, lanes, places, report)
 
     def _check_in_flight(self, granules: Integers, addresses: Integers, report: Report) -> None:
@@ -284,6 +371,8 @@ class SharedMemory:
 
     def _check_writable(self, granules: Integers, stamps: Integers, addresses: Integers, report: Report) -> None:
         held = (self.held[granules] != 0).any(1)
+        for product in self.products:
+            held |= np.isin(granules, product.granules).any(1) & ~product.seen[stamps[:, 0] % 4096 - 1]
         if held.any():
             report("overwrites an operand of a product in flight", held, addresses)
         self._check(self.writer[granules], stamps, "writes shared memory that another thread writes", addresses, report)
@@ -312,6 +401,8 @@ class SharedMemory:
         newest = self.writer[granules] // 4096 == self.barriers[block] + 1
         if newest.any():
             report("gives a product an operand with no barrier after it was written", first, None)
+        if self.record is not None:
+            self.record.give_to_product(flat, granules, block)
         return np.ascontiguousarray(self.data[where].reshape(places.shape[0], -1)), granules
 
     def hold(self, granules: Integers, change: int) -> None:
@@ -320,7 +411,28 @@ class SharedMemory:
         if change < 0:
             block = granules * self.granule // self.stride
             self.reader[granules] = (self.barriers[block] + 1) * 4096
+            if self.record is not None:
+                for each in np.unique(block):
+                    self.record.read_by_product(granules[block == each], int(each))
 
-    def fence(self) -> None:
-        """Make what was written visible to asynchronous products."""
-        self.unfenced[:] = 0
+    def fence(self, lanes: Integers, place: int) -> None:
+        """Make what threads have written visible to asynchronous products: what each has written itself, and what the
+        threads of its block had written before the last barrier.
+
+        Args:
+            place: The place of the instruction.
+        """
+        unfenced = self.unfenced
+        if self.record is not None:
+            unfenced = unfenced | self.record.copies.unfenced.any(0)
+        granules = np.flatnonzero(unfenced)
+        block = granules * self.granule // self.stride
+        epoch, thread = np.divmod(self.writer[granules], 4096)
+        fences = np.zeros((len(self.barriers), self.threads), bool)
+        fences.reshape(-1)[lanes] = True
+        whole, some = np.asarray(fences.all(1)), np.asarray(fences.any(1))
+        own = np.where(thread > 0, fences[block, thread - 1], whole[block])
+        done = granules[own | (some[block] & (epoch <= self.barriers[block]))]
+        self.unfenced[done] = 0
+        if self.record is not None:
+            self.record.copies.fence(place, done)

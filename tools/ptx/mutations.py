@@ -3,15 +3,25 @@
     python -m tools.ptx.mutations --count 40 --seed 1
 
 Each edit drops, swaps or changes one thing, as a compiler's or a programmer's mistake would. A mutant is caught if a
-fault is reported or a result is not what it should be. One that survives is printed with its instruction; edits that
-make an instruction unknown to the machine, or that change nothing, are drawn again.
+fault is reported or a result is not what it should be, in the case that it was drawn in or another one of `proof` that
+runs the kernel. One that survives is printed with its instruction.
+
+An edit that cannot matter in the case that is run says nothing of the machine, so another is drawn. Whether one matters
+is recorded (`records`), in two ways:
+
+- Barriers, waits, groups and fences are edited only if something depends on them in the run without edits: two threads
+  that no other barrier keeps apart, a use of copied bytes that no other wait comes before, and so on.
+- Any other edit that goes unnoticed changes nothing, if with it every access to memory has the same addresses and the
+  same values, in the same order, as without. It is printed, and not counted.
+
+Edits that make an instruction unknown to the machine are drawn again, too.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -19,8 +29,13 @@ from random import Random
 import torch
 
 from tools.ptx.bench import Bench
+from tools.ptx.cases import cases
 from tools.ptx.faults import FaultError, UnsupportedError
-from tools.ptx.proof import Case, cases, prove
+from tools.ptx.machine import Modes
+from tools.ptx.proof import Case, prove
+from tools.ptx.records import Trace
+from tools.ptx.sizes import RAGGED
+from tools.ptx.syntax import Kernel
 from wanforge.plugins.launching.cubins import cache_folder
 
 SMS = (80, 89, 90, 120)
@@ -71,27 +86,32 @@ class Edit:
     Attributes:
         lines: The lines that it can be made in.
         make: What it makes of one.
-        matters: Whether the instruction must have made a difference: a predicate that was false for some thread, a wait
-            for something that was not finished.
+        needed: What instructions that order others are called in `Kernel.needed`; those alone are edited.
+        skips: Whether some thread must have skipped the instruction because of its predicate.
         cases: The cases that it is made in.
     """
 
     name: str
     lines: str
     make: Callable[[str, Random], str]
-    matters: bool = False
+    needed: str = ""
+    skips: bool = False
     cases: str = ""
+
+    def places(self, kernel: Kernel) -> set[int]:
+        """The places of the instructions that it may be made in."""
+        return kernel.needed[self.needed] if self.needed else kernel.skipped if self.skips else kernel.ran
 
 
 EDITS = (
-    Edit("drop a barrier", r"bar\.sync", _drop),
-    Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop, matters=True),
-    Edit("wait for fewer copies", r"cp\.async\.wait_group", _later, matters=True),
-    Edit("drop a commit of copies", r"cp\.async\.commit_group", _drop),
-    Edit("drop a wait for products", r"wgmma\.wait_group", _drop, matters=True),
-    Edit("drop a fence", r"fence\.proxy", _drop),
-    Edit("negate a predicate", r"@!?%p\d+\s+(ld|st|cp)", _negate, matters=True),
-    Edit("drop a predicate", r"@!?%p\d+\s+(ld|st)\.global", _unguard, matters=True),
+    Edit("drop a barrier", r"bar\.sync", _drop, needed="barrier"),
+    Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop, needed="wait"),
+    Edit("wait for fewer copies", r"cp\.async\.wait_group", _later, needed="wait for one group less"),
+    Edit("drop a commit of copies", r"cp\.async\.commit_group", _drop, needed="commit"),
+    Edit("drop a wait for products", r"wgmma\.wait_group", _drop, needed="wait for products"),
+    Edit("drop a fence", r"fence\.proxy", _drop, needed="fence"),
+    Edit("negate a predicate", r"@!?%p\d+\s+(ld|st|cp)", _negate, skips=True),
+    Edit("drop a predicate", r"@!?%p\d+\s+(ld|st)\.global", _unguard, skips=True),
     Edit("negate a branch", r"@!?%p\d+\s+bra", _negate),
     Edit("swap operands", r"\b(sub|div|rem|setp\.(lt|gt|le|ge))\.\S+\s+%\w+, %\w+, %\w+;", _swap),
     Edit("swap a selection", r"\bselp\.\S+\s+%\w+, [\w%-]+, [\w%-]+, %p", _swap),
@@ -112,36 +132,26 @@ class Mutant:
     """A kernel with one edit.
 
     Attributes:
+        kernel: Its name.
         digest: The hash of its cubin.
         line: The index of the line that is edited.
     """
 
     edit: Edit
+    kernel: str
     digest: str
     line: int
     before: str
     after: str
 
 
-def lines_of(text: str) -> list[int]:
-    """The index of the line of each instruction; Triton writes one on a line."""
-    found, in_body = [], False
-    for index, line in enumerate(text.splitlines()):
-        statement = line.split("//")[0].strip().lstrip("{} ")
-        in_body = in_body or statement.startswith(".reg")
-        if in_body and statement.endswith(";") and not statement.startswith("."):
-            found.append(index)
-    return found
-
-
 def candidates(bench: Bench, edit: Edit) -> list[tuple[str, int]]:
     """Where a kind of mistake can be made: the hash of a cubin, and the index of a line that has run in it."""
     found = []
     for digest, kernel in bench.cuda.modules.items():
-        text = bench.cuda.ptx(digest)
-        lines, places = text.splitlines(), lines_of(text)
-        ran = kernel.mattered if edit.matters else kernel.ran
-        found += [(digest, places[at]) for at in sorted(ran) if re.search(edit.lines, lines[places[at]])]
+        lines = bench.cuda.ptx(digest).splitlines()
+        places = [kernel.instructions[place].line - 1 for place in sorted(edit.places(kernel))]
+        found += [(digest, place) for place in places if re.search(edit.lines, lines[place])]
     return found
 
 
@@ -153,11 +163,17 @@ def mutant(bench: Bench, edit: Edit, random: Random) -> Mutant | None:
     digest, index = random.choice(found)
     before = bench.cuda.ptx(digest).splitlines()[index]
     after = edit.make(before, random)
-    return Mutant(edit, digest, index, before.strip(), after) if after != before else None
+    return (
+        Mutant(edit, bench.cuda.modules[digest].name, digest, index, before.strip(), after) if after != before else None
+    )
 
 
-def install(change: Mutant, bench: Bench) -> None:
-    """Let a bench load the mutant in place of the kernel."""
+Done = tuple[Mutant, str, str]
+"""A mutant, its case, and how it is caught."""
+
+
+def edited(bench: Bench, change: Mutant) -> Bench:
+    """A bench that loads the mutant in place of the kernel."""
     find = bench.cuda.ptx
 
     def ptx(digest: str) -> str:
@@ -167,6 +183,8 @@ def install(change: Mutant, bench: Bench) -> None:
         return "\n".join(lines)
 
     bench.cuda.ptx = ptx
+    bench.names_source = False
+    return bench
 
 
 def verdict(case: Case, bench: Bench) -> str:
@@ -180,30 +198,82 @@ def verdict(case: Case, bench: Bench) -> str:
     return "" if outcome.is_right else "the result differs"
 
 
-def mutate(count: int, seed: int, folder: Path) -> list[tuple[Mutant, str, str]]:
-    """Make mutants of the cases with ragged shapes, and give each with its case and how it is caught."""
-    random, done, edits = Random(seed), list[tuple[Mutant, str, str]](), cycle(EDITS)
-    ragged = {
-        sm: [case for case in cases(sm, torch.bfloat16) if "333" in case.name or "GELU" in case.name] for sm in SMS
-    }
-    ran: dict[tuple[int, str], Bench] = {}
-    while len(done) < count:
-        edit, sm = next(edits), random.choice(SMS)
-        case = random.choice([case for case in ragged[sm] if edit.cases in case.name])
-        if (sm, case.name) not in ran:
-            ran[sm, case.name] = bench = Bench(sm, folder)
+@dataclass
+class Trials:
+    """Cases that run with edits, and the runs without.
+
+    Attributes:
+        unedited: The bench of each architecture and case that has run all of its kernels as they are.
+    """
+
+    folder: Path
+    unedited: dict[tuple[int, str], Bench] = field(default_factory=dict)
+
+    def right(self, sm: int, case: Case) -> Bench:
+        """The bench that has run a case without edits, and recorded it."""
+        if (sm, case.name) not in self.unedited:
+            self.unedited[sm, case.name] = bench = Bench(sm, self.folder, Modes(trace=Trace()))
             assert prove(case, bench).is_right
-        change = mutant(ran[sm, case.name], edit, random)
-        if change is None:
+        return self.unedited[sm, case.name]
+
+    def run(self, sm: int, case: Case, change: Mutant) -> str | None:
+        """Run a case with an edit, and tell how that is caught; empty if it is not, and None if it changes nothing.
+
+        An edit that changes something and is not caught there is tried in every other case that runs the kernel.
+
+        Raises:
+            UnsupportedError: The machine does not know what the edit makes.
+        """
+        caught = verdict(case, edited(Bench(sm, self.folder), change))
+        if caught:
+            return caught
+        if not change.edit.needed:
+            bench = edited(Bench(sm, self.folder, Modes(trace=Trace())), change)
+            prove(case, bench)
+            if digest(bench) == digest(self.right(sm, case)):
+                return None
+        return self._elsewhere(sm, case, change)
+
+    def _elsewhere(self, sm: int, case: Case, change: Mutant) -> str:
+        for other in cases(sm, torch.bfloat16, RAGGED):
+            if other.name != case.name and change.digest in self.right(sm, other).cuda.modules:
+                caught = verdict(other, edited(Bench(sm, self.folder), change))
+                if caught:
+                    return f"{caught} ({other.name})"
+        return ""
+
+
+def digest(bench: Bench) -> str:
+    """The digest of all that a bench's kernels did to memory."""
+    trace = bench.cuda.modes.trace
+    assert trace is not None
+    return trace.digest
+
+
+def mutate(count: int, seed: int, folder: Path, names: str = "333|GELU", sms: Sequence[int] = SMS) -> list[Done]:
+    """Make mutants of cases, and give each with its case and how it is caught.
+
+    Args:
+        names: The cases, by a pattern; those with ragged shapes by default.
+    """
+    random, done, edits, trials = Random(seed), list[Done](), cycle(EDITS), Trials(folder)
+    chosen = {sm: [case for case in cases(sm, torch.bfloat16, RAGGED) if re.search(names, case.name)] for sm in sms}
+    while len(done) < count:
+        edit, sm = next(edits), random.choice(sms)
+        fitting = [case for case in chosen[sm] if edit.cases in case.name]
+        case = random.choice(fitting) if fitting else None
+        change = mutant(trials.right(sm, case), edit, random) if case else None
+        if case is None or change is None:
             continue
-        bench = Bench(sm, folder)
-        install(change, bench)
         try:
-            caught = verdict(case, bench)
+            caught = trials.run(sm, case, change)
         except (UnsupportedError, KeyError):
             continue
-        done.append((change, f"sm_{sm}, {case.name}", caught))
-        print(f"{edit.name:32}{done[-1][1]:52}{caught or 'SURVIVES: ' + change.before}", flush=True)
+        if caught is not None:
+            done.append((change, f"sm_{sm}, {case.name}", caught))
+        told = "changes nothing" if caught is None else caught or "SURVIVES"
+        shown = "" if caught else f": {change.before} (line {change.line + 1} of {change.kernel})"
+        print(f"{edit.name:32}{f'sm_{sm}, {case.name}':60}{told}{shown}", flush=True)
     return done
 
 

@@ -1,8 +1,10 @@
 """Reading PTX: one kernel as a list of instructions with operands that are taken apart."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from tools.ptx.faults import UnsupportedError
 
@@ -53,7 +55,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """Several operands in braces."""
+    """Several operands in braces, or two with a bar in between."""
 
     parts: tuple["Operand", ...]
 
@@ -69,6 +71,7 @@ class Instruction:
         words: The opcode and its modifiers.
         guard: The predicate under which it runs, and whether it runs where that is false.
         text: Its text, for messages.
+        line: The line of the file in which it begins, from 1.
     """
 
     place: int
@@ -76,6 +79,7 @@ class Instruction:
     operands: tuple[Operand, ...]
     guard: tuple[Register, bool] | None
     text: str
+    line: int
 
     @property
     def opcode(self) -> str:
@@ -118,7 +122,8 @@ class Kernel:
     Attributes:
         registers: How many registers it has.
         ran: The places of the instructions that a thread has run.
-        mattered: Those that some threads did not run because of their predicate, and waits for something unfinished.
+        skipped: Those that some threads did not run because of their predicate.
+        needed: Those without which a recorded run would not have been right, by what they are (`records`).
         labels: The place of the instruction that follows each label.
         sm: The architecture that it is for.
         threads: Threads of a block.
@@ -132,7 +137,8 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     registers: int = 0
     ran: set[int] = field(default_factory=set)
-    mattered: set[int] = field(default_factory=set)
+    skipped: set[int] = field(default_factory=set)
+    needed: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
 
 def read_kernel(text: str) -> Kernel:
@@ -141,8 +147,7 @@ def read_kernel(text: str) -> Kernel:
     Raises:
         UnsupportedError: The file is not such as Triton writes.
     """
-    lines = [line.split("//")[0].strip() for line in text.splitlines()]
-    source = "\n".join(line for line in lines if line)
+    source = "\n".join(line.split("//")[0].strip() for line in text.splitlines())
     target = re.search(r"^\.target sm_(\d+)", source, re.MULTILINE)
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", source, re.DOTALL)
     threads = re.search(r"\.reqntid (\d+)", source)
@@ -151,23 +156,38 @@ def read_kernel(text: str) -> Kernel:
     declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", " ".join(entry[2].split()))
     parameters = tuple(Parameter(name, kind) for kind, name in declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
-    _Reader(kernel).read(within_braces(source, threads.end()))
+    start, body = within_braces(source, threads.end())
+    _Reader(kernel).read(with_own_labels(body), source.count("\n", 0, start) + 1)
     if not kernel.instructions or kernel.instructions[-1].words != ("ret",):
         raise UnsupportedError(f"{kernel.name} does not end with a return")
     return kernel
 
 
-def within_braces(source: str, start: int) -> str:
-    """The text between the first brace from a place on and the one that closes it."""
+def within_braces(source: str, start: int) -> tuple[int, str]:
+    """The text between the first brace from a place on and the one that closes it, and where it begins."""
     depth, first = 0, source.index("{", start)
     for found in re.finditer(r"[{}]", source[first:]):
         depth += 1 if found[0] == "{" else -1
         if depth == 0:
-            return source[first + 1 : first + found.start()]
+            return first + 1, source[first + 1 : first + found.start()]
     raise UnsupportedError("the file ends within a kernel")
 
 
-STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
+def with_own_labels(body: str) -> str:
+    """The same text with labels that have names of their own where they stand in a scope in braces."""
+
+    scopes = count()
+
+    def renamed(scope: re.Match[str]) -> str:
+        text, number = scope[0], next(scopes)
+        for label in re.findall(r"(?m)^(\w+):", text):
+            text = re.sub(rf"\b{label}\b", f"{label}_{number}", text)
+        return text
+
+    return re.sub(r"\{[^{}]*\}", renamed, body)
+
+
+STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%\w+?)<(\d+)>$")
 NAMED = re.compile(r"\.reg \.(\w+)\s+([\w ,]+)$")
 
@@ -179,8 +199,9 @@ class _Reader:
         self.kernel = kernel
         self.names: dict[str, Register] = {}
 
-    def read(self, body: str) -> Kernel:
-        for statement in self._statements(body):
+    def read(self, body: str, line: int) -> Kernel:
+        """Read a body that begins in a line."""
+        for statement, at in self._statements(body, line):
             if statement.endswith(":"):
                 self.kernel.labels[statement[:-1]] = len(self.kernel.instructions)
             elif found := REGISTERS.match(statement):
@@ -188,23 +209,25 @@ class _Reader:
             elif found := NAMED.match(statement):
                 self._declare(found[1], split(found[2]))  # in a scope of its own, so a name may come again
             elif not statement.startswith("."):
-                self.kernel.instructions.append(self._instruction(statement))
+                self.kernel.instructions.append(self._instruction(statement, at))
         return self.kernel
 
-    def _statements(self, body: str) -> Iterator[str]:
-        for line in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
-            *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", line.strip())
-            yield from (label for label in labels if label.strip())
-            bare = " ".join(statement.split()).lstrip("{} ")  # braces around inline assembly
+    def _statements(self, body: str, line: int) -> Iterator[tuple[str, int]]:
+        """Each label and each statement, with its line."""
+        for piece in re.sub(r"(?m)^\.(loc|file|pragma|section)\b.*$", "", body).split(";"):
+            *labels, statement = re.split(r"(?m)(^\$?\w+:)\s*", piece.strip())
+            yield from ((label, line) for label in labels if label.endswith(":"))  # not the braces before them
+            bare = statement.lstrip("{} \n")  # without the braces around inline assembly
             if bare:
-                yield bare
+                yield " ".join(bare.split()), line + piece.rstrip().count("\n") - bare.count("\n")
+            line += piece.count("\n")
 
     def _declare(self, kind: str, names: list[str]) -> None:
         for name in names:
             self.names[name] = Register(self.kernel.registers, SIZES[kind], name)
             self.kernel.registers += 1
 
-    def _instruction(self, statement: str) -> Instruction:
+    def _instruction(self, statement: str, line: int) -> Instruction:
         found = STATEMENT.fullmatch(statement)
         if found is None:
             raise UnsupportedError(f"cannot read the statement {statement!r}")
@@ -215,11 +238,14 @@ class _Reader:
             tuple(self._operand(each) for each in split(rest)),
             (self.names[guard], bool(negated)) if guard else None,
             statement,
+            line,
         )
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
             return Vector(tuple(self._operand(each) for each in split(text[1:-1])))
+        if "|" in text:
+            return Vector(tuple(self._operand(each) for each in text.split("|")))
         if text.startswith("["):
             base, sign, offset = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text).groups()  # type: ignore[union-attr]
             place = self.names.get(base) or Symbol(base)

@@ -41,16 +41,38 @@ set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU t
 
 
 @dataclass(frozen=True)
-class Efficiency:
-    """Shares of a GPU's peaks that a launch is assumed to reach."""
+class Reread:
+    """Bytes that a launch reads again: from the L2 cache if it has kept them, otherwise from DRAM.
 
-    arithmetic: float
-    bandwidth: float
+    Attributes:
+        bytes: How many, all rereads together.
+        held: Bytes that the cache would have to hold until then.
+        held_per_program: The same for each thread block that runs meanwhile.
+    """
+
+    bytes: int
+    held: int = 0
+    held_per_program: int = 0
 
 
-IDEAL = Efficiency(1.0, 1.0)
-ASSUMED = Efficiency(arithmetic=0.65, bandwidth=0.80)
-"""An assumption, not a measurement: what good kernels of this kind are known to reach."""
+@dataclass(frozen=True)
+class KernelRun:
+    """How one of this package's kernels is run by a launch.
+
+    Attributes:
+        programs: Thread blocks.
+        trips: Iterations of each loop of the kernel, in the order of the loops in its source.
+        from_dram: For what is executed once and for each loop, whether its loads miss the L2 cache; None where they
+            read something again.
+        width: The model's width. Kernels of another width have slightly different machine code.
+        rereads: What is read more than once.
+    """
+
+    programs: int
+    trips: tuple[int, ...]
+    from_dram: tuple[bool | None, ...]
+    width: int
+    rereads: tuple[Reread, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,7 @@ class LaunchCost:
         flops: Operations of matrix products by number format.
         bytes_read, bytes_written: Bytes of each tensor, counted once.
         bytes_fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
+        run: How the kernel is run, if it is one of this package's.
     """
 
     name: str
@@ -68,6 +91,7 @@ class LaunchCost:
     bytes_read: int
     bytes_written: int
     bytes_fetched: int = 0
+    run: KernelRun | None = None
 
     @property
     def total_flops(self) -> int:
@@ -77,18 +101,14 @@ class LaunchCost:
     def total_bytes(self) -> int:
         return self.bytes_read + self.bytes_written
 
-    def seconds(self, target: Target, efficiency: Efficiency) -> float:
-        """The longer of moving the bytes and doing the arithmetic; formats share the tensor cores, so they add up."""
-        moving = self.total_bytes / (target.bandwidth_gbs * 1e9 * efficiency.bandwidth)
-        return max(moving, self.arithmetic_seconds(target) / efficiency.arithmetic)
-
     def arithmetic_seconds(self, target: Target) -> float:
         """Time of the operations at the peaks of their formats."""
         return sum(flops / peak(target, form) for form, flops in self.flops.items() if form in PEAKS)
 
     def roofline(self, target: Target) -> float:
-        """The least seconds that this launch can take."""
-        return self.seconds(target, IDEAL)
+        """The least seconds that this launch can take: the longer of moving the bytes and doing the arithmetic. Formats
+        share the tensor cores, so they add up."""
+        return max(self.total_bytes / (target.bandwidth_gbs * 1e9), self.arithmetic_seconds(target))
 
     def is_bound_by_bytes(self, target: Target) -> bool:
         return self.roofline(target) > self.arithmetic_seconds(target)
@@ -217,6 +237,6 @@ def all_launches(plan: BlockLaunches) -> list[LaunchCost]:
     return [launch for part in plan.values() for launch in part]
 
 
-def seconds(launches: Iterable[LaunchCost], target: Target, efficiency: Efficiency = IDEAL) -> float:
-    """Time of launches that run one after the other; `IDEAL` gives their roofline."""
-    return sum(launch.seconds(target, efficiency) for launch in launches)
+def seconds(launches: Iterable[LaunchCost], target: Target) -> float:
+    """The roofline of launches that run one after the other."""
+    return sum(launch.roofline(target) for launch in launches)

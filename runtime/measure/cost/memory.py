@@ -13,10 +13,14 @@ from wanforge.errors import ConfigError, ResourceError
 from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import ASSUMED, USUAL_TEXT_ROWS, Workload, all_launches, seconds
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload, all_launches
+from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.measure.tables import indented, text_table
 from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, Traffic, plan_request, request_schedules, traffic
 from wanforge.runtime.schedule import GraphRun
+
+PCIE_SHARE = 0.8
+"""The share of the peak rate of PCIe that copies from the host are assumed to reach."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
         def predicted(graph_run: GraphRun) -> float:
             return (layer_seconds or 0.0) if graph_run.graph == "block" else 0.0
 
-        rate = target.pcie_gbs * 1e9 * ASSUMED.bandwidth
+        rate = target.pcie_gbs * 1e9 * PCIE_SHARE
         moved = traffic(plan, request_schedules(model, recipe, pieces, clip), rate, predicted)
     return MemoryReport(
         name, target.title, vram, clip, recipe.name, fixed, plan, refusal, moved, is_predicted=layer_seconds is not None
@@ -107,12 +111,12 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
 
 
 def predicted_layer(bundle: Bundle, clip: ClipShape, target: Target) -> float | None:
-    """Predicted seconds of a layer on a GPU, as assumed in docs/kernels.md; None for recipes not counted there."""
+    """Predicted seconds of a layer on a GPU, as in docs/kernels.md; None for recipes not counted there."""
     recipe = recipe_for(bundle.recipe, target.sm)
     try:
         selected = num_selected(recipe, clip, bundle.model.topk)
         workload = Workload(bundle.model, clip, recipe, selected, USUAL_TEXT_ROWS)
-        return seconds(all_launches(fused_block(workload)), target, ASSUMED)
+        return predicted_seconds(all_launches(fused_block(workload)), target)
     except ConfigError:
         return None
 

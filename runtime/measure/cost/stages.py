@@ -21,7 +21,8 @@ from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import ASSUMED, IDEAL, LaunchCost, Workload, all_launches, seconds
+from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
+from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.request import CheckedRequest
 from wanforge.runtime.schedule import GraphRun, Schedule, context_rows, denoise_schedule, text_schedule, vae_schedule
 
@@ -34,8 +35,8 @@ class StageCost:
 
     Attributes:
         roofline: The least seconds that it can take, at the vendor's peaks.
-        predicted: Seconds at the shares of the peaks that good kernels are assumed to reach, see `launches.ASSUMED`;
-            an assumption, not a measurement.
+        predicted: Seconds predicted from the machine code of this package's kernels, and for the launches of libraries
+            from what others have measured of theirs (`prediction`). Nothing was measured here.
     """
 
     flops: int
@@ -58,8 +59,8 @@ def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
     return StageCost(
         sum(cost.total_flops for cost in costs),
         sum(cost.total_bytes for cost in costs),
-        seconds(costs, target, IDEAL),
-        seconds(costs, target, ASSUMED),
+        seconds(costs, target),
+        predicted_seconds(costs, target),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -12,6 +13,7 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
 from wanforge.runtime.measure.kernels.cases import OPS, recipe_on
 from wanforge.runtime.measure.kernels.checks import check
+from wanforge.runtime.measure.kernels.pieces import SMALL, timed_size
 from wanforge.runtime.measure.kernels.report import KernelReport, KernelResult
 from wanforge.runtime.measure.kernels.timing import CudaTimer, Draw, Timer, measure
 from wanforge.runtime.measure.machine import gpu_facts, target_of
@@ -41,12 +43,14 @@ def bench_ops(
     repeats: int = 50,
     progress: Progress = silent,
 ) -> KernelReport:
-    """Check ops on a device and time those that are correct; without a timer, nothing is timed."""
+    """Check ops on a device, at a small size and at the size that is timed, and time those that are correct. Without a
+    timer only the small size is checked, and nothing is timed."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = [SMALL] if timer is None else [SMALL, timed_size(w)]
     verdicts = []
-    for done, op in enumerate(ops, 1):
-        verdicts += check(op, device, dtype)
-        progress("check", done, len(ops))
+    for done, (op, size) in enumerate(product(ops, sizes), 1):
+        verdicts += check(op, device, dtype, size)
+        progress("check", done, len(ops) * len(sizes))
     wrong = {verdict.op for verdict in verdicts if not verdict.passed}
     cases = [(op, case) for op in ops if op not in wrong for case in OPS[op](w)]
     machine = gpu_facts(device)

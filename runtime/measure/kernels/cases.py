@@ -148,7 +148,7 @@ def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> lis
     """The launches of `call` on `inputs` as separate runs, each on the results of those before it."""
     device = inputs[0].device
     blanks = [torch.empty_like(tensor, device="meta") for tensor in inputs]
-    with recording(architecture_of(device)) as launches:
+    with recording(architecture_of(device)) as recorded:
         call(*blanks)
     real = {id(blank): tensor for blank, tensor in zip(blanks, inputs, strict=True)}
 
@@ -160,7 +160,7 @@ def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> lis
         return real[id(value)]
 
     runs: list[Run] = []
-    for one in launches:
+    for one in recorded.launches:
         assert isinstance(one.kernel, Kernel)
         runs.append(partial(one.kernel, **{name: filled(value) for name, value in one.arguments.items()}))
     for run in runs:

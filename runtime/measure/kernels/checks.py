@@ -1,14 +1,18 @@
-"""Compares kernels with their definitions before they are timed: at a small ragged size, on the device to be timed,
-with the tolerances of the tests."""
+"""Compares kernels with their definitions before they are timed, on the device to be timed: at a small ragged size, and
+at the size that is timed.
+
+At real sizes the definitions run in pieces of rows, so that they fit, and those that take long on a sample: products on
+some rows, attention and the block on some query blocks, whose results depend on all keys and values.
+"""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanforge.configs.model import DiTConfig
@@ -16,6 +20,7 @@ from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
+from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
@@ -26,13 +31,11 @@ from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 from wanforge.runtime.backends.fused_block import FusedBlock
 from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on
 from wanforge.runtime.measure.kernels.linears import ROWS, TILES, Scheme
+from wanforge.runtime.measure.kernels.pieces import PIECE, SMALL, CheckedSize, by_heads, cut, in_pieces
 from wanforge.runtime.measure.kernels.timing import Draw
-from wanforge.runtime.measure.parity.metrics import relative_rms
+from wanforge.runtime.measure.parity.metrics import TINY
 from wanforge.runtime.reference.dit import Block, attention_blocks, block_arguments, rope_tables, split_heads
 
-GRID = (1, 3, 67)
-"""Frames, rows and columns of tokens, whose number is no multiple of 64 or 128."""
-TOKENS = math.prod(GRID)
 EPS = 1e-6
 HALF_SPACING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of one rounding."""
@@ -49,12 +52,14 @@ class KernelVerdict:
     """The result of comparing a tensor with its definition.
 
     Attributes:
+        tokens: The number of tokens for which it was computed.
         error: Relative RMS error; infinite where shape or type differ, or a value is not finite.
         limit: The largest error allowed; 0 requires exact equality.
     """
 
     op: str
     name: str
+    tokens: int
     error: float
     limit: float
 
@@ -64,34 +69,58 @@ class KernelVerdict:
 
     def as_json(self) -> dict[str, Any]:
         error = self.error if self.error < float("inf") else None
-        return {"op": self.op, "name": self.name, "error": error, "limit": self.limit, "passed": self.passed}
+        return {
+            "op": self.op,
+            "name": self.name,
+            "tokens": self.tokens,
+            "error": error,
+            "limit": self.limit,
+            "passed": self.passed,
+        }
 
     def __str__(self) -> str:
         state = "right" if self.passed else "WRONG"
-        return f"{state}  {self.op}: {self.name}: relative error {self.error:.1e}, at most {self.limit:.1e}"
+        found = f"relative error {self.error:.1e}, at most {self.limit:.1e}"
+        return f"{state}  {self.op}: {self.name}, {self.tokens} tokens: {found}"
 
 
 Claim = tuple[str, Tensor, Tensor, float]
 """A name, a kernel's result, its definition's result, and the largest error allowed."""
 
 
-def check(op: str, device: torch.device, dtype: torch.dtype) -> list[KernelVerdict]:
+def check(op: str, device: torch.device, dtype: torch.dtype, size: CheckedSize = SMALL) -> list[KernelVerdict]:
     """Compare an op's kernels with their definitions."""
     with torch.inference_mode():
-        claims = CHECKS[op](Draw(0, device, dtype))
-        return [KernelVerdict(op, name, error(actual, expected), limit) for name, actual, expected, limit in claims]
+        return [
+            KernelVerdict(op, name, size.tokens, error(actual, expected), limit)
+            for name, actual, expected, limit in CHECKS[op](Draw(0, device, dtype), size)
+        ]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
     """Relative RMS of the difference; infinite where shape or type differ, or a value is not finite."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype or not actual.double().isfinite().all():
-        return float("inf")
-    return 0.0 if torch.equal(actual, expected) else relative_rms(actual, expected)
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return math.inf
+    away, total = 0.0, 0.0
+    for some, wanted in zip(actual.split(PIECE), expected.split(PIECE), strict=True):
+        a, e = some.double(), wanted.double()
+        if not a.isfinite().all():
+            return math.inf
+        away += float((a - e).square().sum())
+        total += float(e.square().sum())
+    return 0.0 if away == 0 else math.sqrt(away / max(total, TINY))
 
 
 def rounding_error(dtype: torch.dtype, roundings: float) -> float:
     """The largest relative RMS error that this many additional or omitted roundings can cause."""
     return FLOAT32_ERROR if dtype == torch.float32 else roundings * HALF_SPACING[dtype]
+
+
+def flipped_error(dtype: torch.dtype, roundings: float) -> float:
+    """The relative RMS error that so many roundings of a float32 sum can cause. In the share of values that lie close
+    enough to a tie of their own type, they decide to which side a value is rounded."""
+    share = roundings * HALF_SPACING[torch.float32] / HALF_SPACING[dtype]
+    return math.sqrt(share) * 2 * HALF_SPACING[dtype]
 
 
 def quantised(
@@ -101,109 +130,174 @@ def quantised(
     scheme: Scheme = TILES,
     steps_limit: float = 0,
     scales_limit: float = 0,
-) -> list[Claim]:
+) -> Iterator[Claim]:
     """Claims that a kernel quantised these values correctly."""
-    steps, scale = scheme.definition(values)
-    return [
-        (f"{name}, steps", actual.steps_MK, steps, steps_limit),
-        (f"{name}, scales", actual.scale, scale, scales_limit),
-    ]
+    parts = [scheme.definition(piece) for piece in values.split(PIECE)]
+    steps, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    yield f"{name}, steps", actual.steps_MK, steps, steps_limit
+    yield f"{name}, scales", actual.scale, scale, scales_limit
 
 
-def linear_claims(draw: Draw) -> list[Claim]:
-    return [claim for scheme in (TILES, ROWS) for claim in scheme_claims(draw, scheme)]
+def linear_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    for scheme in (TILES, ROWS):
+        yield from scheme_claims(draw, scheme, size)
 
 
-def scheme_claims(draw: Draw, scheme: Scheme) -> list[Claim]:
-    # The interpreter performs the reference's own operations. A GPU fuses a product and a sum into one operation.
-    exact = 0 if draw.device.type == "cpu" else 1e-6
-    x, residual, gate = draw(TOKENS, 384), draw(TOKENS, 256), draw.float32(256)
-    weights = [Weight(*scheme.definition(draw.float32(256, 384, size=0.05)), draw(256)) for _ in range(3)]
-    expected = [w8a8_linear(x, *weight) for weight in weights]
-    activated = F.gelu(expected[0], approximate="tanh")
+def scheme_claims(draw: Draw, scheme: Scheme, size: CheckedSize) -> Iterator[Claim]:
+    how, rows, width, wide = scheme.suffix, size.some, size.dim, size.ffn_dim
+    x, residual, gate = draw(size.tokens, width), draw(size.tokens, width), draw.float32(width)
+    yield from quantised(f"quantise{how}", scheme.quantise(x), x, scheme)
 
-    given, how = Quantised(*scheme.definition(x)), scheme.suffix
-    added = linear_residual(given, weights[0], residual, gate, torch.empty_like(residual))
-    packed, scales_limit = linear_gelu(given, weights[0]), 1e-6 if draw.dtype == torch.float32 else 1e-3
-    return [
-        *quantised(f"quantise{how}", scheme.quantise(x), x, scheme),
-        *((f"{name}{how}", y, e, exact) for name, y, e in zip("qkv", linears(given, weights), expected, strict=True)),
-        (f"gated residual{how}", added, gated_residual(residual[None], expected[0][None], gate[None])[0], exact),
-        # The kernel computes GELU with another function, whose last bit may lead to another step.
-        *quantised(f"GELU, quantised{how}", packed, activated, scheme, FLIPPED, scales_limit),
-    ]
+    def weight(outputs: int, inputs: int) -> Weight:
+        return Weight(*scheme.definition(draw.float32(outputs, inputs, size=inputs**-0.5)), draw(outputs))
+
+    def expected(given: Tensor, weight: Weight) -> Tensor:
+        return in_pieces(lambda x: w8a8_linear(x, *weight), rows, given)
+
+    def limit(inputs: int) -> float:
+        # In float32 the interpreter performs the reference's own operations. A compiled kernel joins the product with a
+        # tile's scale and the sum over tiles into one operation.
+        return 0 if draw.dtype == torch.float32 else flipped_error(draw.dtype, inputs / TILE)
+
+    weights, packed = [weight(width, width) for _ in range(3)], scheme.quantise(x)
+    for name, one, y in zip("qkv", weights, linears(packed, weights), strict=True):
+        yield f"{name}{how}", cut(y, rows), expected(x, one), limit(width)
+    activated = weight(wide, width)
+    found, values = linear_gelu(packed, activated), F.gelu(expected(x, activated), approximate="tanh")
+    # The kernel computes GELU with another function, whose last bit may lead to another step.
+    some = Quantised(cut(found.steps_MK, rows), cut(found.scale, [scale_rows(each, scheme) for each in rows]))
+    scales_limit = 1e-6 if draw.dtype == torch.float32 else 1e-3
+    yield from quantised(f"GELU, quantised{how}", some, values, scheme, FLIPPED, scales_limit)
+    last, x = weight(width, wide), draw(size.tokens, wide)
+    added = linear_residual(scheme.quantise(x), last, residual, gate, torch.empty_like(residual))
+    wanted = gated_residual(cut(residual, rows)[None], expected(x, last)[None], gate[None])[0]
+    yield f"gated residual{how}", cut(added, rows), wanted, limit(wide)
 
 
-def hidden(draw: Draw, width: int) -> Tensor:
+def scale_rows(rows: slice, scheme: Scheme) -> slice:
+    """The rows of the scales of some rows, which begin at a tile."""
+    return rows if scheme is ROWS else slice(rows.start // TILE, -(-rows.stop // TILE))
+
+
+def hidden(draw: Draw, size: CheckedSize) -> Tensor:
     """Random rows of different magnitudes around a mean of 2."""
-    x = draw.float32(TOKENS, width) * torch.linspace(0.01, 30, TOKENS, device=draw.device)[:, None] + 2
-    return x.to(draw.dtype)
+    x = draw.float32(size.tokens, size.dim)
+    x *= torch.linspace(0.01, 30, size.tokens, device=draw.device)[:, None]
+    return (x + 2).to(draw.dtype)
 
 
-def layer_norm_claims(draw: Draw) -> list[Claim]:
-    x, scale, shift = hidden(draw, 384), draw.float32(384), draw.float32(384)
+def layer_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    x, scale, shift = hidden(draw, size), draw.float32(size.dim), draw.float32(size.dim)
     y = norm(x, scale, shift, EPS, modulated=True)
     # In float32 the first row sets the error: its mean is 200 times its standard deviation.
     limit = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
-    return [
-        ("norm", y, modulated_norm(x[None], shift[None], scale[None], EPS)[0], limit),
-        *quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y),
-    ]
+    expected = in_pieces(lambda x: modulated_norm(x[None], shift[None], scale[None], EPS)[0], size.pieces, x)
+    yield "norm", y, expected, limit
+    yield from quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y)
 
 
-def rms_norm_claims(draw: Draw) -> list[Claim]:
-    tensors, weights = [hidden(draw, 384) for _ in range(2)], [draw.float32(384) for _ in range(2)]
-    cross, angles = hidden(draw, 384), rope_tables(GRID, draw.device)
-    plain = rms_norm(cross, weights[0], EPS)
-    turned = [
-        rotate(split_heads(rms_norm(x, w, EPS)[None]), *angles).flatten(2)[0]
-        for x, w in zip(tensors, weights, strict=True)
+def rms_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    weights, angles = [draw.float32(size.dim) for _ in range(2)], rope_tables(size.grid, draw.device)
+    tensors, cross = [hidden(draw, size) for _ in range(2)], hidden(draw, size)
+    limit = rounding_error(draw.dtype, 0.5)
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+        return rotate(split_heads(rms_norm(x, weight, EPS)[None]), cos, sin).flatten(2)[0]
+
+    expected = [
+        in_pieces(partial(turned, weight=weight), size.pieces, x, *angles)
+        for x, weight in zip(tensors, weights, strict=True)
     ]
     rms_norm_rotate(tensors, weights, EPS, angles)
+    yield "q, rotated", tensors[0], expected[0], limit
+    yield "k, rotated", tensors[1], expected[1], limit
+    plain = in_pieces(lambda x: rms_norm(x, weights[0], EPS), size.pieces, cross)
     rms_norm_rotate([cross], weights[:1], EPS)
-    limit = rounding_error(draw.dtype, 0.5)
-    names = ("q, rotated", "k, rotated", "cross q")
-    return [(*claim, limit) for claim in zip(names, [*tensors, cross], [*turned, plain], strict=True)]
+    yield "cross q", cross, plain, limit
 
 
-def residual_claims(draw: Draw) -> list[Claim]:
-    x, y, gate = draw(TOKENS, 384), draw(TOKENS, 384), draw.float32(384)
+def residual_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    x, y, gate = draw(size.tokens, size.dim), draw(size.tokens, size.dim), draw.float32(size.dim)
     out = add_gated(x, y, gate, torch.empty_like(x))
-    return [("gated residual", out, gated_residual(x[None], y[None], gate[None])[0], 0)]
+    expected = in_pieces(lambda x, y: gated_residual(x[None], y[None], gate[None])[0], size.pieces, x, y)
+    yield "gated residual", out, expected, 0
 
 
-def attention_claims(draw: Draw) -> list[Claim]:
+def attention_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     blocks = attention_blocks(recipe_on(draw.device))
     assert blocks is not None
-    q, k, v = (draw(TOKENS, 256) for _ in range(3))
-    k += draw(256)
+    q, k, v = (draw(size.tokens, size.dim) for _ in range(3))
+    k += draw(size.dim)
     proj, bias = draw.float32(128, 128, size=128**-0.5), draw.float32(128)
-    y = attention.sparse_linear_attention(q, k, v, 2, proj, bias, blocks)
-    q_BLHK, k_BLHK, v_BLHK = (split_heads(x[None]) for x in (q, k, v))
-    expected = attention_reference.sparse_linear_attention(q_BLHK, k_BLHK, v_BLHK, 2, proj, bias, blocks).flatten(2)[0]
-    packed = attention.sparse_linear_attention_quantised(q, k, v, 2, proj, bias, blocks)
+    y = attention.sparse_linear_attention(q, k, v, size.num_selected, proj, bias, blocks)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference.sparse_linear_attention(q, k, v, size.num_selected, proj, bias, blocks)
+
+    expected = by_heads(attend, *(split_heads(x[None]) for x in (cut(q, size.queries), k, v)))
     # Apart from float32's own error: the reference rounds four times where the kernel rounds once.
-    return [
-        ("attention", y, expected, rounding_error(draw.dtype, 4) + STEP),
-        *quantised("attention, quantised", packed, y),
-    ]
+    yield "attention", cut(y, size.queries), expected.flatten(2)[0], rounding_error(draw.dtype, 4) + STEP
+    packed = attention.sparse_linear_attention_quantised(q, k, v, size.num_selected, proj, bias, blocks)
+    yield from quantised("attention, quantised", packed, y)
 
 
-def block_claims(draw: Draw) -> list[Claim]:
-    config = DiTConfig(dim=256, ffn_dim=512, num_layers=1)
+def block_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    config = DiTConfig(dim=size.dim, ffn_dim=size.ffn_dim, num_layers=1)
     recipe = recipe_on(draw.device)
     weights = block_weights(config, recipe, draw)
-    inputs = block_inputs(config, draw, GRID, text_rows=21, num_selected=2)
+    inputs = block_inputs(config, draw, size.grid, size.text_rows, size.num_selected)
     out = torch.full_like(inputs[0], float("nan"))
     FusedBlock(config, recipe).run(weights, inputs, out)
     with torch.device("meta"):
-        reference = Block(config, recipe)
+        block = Block(config, recipe)
+    block.load_state_dict(weights, assign=True)
     # A value on the edge between two steps may round to the other one, which moves later values by a step.
     limit = 1e-2 if draw.dtype == torch.float32 else 2e-2
-    return [("block", out, functional_call(reference, weights, block_arguments(inputs)), limit)]
+    yield "block", cut(out[0], size.queries), rows_of_block(block, inputs, size)[0], limit
 
 
-CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {
+def rows_of_block(block: Block, inputs: Sequence[Tensor], size: CheckedSize) -> Tensor:
+    """The output of a block for the rows of some query blocks, by the definition. Queries, keys and values of all rows
+    are computed in pieces, and everything after attention for these rows alone."""
+    x_BLD, modulation_B6D, text, angles, selection_S = block_arguments(inputs)
+    shift, scale, *_ = modulation_B6D.unbind(1)
+    attn = block.self_attn
+    blocks = attn.blocks
+    assert blocks is not None
+
+    def project(x_LD: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> Tensor:
+        a_BLD = block.modulate(x_LD[None], shift, scale)
+        turned = [
+            rotate(split_heads(norm(linear(a_BLD))), cos_LP, sin_LP)
+            for norm, linear in ((attn.norm_q, attn.q), (attn.norm_k, attn.k))
+        ]
+        return torch.stack([*turned, split_heads(attn.v(a_BLD))], 2)[0]
+
+    def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor) -> Tensor:
+        proj = attn.attn_op.local_attn.proj_l
+        given = q_BLHK, k_BLHK, v_BLHK, len(selection_S), proj.weight, proj.bias
+        return attention_reference.sparse_linear_attention(*given, blocks)
+
+    q, k, v = in_pieces(project, size.pieces, x_BLD[0], *angles)[None].unbind(2)
+    y_BLHK = by_heads(attend, cut(q[0], size.queries)[None], k, v)
+    block.self_attn = Attended(attn.o(y_BLHK.flatten(2)))  # type: ignore[assignment]
+    some = cut(x_BLD[0], size.queries)[None]
+    found: Tensor = block(some, modulation_B6D, text, angles, selection_S)
+    return found
+
+
+class Attended(nn.Module):
+    """Stands for self-attention, whose result is known."""
+
+    def __init__(self, y_BLD: Tensor) -> None:
+        super().__init__()
+        self.y_BLD = y_BLD
+
+    def forward(self, *_: Tensor) -> Tensor:
+        return self.y_BLD
+
+
+CHECKS: Mapping[str, Callable[[Draw, CheckedSize], Iterator[Claim]]] = {
     "w8a8_linear": linear_claims,
     "layer_norm": layer_norm_claims,
     "rms_norm_rope": rms_norm_claims,
@@ -211,4 +305,5 @@ CHECKS: Mapping[str, Callable[[Draw], list[Claim]]] = {
     "sparse_linear_attention": attention_claims,
     "block": block_claims,
 }
-"""The functions that make the claims of an op, by its name as in `cases.OPS`."""
+"""The functions that make the claims of an op, by its name as in `cases.OPS`. Each claim is computed when it is asked
+for, so that its tensors are gone before the next."""

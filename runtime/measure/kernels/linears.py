@@ -95,7 +95,7 @@ class Product:
             return [cost]
         sizes = [(w.L, self.inputs), *self.weights * [(self.outputs, self.inputs)]]
         more = sum(FP32 * scheme.num_scales(*size) - scales(*size) for size in sizes)
-        cost = replace(cost, bytes_read=cost.bytes_read + more)
+        cost = replace(cost, bytes_read=cost.bytes_read + more, run=None)
         if not self.packs:
             return [cost]
         return [replace(cost, bytes_written=BF16 * w.L * self.outputs), scheme.cost(w.L, self.outputs)]

@@ -1,7 +1,6 @@
 """Cubins are found, verified and launched with the arguments in the compiled order; a stand-in for the driver
 records its calls."""
 
-import ctypes
 import hashlib
 import os
 import subprocess
@@ -15,6 +14,7 @@ import msgspec
 import pytest
 import torch
 
+from tests.launches import NotingDriver
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.launching import driver as driver_module
@@ -26,25 +26,17 @@ from wanforge.version import PACKAGE
 
 KERNEL = Kernel("layer_norm", "norm", ("cdiv(M, 128)",), {"M": "i32", "stride": "i64:16", "eps": "fp32"})
 CODE = b"machine code"
-NULL = ctypes.c_void_p
 
 
 @dataclass
-class FakeDriver(Driver):
+class FakeDriver(NotingDriver):
     """A driver that accepts every call and keeps its arguments."""
 
     loads: list[tuple[Any, ...]] = field(default_factory=list)
-    launches: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def stream(self, device: torch.device) -> int:
-        return 77
 
     def load(self, *arguments: Any) -> str:
         self.loads.append(arguments)
         return "function"
-
-    def launch(self, *arguments: Any) -> None:
-        self.launches.append(arguments)
 
 
 def launch(**changed: object) -> Launch:
@@ -96,13 +88,20 @@ def test_arguments_go_in_the_compiled_order(cache: CubinStore) -> None:
     given, driver = launch(), FakeDriver()
     cache.add(cubin_of(given), CODE)
     Launcher(driver)(given)
-    loaded, grid, values, stream = driver.launches[0]
+    kernel, grid, values, stream = driver.launches[0]
     x, y = given.arguments["x"], given.arguments["y"]
     assert isinstance(x, torch.Tensor)
     assert isinstance(y, torch.Tensor)
-    assert (loaded.device, loaded.function, grid, stream) == (x.device, "function", (3, 1, 1), 77)
-    assert list(values) == [y.data_ptr(), 0.5, 300, x.data_ptr(), 64]
-    assert loaded.types == (NULL, ctypes.c_float, ctypes.c_int32, NULL, ctypes.c_int64, NULL, NULL)
+    assert (kernel.function, kernel.threads, kernel.shared_bytes) == ("function", 256, 1024)
+    assert (grid, stream) == ((3, 1, 1), 77)
+    assert values == [y.data_ptr(), 0.5, 300, x.data_ptr(), 64]
+
+
+def test_scalars_are_packed_with_their_sign_and_width(cache: CubinStore) -> None:
+    given, driver = launch(M=-2, stride=-(2**40), eps=-1.5), FakeDriver()
+    cache.add(cubin_of(given), CODE)
+    Launcher(driver)(given)
+    assert [driver.launches[0].values[index] for index in (1, 2, 4)] == [-1.5, -2, -(2**40)]
 
 
 def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: CubinStore) -> None:
@@ -113,8 +112,8 @@ def test_a_kernel_is_loaded_once_and_launched_with_each_value(cache: CubinStore)
     (cache.folder / "norm.cubin").unlink()
     launcher(launch(M=1))
     assert driver.loads == [(torch.device("cpu"), CODE, "norm", 1024)]
-    assert [values[2] for _, _, values, _ in driver.launches] == [300, 1]
-    assert [grid for _, grid, _, _ in driver.launches] == [(3, 1, 1), (1, 1, 1)]
+    assert [told.values[2] for told in driver.launches] == [300, 1]
+    assert [told.grid for told in driver.launches] == [(3, 1, 1), (1, 1, 1)]
 
 
 def test_misaligned_arguments_are_not_launched(cache: CubinStore) -> None:
@@ -216,12 +215,15 @@ def test_a_damaged_manifest_is_refused(cache: CubinStore) -> None:
         cache.cubins()
 
 
-def test_the_source_hash_follows_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_hash_follows_imports_and_the_compilers_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = {
         "plugins/one/kernel.py": "import triton\nfrom wanforge.plugins.two.kernel import TILE\n",
         "plugins/two/kernel.py": "from wanforge.plugins.two import sizes\nTILE = sizes.TILE\n",
         "plugins/two/sizes.py": "from . import __name__\nTILE = 128\n",
         "plugins/three/kernel.py": "TILE = 64\n",
+        "plugins/launching/worker.py": "OPTIONS = 1\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -302,12 +304,10 @@ def test_more_shared_memory_than_48_kib_is_asked_for(driver: Driver, shared: int
     ]
 
 
-def test_a_launch_hands_over_values_with_their_types_and_null_scratch(driver: Driver) -> None:
-    loaded = LoadedKernel(GPU, cubin_of(launch()), "function", (NULL, ctypes.c_int32, NULL, NULL))
-    driver.launch(loaded, (3, 2, 1), [16, 1], 77)
-    arguments = (16, 1, 0, 0), (NULL, ctypes.c_int32, NULL, NULL)
-    assert ("cuLaunchKernel", "function", 3, 2, 1, 256, 1, 1, 1024, 77, arguments, 0) in driver.cuda.calls
-    assert driver.cuda.calls[-1] == ("cuCtxPopCurrent",)
+def test_a_launch_hands_over_sizes_and_pointers_to_parameters(driver: Driver) -> None:
+    kernel = LoadedKernel("function", (("x", "*fp16"), ("M", "i32")), 256, 1024)
+    driver.launch(kernel, (3, 2, 1), 4096, 77)
+    assert driver.cuda.calls == [("cuLaunchKernel", "function", 3, 2, 1, 256, 1, 1, 1024, 77, 4096, 0)]
 
 
 def test_what_the_driver_refuses_is_named_and_the_context_restored(driver: Driver) -> None:
@@ -318,3 +318,6 @@ def test_what_the_driver_refuses_is_named_and_the_context_restored(driver: Drive
     with pytest.raises(ResourceError, match="CUDA_ERROR_NO_BINARY_FOR_GPU"):
         driver.load(GPU, CODE, "norm", 0)
     assert driver.cuda.calls[-1] == ("cuCtxPopCurrent",)
+    driver.cuda.cuLaunchKernel = lambda *arguments: (Status(),)
+    with pytest.raises(ResourceError, match="CUDA_ERROR_NO_BINARY_FOR_GPU"):
+        driver.launch(LoadedKernel("function", (), 32, 0), (1, 1, 1), 4096, 0)

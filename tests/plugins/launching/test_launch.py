@@ -41,7 +41,7 @@ def test_recordings_nest_and_leave_nothing_behind() -> None:
     with recording(80) as outer:
         inner = norm_launch(90)
         assert architecture_of(torch.device("meta")) == 80
-    assert outer == []
+    assert outer.steps == []
     assert inner.sm == 90
     assert architecture_of(torch.device("cpu")) == launching.INTERPRETED_SM
 

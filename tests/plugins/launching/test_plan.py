@@ -1,19 +1,19 @@
 """A launch plan holds the launches of the op itself, with each tensor at its place in an input, output or workspace."""
 
-import ctypes
 import hashlib
-from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 
+from tests.launches import NotingDriver
 from wanforge.configs.tiles import tiled_architectures
 from wanforge.errors import ShapeError
 from wanforge.plugins.launching.cubins import Cubin, source_hash
-from wanforge.plugins.launching.driver import Driver, Launcher
+from wanforge.plugins.launching.driver import Launcher
 from wanforge.plugins.launching.launch import Launch, recording
-from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, plan
+from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, Address, Temporary, lay_out, plan
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation
 from wanforge.plugins.w8a8_linear.plugin import W8A8LinearPlugin
@@ -39,37 +39,38 @@ NAMES = ["by tile", "by row", "sla", "sage_fp8", "sage_fp16"]
 
 
 @pytest.mark.parametrize(("op", "inputs", "kernels"), CASES, ids=NAMES)
-def test_every_tensor_has_a_place_of_its_own(op: PluginOp, inputs: Any, kernels: list[str]) -> None:
+def test_no_two_tensors_that_are_needed_at_once_share_memory(op: PluginOp, inputs: Any, kernels: list[str]) -> None:
     made = op.plan(inputs, 120)
     assert [each.launch.kernel.function for each in made.launches] == kernels
-    bases = len(inputs) + 2
-    extents = {}
-    for each in made.launches:
+    workspace = len(inputs) + 1
+    needed: dict[int, list[Any]] = {}  # by storage: first and last launch, offset, end
+    for position, each in enumerate(made.launches):
         for name, place in each.addresses.items():
             tensor = each.launch.arguments[name]
             assert isinstance(tensor, torch.Tensor)
-            assert place.base < bases
-            if place.base == bases - 1:
-                extents[place.offset] = max(extents.get(place.offset, 0), tensor.nbytes)
+            assert place.base <= workspace
+            if place.base == workspace:
                 assert place.offset % PLACE_ALIGNMENT == 0
-    end = 0
-    for offset, size in sorted(extents.items()):
-        assert offset >= end
-        end = offset + size
-    assert end <= made.workspace_bytes < end + PLACE_ALIGNMENT
+                storage = tensor.untyped_storage()
+                place_of = [position, position, place.offset, place.offset + storage.nbytes()]
+                needed.setdefault(storage._cdata, place_of)[1] = position
+    for one, other in combinations(needed.values(), 2):
+        at_once = one[0] <= other[1] and other[0] <= one[1]
+        apart = one[3] <= other[2] or other[3] <= one[2]
+        assert apart or not at_once
+    assert made.workspace_bytes - PLACE_ALIGNMENT < max(each[3] for each in needed.values()) <= made.workspace_bytes
+    assert sum(each[3] - each[2] for each in needed.values()) <= made.temporary_bytes
 
 
 @pytest.mark.parametrize(("op", "inputs", "kernels"), CASES, ids=NAMES)
 def test_inputs_and_the_output_are_where_tensorrt_put_them(op: PluginOp, inputs: Any, kernels: list[str]) -> None:
     made = op.plan(inputs, 89)
-    bases = [(index + 1) << 32 for index in range(len(inputs) + 2)]
-    last = made.launches[-1]
-    output = last.value("y" if isinstance(op, SparseLinearAttentionPlugin) else "y_0", bases)
-    assert output == bases[-2]
-    first = made.launches[0]
+    output = "y" if isinstance(op, SparseLinearAttentionPlugin) else "y_0"
+    assert made.launches[-1].addresses[output] == Address(len(inputs), 0)
     given = {"x": 0} if isinstance(op, W8A8LinearPlugin) else {"k": 1, "v": 2}
     for name, index in given.items():
-        assert first.value(name, bases) == bases[index]
+        assert made.launches[0].addresses[name] == Address(index, 0)
+    assert made.output is not None
     assert tuple(made.output) == (*inputs[0][0][:-1], 384 if isinstance(op, W8A8LinearPlugin) else 128)
 
 
@@ -80,15 +81,25 @@ def test_parts_of_a_tensor_keep_their_offset() -> None:
         left = inputs[0][:, 128:]
         return fused.quantise(left).steps_MK
 
-    made = plan(run, [((64, 256), torch.bfloat16)], 90)
+    made = plan(run, [torch.empty(64, 256, dtype=torch.bfloat16, device="meta")], 90)
     (launch,) = made.launches
-    assert launch.value("x", [1 << 20, 1 << 21, 1 << 22]) == (1 << 20) + 256
+    assert launch.addresses["x"] == Address(0, 256)
 
 
-def test_an_address_that_is_not_aligned_is_refused() -> None:
-    made = W8A8LinearPlugin().plan(LINEAR, 120)
-    with pytest.raises(ShapeError, match=r"x begins 8 bytes after a multiple of 16 bytes$"):
-        made.launches[0].value("x", [0x1008, *5 * [0]])
+def test_an_address_that_is_not_aligned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanforge.plugins.launching.driver.find_cubin", stored)
+    driver = OnAGpu()
+    ready = Preparation(W8A8LinearPlugin()).ready(LINEAR, Launcher(driver))
+    with pytest.raises(ShapeError, match=r"^quantiser\.quantise: x begins 8 bytes after a multiple of 16 bytes$"):
+        ready.put([0x1008, *5 * [0]], 77)
+    assert not driver.launches
+
+
+def test_the_largest_come_first_and_fill_the_gaps() -> None:
+    """In bytes over time: two overlap in one step, and a third fits beside the smaller of them or after both."""
+    early, late, long, small = (Temporary(*each) for each in [(100, 0, 1), (80, 1, 2), (50, 0, 2), (20, 2, 2)])
+    lay_out([early, late, long, small])
+    assert [each.offset for each in (early, late, long, small)] == [0, 100, 180, 0]
 
 
 def test_more_rows_never_need_less_workspace() -> None:
@@ -102,28 +113,21 @@ def test_more_rows_never_need_less_workspace() -> None:
 
 def test_the_workspace_is_enough_on_every_architecture() -> None:
     op = SparseLinearAttentionPlugin(128, 64, "sage_fp8")
-    needed = {sm: op.plan(ATTENTION, sm).workspace_bytes for sm in tiled_architectures()}
+    plans = {sm: op.plan(ATTENTION, sm) for sm in tiled_architectures()}
+    assert all(made.workspace_bytes <= op.workspace_bytes(ATTENTION) for made in plans.values())
+    needed = {sm: made.temporary_bytes for sm, made in plans.items()}
     assert needed[80] == needed[86] > needed[89] == needed[120]
     assert op.workspace_bytes(ATTENTION) == needed[80]
 
 
-@dataclass
-class Recorder(Driver):
-    """A driver that records launches."""
-
-    launches: list[tuple[Any, ...]] = field(default_factory=list)
+class OnAGpu(NotingDriver):
+    """The driver of a GPU of the GeForce 40 series."""
 
     def current_device(self) -> torch.device:
         return torch.device("cuda", 1)
 
     def sm(self, device: torch.device) -> int:
         return 89
-
-    def load(self, device: torch.device, code: bytes, entry: str, shared_bytes: int) -> str:
-        return entry
-
-    def launch(self, *arguments: Any) -> None:
-        self.launches.append(arguments)
 
 
 def stored(launch: Launch) -> tuple[Any, Cubin]:
@@ -165,28 +169,25 @@ def test_the_driver_is_told_what_the_op_launches(
 ) -> None:
     monkeypatch.setattr("wanforge.plugins.launching.driver.find_cubin", stored)
     allocated: list[Any] = []
-    preparation, launcher = Preparation(op), Launcher(Recorder())
+    driver = OnAGpu()
+    preparation, launcher = Preparation(op), Launcher(driver)
     ready = preparation.ready(inputs, launcher)
     assert preparation.ready(inputs, launcher) is ready
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(a) or empty(*a, **k))
     bases = [(index + 1) << 32 for index in range(len(inputs) + 2)]
-    ready.put(launcher, bases, 77)
+    ready.put(bases, 77)
     assert not allocated
-    driver = launcher.driver
-    assert isinstance(driver, Recorder)
 
     with torch.device("meta"), recording(89) as direct:
         op.on(89).run([empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in inputs])
-    assert [loaded.function for loaded, *_ in driver.launches] == kernels
-    for told, launch in zip(driver.launches, direct, strict=True):
-        loaded, grid, values, stream = told
-        assert (loaded.device, grid, stream) == (torch.device("cuda", 1), launch.grid, 77)
-        assert len(values) + 2 == len(loaded.types)  # two scratch pointers follow
+    assert ready.device == torch.device("cuda", 1)
+    assert [told.kernel.function for told in driver.launches] == kernels
+    for told, launch in zip(driver.launches, direct.launches, strict=True):
+        assert (told.grid, told.stream) == (launch.grid, 77)
         kinds = reversed(launch.specialisation.types)
-        for (name, kind), value, ctype in zip(kinds, values, loaded.types, strict=False):
+        for (name, kind), value in zip(kinds, told.values, strict=True):
             if kind.startswith("*"):
-                assert ctype is ctypes.c_void_p
                 assert value >= 1 << 32
             else:
                 assert value == launch.arguments[name]

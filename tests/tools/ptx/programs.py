@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.ptx.machine import Launch, Modes
 from tools.ptx.memory import GlobalMemory, Region
-from tools.ptx.syntax import read_kernel
+from tools.ptx.syntax import Kernel, read_kernel
 
 HEAD = """
 .version 8.7
@@ -37,8 +37,13 @@ HEAD = """
 32-bit element in each tensor, and %r2 is its place in shared memory."""
 
 
+def kernel_of(body: str, threads: int = 32) -> Kernel:
+    """The kernel with a body."""
+    return read_kernel(HEAD.format(threads=threads) + body + "\n    ret;\n}\n")
+
+
 def run(
-    body: str,
+    body: str | Kernel,
     source: Sequence[float] | np.ndarray,
     results: int,
     *,
@@ -53,7 +58,7 @@ def run(
     for name, array, is_written in (("source", values, 1), ("result", found, 0)):
         region = memory.add(Region.at(name, array.ctypes.data, array.nbytes))
         region.inside[: array.nbytes], region.written[: array.nbytes] = 1, is_written
-    text = HEAD.format(threads=threads) + body + "\n    ret;\n}\n"
+    kernel = body if isinstance(body, Kernel) else kernel_of(body, threads)
     addresses = [bytes(ctypes.c_uint64(array.ctypes.data)) for array in (values, found)]
-    Launch(read_kernel(text), (blocks, 1, 1), addresses, 1024, memory, modes or Modes()).run(side_by_side=2)
+    Launch(kernel, (blocks, 1, 1), addresses, 1024, memory, modes or Modes()).run(side_by_side=2)
     return found

@@ -83,6 +83,27 @@ def test_a_write_after_a_read_without_a_barrier_is_named() -> None:
         run(body, WORDS, 64, threads=64)
 
 
+def test_a_write_of_one_of_several_readers_is_named() -> None:
+    body = "st.shared.b32 [%r2], %r0;\n bar.sync 0;\n ld.shared.b32 %r3, [global_smem];\n {between}"
+    body += "setp.eq.u32 %p0, %r0, {writer};\n @%p0 st.shared.b32 [global_smem], %r0;"
+    for writer in (0, 7, 31):
+        run(body.format(writer=writer, between="bar.sync 0;\n"), WORDS, 1)
+        with pytest.raises(FaultError, match="writes shared memory that another thread reads, with no barrier"):
+            run(body.format(writer=writer, between=""), WORDS, 1)
+
+
+def test_a_race_in_global_memory_within_a_block_is_named() -> None:
+    body = "st.global.b32 [%rd4], %r0;\n {between} xor.b32 %r3, %r0, 33;\n mul.wide.u32 %rd5, %r3, 4;\n"
+    body += "add.s64 %rd6, %rd1, %rd5;\n ld.global.b32 %r4, [%rd6];\n {between} st.global.b32 [%rd4], %r4;"
+    found = run(body.format(between="bar.sync 0;\n"), WORDS, 64, threads=64)
+    assert (found == WORDS ^ 33).all()
+    with pytest.raises(FaultError, match="reads memory that another thread writes, with no barrier in between"):
+        run(body.format(between=""), WORDS, 64, threads=64)
+    second = body.replace("{between}", "bar.sync 0;\n", 1).replace("{between}", "")
+    with pytest.raises(FaultError, match="writes memory that another thread reads, with no barrier in between"):
+        run(second, WORDS, 64, threads=64)
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -168,3 +189,29 @@ def test_asynchronous_products_are_waited_for(wait: str, after: str, says: str) 
         return
     with pytest.raises(FaultError, match=says):
         run(body, WORDS, 1, threads=128)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("fence.proxy.async.shared::cta;", "", "without a fence after it was written"),
+        ("fence.proxy.async", "@%p0 fence.proxy.async", "without a fence after it was written"),
+        ("fence.proxy.async.shared::cta;\n    bar.sync 0;", "bar.sync 0;\n @%p0 fence.proxy.async.shared::cta;", ""),
+        ("bar.sync 0;", "", "with no barrier after it was written"),
+    ],
+)
+def test_operands_are_fenced_by_those_who_wrote_them(old: str, new: str, says: str) -> None:
+    """A fence of some threads makes visible what they wrote, and what others wrote before a barrier."""
+    descriptor = (3 << 62) | (256 >> 4) << 32
+    begin = f"setp.lt.u32 %p0, %r0, 8;\n shl.b32 %r20, %r0, 4;\n mov.b64 %rd8, {descriptor - (1 << 64)};\n"
+    begin += "setp.lt.u32 %p1, %r0, 16;\n" + "".join(f"mov.b32 %r{index}, 0;\n" for index in range(4, 12))
+    body = begin + WGMMA.format(wait="wgmma.wait_group.sync.aligned 0;", after="").replace(
+        "st.shared", "@%p1 st.shared"
+    )
+    run(body, WORDS, 1, threads=128)
+    assert old in body
+    if not says:
+        run(body.replace(old, new), WORDS, 1, threads=128)
+        return
+    with pytest.raises(FaultError, match=says):
+        run(body.replace(old, new), WORDS, 1, threads=128)

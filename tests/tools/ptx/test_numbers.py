@@ -63,6 +63,7 @@ def test_a_fused_product_and_sum_is_rounded_once() -> None:
         ("prmt.b32 %r4, %r3, 0, 0x0123", np.uint32(0x11223344).view(np.float32), np.uint32(0x44332211)),
         ("bfe.s32 %r4, %r3, 4, 8", np.uint32(0xF80).view(np.float32), np.int32(-8)),
         ("bfe.u32 %r4, %r3, 4, 8", np.uint32(0xF80).view(np.float32), np.uint32(0xF8)),
+        ("popc.b32 %r4, %r3", np.uint32(0x80000F01).view(np.float32), np.uint32(6)),
         ("div.s32 %r4, %r3, 2", np.int32(-7).view(np.float32), np.int32(-3)),
         ("rem.s32 %r4, %r3, 2", np.int32(-7).view(np.float32), np.int32(-1)),
         ("shl.b32 %r4, %r3, 32", np.int32(-1).view(np.float32), np.int32(0)),

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.numerics import assert_matches
 from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.model import load_model
+from wanforge.configs.model import DiTConfig, load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import recording
@@ -24,9 +25,10 @@ from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.runtime.measure import machine
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches
-from wanforge.runtime.measure.kernels import bench, checks, report, timing
-from wanforge.runtime.measure.kernels.cases import OPS, launches_apart
-from wanforge.runtime.measure.kernels.checks import CHECKS, KernelVerdict, check
+from wanforge.runtime.measure.kernels import bench, checks, pieces, report, timing
+from wanforge.runtime.measure.kernels.cases import OPS, block_inputs, block_weights, launches_apart
+from wanforge.runtime.measure.kernels.checks import CHECKS, KernelVerdict, check, rows_of_block
+from wanforge.runtime.measure.kernels.pieces import SMALL, CheckedSize, cut
 from wanforge.runtime.measure.kernels.report import UNMEASURED, KernelReport, table
 from wanforge.runtime.measure.kernels.timing import (
     COPY,
@@ -40,6 +42,7 @@ from wanforge.runtime.measure.kernels.timing import (
     measure,
     times_of,
 )
+from wanforge.runtime.reference.dit import Block, block_arguments
 from wanforge.version import output_of
 
 CPU = torch.device("cpu")
@@ -101,6 +104,34 @@ def test_the_kernels_pass_their_checks(op: str) -> None:
     assert {verdict.op for verdict in verdicts} == {op}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm_rope", "gated_residual"])
+def test_definitions_in_pieces_are_whole(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = check(op, CPU, torch.float32)
+    for module in (pieces, checks):
+        monkeypatch.setattr(module, "PIECE", 128)
+    assert len(SMALL.pieces) == 2
+    cut = check(op, CPU, torch.float32)
+    assert [each.error for each in cut] == pytest.approx([each.error for each in whole], rel=1e-6)
+
+
+def test_a_block_by_its_rows_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six query blocks, of which four are compared, in pieces of two."""
+    monkeypatch.setattr(pieces, "PIECE", 256)
+    size = CheckedSize((2, 5, 67), dim=256, ffn_dim=128, num_selected=3, text_rows=4)
+    assert [(each.start, each.stop) for each in size.queries] == [(0, 128), (384, 512), (512, 640), (640, 670)]
+    draw, config, recipe = on_cpu(0), DiTConfig(dim=256, ffn_dim=128, num_layers=1), load_recipe("w8a8")
+    weights = block_weights(config, recipe, draw)
+    inputs = block_inputs(config, draw, size.grid, size.text_rows, size.num_selected)
+    with torch.device("meta"):
+        block = Block(config, recipe)
+    block.load_state_dict(weights, assign=True)
+    with torch.inference_mode():
+        expected = block(*block_arguments(inputs))
+        found = rows_of_block(block, inputs, size)
+    assert_matches(found[0], cut(expected[0], size.queries), 2e-6)
+
+
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable `torch.compile`, which needs a C++ compiler and is slow."""
@@ -119,7 +150,7 @@ def wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_kernel_gives_no_number() -> None:
     done = run("bench", "op", "gated_residual")
     assert done.exit_code == 1
-    assert "WRONG  gated_residual: gated residual: relative error 1.0e-03, at most 0.0e+00" in done.stdout
+    assert "WRONG  gated_residual: gated residual, 201 tokens: relative error 1.0e-03, at most 0.0e+00" in done.stdout
     assert "gated_residual is wrong here and was not timed" in done.stdout
     found = json.loads(run("bench", "op", "gated_residual", "--json").stdout)
     assert (found["passed"], found["results"]) == (False, [])
@@ -141,6 +172,7 @@ def test_a_wrong_kernel_keeps_no_other_from_its_number(tiny: Workload) -> None:
     (result,) = found.results
     assert result.op == "layer_norm"
     assert dict(result.times) == dict.fromkeys([KERNEL, "eager", "torch.compile", COPY], Times(0.5, 0.5, 0.5))
+    assert {verdict.tokens for verdict in found.verdicts} == {SMALL.tokens, tiny.L} == {201, 100}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +191,7 @@ def test_error_is_relative_and_infinite_where_it_means_nothing(actual: Tensor, e
 
 
 def test_an_infinite_error_is_null_in_json() -> None:
-    verdict = KernelVerdict("op", "name", float("inf"), 1e-6)
+    verdict = KernelVerdict("op", "name", 201, float("inf"), 1e-6)
     assert not verdict.passed
     assert verdict.as_json()["error"] is None
 
@@ -332,11 +364,11 @@ def test_the_table_shows_medians_spread_and_ratios(tiny: Workload) -> None:
     times = {KERNEL: Times(0.004, 0.003, 0.005), "other": Times(0.006, 0.006, 0.007)}
     results = [report.KernelResult("op", spoken(("other", "absent")), times, {"absent": "no kernel"}, H200)]
     names = {"gpu": "NVIDIA H200", "driver": "570.1", "cuda": None}
-    lines = table(KernelReport(tiny, names, 50, [KernelVerdict("op", "output", 1e-7, 1e-6)], results)).splitlines()
+    lines = table(KernelReport(tiny, names, 50, [KernelVerdict("op", "output", 201, 1e-7, 1e-6)], results)).splitlines()
     assert lines[:3] == [
         "tiny-t2v, 160x80, 5 frames, 100 tokens",
         "gpu NVIDIA H200, driver 570.1",
-        "right  op: output: relative error 1.0e-07, at most 1.0e-06",
+        "right  op: output, 201 tokens: relative error 1.0e-07, at most 1.0e-06",
     ]
     assert lines[3] == "50 runs of each"
     assert lines[5].split() == ["case", "2000.0", "4000.0", "4.0000", "3.0000", "5.0000", "500.0", "1000", "25%"]
@@ -403,14 +435,14 @@ class Blank(Draw):
 def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
     """The costs have as many launches as the kernels make and, for ops that touch each tensor once, as many bytes."""
     for case in OPS[op](tiny):
-        with recording(90) as launches, torch.device("meta"):
+        with recording(90), torch.device("meta"):
             inputs = case.inputs(Blank())
-            launches.clear()
+        with recording(90) as recorded, torch.device("meta"):
             case.kernel(*inputs)
         # Cross-attention is counted, but the library computes it.
-        assert len(launches) == len(case.costs) - (op == "block"), case.name
+        assert len(recorded.launches) == len(case.costs) - (op == "block"), case.name
         if op in ("w8a8_linear", "layer_norm", "gated_residual"):
-            for launch, cost in zip(launches, case.costs, strict=True):
+            for launch, cost in zip(recorded.launches, case.costs, strict=True):
                 tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
                 assert sum(tensor.nbytes for tensor in tensors) == cost.total_bytes, case.name
 

@@ -9,11 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from wanforge.cli import cli
+from wanforge.configs.targets import load_targets
 from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin
 from wanforge.plugins.launching.occupancy import faults
 from wanforge.runtime.commands.kernels import KernelsOptions
+from wanforge.runtime.measure.cost.prediction import packaged_profiles
 
 pytestmark = pytest.mark.slow
 
@@ -90,11 +92,29 @@ def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None
                 assert not found, what
 
 
-def test_the_page_says_what_the_compiler_says(cubins: list[Cubin], pytestconfig: pytest.Config) -> None:
+def needs_the_pinned_triton() -> None:
     pinned = re.search(r"^triton==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     if version("triton") != pinned[1]:
-        pytest.skip(f"the page was made with triton {pinned[1]}, this is {version('triton')}")
+        pytest.skip(f"this was made with triton {pinned[1]}, this is {version('triton')}")
+
+
+def test_the_packaged_profiles_are_of_these_kernels(cubins: list[Cubin]) -> None:
+    needs_the_pinned_triton()
+    compiled = {cubin.sha256 for cubin in cubins}
+    stale = {
+        name
+        for gpu, widths in packaged_profiles().items()
+        for width, named in widths.items()
+        if width == "1536" or load_targets()[gpu].sm in KINDS
+        for name, profile in named.items()
+        if profile.code not in compiled
+    }
+    assert not stale, "run: python -m tools.pages.profiles"
+
+
+def test_the_page_says_what_the_compiler_says(cubins: list[Cubin], pytestconfig: pytest.Config) -> None:
+    needs_the_pinned_triton()
     page = (ROOT / "docs" / "kernels.md").read_text()
     stated = re.search(r"<!-- wanforge (kernels .*) -->\n\n(.*)\n\n<!-- end -->", page, re.DOTALL)
     assert stated is not None

@@ -1,0 +1,71 @@
+"""Random weights that are drawn on the device that computes with them, so that a model of any size is there in seconds
+and without a file."""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import HOST_GRAPHS
+from wanforge.exporter.checkpoint.layout import Layout, layout
+from wanforge.exporter.checkpoint.synthetic.weights import scale_of
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.runtime.dtypes import STORED
+from wanforge.runtime.memory.weights import QUANTISED, Weights
+from wanforge.runtime.schedule import GraphRun
+
+
+class DrawnWeights(Weights):
+    """Weights of the scale of a trained model's, drawn when they are first used, and kept.
+
+    Each tensor has a seed of its own, from its name, so that its values do not depend on what is drawn besides. They
+    differ from one kind of device to another. The bundle's weights files are not read.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, seed: int = 0) -> None:
+        super().__init__(bundle)
+        self.device, self.seed = device, seed
+        self._layouts: dict[str, Layout] = {}
+        self._drawn: dict[tuple[str, str, torch.device], Tensor] = {}
+
+    def component(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a component without their data: their shapes and types."""
+        return {
+            tensor: torch.empty(spec.shape, dtype=STORED[spec.dtype], device="meta")
+            for tensor, spec in self._layout(name).items()
+        }
+
+    def of(self, run: GraphRun, name: str) -> Tensor:
+        """The weight of a graph run, on the host for graphs that run there."""
+        device = torch.device("cpu") if run.graph in HOST_GRAPHS else self.device
+        place = run.component, run.prefix + name, device
+        if place not in self._drawn:
+            for full_name, tensor in self._draw(run.component, run.prefix + name).items():
+                self._drawn[run.component, full_name, device] = tensor.to(device)
+        return self._drawn[place]
+
+    def _layout(self, component: str) -> Layout:
+        if component not in self._layouts:
+            self._layouts[component] = layout(component, self.bundle.model, self.bundle.recipe)
+        return self._layouts[component]
+
+    def _draw(self, component: str, name: str) -> dict[str, Tensor]:
+        """Draw a tensor, or an 8-bit weight together with its scales."""
+        specs, (layer, _, part) = self._layout(component), name.rpartition(".")
+        is_quantised = part in QUANTISED and f"{layer}.int8_weight" in specs
+        spec = specs[f"{layer}.int8_weight" if is_quantised else name]
+        plain = f"{layer}.weight" if is_quantised else name
+        values = self._normal(f"{self.seed}/{component}/{plain}", spec.shape, *scale_of(plain, spec.shape))
+        if not is_quantised:
+            return {name: values.to(STORED[spec.dtype])}
+        rounded, recipe = values.to(torch.bfloat16), self.bundle.recipe
+        by_rows = recipe.linear == "w8a8-row"
+        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
+        return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
+
+    def _normal(self, name: str, shape: tuple[int, ...], mean: float, deviation: float) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        values = torch.randn(math.prod(shape), generator=generator, device=self.device)
+        return values.mul_(deviation).add_(mean).view(shape)

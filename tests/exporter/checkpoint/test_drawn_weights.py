@@ -1,0 +1,70 @@
+"""Weights that are drawn on the device are those of a checkpoint in shape, type and scale, and need no file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.bundle import Bundle, components, weights_name
+from wanforge.exporter.checkpoint.synthetic.drawn_weights import DrawnWeights
+from wanforge.exporter.studies.skeleton import skeleton
+from wanforge.plugins.quantiser.reference import dequantise
+from wanforge.runtime.backends.torch import TorchBackend
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
+from wanforge.runtime.schedule import GraphRun
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return skeleton(tmp_path, load_model("tiny-t2v"), load_recipe("w8a8"))
+
+
+def block(name: str) -> GraphRun:
+    return GraphRun("block", (), (), "dit", f"blocks.{name}.")
+
+
+def test_each_component_has_the_tensors_of_a_bundle(bundle: Bundle) -> None:
+    drawn = DrawnWeights(bundle, CPU)
+    for component in components(bundle.model):
+        stored = bundle.header(weights_name(component)).tensors
+        found = drawn.component(component)
+        assert {name: (tuple(x.shape), x.nbytes) for name, x in found.items()} == {
+            name: (spec.shape, spec.nbytes) for name, spec in stored.items()
+        }
+
+
+def test_a_weight_is_the_same_whatever_is_drawn_before_it(bundle: Bundle) -> None:
+    first, second = DrawnWeights(bundle, CPU), DrawnWeights(bundle, CPU)
+    second.of(block("1"), "norm3.weight")
+    wanted = block("0"), "self_attn.q.int8_weight"
+    assert torch.equal(first.of(*wanted), second.of(*wanted))
+    assert not torch.equal(first.of(*wanted), first.of(block("1"), wanted[1]))
+    assert not torch.equal(first.of(*wanted), DrawnWeights(bundle, CPU, seed=1).of(*wanted))
+
+
+def test_an_8_bit_weight_and_its_scales_are_of_one_draw(bundle: Bundle) -> None:
+    drawn = DrawnWeights(bundle, CPU)
+    steps, scale = (drawn.of(block("0"), f"ffn.0.{part}") for part in ("int8_weight", "scale"))
+    values = dequantise(steps, scale)
+    assert values.std().item() == pytest.approx(values.shape[1] ** -0.5, rel=0.02)
+    assert steps.view(torch.uint8).unique().numel() > 200
+
+
+def test_a_weight_is_kept(bundle: Bundle) -> None:
+    drawn = DrawnWeights(bundle, CPU)
+    assert drawn.of(block("0"), "norm3.weight") is drawn.of(block("0"), "norm3.weight")
+
+
+@pytest.mark.slow
+def test_a_request_runs_on_them(bundle: Bundle) -> None:
+    backend = TorchBackend(bundle, torch.float32)
+    backend.weights = DrawnWeights(bundle, backend.device)
+    pipeline = Pipeline(bundle, backend)
+    clip = pipeline.make(Request("a cat", bundle.model.video.shape((64, 64), 5), topk=1.0, steps=1))
+    assert torch.isfinite(clip.latents).all()
+    assert clip.frames.std() > 1

@@ -1,0 +1,93 @@
+"""The backend whose blocks are launch plans: it gives what the block gives, to the bit, wherever its tensors are."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.exporter.test_graphs import seeded
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.memory.arena import Unbounded
+from wanforge.runtime.schedule import GraphRun, Ref
+
+BundleOf = Callable[[str, str], Bundle]
+
+
+class Slot(Unbounded):
+    """Memory that gives a graph run the weights of a slot, whoever its tenant is."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self.state[name] for name in names}
+
+
+class Case:
+    """A bound block of a tiny model, with its tensors."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.backend = KernelsBackend(bundle, torch.float32, torch.device("cpu"))
+        self.graph = self.backend.graphs["block"]
+        inputs, self.weights = seeded(self.graph, bundle, torch.float32, seed=3)
+        self.inputs = list(inputs.values())
+        self.out = torch.empty_like(self.inputs[0])
+        self.backend.memory = Slot(self.weights)
+        refs = tuple(Ref(port.name) for port in self.graph.inputs)
+        graph_run = GraphRun("block", refs, (Ref("hidden_out"),), "dit", "blocks.0.")
+        self.run = self.backend.bind(graph_run, self.inputs, [self.out])
+
+    def planned(self) -> Tensor:
+        """What the bound block gives."""
+        self.out.fill_(float("nan"))
+        self.run()
+        return self.out.clone()
+
+    def direct(self) -> Tensor:
+        """What the block gives when it is called itself."""
+        out = torch.full_like(self.out, float("nan"))
+        with torch.inference_mode():
+            self.backend.block.run(self.weights, self.inputs, out)
+        return out
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new memory hold bytes that are no numbers."""
+    empty = torch.empty
+
+    def filled(*sizes: object, **options: object) -> Tensor:
+        tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
+        if tensor.device.type == "cpu" and tensor.numel():
+            tensor.view(torch.uint8).fill_(0xFF)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-row", "bf16-sla", "bf16"])
+def test_a_repeated_block_is_the_block_to_the_bit(bundle_of: BundleOf, recipe: str) -> None:
+    case = Case(bundle_of("tiny-t2v", recipe))
+    expected = case.direct()
+    assert expected.isfinite().all()
+    for _ in range(2):
+        assert torch.equal(case.planned(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+def test_a_bound_block_follows_its_tensors(bundle_of: BundleOf) -> None:
+    """Weights that take turns in a slot, weights and inputs that move, and another number of key blocks."""
+    case = Case(bundle_of("tiny-t2v", "w8a8"))
+    before = case.planned()
+    case.weights["ffn.0.int8_weight"].neg_()  # another tenant in the slot
+    for tensor in (case.weights["self_attn.q.bias"], case.inputs[1]):
+        tensor.set_(tensor + 1)  # the same tensor in other memory
+    case.inputs[-1].resize_(len(case.inputs[-1]) - 1)
+    after = case.planned()
+    assert torch.equal(after, case.direct())
+    assert not torch.equal(after, before)

@@ -1,0 +1,43 @@
+"""Every part runs from end to end, with the machine for PTX in place of a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.gpu_day.page import REHEARSAL
+from tools.gpu_day.parts import rehearsed
+from tools.gpu_day.results import PASSED, Results
+from wanforge.configs.tiles import load_tiles
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_rehearsal_passes_without_home_and_network(tmp_path: Path) -> None:
+    """Nothing is written to the checkout, and nothing is left for the day itself to run for the first time."""
+    out = tmp_path / "out"
+    places = ["--out", str(out), "--scratch", str(tmp_path / "scratch")]
+    given = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:1")
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.gpu_day", "--rehearse", "--minutes", "30", *places],
+        cwd=tmp_path,
+        env={**given, **nowhere, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    results = Results(out / "results.jsonl")
+    assert done.returncode == 0, "\n".join(str(line) for line in results.lines() if line["kind"] in ("failure", "end"))
+    assert {results.state(part.name) for part in rehearsed()} == {PASSED}
+    assert REHEARSAL in (out / "page.html").read_text()
+    swept = {line["kernel"] for line in results.lines() if line["kind"] == "variant"}
+    assert swept == set(load_tiles())
+    right = [line["passed"] for line in results.lines() if line["kind"] in ("check", "winner", "parity")]
+    assert right
+    assert all(right)

@@ -1,0 +1,69 @@
+"""The tiles that a sweep tries for each kernel, around the present one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+
+from wanforge.configs.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values that each number of a kernel's tile may have.
+
+    Attributes:
+        blocks: The values of each of its constants.
+    """
+
+    warps: Sequence[int]
+    stages: Sequence[int] = (1,)
+    blocks: Sequence[tuple[str, Sequence[int]]] = ()
+
+
+CHOICES = {
+    "layer_norm.norm": Choices((4, 8, 16), (1, 2, 3)),
+    "quantiser.quantise": Choices((4, 8, 16)),
+    "quantiser.quantise_rows": Choices((2, 4, 8), (1, 2), [("ROWS", (8, 16, 32))]),
+    # A block of the product by tiles is one tile of the quantiser, so its sizes are fixed.
+    "w8a8_linear.gemm": Choices((4, 8), (2, 3, 4), [("GROUP", (4, 8, 16, 32))]),
+    "w8a8_linear.gemm_rows": Choices(
+        (4, 8), (3, 4), [("BLOCK_M", (64, 128)), ("BLOCK_N", (128, 256)), ("GROUP", (8, 16))]
+    ),
+    "rms_norm_rope.norm": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32, 64))]),
+    "gated_residual.add": Choices((2, 4, 8), (1,), [("ROWS", (16, 32, 64, 128))]),
+    "sparse_linear_attention.statistics": Choices((4, 8), (1, 2, 3), [("ROWS", (64, 128))]),
+    "sparse_linear_attention.keys_values": Choices((4, 8, 16), (1, 2)),
+    "sparse_linear_attention.linear_state": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32))]),
+    "sparse_linear_attention.scores": Choices((2, 4, 8), (1, 2), [("QUERIES", (16, 32)), ("KEYS", (64, 128))]),
+    "sparse_linear_attention.select": Choices((1, 2, 4, 8)),
+    "sparse_linear_attention.attention": Choices((4, 8), (1, 2, 3), [("ADDS_LATER", (0, 1))]),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A tile to try."""
+
+    num_warps: int
+    num_stages: int
+    blocks: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name}={value}" for name, value in self.blocks)
+        return f"{sizes} warps={self.num_warps} stages={self.num_stages}".strip()
+
+
+def of_tile(tile: Tile) -> Variant:
+    """The present tile as a variant."""
+    return Variant(tile.num_warps, tile.num_stages, tuple(sorted(tile.blocks.items())))
+
+
+def variants(kernel: str, tile: Tile, most: int) -> list[Variant]:
+    """The present tile first, then others, at most so many in all."""
+    choices, present = CHOICES[kernel], of_tile(tile)
+    names = [name for name, _ in choices.blocks]
+    found = (
+        Variant(warps, stages, tuple(sorted((tile.blocks | dict(zip(names, sizes, strict=True))).items())))
+        for *sizes, warps, stages in product(*(values for _, values in choices.blocks), choices.warps, choices.stages)
+    )
+    return [present, *islice((each for each in found if each != present), most - 1)]

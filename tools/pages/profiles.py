@@ -1,0 +1,67 @@
+"""The profiles of the published models' kernels: ``python -m tools.pages.profiles`` writes
+runtime/measure/cost/profiles.json.
+
+It compiles the kernels unless they are in the cache already, disassembles them, and runs their machine code on a model
+of an SM for every GPU, which takes some minutes.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import click
+import msgspec
+
+from wanforge.plugins.launching.compiler import compile_kernels
+from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder
+from wanforge.plugins.launching.launch import Launch
+from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.measure.cost.fused import named_launches
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, published_workload
+from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles, usage_of
+from wanforge.runtime.measure.machine_code.profiles import Profile, Usage, profiles
+from wanforge.runtime.measure.machine_code.rates import gpus_of, load_rates
+from wanforge.whole_file import write_atomically
+
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+OTHER_CODE = ("keys, values", "select")
+"""Launches whose kernels are unrolled for the number of tokens, so the large model's are profiled as well."""
+PROCESSES = 2
+
+
+def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
+    """The launches to profile on every architecture, with the model's width and their costs."""
+    for name in (SMALL, LARGE):
+        workload = published_workload(name, text_rows=USUAL_TEXT_ROWS)
+        for sm in sorted({chip.sm for chip in load_rates().chips.values()}):
+            found = launches(workload.model, workload.recipe, sm)
+            for cost, launch in zip(named_launches(workload), found, strict=True):
+                if name == SMALL or cost.name in OTHER_CODE:
+                    yield str(workload.D), cost, launch
+
+
+def made(folder: Path, cubin: Cubin, usage: Usage) -> dict[str, Profile]:
+    return profiles(cubin, CubinStore(folder).read(cubin), gpus_of(cubin.sm), usage)
+
+
+@click.command()
+@click.option("--folder", type=click.Path(path_type=Path), help="Folder of compiled kernels.  [default: the cache]")
+def main(folder: Path | None) -> None:
+    """Write the profiles of the published models' kernels."""
+    where, wanted = folder or cache_folder(), list(recorded())
+    compile_kernels([launch for _, _, launch in wanted], where)
+    cubins = CubinStore(where).cubins()
+    needed = {launch.specialisation.key: usage_of(cost, cost.run) for _, cost, launch in wanted if cost.run}
+    arguments = [where] * len(needed), [cubins[key] for key in needed], needed.values()
+    with ProcessPoolExecutor(PROCESSES) as processes:
+        answers = dict(zip(needed, processes.map(made, *arguments), strict=True))
+    table: Profiles = {}
+    for width, cost, launch in wanted:
+        for gpu, profile in answers[launch.specialisation.key].items():
+            table.setdefault(gpu, {}).setdefault(width, {})[cost.name] = profile
+    ordered = {gpu: table[gpu] for gpu in load_rates().gpus}
+    write_atomically(PROFILES, msgspec.json.format(msgspec.json.encode(ordered), indent=0))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""Every kernel of every recipe as cases for the machine, at given sizes."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tools.ptx.proof import Case, randn
+from tools.ptx.sizes import Attended, Sizes
+from wanforge.configs.limits import load_limits
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.topk import num_selected
+from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.plugins.gated_residual.fused import add_gated
+from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.quantiser import fused as quantiser
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.sparse_linear_attention import fused as attention
+from wanforge.plugins.sparse_linear_attention import reference
+from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.reference import w8a8_linear
+from wanforge.runtime.backends.fused_block import FIRST_FP8_SM, FusedBlock, recipe_for
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.kernels.cases import block_inputs
+from wanforge.runtime.measure.kernels.timing import Draw
+from wanforge.runtime.memory.weights import Weights
+
+EPS = 1e-6
+HEAD = 128
+
+
+def cases(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """The cases of some sizes, as an architecture runs them."""
+    yield from quantisers(dtype, sizes)
+    for scheme in (TILES, ROWS):
+        yield from products(scheme, dtype, sizes)
+    yield from norms(dtype, sizes)
+    arithmetics = ("sla", "sage_fp8" if sm >= FIRST_FP8_SM else "sage_fp16")
+    for arithmetic in arithmetics:
+        yield from attentions(Blocks(128, 64, arithmetic), dtype, sizes)  # type: ignore[arg-type]
+    for shape in sizes.scored:
+        yield scores(shape, dtype)
+    for rank in sizes.ranked:
+        yield ranks(rank, dtype)
+    for model, recipe in sizes.blocks:
+        yield block(model, recipe, sm, dtype)
+
+
+# Quantisers.
+
+
+def quantisers(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    for rows, width in sizes.quantised:
+
+        def inputs(rows: int = rows, width: int = width) -> tuple[Tensor]:
+            x = 3 * randn(rows, width + 16, seed=1, dtype=dtype)[:, :width]
+            x[rows // 2, 3:] = 0
+            return (x,)
+
+        yield Case(f"quantiser by tiles, {rows}x{width}", quantiser.quantise, quantise_tiles, inputs)
+        yield Case(f"quantiser by rows, {rows}x{width}", quantiser.quantise_rows, quantise_rows, inputs)
+
+
+# Linears.
+
+
+def tile_weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
+    return Weight(*quantise_tiles(0.05 * randn(outputs, inputs, seed=seed)), randn(outputs, seed=seed + 1, dtype=dtype))
+
+
+def row_weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
+    return Weight(*quantise_rows(0.05 * randn(outputs, inputs, seed=seed)), randn(outputs, seed=seed + 1, dtype=dtype))
+
+
+Scheme = tuple[str, Callable[..., Weight], Callable[[Tensor], tuple[Tensor, Tensor]]]
+"""A name, what makes weights, and the quantiser's definition."""
+TILES: Scheme = ("tiles", tile_weight, quantise_tiles)
+ROWS: Scheme = ("rows", row_weight, quantise_rows)
+
+
+def products(scheme: Scheme, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """The linears: with one to three weights, with GELU and a quantised output, and added to a residual."""
+    name, weight, quantise = scheme
+
+    def packed(x: Tensor) -> quantiser.Quantised:
+        return quantiser.Quantised(*quantise(x))
+
+    for rows, outputs, inputs, count in sizes.linears:
+
+        def several(
+            rows: int = rows, outputs: int = outputs, inputs: int = inputs, count: int = count
+        ) -> tuple[Any, ...]:
+            x = randn(rows, inputs, seed=7, dtype=dtype)
+            return packed(x), tuple(weight(outputs, inputs, 10 * i, dtype) for i in range(count)), x
+
+        yield Case(
+            f"linear by {name}, {rows}x{outputs}x{inputs}, {count} weights",
+            lambda q, weights, x: linears(q, weights),
+            lambda q, weights, x: [w8a8_linear(x, *each) for each in weights],
+            several,
+            ulp=2,  # the sum before the bias and the sum with it may each round to the other side
+        )
+    for rows, outputs, inputs in sizes.epilogues:
+
+        def one(rows: int = rows, outputs: int = outputs, inputs: int = inputs) -> tuple[Any, ...]:
+            x, residual = randn(rows, inputs, seed=7, dtype=dtype), randn(rows, outputs, seed=5, dtype=dtype)
+            return packed(x), weight(outputs, inputs, 3, dtype), residual, randn(outputs, seed=6), x
+
+        yield Case(
+            f"linear by {name} with GELU, quantised, {rows}x{outputs}x{inputs}",
+            lambda q, w, residual, gate, x: linear_gelu(q, w),
+            lambda q, w, residual, gate, x: quantise(F.gelu(w8a8_linear(x, *w), approximate="tanh")),
+            one,
+            ulp=2**18,  # the scale is a rounded value of the 16-bit type, which may be the next one
+            steps=1e-3,
+        )
+        yield Case(
+            f"linear by {name} added to a residual, {rows}x{outputs}x{inputs}",
+            lambda q, w, residual, gate, x: [linear_residual(q, w, residual, gate, residual)],
+            lambda q, w, residual, gate, x: [gated_residual(residual[None], w8a8_linear(x, *w)[None], gate[None])[0]],
+            one,
+            ulp=3,
+        )
+
+
+# Norms and the residual.
+
+
+def hidden(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of different magnitudes."""
+    return (randn(tokens, width, seed=tokens) * torch.linspace(0.01, 30, tokens)[:, None] + 2).to(dtype)
+
+
+def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    for tokens, width in sizes.normed:
+
+        def inputs(tokens: int = tokens, width: int = width) -> tuple[Tensor, ...]:
+            return hidden(tokens, width, dtype), *randn(2, width, seed=2)
+
+        def angles(tokens: int = tokens, width: int = width) -> tuple[Tensor, ...]:
+            angle = 100 * randn(tokens, 64, seed=4)
+            y = hidden(tokens, width, dtype).flip(0)
+            return hidden(tokens, width, dtype), y, *randn(2, width, seed=2), angle.cos(), angle.sin()
+
+        yield Case(
+            f"layer norm, {tokens}x{width}",
+            lambda x, g, o: [norm(x, g, o, EPS, modulated=False)],
+            lambda x, g, o: [layer_norm(x, g, o, EPS)],
+            inputs,
+            ulp=2,
+        )
+        yield Case(
+            f"modulated layer norm, {tokens}x{width}",
+            lambda x, g, o: [norm(x, g, o, EPS, modulated=True)],
+            lambda x, g, o: [modulated_norm(x[None], o[None], g[None], EPS)[0]],
+            inputs,
+            ulp=4,  # a norm that rounds to the other side is multiplied by up to 4 and may be cancelled by its offset
+        )
+        yield Case(
+            f"modulated layer norm, quantised, {tokens}x{width}",
+            lambda x, g, o: norm_quantised(x, g, o, EPS, modulated=True),
+            lambda x, g, o: quantise_tiles(modulated_norm(x[None], o[None], g[None], EPS)[0]),
+            inputs,
+            ulp=2**18,
+            steps=2e-3,
+        )
+        # A norm within a float32 sum's error of a tie is one unit away in a few of a million elements. Where the other
+        # channel of the pair cancels most of it, that is several units of the result.
+        yield Case(f"RMS norm and rotation of two, {tokens}x{width}", rotated, expected_rotated, angles, ulp=4)
+        yield Case(
+            f"RMS norm, {tokens}x{width}",
+            lambda x, g, o: normed(x, g),
+            lambda x, g, o: [rms_norm(x, g, EPS)],
+            inputs,
+            ulp=2,
+        )
+    for tokens, width in sizes.added:
+
+        def addends(tokens: int = tokens, width: int = width) -> tuple[Tensor, ...]:
+            x, y = (randn(tokens, width, seed=seed, dtype=dtype) for seed in (5, 6))
+            return x, y, randn(width, seed=7)
+
+        yield Case(
+            f"gated residual, {tokens}x{width}",
+            lambda x, y, g: [add_gated(x, y, g, x)],
+            lambda x, y, g: [gated_residual(x[None], y[None], g[None])[0]],
+            addends,
+        )
+
+
+def normed(x: Tensor, gain: Tensor) -> list[Tensor]:
+    rms_norm_rotate([x], [gain], EPS)
+    return [x]
+
+
+def rotated(x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    rms_norm_rotate([x, y], [x_gain, y_gain], EPS, (cos, sin))
+    return [x, y]
+
+
+def expected_rotated(x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
+    return [
+        rotate(rms_norm(each, gain, EPS)[None].unflatten(-1, (-1, HEAD)), cos, sin).flatten(2)[0]
+        for each, gain in ((x, x_gain), (y, y_gain))
+    ]
+
+
+# Attention.
+
+
+def attentions(blocks: Blocks, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    for size in sizes.attended:
+        yield attended(size, blocks, dtype)
+    for size in sizes.keys:
+        yield keys_of(size, blocks, dtype)
+    for size in sizes.packed:
+        yield packed(size, blocks, dtype)
+
+
+def attention_inputs(size: Attended, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries, keys and values whose rows are strided, and a projection with its bias. The keys have a mean."""
+    q, k, v = (randn(size.tokens, size.heads * HEAD + 16, seed=seed, dtype=dtype)[:, 16:] for seed in (1, 2, 3))
+    k += randn(size.heads * HEAD, seed=4).to(dtype)
+    return q, k, v, randn(HEAD, HEAD, seed=5) / 11, randn(HEAD, seed=6)
+
+
+def attended(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
+    """Attention, compared for some query blocks; the result of each depends on all keys and values."""
+    queries = size.queries or range(-(-size.tokens // blocks.q))
+    rows = torch.cat([torch.arange(size.tokens)[i * blocks.q : (i + 1) * blocks.q] for i in queries])
+
+    def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
+        y = attention.sparse_linear_attention(q, k, v, size.selected, proj, bias, blocks)
+        return [y if y.is_meta else y[rows]]
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
+        heads = [x[None].unflatten(-1, (-1, HEAD)) for x in (q[rows], k, v)]
+        y = reference.sparse_linear_attention(heads[0], heads[1], heads[2], size.selected, proj, bias, blocks)
+        return [y.flatten(2)[0]]
+
+    return Case(
+        f"attention {blocks.arithmetic}, {size}",
+        run,
+        expected,
+        lambda: attention_inputs(size, dtype),
+        # The reference rounds four times where the kernel rounds once, and keys or probabilities may be a step away. A
+        # step of fp8 does not shrink with the unit of float16.
+        ulp=64 if blocks.arithmetic == "sage_fp8" and dtype == torch.float16 else 8,
+        only={"attention": size.queries} if size.queries else {},
+    )
+
+
+def keys_of(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
+    """What attention computes of keys and values: their 8 bits, their means, and the state of the linear branch."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
+        keys = attention.prepare_keys(k, v, proj, blocks)
+        return [*eight_bit(keys), keys.pooled_HNK, keys.folded_HKK, keys.folded_mass_HK]
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
+        return [*eight_bit_reference(k, v, blocks), *shared_reference(k, v, proj, blocks)]
+
+    return Case(
+        f"keys and values of attention {blocks.arithmetic}, {size}",
+        run,
+        expected,
+        lambda: attention_inputs(size, dtype),
+        ulp=4,
+        steps=2e-4,  # the reference multiplies the values by a reciprocal, as upstream does, which rounds twice
+    )
+
+
+def eight_bit(keys: attention.Keys) -> list[Tensor]:
+    """The keys in steps and the values in their format, as integers, [H, padded, K] and [H, K, padded]."""
+    if keys.k_step is None:
+        return []
+    values = keys.v.view(torch.int8) if keys.v.dtype == torch.float8_e4m3fn else keys.v
+    return [keys.k, keys.k_step, values]
+
+
+def split(x: Tensor) -> Tensor:
+    """Rows of heads side by side as [1, H, L, K]."""
+    return x[None].unflatten(-1, (-1, HEAD)).transpose(1, 2)
+
+
+def eight_bit_reference(k: Tensor, v: Tensor, blocks: Blocks) -> list[Tensor]:
+    """The same by the definition."""
+    if blocks.arithmetic == "sla":
+        return []
+    k_BHLK, v_BHLK = split(k), split(v)
+    steps, step = reference.quantise_rows(k_BHLK - k_BHLK.mean(2, keepdim=True), blocks.k)
+    padding = (0, 0, 0, -len(k) % blocks.k)
+    if blocks.arithmetic == "sage_fp16":
+        return [steps[0].flatten(1, 2).to(torch.int8), step[0], F.pad(v_BHLK[0].half(), padding)]
+    values, _ = reference.quantise_values(v_BHLK)
+    codes = F.pad(values[0].float(), padding).to(torch.float8_e4m3fn).view(torch.int8).transpose(1, 2)
+    return [steps[0].flatten(1, 2).to(torch.int8), step[0], codes]
+
+
+def shared_reference(k: Tensor, v: Tensor, proj: Tensor, blocks: Blocks) -> list[Tensor]:
+    """The means of key blocks, and the linear branch's sums over all keys, added in float64."""
+    k_BHLK, v_BHLK = split(k), split(v)
+    phi = torch.softmax(k_BHLK, -1).double()
+    state = (phi.transpose(-1, -2) @ v_BHLK.double()).to(k.dtype).double()
+    folded = (state @ proj.to(k.dtype).double().T).to(k.dtype)
+    means = reference.mean_pool(k_BHLK - k_BHLK.mean(2, keepdim=True), blocks.k)
+    return [means[0], folded[0], phi.sum(2).to(k.dtype).float()[0]]
+
+
+def packed(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
+    """The difference between attention that quantises its output and its plain output, quantised by the definition."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
+        given = q, k, v, size.selected, proj, bias, blocks
+        y = attention.sparse_linear_attention_quantised(*given)
+        steps, scale = quantise_tiles(attention.sparse_linear_attention(*given))
+        return [y.steps_MK - steps, y.scale - scale]
+
+    def nothing(q: Tensor, *others: Tensor) -> list[Tensor]:
+        return [torch.zeros(q.shape, dtype=torch.int8), torch.zeros(-(-size.tokens // HEAD), size.heads)]
+
+    return Case(
+        f"attention {blocks.arithmetic}, quantised, {size}", run, nothing, lambda: attention_inputs(size, dtype)
+    )
+
+
+def scores(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    queries, heads, keys = shape
+    blocks = Blocks(128, 64)
+
+    def expected(q: Tensor, pooled: Tensor) -> list[Tensor]:
+        return [(reference.mean_pool(split(q), blocks.q)[0].float() @ pooled.float().transpose(1, 2)).to(dtype)]
+
+    return Case(
+        f"scores, {queries} queries, {heads} heads, {keys} key blocks",
+        lambda q, pooled: [attention.block_scores(q, pooled, blocks)],
+        expected,
+        lambda: (randn(queries, heads * HEAD, seed=1, dtype=dtype), randn(heads, keys, HEAD, seed=2, dtype=dtype)),
+        ulp=2,
+    )
+
+
+def ranks(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
+    """The selection of blocks by scores of which many are equal, some are zero and some are infinite."""
+    queries, heads, keys, selected = shape
+
+    def inputs() -> tuple[Tensor]:
+        score = (8 * randn(heads, queries, keys, seed=1)).round().to(dtype)
+        score[0, 0, ::7] = -0.0
+        score[-1, -1, 1::5] = float("inf")
+        return (score,)
+
+    return Case(
+        f"selection of {selected} of {keys} key blocks, {queries} query blocks, {heads} heads",
+        lambda score: [attention.select_blocks(score, selected)],
+        lambda score: [reference.select_blocks(score[None], selected)[0].int()],
+        inputs,
+    )
+
+
+# A whole block.
+
+
+@cache
+def layer_of(model_name: str, recipe_name: str) -> dict[str, Tensor]:
+    """The tensors of a layer of TinyWan, by a recipe."""
+    model, recipe = load_model(model_name), load_recipe(recipe_name)
+    block, prefix = graphs(model, recipe)["block"], "blocks.1."
+    with TemporaryDirectory() as folder:
+        bundle = import_checkpoint(model, embedded(model), Path(folder) / "bundle", recipe=recipe)
+        stored = Weights(bundle).component(block.component(model))
+        return {name: stored[prefix + name].clone() for name in block.weights}
+
+
+def block(model_name: str, recipe_name: str, sm: int, dtype: torch.dtype) -> Case:
+    """A layer of a model with all of its kernels, and PyTorch's products where a recipe leaves them to it."""
+    model, recipe = load_model(model_name), recipe_for(load_recipe(recipe_name), sm)
+    limits, clip = load_limits(recipe, str(dtype).removeprefix("torch.")), model.video.clip
+    assert limits is not None
+    selected = num_selected(recipe, clip, model.topk)
+
+    def inputs() -> tuple[Any, ...]:
+        draw = Draw(1, torch.device("cpu"), dtype)
+        return layer_of(model_name, recipe_name), block_inputs(model.dit, draw, clip.grid, 21, selected)
+
+    def run(weights: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        out = torch.empty(inputs[0].shape, dtype=dtype)
+        FusedBlock(model.dit, recipe).run(weights, inputs, out)
+        return [out]
+
+    def expected(weights: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        with torch.inference_mode():
+            return list(graphs(model, recipe)["block"].run(weights, inputs))
+
+    return Case(f"block of {model_name}, {recipe_name}", run, expected, inputs, rms=limits.block.rms)
