@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test quick check usage ptx gpu gpu-rehearsal gpu-pack format bench clean
+.PHONY: help setup demo serve test quick check usage ptx gpu gpu-rehearsal gpu-pack format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,10 @@ demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, chec
 	$(BIN)/wanforge export $(OUT)/bundle
 	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
+
+serve: setup     ## serve TinyWan, with an API and a page, on this machine
+	test -d $(OUT)/bundle || $(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle
+	$(BIN)/wanforge serve $(OUT)/bundle --data $(OUT)/service
 
 test: setup      ## run every test
 	$(PYTEST)

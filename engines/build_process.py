@@ -25,7 +25,7 @@ import msgspec
 from wanforge.engines.builder import BuildJob, Built, Layer, build
 from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.launching.child_process import end_with, kill_group, start_module
+from wanforge.plugins.child_process import end_with, kill_group, start_module
 from wanforge.plugins.tensorrt.library import FLAVOURS, Library, open_library
 from wanforge.plugins.tensorrt.plugin import OPS, find_op
 from wanforge.progress import Progress, silent

@@ -11,7 +11,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected
-from wanforge.errors import RequestError, concerning
+from wanforge.errors import RequestError, WanforgeError
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.steps import Step, schedule
@@ -133,6 +133,17 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     if request.noise is not None:
         check_noise(request.noise, latent_shape(model, request.shape), checked.noise_names)
     return checked
+
+
+@contextmanager
+def concerning(field: str) -> Iterator[None]:
+    """Let the errors of the ``with`` block say which part of a request is wrong, for programs that show them beside
+    it."""
+    try:
+        yield
+    except WanforgeError as error:
+        error.field = error.field or field
+        raise
 
 
 def _num_selected(request: Request, model: ModelConfig, recipe: Recipe) -> int:

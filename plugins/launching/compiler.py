@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.plugins.launching.child_process import kill_group, start_module
+from wanforge.plugins.child_process import kill_group, start_module
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch, Specialisation
 from wanforge.plugins.launching.worker import Compiled, Failed

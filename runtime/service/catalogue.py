@@ -15,9 +15,9 @@ import msgspec
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.loading import Record
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
-from wanforge.errors import ConfigError, RequestError, concerning, unknown_name
+from wanforge.errors import ConfigError, RequestError, unknown_name
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.request import CheckedRequest, Request, check_request
+from wanforge.runtime.request import CheckedRequest, Request, check_request, concerning
 from wanforge.runtime.service.job import Job, Submission
 
 

@@ -4,13 +4,13 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
 
 from wanforge.errors import ResourceError, WanforgeError, message_of
-from wanforge.interrupts import told_of_signals
+from wanforge.interrupts import SAID
 from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.results.opening import open_storage
 from wanforge.runtime.service.settings import ServeSettings, check_settings
@@ -117,6 +117,17 @@ class Server(uvicorn.Server):
 
         with told_of_signals(tell):
             yield
+
+
+@contextmanager
+def told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
+    """Let the signals of `SAID` be told to a function, rather than end the process, while the block runs. Only for the
+    main thread."""
+    with ExitStack() as stack:
+        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
+        for number in SAID:
+            stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: tell(number)))
+        yield
 
 
 def catalogue_of(settings: ServeSettings) -> Catalogue:

@@ -27,7 +27,7 @@ class ServedBundle(Record, frozen=True):
     name: str = ""
 
 
-class Limits(Record, frozen=True, kw_only=True):
+class ClientLimits(Record, frozen=True, kw_only=True):
     """What clients may ask for.
 
     Attributes:
@@ -75,7 +75,7 @@ class ServeSettings(Record, frozen=True, kw_only=True):
     logs: Literal["text", "json"] = "text"
     logs_prompts: bool = False
     bundles: tuple[ServedBundle, ...] = ()
-    limits: Limits = Limits()
+    limits: ClientLimits = ClientLimits()
     policy: Policy = Policy()
 
     @property

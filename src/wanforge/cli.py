@@ -41,11 +41,11 @@ COMMANDS = {
         "Make a video from a prompt, or from an image and a prompt.",
     ),
     "serve": (
-        "wanforge.runtime.commands.serve:serve",
+        "wanforge.runtime.service.commands.serve:serve",
         "Run a server that makes videos, with an API and a page, and loses no job.",
     ),
     "client": (
-        "wanforge.runtime.commands.client:client",
+        "wanforge.runtime.service.commands.client:client",
         "Submit videos to a server, follow them, and download them.",
     ),
     "parity": (

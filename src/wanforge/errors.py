@@ -23,13 +23,10 @@ OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc
 
 
 class WanforgeError(Exception):
-    """Base of all errors that a user can cause and fix.
-
-    Attributes:
-        field: The part of a request that is wrong, where that is known; see `concerning`.
-    """
+    """Base of all errors that a user can cause and fix."""
 
     field: str = ""
+    """The part of a request that is wrong, where that is known; see `runtime.request.concerning`."""
 
 
 class ConfigError(WanforgeError, ValueError):
@@ -88,17 +85,6 @@ def memory_errors() -> Iterator[None]:
 def _out_of_memory(reason: str) -> ResourceError:
     said = f" ({reason[:120].strip()})" if reason else ""
     return ResourceError(f"memory ran out{said}; free some, or ask for a smaller or shorter clip")
-
-
-@contextmanager
-def concerning(field: str) -> Iterator[None]:
-    """Let the errors of the ``with`` block say which part of a request is wrong, for programs that show them beside
-    it."""
-    try:
-        yield
-    except WanforgeError as error:
-        error.field = error.field or field
-        raise
 
 
 @contextmanager

@@ -71,17 +71,6 @@ def ended_by_signals() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
-    """Let the signals of `SAID` be told to a function, rather than end the process, while the block runs. Only for the
-    main thread."""
-    with ExitStack() as stack:
-        stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
-        for number in SAID:
-            stack.callback(signal.signal, number, signal.signal(number, lambda number, frame: tell(number)))
-        yield
-
-
 def _without_interrupts(
     before: Callable[["sys.UnraisableHookArgs"], object],
 ) -> Callable[["sys.UnraisableHookArgs"], object]:

@@ -21,7 +21,7 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_extra(extra: str, *options: str) -> str:
-    """The command that installs an extra: ``gpu``, ``rtx``, ``tensorrt``, ``postgres`` or ``s3``.
+    """The command that installs an extra, such as ``gpu`` or ``serve``.
 
     It names the packages of the extra, because pip would look up ``wanforge[gpu]`` in an index. Where the metadata is
     missing, wanforge runs from a checkout, and the command installs that.

@@ -16,7 +16,7 @@ import psutil
 from tools.gpu_day.child import Order
 from tools.gpu_day.parts import Part
 from tools.gpu_day.results import CUT, FAILED, LATE, PASSED, Results
-from wanforge.plugins.launching.child_process import kill_group
+from wanforge.plugins.child_process import kill_group
 
 ROOT = Path(__file__).resolve().parents[2]
 RESERVED = 8.0

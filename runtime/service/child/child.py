@@ -16,7 +16,7 @@ from threading import Thread
 
 from msgspec.structs import replace
 
-from wanforge.plugins.launching.child_process import end_with
+from wanforge.plugins.child_process import end_with
 from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.child.maker import Maker, StoppedError
 from wanforge.runtime.service.child.messages import (

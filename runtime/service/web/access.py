@@ -13,7 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.errors import ApiError
-from wanforge.runtime.service.web.state import Service, service_of
+from wanforge.runtime.service.web.state import Service
 
 LOCAL = ApiKey(id="", owner="local", scopes=(), created_at=0.0)
 """Whoever calls a server that has no keys."""
@@ -47,7 +47,7 @@ class Bucket:
         return 0.0
 
 
-class Keys:
+class KeyRing:
     """Verifies keys and counts requests. The event loop is the only thread that uses it."""
 
     def __init__(self, service: Service) -> None:
@@ -94,7 +94,7 @@ def allowed(scope: str) -> Callable[..., object]:
     async def caller(
         request: Request, shown: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> ApiKey:
-        keys = service_of(request).keys
+        keys: KeyRing = request.app.state.keys
         found = await keys.caller(None if shown is None else shown.credentials)
         if found is not LOCAL and scope not in (found.scopes or USUAL) and "admin" not in found.scopes:
             raise ApiError(403, "not_allowed", f"this API key may not {SCOPES[scope]}")

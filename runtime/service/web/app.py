@@ -8,9 +8,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanforge.runtime.service.settings import MEGABYTE
-from wanforge.runtime.service.web import batches, catalogued, content, errors, health, page, stream, videos
-from wanforge.runtime.service.web.access import Keys
+from wanforge.runtime.service.web import batches, catalogued, content, errors, page, stream, videos
+from wanforge.runtime.service.web.access import KeyRing
 from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.monitor import health
 from wanforge.runtime.service.web.state import Service
 from wanforge.version import __version__
 
@@ -48,7 +49,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url="/openapi.json",
     )
     app.state.service = service
-    service.keys = Keys(service)
+    app.state.keys = KeyRing(service)
     errors.install(app)
     for room in (videos, content, stream, batches, catalogued, health, page):
         app.include_router(room.router)

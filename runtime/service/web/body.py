@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from wanforge.errors import RequestError
-from wanforge.runtime.service.settings import MEGABYTE, Limits
+from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.errors import ApiError, invalid, validation_error
 from wanforge.runtime.service.web.schema import VideoRequest
 
@@ -35,7 +35,7 @@ def described() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON: {"schema": as_json}, FORMS[0]: {"schema": as_form}}}}
 
 
-async def video_request(request: Request, limits: Limits) -> tuple[VideoRequest, bytes | None]:
+async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRequest, bytes | None]:
     """What a client asks for, and the bytes of its picture.
 
     Raises:
@@ -61,7 +61,7 @@ def of_json(body: bytes) -> tuple[VideoRequest, bytes | None]:
     return asked, None if asked.input_reference is None else of_data_url(asked.input_reference)
 
 
-async def _of_form(request: Request, limits: Limits) -> tuple[VideoRequest, bytes | None]:
+async def _of_form(request: Request, limits: ClientLimits) -> tuple[VideoRequest, bytes | None]:
     most = int(limits.body_megabytes * MEGABYTE)
     fields: dict[str, Any] = {}
     picture: bytes | None = None
@@ -106,7 +106,7 @@ def of_data_url(text: str) -> bytes:
         raise invalid(PICTURE, "the data URL is no valid base64") from None
 
 
-def redrawn(picture: bytes, limits: Limits) -> bytes:
+def redrawn(picture: bytes, limits: ClientLimits) -> bytes:
     """A picture decoded and encoded again as PNG, so that nothing but its pixels is kept.
 
     Raises:

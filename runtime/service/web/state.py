@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
@@ -17,9 +17,6 @@ from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.workers.status import obstacles, read_status
-
-if TYPE_CHECKING:
-    from wanforge.runtime.service.web.access import Keys
 
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
@@ -33,11 +30,8 @@ class Service:
 
     Attributes:
         needs_keys: Whether there are API keys, so that every request has to show one.
-        keys: Set by the application.
         streams: How many event streams each key has open.
     """
-
-    keys: "Keys"
 
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects

@@ -12,13 +12,15 @@ from wanforge.errors import RequestError, unknown_name
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
 from wanforge.runtime.service.results.base import new_name
-from wanforge.runtime.service.settings import MEGABYTE, Limits
+from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.body import PICTURE, redrawn
 from wanforge.runtime.service.web.errors import about, invalid
 from wanforge.runtime.service.web.schema import VideoRequest
 
 
-def checked(catalogue: Catalogue, limits: Limits, wanted: VideoRequest, picture: bytes | None) -> tuple[Served, Asked]:
+def checked(
+    catalogue: Catalogue, limits: ClientLimits, wanted: VideoRequest, picture: bytes | None
+) -> tuple[Served, Asked]:
     """The bundle and the checked request for what a client asks for. The picture is not stored yet, so the request does
     not name it.
 
@@ -53,7 +55,7 @@ def checked(catalogue: Catalogue, limits: Limits, wanted: VideoRequest, picture:
     return served, asked
 
 
-def shape_of(served: Served, limits: Limits, wanted: VideoRequest) -> ClipShape:
+def shape_of(served: Served, limits: ClientLimits, wanted: VideoRequest) -> ClipShape:
     """The size and length of the clip."""
     video = served.bundle.model.video
     with about("seconds" if wanted.seconds is not None else "frames"):
@@ -86,7 +88,7 @@ def kept(picture: bytes | None) -> Iterator[Path | None]:
 
 
 def prepared(
-    catalogue: Catalogue, limits: Limits, wanted: VideoRequest, picture: bytes | None
+    catalogue: Catalogue, limits: ClientLimits, wanted: VideoRequest, picture: bytes | None
 ) -> tuple[Served, Asked, bytes | None]:
     """`checked`, with the picture as it is to be stored."""
     drawn = None if picture is None else redrawn(picture, limits)

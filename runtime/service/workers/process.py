@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from wanforge.plugins.launching.child_process import kill_group, start_module
+from wanforge.plugins.child_process import kill_group, start_module
 from wanforge.runtime.service.child.messages import (
     BundlePlace,
     Channel,

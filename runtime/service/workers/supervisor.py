@@ -22,7 +22,7 @@ import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError, message_of
-from wanforge.plugins.launching.child_process import end_with
+from wanforge.plugins.child_process import end_with
 from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.child.messages import BundlePlace
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
@@ -34,7 +34,7 @@ from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.workers.heart import Heart, Stop
 from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
 from wanforge.runtime.service.workers.status import ServiceStatus, read_status, write_status
-from wanforge.runtime.service.workers.worker import Shop, Worker
+from wanforge.runtime.service.workers.worker import ClipWorker, Shop
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Supervisor:
         self.storage: ObjectStorage = open_storage(self.settings.serve.results, self.settings.data)
         self.heart = Heart(self.store, self.settings.times)
         self.shop = Shop(self.settings, self.store, self.storage, self.heart, Event(), Event())
-        self.workers: list[Worker] = []
+        self.workers: list[ClipWorker] = []
         self.problem = ""
         self._signals: list[int] = []
         self._ends_at: float | None = None
@@ -91,8 +91,8 @@ class Supervisor:
                 self._write_status()
                 self.store.close()
 
-    def _worker(self, number: int, seat: Seat, bundles: Sequence[BundlePlace]) -> Worker:
-        return Worker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, bundles)
+    def _worker(self, number: int, seat: Seat, bundles: Sequence[BundlePlace]) -> ClipWorker:
+        return ClipWorker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, bundles)
 
     def _recover(self) -> None:
         """Give back what an earlier supervisor of this folder was at. Its children ended with it."""

@@ -82,7 +82,7 @@ class Killed:
 Outcome = ClipMade | ClipFailed | ClipStopped | Killed
 
 
-class Worker(Thread):
+class ClipWorker(Thread):
     """Serves one job after the other, with one child after the other.
 
     Args:

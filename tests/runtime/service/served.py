@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import uvicorn
+from fastapi import FastAPI
 
 from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.job import Job, Result
@@ -45,6 +46,7 @@ class Rig:
     """
 
     service: Service
+    app: FastAPI
     url: str
     client: httpx2.Client
     offer: Offer = field(init=False)
@@ -100,7 +102,8 @@ def running(
     if keys:
         store.add_key("nobody")
     service = Service(settings, store, Catalogue.open(bundles), Folder(folder / "results"))
-    config = uvicorn.Config(create_app(service), port=0, log_level="warning", lifespan="on")
+    app = create_app(service)
+    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -111,7 +114,7 @@ def running(
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx2.Client(base_url=url, timeout=10) as client:
-            yield Rig(service, url, client)
+            yield Rig(service, app, url, client)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from tests.runtime.service.served import MADE, Rig
 from wanforge.errors import ResourceError
-from wanforge.runtime.commands.client import client
 from wanforge.runtime.service.client.connection import Connection, ServerError
+from wanforge.runtime.service.commands.client import client
 from wanforge.runtime.service.job import Failure
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.runtime.service.served import Rig, running
 from wanforge.errors import ConfigError
-from wanforge.runtime.service.settings import Limits, ServedBundle, ServeSettings, check_settings
+from wanforge.runtime.service.settings import ClientLimits, ServedBundle, ServeSettings, check_settings
 from wanforge.runtime.service.web.access import Bucket
 
 PROMPT = {"prompt": "a red circle"}
@@ -69,12 +69,12 @@ def test_a_revoked_key_works_no_longer(locked: Rig) -> None:
     key, text = locked.store.add_key("ann")
     assert locked.client.get("/v1/models", headers=bearer(text)).status_code == 200
     locked.store.revoke_key(key.id)
-    locked.service.keys.verified.clear()  # as it happens after some seconds
+    locked.app.state.keys.verified.clear()  # as it happens after some seconds
     assert locked.client.get("/v1/models", headers=bearer(text)).status_code == 401
 
 
 def test_too_many_requests_are_turned_away_with_a_time(tinywan: Path, tmp_path: Path) -> None:
-    settings = ServeSettings(limits=Limits(requests_per_second=0.5, burst=3))
+    settings = ServeSettings(limits=ClientLimits(requests_per_second=0.5, burst=3))
     with running(settings, [("", tinywan)], tmp_path) as rig:
         answers = [rig.client.get("/v1/models") for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]

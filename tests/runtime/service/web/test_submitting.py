@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.runtime.service.served import Rig, running
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.service.catalogue import Asked
-from wanforge.runtime.service.settings import Limits, ServeSettings
+from wanforge.runtime.service.settings import ClientLimits, ServeSettings
 
 PROMPT = {"prompt": "a red circle"}
 
@@ -62,7 +62,7 @@ def test_names_of_uploads_lead_nowhere(rig: Rig, name: str, tmp_path: Path) -> N
 
 
 def test_pictures_that_unpack_to_much_are_refused(tinywan: Path, tmp_path: Path) -> None:
-    with running(ServeSettings(limits=Limits(image_megapixels=0.001)), [("", tinywan)], tmp_path) as rig:
+    with running(ServeSettings(limits=ClientLimits(image_megapixels=0.001)), [("", tinywan)], tmp_path) as rig:
         response = rig.client.post("/v1/videos", data=PROMPT, files={"input_reference": ("p.png", png())})
     assert response.status_code == 400
     assert "pixels" in response.json()["error"]["message"]
@@ -81,7 +81,7 @@ def test_a_bomb_is_refused_before_it_goes_off(rig: Rig) -> None:
 
 
 def test_bodies_that_are_too_large_or_too_deep_are_refused(tinywan: Path, tmp_path: Path) -> None:
-    limits = Limits(body_megabytes=0.1, batch_megabytes=0.1)
+    limits = ClientLimits(body_megabytes=0.1, batch_megabytes=0.1)
     with running(ServeSettings(limits=limits), [("", tinywan)], tmp_path) as rig:
         headers = {"Content-Type": "application/json"}
         large = rig.client.post("/v1/videos", content=b'{"prompt": "' + b"a" * 500_000 + b'"}', headers=headers)

@@ -17,23 +17,23 @@ from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 from wanforge.runtime.service.workers import worker as worker_module
 from wanforge.runtime.service.workers.heart import Attempt, Heart
 from wanforge.runtime.service.workers.settings import Seat, Supervision
-from wanforge.runtime.service.workers.worker import Shop, Worker
+from wanforge.runtime.service.workers.worker import ClipWorker, Shop
 
 MADE = ClipMade("", {"video": "video.mp4"}, "torch", {"denoise": 1.0}, {})
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClipWorker:
     """A worker that is not running, and a file that its child has made."""
     monkeypatch.setattr(worker_module, "STORE_SECONDS", 0.01)
     store, settings = open_store(tmp_path / "jobs.sqlite"), Supervision(serve=ServeSettings())
     storage = FolderStorage(tmp_path / "results", least_free=0)
     (tmp_path / "video.mp4").write_bytes(b"clip")
     shop = Shop(settings, store, storage, Heart(store, settings.times), Event(), Event())
-    return Worker("worker 0", shop, Seat("", (0,)), ())
+    return ClipWorker("worker 0", shop, Seat("", (0,)), ())
 
 
-def finish(worker: Worker, folder: Path) -> str:
+def finish(worker: ClipWorker, folder: Path) -> str:
     store: Any = worker.shop.store
     worker.shop.store.submit(submission())
     job = claimed(store)
@@ -41,11 +41,11 @@ def finish(worker: Worker, folder: Path) -> str:
     return job.id
 
 
-def objects(worker: Worker) -> int:
+def objects(worker: ClipWorker) -> int:
     return len(list(worker.shop.storage.stored()))
 
 
-def test_a_result_waits_for_the_store(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_waits_for_the_store(worker: ClipWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     complete, tries = SqlStore.complete, list[None]()
 
     def busy_at_first(*arguments: Any) -> bool:
@@ -63,7 +63,7 @@ def test_a_result_waits_for_the_store(worker: Worker, tmp_path: Path, monkeypatc
 
 
 def test_a_result_that_may_have_been_recorded_is_kept(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: ClipWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*arguments: Any) -> bool:
         worker.shop.is_ended.set()
@@ -76,7 +76,7 @@ def test_a_result_that_may_have_been_recorded_is_kept(
 
 @pytest.mark.parametrize(("code", "tries"), [("storage_unreachable", 3), ("disk_full", 1)])
 def test_a_result_that_cannot_be_stored_fails_the_job(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, tries: int
+    worker: ClipWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, tries: int
 ) -> None:
     tried = list[str]()
 

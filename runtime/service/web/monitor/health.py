@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from wanforge.runtime.service.web.access import Admin
-from wanforge.runtime.service.web.figures import figures
+from wanforge.runtime.service.web.monitor.figures import figures
 from wanforge.runtime.service.web.schema import Ready
 from wanforge.runtime.service.web.state import service_of
 from wanforge.runtime.service.web.videos import errors

@@ -130,7 +130,7 @@ def download(video: str, out: Path | None, variant: str) -> None:
 @ID
 @JSON
 def cancel(video: str, as_json: bool) -> None:
-    """Cancel a video."""
+    """Cancel a video, even if it is being made."""
     show(current().cancel(video), as_json=as_json)
 
 

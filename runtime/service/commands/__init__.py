@@ -1,0 +1,1 @@
+"""The commands that run a server, and that talk to one."""

@@ -1,0 +1,1 @@
+"""What monitors ask: whether the service lives and works, and its figures."""
