@@ -83,8 +83,15 @@ class Rig:
 
     @property
     def child(self) -> psutil.Process:
+        """The child of the first worker, once there is one."""
+        self.wait(lambda: self.status is not None and self.status.workers[0].child is not None)
         assert self.status is not None
         return psutil.Process(self.status.workers[0].child)
+
+    def has_lost(self, child: int) -> bool:
+        """Whether the first worker has another child than before, by what its status says a second later."""
+        time.sleep(1.0)
+        return self.status is None or self.status.workers[0].child != child
 
     @property
     def log(self) -> str:
