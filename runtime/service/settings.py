@@ -12,6 +12,12 @@ from wanforge.errors import ConfigError
 from wanforge.runtime.service.store.base import Policy
 
 MEGABYTE = 1_000_000
+SCOPES = {
+    "read": "see one's own videos and the models",
+    "write": "submit, cancel and delete videos",
+    "admin": "see everybody's videos and the metrics",
+}
+"""What a key may be allowed; a key without scopes may read and write."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 

@@ -12,11 +12,10 @@ import msgspec
 from wanforge.errors import RequestError, unknown_name
 from wanforge.logs import Console
 from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option, takes
-from wanforge.runtime.service.settings import ServedBundle, ServeSettings, load_settings
+from wanforge.runtime.service.settings import SCOPES, ServedBundle, ServeSettings, load_settings
 
 log = logging.getLogger(__name__)
 
-SCOPES = ("read", "write", "admin")
 DATA = click.option(
     "--data",
     type=FOLDER,
@@ -103,7 +102,7 @@ def keys() -> None:
     "--scope",
     "scopes",
     multiple=True,
-    type=click.Choice(SCOPES),
+    type=click.Choice(list(SCOPES)),
     help="What the key allows; may be repeated. admin sees everybody's videos and the metrics.  [default: read, write]",
 )
 @DATA

@@ -11,18 +11,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from wanforge.runtime.service.settings import SCOPES
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.errors import ApiError
 from wanforge.runtime.service.web.state import Service
 
 LOCAL = ApiKey(id="", owner="local", scopes=(), created_at=0.0)
 """Whoever calls a server that has no keys."""
-SCOPES = {
-    "read": "see one's own videos and the models",
-    "write": "submit, cancel and delete videos",
-    "admin": "see everybody's videos and the metrics",
-}
-"""What a key may be allowed; a key without scopes may read and write."""
 USUAL = ("read", "write")
 BEARER = HTTPBearer(auto_error=False, description="An API key, as `wanforge serve keys add` prints it.")
 REMEMBERED_SECONDS = 10.0

@@ -53,20 +53,6 @@ class Case:
         return out
 
 
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let new memory hold bytes that are no numbers."""
-    empty = torch.empty
-
-    def filled(*sizes: object, **options: object) -> Tensor:
-        tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
-        if tensor.device.type == "cpu" and tensor.numel():
-            tensor.view(torch.uint8).fill_(0xFF)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("recipe", ["w8a8", "w8a8-row", "bf16-sla", "bf16"])

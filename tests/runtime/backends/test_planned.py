@@ -20,6 +20,8 @@ from wanforge.runtime.backends.planned import Planned
 Tensors = Mapping[str, Tensor]
 GIVEN = ("x", "y", "gate", "out")
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def work(given: Tensors) -> None:
     """Two launches around a call of PyTorch, whose result the second launch reads beside a temporary of the first."""
@@ -52,20 +54,6 @@ class Counted:
     def __call__(self, given: Tensors) -> None:
         self.calls += 1
         work(given)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let new memory hold bytes that are no numbers."""
-    empty = torch.empty
-
-    def filled(*sizes: object, **options: object) -> Tensor:
-        tensor: Tensor = empty(*sizes, **options)  # type: ignore[call-overload]
-        if tensor.device.type == "cpu" and tensor.numel():
-            tensor.view(torch.uint8).fill_(0xFF)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 def test_the_first_call_and_the_next_are_the_function_itself() -> None:
