@@ -6,14 +6,14 @@ Without any API key in the store everybody is `LOCAL`, which only a server on a 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from wanforge.runtime.service.settings import SCOPES
 from wanforge.runtime.service.store.base import ApiKey
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.errors import ApiError, absent
 from wanforge.runtime.service.web.state import Service
 
 LOCAL = ApiKey(id="", owner="local", scopes=(), created_at=0.0)
@@ -102,6 +102,30 @@ def allowed(scope: str) -> Callable[..., object]:
 Reader = Annotated[ApiKey, Depends(allowed("read"))]
 Writer = Annotated[ApiKey, Depends(allowed("write"))]
 Admin = Annotated[ApiKey, Depends(allowed("admin"))]
+
+
+class HasOwner(Protocol):
+    """What belongs to somebody."""
+
+    @property
+    def owner(self) -> str: ...
+
+
+Owned = TypeVar("Owned", bound=HasOwner)
+
+
+def seen_by(caller: ApiKey, found: Owned | None, what: str) -> Owned:
+    """What was found, if the caller may see it.
+
+    Args:
+        what: What was looked for, for the message.
+
+    Raises:
+        ApiError: There is none, or it is somebody else's, which is told in the same way.
+    """
+    if found is None or owner_seen_by(caller) not in (None, found.owner):
+        raise absent(what)
+    return found
 
 
 def owner_seen_by(caller: ApiKey) -> str | None:

@@ -12,8 +12,8 @@ from wanforge.runtime.service.job import Batch, Failure, State, Submission
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web import body, submitting
-from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.access import Reader, Writer, seen_by
+from wanforge.runtime.service.web.errors import ApiError, absent
 from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
@@ -65,7 +65,7 @@ async def cancel(request: Request, batch_id: BatchId, caller: Writer) -> VideoBa
     await service.in_thread(found, service, caller, batch_id)
     batch = await service.in_thread(service.store.cancel_batch, batch_id)
     if batch is None:
-        raise absent(batch_id)
+        raise absent(named(batch_id))
     return told(batch)
 
 
@@ -149,14 +149,11 @@ def found(service: Service, caller: ApiKey, batch_id: str) -> Batch:
     Raises:
         ApiError: There is none.
     """
-    batch = service.store.batch(batch_id)
-    if batch is None or owner_seen_by(caller) not in (None, batch.owner):
-        raise absent(batch_id)
-    return batch
+    return seen_by(caller, service.store.batch(batch_id), named(batch_id))
 
 
-def absent(batch_id: str) -> ApiError:
-    return ApiError(404, "not_found", f"there is no batch {batch_id[:100]!r}")
+def named(batch_id: str) -> str:
+    return f"batch {batch_id[:100]!r}"
 
 
 def told(batch: Batch) -> VideoBatch:

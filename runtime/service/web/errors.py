@@ -73,6 +73,11 @@ def error_response(
     return JSONResponse(ErrorBody(error=details).model_dump(), status, headers)
 
 
+def absent(what: str) -> ApiError:
+    """The error for something that there is not."""
+    return ApiError(404, "not_found", f"there is no {what}")
+
+
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
     """The error for a field with a wrong value."""
     return ApiError(400, code, message, param)

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from wanforge.runtime.service.job import Idempotency, Job, State
 from wanforge.runtime.service.store.base import ApiKey, JobFilter
 from wanforge.runtime.service.web import body, submitting
-from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by
-from wanforge.runtime.service.web.errors import ApiError, ErrorBody
+from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by, seen_by
+from wanforge.runtime.service.web.errors import ErrorBody, absent
 from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList, VideoRequest
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import poll_after_ms, told
@@ -130,7 +130,7 @@ async def cancel(request: Request, video_id: JobId, caller: Writer) -> Video:
     await service.in_thread(found, service, caller, video_id)
     job = await service.in_thread(service.store.cancel, video_id)
     if job is None:
-        raise absent(video_id)
+        raise absent(named(video_id))
     return await service.in_thread(told, service, job)
 
 
@@ -142,7 +142,7 @@ async def delete(request: Request, video_id: JobId, caller: Writer) -> VideoDele
     if job.state is State.QUEUED:
         await service.in_thread(service.store.cancel, video_id)
     if not await service.in_thread(service.store.delete, video_id):
-        raise absent(video_id)
+        raise absent(named(video_id))
     return VideoDeleted(id=video_id)
 
 
@@ -152,11 +152,8 @@ def found(service: Service, caller: ApiKey, video_id: str) -> Job:
     Raises:
         ApiError: There is none.
     """
-    job = service.store.get(video_id)
-    if job is None or owner_seen_by(caller) not in (None, job.owner):
-        raise absent(video_id)
-    return job
+    return seen_by(caller, service.store.get(video_id), named(video_id))
 
 
-def absent(video_id: str) -> ApiError:
-    return ApiError(404, "not_found", f"there is no video {video_id[:100]!r}")
+def named(video_id: str) -> str:
+    return f"video {video_id[:100]!r}"
