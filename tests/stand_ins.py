@@ -4,10 +4,12 @@ addresses they are given, and a copy stream that is as early or as late as its e
 import ctypes
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,6 +215,7 @@ class StandIn:
     def __post_init__(self) -> None:
         self.graphs = graphs(self.bundle.model, self.bundle.recipe)
         self.queue: list[Callable[[], None]] = []
+        self.preparing, self.lock = ThreadPoolExecutor(1), Lock()
 
     @property
     def library(self) -> Library:
@@ -241,11 +244,13 @@ class StandIn:
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
         assert self.capturing is None
 
+        @torch.inference_mode()
         def copy() -> None:
             for target, source in pairs:
                 target.copy_(source)
 
-        self.queue.append(copy)
+        with self.lock:
+            self.queue.append(copy)
         event = Event(partial(self._finish, len(self.queue), list(self.queue)))
         if not self.is_late:
             event.finish()
@@ -253,17 +258,21 @@ class StandIn:
 
     def _finish(self, count: int, queued: list[Callable[[], None]]) -> None:
         """Do everything that was queued up to an event, because the stream keeps its order."""
-        for each in queued[:count]:
-            if each in self.queue:
-                self.queue.remove(each)
-                each()
+        with self.lock:
+            for each in queued[:count]:
+                if each in self.queue:
+                    self.queue.remove(each)
+                    each()
+
+    def prepare(self, copy: Callable[[], Event]) -> Future[Event]:
+        return self.preparing.submit(copy)
 
     def mark(self) -> Event:
         assert self.capturing is None
         return Event(lambda: None)
 
     def reclaim(self) -> None:
-        pass
+        self.synchronise()
 
     def wait(self, event: Event) -> None:
         assert self.capturing is None
@@ -282,7 +291,7 @@ class StandIn:
         return replay
 
     def synchronise(self) -> None:
-        pass
+        self.preparing.submit(lambda: None).result()
 
 
 def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:

@@ -1,5 +1,8 @@
 """CUDA for the `trt` backend, through PyTorch: two streams, events between them, pinned memory and CUDA graphs.
 
+Copies are prepared on a thread of their own, because pinning and packing the weights of a layer, or staging them from a
+mapped file, takes the host much longer than launching the layer does.
+
 This module has not run on a GPU; tests use a stand-in for it.
 """
 
@@ -7,6 +10,8 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ class Cuda:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.computing, self.copying = torch.cuda.Stream(), torch.cuda.Stream()
         torch.cuda.set_stream(self.computing)  # TensorRT needs a stream that is not the default one
+        self._preparing = ThreadPoolExecutor(1, "weights", torch.cuda.set_device, (self.device,))
 
     @property
     def sm(self) -> int:
@@ -81,6 +87,10 @@ class Cuda:
                 target.copy_(source, non_blocking=True)
         return self.copying.record_event()
 
+    def prepare(self, copy: Callable[[], Event]) -> "Future[Event]":
+        """Call a function that starts a copy, on the thread that does this for one copy after another."""
+        return self._preparing.submit(copy)
+
     def mark(self) -> Event:
         """Record an event that follows everything launched so far."""
         return torch.cuda.current_stream(self.device).record_event()
@@ -98,7 +108,8 @@ class Cuda:
         return replay
 
     def synchronise(self) -> None:
-        """Wait until everything launched has finished, including copies."""
+        """Wait until everything launched has finished, including copies, and those that are still being prepared."""
+        self._preparing.submit(lambda: None).result()  # the thread does one thing after another
         torch.cuda.current_stream(self.device).synchronize()
         self.copying.synchronize()
 
@@ -130,12 +141,16 @@ class StreamMover:
         packed: dict[GroupName, Tensor],
     ) -> None:
         self.cuda, self.slots, self.source, self.returning, self.packed = cuda, slots, source, returning, packed
-        self._ready: dict[int, Event] = {}
+        self._ready: dict[int, Future[Event]] = {}
         # Work that used this memory before the slots existed must also finish before a slot is written.
         self._released: dict[int, Event] = dict.fromkeys(range(len(slots)), cuda.mark())
 
     def fetch(self, slot: int, group: Group) -> None:
-        self._ready[slot] = self.cuda.copy(self._pairs(slot, group), self._released[slot])
+        self._ready[slot] = self.cuda.prepare(partial(self._copy, slot, group, self._released[slot]))
+
+    @torch.inference_mode()
+    def _copy(self, slot: int, group: Group, after: Event) -> Event:
+        return self.cuda.copy(self._pairs(slot, group), after)
 
     def _pairs(self, slot: int, group: Group) -> list[tuple[Tensor, Tensor]]:
         memory, tensors = self.slots[slot], self.source(group.name.component)
@@ -155,7 +170,7 @@ class StreamMover:
 
     def wait(self, slot: int) -> None:
         if slot in self._ready:
-            self.cuda.wait(self._ready.pop(slot))
+            self.cuda.wait(self._ready.pop(slot).result())
 
     def release(self, slot: int) -> None:
         self._released[slot] = self.cuda.mark()

@@ -2,11 +2,14 @@
 
 import re
 import shlex
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.usage.commands import ROOT, run
+from tests.usage.commands import ROOT, Running, run
 from tests.usage.folders import BUNDLE
 from tests.usage.pairs import pairs
 from tests.usage.scenarios import EXPORT, Words, must_succeed
@@ -29,11 +32,37 @@ def commands_in(text: str) -> list[list[str]]:
 def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> None:
     if installed_version(RTX) is None:
         pytest.skip("TensorRT-RTX is not installed")
-    found = commands_in((ROOT / "README.md").read_text())
+    *found, serve, client = commands_in((ROOT / "README.md").read_text())
     assert [command[0] for command in found] == ["import", "export", "build", "generate", "parity"]
     for command in found:
         must_succeed(run(command, tmp_path, cold=True))
-    assert (tmp_path / "clip.mp4").stat().st_size > 1000
+    made = (tmp_path / "clip.mp4").read_bytes()
+    assert len(made) > 1000
+    assert (serve[0], client[0]) == ("serve", "client")
+    port = str(free_port())
+    with serving([*serve, "--port", port], tmp_path):
+        address = ("--url", f"http://127.0.0.1:{port}")
+        must_succeed(run(["client", *address, *client[1:], "--seed", "0"], tmp_path, cold=True))
+    assert (tmp_path / "clip.mp4").read_bytes() == made
+
+
+def free_port() -> int:
+    """A port that nothing listens to; the README's own may be taken on the machine that runs the tests."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(words: Words, folder: Path) -> Iterator[None]:
+    """A server that is told to end when it is no longer needed. Its clients wait until it listens."""
+    server = Running(words, folder, cold=True)
+    try:
+        yield
+    finally:
+        server.process.terminate()
+        must_succeed(server.end())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,8 +1,10 @@
 """Weights that take turns in memory: the order of copies and graph runs, and the memory plan that counts their cost."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from wanforge.exporter.checkpoint.layout import layout
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.arena import Arena
-from wanforge.runtime.memory.cuda import StreamMover
+from wanforge.runtime.memory.cuda import Cuda, StreamMover
 from wanforge.runtime.memory.plan import RING, MemoryPlan, lay_out, plan_memory, request_schedules, traffic, ways
 from wanforge.runtime.memory.residency import ALIGNMENT, Group, GroupName, Residency, group_name, groups_of
 from wanforge.runtime.pipeline import Pipeline
@@ -246,6 +248,9 @@ class Streams:
     """A record of the CUDA calls of `StreamMover`."""
 
     def __init__(self) -> None:
+        self.preparing = ThreadPoolExecutor(1)
+        self.has_memory = Event()
+        self.has_memory.set()
         self.said: list[str] = []
         self.events = 0
         self.pinned_bytes = 0
@@ -263,10 +268,14 @@ class Streams:
     def mark(self) -> str:
         return self.event("mark")
 
+    def prepare(self, copy: Callable[[], str]) -> Future[str]:
+        return self.preparing.submit(copy)
+
     def wait(self, event: str) -> None:
         self.said.append(f"wait {event}")
 
     def pinned(self, size: int) -> torch.Tensor:
+        assert self.has_memory.wait(10)
         self.pinned_bytes += size
         return torch.empty(size, dtype=torch.uint8)
 
@@ -286,10 +295,11 @@ def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     mover.wait(0)
     mover.release(0)
     mover.fetch(0, both)
+    mover.wait(0)
     pieces = 1 if is_returning else 2
     assert cuda.said == [
         *("mark -> e1", f"copy {pieces} after e1 -> e2", "wait e2"),
-        *("mark -> e3", f"copy {pieces} after e3 -> e4"),
+        *("mark -> e3", f"copy {pieces} after e3 -> e4", "wait e4"),
     ]
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
     views = both.views(slot)
@@ -298,7 +308,52 @@ def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     monkeypatch.setattr("wanforge.runtime.memory.cuda.available_bytes", lambda: 0)
     crowded = StreamMover(cuda, [slot], lambda component: tensors, returning, {})  # type: ignore[arg-type]
     crowded.fetch(0, both)
+    crowded.wait(0)
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
+
+
+def test_launching_goes_on_while_weights_are_packed() -> None:
+    """Packing a layer takes tens of milliseconds, in which the layers before it can be launched."""
+    cuda, first, second = Streams(), group(0), group(1)
+    tensors = {"w": torch.arange(-128, 128, dtype=torch.int8)}
+    slots = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
+    mover = StreamMover(cuda, slots, lambda component: tensors, frozenset({name(1)}), {})  # type: ignore[arg-type]
+    mover.fetch(0, first)
+    cuda.has_memory.clear()
+    mover.fetch(1, second)
+    mover.wait(0)
+    mover.release(0)
+    assert cuda.said == ["mark -> e1", "copy 1 after e1 -> e2", "wait e2", "mark -> e3"]
+    cuda.has_memory.set()
+    mover.wait(1)
+    assert cuda.said[4:] == ["copy 1 after e1 -> e4", "wait e4"]
+    assert torch.equal(slots[1].view(torch.int8), tensors["w"])
+
+
+def test_waiting_for_everything_includes_copies_that_are_being_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is given back while a copy into it is still to come would be overwritten in its next use."""
+    said: list[str] = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            said.append("synchronise")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream())
+    for called in ("set_stream", "set_device", "empty_cache"):
+        monkeypatch.setattr(f"torch.cuda.{called}", lambda *arguments: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    cuda, goes_on = Cuda(), Event()
+
+    def prepare() -> None:
+        assert goes_on.wait(10)
+        said.append("copy")
+
+    cuda.prepare(prepare)
+    Timer(0.05, goes_on.set).start()
+    cuda.reclaim()
+    assert said == ["copy", "synchronise", "synchronise"]
 
 
 @pytest.mark.slow
