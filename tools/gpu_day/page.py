@@ -114,9 +114,13 @@ def _ops(results: Results, part: Part) -> Iterable[str]:
         yield paragraph(f"{right} results are as defined, {len(wrong)} are not.", "bad" if wrong else "good")
     if wrong:
         rows = [
-            (each["op"], each["name"], f"{each['error'] or float('inf'):.1e}", f"{each['limit']:.1e}") for each in wrong
+            (
+                *(each["op"], each["name"], str(each["tokens"])),
+                *(f"{each['error'] or float('inf'):.1e}", f"{each['limit']:.1e}"),
+            )
+            for each in wrong
         ]
-        yield table(("op", "result", "error", "at most"), rows, words=2)
+        yield table(("op", "result", "tokens", "error", "at most"), rows, words=2)
     cases = [line for line in results.of(part.name, "case") if "kernel" in line["times"]]
     if cases:
         yield _ratio_plot(cases)
