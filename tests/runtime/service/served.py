@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,9 @@ from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.web.app import create_app
 from wanforge.runtime.service.web.state import Service
 
-MADE = {"video": (b"mp4 " * 1000, "mp4"), "thumbnail": (b"png", "png"), "spritesheet": (b"sheet", "png")}
+Made = Mapping[str, tuple[bytes, str]]
+"""The bytes and the suffix of each variant."""
+MADE: Made = {"video": (b"mp4 " * 1000, "mp4"), "thumbnail": (b"png", "png"), "spritesheet": (b"sheet", "png")}
 
 
 class Folder:
@@ -81,11 +83,11 @@ class Rig:
         self.complete(job)
         return job
 
-    def complete(self, job: Job) -> None:
-        """Complete a job."""
+    def complete(self, job: Job, made: Made = MADE) -> None:
+        """Complete a job with files, by default ones that are no clip."""
         self.store.heartbeat(job.lease, "step 1", 50)
         objects = {}
-        for variant, (data, suffix) in MADE.items():
+        for variant, (data, suffix) in made.items():
             objects[variant] = f"{secrets.token_hex(8)}.{suffix}"
             self.service.objects.put(objects[variant], data)
         assert self.store.complete(

@@ -8,7 +8,11 @@ from fastapi.responses import FileResponse
 router = APIRouter(include_in_schema=False)
 
 FOLDER = Path(__file__).parent
-FILES = {"page.js": "text/javascript", "page.css": "text/css", "icon.svg": "image/svg+xml"}
+FILES = {
+    **dict.fromkeys(("api.js", "gallery.js", "page.js"), "text/javascript"),
+    "page.css": "text/css",
+    "icon.svg": "image/svg+xml",
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
