@@ -68,6 +68,7 @@ ROOMS = [
     "wanforge.runtime.service.results",
     "wanforge.runtime.service.settings wanforge.runtime.service.catalogue",
     "wanforge.runtime.service.child",
+    "wanforge.runtime.service.tracing",
     "wanforge.runtime.service.workers",
     "wanforge.runtime.service.web",
     "wanforge.runtime.service.client",

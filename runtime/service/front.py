@@ -15,6 +15,7 @@ from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.results.opening import open_storage
 from wanforge.runtime.service.settings import ServeSettings, check_settings
 from wanforge.runtime.service.supervising import SupervisorProcess
+from wanforge.runtime.service.tracing.opening import is_wanted
 from wanforge.runtime.service.web.app import create_app
 from wanforge.runtime.service.web.state import Service
 from wanforge.runtime.service.workers.supervisor import store_of
@@ -33,13 +34,14 @@ class Front:
         load: Reads the settings; called again on SIGHUP, for the bundles that it then names.
 
     Raises:
-        ConfigError: The settings make no sense, or are not safe.
+        ConfigError: The settings make no sense, or are not safe, or traces are wanted that cannot be.
         BundleError: A folder is no bundle.
         StoreError, StorageError: The job store or the results cannot be opened.
     """
 
     def __init__(self, load: Callable[[], ServeSettings]) -> None:
         self.load, self.settings = load, load()
+        is_wanted()  # so that a mistake is told here, and not by the supervisor
         Path(self.settings.data).mkdir(mode=0o700, parents=True, exist_ok=True)
         store = store_of(self.settings)
         check_settings(self.settings, has_keys=any(key.revoked_at is None for key in store.api_keys()))

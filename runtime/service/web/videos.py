@@ -1,5 +1,6 @@
 """The routes of videos: submit, look, list, cancel, delete, and download."""
 
+import re
 from typing import Annotated, Any
 
 import msgspec
@@ -17,7 +18,7 @@ from wanforge.runtime.service.web.telling import poll_after_ms, told
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 JobId = Annotated[str, Path(max_length=100, description="Id of a video.")]
-TRACEPARENT = r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": words}
     for status, words in {
@@ -55,7 +56,7 @@ async def create(
     idempotency_key: Annotated[
         str | None, Header(max_length=255, min_length=1, description="Repeating a request with it makes no second job.")
     ] = None,
-    traceparent: Annotated[str | None, Header(max_length=100)] = None,
+    traceparent: Annotated[str | None, Header(description="The trace that this belongs to, by W3C.")] = None,
 ) -> Video:
     """Submit a video. The answer comes at once; the video is made when its turn comes."""
     service = service_of(request)
@@ -78,7 +79,8 @@ def submit(
 ) -> Job:
     """Check a request, store its picture, and submit it."""
     served, asked, drawn = submitting.prepared(service.catalogue, service.settings.limits, wanted, picture)
-    asked = msgspec.structs.replace(asked, traceparent=traceparent)
+    if traceparent is not None and TRACEPARENT.fullmatch(traceparent):  # another one is to be ignored, by the standard
+        asked = msgspec.structs.replace(asked, traceparent=traceparent)
     if drawn is not None and asked.image is not None:
         service.objects.put(asked.image, drawn)
     submission = served.submission(caller.owner, asked, priority=wanted.priority, idempotency=key)

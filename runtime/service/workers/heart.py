@@ -13,6 +13,7 @@ from threading import Event, Lock, Thread
 
 from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.store.base import JobStore, StoreError
+from wanforge.runtime.service.tracing.attempts import TracedAttempt
 from wanforge.runtime.service.workers.settings import WorkTimes
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Attempt:
         moved_at: When its progress was last heard of, and `beaten_at`, when its last heartbeat was sent; by the
             monotonic clock.
         stop: Why it is to stop, if it is.
+        traced: What it notes for its trace.
     """
 
     job: Job
@@ -48,6 +50,10 @@ class Attempt:
     beaten_at: float = field(default_factory=time.monotonic)
     stop: Stop | None = None
     told: tuple[str | None, int] = (None, 0)
+    traced: TracedAttempt = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traced = TracedAttempt(self.job)
 
     @property
     def ticket(self) -> str:

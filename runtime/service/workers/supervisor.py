@@ -31,6 +31,8 @@ from wanforge.runtime.service.results.sweeping import delete_orphans, delete_rem
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.store.sql_store import open_store
+from wanforge.runtime.service.tracing.attempts import untraced
+from wanforge.runtime.service.tracing.opening import open_tracer
 from wanforge.runtime.service.workers.heart import Heart, Stop
 from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
 from wanforge.runtime.service.workers.status import ServiceStatus, read_status, write_status
@@ -57,7 +59,9 @@ class Supervisor:
         self.store: JobStore = store_of(self.settings.serve)
         self.storage: ObjectStorage = open_storage(self.settings.serve.results, self.settings.data)
         self.heart = Heart(self.store, self.settings.times)
-        self.shop = Shop(self.settings, self.store, self.storage, self.heart, Event(), Event())
+        self.tracer = open_tracer()
+        tell = untraced if self.tracer is None else self.tracer.tell
+        self.shop = Shop(self.settings, self.store, self.storage, self.heart, Event(), Event(), tell)
         self.workers: list[ClipWorker] = []
         self.problem = ""
         self._signals: list[int] = []
@@ -90,6 +94,8 @@ class Supervisor:
                 self.heart.stop()
                 self._write_status()
                 self.store.close()
+                if self.tracer is not None:
+                    self.tracer.close()
 
     def _worker(self, number: int, seat: Seat, bundles: Sequence[BundlePlace]) -> ClipWorker:
         return ClipWorker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, bundles)

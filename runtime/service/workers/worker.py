@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from wanforge.runtime.service.child.messages import (
 from wanforge.runtime.service.job import Failure, Job, Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.store.base import JobStore, Offer, StoreError
+from wanforge.runtime.service.tracing.attempts import Tell, untraced
 from wanforge.runtime.service.workers.breaker import Breaker
 from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
 from wanforge.runtime.service.workers.process import ChildProcess, EndedError
@@ -54,6 +55,7 @@ class Shop:
     Attributes:
         is_closed: Set when no more jobs are to be started: the service ends.
         is_ended: Set when the service does not even wait for the job store any more.
+        trace: Called with every attempt that has ended.
     """
 
     settings: Supervision
@@ -62,6 +64,7 @@ class Shop:
     heart: Heart
     is_closed: Event
     is_ended: Event
+    trace: Tell = untraced
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,7 @@ class ClipWorker(Thread):
         finally:
             self.shop.heart.remove(attempt)
             shutil.rmtree(folder, ignore_errors=True)
+            self.shop.trace(attempt.traced)
             if self._child is not None:
                 self._tell(state="idle", job=None)
             else:
@@ -297,6 +301,7 @@ class ClipWorker(Thread):
 
     def _complete(self, attempt: Attempt, made: ClipMade, folder: Path) -> None:
         """Store the files of a clip and complete its job."""
+        attempt.traced.note_made(made)
         objects: dict[str, str] = {}
         try:
             for variant, file in made.files.items():
@@ -314,7 +319,7 @@ class ClipWorker(Thread):
             return
         self.breaker.succeeded()
         self._warm = job.bundle, job.shape
-        self.status = self.status.with_outcome("completed", made.stages)
+        self._count(attempt, "completed", made.stages)
         self._tell(last_good_at=time.time(), loaded=made.loaded, memory_bytes=made.memory_bytes)
         log.info("%s completed %s.", self.name, job.id, extra={"job": job.id, "seconds": made.stages})
 
@@ -341,7 +346,7 @@ class ClipWorker(Thread):
     def _fail(self, attempt: Attempt, failure: Failure) -> None:
         job = attempt.job
         if self._surely(lambda: self.shop.store.fail(job.lease, failure)):
-            self.status = self.status.with_outcome(failure.code)
+            self._count(attempt, failure.code)
             log.warning("%s failed (%s): %s", job.id, failure.code, failure.message, extra={"job": job.id})
 
     def _give_back(self, attempt: Attempt) -> None:
@@ -350,9 +355,9 @@ class ClipWorker(Thread):
         if attempt.stop is Stop.LEASE_LOST:
             return
         if self._surely(lambda: self.shop.store.stopped(lease)):
-            self.status = self.status.with_outcome("cancelled")
+            self._count(attempt, "cancelled")
         elif self._surely(lambda: self.shop.store.requeue(lease, counts=False)):
-            self.status = self.status.with_outcome("requeued")
+            self._count(attempt, "requeued")
 
     def _lose(self, attempt: Attempt, last: Failure | None) -> None:
         """End an attempt whose child is lost: the job is queued again, or fails if that has happened often enough.
@@ -364,7 +369,12 @@ class ClipWorker(Thread):
         if last is not None and job.lost + 1 >= most and attempt.stop is None:
             self._fail(attempt, last)
         elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
-            self.status = self.status.with_outcome("worker_died" if last is None else last.code)
+            self._count(attempt, "worker_died" if last is None else last.code)
+
+    def _count(self, attempt: Attempt, outcome: str, stages: Mapping[str, float] | None = None) -> None:
+        """Note how an attempt ended."""
+        attempt.traced.outcome = outcome
+        self.status = self.status.with_outcome(outcome, stages)
 
     def _surely(self, change: Callable[[], bool]) -> bool | None:
         """Make a change in the store, and try again for as long as the store cannot be used. Until then the lease runs
