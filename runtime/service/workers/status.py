@@ -22,6 +22,12 @@ STALE_SECONDS = 10.0
 BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper bounds of the histograms, in seconds."""
 READY = ("idle", "working")
+OUTCOMES = (
+    *("completed", "cancelled", "requeued"),
+    *("invalid_request", "out_of_memory", "gpu_failed", "disk_full", "bundle_damaged", "resources_lacking"),
+    *("internal_error", "worker_died", "worker_hung", "storage_refused", "storage_unreachable", "object_gone"),
+)
+"""How attempts end, as far as is known beforehand."""
 
 
 class Histogram(Record, frozen=True):

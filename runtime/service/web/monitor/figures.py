@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from wanforge.runtime.service.store.base import JobStore
-from wanforge.runtime.service.workers.status import BOUNDS, READY, ServiceStatus, read_status
+from wanforge.runtime.service.workers.status import BOUNDS, OUTCOMES, READY, ServiceStatus, read_status
 
 
 class StoreFigures:
@@ -42,8 +42,9 @@ class WorkerFigures:
         last = GaugeMetricFamily(
             "wanforge_worker_last_good_timestamp_seconds", "When a worker last completed a job.", labels=["worker"]
         )
+        obstacles = self.status.obstacles()
         for worker in self.status.workers:
-            ready.add_metric([worker.name], worker.state in READY)
+            ready.add_metric([worker.name], worker.state in READY and not obstacles)
             memory.add_metric([worker.name], worker.memory_bytes)
             restarts.add_metric([worker.name], worker.restarts)
             if worker.last_good_at is not None:
@@ -51,7 +52,8 @@ class WorkerFigures:
         yield from (ready, memory, restarts, last, self._attempts(), self._stages())
 
     def _attempts(self) -> Metric:
-        counts = Counter[str]()
+        # A series that begins with its first attempt would hide that attempt from `increase`.
+        counts = Counter(dict.fromkeys(OUTCOMES, 0))
         for worker in self.status.workers:
             counts.update(worker.outcomes)
         attempts = CounterMetricFamily("wanforge_attempts", "Attempts that ended, by how they did.", labels=["outcome"])

@@ -35,6 +35,9 @@ def test_a_server_without_a_living_worker_is_not_ready(tinywan: Path, tmp_path: 
         assert broken.json()["reasons"] == ["worker 0 is broken: its process died 5 times"]
         write_status(tmp_path, status(age=60.0))
         assert rig.client.get("/readyz").json()["reasons"] == ["the supervisor of the workers has ended or hangs"]
+        assert 'wanforge_worker_ready{worker="worker 0"} 0.0' in rig.client.get("/metrics").text
+        write_status(tmp_path, status())
+        assert 'wanforge_worker_ready{worker="worker 0"} 1.0' in rig.client.get("/metrics").text
 
 
 def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path: Path) -> None:
@@ -50,6 +53,7 @@ def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path:
     }
     assert found["wanforge_jobs", "queued"] == 1
     assert found["wanforge_attempts_total", "out_of_memory"] == 1
+    assert found["wanforge_attempts_total", "gpu_failed"] == 0
     assert found["wanforge_worker_restarts_total", "worker 0"] == 2
     assert found["wanforge_stage_seconds_count", "decode", "worker 0"] == 2
     assert found["wanforge_stage_seconds_bucket", "0.3", "decode", "worker 0"] == 1
