@@ -80,7 +80,7 @@ def test_every_figure_is_on_the_dashboard_and_every_query_asks_for_figures_that_
         used = set(NAME.findall(query))
         assert used <= set(known), query
         for name, inside in SELECTOR.findall(query):
-            assert {part.split("=")[0].rstrip("!") for part in inside.split(",")} <= known[name], query
+            assert {re.split("[!=]", part)[0].strip() for part in inside.split(",")} <= known[name], query
         grouped = {label.strip() for labels in GROUPED.findall(query) for label in labels.split(",")}
         assert grouped <= set.union(*(known[name] for name in used)), query
 
