@@ -30,7 +30,9 @@ def is_wanted() -> bool:
         raise ConfigError(f"{EXPORTER} is {exporter!r}; wanforge exports traces as otlp only: export {EXPORTER}=otlp")
     protocol = next((os.environ[name] for name in PROTOCOLS if os.environ.get(name)), PROTOCOL)
     if protocol != PROTOCOL:
-        raise ConfigError(f"the protocol of OTLP is {protocol!r}; only {PROTOCOL} is known: export {PROTOCOLS[0]}={PROTOCOL}")
+        raise ConfigError(
+            f"the protocol of OTLP is {protocol!r}; only {PROTOCOL} is known: export {PROTOCOLS[0]}={PROTOCOL}"
+        )
     if not _is_installed():
         raise ConfigError(f"traces are wanted, but OpenTelemetry is not installed; run: {install_extra('otel')}")
     return True

@@ -1,4 +1,4 @@
-"""The dashboard and the alerts ask for figures that the service has, in a way that Grafana and Prometheus understand."""
+"""The dashboard and the alerts ask for figures that there are, in a way that Grafana and Prometheus understand."""
 
 import json
 import re
@@ -108,7 +108,9 @@ def is_within(part: Any, whole: Any) -> bool:
 
 def test_panels_do_not_cover_each_other() -> None:
     places = [panel["gridPos"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
-    taken = [(x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]
+    taken = [
+        (x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
+    ]
     assert len(taken) == len(set(taken))
     assert {x for x, _ in taken} == set(range(24))
 
@@ -170,7 +172,11 @@ def prometheus(target: str, folder: Path) -> Iterator[httpx2.Client]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         place = f"127.0.0.1:{taken.getsockname()[1]}"
-    options = {"config.file": folder / "prometheus.yml", "storage.tsdb.path": folder / "data", "web.listen-address": place}
+    options = {
+        "config.file": folder / "prometheus.yml",
+        "storage.tsdb.path": folder / "data",
+        "web.listen-address": place,
+    }
     command = ["prometheus", *(f"--{name}={value}" for name, value in options.items()), "--log.level=error"]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as process:
         try:

@@ -28,7 +28,8 @@ error_log stderr warn;
 events {{}}
 http {{
     access_log off;
-    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
     {server}
 }}
 """
@@ -158,7 +159,9 @@ def test_a_proxy_passes_everything_on(client: httpx2.Client, rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("megabytes", [20.5, 30])
-def test_uploads_that_are_too_large_are_refused_in_the_words_of_the_api(client: httpx2.Client, megabytes: float) -> None:
+def test_uploads_that_are_too_large_are_refused_in_the_words_of_the_api(
+    client: httpx2.Client, megabytes: float
+) -> None:
     big = b"x" * int(megabytes * 1_000_000)
     response = client.post("/v1/videos", files={"prompt": (None, "a"), "input_reference": ("a.png", big)})
     assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")

@@ -1,6 +1,7 @@
 """Attempts as spans: what belongs to what, when it was, and what it tells."""
 
 import time
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -73,7 +74,7 @@ def test_stages_belong_to_the_video_and_steps_to_denoising() -> None:
 def test_stages_follow_each_other_in_time() -> None:
     spans = spans_of(attempt())
     row = [spans[name] for name in ("text", "denoise", "decode", "transfer", "write", "store")]
-    for before, after in zip(row, row[1:], strict=False):
+    for before, after in pairwise(row):
         assert after.start_time == pytest.approx(before.end_time, abs=2000)
     assert {name: round(seconds(span), 3) for name, span in spans.items() if name in STAGES} == STAGES
     assert seconds(spans["step 1"]) == pytest.approx(2.5)

@@ -67,16 +67,12 @@ def test_a_supervisor_sends_the_trace_of_a_video(
     of_one = {span.name: span for span in spans if span.trace_id.hex() == PARENT.split("-")[1]}
     assert set(of_one) == {"video", "queue", "denoise", "store"}
     assert of_one["video"].parent_span_id.hex() == PARENT.split("-")[2]
-    outcomes = {
-        each.value.string_value for span in spans for each in span.attributes if each.key == "wanforge.outcome"
-    }
+    outcomes = {each.value.string_value for span in spans for each in span.attributes if each.key == "wanforge.outcome"}
     assert outcomes == {"completed", "invalid_request"}
 
 
 @pytest.mark.slow
-def test_videos_are_made_without_the_collector(
-    tinywan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_videos_are_made_without_the_collector(tinywan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with working(Rig(tmp_path, [tinywan])) as rig:
@@ -105,9 +101,7 @@ def test_without_variables_nothing_is_traced_or_loaded(monkeypatch: pytest.Monke
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://here", "OTEL_TRACES_EXPORTER": "none"}, False),
     ],
 )
-def test_the_variables_say_whether(
-    variables: dict[str, str], is_wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_variables_say_whether(variables: dict[str, str], is_wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert opening.is_wanted() is is_wanted

@@ -27,7 +27,8 @@ SECONDS = 15.0
 IS_OPEN = "return document.querySelector('#model option, #key-dialog[open]') !== null"
 IS_SHOWN = """
 const [selector, words] = arguments;
-return [...document.querySelectorAll(selector)].some((each) => each.checkVisibility() && each.textContent.includes(words));
+const isIt = (each) => each.checkVisibility() && each.textContent.includes(words);
+return [...document.querySelectorAll(selector)].some(isIt);
 """
 DROP = """
 const [selector, encoded, name] = arguments;
@@ -35,7 +36,8 @@ const bytes = Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0));
 const dataTransfer = new DataTransfer();
 dataTransfer.items.add(new File([bytes], name, { type: "image/png" }));
 const options = { dataTransfer, bubbles: true, cancelable: true };
-for (const kind of ["dragover", "drop"]) document.querySelector(selector).dispatchEvent(new DragEvent(kind, options));
+const leaves = (kind) => document.querySelector(selector).dispatchEvent(new DragEvent(kind, options));
+if (["dragover", "drop"].some(leaves)) throw new Error("the browser would open the picture in place of the page");
 """
 
 

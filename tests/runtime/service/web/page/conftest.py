@@ -43,7 +43,9 @@ def tiny_i2v(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def rig(tinywan: Path, tiny_i2v: Path, tmp_path: Path) -> Iterator[Rig]:
     """A server of TinyWan under two names, and of a model that starts from a picture."""
-    with running(ServeSettings(), [("tinywan", tinywan), ("other", tinywan), ("tiny-i2v", tiny_i2v)], tmp_path) as found:
+    with running(
+        ServeSettings(), [("tinywan", tinywan), ("other", tinywan), ("tiny-i2v", tiny_i2v)], tmp_path
+    ) as found:
         yield found
 
 

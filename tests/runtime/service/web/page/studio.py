@@ -77,7 +77,11 @@ def clip(seed: int) -> Made:
         video = path.read_bytes()
     encoded = io.BytesIO()
     picture.save(encoded, "PNG")
-    return {"video": (video, "mp4"), "thumbnail": (encoded.getvalue(), "png"), "spritesheet": (encoded.getvalue(), "png")}
+    return {
+        "video": (video, "mp4"),
+        "thumbnail": (encoded.getvalue(), "png"),
+        "spritesheet": (encoded.getvalue(), "png"),
+    }
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from wanforge.runtime.service.store.base import JobFilter
 
 pytestmark = pytest.mark.slow
 
-IS_PLAYING = "return [...document.querySelectorAll(arguments[0])].every((player) => !player.paused && player.currentTime > 0)"
+IS_PLAYING = """
+const players = [...document.querySelectorAll(arguments[0])];
+return players.every((player) => !player.paused && player.currentTime > 0);
+"""
+NOTE_TIMES = """
+window.seen = new Set();
+const note = () => seen.add(document.querySelector(".card:last-child .times").textContent);
+new MutationObserver(note).observe(document.body, { childList: true, subtree: true, characterData: true });
+"""
 FETCHED = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
 PROMPT = "a red circle moving right"
 
@@ -51,7 +59,7 @@ def test_progress_and_stages_are_told_while_a_video_is_made(browser: Browser, ri
     browser.await_(".in_progress .stage", "18 %, text")
     browser.await_(".queued .stage", "next")
     assert browser.run("return document.querySelector('.in_progress progress').value") == 18
-    browser.run("window.seen = new Set(); new MutationObserver(() => seen.add(document.querySelector('.card:last-child .times').textContent)).observe(document.body, { childList: true, subtree: true, characterData: true })")
+    browser.run(NOTE_TIMES)
     studio.may_go_on.set()
     browser.await_(".card:last-child .play")
     seen = browser.run("return [...seen].join()")
@@ -166,7 +174,9 @@ def test_two_videos_are_seen_side_by_side(
     assert browser.run("return document.activeElement.id") == "compare"
 
 
-def test_with_a_key_clips_are_fetched_only_when_they_are_wanted(browser: Browser, tinywan: Path, tmp_path: Path) -> None:
+def test_with_a_key_clips_are_fetched_only_when_they_are_wanted(
+    browser: Browser, tinywan: Path, tmp_path: Path
+) -> None:
     with running(ServeSettings(), [("", tinywan)], tmp_path, keys=True) as rig, open_studio(rig):
         browser.open(rig.url)
         browser.await_("#key-dialog")
