@@ -71,8 +71,9 @@ async function lookAround() {
 function take(card, { kind, data }) {
   if (kind === "started") card.stages = new Map();
   if (kind === "progress" && data.stage) {
-    const known = card.stages.get(data.stage);
-    card.stages.set(data.stage, { from: known ? known.from : data.at, to: data.at });
+    const latest = [...card.stages.values()].at(-1);
+    if (latest) latest.to = data.at; // a stage lasts until the next one is heard of
+    if (!card.stages.has(data.stage)) card.stages.set(data.stage, { from: data.at, to: data.at });
   }
   refresh(card.video.id);
 }
@@ -175,7 +176,7 @@ function timesOf({ video, stages }) {
   const words = (entries) => entries.map(([stage, seconds]) => `${stage} ${seconds.toFixed(2)} s`).join(", ");
   if (video.timings) return [words(Object.entries(video.timings)), `${video.backend}, ${video.recipe}`].filter(Boolean).join("; ");
   if (video.status !== "in_progress") return "";
-  return words([...stages].map(([stage, { from, to }]) => [stage, to - from]));
+  return words([...stages].map(([stage, { from, to }]) => [stage, to - from]).filter(([, seconds]) => seconds > 0));
 }
 
 async function showPoster(card) {
