@@ -263,7 +263,7 @@ def open_pipeline(
         BundleError: A file is missing or damaged.
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
-    name = resolve_backend(backend, bundle, clips, bounded=budget is not None)
+    name = resolve_backend(backend, bundle, clips)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

@@ -4,8 +4,7 @@ addresses they are given, and a copy stream that is as early or as late as its e
 import ctypes
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntFlag
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.runtime.backends.ort import new_session
 from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.memory.device import Host
 
 ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}
 VERSION = "1.7.1.116"
@@ -184,52 +184,26 @@ class Event:
         self.finish = finish
 
 
-@dataclass
-class StandIn:
-    """TensorRT and CUDA in one object.
+class Gpu(Host):
+    """A stand-in for a GPU: the host, whose copies are as early or as late as their events allow.
 
     Attributes:
         is_late: Whether copies happen only when their event is waited for, instead of at once.
-        refused: A shape that engines refuse.
-        refused_tensor: The name of a tensor whose address engines refuse.
-        is_capturable: Whether engines can be captured.
-        launched: Names of the graphs that were put on a stream.
-        replays: Number of times that a captured graph ran.
+        replays: Number of times that something recorded was repeated.
+        is_recording: Whether something is being recorded, when nothing may be copied or waited for.
     """
 
-    bundle: Bundle
-    is_late: bool
-    refused: Shape = ()
-    refused_tensor: str = ""
-    is_capturable: bool = True
-    free: int = 1 << 34
-    launched: list[str] = field(default_factory=list)
-    capturing: list[Callable[[], None]] | None = None
-    replays: int = 0
-    pinned_bytes: int = 0
-
-    device = torch.device("cpu")
+    has_memory = True
     sm = 89
     name = "GPU-1.0"
+    is_recording = False
 
-    def __post_init__(self) -> None:
-        self.graphs = graphs(self.bundle.model, self.bundle.recipe)
+    def __init__(self, is_late: bool, free: int = 1 << 34) -> None:
+        super().__init__()
+        self.is_late, self.free = is_late, free
+        self.replays = self.pinned_bytes = 0
         self.queue: list[Callable[[], None]] = []
-        self.preparing, self.lock = ThreadPoolExecutor(1), Lock()
-
-    @property
-    def library(self) -> Library:
-        trt = SimpleNamespace(
-            Runtime=lambda log: Runtime(self),
-            Logger=SimpleNamespace,
-            EngineValidity=EngineValidity,
-            EngineInvalidityDiagnostics=EngineInvalidityDiagnostics,
-            ExecutionContextAllocationStrategy=Strategy,
-            CudaGraphStrategy=CudaGraphStrategy,
-            DynamicShapesKernelSpecializationStrategy=Specialisation,
-        )
-        trt.Logger = type("Logger", (), {"WARNING": 0, "__init__": lambda self, level: None})
-        return Library(RTX, trt, VERSION)
+        self.lock = Lock()
 
     def free_bytes(self) -> int:
         return self.free
@@ -242,7 +216,7 @@ class StandIn:
         return torch.empty(size, dtype=torch.uint8)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event | None) -> Event:
-        assert self.capturing is None
+        assert not self.is_recording
 
         @torch.inference_mode()
         def copy() -> None:
@@ -264,34 +238,69 @@ class StandIn:
                     self.queue.remove(each)
                     each()
 
-    def prepare(self, copy: Callable[[], Event]) -> Future[Event]:
-        return self.preparing.submit(copy)
-
     def mark(self) -> Event:
-        assert self.capturing is None
+        assert not self.is_recording
         return Event(lambda: None)
 
-    def reclaim(self) -> None:
-        self.synchronise()
-
     def wait(self, event: Event) -> None:
-        assert self.capturing is None
+        assert not self.is_recording
         event.finish()
 
-    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        self.capturing = captured = []
-        launch()
-        self.capturing = None
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        def repeat() -> None:
+            self.is_recording = True
+            work()
+            self.is_recording = False
+            self.replays += 1
 
-        def replay() -> None:
+        return repeat
+
+
+class StandIn(Gpu):
+    """TensorRT and a GPU in one object.
+
+    Attributes:
+        refused: A shape that engines refuse.
+        refused_tensor: The name of a tensor whose address engines refuse.
+        is_capturable: Whether engines can be captured.
+        launched: Names of the graphs that were put on a stream.
+        capturing: What engines have put on the stream that is being captured.
+    """
+
+    def __init__(self, bundle: Bundle, is_late: bool) -> None:
+        super().__init__(is_late)
+        self.bundle, self.graphs = bundle, graphs(bundle.model, bundle.recipe)
+        self.refused: Shape = ()
+        self.refused_tensor = ""
+        self.is_capturable = True
+        self.launched: list[str] = []
+        self.capturing: list[Callable[[], None]] | None = None
+
+    @property
+    def library(self) -> Library:
+        trt = SimpleNamespace(
+            Runtime=lambda log: Runtime(self),
+            Logger=SimpleNamespace,
+            EngineValidity=EngineValidity,
+            EngineInvalidityDiagnostics=EngineInvalidityDiagnostics,
+            ExecutionContextAllocationStrategy=Strategy,
+            CudaGraphStrategy=CudaGraphStrategy,
+            DynamicShapesKernelSpecializationStrategy=Specialisation,
+        )
+        trt.Logger = type("Logger", (), {"WARNING": 0, "__init__": lambda self, level: None})
+        return Library(RTX, trt, VERSION)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.is_recording, self.capturing = True, []
+        work()
+        captured, self.is_recording, self.capturing = self.capturing, False, None
+
+        def repeat() -> None:
             self.replays += 1
             for each in captured:
                 each()
 
-        return replay
-
-    def synchronise(self) -> None:
-        self.preparing.submit(lambda: None).result()
+        return repeat
 
 
 def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:

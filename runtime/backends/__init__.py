@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from wanforge.runtime.backends.base import Backend
 
 BACKENDS = ("torch", "ort", "kernels", "trt")
-BOUNDED = ("ort", "trt")
-"""The backends that can keep to a memory budget."""
 
 
 def create_backend(
@@ -24,19 +22,17 @@ def create_backend(
         name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime), ``trt`` (TensorRT) or ``kernels`` (the reference
             with the denoiser's blocks as kernels).
         dtype: The compute type; by default bfloat16 on a GPU and float32 on a CPU.
-        budget: The most bytes of memory to use; weights that do not fit are streamed. Only for the `BOUNDED` backends.
+        budget: The most bytes of memory to use; weights that do not fit are streamed.
 
     Raises:
-        ConfigError: There is no such backend, or it cannot keep to a budget.
+        ConfigError: There is no such backend.
         BundleError: The bundle lacks what the backend needs.
     """
-    if budget is not None and name in BACKENDS and name not in BOUNDED:
-        raise ConfigError(f"the backend {name} cannot keep to a memory budget; {' and '.join(BOUNDED)} can")
     match name:
         case "torch":
             from wanforge.runtime.backends.torch import TorchBackend
 
-            return TorchBackend(bundle, dtype)
+            return TorchBackend(bundle, dtype, budget)
         case "ort":
             from wanforge.runtime.backends.ort import OrtBackend
 
@@ -44,7 +40,7 @@ def create_backend(
         case "kernels":
             from wanforge.runtime.backends.kernels import KernelsBackend
 
-            return KernelsBackend(bundle, dtype)
+            return KernelsBackend(bundle, dtype, budget)
         case "trt":
             from wanforge.runtime.backends.trt import TrtBackend
 

@@ -12,7 +12,6 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.remedies import ENGINES, export_command
 from wanforge.errors import BundleError
 from wanforge.plugins.quantiser import TILE
-from wanforge.runtime.backends import BOUNDED
 
 AUTO = "auto"
 """The name that stands for the fastest backend that can run."""
@@ -20,27 +19,18 @@ AUTO = "auto"
 FASTEST_FIRST = ("trt", "kernels", "ort", "torch")
 
 
-def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: bool = False) -> str:
+def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:
     """The fastest backend that can run a bundle on this machine.
 
     Args:
         clips: Sizes and lengths of clips; TensorRT is chosen only if there are engines for all of them.
-        bounded: Whether the backend must be able to keep to a memory budget.
-
-    Raises:
-        BundleError: A budget is required, and no backend that can keep to one can run.
     """
-    for name in FASTEST_FIRST:
-        if (name in BOUNDED or not bounded) and obstacle(name, bundle, clips) is None:
-            return name
-    raise BundleError(
-        f"{bundle.root}: no backend that can keep to a memory budget can run here. {obstacles(bundle, clips)}"
-    )
+    return next(name for name in FASTEST_FIRST if obstacle(name, bundle, clips) is None)
 
 
-def resolve_backend(name: str, bundle: Bundle, clips: Sequence[ClipShape] = (), *, bounded: bool = False) -> str:
+def resolve_backend(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:
     """The name of a backend, `AUTO` being that of the fastest, as `choose_backend` chooses it."""
-    return choose_backend(bundle, clips, bounded=bounded) if name == AUTO else name
+    return choose_backend(bundle, clips) if name == AUTO else name
 
 
 def obstacles(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:

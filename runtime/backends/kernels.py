@@ -16,8 +16,9 @@ from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
-from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
+from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.memory.device import Device
 from wanforge.runtime.schedule import GraphRun
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
@@ -29,10 +30,12 @@ class KernelsBackend(TorchBackend):
 
     name = "kernels"
 
-    def __init__(self, bundle: Bundle, dtype: torch.dtype | None, device: torch.device | None = None) -> None:
-        super().__init__(bundle, dtype, device or gpu_or_cpu())
-        has_gpu = self.device.type == "cuda"
-        recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if has_gpu else bundle.recipe
+    def __init__(
+        self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None, on: Device | None = None
+    ) -> None:
+        super().__init__(bundle, dtype, budget, on or gpu_or_host())
+        is_compiled = self.device.type == "cuda"
+        recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if is_compiled else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
         # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
@@ -42,7 +45,8 @@ class KernelsBackend(TorchBackend):
         if graph_run.graph != "block":
             return super().bind(graph_run, inputs, outputs)
         names = [port.name for port in (*self.graphs["block"].inputs, *self.graphs["block"].outputs)]
-        tensors = {**dict(zip(names, [*inputs, *outputs], strict=True)), **self.state(graph_run)}
+        weights = self.memory.weights(graph_run, self.graphs["block"].weights)
+        tensors = {**dict(zip(names, [*inputs, *outputs], strict=True)), **weights}
 
         def run() -> None:
             with torch.inference_mode():
@@ -59,7 +63,7 @@ class KernelsBackend(TorchBackend):
     def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         observer, hidden_out = ForcedTaps(forced or {}, self.dtype), torch.empty_like(inputs[0])
         with torch.inference_mode():
-            self.block.run(self.state(graph_run), inputs, hidden_out, observer)
+            self.block.run(self.own_state(graph_run), inputs, hidden_out, observer)
         return {**observer.found, "hidden_out": hidden_out}
 
 

@@ -6,25 +6,21 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.remedies import export_command, remedy
 from wanforge.errors import OUT_OF_MEMORY, BundleError
-from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
 from wanforge.runtime.backends.taps import ATTENTION, Taps
 from wanforge.runtime.dtypes import ONNX_NUMBERS
-from wanforge.runtime.graphs import graphs
-from wanforge.runtime.memory.arena import Arena, Memory, Runnable, Unbounded
-from wanforge.runtime.memory.plan import plan_request
-from wanforge.runtime.memory.residency import ThreadMover
-from wanforge.runtime.memory.weights import Weights
+from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.schedule import GraphRun
 
 FATAL = 4
 
 
-class OrtBackend(Backend):
+class OrtBackend(ArenaBackend):
     """ONNX Runtime's CPU provider. It has no bfloat16 arithmetic, so graphs are float32 or float16.
 
     Args:
@@ -38,13 +34,8 @@ class OrtBackend(Backend):
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None) -> None:
         if dtype == torch.bfloat16:
             raise BundleError("ONNX Runtime computes in float32 or float16 on a CPU, not in bfloat16")
-        self.bundle, self.device, self.dtype = bundle, torch.device("cpu"), dtype or torch.float32
-        self.weights = Weights(bundle)
-        self.graphs = graphs(bundle.model, bundle.recipe)
-        self.budget = budget
-        self.memory: Memory = Unbounded(self.device, self.dtype, self.weights.of)
-        self._clip: ClipShape | None = None
-        self._sessions: dict[str, ort.InferenceSession] = {}
+        super().__init__(bundle, Host(), dtype or torch.float32, budget)
+        self._graph_sessions: dict[str, ort.InferenceSession] = {}
         self._opened: dict[str, tuple[Opened, ort.InferenceSession]] = {}
 
     def files(self) -> list[str]:
@@ -69,9 +60,9 @@ class OrtBackend(Backend):
 
     def graph_session(self, name: str) -> ort.InferenceSession:
         """The session of a graph, created on first use."""
-        if name not in self._sessions:
-            self._sessions[name] = self._open(name, str(self.bundle.path(self.file(name))))
-        return self._sessions[name]
+        if name not in self._graph_sessions:
+            self._graph_sessions[name] = self._open(name, str(self.bundle.path(self.file(name))))
+        return self._graph_sessions[name]
 
     def _open(self, name: str, model: str | bytes) -> ort.InferenceSession:
         """Create the session of a graph, given its path or its contents.
@@ -87,15 +78,6 @@ class OrtBackend(Backend):
             path, root = self.file(name), self.bundle.root
             reason = str(error).rpartition("[ONNXRuntimeError]")[2].split(" : ", 3)[-1].splitlines()[0]
             raise BundleError(f"{root}: ONNX Runtime refuses {path} ({reason}); {remedy(path, root)}") from None
-
-    def prepare(self, clip: ClipShape) -> None:
-        if self.budget is None or clip == self._clip:
-            return
-        plan = plan_request(self.bundle, self.graphs, clip, {}, self.dtype.itemsize, self.budget)
-        self.memory = Arena(
-            plan, self.device, self.dtype, lambda slots: ThreadMover(slots, self.weights.component), self.weights.of
-        )
-        self._clip = clip
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         session = self.graph_session(graph_run.graph)

@@ -194,8 +194,8 @@ BACKEND = backend_option(
 MEMORY = click.option(
     "--memory",
     type=FiniteRange(0, MOST_GIGABYTES, min_open=True),
-    help="Memory limit in gigabytes; weights that do not fit are streamed. With trt it is a limit on GPU memory (by "
-    "default, all that is free), with ort on the weights and buffers. torch and kernels accept no limit.",
+    help="Memory limit in gigabytes; weights that do not fit are streamed. On a GPU it limits that GPU's memory (by "
+    "default, all that is free), on the CPU the memory of weights and buffers.",
 )
 
 

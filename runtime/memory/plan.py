@@ -22,12 +22,13 @@ from math import prod
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import Bundle, weights_name
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.dtypes import BY_NAME
 from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
+from wanforge.runtime.memory.weights import specs
 from wanforge.runtime.reference.steps import MAX_STEPS
 from wanforge.runtime.reference.steps import schedule as sampler_steps
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
@@ -169,7 +170,7 @@ def plan_request(
 ) -> MemoryPlan:
     """The memory plan for any request for a clip, see `plan_memory`."""
     schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
-    groups = groups_of(schedules, graphs, lambda component: bundle.header(weights_name(component)).tensors)
+    groups = groups_of(schedules, graphs, partial(specs, bundle))
     return plan_memory(groups, schedules, workspaces, itemsize, budget)
 
 

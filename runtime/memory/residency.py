@@ -6,17 +6,15 @@ This covers every case: weights that all stay resident have a slot for each grou
 have their layers in the same slots, and streamed layers take turns in two slots, so that one is copied while the other
 computes. The results are bit for bit the same, because a graph run always reads the same bytes.
 
-A `Mover` does the copying and the waiting: a thread on the CPU, a stream beside the computing stream on a GPU, and a
-clock for the memory plan, which therefore counts what really happens.
+A `Mover` does the copying and the waiting: one beside the computing (`mover`), and a clock for the memory plan, which
+therefore counts what really happens.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
@@ -127,35 +125,6 @@ class Mover(Protocol):
     def release(self, slot: int) -> None:
         """Note that no work launched after this point reads the slot's tenant."""
         ...
-
-
-class ThreadMover:
-    """Copies on the CPU in a separate thread. Graph runs there are finished when they return.
-
-    Args:
-        source: Returns the tensors of a component.
-    """
-
-    def __init__(self, slots: Sequence[Tensor], source: Callable[[str], Mapping[str, Tensor]]) -> None:
-        self.slots, self.source = slots, source
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._copies: dict[int, Future[None]] = {}
-
-    def fetch(self, slot: int, group: Group) -> None:
-        self._copies[slot] = self._thread.submit(self._copy, slot, group)
-
-    def _copy(self, slot: int, group: Group) -> None:
-        tensors = self.source(group.name.component)
-        with torch.inference_mode():
-            for name, view in group.views(self.slots[slot]).items():
-                view.copy_(tensors[name])
-
-    def wait(self, slot: int) -> None:
-        if slot in self._copies:
-            self._copies.pop(slot).result()
-
-    def release(self, slot: int) -> None:
-        pass
 
 
 class Residency:

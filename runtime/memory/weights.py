@@ -14,11 +14,11 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.engines.bundle.remedies import remedy
-from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError
 from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
-from wanforge.runtime.dtypes import STORED
+from wanforge.runtime.dtypes import STORED, STORED_NAMES
 from wanforge.runtime.reference.networks import network
 from wanforge.runtime.schedule import GraphRun
 
@@ -47,26 +47,45 @@ class Weights:
         return self._mapped[name]
 
     def of(self, run: GraphRun, name: str) -> Tensor:
-        """The weight of a graph run by its name in the graph.
+        """The weight of a graph run by its name in the graph."""
+        return self.tensor(run.component, run.prefix + name)
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """A tensor of a component.
 
         Where the bundle is read with a recipe that quantises but holds the unquantised weight, the 8-bit weights are
         computed from it, with the same bytes as an import would write, and kept.
         """
-        tensors, full_name = self.component(run.component), run.prefix + name
-        if full_name not in tensors:
-            tensors |= self._quantised(tensors, full_name)
-        return tensors[full_name]
+        tensors = self.component(component)
+        if name not in tensors:
+            tensors |= self._quantised(tensors, name)
+        return tensors[name]
 
     def _quantised(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         """The 8-bit weight and scales of a layer whose unquantised weight is stored."""
-        layer, _, part = name.rpartition(".")
-        weight = tensors.get(f"{layer}.weight")
-        if part not in QUANTISED or weight is None:
+        if not _can_be_quantised(name, tensors):
             raise KeyError(name)
-        rounded, recipe = weight.to(torch.bfloat16), self.bundle.recipe
+        layer = name.rpartition(".")[0]
+        rounded, recipe = tensors[f"{layer}.weight"].to(torch.bfloat16), self.bundle.recipe
         by_rows = recipe.linear == "w8a8-row"
         steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
         return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
+
+
+def specs(bundle: Bundle, component: str) -> dict[str, TensorSpec]:
+    """Type and shape of every tensor that `Weights` has of a component: those that are stored, and those that can be
+    computed from them."""
+    stored = dict(bundle.header(weights_name(component)).tensors)
+    for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
+        if name not in stored and _can_be_quantised(name, stored):
+            stored[name] = TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape))
+    return stored
+
+
+def _can_be_quantised(name: str, stored: Collection[str]) -> bool:
+    """Whether a tensor is part of an 8-bit weight whose unquantised form is stored."""
+    layer, _, part = name.rpartition(".")
+    return part in QUANTISED and f"{layer}.weight" in stored
 
 
 def check_tensors(bundle: Bundle, names: Collection[str]) -> None:
@@ -85,9 +104,7 @@ def _check_component(bundle: Bundle, component: str) -> None:
     found = bundle.header(weights_name(component))
     stored = {name: list(spec.shape) for name, spec in found.tensors.items()}
     for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
-        layer, _, part = name.rpartition(".")
-        is_quantised = part in QUANTISED and f"{layer}.weight" in stored
-        if not is_quantised and stored.get(name) != list(tensor.shape):
+        if not _can_be_quantised(name, stored) and stored.get(name) != list(tensor.shape):
             raise BundleError(
                 f"{found.path}: {name} is {stored.get(name, 'missing')}, where {bundle.model.name} with recipe "
                 f"{bundle.recipe.name} has {list(tensor.shape)}; {remedy(weights_name(component), bundle.root)}"

@@ -53,7 +53,7 @@ def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None 
 
     Raises:
         BundleError: The folder is not a bundle, or a file of it is missing or damaged.
-        ConfigError: There is no such backend, or it cannot keep to this memory budget.
+        ConfigError: There is no such backend, or memory is no number above 0.
     """
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory must be a finite number of gigabytes above 0, not {memory:g}")

@@ -83,8 +83,6 @@ def test_an_image_may_be_a_path_or_a_picture(bundle_of: BundleOf, picture: Path)
 def test_what_cannot_be_loaded_is_refused(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no backend is called 'tensorflow'"):
         wanforge.load(bundle, backend="tensorflow")
-    with pytest.raises(ConfigError, match="cannot keep to a memory budget"):
-        wanforge.load(bundle, backend="torch", memory=8)
     with pytest.raises(BundleError, match="not a bundle"):
         wanforge.load(tmp_path)
 

@@ -8,7 +8,7 @@ import torch
 from tools.gpu_day.day import Day
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.commands.import_ import import_
-from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
+from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, compare, compare_pipelines
 from wanforge.runtime.measure.parity.report import text
 from wanforge.runtime.pipeline import Pipeline
@@ -39,7 +39,7 @@ def _kernels(day: Day, root: Path) -> dict[str, Any]:
 def _torch(day: Day, root: Path) -> dict[str, Any]:
     bundle = Bundle.open(root)
     reference = Pipeline(bundle, TorchBackend(bundle, torch.float32))
-    other = Pipeline(bundle, TorchBackend(bundle, day.dtype, gpu_or_cpu()))
+    other = Pipeline(bundle, TorchBackend(bundle, day.dtype, on=gpu_or_host()))
     depths = ("block",) if day.rehearses else ("block", "step", "clip")
     found = compare_pipelines(reference, other, _request(day, bundle), depths)
     return {"passed": found.passed, "text": text(found)}

@@ -29,6 +29,7 @@ class DrawnWeights(Weights):
         self.device, self.seed = device, seed
         self._layouts: dict[str, Layout] = {}
         self._drawn: dict[tuple[str, str, torch.device], Tensor] = {}
+        self._last: dict[tuple[str, str], Tensor] = {}
 
     def component(self, name: str) -> dict[str, Tensor]:
         """The tensors of a component without their data: their shapes and types."""
@@ -45,6 +46,12 @@ class DrawnWeights(Weights):
             for full_name, tensor in self._draw(run.component, run.prefix + name).items():
                 self._drawn[run.component, full_name, device] = tensor.to(device)
         return self._drawn[place]
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """A tensor of a component on the device, drawn for whoever copies it to where it stays. It is not kept."""
+        if (component, name) not in self._last:
+            self._last = {(component, each): tensor for each, tensor in self._draw(component, name).items()}
+        return self._last[component, name]
 
     def _layout(self, component: str) -> Layout:
         if component not in self._layouts:

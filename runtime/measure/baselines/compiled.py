@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends.torch import Runner, TorchBackend, gpu_or_cpu
+from wanforge.runtime.backends.torch import Runner, TorchBackend, gpu_or_host
 from wanforge.runtime.graphs import Graph
 
 
@@ -23,7 +23,7 @@ class CompiledBackend(TorchBackend):
     name = "compile"
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
-        super().__init__(bundle, dtype, gpu_or_cpu())
+        super().__init__(bundle, dtype, on=gpu_or_host())
         block = self.graphs["block"]
 
         def run(weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from wanforge.host import available_bytes
 from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.requirements import install_package
 from wanforge.runtime.backends.base import Session
-from wanforge.runtime.backends.torch import TorchBackend, gpu_or_cpu
+from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.reference.dit import patchify, unpatchify
 from wanforge.runtime.reference.names import match_names
@@ -66,7 +66,7 @@ class DiffusersBackend(TorchBackend):
     name = "diffusers"
 
     def __init__(self, bundle: Bundle, dtype: torch.dtype | None) -> None:
-        super().__init__(bundle, dtype, gpu_or_cpu())
+        super().__init__(bundle, dtype, on=gpu_or_host())
         model = bundle.model
         self.note = note(bundle.recipe)
         self.networks = {dit_component(expert): transformer(model.dit) for expert in model.experts}
@@ -87,7 +87,6 @@ class DiffusersBackend(TorchBackend):
             )
 
     def prepare(self, clip: ClipShape) -> None:
-        super().prepare(clip)
         self.grid = clip.grid
 
     def session(self, schedule: Schedule) -> Session:

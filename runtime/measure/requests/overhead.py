@@ -21,6 +21,7 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.kernels import KernelsBackend
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import GraphRun
@@ -72,7 +73,7 @@ class HostOnly(KernelsBackend):
     name = "host"
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, torch.bfloat16, torch.device("cpu"))
+        super().__init__(bundle, torch.bfloat16, on=Host())
         self.cuda = IdleCuda()
         self.planned = Planned(self.run_block, IdleLauncher(IdleDriver(self.cuda)))
 

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.stand_ins import Gpu
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, components, weights_name
 from wanforge.exporter.checkpoint.synthetic.drawn_weights import DrawnWeights
 from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.plugins.quantiser.reference import dequantise
+from wanforge.runtime.backends.arena_backend import TEXT_ROWS
 from wanforge.runtime.backends.torch import TorchBackend
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
 from wanforge.runtime.schedule import GraphRun
@@ -61,10 +64,15 @@ def test_a_weight_is_kept(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_a_request_runs_on_them(bundle: Bundle) -> None:
-    backend = TorchBackend(bundle, torch.float32)
-    backend.weights = DrawnWeights(bundle, backend.device)
-    pipeline = Pipeline(bundle, backend)
-    clip = pipeline.make(Request("a cat", bundle.model.video.shape((64, 64), 5), topk=1.0, steps=1))
-    assert torch.isfinite(clip.latents).all()
-    assert clip.frames.std() > 1
+def test_a_request_runs_on_them_wherever_they_lie(bundle: Bundle) -> None:
+    """On the host they are kept as they were drawn, and on a device each lies in its slot of the arena."""
+    found = []
+    for on in (Host(), Gpu(is_late=True)):
+        backend = TorchBackend(bundle, torch.float32, on=on)
+        backend.text_rows_multiple = TEXT_ROWS
+        backend.weights = DrawnWeights(bundle, backend.device)
+        pipeline = Pipeline(bundle, backend)
+        found.append(pipeline.make(Request("a cat", bundle.model.video.shape((64, 64), 5), topk=1.0, steps=1)))
+    assert torch.isfinite(found[0].latents).all()
+    assert found[0].frames.std() > 1
+    assert torch.equal(found[0].latents, found[1].latents)

@@ -1,7 +1,5 @@
 """Weights that take turns in memory: the order of copies and graph runs, and the memory plan that counts their cost."""
 
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from threading import Event, Timer
@@ -16,12 +14,14 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import TensorSpec
-from wanforge.errors import ConfigError, ResourceError
+from wanforge.errors import ResourceError
 from wanforge.exporter.checkpoint.layout import layout
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.arena import Arena
-from wanforge.runtime.memory.cuda import Cuda, StreamMover
+from wanforge.runtime.memory.cuda import Cuda
+from wanforge.runtime.memory.device import Host
+from wanforge.runtime.memory.mover import CopyingMover
 from wanforge.runtime.memory.plan import RING, MemoryPlan, lay_out, plan_memory, request_schedules, traffic, ways
 from wanforge.runtime.memory.residency import ALIGNMENT, Group, GroupName, Residency, group_name, groups_of
 from wanforge.runtime.pipeline import Pipeline
@@ -244,11 +244,11 @@ def test_copies_hide_behind_computing_that_takes_longer() -> None:
     assert 0.95 * early / 25e9 <= busy.stall_seconds <= 1.05 * (early + lost) / 25e9
 
 
-class Streams:
-    """A record of the CUDA calls of `StreamMover`."""
+class Streams(Host):
+    """A record of what a mover asks of a device."""
 
     def __init__(self) -> None:
-        self.preparing = ThreadPoolExecutor(1)
+        super().__init__()
         self.has_memory = Event()
         self.has_memory.set()
         self.said: list[str] = []
@@ -268,9 +268,6 @@ class Streams:
     def mark(self) -> str:
         return self.event("mark")
 
-    def prepare(self, copy: Callable[[], str]) -> Future[str]:
-        return self.preparing.submit(copy)
-
     def wait(self, event: str) -> None:
         self.said.append(f"wait {event}")
 
@@ -289,7 +286,7 @@ def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     both = Group(name(0), specs, {"a": 0, "b": 256}, 1536)
     cuda, slot = Streams(), torch.zeros(2048, dtype=torch.uint8)
     returning = frozenset({name(0)}) if is_returning else frozenset[GroupName]()
-    mover = StreamMover(cuda, [slot], lambda component: tensors, returning, {})  # type: ignore[arg-type]
+    mover = CopyingMover(cuda, [slot], lambda component, name: tensors[name], returning, {})
     mover.fetch(0, both)
     mover.wait(0)
     mover.wait(0)
@@ -305,8 +302,8 @@ def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     views = both.views(slot)
     assert torch.equal(views["a"], tensors["a"])
     assert torch.equal(views["b"], tensors["b"])
-    monkeypatch.setattr("wanforge.runtime.memory.cuda.available_bytes", lambda: 0)
-    crowded = StreamMover(cuda, [slot], lambda component: tensors, returning, {})  # type: ignore[arg-type]
+    monkeypatch.setattr("wanforge.runtime.memory.mover.available_bytes", lambda: 0)
+    crowded = CopyingMover(cuda, [slot], lambda component, name: tensors[name], returning, {})
     crowded.fetch(0, both)
     crowded.wait(0)
     assert cuda.pinned_bytes == (1536 if is_returning else 0)
@@ -317,7 +314,7 @@ def test_launching_goes_on_while_weights_are_packed() -> None:
     cuda, first, second = Streams(), group(0), group(1)
     tensors = {"w": torch.arange(-128, 128, dtype=torch.int8)}
     slots = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
-    mover = StreamMover(cuda, slots, lambda component: tensors, frozenset({name(1)}), {})  # type: ignore[arg-type]
+    mover = CopyingMover(cuda, slots, lambda component, name: tensors[name], frozenset({name(1)}), {})
     mover.fetch(0, first)
     cuda.has_memory.clear()
     mover.fetch(1, second)
@@ -343,7 +340,8 @@ def test_waiting_for_everything_includes_copies_that_are_being_prepared(monkeypa
     monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream())
     for called in ("set_stream", "set_device", "empty_cache"):
         monkeypatch.setattr(f"torch.cuda.{called}", lambda *arguments: None)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    for asked in ("current_device", "graph_pool_handle"):
+        monkeypatch.setattr(f"torch.cuda.{asked}", lambda: 0)
     cuda, goes_on = Cuda(), Event()
 
     def prepare() -> None:
@@ -404,8 +402,3 @@ def test_a_plan_is_for_its_clip() -> None:
     larger = request_schedules(MODEL, RECIPE, GRAPHS, ClipShape(1280, 720, 85))
     with pytest.raises(RuntimeError, match=r"denoise needs \d+ bytes of buffers where \d+ were planned for it"):
         PLANNED.check(next(schedule for schedule in larger if schedule.stage == "denoise"), 2)
-
-
-def test_backends_without_a_limit_refuse_one(bundle_of: Callable[[str, str], Bundle]) -> None:
-    with pytest.raises(ConfigError, match="torch cannot keep to a memory budget; ort and trt can"):
-        create_backend("torch", bundle_of("tiny-t2v", "w8a8"), budget=1e9)

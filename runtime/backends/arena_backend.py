@@ -1,0 +1,144 @@
+"""What backends on an arena share: a memory plan for each clip, sessions that are used again, and recorded programs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.clip import ClipShape
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.manifest import HOST_GRAPHS
+from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory.arena import Arena, Guarded, Memory, Runnable, Unbounded
+from wanforge.runtime.memory.device import Device
+from wanforge.runtime.memory.mover import CopyingMover
+from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, plan_request
+from wanforge.runtime.memory.residency import GroupName
+from wanforge.runtime.memory.weights import Weights
+from wanforge.runtime.schedule import GraphRun, Schedule
+
+KEPT_SESSIONS = 4
+"""The most sessions of a stage that are kept, with their recorded programs."""
+
+TEXT_ROWS = 64
+"""Text rows are filled up to a multiple of this on a GPU, so that prompts of many lengths share what is recorded."""
+
+
+class ArenaBackend(Backend):
+    """A backend whose buffers and weights lie in an arena, on a GPU always and on the host where there is a budget.
+    Without a budget the host computes on the mapped weights themselves.
+
+    Args:
+        budget: The most bytes of the device's memory to use; by default a GPU's free memory, less a reserve.
+    """
+
+    def __init__(self, bundle: Bundle, on: Device, dtype: torch.dtype, budget: float | None = None) -> None:
+        self.bundle, self.on, self.device, self.dtype, self.budget = bundle, on, on.device, dtype, budget
+        self.text_rows_multiple = TEXT_ROWS if on.has_memory else 1
+        self.weights = Weights(bundle)
+        self.graphs = graphs(bundle.model, bundle.recipe)
+        self.memory: Memory = self._unbounded()
+        self._clip: ClipShape | None = None
+        self._sessions: dict[str, list[Session]] = {}
+        self._packed: dict[GroupName, Tensor] = {}
+
+    def files(self) -> list[str]:
+        return self.weights.files()
+
+    def load(self, clip: ClipShape) -> None:
+        """Load what runs the graphs of a clip."""
+
+    def arena_bytes(self, clip: ClipShape) -> float:
+        """The bytes that an arena may take, once the graphs of a clip are loaded."""
+        free = self.on.free_bytes() - RESERVE
+        return free if self.budget is None else min(free, self.budget)
+
+    def workspaces(self) -> Mapping[str, int]:
+        """The bytes of intermediate tensors that each graph keeps at the start of the arena."""
+        return {}
+
+    def place(self, workspace: Tensor) -> None:
+        """Let graphs use the start of the arena for intermediate tensors."""
+
+    def prepare(self, clip: ClipShape) -> None:
+        if clip == self._clip or (self.budget is None and not self.on.has_memory):
+            return
+        self._sessions, self._clip = {}, None
+        self.memory = self._unbounded()
+        self.on.reclaim()
+        self.load(clip)
+        size, workspaces = self.arena_bytes(clip), self.workspaces()
+        plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, size)
+        arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.weights.of)
+        self.place(arena.bytes)
+        self.memory, self._clip = arena, clip
+
+    def own_weight(self, graph_run: GraphRun, name: str) -> Tensor:
+        """A weight of a graph run by its name in the graph, in memory that is shared with no other."""
+        return self.weights.of(graph_run, name).to(self.device)
+
+    def _unbounded(self) -> Memory:
+        return Unbounded(self.device, self.dtype, self.own_weight)
+
+    def _mover(self, plan: MemoryPlan, slots: Sequence[Tensor]) -> CopyingMover:
+        return CopyingMover(self.on, slots, self.weights.tensor, plan.returning(), self._packed)
+
+    def session(self, schedule: Schedule) -> Session:
+        """Start a stage. One of the last sessions with the same schedule is used again, with what it has recorded."""
+        if not isinstance(self.memory, Arena):
+            return super().session(schedule)
+        kept = self._sessions.setdefault(schedule.stage, [])
+        found = next((each for each in kept if each.schedule == schedule), None)
+        if found is None:
+            found = Session(self, schedule)
+        else:
+            kept.remove(found)
+            found.enter()
+        self._sessions[schedule.stage] = [found, *kept][:KEPT_SESSIONS]
+        return found
+
+    def can_record(self, graph_run: GraphRun) -> bool:
+        """Whether what a graph run launches can be recorded."""
+        return True
+
+    def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+        guarded = [each for each in runnables if isinstance(each, Guarded)]
+        found: list[Runnable] = []
+        for is_on_host, some in groupby(guarded, lambda each: each.turn.graph_run.graph in HOST_GRAPHS):
+            together = list(some)
+            found += together if is_on_host else [Recorded(self.on, together, self.can_record)]
+        return found or list(runnables)
+
+    def synchronise(self) -> None:
+        self.on.synchronise()
+
+
+class Recorded:
+    """Graph runs as a single call: they run one by one at first, then they are recorded, and then repeated. While
+    weights are still being copied, they run one by one, because copying takes far longer than launching kernels."""
+
+    def __init__(self, on: Device, runnables: Sequence[Guarded], can_record: Callable[[GraphRun], bool]) -> None:
+        self.on, self.runnables, self.can_record = on, runnables, can_record
+        self.residency = runnables[0].arena.residency
+        self.turns = [each.turn for each in runnables]
+        self.has_run = False
+        self.repeat: Runnable | None = None
+
+    def __call__(self) -> None:
+        is_ready = self.has_run and self.residency.are_settled(self.turns)
+        if not is_ready or not all(self.can_record(turn.graph_run) for turn in self.turns):
+            for runnable in self.runnables:
+                runnable()
+            self.has_run = True
+            return
+        self.runnables[0].check()
+        if self.repeat is None:
+            self.repeat = self.on.record(self._run_bare)
+        self.residency.run_settled(self.turns, self.repeat)
+
+    def _run_bare(self) -> None:
+        for runnable in self.runnables:
+            runnable.bound()
