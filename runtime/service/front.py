@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from wanforge.errors import ResourceError, WanforgeError, message_of
 from wanforge.interrupts import SAID
@@ -17,6 +18,7 @@ from wanforge.runtime.service.settings import ServeSettings, check_settings
 from wanforge.runtime.service.supervising import SupervisorProcess
 from wanforge.runtime.service.tracing.opening import is_wanted
 from wanforge.runtime.service.web.app import create_app
+from wanforge.runtime.service.web.guard.connections import TimedConnection
 from wanforge.runtime.service.web.state import Service
 from wanforge.runtime.service.workers.supervisor import store_of
 
@@ -59,16 +61,7 @@ class Front:
             ResourceError: The address is taken.
         """
         listening = listener(self.settings)
-        config = uvicorn.Config(
-            create_app(self.service),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-        server = Server(config, self.told)
+        server = Server(config_of(create_app(self.service)), self.told)
         self.supervisor.start()
         try:
             ready(url_of(self.settings.host, listening.getsockname()[1]))
@@ -101,6 +94,21 @@ class Front:
         self.supervisor.write_settings(settings)
         self.supervisor.reload()
         log.info("Reloaded keys and bundles.")
+
+
+def config_of(app: FastAPI) -> uvicorn.Config:
+    """How the application is served."""
+    return uvicorn.Config(
+        app,
+        http=TimedConnection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
 
 
 class Server(uvicorn.Server):

@@ -8,9 +8,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanforge.runtime.service.settings import MEGABYTE
-from wanforge.runtime.service.web import batches, catalogued, content, errors, page, stream, videos
+from wanforge.runtime.service.web import batches, catalogued, content, document, errors, page, stream, videos
 from wanforge.runtime.service.web.access import KeyRing
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.guard.bodies import Bounded
 from wanforge.runtime.service.web.monitor import health
 from wanforge.runtime.service.web.state import Service
 from wanforge.version import __version__
@@ -50,37 +50,16 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.keys = KeyRing(service)
+    routers = [room.router for room in (videos, content, stream, batches, catalogued, health, page)]
+    for router in routers:
+        app.include_router(router)
+    app.state.routes = [route for router in routers for route in router.routes]
     errors.install(app)
-    for room in (videos, content, stream, batches, catalogued, health, page):
-        app.include_router(room.router)
+    document.install(app)
 
     app.add_middleware(Bounded, most=most)
     app.add_middleware(Secured)
     return app
-
-
-class Bounded:
-    """Refuses bodies that are too large, as soon as that is known.
-
-    Args:
-        most: The most bytes of a body.
-    """
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        came = 0
-
-        async def receiving() -> Message:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > self.most:
-                raise ApiError(413, "too_large", f"the body is larger than {self.most / MEGABYTE:g} MB")
-            return message
-
-        await self.app(scope, receiving, send)
 
 
 class Secured:

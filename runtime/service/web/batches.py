@@ -11,9 +11,9 @@ from wanforge.runtime.service.catalogue import Asked, Served
 from wanforge.runtime.service.job import Batch, Failure, State, Submission
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.store.base import ApiKey
-from wanforge.runtime.service.web import body, submitting
 from wanforge.runtime.service.web.access import Reader, Writer, seen_by
-from wanforge.runtime.service.web.errors import ApiError, absent
+from wanforge.runtime.service.web.errors import ApiError, absent, invalid
+from wanforge.runtime.service.web.intake import body, submitting
 from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
@@ -33,6 +33,7 @@ DESCRIBED: dict[str, Any] = {
                     "type": "object",
                     "properties": {"file": {"type": "string", "format": "binary"}},
                     "required": ["file"],
+                    "additionalProperties": False,
                 }
             },
         },
@@ -41,7 +42,7 @@ DESCRIBED: dict[str, Any] = {
 
 
 @router.post(
-    "", response_model=VideoBatch, responses=errors(413, 415), openapi_extra=DESCRIBED, operation_id="create_batch"
+    "", response_model=VideoBatch, responses=errors(408, 413, 415), openapi_extra=DESCRIBED, operation_id="create_batch"
 )
 async def create(request: Request, caller: Writer) -> VideoBatch:
     """Submit many videos. Lines that are wrong become videos that have failed; the others are made."""
@@ -72,12 +73,15 @@ async def cancel(request: Request, batch_id: BatchId, caller: Writer) -> VideoBa
 async def lines_of(request: Request, service: Service) -> list[bytes]:
     """The lines of a batch that are not empty."""
     limits = service.settings.limits
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in body.FORMS:
+    kind = body.content_type(request)
+    if kind == body.FORMS[0]:
         async with request.form(max_files=1, max_fields=1, max_part_size=1024) as form:
             file = form.get("file")
             if not isinstance(file, UploadFile):
                 raise ApiError(400, "missing_field", "send the lines as a file named file", "file")
+            for name in form:
+                if name != "file":
+                    raise invalid(name, f"there is no field {name!r}", "unknown_field")
             data = await file.read()
     elif kind in (LINES, "application/x-ndjson", "text/plain"):
         data = await request.body()

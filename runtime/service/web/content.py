@@ -23,6 +23,7 @@ FILES = {
 }
 
 
+@router.head("/{video_id}/content", include_in_schema=False)
 @router.get(
     "/{video_id}/content",
     response_class=Response,

@@ -26,9 +26,9 @@ STATUS = {
 """The HTTP status of each code with which the store turns a client away."""
 BUSY_SECONDS = 5
 """After how many seconds to try again when the store is out of order."""
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         405: "invalid_request_error", 409: "conflict_error", 410: "not_found_error", 413: "invalid_request_error",
-         415: "invalid_request_error", 416: "invalid_request_error", 429: "rate_limit_error"}  # fmt: skip
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+         410: "not_found_error", 429: "rate_limit_error"}  # fmt: skip
+"""The type of an error by its status; others are wrong requests, or errors of the server."""
 
 
 class ErrorDetails(BaseModel):
@@ -62,6 +62,8 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         return error_response(self.status, self.code, str(self), param=self.param, headers=headers)
 
 
@@ -122,11 +124,18 @@ def install(app: FastAPI) -> None:
     async def of_the_framework(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 400: "invalid_body"}
         name = code.get(error.status_code, "invalid_request")
-        return error_response(error.status_code, name, str(error.detail), headers=error.headers)
+        headers = {"Allow": ", ".join(methods_at(request))} if error.status_code == 405 else error.headers
+        return error_response(error.status_code, name, str(error.detail), headers=headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         return error_response(500, "internal_error", "the server failed; the log of the server says why")
+
+
+def methods_at(request: Request) -> list[str]:
+    """The methods that the path of a request has in all of its routes; the framework only tells of the first."""
+    routes = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    return sorted({method for route in routes for method in route.methods})
 
 
 def validation_error(found: Any) -> ApiError:

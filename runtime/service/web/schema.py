@@ -10,6 +10,7 @@ from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
 LONGEST_PROMPT = 20_000
 """Characters of a prompt; far more than the text encoder's 512 tokens."""
 LONGEST_NAME = 200
+SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,6})?$"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PROMPT)]
@@ -18,6 +19,14 @@ Prompt = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PROMP
 def _seconds(value: Any) -> Any:
     """The API has always had seconds as a string, and clients send numbers all the same."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number, so 7.0 is the integer 7."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
 
 
 class VideoRequest(BaseModel):
@@ -29,18 +38,25 @@ class VideoRequest(BaseModel):
     model: Name | None = Field(None, description="A name of `GET /v1/models`; the first of them by default.")
     size: Name | None = Field(None, description="`832x480`, or a resolution such as `480p`.", examples=["832x480"])
     aspect: Name | None = Field(None, description="With a resolution: 1:1, 4:3, 3:4, 16:9 or 9:16.")
-    seconds: Annotated[
-        Annotated[str, StringConstraints(pattern=r"^\d{1,4}(\.\d{1,6})?$")] | None, BeforeValidator(_seconds)
-    ] = Field(None, description="Length of the clip; the nearest that the model can make.", examples=["5"])
-    frames: Annotated[int, Field(ge=1, le=100_000)] | None = Field(None, description="Its length in frames, 4n+1.")
-    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = Field(None, description="Seed of the noise; drawn by default.")
-    steps: Annotated[int, Field(ge=1, le=4)] | None = Field(None, description="Number of sampling steps.")
+    seconds: Annotated[Annotated[str, StringConstraints(pattern=SECONDS)] | None, BeforeValidator(_seconds)] = Field(
+        None,
+        description="Length of the clip; the nearest that the model can make.",
+        examples=["5"],
+        json_schema_extra={"anyOf": [{"type": "string", "pattern": SECONDS}, {"type": "number"}, {"type": "null"}]},
+    )
+    frames: Annotated[int, Field(ge=1, le=100_000), Whole] | None = Field(
+        None, description="Its length in frames, 4n+1."
+    )
+    seed: Annotated[int, Field(ge=0, lt=SEEDS), Whole] | None = Field(
+        None, description="Seed of the noise; drawn by default."
+    )
+    steps: Annotated[int, Field(ge=1, le=4), Whole] | None = Field(None, description="Number of sampling steps.")
     topk: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="Share of the key blocks that attention sees."
     )
     recipe: Name | None = Field(None, description="The recipe, if the model is served in several.")
     backend: Name | None = Field(None, description="The backend, if only one will do.")
-    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = Field(
+    priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY), Whole] = Field(
         0, description="Higher is sooner, among your own jobs."
     )
     negative_prompt: Literal[""] | None = Field(

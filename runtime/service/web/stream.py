@@ -18,7 +18,16 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"])
 KEEP_ALIVE = 15.0
 """Seconds after which a comment is sent, so that no proxy closes a quiet stream."""
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-TEXT = {"description": "Server-sent events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "pattern": "^[0-9]+$"},
+        "event": {"type": "string", "description": "queued, started, progress, … or the state in which the job ended."},
+        "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"type": "object"}},
+        "retry": {"type": "integer"},
+    },
+}
+TEXT = {"description": "Server-sent events.", "content": {"text/event-stream": {"itemSchema": EVENT}}}
 
 
 @router.get(
@@ -31,7 +40,7 @@ async def events(
     request: Request,
     video_id: JobId,
     caller: Reader,
-    last_event_id: Annotated[str | None, Header(pattern=r"^\d{1,15}$")] = None,
+    last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,15}$")] = None,
 ) -> StreamingResponse:
     """The events of a video from the first one, or from the one after `Last-Event-ID`. The stream ends with the job."""
     service = service_of(request)

@@ -1,16 +1,16 @@
 """The routes of videos: submit, look, list, cancel, delete, and download."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 
 from wanforge.runtime.service.job import Idempotency, Job, State
 from wanforge.runtime.service.store.base import ApiKey, JobFilter
-from wanforge.runtime.service.web import body, submitting
 from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by, seen_by
 from wanforge.runtime.service.web.errors import ErrorBody, absent
+from wanforge.runtime.service.web.intake import body, submitting
 from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList, VideoRequest
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import poll_after_ms, told
@@ -26,6 +26,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "No valid API key.",
         403: "The API key may not do this.",
         404: "There is no such video.",
+        408: "The body came too slowly.",
         409: "The video is in another state.",
         410: "The result has expired.",
         413: "The body is too large.",
@@ -45,7 +46,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 @router.post(
     "",
     response_model=Video,
-    responses=errors(409, 413, 415),
+    responses=errors(408, 409, 413, 415),
     openapi_extra=body.described(),
     operation_id="create_video",
 )
@@ -93,7 +94,7 @@ async def listed(
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=100)] = None,
-    order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+    order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     status: Annotated[State | None, Query()] = None,
     batch: Annotated[str | None, Query(max_length=100)] = None,
 ) -> VideoList:
@@ -106,7 +107,7 @@ async def listed(
         batch=batch,
         after=after,
         limit=limit,
-        order=order,  # type: ignore[arg-type]
+        order=order,
     )
     page = await service.in_thread(service.store.jobs, which)
     data = await service.in_thread(lambda: [told(service, job, with_place=False) for job in page.jobs])

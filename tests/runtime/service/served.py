@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from wanforge.runtime.service.catalogue import Catalogue
+from wanforge.runtime.service.front import config_of
 from wanforge.runtime.service.job import Job, Result
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, Offer
@@ -105,7 +106,8 @@ def running(
         store.add_key("nobody")
     service = Service(settings, store, Catalogue.open(bundles), Folder(folder / "results"))
     app = create_app(service)
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="on")
+    config = config_of(app)
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -13,6 +13,9 @@ from wanforge.runtime.service.web.videos import errors
 
 router = APIRouter(tags=["health"])
 
+FORMAT = "text/plain; version=0.0.4; charset=utf-8"
+FIGURES = {"description": "The figures.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+
 
 @router.get("/livez", response_class=PlainTextResponse, operation_id="livez")
 async def livez() -> str:
@@ -34,9 +37,9 @@ async def readyz(request: Request) -> Response:
     return JSONResponse(found.model_dump(), 503 if reasons else 200)
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=errors(), operation_id="metrics")
+@router.get("/metrics", response_class=Response, responses={200: FIGURES, **errors()}, operation_id="metrics")
 async def metrics(request: Request, caller: Admin) -> Response:
     """Figures in the format of Prometheus."""
     service = service_of(request)
     text = await service.in_thread(figures, service.store, Path(service.settings.data))
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(text, media_type=FORMAT)

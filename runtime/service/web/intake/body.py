@@ -3,22 +3,21 @@
 import base64
 import binascii
 import io
-import json
 from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from wanforge.errors import RequestError
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
+from wanforge.runtime.service.web.document import without_null
 from wanforge.runtime.service.web.errors import ApiError, invalid, validation_error
 from wanforge.runtime.service.web.schema import VideoRequest
 
 JSON, FORMS = "application/json", ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_FIELDS = 32
-DEEPEST = 8
-"""How deep the values of a JSON body may be nested."""
 PICTURE = "input_reference"
 """The field of the first frame."""
 
@@ -26,12 +25,9 @@ PICTURE = "input_reference"
 def described() -> dict[str, Any]:
     """The body in the OpenAPI document."""
     as_json = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    as_form = json.loads(json.dumps(as_json))
-    as_form["properties"][PICTURE] = {
-        "type": "string",
-        "format": "binary",
-        "description": "The first frame, for image-to-video models.",
-    }
+    fields = {name: without_null(field) for name, field in as_json["properties"].items()}
+    picture = {"type": "string", "format": "binary", "description": "The first frame, for image-to-video models."}
+    as_form = {**as_json, "properties": {**fields, PICTURE: picture}}
     return {"requestBody": {"required": True, "content": {JSON: {"schema": as_json}, FORMS[0]: {"schema": as_form}}}}
 
 
@@ -41,7 +37,7 @@ async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRe
     Raises:
         ApiError: The body is too large, no JSON object and no form, or a field of it is unknown or wrong.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = content_type(request)
     if kind in FORMS:
         return await _of_form(request, limits)
     if kind != JSON:
@@ -49,15 +45,21 @@ async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRe
     return of_json(await request.body())
 
 
+def content_type(request: Request) -> str:
+    """The type of a body, without its parameters.
+
+    Raises:
+        ApiError: The body claims another encoding than UTF-8; some of Python's encodings fail in ways of their own.
+    """
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise ApiError(415, "unknown_content_type", "send the body in UTF-8")
+    return kind.decode("latin-1").strip().lower()
+
+
 def of_json(body: bytes) -> tuple[VideoRequest, bytes | None]:
     """What a JSON object asks for."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "invalid_body", f"the body is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, "invalid_body", "the body is JSON, but no object")
-    asked = _validated(json.dumps(found), None)
+    asked = _validated(body, None)
     return asked, None if asked.input_reference is None else of_data_url(asked.input_reference)
 
 
@@ -80,10 +82,10 @@ async def _of_form(request: Request, limits: ClientLimits) -> tuple[VideoRequest
     return _validated(None, fields), picture
 
 
-def _validated(text: str | None, fields: dict[str, Any] | None) -> VideoRequest:
+def _validated(body: bytes | None, fields: dict[str, Any] | None) -> VideoRequest:
     try:
-        if text is not None:
-            return VideoRequest.model_validate_json(text, strict=True)
+        if body is not None:
+            return VideoRequest.model_validate_json(body, strict=True)
         return VideoRequest.model_validate(fields)
     except ValidationError as error:
         raise validation_error(error.errors()[0]) from None

@@ -13,8 +13,8 @@ from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
 from wanforge.runtime.service.results.base import new_name
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
-from wanforge.runtime.service.web.body import PICTURE, redrawn
 from wanforge.runtime.service.web.errors import about, invalid
+from wanforge.runtime.service.web.intake.body import PICTURE, redrawn
 from wanforge.runtime.service.web.schema import VideoRequest
 
 
