@@ -106,7 +106,8 @@ class Newsroom:
                 except StoreError:
                     self._ends.wait(LOOK_SECONDS)
                     continue
-                loop.call_soon_threadsafe(self._publish)
+                with suppress(RuntimeError):  # the server may have ended meanwhile, and its loop with it
+                    loop.call_soon_threadsafe(self._publish)
         finally:
             news.close()
 

@@ -4,8 +4,8 @@
 
 Schemathesis makes the cases: for every operation the edges of its parameters, unknown methods, missing headers, and
 then random requests, half of them wrong. Sequences of requests follow, in which one takes ids from the answers of
-others. Meanwhile, the jobs that are submitted are made, so that videos in every state are asked for. It exits with 1 if an
-answer was not as the document says, or if the server failed.
+others. Meanwhile, the jobs that are submitted are made, so that videos in every state are asked for. It exits with 1 if
+an answer was not as the document says, or if the server failed.
 """
 
 import argparse

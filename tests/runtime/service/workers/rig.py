@@ -65,13 +65,18 @@ class Rig:
 
     def start(self) -> None:
         """Start a supervisor, and wait until it is ready."""
+        self.launch()
+        self.wait(lambda: not self.obstacles)
+
+    def launch(self) -> None:
+        """Start a supervisor, and wait until it tells its status."""
         before = None if self.status is None else self.status.supervisor
         main = "from wanforge.runtime.service.workers.supervisor import main; main()"
         command = [sys.executable, "-c", f"{self.prelude}\n{main}", str(self.write_settings())]
         paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
         with (self.folder / "log").open("ab") as said:
             self.supervisor = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=said)
-        self.wait(lambda: self.status is not None and self.status.supervisor != before and not self.obstacles)
+        self.wait(lambda: self.status is not None and self.status.supervisor != before)
 
     @property
     def status(self) -> ServiceStatus | None:
@@ -149,10 +154,10 @@ class Rig:
 
 
 @contextmanager
-def working(rig: Rig) -> Iterator[Rig]:
+def working(rig: Rig, *, until_ready: bool = True) -> Iterator[Rig]:
     """Run a supervisor. Afterwards, no process is left."""
     try:
-        rig.start()
+        rig.start() if until_ready else rig.launch()
         yield rig
     finally:
         assert rig.supervisor is not None

@@ -1,6 +1,7 @@
 """Makes files that are no clips, in the ways that a prompt tells it: ``die``, ``hang``, ``memory`` and so on.
 
-``first`` behind such a word limits it to the first attempt of a job.
+``first`` behind such a word limits it to the first attempt of a job. Loading lasts as long as there is a file with the
+name that the environment's `HOLD` gives.
 """
 
 import errno
@@ -15,6 +16,7 @@ from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 
 PARTS = 10
+HOLD = "STAND_IN_HOLD"
 
 
 class StandIn(Maker):
@@ -22,6 +24,8 @@ class StandIn(Maker):
         self.bundles: tuple[str, ...] = ()
 
     def load(self, bundles: Sequence[BundlePlace], report: Report) -> dict[str, str]:
+        while Path(os.environ.get(HOLD, "/nothing")).exists():
+            time.sleep(0.02)
         report("load", 100)
         self.bundles = tuple(each.fingerprint for each in bundles)
         return {}

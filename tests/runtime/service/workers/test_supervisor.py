@@ -80,14 +80,6 @@ def test_a_child_that_is_killed_while_idle_costs_nothing(rig: Rig) -> None:
         assert rig.has_lost(before)
 
 
-def test_a_job_that_kills_its_workers_fails_and_the_next_is_served(rig: Rig) -> None:
-    with working(rig):
-        bad, good = rig.submit("die"), rig.submit("good")
-        assert rig.failed(bad) == "worker_died"
-        assert rig.job(bad).attempt == 2
-        rig.completed(good)
-
-
 def test_a_child_that_hangs_is_killed(rig: Rig) -> None:
     with working(rig):
         first, always = rig.submit("hang first"), rig.submit("hang")
@@ -186,19 +178,6 @@ def test_a_second_signal_does_not_wait(rig: Rig) -> None:
         assert settled(lambda: rig.supervisor.poll() is None, 1.0)
         assert rig.signal(signal.SIGINT) == 0
         assert (rig.job(running).state, rig.job(running).lost) == (State.QUEUED, 0)
-
-
-def test_too_many_deaths_open_the_breaker(rig: Rig) -> None:
-    rig.changes |= {"most_deaths": 2, "times": msgspec.structs.replace(QUICK, rest=3.0)}
-    with working(rig):
-        bad, good = rig.submit("die"), rig.submit("good")
-        assert rig.failed(bad) == "worker_died"
-        rig.wait(lambda: rig.status.workers[0].state == "broken")
-        [said] = rig.obstacles
-        assert "worker 0 is broken: its process died 2 times, last because it was killed" in said
-        assert rig.job(good).state is State.QUEUED
-        rig.completed(good)
-        rig.wait(lambda: rig.obstacles == [])
 
 
 def test_a_full_disk_starts_no_jobs(rig: Rig) -> None:
