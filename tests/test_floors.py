@@ -61,7 +61,7 @@ ROOMS = [
     "wanforge.runtime.measure.parity wanforge.runtime.measure.quality wanforge.runtime.measure.kernels",
     "wanforge.runtime.measure.requests",
     "wanforge.runtime.measure",
-    "wanforge.runtime.service.job",
+    "wanforge.runtime.service.job wanforge.runtime.service.journal",
     "wanforge.runtime.service.store.base",
     "wanforge.runtime.service.store.databases",
     "wanforge.runtime.service.store",

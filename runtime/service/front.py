@@ -103,6 +103,7 @@ def config_of(app: FastAPI) -> uvicorn.Config:
         http=TimedConnection,
         ws="none",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         lifespan="on",

@@ -2,13 +2,14 @@
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from wanforge.configs.loading import Count, Positive, Record, load
 from wanforge.errors import ConfigError
+from wanforge.runtime.service.journal import Style
 from wanforge.runtime.service.store.base import Policy
 
 MEGABYTE = 1_000_000
@@ -67,6 +68,7 @@ class ServeSettings(Record, frozen=True, kw_only=True):
         results: ``s3://bucket/prefix``, in place of a folder in `data`.
         workers: How many processes make clips; by default one for each GPU, or one on a CPU.
         backend: The backend that they use.
+        logs: Whether records are lines of text or of JSON.
         logs_prompts: Whether prompts appear in logs.
         policy: The rules of the job store.
     """
@@ -78,7 +80,7 @@ class ServeSettings(Record, frozen=True, kw_only=True):
     results: str = ""
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0
     backend: str = "auto"
-    logs: Literal["text", "json"] = "text"
+    logs: Style = "text"
     logs_prompts: bool = False
     bundles: tuple[ServedBundle, ...] = ()
     limits: ClientLimits = ClientLimits()

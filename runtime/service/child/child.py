@@ -17,6 +17,7 @@ from threading import Thread
 from msgspec.structs import replace
 
 from wanforge.plugins.child_process import end_with
+from wanforge.runtime.service import journal
 from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.child.maker import Maker, StoppedError
 from wanforge.runtime.service.child.messages import (
@@ -69,6 +70,7 @@ class Child:
         Thread(target=self.listen, name="orders", daemon=True).start()
         setup = self._orders.get()
         assert isinstance(setup, SetUp)
+        journal.begin(setup.logs)
         maker: Maker = import_module(setup.maker).create(setup)
         self._load(maker, ReloadBundles(setup.bundles))
         while not isinstance(order := self._orders.get(), ShutDown):
@@ -90,7 +92,7 @@ class Child:
             self.channel.send(ClipStopped(order.ticket))
         except Exception as error:
             failure, is_last = failure_of(error)
-            log.exception("An attempt failed (%s).", failure.code, extra={"ticket": order.ticket})
+            log.exception("An attempt failed (%s).", failure.code, extra={"job": order.ticket.rpartition("/")[0]})
             self.channel.send(ClipFailed(order.ticket, failure, is_last))
             if is_last:
                 os._exit(LAST_EXIT)  # at once, because libraries may hang when they clean up
@@ -121,7 +123,6 @@ def main() -> None:
     channel: Channel[ToChild] = Channel(sys.stdin.fileno(), sys.stdout.fileno(), ToChild)
     # Whatever libraries print must not get mixed with the answers.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     Child(channel).serve()
     sys.stdout.flush()
     os._exit(0)

@@ -10,6 +10,7 @@ import msgspec
 
 from wanforge.configs.loading import Record
 from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.journal import Style
 
 MOST_BYTES = 1 << 24
 """The largest message. Clips are files, so messages are small."""
@@ -30,6 +31,7 @@ class SetUp(Record, frozen=True, tag=True):
         backend: The backend of requests that name none.
         memory_bytes: How much the loaded bundles may take; None for what is free at the start.
         threads: The number of processors that it may use.
+        logs: How it logs.
     """
 
     maker: str
@@ -37,6 +39,7 @@ class SetUp(Record, frozen=True, tag=True):
     backend: str = "auto"
     memory_bytes: int | None = None
     threads: int = 1
+    logs: Style = "text"
 
 
 class MakeClip(Record, frozen=True, tag=True):

@@ -12,6 +12,7 @@ import msgspec
 from wanforge.errors import RequestError, unknown_name
 from wanforge.logs import Console
 from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option, takes
+from wanforge.runtime.service import journal
 from wanforge.runtime.service.settings import SCOPES, ServedBundle, ServeSettings, load_settings
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,15 @@ def run(options: ServeOptions) -> None:
     """
     from wanforge.runtime.service.front import Front  # after the options are checked, since it loads much
 
-    front = Front(options.settings)
+    console = click.get_current_context().find_object(Console)
+
+    def settings() -> ServeSettings:
+        found = options.settings()
+        return msgspec.structs.replace(found, logs="json") if console is not None and console.is_json else found
+
+    front = Front(settings)
     names = ", ".join(each.name for each in front.service.catalogue.served)
-    click.get_current_context().find_object(Console).show(verbose=True)  # type: ignore[union-attr]
+    journal.begin(front.settings.logs)
     front.run(lambda url: click.echo(f"Serving {names} at {url}"))
 
 

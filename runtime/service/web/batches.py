@@ -1,6 +1,7 @@
 """The routes of batches: many jobs from one file of JSON lines, with one status."""
 
 import json
+import logging
 from typing import Annotated, Any
 
 import msgspec
@@ -18,6 +19,7 @@ from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
 BatchId = Annotated[str, Path(max_length=100, description="Id of a batch.")]
@@ -107,7 +109,9 @@ def submit(service: Service, caller: ApiKey, lines: list[bytes]) -> Batch:
             pictures[submission.objects[0]] = picture
     for name, picture in pictures.items():
         service.objects.put(name, picture)
-    return service.store.submit_batch(submissions)
+    batch = service.store.submit_batch(submissions)
+    log.info("%s was submitted, with %d videos.", batch.id, len(lines), extra={"batch": batch.id, "owner": batch.owner})
+    return batch
 
 
 def submission_of(service: Service, caller: ApiKey, line: bytes) -> tuple[Submission, bytes | None]:

@@ -1,5 +1,6 @@
 """The routes of videos: submit, look, list, cancel, delete, and download."""
 
+import logging
 import re
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList, 
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import poll_after_ms, told
 
+log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 JobId = Annotated[str, Path(max_length=100, description="Id of a video.")]
@@ -85,7 +87,9 @@ def submit(
     if drawn is not None and asked.image is not None:
         service.objects.put(asked.image, drawn)
     submission = served.submission(caller.owner, asked, priority=wanted.priority, idempotency=key)
-    return service.store.submit(submission).job
+    job = service.store.submit(submission).job
+    log.info("%s was submitted.", job.id, extra={"job": job.id, "owner": job.owner})
+    return job
 
 
 @router.get("", response_model=VideoList, responses=errors(404), operation_id="list_videos")

@@ -54,7 +54,8 @@ class ChildProcess:
         self._process.stdout.close()
         memory = settings.memory_gigabytes
         limit = None if memory is None else int(memory * 1e9)
-        self.send(SetUp(settings.maker, tuple(bundles), settings.serve.backend, limit, len(seat.processors)))
+        serve, threads = settings.serve, len(seat.processors)
+        self.send(SetUp(settings.maker, tuple(bundles), serve.backend, limit, threads, serve.logs))
 
     @property
     def pid(self) -> int:

@@ -23,6 +23,7 @@ import msgspec
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, ResourceError, WanforgeError, message_of
 from wanforge.plugins.child_process import end_with
+from wanforge.runtime.service import journal
 from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.child.messages import BundlePlace
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
@@ -258,11 +259,13 @@ def sole(data: Path) -> Iterator[None]:
 def main() -> None:
     """Run a supervisor with the settings that the first argument names. With a second one, the process that starts it,
     it ends when that process does."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     if len(sys.argv) > 2:
         end_with(int(sys.argv[2]))
+    journal.begin("text")
     try:
-        Supervisor(Path(sys.argv[1])).run()
+        supervisor = Supervisor(Path(sys.argv[1]))
+        journal.begin(supervisor.settings.serve.logs)
+        supervisor.run()
     except (WanforgeError, OSError) as error:
         log.error(message_of(error))
         sys.exit(1)

@@ -243,6 +243,8 @@ class ClipWorker(Thread):
         except msgspec.ValidationError as error:
             said = f"the request is not one of this version ({error}); submit it again"
             return ClipFailed(attempt.ticket, Failure("invalid_request", said), False)
+        prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
+        log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
         child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(folder)))
         try:
             outcome = self._watch(attempt, child)
