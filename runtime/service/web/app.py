@@ -11,6 +11,7 @@ from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.web import batches, catalogued, content, document, errors, page, stream, videos
 from wanforge.runtime.service.web.access import KeyRing
 from wanforge.runtime.service.web.guard.bodies import Bounded
+from wanforge.runtime.service.web.guard.sites import OwnSite
 from wanforge.runtime.service.web.monitor import health
 from wanforge.runtime.service.web.state import Service
 from wanforge.version import __version__
@@ -58,6 +59,7 @@ def create_app(service: Service) -> FastAPI:
     document.install(app)
 
     app.add_middleware(Bounded, most=most)
+    app.add_middleware(OwnSite, service=service)
     app.add_middleware(Secured)
     return app
 

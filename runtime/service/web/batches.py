@@ -50,7 +50,7 @@ async def create(request: Request, caller: Writer) -> VideoBatch:
     """Submit many videos. Lines that are wrong become videos that have failed; the others are made."""
     service = service_of(request)
     lines = await lines_of(request, service)
-    batch = await service.in_thread(submit, service, caller, lines)
+    batch = await service.in_own_thread(submit, service, caller, lines)
     return told(batch)
 
 

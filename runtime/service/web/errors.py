@@ -19,6 +19,7 @@ STATUS = {
     "too_many_queued": 429,
     "idempotency_conflict": 409,
     "batch_empty": 400,
+    "bad_text": 400,
     "object_gone": 409,
     "job_active": 409,
     "unknown_job": 404,

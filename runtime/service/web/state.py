@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import anyio
 import anyio.to_thread
 from fastapi import Request
 
@@ -24,6 +25,9 @@ Found = TypeVar("Found")
 LOOK_SECONDS = 1.0
 """How often the thread that waits for news looks whether the server ends."""
 
+LARGE_AT_ONCE = 2
+"""How many pictures and batches are checked at once."""
+
 
 class Service:
     """Everything that a request needs.
@@ -38,6 +42,7 @@ class Service:
         self.reload_keys()
         self.newsroom = Newsroom(store)
         self.streams: Counter[str] = Counter()
+        self.large = anyio.CapacityLimiter(LARGE_AT_ONCE)
         self.started_at = time.time()
 
     def reload_keys(self) -> None:
@@ -56,6 +61,13 @@ class Service:
         except StoreError as error:
             return [str(error)]
         return obstacles(Path(self.settings.data))
+
+    async def in_own_thread(
+        self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Found:
+        """Call something that takes much memory or time, such as drawing a picture, beside few others of its kind, so
+        that the threads for everything else stay free."""
+        return await anyio.to_thread.run_sync(lambda: function(*arguments, **options), limiter=self.large)
 
     async def in_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs

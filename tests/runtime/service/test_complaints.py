@@ -147,7 +147,8 @@ def test_what_waits_is_told_as_waiting(shared: Whole) -> None:
 @pytest.mark.slow
 def test_a_job_does_not_need_its_client(shared: Whole) -> None:
     body = b'{"prompt": "sleep 0.2", "seed": 424242}'
-    head = f"POST /v1/videos HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = "POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", int(shared.url.rpartition(":")[2]))) as leaving:
         leaving.sendall(f"{head}Idempotency-Key: leaving\r\n\r\n".encode() + body)
     store = shared.workers.store

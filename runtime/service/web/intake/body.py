@@ -21,6 +21,9 @@ MOST_FIELDS = 32
 PICTURE = "input_reference"
 """The field of the first frame."""
 
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""The formats of pictures. Pillow reads others, for one of which it starts another program."""
+
 
 def described() -> dict[str, Any]:
     """The body in the OpenAPI document."""
@@ -120,7 +123,7 @@ def redrawn(picture: bytes, limits: ClientLimits) -> bytes:
 
     most = int(limits.image_megapixels * MEGABYTE)
     try:
-        with Image.open(io.BytesIO(picture)) as opened:
+        with Image.open(io.BytesIO(picture), formats=PICTURES) as opened:
             if opened.width * opened.height > most:
                 raise invalid(PICTURE, f"the picture has {opened.width}x{opened.height} pixels, more than {most:,}")
             pixels = open_image(opened)
@@ -129,7 +132,7 @@ def redrawn(picture: bytes, limits: ClientLimits) -> bytes:
     except RequestError as error:
         raise invalid(PICTURE, str(error)) from None
     except Exception as error:  # decoders raise exceptions of many types
-        raise invalid(PICTURE, f"not a picture in a format that Pillow reads ({error})") from None
+        raise invalid(PICTURE, f"not a picture in {', '.join(PICTURES)} ({error})") from None
     encoded = io.BytesIO()
     pixels.save(encoded, "PNG", compress_level=1)
     return encoded.getvalue()

@@ -1,5 +1,9 @@
 """API keys."""
 
+import hmac
+
+import pytest
+
 from tests.runtime.service.store.rig import Rig
 
 
@@ -18,6 +22,22 @@ def test_nothing_else_opens_anything(rig: Rig) -> None:
     wrong = [text[:-1], f"{text}0", text.upper(), key.id, f"{key.id}_", f"{other.id}_{secret}", f"wf_{secret}"]
     for attempt in [*wrong, "", "_", "\udcff_\udcff", "\0_", f"{key.id}_☃", f"' OR 1=1 --_{secret}"]:
         assert store.verify_key(attempt) is None
+
+
+def test_a_key_is_compared_in_constant_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = rig.open()
+    _, text = store.add_key("ann")
+    compared = list[tuple[str, str]]()
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    tried = [text, f"{text[:-1]}g", f"wf0_{text}", "", "_", "\0"]
+    assert [store.verify_key(each) is not None for each in tried][1:] == [False] * 5
+    assert len(compared) == len(tried)  # also for an id that there is not
+    assert {len(digest) for pair in compared for digest in pair} == {64}  # hashes, not secrets
 
 
 def test_a_revoked_key_stays_revoked(rig: Rig) -> None:
