@@ -66,6 +66,7 @@ ROOMS = [
     "wanforge.runtime.service.store.databases",
     "wanforge.runtime.service.store",
     "wanforge.runtime.service.results",
+    "wanforge.runtime.service.fetching",
     "wanforge.runtime.service.settings wanforge.runtime.service.catalogue",
     "wanforge.runtime.service.child",
     "wanforge.runtime.service.tracing",

@@ -41,6 +41,8 @@ class ClientLimits(Record, frozen=True, kw_only=True):
         body_megabytes: Size of a request, with its image.
         batch_megabytes: Size of a batch's file, and `batch_lines`, its length.
         image_megapixels: Size of a picture once it is unpacked.
+        image_hosts: Hosts from which pictures are fetched that requests name by their URLs; ``*`` stands for any
+            characters. By default there are none.
         clip_frames: Length of a clip.
         clip_megapixels: Size of a clip's frame.
         requests_per_second: How often one API key may ask, on average; as many as `burst` may come at once.
@@ -51,6 +53,7 @@ class ClientLimits(Record, frozen=True, kw_only=True):
     batch_megabytes: Positive = 20.0
     batch_lines: Count = 10_000
     image_megapixels: Positive = 50.0
+    image_hosts: tuple[str, ...] = ()
     clip_frames: Count = 1025
     clip_megapixels: Positive = 4.0
     requests_per_second: Positive = 50.0

@@ -118,7 +118,8 @@ def submission_of(service: Service, caller: ApiKey, line: bytes) -> tuple[Submis
     """The job of a line, with its picture. A wrong line is a job that has failed."""
     served = service.catalogue.served[0]
     try:
-        wanted, picture = body.of_json(line if line.lstrip()[:1] == b"{" else as_object(line))
+        wanted = body.of_json(line if line.lstrip()[:1] == b"{" else as_object(line))
+        picture = None if wanted.input_reference is None else body.of_data_url(wanted.input_reference)
         served, asked, drawn = submitting.prepared(service.catalogue, service.settings.limits, wanted, picture)
     except ApiError as error:
         where = "" if error.param is None else f"{error.param}: "

@@ -64,8 +64,8 @@ class VideoRequest(BaseModel):
     )
     input_reference: str | None = Field(
         None,
-        description="The first frame, for image-to-video models: a file of a form, or a data URL "
-        "(`data:image/png;base64,…`).",
+        description="The first frame, for image-to-video models: a file of a form, a data URL "
+        "(`data:image/png;base64,…`), or the https URL of a host that this server is allowed to visit.",
     )
 
 

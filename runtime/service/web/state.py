@@ -25,6 +25,8 @@ Found = TypeVar("Found")
 LOOK_SECONDS = 1.0
 """How often the thread that waits for news looks whether the server ends."""
 
+FETCHED_AT_ONCE = 8
+"""How many pictures are fetched at once."""
 LARGE_AT_ONCE = 2
 """How many pictures and batches are checked at once."""
 
@@ -42,6 +44,7 @@ class Service:
         self.reload_keys()
         self.newsroom = Newsroom(store)
         self.streams: Counter[str] = Counter()
+        self.fetching = anyio.Semaphore(FETCHED_AT_ONCE)
         self.large = anyio.CapacityLimiter(LARGE_AT_ONCE)
         self.started_at = time.time()
 

@@ -67,6 +67,8 @@ async def create(
     key = None
     if idempotency_key is not None:
         key = Idempotency.of(idempotency_key, msgspec.json.encode([wanted.model_dump(), picture]))
+    if wanted.input_reference is not None:
+        picture = await body.picture_of(service, wanted.input_reference)
     thread = service.in_thread if picture is None else service.in_own_thread
     job = await thread(submit, service, caller, wanted, picture, key, traceparent)
     response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))

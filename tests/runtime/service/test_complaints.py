@@ -286,7 +286,7 @@ def test_no_answer_waits_for_a_clip(shared: Whole, monkeypatch: pytest.MonkeyPat
         ({"priority": 99}, "priority", "invalid_value", "less than"),
         ({"negative_prompt": "blurry"}, "negative_prompt", "invalid_value", "''"),
         ({"stepz": 4}, "stepz", "unknown_field", "no field"),
-        ({"input_reference": "http://169.254.169.254/x.png"}, "input_reference", "invalid_value", "fetches no URLs"),
+        ({"input_reference": "http://169.254.169.254/x.png"}, "input_reference", "invalid_value", "no URL is fetched"),
         ({"input_reference": "data:image/png;base64,AAAA"}, "input_reference", "invalid_value", "not a picture"),
     ],
 )

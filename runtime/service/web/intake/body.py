@@ -11,10 +11,12 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from wanforge.errors import RequestError
+from wanforge.runtime.service.fetching.fetcher import Fetcher
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.document import without_null
-from wanforge.runtime.service.web.errors import ApiError, invalid, validation_error
+from wanforge.runtime.service.web.errors import ApiError, about, invalid, validation_error
 from wanforge.runtime.service.web.schema import VideoRequest
+from wanforge.runtime.service.web.state import Service
 
 JSON, FORMS = "application/json", ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_FIELDS = 32
@@ -35,7 +37,7 @@ def described() -> dict[str, Any]:
 
 
 async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRequest, bytes | None]:
-    """What a client asks for, and the bytes of its picture.
+    """What a client asks for, and the bytes of the picture that it sends as a file.
 
     Raises:
         ApiError: The body is too large, no JSON object and no form, or a field of it is unknown or wrong.
@@ -45,7 +47,7 @@ async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRe
         return await _of_form(request, limits)
     if kind != JSON:
         raise ApiError(415, "unknown_content_type", f"send {JSON} or {FORMS[0]}, not {kind or 'a body without a type'}")
-    return of_json(await request.body())
+    return of_json(await request.body()), None
 
 
 def content_type(request: Request) -> str:
@@ -60,10 +62,9 @@ def content_type(request: Request) -> str:
     return kind.decode("latin-1").strip().lower()
 
 
-def of_json(body: bytes) -> tuple[VideoRequest, bytes | None]:
+def of_json(body: bytes) -> VideoRequest:
     """What a JSON object asks for."""
-    asked = _validated(body, None)
-    return asked, None if asked.input_reference is None else of_data_url(asked.input_reference)
+    return _validated(body, None)
 
 
 async def _of_form(request: Request, limits: ClientLimits) -> tuple[VideoRequest, bytes | None]:
@@ -78,8 +79,6 @@ async def _of_form(request: Request, limits: ClientLimits) -> tuple[VideoRequest
                 if name != PICTURE:
                     raise invalid(name, f"{name} is no file; only {PICTURE} is", "unknown_field")
                 picture = await value.read()
-            elif name == PICTURE:
-                picture = of_data_url(value)
             else:
                 fields[name] = value
     return _validated(None, fields), picture
@@ -94,6 +93,20 @@ def _validated(body: bytes | None, fields: dict[str, Any] | None) -> VideoReques
         raise validation_error(error.errors()[0]) from None
 
 
+async def picture_of(service: Service, text: str) -> bytes:
+    """The picture that a field names, as a data URL, or by the URL of an allowed host.
+
+    Raises:
+        ApiError: There is none.
+    """
+    limits = service.settings.limits
+    if not limits.image_hosts or not text.startswith("https:"):
+        return of_data_url(text)
+    with about(PICTURE):
+        async with service.fetching:
+            return await Fetcher(limits.image_hosts, int(limits.body_megabytes * MEGABYTE)).fetch(text)
+
+
 def of_data_url(text: str) -> bytes:
     """The bytes of a data URL.
 
@@ -103,7 +116,7 @@ def of_data_url(text: str) -> bytes:
     head, comma, data = text.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise invalid(
-            PICTURE, "give a picture as a file of a form, or as data:image/png;base64,…; this server fetches no URLs"
+            PICTURE, "give a picture as a file of a form, or as data:image/png;base64,…; no URL is fetched here"
         )
     try:
         return base64.b64decode(data, validate=True)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from tests.runtime.service.served import Rig, running
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.fetching.fetcher import Fetcher
 from wanforge.runtime.service.settings import ClientLimits, ServeSettings
 
 PROMPT = {"prompt": "a red circle"}
@@ -109,3 +111,27 @@ def test_a_picture_is_drawn_again_and_kept_for_the_job(bundle_of: Callable[[str,
         assert job.objects == (name,)
         with Image.open(rig.service.objects.local(name)) as kept:
             assert (kept.size, kept.getpixel((0, 0)), kept.info) == ((64, 48), (255, 0, 0), {})
+
+
+@pytest.mark.slow
+def test_a_picture_is_fetched_from_an_allowed_host(
+    bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(fetcher: Fetcher, url: str) -> bytes:
+        fetcher.target(url)
+        return png()
+
+    monkeypatch.setattr(Fetcher, "fetch", fetch)
+    limits = ClientLimits(image_hosts=("*.example",))
+    with running(ServeSettings(limits=limits), [("", bundle_of("tiny-i2v", "w8a8").root)], tmp_path) as rig:
+        fields = {**PROMPT, "input_reference": "https://pictures.example/x.png"}
+        headers = {"Idempotency-Key": "picture"}
+        video = rig.client.post("/v1/videos", json=fields, headers=headers).json()
+        assert rig.client.post("/v1/videos", json=fields, headers=headers).json()["id"] == video["id"]
+        with Image.open(rig.service.objects.local(rig.claim().objects[0])) as kept:
+            assert kept.size == (64, 48)
+        assert rig.client.post("/v1/videos", data=fields).status_code == 200
+        other = rig.client.post("/v1/videos", json={**fields, "input_reference": "https://evil.org/x.png"})
+        assert (other.status_code, other.json()["error"]["param"]) == (400, "input_reference")
+        batch = rig.client.post("/v1/batches", files={"file": ("lines", json.dumps(fields))}).json()
+        assert batch["counts"]["failed"] == 1

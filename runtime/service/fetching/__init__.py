@@ -1,0 +1,1 @@
+"""Fetching pictures that a request names by their URLs, from public addresses of allowed hosts only."""
