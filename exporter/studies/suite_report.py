@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from wanforge.exporter.studies.suite import HOST_LIMIT, ORT_LIMIT, SMS, Scale, Suite
+from wanforge.exporter.studies.suite import HOST_LIMIT, ORT_LIMIT, RECORDED_LIMIT, SMS, Scale, Suite
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 from wanforge.runtime.measure.requests.report import facts
 from wanforge.runtime.measure.requests.timing import spread
@@ -28,6 +28,7 @@ def as_json(suite: Suite) -> dict[str, Any]:
                 "build": spread(scale.build_seconds) if scale.build_seconds else None,
                 "host_step": spread(scale.host.seconds),
                 "host_launches": scale.host.launches,
+                "host_recorded": spread(scale.host.recorded),
             }
             for scale in suite.scales
         ],
@@ -61,9 +62,10 @@ def scale_rows(suite: Suite) -> list[list[str]]:
 def host_rows(suite: Suite) -> list[list[str]]:
     rows = []
     for scale in suite.scales:
-        found, launches = spread(scale.host.seconds), scale.host.launches
+        found, recorded, launches = spread(scale.host.seconds), spread(scale.host.recorded), scale.host.launches
         times = (f"{1e3 * found['p50']:.2f}", f"{1e3 * found['p95']:.2f}", f"{1e6 * found['p50'] / launches:.1f}")
-        rows.append([scale.name, str(scale.layers), str(launches), *times])
+        again = (f"{1e3 * recorded['p50']:.3f}", f"{1e3 * recorded['p95']:.3f}")
+        rows.append([scale.name, str(scale.layers), str(launches), *times, *again])
     return rows
 
 
@@ -78,7 +80,10 @@ def request_rows(suite: Suite) -> list[list[str]]:
 
 
 SCALES = ["model", "layers", "parameters of its layers, 10^9", "export, s", "build, s"]
-HOST = ["model", "layers", "launches", "p50, ms", "p95, ms", "per launch, us"]
+HOST = [
+    *("model", "layers", "launches", "p50, ms", "p95, ms", "per launch, us"),
+    *("recorded p50, ms", "recorded p95, ms"),
+]
 
 
 def text(suite: Suite) -> str:
@@ -88,7 +93,7 @@ def text(suite: Suite) -> str:
     parts = [
         facts(suite.machine),
         text_table(SCALES, scale_rows(suite)),
-        "host time of a step of the backend kernels, with a driver that launches nothing",
+        "host time of a step of the backend kernels, launched and recorded, with a GPU that does nothing",
         text_table(HOST, host_rows(suite)),
         text_table(header, request_rows(suite)),
         *promises(suite),
@@ -100,7 +105,7 @@ def text(suite: Suite) -> str:
 def promises(suite: Suite) -> list[str]:
     """The promised limits, and whether they hold here."""
     thirty = next(scale for scale in suite.scales if scale.layers == 30)
-    host = statistics.median(thirty.host.seconds)
+    host, recorded = (statistics.median(runs) for runs in (thirty.host.seconds, thirty.host.recorded))
 
     def verdict(holds: bool) -> str:
         return "within" if holds else "ABOVE"
@@ -108,6 +113,8 @@ def promises(suite: Suite) -> list[str]:
     return [
         f"A step of 30 layers takes {1e3 * host:.2f} ms of host time: {verdict(host <= HOST_LIMIT)} the limit of "
         f"{1e3 * HOST_LIMIT:g} ms.",
+        f"A recorded step of 30 layers takes {1e3 * recorded:.3f} ms of host time: "
+        f"{verdict(recorded <= RECORDED_LIMIT)} the limit of {1e3 * RECORDED_LIMIT:g} ms.",
         f"ONNX Runtime takes {suite.ort_ratio:.2f} of eager PyTorch's time for the tiny clip: "
         f"{verdict(suite.ort_ratio <= ORT_LIMIT)} the limit of {ORT_LIMIT:g}.",
     ]
@@ -138,10 +145,11 @@ def page(suite: Suite) -> str:
         markdown_table(SCALES, scale_rows(suite)),
         f"![Seconds of export and build over the model's size]({PLOT})",
         "## Host time of a step",
-        "A step of the backend `kernels` in requests of four steps for one token, with a driver that launches nothing: "
+        "A step of the backend `kernels` in requests of four steps for one token, with a GPU that does nothing: "
         "casting the latents and cutting them into patches, binding and running every block up to the call of "
         "`cuLaunchKernel`, PyTorch's attention to the text on the one token, and assembling the velocity. Stem and "
-        "head are left out. What the driver takes for each launch is unmeasured.",
+        "head are left out. A recorded step has one call that replays a CUDA graph in place of all launches. What the "
+        " driver takes for a launch or a graph is unmeasured.",
         markdown_table(HOST, host_rows(suite)),
         "## ONNX Runtime against eager PyTorch",
         "Both run the tiny model's own clip with W8A8 and SageSLA, on the CPU in float32, and take turns.",

@@ -123,21 +123,27 @@ class Recorded:
     def __init__(self, on: Device, runnables: Sequence[Guarded], can_record: Callable[[GraphRun], bool]) -> None:
         self.on, self.runnables, self.can_record = on, runnables, can_record
         self.residency = runnables[0].arena.residency
-        self.turns = [each.turn for each in runnables]
+        turns = [each.turn for each in runnables]
+        self.graph_runs = [turn.graph_run for turn in turns]
+        self.places = self.residency.places(turns)
         self.has_run = False
         self.repeat: Runnable | None = None
 
     def __call__(self) -> None:
-        is_ready = self.has_run and self.residency.are_settled(self.turns)
-        if not is_ready or not all(self.can_record(turn.graph_run) for turn in self.turns):
+        self.runnables[0].check()
+        places = self.places
+        if places is None or not self.residency.are_settled(places) or not self._can_be_repeated():
             for runnable in self.runnables:
                 runnable()
             self.has_run = True
             return
-        self.runnables[0].check()
         if self.repeat is None:
             self.repeat = self.on.record(self._run_bare)
-        self.residency.run_settled(self.turns, self.repeat)
+        self.residency.run_settled(places, self.repeat)
+
+    def _can_be_repeated(self) -> bool:
+        """Whether the graph runs are recorded, or can be. What runs for the first time may do more than launch."""
+        return self.repeat is not None or (self.has_run and all(map(self.can_record, self.graph_runs)))
 
     def _run_bare(self) -> None:
         for runnable in self.runnables:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.memory.plan import MemoryPlan
-from wanforge.runtime.memory.residency import ALIGNMENT, Mover, Residency, Turn, group_name
+from wanforge.runtime.memory.residency import ALIGNMENT, GroupName, Mover, Residency, Turn, group_name
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
 Runnable = Callable[[], None]
@@ -85,6 +85,7 @@ class Arena:
         self.slots = [self.bytes[offset : offset + size] for offset, size in plan.places]
         self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
         self.entered: Schedule | None = None
+        self._views: dict[GroupName, dict[str, Tensor]] = {}
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         self.plan.check(schedule, self.dtype.itemsize)
@@ -103,7 +104,9 @@ class Arena:
         group = group_name(graph_run)
         if group not in self.plan.groups:
             return {name: self.weight(graph_run, name) for name in names}
-        views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
+        views = self._views.get(group)
+        if views is None:
+            views = self._views[group] = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
         return {name: views[graph_run.prefix + name] for name in names}
 
     def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:

@@ -7,8 +7,8 @@ import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import Future
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from wanforge.configs.targets import architecture
 from wanforge.errors import ResourceError
 from wanforge.plugins.launching.cubins import cache_folder as kernel_cache
-from wanforge.runtime.memory.device import Event, Work
+from wanforge.runtime.memory.device import Copies, Event, Work
 
 
 class Cuda:
@@ -36,7 +36,7 @@ class Cuda:
         self.pool = torch.cuda.graph_pool_handle()
         self.computing, self.copying = torch.cuda.Stream(), torch.cuda.Stream()
         torch.cuda.set_stream(self.computing)  # TensorRT needs a stream that is not the default one
-        self._preparing = ThreadPoolExecutor(1, "weights", torch.cuda.set_device, (self.device,))
+        self._copies = Copies(partial(torch.cuda.set_device, self.device))
 
     @property
     def sm(self) -> int:
@@ -75,7 +75,7 @@ class Cuda:
         return self.copying.record_event()
 
     def prepare(self, copy: Callable[[], Event]) -> "Future[Event]":
-        return self._preparing.submit(copy)
+        return self._copies.start(copy)
 
     def mark(self) -> Event:
         return torch.cuda.current_stream(self.device).record_event()
@@ -92,7 +92,7 @@ class Cuda:
         return replay
 
     def synchronise(self) -> None:
-        self._preparing.submit(lambda: None).result()  # the thread does one thing after another
+        self._copies.finish()
         torch.cuda.current_stream(self.device).synchronize()
         self.copying.synchronize()
 

@@ -64,6 +64,28 @@ class Device(Protocol):
         ...
 
 
+class Copies:
+    """A thread that starts one copy after another.
+
+    Args:
+        begin: Is called on the thread before anything else.
+    """
+
+    def __init__(self, begin: Work | None = None) -> None:
+        self._thread = ThreadPoolExecutor(1, "weights", begin)
+        self._last: Future[Event] | None = None
+
+    def start(self, copy: Callable[[], Event]) -> "Future[Event]":
+        """Start a copy once those before it have been started."""
+        self._last = self._thread.submit(copy)
+        return self._last
+
+    def finish(self) -> None:
+        """Wait until every copy has been started, or has failed."""
+        if self._last is not None:
+            self._last.exception()
+
+
 class Host:
     """The CPU, where a thread copies beside the one that computes, and everything launched is done at once."""
 
@@ -71,7 +93,7 @@ class Host:
     has_memory = False
 
     def __init__(self) -> None:
-        self._preparing = ThreadPoolExecutor(1, "weights")
+        self._copies = Copies()
 
     def free_bytes(self) -> int:
         return int(available_bytes())
@@ -80,7 +102,7 @@ class Host:
         return None
 
     def prepare(self, copy: Callable[[], Event]) -> "Future[Event]":
-        return self._preparing.submit(copy)
+        return self._copies.start(copy)
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event) -> Event:
         for target, source in pairs:
@@ -96,7 +118,7 @@ class Host:
         return work
 
     def synchronise(self) -> None:
-        self._preparing.submit(lambda: None).result()  # the thread does one thing after another
+        self._copies.finish()
 
     def reclaim(self) -> None:
         self.synchronise()

@@ -4,7 +4,7 @@ Copies are started by a thread of the device's own, because pinning and packing 
 from a mapped file, takes the host much longer than launching the layer does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -75,5 +75,5 @@ class CopyingMover:
         if slot in self._ready:
             self.device.wait(self._ready.pop(slot).result())
 
-    def release(self, slot: int) -> None:
-        self._released[slot] = self.device.mark()
+    def release(self, slots: Iterable[int]) -> None:
+        self._released |= dict.fromkeys(slots, self.device.mark())

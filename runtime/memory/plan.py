@@ -14,7 +14,7 @@ The layers that stay are evenly spread, which gives the others time to arrive.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -295,8 +295,8 @@ class Clock:
         self.stalled += waited
         self.computing += waited
 
-    def release(self, slot: int) -> None:
-        self._free[slot] = self.computing
+    def release(self, slots: Iterable[int]) -> None:
+        self._free |= dict.fromkeys(slots, self.computing)
 
     def compute(self, seconds: float) -> None:
         """Count the time of a graph run."""

@@ -122,8 +122,8 @@ class Mover(Protocol):
         """Make everything launched from now on wait for the slot's copy."""
         ...
 
-    def release(self, slot: int) -> None:
-        """Note that no work launched after this point reads the slot's tenant."""
+    def release(self, slots: Iterable[int]) -> None:
+        """Note that no work launched after this point reads the tenants of some slots."""
         ...
 
 
@@ -143,8 +143,7 @@ class Residency:
 
     def lend(self, slots: Iterable[int]) -> None:
         """Lend the memory of these slots to another use from now on; slots lent before are taken back."""
-        for slot in self._lent:
-            self.mover.release(slot)
+        self.mover.release(self._lent)
         self._lent = list(slots)
         for slot in self._lent:
             self._wait(slot)  # a copy still under way would overwrite what comes next
@@ -182,23 +181,25 @@ class Residency:
         self._fetch(slot, turn.group)
         self._wait(slot)
         compute()
-        self.mover.release(slot)
+        self.mover.release([slot])
         if turn.follower is not None:
             self._fetch(slot, turn.follower)
 
-    def run_settled(self, turns: Iterable["Turn"], compute: Callable[[], None]) -> None:
-        """Compute, in a single call, graph runs for which `are_settled` holds."""
+    def places(self, turns: Iterable["Turn"]) -> dict[int, GroupName] | None:
+        """The group in each slot that graph runs use; None if these change when they run or are repeated."""
+        used = [turn for turn in turns if turn.group is not None]
+        if any(turn.follower is not None for turn in used):
+            return None
+        return {self.slots[turn.group]: turn.group for turn in used if turn.group is not None}
+
+    def are_settled(self, places: Mapping[int, GroupName]) -> bool:
+        """Whether these groups are in their slots, and nothing is being copied there."""
+        return places.items() <= self._tenants.items() and self._coming.isdisjoint(places)
+
+    def run_settled(self, places: Mapping[int, GroupName], compute: Callable[[], None]) -> None:
+        """Compute, in a single call, graph runs whose groups are settled."""
         compute()
-        for slot in {self.slots[turn.group] for turn in turns if turn.group is not None}:
-            self.mover.release(slot)
-
-    def are_settled(self, turns: Iterable["Turn"]) -> bool:
-        """Whether all weights of these graph runs are in place and nothing is copied, now or when they are repeated."""
-        return all(turn.group is None or (turn.follower is None and self._is_there(turn.group)) for turn in turns)
-
-    def _is_there(self, name: GroupName) -> bool:
-        slot = self.slots[name]
-        return self._tenants.get(slot) == name and slot not in self._coming
+        self.mover.release(places)
 
     def _fetch(self, slot: int, name: GroupName) -> None:
         if self._tenants.get(slot) != name:

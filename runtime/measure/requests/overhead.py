@@ -1,13 +1,16 @@
-"""The host's own time for a step of the denoiser on the backend `kernels`, with a driver that launches nothing.
+"""The host's own time for a step of the denoiser on the backend `kernels`, with a GPU and a driver that do nothing.
 
 The code is the one that serves requests on a GPU, on tensors of one token in the host's memory: casting and cutting the
-latents, binding every graph run, adding up addresses, handing each launch over, and putting the velocity together.
-PyTorch's attention to the text is computed for the one token. The stem and the head are left out. So are the driver's
-time for a launch and PyTorch's for a GPU's memory and streams, which only a GPU can show.
+latents, binding every graph run, waiting for weights, adding up addresses, handing each launch over, and putting the
+velocity together. PyTorch's attention to the text is computed for the one token. The stem and the head are left out.
+So are the driver's time for a launch or a CUDA graph and PyTorch's for a GPU's memory and streams, which only a GPU can
+show.
 """
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,13 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.kernels import KernelsBackend
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.memory.arena import Runnable
-from wanforge.runtime.memory.device import Host
+from wanforge.runtime.memory.device import Event, Host, Work
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import GraphRun
 
+BUDGET = 16e9
+"""Bytes of the device, which are never written to. The denoiser stays there, and nothing else has to."""
 SMALLEST = ClipShape(16, 16, 1)
 """A clip of one token; only the device's work grows with the clip, not the host's."""
 
@@ -53,6 +58,21 @@ class IdleCuda:
         return (0,)
 
 
+class IdleGpu(Host):
+    """A GPU with any amount of memory, to which nothing is copied and on which nothing runs."""
+
+    has_memory = True
+
+    def free_bytes(self) -> int:
+        return sys.maxsize
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event) -> Event:
+        return None
+
+    def record(self, work: Work) -> Work:
+        return lambda: None
+
+
 class IdleDriver(Driver):
     """A driver for tensors in the host's memory."""
 
@@ -73,40 +93,69 @@ class HostOnly(KernelsBackend):
     name = "host"
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, torch.bfloat16, on=Host())
+        super().__init__(bundle, torch.bfloat16, BUDGET, IdleGpu())
+        self.text_rows_multiple = 1  # the processor attends to them, for which a GPU needs none of the host's time
         self.cuda = IdleCuda()
         self.planned = Planned(self.run_block, IdleLauncher(IdleDriver(self.cuda)))
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         return super().bind(graph_run, inputs, outputs) if graph_run.graph == "block" else lambda: None
 
+    def forget(self) -> None:
+        """Forget the sessions and what they have recorded, but not the launch plans."""
+        self._sessions = {}
+
 
 @dataclass(frozen=True)
 class HostTime:
-    """The host's time for steps.
+    """The host's time for steps, which is the processor time that the launching thread takes. It waits for nothing
+    meanwhile, so on a quiet machine this is how long it takes.
 
     Attributes:
         launches: The number of launches of a step.
-        seconds: The processor time that the launching thread takes for each step. It waits for nothing meanwhile, so
-            on a quiet machine this is how long it takes.
+        seconds: Of each step that binds its graph runs and launches every kernel.
+        recorded: Of each step that repeats what was recorded.
     """
 
     launches: int
     seconds: list[float]
+    recorded: list[float]
 
 
 def host_time(bundle: Bundle, requests: int = 25) -> HostTime:
-    """Time every step of some requests. Each step binds its graph runs, as always; the launch plans are those of a
-    request that came before."""
+    """Time every step of some requests that launch, with the plans of a request that came before, and of as many that
+    repeat what the last of them recorded."""
     backend = HostOnly(bundle)
     pipeline = Pipeline(bundle, backend)
     checked = pipeline.check(Request("a", SMALLEST, topk=1.0))
     latents = torch.zeros(latent_shape(pipeline.model, SMALLEST), dtype=torch.float64)
-    seconds = []
-    for _ in range(requests + 1):
-        denoiser = pipeline.denoiser(checked, Timings())
+
+    def request() -> list[float]:
+        denoiser, seconds = pipeline.denoiser(checked, Timings()), []
         for step in checked.steps:
             start = time.thread_time()
             denoiser(latents, step)
             seconds.append(time.thread_time() - start)
-    return HostTime(backend.cuda.launches // len(seconds), seconds[len(checked.steps) :])
+        return seconds
+
+    with one_thread():
+        request()
+        launches = backend.cuda.launches // len(checked.steps)
+        launched = []
+        for _ in range(requests):
+            backend.forget()
+            launched += request()
+        request()
+        recorded = [seconds for _ in range(requests) for seconds in request()]
+    return HostTime(launches, launched, recorded)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute on this thread alone. Others would be waited for, which a GPU's host never does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """Weights that take turns in memory: the order of copies and graph runs, and the memory plan that counts their cost."""
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import pairwise
 from threading import Event, Timer
@@ -60,8 +61,8 @@ class Movements:
         if slot in self.coming:
             self.holds[slot] = self.coming.pop(slot)
 
-    def release(self, slot: int) -> None:
-        self.said.append(f"release {slot}")
+    def release(self, slots: Iterable[int]) -> None:
+        self.said += [f"release {slot}" for slot in slots]
 
     def graph_run(self, slot: int, wanted: GroupName) -> None:
         assert slot not in self.coming
@@ -109,8 +110,12 @@ def test_the_next_layer_is_copied_while_one_computes() -> None:
         *("run blocks.0.", "release 0", "fetch blocks.2.0", "run blocks.1.", "release 1", "fetch blocks.3.1"),
         *("run blocks.2.", "release 0", "run blocks.3.", "release 1"),
     ]
-    assert not residency.are_settled(turns)
-    assert residency.are_settled(residency.turns(Schedule("denoise", {}, {"step.0": (graph_run(2), graph_run(3))})))
+    assert residency.places(turns) is None
+    places = residency.places(residency.turns(Schedule("denoise", {}, {"step.0": (graph_run(2), graph_run(3))})))
+    assert places == {0: name(2), 1: name(3)}
+    assert residency.are_settled(places)
+    residency.lend([1])
+    assert not residency.are_settled(places)
 
 
 def test_a_copy_that_fails_leaves_nothing_behind() -> None:
@@ -249,8 +254,8 @@ class Streams(Host):
 
     def __init__(self) -> None:
         super().__init__()
-        self.has_memory = Event()
-        self.has_memory.set()
+        self.may_pin = Event()
+        self.may_pin.set()
         self.said: list[str] = []
         self.events = 0
         self.pinned_bytes = 0
@@ -272,7 +277,7 @@ class Streams(Host):
         self.said.append(f"wait {event}")
 
     def pinned(self, size: int) -> torch.Tensor:
-        assert self.has_memory.wait(10)
+        assert self.may_pin.wait(10)
         self.pinned_bytes += size
         return torch.empty(size, dtype=torch.uint8)
 
@@ -290,7 +295,7 @@ def test_a_copy_waits_for_the_last_graph_run_that_reads_its_slot(
     mover.fetch(0, both)
     mover.wait(0)
     mover.wait(0)
-    mover.release(0)
+    mover.release([0])
     mover.fetch(0, both)
     mover.wait(0)
     pieces = 1 if is_returning else 2
@@ -316,12 +321,12 @@ def test_launching_goes_on_while_weights_are_packed() -> None:
     slots = [torch.zeros(256, dtype=torch.uint8) for _ in range(2)]
     mover = CopyingMover(cuda, slots, lambda component, name: tensors[name], frozenset({name(1)}), {})
     mover.fetch(0, first)
-    cuda.has_memory.clear()
+    cuda.may_pin.clear()
     mover.fetch(1, second)
     mover.wait(0)
-    mover.release(0)
+    mover.release([0])
     assert cuda.said == ["mark -> e1", "copy 1 after e1 -> e2", "wait e2", "mark -> e3"]
-    cuda.has_memory.set()
+    cuda.may_pin.set()
     mover.wait(1)
     assert cuda.said[4:] == ["copy 1 after e1 -> e4", "wait e4"]
     assert torch.equal(slots[1].view(torch.int8), tensors["w"])
