@@ -25,17 +25,24 @@ class Embeddings:
 
     Args:
         most_bytes: How much they may take.
+
+    Attributes:
+        hits, misses: How often an embedding was found, and how often not.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self.most_bytes, self.bytes = most_bytes, 0
+        self.hits = self.misses = 0
         self._kept: OrderedDict[EmbeddingKey, Tensor] = OrderedDict()
 
     def find(self, key: EmbeddingKey) -> Tensor | None:
         """The rows of a prompt, ``[T, E]``."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-        return self._kept.get(key)
+        if key not in self._kept:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
     def keep(self, key: EmbeddingKey, rows: Tensor) -> None:
         """Keep the rows of a prompt, and forget those that were not used for longest."""

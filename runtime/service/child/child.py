@@ -24,6 +24,7 @@ from wanforge.runtime.service.child.messages import (
     Advance,
     Channel,
     ChildReady,
+    ChildUsage,
     ClipFailed,
     ClipStopped,
     MakeClip,
@@ -81,13 +82,13 @@ class Child:
 
     def _load(self, maker: Maker, order: ReloadBundles) -> None:
         refused = maker.load(order.bundles, lambda stage, percent: self._report(LOADING, stage, percent))
-        self.channel.send(ChildReady(maker.loaded(), refused, memory_bytes()))
+        self.channel.send(ChildReady(maker.loaded(), refused, usage_of(maker)))
 
     def _make(self, maker: Maker, order: MakeClip) -> None:
         self._told_stage = ""
         try:
             made = maker.make(order, lambda stage, percent: self._report(order.ticket, stage, percent))
-            self.channel.send(replace(made, loaded=maker.loaded(), memory_bytes=memory_bytes()))
+            self.channel.send(replace(made, loaded=maker.loaded(), usage=usage_of(maker)))
         except StoppedError:
             self.channel.send(ClipStopped(order.ticket))
         except Exception as error:
@@ -107,12 +108,11 @@ class Child:
             self.channel.send(Advance(ticket, stage, percent))
 
 
-def memory_bytes() -> int:
-    """Bytes of memory that this process uses."""
+def usage_of(maker: Maker) -> ChildUsage:
+    """What this process and its maker have used."""
     import psutil
 
-    found: int = psutil.Process().memory_info().rss
-    return found
+    return replace(maker.usage(), memory_bytes=psutil.Process().memory_info().rss)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip
+from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip
 
 Report = Callable[[str, int], None]
 """Called with a stage and the percent that is done, between any two launches. It raises a `StoppedError` to stop."""
@@ -36,3 +36,7 @@ class Maker(ABC):
     @abstractmethod
     def loaded(self) -> tuple[str, ...]:
         """Fingerprints of the loaded bundles."""
+
+    def usage(self) -> ChildUsage:
+        """What it has used, apart from the memory of the process."""
+        return ChildUsage()

@@ -76,18 +76,34 @@ class ShutDown(Record, frozen=True, tag=True):
     """End in good order."""
 
 
+class ChildUsage(Record, frozen=True, kw_only=True):
+    """What a child has used since it was started.
+
+    Attributes:
+        memory_bytes: The memory of the process.
+        gpu_memory_bytes: The memory of its GPU that is in use, by whomever; None without a GPU.
+        joules: The energy that its GPU took; None where that is not measured.
+        text_hits, text_misses: How often the embedding of a prompt was remembered, and how often not.
+    """
+
+    memory_bytes: int = 0
+    gpu_memory_bytes: int | None = None
+    joules: float | None = None
+    text_hits: int = 0
+    text_misses: int = 0
+
+
 class ChildReady(Record, frozen=True, tag=True):
     """The child can make clips.
 
     Attributes:
         loaded: Fingerprints of the bundles that are loaded; others are loaded when they are needed.
         refused: Why bundles cannot be served, by fingerprint.
-        memory_bytes: The memory of the process.
     """
 
     loaded: tuple[str, ...]
     refused: dict[str, str]
-    memory_bytes: int
+    usage: ChildUsage
 
 
 class Advance(Record, frozen=True, tag=True):
@@ -105,7 +121,7 @@ class ClipMade(Record, frozen=True, tag=True):
         files: Names of the files in the folder by variant: ``video``, ``thumbnail``, ``spritesheet``.
         stages: Seconds of each stage.
         details: What else to tell of it.
-        loaded: Fingerprints of the bundles that are now loaded. The child adds this and the memory that it uses.
+        loaded: Fingerprints of the bundles that are now loaded. The child adds this and what it has used.
     """
 
     ticket: str
@@ -114,7 +130,7 @@ class ClipMade(Record, frozen=True, tag=True):
     stages: dict[str, float]
     details: dict[str, Any]
     loaded: tuple[str, ...] = ()
-    memory_bytes: int = 0
+    usage: ChildUsage = ChildUsage()
 
 
 class ClipFailed(Record, frozen=True, tag=True):

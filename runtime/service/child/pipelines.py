@@ -15,11 +15,12 @@ from wanforge.host import available_bytes
 from wanforge.progress import Overall
 from wanforge.runtime.inputs.embeddings import Embeddings
 from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.measure.requests.meters import Nvml
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.catalogue import Asked, fingerprint
 from wanforge.runtime.service.child.maker import Maker, Report
-from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
+from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
 
 SHARE = 0.8
@@ -35,6 +36,7 @@ class Pipelines(Maker):
         torch.set_num_threads(setup.threads)
         self.setup, self.embeddings = setup, Embeddings()
         self.memory_bytes = setup.memory_bytes or SHARE * free_bytes()
+        self.meter = GpuMeter()
         self.places: dict[str, BundlePlace] = {}
         self._kept: OrderedDict[Loaded, Pipeline] = OrderedDict()
 
@@ -54,6 +56,15 @@ class Pipelines(Maker):
 
     def loaded(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(found for found, _ in self._kept))
+
+    def usage(self) -> ChildUsage:
+        kept = self.embeddings
+        return ChildUsage(
+            gpu_memory_bytes=self.meter.used_bytes(),
+            joules=self.meter.joules(),
+            text_hits=kept.hits,
+            text_misses=kept.misses,
+        )
 
     def make(self, order: MakeClip, report: Report) -> ClipMade:
         asked, folder = msgspec.convert(order.request, Asked), Path(order.folder)
@@ -108,6 +119,24 @@ class Pipelines(Maker):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class GpuMeter:
+    """The memory of the GPU that is in use, and the energy that it has taken since this was made."""
+
+    def __init__(self) -> None:
+        self.nvml = Nvml.open()
+        self.before = None if self.nvml is None else self.nvml.joules()
+
+    def used_bytes(self) -> int | None:
+        if not torch.cuda.is_available():
+            return None
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def joules(self) -> float | None:
+        now = None if self.nvml is None else self.nvml.joules()
+        return None if now is None or self.before is None else now - self.before
 
 
 class Percent:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from wanforge.configs.loading import Record
+from wanforge.runtime.service.child.messages import ChildUsage
 from wanforge.whole_file import temporary_file
 
 STATUS = "workers.json"
@@ -21,6 +22,8 @@ STALE_SECONDS = 10.0
 """The age from which a status is that of a supervisor that has ended or hangs."""
 BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Upper bounds of the histograms, in seconds."""
+MOST_KINDS = 50
+"""The most kinds of clips whose durations a worker tells apart."""
 READY = ("idle", "working")
 OUTCOMES = (
     *("completed", "cancelled", "requeued"),
@@ -48,6 +51,25 @@ class Histogram(Record, frozen=True):
         return Histogram(tuple(counts), self.sum + seconds)
 
 
+class ClipKind(Record, frozen=True):
+    """What durations are told apart by. Model and size are as clients name them: ``832x480``."""
+
+    model: str
+    size: str
+    recipe: str
+
+
+OTHER = ClipKind("other", "other", "other")
+
+
+class StageTimes(Record, frozen=True):
+    """The durations of one stage of one kind of clip."""
+
+    kind: ClipKind
+    stage: str
+    times: Histogram = Histogram()
+
+
 class WorkerStatus(Record, frozen=True, kw_only=True):
     """A worker.
 
@@ -58,11 +80,11 @@ class WorkerStatus(Record, frozen=True, kw_only=True):
         child: Process id of its child.
         loaded: Fingerprints of the bundles that its child has loaded.
         refused: Why bundles cannot be served, by fingerprint.
-        memory_bytes: The memory of its child.
+        usage: What its child has used.
         restarts: How often a child was started again.
         last_good_at: When it last completed a job, in seconds since 1970.
         outcomes: How many attempts ended in which way: ``completed``, ``cancelled``, ``requeued`` or a failure's code.
-        stages: Durations of the stages of completed jobs.
+        stages: Durations of the stages of completed jobs, of up to `MOST_KINDS` kinds of clips and of all others.
     """
 
     name: str
@@ -72,19 +94,26 @@ class WorkerStatus(Record, frozen=True, kw_only=True):
     job: str | None = None
     loaded: tuple[str, ...] = ()
     refused: dict[str, str] = msgspec.field(default_factory=dict)
-    memory_bytes: int = 0
+    usage: ChildUsage = ChildUsage()
     restarts: int = 0
     last_good_at: float | None = None
     outcomes: dict[str, int] = msgspec.field(default_factory=dict)
-    stages: dict[str, Histogram] = msgspec.field(default_factory=dict)
+    stages: tuple[StageTimes, ...] = ()
 
-    def with_outcome(self, outcome: str, stages: Mapping[str, float] | None = None) -> "WorkerStatus":
+    def with_outcome(self, outcome: str) -> "WorkerStatus":
         """The status after an attempt."""
-        times = dict(self.stages)
-        for name, seconds in (stages or {}).items():
-            times[name] = times.get(name, Histogram()).with_one(seconds)
         outcomes = {**self.outcomes, outcome: self.outcomes.get(outcome, 0) + 1}
-        return msgspec.structs.replace(self, outcomes=outcomes, stages=times)
+        return msgspec.structs.replace(self, outcomes=outcomes)
+
+    def with_times(self, kind: ClipKind, stages: Mapping[str, float]) -> "WorkerStatus":
+        """The status after a job was completed whose stages took so many seconds."""
+        found = {(each.kind, each.stage): each.times for each in self.stages}
+        kinds = {each.kind for each in self.stages}
+        told = kind if kind in kinds or len(kinds) < MOST_KINDS else OTHER
+        for stage, seconds in stages.items():
+            found[told, stage] = found.get((told, stage), Histogram()).with_one(seconds)
+        times = tuple(StageTimes(*place, each) for place, each in found.items())
+        return msgspec.structs.replace(self, stages=times)
 
 
 class ServiceStatus(Record, frozen=True, kw_only=True):

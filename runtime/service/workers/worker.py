@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from wanforge.runtime.service.workers.breaker import Breaker
 from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
 from wanforge.runtime.service.workers.process import ChildProcess, EndedError
 from wanforge.runtime.service.workers.settings import Seat, Supervision
-from wanforge.runtime.service.workers.status import WorkerStatus
+from wanforge.runtime.service.workers.status import ClipKind, WorkerStatus
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class ClipWorker(Thread):
         if refused and len(refused) == len(self.bundles):
             self._tell(refused=refused)
             raise EndedError(next(iter(refused.values())))
-        self._tell(state="idle", reason="", loaded=message.loaded, memory_bytes=message.memory_bytes, refused=refused)
+        self._tell(state="idle", reason="", loaded=message.loaded, usage=message.usage, refused=refused)
 
     def _lose_child(self, how: str, *, counts: bool = True) -> None:
         """Clean up after a child that has ended.
@@ -321,8 +321,9 @@ class ClipWorker(Thread):
             return
         self.breaker.succeeded()
         self._warm = job.bundle, job.shape
-        self._count(attempt, "completed", made.stages)
-        self._tell(last_good_at=time.time(), loaded=made.loaded, memory_bytes=made.memory_bytes)
+        self._count(attempt, "completed")
+        self.status = self.status.with_times(kind_of(job), made.stages)
+        self._tell(last_good_at=time.time(), loaded=made.loaded, usage=made.usage)
         log.info("%s completed %s.", self.name, job.id, extra={"job": job.id, "seconds": made.stages})
 
     def _store(self, name: str, path: Path) -> None:
@@ -373,10 +374,10 @@ class ClipWorker(Thread):
         elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
             self._count(attempt, "worker_died" if last is None else last.code)
 
-    def _count(self, attempt: Attempt, outcome: str, stages: Mapping[str, float] | None = None) -> None:
+    def _count(self, attempt: Attempt, outcome: str) -> None:
         """Note how an attempt ended."""
         attempt.traced.outcome = outcome
-        self.status = self.status.with_outcome(outcome, stages)
+        self.status = self.status.with_outcome(outcome)
 
     def _surely(self, change: Callable[[], bool]) -> bool | None:
         """Make a change in the store, and try again for as long as the store cannot be used. Until then the lease runs
@@ -396,3 +397,9 @@ class ClipWorker(Thread):
     def _tell(self, **changes: object) -> None:
         """Change the status."""
         self.status = msgspec.structs.replace(self.status, **changes)
+
+
+def kind_of(job: Job) -> ClipKind:
+    """The kind of a job's clip."""
+    asked = Asked.of(job)
+    return ClipKind(asked.model, f"{asked.width_px}x{asked.height_px}", asked.recipe)

@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.processes import ROOT, wait_until
 from tests.runtime.service.served import Rig, running
+from wanforge.runtime.service.child.messages import ChildUsage
 from wanforge.runtime.service.settings import ServeSettings
-from wanforge.runtime.service.workers.status import ServiceStatus, WorkerStatus, write_status
+from wanforge.runtime.service.workers.status import ClipKind, ServiceStatus, WorkerStatus, write_status
 
 FOLDER = ROOT / "integrations/service"
 ALERTS, DASHBOARD = FOLDER / "alerts.yml", FOLDER / "grafana.json"
@@ -48,9 +49,11 @@ def expressions() -> list[str]:
 
 def status(worked: int) -> ServiceStatus:
     """What a supervisor tells after some jobs."""
-    worker = WorkerStatus(name="gpu 0", state="idle", memory_bytes=5, restarts=1, last_good_at=time.time())
+    usage = ChildUsage(memory_bytes=5, gpu_memory_bytes=7, joules=2.5)
+    worker = WorkerStatus(name="gpu 0", state="idle", usage=usage, restarts=1, last_good_at=time.time())
+    kind = ClipKind("tinywan", "128x112", "w8a8")
     for _ in range(worked):
-        worker = worker.with_outcome("completed", {"denoise": 1.5, "decode": 0.5})
+        worker = worker.with_outcome("completed").with_times(kind, {"denoise": 1.5, "decode": 0.5})
     return ServiceStatus(supervisor=1, written=time.monotonic(), workers=(worker.with_outcome("gpu_failed"),))
 
 

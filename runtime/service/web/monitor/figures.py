@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from shutil import disk_usage
 
@@ -37,7 +38,6 @@ class WorkerFigures:
 
     def collect(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("wanforge_worker_ready", "Whether a worker can take jobs.", labels=["worker"])
-        memory = GaugeMetricFamily("wanforge_worker_memory_bytes", "Memory of a worker's child.", labels=["worker"])
         restarts = CounterMetricFamily("wanforge_worker_restarts", "Children that were replaced.", labels=["worker"])
         last = GaugeMetricFamily(
             "wanforge_worker_last_good_timestamp_seconds", "When a worker last completed a job.", labels=["worker"]
@@ -45,11 +45,28 @@ class WorkerFigures:
         obstacles = self.status.obstacles()
         for worker in self.status.workers:
             ready.add_metric([worker.name], worker.state in READY and not obstacles)
-            memory.add_metric([worker.name], worker.memory_bytes)
             restarts.add_metric([worker.name], worker.restarts)
             if worker.last_good_at is not None:
                 last.add_metric([worker.name], worker.last_good_at)
-        yield from (ready, memory, restarts, last, self._attempts(), self._stages())
+        yield from (ready, restarts, last, *self._usage(), self._attempts(), self._stages())
+
+    def _usage(self) -> Iterator[Metric]:
+        memory = GaugeMetricFamily("wanforge_worker_memory_bytes", "Memory of a worker's child.", labels=["worker"])
+        gpu = GaugeMetricFamily("wanforge_gpu_memory_bytes", "Memory of a worker's GPU in use.", labels=["worker"])
+        joules = CounterMetricFamily("wanforge_gpu_joules", "Energy that a worker's GPU took.", labels=["worker"])
+        texts = CounterMetricFamily(
+            "wanforge_text_embeddings", "Embeddings of prompts that were needed.", labels=["worker", "found"]
+        )
+        for worker in self.status.workers:
+            usage = worker.usage
+            memory.add_metric([worker.name], usage.memory_bytes)
+            if usage.gpu_memory_bytes is not None:
+                gpu.add_metric([worker.name], usage.gpu_memory_bytes)
+            if usage.joules is not None:
+                joules.add_metric([worker.name], usage.joules)
+            texts.add_metric([worker.name, "yes"], usage.text_hits)
+            texts.add_metric([worker.name, "no"], usage.text_misses)
+        yield from (memory, gpu, joules, texts)
 
     def _attempts(self) -> Metric:
         # A series that begins with its first attempt would hide that attempt from `increase`.
@@ -62,14 +79,15 @@ class WorkerFigures:
         return attempts
 
     def _stages(self) -> Metric:
-        stages = HistogramMetricFamily("wanforge_stage_seconds", "Duration of stages.", labels=["worker", "stage"])
+        names = ["worker", "model", "size", "recipe", "stage"]
+        stages = HistogramMetricFamily("wanforge_stage_seconds", "Duration of stages.", labels=names)
         for worker in self.status.workers:
-            for stage, histogram in worker.stages.items():
-                buckets, below = [], 0
-                for bound, count in zip([*map(str, BOUNDS), "+Inf"], histogram.counts, strict=True):
-                    below += count
-                    buckets.append((bound, below))
-                stages.add_metric([worker.name, stage], buckets, histogram.sum)
+            for each in worker.stages:
+                counts = accumulate(each.times.counts)
+                buckets = list(zip([*map(str, BOUNDS), "+Inf"], counts, strict=True))
+                kind = each.kind
+                labels = [worker.name, kind.model, kind.size, kind.recipe, each.stage]
+                stages.add_metric(labels, buckets, each.times.sum)
         return stages
 
 

@@ -84,6 +84,7 @@ def test_a_stopped_clip_leaves_nothing_and_the_next_is_the_same(bundle_of: Bundl
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), variant
     assert "text" in first.stages
     assert "text" not in again.stages
+    assert (pipelines.usage().text_hits, pipelines.usage().text_misses) == (3, 1)
 
 
 def test_bundles_take_turns_where_memory_is_short(bundle_of: BundleOf, tmp_path: Path) -> None:

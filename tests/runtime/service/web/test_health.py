@@ -6,8 +6,9 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.runtime.service.served import Rig, running
+from wanforge.runtime.service.child.messages import ChildUsage
 from wanforge.runtime.service.settings import ServeSettings
-from wanforge.runtime.service.workers.status import Histogram, ServiceStatus, WorkerStatus, write_status
+from wanforge.runtime.service.workers.status import MOST_KINDS, ClipKind, ServiceStatus, WorkerStatus, write_status
 
 
 def status(state: str = "idle", reason: str = "", age: float = 0.0) -> ServiceStatus:
@@ -16,10 +17,11 @@ def status(state: str = "idle", reason: str = "", age: float = 0.0) -> ServiceSt
         state=state,
         reason=reason,
         restarts=2,
-        memory_bytes=5,
+        usage=ChildUsage(memory_bytes=5, gpu_memory_bytes=7, joules=2.5, text_hits=3, text_misses=1),
         outcomes={"completed": 3, "out_of_memory": 1},
-        stages={"decode": Histogram().with_one(0.2).with_one(5000.0)},
     )
+    for seconds in (0.2, 5000.0):
+        worker = worker.with_times(ClipKind("tinywan", "128x112", "w8a8"), {"decode": seconds})
     return ServiceStatus(supervisor=1, written=time.monotonic() - age, workers=(worker,))
 
 
@@ -55,9 +57,27 @@ def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path:
     assert found["wanforge_attempts_total", "out_of_memory"] == 1
     assert found["wanforge_attempts_total", "gpu_failed"] == 0
     assert found["wanforge_worker_restarts_total", "worker 0"] == 2
-    assert found["wanforge_stage_seconds_count", "decode", "worker 0"] == 2
-    assert found["wanforge_stage_seconds_bucket", "0.3", "decode", "worker 0"] == 1
+    kind = ("128x112", "decode", "tinywan", "w8a8", "worker 0")  # the values of the labels, sorted
+    assert found["wanforge_stage_seconds_count", *kind] == 2
+    assert found["wanforge_stage_seconds_bucket", "0.3", *kind] == 1
+    assert found["wanforge_worker_memory_bytes", "worker 0"] == 5
+    assert found["wanforge_gpu_memory_bytes", "worker 0"] == 7
+    assert found["wanforge_gpu_joules_total", "worker 0"] == 2.5
+    assert found["wanforge_text_embeddings_total", "worker 0", "yes"] == 3
+    assert found["wanforge_text_embeddings_total", "no", "worker 0"] == 1
     assert found["wanforge_disk_free_bytes",] > 0
+
+
+def test_kinds_of_clips_beyond_the_most_are_told_together() -> None:
+    """A client that asks for ever other sizes does not fill the memory of whoever collects the figures."""
+    worker = WorkerStatus(name="worker 0")
+    for size in range(MOST_KINDS + 5):
+        worker = worker.with_times(ClipKind("tinywan", f"{16 * size}x16", "w8a8"), {"decode": 0.2})
+    told = {each.kind.size: sum(each.times.counts) for each in worker.stages}
+    assert len(told) == MOST_KINDS + 1
+    assert told["other"] == 5
+    assert told["0x16"] == 1
+    assert worker.with_times(ClipKind("tinywan", "0x16", "w8a8"), {"decode": 0.2}).stages[0].times.sum == 0.4
 
 
 def test_models_are_told_with_what_they_can_do(rig: Rig) -> None:

@@ -14,6 +14,7 @@ from wanforge.runtime.service.workers.breaker import Breaker
 from wanforge.runtime.service.workers.settings import Supervision, WorkTimes, seats
 from wanforge.runtime.service.workers.status import (
     STALE_SECONDS,
+    ClipKind,
     ServiceStatus,
     WorkerStatus,
     obstacles,
@@ -119,9 +120,13 @@ def test_the_status_says_why_nothing_can_be_made(tmp_path: Path) -> None:
 
 
 def test_durations_are_counted_in_buckets() -> None:
-    status = WorkerStatus(name="worker 0").with_outcome("completed", {"denoise": 0.2})
-    status = status.with_outcome("completed", {"denoise": 2000.0, "decode": 0.01}).with_outcome("cancelled")
+    kind, other = ClipKind("tinywan", "128x112", "w8a8"), ClipKind("tinywan", "128x112", "bf16")
+    status = WorkerStatus(name="worker 0").with_outcome("completed").with_outcome("completed")
+    status = status.with_times(kind, {"denoise": 0.2}).with_times(kind, {"denoise": 2000.0, "decode": 0.01})
+    status = status.with_times(other, {"denoise": 0.2}).with_outcome("cancelled")
     assert status.outcomes == {"completed": 2, "cancelled": 1}
-    assert status.stages["denoise"].counts == (0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1)
-    assert status.stages["denoise"].sum == 2000.2
-    assert status.stages["decode"].counts[0] == 1
+    found = {(each.kind, each.stage): each.times for each in status.stages}
+    assert found[kind, "denoise"].counts == (0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1)
+    assert found[kind, "denoise"].sum == 2000.2
+    assert found[kind, "decode"].counts[0] == 1
+    assert sum(found[other, "denoise"].counts) == 1

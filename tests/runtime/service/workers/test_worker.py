@@ -4,9 +4,11 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.runtime.service.store.rig import claimed, submission
+from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.child.messages import ClipMade
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.results.base import StorageError
@@ -17,6 +19,7 @@ from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 from wanforge.runtime.service.workers import worker as worker_module
 from wanforge.runtime.service.workers.heart import Attempt, Heart
 from wanforge.runtime.service.workers.settings import Seat, Supervision
+from wanforge.runtime.service.workers.status import ClipKind
 from wanforge.runtime.service.workers.worker import ClipWorker, Shop
 
 MADE = ClipMade("", {"video": "video.mp4"}, "torch", {"denoise": 1.0}, {})
@@ -35,7 +38,11 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClipWorker:
 
 def finish(worker: ClipWorker, folder: Path) -> str:
     store: Any = worker.shop.store
-    worker.shop.store.submit(submission())
+    asked = Asked(
+        **{"model": "tinywan", "recipe": "w8a8", "prompt": "a red circle", "width_px": 128, "height_px": 112},
+        **{"frames": 21, "fps": 16, "seed": 0, "steps": 4},
+    )
+    worker.shop.store.submit(submission(request=msgspec.to_builtins(asked)))
     job = claimed(store)
     worker._settle(Attempt(job, lambda: None), MADE, folder)
     return job.id
@@ -60,6 +67,7 @@ def test_a_result_waits_for_the_store(worker: ClipWorker, tmp_path: Path, monkey
     assert job.state is State.COMPLETED
     assert (len(tries), objects(worker)) == (3, 1)
     assert worker.status.outcomes == {"completed": 1}
+    assert [each.kind for each in worker.status.stages] == [ClipKind("tinywan", "128x112", "w8a8")]
 
 
 def test_a_result_that_may_have_been_recorded_is_kept(
