@@ -41,6 +41,8 @@ REPORT_SECONDS = 0.05
 """How often progress within a stage is told."""
 LAST_EXIT = 70
 """The exit status after an error after which the process cannot go on."""
+UNEXPECTED = ("internal_error", "gpu_failed")
+"""Failures of which the log shows where they happened."""
 LOADING = ""
 """The ticket of what is not done for a clip."""
 
@@ -93,7 +95,9 @@ class Child:
             self.channel.send(ClipStopped(order.ticket))
         except Exception as error:
             failure, is_last = failure_of(error)
-            log.exception("An attempt failed (%s).", failure.code, extra={"job": order.ticket.rpartition("/")[0]})
+            trace = error if failure.code in UNEXPECTED else None
+            job = order.ticket.rpartition("/")[0]
+            log.error("An attempt failed (%s).", failure.code, exc_info=trace, extra={"job": job})
             self.channel.send(ClipFailed(order.ticket, failure, is_last))
             if is_last:
                 os._exit(LAST_EXIT)  # at once, because libraries may hang when they clean up

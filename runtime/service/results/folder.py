@@ -22,7 +22,8 @@ class FolderStorage(ObjectStorage):
 
     Args:
         root: The folder; it is made if it does not exist, for this user only.
-        least_free: Bytes that have to be free on the disk before something is stored.
+        least_free: Bytes that have to be free on the disk before something is uploaded or a job is started. Results of
+            jobs that run already may take some of them.
     """
 
     def __init__(self, root: Path, least_free: int = LEAST_FREE) -> None:
@@ -40,7 +41,6 @@ class FolderStorage(ObjectStorage):
 
     def add(self, name: str, path: Path) -> None:
         target = self.root / checked_name(name)
-        self.check_room()
         with explained(self.root):
             if path.stat().st_dev == self.root.stat().st_dev:
                 self._place(path, target)

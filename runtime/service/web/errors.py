@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from wanforge.errors import WanforgeError
 from wanforge.runtime.service.results.base import StorageError
@@ -120,6 +121,10 @@ def install(app: FastAPI) -> None:
     async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return validation_error(first).response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def of_the_connection(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # which nobody reads, since the client has left
 
     @app.exception_handler(HTTPException)
     async def of_the_framework(request: Request, error: HTTPException) -> JSONResponse:

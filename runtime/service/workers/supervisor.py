@@ -158,10 +158,10 @@ class Supervisor:
         try:
             self.storage.check_room()
             self.problem = ""
+            self.shop.is_full.clear()
         except (StorageError, OSError) as error:
             self.problem = str(error)
-        for worker in self.workers:
-            worker.problem = self.problem
+            self.shop.is_full.set()
 
     def _obey(self, number: int) -> None:
         """Do what a signal asks for."""

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
@@ -44,6 +44,8 @@ LOOK_SECONDS = 0.25
 """How often a worker that waits looks whether something else is to be done."""
 STORE_SECONDS = 0.5
 """How long to wait before the store is asked again after an error."""
+DISK_FULL = "disk_full"
+"""The code of attempts that found no room for their files."""
 MOST_TRIES = 3
 """How often storing a result is tried where the storage cannot be reached."""
 
@@ -56,6 +58,7 @@ class Shop:
         is_closed: Set when no more jobs are to be started: the service ends.
         is_ended: Set when the service does not even wait for the job store any more.
         trace: Called with every attempt that has ended.
+        is_full: Set when no jobs are started because there is no room for what they make.
     """
 
     settings: Supervision
@@ -65,6 +68,7 @@ class Shop:
     is_closed: Event
     is_ended: Event
     trace: Tell = untraced
+    is_full: Event = field(default_factory=Event)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,6 @@ class ClipWorker(Thread):
 
     Attributes:
         status: What it does.
-        problem: Why it may not start jobs for now; set by the supervisor.
         lease_name: The name under which its child's leases are held.
     """
 
@@ -104,7 +107,6 @@ class ClipWorker(Thread):
         self.times = shop.settings.times
         self.breaker = Breaker(shop.settings)
         self.status = WorkerStatus(name=name)
-        self.problem = ""
         self.lease_name = ""
         self._warm: tuple[str, str] | None = None
         self._child: ChildProcess | None = None
@@ -151,7 +153,7 @@ class ClipWorker(Thread):
             self._start()
             return
         self._child.receive(0)  # which notices if it has ended
-        job = None if self.problem else self._claim()
+        job = None if self.shop.is_full.is_set() else self._claim()
         if job is not None:
             self._serve(job, self._child)
         else:
@@ -222,7 +224,7 @@ class ClipWorker(Thread):
             self._settle(attempt, outcome, folder)
         except OSError as error:
             log.exception("%s cannot use its folder.", self.name)
-            self._fail(attempt, failure_of(error).failure)
+            self._reject(attempt, failure_of(error).failure)
         finally:
             self.shop.heart.remove(attempt)
             shutil.rmtree(folder, ignore_errors=True)
@@ -293,7 +295,7 @@ class ClipWorker(Thread):
             case ClipMade():
                 self._complete(attempt, outcome, folder)
             case ClipFailed(_, failure, _):
-                self._fail(attempt, failure)
+                self._reject(attempt, failure)
             case ClipStopped() | Killed(was_asked=True):
                 self._give_back(attempt)
             case Killed(_, was_hung=True):
@@ -311,7 +313,7 @@ class ClipWorker(Thread):
                 self._store(objects[variant], folder / file)
         except StorageError as error:
             self._discard(objects)
-            self._fail(attempt, Failure(error.code, str(error)))
+            self._reject(attempt, Failure(error.code, str(error)))
             return
         job, result = attempt.job, Result(objects=objects, backend=made.backend, details=made.details)
         is_done = self._surely(lambda: self.shop.store.complete(job.lease, result))
@@ -346,6 +348,15 @@ class ClipWorker(Thread):
         with suppress(StorageError):
             self.shop.storage.delete(list(objects.values()))
 
+    def _reject(self, attempt: Attempt, failure: Failure) -> None:
+        """End an attempt that cannot succeed. On a full disk none can, so that is not the job's fault: it waits with the
+        others for room, and fails if there is not enough the next time."""
+        if failure.code == DISK_FULL:
+            self.shop.is_full.set()
+            self._lose(attempt, failure)
+        else:
+            self._fail(attempt, failure)
+
     def _fail(self, attempt: Attempt, failure: Failure) -> None:
         job = attempt.job
         if self._surely(lambda: self.shop.store.fail(job.lease, failure)):
@@ -363,7 +374,7 @@ class ClipWorker(Thread):
             self._count(attempt, "requeued")
 
     def _lose(self, attempt: Attempt, last: Failure | None) -> None:
-        """End an attempt whose child is lost: the job is queued again, or fails if that has happened often enough.
+        """End an attempt through no fault of its own: the job is queued again, or fails if that has happened often enough.
 
         Args:
             last: The failure after the last attempt; None for the store's own.

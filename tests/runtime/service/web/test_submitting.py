@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import socket
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -135,3 +137,14 @@ def test_a_picture_is_fetched_from_an_allowed_host(
         assert (other.status_code, other.json()["error"]["param"]) == (400, "input_reference")
         batch = rig.client.post("/v1/batches", files={"file": ("lines", json.dumps(fields))}).json()
         assert batch["counts"]["failed"] == 1
+
+
+def test_a_client_that_leaves_while_it_sends_submits_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    line = b'{"prompt": "a red circle"}\n'
+    for path, kind in (("batches", "application/jsonl"), ("videos", "application/json")):
+        head = f"POST /v1/{path} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: 1000\r\n\r\n"
+        with socket.create_connection((rig.client.base_url.host, rig.client.base_url.port)) as client:
+            client.sendall(head.encode() + line)
+    threading.Event().wait(0.2)
+    assert rig.client.get("/v1/videos").json()["data"] == []
+    assert caplog.text == ""

@@ -44,7 +44,6 @@ def test_a_job_from_end_to_end(rig: Rig) -> None:
     ("word", "code", "dies"),
     [
         ("wrong", "invalid_request", False),
-        ("full", "disk_full", False),
         ("broken", "internal_error", False),
         ("memory", "out_of_memory", True),
         ("gpu", "gpu_failed", True),
@@ -193,6 +192,15 @@ shutil.disk_usage = lambda path: types.SimpleNamespace(free=5) if full.exists() 
         assert settled(lambda: rig.job(job).state is State.QUEUED, 0.6)
         (rig.folder / "full").unlink()
         rig.completed(job)
+
+
+def test_a_job_that_found_no_room_waits_for_it_once(rig: Rig) -> None:
+    with working(rig):
+        first, always = rig.submit("full first"), rig.submit("full")
+        assert (rig.completed(first).attempt, rig.job(first).lost) == (2, 1)
+        assert rig.failed(always) == "disk_full"
+        assert rig.job(always).attempt == 2
+        assert len(rig.objects()) == 3
 
 
 def test_two_supervisors_do_not_share_a_folder(rig: Rig) -> None:

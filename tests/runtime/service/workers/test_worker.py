@@ -82,9 +82,11 @@ def test_a_result_that_may_have_been_recorded_is_kept(
     assert objects(worker) == 1
 
 
-@pytest.mark.parametrize(("code", "tries"), [("storage_unreachable", 3), ("disk_full", 1)])
-def test_a_result_that_cannot_be_stored_fails_the_job(
-    worker: ClipWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, tries: int
+@pytest.mark.parametrize(
+    ("code", "tries", "state"), [("storage_unreachable", 3, State.FAILED), ("disk_full", 1, State.QUEUED)]
+)
+def test_a_result_that_cannot_be_stored_fails_the_job_unless_it_can_wait_for_room(
+    worker: ClipWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, tries: int, state: State
 ) -> None:
     tried = list[str]()
 
@@ -95,5 +97,6 @@ def test_a_result_that_cannot_be_stored_fails_the_job(
     monkeypatch.setattr(FolderStorage, "add", refuse)
     job = worker.shop.store.get(finish(worker, tmp_path))
     assert job is not None
-    assert job.error is not None
-    assert (job.error.code, len(tried), objects(worker)) == (code, tries, 0)
+    assert (job.state, len(tried), objects(worker)) == (state, tries, 0)
+    assert (None if job.error is None else job.error.code) == (code if state is State.FAILED else None)
+    assert worker.shop.is_full.is_set() == (code == "disk_full")

@@ -1,0 +1,22 @@
+"""`wanforge serve` with a clock that can be moved, a watchdog that waits for seconds, and a maker that notes its runs.
+
+python -m tests.usage.serving.front serve BUNDLE …
+"""
+
+from functools import partial
+
+from tests.usage.serving import clock
+from wanforge.cli import main
+from wanforge.runtime.service import supervising
+from wanforge.runtime.service.workers.settings import Supervision, WorkTimes
+
+HANG_SECONDS = 4.0
+"""How long a child may make no progress. A launch of the small clips takes far less."""
+
+if __name__ == "__main__":
+    clock.follow()
+    supervising.MODULE = "tests.usage.serving.supervisor"
+    supervising.Supervision = partial(  # type: ignore[misc,assignment]
+        Supervision, maker="tests.usage.serving.maker", times=WorkTimes(hang=HANG_SECONDS)
+    )
+    main()
