@@ -1,0 +1,309 @@
+"""What the service takes from a machine, and how quick it is when many clients use it at once.
+
+    python -m tests.usage.serving.load --markdown table.md
+
+`wanforge serve` with two workers, which make clips of TinyWan, gets 1,000 jobs, 200 clients that poll as often as the
+server asks them to, and 50 event streams. The table says of each goal whether it is met, and on which machine. Clips per
+second are compared with as many processes of `wanforge generate`, in turns. The polls of an hour are those of 200 clients
+that look every 5 seconds. It takes about six minutes, and exits with 1 if a goal is missed.
+
+Clients and workers share the machine here, so what clients take is measured, too.
+"""
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+
+import httpx2
+import psutil
+
+from tests.usage.serving.clients import Seen, crowd, hammer
+from tests.usage.serving.server import WORKERS, Server, children_of
+from tools.workers_pace import PROMPT, generated
+from wanforge.api import export, import_checkpoint
+from wanforge.runtime.measure.machine import cpu_name
+from wanforge.runtime.service.job import State
+from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.store.base import JobFilter
+from wanforge.runtime.service.workers.supervisor import store_of
+
+JOBS, POLLERS, STREAMS = 1000, 200, 50
+POLLS_OF_AN_HOUR = POLLERS * 3600 // 5
+SETTINGS = """
+[limits]
+requests_per_second = 100000
+burst = 100000
+"""
+"""All clients are one owner here, who may ask as often as two hundred."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A measured value, and what it is to be."""
+
+    what: str
+    found: str
+    goal: str
+    is_met: bool
+
+
+class Measured:
+    """The goals, as they are measured."""
+
+    def __init__(self) -> None:
+        self.goals: list[Goal] = []
+        self.notes: list[str] = []
+
+    def most(self, what: str, found: float, most: float, unit: str, digits: int = 1) -> None:
+        """Note a value that is to be below another."""
+        self._add(Goal(what, f"{found:.{digits}f} {unit}", f"< {most:g} {unit}", found < most))
+
+    def least(self, what: str, found: float, least: float, unit: str) -> None:
+        """Note a value that is to be at least another."""
+        self._add(Goal(what, f"{found:.1f} {unit}", f"≥ {least:g} {unit}", found >= least))
+
+    def note(self, text: str) -> None:
+        """Note something that has no goal."""
+        self.notes.append(text)
+        print(text, flush=True)
+
+    def _add(self, goal: Goal) -> None:
+        self.goals.append(goal)
+        print(f"{goal.what}: {goal.found} (goal {goal.goal}): {verdict(goal)}", flush=True)
+
+    def table(self) -> list[str]:
+        """Everything, as a table in Markdown and lines below it."""
+        rows = [f"| {each.what} | {each.found} | {each.goal} | {verdict(each)} |" for each in self.goals]
+        return ["| what | measured | goal | |", "|---|--:|--:|---|", *rows, "", *self.notes]
+
+
+def verdict(goal: Goal) -> str:
+    return "pass" if goal.is_met else "**fail**"
+
+
+@contextmanager
+def serving(folder: Path, bundle: Path) -> Iterator[Server]:
+    """A server whose maker notes times."""
+    (folder / "serve.toml").write_text(SETTINGS)
+    options = ("--config", str(folder / "serve.toml"))
+    server = Server(folder / "server", bundle, front="tests.usage.serving.load_front", options=options)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def submit(server: Server, count: int) -> list[str]:
+    """Submit jobs as a batch, and return their ids, the next one first."""
+    batch = server.connection.submit_batch(f"{PROMPT}\n".encode() * count)
+    return [each["id"] for each in server.connection.videos(batch=batch["id"], order="asc")]
+
+
+def completed_in(server: Server, seconds: float) -> float:
+    """Clips per second that are completed in some time, from the end of one to the end of another."""
+    with opened(server) as store:
+        before = time.time()
+        time.sleep(seconds)
+        page = store.jobs(JobFilter(states=(State.COMPLETED,), limit=500))
+        ends = sorted(each.completed_at or 0.0 for each in page.jobs if (each.completed_at or 0.0) > before)
+    return (len(ends) - 1) / (ends[-1] - ends[0]) if len(ends) > 1 else 0.0
+
+
+@contextmanager
+def opened(server: Server):  # type: ignore[no-untyped-def]
+    """The job store of a server."""
+    store = store_of(ServeSettings(data=str(server.data)))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def overhead(server: Server, measured: Measured, clips: int) -> None:
+    """Time clips that are submitted one after the other."""
+    first, last = [], []
+    http = server.connection.http
+    with opened(server) as store:
+        for seed in range(clips):
+            time.sleep(0.3)
+            begun = time.time()
+            job = http.post("/v1/videos", json={"prompt": PROMPT, "seed": seed}).json()["id"]
+            server.connection.wait(job)
+            while http.get(f"/v1/videos/{job}/content").status_code != 200:
+                time.sleep(0.002)
+            done = time.time()
+            details = store.get(job).result.details
+            first.append(details["times"]["first"] - begun)
+            last.append(done - details["times"]["decoded"] - details["timings"]["write"])
+    measured.most("submitted → first launch, median", 1e3 * statistics.median(first), 20, "ms")
+    measured.most("last frame → downloaded, without muxing, median", 1e3 * statistics.median(last), 100, "ms")
+
+
+def pace(server: Server, bundle: Path, folder: Path, measured: Measured, clips: int) -> None:
+    """Compare clips per second with those of processes without a service, in turns."""
+    alone, served = [], []
+    for turn in range(2):
+        (place := folder / f"alone {turn}").mkdir()
+        resume(server, is_running=False)
+        alone.append(generated(bundle, clips, WORKERS, place))
+        resume(server, is_running=True)
+        submit(server, 4 * clips)
+        served.append(completed_in(server, clips / alone[-1]))
+        cancel_all(server)
+    measured.note(f"`wanforge generate` alone: {', '.join(f'{each:.2f}' for each in alone)} clips/s")
+    measured.note(f"served, without clients: {', '.join(f'{each:.2f}' for each in served)} clips/s")
+    ratio = statistics.mean(served) / statistics.mean(alone)
+    measured.least("clips/s, of those of `wanforge generate`", 100 * ratio, 95, "%")
+
+
+def resume(server: Server, *, is_running: bool) -> None:
+    """Stop the processes that make clips, or let them go on."""
+    for child in children_of(server):
+        if is_running:
+            child.resume()
+        else:
+            child.suspend()
+
+
+def cancel_all(server: Server) -> None:
+    """Cancel what is queued or runs."""
+    for batch in {each["batch_id"] for each in server.connection.videos(status="queued")}:
+        server.connection.http.post(f"/v1/batches/{batch}/cancel")
+    server.wait_until(lambda: not list(server.connection.videos(status="in_progress")), "jobs are not cancelled")
+
+
+def under_load(server: Server, measured: Measured, seconds: float) -> list[str]:
+    """Measure statuses while many clients look and the workers make clips. Returns the jobs."""
+    jobs = submit(server, JOBS)
+    assert server.process is not None
+    front, me = psutil.Process(server.process.pid), psutil.Process()
+    took, mine = busy(front), busy(me)
+    with opened(server) as store:
+        before = store.census().states.get(State.COMPLETED, 0)
+        seen = asyncio.run(crowd(server.port, jobs, jobs[:STREAMS], POLLERS, seconds))
+        after = store.census().states.get(State.COMPLETED, 0)
+    measured.most("status, p50", 1e3 * seen.share(0.5), 50, "ms")
+    measured.most("status, p99", 1e3 * seen.share(0.99), 50, "ms")
+    refuse(seen)
+    measured.note(
+        f"under load for {seconds:.0f} s: {len(seen.seconds) / seconds:.0f} polls/s, {seen.events / seconds:.0f} "
+        f"events/s, {(after - before) / seconds:.2f} clips/s; the HTTP process took {busy(front) - took:.1f} s of the "
+        f"processors, and the clients {busy(me) - mine:.1f} s"
+    )
+    return jobs
+
+
+def memory(server: Server, jobs: list[str], measured: Measured, seconds: float) -> None:
+    """Measure the memory of the HTTP process before and after the polls of an hour."""
+    assert server.process is not None
+    front = psutil.Process(server.process.pid)
+    resume(server, is_running=False)
+    queued = jobs[JOBS // 2 :]
+    warm = asyncio.run(hammer(server.port, queued, 20, seconds / 10))
+    before, polls, end = front.memory_info().rss, 0, time.monotonic() + seconds
+    while polls < POLLS_OF_AN_HOUR and time.monotonic() < end:
+        seen = asyncio.run(hammer(server.port, queued, 20, min(10.0, max(0.5, end - time.monotonic()))))
+        refuse(seen)
+        polls += len(seen.seconds)
+    resume(server, is_running=True)
+    grown = (front.memory_info().rss - before) / 1e6
+    measured.note(f"memory of the HTTP process: {before / 1e6:.1f} MB after {len(warm.seconds)} polls, then {polls} more")
+    measured.most(f"memory gained in {polls} polls ({POLLS_OF_AN_HOUR} are an hour's)", grown, 2, "MB")
+
+
+def restart(server: Server, measured: Measured) -> None:
+    """Time a start with a long queue."""
+    with opened(server) as store:
+        queued = store.census().states.get(State.QUEUED, 0)
+        submit(server, max(1, JOBS - queued))
+    server.stop()
+    server.connection = type(server.connection)(server.connection.url)
+    with answers_at(server) as answered:
+        begun = time.time()
+        server.start()
+        ready = time.time()
+    warm_up = max(ready - child.create_time() for child in children_of(server))
+    measured.most(f"first answer after a restart with {JOBS} queued", answered[0] - begun, 2, "s", 2)
+    measured.most("ready after that restart, without the warm-up of the children", ready - begun - warm_up, 2, "s", 2)
+    measured.note(f"warm-up of the children: {warm_up:.1f} s")
+
+
+@contextmanager
+def answers_at(server: Server) -> Iterator[list[float]]:
+    """Note when a server first answers, in another thread."""
+    found: list[float] = []
+
+    def ask() -> None:
+        while not found:
+            try:
+                httpx2.get(f"{server.connection.url}/v1/models", timeout=5)
+                found.append(time.time())
+            except httpx2.TransportError:
+                time.sleep(0.01)
+
+    thread = Thread(target=ask)
+    thread.start()
+    yield found
+    thread.join()
+
+
+def busy(process: psutil.Process) -> float:
+    """Seconds that a process has taken of the processors."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def refuse(seen: Seen) -> None:
+    """End if the server has answered with anything but a status."""
+    if seen.wrong:
+        raise RuntimeError(f"{len(seen.wrong)} answers are wrong, the first is {seen.wrong[0]}")
+
+
+def load(seconds: float, clips: int) -> Measured:
+    """Measure everything."""
+    measured = Measured()
+    load_before = os.getloadavg()[0]
+    with TemporaryDirectory(prefix="wanforge-load-") as name:
+        folder = Path(name)
+        import_checkpoint(folder / "bundle", recipe="w8a8")
+        export(folder / "bundle", ["fp32"])
+        with serving(folder, folder / "bundle") as server:
+            overhead(server, measured, clips)
+            pace(server, folder / "bundle", folder, measured, clips)
+            jobs = under_load(server, measured, seconds)
+            memory(server, jobs, measured, 2 * seconds)
+            restart(server, measured)
+            cancel_all(server)
+    load_after = os.getloadavg()[0]
+    measured.note(
+        f"{cpu_name()}, {len(os.sched_getaffinity(0))} processors; load average {load_before:.1f} before and "
+        f"{load_after:.1f} after"
+    )
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the service under load.")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long many clients look; twice that for memory")
+    parser.add_argument("--clips", type=int, default=12, help="clips that are timed one by one, and per turn")
+    parser.add_argument("--markdown", type=Path, help="file for the table")
+    options = parser.parse_args()
+    measured = load(options.seconds, options.clips)
+    if options.markdown is not None:
+        options.markdown.write_text("\n".join(measured.table()) + "\n")
+    print("\n".join(measured.table()))
+    sys.exit(not all(each.is_met for each in measured.goals))
+
+
+if __name__ == "__main__":
+    main()
