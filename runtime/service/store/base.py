@@ -261,6 +261,14 @@ class JobStore(ABC):
         """About how many jobs will start before this one does; None if it is not queued."""
 
     @abstractmethod
+    def positions(self) -> dict[str, int]:
+        """The `position` of every queued job."""
+
+    @abstractmethod
+    def latest(self, jobs: Collection[str]) -> dict[str, int]:
+        """The sequence of the latest event of some jobs, of those that there are."""
+
+    @abstractmethod
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
         """The events of a job with a sequence above `after`, oldest first."""
 

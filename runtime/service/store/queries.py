@@ -1,9 +1,12 @@
 """What clients and operators read."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 from wanforge.runtime.service.job import Batch, JobEvent, State
 from wanforge.runtime.service.store.base import Census, DurationKey, JobFilter, JobPage, TurnedAwayError
 from wanforge.runtime.service.store.databases.database import Transaction, listed
-from wanforge.runtime.service.store.rows import QUEUED, RUNNING, event_of, job_of
+from wanforge.runtime.service.store.rows import MOST_NAMES, QUEUED, RUNNING, event_of, job_of
 
 
 def jobs(transaction: Transaction, which: JobFilter) -> JobPage:
@@ -58,6 +61,33 @@ def position(transaction: Transaction, job: str) -> int | None:
         f"SELECT count(*) AS n FROM jobs WHERE {QUEUED} AND owner <> :owner GROUP BY owner", owner=row["owner"]
     )
     return ahead + sum(min(each["n"], ahead + 1) for each in others)
+
+
+def positions(transaction: Transaction) -> dict[str, int]:
+    """The place of every queued job, as `position` counts it."""
+    rows = transaction.rows(f"SELECT id, owner FROM jobs WHERE {QUEUED} ORDER BY owner, place, number")
+    counts = Counter(row["owner"] for row in rows)
+    lengths = Counter(counts.values())
+    starts, longer = [0], len(counts)  # how many jobs start in the first turns, in which each owner starts one
+    for turn in range(1, max(lengths, default=0) + 1):
+        starts.append(starts[-1] + longer)
+        longer -= lengths[turn]
+    found, owner, ahead = {}, None, 0
+    for row in rows:
+        ahead = ahead + 1 if row["owner"] == owner else 0
+        owner = row["owner"]
+        found[row["id"]] = starts[ahead + 1] - 1
+    return found
+
+
+def latest(transaction: Transaction, jobs: Sequence[str]) -> dict[str, int]:
+    """The sequence of the latest event of some jobs."""
+    found: dict[str, int] = {}
+    for start in range(0, len(jobs), MOST_NAMES):
+        names, values = listed(jobs[start : start + MOST_NAMES])
+        rows = transaction.rows(f"SELECT id, events FROM jobs WHERE id IN {names}", **values)
+        found |= {row["id"]: row["events"] for row in rows}
+    return found
 
 
 def events(transaction: Transaction, job: str, after: int, limit: int) -> list[JobEvent]:

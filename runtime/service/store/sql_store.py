@@ -85,6 +85,14 @@ class SqlStore(JobStore):
         with self.database.read() as transaction:
             return queries.position(transaction, job)
 
+    def positions(self) -> dict[str, int]:
+        with self.database.read() as transaction:
+            return queries.positions(transaction)
+
+    def latest(self, jobs: Collection[str]) -> dict[str, int]:
+        with self.database.read() as transaction:
+            return queries.latest(transaction, list(jobs))
+
     def events(self, job: str, after: int = 0, limit: int = 1000) -> list[JobEvent]:
         with self.database.read() as transaction:
             return queries.events(transaction, job, after, limit)

@@ -1,11 +1,8 @@
-"""What the routes share: the settings, the job store, the results, the catalogue, and news for those who wait."""
+"""What the routes share: settings, the job store, the results, the catalogue, and what changes while clients look."""
 
-import asyncio
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -17,13 +14,12 @@ from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
-from wanforge.runtime.service.workers.status import obstacles, read_status
+from wanforge.runtime.service.web.live.newsroom import Newsroom
+from wanforge.runtime.service.web.live.outlook import Outlook
+from wanforge.runtime.service.workers.status import obstacles
 
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
-
-LOOK_SECONDS = 1.0
-"""How often the thread that waits for news looks whether the server ends."""
 
 FETCHED_AT_ONCE = 8
 """How many pictures are fetched at once."""
@@ -42,7 +38,7 @@ class Service:
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
         self.reload_keys()
-        self.newsroom = Newsroom(store)
+        self.newsroom, self.outlook = Newsroom(store), Outlook(store, Path(settings.data))
         self.streams: Counter[str] = Counter()
         self.fetching = anyio.Semaphore(FETCHED_AT_ONCE)
         self.large = anyio.CapacityLimiter(LARGE_AT_ONCE)
@@ -51,11 +47,6 @@ class Service:
     def reload_keys(self) -> None:
         """Look again whether there are keys. A server whose keys are all revoked lets nobody in."""
         self.needs_keys = bool(self.store.api_keys())
-
-    def makers(self) -> int:
-        """How many workers make clips."""
-        status = read_status(Path(self.settings.data))
-        return max(1, 0 if status is None else len(status.workers))
 
     def obstacles(self) -> list[str]:
         """Why videos cannot be made; empty if they can."""
@@ -77,59 +68,6 @@ class Service:
     ) -> Found:
         """Call something that may block, such as the store, in another thread."""
         return await anyio.to_thread.run_sync(lambda: function(*arguments, **options))
-
-
-class Newsroom:
-    """Wakes coroutines when something has changed in the store: one thread waits for all of them."""
-
-    def __init__(self, store: JobStore) -> None:
-        self.store = store
-        self.edition = 0
-        self._changed = asyncio.Event()
-        self._ends = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def open(self) -> None:
-        """Begin to watch; to be called in the event loop."""
-        loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._watch, args=(loop,), name="news", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._ends.set()
-        self._publish()
-
-    async def wait(self, edition: int, seconds: float) -> int:
-        """Wait until there is a later edition than one, or some time has passed. Returns the latest edition."""
-        if self.edition == edition and not self._ends.is_set():
-            changed = self._changed
-            with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), seconds)
-        return self.edition
-
-    @property
-    def is_closed(self) -> bool:
-        return self._ends.is_set()
-
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        news = self.store.news()
-        try:
-            while not self._ends.is_set():
-                try:
-                    if not news.wait(LOOK_SECONDS):
-                        continue
-                except StoreError:
-                    self._ends.wait(LOOK_SECONDS)
-                    continue
-                with suppress(RuntimeError):  # the server may have ended meanwhile, and its loop with it
-                    loop.call_soon_threadsafe(self._publish)
-        finally:
-            news.close()
-
-    def _publish(self) -> None:
-        self.edition += 1
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
 
 def service_of(request: Request) -> Service:

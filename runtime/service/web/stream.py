@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from wanforge.runtime.service.job import JobEvent, State
 from wanforge.runtime.service.web.access import Reader
 from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.live.newsroom import every_event
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import JobId, errors, found
 
@@ -56,21 +57,21 @@ async def told(service: Service, key: str, job: str, last: int) -> AsyncIterator
     """The text of a stream."""
     service.streams[key] += 1
     try:
-        edition = service.newsroom.edition
-        yield "retry: 1000\n\n"
-        while not service.newsroom.is_closed:
-            some = await service.in_thread(service.store.events, job, last)
-            for each in some:
-                yield text_of(each)
-                last = each.sequence
-            if some and is_last(some[-1]):
-                return
-            if not some and await service.in_thread(has_ended, service, job):
-                return
-            now = await service.newsroom.wait(edition, KEEP_ALIVE)
-            if now == edition:
-                yield ": still here\n\n"
-            edition = now
+        with service.newsroom.following(job, last) as feed:
+            yield "retry: 1000\n\n"
+            some: list[JobEvent] | None = await service.in_thread(every_event, service.store, job, last)
+            while some is not None:
+                for each in some:
+                    if each.sequence > last:
+                        yield text_of(each)
+                        last = each.sequence
+                if some and is_last(some[-1]):
+                    return
+                if not some:
+                    if await service.in_thread(has_ended, service, job):
+                        return
+                    yield ": still here\n\n"
+                some = await feed.next(KEEP_ALIVE)
     finally:
         service.streams[key] -= 1
 

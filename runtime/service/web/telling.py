@@ -1,7 +1,6 @@
 """A job as the API tells of it, with its place in the queue and when it will be done."""
 
 import time
-from statistics import median
 
 from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.job import Job, State
@@ -20,7 +19,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         with_place: Whether to look up its place in the queue and how long it will take.
     """
     asked = Asked.of(job)
-    position = service.store.position(job.id) if with_place and job.state is State.QUEUED else None
+    position = service.outlook.position(job.id) if with_place and job.state is State.QUEUED else None
     details = {} if job.result is None else job.result.details
     return Video(
         id=job.id,
@@ -59,13 +58,12 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
     """
     if job.state.is_terminal:
         return None
-    usual = service.store.durations(DurationKey(job.bundle, job.shape, job.steps))
-    if not usual:
+    each = service.outlook.usual_seconds(DurationKey(job.bundle, job.shape, job.steps))
+    if each is None:
         return None
-    each = median(usual)
     if job.state is State.IN_PROGRESS:
         return round(each * (1 - job.progress / 100), 1)
-    return round(each * (1 + (position or 0) / max(1, service.makers())), 1)
+    return round(each * (1 + (position or 0) / max(1, service.outlook.makers())), 1)
 
 
 def poll_after_ms(job: Job) -> int:

@@ -128,9 +128,9 @@ async def listed(
 async def retrieve(request: Request, response: Response, video_id: JobId, caller: Reader) -> Video:
     """A video as it is now. The header `openai-poll-after-ms` says when it is worth looking again."""
     service = service_of(request)
-    job = await service.in_thread(found, service, caller, video_id)
+    job, video = await service.in_thread(looked_at, service, caller, video_id)
     response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
-    return await service.in_thread(told, service, job)
+    return video
 
 
 @router.post("/{video_id}/cancel", response_model=Video, responses=errors(404), operation_id="cancel_video")
@@ -163,6 +163,12 @@ def found(service: Service, caller: ApiKey, video_id: str) -> Job:
         ApiError: There is none.
     """
     return seen_by(caller, service.store.get(video_id), named(video_id))
+
+
+def looked_at(service: Service, caller: ApiKey, video_id: str) -> tuple[Job, Video]:
+    """A job that the caller may see, and what there is to tell of it."""
+    job = found(service, caller, video_id)
+    return job, told(service, job)
 
 
 def named(video_id: str) -> str:

@@ -54,16 +54,12 @@ class Stage:
         """Note that the fault happens now, or is over."""
         self.struck_at = time.monotonic()
 
-    def running(self) -> list[str]:
-        """The jobs that are being made, once there are any."""
-        found: list[str] = []
-
-        def look() -> list[str]:
-            found[:] = [each["id"] for each in self.server.connection.videos(status="in_progress") if each["stage"]]
-            return found
-
-        self.server.wait_until(look, "no job was started")
-        return found
+    def wait_for_start(self) -> None:
+        """Wait until the first job has been started."""
+        first = next(iter(self.accepted))
+        self.server.wait_until(
+            lambda: self.server.connection.video(first)["status"] != "queued", "the first job was not started"
+        )
 
 
 @dataclass(frozen=True)
@@ -118,17 +114,17 @@ class Trial:
 
 def trial(kind: Kind, server: Server, known: Digests, number: int, random: Random) -> Trial:
     """Submit jobs, let something go wrong, and check what became of everything."""
-    server.wait_until(server.is_ready, "the server is not ready")
     stage, done = Stage(server, random), Trial(number)
-    before = {each["id"] for each in server.connection.videos()}
-    for clip in (*kind.first, *(random.choice(USUAL) for _ in range(FIRST - len(kind.first)))):
-        stage.submit(clip)
-    stage.running()
-    time.sleep(random.uniform(0.0, 0.5))
-    during = threading.Thread(target=submit_during, args=(stage,))
-    during.start()
-    stage.strike()
     try:
+        server.wait_until(server.is_ready, "the server is not ready")
+        before = {each["id"] for each in server.connection.videos()}
+        for clip in (*kind.first, *(random.choice(USUAL) for _ in range(FIRST - len(kind.first)))):
+            stage.submit(clip)
+        stage.wait_for_start()
+        time.sleep(random.uniform(0.0, 0.5))
+        during = threading.Thread(target=submit_during, args=(stage,))
+        during.start()
+        stage.strike()
         kind.act(stage)
         during.join()
         look(kind, stage, known, done)

@@ -149,6 +149,7 @@ def test_the_position_counts_the_jobs_that_start_before(rig: Rig) -> None:
     jobs.append(store.submit(submission("cyd", priority=1)).job)
     positions = {job.id: store.position(job.id) for job in jobs}
     assert list(positions.values()) == [2, 5, 6, 2, 5, 5, 2]
+    assert store.positions() == positions
     for place, job in enumerate(started(store, prefer_warm=False)):
         position = positions[job.id]
         assert position is not None
