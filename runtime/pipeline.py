@@ -20,9 +20,9 @@ from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
-from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.backends.choice import AUTO, resolve_backend
+from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser
 from wanforge.runtime.graphs import graphs

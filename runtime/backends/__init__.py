@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from wanforge.runtime.backends.base import Backend
 
 BACKENDS = ("torch", "ort", "kernels", "trt")
+AUTO = "auto"
+"""The name that stands for the fastest backend that can run."""
 
 
 def create_backend(

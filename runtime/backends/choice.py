@@ -12,9 +12,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.remedies import ENGINES, export_command
 from wanforge.errors import BundleError
 from wanforge.plugins.quantiser import TILE
-
-AUTO = "auto"
-"""The name that stands for the fastest backend that can run."""
+from wanforge.runtime.backends import AUTO
 
 FASTEST_FIRST = ("trt", "kernels", "ort", "torch")
 

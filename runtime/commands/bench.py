@@ -10,8 +10,8 @@ import click
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets, parse_targets
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends import create_backend
-from wanforge.runtime.backends.choice import AUTO, resolve_backend
+from wanforge.runtime.backends import AUTO, create_backend
+from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.commands.options import (
     BUNDLE,
     CLIP,

@@ -17,7 +17,8 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError, message_of
 from wanforge.progress import Overall
-from wanforge.runtime.backends.choice import AUTO, obstacles
+from wanforge.runtime.backends import AUTO
+from wanforge.runtime.backends.choice import obstacles
 from wanforge.runtime.commands.options import (
     BACKEND,
     BUNDLE,

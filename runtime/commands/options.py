@@ -18,8 +18,7 @@ from wanforge.configs.clip import ClipShape, adaptive_size, size_of
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
-from wanforge.runtime.backends import BACKENDS
-from wanforge.runtime.backends.choice import AUTO
+from wanforge.runtime.backends import AUTO, BACKENDS
 from wanforge.runtime.request import Request
 
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -9,8 +9,8 @@ import torch
 
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends import BACKENDS
-from wanforge.runtime.backends.choice import AUTO, resolve_backend
+from wanforge.runtime.backends import AUTO, BACKENDS
+from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.commands.options import (
     BUNDLE,
     CLIP,

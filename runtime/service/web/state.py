@@ -1,4 +1,4 @@
-"""What the routes share: settings, the job store, the results, the catalogue, and what changes while clients look."""
+"""What the routes share: settings, the job store, results, the catalogue, and what changes while clients look."""
 
 import time
 from collections import Counter

@@ -349,8 +349,8 @@ class ClipWorker(Thread):
             self.shop.storage.delete(list(objects.values()))
 
     def _reject(self, attempt: Attempt, failure: Failure) -> None:
-        """End an attempt that cannot succeed. On a full disk none can, so that is not the job's fault: it waits with the
-        others for room, and fails if there is not enough the next time."""
+        """End an attempt that failed. A full disk is not the job's fault: it waits for room with the others, and fails
+        if there is not enough the next time."""
         if failure.code == DISK_FULL:
             self.shop.is_full.set()
             self._lose(attempt, failure)
@@ -374,7 +374,7 @@ class ClipWorker(Thread):
             self._count(attempt, "requeued")
 
     def _lose(self, attempt: Attempt, last: Failure | None) -> None:
-        """End an attempt through no fault of its own: the job is queued again, or fails if that has happened often enough.
+        """End an attempt that was lost: the job is queued again, or fails if that has happened often enough.
 
         Args:
             last: The failure after the last attempt; None for the store's own.

@@ -12,8 +12,8 @@ from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import FileRecord
-from wanforge.runtime.backends import BACKENDS, choice
-from wanforge.runtime.backends.choice import AUTO, choose_backend, obstacle, resolve_backend
+from wanforge.runtime.backends import AUTO, BACKENDS, choice
+from wanforge.runtime.backends.choice import choose_backend, obstacle, resolve_backend
 
 BundleOf = Callable[[str, str], Bundle]
 CLIP = ClipShape(192, 128, 17)

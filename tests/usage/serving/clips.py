@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.usage.serving.maker import POISON
@@ -31,7 +31,7 @@ class Clip:
     @property
     def fields(self) -> dict[str, object]:
         """It as the fields of a request."""
-        return dict(prompt=self.prompt, seed=self.seed, size=self.size, frames=self.frames, steps=self.steps)
+        return asdict(self)
 
 
 USUAL = tuple(Clip(seed) for seed in range(3))

@@ -2,14 +2,15 @@
 
     python -m tests.usage.serving.faults --trials 20 --seed 1 --markdown table.md
 
-A trial submits jobs to `wanforge serve` with two workers, which make clips of TinyWan. While the first ones are made and
-others are submitted, something goes wrong at a random moment (`kinds`). In the end every accepted job must have been
-completed, with files that are to the byte those of a run without faults, or have failed with the code of that fault. No
-attempt runs twice, no job more often than it may, and no process and no temporary file is left.
+A trial submits jobs to `wanforge serve` with two workers, which make clips of TinyWan. While the first ones are made
+and others are submitted, something goes wrong at a random moment (`kinds`). In the end every accepted job must have
+been completed, with files that are to the byte those of a run without faults, or have failed with the fault's code.
+No attempt runs twice, no job more often than it may, and no process and no temporary file is left.
 
 All processes are real and talk through real sockets. A child runs out of memory by a limit of its address space; it
-hangs because it is stopped by a signal; a full disk is a tmpfs of 1.1 GB; the clock is moved within the processes, whose
-`time.time` a file shifts. It exits with 1 if anything was wrong, and keeps the folders of the servers that it happened to.
+hangs because it is stopped by a signal; a full disk is a tmpfs of 1.1 GB; the clock is moved within the processes,
+whose `time.time` follows a file. The command exits with 1 if anything was wrong, and keeps the folders of those
+servers.
 """
 
 import argparse
@@ -23,14 +24,18 @@ from random import Random
 from tempfile import mkdtemp
 from time import monotonic
 
-from tests.usage.serving.clips import LARGE, POISONED, USUAL, Digests, undisturbed
+from tests.usage.serving.clips import LARGE, USUAL, Digests, undisturbed
 from tests.usage.serving.kinds import DISK_BYTES, KINDS
 from tests.usage.serving.server import Server, kill
 from tests.usage.serving.trial import Kind, Trial, trial
 from wanforge.api import export, import_checkpoint
 
-HEAD = "| fault | trials | accepted | completed | failed as intended | lost | half files | other faults | longest recovery |"
-RULE = "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+COLUMNS = (
+    *("fault", "trials", "jobs accepted", "completed", "failed as intended", "lost", "half files", "other faults"),
+    *("objects left", "longest recovery"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |"
+RULE = f"|---|{'--:|' * (len(COLUMNS) - 1)}"
 
 
 def trials(kind: Kind, folder: Path, known: Digests, numbers: range, seed: int) -> list[Trial]:
@@ -86,6 +91,7 @@ def line(kind: Kind, done: list[Trial]) -> str:
         len(done),
         *(sum(getattr(each, name) for each in done) for name in ("accepted", "completed", "failed")),
         *(sum(len(getattr(each, name)) for each in done) for name in ("lost", "half", "faults")),
+        sum(each.left for each in done),
     ]
     longest = max(each.recovery_s for each in done)
     return " | ".join([f"| {kind.name}", *map(str, counts), f"{longest:.1f} s |"])
@@ -113,8 +119,7 @@ def faults(count: int, seed: int, only: str = "") -> tuple[list[str], bool]:
                 is_well = False
                 print(f"{kind.name}, trial {each.number}: {complaint}", flush=True)
         lines.append(line(kind, done))
-        left = sum(each.left for each in done)
-        print(f"{lines[-1]} {left} objects without a job, {monotonic() - start:.0f} s", flush=True)
+        print(f"{lines[-1]} {monotonic() - start:.0f} s", flush=True)
     if is_well:
         shutil.rmtree(folder)
     return lines, is_well

@@ -3,9 +3,9 @@
     python -m tests.usage.serving.load --markdown table.md
 
 `wanforge serve` with two workers, which make clips of TinyWan, gets 1,000 jobs, 200 clients that poll as often as the
-server asks them to, and 50 event streams. The table says of each goal whether it is met, and on which machine. Clips per
-second are compared with as many processes of `wanforge generate`, in turns. The polls of an hour are those of 200 clients
-that look every 5 seconds. It takes about six minutes, and exits with 1 if a goal is missed.
+server asks them to, and 50 event streams. The table says of each goal whether it is met, and on which machine. Clips
+per second are compared with as many processes of `wanforge generate`, in turns. The polls of an hour are those of 200
+clients that look every 5 seconds. It takes about six minutes, and exits with 1 if a goal is missed.
 
 Clients and workers share the machine here, so what clients take is measured, too.
 """
@@ -217,7 +217,9 @@ def memory(server: Server, jobs: list[str], measured: Measured, seconds: float) 
         polls += len(seen.seconds)
     resume(server, is_running=True)
     grown = (front.memory_info().rss - before) / 1e6
-    measured.note(f"memory of the HTTP process: {before / 1e6:.1f} MB after {len(warm.seconds)} polls, then {polls} more")
+    measured.note(
+        f"memory of the HTTP process: {before / 1e6:.1f} MB after {len(warm.seconds)} polls, then {polls} more"
+    )
     measured.most(f"memory gained in {polls} polls ({POLLS_OF_AN_HOUR} are an hour's)", grown, 2, "MB")
 
 

@@ -114,7 +114,7 @@ class Trial:
 
 def trial(kind: Kind, server: Server, known: Digests, number: int, random: Random) -> Trial:
     """Submit jobs, let something go wrong, and check what became of everything."""
-    stage, done = Stage(server, random), Trial(number)
+    stage, done, left = Stage(server, random), Trial(number), orphans(server)
     try:
         server.wait_until(server.is_ready, "the server is not ready")
         before = {each["id"] for each in server.connection.videos()}
@@ -134,7 +134,7 @@ def trial(kind: Kind, server: Server, known: Digests, number: int, random: Rando
     except (TimeoutError, WanforgeError) as error:
         done.lost.append(f"{type(error).__name__}: {error}")
     done.faults += stage.faults + leftovers(server) + repeated_runs(server)
-    done.left = orphans(server)
+    done.left = orphans(server) - left
     return done
 
 

@@ -241,8 +241,9 @@ def test_several_workers_share_the_queue(rig: Rig) -> None:
             assert not set(children[0].cpu_affinity()) & set(children[1].cpu_affinity())
 
 
-def test_the_supervisor_loads_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import wanforge.runtime.service.workers.supervisor"
+@pytest.mark.parametrize("module", ["workers.supervisor", "front", "commands.serve", "commands.client"])
+def test_only_children_load_torch(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; import wanforge.runtime.service.{module}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
