@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,11 +307,10 @@ class ClipWorker(Thread):
     def _complete(self, attempt: Attempt, made: ClipMade, folder: Path) -> None:
         """Store the files of a clip and complete its job."""
         attempt.traced.note_made(made)
-        objects: dict[str, str] = {}
+        objects = {variant: new_name(Path(file).suffix) for variant, file in made.files.items()}
         try:
-            for variant, file in made.files.items():
-                objects[variant] = new_name(Path(file).suffix)
-                self._store(objects[variant], folder / file)
+            with ThreadPoolExecutor(len(objects)) as pool:  # a disk syncs several files in the time of one
+                list(pool.map(self._store, objects.values(), [folder / file for file in made.files.values()]))
         except StorageError as error:
             self._discard(objects)
             self._reject(attempt, Failure(error.code, str(error)))

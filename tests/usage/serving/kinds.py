@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from shutil import disk_usage
 
 import httpx2
 import psutil
@@ -22,6 +23,8 @@ ROOM = 8 << 20
 """Bytes of memory that a child may still take when it is about to run out."""
 DISK_BYTES = 1_100_000_000
 """The size of a small disk, of which 1 GB has to stay free."""
+BLOCK = 1 << 20
+"""What is left to be filled bit by bit, since the server writes, too."""
 STREAMS = 8
 BACK_S = (60.0, 3600.0, 86_400.0)
 """By how much a clock is moved back."""
@@ -75,10 +78,15 @@ def stop_child(stage: Stage) -> None:
 def fill_disk(stage: Stage) -> None:
     """Fill the disk, to the last byte or until less is free than has to stay free, and free it again."""
     ballast = stage.server.data / "ballast"
-    with ballast.open("wb") as file:
-        least = 0 if stage.random.random() < 0.5 else DISK_BYTES // 2
-        free = os.statvfs(stage.server.data).f_bavail * os.statvfs(stage.server.data).f_frsize
-        os.posix_fallocate(file.fileno(), 0, free - least)
+    is_whole = stage.random.random() < 0.5
+    with ballast.open("wb", buffering=0) as file:
+        os.posix_fallocate(
+            file.fileno(), 0, disk_usage(stage.server.data).free - (BLOCK if is_whole else DISK_BYTES // 2)
+        )
+        file.seek(0, os.SEEK_END)
+        with suppress(OSError):
+            while is_whole and file.write(bytes(4096)):
+                pass
     time.sleep(stage.random.uniform(0.5, 4.0))
     ballast.unlink()
     stage.strike()
