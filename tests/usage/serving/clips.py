@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from tests.usage.serving.maker import POISON
 from tests.usage.serving.server import Server
@@ -43,21 +42,16 @@ Digests = dict[Clip, dict[str, str]]
 """The SHA-256 of each file of a clip."""
 
 
-def undisturbed(folder: Path, bundle: Path, clips: Iterable[Clip]) -> Digests:
-    """Make clips with a server that nothing disturbs."""
-    server = Server(folder, bundle)
-    server.start()
-    try:
-        found = {}
-        for clip in clips:
-            video = clip.submit(server.connection)
-            status = server.connection.wait(video)["status"]
-            if status != "completed":
-                raise RuntimeError(f"without any fault, {clip} is {status}: {server.log[-2000:]}")
-            found[clip] = digests(server.connection, video)
-        return found
-    finally:
-        server.stop()
+def undisturbed(server: Server, clips: Iterable[Clip]) -> Digests:
+    """Make clips before anything goes wrong."""
+    found = {}
+    for clip in clips:
+        video = clip.submit(server.connection)
+        status = server.connection.wait(video)["status"]
+        if status != "completed":
+            raise RuntimeError(f"without any fault, {clip} is {status}: {server.log[-2000:]}")
+        found[clip] = digests(server.connection, video)
+    return found
 
 
 def digests(connection: Connection, video: str) -> dict[str, str]:

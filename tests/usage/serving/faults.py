@@ -24,7 +24,7 @@ from random import Random
 from tempfile import mkdtemp
 from time import monotonic
 
-from tests.usage.serving.clips import LARGE, USUAL, Digests, undisturbed
+from tests.usage.serving.clips import POISONED, USUAL, Digests, undisturbed
 from tests.usage.serving.kinds import DISK_BYTES, KINDS
 from tests.usage.serving.server import Server, kill
 from tests.usage.serving.trial import Kind, Trial, trial
@@ -38,20 +38,42 @@ HEAD = f"| {' | '.join(COLUMNS)} |"
 RULE = f"|---|{'--:|' * (len(COLUMNS) - 1)}"
 
 
-def trials(kind: Kind, folder: Path, known: Digests, numbers: range, seed: int) -> list[Trial]:
-    """Run trials of a kind with one server."""
-    place = folder / f"{kind.name} {numbers[0]}"
-    with disk(place / "data", is_small=kind.is_small):
-        server = Server(place, folder / "bundle")
-        try:
-            server.start()
-            done = [trial(kind, server, known, number, Random(f"{seed} {kind.name} {number}")) for number in numbers]
-            done[-1].faults += ended(server)
-        finally:
-            kill(server.processes())
-    if not any(each.complaints for each in done):
-        shutil.rmtree(place)
-    return done
+class Trials:
+    """All trials of a run, in a folder that has the bundle.
+
+    Args:
+        server: What most kinds share.
+        known: The clips as they are without faults.
+    """
+
+    def __init__(self, folder: Path, server: Server, known: Digests, seed: int) -> None:
+        self.folder, self.server, self.known, self.seed = folder, server, known, seed
+
+    def run(self, kind: Kind, count: int) -> list[Trial]:
+        """Run the trials of a kind."""
+        size = kind.trials_per_server
+        if not size:
+            return self._with(self.server, kind, range(count))
+        parts = [range(first, min(count, first + size)) for first in range(0, count, size)]
+        return [each for numbers in parts for each in self._apart(kind, numbers)]
+
+    def _with(self, server: Server, kind: Kind, numbers: range) -> list[Trial]:
+        return [
+            trial(kind, server, self.known, number, Random(f"{self.seed} {kind.name} {number}")) for number in numbers
+        ]
+
+    def _apart(self, kind: Kind, numbers: range) -> list[Trial]:
+        """Run trials with a server of their own."""
+        place = self.folder / f"{kind.name} {numbers[0]}"
+        with disk(place / "data", is_small=kind.is_small):
+            server = Server(place, self.folder / "bundle")
+            try:
+                server.start()
+                done = self._with(server, kind, numbers)
+                done[-1].faults += ended(server)
+            finally:
+                kill(server.processes())
+        return done
 
 
 def ended(server: Server) -> list[str]:
@@ -97,32 +119,32 @@ def line(kind: Kind, done: list[Trial]) -> str:
     return " | ".join([f"| {kind.name}", *map(str, counts), f"{longest:.1f} s |"])
 
 
-def faults(count: int, seed: int, only: str = "") -> tuple[list[str], bool]:
+def faults(folder: Path, count: int, seed: int, only: str = "") -> tuple[list[str], bool]:
     """Run trials of every kind. Returns the table, and whether all is well."""
-    folder, start = Path(mkdtemp(prefix="wanforge-faults-")), monotonic()
+    start = monotonic()
+    wanted = [kind for kind in KINDS if not only or kind.name in only.split(",")]
+    print(f"seed {seed}, {count} trials of {len(wanted)} kinds, in {folder}", flush=True)
     import_checkpoint(folder / "bundle", recipe="w8a8")
     export(folder / "bundle", ["fp32"])
-    known = undisturbed(folder / "undisturbed", folder / "bundle", [*USUAL, LARGE])
-    wanted = [kind for kind in KINDS if not only or kind.name in only.split(",")]
-    lines, is_well = [HEAD, RULE], True
-    print(f"seed {seed}, {count} trials of {len(wanted)} kinds, in {folder}", flush=True)
-    for kind in wanted:
-        if kind.is_small and not can_mount(folder):
-            print(f"{kind.name}: left out, because this user cannot mount a tmpfs", flush=True)
-            continue
-        done: list[Trial] = []
-        for first in range(0, count, kind.trials_per_server):
-            numbers = range(first, min(count, first + kind.trials_per_server))
-            done += trials(kind, folder, known, numbers, seed)
-        for each in done:
-            for complaint in each.complaints:
-                is_well = False
-                print(f"{kind.name}, trial {each.number}: {complaint}", flush=True)
-        lines.append(line(kind, done))
-        print(f"{lines[-1]} {monotonic() - start:.0f} s", flush=True)
-    if is_well:
-        shutil.rmtree(folder)
-    return lines, is_well
+    server, lines, is_well = Server(folder / "shared", folder / "bundle"), [HEAD, RULE], True
+    try:
+        server.start()
+        clips = {*USUAL, *(clip for kind in wanted for clip in kind.first if clip != POISONED)}
+        every = Trials(folder, server, undisturbed(server, clips), seed)
+        for kind in wanted:
+            if kind.is_small and not can_mount(folder):
+                print(f"{kind.name}: left out, because this user cannot mount a tmpfs", flush=True)
+                continue
+            done = every.run(kind, count)
+            complaints = [f"{kind.name}, trial {each.number}: {found}" for each in done for found in each.complaints]
+            is_well = is_well and not complaints
+            lines.append(line(kind, done))
+            print("\n".join([*complaints, f"{lines[-1]} {monotonic() - start:.0f} s"]), flush=True)
+        if last := ended(server):
+            print(f"in the end: {last}")
+        return lines, is_well and not last
+    finally:
+        kill(server.processes())
 
 
 def main() -> None:
@@ -132,7 +154,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names of kinds, with commas between them")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args()
-    lines, is_well = faults(options.trials, options.seed, options.only)
+    folder = Path(mkdtemp(prefix="wanforge-faults-"))
+    lines, is_well = faults(folder, options.trials, options.seed, options.only)
+    if is_well:
+        shutil.rmtree(folder)
     if options.markdown is not None:
         options.markdown.write_text("\n".join(lines) + "\n")
     sys.exit(not is_well)

@@ -218,7 +218,7 @@ KINDS = [
     Kind("everything is killed and started again", kill_everything),
     Kind("a child runs out of memory", take_memory, codes=frozenset({"out_of_memory"}), first=(LARGE,)),
     Kind("a child hangs", stop_child),
-    Kind("the disk is full", fill_disk, codes=FULL, is_small=True),
+    Kind("the disk is full", fill_disk, codes=FULL, trials_per_server=20, is_small=True),
     Kind("the database is locked", lock_database, attempts=1),
     Kind("clients leave during uploads", leave_uploads, attempts=1),
     Kind("clients leave during downloads", leave_downloads, attempts=1),

@@ -84,7 +84,9 @@ class Server:
 
     @property
     def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+        """What its processes have logged."""
+        file = self.folder / "log"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def is_ready(self) -> bool:
         """Whether it answers, and every worker can take jobs."""

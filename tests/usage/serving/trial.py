@@ -71,7 +71,8 @@ class Kind:
         codes: What jobs may fail with.
         first: What is submitted besides the usual clips.
         attempts: How often a job may be started.
-        trials_per_server: How many trials share a server. A supervisor that is killed is started later each time.
+        trials_per_server: How many trials share a server of their own, since a supervisor that is killed is started
+            later each time; 0 for the server that all other trials share.
         is_small: Whether the service's folder is on a small disk of its own.
     """
 
@@ -80,7 +81,7 @@ class Kind:
     codes: frozenset[str] = frozenset()
     first: tuple[Clip, ...] = ()
     attempts: int = MOST_ATTEMPTS
-    trials_per_server: int = 20
+    trials_per_server: int = 0
     is_small: bool = False
 
 
