@@ -25,6 +25,9 @@ from wanforge.runtime.service.workers.supervisor import store_of
 log = logging.getLogger(__name__)
 
 MOST_CONNECTIONS = 2000
+IDLE_SECONDS = 75
+"""How long a connection may be idle: far longer than clients are asked to wait between two polls, and than proxies keep
+theirs, so that nobody sends a request into a connection that is being closed."""
 GRACE_SECONDS = 5
 """How long requests that run may take once the server is to end."""
 
@@ -108,6 +111,7 @@ def config_of(app: FastAPI) -> uvicorn.Config:
         server_header=False,
         lifespan="on",
         limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
 

@@ -19,15 +19,18 @@ class Seen:
         seconds: How long each answer took.
         wrong: Answers that are no status.
         events: The number of events that came.
+        late: By how much this process itself went on too late after a pause, which only the machine is to blame for.
     """
 
     seconds: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     events: int = 0
+    late: list[float] = field(default_factory=list)
 
-    def share(self, part: float) -> float:
-        """The time that this part of the answers took at most, in seconds."""
-        return sorted(self.seconds)[int(part * (len(self.seconds) - 1))] if self.seconds else float("inf")
+
+def share(seconds: list[float], part: float) -> float:
+    """What this part of some times is at most."""
+    return sorted(seconds)[int(part * (len(seconds) - 1))] if seconds else float("inf")
 
 
 async def status(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], job: str) -> tuple[int, float, Any]:
@@ -69,11 +72,20 @@ async def follow(port: int, job: str, seen: Seen) -> None:
         writer.close()
 
 
+async def keep_time(seen: Seen, until: float) -> None:
+    """Note how late this process goes on after pauses."""
+    while time.monotonic() < until:
+        due = time.monotonic() + 0.02
+        await asyncio.sleep(0.02)
+        seen.late.append(time.monotonic() - due)
+
+
 async def crowd(port: int, jobs: Sequence[str], followed: Sequence[str], pollers: int, seconds: float) -> Seen:
     """Let pollers look at jobs, each at jobs of its own, while others follow events, and stop after some time."""
     seen, until = Seen(), time.monotonic() + seconds
     following = [asyncio.create_task(follow(port, job, seen)) for job in followed]
     async with asyncio.TaskGroup() as group:
+        group.create_task(keep_time(seen, until))
         for place in range(pollers):
             group.create_task(poll(port, list(jobs[place::pollers]), seen, until, rests=True))
             await asyncio.sleep(1.0 / pollers)  # nobody starts two hundred clients at once

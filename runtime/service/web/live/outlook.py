@@ -34,10 +34,13 @@ class Kept(Generic[Found]):
         self._until = 0.0
 
     def get(self) -> Found:
-        """What was returned last, or is now."""
+        """What was returned last, or is now. While one thread calls the function, others do not wait for it."""
+        found = self._found
+        if found is not None and (time.monotonic() < self._until or self._looking.locked()):
+            return found
         with self._looking:
-            begun = time.monotonic()
-            if self._found is None or begun >= self._until:
+            if self._found is None or time.monotonic() >= self._until:
+                begun = time.monotonic()
                 self._found = self._look()
                 done = time.monotonic()
                 self._until = done + max(self._least_seconds, (done - begun) / SHARE)
