@@ -45,8 +45,8 @@ LOOK_SECONDS = 0.25
 """How often a worker that waits looks whether something else is to be done."""
 STORE_SECONDS = 0.5
 """How long to wait before the store is asked again after an error."""
-DISK_FULL = "disk_full"
-"""The code of attempts that found no room for their files."""
+DISK_FULL, OUT_OF_MEMORY = "disk_full", "out_of_memory"
+"""The codes of attempts that found no room for their files, and not enough memory."""
 MOST_TRIES = 3
 """How often storing a result is tried where the storage cannot be reached."""
 
@@ -257,7 +257,9 @@ class ClipWorker(Thread):
             case Killed(how, was_asked=was_asked):
                 self._lose_child(how, counts=not was_asked)
             case ClipFailed(_, failure, is_last=True):
-                self._lose_child(failure.message)
+                # A clip that is too large says nothing of the worker. If there is not even memory for its bundles, no child
+                # gets ready, and that counts.
+                self._lose_child(failure.message, counts=failure.code != OUT_OF_MEMORY)
         return outcome
 
     def _watch(self, attempt: Attempt, child: ChildProcess) -> Outcome:

@@ -13,10 +13,14 @@ from wanforge.runtime.service.workers.settings import Supervision, WorkTimes
 HANG_SECONDS = 4.0
 """How long a child may make no progress. A launch of the small clips takes far less."""
 
+# Nobody kills as many processes of a server as the trials do, after which its workers would rest for minutes.
 if __name__ == "__main__":
     clock.follow()
     supervising.MODULE = "tests.usage.serving.supervisor"
     supervising.Supervision = partial(  # type: ignore[misc,assignment]
-        Supervision, maker="tests.usage.serving.maker", times=WorkTimes(hang=HANG_SECONDS)
+        Supervision,
+        maker="tests.usage.serving.maker",
+        most_deaths=1000,
+        times=WorkTimes(hang=HANG_SECONDS, most_backoff=2),
     )
     main()

@@ -1,12 +1,12 @@
 """A connection that does not wait for its client for ever."""
 
 import asyncio
-from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0
-"""How long the head of a request may take, from the connection or the end of the answer before."""
+"""How long the head of a request may take, from the connection or its first byte on."""
 STALLED_SECONDS = 60.0
 """How long a client may take to read what the server holds ready for it, which is at most 64 KiB."""
 
@@ -23,7 +23,7 @@ class TimedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_request()
+        self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._asking, self._reading):
@@ -31,11 +31,13 @@ class TimedConnection(H11Protocol):
                 timer.cancel()
         super().connection_lost(exc)
 
-    def on_response_complete(self) -> None:
-        answered = self.cycle
-        super().on_response_complete()
-        if self.cycle is answered:  # a client may have sent its next request already
-            self._expect_request()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._expect_head()
+        elif self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -46,12 +48,7 @@ class TimedConnection(H11Protocol):
             self._reading.cancel()
         super().resume_writing()
 
-    def _expect_request(self) -> None:
-        if self._asking is not None:
-            self._asking.cancel()
-        self._asking = self.loop.call_later(HEAD_SECONDS, self._end_unless_asked, self.cycle)
-
-    def _end_unless_asked(self, before: Any) -> None:
-        """End the connection if no request has come after one."""
-        if self.cycle is before:
-            self.transport.abort()
+    def _expect_head(self) -> None:
+        """Cut the connection off if the head of a request is not there in time."""
+        if self._asking is None:
+            self._asking = self.loop.call_later(HEAD_SECONDS, self.transport.abort)

@@ -179,6 +179,14 @@ def test_a_second_signal_does_not_wait(rig: Rig) -> None:
         assert (rig.job(running).state, rig.job(running).lost) == (State.QUEUED, 0)
 
 
+def test_clips_that_are_too_large_do_not_open_the_breaker(rig: Rig) -> None:
+    rig.changes |= {"most_deaths": 2, "times": msgspec.structs.replace(QUICK, rest=60.0, backoff=30.0)}
+    with working(rig):
+        large, good = [rig.submit("memory") for _ in range(3)], rig.submit("good")
+        assert {rig.failed(each) for each in large} == {"out_of_memory"}
+        rig.completed(good)
+
+
 def test_a_full_disk_starts_no_jobs(rig: Rig) -> None:
     rig.prelude = f"""
 import shutil, types, pathlib
