@@ -257,8 +257,8 @@ class ClipWorker(Thread):
             case Killed(how, was_asked=was_asked):
                 self._lose_child(how, counts=not was_asked)
             case ClipFailed(_, failure, is_last=True):
-                # A clip that is too large says nothing of the worker. If there is not even memory for its bundles, no child
-                # gets ready, and that counts.
+                # A clip that is too large says nothing of the worker. If there is not even memory for its bundles, no
+                # child gets ready, and that counts.
                 self._lose_child(failure.message, counts=failure.code != OUT_OF_MEMORY)
         return outcome
 
