@@ -18,8 +18,11 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-OUT_OF_MEMORY = re.compile(r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory", re.IGNORECASE)
-"""How PyTorch and ONNX Runtime word a failed allocation, for which they have no exception type."""
+OUT_OF_MEMORY = re.compile(
+    r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory|can't start new thread", re.IGNORECASE
+)
+"""How PyTorch and ONNX Runtime word a failed allocation, for which they have no exception type, and Python that of a
+thread's stack."""
 
 
 class WanforgeError(Exception):

@@ -4,7 +4,15 @@ import errno
 import re
 from typing import NamedTuple
 
-from wanforge.errors import OUT_OF_MEMORY, BundleError, ConfigError, RequestError, WanforgeError, message_of
+from wanforge.errors import (
+    OUT_OF_MEMORY,
+    BundleError,
+    ConfigError,
+    RequestError,
+    ResourceError,
+    WanforgeError,
+    message_of,
+)
 from wanforge.runtime.service.job import Failure
 
 GPU_FAILED = re.compile(
@@ -39,7 +47,7 @@ def failure_of(error: BaseException) -> Verdict:
     The supervisor adds ``worker_died``, ``worker_hung`` and the codes of a `StorageError`.
     """
     said = str(error)
-    if isinstance(error, MemoryError) or (_is_of_a_library(error) and OUT_OF_MEMORY.search(said)):
+    if _is_of_memory(error):
         message = "memory ran out; ask for a smaller or shorter clip, or for fewer at once"
         return Verdict(Failure("out_of_memory", message), True)
     if _is_of_a_library(error) and GPU_FAILED.search(said):
@@ -55,6 +63,13 @@ def failure_of(error: BaseException) -> Verdict:
         return Verdict(Failure("resources_lacking", message_of(error)), False)
     message = f"the server failed ({type(error).__name__}); its log says more"
     return Verdict(Failure("internal_error", message), False)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, here or in the video encoder."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return (_is_of_a_library(error) or isinstance(error, ResourceError)) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _is_of_a_library(error: BaseException) -> bool:
