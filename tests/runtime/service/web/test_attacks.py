@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,24 @@ def test_a_client_that_sends_its_headers_slowly_is_cut_off(rig: Rig, monkeypatch
     assert 0.4 < seconds < 3
     assert said == b""
     assert rig.submit()["status"] == "queued"
+
+
+@pytest.mark.slow
+def test_a_connection_may_be_idle_between_requests_but_not_within_one(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    asked = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connected(rig) as client:
+        for _ in range(2):
+            client.sendall(asked)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
+        client.sendall(asked[:20])
+        begun = time.monotonic()
+        with suppress(ConnectionError):
+            assert client.recv(65536) == b""
+        assert 0.2 < time.monotonic() - begun < 2
 
 
 @pytest.mark.slow
