@@ -33,11 +33,21 @@ class TimedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self.conn.their_state is h11.IDLE or self._is_answered:
             self._expect_head()
         elif self._asking is not None:
             self._asking.cancel()
             self._asking = None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is not h11.IDLE and self._is_answered:
+            self._expect_head()
+
+    @property
+    def _is_answered(self) -> bool:
+        """Whether the last request has its answer, though its body may not be there yet."""
+        return self.cycle is not None and self.cycle.response_complete
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -49,6 +59,6 @@ class TimedConnection(H11Protocol):
         super().resume_writing()
 
     def _expect_head(self) -> None:
-        """Cut the connection off if the head of a request is not there in time."""
+        """Cut the connection off if the head of the next request is not there in time."""
         if self._asking is None:
             self._asking = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
