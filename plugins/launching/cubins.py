@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Literal
@@ -170,10 +171,12 @@ def source_hash(op: str) -> str:
     return digest.hexdigest()
 
 
-def _imported(module: str, source: bytes) -> Iterator[str]:
+@cache
+def _imported(module: str, source: bytes) -> tuple[str, ...]:
     """The imported names in a module's source that may be wanforge modules."""
     with PARSING:
         tree = ast.parse(source)
+    found: list[str] = []
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -181,4 +184,5 @@ def _imported(module: str, source: bytes) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = resolve_name("." * node.level + (node.module or ""), module.rpartition(".")[0])
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        yield from (name for name in names if name.startswith("wanforge."))
+        found += (name for name in names if name.startswith("wanforge."))
+    return tuple(found)

@@ -56,7 +56,7 @@ class Bench:
 
     def __call__(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function of tensors on the CPU whose kernels run on this device, once they are compiled."""
-        like = tree_map_only(Tensor, _on_meta, arguments)
+        like = without_data(arguments)
         compile_for(lambda: run(*like), self.sm, self.folder)
         with self.running():
             return run(*arguments)
@@ -97,7 +97,8 @@ class Bench:
 
     def _is_finite(self, tensor: Tensor) -> bool:
         """Whether all elements of a tensor that are written are finite."""
-        return bool((torch.isfinite(tensor.float()) | ~self.written(tensor)).all())
+        finite = torch.isfinite(tensor.float())
+        return bool(finite.all()) or bool((finite | ~self.written(tensor)).all())
 
     def add(self, name: str, tensor: Tensor, stream: int = 0) -> Region:
         """Let kernels on a stream use a tensor. Memory that `allocating` has seen counts as never written."""
@@ -158,6 +159,11 @@ class Bench:
             return tensor
 
         return poisoned
+
+
+def without_data(arguments: Any) -> Any:
+    """The same arguments with tensors on the meta device."""
+    return tree_map_only(Tensor, _on_meta, arguments)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

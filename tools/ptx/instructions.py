@@ -12,7 +12,7 @@ from tools.ptx.faults import UnsupportedError
 from tools.ptx.machine import (
     FINISHED,
     WARP,
-    Launch,
+    Program,
     Queue,
     State,
     Step,
@@ -28,7 +28,7 @@ from tools.ptx.warps import of_warps, parts_of, put_words, registers_of, words_o
 Array = NDArray[Any]
 
 
-def build(instruction: Instruction, launch: Launch) -> Step:
+def build(instruction: Instruction, program: Program) -> Step:
     """The step of an instruction.
 
     Raises:
@@ -36,46 +36,46 @@ def build(instruction: Instruction, launch: Launch) -> Step:
     """
     match instruction.words:
         case ("ld", "param", kind):
-            return _parameter(instruction, kind, launch)
+            return _parameter(instruction, kind, program)
         case ("ld", "global" | "shared" as space, *_, kind):
-            return _load(instruction, space, kind, launch)
+            return _load(instruction, space, kind, program)
         case ("st", "global" | "shared" as space, *_, kind):
-            return _store(instruction, space, kind, launch)
+            return _store(instruction, space, kind, program)
         case ("mov", "b32" | "b64" as kind) if any(isinstance(each, Vector) for each in instruction.operands):
-            return _repack(instruction, kind, launch)
+            return _repack(instruction, kind, program)
         case ("bra", *_):
-            return _branch(instruction, launch)
+            return _branch(instruction, program)
         case ("ret",):
             return _return
         case ("bar", "sync"):
             return _barrier(instruction)
         case ("shfl", "sync", how, "b32"):
-            return _shuffle(instruction, how, launch)
+            return _shuffle(instruction, how, program)
         case ("ldmatrix", *_):
-            return _load_matrix(instruction, launch)
+            return _load_matrix(instruction, program)
         case ("stmatrix", *_):
-            return _store_matrix(instruction, launch)
+            return _store_matrix(instruction, program)
         case ("cp", "async", *rest):
-            return _copy(instruction, rest, launch)
+            return _copy(instruction, rest, program)
         case ("mma", "sync", *_):
-            return _product(instruction, launch)
+            return _product(instruction, program)
         case ("wgmma", what, *_):
-            return _group(instruction, what, launch)
+            return _group(instruction, what, program)
         case ("fence", "proxy", "async", *_):
             return lambda state, mask: state.shared.fence(state.chosen(mask), instruction.place)
         case ("redux", "sync", how, kind):
-            return _reduce(instruction, how, kind, launch)
+            return _reduce(instruction, how, kind, program)
         case ("tcgen05" | "mbarrier" | "elect", *_):
-            return tcgen05.build(instruction, launch)
-    return on_registers(instruction, operation_of(instruction, launch.modes), launch)
+            return tcgen05.build(instruction, program)
+    return on_registers(instruction, operation_of(instruction, program.modes), program)
 
 
-def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
+def _parameter(instruction: Instruction, kind: str, program: Program) -> Step:
     result, source = instruction.operands
-    addresses, write, size = address_reader(source, launch), writer(result, kind), size_of(kind)
-    given = np.frombuffer(b"".join(launch.parameters), np.uint8)
+    addresses, write, size = address_reader(source, program), writer(result, kind), size_of(kind)
 
     def step(state: State, mask: Array | None) -> None:
+        given = state.launch.parameters
         places = addresses(state).astype(np.int64)
         lanes = state.chosen(mask)
         outside = (places[lanes] + size > len(given)) | (places[lanes] % size != 0)
@@ -88,16 +88,16 @@ def _parameter(instruction: Instruction, kind: str, launch: Launch) -> Step:
     return step
 
 
-def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
+def _load(instruction: Instruction, space: str, kind: str, program: Program) -> Step:
     result, source = instruction.operands
-    parts, addresses = parts_of(result), address_reader(source, launch)
+    parts, addresses = parts_of(result), address_reader(source, program)
     writers, size = [writer(part, kind) for part in parts], size_of(kind)
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
         where, report = addresses(state)[lanes], state.report(instruction, lanes)
         if space == "global":
-            found = launch.memory.load(where, size * len(parts), state.stamps(lanes), report)
+            found = state.launch.memory.load(where, size * len(parts), state.stamps(lanes), report)
         else:
             found = state.shared.load(where, size * len(parts), lanes, report)
         values = np.zeros((len(state.lanes), len(parts)), DTYPES[kind])
@@ -108,10 +108,10 @@ def _load(instruction: Instruction, space: str, kind: str, launch: Launch) -> St
     return step
 
 
-def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> Step:
+def _store(instruction: Instruction, space: str, kind: str, program: Program) -> Step:
     target, source = instruction.operands
-    addresses = address_reader(target, launch)
-    readers = [reader(part, kind, launch) for part in parts_of(source)]
+    addresses = address_reader(target, program)
+    readers = [reader(part, kind, program) for part in parts_of(source)]
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
@@ -119,19 +119,19 @@ def _store(instruction: Instruction, space: str, kind: str, launch: Launch) -> S
         found, where = np.ascontiguousarray(values).view(np.uint8), addresses(state)[lanes]
         report = state.report(instruction, lanes)
         if space == "global":
-            launch.memory.store(where, found, state.stamps(lanes), report)
+            state.launch.memory.store(where, found, state.stamps(lanes), report)
         else:
             state.shared.store(where, found, lanes, report)
 
     return step
 
 
-def _repack(instruction: Instruction, kind: str, launch: Launch) -> Step:
+def _repack(instruction: Instruction, kind: str, program: Program) -> Step:
     """A register as its parts, or the other way round."""
     result, source = instruction.operands
     if isinstance(source, Vector):
         part = f"b{8 * size_of(kind) // len(source.parts)}"
-        readers, write = [reader(each, part, launch) for each in source.parts], writer(result, kind)
+        readers, write = [reader(each, part, program) for each in source.parts], writer(result, kind)
 
         def pack(state: State, mask: Array | None) -> None:
             joined = np.ascontiguousarray(np.stack([read(state) for read in readers], 1))
@@ -140,7 +140,7 @@ def _repack(instruction: Instruction, kind: str, launch: Launch) -> Step:
         return pack
     assert isinstance(result, Vector)
     part = f"b{8 * size_of(kind) // len(result.parts)}"
-    read = reader(source, kind, launch)
+    read = reader(source, kind, program)
     writers = [None if getattr(each, "name", "") == "_" else writer(each, part) for each in result.parts]
 
     def unpack(state: State, mask: Array | None) -> None:
@@ -152,10 +152,10 @@ def _repack(instruction: Instruction, kind: str, launch: Launch) -> Step:
     return unpack
 
 
-def _branch(instruction: Instruction, launch: Launch) -> Step:
+def _branch(instruction: Instruction, program: Program) -> Step:
     (target,) = instruction.operands
     assert isinstance(target, Symbol)
-    place = launch.kernel.labels[target.name]
+    place = program.kernel.labels[target.name]
 
     def step(state: State, mask: Array | None) -> None:
         state.places[state.chosen(mask)] = place
@@ -174,11 +174,11 @@ def _barrier(instruction: Instruction) -> Step:
     return step
 
 
-def _shuffle(instruction: Instruction, how: str, launch: Launch) -> Step:
+def _shuffle(instruction: Instruction, how: str, program: Program) -> Step:
     result, source, by, clamp, members = instruction.operands
     if not isinstance(clamp, Immediate) or members != Immediate(-1):
         raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
-    read, amount, write = reader(source, "b32", launch), reader(by, "b32", launch), writer(result, "b32")
+    read, amount, write = reader(source, "b32", program), reader(by, "b32", program), writer(result, "b32")
     segment, bound = (clamp.value >> 8) & 31, clamp.value & 31
 
     def step(state: State, mask: Array | None) -> None:
@@ -199,9 +199,9 @@ def _shuffle(instruction: Instruction, how: str, launch: Launch) -> Step:
     return step
 
 
-def _reduce(instruction: Instruction, how: str, kind: str, launch: Launch) -> Step:
+def _reduce(instruction: Instruction, how: str, kind: str, program: Program) -> Step:
     result, source, _ = instruction.operands
-    read, write = reader(source, kind, launch), writer(result, kind)
+    read, write = reader(source, kind, program), writer(result, kind)
     reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[how]
 
     def step(state: State, mask: Array | None) -> None:
@@ -220,10 +220,10 @@ def _matrix_form(instruction: Instruction, vector: Operand) -> tuple[int, bool]:
     return count, "trans" in instruction.words
 
 
-def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
+def _load_matrix(instruction: Instruction, program: Program) -> Step:
     result, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, result)
-    addresses, registers = address_reader(source, launch), registers_of(result)
+    addresses, registers = address_reader(source, program), registers_of(result)
 
     def step(state: State, mask: Array | None) -> None:
         threads = of_warps(state.whole_warps(instruction, mask))
@@ -239,10 +239,10 @@ def _load_matrix(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _store_matrix(instruction: Instruction, launch: Launch) -> Step:
+def _store_matrix(instruction: Instruction, program: Program) -> Step:
     target, source = instruction.operands
     count, is_transposed = _matrix_form(instruction, source)
-    addresses, registers = address_reader(target, launch), registers_of(source)
+    addresses, registers = address_reader(target, program), registers_of(source)
 
     def step(state: State, mask: Array | None) -> None:
         threads = of_warps(state.whole_warps(instruction, mask))
@@ -268,7 +268,7 @@ def _commit(instruction: Instruction, queue: Callable[[State], Queue]) -> Step:
     return step
 
 
-def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Launch) -> Step:
+def _wait(instruction: Instruction, queue: Callable[[State], Queue], program: Program) -> Step:
     """Wait for all groups but the last ones."""
     (pending,) = instruction.operands
     assert isinstance(pending, Immediate)
@@ -277,27 +277,27 @@ def _wait(instruction: Instruction, queue: Callable[[State], Queue], launch: Lau
         if state.shared.record is not None and instruction.words[0] == "cp":
             state.shared.record.copies.wait(instruction.place, state.whole(mask), pending.value)
         if queue(state).wait(state.whole(mask), pending.value) and instruction.words[0] == "wgmma":
-            launch.kernel.needed["wait for products"].add(instruction.place)
+            state.launch.kernel.needed["wait for products"].add(instruction.place)
 
     return step
 
 
-def _copy(instruction: Instruction, rest: list[str], launch: Launch) -> Step:
+def _copy(instruction: Instruction, rest: list[str], program: Program) -> Step:
     match rest:
         case ["commit_group"]:
             return _commit(instruction, lambda state: state.copies)
         case ["wait_group"]:
-            return _wait(instruction, lambda state: state.copies, launch)
+            return _wait(instruction, lambda state: state.copies, program)
         case ["ca" | "cg", "shared", "global"]:
-            return _begin_copy(instruction, launch)
+            return _begin_copy(instruction, program)
     raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
 
 
-def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
+def _begin_copy(instruction: Instruction, program: Program) -> Step:
     target, source, length, *given = instruction.operands
-    to, origin = address_reader(target, launch), address_reader(source, launch)
+    to, origin = address_reader(target, program), address_reader(source, program)
     assert isinstance(length, Immediate)
-    read = reader(given[0] if given else length, "u32", launch)
+    read = reader(given[0] if given else length, "u32", program)
 
     def step(state: State, mask: Array | None) -> None:
         lanes = state.chosen(mask)
@@ -308,7 +308,9 @@ def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
         values, some = np.zeros((len(lanes), length.value), np.uint8), np.flatnonzero(size)
         if len(some):
             within = state.report(instruction, lanes[some])
-            found = launch.memory.load(origin(state)[lanes[some]], length.value, state.stamps(lanes[some]), within)
+            found = state.launch.memory.load(
+                origin(state)[lanes[some]], length.value, state.stamps(lanes[some]), within
+            )
             values[some] = found
         places = state.shared.begin_copy(to(state)[lanes], length.value, lanes, report)
 
@@ -320,7 +322,7 @@ def _begin_copy(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _product(instruction: Instruction, launch: Launch) -> Step:
+def _product(instruction: Instruction, program: Program) -> Step:
     shapes = {"m16n8k16": ("bf16", "f16"), "m16n8k32": ("s8", "e4m3")}
     kinds = [word for word in instruction.words if word in ("s8", "e4m3", "bf16", "f16", "f32", "s32")]
     shape = next(word for word in instruction.words if word.startswith("m16"))
@@ -336,27 +338,27 @@ def _product(instruction: Instruction, launch: Launch) -> Step:
         a_RK = tensor_cores.a_fragment(words_of(state, a, lanes).reshape(-1, WARP, 4), kind)
         b_CK = tensor_cores.b_fragment(words_of(state, b, lanes).reshape(-1, WARP, 2), kind)
         c_RC = tensor_cores.c_matrix(words_of(state, c, lanes).view(dtype).reshape(-1, WARP, 4))
-        result = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums, saturates=satfinite)
+        result = tensor_cores.product(a_RK, b_CK, c_RC, kind, program.modes.sums, saturates=satfinite)
         words = tensor_cores.c_registers(result).reshape(-1, 4)
         put_words(state, d, lanes, np.ascontiguousarray(words).view(np.uint32))
 
     return step
 
 
-def _group(instruction: Instruction, what: str, launch: Launch) -> Step:
+def _group(instruction: Instruction, what: str, program: Program) -> Step:
     match what:
         case "fence":
             return lambda state, mask: None
         case "commit_group":
             return _commit(instruction, lambda state: state.products)
         case "wait_group":
-            return _wait(instruction, lambda state: state.products, launch)
+            return _wait(instruction, lambda state: state.products, program)
         case "mma_async":
-            return _group_product(instruction, launch)
+            return _group_product(instruction, program)
     raise UnsupportedError(f"the machine does not know {instruction.opcode}")
 
 
-def _group_product(instruction: Instruction, launch: Launch) -> Step:
+def _group_product(instruction: Instruction, program: Program) -> Step:
     shape = next(word for word in instruction.words if word.startswith("m64"))
     columns, depth = map(int, shape.removeprefix("m64n").split("k"))
     to, kind, _ = instruction.words[-3:]
@@ -369,9 +371,9 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
     a_transposed = bool(transposed) and not is_register and transposed[0]
     b_transposed = bool(transposed) and transposed[-1]
     registers = registers_of(result)
-    keep = reader(keeps, "pred", launch)
-    a_descriptor = None if is_register else reader(first, "b64", launch)
-    b_descriptor = reader(second, "b64", launch)
+    keep = reader(keeps, "pred", program)
+    a_descriptor = None if is_register else reader(first, "b64", program)
+    b_descriptor = reader(second, "b64", program)
     size, dtype = tensor_cores.WARPGROUP, DTYPES[to]
 
     def operand(state: State, descriptors: Array, groups: Array, rows: int, is_transposed: bool) -> tuple[Array, Array]:
@@ -383,12 +385,12 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
             read, granules = state.shared.read_operand(
                 places,
                 element,
-                group * size // launch.kernel.threads,
+                group * size // program.kernel.threads,
                 state.report(instruction, np.array([group * size])),
             )
             values.append(tensor_cores.elements(read, kind).reshape(rows, -1))
             used.append(granules)
-        return np.stack(values), np.unique(np.concatenate(used))
+        return np.stack(values), state.shared.distinct(*used)
 
     def step(state: State, mask: Array | None) -> None:
         warps = state.whole_warps(instruction, mask)
@@ -403,12 +405,12 @@ def _group_product(instruction: Instruction, launch: Launch) -> Step:
             a_RK = tensor_cores.a_fragment(words, kind).reshape(len(groups), 64, -1)
         else:
             a_RK, also = operand(state, a_descriptor(state)[starts], groups, 64, a_transposed)
-            used = np.union1d(used, also)
+            used = state.shared.distinct(used, also)
         held = np.stack([state.flying.get(each.index, state.registers[each.index])[lanes] for each in registers], 1)
         c_RC = tensor_cores.group_c_matrix(held.view(dtype).reshape(len(groups), size, -1))
         kept = keep(state)[starts][:, None, None]
         c_RC = np.where(kept, c_RC, c_RC.dtype.type(0))
-        found = tensor_cores.product(a_RK, b_CK, c_RC, kind, launch.modes.sums)
+        found = tensor_cores.product(a_RK, b_CK, c_RC, kind, program.modes.sums)
         results = tensor_cores.group_c_registers(found).reshape(len(lanes), -1)
         _begin_product(state, registers, lanes, np.ascontiguousarray(results).view(np.uint32), used)
 

@@ -8,7 +8,7 @@ as if they had more threads; each has its own shared memory and barriers.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -126,9 +126,9 @@ class State:
         zeros = {size: np.zeros(count, dtype) for size, dtype in UNSIGNED.items()}
         self.registers = [zeros[4]] * kernel.registers
         for instruction in kernel.instructions:
-            for register in launch.written[instruction.place]:
+            for register in launch.program.written[instruction.place]:
                 self.registers[register.index] = zeros[register.size]
-        self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.shared_granule)
+        self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.program.shared_granule)
         self.tensors = TensorMemory(len(blocks), self.shared)
         self.mbarriers = Mbarriers(self.shared, self.tensors)
         if launch.modes.trace is not None:
@@ -153,9 +153,11 @@ class State:
 
     def put(self, register: Register, value: Array, mask: Array | None) -> None:
         """Write a register, where the mask says."""
-        value = np.broadcast_to(value, self.lanes.shape)
-        old = self.registers[register.index]
-        self.registers[register.index] = value if mask is None else np.where(mask, value, old)
+        if value.shape != self.lanes.shape:
+            value = np.broadcast_to(value, self.lanes.shape)
+        if mask is not None:
+            value = np.where(mask, value, self.registers[register.index])
+        self.registers[register.index] = value
 
     def stamps(self, lanes: Array) -> Array:
         """The stamps of threads in global memory."""
@@ -203,6 +205,43 @@ class State:
         return np.flatnonzero(warps)
 
 
+class Program:
+    """A kernel as steps, which every launch of it can take.
+
+    Attributes:
+        places: Where each parameter begins.
+        addressing: The places of instructions whose results become addresses.
+        written: The registers that each instruction may write.
+        targets: The places to which branches go.
+    """
+
+    def __init__(self, kernel: Kernel, modes: Modes) -> None:
+        self.kernel, self.modes = kernel, modes
+        self.places = places_of(kernel)
+        self.shared_granule, self.global_granule = granule(kernel, "shared"), granule(kernel, "global")
+        self.addressing = addressing(kernel)
+        self.written = [
+            [part for operand in each.operands for part in (operand.parts if isinstance(operand, Vector) else [operand])
+             if isinstance(part, Register)]
+            for each in kernel.instructions
+        ]  # fmt: skip
+        self.targets = {
+            kernel.labels[operand.name]
+            for each in kernel.instructions
+            for operand in each.operands
+            if each.words[0] == "bra" and isinstance(operand, Symbol)
+        }
+        self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
+
+
+def program_of(kernel: Kernel, modes: Modes) -> Program:
+    """The program of a kernel, which is made once for all kernels of the same text."""
+    modes = replace(modes, trace=None)
+    if modes not in kernel.programs:
+        kernel.programs[modes] = Program(kernel, modes)
+    return kernel.programs[modes]
+
+
 class Launch:
     """A kernel with its grid and parameters.
 
@@ -220,21 +259,8 @@ class Launch:
         modes: Modes = Modes(),
     ) -> None:
         self.kernel, self.grid, self.shared_bytes, self.memory, self.modes = kernel, grid, shared_bytes, memory, modes
-        self.parameters, self.parameter_places = laid_out(kernel, parameters)
-        self.shared_granule = granule(kernel, "shared")
-        self.addressing = addressing(kernel)
-        self.written = [
-            [part for operand in each.operands for part in (operand.parts if isinstance(operand, Vector) else [operand])
-             if isinstance(part, Register)]
-            for each in kernel.instructions
-        ]  # fmt: skip
-        self.targets = {
-            kernel.labels[operand.name]
-            for each in kernel.instructions
-            for operand in each.operands
-            if each.words[0] == "bra" and isinstance(operand, Symbol)
-        }
-        self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
+        self.program = program_of(kernel, modes)
+        self.parameters = laid_out(kernel, parameters)
 
     def run(self, side_by_side: int = 1, only: Collection[int] | None = None) -> None:
         """Run all blocks, or some of them.
@@ -246,7 +272,7 @@ class Launch:
         Raises:
             FaultError: A thread did what none may do.
         """
-        self.memory.begin(granule(self.kernel, "global"))
+        self.memory.begin(self.program.global_granule)
         if self.modes.trace is not None:
             self.modes.trace.begin()
         x, y, z = self.grid
@@ -272,7 +298,7 @@ class Launch:
 
     def _run_from(self, state: State, place: int, mask: Array | None) -> None:
         """Run the threads in a mask to the next place where they may part or meet others."""
-        instructions = self.kernel.instructions
+        instructions, steps, targets = self.kernel.instructions, self.program.steps, self.program.targets
         while True:
             instruction = instructions[place]
             running, guard = mask, instruction.guard
@@ -290,11 +316,11 @@ class Launch:
                 state.places[state.chosen(mask)] = place + 1  # which the step changes where it branches
             if running is None or running.any():
                 self.kernel.ran.add(place)
-                self.steps[place](state, running)
+                steps[place](state, running)
             place += 1
             if ends:
                 return
-            if place in self.targets:
+            if place in targets:
                 state.places[state.chosen(mask)] = place
                 return
 
@@ -340,7 +366,7 @@ class Launch:
         self._record_barriers(state, np.arange(len(state.blocks)), np.full(len(state.blocks), -1))
 
 
-def built(instruction: Instruction, launch: Launch) -> Step:
+def built(instruction: Instruction, program: Program) -> Step:
     """The step of an instruction.
 
     Raises:
@@ -349,21 +375,27 @@ def built(instruction: Instruction, launch: Launch) -> Step:
     from tools.ptx.instructions import build  # which needs the types above
 
     try:
-        return build(instruction, launch)
+        return build(instruction, program)
     except UnsupportedError as error:
-        what = f"{launch.kernel.name}: {error.what}, in: {instruction.text}"
+        what = f"{program.kernel.name}: {error.what}, in: {instruction.text}"
         raise UnsupportedError(what, instruction.line) from None
 
 
-def laid_out(kernel: Kernel, values: Sequence[bytes]) -> tuple[list[bytes], dict[str, int]]:
-    """The parameters one after the other, each at a multiple of its size, and their places."""
-    pieces, places, end = [], {}, 0
-    for parameter, value in zip(kernel.parameters, values, strict=True):
-        gap = -end % parameter.size
-        places[parameter.name] = end + gap
-        pieces += [bytes(gap), value]
-        end += gap + parameter.size
-    return pieces, places
+def places_of(kernel: Kernel) -> dict[str, int]:
+    """The places of parameters that lie one after the other, each at a multiple of its size."""
+    places, end = {}, 0
+    for parameter in kernel.parameters:
+        places[parameter.name] = end + -end % parameter.size
+        end = places[parameter.name] + parameter.size
+    return places
+
+
+def laid_out(kernel: Kernel, values: Sequence[bytes]) -> Array:
+    """The bytes of the parameters at their places."""
+    data = bytearray()
+    for place, value in zip(places_of(kernel).values(), values, strict=True):
+        data += bytes(place - len(data)) + value
+    return np.frombuffer(data, np.uint8)
 
 
 def granule(kernel: Kernel, space: str) -> int:
@@ -375,7 +407,7 @@ def granule(kernel: Kernel, space: str) -> int:
     return min(sizes)
 
 
-def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Array]:
+def reader(operand: Operand, kind: str, program: Program) -> Callable[[State], Array]:
     """A function that gives the elements of an operand.
 
     Raises:
@@ -400,8 +432,8 @@ def reader(operand: Operand, kind: str, launch: Launch) -> Callable[[State], Arr
             return lambda state: np.tile(constant, len(state.lanes))
         case Special(name):
             return lambda state: state.special[name].view(dtype)
-        case Symbol(name) if name == DYNAMIC or name in launch.parameter_places:
-            place = launch.parameter_places.get(name, 0)
+        case Symbol(name) if name == DYNAMIC or name in program.places:
+            place = program.places.get(name, 0)
             return lambda state: np.full(state.lanes.shape, place, dtype)
     raise UnsupportedError(f"the machine does not know {operand} as {kind}")
 
@@ -425,13 +457,13 @@ def writer(operand: Operand, kind: str) -> Callable[[State, Array, Array | None]
     return write
 
 
-def on_registers(instruction: Instruction, operation: Operation, launch: Launch) -> Step:
+def on_registers(instruction: Instruction, operation: Operation, program: Program) -> Step:
     """The step of an instruction that reads and writes registers only."""
     result, *sources = instruction.operands
-    read = [reader(operand, kind, launch) for operand, kind in zip(sources, operation.sources, strict=True)]
+    read = [reader(operand, kind, program) for operand, kind in zip(sources, operation.sources, strict=True)]
     write, apply = writer(result, operation.result), operation.apply
-    exact = EXACT.get(instruction.words[0]) if instruction.place in launch.addressing else None
-    checks_finite = launch.modes.finite and operation.result in ("f32", "f32x2")
+    exact = EXACT.get(instruction.words[0]) if instruction.place in program.addressing else None
+    checks_finite = program.modes.finite and operation.result in ("f32", "f32x2")
 
     def step(state: State, mask: Array | None) -> None:
         given = [each(state) for each in read]
@@ -445,12 +477,12 @@ def on_registers(instruction: Instruction, operation: Operation, launch: Launch)
     return step
 
 
-def address_reader(operand: Operand, launch: Launch) -> Callable[[State], Array]:
+def address_reader(operand: Operand, program: Program) -> Callable[[State], Array]:
     """A function that gives the addresses of an operand in brackets."""
     if not isinstance(operand, Address):
         raise UnsupportedError(f"{operand} is no address")
     kind = "b64" if isinstance(operand.base, Register) and operand.base.size == 8 else "b32"
-    base = reader(operand.base, kind, launch)
+    base = reader(operand.base, kind, program)
     offset = np.array(operand.offset).astype(np.int64).astype(np.uint64)
     if kind == "b32":
         return lambda state: (base(state).astype(np.int64) + operand.offset).astype(np.uint64)

@@ -305,6 +305,13 @@ class SharedMemory:
     def granules(self, places: Integers, size: int) -> Integers:
         return (places // self.granule)[:, None] + np.arange(max(1, size // self.granule))
 
+    def distinct(self, *granules: Integers) -> Integers:
+        """All of these granules, in order and once each."""
+        found = np.zeros(len(self.writer), bool)
+        for each in granules:
+            found[each] = True
+        return np.flatnonzero(found)
+
     def load(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Bytes:
         """Read `size` bytes for each thread."""
         places = self.places(addresses, size, lanes, report)
@@ -390,7 +397,7 @@ class SharedMemory:
         first[0] = True
         if (flat >= block * self.stride + self.size).any():
             report("gives a product an operand beyond its block's shared memory", first, None)
-        granules = np.unique(flat // self.granule)
+        granules = self.distinct(flat // self.granule)
         where = flat[:, None] + np.arange(size)
         if self.in_flight[granules].any():
             report("gives a product an operand that is still being copied", first, None)

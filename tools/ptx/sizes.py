@@ -1,5 +1,6 @@
 """The sizes at which kernels are run on the machine.
 
+SHORT   the same kernels at one size each, and attention of two heads throughout, so that cases share what is compiled
 RAGGED  small, with blocks that are full and blocks that are not: what the tests run
 REAL    the widths, strides, chunks and lanes of the 14B at 720p and the 1.3B at 480p, over as few tokens as they allow
 WHOLE   a block of TinyWan, all kernels of a recipe together
@@ -61,9 +62,9 @@ SHORT = Sizes(
     epilogues=((333, 384, 256),),
     normed=((333, 384),),
     added=((333, 384),),
-    keys=(Attended(200, 1, 1),),
+    keys=(Attended(333, 2, 1),),
     attended=(Attended(200, 2, 2),),
-    packed=(Attended(140, 1, 2),),
+    packed=(Attended(140, 2, 2),),
     scored=((333, 2, 70),),
     ranked=((3, 2, 70, 7),),
 )

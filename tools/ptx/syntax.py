@@ -3,8 +3,10 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import count
+from typing import Any
 
 from tools.ptx.faults import UnsupportedError
 
@@ -85,7 +87,7 @@ class Instruction:
     def opcode(self) -> str:
         return ".".join(self.words)
 
-    @property
+    @cached_property
     def registers(self) -> frozenset[int]:
         """Every register that it reads or writes."""
         return frozenset(register.index for register in registers_in(self.operands))
@@ -127,6 +129,7 @@ class Kernel:
         labels: The place of the instruction that follows each label.
         sm: The architecture that it is for.
         threads: Threads of a block.
+        programs: What the machine has made of it, by the modes (`machine.Program`).
     """
 
     name: str
@@ -139,14 +142,20 @@ class Kernel:
     ran: set[int] = field(default_factory=set)
     skipped: set[int] = field(default_factory=set)
     needed: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    programs: dict[Any, Any] = field(default_factory=dict)
 
 
 def read_kernel(text: str) -> Kernel:
-    """Read the only kernel of a PTX file.
+    """Read the only kernel of a PTX file, of which nothing has run.
 
     Raises:
         UnsupportedError: The file is not such as Triton writes.
     """
+    return replace(_read(text), ran=set(), skipped=set(), needed=defaultdict(set))
+
+
+@lru_cache(maxsize=256)
+def _read(text: str) -> Kernel:
     source = "\n".join(line.split("//")[0].strip() for line in text.splitlines())
     target = re.search(r"^\.target sm_(\d+)", source, re.MULTILINE)
     entry = re.search(r"\.visible \.entry (\w+)\((.*?)\)", source, re.DOTALL)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tools.ptx import tensor_cores
 from tools.ptx.faults import UnsupportedError
-from tools.ptx.machine import WARP, Launch, State, Step, address_reader, reader, writer
+from tools.ptx.machine import WARP, Program, State, Step, address_reader, reader, writer
 from tools.ptx.memory import Report
 from tools.ptx.syntax import Address, Immediate, Instruction, Operand, Vector
 from tools.ptx.tensor_memory import LANES, Access, Product, parts
@@ -26,7 +26,7 @@ KINDS = {("kind_f16", 0): "f16", ("kind_f16", 1): "bf16", ("kind_f8f6f4", 0): "e
 """The elements of operands, by the kind of an instruction and what its descriptor says."""
 
 
-def build(instruction: Instruction, launch: Launch) -> Step:
+def build(instruction: Instruction, program: Program) -> Step:
     """The step of an instruction.
 
     Raises:
@@ -34,25 +34,25 @@ def build(instruction: Instruction, launch: Launch) -> Step:
     """
     match instruction.words:
         case ("elect", "sync"):
-            return _elect(instruction, launch)
+            return _elect(instruction, program)
         case ("mbarrier", "init" | "inval" as what, "shared_cta", "b64"):
-            return _make_mbarrier(instruction, what, launch)
+            return _make_mbarrier(instruction, what, program)
         case ("mbarrier", "try_wait", "parity", "shared_cta", "b64"):
-            return _wait_for_phase(instruction, launch)
+            return _wait_for_phase(instruction, program)
         case ("tcgen05", "alloc", "cta_group_1", "sync", "aligned", "shared_cta", "b32"):
-            return _allocate(instruction, launch)
+            return _allocate(instruction, program)
         case ("tcgen05", "dealloc", "cta_group_1", "sync", "aligned", "b32"):
-            return _free(instruction, launch)
+            return _free(instruction, program)
         case ("tcgen05", "relinquish_alloc_permit", "cta_group_1", "sync", "aligned"):
             return _relinquish(instruction)
         case ("tcgen05", "ld" | "st" as what, "sync", "aligned", "32x32b" | "16x32bx2" as shape, _, "b32"):
-            return _move(instruction, what, shape, launch)
+            return _move(instruction, what, shape, program)
         case ("tcgen05", "wait_ld" | "wait_st" as what, "sync", "aligned"):
             return _wait(instruction, what)
         case ("tcgen05", "mma", "cta_group_1", "kind_f16" | "kind_f8f6f4" as kind):
-            return _product(instruction, kind, launch)
+            return _product(instruction, kind, program)
         case ("tcgen05", "commit", "cta_group_1", "mbarrier_arrive_one", "shared_cluster", "b64"):
-            return _commit(instruction, launch)
+            return _commit(instruction, program)
     raise _unknown(instruction)
 
 
@@ -60,7 +60,7 @@ def _unknown(instruction: Instruction) -> UnsupportedError:
     return UnsupportedError(f"the machine does not know this form: {instruction.text}")
 
 
-def _elect(instruction: Instruction, launch: Launch) -> Step:
+def _elect(instruction: Instruction, program: Program) -> Step:
     """The first thread of a warp is elected."""
     both, members = instruction.operands
     if not isinstance(both, Vector) or members != Immediate(-1):
@@ -75,10 +75,10 @@ def _elect(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _make_mbarrier(instruction: Instruction, what: str, launch: Launch) -> Step:
+def _make_mbarrier(instruction: Instruction, what: str, program: Program) -> Step:
     place, *counts = instruction.operands
-    addresses = address_reader(place, launch)
-    count = reader(counts[0], "u32", launch) if counts else None
+    addresses = address_reader(place, program)
+    count = reader(counts[0], "u32", program) if counts else None
 
     def step(state: State, mask: Array | None) -> None:
         for lane in state.chosen(mask):
@@ -95,15 +95,15 @@ def _of_thread(state: State, instruction: Instruction, lane: int) -> Report:
     return state.report(instruction, np.array([lane]))
 
 
-def _wait_for_phase(instruction: Instruction, launch: Launch) -> Step:
+def _wait_for_phase(instruction: Instruction, program: Program) -> Step:
     """Threads whose phase is not complete stay where they are until something arrives."""
     result, place, parity = instruction.operands
-    addresses, parities = address_reader(place, launch), reader(parity, "u32", launch)
+    addresses, parities = address_reader(place, program), reader(parity, "u32", program)
     write = writer(result, "pred")
 
     def step(state: State, mask: Array | None) -> None:
         done, lanes = np.zeros(len(state.lanes), bool), state.chosen(mask)
-        wanted = np.stack([lanes // launch.kernel.threads, addresses(state)[lanes], parities(state)[lanes]], 1)
+        wanted = np.stack([lanes // program.kernel.threads, addresses(state)[lanes], parities(state)[lanes]], 1)
         for each in np.unique(wanted, axis=0):
             some = lanes[(wanted == each).all(1)]
             report = state.report(instruction, some)
@@ -115,14 +115,14 @@ def _wait_for_phase(instruction: Instruction, launch: Launch) -> Step:
     return step
 
 
-def _commit(instruction: Instruction, launch: Launch) -> Step:
-    addresses = address_reader(instruction.operands[0], launch)
+def _commit(instruction: Instruction, program: Program) -> Step:
+    addresses = address_reader(instruction.operands[0], program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in state.chosen(mask):
             report = _of_thread(state, instruction, lane)
             state.mbarriers.commit(int(lane), int(addresses(state)[lane]), report)
-            state.parked.reshape(len(state.blocks), -1)[lane // launch.kernel.threads] = False
+            state.parked.reshape(len(state.blocks), -1)[lane // program.kernel.threads] = False
 
     return step
 
@@ -132,27 +132,27 @@ def _warps(state: State, instruction: Instruction, mask: Array | None) -> Array:
     return state.whole_warps(instruction, mask) * WARP
 
 
-def _allocate(instruction: Instruction, launch: Launch) -> Step:
+def _allocate(instruction: Instruction, program: Program) -> Step:
     target, columns = instruction.operands
     if not isinstance(columns, Immediate):
         raise _unknown(instruction)
-    addresses = address_reader(target, launch)
+    addresses = address_reader(target, program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in _warps(state, instruction, mask):
             report = _of_thread(state, instruction, lane)
-            found = state.tensors.allocate(int(lane) // launch.kernel.threads, columns.value, report)
+            found = state.tensors.allocate(int(lane) // program.kernel.threads, columns.value, report)
             value = np.array([found], np.uint32).view(np.uint8)[None]
             state.shared.store(addresses(state)[[lane]], value, np.array([lane]), report)
 
     return step
 
 
-def _free(instruction: Instruction, launch: Launch) -> Step:
+def _free(instruction: Instruction, program: Program) -> Step:
     address, columns = instruction.operands
     if not isinstance(columns, Immediate):
         raise _unknown(instruction)
-    addresses = reader(address, "b32", launch)
+    addresses = reader(address, "b32", program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in _warps(state, instruction, mask):
@@ -177,7 +177,7 @@ def _wait(instruction: Instruction, what: str) -> Step:
     return step
 
 
-def _move(instruction: Instruction, what: str, shape: str, launch: Launch) -> Step:
+def _move(instruction: Instruction, what: str, shape: str, program: Program) -> Step:
     """Load or store: a thread's registers are consecutive columns of a lane. In the shape 16x32bx2 the last 16 threads
     of a warp have the same lanes as the first 16, at columns that lie further."""
     *rest, registers = instruction.operands if what == "st" else reversed(instruction.operands)
@@ -186,7 +186,7 @@ def _move(instruction: Instruction, what: str, shape: str, launch: Launch) -> St
     offset = offsets[0] if offsets else Immediate(0)
     if len(found) != int(instruction.words[5][1:]) or not isinstance(offset, Immediate):
         raise _unknown(instruction)
-    addresses, rows = address_reader(place, launch), np.arange(WARP)
+    addresses, rows = address_reader(place, program), np.arange(WARP)
     lanes = rows if shape == "32x32b" else rows % 16
     columns = (offset.value * (lanes != rows))[:, None] + np.arange(len(found))
 
@@ -197,7 +197,7 @@ def _move(instruction: Instruction, what: str, shape: str, launch: Launch) -> St
         if (given != given[:, :1]).any():
             report("gives addresses that differ within a warp", (given != given[:, :1]).any(1), given[:, 0])
         lane, column = parts(given[:, :1, None])
-        block = (first // launch.kernel.threads)[:, None, None]
+        block = (first // program.kernel.threads)[:, None, None]
         cells = state.tensors.cells(block, lane + lanes[:, None], column + columns).reshape(len(first), -1)
         access, threads = Access(first, given[:, 0], cells), of_warps(first // WARP).reshape(-1)
         if what == "st":
@@ -235,12 +235,12 @@ def form_of(descriptor: int, kind: str) -> Form | None:
     )
 
 
-def _product(instruction: Instruction, kind: str, launch: Launch) -> Step:
+def _product(instruction: Instruction, kind: str, program: Program) -> Step:
     result, first, second, descriptor, keeps, *rest = instruction.operands
     if rest:
         raise _unknown(instruction)
-    addresses, forms = address_reader(result, launch), reader(descriptor, "u32", launch)
-    source, keep = _Source(instruction, first, second, launch), reader(keeps, "pred", launch)
+    addresses, forms = address_reader(result, program), reader(descriptor, "u32", program)
+    source, keep = _Source(instruction, first, second, program), reader(keeps, "pred", program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in map(int, state.chosen(mask)):
@@ -254,9 +254,9 @@ def _product(instruction: Instruction, kind: str, launch: Launch) -> Step:
             same = (int(addresses(state)[lane]), kind, form)
             c_RC = state.tensors.accumulator(lane, cells, same, kept, report).view(np.float32)
             c_RC = c_RC if kept else np.zeros_like(c_RC)
-            found = tensor_cores.product(a_RK, b_CK, c_RC, form.element, launch.modes.sums)
-            seen = np.zeros(launch.kernel.threads, bool)
-            product = Product(lane, same, cells, operand, np.union1d(used, also), seen)
+            found = tensor_cores.product(a_RK, b_CK, c_RC, form.element, program.modes.sums)
+            seen = np.zeros(program.kernel.threads, bool)
+            product = Product(lane, same, cells, operand, state.shared.distinct(used, also), seen)
             state.tensors.begin(product, found.view(np.uint32))
             state.mbarriers.begin(lane, product)
 
@@ -273,10 +273,10 @@ def _rows(state: State, lane: int, address: int, columns: int) -> Array:
 class _Source:
     """Where the operands of a product come from."""
 
-    def __init__(self, instruction: Instruction, first: Operand, second: Operand, launch: Launch) -> None:
-        self.instruction, self.threads = instruction, launch.kernel.threads
-        self.address = address_reader(first, launch) if isinstance(first, Address) else None
-        descriptors = [None if isinstance(each, Address) else reader(each, "b64", launch) for each in (first, second)]
+    def __init__(self, instruction: Instruction, first: Operand, second: Operand, program: Program) -> None:
+        self.instruction, self.threads = instruction, program.kernel.threads
+        self.address = address_reader(first, program) if isinstance(first, Address) else None
+        descriptors = [None if isinstance(each, Address) else reader(each, "b64", program) for each in (first, second)]
         self.descriptors = descriptors
 
     def first(self, state: State, lane: int, form: Form, report: Report) -> tuple[Array, Array, Array]:

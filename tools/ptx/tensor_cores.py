@@ -6,6 +6,7 @@ the partial sums, which no document defines; `FEW_BITS` stands for what is known
 """
 
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,9 @@ SWIZZLES = {0: 0, 1: 3, 2: 2, 3: 1}
 """How many address bits, from bit 7, are mixed into those from bit 4, by the swizzle mode of a descriptor."""
 
 
+@cache
 def operand_places(descriptor: int, rows: int, bytes_of_k: int, element: int, *, transposed: bool) -> Array:
-    """The addresses in shared memory of an operand's elements, [rows, K].
+    """The addresses in shared memory of an operand's elements, [rows, K]. They must not be written to.
 
     Args:
         descriptor: The matrix descriptor: addresses and strides in units of 16 bytes.

@@ -35,11 +35,6 @@ Way = Callable[[Bench], Tensor]
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 def by_launcher(bench: Bench) -> Tensor:
     """A linear of two launches by the launcher."""
     x, *weight = INPUTS

@@ -1,5 +1,7 @@
 """Wavefronts of shared memory, counted by hand, and what the package's table says of a kernel."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -39,8 +41,8 @@ def test_warps_do_not_get_into_each_others_way() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [89, 120])
-def test_the_table_is_what_the_machine_counts(sm: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    conflicts, folder = Conflicts(), tmp_path_factory.mktemp("kernels")
+def test_the_table_is_what_the_machine_counts(sm: int, folder: Path) -> None:
+    conflicts = Conflicts()
     (case,) = (
         case for case in cases(sm, torch.bfloat16, RAGGED) if case.name == "modulated layer norm, quantised, 37x1536"
     )

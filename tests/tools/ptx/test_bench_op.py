@@ -27,11 +27,6 @@ class Blank(Draw):
         return torch.empty(shape, dtype=dtype or self.dtype)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op != "sparse_linear_attention"])  # of which the block consists
 def test_the_checks_of_a_gpu_pass(op: str, folder: Path) -> None:

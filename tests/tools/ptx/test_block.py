@@ -13,10 +13,10 @@ from tools.ptx.sizes import WHOLE
 
 
 @pytest.mark.slow
-def test_a_block_is_the_reference(tmp_path: Path) -> None:
+def test_a_block_is_the_reference(folder: Path) -> None:
     """The limit is that of parity for a block in bfloat16, where a step or a key block more moves what follows."""
     case = next(case for case in cases(90, torch.bfloat16, WHOLE) if case.name == "block of tinywan, w8a8")
     assert case.rms == 0.1
-    outcome = prove(case, Bench(90, tmp_path))
+    outcome = prove(case, Bench(90, folder))
     assert outcome.is_right, outcome
     assert len(outcome.kernels) == 10

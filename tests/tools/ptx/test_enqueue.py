@@ -23,11 +23,6 @@ pytestmark = pytest.mark.slow
 ATTENTION = ["statistics", "keys_values", "linear_state", "scores", "select", "attention"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 def enqueued(op: PluginOp, inputs: list[Tensor], bench: Bench) -> Tensor:
     compile_for(op, inputs, bench)
     with on_the_machine(bench):

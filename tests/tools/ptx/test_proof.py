@@ -7,20 +7,17 @@ import torch
 
 from tools.ptx.bench import Bench
 from tools.ptx.cases import cases
-from tools.ptx.proof import prove
+from tools.ptx.proof import compile_cases, prove
 from tools.ptx.sizes import SHORT
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.mark.parametrize("sm", [80, 89, 90, 120])
 def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
-    outcomes = [prove(case, Bench(sm, folder)) for case in cases(sm, torch.bfloat16, SHORT)]
+    asked = list(cases(sm, torch.bfloat16, SHORT))
+    compile_cases(asked, sm, folder)
+    outcomes = [prove(case, Bench(sm, folder)) for case in asked]
     assert len(outcomes) == 22
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
 
