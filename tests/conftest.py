@@ -33,10 +33,15 @@ from wanforge.runtime.measure import durations
 torch.set_num_threads(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
+def pytest_collection() -> None:
+    """Do not search for garbage among what the imports of all tests make, which stays."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what the imports have left, which stays for as long as the process runs."""
-    gc.collect()
+    """Search for garbage again, in what the tests make."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
