@@ -11,6 +11,7 @@ from torch import Tensor
 from wanforge.plugins.launching import call, driver
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.measure.kernels.checks import CHECKS, check
+from wanforge.runtime.measure.kernels.pieces import SMALL, CheckedSize
 from wanforge.runtime.measure.kernels.timing import Case, Draw
 
 CPU = torch.device("cpu")
@@ -39,11 +40,11 @@ def without_data(launch: Launch) -> Launch:
     return replace(launch, arguments={name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given})
 
 
-def launches_of_checks(sm: int) -> list[Launch]:
+def launches_of_checks(sm: int, size: CheckedSize = SMALL) -> list[Launch]:
     """What the checks of every op launch."""
     with recorded(sm) as found:
         for op in CHECKS:
-            check(op, CPU, torch.bfloat16)
+            check(op, CPU, torch.bfloat16, size)
     return found
 
 

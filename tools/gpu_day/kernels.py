@@ -14,6 +14,7 @@ from wanforge.plugins.launching.cubins import CubinStore, cache_folder, folders,
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.measure.kernels.cases import OPS
+from wanforge.runtime.measure.kernels.pieces import timed_size
 from wanforge.runtime.measure.kernels.timing import Draw
 
 PUBLISHED = ("turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p")
@@ -22,7 +23,7 @@ RECIPES = ("w8a8", "w8a8-row")
 
 def run(day: Day) -> None:
     """Compile what no folder holds, on all processors."""
-    wanted = distinct([*always_needed(day.device.sm, () if day.rehearses else PUBLISHED), *_of_cases(day)])
+    wanted = distinct([*_needed(day), *_of_cases(day)])
     missing = without_cubin(wanted)
     made = compile_kernels(
         missing, folders()[0] if day.rehearses else cache_folder(), os.cpu_count(), ptx=day.rehearses
@@ -35,6 +36,13 @@ def run(day: Day) -> None:
         warnings=[f"{each.kernel}: {said}" for each in made for said in each.warnings],
         spills=[f"{each.kernel}: {each.spill_bytes} bytes" for each in made if each.spill_bytes],
     )
+
+
+def _needed(day: Day) -> Iterator[Launch]:
+    """What is launched apart from the cases. A rehearsal checks ops at the size of its cases, too, which is small."""
+    yield from always_needed(day.device.sm, () if day.rehearses else PUBLISHED)
+    if day.rehearses:
+        yield from launches_of_checks(day.device.sm, timed_size(day.workload))
 
 
 def always_needed(sm: int, published: Iterable[str] = PUBLISHED) -> Iterator[Launch]:
