@@ -154,7 +154,12 @@ def read_kernel(text: str) -> Kernel:
     return replace(_read(text), ran=set(), skipped=set(), needed=defaultdict(set))
 
 
-@lru_cache(maxsize=256)
+def forget_kernels() -> None:
+    """Let go of the kernels that were read, with what the machine has made of them: about 4 MB each."""
+    _read.cache_clear()
+
+
+@lru_cache(maxsize=64)
 def _read(text: str) -> Kernel:
     source = "\n".join(line.split("//")[0].strip() for line in text.splitlines())
     target = re.search(r"^\.target sm_(\d+)", source, re.MULTILINE)

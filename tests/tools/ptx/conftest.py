@@ -1,10 +1,19 @@
-"""Kernels that are compiled once for all tests of a run."""
+"""Kernels that are compiled once for all tests of a run, and read once for those of a file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import shared_folder
+from tools.ptx.syntax import forget_kernels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """Let go of kernels after each file."""
+    yield
+    forget_kernels()
 
 
 @pytest.fixture(scope="session")
