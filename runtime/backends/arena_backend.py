@@ -105,6 +105,9 @@ class ArenaBackend(Backend):
         return True
 
     def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+        """The graph runs of a program: recorded on a GPU, and apart on the host, so that each tells of its end."""
+        if not self.on.has_memory:
+            return list(runnables)
         guarded = [each for each in runnables if isinstance(each, Guarded)]
         found: list[Runnable] = []
         for is_on_host, some in groupby(guarded, lambda each: each.turn.graph_run.graph in HOST_GRAPHS):
