@@ -18,11 +18,8 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-OUT_OF_MEMORY = re.compile(
-    r"(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory|can't start new thread", re.IGNORECASE
-)
-"""How PyTorch and ONNX Runtime word a failed allocation, for which they have no exception type, and Python that of a
-thread's stack."""
+OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory|can't start.*thread")
+"""How PyTorch, ONNX Runtime and Python word a failed allocation, for which they have no exception type."""
 
 
 class WanforgeError(Exception):
