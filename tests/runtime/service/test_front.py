@@ -1,5 +1,7 @@
 """The process that answers, as it is set up."""
 
+import asyncio
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,14 @@ import pytest
 from wanforge.runtime.service import front
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings
 from wanforge.runtime.service.web.telling import LATEST_MS
+
+
+def test_answers_are_sent_at_once() -> None:
+    with front.listener(ServeSettings(port=0)) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            asyncio.base_events._set_nodelay(accepted)  # as a transport does
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_connections_outlive_the_pauses_between_polls(
