@@ -159,7 +159,7 @@ def listener(settings: ServeSettings) -> socket.socket:
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
-        # With the protocol named, asyncio sends small answers at once, and not when the client has acknowledged the head.
+        # With the protocol named, asyncio sends small answers at once, not after the client's acknowledgement.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)

@@ -18,6 +18,8 @@ from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
 from wanforge.runtime.service.workers.status import obstacles
 
+READERS = 4
+"""The number of threads that read for clients who look at videos."""
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
 
@@ -39,6 +41,7 @@ class Service:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
         self.reload_keys()
         self.newsroom, self.outlook = Newsroom(store), Outlook(store, Path(settings.data))
+        self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
         self.fetching = anyio.Semaphore(FETCHED_AT_ONCE)
         self.large = anyio.CapacityLimiter(LARGE_AT_ONCE)
@@ -68,6 +71,13 @@ class Service:
     ) -> Found:
         """Call something that may block, such as the store, in another thread."""
         return await anyio.to_thread.run_sync(lambda: function(*arguments, **options))
+
+    async def reading(
+        self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Found:
+        """Call something that reads a little, in one of few threads. More of them would mostly wait for Python's lock,
+        and each of hundreds of clients that look at the same moment would wait for all others."""
+        return await anyio.to_thread.run_sync(lambda: function(*arguments, **options), limiter=self._readers)
 
 
 def service_of(request: Request) -> Service:

@@ -1,5 +1,6 @@
 """A job as the API tells of it, with its place in the queue and when it will be done."""
 
+import random
 import time
 
 from wanforge.runtime.service.catalogue import Asked
@@ -67,11 +68,12 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
 
 
 def poll_after_ms(job: Job) -> int:
-    """When a client should look again."""
+    """When a client should look again: sooner or later by a tenth, so that not all come at the same moment."""
+    spread = random.uniform(0.9, 1.1)
     if job.state is State.IN_PROGRESS:
-        return SOON_MS
+        return int(spread * SOON_MS)
     waited = 1000 * (time.time() - job.created_at)
-    return int(min(LATEST_MS, max(LATER_MS, waited / 10)))
+    return int(spread * min(LATEST_MS, max(LATER_MS, waited / 10)))
 
 
 def whole(seconds: float | None) -> int | None:

@@ -128,7 +128,7 @@ async def listed(
 async def retrieve(request: Request, response: Response, video_id: JobId, caller: Reader) -> Video:
     """A video as it is now. The header `openai-poll-after-ms` says when it is worth looking again."""
     service = service_of(request)
-    job, video = await service.in_thread(looked_at, service, caller, video_id)
+    job, video = await service.reading(looked_at, service, caller, video_id)
     response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
     return video
 
