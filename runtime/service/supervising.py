@@ -30,19 +30,27 @@ class SupervisorProcess:
     """Keeps a supervisor running until `stop`.
 
     Args:
-        settings: What it is told; see `write_settings`.
+        data: The folder of the service, where its settings are; see `write_settings`.
     """
 
-    def __init__(self, settings: ServeSettings) -> None:
-        self.path = Path(settings.data) / SETTINGS
-        self.write_settings(settings)
+    def __init__(self, data: Path) -> None:
+        self.path = data / SETTINGS
         self._ends = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def write_settings(self, settings: ServeSettings) -> None:
-        """Write what the supervisor reads when it starts, and when it is told to reload."""
+        """Write what the supervisor reads when it starts, and when it is told to reload.
+
+        Raises:
+            OSError: It cannot be written.
+        """
         write_atomically(self.path, msgspec.json.encode(Supervision(serve=settings)))
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has been told to end."""
+        return self._ends.is_set()
 
     def start(self) -> None:
         """Start it, and from then on whenever it has died."""
@@ -73,21 +81,29 @@ class SupervisorProcess:
                 process.send_signal(number)
 
     def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # in what this thread starts, until that can take it
         pause = FIRST_PAUSE
         while not self._ends.is_set():
-            # This thread starts it, and it ends with this thread, even if that is killed.
-            self._process = started(self.path)
-            if self._ends.is_set():
-                self._signal(signal.SIGTERM)  # which came too early for it
             begun = time.monotonic()
-            code = self._process.wait()
+            end = self._run()
             if self._ends.is_set():
                 return
             if time.monotonic() - begun > CALM_SECONDS:
                 pause = FIRST_PAUSE
-            log.error("The supervisor ended with %d; it is started again in %g s.", code, pause)
+            log.error("The supervisor %s; it is started again in %g s.", end, pause)
             self._ends.wait(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _run(self) -> str:
+        """Start the supervisor and wait for its end, however that comes. Returns what is to be said of it."""
+        try:
+            # This thread starts it, and it ends with this thread, even if that is killed.
+            self._process = started(self.path)
+        except OSError as error:
+            return f"cannot be started ({error.strerror})"
+        if self._ends.is_set():
+            self._signal(signal.SIGTERM)  # which came too early for it
+        return f"ended with {self._process.wait()}"
 
 
 def started(settings: Path) -> "subprocess.Popen[bytes]":

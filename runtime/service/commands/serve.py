@@ -9,11 +9,12 @@ from typing import Any
 import click
 import msgspec
 
-from wanforge.errors import RequestError, unknown_name
+from wanforge.errors import RequestError, WanforgeError, message_of, unknown_name
 from wanforge.logs import Console
 from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option, takes
 from wanforge.runtime.service import journal
 from wanforge.runtime.service.settings import SCOPES, ServedBundle, ServeSettings, load_settings
+from wanforge.runtime.service.signals import hangups_kept
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ def run(options: ServeOptions) -> None:
 
     `wanforge serve keys --help` tells about API keys, without which only this machine can use the server.
     """
+    with hangups_kept():
+        _run(options)
+
+
+def _run(options: ServeOptions) -> None:
     from wanforge.runtime.service.front import Front  # after the options are checked, since it loads much
 
     console = click.get_current_context().find_object(Console)
@@ -95,7 +101,11 @@ def run(options: ServeOptions) -> None:
     front = Front(settings)
     names = ", ".join(each.name for each in front.service.catalogue.served)
     journal.begin(front.settings.logs)
-    front.run(lambda url: click.echo(f"Serving {names} at {url}"))
+    try:
+        front.run(lambda url: click.echo(f"Serving {names} at {url}"))
+    except (WanforgeError, OSError) as error:  # which belongs into the journal, like everything from now on
+        log.error(message_of(error))
+        click.get_current_context().exit(1)
 
 
 @serve.group()

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0
-LOCK = "supervisor.lock"
 STORE = "jobs.sqlite"
 
 
@@ -76,7 +75,7 @@ class Supervisor:
         Raises:
             ResourceError: Another supervisor works in this folder.
         """
-        with sole(self.settings.data), self._signals_noted():
+        with sole(self.settings.data, "supervisor"), self._signals_noted():
             self._recover()
             bundles = places(self.settings.serve)
             taken = enumerate(seats(self.settings.serve.workers))
@@ -118,6 +117,7 @@ class Supervisor:
             self._signals.append(number)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, before)  # a SIGHUP that came while this process started
         try:
             yield
         finally:
@@ -240,18 +240,21 @@ def store_of(settings: ServeSettings) -> JobStore:
 
 
 @contextmanager
-def sole(data: Path) -> Iterator[None]:
-    """Be the only supervisor of a folder.
+def sole(data: Path, kind: str) -> Iterator[None]:
+    """Be the only process of its kind in a folder, by the lock on a file there.
+
+    Args:
+        kind: What the process is: ``server`` or ``supervisor``.
 
     Raises:
         ResourceError: There is another one.
     """
-    with (data / LOCK).open("w") as file:
+    with (data / f"{kind}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ResourceError(
-                f"{data}: another supervisor works in this folder; end it, or give this service another folder (--data)"
+                f"{data}: another {kind} works in this folder; end it, or give this service another folder (--data)"
             ) from None
         yield
 

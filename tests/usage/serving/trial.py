@@ -14,7 +14,7 @@ from tests.usage.serving.server import LIMIT_S, Server
 from wanforge.errors import WanforgeError
 from wanforge.runtime.service.results.folder import STAGING, FolderStorage
 from wanforge.runtime.service.settings import ServeSettings
-from wanforge.runtime.service.workers.supervisor import LOCK, store_of
+from wanforge.runtime.service.workers.supervisor import store_of
 from wanforge.whole_file import PARTIAL
 
 MOST_ATTEMPTS = 2
@@ -22,7 +22,10 @@ FIRST, DURING = 4, 2
 """Jobs that are submitted before a fault, and while it happens."""
 CALM_S = 10.0
 """How long processes may take to end, and files to go, after the last job has ended."""
-KEPT = {"jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", LOCK, "supervision.json", "workers.json", "results"}
+KEPT = {
+    *("jobs.sqlite", "jobs.sqlite-wal", "jobs.sqlite-shm", "results"),
+    *("server.lock", "supervisor.lock", "supervision.json", "workers.json"),
+}
 """What there is in the folder of a service."""
 OF_LIBRARIES = {".ses", f"torchinductor_{getuser()}"}
 """What ONNX Runtime and PyTorch keep in the folder for temporary files."""

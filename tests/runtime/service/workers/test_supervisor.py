@@ -222,6 +222,7 @@ def test_two_supervisors_do_not_share_a_folder(rig: Rig) -> None:
 
 
 def test_a_hangup_reloads_the_bundles(rig: Rig, tmp_path: Path) -> None:
+    rig.prelude = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})"  # as the front starts it
     with working(rig):
         child, bundles = rig.child.pid, rig.bundles
         rig.bundles = [tmp_path / "nothing"]
