@@ -1,6 +1,5 @@
 """How the front keeps a supervisor running."""
 
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from tests.processes import wait_until
 from wanforge.runtime.service import supervising
-from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.supervising import SupervisorProcess
 
 STAND_IN = """
