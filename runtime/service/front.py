@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from wanforge.errors import WanforgeError, message_of
 from wanforge.runtime.service.catalogue import Catalogue
-from wanforge.runtime.service.listening import listener, url_of
+from wanforge.runtime.service.listening import MOST_CONNECTIONS, listener, room_for_connections, url_of
 from wanforge.runtime.service.results.opening import open_storage
 from wanforge.runtime.service.settings import ServeSettings, check_settings
 from wanforge.runtime.service.signals import told_of_signals
@@ -26,7 +26,6 @@ from wanforge.runtime.service.workers.supervisor import sole, store_of
 
 log = logging.getLogger(__name__)
 
-MOST_CONNECTIONS = 2000
 IDLE_SECONDS = 75
 """How long a connection may be idle: far longer than clients are asked to wait between two polls, and than proxies keep
 theirs, so that nobody sends a request into a connection that is being closed."""
@@ -60,7 +59,7 @@ class Front:
             objects = open_storage(self.settings.results, data)
             self.service = Service(self.settings, store, catalogue_of(self.settings), objects)
             self._opened = opened.pop_all()
-        self.server = Server(config_of(create_app(self.service)))
+        self.server = Server(config_of(create_app(self.service), room_for_connections()))
         self.supervisor = SupervisorProcess(data)
         self._reloading = ThreadPoolExecutor(1, "reload")
 
@@ -122,8 +121,12 @@ class Front:
         log.info("Reloaded keys and bundles.")
 
 
-def config_of(app: FastAPI) -> uvicorn.Config:
-    """How the application is served."""
+def config_of(app: FastAPI, connections: int = MOST_CONNECTIONS) -> uvicorn.Config:
+    """How the application is served.
+
+    Args:
+        connections: How many there may be at once; more get status 503.
+    """
     return uvicorn.Config(
         app,
         http=TimedConnection,
@@ -133,7 +136,7 @@ def config_of(app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="on",
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=connections,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )

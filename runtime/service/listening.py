@@ -1,10 +1,14 @@
 """Where the service listens."""
 
+import resource
 import socket
 
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.settings import ServeSettings
 
+MOST_CONNECTIONS = 2000
+OTHER_FILES = 400
+"""Files that are open besides those of connections, most of which belong to the job store's threads."""
 WAITING = 2048
 """How many connections may wait to be taken."""
 
@@ -31,6 +35,22 @@ def listener(settings: ServeSettings) -> socket.socket:
             f"{settings.host}, port {settings.port}: {error.strerror}; end what uses it, or choose another with --port"
         ) from None
     return listening
+
+
+def room_for_connections() -> int:
+    """Let this process open as many files as the service can use, if it may, and return how many connections it can
+    have at once. A connection may take two files: its socket, and the video that is being sent."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MOST_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else connections_with(soft)
+
+
+def connections_with(files: int) -> int:
+    """How many connections there may be in a process that may open so many files."""
+    return min(MOST_CONNECTIONS, max((files - OTHER_FILES) // 2, files // 8))
 
 
 def url_of(host: str, port: int) -> str:

@@ -119,9 +119,10 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
         ConfigError: Other machines could use the server without a key.
     """
     if not settings.is_loopback and not has_keys:
+        place = "--config FILE, the file of these settings" if settings.store else f"--data {settings.data}"
         raise ConfigError(
             f"{settings.host} can be reached from other machines, and there are no API keys, so anybody could use this "
-            f"server; make one with: wanforge serve keys add NAME --data {settings.data}"
+            f"server; make one with: wanforge serve keys add NAME {place}"
         )
     if not settings.bundles:
         raise ConfigError("there is nothing to serve; name a bundle: wanforge serve BUNDLE")

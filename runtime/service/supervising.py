@@ -14,7 +14,7 @@ import msgspec
 
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.workers.settings import Supervision
-from wanforge.whole_file import write_atomically
+from wanforge.whole_file import temporary_file
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,16 @@ class SupervisorProcess:
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def write_settings(self, settings: ServeSettings) -> None:
-        """Write what the supervisor reads when it starts, and when it is told to reload.
+        """Write what the supervisor reads when it starts, and when it is told to reload. Nobody else may read it, since
+        the URL of a job store may have a password.
 
         Raises:
             OSError: It cannot be written.
         """
-        write_atomically(self.path, msgspec.json.encode(Supervision(serve=settings)))
+        with temporary_file(self.path) as temporary:
+            temporary.chmod(0o600)
+            temporary.write_bytes(msgspec.json.encode(Supervision(serve=settings)))
+            os.replace(temporary, self.path)
 
     @property
     def is_ending(self) -> bool:

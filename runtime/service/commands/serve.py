@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,13 @@ from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option
 from wanforge.runtime.service import journal
 from wanforge.runtime.service.settings import SCOPES, ServedBundle, ServeSettings, load_settings
 from wanforge.runtime.service.signals import hangups_kept
+from wanforge.runtime.service.store.base import JobStore
 
 log = logging.getLogger(__name__)
 
+CONFIG = click.option("--config", type=FILE, help="The settings file of the server, which names its job store.")
 DATA = click.option(
-    "--data",
-    type=FOLDER,
-    default=Path("service"),
-    show_default=True,
-    help="Folder of the job store, the results and the keys.",
+    "--data", type=FOLDER, help="Folder of the job store, the results and the keys.  [default: service]"
 )
 
 
@@ -122,21 +122,23 @@ def keys() -> None:
     type=click.Choice(list(SCOPES)),
     help="What the key allows; may be repeated. admin sees everybody's videos and the metrics.  [default: read, write]",
 )
+@CONFIG
 @DATA
 @JSON
-def add(owner: str, scopes: tuple[str, ...], data: Path, as_json: bool) -> None:
+def add(owner: str, scopes: tuple[str, ...], config: Path | None, data: Path | None, as_json: bool) -> None:
     """Make a key for OWNER and print it. It is stored as a hash, so it is shown only now."""
-    with _store(data) as store:
+    with _store(config, data, is_new=True) as store:
         key, text = store.add_key(owner, scopes)
     click.echo(json.dumps({"id": key.id, "owner": owner, "key": text}) if as_json else text)
 
 
 @keys.command("list")
+@CONFIG
 @DATA
 @JSON
-def list_(data: Path, as_json: bool) -> None:
+def list_(config: Path | None, data: Path | None, as_json: bool) -> None:
     """List the keys, without their secrets."""
-    with _store(data) as store:
+    with _store(config, data) as store:
         found = store.api_keys()
     if as_json:
         click.echo(json.dumps([msgspec.to_builtins(key) for key in found]))
@@ -148,18 +150,32 @@ def list_(data: Path, as_json: bool) -> None:
 
 @keys.command()
 @click.argument("key")
+@CONFIG
 @DATA
-def revoke(key: str, data: Path) -> None:
+def revoke(key: str, config: Path | None, data: Path | None) -> None:
     """Make the key with the id KEY invalid for ever. A server that runs notices within ten seconds."""
-    with _store(data) as store:
+    with _store(config, data) as store:
         if not store.revoke_key(key):
             known = [each.id for each in store.api_keys() if each.revoked_at is None]
             raise RequestError(unknown_name("valid key", key, known) if known else "there are no valid keys")
 
 
-def _store(data: Path) -> Any:
-    from contextlib import closing
+@contextmanager
+def _store(config: Path | None, data: Path | None, *, is_new: bool = False) -> Iterator[JobStore]:
+    """The job store of a server.
 
-    from wanforge.runtime.service.workers.supervisor import store_of
+    Args:
+        is_new: Whether it may be made.
 
-    return closing(store_of(ServeSettings(data=str(data))))
+    Raises:
+        RequestError: There is none.
+    """
+    from wanforge.runtime.service.workers.supervisor import has_store, store_of
+
+    settings = ServeSettings() if config is None else load_settings(config)
+    if data is not None:
+        settings = msgspec.structs.replace(settings, data=str(data))
+    if not is_new and not has_store(settings):
+        raise RequestError(f"{settings.data}: no server has worked here; give the --data or the --config of yours")
+    with closing(store_of(settings)) as store:
+        yield store

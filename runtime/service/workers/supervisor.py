@@ -235,8 +235,13 @@ def store_of(settings: ServeSettings) -> JobStore:
     Raises:
         StoreError: It cannot be opened.
     """
-    Path(settings.data).mkdir(parents=True, exist_ok=True)
+    Path(settings.data).mkdir(mode=0o700, parents=True, exist_ok=True)
     return open_store(settings.store or Path(settings.data) / STORE, settings.policy)
+
+
+def has_store(settings: ServeSettings) -> bool:
+    """Whether there is a job store, as far as that shows without opening it."""
+    return bool(settings.store) or (Path(settings.data) / STORE).exists()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import signal
 import socket
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.front import Front
-from wanforge.runtime.service.listening import listener
+from wanforge.runtime.service.listening import connections_with, listener
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings
 from wanforge.runtime.service.store.base import StoreError
 from wanforge.runtime.service.supervising import SETTINGS
@@ -88,6 +89,20 @@ def test_a_server_that_cannot_listen_leaves_the_settings_alone(make: Make, tmp_p
 def test_clients_can_connect_once_the_address_is_told() -> None:
     with listener(ServeSettings(port=0)) as listening:
         socket.create_connection(listening.getsockname(), timeout=1).close()
+
+
+def test_connections_leave_files_for_everything_else(make: Make) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+    try:
+        most = make().server.config.limit_concurrency
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert most is not None
+    assert files == min(before[1], 4400)
+    assert 2 * most + 400 <= files
+    assert [connections_with(each) for each in (256, 1024, 1 << 20)] == [32, 312, 2000]
 
 
 def test_a_hangup_hands_over_bundles_and_nothing_else(serving: Front, sent: list[int], tinywan: Path) -> None:

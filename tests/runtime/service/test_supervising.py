@@ -1,5 +1,6 @@
 """How the front keeps a supervisor running."""
 
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 from tests.processes import wait_until
 from wanforge.runtime.service import supervising
-from wanforge.runtime.service.supervising import SupervisorProcess
+from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.supervising import SETTINGS, SupervisorProcess
 
 STAND_IN = """
 import signal, sys, time
@@ -39,6 +41,11 @@ def supervisor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supe
 def said(tmp_path: Path) -> str:
     path = tmp_path / "said"
     return path.read_text() if path.exists() else ""
+
+
+def test_only_its_user_reads_the_settings(tmp_path: Path) -> None:
+    SupervisorProcess(tmp_path).write_settings(ServeSettings(store="postgresql://ann:secret@host/jobs"))
+    assert stat.S_IMODE((tmp_path / SETTINGS).stat().st_mode) == 0o600
 
 
 def test_a_hangup_during_the_start_is_kept(supervisor: SupervisorProcess, tmp_path: Path) -> None:
