@@ -8,7 +8,7 @@ from types import FrameType
 from wanforge.interrupts import SAID
 
 
-class Kept:
+class EarlySignals:
     """A handler that keeps the signals that it gets, for `told_of_signals`."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ def hangups_kept() -> Iterator[None]:
     """Keep a SIGHUP that arrives in the block until `told_of_signals` takes it, so that it does not end the process."""
     with ExitStack() as stack:
         stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
-        stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, Kept()))
+        stack.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, EarlySignals()))
         yield
 
 
@@ -36,6 +36,6 @@ def told_of_signals(tell: Callable[[int], object]) -> Iterator[None]:
         for number in SAID:
             before = signal.signal(number, lambda number, frame: tell(number))
             stack.callback(signal.signal, number, before)
-            for kept in before.numbers if isinstance(before, Kept) else []:
+            for kept in before.numbers if isinstance(before, EarlySignals) else []:
                 tell(kept)
         yield

@@ -60,10 +60,13 @@ def written(found: Front) -> ServeSettings:
 
 
 def test_answers_are_sent_at_once() -> None:
-    with listener(ServeSettings(port=0)) as listening:
-        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
-            asyncio.base_events._set_nodelay(accepted)  # as a transport does
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with (
+        listener(ServeSettings(port=0)) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        asyncio.base_events._set_nodelay(accepted)  # as a transport does
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_connections_outlive_the_pauses_between_polls(make: Make) -> None:
