@@ -216,13 +216,15 @@ class JobStore(ABC):
 
     @abstractmethod
     def submit_batch(self, submissions: Sequence[Submission], batch: str | None = None) -> Batch:
-        """Add many jobs of one owner, or none of them. Keys of idempotency in them are not looked at.
+        """Add many jobs of one owner, or none of them. The first one's key of idempotency stands for the batch; those
+        of the others are not looked at.
 
         Args:
             batch: An id, if the caller has one already. Repeating it returns the batch that is there.
 
         Raises:
-            TurnedAwayError: There are none, or not all of them fit into the queue and the owner's quota.
+            TurnedAwayError: There are none, not all of them fit into the queue and the owner's quota, or the key of
+                idempotency came with another body.
         """
 
     @abstractmethod

@@ -40,22 +40,14 @@ def submit(transaction: Transaction, policy: Policy, submission: Submission) -> 
         return Receipt(known, is_new=False)
     _check_room(transaction, policy, submission.owner, 0 if submission.refused else 1)
     [job] = _insert(transaction, policy, [submission], None)
-    if mark := submission.idempotency:
-        transaction.run(
-            "INSERT INTO idempotency (owner, key, digest, job, created_at) VALUES (:owner, :key, :digest, :job, :now)",
-            owner=submission.owner,
-            key=mark.key,
-            digest=mark.digest,
-            job=job,
-            now=transaction.now,
-        )
+    _mark(transaction, submission, job)
     return Receipt(_present(transaction, job), is_new=True)
 
 
 def submit_batch(
     transaction: Transaction, policy: Policy, submissions: Sequence[Submission], batch: str | None
 ) -> Batch:
-    """Add the jobs of a batch, unless the batch is there."""
+    """Add the jobs of a batch, unless the batch is there, by its id or by the first job's key of idempotency."""
     if not submissions:
         raise TurnedAwayError("batch_empty", "the batch has no line; send at least one request, one JSON object a line")
     owner = submissions[0].owner
@@ -65,6 +57,9 @@ def submit_batch(
         if found.owner != owner:
             raise TurnedAwayError("idempotency_conflict", f"the batch {batch} is somebody else's; use another id")
         return found
+    known = submissions[0].idempotency and _earlier(transaction, submissions[0])
+    if known and known.batch and (found := batch_of(transaction, known.batch)):
+        return found
     batch = batch or new_id("batch")
     _check_room(transaction, policy, owner, sum(each.refused is None for each in submissions))
     transaction.run(
@@ -73,7 +68,8 @@ def submit_batch(
         owner=owner,
         now=transaction.now,
     )
-    _insert(transaction, policy, submissions, batch)
+    first, *_ = _insert(transaction, policy, submissions, batch)
+    _mark(transaction, submissions[0], first)
     found = batch_of(transaction, batch)
     assert found is not None
     return found
@@ -130,6 +126,19 @@ def _earlier(transaction: Transaction, submission: Submission) -> Job | None:
             "request, and the same one only to repeat it",
         )
     return _present(transaction, row["job"])
+
+
+def _mark(transaction: Transaction, submission: Submission, job: str) -> None:
+    """Note the key of idempotency that a job came with."""
+    if mark := submission.idempotency:
+        transaction.run(
+            "INSERT INTO idempotency (owner, key, digest, job, created_at) VALUES (:owner, :key, :digest, :job, :now)",
+            owner=submission.owner,
+            key=mark.key,
+            digest=mark.digest,
+            job=job,
+            now=transaction.now,
+        )
 
 
 def _check_room(transaction: Transaction, policy: Policy, owner: str, count: int) -> None:

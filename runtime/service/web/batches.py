@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Request
 from starlette.datastructures import UploadFile
 
 from wanforge.runtime.service.catalogue import Asked, Served
-from wanforge.runtime.service.job import Batch, Failure, State, Submission
+from wanforge.runtime.service.job import Batch, Failure, Idempotency, State, Submission
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.access import Reader, Writer, seen_by
@@ -17,7 +17,7 @@ from wanforge.runtime.service.web.errors import ApiError, absent, invalid
 from wanforge.runtime.service.web.intake import body, submitting
 from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
-from wanforge.runtime.service.web.videos import errors
+from wanforge.runtime.service.web.videos import IdempotencyKey, errors
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
@@ -44,13 +44,17 @@ DESCRIBED: dict[str, Any] = {
 
 
 @router.post(
-    "", response_model=VideoBatch, responses=errors(408, 413, 415), openapi_extra=DESCRIBED, operation_id="create_batch"
+    "",
+    response_model=VideoBatch,
+    responses=errors(408, 409, 413, 415),
+    openapi_extra=DESCRIBED,
+    operation_id="create_batch",
 )
-async def create(request: Request, caller: Writer) -> VideoBatch:
+async def create(request: Request, caller: Writer, idempotency_key: IdempotencyKey = None) -> VideoBatch:
     """Submit many videos. Lines that are wrong become videos that have failed; the others are made."""
     service = service_of(request)
     lines = await lines_of(request, service)
-    batch = await service.in_own_thread(submit, service, caller, lines)
+    batch = await service.in_own_thread(submit, service, caller, lines, idempotency_key)
     return told(batch)
 
 
@@ -99,7 +103,7 @@ async def lines_of(request: Request, service: Service) -> list[bytes]:
     return lines
 
 
-def submit(service: Service, caller: ApiKey, lines: list[bytes]) -> Batch:
+def submit(service: Service, caller: ApiKey, lines: list[bytes], key: str | None) -> Batch:
     """Check every line and submit them all."""
     submissions, pictures = [], {}
     for line in lines:
@@ -107,6 +111,9 @@ def submit(service: Service, caller: ApiKey, lines: list[bytes]) -> Batch:
         submissions.append(submission)
         if picture is not None:
             pictures[submission.objects[0]] = picture
+    if key is not None and submissions:
+        mark = Idempotency.of(key, b"batch\n" + b"\n".join(lines))
+        submissions[0] = msgspec.structs.replace(submissions[0], idempotency=mark)
     for name, picture in pictures.items():
         service.objects.put(name, picture)
     batch = service.store.submit_batch(submissions)

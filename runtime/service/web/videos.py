@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 JobId = Annotated[str, Path(max_length=100, description="Id of a video.")]
+IdempotencyKey = Annotated[
+    str | None, Header(max_length=255, min_length=1, description="Repeating a request with it makes no second job.")
+]
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": words}
@@ -56,9 +59,7 @@ async def create(
     request: Request,
     response: Response,
     caller: Writer,
-    idempotency_key: Annotated[
-        str | None, Header(max_length=255, min_length=1, description="Repeating a request with it makes no second job.")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
     traceparent: Annotated[str | None, Header(description="The trace that this belongs to, by W3C.")] = None,
 ) -> Video:
     """Submit a video. The answer comes at once; the video is made when its turn comes."""

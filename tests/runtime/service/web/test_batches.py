@@ -28,6 +28,16 @@ def test_lines_become_jobs_and_wrong_ones_fail_alone(rig: Rig) -> None:
     assert videos[2]["error"]["message"].startswith("steps: ")
 
 
+def test_a_repeated_batch_is_the_same_batch(rig: Rig) -> None:
+    headers = {"Content-Type": "application/jsonl", "Idempotency-Key": "k"}
+    first = rig.client.post("/v1/batches", content=LINES, headers=headers).json()
+    again = rig.client.post("/v1/batches", content=LINES, headers=headers).json()
+    assert again == first
+    assert len(rig.client.get("/v1/videos").json()["data"]) == 4
+    other = rig.client.post("/v1/batches", content="a red circle", headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+
+
 def test_a_batch_can_be_cancelled(rig: Rig) -> None:
     headers = {"Content-Type": "application/jsonl"}
     batch = rig.client.post("/v1/batches", content=LINES, headers=headers).json()
