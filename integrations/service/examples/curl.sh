@@ -2,7 +2,7 @@
 # Submits a video, shows what happens to it until it is done, and downloads it to clip.mp4.
 set -eu
 url=${WANFORGE_URL:-http://127.0.0.1:8000}
-key=${WANFORGE_KEY:-}
+key=${WANFORGE_API_KEY:-}
 
 ask() {
     curl --silent --show-error --fail-with-body ${key:+--header "Authorization: Bearer $key"} "$@"

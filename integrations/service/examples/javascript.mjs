@@ -2,7 +2,7 @@
 import { writeFile } from "node:fs/promises";
 
 const url = process.env.WANFORGE_URL ?? "http://127.0.0.1:8000";
-const key = process.env.WANFORGE_KEY ?? "none";
+const key = process.env.WANFORGE_API_KEY ?? "none";
 
 async function ask(path, options = {}) {
   const headers = { Authorization: `Bearer ${key}`, "Content-Type": "application/json" };

@@ -6,7 +6,7 @@ from openai import OpenAI, RateLimitError
 
 client = OpenAI(
     base_url=os.environ.get("WANFORGE_URL", "http://127.0.0.1:8000") + "/v1",
-    api_key=os.environ.get("WANFORGE_KEY", "none"),
+    api_key=os.environ.get("WANFORGE_API_KEY", "none"),
 )
 try:
     # What OpenAI's API does not know, such as a seed, goes into extra_body.

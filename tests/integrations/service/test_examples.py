@@ -32,7 +32,7 @@ def run(command: Sequence[str], rig: Rig, folder: Path) -> str:
     """Run an example in a folder, and return what it prints."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    known = {"WANFORGE_URL": rig.url, "WANFORGE_KEY": rig.store.add_key("ann")[1]}
+    known = {"WANFORGE_URL": rig.url, "WANFORGE_API_KEY": rig.store.add_key("ann")[1]}
     environment = {**os.environ, **known, "PYTHONWARNINGS": "ignore::DeprecationWarning"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

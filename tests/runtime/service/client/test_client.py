@@ -3,13 +3,16 @@
 import json
 import threading
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 from click.testing import CliRunner, Result
 
 from tests.runtime.service.served import MADE, Rig
-from wanforge.errors import ResourceError
+from wanforge.errors import RequestError, ResourceError
 from wanforge.runtime.service.client.connection import Connection, ServerError
 from wanforge.runtime.service.commands.client import client
 from wanforge.runtime.service.job import Failure
@@ -104,3 +107,106 @@ def test_a_server_that_is_away_is_waited_for() -> None:
     connection.close()
     assert pauses[:4] == [0.5, 1.0, 2.0, 4.0]
     assert 30 < sum(pauses) < 90
+
+
+def answered(*answers: httpx2.Response | Exception) -> tuple[Connection, list[httpx2.Request], list[float]]:
+    """A connection to a server that gives some answers, the last of them for ever, with what it is asked and how long
+    the client pauses."""
+    left, asked, pauses = list(answers), [], []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        found = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    connection = Connection("http://server", pause=pauses.append)
+    connection.http.close()
+    connection.http = httpx2.Client(base_url="http://server", transport=httpx2.MockTransport(answer))
+    return connection, asked, pauses
+
+
+def gone(status: int = 502, **headers: str) -> httpx2.Response:
+    return httpx2.Response(status, headers=headers, text="<html>")
+
+
+def test_a_batch_that_is_sent_again_is_known_by_its_key() -> None:
+    done = httpx2.Response(200, json={"id": "batch_1"})
+    connection, asked, _ = answered(httpx2.ReadError("broken"), done)
+    connection.submit_batch(b"a red circle")
+    keys = {request.headers["idempotency-key"] for request in asked}
+    assert (len(asked), len(keys)) == (2, 1)
+
+
+def test_waiting_outlives_a_proxy_whose_server_restarts() -> None:
+    done = httpx2.Response(200, json={"id": "video_1", "status": "completed"})
+    connection, _, pauses = answered(gone(), gone(503), done)
+    assert connection.wait("video_1")["status"] == "completed"
+    assert pauses == [0.5, 1.0]
+
+
+def test_a_download_outlives_a_proxy_whose_server_restarts(tmp_path: Path) -> None:
+    connection, _, _ = answered(gone(), httpx2.Response(200, content=b"clip"))
+    connection.download("video_1", tmp_path / "clip.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == b"clip"
+
+
+def test_a_server_that_never_comes_back_ends_the_wait() -> None:
+    connection, asked, pauses = answered(gone())
+    with pytest.raises(ServerError, match="502"):
+        connection.wait("video_1")
+    assert (len(asked), len(pauses)) == (8, 7)
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7, 7),
+        (formatdate(2**33), 120, 120),
+        ("1e9", 120, 120),
+        ("-1", 0, 0),
+        ("nan", 0.5, 0.5),
+        ("soon", 0.5, 0.5),
+    ],
+)
+def test_the_pause_is_what_the_server_asks_for_within_reason(header: str, least: float, most: float) -> None:
+    connection, _, pauses = answered(
+        gone(503, **{"Retry-After": header}), httpx2.Response(200, json={"status": "queued"})
+    )
+    connection.video("video_1")
+    assert least <= pauses[0] <= most
+
+
+@pytest.mark.parametrize("answer", [{"text": "<html>"}, {"json": ["x"]}, {"json": {}}])
+def test_an_answer_of_another_server_is_told_as_such(answer: dict[str, Any]) -> None:
+    connection, _, _ = answered(httpx2.Response(200, **answer))
+    with pytest.raises(RequestError, match="check that --url leads to a server"):
+        connection.video("video_1")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "localhost:8000", "127.0.0.1:8000", "http://", "http://x:99999", ""])
+def test_what_is_no_url_is_refused_at_once(url: str) -> None:
+    with pytest.raises(RequestError, match="is no URL"):
+        Connection(url)
+
+
+def test_a_key_with_other_characters_is_refused() -> None:
+    with pytest.raises(RequestError, match="characters that no key has"):
+        Connection("http://server", "clé")
+
+
+def test_ids_stay_within_their_path() -> None:
+    connection, asked, _ = answered(httpx2.Response(200, json={"status": "queued"}))
+    connection.video("../batches?x=\n")
+    assert asked[0].url.raw_path == b"/v1/videos/..%2Fbatches%3Fx%3D%0A"
+
+
+def test_the_first_failed_try_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    connection, _, pauses = answered(httpx2.ConnectError("refused"))
+    with pytest.raises(ResourceError):
+        connection.video("video_1")
+    assert [record.getMessage() for record in caplog.records] == [
+        "http://server cannot serve this now (refused). Trying again for about a minute."
+    ]
+    assert len(pauses) == 7
