@@ -13,6 +13,7 @@ from wanforge.runtime.service.web.access import KeyRing
 from wanforge.runtime.service.web.guard.bodies import Bounded
 from wanforge.runtime.service.web.guard.sites import OwnSite
 from wanforge.runtime.service.web.monitor import health
+from wanforge.runtime.service.web.monitor.answers import Counted
 from wanforge.runtime.service.web.state import Service
 from wanforge.version import __version__
 
@@ -61,6 +62,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(Bounded, most=most)
     app.add_middleware(OwnSite, service=service)
     app.add_middleware(Secured)
+    app.add_middleware(Counted, figures=service.answers)
     return app
 
 

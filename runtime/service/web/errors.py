@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from wanforge.errors import WanforgeError
 from wanforge.runtime.service.results.base import StorageError
@@ -28,6 +29,8 @@ STATUS = {
 """The HTTP status of each code with which the store turns a client away."""
 BUSY_SECONDS = 5
 """After how many seconds to try again when the store is out of order."""
+CODE = "wanforge.code"
+"""Where the scope of a request has the code of the error that it was answered with."""
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
          410: "not_found_error", 429: "rate_limit_error"}  # fmt: skip
 """The type of an error by its status; others are wrong requests, or errors of the server."""
@@ -62,19 +65,31 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return error_response(self.status, self.code, str(self), param=self.param, headers=headers)
 
 
+class ErrorResponse(JSONResponse):
+    """An answer that leaves the code of its error in the scope of the request, for whoever counts answers."""
+
+    def __init__(self, body: ErrorBody, status: int, headers: Mapping[str, str] | None) -> None:
+        super().__init__(body.model_dump(), status, headers)
+        self.code = body.error.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[CODE] = self.code
+        await super().__call__(scope, receive, send)
+
+
 def error_response(
     status: int, code: str, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     details = ErrorDetails(message=message, type=kind, param=param, code=code)
-    return JSONResponse(ErrorBody(error=details).model_dump(), status, headers)
+    return ErrorResponse(ErrorBody(error=details), status, headers)
 
 
 def absent(what: str) -> ApiError:
@@ -100,25 +115,25 @@ def install(app: FastAPI) -> None:
     """Answer every failure in the same form."""
 
     @app.exception_handler(ApiError)
-    async def of_the_api(request: Request, error: ApiError) -> JSONResponse:
+    async def of_the_api(request: Request, error: ApiError) -> Response:
         return error.response()
 
     @app.exception_handler(TurnedAwayError)
-    async def turned_away(request: Request, error: TurnedAwayError) -> JSONResponse:
+    async def turned_away(request: Request, error: TurnedAwayError) -> Response:
         return ApiError(STATUS[error.code], error.code, str(error), retry_after=error.retry_after).response()
 
     @app.exception_handler(StoreError)
-    async def of_the_store(request: Request, error: StoreError) -> JSONResponse:
+    async def of_the_store(request: Request, error: StoreError) -> Response:
         return ApiError(503, error.code, str(error), retry_after=BUSY_SECONDS).response()
 
     @app.exception_handler(StorageError)
-    async def of_the_storage(request: Request, error: StorageError) -> JSONResponse:
+    async def of_the_storage(request: Request, error: StorageError) -> Response:
         if error.code == "object_gone":
             return ApiError(410, "expired", str(error)).response()
         return ApiError(503, error.code, str(error), retry_after=BUSY_SECONDS).response()
 
     @app.exception_handler(RequestValidationError)
-    async def of_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def of_parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return validation_error(first).response()
 
@@ -127,14 +142,14 @@ def install(app: FastAPI) -> None:
         return Response(status_code=400)  # which nobody reads, since the client has left
 
     @app.exception_handler(HTTPException)
-    async def of_the_framework(request: Request, error: HTTPException) -> JSONResponse:
+    async def of_the_framework(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 400: "invalid_body"}
         name = code.get(error.status_code, "invalid_request")
         headers = {"Allow": ", ".join(methods_at(request))} if error.status_code == 405 else error.headers
         return error_response(error.status_code, name, str(error.detail), headers=headers)
 
     @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> Response:
         return error_response(500, "internal_error", "the server failed; the log of the server says why")
 
 

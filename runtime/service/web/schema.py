@@ -174,8 +174,23 @@ class VideoBatch(BaseModel):
     counts: BatchCounts
 
 
+class WorkerHealth(BaseModel):
+    """How a worker is."""
+
+    name: str
+    state: str = Field(description="starting, idle, working, waiting, broken or ended.")
+    reason: str = Field(description="Why it is not ready.")
+    has_job: bool
+    last_completed_at: int | None = Field(description="When it last completed a clip.")
+    memory_bytes: int = Field(description="Memory of its child.")
+    gpu_memory_bytes: int | None = Field(description="Memory of its GPU that is in use.")
+
+
 class Ready(BaseModel):
     """Whether jobs can be made, and if not, why."""
 
     ready: bool
     reasons: list[str]
+    workers: list[WorkerHealth]
+    disk_free_bytes: int | None = Field(description="Room on the disk of the service.")
+    memory_free_bytes: int = Field(description="Memory of this machine that processes can still take.")

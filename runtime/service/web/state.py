@@ -16,6 +16,7 @@ from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
+from wanforge.runtime.service.web.monitor.answers import AnswerFigures
 from wanforge.runtime.service.workers.status import obstacles
 
 READERS = 4
@@ -41,6 +42,7 @@ class Service:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
         self.reload_keys()
         self.newsroom, self.outlook = Newsroom(store), Outlook(store, Path(settings.data))
+        self.answers = AnswerFigures()
         self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
         self.fetching = anyio.Semaphore(FETCHED_AT_ONCE)

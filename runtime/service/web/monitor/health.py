@@ -1,15 +1,18 @@
 """Whether the server lives, whether it can make videos, and figures for monitoring."""
 
 from pathlib import Path
+from shutil import disk_usage
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from wanforge.host import available_bytes
 from wanforge.runtime.service.web.access import Admin
 from wanforge.runtime.service.web.monitor.figures import figures
-from wanforge.runtime.service.web.schema import Ready
-from wanforge.runtime.service.web.state import service_of
+from wanforge.runtime.service.web.schema import Ready, WorkerHealth
+from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
+from wanforge.runtime.service.workers.status import WorkerStatus, read_status
 
 router = APIRouter(tags=["health"])
 
@@ -30,16 +33,42 @@ async def livez() -> str:
     operation_id="readyz",
 )
 async def readyz(request: Request) -> Response:
-    """Whether videos can be made: a worker is alive and warm, the job store answers, and there is room on the disk."""
+    """Whether videos can be made: a worker is alive and warm, the job store answers, and there is room on the disk. It
+    tells how every worker is, and what is free."""
     service = service_of(request)
-    reasons = await service.in_thread(service.obstacles)
-    found = Ready(ready=not reasons, reasons=reasons)
-    return JSONResponse(found.model_dump(), 503 if reasons else 200)
+    found = await service.in_thread(readiness, service)
+    return JSONResponse(found.model_dump(), 200 if found.ready else 503)
+
+
+def readiness(service: Service) -> Ready:
+    """What there is to tell of a service."""
+    reasons, data = service.obstacles(), Path(service.settings.data)
+    status = read_status(data)
+    return Ready(
+        ready=not reasons,
+        reasons=reasons,
+        workers=[] if status is None else [told(worker) for worker in status.workers],
+        disk_free_bytes=disk_usage(data).free if data.exists() else None,
+        memory_free_bytes=int(available_bytes()),
+    )
+
+
+def told(worker: WorkerStatus) -> WorkerHealth:
+    """A worker as an object of the API."""
+    return WorkerHealth(
+        name=worker.name,
+        state=worker.state,
+        reason=worker.reason,
+        has_job=worker.job is not None,
+        last_completed_at=None if worker.last_good_at is None else int(worker.last_good_at),
+        memory_bytes=worker.usage.memory_bytes,
+        gpu_memory_bytes=worker.usage.gpu_memory_bytes,
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: FIGURES, **errors()}, operation_id="metrics")
 async def metrics(request: Request, caller: Admin) -> Response:
     """Figures in the format of Prometheus."""
     service = service_of(request)
-    text = await service.in_thread(figures, service.store, Path(service.settings.data))
+    text = await service.in_thread(figures, service.store, Path(service.settings.data), service.answers)
     return Response(text, media_type=FORMAT)

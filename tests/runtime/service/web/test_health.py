@@ -3,6 +3,9 @@
 import time
 from pathlib import Path
 
+import httpx2
+import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.runtime.service.served import Rig, running
@@ -30,7 +33,8 @@ def test_a_server_without_a_living_worker_is_not_ready(tinywan: Path, tmp_path: 
         assert rig.client.get("/livez").status_code == 200
         assert rig.client.get("/readyz").status_code == 503
         write_status(tmp_path, status())
-        assert rig.client.get("/readyz").json() == {"ready": True, "reasons": []}
+        ready = rig.client.get("/readyz").json()
+        assert (ready["ready"], ready["reasons"]) == (True, [])
         write_status(tmp_path, status("broken", "its process died 5 times"))
         broken = rig.client.get("/readyz")
         assert broken.status_code == 503
@@ -40,6 +44,52 @@ def test_a_server_without_a_living_worker_is_not_ready(tinywan: Path, tmp_path: 
         assert 'wanforge_worker_ready{worker="worker 0"} 0.0' in rig.client.get("/metrics").text
         write_status(tmp_path, status())
         assert 'wanforge_worker_ready{worker="worker 0"} 1.0' in rig.client.get("/metrics").text
+
+
+def test_readiness_tells_how_every_worker_is(tinywan: Path, tmp_path: Path) -> None:
+    good = replace(status("working").workers[0], job="video_1", last_good_at=1_700_000_000.5)
+    bad = replace(status("waiting", "its process died").workers[0], name="worker 1", usage=ChildUsage(memory_bytes=3))
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        assert rig.client.get("/readyz").json()["workers"] == []
+        write_status(tmp_path, replace(status(), workers=(good, bad)))
+        told = rig.client.get("/readyz").json()
+    assert told["ready"]
+    assert [list(worker.values()) for worker in told["workers"]] == [
+        ["worker 0", "working", "", True, 1_700_000_000, 5, 7],
+        ["worker 1", "waiting", "its process died", False, None, 3, None],
+    ]
+    assert told["disk_free_bytes"] > 0
+    assert told["memory_free_bytes"] > 0
+
+
+def test_answers_are_counted_by_route_and_error_without_their_paths(
+    tinywan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        rig.submit()
+        for path in ("/v1/videos/secret", "/v1/videos?limit=0", "/secret"):
+            rig.client.get(path)
+        rig.client.put("/v1/videos")
+        rig.client.get("/livez", headers={"Host": "evil.example"})
+        monkeypatch.setattr(rig.store, "jobs", None)
+        assert rig.client.get("/v1/videos").status_code == 500
+        text = httpx2.get(f"{rig.url}/metrics").text  # the server has closed the other connection
+    found = {
+        tuple(sample.labels[name] for name in ("route", "status", "code")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "wanforge_http_answers_total"
+    }
+    assert found == {
+        ("/v1/videos", "200", ""): 1,
+        ("/v1/videos/{video_id}", "404", "not_found"): 1,
+        ("/v1/videos", "400", "invalid_value"): 1,
+        ("none", "404", "not_found"): 1,
+        ("/v1/videos", "405", "method_not_allowed"): 1,
+        ("none", "403", "not_allowed"): 1,
+        ("/v1/videos", "500", "internal_error"): 1,
+    }
+    assert "secret" not in text
 
 
 def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path: Path) -> None:
