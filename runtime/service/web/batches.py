@@ -95,7 +95,7 @@ async def lines_of(request: Request, service: Service) -> list[bytes]:
         raise ApiError(415, "unknown_content_type", f"send {LINES} or a form with a file, not {kind or 'no type'}")
     if len(data) > limits.batch_megabytes * MEGABYTE:
         raise ApiError(413, "too_large", f"a batch has at most {limits.batch_megabytes:g} MB")
-    lines = [line for line in data.splitlines() if line.strip()]
+    lines = await service.by_size(len(data), lambda: [line for line in data.splitlines() if line.strip()])
     if len(lines) > limits.batch_lines:
         raise ApiError(
             400, "too_many_lines", f"{len(lines)} lines are more than {limits.batch_lines}; send several batches"

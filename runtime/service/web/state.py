@@ -11,8 +11,9 @@ import anyio.to_thread
 from fastapi import Request
 
 from wanforge.runtime.service.catalogue import Catalogue
+from wanforge.runtime.service.fetching.fetcher import Fetcher
 from wanforge.runtime.service.results.base import ObjectStorage
-from wanforge.runtime.service.settings import ServeSettings
+from wanforge.runtime.service.settings import MEGABYTE, ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
@@ -28,6 +29,8 @@ FETCHED_AT_ONCE = 8
 """How many pictures are fetched at once."""
 LARGE_AT_ONCE = 2
 """How many pictures and batches are checked at once."""
+LARGE = 100_000
+"""Bytes from which on the event loop is not to be held up by something."""
 
 
 class Service:
@@ -36,6 +39,7 @@ class Service:
     Attributes:
         needs_keys: Whether there are API keys, so that every request has to show one.
         streams: How many event streams each key has open.
+        fetcher: Fetches pictures by their URLs; None where that is not allowed.
     """
 
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
@@ -45,6 +49,9 @@ class Service:
         self.answers = AnswerFigures()
         self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
+        limits = settings.limits
+        most = int(limits.body_megabytes * MEGABYTE)
+        self.fetcher = Fetcher(limits.image_hosts, most) if limits.image_hosts else None
         self.fetching = anyio.Semaphore(FETCHED_AT_ONCE)
         self.large = anyio.CapacityLimiter(LARGE_AT_ONCE)
         self.started_at = time.time()
@@ -67,6 +74,14 @@ class Service:
         """Call something that takes much memory or time, such as drawing a picture, beside few others of its kind, so
         that the threads for everything else stay free."""
         return await anyio.to_thread.run_sync(lambda: function(*arguments, **options), limiter=self.large)
+
+    async def by_size(
+        self, size: int, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Found:
+        """Call something that takes long only for large data: at once, or `in_own_thread` if the data is large."""
+        if size < LARGE:
+            return function(*arguments, **options)
+        return await self.in_own_thread(function, *arguments, **options)
 
     async def in_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs

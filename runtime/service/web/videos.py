@@ -64,16 +64,22 @@ async def create(
 ) -> Video:
     """Submit a video. The answer comes at once; the video is made when its turn comes."""
     service = service_of(request)
-    wanted, picture = await body.video_request(request, service.settings.limits)
+    wanted, picture = await body.video_request(request, service)
     key = None
     if idempotency_key is not None:
-        key = Idempotency.of(idempotency_key, msgspec.json.encode([wanted.model_dump(), picture]))
+        size = len(wanted.input_reference or "") + len(picture or b"")
+        key = await service.by_size(size, marked, idempotency_key, wanted, picture)
     if wanted.input_reference is not None:
         picture = await body.picture_of(service, wanted.input_reference)
     thread = service.in_thread if picture is None else service.in_own_thread
     job = await thread(submit, service, caller, wanted, picture, key, traceparent)
     response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
     return await service.in_thread(told, service, job)
+
+
+def marked(key: str, wanted: VideoRequest, picture: bytes | None) -> Idempotency:
+    """The mark of a request, by which its repetition is known."""
+    return Idempotency.of(key, msgspec.json.encode([wanted.model_dump(), picture]))
 
 
 def submit(

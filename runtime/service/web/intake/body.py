@@ -11,7 +11,6 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from wanforge.errors import RequestError
-from wanforge.runtime.service.fetching.fetcher import Fetcher
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.document import without_null
 from wanforge.runtime.service.web.errors import ApiError, about, invalid, validation_error
@@ -36,7 +35,7 @@ def described() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON: {"schema": as_json}, FORMS[0]: {"schema": as_form}}}}
 
 
-async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRequest, bytes | None]:
+async def video_request(request: Request, service: Service) -> tuple[VideoRequest, bytes | None]:
     """What a client asks for, and the bytes of the picture that it sends as a file.
 
     Raises:
@@ -44,10 +43,11 @@ async def video_request(request: Request, limits: ClientLimits) -> tuple[VideoRe
     """
     kind = content_type(request)
     if kind in FORMS:
-        return await _of_form(request, limits)
+        return await _of_form(request, service.settings.limits)
     if kind != JSON:
         raise ApiError(415, "unknown_content_type", f"send {JSON} or {FORMS[0]}, not {kind or 'a body without a type'}")
-    return of_json(await request.body()), None
+    data = await request.body()
+    return await service.by_size(len(data), of_json, data), None
 
 
 def content_type(request: Request) -> str:
@@ -99,12 +99,11 @@ async def picture_of(service: Service, text: str) -> bytes:
     Raises:
         ApiError: There is none.
     """
-    limits = service.settings.limits
-    if not limits.image_hosts or not text.startswith("https:"):
-        return of_data_url(text)
+    if service.fetcher is None or not text.startswith("https:"):
+        return await service.by_size(len(text), of_data_url, text)
     with about(PICTURE):
         async with service.fetching:
-            return await Fetcher(limits.image_hosts, int(limits.body_megabytes * MEGABYTE)).fetch(text)
+            return await service.fetcher.fetch(text)
 
 
 def of_data_url(text: str) -> bytes:

@@ -119,7 +119,10 @@ def test_a_picture_is_drawn_again_and_kept_for_the_job(bundle_of: Callable[[str,
 def test_a_picture_is_fetched_from_an_allowed_host(
     bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fetchers = []
+
     async def fetch(fetcher: Fetcher, url: str) -> bytes:
+        fetchers.append(fetcher)
         fetcher.target(url)
         return png()
 
@@ -137,6 +140,7 @@ def test_a_picture_is_fetched_from_an_allowed_host(
         assert (other.status_code, other.json()["error"]["param"]) == (400, "input_reference")
         batch = rig.client.post("/v1/batches", files={"file": ("lines", json.dumps(fields))}).json()
         assert batch["counts"]["failed"] == 1
+        assert all(each is rig.service.fetcher for each in fetchers)  # making one takes long, for its certificates
 
 
 def test_a_client_that_leaves_while_it_sends_submits_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
