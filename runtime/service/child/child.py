@@ -16,6 +16,7 @@ from threading import Thread
 
 from msgspec.structs import replace
 
+from wanforge.errors import BundleError, ResourceError, message_of
 from wanforge.plugins.child_process import end_with
 from wanforge.runtime.service import journal
 from wanforge.runtime.service.child.failures import failure_of
@@ -97,7 +98,8 @@ class Child:
             failure, is_last = failure_of(error)
             trace = error if failure.code in UNEXPECTED else None
             job = order.ticket.rpartition("/")[0]
-            log.error("An attempt failed (%s).", failure.code, exc_info=trace, extra={"job": job})
+            reason = f": {message_of(error)}" if isinstance(error, BundleError | ResourceError) else ""
+            log.error("An attempt failed (%s)%s.", failure.code, reason, exc_info=trace, extra={"job": job})
             self.channel.send(ClipFailed(order.ticket, failure, is_last))
             if is_last:
                 os._exit(LAST_EXIT)  # at once, because libraries may hang when they clean up

@@ -21,6 +21,8 @@ GPU_FAILED = re.compile(
     re.IGNORECASE,
 )
 """How libraries word errors after which a process cannot use its GPU any more."""
+PATH = re.compile(r"""(?<![\w.~/:])['"]?/[^\s'",;:()]+['"]?""")
+"""An absolute path."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -54,15 +56,21 @@ def failure_of(error: BaseException) -> Verdict:
         message = "the GPU reported an error, and its worker was started anew; try again"
         return Verdict(Failure("gpu_failed", message), True)
     if isinstance(error, RequestError | ConfigError):
-        return Verdict(Failure("invalid_request", str(error)), False)
+        return Verdict(Failure("invalid_request", without_paths(str(error))), False)
     if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in said:
         return Verdict(Failure("disk_full", "the disk of the server is full; try again later"), False)
     if isinstance(error, BundleError):
-        return Verdict(Failure("bundle_damaged", message_of(error)), False)
+        message = "the model is incomplete or damaged on the server; its log says what is wrong"
+        return Verdict(Failure("bundle_damaged", message), False)
     if isinstance(error, WanforgeError):
-        return Verdict(Failure("resources_lacking", message_of(error)), False)
+        return Verdict(Failure("resources_lacking", without_paths(message_of(error))), False)
     message = f"the server failed ({type(error).__name__}); its log says more"
     return Verdict(Failure("internal_error", message), False)
+
+
+def without_paths(text: str) -> str:
+    """A message for clients, who need not know where the server has its files."""
+    return PATH.sub("a file of the server", text)
 
 
 def _is_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import msgspec
 
 from wanforge.configs.clip import ClipShape, size_of
+from wanforge.engines.bundle.remedies import ENGINES
 from wanforge.errors import RequestError, unknown_name
 from wanforge.runtime.backends import BACKENDS
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
@@ -31,8 +32,8 @@ def checked(
         served = catalogue.find(wanted.model, wanted.recipe)
     model = served.bundle.model
     shape = shape_of(served, limits, wanted)
-    if wanted.backend is not None and wanted.backend not in BACKENDS:
-        raise invalid("backend", unknown_name("backend", wanted.backend, BACKENDS))
+    if wanted.backend is not None:
+        check_backend(served, wanted.backend)
     asked = Asked(
         model=served.name,
         recipe=served.bundle.recipe.name,
@@ -53,6 +54,21 @@ def checked(
             raise invalid(PICTURE, f"{served.name} takes no picture; leave {PICTURE} out")
         served.check(asked, path)
     return served, asked
+
+
+def check_backend(served: Served, name: str) -> None:
+    """Refuse a backend that there is not, or for which the bundle lacks what it runs.
+
+    Raises:
+        ApiError: The backend cannot make the clip. Whether a worker has a GPU for it shows only when it is made.
+    """
+    if name not in BACKENDS:
+        raise invalid("backend", unknown_name("backend", name, BACKENDS))
+    bundle = served.bundle
+    engines = any(file.startswith(ENGINES) for file in bundle.manifest.files)
+    lacks = {"ort": "" if bundle.graphs("float32") else "fp32 graphs", "trt": "" if engines else "engines"}.get(name)
+    if lacks:
+        raise invalid("backend", f"{served.name} has no {lacks} here, which {name} runs; leave out backend")
 
 
 def shape_of(served: Served, limits: ClientLimits, wanted: VideoRequest) -> ClipShape:

@@ -143,6 +143,14 @@ def test_a_picture_is_fetched_from_an_allowed_host(
         assert all(each is rig.service.fetcher for each in fetchers)  # making one takes long, for its certificates
 
 
+def test_a_backend_that_the_bundle_has_nothing_for_is_refused_at_once(rig: Rig) -> None:
+    for backend, lacks in (("ort", "no fp32 graphs"), ("trt", "no engines")):
+        refused = rig.client.post("/v1/videos", json={**PROMPT, "backend": backend})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "backend")
+        assert lacks in refused.json()["error"]["message"]
+    assert rig.submit(backend="torch")["backend"] == "torch"
+
+
 def test_a_client_that_leaves_while_it_sends_submits_nothing(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     line = b'{"prompt": "a red circle"}\n'
     for path, kind in (("batches", "application/jsonl"), ("videos", "application/json")):

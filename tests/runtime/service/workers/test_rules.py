@@ -49,6 +49,23 @@ def test_errors_have_stable_codes(error: Exception, code: str, is_last: bool) ->
     assert "secret" not in verdict.failure.message
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        BundleError("/models/secret/dit.onnx is missing; make it with: wanforge export /models/secret"),
+        ResourceError("'/models/secret/x' cannot be read"),
+        RequestError("the picture /tmp/secret-1/picture.png is damaged"),
+    ],
+)
+def test_clients_see_no_paths_of_the_server(error: Exception) -> None:
+    assert "secret" not in failure_of(error).failure.message
+
+
+def test_what_is_no_path_stays_in_a_message() -> None:
+    said = "a clip of 832x480 needs 3/4 of 8 GB; see https://example.org/memory, and/or ask for less"
+    assert failure_of(ResourceError(said)).failure.message == said
+
+
 class Clock:
     now = 100.0
 
