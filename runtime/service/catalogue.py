@@ -29,7 +29,6 @@ class Asked(Record, frozen=True, kw_only=True):
         image: Name of the object that holds the first frame.
         backend: The backend that was asked for; None if any will do.
         topk: None for the model's own.
-        remixed_from: The job that this one is a variation of.
         traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
     """
 
@@ -45,7 +44,6 @@ class Asked(Record, frozen=True, kw_only=True):
     topk: float | None = None
     image: str | None = None
     backend: str | None = None
-    remixed_from: str | None = None
     traceparent: str | None = None
 
     @classmethod
@@ -182,10 +180,6 @@ class Catalogue:
                     return each
             recipes = sorted({each.bundle.recipe.name for each in known})
             raise RequestError(unknown_name("recipe of this model", recipe or "", recipes))
-
-    def by_fingerprint(self, found: str) -> Served | None:
-        """The bundle with a fingerprint, if it is still served."""
-        return next((each for each in self.served if each.fingerprint == found), None)
 
 
 def fingerprint(bundle: Bundle) -> str:

@@ -34,7 +34,6 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         prompt=asked.prompt,
         size=f"{asked.width_px}x{asked.height_px}",
         seconds=f"{asked.seconds:g}",
-        remixed_from_video_id=asked.remixed_from,
         error=None if job.error is None else Problem(code=job.error.code, message=job.error.message),
         frames=asked.frames,
         seed=asked.seed,
