@@ -91,7 +91,7 @@ class Video(BaseModel):
     prompt: str
     size: str
     seconds: str
-    remixed_from_video_id: None = Field(None, description="Always null; OpenAI's client expects it.")
+    remixed_from_video_id: None = Field(default=None, description="Always null; OpenAI's client expects it.")
     error: Problem | None
     frames: int
     seed: int | None
