@@ -16,7 +16,7 @@ SLOWEST = 10_000
 SMALL = 100_000
 """Bytes of each body that do not count among those that are held at once, so that small requests always find room."""
 LARGEST_AT_ONCE = 4
-"""How many of the largest bodies may be held at once. Each takes about four times its size in memory."""
+"""How many of the largest bodies may be held at once. Each takes several times its size in memory."""
 AGAIN_SECONDS = 2
 
 
