@@ -7,6 +7,7 @@ them.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
 from threading import Event, Lock, Thread
@@ -108,21 +109,19 @@ class Heart:
             return list(self._attempts.values())
 
     def _beat(self) -> None:
-        news = self.store.news()
-        try:
-            while not self._ends.is_set():
-                try:
-                    has_news = news.wait(min(LOOK_SECONDS, self.times.progress))
-                    for attempt in self.attempts():
-                        self._look(attempt, has_news=has_news)
-                except StoreError as error:
-                    log.warning("Heartbeats cannot be sent: %s", error)
-                    self._ends.wait(min(1.0, self.times.heartbeat))
-                except Exception:  # without heartbeats, every job would be lost
-                    log.exception("Heartbeats have failed.")
-                    self._ends.wait(min(1.0, self.times.heartbeat))
-        finally:
-            news.close()
+        while not self._ends.is_set():
+            try:
+                with closing(self.store.news()) as news:
+                    while not self._ends.is_set():
+                        has_news = news.wait(min(LOOK_SECONDS, self.times.progress))
+                        for attempt in self.attempts():
+                            self._look(attempt, has_news=has_news)
+            except StoreError as error:
+                log.warning("Heartbeats cannot be sent: %s", error)
+                self._ends.wait(min(1.0, self.times.heartbeat))
+            except Exception:  # without heartbeats, every job would be lost
+                log.exception("Heartbeats have failed.")
+                self._ends.wait(min(1.0, self.times.heartbeat))
 
     def _look(self, attempt: Attempt, *, has_news: bool) -> None:
         """Send a heartbeat if it is time for one; otherwise see whether the job is to be cancelled, if something has

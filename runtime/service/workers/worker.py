@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
@@ -31,7 +31,7 @@ from wanforge.runtime.service.child.messages import (
 )
 from wanforge.runtime.service.job import Failure, Job, Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
-from wanforge.runtime.service.store.base import JobStore, Offer, StoreError
+from wanforge.runtime.service.store.base import JobStore, News, Offer, StoreError
 from wanforge.runtime.service.tracing.attempts import Tell, untraced
 from wanforge.runtime.service.workers.breaker import Breaker
 from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
@@ -115,11 +115,12 @@ class ClipWorker(Thread):
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def run(self) -> None:
-        self._news = self.shop.store.news()
         try:
             while not self.shop.is_closed.is_set():
                 try:
-                    self._turn()
+                    with closing(self.shop.store.news()) as news:
+                        while not self.shop.is_closed.is_set():
+                            self._turn(news)
                 except StoreError as error:
                     log.warning("%s cannot use the job store: %s", self.name, error)
                     self.shop.is_closed.wait(STORE_SECONDS)
@@ -129,7 +130,6 @@ class ClipWorker(Thread):
                     log.exception("%s has failed.", self.name)
                     self._lose_child(f"the supervisor failed ({type(error).__name__})")
         finally:
-            self._news.close()
             if self._child is not None:
                 self._child.end()
             self._tell(state="ended", reason="the service ends", child=None)
@@ -143,7 +143,7 @@ class ClipWorker(Thread):
         """Let the thread look what is to be done."""
         os.eventfd_write(self._woken, 1)
 
-    def _turn(self) -> None:
+    def _turn(self, news: News) -> None:
         """Do what is to be done next."""
         if self._reloading is not None:
             self.bundles, self._reloading = self._reloading, None
@@ -158,7 +158,7 @@ class ClipWorker(Thread):
         if job is not None:
             self._serve(job, self._child)
         else:
-            self._news.wait(LOOK_SECONDS)
+            news.wait(LOOK_SECONDS)
 
     def _claim(self) -> Job | None:
         served = [each.fingerprint for each in self.bundles if each.fingerprint not in self.status.refused]

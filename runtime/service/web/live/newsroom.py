@@ -1,12 +1,15 @@
 """Events of jobs for those who follow them. One thread reads what is new, and reads it once for all of them."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from wanforge.runtime.service.job import JobEvent
 from wanforge.runtime.service.store.base import JobStore, StoreError
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """How often the thread that waits for news looks whether the server ends."""
@@ -76,19 +79,21 @@ class Newsroom:
                     del self._feeds[job], self._told[job]
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        news, is_behind = self.store.news(), False
-        try:
-            while not self._ends.is_set():
-                try:
-                    is_behind = is_behind or news.wait(LOOK_SECONDS)
-                    if is_behind and (found := self._read()):
-                        with suppress(RuntimeError):  # the server may have ended meanwhile, and its loop with it
-                            loop.call_soon_threadsafe(self._tell, found)
-                    is_behind = False
-                except StoreError:
-                    self._ends.wait(LOOK_SECONDS)
-        finally:
-            news.close()
+        while not self._ends.is_set():
+            try:
+                with closing(self.store.news()) as news:
+                    is_behind = True  # something may have happened before the news were opened
+                    while not self._ends.is_set():
+                        if is_behind and (found := self._read()):
+                            with suppress(RuntimeError):  # the server may have ended meanwhile, and its loop with it
+                                loop.call_soon_threadsafe(self._tell, found)
+                        is_behind = news.wait(LOOK_SECONDS)
+            except StoreError as error:
+                log.warning("Followers of jobs are told nothing for now: %s", error)
+                self._ends.wait(LOOK_SECONDS)
+            except Exception:  # without this thread, no stream would be told of anything
+                log.exception("Following the jobs has failed.")
+                self._ends.wait(LOOK_SECONDS)
 
     def _read(self) -> News:
         """What has happened to followed jobs since it was read last."""
@@ -98,10 +103,11 @@ class Newsroom:
         found: News = {job: None for job in told if job not in latest}
         for job, last in latest.items():
             if last > told[job]:
-                found[job] = events = every_event(self.store, job, told[job])
-                with self._changing:
-                    if job in self._told and events:
-                        self._told[job] = events[-1].sequence
+                found[job] = every_event(self.store, job, told[job])
+        with self._changing:  # once everything is read, so that nothing is missed where that fails halfway
+            for job, events in found.items():
+                if job in self._told and events:
+                    self._told[job] = events[-1].sequence
         return found
 
     def _tell(self, news: News) -> None:

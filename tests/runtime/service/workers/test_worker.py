@@ -1,4 +1,4 @@
-"""What a worker does with a result while the job store cannot be used."""
+"""What a worker does while the job store cannot be used."""
 
 from pathlib import Path
 from threading import Event
@@ -8,13 +8,14 @@ import msgspec
 import pytest
 
 from tests.runtime.service.store.rig import claimed, submission
+from tests.runtime.service.workers.test_heart import failing_at_first
 from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.child.messages import ClipMade
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.results.base import StorageError
 from wanforge.runtime.service.results.folder import FolderStorage
 from wanforge.runtime.service.settings import ServeSettings
-from wanforge.runtime.service.store.base import StoreError
+from wanforge.runtime.service.store.base import News, StoreError
 from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 from wanforge.runtime.service.workers import worker as worker_module
 from wanforge.runtime.service.workers.heart import Attempt, Heart
@@ -100,3 +101,20 @@ def test_a_result_that_cannot_be_stored_fails_the_job_unless_it_can_wait_for_roo
     assert (job.state, len(tried), objects(worker)) == (state, tries, 0)
     assert (None if job.error is None else job.error.code) == (code if state is State.FAILED else None)
     assert worker.shop.is_full.is_set() == (code == "disk_full")
+
+
+def test_a_worker_goes_on_after_its_news_could_not_be_opened(
+    worker: ClipWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_at_first(monkeypatch, StoreError("store_unreachable", "the connection broke"))
+    turns = list[News]()
+
+    def end(news: News) -> None:
+        turns.append(news)
+        worker.shop.is_closed.set()
+
+    monkeypatch.setattr(worker, "_turn", end)
+    worker.start()
+    worker.join(5)
+    assert len(turns) == 1
+    assert worker.status.state == "ended"
