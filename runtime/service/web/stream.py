@@ -8,6 +8,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import StreamingResponse
 
 from wanforge.runtime.service.job import JobEvent, State
+from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.access import Reader
 from wanforge.runtime.service.web.errors import ApiError
 from wanforge.runtime.service.web.live.newsroom import every_event
@@ -45,12 +46,25 @@ async def events(
 ) -> StreamingResponse:
     """The events of a video from the first one, or from the one after `Last-Event-ID`. The stream ends with the job."""
     service = service_of(request)
-    await service.in_thread(found, service, caller, video_id)
+    last = await service.in_thread(last_told, service, caller, video_id, int(last_event_id or 0))
     if service.streams[caller.id] >= service.settings.limits.streams:
         raise ApiError(429, "too_many_streams", "too many event streams are open; close some", retry_after=5)
     return StreamingResponse(
-        told(service, caller.id, video_id, int(last_event_id or 0)), media_type="text/event-stream", headers=HEADERS
+        told(service, caller.id, video_id, last), media_type="text/event-stream", headers=HEADERS
     )
+
+
+def last_told(service: Service, caller: ApiKey, job: str, said: int) -> int:
+    """The sequence of the last event that a client knows, which is none that there has not been yet.
+
+    Args:
+        said: What the client says.
+
+    Raises:
+        ApiError: There is no such job that the caller may see.
+    """
+    found(service, caller, job)
+    return min(said, service.store.latest([job]).get(job, 0))
 
 
 async def told(service: Service, key: str, job: str, last: int) -> AsyncIterator[str]:

@@ -65,3 +65,16 @@ def test_a_client_that_leaves_gives_its_place_back(rig: Rig) -> None:
             return
         threading.Event().wait(0.05)
     raise AssertionError(f"{rig.service.streams['']} streams are still counted")
+
+
+def test_a_client_that_claims_to_know_coming_events_takes_them_from_nobody(rig: Rig) -> None:
+    path = f"/v1/videos/{rig.submit()['id']}/events"
+    with (
+        rig.client.stream("GET", path, headers={"Last-Event-ID": "999"}) as bogus,
+        rig.client.stream("GET", path) as honest,
+    ):
+        told, also_told = events_of(honest), events_of(bogus)
+        assert next(told)["event"] == "queued"
+        rig.make()
+        assert [event["event"] for event in told] == ["started", "progress", "completed"]
+        assert [event["event"] for event in also_told] == ["started", "progress", "completed"]
