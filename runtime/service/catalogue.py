@@ -48,8 +48,18 @@ class Asked(Record, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, job: Job) -> "Asked":
-        """The request of a job."""
+        """The request of a job, as it is to be made.
+
+        Raises:
+            msgspec.ValidationError: Another version has written it, and it asks for something that this one cannot do.
+        """
         return msgspec.convert(job.request, cls)
+
+    @classmethod
+    def known_of(cls, job: Job) -> "Asked":
+        """What this version knows of the request of a job, to tell of it."""
+        known = {name: value for name, value in job.request.items() if name in cls.__struct_fields__}
+        return msgspec.convert(known, cls)
 
     def request(self, image: Path | None) -> Request:
         """The request for a pipeline.

@@ -19,7 +19,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
     Args:
         with_place: Whether to look up its place in the queue and how long it will take.
     """
-    asked = Asked.of(job)
+    asked = Asked.known_of(job)
     position = service.outlook.position(job.id) if with_place and job.state is State.QUEUED else None
     details = {} if job.result is None else job.result.details
     return Video(

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from tests.runtime.service.served import MADE, Rig
-from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.job import Failure, Submission
 
 
 @pytest.fixture
@@ -50,3 +50,19 @@ def test_clients_that_came_together_are_asked_to_come_back_at_different_times(ri
     asked = [int(rig.client.get(path).headers["openai-poll-after-ms"]) for _ in range(20)]
     assert len(set(asked)) > 3
     assert all(900 <= each <= 1100 for each in asked)
+
+
+def test_a_job_of_a_newer_version_is_told_of_as_far_as_it_is_known(rig: Rig) -> None:
+    known = rig.submit()
+    submitted = rig.claim()
+    more = Submission(
+        owner="local",
+        bundle=submitted.bundle,
+        shape=submitted.shape,
+        steps=submitted.steps,
+        request={**submitted.request, "camera": "left"},
+    )
+    newer = rig.store.submit(more).job.id
+    videos = rig.client.get("/v1/videos").json()["data"]
+    assert [video["id"] for video in videos] == [newer, known["id"]]
+    assert videos[0]["prompt"] == known["prompt"]
