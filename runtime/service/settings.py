@@ -19,6 +19,8 @@ SCOPES = {
     "admin": "see everybody's videos and the metrics",
 }
 """What a key may be allowed; a key without scopes may read and write."""
+LEAST_LEASE_SECONDS = 15.0
+"""Three heartbeats: with a shorter lease, a worker loses its job where one heartbeat is late."""
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -116,13 +118,18 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
     """Refuse settings that nobody should run.
 
     Raises:
-        ConfigError: Other machines could use the server without a key.
+        ConfigError: Other machines could use the server without a key, leases are too short, or there are no bundles.
     """
     if not settings.is_loopback and not has_keys:
         place = "--config FILE, the file of these settings" if settings.store else f"--data {settings.data}"
         raise ConfigError(
             f"{settings.host} can be reached from other machines, and there are no API keys, so anybody could use this "
             f"server; make one with: wanforge serve keys add NAME {place}"
+        )
+    if settings.policy.lease_seconds < LEAST_LEASE_SECONDS:
+        raise ConfigError(
+            f"policy.lease_seconds is {settings.policy.lease_seconds:g}, so a worker would lose its jobs between two "
+            f"heartbeats; use {LEAST_LEASE_SECONDS:g} or more"
         )
     if not settings.bundles:
         raise ConfigError("there is nothing to serve; name a bundle: wanforge serve BUNDLE")

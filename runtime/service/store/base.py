@@ -21,9 +21,11 @@ and N owners, a job with k jobs of its owner ahead of it is among the next (1 + 
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from wanforge.configs.loading import Record
+from msgspec import Meta
+
+from wanforge.configs.loading import MOST, Count, Positive, Record
 from wanforge.errors import RequestError, ResourceError
 from wanforge.runtime.service.job import Batch, Failure, Job, JobEvent, Lease, Result, State, Submission
 
@@ -35,6 +37,7 @@ SMALLEST_JUMP = 60.0
 """Seconds by which the wall clock has to move ahead between two uses of the store to have jumped."""
 MOST_PASSES = 3
 """How often a job is passed over for jobs that a worker is warm for."""
+AtMost = Annotated[int, Meta(ge=0, le=MOST)]
 
 
 class StoreError(ResourceError):
@@ -67,8 +70,8 @@ class TurnedAwayError(RequestError):
 class Quota(Record, frozen=True):
     """What one owner may have at once. None is no limit."""
 
-    queued: int | None = None
-    running: int | None = None
+    queued: AtMost | None = None
+    running: AtMost | None = None
 
 
 class Policy(Record, frozen=True, kw_only=True):
@@ -86,15 +89,15 @@ class Policy(Record, frozen=True, kw_only=True):
         key_seconds: How long idempotency keys are kept.
     """
 
-    lease_seconds: float = 30.0
-    most_lost: int = 2
-    most_queued: int = 10_000
+    lease_seconds: Positive = 30.0
+    most_lost: Count = 2
+    most_queued: Count = 10_000
     quota: Quota = Quota()
-    ageing_seconds: float = 60.0
-    result_seconds: float = 86_400.0
-    event_seconds: float = 7 * 86_400.0
-    record_seconds: float = 30 * 86_400.0
-    key_seconds: float = 86_400.0
+    ageing_seconds: Positive = 60.0
+    result_seconds: Positive = 86_400.0
+    event_seconds: Positive = 7 * 86_400.0
+    record_seconds: Positive = 30 * 86_400.0
+    key_seconds: Positive = 86_400.0
 
 
 class Receipt(Record, frozen=True):
