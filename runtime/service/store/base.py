@@ -323,6 +323,17 @@ class JobStore(ABC):
         called every few seconds. Returns the ids of the jobs that changed their state."""
 
     @abstractmethod
+    def fail_unserved(self, served: Collection[str], after_seconds: float) -> list[str]:
+        """Note that some bundles are served, and fail the queued jobs whose bundles nobody serves any more. To be
+        called every few seconds. Returns the ids of the jobs that have failed.
+
+        Args:
+            served: Fingerprints of the bundles that the caller serves.
+            after_seconds: How long nobody has to have served a bundle, in running time: long enough for a change of
+                mind, and for other machines that share the store to start again.
+        """
+
+    @abstractmethod
     def removable(self, limit: int = 1000) -> list[str]:
         """Names of objects that belong to no job any more. Whoever has deleted one calls `removed`; until then it is
         named again, so nothing is forgotten if the caller is killed in between."""

@@ -132,6 +132,10 @@ class SqlStore(JobStore):
         with self.database.write() as transaction:
             return sweeping.sweep(transaction, self.policy)
 
+    def fail_unserved(self, served: Collection[str], after_seconds: float) -> list[str]:
+        with self.database.write() as transaction:
+            return sweeping.fail_unserved(transaction, served, after_seconds)
+
     def removable(self, limit: int = 1000) -> list[str]:
         with self.database.read() as transaction:
             found = transaction.rows("SELECT name FROM removals ORDER BY name LIMIT :most", most=limit)

@@ -1,14 +1,20 @@
 """What time asks for."""
 
-from wanforge.runtime.service.job import State
+from collections.abc import Collection
+
+from wanforge.runtime.service.job import Failure, State
 from wanforge.runtime.service.store.base import Policy
-from wanforge.runtime.service.store.databases.database import Transaction
+from wanforge.runtime.service.store.databases.database import Transaction, listed
 from wanforge.runtime.service.store.leasing import end_leases
-from wanforge.runtime.service.store.rows import ENDED, change, let_go
+from wanforge.runtime.service.store.rows import ENDED, QUEUED, change, end, let_go
 from wanforge.runtime.service.store.submitting import delete
 
 MOST = 200
 """The number of jobs that one sweep expires or deletes, so that others need not wait for long."""
+
+SEEN_SECONDS = 15.0
+"""How often it is noted that a bundle is served. Each note wakes those who wait for news."""
+GONE = Failure("bundle_gone", "nobody serves the bundle of this request any more; submit it again")
 
 
 def sweep(transaction: Transaction, policy: Policy) -> list[str]:
@@ -18,6 +24,28 @@ def sweep(transaction: Transaction, policy: Policy) -> list[str]:
         changed += _expire(transaction)
         _forget(transaction, policy)
     return changed
+
+
+def fail_unserved(transaction: Transaction, served: Collection[str], after_seconds: float) -> list[str]:
+    """Note which bundles are served, and fail the jobs of those that are not."""
+    running = transaction.time.running
+    for bundle in served:
+        transaction.run(
+            "INSERT INTO served (bundle, seen) VALUES (:bundle, :running) "
+            "ON CONFLICT (bundle) DO UPDATE SET seen = excluded.seen WHERE served.seen < excluded.seen - :pause",
+            bundle=bundle,
+            running=running,
+            pause=SEEN_SECONDS,
+        )
+    names, values = listed(served)
+    rows = transaction.rows(
+        f"SELECT id FROM jobs WHERE {QUEUED} AND queued <= :before AND bundle NOT IN {names} AND NOT EXISTS "
+        "(SELECT 1 FROM served WHERE served.bundle = jobs.bundle AND served.seen > :before) LIMIT :most",
+        before=running - after_seconds,
+        most=MOST,
+        **values,
+    )
+    return [row["id"] for row in rows if end(transaction, row["id"], QUEUED, {}, GONE)]
 
 
 def _expire(transaction: Transaction) -> list[str]:

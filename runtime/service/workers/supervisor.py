@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0
+OWN_SECONDS, SHARED_SECONDS = 60.0, 3600.0
+"""How long nobody has to have served a bundle until its queued jobs fail: where this service alone uses the job store,
+and where others may."""
 STORE = "jobs.sqlite"
 
 
@@ -62,6 +65,7 @@ class Supervisor:
         self.tracer = open_tracer()
         tell = untraced if self.tracer is None else self.tracer.tell
         self.shop = Shop(self.settings, self.store, self.storage, self.heart, Event(), Event(), tell)
+        self.bundles: tuple[BundlePlace, ...] = ()
         self.workers: list[ClipWorker] = []
         self.problem = ""
         self._signals: list[int] = []
@@ -77,9 +81,9 @@ class Supervisor:
         """
         with sole(self.settings.data, "supervisor"), self._signals_noted():
             self._recover()
-            bundles = places(self.settings.serve)
+            self.bundles = places(self.settings.serve)
             taken = enumerate(seats(self.settings.serve.workers))
-            self.workers = [self._worker(number, seat, bundles) for number, seat in taken]
+            self.workers = [self._worker(number, seat) for number, seat in taken]
             self._check_room()
             self.heart.start()
             for worker in self.workers:
@@ -97,8 +101,8 @@ class Supervisor:
                 if self.tracer is not None:
                     self.tracer.close()
 
-    def _worker(self, number: int, seat: Seat, bundles: Sequence[BundlePlace]) -> ClipWorker:
-        return ClipWorker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, bundles)
+    def _worker(self, number: int, seat: Seat) -> ClipWorker:
+        return ClipWorker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, self.bundles)
 
     def _recover(self) -> None:
         """Give back what an earlier supervisor of this folder was at. Its children ended with it."""
@@ -151,6 +155,10 @@ class Supervisor:
     def _sweep(self) -> None:
         self._check_room()
         self.store.sweep()
+        served = [each.fingerprint for each in self.bundles]
+        gone = self.store.fail_unserved(served, SHARED_SECONDS if self.settings.serve.store else OWN_SECONDS)
+        if gone:
+            log.warning("%d jobs have failed because nobody serves their bundles any more.", len(gone))
         delete_removable(self.storage, self.store)
 
     def _check_room(self) -> None:
@@ -176,12 +184,12 @@ class Supervisor:
     def _reload(self) -> None:
         """Serve the bundles that the settings now name, as they now are. Other settings need a new supervisor."""
         try:
-            bundles = places(load_supervision(self.path).serve)
+            self.bundles = places(load_supervision(self.path).serve)
         except (WanforgeError, OSError) as error:
             log.error("The bundles stay as they are: %s", message_of(error))
             return
         for worker in self.workers:
-            worker.reload(bundles)
+            worker.reload(self.bundles)
 
     def _write_if_changed(self) -> None:
         """Write the status where it has changed or is getting old."""

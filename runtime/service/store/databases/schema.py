@@ -108,7 +108,10 @@ INSERT INTO durations
 """
 """How long jobs took, also those of before, of which it is not known which backend made them."""
 
-STEPS = (FIRST, DURATIONS)
+SERVED = "CREATE TABLE served (bundle TEXT PRIMARY KEY, seen DOUBLE PRECISION NOT NULL)"
+"""When bundles were served last, in running time."""
+
+STEPS = (FIRST, DURATIONS, SERVED)
 
 
 def migrate(transaction: Transaction, place: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.runtime.service.store.rig import Rig, broken_rules, claimed, found, kinds, result, submission
 from wanforge.runtime.service.job import Failure, State
-from wanforge.runtime.service.store.base import LARGEST_STEP, SETTLING
+from wanforge.runtime.service.store.base import LARGEST_STEP, SETTLING, Offer
 from wanforge.runtime.service.store.sql_store import SqlStore
 
 HOURS = 6 * 3600.0
@@ -86,3 +86,48 @@ def test_events_and_jobs_are_forgotten_in_the_end(rig: Rig) -> None:
     assert found(store, waiting).state == State.QUEUED
     store.removed(store.removable())
     assert store.known(["a.mp4", "a.png"]) == set()
+
+
+def serve(rig: Rig, store: SqlStore, seconds: float, *bundles: str) -> list[str]:
+    """Let a service with some bundles run for a time, and return the jobs that have failed meanwhile."""
+    failed = []
+    for _ in range(int(seconds / PAUSE)):
+        failed += store.fail_unserved(bundles, 100.0)
+        rig.let_run(store, PAUSE, PAUSE)
+    return failed
+
+
+def test_queued_jobs_of_a_bundle_that_nobody_serves_any_more_fail(rig: Rig) -> None:
+    store = rig.open()
+    gone, kept = (store.submit(submission(bundle=bundle)).job.id for bundle in ("old", "new"))
+    assert serve(rig, store, 50, "old", "new") == []
+    assert serve(rig, store, 80, "new") == []
+    assert serve(rig, store, 50, "new") == [gone]
+    failed = found(store, gone)
+    assert failed.error is not None
+    assert (failed.state, failed.error.code) == (State.FAILED, "bundle_gone")
+    assert found(store, kept).state is State.QUEUED
+    assert broken_rules(store) == []
+
+
+def test_a_bundle_that_another_machine_serves_is_not_gone(rig: Rig) -> None:
+    store, other = rig.open(), rig.open()
+    job = store.submit(submission(bundle="other")).job.id
+    for _ in range(30):
+        assert serve(rig, store, PAUSE, "mine") == []
+        assert serve(rig, other, PAUSE, "other") == []
+    assert found(store, job).state is State.QUEUED
+
+
+def test_a_job_waits_for_its_bundle_as_long_as_for_one_that_was_served(rig: Rig) -> None:
+    store = rig.open()
+    serve(rig, store, 200, "other")
+    job = store.submit(submission(bundle="new")).job.id
+    assert serve(rig, store, 100, "other") == []
+    assert serve(rig, store, 20, "new") == []
+    assert claimed_bundle(store, "new") == job
+
+
+def claimed_bundle(store: SqlStore, bundle: str) -> str | None:
+    job = store.claim(Offer("w1", (bundle,)))
+    return None if job is None else job.id

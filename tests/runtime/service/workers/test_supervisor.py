@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.processes import ROOT
+from tests.runtime.service.store.rig import submission
 from tests.runtime.service.workers.rig import QUICK, Rig, settled, working
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.store.base import Policy
@@ -235,6 +236,13 @@ def test_a_hangup_reloads_the_bundles(rig: Rig, tmp_path: Path) -> None:
         rig.supervisor.send_signal(signal.SIGHUP)
         rig.completed(rig.submit("good"))
         assert rig.child.pid == child
+
+
+def test_queued_jobs_of_a_bundle_that_is_not_served_any_more_fail(rig: Rig) -> None:
+    rig.prelude = "from wanforge.runtime.service.workers import supervisor; supervisor.OWN_SECONDS = 0.5"
+    with working(rig):
+        assert rig.failed(rig.store.submit(submission(bundle="replaced")).job.id) == "bundle_gone"
+        rig.completed(rig.submit("good"))
 
 
 def test_several_workers_share_the_queue(rig: Rig) -> None:
