@@ -1,6 +1,10 @@
 """Deleting objects that nobody needs any more."""
 
+import shutil
 import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
 
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.store.base import JobStore
@@ -36,3 +40,19 @@ def delete_orphans(storage: ObjectStorage, store: JobStore, grace_seconds: float
     orphans = sorted(set(old) - store.known(old))
     storage.delete(orphans)
     return orphans
+
+
+def staging_name(lease_name: str) -> str:
+    """The name of the folder in which the child of a worker makes its clips."""
+    return lease_name.replace("/", "-")
+
+
+def delete_unfinished(staging: Path, lease_names: Collection[str]) -> None:
+    """Delete the files of clips that were not finished: those of some workers, which have ended, and whatever is old.
+    Other services may be making clips in the same folder."""
+    staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+    before, ended = time.time() - GRACE_SECONDS, {staging_name(name) for name in lease_names}
+    for folder in staging.iterdir():
+        with suppress(FileNotFoundError):
+            if folder.name in ended or folder.stat().st_mtime < before:
+                shutil.rmtree(folder, ignore_errors=True)

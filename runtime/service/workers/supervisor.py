@@ -8,7 +8,6 @@ they are given back; a second signal gives them back at once. SIGHUP lets it rea
 import fcntl
 import logging
 import os
-import shutil
 import signal
 import sys
 import time
@@ -28,7 +27,7 @@ from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.child.messages import BundlePlace
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.results.opening import open_storage
-from wanforge.runtime.service.results.sweeping import delete_orphans, delete_removable
+from wanforge.runtime.service.results.sweeping import delete_orphans, delete_removable, delete_unfinished
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.store.sql_store import open_store
@@ -105,12 +104,13 @@ class Supervisor:
         return ClipWorker(f"worker {number}" if not seat.gpu else f"gpu {seat.gpu}", self.shop, seat, self.bundles)
 
     def _recover(self) -> None:
-        """Give back what an earlier supervisor of this folder was at. Its children ended with it."""
-        shutil.rmtree(self.storage.staging(), ignore_errors=True)
-        self.storage.staging().mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Queue the jobs again that an earlier supervisor of this folder left, and delete the files of their clips. Its
+        children ended with it."""
         before = read_status(self.settings.data)
-        if before is not None and before.lease_names:
-            released = self.store.release(before.lease_names, counts=True)
+        names = () if before is None else before.lease_names
+        delete_unfinished(self.storage.staging(), names)
+        if names:
+            released = self.store.release(names, counts=True)
             log.info("Queued %d jobs again that an earlier supervisor left.", len(released))
 
     @contextmanager

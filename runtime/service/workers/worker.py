@@ -31,6 +31,7 @@ from wanforge.runtime.service.child.messages import (
 )
 from wanforge.runtime.service.job import Failure, Job, Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
+from wanforge.runtime.service.results.sweeping import staging_name
 from wanforge.runtime.service.store.base import JobStore, News, Offer, StoreError
 from wanforge.runtime.service.tracing.attempts import Tell, untraced
 from wanforge.runtime.service.workers.breaker import Breaker
@@ -215,7 +216,7 @@ class ClipWorker(Thread):
     def _serve(self, job: Job, child: ChildProcess) -> None:
         """Make the clip of a job, and settle what becomes of the job."""
         attempt = Attempt(job, self.wake)
-        folder = self.shop.storage.staging() / self.lease_name.replace("/", "-")
+        folder = self.shop.storage.staging() / staging_name(self.lease_name)
         self._tell(state="working", job=job.id)
         self.shop.heart.add(attempt)
         try:

@@ -16,7 +16,7 @@ from wanforge.runtime.service.job import Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.results.folder import FolderStorage
 from wanforge.runtime.service.results.opening import open_storage
-from wanforge.runtime.service.results.sweeping import delete_orphans, delete_removable
+from wanforge.runtime.service.results.sweeping import delete_orphans, delete_removable, delete_unfinished
 from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 
 OLD = 3600.0
@@ -182,6 +182,17 @@ def test_orphans_are_deleted_after_a_while(tmp_path: Path, store: SqlStore) -> N
     assert delete_orphans(storage, store, OLD) == [orphan]
     assert stored(storage) == {needed, young}
     assert storage.staging().is_dir()
+
+
+def test_clips_that_another_service_is_making_are_left_alone(tmp_path: Path) -> None:
+    staging = FolderStorage(tmp_path / "results", least_free=0).staging()
+    own, other, old = (staging / name for name in ("host-worker 0-aa", "host-worker 0-bb", "host-worker 0-cc"))
+    for folder in (own, other, old):
+        folder.mkdir()
+        (folder / "video.mp4").write_bytes(b"clip")
+    os.utime(old, (time.time() - 2 * 86_400.0,) * 2)
+    delete_unfinished(staging, ["host/worker 0/aa"])
+    assert list(staging.iterdir()) == [other]
 
 
 def test_a_file_of_another_disk_is_copied(tmp_path: Path) -> None:

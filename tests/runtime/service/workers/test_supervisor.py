@@ -264,3 +264,12 @@ def test_only_children_load_torch(module: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_supervisor_leaves_the_clips_of_other_services_alone(rig: Rig) -> None:
+    theirs = rig.storage.staging() / "other-host-worker 0-1234" / "video.mp4"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"clip")
+    with working(rig):
+        rig.completed(rig.submit("good"))
+        assert theirs.read_bytes() == b"clip"
