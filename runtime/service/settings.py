@@ -70,7 +70,7 @@ class ServeSettings(Record, frozen=True, kw_only=True):
         host, port: Where to listen. Port 0 takes a free one.
         data: The folder of the job store and the results.
         store: A Postgres URL, in place of the file of SQLite in `data`.
-        results: ``s3://bucket/prefix``, in place of a folder in `data`.
+        results: ``s3://bucket/prefix`` or another folder, in place of a folder in `data`.
         workers: How many processes make clips; by default one for each GPU, or one on a CPU.
         backend: The backend that they use.
         logs: Whether records are lines of text or of JSON.
@@ -111,7 +111,8 @@ def load_settings(path: Path) -> ServeSettings:
     found = load(path, ServeSettings)
     folder = path.resolve().parent
     bundles = tuple(msgspec.structs.replace(each, path=str(folder / each.path)) for each in found.bundles)
-    return msgspec.structs.replace(found, data=str(folder / found.data), bundles=bundles)
+    results = found.results if not found.results or "://" in found.results else str(folder / found.results)
+    return msgspec.structs.replace(found, data=str(folder / found.data), results=results, bundles=bundles)
 
 
 def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:

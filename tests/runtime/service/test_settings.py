@@ -39,3 +39,12 @@ def test_a_lease_outlasts_two_late_heartbeats() -> None:
     settings = ServeSettings(bundles=(ServedBundle("b"),), policy=Policy(lease_seconds=LEAST_LEASE_SECONDS - 1))
     with pytest.raises(ConfigError, match="use 15 or more"):
         check_settings(settings, has_keys=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("", ""), ("clips", "{}/clips"), ("/var/clips", "/var/clips"), ("s3://clips/x", "s3://clips/x")]
+)
+def test_a_folder_of_results_starts_from_that_of_the_settings(tmp_path: Path, written: str, meant: str) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(f'results = "{written}"\n')
+    assert load_settings(path).results == meant.format(tmp_path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.service.store.rig import claimed, submission
+from wanforge.errors import ConfigError
 from wanforge.runtime.service.job import Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.results.folder import FolderStorage
@@ -182,6 +183,13 @@ def test_orphans_are_deleted_after_a_while(tmp_path: Path, store: SqlStore) -> N
     assert delete_orphans(storage, store, OLD) == [orphan]
     assert stored(storage) == {needed, young}
     assert storage.staging().is_dir()
+
+
+def test_results_cannot_be_kept_in_an_unknown_kind_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="results is 'gs://clips/x'"):
+        open_storage("gs://clips/x", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_clips_that_another_service_is_making_are_left_alone(tmp_path: Path) -> None:
