@@ -9,8 +9,8 @@ from wanforge.runtime.service.store.leasing import end_leases
 from wanforge.runtime.service.store.rows import ENDED, QUEUED, change, end, let_go
 from wanforge.runtime.service.store.submitting import delete
 
-MOST = 200
-"""The number of jobs that one sweep expires or deletes, so that others need not wait for long."""
+MOST, MOST_EVENTS = 200, 5000
+"""The numbers of jobs and of events that one sweep expires or deletes, so that others need not wait for long."""
 
 SEEN_SECONDS = 15.0
 """How often it is noted that a bundle is served. Each note wakes those who wait for news."""
@@ -66,8 +66,10 @@ def _forget(transaction: Transaction, policy: Policy) -> None:
     """Delete events, idempotency keys, durations, jobs and batches that are old enough."""
     now = transaction.now
     transaction.run(
-        f"DELETE FROM events WHERE created_at <= :before AND job IN (SELECT id FROM jobs WHERE {ENDED})",
+        "DELETE FROM events WHERE (job, sequence) IN (SELECT job, sequence FROM events WHERE created_at <= :before AND "
+        f"job IN (SELECT id FROM jobs WHERE {ENDED}) ORDER BY created_at LIMIT :most)",
         before=now - policy.event_seconds,
+        most=MOST_EVENTS,
     )
     transaction.run("DELETE FROM idempotency WHERE created_at <= :before", before=now - policy.key_seconds)
     before = now - policy.record_seconds

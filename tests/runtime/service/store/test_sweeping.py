@@ -4,6 +4,7 @@ import pytest
 
 from tests.runtime.service.store.rig import Rig, broken_rules, claimed, found, kinds, result, submission
 from wanforge.runtime.service.job import Failure, State
+from wanforge.runtime.service.store import sweeping
 from wanforge.runtime.service.store.base import LARGEST_STEP, SETTLING, Offer
 from wanforge.runtime.service.store.sql_store import SqlStore
 
@@ -131,3 +132,20 @@ def test_a_job_waits_for_its_bundle_as_long_as_for_one_that_was_served(rig: Rig)
 def claimed_bundle(store: SqlStore, bundle: str) -> str | None:
     job = store.claim(Offer("w1", (bundle,)))
     return None if job is None else job.id
+
+
+def test_old_events_are_forgotten_some_at_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "MOST_EVENTS", 2)
+    store = rig.open(**RULES)
+    rig.let_run(store, SETTLING, PAUSE)
+    store.submit(submission())
+    job = claimed(store)
+    store.fail(job.lease, Failure("out_of_memory", "it is too large"))
+    rig.clock.seconds += RULES["event_seconds"]
+    store.sweep()  # the clock has jumped, so nothing expires yet
+    rig.let_run(store, SETTLING - PAUSE, PAUSE)
+    left = []
+    while events := kinds(store, job.id):
+        left.append(events)
+        rig.let_run(store, PAUSE, PAUSE)
+    assert left == [["queued", "started", "failed"], ["failed"]]
