@@ -85,7 +85,7 @@ class Child:
 
     def _load(self, maker: Maker, order: ReloadBundles) -> None:
         refused = maker.load(order.bundles, lambda stage, percent: self._report(LOADING, stage, percent))
-        self.channel.send(ChildReady(maker.loaded(), refused, usage_of(maker)))
+        self.channel.send(ChildReady(maker.loaded(), refused, usage_of(maker), maker.warm()))
 
     def _make(self, maker: Maker, order: MakeClip) -> None:
         self._told_stage = ""

@@ -37,6 +37,10 @@ class Maker(ABC):
     def loaded(self) -> tuple[str, ...]:
         """Fingerprints of the loaded bundles."""
 
+    def warm(self) -> dict[str, str]:
+        """The shape that a bundle was warmed up with when it was loaded, by fingerprint."""
+        return {}
+
     def usage(self) -> ChildUsage:
         """What it has used, apart from the memory of the process."""
         return ChildUsage()

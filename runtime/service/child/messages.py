@@ -99,11 +99,13 @@ class ChildReady(Record, frozen=True, tag=True):
     Attributes:
         loaded: Fingerprints of the bundles that are loaded; others are loaded when they are needed.
         refused: Why bundles cannot be served, by fingerprint.
+        warm: The shape that a bundle was warmed up with, by fingerprint.
     """
 
     loaded: tuple[str, ...]
     refused: dict[str, str]
     usage: ChildUsage
+    warm: dict[str, str] = {}
 
 
 class Advance(Record, frozen=True, tag=True):

@@ -16,7 +16,8 @@ least recently. Of that owner's jobs it takes the one with the highest priority;
 `Policy.ageing_seconds`. So a job is overtaken only by jobs of the same owner, and only by those that were submitted at
 most that many seconds per level of difference after it. Of jobs with the same priority, one that the worker is warm for
 is preferred, but the job that would be next is passed over in that way at most `MOST_PASSES` times. So with one worker
-and N owners, a job with k jobs of its owner ahead of it is among the next (1 + MOST_PASSES) N (k + 1) to start.
+and N owners, a job with k jobs of its owner ahead of it is among the next (1 + MOST_PASSES) N (k + 1) to start. A job
+that came within the last `LEFT_SECONDS` is left to another worker if that one is idle and warm for it.
 """
 
 from abc import ABC, abstractmethod
@@ -37,6 +38,8 @@ SMALLEST_JUMP = 60.0
 """Seconds by which the wall clock has to move ahead between two uses of the store to have jumped."""
 MOST_PASSES = 3
 """How often a job is passed over for jobs that a worker is warm for."""
+LEFT_SECONDS = 1.0
+"""How long a new job is left to an idle worker that is warm for it, which needs far less to claim it."""
 AtMost = Annotated[int, Meta(ge=0, le=MOST)]
 
 
@@ -112,18 +115,23 @@ class Receipt(Record, frozen=True):
     is_new: bool
 
 
+BundleShape = tuple[str, str]
+
+
 class Offer(Record, frozen=True):
     """What a worker can do.
 
     Attributes:
         worker: A name that no other process has or had: of the machine, the GPU and the start of the process.
         bundles: Fingerprints of the bundles that it serves.
-        warm: Bundle and shape that it has ready.
+        warm: Bundles and shapes that it has ready.
+        left: Those that it leaves to others, which are idle and have them ready.
     """
 
     worker: str
     bundles: tuple[str, ...]
-    warm: tuple[str, str] | None = None
+    warm: tuple[BundleShape, ...] = ()
+    left: tuple[BundleShape, ...] = ()
 
 
 class Pulse(Record, frozen=True):

@@ -1,10 +1,10 @@
 """What workers change: claims, heartbeats and how attempts end."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from wanforge.runtime.service.job import Failure, Job, Lease, Result, State
-from wanforge.runtime.service.store.base import MOST_PASSES, Offer, Policy, Pulse
+from wanforge.runtime.service.store.base import LEFT_SECONDS, MOST_PASSES, BundleShape, Offer, Policy, Pulse
 from wanforge.runtime.service.store.databases.database import Row, Transaction, listed
 from wanforge.runtime.service.store.rows import (
     HELD,
@@ -170,13 +170,18 @@ def _has_ended(transaction: Transaction, lease: Lease, state: State) -> bool:
 def _next(transaction: Transaction, policy: Policy, offer: Offer) -> Row | None:
     """The job to claim: that of the owner whose turn it is which has waited longest for its priority."""
     bundles, values = listed(offer.bundles)
+    is_left = "1 = 0"
+    if offer.left:
+        left, shapes = listed_shapes(offer.left)
+        is_left = f"queued > :since AND {left}"
+        values |= {**shapes, "since": transaction.time.running - LEFT_SECONDS}
     queues = transaction.rows(
         f"""
         SELECT * FROM (
             SELECT owner, served,
                 (SELECT count(*) FROM jobs WHERE jobs.owner = owners.owner AND {RUNNING}) AS running,
                 (SELECT id FROM jobs WHERE jobs.owner = owners.owner AND {QUEUED} AND bundle IN {bundles}
-                    ORDER BY place, number LIMIT 1) AS head
+                    AND NOT ({is_left}) ORDER BY place, number LIMIT 1) AS head
             FROM owners
         ) AS queues WHERE head IS NOT NULL ORDER BY running, served, owner
         """,
@@ -193,18 +198,22 @@ def _next(transaction: Transaction, policy: Policy, offer: Offer) -> Row | None:
 
 def _warm(transaction: Transaction, head: Row, offer: Offer) -> Row | None:
     """The job that is taken in place of another one because the worker is warm for it."""
-    if offer.warm in (None, (head["bundle"], head["shape"])) or head["passes"] >= MOST_PASSES:
+    if not offer.warm or (head["bundle"], head["shape"]) in offer.warm or head["passes"] >= MOST_PASSES:
         return None
-    assert offer.warm is not None
-    bundle, shape = offer.warm
+    is_warm, shapes = listed_shapes(offer.warm)
     found = transaction.row(
-        f"SELECT * FROM jobs WHERE owner = :owner AND {QUEUED} AND priority = :priority AND bundle = :bundle AND "
-        "shape = :shape ORDER BY place, number LIMIT 1",
+        f"SELECT * FROM jobs WHERE owner = :owner AND {QUEUED} AND priority = :priority AND {is_warm} "
+        "ORDER BY place, number LIMIT 1",
         owner=head["owner"],
         priority=head["priority"],
-        bundle=bundle,
-        shape=shape,
+        **shapes,
     )
     if found:
         transaction.run("UPDATE jobs SET passes = passes + 1 WHERE id = :job", job=head["id"])
     return found
+
+
+def listed_shapes(shapes: Sequence[BundleShape]) -> tuple[str, dict[str, Any]]:
+    """The condition that a job has one of some bundles with its shape, and the values that it names."""
+    names, values = listed([f"{bundle} {shape}" for bundle, shape in shapes], "shape")
+    return f"bundle || ' ' || shape IN {names}", values

@@ -32,7 +32,7 @@ from wanforge.runtime.service.child.messages import (
 from wanforge.runtime.service.job import Failure, Job, Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.results.sweeping import staging_name
-from wanforge.runtime.service.store.base import JobStore, News, Offer, StoreError
+from wanforge.runtime.service.store.base import BundleShape, JobStore, News, Offer, StoreError
 from wanforge.runtime.service.tracing.attempts import Tell, untraced
 from wanforge.runtime.service.workers.breaker import Breaker
 from wanforge.runtime.service.workers.heart import Attempt, Heart, Stop
@@ -61,6 +61,7 @@ class Shop:
         is_ended: Set when the service does not even wait for the job store any more.
         trace: Called with every attempt that has ended.
         is_full: Set when no jobs are started because there is no room for what they make.
+        idle: Bundles and shapes that idle workers have ready, by their lease names.
     """
 
     settings: Supervision
@@ -71,6 +72,7 @@ class Shop:
     is_ended: Event
     trace: Tell = untraced
     is_full: Event = field(default_factory=Event)
+    idle: dict[str, frozenset[BundleShape]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class ClipWorker(Thread):
         self.breaker = Breaker(shop.settings)
         self.status = WorkerStatus(name=name)
         self.lease_name = ""
-        self._warm: tuple[str, str] | None = None
+        self._warm: dict[str, str] = {}
         self._child: ChildProcess | None = None
         self._reloading: tuple[BundlePlace, ...] | None = None
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -157,13 +159,17 @@ class ClipWorker(Thread):
         self._child.receive(0)  # which notices if it has ended
         job = None if self.shop.is_full.is_set() else self._claim()
         if job is not None:
+            self.shop.idle.pop(self.lease_name, None)
             self._serve(job, self._child)
         else:
+            self.shop.idle[self.lease_name] = frozenset(self._warm.items())
             news.wait(LOOK_SECONDS)
 
     def _claim(self) -> Job | None:
         served = [each.fingerprint for each in self.bundles if each.fingerprint not in self.status.refused]
-        return self.shop.store.claim(Offer(self.lease_name, tuple(served), self._warm)) if served else None
+        warm = tuple(self._warm.items())
+        left = frozenset[BundleShape]().union(*self.shop.idle.copy().values()).difference(warm)
+        return self.shop.store.claim(Offer(self.lease_name, tuple(served), warm, tuple(left))) if served else None
 
     def _start(self) -> None:
         """Start a child, unless it has to wait."""
@@ -183,7 +189,8 @@ class ClipWorker(Thread):
         Raises:
             EndedError: It has ended, or had to be.
         """
-        self._warm, heard_at = None, time.monotonic()
+        self.shop.idle.pop(self.lease_name, None)
+        self._warm, heard_at = {}, time.monotonic()
         while not isinstance(message := child.receive(LOOK_SECONDS), ChildReady):
             heard_at = time.monotonic() if message is not None else heard_at
             if time.monotonic() - heard_at > self.times.load:
@@ -196,6 +203,7 @@ class ClipWorker(Thread):
         if refused and len(refused) == len(self.bundles):
             self._tell(refused=refused)
             raise EndedError(next(iter(refused.values())))
+        self._warm = message.warm
         self._tell(state="idle", reason="", loaded=message.loaded, usage=message.usage, refused=refused)
 
     def _lose_child(self, how: str, *, counts: bool = True) -> None:
@@ -207,7 +215,8 @@ class ClipWorker(Thread):
         log.error("%s has lost its process: %s.", self.name, how)
         if self._child is not None:
             self._child.kill()
-        self._child, self._warm = None, None
+        self._child, self._warm = None, {}
+        self.shop.idle.pop(self.lease_name, None)
         if counts:
             self.breaker.died(how)
         reason = self.breaker.reason or how
@@ -247,6 +256,7 @@ class ClipWorker(Thread):
         except msgspec.ValidationError as error:
             said = f"the request is not one of this version ({error}); submit it again"
             return ClipFailed(attempt.ticket, Failure("invalid_request", said), False)
+        self._warm.pop(job.bundle, None)  # what a bundle has recorded is of one shape, and goes for the next one's
         prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
         log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
         child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(folder)))
@@ -325,7 +335,8 @@ class ClipWorker(Thread):
                 self._discard(objects)
             return
         self.breaker.succeeded()
-        self._warm = job.bundle, job.shape
+        self._warm = {bundle: shape for bundle, shape in self._warm.items() if bundle in made.loaded}
+        self._warm[job.bundle] = job.shape
         self._count(attempt, "completed")
         self.status = self.status.with_times(kind_of(job), made.stages)
         self._tell(last_good_at=time.time(), loaded=made.loaded, usage=made.usage)

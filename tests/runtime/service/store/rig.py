@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wanforge.runtime.service.job import Job, Result, Submission
-from wanforge.runtime.service.store.base import Offer, Policy
+from wanforge.runtime.service.store.base import BundleShape, Offer, Policy
 from wanforge.runtime.service.store.databases.sqlite import Sqlite
 from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 
@@ -75,12 +75,12 @@ def result(name: str, backend: str = "torch") -> Result:
     return Result(objects={"video": f"{name}.mp4"}, backend=backend)
 
 
-def claim(store: SqlStore, worker: str = "w1", warm: tuple[str, str] | None = None) -> Job | None:
-    return store.claim(Offer(worker, (BUNDLE,), warm))
+def claim(store: SqlStore, worker: str = "w1", *warm: BundleShape, left: tuple[BundleShape, ...] = ()) -> Job | None:
+    return store.claim(Offer(worker, (BUNDLE,), warm, left))
 
 
-def claimed(store: SqlStore, worker: str = "w1", warm: tuple[str, str] | None = None) -> Job:
-    job = claim(store, worker, warm)
+def claimed(store: SqlStore, worker: str = "w1", *warm: BundleShape) -> Job:
+    job = claim(store, worker, *warm)
     assert job is not None
     return job
 

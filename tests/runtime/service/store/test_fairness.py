@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.runtime.service.store.rig import BUNDLE, Rig, claim, claimed, found, quick_folder, result, submission
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY, Job
-from wanforge.runtime.service.store.base import MOST_PASSES, Policy
+from wanforge.runtime.service.store.base import LEFT_SECONDS, MOST_PASSES, BundleShape, Policy
 from wanforge.runtime.service.store.sql_store import SqlStore
 
 AGEING = Policy().ageing_seconds
@@ -31,11 +31,11 @@ def fresh_rig() -> Iterator[Rig]:
 def started(store: SqlStore, *, prefer_warm: bool) -> list[Job]:
     """All jobs in the order in which one worker makes them."""
     order: list[Job] = []
-    warm = None
-    while job := claim(store, "w1", warm):
+    warm: tuple[BundleShape, ...] = ()
+    while job := claim(store, "w1", *warm):
         store.complete(job.lease, result(job.id))
         order.append(job)
-        warm = (BUNDLE, job.shape) if prefer_warm else None
+        warm = ((BUNDLE, job.shape),) if prefer_warm else ()
     return order
 
 
@@ -141,6 +141,28 @@ def test_a_warm_worker_passes_a_job_over_three_times(rig: Rig) -> None:
     warm = [store.submit(submission(shape="small")).job for _ in range(5)]
     taken = [claimed(store, "w1", (BUNDLE, "small")).id for _ in range(7)]
     assert taken == [urgent.id, *(job.id for job in warm[:3]), cold.id, *(job.id for job in warm[3:])]
+
+
+def test_a_worker_that_is_warm_for_several_shapes_takes_what_came_first_of_them(rig: Rig) -> None:
+    store = rig.open()
+    shapes = ("large", "small", "wide", "small")
+    jobs = [store.submit(submission(shape=shape)).job.id for shape in shapes]
+    taken = [claimed(store, "w1", (BUNDLE, "wide"), (BUNDLE, "small")).id for _ in shapes]
+    assert taken == [*jobs[1:], jobs[0]]
+
+
+def test_a_new_job_is_left_for_a_moment_to_an_idle_worker_that_is_warm_for_it(rig: Rig) -> None:
+    store, left = rig.open(), ((BUNDLE, "small"),)
+    job = store.submit(submission(shape="small")).job.id
+    assert claim(store, left=left) is None
+    other = store.submit(submission(shape="large")).job.id
+    taken = claim(store, left=left)
+    assert taken is not None
+    assert taken.id == other
+    rig.let_run(store, 2 * LEFT_SECONDS, LEFT_SECONDS)
+    taken = claim(store, left=left)
+    assert taken is not None
+    assert taken.id == job
 
 
 def test_the_position_counts_the_jobs_that_start_before(rig: Rig) -> None:

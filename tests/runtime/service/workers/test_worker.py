@@ -2,15 +2,16 @@
 
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.runtime.service.store.rig import claimed, submission
+from tests.runtime.service.store.rig import BUNDLE, claimed, submission
 from tests.runtime.service.workers.test_heart import failing_at_first
 from wanforge.runtime.service.catalogue import Asked
-from wanforge.runtime.service.child.messages import ClipMade
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.results.base import StorageError
 from wanforge.runtime.service.results.folder import FolderStorage
@@ -118,3 +119,19 @@ def test_a_worker_goes_on_after_its_news_could_not_be_opened(
     worker.join(5)
     assert len(turns) == 1
     assert worker.status.state == "ended"
+
+
+def test_a_cold_worker_leaves_a_new_job_to_an_idle_one_that_is_warm_for_it(worker: ClipWorker, tmp_path: Path) -> None:
+    cold = ClipWorker("worker 1", worker.shop, worker.seat, (BundlePlace(BUNDLE, ""),))
+    worker.bundles, worker.lease_name, cold.lease_name = cold.bundles, "warm", "cold"
+    finish(worker, tmp_path)
+    news = worker.shop.store.news()
+    child: Any = SimpleNamespace(receive=lambda seconds: None)
+    worker._child = cold._child = child
+    for each in (worker, cold):
+        each._turn(news)
+    job = worker.shop.store.submit(submission()).job
+    assert cold._claim() is None
+    taken = worker._claim()
+    assert taken is not None
+    assert taken.id == job.id
