@@ -29,9 +29,10 @@ class SetUp(Record, frozen=True, tag=True):
     Attributes:
         maker: The module that makes clips; its function ``create`` takes this message and returns a `Maker`.
         backend: The backend of requests that name none.
-        memory_bytes: How much the loaded bundles may take; None for what is free at the start.
+        memory_bytes: How much the loaded bundles may take; None for its part of what is free at the start.
         threads: The number of processors that it may use.
         logs: How it logs.
+        sharers: How many children share the memory.
     """
 
     maker: str
@@ -40,6 +41,7 @@ class SetUp(Record, frozen=True, tag=True):
     memory_bytes: int | None = None
     threads: int = 1
     logs: Style = "text"
+    sharers: int = 1
 
 
 class MakeClip(Record, frozen=True, tag=True):

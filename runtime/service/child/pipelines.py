@@ -24,7 +24,8 @@ from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, Cli
 from wanforge.runtime.service.child.pictures import Pictures
 
 SHARE = 0.8
-"""The share of the memory that is free at the start which loaded bundles may take, if nothing else is set."""
+"""The share of the memory that is free at the start which the loaded bundles of all its children may take, if nothing
+else is set."""
 Loaded = tuple[str, str]
 """Fingerprint of a bundle, and the backend that was asked for."""
 
@@ -35,7 +36,7 @@ class Pipelines(Maker):
     def __init__(self, setup: SetUp) -> None:
         torch.set_num_threads(setup.threads)
         self.setup, self.embeddings = setup, Embeddings()
-        self.memory_bytes = setup.memory_bytes or SHARE * free_bytes()
+        self.memory_bytes = setup.memory_bytes or SHARE * free_bytes() / setup.sharers
         self.meter = GpuMeter()
         self.places: dict[str, BundlePlace] = {}
         self._kept: OrderedDict[Loaded, Pipeline] = OrderedDict()

@@ -55,7 +55,7 @@ class ChildProcess:
         memory = settings.memory_gigabytes
         limit = None if memory is None else int(memory * 1e9)
         serve, threads = settings.serve, len(seat.processors)
-        self.send(SetUp(settings.maker, tuple(bundles), serve.backend, limit, threads, serve.logs))
+        self.send(SetUp(settings.maker, tuple(bundles), serve.backend, limit, threads, serve.logs, seat.sharers))
 
     @property
     def pid(self) -> int:

@@ -71,10 +71,12 @@ class Seat(Record, frozen=True):
     Attributes:
         gpu: The GPU, as CUDA_VISIBLE_DEVICES names it; empty for the CPU.
         processors: The processors that it may use.
+        sharers: How many workers share the memory of the GPU, or that of the machine on the CPU.
     """
 
     gpu: str
     processors: tuple[int, ...]
+    sharers: int = 1
 
 
 def seats(workers: int) -> list[Seat]:
@@ -86,9 +88,8 @@ def seats(workers: int) -> list[Seat]:
     gpus, processors = visible_gpus(), sorted(os.sched_getaffinity(0))
     count = workers or len(gpus) or 1
     parts = [tuple(processors[place::count]) for place in range(count)]
-    return [
-        Seat(gpus[place % len(gpus)] if gpus else "", part or tuple(processors)) for place, part in enumerate(parts)
-    ]
+    taken = [gpus[place % len(gpus)] if gpus else "" for place in range(count)]
+    return [Seat(gpu, part or tuple(processors), taken.count(gpu)) for gpu, part in zip(taken, parts, strict=True)]
 
 
 def visible_gpus() -> list[str]:

@@ -12,6 +12,7 @@ from tests.video_reader import read_video
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError
 from wanforge.runtime.service.catalogue import fingerprint
+from wanforge.runtime.service.child import pipelines as pipelines_module
 from wanforge.runtime.service.child.maker import StoppedError
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pipelines import Pipelines, weights_bytes
@@ -120,3 +121,9 @@ def test_a_damaged_bundle_does_not_stop_the_others(bundle_of: BundleOf, tmp_path
     pipelines.load((), silent)
     with pytest.raises(BundleError, match="not served any more"):
         make(pipelines, bundle, tmp_path)
+
+
+def test_children_that_share_the_memory_take_a_part_of_it_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines_module, "free_bytes", lambda: 100e9)
+    alone, shared = (Pipelines(SetUp("", (), sharers=sharers)).memory_bytes for sharers in (1, 4))
+    assert (alone, shared) == (pytest.approx(80e9), pytest.approx(20e9))

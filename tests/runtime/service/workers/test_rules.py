@@ -117,6 +117,13 @@ def test_every_worker_has_a_part_of_the_processors(monkeypatch: pytest.MonkeyPat
     assert [seat.gpu for seat in seats(0)] == ["3", "GPU-5f"]
 
 
+def test_workers_of_one_place_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [seat.sharers for seat in seats(2)] == [2, 2]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5f")
+    assert [(seat.gpu, seat.sharers) for seat in seats(3)] == [("3", 2), ("GPU-5f", 1), ("3", 2)]
+
+
 def test_the_status_says_why_nothing_can_be_made(tmp_path: Path) -> None:
     assert obstacles(tmp_path) == ["the workers were not started"]
     idle, broken = (
