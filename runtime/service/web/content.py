@@ -1,11 +1,14 @@
 """Downloads of what jobs have made: whole or in ranges, so that a download can be resumed."""
 
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from wanforge.runtime.service.job import Job, State
+from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.web.access import Reader
 from wanforge.runtime.service.web.errors import ApiError
 from wanforge.runtime.service.web.state import service_of
@@ -17,6 +20,8 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 MEDIA = {"video": "video/mp4", "thumbnail": "image/png", "spritesheet": "image/png"}
 SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
 BYTES = {"schema": {"type": "string", "format": "binary"}}
+MOST_LOOKS = 3
+"""How often an object is looked for whose copy is deleted before it can be opened."""
 FILES = {
     "description": "The file, or a part of it (206).",
     "content": dict.fromkeys(sorted(set(MEDIA.values())), BYTES),
@@ -37,12 +42,36 @@ async def content(
     service = service_of(request)
     job = await service.in_thread(found, service, caller, video_id)
     name = object_of(job, variant)
-    path = await service.in_thread(service.objects.local, name)
+    file = await service.in_thread(opened, service.objects, name)
     headers = {**SAFE, "Cache-Control": "private, max-age=31536000, immutable"}
     shown = f"{job.id}.{name.rpartition('.')[2]}"
-    return FileResponse(
-        path, media_type=MEDIA[variant], headers=headers, filename=shown, content_disposition_type="inline"
+    return OpenFileResponse(
+        file, media_type=MEDIA[variant], headers=headers, filename=shown, content_disposition_type="inline"
     )
+
+
+class OpenFileResponse(FileResponse):
+    """A response from a file that is open already, so that it is sent whole even if it is deleted meanwhile."""
+
+    def __init__(self, file: BinaryIO, **options: Any) -> None:
+        super().__init__(f"/proc/self/fd/{file.fileno()}", **options)
+        self.file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.file:
+            await super().__call__(scope, receive, send)
+
+
+def opened(objects: ObjectStorage, name: str) -> BinaryIO:
+    """Open an object. Between two looks, a copy of it on this machine may be deleted to make room for others.
+
+    Raises:
+        StorageError: It is gone, or cannot be fetched.
+    """
+    for _ in range(MOST_LOOKS):
+        with suppress(FileNotFoundError):
+            return objects.local(name).open("rb")
+    raise StorageError("object_gone", f"the object {name} is not there any more")
 
 
 def object_of(job: Job, variant: str) -> str:

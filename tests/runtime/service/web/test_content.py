@@ -1,6 +1,13 @@
 """Downloads."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from tests.runtime.service.served import MADE, Rig
+from wanforge.runtime.service.web import content
 
 WHOLE = MADE["video"][0]
 
@@ -31,3 +38,35 @@ def test_downloads_run_nothing_in_a_browser(rig: Rig) -> None:
     assert "sandbox" in headers["content-security-policy"]
     assert headers["content-type"] == "video/mp4"
     assert "script" not in headers["content-disposition"]
+
+
+def test_a_file_that_is_deleted_when_its_download_begins_is_sent_whole(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = rig.submit()
+    rig.make()
+    call = content.FileResponse.__call__
+
+    async def delete_first(response: Any, *arguments: Any) -> None:
+        for path in rig.service.objects.root.iterdir():
+            path.unlink()
+        await call(response, *arguments)
+
+    monkeypatch.setattr(content.FileResponse, "__call__", delete_first)
+    path = f"/v1/videos/{video['id']}/content"
+    assert rig.client.get(path).content == MADE["video"][0]
+    assert rig.client.get(path).status_code == 410
+
+
+def test_a_copy_that_makes_room_for_another_is_fetched_again(tmp_path: Path) -> None:
+    looks, path = list[str](), tmp_path / "copy"
+
+    def local(name: str) -> Path:
+        looks.append(name)
+        if len(looks) == 2:
+            path.write_bytes(b"clip")
+        return path
+
+    storage: Any = SimpleNamespace(local=local)
+    with content.opened(storage, "a.mp4") as file:
+        assert file.read() == b"clip"
