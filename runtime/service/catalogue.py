@@ -133,7 +133,7 @@ class Served:
         return Submission(
             owner=owner,
             bundle=self.fingerprint,
-            shape=f"{asked.width_px}x{asked.height_px}x{asked.frames}",
+            shape=name_of(ClipShape(asked.width_px, asked.height_px, asked.frames)),
             steps=asked.steps,
             request=msgspec.to_builtins(asked),
             objects=() if asked.image is None else (asked.image,),
@@ -200,6 +200,11 @@ def fingerprint(bundle: Bundle) -> str:
     }
     whole = msgspec.json.encode([bundle.model, bundle.recipe, files], order="deterministic")
     return hashlib.sha256(whole).hexdigest()[:16]
+
+
+def name_of(shape: ClipShape) -> str:
+    """What jobs call a shape."""
+    return f"{shape.width_px}x{shape.height_px}x{shape.frames}"
 
 
 def drawn_seed() -> int:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import msgspec
 import torch
+from PIL import Image
 
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, WanforgeError, message_of
 from wanforge.host import available_bytes
@@ -18,7 +20,7 @@ from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.requests.meters import Nvml
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
-from wanforge.runtime.service.catalogue import Asked, fingerprint
+from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
@@ -40,9 +42,11 @@ class Pipelines(Maker):
         self.meter = GpuMeter()
         self.places: dict[str, BundlePlace] = {}
         self._kept: OrderedDict[Loaded, Pipeline] = OrderedDict()
+        self._warm: dict[str, str] = {}
 
     def load(self, bundles: Sequence[BundlePlace], report: Report) -> dict[str, str]:
         self._kept.clear()
+        self._warm.clear()
         self._reclaim()
         self.places = {place.fingerprint: place for place in bundles}
         refused = {}
@@ -50,13 +54,18 @@ class Pipelines(Maker):
             try:
                 if self._kept and not self._fits(place):
                     continue
-                warm_up(self._pipeline(place.fingerprint, self.setup.backend, report), report)
+                pipeline = self._pipeline(place.fingerprint, self.setup.backend, report)
+                if pipeline.backend.device.type != "cpu":
+                    self._warm[place.fingerprint] = name_of(warm_up(pipeline, report))
             except (WanforgeError, OSError) as error:
                 refused[place.fingerprint] = message_of(error)
         return refused
 
     def loaded(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(found for found, _ in self._kept))
+
+    def warm(self) -> dict[str, str]:
+        return self._warm
 
     def usage(self) -> ChildUsage:
         kept = self.embeddings
@@ -164,16 +173,21 @@ def details(asked: Asked, timings: Timings, pictures: Pictures) -> dict[str, obj
     }
 
 
-def warm_up(pipeline: Pipeline, report: Report) -> None:
-    """Make a clip of one step where the first request would have to load kernels and weights, which is on a GPU."""
-    if pipeline.backend.device.type == "cpu" or pipeline.model.task != "t2v":
-        return
-    shape = pipeline.model.video.shape(None, None)
-    checked, timings = pipeline.check(Request(pipeline.model.example_prompt, shape, steps=1)), Timings()
-    progress = Percent(pipeline, checked, lambda stage, percent: report(f"warm-up: {stage}", percent))
-    latents = pipeline.latents(checked, timings, progress)
-    for _ in pipeline.frames(latents, shape, timings, progress):
-        pass
+def warm_up(pipeline: Pipeline, report: Report) -> ClipShape:
+    """Make two clips of the model's usual shape, which is returned, so that no request has to load kernels and weights,
+    or to record programs, which happens when they run for the second time."""
+    model = pipeline.model
+    shape = model.video.shape(None, None)
+    image = Image.new("RGB", (shape.width_px, shape.height_px)) if model.task == "i2v" else None
+    # The prompts differ, since the embedding of one is remembered. Each expert makes a step.
+    for prompt in (model.example_prompt, f"{model.example_prompt} again"):
+        checked = pipeline.check(Request(prompt, shape, image, steps=len(model.experts)))
+        progress = Percent(pipeline, checked, lambda stage, percent: report(f"warm-up: {stage}", percent))
+        timings = Timings()
+        latents = pipeline.latents(checked, timings, progress)
+        for _ in pipeline.frames(latents, shape, timings, progress):
+            pass
+    return shape
 
 
 def weights_bytes(bundle: Bundle) -> int:

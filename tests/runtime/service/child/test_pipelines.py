@@ -15,7 +15,7 @@ from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.child import pipelines as pipelines_module
 from wanforge.runtime.service.child.maker import StoppedError
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
-from wanforge.runtime.service.child.pipelines import Pipelines, weights_bytes
+from wanforge.runtime.service.child.pipelines import Pipelines, warm_up, weights_bytes
 
 BundleOf = Callable[[str, str], Bundle]
 FRAMES = 21
@@ -127,3 +127,14 @@ def test_children_that_share_the_memory_take_a_part_of_it_each(monkeypatch: pyte
     monkeypatch.setattr(pipelines_module, "free_bytes", lambda: 100e9)
     alone, shared = (Pipelines(SetUp("", (), sharers=sharers)).memory_bytes for sharers in (1, 4))
     assert (alone, shared) == (pytest.approx(80e9), pytest.approx(20e9))
+
+
+@pytest.mark.parametrize(("model", "stage"), [("tiny-t2v", "text"), ("tiny-i2v", "condition")])
+def test_a_warm_up_runs_each_stage_twice(bundle_of: BundleOf, model: str, stage: str) -> None:
+    bundle, told = bundle_of(model, "w8a8"), list[str]()
+    pipeline = pipelines_of(bundle)._pipeline(fingerprint(bundle), "ort", silent)
+    shape = warm_up(pipeline, lambda stage, percent: told.append(stage))
+    assert shape == bundle.model.video.shape(None, None)
+    passes = [each for each, before in zip(told, ["", *told], strict=False) if each != before]
+    assert passes.count(f"warm-up: {stage}") == 2
+    assert passes.count("warm-up: decode") == 2
