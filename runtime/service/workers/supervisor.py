@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from types import FrameType
 
 import msgspec
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
 STATUS_SECONDS = 1.0
+SWEEP_END_SECONDS = 2.0
+"""How long a sweep that runs may take when the service ends."""
 OWN_SECONDS, SHARED_SECONDS = 60.0, 3600.0
 """How long nobody has to have served a bundle until its queued jobs fail: where this service alone uses the job store,
 and where others may."""
@@ -69,7 +71,8 @@ class Supervisor:
         self.problem = ""
         self._signals: list[int] = []
         self._ends_at: float | None = None
-        self._due = dict.fromkeys(("sweep", "orphans", "status"), 0.0)
+        self._due = dict.fromkeys(("sweep", "orphans"), 0.0)
+        self._status_due = 0.0
         self._written: ServiceStatus | None = None
 
     def run(self) -> None:
@@ -85,6 +88,8 @@ class Supervisor:
             self.workers = [self._worker(number, seat) for number, seat in taken]
             self._check_room()
             self.heart.start()
+            sweeper = Thread(target=self._sweep_often, name="sweeps", daemon=True)
+            sweeper.start()
             for worker in self.workers:
                 worker.start()
             try:
@@ -95,6 +100,7 @@ class Supervisor:
                 self.shop.is_closed.set()
                 self.shop.is_ended.set()
                 self.heart.stop()
+                sweeper.join(SWEEP_END_SECONDS)
                 self._write_status()
                 self.store.close()
                 if self.tracer is not None:
@@ -137,13 +143,17 @@ class Supervisor:
                 attempt.end(Stop.SERVICE_ENDS)
             if time.monotonic() >= self._ends_at + 2 * self.settings.times.stop:
                 self.shop.is_ended.set()
-        times = self.settings.times
-        self._sometimes("sweep", times.sweep, self._sweep)
-        self._sometimes("orphans", times.orphans, lambda: delete_orphans(self.storage, self.store))
         self._write_if_changed()
 
+    def _sweep_often(self) -> None:
+        """Sweep whenever it is due. It is done in a thread, because storage that hangs may take minutes to say so."""
+        times = self.settings.times
+        while not self.shop.is_ended.wait(TICK_SECONDS):
+            self._sometimes("sweep", times.sweep, self._sweep)
+            self._sometimes("orphans", times.orphans, lambda: delete_orphans(self.storage, self.store))
+
     def _sometimes(self, what: str, seconds: float, do: Callable[[], object]) -> None:
-        """Do something if it is due. Errors do not end the supervisor; it is tried again the next time."""
+        """Do something if it is due. Errors do not end the thread; it is tried again the next time."""
         if time.monotonic() < self._due[what]:
             return
         self._due[what] = time.monotonic() + seconds
@@ -151,6 +161,8 @@ class Supervisor:
             do()
         except (StorageError, StoreError) as error:
             log.warning("The %s was not finished: %s", what, error)
+        except Exception:
+            log.exception("The %s has failed.", what)
 
     def _sweep(self) -> None:
         self._check_room()
@@ -195,12 +207,12 @@ class Supervisor:
         """Write the status where it has changed or is getting old."""
         found, before = self._status(), self._written
         is_same = before is not None and msgspec.structs.replace(found, written=before.written) == before
-        if not is_same or time.monotonic() >= self._due["status"]:
+        if not is_same or time.monotonic() >= self._status_due:
             self._write_status()
 
     def _write_status(self) -> None:
         self._written = self._status()
-        self._due["status"] = time.monotonic() + STATUS_SECONDS
+        self._status_due = time.monotonic() + STATUS_SECONDS
         try:
             write_status(self.settings.data, self._written)
         except OSError as error:

@@ -273,3 +273,15 @@ def test_a_supervisor_leaves_the_clips_of_other_services_alone(rig: Rig) -> None
     with working(rig):
         rig.completed(rig.submit("good"))
         assert theirs.read_bytes() == b"clip"
+
+
+def test_a_storage_that_hangs_does_not_keep_a_supervisor_from_ending(rig: Rig) -> None:
+    rig.prelude = (
+        "import time; from wanforge.runtime.service.workers import supervisor; "
+        "supervisor.delete_removable = lambda storage, store: time.sleep(20)"
+    )
+    with working(rig):
+        rig.completed(rig.submit("good"))
+        begun = time.monotonic()
+        assert rig.signal(signal.SIGTERM) == 0
+        assert time.monotonic() - begun < 10
