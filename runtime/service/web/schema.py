@@ -187,7 +187,7 @@ class WorkerHealth(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether jobs can be made, and if not, why."""
+    """Whether jobs can be made, and if not, or if not for each bundle, why."""
 
     ready: bool
     reasons: list[str]

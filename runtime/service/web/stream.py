@@ -49,9 +49,7 @@ async def events(
     last = await service.in_thread(last_told, service, caller, video_id, int(last_event_id or 0))
     if service.streams[caller.id] >= service.settings.limits.streams:
         raise ApiError(429, "too_many_streams", "too many event streams are open; close some", retry_after=5)
-    return StreamingResponse(
-        told(service, caller.id, video_id, last), media_type="text/event-stream", headers=HEADERS
-    )
+    return StreamingResponse(told(service, caller.id, video_id, last), media_type="text/event-stream", headers=HEADERS)
 
 
 def last_told(service: Service, caller: ApiKey, job: str, said: int) -> int:

@@ -142,6 +142,13 @@ class ServiceStatus(Record, frozen=True, kw_only=True):
             return []
         return [f"{worker.name} is {worker.state}: {worker.reason}".rstrip(": ") for worker in self.workers]
 
+    def refusals(self) -> list[str]:
+        """Why bundles cannot be served, of those that every worker refuses which is ready."""
+        ready = [worker.refused for worker in self.workers if worker.state in READY]
+        if not ready:
+            return []
+        return [said for bundle, said in ready[0].items() if all(bundle in refused for refused in ready)]
+
 
 def write_status(data: Path, status: ServiceStatus) -> None:
     """Write the status. It need not survive a power failure, so nothing is synced."""
@@ -163,3 +170,9 @@ def obstacles(data: Path) -> list[str]:
     """Why no videos can be made now; empty if they can."""
     found = read_status(data)
     return ["the workers were not started"] if found is None else found.obstacles()
+
+
+def refusals(data: Path) -> list[str]:
+    """Why bundles cannot be served, while others can."""
+    found = read_status(data)
+    return [] if found is None else found.refusals()

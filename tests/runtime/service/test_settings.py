@@ -42,7 +42,8 @@ def test_a_lease_outlasts_two_late_heartbeats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "meant"), [("", ""), ("clips", "{}/clips"), ("/var/clips", "/var/clips"), ("s3://clips/x", "s3://clips/x")]
+    ("written", "meant"),
+    [("", ""), ("clips", "{}/clips"), ("/var/clips", "/var/clips"), ("s3://clips/x", "s3://clips/x")],
 )
 def test_a_folder_of_results_starts_from_that_of_the_settings(tmp_path: Path, written: str, meant: str) -> None:
     path = tmp_path / "serve.toml"

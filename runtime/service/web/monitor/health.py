@@ -34,7 +34,7 @@ async def livez() -> str:
 )
 async def readyz(request: Request) -> Response:
     """Whether videos can be made: a worker is alive and warm, the job store answers, and there is room on the disk. It
-    tells how every worker is, and what is free."""
+    tells how every worker is, and what is free. If some bundles cannot be served while others can, `reasons` says so."""
     service = service_of(request)
     found = await service.in_thread(readiness, service)
     return JSONResponse(found.model_dump(), 200 if found.ready else 503)
@@ -46,7 +46,7 @@ def readiness(service: Service) -> Ready:
     status = read_status(data)
     return Ready(
         ready=not reasons,
-        reasons=reasons,
+        reasons=[*reasons, *([] if status is None else status.refusals())],
         workers=[] if status is None else [told(worker) for worker in status.workers],
         disk_free_bytes=disk_usage(data).free if data.exists() else None,
         memory_free_bytes=int(available_bytes()),

@@ -92,6 +92,15 @@ def test_answers_are_counted_by_route_and_error_without_their_paths(
     assert "secret" not in text
 
 
+def test_a_bundle_that_no_worker_can_serve_is_told(tinywan: Path, tmp_path: Path) -> None:
+    able, unable = (WorkerStatus(name="w", state="idle", refused=refused) for refused in ({}, {"b": "b is damaged"}))
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        for workers, told in (((unable, able), []), ((unable, unable), ["b is damaged"])):
+            write_status(tmp_path, ServiceStatus(supervisor=1, written=time.monotonic(), workers=workers))
+            found = rig.client.get("/readyz")
+            assert (found.status_code, found.json()["reasons"]) == (200, told)
+
+
 def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path: Path) -> None:
     with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
         write_status(tmp_path, status())

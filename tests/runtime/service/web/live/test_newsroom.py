@@ -111,9 +111,7 @@ def test_the_news_go_on_after_they_could_not_be_opened(newsroom: Newsroom, monke
     assert [event.kind for event in asyncio.run(follow()) or ()] == ["cancelled"]
 
 
-def test_nothing_is_missed_where_reading_the_events_fails(
-    newsroom: Newsroom, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_missed_where_reading_the_events_fails(newsroom: Newsroom, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(newsroom_module, "LOOK_SECONDS", 0.01)
     store: Any = newsroom.store
     jobs = [store.submit(submission()).job.id for _ in range(2)]
