@@ -107,7 +107,7 @@ class ChildReady(Record, frozen=True, tag=True):
     loaded: tuple[str, ...]
     refused: dict[str, str]
     usage: ChildUsage
-    warm: dict[str, str] = {}
+    warm: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 class Advance(Record, frozen=True, tag=True):

@@ -30,7 +30,7 @@ def test_a_policy_that_makes_no_sense_is_refused(tmp_path: Path, line: str) -> N
 def test_a_quota_below_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "serve.toml"
     path.write_text("[policy.quota]\nrunning = -1\n")
-    with pytest.raises(ConfigError, match="policy.quota.running: "):
+    with pytest.raises(ConfigError, match=r"policy\.quota\.running: "):
         load_settings(path)
 
 

@@ -62,8 +62,8 @@ class Newsroom:
 
     @contextmanager
     def following(self, job: str, after: int) -> Iterator[Feed]:
-        """Follow a job while the block runs: the feed has all events that are committed from now on. Earlier ones have to
-        be read after the block has begun.
+        """Follow a job while the block runs: the feed has all events that are committed from now on. Earlier ones have
+        to be read after the block has begun.
 
         Args:
             after: The sequence of an event that the job has had, or 0.
