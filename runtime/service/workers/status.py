@@ -170,9 +170,3 @@ def obstacles(data: Path) -> list[str]:
     """Why no videos can be made now; empty if they can."""
     found = read_status(data)
     return ["the workers were not started"] if found is None else found.obstacles()
-
-
-def refusals(data: Path) -> list[str]:
-    """Why bundles cannot be served, while others can."""
-    found = read_status(data)
-    return [] if found is None else found.refusals()

@@ -34,7 +34,7 @@ async def livez() -> str:
 )
 async def readyz(request: Request) -> Response:
     """Whether videos can be made: a worker is alive and warm, the job store answers, and there is room on the disk. It
-    tells how every worker is, and what is free. If some bundles cannot be served while others can, `reasons` says so."""
+    tells how every worker is, and what is free. `reasons` also says which bundles cannot be served while others can."""
     service = service_of(request)
     found = await service.in_thread(readiness, service)
     return JSONResponse(found.model_dump(), 200 if found.ready else 503)
