@@ -240,7 +240,7 @@ def test_a_server_that_is_warming_up_says_so_and_takes_jobs(workers: supervised.
     workers.prelude = f"import os; os.environ[{HOLD!r}] = {str(hold)!r}"
     workers.changes["times"] = msgspec.structs.replace(QUICK, load=1.0)
     with working(workers, until_ready=False), answering(workers) as whole:
-        assert "its bundles are being loaded" in str(whole.reasons())
+        workers.wait(lambda: "its bundles are being loaded" in str(whole.reasons()))
         job = whole.submit("good")
         workers.wait(lambda: "loading made no progress for 1 s" in str(whole.reasons()))
         assert whole.video(job)["status"] == "queued"
