@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,14 @@ class Ended:
     def survivors(self) -> list[psutil.Process]:
         _, alive = psutil.wait_procs(self.children, timeout=1)
         return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens to."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
 
 
 def start(code: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":

@@ -2,13 +2,13 @@
 
 import re
 import shlex
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.processes import free_port
 from tests.usage.commands import ROOT, Running, run
 from tests.usage.folders import BUNDLE
 from tests.usage.pairs import pairs
@@ -44,14 +44,6 @@ def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path: Path) -> N
         address = ("--url", f"http://127.0.0.1:{port}")
         must_succeed(run(["client", *address, *client[1:], "--seed", "0"], tmp_path, cold=True))
     assert (tmp_path / "clip.mp4").read_bytes() == made
-
-
-def free_port() -> int:
-    """A port that nothing listens to; the README's own may be taken on the machine that runs the tests."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import ROOT, wait_until
+from tests.integrations.service.programs import answering
+from tests.processes import ROOT, free_port, wait_until
 from tests.runtime.service.served import Rig, running
 from wanforge.runtime.service.child.messages import ChildUsage
 from wanforge.runtime.service.settings import ServeSettings
@@ -173,27 +173,13 @@ def prometheus(target: str, folder: Path) -> Iterator[httpx2.Client]:
         pytest.skip("Prometheus is not installed (Debian's package prometheus)")
     folder.mkdir()
     (folder / "prometheus.yml").write_text(SCRAPE % target)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
+    place = f"127.0.0.1:{free_port()}"
     options = {
         "config.file": folder / "prometheus.yml",
         "storage.tsdb.path": folder / "data",
         "web.listen-address": place,
     }
     command = ["prometheus", *(f"--{name}={value}" for name, value in options.items()), "--log.level=error"]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, cwd=folder, stdout=log, stderr=log) as process:
-        try:
-            with httpx2.Client(base_url=f"http://{place}", timeout=10) as client:
-
-                def is_up() -> bool:
-                    assert process.poll() is None, (folder / "log").read_text()
-                    try:
-                        return client.get("/-/ready").status_code == 200
-                    except httpx2.TransportError:
-                        return False
-
-                wait_until(is_up, 20)
-                yield client
-        finally:
-            process.terminate()
+    client = httpx2.Client(base_url=f"http://{place}", timeout=10)
+    with answering(command, client, "/-/ready", folder) as found:
+        yield found

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -13,7 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.processes import ROOT, wait_until
+from tests.integrations.service.programs import answering
+from tests.processes import ROOT, free_port
 from tests.runtime.service.served import MADE, Rig, running
 from tests.runtime.service.web.test_stream import events_of
 from wanforge.runtime.service.settings import ServeSettings
@@ -58,9 +58,7 @@ def client(request: pytest.FixtureRequest, rig: Rig, tmp_path: Path) -> Iterator
         if shutil.which(program) is None and not Path("/usr/sbin", program).exists():
             pytest.skip(f"{program} is not installed (Debian's package {program})")
     certificate, key = self_signed(tmp_path)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    port = free_port()
     changes = {
         "videos.example.org": "localhost",
         "127.0.0.1:8000": rig.url.removeprefix("http://"),
@@ -116,22 +114,10 @@ def caddy(folder: Path, port: int, changes: dict[str, str]) -> list[str]:
 def proxy(command: list[str], folder: Path, port: int, certificate: Path) -> Iterator[httpx2.Client]:
     """Run a proxy. Yields a client that trusts its certificate."""
     own = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, env=own, stdout=log, stderr=log) as process:
-        trusted = ssl.create_default_context(cafile=str(certificate))
-        try:
-            with httpx2.Client(base_url=f"https://localhost:{port}", verify=trusted, timeout=20) as client:
-
-                def is_up() -> bool:
-                    assert process.poll() is None, (folder / "log").read_text()
-                    try:
-                        return client.get("/livez").status_code == 200
-                    except httpx2.TransportError:
-                        return False
-
-                wait_until(is_up, 20)
-                yield client
-        finally:
-            process.terminate()
+    trusted = ssl.create_default_context(cafile=str(certificate))
+    client = httpx2.Client(base_url=f"https://localhost:{port}", verify=trusted, timeout=20)
+    with answering(command, client, "/livez", folder, own) as found:
+        yield found
 
 
 def test_a_proxy_passes_everything_on(client: httpx2.Client, rig: Rig) -> None:

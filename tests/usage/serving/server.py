@@ -1,7 +1,6 @@
 """A server of two workers in a folder of its own: real processes behind a real socket."""
 
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import httpx2
 import psutil
 
+from tests.processes import free_port
 from tests.usage.commands import clean_environment
 from tests.usage.serving import clock, maker
 from wanforge.runtime.service.client.connection import Connection
@@ -119,13 +119,6 @@ class Server:
             if time.monotonic() > end:
                 raise TimeoutError(f"{what} after {seconds:g} s: {self.log[-2000:]}")
             time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def kill(processes: list[psutil.Process]) -> None:
