@@ -211,7 +211,7 @@ for name in {imported!r}:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backend", "needed"), [("torch", set()), ("ort", set()), ("kernels", set()), ("trt", {"TensorRT"})]
+    ("backend", "needed"), [("torch", set()), ("ort", set()), ("cuda", set()), ("trt", {"TensorRT"})]
 )
 def test_a_backend_loads_nothing_that_it_does_without(backend: str, needed: set[str]) -> None:
     found = loaded_by(ROOT, backend)

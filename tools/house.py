@@ -20,7 +20,7 @@ from typing import Any
 
 FLOORS = ("configs", "plugins", "engines", "runtime", "exporter")
 MOST_PARAMETERS = 7
-BACKENDS = ("torch", "ort", "kernels", "trt")
+BACKENDS = ("torch", "ort", "cuda", "trt")
 WATCHED = {
     "builder": r"wanforge\.engines\.builder",
     "compiler": r"wanforge\.plugins\.(launching\.)?compiler",

@@ -53,7 +53,7 @@ class Scale:
         export_seconds: Time of each run of exporting all graphs in three compute types.
         build_seconds: Time of each run of building the denoiser's graphs for two architectures; empty without
             TensorRT-RTX.
-        host: The host's own time for a step of the backend `kernels`.
+        host: The host's own time for a step of the backend `cuda`.
     """
 
     name: str

@@ -93,7 +93,7 @@ def text(suite: Suite) -> str:
     parts = [
         facts(suite.machine),
         text_table(SCALES, scale_rows(suite)),
-        "host time of a step of the backend kernels, launched and recorded, with a GPU that does nothing",
+        "host time of a step of the backend cuda, launched and recorded, with a GPU that does nothing",
         text_table(HOST, host_rows(suite)),
         text_table(header, request_rows(suite)),
         *promises(suite),
@@ -145,7 +145,7 @@ def page(suite: Suite) -> str:
         markdown_table(SCALES, scale_rows(suite)),
         f"![Seconds of export and build over the model's size]({PLOT})",
         "## Host time of a step",
-        "A step of the backend `kernels` in requests of four steps for one token, with a GPU that does nothing: "
+        "A step of the backend `cuda` in requests of four steps for one token, with a GPU that does nothing: "
         "casting the latents and cutting them into patches, binding and running every block up to the call of "
         "`cuLaunchKernel`, PyTorch's attention to the text on the one token, and assembling the velocity. Stem and "
         "head are left out. A recorded step has one call that replays a CUDA graph in place of all launches. What the "

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from wanforge.engines.bundle.bundle import Bundle
     from wanforge.runtime.backends.base import Backend
 
-BACKENDS = ("torch", "ort", "kernels", "trt")
+BACKENDS = ("torch", "ort", "cuda", "trt")
 AUTO = "auto"
 """The name that stands for the fastest backend that can run."""
 
@@ -21,7 +21,7 @@ def create_backend(
     """Create a backend for a bundle.
 
     Args:
-        name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime), ``trt`` (TensorRT) or ``kernels`` (the reference
+        name: ``torch`` (the reference itself), ``ort`` (ONNX Runtime), ``trt`` (TensorRT) or ``cuda`` (the reference
             with the denoiser's blocks as kernels).
         dtype: The compute type; by default bfloat16 on a GPU and float32 on a CPU.
         budget: The most bytes of memory to use; weights that do not fit are streamed.
@@ -39,10 +39,10 @@ def create_backend(
             from wanforge.runtime.backends.ort import OrtBackend
 
             return OrtBackend(bundle, dtype, budget)
-        case "kernels":
-            from wanforge.runtime.backends.kernels import KernelsBackend
+        case "cuda":
+            from wanforge.runtime.backends.cuda import CudaBackend
 
-            return KernelsBackend(bundle, dtype, budget)
+            return CudaBackend(bundle, dtype, budget)
         case "trt":
             from wanforge.runtime.backends.trt import TrtBackend
 

@@ -14,7 +14,7 @@ from wanforge.errors import BundleError
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.backends import AUTO
 
-FASTEST_FIRST = ("trt", "kernels", "ort", "torch")
+FASTEST_FIRST = ("trt", "cuda", "ort", "torch")
 
 
 def choose_backend(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:
@@ -42,7 +42,7 @@ def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str 
     match name:
         case "trt":
             return _trt_obstacle(bundle, clips)
-        case "kernels":
+        case "cuda":
             return _kernels_obstacle(bundle)
         case "ort":
             if not bundle.graphs(torch.float32):

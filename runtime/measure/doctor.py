@@ -133,7 +133,7 @@ def driver() -> Check:
 
 def gpu() -> Check:
     """The GPUs that PyTorch sees."""
-    needed_for = "--backend trt, and --backend kernels at a useful speed"
+    needed_for = "--backend trt, and --backend cuda at a useful speed"
     import torch
 
     if not torch.cuda.is_available():

@@ -46,7 +46,7 @@ def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None 
     Args:
         bundle: The bundle's folder, or the bundle as `Bundle.open` returns it: ``Bundle.open(folder, stale_ok=True)``
             runs stale graphs, too. The other functions take the same.
-        backend: ``torch``, ``ort``, ``kernels``, ``trt``, or ``auto`` for the fastest that can run here.
+        backend: ``torch``, ``ort``, ``cuda``, ``trt``, or ``auto`` for the fastest that can run here.
         memory: Memory budget in gigabytes, which is kept by streaming the weights that do not fit.
 
     Returns:

@@ -62,8 +62,8 @@ def test_every_recipe_runs_on_every_backend(tmp_path: Path, recipe: str) -> None
     assert set(RECIPES) | {"w8a8-64", "w8a8-256"} == set(named("recipes"))
     must_succeed(run(("import", "--recipe", recipe, "--out", BUNDLE), tmp_path))
     must_succeed(run((*EXPORT, "--dtype", "fp32"), tmp_path))
-    for backend in ("torch", "ort", "kernels"):
-        if (backend, recipe) != ("kernels", "w8a8-row"):
+    for backend in ("torch", "ort", "cuda"):
+        if (backend, recipe) != ("cuda", "w8a8-row"):
             make_and_compare(tmp_path, backend)
 
 
@@ -73,7 +73,7 @@ def test_every_task_leads_from_files_to_a_clip(tmp_path: Path, model: str) -> No
     must_succeed(run(("synth", "--model", model, "--out", "files"), tmp_path))
     must_succeed(run(("import", "files", "--out", BUNDLE), tmp_path))
     must_succeed(run((*EXPORT, "--dtype", "fp32"), tmp_path))
-    for backend in ("torch", "ort", "kernels"):
+    for backend in ("torch", "ort", "cuda"):
         make_and_compare(tmp_path, backend, image)
 
 

@@ -17,7 +17,7 @@ from wanforge.whole_file import temporary_folder
 
 
 def run(day: Day) -> None:
-    """Compare the backend `kernels`, then the reference itself where PyTorch computes it on the GPU, with the
+    """Compare the backend `cuda`, then the reference itself where PyTorch computes it on the GPU, with the
     reference on the CPU."""
     with temporary_folder() as folder:
         import_.main(["--recipe", "w8a8", "--out", str(folder / "bundle")], standalone_mode=False)
@@ -32,7 +32,7 @@ def _request(day: Day, bundle: Bundle) -> Request:
 def _kernels(day: Day, root: Path) -> dict[str, Any]:
     bundle = Bundle.open(root)
     depths = ("block",) if day.rehearses else DEPTHS
-    found = compare(bundle, Contender("kernels", dtype=day.dtype), _request(day, bundle), depths=depths)
+    found = compare(bundle, Contender("cuda", dtype=day.dtype), _request(day, bundle), depths=depths)
     return {"passed": found.passed, "text": text(found)}
 
 

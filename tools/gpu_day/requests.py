@@ -12,7 +12,7 @@ from tools.gpu_day.day import Day
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.synthetic.drawn_weights import DrawnWeights
 from wanforge.exporter.studies.skeleton import skeleton
-from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.measure.cost.stages import costs_on
 from wanforge.runtime.measure.requests.meters import Nvml, metered
 from wanforge.runtime.pipeline import Pipeline
@@ -48,7 +48,7 @@ def run_profile(day: Day) -> None:
 def opened(day: Day, folder: Path) -> tuple[Pipeline, Request]:
     """A pipeline for a model whose weights are drawn on the device, and a request for it."""
     bundle = skeleton(folder, day.model, day.recipe)
-    backend = KernelsBackend(bundle, day.dtype)
+    backend = CudaBackend(bundle, day.dtype)
     backend.weights = DrawnWeights(bundle, day.device.device)
     return Pipeline(bundle, backend), Request(day.model.example_prompt, day.shape, steps=day.scale.steps)
 
@@ -56,7 +56,7 @@ def opened(day: Day, folder: Path) -> tuple[Pipeline, Request]:
 def _predict(day: Day, bundle: Bundle, request: Request) -> None:
     target = day.device.target
     if target is not None and not day.results.of(day.part, "stages"):
-        checked = Pipeline(bundle, KernelsBackend(bundle, day.dtype)).resolve(request)
+        checked = Pipeline(bundle, CudaBackend(bundle, day.dtype)).resolve(request)
         day.add("stages", stages={name: cost.as_json() for name, cost in costs_on(bundle, checked, target).items()})
 
 

@@ -1,4 +1,4 @@
-"""The host's own time for a step of the denoiser on the backend `kernels`, with a GPU and a driver that do nothing.
+"""The host's own time for a step of the denoiser on the backend `cuda`, with a GPU and a driver that do nothing.
 
 The code is the one that serves requests on a GPU, on tensors of one token in the host's memory: casting and cutting the
 latents, binding every graph run, waiting for weights, adding up addresses, handing each launch over, and putting the
@@ -21,7 +21,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.driver import Driver, Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.memory.device import Event, Host, Work
@@ -87,8 +87,8 @@ class IdleLauncher(Launcher):
         return LoadedKernel(None, launch.specialisation.types, 32 * launch.num_warps, 0)
 
 
-class HostOnly(KernelsBackend):
-    """The backend `kernels` without a GPU's work. Graph runs other than blocks do nothing."""
+class HostOnly(CudaBackend):
+    """The backend `cuda` without a GPU's work. Graph runs other than blocks do nothing."""
 
     name = "host"
 

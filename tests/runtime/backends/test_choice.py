@@ -59,8 +59,8 @@ def test_without_a_gpu_onnx_runtime_is_chosen_or_the_reference(bundle: Bundle) -
 
 @pytest.mark.usefixtures("gpu")
 def test_on_a_gpu_kernels_are_chosen_until_engines_are_built_for_it(bundle: Bundle) -> None:
-    assert choose_backend(bundle) == "kernels"
-    assert choose_backend(with_engine(bundle, "90")) == "kernels"
+    assert choose_backend(bundle) == "cuda"
+    assert choose_backend(with_engine(bundle, "90")) == "cuda"
     assert choose_backend(with_engine(bundle, "89 120")) == "trt"
 
 
@@ -70,7 +70,7 @@ def test_engines_must_be_there_for_the_clips_that_are_asked_for(bundle: Bundle) 
     engine = with_engine(bundle, "89")
     assert obstacle("trt", engine) is None
     assert "wanforge build" in (obstacle("trt", engine, [CLIP]) or "")
-    assert choose_backend(engine, [CLIP]) == "kernels"
+    assert choose_backend(engine, [CLIP]) == "cuda"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -78,7 +78,7 @@ def test_what_is_not_installed_is_named(bundle: Bundle, monkeypatch: pytest.Monk
     monkeypatch.setattr("wanforge.plugins.tensorrt.library.installed_version", lambda flavour: None)
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     assert "is not installed" in (obstacle("trt", with_engine(bundle, "89")) or "")
-    assert obstacle("kernels", bundle) == "cuda-python is not installed"
+    assert obstacle("cuda", bundle) == "cuda-python is not installed"
     assert choose_backend(with_engine(bundle, "89")) == "ort"
 
 
@@ -86,7 +86,7 @@ def test_what_is_not_installed_is_named(bundle: Bundle, monkeypatch: pytest.Monk
 def test_kernels_are_made_for_one_size_of_tile(bundle: Bundle) -> None:
     recipe = msgspec.structs.replace(bundle.recipe, tile=64)
     other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
-    assert obstacle("kernels", other) == "kernels are made for tiles of 128, not 64"
+    assert obstacle("cuda", other) == "kernels are made for tiles of 128, not 64"
 
 
 def test_only_auto_stands_for_another_backend(bundle: Bundle) -> None:
@@ -123,4 +123,4 @@ def test_every_command_uses_the_fastest_for_its_clip(
     monkeypatch.setattr("wanforge.runtime.commands.bench.fingerprint", lambda: {"gpu": None})
     done = CliRunner().invoke(cli, [command, str(found.root), "--prompt", "a red kite"])
     assert isinstance(done.exception, ChosenError), done.output
-    assert str(done.exception) == "kernels"
+    assert str(done.exception) == "cuda"

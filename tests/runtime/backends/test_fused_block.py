@@ -81,7 +81,7 @@ def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
     # 144 tokens fill neither blocks of 128 queries nor blocks of 64 keys evenly.
     request = Request(prompt="A red kite turns over a beach at dusk.", shape=ClipShape(128, 96, 9), steps=2, topk=0.7)
     # As between ONNX Runtime and the reference (docs/log.md), rounding decisions differ but the picture does not.
-    found = compare(bundle, Contender("kernels"), request, depths=("step", "clip"))
+    found = compare(bundle, Contender("cuda"), request, depths=("step", "clip"))
     assert found.limits is not None
     assert found.limits.clip.psnr_db == 40
     assert found.passed, found.first
@@ -89,7 +89,7 @@ def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
 
 @without_gpu
 def test_without_a_gpu_the_backend_interprets(bundle_of: BundleOf) -> None:
-    backend = create_backend("kernels", bundle_of("tiny-t2v", "w8a8"))
+    backend = create_backend("cuda", bundle_of("tiny-t2v", "w8a8"))
     assert (backend.device.type, backend.dtype) == ("cpu", torch.float32)
 
 

@@ -12,7 +12,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.runtime.backends.arena_backend import TEXT_ROWS
-from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.memory.estimate import needed_device_bytes
@@ -23,7 +23,7 @@ from wanforge.runtime.request import Request, Timings
 BundleOf = Callable[[str, str], Bundle]
 CLIP = ClipShape(32, 32, 5)
 PROMPTS = ("a red kite", "a kite over the sea, red", "a red kite")
-BACKENDS = (TorchBackend, KernelsBackend)
+BACKENDS = (TorchBackend, CudaBackend)
 STEPS = 1
 
 

@@ -74,7 +74,7 @@ def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, st
     with pytest.raises(ConfigError, match=f"graphs are made for tiles of 128, not {tile}; use the backend torch"):
         export(other)
     with pytest.raises(ConfigError, match=f"kernels are made for tiles of 128, not {tile}"):
-        create_backend("kernels", other)
+        create_backend("cuda", other)
     with pytest.raises(BundleError, match=r"needs blocks\.0.*import the unquantised files"):
         read_as(bundle_of("tiny-t2v", "w8a8"), load_recipe(recipe))
 

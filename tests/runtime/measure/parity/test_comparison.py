@@ -282,7 +282,7 @@ def test_backends_that_cannot_be_looked_into_are_said_to_be(bundle_of: BundleOf)
 def test_kernels_are_looked_into(bundle_of: BundleOf, recipe: str) -> None:
     """A planted error is found where it was planted, and every other tap agrees."""
     bundle = bundle_of("tiny-t2v", recipe)
-    kernels = create_backend("kernels", bundle)
+    kernels = create_backend("cuda", bundle)
     doubled("blocks.1.cross_attn.q.bias")(kernels.weights.component("dit"))  # type: ignore[attr-defined]
     reference = Pipeline(bundle, create_backend("torch", bundle))
     found = compare_pipelines(reference, Pipeline(bundle, kernels), CLIP, ("op",)).comparisons

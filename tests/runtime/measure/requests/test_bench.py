@@ -20,7 +20,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.commands import bench as bench_cli
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.baselines import compiled
@@ -282,9 +282,9 @@ def test_the_hosts_time_is_that_of_all_launches_of_a_step(tmp_path: Path, monkey
     made, are not among the times."""
     bundle = skeleton(tmp_path / "bundle", load_model("turbowan2.1-t2v-1.3b-480p"), load_recipe("w8a8"))
     bound: list[str] = []
-    bind = KernelsBackend.bind
+    bind = CudaBackend.bind
     monkeypatch.setattr(
-        KernelsBackend, "bind", lambda self, run, *rest: bound.append(run.prefix) or bind(self, run, *rest)
+        CudaBackend, "bind", lambda self, run, *rest: bound.append(run.prefix) or bind(self, run, *rest)
     )
     found = host_time(bundle, requests=2)
     assert found.launches == 30 * 18

@@ -40,7 +40,7 @@ def attempt(traceparent: str | None = PARENT, number: int = 1, outcome: str = "c
         attempt=number,
         worker="gpu 0",
     )
-    made = ClipMade("video_1/1", {}, "kernels", STAGES, {"step_seconds": [2.5, 1.5]})
+    made = ClipMade("video_1/1", {}, "cuda", STAGES, {"step_seconds": [2.5, 1.5]})
     is_made = outcome == "completed"
     return TracedAttempt(job, now - 10, made if is_made else None, now - 1, outcome)
 
@@ -96,7 +96,7 @@ def test_a_span_tells_what_was_made_but_not_what_it_shows() -> None:
         "wanforge.size": "832x480",
         "wanforge.frames": 81,
         "wanforge.steps": 2,
-        "wanforge.backend": "kernels",
+        "wanforge.backend": "cuda",
     }
     assert not any(PROMPT in span.to_json() for span in spans.values())
 

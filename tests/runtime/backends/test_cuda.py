@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.exporter.test_graphs import seeded
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.backends.kernels import KernelsBackend
+from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.memory.arena import Unbounded
 from wanforge.runtime.memory.device import Host
 from wanforge.runtime.schedule import GraphRun, Ref
@@ -30,7 +30,7 @@ class Case:
     """A bound block of a tiny model, with its tensors."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.backend = KernelsBackend(bundle, torch.float32, on=Host())
+        self.backend = CudaBackend(bundle, torch.float32, on=Host())
         self.graph = self.backend.graphs["block"]
         inputs, self.weights = seeded(self.graph, bundle, torch.float32, seed=3)
         self.inputs = list(inputs.values())

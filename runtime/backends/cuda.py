@@ -25,10 +25,10 @@ QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ff
 """The taps at the inputs of the linears."""
 
 
-class KernelsBackend(TorchBackend):
+class CudaBackend(TorchBackend):
     """The reference with the denoiser's blocks replaced by kernels."""
 
-    name = "kernels"
+    name = "cuda"
 
     def __init__(
         self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None, on: Device | None = None
