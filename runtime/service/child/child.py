@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.05
 """How often progress within a stage is told."""
+NICENESS = 5
+"""How much later than the processes that answer clients this one gets a processor where there are too few."""
 LAST_EXIT = 70
 """The exit status after an error after which the process cannot go on."""
 UNEXPECTED = ("internal_error", "gpu_failed")
@@ -124,6 +126,7 @@ def usage_of(maker: Maker) -> ChildUsage:
 def main() -> None:
     """Serve the supervisor."""
     end_with(int(sys.argv[1]))
+    os.nice(NICENESS)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the supervisor decides, also where a signal reaches all processes
     channel: Channel[ToChild] = Channel(sys.stdin.fileno(), sys.stdout.fileno(), ToChild)

@@ -10,8 +10,10 @@ from torch import Tensor
 from wanforge.whole_file import temporary_file
 
 COLUMNS, MOST_TILES, TILE_WIDTH = 4, 16, 160
-QUICK = 1
-"""The level of PNG's compression; higher ones take longer than the last frame's way into the video."""
+THUMBNAIL, SHEET = "thumbnail.webp", "spritesheet.jpg"
+"""The files, in the formats that clients of OpenAI's API expect."""
+QUICK = 0
+"""WebP's quickest method; the others take longer than the last frame's way into the video."""
 
 
 class Pictures:
@@ -32,7 +34,7 @@ class Pictures:
     def __call__(self, frame: Tensor) -> None:
         """Take the next frame."""
         if self._next == self.middle:
-            self._drawn.append(self._pool.submit(self._save, "thumbnail.png", frame))
+            self._drawn.append(self._pool.submit(self._save_thumbnail, frame))
         if self._next in self.chosen:
             self._drawn.append(self._pool.submit(self._add_tile, frame))
         self._next += 1
@@ -43,7 +45,7 @@ class Pictures:
         self.close()
         for each in self._drawn:
             each.result()
-        return {"thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}
+        return {"thumbnail": THUMBNAIL, "spritesheet": SHEET}
 
     def close(self) -> None:
         """End the thread."""
@@ -57,8 +59,9 @@ class Pictures:
 
     def _add_tile(self, frame: Tensor) -> None:
         picture = Image.fromarray(frame.numpy())
-        height = max(1, round(picture.height * TILE_WIDTH / picture.width))
-        self._tiles.append(picture.resize((TILE_WIDTH, height), Image.Resampling.BILINEAR))
+        width = min(TILE_WIDTH, picture.width)
+        height = max(1, round(picture.height * width / picture.width))
+        self._tiles.append(picture.resize((width, height), Image.Resampling.BILINEAR))
 
     def _save_sheet(self) -> None:
         width, height = self._tiles[0].size
@@ -66,13 +69,13 @@ class Pictures:
         sheet = Image.new("RGB", (min(COLUMNS, len(self._tiles)) * width, rows * height))
         for place, tile in enumerate(self._tiles):
             sheet.paste(tile, (place % COLUMNS * width, place // COLUMNS * height))
-        self._write("spritesheet.png", sheet)
+        self._write(SHEET, sheet)
 
-    def _save(self, name: str, frame: Tensor) -> None:
-        self._write(name, Image.fromarray(frame.numpy()))
+    def _save_thumbnail(self, frame: Tensor) -> None:
+        self._write(THUMBNAIL, Image.fromarray(frame.numpy()), method=QUICK)
 
-    def _write(self, name: str, picture: Image.Image) -> None:
+    def _write(self, name: str, picture: Image.Image, **options: int) -> None:
         path = self.folder / name
         with temporary_file(path) as temporary:
-            picture.save(temporary, "PNG", compress_level=QUICK)
+            picture.save(temporary, **options)
             temporary.replace(path)

@@ -13,7 +13,8 @@ from wanforge.runtime.commands.options import FILE, FOLDER, JSON, Finite, takes
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.service.client.connection import Connection, connected
 
-VARIANTS = ("video", "thumbnail", "spritesheet")
+VARIANTS = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}
+"""What a video becomes, and the suffixes of the files."""
 
 
 @click.group()
@@ -117,11 +118,12 @@ def wait(video: str, as_json: bool) -> None:
 @client.command()
 @ID
 @OUT
-@click.option("--variant", type=click.Choice(VARIANTS), default="video", show_default=True, help="What to download.")
+@click.option(
+    "--variant", type=click.Choice(list(VARIANTS)), default="video", show_default=True, help="What to download."
+)
 def download(video: str, out: Path | None, variant: str) -> None:
     """Download what a video has become. A download that broke off is taken up."""
-    suffix = "mp4" if variant == "video" else "png"
-    path = out or Path(f"{video}.{suffix}")
+    path = out or Path(f"{video}.{VARIANTS[variant]}")
     download_to(current(), video, path, variant)
     click.echo(path)
 

@@ -17,7 +17,7 @@ from wanforge.runtime.service.web.videos import JobId, errors, found
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
-MEDIA = {"video": "video/mp4", "thumbnail": "image/png", "spritesheet": "image/png"}
+MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
 BYTES = {"schema": {"type": "string", "format": "binary"}}
 MOST_LOOKS = 3

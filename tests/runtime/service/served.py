@@ -23,7 +23,7 @@ from wanforge.runtime.service.web.state import Service
 
 Made = Mapping[str, tuple[bytes, str]]
 """The bytes and the suffix of each variant."""
-MADE: Made = {"video": (b"mp4 " * 1000, "mp4"), "thumbnail": (b"png", "png"), "spritesheet": (b"sheet", "png")}
+MADE: Made = {"video": (b"mp4 " * 1000, "mp4"), "thumbnail": (b"webp", "webp"), "spritesheet": (b"sheet", "jpg")}
 
 
 class Folder:

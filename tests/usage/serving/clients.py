@@ -36,7 +36,7 @@ def share(seconds: list[float], part: float) -> float:
 async def status(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], job: str) -> tuple[int, float, Any]:
     """Ask for the status of a job. Returns the HTTP status, in how many seconds to ask again, and the video."""
     reader, writer = connection
-    writer.write(f"GET /v1/videos/{job} HTTP/1.1\r\nHost: server\r\n\r\n".encode())
+    writer.write(f"GET /v1/videos/{job} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     fields = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
     body = await reader.readexactly(int(fields["content-length"]))
@@ -64,7 +64,7 @@ async def poll(port: int, jobs: list[str], seen: Seen, until: float, *, rests: b
 async def follow(port: int, job: str, seen: Seen) -> None:
     """Read the events of a job until it has ended."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET /v1/videos/{job}/events HTTP/1.1\r\nHost: server\r\n\r\n".encode())
+    writer.write(f"GET /v1/videos/{job}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     try:
         while text := await reader.readline():
             seen.events += text.startswith(b"event:")

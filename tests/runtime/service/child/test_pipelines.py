@@ -16,6 +16,7 @@ from wanforge.runtime.service.child import pipelines as pipelines_module
 from wanforge.runtime.service.child.maker import StoppedError
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pipelines import Pipelines, warm_up, weights_bytes
+from wanforge.runtime.service.web.content import MEDIA
 
 BundleOf = Callable[[str, str], Bundle]
 FRAMES = 21
@@ -52,10 +53,13 @@ def test_a_clip_comes_with_its_pictures(bundle_of: BundleOf, tmp_path: Path) -> 
     assert frames.shape == (FRAMES, 64, 96, 3)
     with Image.open(tmp_path / made.files["thumbnail"]) as picture:
         middle = np.asarray(picture).astype(float)
+        assert picture.get_format_mimetype() == MEDIA["thumbnail"]
     nearest = np.argmin([np.abs(middle - frame.numpy()).mean() for frame in frames])
     assert nearest == FRAMES // 2
     layout = made.details["spritesheet"]
+    assert (layout["tile_width_px"], layout["tile_height_px"]) == (96, 64)  # it is not enlarged
     with Image.open(tmp_path / made.files["spritesheet"]) as sheet:
+        assert sheet.get_format_mimetype() == MEDIA["spritesheet"]
         assert sheet.size == (4 * layout["tile_width_px"], 4 * layout["tile_height_px"])
     assert layout["frames"] == [(2 * tile + 1) * FRAMES // 32 for tile in range(16)]
     percents = [percent for _, percent in told]

@@ -42,7 +42,7 @@ class StandIn(Maker):
         for part in range(PARTS):
             time.sleep(seconds / PARTS)
             report("step 1", 10 * part)
-        files = {"video": "video.mp4", "thumbnail": "thumbnail.png", "spritesheet": "spritesheet.png"}
+        files = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
         for name in files.values():
             (Path(order.folder) / name).write_text(f"{name} of {order.ticket}")
         return ClipMade(order.ticket, files, "stand-in", {"denoise": seconds}, {"timings": {}})

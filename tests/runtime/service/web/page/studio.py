@@ -75,13 +75,18 @@ def clip(seed: int) -> Made:
             writer.send(picture.tobytes())
         writer.close()
         video = path.read_bytes()
-    encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
     return {
         "video": (video, "mp4"),
-        "thumbnail": (encoded.getvalue(), "png"),
-        "spritesheet": (encoded.getvalue(), "png"),
+        "thumbnail": (encoded(picture, "WEBP"), "webp"),
+        "spritesheet": (encoded(picture, "JPEG"), "jpg"),
     }
+
+
+def encoded(picture: Image.Image, form: str) -> bytes:
+    """A picture as a file."""
+    file = io.BytesIO()
+    picture.save(file, form)
+    return file.getvalue()
 
 
 @contextmanager
