@@ -74,7 +74,7 @@ class Pictures:
     def _save_thumbnail(self, frame: Tensor) -> None:
         self._write(THUMBNAIL, Image.fromarray(frame.numpy()), method=QUICK)
 
-    def _write(self, name: str, picture: Image.Image, **options: int) -> None:
+    def _write(self, name: str, picture: Image.Image, **options: Any) -> None:
         path = self.folder / name
         with temporary_file(path) as temporary:
             picture.save(temporary, **options)
