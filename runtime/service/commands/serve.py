@@ -160,6 +160,30 @@ def revoke(key: str, config: Path | None, data: Path | None) -> None:
             raise RequestError(unknown_name("valid key", key, known) if known else "there are no valid keys")
 
 
+@keys.command()
+@click.argument("owner")
+@click.option("--queued", type=click.IntRange(0), help="The most jobs that may wait.")
+@click.option("--running", type=click.IntRange(0), help="The most jobs that may run.")
+@click.option("--usual", is_flag=True, help="Set it back to policy.quota of the settings.")
+@CONFIG
+@DATA
+def quota(
+    owner: str, queued: int | None, running: int | None, usual: bool, config: Path | None, data: Path | None
+) -> None:
+    """Set what OWNER may have at once, with all keys together, and print it. Without options it is only printed."""
+    given = {name: value for name, value in (("queued", queued), ("running", running)) if value is not None}
+    if usual and given:
+        raise click.UsageError("--usual takes the numbers of the settings; leave out --queued and --running")
+    with _store(config, data) as store:
+        if usual:
+            store.set_quota(owner, None)
+        elif given:
+            store.set_quota(owner, msgspec.structs.replace(store.quota(owner), **given))
+        found = store.quota(owner)
+    for name, most in (("queued", found.queued), ("running", found.running)):
+        click.echo(f"{name}: {'no limit' if most is None else most}")
+
+
 @contextmanager
 def _store(config: Path | None, data: Path | None, *, is_new: bool = False) -> Iterator[JobStore]:
     """The job store of a server.

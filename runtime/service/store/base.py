@@ -179,12 +179,11 @@ class Census(Record, frozen=True):
 
 
 class DurationKey(Record, frozen=True):
-    """What decides how long a job takes. No backend stands for any."""
+    """What decides how long a job takes."""
 
     bundle: str
     shape: str
     steps: int
-    backend: str | None = None
 
 
 class ApiKey(Record, frozen=True, kw_only=True):

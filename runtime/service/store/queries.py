@@ -121,13 +121,11 @@ def census(transaction: Transaction) -> Census:
 def durations(transaction: Transaction, key: DurationKey, limit: int) -> list[float]:
     """How long the latest jobs of a kind took."""
     rows = transaction.rows(
-        "SELECT seconds FROM durations WHERE bundle = :bundle AND shape = :shape AND steps = :steps"
-        + (" AND backend = :backend" if key.backend is not None else "")
-        + " ORDER BY ended DESC LIMIT :most",
+        "SELECT seconds FROM durations WHERE bundle = :bundle AND shape = :shape AND steps = :steps "
+        "ORDER BY ended DESC LIMIT :most",
         bundle=key.bundle,
         shape=key.shape,
         steps=key.steps,
         most=limit,
-        **({} if key.backend is None else {"backend": key.backend}),
     )
     return [row["seconds"] for row in rows]

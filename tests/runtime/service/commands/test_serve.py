@@ -45,6 +45,19 @@ def test_a_key_that_comes_first_makes_a_folder_for_its_user_alone(tmp_path: Path
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
+def test_an_owner_has_the_usual_quota_until_another_is_set(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text(f'data = "{tmp_path}"\n[policy.quota]\nqueued = 5\n')
+    config = ("--config", tmp_path / "serve.toml")
+    assert serve("keys", "add", "ann", *config).exit_code == 0
+    assert serve("keys", "quota", "ann", *config).output == "queued: 5\nrunning: no limit\n"
+    assert serve("keys", "quota", "ann", "--running", 2, *config).output == "queued: 5\nrunning: 2\n"
+    assert serve("keys", "quota", "ann", *config).output == "queued: 5\nrunning: 2\n"
+    assert serve("keys", "quota", "bob", *config).output == "queued: 5\nrunning: no limit\n"
+    assert serve("keys", "quota", "ann", "--usual", *config).output == "queued: 5\nrunning: no limit\n"
+    refused = serve("keys", "quota", "ann", "--usual", "--queued", 1, *config)
+    assert (refused.exit_code, "leave out --queued" in refused.output) == (2, True)
+
+
 def test_keys_are_those_of_the_settings_file(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text('data = "elsewhere"\n')
     config = ("--config", tmp_path / "serve.toml")

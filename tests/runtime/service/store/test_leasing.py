@@ -40,8 +40,7 @@ def test_a_completed_job_has_its_result(rig: Rig) -> None:
     assert (done.state, done.result, done.progress) == (State.COMPLETED, result("a", "trt"), 100)
     assert (done.completed_at, done.expires_at) == (rig.clock.seconds, rig.clock.seconds + 100)
     assert store.durations(DurationKey("bundle-1", "832x480x81", 4)) == [7.0]
-    assert store.durations(DurationKey("bundle-1", "832x480x81", 4, "trt")) == [7.0]
-    assert store.durations(DurationKey("bundle-1", "832x480x81", 4, "ort")) == []
+    assert store.durations(DurationKey("bundle-1", "832x480x81", 3)) == []
 
 
 def test_a_worker_may_tell_of_an_end_twice(rig: Rig) -> None:
