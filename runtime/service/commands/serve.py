@@ -36,6 +36,21 @@ class ServeOrKeys(click.Group):
         return super().parse_args(ctx, args)
 
 
+class GroupsContext(click.Context):
+    """The context of a command that is called by the name of its group."""
+
+    @property
+    def command_path(self) -> str:
+        assert self.parent is not None
+        return self.parent.command_path
+
+
+class Serving(click.Command):
+    """The command that runs a server."""
+
+    context_class = GroupsContext
+
+
 @click.group(cls=ServeOrKeys)
 def serve() -> None:
     """Run a server, or manage its keys."""
@@ -64,7 +79,7 @@ class ServeOptions:
         return msgspec.structs.replace(found, **changed)
 
 
-@serve.command("run")
+@serve.command("run", cls=Serving)
 @click.argument("bundles", nargs=-1, type=FOLDER, metavar="BUNDLE...")
 @click.option("--config", type=FILE, help="TOML file with all settings (docs/serving.md); options take precedence.")
 @click.option("--host", help="Address to listen at; any but this machine's own needs keys.  [default: 127.0.0.1]")

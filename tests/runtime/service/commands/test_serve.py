@@ -45,6 +45,11 @@ def test_a_key_that_comes_first_makes_a_folder_for_its_user_alone(tmp_path: Path
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
 
 
+def test_help_and_errors_name_the_command_as_it_is_typed() -> None:
+    assert serve("--help").output.startswith("Usage: cli serve [OPTIONS] BUNDLE...\n")
+    assert "Try 'cli serve --help'" in serve("--worker", "none").output
+
+
 def test_an_owner_has_the_usual_quota_until_another_is_set(tmp_path: Path) -> None:
     (tmp_path / "serve.toml").write_text(f'data = "{tmp_path}"\n[policy.quota]\nqueued = 5\n')
     config = ("--config", tmp_path / "serve.toml")
