@@ -17,12 +17,12 @@ from wanforge.runtime.service.web.errors import ApiError, absent, invalid
 from wanforge.runtime.service.web.intake import body, submitting
 from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
-from wanforge.runtime.service.web.videos import IdempotencyKey, errors
+from wanforge.runtime.service.web.videos import NO_NUL, IdempotencyKey, errors
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 
-BatchId = Annotated[str, Path(max_length=100, description="Id of a batch.")]
+BatchId = Annotated[str, Path(max_length=100, pattern=NO_NUL, description="Id of a batch.")]
 LINES = "application/jsonl"
 DESCRIBED: dict[str, Any] = {
     "requestBody": {

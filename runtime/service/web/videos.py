@@ -19,7 +19,10 @@ from wanforge.runtime.service.web.telling import poll_after_ms, told
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-JobId = Annotated[str, Path(max_length=100, description="Id of a video.")]
+NO_NUL = r"^[^\x00]*$"
+"""What an id may be made of: whatever can be text in a database."""
+JobId = Annotated[str, Path(max_length=100, pattern=NO_NUL, description="Id of a video.")]
+OtherId = Annotated[str | None, Query(max_length=100, pattern=NO_NUL)]
 IdempotencyKey = Annotated[
     str | None, Header(max_length=255, min_length=1, description="Repeating a request with it makes no second job.")
 ]
@@ -107,10 +110,10 @@ async def listed(
     request: Request,
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(max_length=100)] = None,
+    after: OtherId = None,
     order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     status: Annotated[State | None, Query()] = None,
-    batch: Annotated[str | None, Query(max_length=100)] = None,
+    batch: OtherId = None,
 ) -> VideoList:
     """The caller's videos, latest first."""
     service = service_of(request)

@@ -250,7 +250,7 @@ def test_no_path_leads_to_another_file(rig: Rig, path: str) -> None:
 )
 def test_ids_that_are_no_text_are_refused(rig: Rig, path: str) -> None:
     answer = rig.client.request("POST" if "cancel" in path else "GET", path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "bad_text")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
 
 
 def test_no_variant_is_an_object_of_another_name(rig: Rig) -> None:
