@@ -9,9 +9,10 @@ class Recipe(Record, frozen=True):
     """A precision plan of the denoiser."""
 
     name: str
-    linear: Literal["bf16", "w8a8", "w8a8-row"]
+    linear: Literal["bf16", "w8a8", "w8a8-row", "nvfp4"]
     """Format of the linears in the blocks; everything else stays in the compute type or in float32. ``w8a8`` has
-    upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output."""
+    upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output. ``nvfp4`` has
+    4-bit floats, with a scale per 16 of them."""
     attention: Literal["dense", "sla", "sagesla"]
     tile: Literal[64, 128, 256] = 128
     """Rows and columns that share a scale, with ``w8a8`` only. Graphs and kernels exist only for upstream's 128; the

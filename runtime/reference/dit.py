@@ -23,6 +23,8 @@ from wanforge.configs.recipe import Recipe
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.nvfp4_linear import BLOCK
+from wanforge.plugins.nvfp4_linear.op import nvfp4_linear
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
@@ -68,6 +70,25 @@ class W8A8RowLinear(W8A8Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.scale = torch.empty(out_features)
+
+
+class NVFP4Linear(nn.Module):
+    """Linear with 4-bit weights."""
+
+    fp4_weight: Tensor
+    scale: Tensor
+    global_scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("fp4_weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
+        scales = torch.empty(out_features, in_features // BLOCK, dtype=torch.float8_e4m3fn)
+        self.register_buffer("scale", scales)
+        self.register_buffer("global_scale", torch.empty(()))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nvfp4_linear(x, self.fp4_weight, self.scale, self.global_scale, self.bias)
 
 
 class GELU(nn.Module):
@@ -303,6 +324,8 @@ def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
             return partial(W8A8Linear, tile=recipe.tile)
         case "w8a8-row":
             return W8A8RowLinear
+        case "nvfp4":
+            return NVFP4Linear
 
 
 def attention_blocks(recipe: Recipe) -> Blocks | None:
