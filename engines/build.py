@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from wanforge.configs.clip import ClipShape
+from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.build_process import build_apart
 from wanforge.engines.builder import BuildJob, Built
@@ -22,6 +23,8 @@ from wanforge.progress import Progress, silent
 
 DTYPE = "bfloat16"
 """The type that engines compute in."""
+FIRST_FP4_SM = 100
+"""The first architecture whose tensor cores multiply 4-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,11 @@ def build_engines(
 
     Raises:
         WanforgeError: A graph is missing, or does not compile.
+        ConfigError: An architecture lacks the recipe's number format.
         ResourceError: There is too little memory.
     """
     check_gpu(library.flavour, options.sms)
+    check_formats(bundle.recipe, options.sms)
     results = []
     wanted = graphs_to_build(bundle, options.only)
     for index, (onnx, graph) in enumerate(wanted.items(), 1):
@@ -141,6 +146,20 @@ def check_gpu(flavour: Flavour, sms: tuple[int, ...]) -> None:
         raise ResourceError(
             f"TensorRT builds only on a GPU of the target architecture, and this machine has {found}; "
             "build on such a GPU"
+        )
+
+
+def check_formats(recipe: Recipe, sms: tuple[int, ...]) -> None:
+    """Refuse architectures whose tensor cores lack a recipe's number format.
+
+    Raises:
+        ConfigError: One of them does.
+    """
+    if recipe.linear == "nvfp4" and (old := [sm for sm in sms if sm < FIRST_FP4_SM]):
+        raise ConfigError(
+            f"{architecture_name(old[0])} cannot multiply 4-bit floats, which recipe {recipe.name!r} needs; "
+            f"{architecture_name(FIRST_FP4_SM)} is the first architecture that can. Import the checkpoint with "
+            "--recipe w8a8 for this GPU"
         )
 
 
@@ -266,6 +285,9 @@ def faults(built: Built, graph: GraphRecord, *, plugins: bool = True) -> list[st
     attentions = sum(layer.is_attention for layer in built.layers)
     if attentions != graph.attentions:
         found.append(f"{attentions} of {graph.attentions} attentions are fused")
+    products = sum(layer.is_fp4_product for layer in built.layers)
+    if products != graph.fp4_products:
+        found.append(f"{products} of {graph.fp4_products} linears are products of 4-bit floats")
     single = [layer.name for layer in built.layers if layer.is_product and set(layer.inputs) == {"Float"}]
     if single and not graph.float32_products and (plugins or not graph.plugin_ops):
         found.append(f"{len(single)} products in float32: {single[0]}")

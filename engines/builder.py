@@ -54,7 +54,7 @@ class Layer:
 
     Attributes:
         kind: ``kgen`` is generated code, ``custom_layer`` a plugin, and others are kernels of the library.
-        inputs, outputs: Element types: ``BFloat16``, ``Float``, ``Int8``.
+        inputs, outputs: Element types: ``BFloat16``, ``Float``, ``Int8``, ``FP4E2M1``.
         constants: Element types of the constants that are built in.
     """
 
@@ -72,6 +72,11 @@ class Layer:
     @property
     def is_attention(self) -> bool:
         return "mha" in self.tactic
+
+    @property
+    def is_fp4_product(self) -> bool:
+        """Whether it multiplies 4-bit floats by 4-bit floats."""
+        return self.is_product and self.inputs.count("FP4E2M1") == 2
 
     @property
     def is_product(self) -> bool:
@@ -137,10 +142,9 @@ def build(
             config.num_compute_capabilities = len(sms)
             for place, sm in enumerate(sms):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
-        set_shapes(builder, network, config, job)
+        set_shapes(trt, builder, network, config, job)
         config.progress_monitor = monitor = monitor_of(trt, progress)
-        plugin_kinds = (trt.LayerType.PLUGIN_V3,)
-        taken = sum(network.get_layer(i).type in plugin_kinds for i in range(network.num_layers))
+        taken = layer_types(network).count(trt.LayerType.PLUGIN_V3)
         engine = builder.build_serialized_network(network, config)
         del monitor
         if engine is None or account.refusals:  # the library goes on without the workspace of a refusing plugin
@@ -148,13 +152,22 @@ def build(
         return Built(bytes(engine), tuple(layers(log.table)), log.activation_bytes, taken, tuple(account.calls))
 
 
-def set_shapes(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
+def layer_types(network: Any) -> list[Any]:
+    """The type of every layer of a network."""
+    return [network.get_layer(i).type for i in range(network.num_layers)]
+
+
+def set_shapes(trt: Any, builder: Any, network: Any, config: Any, job: BuildJob) -> None:
     """Give every input its shape: the only one, or a range of them.
+
+    A graph that quantises to 4-bit floats keeps its dynamic dimensions even where they have one value: TensorRT-RTX
+    1.7.1 settles the kind of scales when it reads the graph, and refuses it if their shapes change afterwards.
 
     Raises:
         WanforgeError: The job lacks an input, or contradicts the file.
     """
     profile, is_dynamic = builder.create_optimization_profile(), False
+    stays_dynamic = any(layer == trt.LayerType.DYNAMIC_QUANTIZE for layer in layer_types(network))
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         declared = tuple(tensor.shape)
@@ -166,7 +179,7 @@ def set_shapes(builder: Any, network: Any, config: Any, job: BuildJob) -> None:
         for shape in (wanted.least, wanted.usual, wanted.most):
             if len(shape) != len(declared) or any(d not in (-1, n) for d, n in zip(declared, shape, strict=True)):
                 raise WanforgeError(f"{job.onnx}: {tensor.name} is {declared}, which cannot be {shape}")
-        if wanted.least == wanted.most:
+        if wanted.least == wanted.most and not stays_dynamic:
             tensor.shape = wanted.usual
         else:
             profile.set_shape(tensor.name, wanted.least, wanted.usual, wanted.most)

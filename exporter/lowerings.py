@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.shapes import Dim, Shape, Size
-from wanforge.exporter.tracer import Tape, Traced, lowers
+from wanforge.exporter.tracer import Tape, Traced, is_native, lowers
+from wanforge.plugins.nvfp4_linear import onnx_function as nvfp4_linear
 from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
@@ -394,6 +395,16 @@ def lower_w8a8_linear(tape: Tape, x: Traced, int8_weight: Traced, scale: Traced,
     shape = (*x.shape_[:-1], int8_weight.shape_[0])
     inputs = [x, int8_weight, scale, bias]
     return tape.emit(w8a8_linear.NAME, inputs, shape, x.dtype, domain=DOMAIN, **PLUGIN)
+
+
+@lowers("nvfp4_linear")
+def lower_nvfp4_linear(tape: Tape, x: Traced, *weights: Traced) -> Traced:
+    shape = (*x.shape_[:-1], weights[0].shape_[0])
+    if is_native(x.dtype):
+        y = tape.inline(nvfp4_linear.native_body(), [x, *weights], shape, x.dtype)
+        tape.declared.append(y)  # onnx cannot infer its shape from TensorRT's ops
+        return y
+    return tape.emit(nvfp4_linear.NAME, [x, *weights], shape, x.dtype, domain=DOMAIN)
 
 
 @lowers("sparse_linear_attention")

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 import torch
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
 import wanforge.exporter.lowerings  # noqa: F401  fills the table of the tracer
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.dtypes import BY_STORED, dtype_called
 from wanforge.engines.bundle.manifest import GraphRecord
 from wanforge.engines.bundle.shapes import spell
-from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.exporter.tracer import Tape, Traced, live_nodes, value_info
-from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
+from wanforge.engines.bundle.tensorfile import TensorFile, TensorSpec
+from wanforge.exporter.tracer import Tape, Traced, is_native, live_nodes, value_info
+from wanforge.plugins.nvfp4_linear import onnx_function as nvfp4_linear
+from wanforge.plugins.onnx_body import DOMAIN, OPSET, PLUGIN, VERSION
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
 from wanforge.runtime.dtypes import STORED, element_type
@@ -50,13 +51,15 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
     )
 
     ports = [value_info(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
-    weight_infos = [value_info(name, traced.shape_, traced.dtype) for name, traced in state.items()]
+    weight_infos = [weight_info(name, spec, dtype) for name, spec in stored.items()]
+    computed = {name for node in nodes for name in node.output}.difference(names_of(graph.outputs))
     return helper.make_graph(
         nodes,
         graph.name,
         ports if graph.has_constants else ports + weight_infos,
         [value_info(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.outputs],
-        [external(name, weights, graph.prefix + name) for name in state] if graph.has_constants else [],
+        [external(name, weights, graph.prefix + name, dtype) for name in state] if graph.has_constants else [],
+        value_info=[value_info(x.name_, x.shape_, x.dtype) for x in tape.declared if x.name_ in computed],
     )
 
 
@@ -73,10 +76,25 @@ def name_outputs(nodes: Sequence[NodeProto], found: Sequence[str], wanted: Seque
     return list(nodes)
 
 
-def external(name: str, file: TensorFile, stored_name: str) -> TensorProto:
-    """An initializer whose data lies at an offset in a bundle's weights file."""
+def weight_info(name: str, spec: TensorSpec, dtype: torch.dtype) -> ValueInfoProto:
+    """The declaration of a weight as the input of a graph of this compute type."""
+    return helper.make_tensor_value_info(name, *as_declared(name, spec, dtype))
+
+
+def as_declared(name: str, spec: TensorSpec, dtype: torch.dtype) -> tuple[int, tuple[int, ...]]:
+    """The ONNX number and the shape with which a graph of this compute type declares a weight: those with which it is
+    stored, except that TensorRT's ops take 4-bit floats one by one instead of in pairs."""
+    if name.endswith(".fp4_weight") and is_native(dtype):
+        rows, pairs = spec.shape
+        return TensorProto.FLOAT4E2M1, (rows, 2 * pairs)
+    return BY_STORED[spec.dtype].onnx, spec.shape
+
+
+def external(name: str, file: TensorFile, stored_name: str, dtype: torch.dtype) -> TensorProto:
+    """An initializer of a graph of some compute type, whose data lies at an offset in a bundle's weights file."""
     spec = file.tensors[stored_name]
-    tensor = TensorProto(name=name, data_type=BY_STORED[spec.dtype].onnx, dims=spec.shape)
+    number, shape = as_declared(stored_name, spec, dtype)
+    tensor = TensorProto(name=name, data_type=number, dims=shape)
     tensor.data_location = TensorProto.EXTERNAL
     place = {
         "location": f"{file.path.parent.name}/{file.path.name}",
@@ -94,6 +112,8 @@ def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
     found = []
     if w8a8_linear.NAME in called:
         found += w8a8_linear.functions(by_rows=recipe.linear == "w8a8-row")
+    if nvfp4_linear.NAME in called:
+        found += nvfp4_linear.functions()
     if sparse_linear_attention.NAME in called:
         blocks = attention_blocks(recipe)
         assert blocks is not None
@@ -103,15 +123,22 @@ def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
 
 def onnx_model(graph: GraphProto, functions: Sequence[FunctionProto]) -> ModelProto:
     """A model of one graph and the functions it calls."""
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    versions = {"": OPSET} | ({DOMAIN: VERSION} if functions else {})
+    versions |= dict.fromkeys(native_domains(graph.node), 1)
+    versions |= {each.domain: each.version for function in functions for each in function.opset_import}
     return helper.make_model(
         graph,
         functions=functions,
-        opset_imports=opsets if functions else opsets[:1],
+        opset_imports=[helper.make_opsetid(domain, version) for domain, version in versions.items()],
         ir_version=IR_VERSION,
         producer_name="wanforge",
         producer_version=__version__,
     )
+
+
+def native_domains(nodes: Sequence[NodeProto]) -> set[str]:
+    """The domains of TensorRT's own ops among these nodes."""
+    return {node.domain for node in nodes if node.domain == nvfp4_linear.NATIVE_DOMAIN}
 
 
 def model_from_graph(graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: TensorFile) -> ModelProto:
@@ -132,7 +159,8 @@ def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file:
         name=graph.name,
         dtype=dtype_called(dtype).short,
         inputs={port.name: spell(port.shape) for port in graph.inputs},
-        plugin_ops=sum(node.domain == DOMAIN for node in nodes),
+        plugin_ops=sum(is_plugin(node) for node in nodes),
+        fp4_products=sum(port.type.tensor_type.elem_type == TensorProto.FLOAT4E2M1 for port in model.graph.input),
         attentions=sum(is_attention(node, values) for node in nodes),
         float32_products=sum(
             node.op_type in ("MatMul", "Conv") and values[node.output[0]].elem_type == TensorProto.FLOAT
@@ -140,6 +168,11 @@ def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file:
         ),
         weights=weights_file if graph.has_constants else "",
     )
+
+
+def is_plugin(node: NodeProto) -> bool:
+    """Whether TensorRT runs a node as a plugin of this project."""
+    return any(attribute.name in PLUGIN for attribute in node.attribute)
 
 
 def inferred_values(model: ModelProto) -> dict[str, TypeProto.Tensor]:
@@ -152,8 +185,10 @@ def is_attention(node: NodeProto, values: Mapping[str, TypeProto.Tensor]) -> boo
     """Whether a node is an attention of several heads, or its softmax; TensorRT has fused kernels for these."""
     if node.op_type == "Attention":
         return True
+    if node.op_type != "Softmax":
+        return False
     dims = values[node.output[0]].shape.dim
-    return node.op_type == "Softmax" and len(dims) == 4 and dims[1].dim_value != 1
+    return len(dims) == 4 and dims[1].dim_value != 1
 
 
 def check(model: ModelProto | str) -> None:

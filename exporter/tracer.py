@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from wanforge.engines.bundle.shapes import Dim, Shape, Size
@@ -32,11 +32,16 @@ def lowers(*names: str) -> Callable[[Lowering], Lowering]:
 
 
 class Tape:
-    """The nodes recorded so far. The same operation on the same values is recorded only once."""
+    """The nodes recorded so far. The same operation on the same values is recorded only once.
+
+    Attributes:
+        declared: Values whose types and shapes the graph has to state.
+    """
 
     def __init__(self) -> None:
         self.nodes: list[NodeProto] = []
         self.inputs: dict[str, Traced] = {}
+        self.declared: list[Traced] = []
         self._known: dict[Any, list[str]] = {}
         self._counts: dict[str, int] = {}
 
@@ -74,6 +79,18 @@ class Tape:
     ) -> "Traced":
         """Record a node with one output of a known shape and type."""
         return Traced(self, self.node(op, inputs, **attributes)[0], shape, dtype)
+
+    def inline(
+        self, function: FunctionProto, inputs: Sequence["Traced | Tensor"], shape: Shape, dtype: torch.dtype
+    ) -> "Traced":
+        """Record the nodes of a function with one output of a known shape and type."""
+        names = dict(zip(function.input, map(self.name_of, inputs), strict=True))
+        for node in function.node:
+            attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+            given = [names[name] for name in node.input]
+            found = self.node(node.op_type, given, len(node.output), domain=node.domain, **attributes)
+            names |= dict(zip(node.output, found, strict=True))
+        return Traced(self, names[function.output[0]], shape, dtype)
 
     def name_of(self, x: "Traced | Tensor | str") -> str:
         if isinstance(x, str):
@@ -191,6 +208,12 @@ def value_info(name: str, shape: Shape, dtype: torch.dtype) -> ValueInfoProto:
     return helper.make_tensor_value_info(
         name, ONNX_NUMBERS[dtype], [dim if isinstance(dim, int) else str(dim) for dim in shape]
     )
+
+
+def is_native(dtype: torch.dtype) -> bool:
+    """Whether a graph of this compute type has TensorRT's own ops where ONNX has none. Engines are built from graphs in
+    bfloat16, in which ONNX Runtime does not compute on a CPU."""
+    return dtype == torch.bfloat16
 
 
 def live_nodes(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:

@@ -12,7 +12,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.exporter.onnx_model import bodies, external, onnx_model, trace
+from wanforge.exporter.onnx_model import bodies, external, native_domains, onnx_model, trace
 from wanforge.exporter.tracer import tensor_proto, value_info
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
 from wanforge.runtime.dtypes import element_type
@@ -50,14 +50,15 @@ def whole_network(
         "dit",
         [value_info(p.name, p.shape, element_type(p.dtype, dtype)) for p in unique.values()],
         [value_info(p.name, p.shape, element_type(p.dtype, dtype)) for p in graphs["head"].outputs],
-        [external(name, weights, name) for name in weights.tensors if name in used],
+        [external(name, weights, name, dtype) for name in weights.tensors if name in used],
     )
     return onnx_model(graph, [*ops, *functions])
 
 
 def as_function(graph: GraphProto, name: str) -> FunctionProto:
     """A traced graph as a function: the same nodes, without types on its ports."""
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    versions = {"": OPSET, DOMAIN: VERSION} | dict.fromkeys(native_domains(graph.node), 1)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
     inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
     return helper.make_function(DOMAIN, name, inputs, outputs, list(graph.node), opsets)
 

@@ -42,6 +42,8 @@ class GraphRecord(Record, frozen=True):
     """Number of attention nodes, for which TensorRT has its own kernels."""
     float32_products: int
     """Number of products and convolutions that compute in float32, whatever the compute type."""
+    fp4_products: int = 0
+    """Number of linears that TensorRT multiplies as 4-bit floats."""
     weights: str = ""
     """Path in the bundle of the weights file that it points into; empty if its weights are inputs."""
     position: int = 0

@@ -42,12 +42,14 @@ class Part:
         source: The file that was given.
         stored: The source's tensor for each canonical name; a weight to be quantised has its unquantised name.
         target: The tensors that will be written.
+        recipe: The recipe of the bundle.
     """
 
     component: str
     source: Path
     stored: Mapping[str, StoredTensor]
     target: Layout
+    recipe: Recipe
 
     @property
     def nbytes(self) -> int:
@@ -180,7 +182,7 @@ def check_part(component: str, path: Path, contents: Contents, model: ModelConfi
         raise CheckpointError(complaint(component, path, contents, model, missing, unexpected, wrong))
     stored = {name: contents[found] for name, found in matched.items()}
     check_tiles(path, target, stored, recipe)
-    return Part(component, path, stored, target)
+    return Part(component, path, stored, target, recipe)
 
 
 def check_tiles(path: Path, target: Layout, stored: Mapping[str, StoredTensor], recipe: Recipe) -> None:

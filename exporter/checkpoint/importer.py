@@ -3,10 +3,10 @@
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -44,10 +44,11 @@ from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_che
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.host import free_disk_bytes
 from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.nvfp4_linear.reference import global_scale_of
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import find_tokenizer
+from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
 from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE
@@ -364,17 +365,15 @@ def noted(out: Path, record: ImportRecord, part: Part, sha256: str) -> ImportRec
 
 def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
     """Yield every tensor to write with its bytes, which are computed only when they are needed."""
-    scales: dict[str, Quantiser] = {}
+    quantisers: dict[str, Quantiser] = {}
     for name, spec in part.target.items():
         stored = part.stored.get(name)
         if stored is not None:
             yield name, converted(stored, spec)
             continue
-        weight = name.rpartition(".")[0] + ".weight"
-        columns, scale = part.stored[weight].spec.shape[1], part.target[name.rpartition(".")[0] + ".scale"].shape
-        quantise = quantise_rows if len(scale) == 1 else partial(quantise_tiles, tile=columns // scale[1])
-        quantiser = scales.setdefault(weight, Quantiser(part.stored[weight], quantise))
-        yield name, quantiser.int8_rows() if name.endswith(".int8_weight") else quantiser.scale()
+        weight = unquantised_name(name)
+        quantiser = quantisers.setdefault(weight, Quantiser(part.stored[weight], part.recipe))
+        yield name, quantiser.bytes_of(name.rpartition(".")[2])
 
 
 def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
@@ -384,28 +383,33 @@ def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
 
 
 class Quantiser:
-    """Quantises one weight to 8 bits, one band of rows at a time."""
+    """Quantises one weight, one band of rows at a time."""
 
-    def __init__(self, stored: StoredTensor, quantise: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-        self.stored, self.quantise = stored, quantise
+    def __init__(self, stored: StoredTensor, recipe: Recipe) -> None:
+        self.stored, self.recipe = stored, recipe
         self.scales: list[Tensor] = []
 
-    def bands(self) -> Iterator[tuple[Tensor, Tensor]]:
-        columns = self.stored.spec.shape[1]
+    def bytes_of(self, part: str) -> Iterator[memoryview]:
+        """Yield the bytes of a part, as `quantised_weights.quantise` names it."""
+        if part == "global_scale":
+            yield as_bytes(self.global_scale)
+        elif part == "scale" and self.scales:
+            yield from map(as_bytes, self.scales)
+        else:  # a resumed import may have written the numbers in an earlier run
+            self.scales = []
+            for parts in self.bands():
+                self.scales.append(parts["scale"])
+                yield as_bytes(parts[part])
+
+    def bands(self) -> Iterator[dict[str, Tensor]]:
+        global_scale = self.global_scale if self.recipe.linear == "nvfp4" else None
         for band in self.stored.chunks(rows=BAND):
-            # Published weights are bfloat16; a wider source is rounded first, as upstream's conversion does.
-            yield self.quantise(band.to(torch.bfloat16).unflatten(0, (-1, columns)))
+            yield quantise(band.unflatten(0, (-1, self.stored.spec.shape[1])), self.recipe, global_scale)
 
-    def int8_rows(self) -> Iterator[memoryview]:
-        self.scales = []
-        for steps, scale in self.bands():
-            self.scales.append(scale)
-            yield as_bytes(steps)
-
-    def scale(self) -> Iterator[memoryview]:
-        # A resumed import may have written the integers in an earlier run.
-        for scale in self.scales or (scale for _, scale in self.bands()):
-            yield as_bytes(scale)
+    @cached_property
+    def global_scale(self) -> Tensor:
+        """The global scale of the whole weight, for which all of it is read."""
+        return global_scale_of(torch.stack([chunk.to(torch.bfloat16).abs().amax() for chunk in self.stored.chunks()]).amax())
 
 
 def check_link(part: Part) -> None:

@@ -13,12 +13,17 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.plugins.launching.launch import ALIGNMENT
+from wanforge.runtime.dtypes import STORED_NAMES
 from wanforge.runtime.reference.networks import network
 
 Layout = dict[str, TensorSpec]
 
-FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.scale$")
-"""Tensors of a denoiser that are float32 in the published files; the others are bfloat16 or int8."""
+FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.(global_)?scale$")
+"""Tensors of a denoiser that are float32 in the published files; the others are bfloat16 or int8. The scales of 4-bit
+weights have a type of their own."""
+
+QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn)
+"""Types that only quantised weights and their scales have."""
 
 
 def layout(component: str, model: ModelConfig, recipe: Recipe) -> Layout:
@@ -38,13 +43,13 @@ def published_recipe(quantised: bool, has_sla: bool) -> Recipe:
 
 def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The module's state with the parts of each linear together; a module lists its buffers after its parameters."""
-    part = {"weight": 0, "int8_weight": 0, "scale": 1, "bias": 2}
+    part = {"weight": 0, "int8_weight": 0, "fp4_weight": 0, "scale": 1, "global_scale": 2, "bias": 3}
     state = module.state_dict()
     owners = {name.rpartition(".")[0]: index for index, name in reversed(list(enumerate(state)))}
 
     def position(name: str) -> tuple[int, int]:
         owner, _, leaf = name.rpartition(".")
-        return owners[owner], part.get(leaf, 3)
+        return owners[owner], part.get(leaf, 4)
 
     return [(name, state[name]) for name in sorted(state, key=position)]
 
@@ -53,8 +58,8 @@ def _dtype(component: str, name: str, tensor: Tensor) -> str:
     if component == "vae":
         return "F32"
     if component.startswith("dit"):
-        if tensor.dtype == torch.int8:
-            return "I8"
+        if tensor.dtype in QUANTISED:
+            return STORED_NAMES[tensor.dtype]
         if FLOAT32.search(name):
             return "F32"
     return "BF16"

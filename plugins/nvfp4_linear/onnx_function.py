@@ -6,6 +6,8 @@ does so only if the global scales of both are constants, so that of the weight, 
 multiplied to the product.
 """
 
+from functools import cache
+
 from onnx import FunctionProto, TensorProto
 from onnxscript import opset23 as op
 from onnxscript import script
@@ -78,7 +80,14 @@ def NVFP4LinearNative(x, fp4_weight, scale, global_scale, bias):
     return op.Add(product, op.CastLike(bias, x))
 
 
-def functions(*, native: bool = False) -> list[FunctionProto]:
-    """The function body, of ordinary ops or of those that TensorRT compiles to a product of 4-bit floats. The native one
-    takes the weight as 4-bit floats ``[N, K]`` instead of packed bytes; both have the same memory."""
-    return [function_proto(NVFP4LinearNative if native else NVFP4Linear, NAME)]
+def functions() -> list[FunctionProto]:
+    """The function body of ordinary ops."""
+    return [function_proto(NVFP4Linear)]
+
+
+@cache
+def native_body() -> FunctionProto:
+    """The body that TensorRT compiles to a product of 4-bit floats. It takes the weight as 4-bit floats ``[N, K]`` instead
+    of packed bytes; both have the same memory. A graph contains its nodes instead of calling it, because TensorRT's
+    parser accepts the dequantisations of a function once only."""
+    return function_proto(NVFP4LinearNative)

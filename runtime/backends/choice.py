@@ -83,4 +83,6 @@ def _kernels_obstacle(bundle: Bundle) -> str | None:
         return "cuda-python is not installed"
     if bundle.recipe.tile != TILE:
         return f"kernels are made for tiles of {TILE}, not {bundle.recipe.tile}"
+    if bundle.recipe.linear == "nvfp4":
+        return "there are no kernels for 4-bit linears"
     return None

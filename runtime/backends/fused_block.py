@@ -181,6 +181,9 @@ class BlockObserver:
 UNOBSERVED = BlockObserver()
 
 
+NO_FP4 = "there are no kernels for them; use the backend trt on a GPU from sm_100 on, or ort or torch"
+
+
 class FusedBlock:
     """One layer of the denoiser as kernels.
 
@@ -192,6 +195,8 @@ class FusedBlock:
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         if recipe.tile != TILE:
             raise ConfigError(f"kernels are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
+        if recipe.linear == "nvfp4":
+            raise ConfigError(f"recipe {recipe.name!r} has 4-bit linears, and {NO_FP4}")
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
 
     def run(
@@ -247,6 +252,8 @@ class FusedBlock:
                 return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
             case "w8a8-row":
                 return RowLinears(weights, self.config.eps, padded_variance, dtype)
+            case "nvfp4":
+                raise AssertionError("refused when the block was made")
 
     def _attend(
         self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int

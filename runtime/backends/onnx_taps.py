@@ -78,7 +78,7 @@ class Values:
         if (attention := self.consumer(f"{layer}.local_attn.proj_l.weight")) is not None:
             yield from ((f"{layer}.{port}", value) for port, value in zip(QKV, attention.input, strict=False))
             yield layer, attention.output[0]
-        elif (op := self.consumer(f"{layer}.int8_weight")) is not None:
+        elif (op := self.consumer(f"{layer}.int8_weight") or self.consumer(f"{layer}.fp4_weight")) is not None:
             yield f"{layer}.in", op.input[0]
             yield layer, op.output[0]
         elif (product := self.consumer(f"{layer}.weight")) is not None:

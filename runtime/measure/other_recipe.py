@@ -7,6 +7,7 @@ from wanforge.engines.bundle.bundle import Bundle, dit_component, weights_name
 from wanforge.errors import BundleError
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.reference.quantised_weights import unquantised_name
 
 
 def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
@@ -21,7 +22,7 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
         stored = bundle.header(weights_name(dit_component(expert))).tensors
         for graph in (wanted["block"], wanted["cross_kv"]):
             for name in graph.weights:
-                plain = graph.prefix + name.replace(".int8_weight", ".weight").replace(".scale", ".weight")
+                plain = unquantised_name(graph.prefix + name)
                 same = scales(bundle.recipe) == scales(recipe) and graph.prefix + name in stored
                 if not same and plain not in stored:
                     raise BundleError(

@@ -17,13 +17,10 @@ from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError
 from wanforge.plugins.launching.launch import ALIGNMENT
-from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
 from wanforge.runtime.reference.networks import network
+from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
 from wanforge.runtime.schedule import GraphRun
-
-QUANTISED = ("int8_weight", "scale")
-"""The last parts of the names of tensors that can be computed from unquantised weights."""
 
 
 class Weights:
@@ -53,8 +50,8 @@ class Weights:
     def tensor(self, component: str, name: str) -> Tensor:
         """A tensor of a component.
 
-        Where the bundle is read with a recipe that quantises but holds the unquantised weight, the 8-bit weights are
-        computed from it, with the same bytes as an import would write, and kept.
+        Where the bundle is read with a recipe that quantises but holds the unquantised weight, the quantised weights
+        are computed from it, with the same bytes as an import would write, and kept.
         """
         tensors = self.component(component)
         if name not in tensors:
@@ -62,14 +59,11 @@ class Weights:
         return tensors[name]
 
     def _quantised(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        """The 8-bit weight and scales of a layer whose unquantised weight is stored."""
+        """The quantised weight and scales of a layer whose unquantised weight is stored."""
         if not _can_be_quantised(name, tensors):
             raise KeyError(name)
-        layer = name.rpartition(".")[0]
-        rounded, recipe = tensors[f"{layer}.weight"].to(torch.bfloat16), self.bundle.recipe
-        by_rows = recipe.linear == "w8a8-row"
-        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
-        return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
+        layer, parts = name.rpartition(".")[0], quantise(tensors[unquantised_name(name)], self.bundle.recipe)
+        return {f"{layer}.{part}": tensor for part, tensor in parts.items()}
 
 
 def specs(bundle: Bundle, component: str) -> dict[str, TensorSpec]:
@@ -83,9 +77,9 @@ def specs(bundle: Bundle, component: str) -> dict[str, TensorSpec]:
 
 
 def _can_be_quantised(name: str, stored: Collection[str]) -> bool:
-    """Whether a tensor is part of an 8-bit weight whose unquantised form is stored."""
-    layer, _, part = name.rpartition(".")
-    return part in QUANTISED and f"{layer}.weight" in stored
+    """Whether a tensor is part of a quantised weight whose unquantised form is stored."""
+    plain = unquantised_name(name)
+    return plain != name and plain in stored
 
 
 def check_tensors(bundle: Bundle, names: Collection[str]) -> None:

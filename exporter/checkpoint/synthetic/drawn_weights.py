@@ -11,9 +11,9 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
 from wanforge.exporter.checkpoint.layout import Layout, layout
 from wanforge.exporter.checkpoint.synthetic.weights import scale_of
-from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.dtypes import STORED
-from wanforge.runtime.memory.weights import QUANTISED, Weights
+from wanforge.runtime.memory.weights import Weights
+from wanforge.runtime.reference.quantised_weights import PARTS, WEIGHTS, quantise
 from wanforge.runtime.schedule import GraphRun
 
 
@@ -59,20 +59,27 @@ class DrawnWeights(Weights):
         return self._layouts[component]
 
     def _draw(self, component: str, name: str) -> dict[str, Tensor]:
-        """Draw a tensor, or an 8-bit weight together with its scales."""
+        """Draw a tensor, or a quantised weight together with its scales."""
         specs, (layer, _, part) = self._layout(component), name.rpartition(".")
-        is_quantised = part in QUANTISED and f"{layer}.int8_weight" in specs
-        spec = specs[f"{layer}.int8_weight" if is_quantised else name]
-        plain = f"{layer}.weight" if is_quantised else name
-        values = self._normal(f"{self.seed}/{component}/{plain}", spec.shape, *scale_of(plain, spec.shape))
-        if not is_quantised:
-            return {name: values.to(STORED[spec.dtype])}
-        rounded, recipe = values.to(torch.bfloat16), self.bundle.recipe
-        by_rows = recipe.linear == "w8a8-row"
-        steps, scale = quantise_rows(rounded) if by_rows else quantise_tiles(rounded, recipe.tile)
-        return {f"{layer}.int8_weight": steps, f"{layer}.scale": scale}
+        shape = quantised_shape(layer, specs) if part in PARTS else None
+        if shape is None:
+            spec = specs[name]
+            drawn = self._normal(f"{self.seed}/{component}/{name}", spec.shape, *scale_of(name, spec.shape))
+            return {name: drawn.to(STORED[spec.dtype])}
+        plain = f"{layer}.weight"
+        values = self._normal(f"{self.seed}/{component}/{plain}", shape, *scale_of(plain, shape))
+        return {f"{layer}.{part}": tensor for part, tensor in quantise(values, self.bundle.recipe).items()}
 
     def _normal(self, name: str, shape: tuple[int, ...], mean: float, deviation: float) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
         values = torch.randn(math.prod(shape), generator=generator, device=self.device)
         return values.mul_(deviation).add_(mean).view(shape)
+
+
+def quantised_shape(layer: str, specs: Layout) -> tuple[int, ...] | None:
+    """The shape of a layer's weight ``[N, K]`` if it is quantised."""
+    for part in WEIGHTS:
+        if (spec := specs.get(f"{layer}.{part}")) is not None:
+            rows, columns = spec.shape
+            return rows, 2 * columns if part == "fp4_weight" else columns
+    return None

@@ -1,0 +1,45 @@
+"""What a recipe makes of an unquantised weight: the tensors that take its place, named by the last parts of their names."""
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.recipe import Recipe
+from wanforge.plugins.nvfp4_linear.reference import global_scale_of, quantise_weight
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+
+WEIGHTS = ("int8_weight", "fp4_weight")
+"""The numbers, of which 4-bit ones are packed in pairs."""
+PARTS = (*WEIGHTS, "scale", "global_scale")
+"""Everything that can be computed from an unquantised weight."""
+
+
+def unquantised_name(name: str) -> str:
+    """The name of the weight that a part belongs to: ``blocks.0.ffn.0.weight`` for ``blocks.0.ffn.0.scale``. Other
+    names are returned as they are."""
+    layer, _, part = name.rpartition(".")
+    return f"{layer}.weight" if part in PARTS else name
+
+
+def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """Quantise a weight, or whole bands of its tiles.
+
+    Published weights are bfloat16; a wider one is rounded first, as upstream's conversion does.
+
+    Args:
+        recipe: One that quantises.
+        global_scale: The global scale of the whole weight, where the recipe has one. By default it is that of these rows.
+
+    Returns:
+        The parts by name. The global scale is in it where the recipe has one.
+    """
+    rounded = weight_NK.to(torch.bfloat16)
+    match recipe.linear:
+        case "nvfp4":
+            scale_of_all = global_scale_of(rounded.abs().amax()) if global_scale is None else global_scale
+            packed, scale = quantise_weight(rounded, scale_of_all)
+            return {"fp4_weight": packed, "scale": scale, "global_scale": scale_of_all}
+        case "w8a8-row":
+            steps, scale = quantise_rows(rounded)
+        case _:
+            steps, scale = quantise_tiles(rounded, recipe.tile)
+    return {"int8_weight": steps, "scale": scale}
