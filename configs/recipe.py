@@ -5,6 +5,10 @@ from typing import Literal
 from wanforge.configs.loading import Record, load_named
 
 
+FIRST_FP4_SM = 100
+"""The first architecture whose tensor cores multiply 4-bit floats."""
+
+
 class Recipe(Record, frozen=True):
     """A precision plan of the denoiser."""
 
@@ -33,6 +37,12 @@ class Recipe(Record, frozen=True):
     def rows_per_scale(self) -> int:
         """Number of activation rows that share a scale in the linears; 1 if rows do not affect each other."""
         return self.tile if self.linear == "w8a8" else 1
+
+
+    @property
+    def first_sm(self) -> int:
+        """The first architecture whose tensor cores multiply its linears' format with TensorRT; 0 if all do."""
+        return FIRST_FP4_SM if self.linear == "nvfp4" else 0
 
 
 def load_recipe(name: str) -> Recipe:

@@ -23,8 +23,6 @@ from wanforge.progress import Progress, silent
 
 DTYPE = "bfloat16"
 """The type that engines compute in."""
-FIRST_FP4_SM = 100
-"""The first architecture whose tensor cores multiply 4-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +153,10 @@ def check_formats(recipe: Recipe, sms: tuple[int, ...]) -> None:
     Raises:
         ConfigError: One of them does.
     """
-    if recipe.linear == "nvfp4" and (old := [sm for sm in sms if sm < FIRST_FP4_SM]):
+    if old := [sm for sm in sms if sm < recipe.first_sm]:
         raise ConfigError(
-            f"{architecture_name(old[0])} cannot multiply 4-bit floats, which recipe {recipe.name!r} needs; "
-            f"{architecture_name(FIRST_FP4_SM)} is the first architecture that can. Import the checkpoint with "
+            f"{architecture_name(old[0])} cannot multiply {recipe.linear}, the format of recipe {recipe.name!r}; "
+            f"{architecture_name(recipe.first_sm)} is the first architecture that can. Import the checkpoint with "
             "--recipe w8a8 for this GPU"
         )
 

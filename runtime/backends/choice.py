@@ -54,6 +54,8 @@ def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     sm = architecture(*torch.cuda.get_device_capability())
+    if sm < bundle.recipe.first_sm:
+        return f"sm_{sm} cannot multiply {bundle.recipe.linear}, the format of the bundle's linears"
     if not any(str(sm) in key.get("architectures", "").split() for key in _engine_keys(bundle)):
         command = f"wanforge build {quote(str(bundle.root))} --target sm_{sm}"
         return f"the bundle has no engines for sm_{sm}; build them with: {command}"

@@ -35,6 +35,7 @@ PEAKS = {
     "fp8, fp16 sums": "int8_tops",
     "fp16": "bf16_tflops",
     "bf16": "bf16_tflops",
+    "fp4": "fp4_tflops",
 }
 """Which peak of a `Target` limits which format. Products in float32 (time, head) have no entry, so their bytes alone
 set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both."""
@@ -124,6 +125,8 @@ def peak(target: Target, form: str) -> float:
     Raises:
         ConfigError: The GPU does not have the format.
     """
+    if form == "fp4" and not target.fp4_tflops:
+        form = "bf16"  # the reference, which runs everywhere, multiplies what 4-bit floats represent
     tera: float = getattr(target, PEAKS[form])
     if not tera or (form.startswith("fp8") and not target.fp8_tflops):
         raise ConfigError(f'{target.title} has no {form}; use a recipe with pv = "fp16"')

@@ -125,17 +125,31 @@ class Counter:
         weights = sum(
             stored[graph_run.prefix + name].nbytes for name in graph.weights if graph_run.prefix + name in stored
         )
-        # Some products of 8-bit layers are not in 8 bits. Counted at the 8-bit peak, the result is still a least time.
-        eight_bits = graph_run.graph in ("block", "cross_kv") and self.recipe.linear != "bf16"
-        flops = {"int8" if eight_bits else "bf16": operations(graph, self.sizes)}
+        flops = self._flops(graph)
         read, written = (
             sum(self._bytes(concrete(port.shape, self.sizes), port.dtype) for port in ports)
             for ports in (graph.inputs, graph.outputs)
         )
         return [LaunchCost(graph.name, flops, read + weights, written)]
 
+    def _flops(self, graph: Graph) -> dict[str, int]:
+        """Operations by format. Some products of 8-bit layers are not in 8 bits, and neither is all of attention. Counted
+        at the 8-bit peak, the result is still a least time."""
+        total = operations(graph, self.sizes)
+        if graph.name not in ("block", "cross_kv") or self.recipe.linear == "bf16":
+            return {"bf16": total}
+        rows = self.checked.request.shape.tokens if graph.name == "block" else self.bundle.model.dit.text_rows
+        linears = 2 * rows * fp4_weights(graph)
+        return {"fp4": linears, "int8": total - linears} if linears else {"int8": total}
+
     def _bytes(self, shape: tuple[int, ...], dtype: Any) -> int:
         return torch.Size(shape).numel() * element_type(dtype, COMPUTE).itemsize
+
+
+def fp4_weights(graph: Graph) -> int:
+    """How many 4-bit weights a graph has."""
+    state = graph.owner.state_dict()
+    return sum(2 * state[name].numel() for name in graph.weights if name.endswith(".fp4_weight"))
 
 
 def operations(graph: Graph, sizes: Mapping[str, int]) -> int:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.exporter.checkpoint.sources import (
     BY_ROW,
     DENSE,
+    FP4,
     I2V,
     PATCH,
     T2V,
@@ -30,8 +31,10 @@ from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weights_name
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Sources
-from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.importer import Quantiser, import_checkpoint
+from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
+from wanforge.plugins.nvfp4_linear.reference import global_scale_of, quantise_weight
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.reference.names import aliases
 
@@ -220,6 +223,41 @@ def test_scales_by_row_are_quantised_on_request(
         assert f"{name}.weight" not in found
 
 
+@pytest.mark.parametrize("change", [dict, wider])
+def test_4_bit_weights_are_quantised_on_request(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: Callable[..., Sources],
+    states: dict[str, State],
+    change: Callable[[State], State],
+) -> None:
+    """The global scale is that of the whole weight, although it is quantised in bands of rows."""
+    monkeypatch.setattr(importer, "BAND", 128)
+    source = write_pth(change(states["dit"]), tmp_path)
+    found = load_file(import_checkpoint(T2V, given(dit=source), tmp_path / "out", recipe=FP4).weights("dit"))
+    packed = [name.removesuffix(".fp4_weight") for name in found if name.endswith(".fp4_weight")]
+    assert len(packed) == 10 * T2V.dit.num_layers
+    for name in packed:
+        weight = states["dit"][f"{name}.weight"]
+        scale = global_scale_of(weight.abs().amax())
+        expected = dict(zip(("fp4_weight", "scale"), quantise_weight(weight, scale), strict=True))
+        for part, tensor in {**expected, "global_scale": scale}.items():
+            assert_matches(found[f"{name}.{part}"], tensor, rms=0, name=f"{name}.{part}")
+        assert f"{name}.weight" not in found
+
+
+def test_scales_do_not_depend_on_what_was_written_before(
+    given: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that is resumed may have written the numbers of a weight, but not its scales."""
+    monkeypatch.setattr(importer, "BAND", 128)
+    stored = open_checkpoint(given().weights["dit"])["blocks.0.ffn.0.weight"]
+    whole, resumed = Quantiser(stored, FP4), Quantiser(stored, FP4)
+    assert len(list(whole.bytes_of("fp4_weight"))) == 4
+    for part in ("scale", "global_scale"):
+        assert b"".join(whole.bytes_of(part)) == b"".join(resumed.bytes_of(part))
+
+
 @pytest.mark.parametrize(
     ("part", "sla", "wanted", "expected"),
     [
@@ -230,6 +268,7 @@ def test_scales_by_row_are_quantised_on_request(
         ("dit", False, DENSE, "bf16"),
         ("dit", True, W8A8, "w8a8"),
         ("dit", True, BY_ROW, "w8a8-row"),
+        ("dit", True, FP4, "nvfp4"),
     ],
 )
 def test_recipe_follows_the_file_unless_told(
