@@ -4,7 +4,6 @@ from typing import Literal
 
 from wanforge.configs.loading import Record, load_named
 
-
 FIRST_FP4_SM = 100
 """The first architecture whose tensor cores multiply 4-bit floats."""
 
@@ -37,7 +36,6 @@ class Recipe(Record, frozen=True):
     def rows_per_scale(self) -> int:
         """Number of activation rows that share a scale in the linears; 1 if rows do not affect each other."""
         return self.tile if self.linear == "w8a8" else 1
-
 
     @property
     def first_sm(self) -> int:

@@ -43,8 +43,8 @@ from wanforge.exporter.checkpoint.checks import (
 from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.host import free_disk_bytes
-from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of
+from wanforge.plugins.quantiser import TILE
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import find_tokenizer
@@ -409,7 +409,9 @@ class Quantiser:
     @cached_property
     def global_scale(self) -> Tensor:
         """The global scale of the whole weight, for which all of it is read."""
-        return global_scale_of(torch.stack([chunk.to(torch.bfloat16).abs().amax() for chunk in self.stored.chunks()]).amax())
+        return global_scale_of(
+            torch.stack([chunk.to(torch.bfloat16).abs().amax() for chunk in self.stored.chunks()]).amax()
+        )
 
 
 def check_link(part: Part) -> None:

@@ -87,7 +87,9 @@ def functions() -> list[FunctionProto]:
 
 @cache
 def native_body() -> FunctionProto:
-    """The body that TensorRT compiles to a product of 4-bit floats. It takes the weight as 4-bit floats ``[N, K]`` instead
-    of packed bytes; both have the same memory. A graph contains its nodes instead of calling it, because TensorRT's
-    parser accepts the dequantisations of a function once only."""
+    """The body that TensorRT compiles to a product of 4-bit floats.
+
+    It takes the weight as 4-bit floats ``[N, K]`` instead of packed bytes; both have the same memory. A graph contains
+    its nodes instead of calling it, because TensorRT's parser accepts the dequantisations of a function only once.
+    """
     return function_proto(NVFP4LinearNative)

@@ -1,4 +1,4 @@
-"""What a recipe makes of an unquantised weight: the tensors that take its place, named by the last parts of their names."""
+"""What a recipe makes of an unquantised weight: the tensors that take its place, by the last parts of their names."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = No
 
     Args:
         recipe: One that quantises.
-        global_scale: The global scale of the whole weight, where the recipe has one. By default it is that of these rows.
+        global_scale: The global scale of the whole weight, where the recipe has one; by default, that of these rows.
 
     Returns:
         The parts by name. The global scale is in it where the recipe has one.

@@ -135,6 +135,38 @@ def test_attention_that_is_not_fused_is_caught(bundle: Bundle) -> None:
     assert faults(replace(one, layers=without), record) == ["0 of 1 attentions are fused"]
 
 
+@pytest.fixture
+def fp4_bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
+    rtx()
+    return Bundle.open(Path(shutil.copytree(bundle_of("tiny-t2v", "nvfp4").root, tmp_path / "fp4")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("smaller", [False, True])
+def test_every_4_bit_linear_becomes_a_product_of_4_bit_floats(fp4_bundle: Bundle, smaller: bool) -> None:
+    options = EngineOptions(CLIP, (120, 121), only=("block", "cross_kv"), smaller=smaller)
+    engines = build_engines(fp4_bundle, rtx(), options)
+    assert {engine.graph: engine.faults for engine in engines} == {"cross_kv": [], "block": []}
+    assert {engine.graph: engine.plugins for engine in engines} == {"cross_kv": 0, "block": 1}
+
+
+@pytest.mark.slow
+def test_a_4_bit_linear_that_is_multiplied_otherwise_is_caught(fp4_bundle: Bundle) -> None:
+    ((onnx, record),) = graphs_to_build(fp4_bundle, ["cross_kv"]).items()
+    job = pending_engine(fp4_bundle, rtx(), EngineOptions(CLIP, (120,)), onnx, record).job
+    one = build(rtx(), job, [120])
+    assert faults(one, record) == []
+    without = tuple(
+        replace(layer, inputs=("Float", "BFloat16")) if layer.is_fp4_product else layer for layer in one.layers
+    )
+    assert faults(replace(one, layers=without), record) == ["0 of 2 linears are products of 4-bit floats"]
+
+
+def test_architectures_without_4_bit_floats_are_refused(fp4_bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"sm_89 cannot multiply nvfp4, .* sm_100 is the first .* --recipe w8a8"):
+        build_engines(fp4_bundle, rtx(), EngineOptions(CLIP, (89, 120)))
+
+
 def test_sizes_are_the_clips_and_ranges_of_requests() -> None:
     model, recipe = load_model("tiny-t2v"), load_recipe("w8a8")
     found = {name: str(size) for name, size in named_sizes(model, recipe, CLIP).items()}

@@ -88,3 +88,15 @@ def test_the_14b_denoiser_takes_little_to_compile(bundle: Bundle) -> None:
     bodies, _ = build(bundle, "--target", "rtx5090", "--no-plugins", "--graph", "block", "--graph", "cross_kv")
     assert [engine["plugins"] for engine in bodies["engines"]] == [0, 0]
     assert [engine["faults"] for engine in bodies["engines"]] == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "bundle",
+    [("turbowan2.1-t2v-1.3b-480p", "nvfp4", False), ("turbowan2.1-t2v-14b-720p", "nvfp4", False)],
+    indirect=True,
+    ids=["1.3b", "14b"],
+)
+def test_the_linears_of_published_models_are_products_of_4_bit_floats(bundle: Bundle) -> None:
+    report, _ = build(bundle, "--target", "rtx5090", "--graph", "block")
+    assert [(engine["faults"], engine["plugins"]) for engine in report["engines"]] == [([], 1)]

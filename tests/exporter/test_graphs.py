@@ -240,3 +240,36 @@ def test_polygraphy_opens_the_whole_network(bundle_of: BundleOf) -> None:
     model = onnx_from_path(str(bundle_of("tiny-t2v", "w8a8").path("dit.fp32.onnx")))
     assert "SparseLinearAttention" in {f.name for f in model.functions}
     assert "velocity" in str_from_onnx(model)
+
+
+def test_4_bit_keys_and_values_match_the_reference(bundle_of: BundleOf) -> None:
+    """Both sides get the same inputs, so all of them are rounded alike."""
+    actual, expected, graph = run_both(bundle_of("tiny-t2v", "nvfp4"), "cross_kv", torch.float32)
+    for port, a, e in zip(graph.outputs, actual, expected, strict=True):
+        assert_matches(a, e, TOLERANCE, name=port.name)
+
+
+def test_4_bit_linears_are_nodes_for_onnx_runtime_and_native_ops_for_tensorrt(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "nvfp4")
+    models = {t: onnx.load(str(bundle.path(f"onnx/{t}/block.onnx"))) for t in ("fp32", "bf16")}
+    ours = {t: [node.op_type for node in model.graph.node if node.domain] for t, model in models.items()}
+    assert sorted(ours["fp32"]) == [*["NVFP4Linear"] * 8, "SparseLinearAttention"]
+    # Queries, keys and values have the same input, which is quantised once.
+    assert sorted(ours["bf16"]) == ["SparseLinearAttention", *["TRT_FP4DynamicQuantize"] * 6]
+    inputs = {t: {i.name: i.type.tensor_type for i in model.graph.input} for t, model in models.items()}
+    weight = {t: found["ffn.0.fp4_weight"] for t, found in inputs.items()}
+    shapes = {t: [d.dim_value for d in found.shape.dim] for t, found in weight.items()}
+    assert shapes == {"fp32": [512, 128], "bf16": [512, 256]}
+    assert (weight["fp32"].elem_type, weight["bf16"].elem_type) == (onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT4E2M1)
+    records = {
+        record.dtype: record
+        for record in (*bundle.graphs("float32").values(), *bundle.graphs("bfloat16").values())
+        if record.name == "block"
+    }
+    assert {t: (each.plugin_ops, each.fp4_products) for t, each in records.items()} == {"fp32": (1, 0), "bf16": (1, 8)}
+
+
+def test_every_4_bit_graph_passes_the_checker(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "nvfp4")
+    for name in (name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name):
+        onnx.checker.check_model(str(bundle.path(name)), full_check=True)

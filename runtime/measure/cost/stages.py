@@ -133,8 +133,8 @@ class Counter:
         return [LaunchCost(graph.name, flops, read + weights, written)]
 
     def _flops(self, graph: Graph) -> dict[str, int]:
-        """Operations by format. Some products of 8-bit layers are not in 8 bits, and neither is all of attention. Counted
-        at the 8-bit peak, the result is still a least time."""
+        """Operations by format. Not all products of quantised layers are in 8 bits or fewer, attention to the text for
+        one. Counted at the 8-bit peak, the result is still a least time."""
         total = operations(graph, self.sizes)
         if graph.name not in ("block", "cross_kv") or self.recipe.linear == "bf16":
             return {"bf16": total}

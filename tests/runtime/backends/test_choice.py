@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.runtime.backends import AUTO, BACKENDS, choice
@@ -124,3 +125,12 @@ def test_every_command_uses_the_fastest_for_its_clip(
     done = CliRunner().invoke(cli, [command, str(found.root), "--prompt", "a red kite"])
     assert isinstance(done.exception, ChosenError), done.output
     assert str(done.exception) == "cuda"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_4_bit_linears_need_tensorrt_on_a_gpu_that_multiplies_them(bundle: Bundle) -> None:
+    recipe = load_recipe("nvfp4")
+    other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
+    assert obstacle("cuda", other) == "there are no kernels for 4-bit linears"
+    assert obstacle("trt", other) == "sm_89 cannot multiply nvfp4, the format of the bundle's linears"
+    assert choose_backend(other) == "ort"

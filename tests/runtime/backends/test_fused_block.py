@@ -13,7 +13,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import ShapeError
+from wanforge.errors import ConfigError, ShapeError
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.fused_block import FusedBlock, launches, recipe_for
 from wanforge.runtime.commands.kernels import KernelsOptions
@@ -91,6 +91,11 @@ def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf) -> None:
 def test_without_a_gpu_the_backend_interprets(bundle_of: BundleOf) -> None:
     backend = create_backend("cuda", bundle_of("tiny-t2v", "w8a8"))
     assert (backend.device.type, backend.dtype) == ("cpu", torch.float32)
+
+
+def test_4_bit_linears_have_no_kernels() -> None:
+    with pytest.raises(ConfigError, match="recipe 'nvfp4' has 4-bit linears, and there are no kernels for them; use"):
+        FusedBlock(load_model("tiny-t2v").dit, load_recipe("nvfp4"))
 
 
 def test_fp8_needs_an_architecture_that_has_it() -> None:

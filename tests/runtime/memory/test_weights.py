@@ -79,6 +79,15 @@ def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, st
         read_as(bundle_of("tiny-t2v", "w8a8"), load_recipe(recipe))
 
 
+def test_4_bit_weights_are_computed_as_an_import_computes_them(bundle_of: Callable[[str, str], Bundle]) -> None:
+    read = Weights(read_as(bundle_of("tiny-t2v", "bf16-sla"), load_recipe("nvfp4")))
+    imported = Weights(bundle_of("tiny-t2v", "nvfp4")).component("dit")
+    for part in ("global_scale", "scale", "fp4_weight"):
+        found, expected = read.tensor("dit", f"blocks.1.ffn.2.{part}"), imported[f"blocks.1.ffn.2.{part}"]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert torch.equal(found.float(), expected.float()), part
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 4, 8])
 def test_a_tensor_that_kernels_could_not_read_is_copied(tmp_path: Path, begin: int) -> None:
     path = tmp_path / "odd.safetensors"

@@ -86,6 +86,17 @@ def flipped(name: str) -> Change:
     return change
 
 
+def flipped_row(name: str) -> Change:
+    """Flip the signs of the first row of packed 4-bit weights."""
+
+    def change(weights: dict[str, Tensor]) -> None:
+        weight = weights[name].clone()
+        weight[0] ^= 0x88
+        weights[name] = weight
+
+    return change
+
+
 def doubled(name: str) -> Change:
     return lambda weights: weights.update({name: weights[name] * 2})
 
@@ -112,6 +123,8 @@ def one_fewer(inputs: dict[str, Tensor]) -> None:
         ("w8a8", {"component": "dit", "weights": doubled("blocks.1.norm3.weight")}, 1, "norm3"),
         ("w8a8", {"layer": 1, "inputs": axes_swapped}, 1, "self_attn.attn_op.q"),
         ("w8a8", {"layer": 0, "inputs": one_fewer}, 0, "self_attn.attn_op"),
+        ("nvfp4", {"component": "dit", "weights": flipped_row("blocks.1.self_attn.v.fp4_weight")}, 1, "self_attn.v"),
+        ("nvfp4", {"component": "dit", "weights": doubled("blocks.0.ffn.2.global_scale")}, 0, "ffn.2"),
         ("bf16-sla", {"component": "dit", "weights": flipped("blocks.1.cross_attn.o.weight")}, 1, "cross_attn.o"),
         ("bf16-sla", {"layer": 1, "inputs": one_fewer}, 1, "self_attn.attn_op"),
     ],

@@ -24,6 +24,7 @@ from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.commands import bench as bench_cli
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.baselines import compiled
+from wanforge.runtime.measure.cost.launches import LaunchCost
 from wanforge.runtime.measure.cost.stages import costs_on, operations, stage_costs
 from wanforge.runtime.measure.requests import history, sweep
 from wanforge.runtime.measure.requests.overhead import IdleCuda, host_time
@@ -223,6 +224,18 @@ def test_the_count_of_a_graph_is_that_of_its_products() -> None:
     linears = 2 * tokens * dim * (4 * dim + 2 * dim + 2 * ffn)
     attention = 4 * tokens * tokens * dim + 4 * tokens * rows * dim
     assert operations(graphs(model, recipe)["block"], sizes) == linears + attention
+
+
+def test_4_bit_linears_are_counted_at_their_own_peak(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "nvfp4")
+    checked = Pipeline(bundle, create_backend("torch", bundle)).check(Request(PROMPT, SHAPE, steps=1, topk=1.0))
+    block = next(cost for cost in stage_costs(bundle, checked, bundle.recipe)["step"] if cost.name == "block")
+    dim, ffn = bundle.model.dit.dim, bundle.model.dit.ffn_dim
+    assert block.flops["fp4"] == 2 * SHAPE.tokens * dim * (6 * dim + 2 * ffn)
+    assert set(block.flops) == {"fp4", "int8"}
+    one = LaunchCost("linear", {"fp4": 10**12}, 0, 0)
+    on = {name: one.roofline(load_targets()[name]) for name in ("rtx5090", "rtx4090")}
+    assert on == {"rtx5090": pytest.approx(1 / 1676), "rtx4090": pytest.approx(1 / 165.2)}  # the latter in bf16
 
 
 @pytest.mark.slow
