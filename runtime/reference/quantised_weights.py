@@ -1,11 +1,13 @@
 """What a recipe makes of an unquantised weight: the tensors that take its place, by the last parts of their names."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from wanforge.configs.recipe import Recipe
-from wanforge.plugins.nvfp4_linear.reference import global_scale_of, quantise_weight
-from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.nvfp4_linear import reference as nvfp4
+from wanforge.plugins.quantiser import reference as int8
 
 WEIGHTS = ("int8_weight", "fp4_weight")
 """The numbers, of which 4-bit ones are packed in pairs."""
@@ -35,11 +37,19 @@ def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = No
     rounded = weight_NK.to(torch.bfloat16)
     match recipe.linear:
         case "nvfp4":
-            scale_of_all = global_scale_of(rounded.abs().amax()) if global_scale is None else global_scale
-            packed, scale = quantise_weight(rounded, scale_of_all)
+            scale_of_all = nvfp4.global_scale_of(rounded.abs().amax()) if global_scale is None else global_scale
+            packed, scale = nvfp4.quantise_weight(rounded, scale_of_all)
             return {"fp4_weight": packed, "scale": scale, "global_scale": scale_of_all}
         case "w8a8-row":
-            steps, scale = quantise_rows(rounded)
+            steps, scale = int8.quantise_rows(rounded)
         case _:
-            steps, scale = quantise_tiles(rounded, recipe.tile)
+            steps, scale = int8.quantise_tiles(rounded, recipe.tile)
     return {"int8_weight": steps, "scale": scale}
+
+
+def dequantised(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    """The float32 values that a layer's quantised weight of this name represents."""
+    layer, _, part = name.rpartition(".")
+    if part == "fp4_weight":
+        return nvfp4.dequantise(weights[name], weights[f"{layer}.scale"], weights[f"{layer}.global_scale"])
+    return int8.dequantise(weights[name], weights[f"{layer}.scale"])

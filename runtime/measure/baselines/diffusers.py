@@ -17,13 +17,13 @@ from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
 from wanforge.host import available_bytes
-from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.requirements import install_package
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.reference.dit import patchify, unpatchify
 from wanforge.runtime.reference.names import match_names
+from wanforge.runtime.reference.quantised_weights import WEIGHTS, dequantised
 from wanforge.runtime.reference.vae import latent_statistics
 from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
@@ -118,7 +118,7 @@ def note(recipe: Recipe) -> str:
     if recipe.attention != "dense":
         said.append("dense attention in place of sparse-linear attention, whose linear branch it lacks")
     if recipe.linear != "bf16":
-        said.append("8-bit weights dequantised, activations not rounded")
+        said.append("quantised weights dequantised, activations not rounded")
     if recipe.compat == "upstream":
         said.append("layer norms without upstream's fault")
     return "; ".join(said)
@@ -160,9 +160,7 @@ def load(network: Any, component: str, weights: Mapping[str, Tensor], dtype: tor
     exact: Collection[str] = network._keep_in_fp32_modules or ()
     state = {}
     for name, theirs in names.items():
-        value = weights[name]
-        if value.dtype == torch.int8:
-            value = dequantise(value, weights[f"{name.removesuffix('int8_weight')}scale"])
+        value = dequantised(weights, name) if name.endswith(WEIGHTS) else weights[name]
         kept = torch.float32 if any(part in exact for part in theirs.split(".")) else dtype
         state[theirs] = value.to(kept).reshape(wanted[theirs].shape)
     network.load_state_dict(state, assign=True)

@@ -16,6 +16,7 @@ from wanforge.runtime.backends.arena_backend import TEXT_ROWS
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.reference.quantised_weights import dequantised
 from wanforge.runtime.request import Request
 from wanforge.runtime.schedule import GraphRun
 
@@ -56,6 +57,15 @@ def test_an_8_bit_weight_and_its_scales_are_of_one_draw(bundle: Bundle) -> None:
     values = dequantise(steps, scale)
     assert values.std().item() == pytest.approx(values.shape[1] ** -0.5, rel=0.02)
     assert steps.view(torch.uint8).unique().numel() > 200
+
+
+def test_a_4_bit_weight_and_its_scales_are_of_one_draw(tmp_path: Path) -> None:
+    drawn = DrawnWeights(skeleton(tmp_path, load_model("tiny-t2v"), load_recipe("nvfp4")), CPU)
+    names = [f"ffn.2.{part}" for part in ("fp4_weight", "scale", "global_scale")]
+    found = {name: drawn.of(block("0"), name) for name in reversed(names)}
+    stored = {name: tensor.shape for name, tensor in drawn.component("dit").items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: stored[f"blocks.0.{n}"] for n in names}
+    assert dequantised(found, names[0]).std().item() == pytest.approx(512**-0.5, rel=0.02)
 
 
 def test_a_weight_is_kept(bundle: Bundle) -> None:

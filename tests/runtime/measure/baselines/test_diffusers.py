@@ -2,12 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from torch import Tensor
 
 from tests.numerics import assert_matches
 from wanforge.cli import cli
@@ -15,6 +16,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
+from wanforge.plugins.nvfp4_linear import reference as nvfp4
 from wanforge.requirements import install_package
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.measure.baselines import create_baseline
@@ -66,20 +68,25 @@ def test_every_step_and_frame_is_the_references(bundle_of: BundleOf, picture: Pa
     assert float((apart > 0).float().mean()) < 1e-3
 
 
+def multiplied_out(stored: Mapping[str, Tensor], layer: str) -> Tensor:
+    """The weight that a layer's quantised weight stands for."""
+    if f"{layer}fp4_weight" in stored:
+        return nvfp4.dequantise(*(stored[f"{layer}{part}"] for part in ("fp4_weight", "scale", "global_scale")))
+    steps, scale = (stored[f"{layer}{part}"] for part in ("int8_weight", "scale"))
+    factors = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return steps * factors[: steps.shape[0], : steps.shape[1]]
+
+
 @pytest.mark.slow
-def test_a_quantised_bundle_runs_on_its_weights_multiplied_out(bundle_of: BundleOf) -> None:
-    bundle = bundle_of("tiny-t2v", "w8a8")
+@pytest.mark.parametrize("recipe", ["w8a8", "nvfp4"])
+def test_a_quantised_bundle_runs_on_its_weights_multiplied_out(bundle_of: BundleOf, recipe: str) -> None:
+    bundle = bundle_of("tiny-t2v", recipe)
     stored = Weights(bundle).component("dit")
     with torch.device("meta"):
         dense = DiT(bundle.model.dit, load_recipe("bf16"))
     state = {}
     for name in dense.state_dict():
-        if f"{name.removesuffix('weight')}int8_weight" in stored:
-            steps, scale = (stored[f"{name.removesuffix('weight')}{part}"] for part in ("int8_weight", "scale"))
-            factors = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-            state[name] = steps * factors[: steps.shape[0], : steps.shape[1]]
-        else:
-            state[name] = stored[name]
+        state[name] = stored[name] if name in stored else multiplied_out(stored, name.removesuffix("weight"))
     dense.load_state_dict(state, assign=True)
     pipeline = Pipeline(bundle, create_baseline("diffusers", bundle))
     job = pipeline.check(Request(PROMPT, SHAPE, steps=1, topk=1.0))
@@ -104,7 +111,7 @@ def test_the_report_has_its_row_and_says_what_it_runs(bundle_of: BundleOf) -> No
     said = bench(bundle, "--topk", "1")
     assert "diffusers / torch" in said
     assert "diffusers: transformer and VAE of diffusers" in said
-    for difference in ("text encoder of the reference", "dense attention in place", "8-bit weights dequantised"):
+    for difference in ("text encoder of the reference", "dense attention in place", "quantised weights dequantised"):
         assert difference in said
     plain = json.loads(bench(bundle_of("tiny-t2v", "bf16"), "--json"))
     assert [row["contender"] for row in plain["rows"]] == ["torch", "diffusers"]
