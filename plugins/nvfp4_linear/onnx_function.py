@@ -13,6 +13,7 @@ from onnxscript import opset23 as op
 from onnxscript import script
 from onnxscript.values import Opset
 
+from wanforge.plugins.nvfp4_linear import BLOCK, INPUT_SCALE, LARGEST, LARGEST_SCALE
 from wanforge.plugins.onnx_body import FLOAT, FLOAT8, function_proto, ops
 
 NAME = "NVFP4Linear"
@@ -25,13 +26,13 @@ trt = Opset(NATIVE_DOMAIN, 1)
 
 @script(ops)
 def NVFP4Linear(x, fp4_weight, scale, global_scale, bias):
-    block = op.Constant(value_ints=[16])
+    block = op.Constant(value_ints=[BLOCK])
     keep = op.Constant(value_ints=[0])
     rest = op.Constant(value_ints=[-1])
     last = op.Constant(value_ints=[-1])
     one = op.Constant(value_float=1.0)
-    largest = op.Constant(value_float=6.0)
-    input_scale = op.Constant(value_float=0.25)
+    largest = op.Constant(value_float=LARGEST)
+    input_scale = op.Constant(value_float=INPUT_SCALE)
 
     packed = op.Unsqueeze(fp4_weight, last)
     low = op.BitwiseAnd(packed, op.Cast(op.Constant(value_ints=[15]), to=TensorProto.UINT8))
@@ -47,7 +48,7 @@ def NVFP4Linear(x, fp4_weight, scale, global_scale, bias):
     wide = op.Cast(x, to=FLOAT)
     blocks = op.Reshape(wide, op.Concat(op.Shape(x, start=0, end=-1), rest, block, axis=0))
     amax = op.ReduceMax(op.Abs(blocks), last, keepdims=1)
-    ratio = op.Min(op.Div(amax, op.Mul(input_scale, largest)), op.Constant(value_float=448.0))
+    ratio = op.Min(op.Div(amax, op.Mul(input_scale, largest)), op.Constant(value_float=LARGEST_SCALE))
     narrow = op.Cast(op.Cast(ratio, to=FLOAT8), to=FLOAT)
     factor = op.Where(op.Equal(narrow, op.Constant(value_float=0.0)), one, narrow)
     quotient = op.Div(blocks, op.Mul(factor, input_scale))
@@ -66,13 +67,13 @@ def NVFP4Linear(x, fp4_weight, scale, global_scale, bias):
 
 @script(ops)
 def NVFP4LinearNative(x, fp4_weight, scale, global_scale, bias):
-    input_scale = op.Constant(value_float=0.25)
-    values, value_scale = trt.TRT_FP4DynamicQuantize(x, input_scale, axis=-1, block_size=16, scale_type=FLOAT8)
+    input_scale = op.Constant(value_float=INPUT_SCALE)
+    values, value_scale = trt.TRT_FP4DynamicQuantize(x, input_scale, axis=-1, block_size=BLOCK, scale_type=FLOAT8)
     # 4-bit floats times scales of e4m3 and a power of two fit in bfloat16. The product is then written in it.
     x_factors = op.DequantizeLinear(value_scale, op.Cast(input_scale, to=BFLOAT16))
-    activations = op.DequantizeLinear(values, x_factors, axis=-1, block_size=16)
+    activations = op.DequantizeLinear(values, x_factors, axis=-1, block_size=BLOCK)
     factors = op.DequantizeLinear(scale, op.Cast(op.Constant(value_float=1.0), to=BFLOAT16))
-    dequantised = op.DequantizeLinear(fp4_weight, factors, axis=-1, block_size=16)
+    dequantised = op.DequantizeLinear(fp4_weight, factors, axis=-1, block_size=BLOCK)
     # The weight is transposed with three dimensions: with two, the builder copies it.
     weight = op.Transpose(op.Unsqueeze(dequantised, op.Constant(value_ints=[0])), perm=[0, 2, 1])
     sums = op.Cast(op.MatMul(activations, weight), to=FLOAT)

@@ -9,16 +9,8 @@ Source: ModelOpt, torch/quantization/qtensor/nvfp4_tensor.py (docs/sources.md).
 import torch
 from torch import Tensor
 
-from wanforge.plugins.nvfp4_linear import BLOCK
+from wanforge.plugins.nvfp4_linear import BLOCK, INPUT_SCALE, LARGEST, LARGEST_SCALE
 
-LARGEST = 6.0
-"""The largest 4-bit float."""
-LARGEST_SCALE = 448.0
-"""The largest 8-bit float."""
-INPUT_SCALE = 0.25
-"""The global scale of activations. It is a constant, because a scale that follows the values would need another pass
-over them, and TensorRT's products take no other. Scales have their full precision in blocks whose largest magnitude is
-from 0.023 to 672; those of TinyWan lie between 0.034 and 11.3 (docs/log.md)."""
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the lower three of a number's four bits stand for; the highest is the sign."""
 

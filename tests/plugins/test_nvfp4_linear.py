@@ -11,10 +11,9 @@ from torch import Tensor
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
 from wanforge.errors import ShapeError
-from wanforge.plugins.nvfp4_linear import onnx_function
+from wanforge.plugins.nvfp4_linear import INPUT_SCALE, onnx_function
 from wanforge.plugins.nvfp4_linear.op import nvfp4_linear
 from wanforge.plugins.nvfp4_linear.reference import (
-    INPUT_SCALE,
     dequantise,
     global_scale_of,
     pack,
