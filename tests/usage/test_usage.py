@@ -18,7 +18,7 @@ from wanforge.plugins.tensorrt.library import RTX, installed_version
 
 pytestmark = pytest.mark.slow
 SMALL = ("--frames", "5", "--steps", "1")
-RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row")
+RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row", "nvfp4")
 IMAGE = ("--image", str(ROOT / "docs" / "tinywan.png"))
 
 
@@ -63,7 +63,7 @@ def test_every_recipe_runs_on_every_backend(tmp_path: Path, recipe: str) -> None
     must_succeed(run(("import", "--recipe", recipe, "--out", BUNDLE), tmp_path))
     must_succeed(run((*EXPORT, "--dtype", "fp32"), tmp_path))
     for backend in ("torch", "ort", "cuda"):
-        if (backend, recipe) != ("cuda", "w8a8-row"):
+        if (backend, recipe) not in (("cuda", "w8a8-row"), ("cuda", "nvfp4")):  # slow to interpret; without kernels
             make_and_compare(tmp_path, backend)
 
 
