@@ -43,7 +43,7 @@ def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str 
         case "trt":
             return _trt_obstacle(bundle, clips)
         case "cuda":
-            return _kernels_obstacle(bundle)
+            return _cuda_obstacle(bundle)
         case "ort":
             if not bundle.graphs(torch.float32):
                 return f"the bundle has no fp32 graphs; make them with: {export_command(bundle.root)}"
@@ -78,7 +78,7 @@ def _engine_keys(bundle: Bundle) -> list[dict[str, str]]:
     return [record.key for name, record in bundle.manifest.files.items() if name.startswith(ENGINES)]
 
 
-def _kernels_obstacle(bundle: Bundle) -> str | None:
+def _cuda_obstacle(bundle: Bundle) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU, and interpreted kernels are slow"
     if find_spec("cuda") is None:

@@ -181,9 +181,6 @@ class BlockObserver:
 UNOBSERVED = BlockObserver()
 
 
-NO_FP4 = "there are no kernels for them; use the backend trt on a GPU from sm_100 on, or ort or torch"
-
-
 class FusedBlock:
     """One layer of the denoiser as kernels.
 
@@ -196,7 +193,10 @@ class FusedBlock:
         if recipe.tile != TILE:
             raise ConfigError(f"kernels are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
         if recipe.linear == "nvfp4":
-            raise ConfigError(f"recipe {recipe.name!r} has 4-bit linears, and {NO_FP4}")
+            raise ConfigError(
+                f"recipe {recipe.name!r} has 4-bit linears, and there are no kernels for them; use the backend trt on "
+                "a GPU from sm_100 on, or ort or torch"
+            )
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
 
     def run(

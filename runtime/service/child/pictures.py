@@ -13,7 +13,7 @@ COLUMNS, MOST_TILES, TILE_WIDTH = 4, 16, 160
 THUMBNAIL, SHEET = "thumbnail.webp", "spritesheet.jpg"
 """The files, in the formats that clients of OpenAI's API expect."""
 QUICK = 0
-"""WebP's quickest method; the others take longer than the last frame's way into the video."""
+"""WebP's quickest method, because clients wait for the pictures as well."""
 
 
 class Pictures:
