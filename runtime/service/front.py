@@ -1,5 +1,6 @@
 """The process that `wanforge serve` runs: it answers requests, and keeps a supervisor running. It loads no PyTorch."""
 
+import gc
 import logging
 import signal
 from collections.abc import Callable, Iterator
@@ -76,6 +77,7 @@ class Front:
             self.supervisor.write_settings(self.settings)
             with told_of_signals(self.told):
                 self.supervisor.start()
+                keep_collections_short()
                 try:
                     ready(url_of(self.settings.host, listening.getsockname()[1]))
                     self.server.run([listening])
@@ -119,6 +121,13 @@ class Front:
         self.service.catalogue = catalogue
         self.supervisor.reload()
         log.info("Reloaded keys and bundles.")
+
+
+def keep_collections_short() -> None:
+    """Let the garbage collector skip whatever there is by now, which stays for as long as the server runs. A full
+    collection would look at all of it, and hold up every answer meanwhile."""
+    gc.collect()
+    gc.freeze()
 
 
 def config_of(app: FastAPI, connections: int = MOST_CONNECTIONS) -> uvicorn.Config:
