@@ -7,7 +7,6 @@ from the top of a checkout.
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics

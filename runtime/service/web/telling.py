@@ -9,8 +9,8 @@ from wanforge.runtime.service.store.base import DurationKey
 from wanforge.runtime.service.web.schema import Problem, Video
 from wanforge.runtime.service.web.state import Service
 
-SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 5000
-"""How long clients should wait between two looks, while a job runs and while it is queued."""
+SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 10_000
+"""How long clients should wait between two looks: while a job runs, and at least and at most while it is queued."""
 
 
 def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
@@ -66,13 +66,18 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
     return round(each * (1 + (position or 0) / max(1, service.outlook.makers())), 1)
 
 
-def poll_after_ms(job: Job) -> int:
-    """When a client should look again: sooner or later by a tenth, so that not all come at the same moment."""
+def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
+    """When a client should look again: after a third of the time that a queued job is expected to take yet, or of what
+    it has waited, where nothing is expected; sooner or later by a tenth, so that not all come at the same moment.
+
+    Args:
+        expected_seconds: How long it will take until the job is done.
+    """
     spread = random.uniform(0.9, 1.1)
     if job.state is State.IN_PROGRESS:
         return int(spread * SOON_MS)
-    waited = 1000 * (time.time() - job.created_at)
-    return int(spread * min(LATEST_MS, max(LATER_MS, waited / 10)))
+    seconds = time.time() - job.created_at if expected_seconds is None else expected_seconds
+    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds / 3)))
 
 
 def whole(seconds: float | None) -> int | None:

@@ -76,8 +76,9 @@ async def create(
         picture = await body.picture_of(service, wanted.input_reference)
     thread = service.in_thread if picture is None else service.in_own_thread
     job = await thread(submit, service, caller, wanted, picture, key, traceparent)
-    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
-    return await service.in_thread(told, service, job)
+    video = await service.in_thread(told, service, job)
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job, video.estimated_seconds))
+    return video
 
 
 def marked(key: str, wanted: VideoRequest, picture: bytes | None) -> Idempotency:
@@ -139,7 +140,7 @@ async def retrieve(request: Request, response: Response, video_id: JobId, caller
     """A video as it is now. The header `openai-poll-after-ms` says when it is worth looking again."""
     service = service_of(request)
     job, video = await service.reading(looked_at, service, caller, video_id)
-    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job))
+    response.headers["openai-poll-after-ms"] = str(poll_after_ms(job, video.estimated_seconds))
     return video
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.runtime.service.served import MADE, Rig
 from wanforge.runtime.service.job import Failure, Submission
+from wanforge.runtime.service.web.telling import poll_after_ms
 
 
 @pytest.fixture
@@ -50,6 +51,20 @@ def test_clients_that_came_together_are_asked_to_come_back_at_different_times(ri
     asked = [int(rig.client.get(path).headers["openai-poll-after-ms"]) for _ in range(20)]
     assert len(set(asked)) > 3
     assert all(900 <= each <= 1100 for each in asked)
+
+
+@pytest.mark.parametrize(("expected", "asked"), [(0.3, 1.0), (6.0, 2.0), (24.0, 8.0), (600.0, 10.0)])
+def test_a_client_is_asked_to_come_back_after_a_third_of_what_is_expected(
+    rig: Rig, expected: float, asked: float
+) -> None:
+    queued = rig.store.get(rig.submit()["id"])
+    assert queued is not None
+    assert poll_after_ms(queued, expected) == pytest.approx(1000 * asked, rel=0.11)
+
+
+def test_a_client_of_a_job_that_runs_is_asked_to_come_back_soon(rig: Rig) -> None:
+    rig.submit()
+    assert poll_after_ms(rig.claim(), 600.0) == pytest.approx(500, rel=0.11)
 
 
 def test_a_job_of_a_newer_version_is_told_of_as_far_as_it_is_known(rig: Rig) -> None:
