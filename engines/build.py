@@ -16,7 +16,7 @@ from wanforge.engines.files import engine_key, engine_name, inputs_of, is_curren
 from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
 from wanforge.errors import BundleError, ConfigError, ResourceError, WanforgeError
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.plugins.tensorrt.library import TENSORRT, Flavour, Library
 from wanforge.progress import Progress, silent

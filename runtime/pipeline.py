@@ -17,7 +17,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
 from wanforge.errors import ResourceError
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend

@@ -42,7 +42,7 @@ from wanforge.exporter.checkpoint.checks import (
 )
 from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
-from wanforge.host import free_disk_bytes
+from wanforge.host.capacity import free_disk_bytes
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of
 from wanforge.plugins.quantiser import TILE
 from wanforge.progress import ByteCount, Progress, silent

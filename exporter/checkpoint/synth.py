@@ -26,7 +26,7 @@ from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
-from wanforge.host import free_disk_bytes
+from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.whole_file import temporary_file, write_atomically

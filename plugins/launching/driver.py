@@ -4,6 +4,7 @@ The parameters of launches are packed when their kernels are loaded. To run them
 operation for all, and the driver is given pointers to the parameters, which it copies.
 """
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 
 from wanforge.configs.targets import architecture
 from wanforge.errors import ResourceError, ShapeError
+from wanforge.host.library_errors import OUT_OF_MEMORY, gpu_failed, out_of_memory
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, folders, source_hash
 from wanforge.plugins.launching.launch import ALIGNMENT, Launch, Specialisation
 from wanforge.plugins.launching.plan import Address, PlannedLaunch
@@ -31,6 +33,12 @@ SCALARS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
 
 WORD = 8
 """Bytes from one packed parameter to the next: the size of the largest."""
+
+FAILED_KERNEL = re.compile(
+    "ILLEGAL_ADDRESS|ILLEGAL_INSTRUCTION|MISALIGNED_ADDRESS|INVALID_ADDRESS_SPACE|INVALID_PC|HARDWARE_STACK_ERROR|"
+    "LAUNCH_FAILED|LAUNCH_TIMEOUT|ASSERT|ECC_UNCORRECTABLE|CONTAINED"
+)
+"""The driver's errors that a kernel causes while it runs. They come back from whatever is called next."""
 
 SCRATCH = 2
 """The number of null pointers that follow the parameters of every kernel."""
@@ -133,9 +141,19 @@ class Driver:
             self._checked(cuda.cuCtxPopCurrent())
 
     def _checked(self, answer: tuple[Any, ...]) -> Any:
-        """Return the value of a driver call, or raise if the call failed."""
+        """Return the value of a driver call.
+
+        Raises:
+            GpuError: A kernel has failed, this one or one that was launched before.
+            ResourceError: Memory ran out, or the driver refuses something.
+        """
         if answer[0] != self.cuda.CUresult.CUDA_SUCCESS:
-            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {answer[0].name}")
+            name = answer[0].name
+            if OUT_OF_MEMORY.search(name):
+                raise out_of_memory(name)
+            if FAILED_KERNEL.search(name):
+                raise gpu_failed(name)
+            raise ResourceError(f"the CUDA driver refused to load or launch a kernel: {name}")
         return answer[1] if len(answer) > 1 else None
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.remedies import export_command, remedy
-from wanforge.errors import OUT_OF_MEMORY, BundleError
+from wanforge.errors import BundleError
+from wanforge.host.library_errors import OUT_OF_MEMORY
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
 from wanforge.runtime.backends.taps import ATTENTION, Taps

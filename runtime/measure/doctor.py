@@ -15,7 +15,7 @@ from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.build_process import build_apart
 from wanforge.engines.builder import BuildJob
 from wanforge.errors import ResourceError, WanforgeError
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.tensorrt.library import RTX, TENSORRT, Flavour, open_library
 from wanforge.requirements import install_extra, install_package

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from wanforge.errors import WanforgeError
-from wanforge.host import available_bytes, free_disk_bytes
+from wanforge.host.capacity import available_bytes, free_disk_bytes
 from wanforge.runtime.measure.durations import Expectation, Work, expect
 
 

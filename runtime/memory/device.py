@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 
 Event = Any
 Work = Callable[[], None]

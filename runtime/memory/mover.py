@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.runtime.memory.device import Device, Event
 from wanforge.runtime.memory.residency import Group, GroupName
 

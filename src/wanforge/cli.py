@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from wanforge.errors import WanforgeError, memory_errors, message_of, unknown_name
+from wanforge.errors import WanforgeError, message_of, unknown_name
+from wanforge.host.library_errors import library_errors
 from wanforge.interrupts import SAID, Interrupted, end, ended_by_signals, exit_code
 from wanforge.logs import ROOT, Console
 from wanforge.requirements import install_package
@@ -133,7 +134,7 @@ class LazyCommands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         with console_of(ctx), failures():
             try:
-                with memory_errors():
+                with library_errors():
                     return super().invoke(ctx)
             except KeyboardInterrupt as interrupt:
                 raise click.Abort from interrupt

@@ -6,20 +6,17 @@
     ├── BundleError        a bundle: incomplete, damaged, stale
     ├── RequestError       one generation request: prompt, image, steps, top-k
     ├── ShapeError         tensors handed to an op or a module
-    └── ResourceError      this machine: disk, memory, a package that is not installed
+    ├── ResourceError      this machine: disk, memory, a package that is not installed
+    └── GpuError           an error of the GPU, after which the process cannot use it any more
 
 The command line prints them without a traceback and exits with 1; click's usage errors exit with 2.
 """
 
 import errno
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-
-OUT_OF_MEMORY = re.compile(r"(?i)(can't|cannot|failed to) allocate memory|bad.?alloc|out of memory|can't start.*thread")
-"""How PyTorch, ONNX Runtime and Python word a failed allocation, for which they have no exception type."""
 
 
 class WanforgeError(Exception):
@@ -53,6 +50,10 @@ class ResourceError(WanforgeError):
     """This machine lacks disk, memory or a package."""
 
 
+class GpuError(WanforgeError):
+    """The GPU reported an error. The process cannot use it any more."""
+
+
 def join_names(names: Sequence[str]) -> str:
     """Names for a message: the first few, and how many more there are."""
     shown = ", ".join(names[:6])
@@ -64,27 +65,6 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     near = get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {kind} is called {name!r}; {hint}known: {', '.join(known)}"
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn the out-of-memory errors of every library into a `ResourceError`."""
-    try:
-        yield
-    except (MemoryError, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
-            raise
-        raise _out_of_memory(str(error)) from error
-    except Exception as error:
-        of_a_library = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
-        if not of_a_library or (found := OUT_OF_MEMORY.search(str(error))) is None:
-            raise
-        raise _out_of_memory(str(error)[found.start() :]) from error
-
-
-def _out_of_memory(reason: str) -> ResourceError:
-    said = f" ({reason[:120].strip()})" if reason else ""
-    return ResourceError(f"memory ran out{said}; free some, or ask for a smaller or shorter clip")
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.onnx_runner import run_model
-from wanforge.errors import RequestError, ResourceError, memory_errors, message_of, naming
+from wanforge.errors import GpuError, RequestError, ResourceError, message_of, naming
 from wanforge.exporter.onnx_model import onnx_model
+from wanforge.host.library_errors import library_errors
 
 HUGE = 1 << 58
 
@@ -44,8 +45,31 @@ ALLOCATIONS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids=ALLOCATIONS)
 def test_memory_that_runs_out_is_one_error(allocate: Callable[[], object]) -> None:
-    with pytest.raises(ResourceError, match=r"memory ran out.*; free some"), memory_errors():
+    with pytest.raises(ResourceError, match=r"memory ran out.*; free some"), library_errors():
         allocate()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported asynchronously",
+        "cudaErrorMisalignedAddress",
+        "uncorrectable ECC error encountered",
+    ],
+)
+def test_an_error_of_the_gpu_is_one_line_that_says_what_to_do(said: str) -> None:
+    with pytest.raises(GpuError, match="run the command again") as caught, library_errors():
+        raise RuntimeError(said)
+    assert said.partition("\n")[0] in str(caught.value)
+    assert "asynchronously" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA out of memory. Tried to allocate 20 GiB", "CUDA error: out of memory", "cudaErrorMemoryAllocation"]
+)
+def test_memory_of_the_gpu_that_runs_out_is_the_same_error(said: str) -> None:
+    with pytest.raises(ResourceError, match="memory ran out"), library_errors():
+        raise RuntimeError(said)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +84,7 @@ def test_memory_that_runs_out_is_one_error(allocate: Callable[[], object]) -> No
     ids=repr,
 )
 def test_other_errors_pass_as_they_are(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, memory_errors():
+    with pytest.raises(type(error)) as caught, library_errors():
         raise error
     assert caught.value is error
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from wanforge import host
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.host import available_bytes, control_group_bytes
+from wanforge.host import capacity
+from wanforge.host.capacity import available_bytes, control_group_bytes
 from wanforge.runtime.memory.estimate import needed_bytes
 
 V2, V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -27,8 +27,8 @@ def make_group(folder: Path, names: tuple[str, str], limit: object, used: int, s
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with 1000 bytes free, whose control groups are temporary folders."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 1000})())
-    monkeypatch.setattr(host, "CONTROL_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(capacity, "CONTROL_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(capacity, "MEMBERSHIP", tmp_path / "membership")
     return tmp_path
 
 

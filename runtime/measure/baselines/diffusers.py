@@ -16,7 +16,7 @@ from wanforge.configs.model import HEAD_DIM, DiTConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import ResourceError
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.requirements import install_package
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host

@@ -5,22 +5,17 @@ import re
 from typing import NamedTuple
 
 from wanforge.errors import (
-    OUT_OF_MEMORY,
     BundleError,
     ConfigError,
+    GpuError,
     RequestError,
     ResourceError,
     WanforgeError,
     message_of,
 )
+from wanforge.host.library_errors import GPU_FAILED, OUT_OF_MEMORY, is_of_a_library
 from wanforge.runtime.service.job import Failure
 
-GPU_FAILED = re.compile(
-    r"illegal (memory access|instruction|address)|misaligned address|device-side assert|unspecified launch failure|"
-    r"uncorrectable ECC|CUDA error|cudaError|CUDA_ERROR",
-    re.IGNORECASE,
-)
-"""How libraries word errors after which a process cannot use its GPU any more."""
 PATH = re.compile(r"""(?<![\w.~/:])['"]?/[^\s'",;:()]+['"]?""")
 """An absolute path."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,7 +47,7 @@ def failure_of(error: BaseException) -> Verdict:
     if _is_of_memory(error):
         message = "memory ran out; ask for a smaller or shorter clip, or for fewer at once"
         return Verdict(Failure("out_of_memory", message), True)
-    if _is_of_a_library(error) and GPU_FAILED.search(said):
+    if isinstance(error, GpuError) or (is_of_a_library(error) and GPU_FAILED.search(said)):
         message = "the GPU reported an error, and its worker was started anew; try again"
         return Verdict(Failure("gpu_failed", message), True)
     if isinstance(error, RequestError | ConfigError):
@@ -77,8 +72,4 @@ def _is_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, here or in the video encoder."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    return (_is_of_a_library(error) or isinstance(error, ResourceError)) and bool(OUT_OF_MEMORY.search(str(error)))
-
-
-def _is_of_a_library(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return (is_of_a_library(error) or isinstance(error, ResourceError)) and bool(OUT_OF_MEMORY.search(str(error)))

@@ -13,7 +13,7 @@ from PIL import Image
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, WanforgeError, message_of
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.progress import Overall
 from wanforge.runtime.inputs.embeddings import Embeddings
 from wanforge.runtime.measure.cost.shares import stage_shares

@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from tests.launches import NotingDriver
-from wanforge.errors import ResourceError, ShapeError
+from wanforge.errors import GpuError, ResourceError, ShapeError
 from wanforge.plugins.launching import cubins
 from wanforge.plugins.launching import driver as driver_module
 from wanforge.plugins.launching.call import Kernel
@@ -321,3 +322,23 @@ def test_what_the_driver_refuses_is_named_and_the_context_restored(driver: Drive
     driver.cuda.cuLaunchKernel = lambda *arguments: (Status(),)
     with pytest.raises(ResourceError, match="CUDA_ERROR_NO_BINARY_FOR_GPU"):
         driver.launch(LoadedKernel("function", (), 32, 0), (1, 1, 1), 4096, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("CUDA_ERROR_ILLEGAL_ADDRESS", GpuError, "cannot use it any more"),
+        ("CUDA_ERROR_LAUNCH_FAILED", GpuError, "cannot use it any more"),
+        ("CUDA_ERROR_ECC_UNCORRECTABLE", GpuError, "cannot use it any more"),
+        ("CUDA_ERROR_OUT_OF_MEMORY", ResourceError, "memory ran out"),
+        ("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", ResourceError, "refused"),
+    ],
+)
+def test_what_a_kernel_has_done_is_told_apart_from_what_is_refused(
+    driver: Driver, name: str, kind: type[Exception], said: str
+) -> None:
+    status = SimpleNamespace(name=name)
+    driver.cuda.cuLaunchKernel = lambda *arguments: (status,)
+    with pytest.raises(kind, match=said) as caught:
+        driver.launch(LoadedKernel("function", (), 32, 0), (1, 1, 1), 4096, 0)
+    assert name in str(caught.value)

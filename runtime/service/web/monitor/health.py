@@ -6,7 +6,7 @@ from shutil import disk_usage
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from wanforge.host import available_bytes
+from wanforge.host.capacity import available_bytes
 from wanforge.runtime.service.web.access import Admin
 from wanforge.runtime.service.web.monitor.figures import figures
 from wanforge.runtime.service.web.schema import Ready, WorkerHealth

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
+from wanforge.host.library_errors import gpu_failed, out_of_memory
 from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.workers.breaker import Breaker
@@ -39,6 +40,8 @@ from wanforge.runtime.service.workers.status import (
         (ResourceError("the encoder ffmpeg cannot be started (Cannot allocate memory)"), "out_of_memory", True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory", True),
         (RuntimeError("CUDA error: device-side assert triggered"), "gpu_failed", True),
+        (gpu_failed("CUDA_ERROR_ILLEGAL_ADDRESS"), "gpu_failed", True),
+        (out_of_memory("CUDA_ERROR_OUT_OF_MEMORY"), "out_of_memory", True),
         (ValueError("an illegal memory access"), "internal_error", False),
         (KeyError("secret"), "internal_error", False),
     ],
