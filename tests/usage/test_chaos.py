@@ -22,7 +22,7 @@ VAE = "weights/vae.safetensors"
 
 @pytest.mark.slow
 def test_what_a_killed_command_leaves_can_be_mended() -> None:
-    words = [sys.executable, "-m", "tests.usage.chaos", "--trials", "6", "--seed", "5", "--only", "export"]
+    words = [sys.executable, "-m", "tests.usage.chaos", "--trials", "3", "--seed", "5", "--only", "export"]
     ended = subprocess.run(words, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
