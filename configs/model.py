@@ -19,6 +19,7 @@ from wanforge.configs.loading import (
     Record,
     load_named,
 )
+from wanforge.configs.sampler import SamplerConfig
 
 HEAD_DIM = 128
 """Channels per attention head: the same in every Wan model, and the size that the kernels are written for."""
@@ -74,15 +75,6 @@ class TextEncoderConfig(Record, frozen=True):
                 f"max_distance is {self.max_distance}, but it must be more than {self.num_buckets // 4}, a quarter of "
                 "num_buckets"
             )
-
-
-class SamplerConfig(Record, frozen=True):
-    """rCM sampling. Source: TurboDiffusion, inference/wan2.1_t2v_infer.py and wan2.2_i2v_infer.py (docs/sources.md)."""
-
-    steps: Annotated[int, Meta(ge=1, le=4)] = 4
-    sigma_max: Positive = 80.0
-    boundary: Fraction | None = None
-    """Rectified-flow time below which the low-noise expert takes over; None if there is only one denoiser."""
 
 
 class VideoConfig(Record, frozen=True):
@@ -141,14 +133,14 @@ class ModelConfig(Record, frozen=True):
             raise ValueError(
                 f"text_encoder.dim is {self.text_encoder.dim} but the denoiser expects {self.dit.text_dim}"
             )
-        if ("{expert}" in self.checkpoint) != (self.sampler.boundary is not None):
-            raise ValueError("checkpoint must contain {expert} if, and only if, sampler.boundary is set")
+        if ("{expert}" in self.checkpoint) != self.sampler.has_experts:
+            raise ValueError("checkpoint must contain {expert} if, and only if, sampler.boundary or low_from is set")
         latent_frames(self.video.frames)
 
     @property
     def experts(self) -> tuple[str, ...]:
         """Names of the denoisers in the order of use: one without a name, or ``high`` then ``low``."""
-        return ("",) if self.sampler.boundary is None else ("high", "low")
+        return ("high", "low") if self.sampler.has_experts else ("",)
 
 
 def load_model(name: str) -> ModelConfig:

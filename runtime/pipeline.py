@@ -156,7 +156,7 @@ class Pipeline:
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
             noise = (each.to(self.backend.device) for each in self.noise(checked))
-            return sample(denoiser, checked.steps, noise, ode=checked.request.ode).cpu()
+            return sample(denoiser, checked.trajectory, noise).cpu()
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
         """Embed the prompt, encode the image, and compute whatever the steps share."""

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import msgspec
+
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.configs.sampler import SamplerConfig, Update
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.steps import Step, schedule
+from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,17 +32,18 @@ latents to pixels; pixels to the host; waiting for the encoder, which works whil
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for. If `steps`, `sigma_max` or `topk` is None, the model's default applies.
+    """What a user asks for. What is None is the model's default.
 
     Attributes:
         prompt: What the clip shows, in English for these models.
         shape: Size and length of the clip.
         image: The first frame, for image-to-video models: a file or a picture.
         seed: Seed of the noise.
-        steps: Number of steps, 1 to 4.
-        sigma_max: Noise level of the first step.
+        steps: Number of steps.
+        sigma_max: Noise level of the first step, for models whose times follow from it.
         topk: Share of the key blocks that attention sees.
-        ode: Whether to follow the flow without fresh noise between the steps.
+        times: Times of the steps, as in `SamplerConfig`.
+        update: How one step leads to the next, as there.
         noise: A file to read the noise from, instead of generating it from the seed.
     """
 
@@ -50,7 +54,8 @@ class Request:
     steps: int | None = None
     sigma_max: float | None = None
     topk: float | None = None
-    ode: bool = False
+    times: tuple[float, ...] | None = None
+    update: Update | None = None
     noise: Path | None = None
 
 
@@ -95,19 +100,24 @@ class CheckedRequest:
 
     Attributes:
         ids: Token ids of the prompt.
-        steps: Times of the sampler's steps, and the expert of each.
+        trajectory: The sampler's steps.
         num_selected: Number of key blocks that each query block attends to.
     """
 
     request: Request
     ids: list[int]
-    steps: list[Step]
+    trajectory: Trajectory
     num_selected: int
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps, with the time and the expert of each."""
+        return self.trajectory.steps
 
     @property
     def noise_names(self) -> list[str]:
         """Names of its noise tensors in a noise file, in the order of use."""
-        return ["initial"] if self.request.ode else noise_names(len(self.steps))
+        return noise_names(len(self.steps))[: self.trajectory.draws]
 
 
 def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenizer: Tokenizer) -> CheckedRequest:
@@ -124,12 +134,9 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
         ids = tokenizer.encode(request.prompt, model.dit.text_rows)
     with concerning("topk"):
         selected = _num_selected(request, model, recipe)
-    sampler = model.sampler
-    num_steps = sampler.steps if request.steps is None else request.steps
-    sigma_max = sampler.sigma_max if request.sigma_max is None else request.sigma_max
     with concerning("steps"):
-        steps = schedule(num_steps, sigma_max, sampler.boundary)
-    checked = CheckedRequest(request, ids, steps, selected)
+        way = trajectory(_sampler(request, model), request.steps, request.times, request.update)
+    checked = CheckedRequest(request, ids, way, selected)
     if request.noise is not None:
         check_noise(request.noise, latent_shape(model, request.shape), checked.noise_names)
     return checked
@@ -144,6 +151,15 @@ def concerning(field: str) -> Iterator[None]:
     except WanforgeError as error:
         error.field = error.field or field
         raise
+
+
+def _sampler(request: Request, model: ModelConfig) -> SamplerConfig:
+    """The model's sampler with the noise level of a request."""
+    if request.sigma_max is None:
+        return model.sampler
+    if model.sampler.times or request.times:
+        raise RequestError("sigma_max means nothing where the times of the steps are given; leave it out")
+    return msgspec.structs.replace(model.sampler, sigma_max=request.sigma_max)
 
 
 def _num_selected(request: Request, model: ModelConfig, recipe: Recipe) -> int:

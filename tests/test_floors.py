@@ -33,7 +33,7 @@ DOOR = ["__main__", "cli", "api", "wanforge"]
 ROOMS = [
     *(f"wanforge.{name}" for name in GROUND),
     "wanforge.configs.loading",
-    "wanforge.configs.clip",
+    "wanforge.configs.clip wanforge.configs.sampler",
     "wanforge.configs.model wanforge.configs.recipe wanforge.configs.targets wanforge.configs.tiles",
     "wanforge.configs",
     "wanforge.plugins.child_process",

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from wanforge.configs.clip import ClipShape
+from wanforge.configs.sampler import Update
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError, message_of
 from wanforge.progress import Overall
@@ -64,7 +65,8 @@ class GenerateOptions(ClipOptions):
     sigma_max: float | None
     seed: int
     samples: int
-    ode: bool
+    times: tuple[float, ...]
+    update: Update | None
     noise: Path | None
     save_noise: Path | None
     backend: str
@@ -114,9 +116,7 @@ class Order:
     help="Video file to write. Several videos are numbered.",
 )
 @CLIP
-@click.option(
-    "--adaptive", is_flag=True, help="Take the aspect ratio from the image, and the area from the resolution."
-)
+@click.option("--adaptive", is_flag=True, help="Take the aspect ratio from the image, the area from the resolution.")
 @click.option("--sigma-max", type=Finite(), help="Noise level of the first step.  [default: the model's own]")
 @click.option(
     "--seed",
@@ -126,7 +126,8 @@ class Order:
     help="Seed of the first sample. Each further sample uses the next seed.",
 )
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Number of videos per prompt.")
-@click.option("--ode", is_flag=True, help="Follow the flow without adding fresh noise between the steps.")
+@click.option("--time", "times", type=Finite(), multiple=True, help="Time of a step, 1 to 0; once per step, in order.")
+@click.option("--update", type=click.Choice(get_args(Update)), help="Renew the noise at each step, or follow the flow.")
 @click.option("--noise", type=FILE, help="Read the noise from this file instead of drawing it from the seed.")
 @click.option(
     "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
@@ -312,7 +313,8 @@ def request_of(options: GenerateOptions, prompt: str, shape: ClipShape, image: P
         steps=options.steps,
         sigma_max=options.sigma_max,
         topk=options.topk,
-        ode=options.ode,
+        times=options.times or None,
+        update=options.update,
         noise=options.noise,
     )
 

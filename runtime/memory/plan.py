@@ -29,8 +29,7 @@ from wanforge.errors import ResourceError
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
 from wanforge.runtime.memory.weights import specs
-from wanforge.runtime.reference.steps import MAX_STEPS
-from wanforge.runtime.reference.steps import schedule as sampler_steps
+from wanforge.runtime.reference.steps import trajectory
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
 
 RESERVE = 1_000_000_000
@@ -150,8 +149,7 @@ def request_schedules(
 ) -> list[Schedule]:
     """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block."""
     most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}
-    steps = sampler_steps(MAX_STEPS, model.sampler.sigma_max, model.sampler.boundary)
-    experts = [step.expert for step in steps]
+    experts = [step.expert for step in trajectory(model.sampler, model.sampler.most_steps).steps]
     denoise = denoise_schedule(
         model, graphs, clip, experts, context_rows=most["context_rows"], num_selected=most["num_selected"]
     )

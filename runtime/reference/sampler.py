@@ -1,4 +1,4 @@
-"""rCM sampling: from noise to latents in one to four steps.
+"""Sampling: from noise to latents in a few steps.
 
 The state is float64. The network gets it in the compute type, with a timestep rounded to bfloat16.
 
@@ -11,28 +11,26 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from wanforge.runtime.reference.steps import Step
+from wanforge.runtime.reference.steps import Step, Trajectory
 
 Denoiser = Callable[[Tensor, Step], Tensor]
 """``(latents, step) -> velocity``: latents in float64, the velocity in their shape and any float type."""
 
 
-def sample(denoise: Denoiser, steps: list[Step], noise: Iterator[Tensor], *, ode: bool = False) -> Tensor:
-    """Run a denoiser over a schedule.
+def sample(denoise: Denoiser, trajectory: Trajectory, noise: Iterator[Tensor]) -> Tensor:
+    """Follow a trajectory.
 
     Args:
         denoise: The denoiser, called once per step.
-        noise: Standard normal float32 tensors of the latents' shape: one to start from and, without `ode`, one per
-            step (the last one is drawn, but multiplied by zero).
-        ode: Whether to follow the flow without fresh noise.
+        noise: Standard normal float32 tensors of the latents' shape, as many as `Trajectory.draws`.
 
     Returns:
         The clean latents in float64.
     """
-    latents = next(noise).double() * steps[0].time
-    for step in steps:
+    latents = next(noise).double() * trajectory.start
+    for step in trajectory.steps:
         velocity = denoise(latents, step).double()
-        if ode:
+        if trajectory.update == "euler":
             latents = latents - (step.time - step.next_time) * velocity
         else:
             # The product of time and noise is computed in float32, as upstream does.

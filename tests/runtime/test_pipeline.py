@@ -82,7 +82,7 @@ def test_steps_top_k_and_ode_change_the_result(pipeline: Pipeline) -> None:
         return pipeline.latents(job, Timings())
 
     base = latents()
-    for options in ({"steps": 2}, {"topk": 1.0}, {"ode": True}, {"sigma_max": 1600.0}):
+    for options in ({"steps": 2}, {"topk": 1.0}, {"update": "euler"}, {"sigma_max": 1600.0}):
         assert not torch.equal(latents(**options), base), options
 
 

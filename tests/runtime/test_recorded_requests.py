@@ -11,12 +11,13 @@ from tests import golden
 from tests.numerics import assert_matches
 from wanforge.configs.model import DiTConfig, TextEncoderConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.configs.sampler import SamplerConfig
 from wanforge.configs.topk import num_selected_of
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.runtime.inputs.condition import condition, to_pixels
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.sampler import sample
-from wanforge.runtime.reference.steps import Step, schedule
+from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
 from wanforge.runtime.reference.text_encoder import TextEncoder, pad_rows
 from wanforge.runtime.reference.vae import VAE
 
@@ -89,9 +90,15 @@ def block_maps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return maps
 
 
+def trajectory_of(arguments: dict[str, Any]) -> Trajectory:
+    """The trajectory of a recorded request."""
+    sampler = SamplerConfig(sigma_max=arguments["sigma_max"], boundary=arguments.get("boundary"))
+    return trajectory(sampler, arguments["num_steps"])
+
+
 def test_steps_take_upstreams_states_to_upstreams_velocities(case: golden.Case, block_maps: list[Tensor]) -> None:
     arguments, nets = case.arguments, denoisers(case)
-    steps = schedule(arguments["num_steps"], arguments["sigma_max"], arguments.get("boundary"))
+    steps = trajectory_of(arguments).steps
     assert [step.time for step in steps] == case["output:t_steps_f64"].tolist()[:-1]
     selected = num_selected_of(arguments["sla_topk"], -(-arguments["tokens"] // 64))
     for step in steps:
@@ -111,9 +118,9 @@ def test_a_free_run_ends_at_upstreams_latents(case: golden.Case) -> None:
         timestep = torch.tensor([step.timestep])
         return nets[step.expert](conditioned(latents, case), timestep, text, num_selected=selected)
 
-    steps = schedule(arguments["num_steps"], arguments["sigma_max"], arguments.get("boundary"))
-    fresh = [case.tensors.get(f"input:noise_step{i}", case["input:init_noise"]) for i in range(len(steps))]
-    final = sample(denoise, steps, iter([case["input:init_noise"], *fresh]))
+    way = trajectory_of(arguments)
+    fresh = [case.tensors.get(f"input:noise_step{i}", case["input:init_noise"]) for i in range(len(way.steps))]
+    final = sample(denoise, way, iter([case["input:init_noise"], *fresh]))
     assert_matches(final, case["output:x_final_f64"], 3e-2)
 
 

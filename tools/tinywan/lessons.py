@@ -21,7 +21,7 @@ from tools.tinywan.latents import Pool, centre, middle, nearest_window, window
 from tools.tinywan.networks import Network, token_ids
 from tools.tinywan.scenes import caption
 from wanforge.configs.model import ModelConfig
-from wanforge.runtime.reference.steps import TIMESTEP_SCALE, network_timestep, schedule
+from wanforge.runtime.reference.steps import TIMESTEP_SCALE, network_timestep, trajectory
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function from latents, the times given to the network and embedded prompts to the velocity."""
@@ -34,7 +34,7 @@ FOREGROUND = 4.0
 
 def state_times(model: ModelConfig) -> list[float]:
     """The times at which the sampler evaluates the network."""
-    return [step.time for step in schedule(STEPS, model.sampler.sigma_max)]
+    return [step.time for step in trajectory(model.sampler, STEPS).steps]
 
 
 def told_times(times_B: Tensor) -> Tensor:

@@ -314,7 +314,7 @@ class _Run:
             self.step = None
             return velocities[-1]
 
-        latents = sample(observed, checked.steps, pipeline.noise(checked), ode=checked.request.ode)
+        latents = sample(observed, checked.trajectory, pipeline.noise(checked))
         frames = torch.stack(list(pipeline.frames(latents, checked.request.shape, Timings(), self.progress)))
         return states, velocities, frames
 

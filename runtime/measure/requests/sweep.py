@@ -17,6 +17,7 @@ import torch
 from wanforge.configs.clip import ClipShape, size_of
 from wanforge.configs.loading import explained
 from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.configs.sampler import RCM_STEPS
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
 from wanforge.progress import Progress, silent
@@ -28,7 +29,6 @@ from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts, m
 from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.measure.requests.timing import one_run
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.reference.steps import MAX_STEPS
 from wanforge.runtime.request import Request
 from wanforge.whole_file import temporary_folder
 
@@ -82,7 +82,7 @@ def set_recipe(setting: Setting, value: str) -> Setting:
 
 PARAMETERS = {
     "topk": Parameter(of_request("topk", float), best="1.0"),
-    "steps": Parameter(of_request("steps", int), best=str(MAX_STEPS)),
+    "steps": Parameter(of_request("steps", int), best=str(RCM_STEPS)),
     "sigma_max": Parameter(of_request("sigma_max", float)),
     "recipe": Parameter(set_recipe, best="bf16-sla"),
     "block_q": Parameter(of_recipe("block_q", int)),
