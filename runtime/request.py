@@ -67,8 +67,10 @@ class Settings(TypedDict, total=False):
             ``832x480``.
         frames: Number of frames, 4n+1.
         seed: Seed of the noise; 0 by default.
-        steps: Number of steps, 1 to 4.
+        steps: Number of steps, at most as many as the model was distilled for.
         topk: Share of the key blocks that attention sees, more than 0 and at most 1.
+        times: Times of the steps, from 1 (noise) towards 0 (data), in place of the model's.
+        update: ``renoise``, to mix in fresh noise after each step, or ``euler``, to follow the flow.
     """
 
     size: tuple[int, int] | str
@@ -76,6 +78,8 @@ class Settings(TypedDict, total=False):
     seed: int
     steps: int
     topk: float
+    times: tuple[float, ...]
+    update: Update
 
 
 def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | None", settings: Settings) -> Request:
@@ -91,6 +95,8 @@ def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | No
         settings.get("seed", 0),
         steps=settings.get("steps"),
         topk=settings.get("topk"),
+        times=settings.get("times"),
+        update=settings.get("update"),
     )
 
 

@@ -12,6 +12,7 @@ import wanforge
 from tests.video_reader import read_video
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, CheckpointError, ConfigError, RequestError
+from wanforge.runtime.reference.steps import rcm_times
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite over a windy beach."
@@ -147,12 +148,22 @@ def test_a_comparison_that_proves_nothing_is_refused(bundle: Path, tmp_path: Pat
         wanforge.parity(bundle, PROMPT, backend="ort", depths=[])
 
 
+def test_times_and_update_take_the_place_of_the_models(pipeline: wanforge.Pipeline) -> None:
+    way = {"size": (96, 64), "frames": 1}
+    usual = pipeline.generate(PROMPT, steps=2, **way).frames  # type: ignore[arg-type]
+    same = pipeline.generate(PROMPT, times=rcm_times(2, 80.0), update="renoise", **way).frames  # type: ignore[arg-type]
+    assert np.array_equal(same, usual)
+    for other in ({"times": (1.0, 0.5)}, {"steps": 2, "update": "euler"}):
+        assert not np.array_equal(pipeline.generate(PROMPT, **other, **way).frames, usual)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
         ({"step": 1}, r"generate\(\): no parameter is called 'step'; did you mean steps\?"),
         ({"topk": "a"}, r"generate\(\): Expected `float`, got `str` - at `\$\.topk`"),
         ({"size": 128}, r"generate\(\): Expected `str \| array`, got `int` - at `\$\.size`"),
+        ({"update": "euler1"}, r"generate\(\): Invalid enum value 'euler1' - at `\$\.update`"),
         ({"frames": 5.5}, r"generate\(\): Expected `int`, got `float` - at `\$\.frames`"),
     ],
 )
@@ -163,7 +174,19 @@ def test_keywords_are_checked(pipeline: wanforge.Pipeline, settings: dict[str, o
 
 def test_the_signature_lists_every_setting() -> None:
     names = list(inspect.signature(wanforge.Pipeline.generate).parameters)
-    assert names == ["self", "prompt", "image", "on_progress", "size", "frames", "seed", "steps", "topk"]
+    assert names == [
+        "self",
+        "prompt",
+        "image",
+        "on_progress",
+        "size",
+        "frames",
+        "seed",
+        "steps",
+        "topk",
+        "times",
+        "update",
+    ]
     with pytest.raises(TypeError, match="no parameter is called 'recpe'; did you mean recipe"):
         wanforge.import_checkpoint("bundle", recpe="w8a8")  # type: ignore[call-arg]
 
