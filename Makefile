@@ -19,10 +19,12 @@ help:            ## list the commands
 
 setup: $(VENV)/.installed ## make .venv with everything that demo and test need
 
+# PyPI's PyTorch comes with the Triton of its own time, and the pinned one takes its place (docs/decisions/0019).
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rtx,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[rtx,dev]' $$(grep ^torch== constraints.txt)
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt triton
 	@touch $@
 
 demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, checked against the reference

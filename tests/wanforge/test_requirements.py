@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from wanforge import requirements
 from wanforge.requirements import install_extra, install_package
@@ -77,6 +78,15 @@ def test_without_metadata_the_checkout_is_installed() -> None:
 def test_the_extras_are_those_of_the_project(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert shlex.split(install_extra(extra)) == [*PIP, *project["optional-dependencies"][extra]]
+
+
+def test_pinned_versions_are_ones_that_the_project_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {each.name: each.specifier for each in map(Requirement, project["dependencies"])}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pinned.keys() == {"torch", "triton"}
+    assert all(version in needed[name] for name, version in pinned.items())
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """The step of each instruction: what it does to the blocks that run it."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx import tcgen05, tensor_cores
-from tools.ptx.arithmetic import DTYPES, size_of
+from tools.ptx.arithmetic import DTYPES, compute, size_of
 from tools.ptx.faults import UnsupportedError
 from tools.ptx.machine import (
     FINISHED,
@@ -47,7 +48,7 @@ def build(instruction: Instruction, program: Program) -> Step:
             return _branch(instruction, program)
         case ("ret",):
             return _return
-        case ("bar", "sync"):
+        case ("bar" | "barrier", "sync"):
             return _barrier(instruction)
         case ("shfl", "sync", how, "b32"):
             return _shuffle(instruction, how, program)
@@ -202,11 +203,11 @@ def _shuffle(instruction: Instruction, how: str, program: Program) -> Step:
 def _reduce(instruction: Instruction, how: str, kind: str, program: Program) -> Step:
     result, source, _ = instruction.operands
     read, write = reader(source, kind, program), writer(result, kind)
-    reduce = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or}[how]
+    of_two = compute((how, kind), 2, program.modes.approximation).apply
 
     def step(state: State, mask: Array | None) -> None:
         state.whole_warps(instruction, mask)
-        values = reduce.reduce(read(state).reshape(-1, WARP), axis=1, dtype=DTYPES[kind])
+        values = reduce(of_two, read(state).reshape(-1, WARP).T)
         write(state, np.repeat(values, WARP), mask)
 
     return step

@@ -41,6 +41,8 @@ Step = Callable[["State", Array | None], None]
 UNSIGNED: dict[int, Any] = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 WARP = 32
 FINISHED = 1 << 30
+ENDS = ("bra", "ret", "bar", "barrier")
+"""The instructions after which threads may part, or meet others."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ class Launch:
                     running = None
                 elif not np.array_equal(running, state.whole(mask)):
                     self.kernel.skipped.add(place)
-            ends = instruction.words[0] in ("bra", "ret", "bar") or instruction.words[:2] == ("mbarrier", "try_wait")
+            ends = instruction.words[0] in ENDS or instruction.words[:2] == ("mbarrier", "try_wait")
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
             if ends:

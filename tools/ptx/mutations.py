@@ -104,7 +104,7 @@ class Edit:
 
 
 EDITS = (
-    Edit("drop a barrier", r"bar\.sync", _drop, needed="barrier"),
+    Edit("drop a barrier", r"\bbar(rier)?\.sync", _drop, needed="barrier"),
     Edit("drop a wait for copies", r"cp\.async\.wait_group", _drop, needed="wait"),
     Edit("wait for fewer copies", r"cp\.async\.wait_group", _later, needed="wait for one group less"),
     Edit("drop a commit of copies", r"cp\.async\.commit_group", _drop, needed="commit"),
@@ -118,8 +118,8 @@ EDITS = (
     Edit("swap halves", r"cvt\.rn\.(bf16x2|satfinite\.e4m3x2)\.f32", _swap),
     Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni"), cases="keys"),
     Edit("read a type without its sign", r"\b(shr|mul\.wide|bfe|cvt\.s64|cvt\.rn\.f32)\.s32\s", _replace("s32", "u32")),
-    Edit("load an element further", r"\bld\.(global|shared)\.(v\d\.)?b\d+", _shift),
-    Edit("store an element further", r"\bst\.(global|shared)\.(v\d\.)?b\d+", _shift),
+    Edit("load an element further", r"\bld\.(global|shared(::cta)?)\.(v\d\.)?b\d+", _shift),
+    Edit("store an element further", r"\bst\.(global|shared(::cta)?)\.(v\d\.)?b\d+", _shift),
     Edit("shuffle with another lane", r"shfl\.sync\.bfly", _nearby),
     Edit("change a constant", r"\b(shl|and|add|mad\.lo|mul\.wide)\.\S+\s+%\w+, %\w+, -?\d+[,;]", _nearby),
     Edit("drop a product", r"mma\.sync|wgmma\.mma_async", _drop),

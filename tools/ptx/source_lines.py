@@ -6,10 +6,8 @@ same, which is checked each time.
 """
 
 import re
-from collections.abc import Sequence
 from contextlib import closing
 from functools import lru_cache
-from linecache import getline
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -21,13 +19,13 @@ from wanforge.plugins.launching.worker import Failed
 from wanforge.whole_file import temporary_folder
 
 FILE = re.compile(r'\s*\.file\s+(\d+)\s+"(.*?)"(?:\s+"(.*?)")?')
-LINE = re.compile(r"\s*\.loc\s+(\d+)\s+([1-9]\d*)\s[^/]*(?://(.*))?")
-"""A line number of 0, as constants have that the compiler made, counts as none."""
-CALLER = re.compile(r"@\[ ([^\[\]]+):(\d+):\d+")
+LINE = re.compile(r"\s*\.loc\s+(\d+ [1-9]\d* \d+)(?:, function_name \S+, inlined_at (\d+ \d+ \d+))?")
+"""A place is the number of a file, a line and a column. A line number of 0, as constants have that the compiler made,
+counts as none."""
 
 
 class Frame(NamedTuple):
-    """A line of a file. If it is not known which of several files of one name it is, it has the name only."""
+    """A line of a file."""
 
     file: str
     line: int
@@ -63,40 +61,22 @@ def with_lines(specialisation: Specialisation) -> str:
 def frames(text: str, line: int) -> list[Frame]:
     """The line of Python of an instruction, and those of its callers from the inside out; none if it has none.
 
+    A place says only where it was inlined, so the callers of that one are those of the last place before it. If a
+    function calls another twice through the same line of a third, these can be those of the other call. Before version
+    3.9, Triton does not say where a line was inlined.
+
     Args:
         text: PTX with line numbers.
         line: The line of the instruction in it.
     """
     lines = text.splitlines()
     files = {found[1]: str(PurePath(found[2], found[3] or "")) for found in map(FILE.match, lines) if found}
-    above = next((found for found in map(LINE.match, reversed(lines[:line])) if found), None)
-    if above is None:
-        return []
-    result = [Frame(files[above[1]], int(above[2]))]
-    for name, number in CALLER.findall(above[3] or ""):
-        known = [path for path in files.values() if PurePath(path).name == name]
-        result.append(caller(result[-1], known, Frame(name, int(number))))
+    places = [found.groups() for found in map(LINE.match, reversed(lines[:line])) if found]
+    result: list[Frame] = []
+    wanted = places[0][0] if places else None
+    for place, caller in places:
+        if place == wanted:
+            file, number, _ = place.split()
+            result.append(Frame(files[file], int(number)))
+            wanted = caller
     return result
-
-
-def caller(inner: Frame, paths: Sequence[str], frame: Frame) -> Frame:
-    """The place that a function was called from, of which the compiler gives only the name of the file.
-
-    It is in the file whose line there names the function.
-
-    Args:
-        inner: A line of the function.
-        paths: The files with that name.
-    """
-    name = function_at(inner)
-    fitting = [path for path in paths if name and re.search(rf"\b{name}\b", getline(path, frame.line))]
-    fitting = fitting if len(fitting) == 1 else list(paths)
-    return frame._replace(file=fitting[0]) if len(fitting) == 1 else frame
-
-
-def function_at(frame: Frame) -> str:
-    """The name of the function that a line belongs to; empty if it is not known."""
-    for number in range(frame.line, 0, -1):
-        if found := re.match(r"\s*def (\w+)", getline(frame.file, number)):
-            return found[1]
-    return ""

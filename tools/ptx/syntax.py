@@ -246,6 +246,7 @@ class _Reader:
         if found is None:
             raise UnsupportedError(f"cannot read the statement {statement!r}")
         negated, guard, opcode, rest = found.groups()
+        opcode = opcode.replace(".shared::cta", ".shared")  # two names of the same memory
         return Instruction(
             len(self.kernel.instructions),
             tuple(opcode.replace("::", "_").split(".")),

@@ -2,7 +2,7 @@
 
 The forms are those that Triton uses: loads and stores in the shapes 32x32b and 16x32bx2 (PTX ISA 9.2, sections
 9.7.16.2.3 and 9.7.16.8), and products of one block with 128 rows, each in a lane (layout D, section 9.7.16.10.5.4),
-with accumulators in float32 and the first operand in shared or in tensor memory.
+with accumulators in float32, or in int32 for int8, and the first operand in shared or in tensor memory.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,11 @@ from tools.ptx.warps import of_warps, put_words, registers_of, words_of
 Array = NDArray[Any]
 OPERAND_BYTES = 32
 """Bytes of an operand along K in one product."""
-KINDS = {("kind_f16", 0): "f16", ("kind_f16", 1): "bf16", ("kind_f8f6f4", 0): "e4m3"}
-"""The elements of operands, by the kind of an instruction and what its descriptor says."""
+KINDS = {
+    **{("kind_f16", 1, 0): "f16", ("kind_f16", 1, 1): "bf16", ("kind_f8f6f4", 1, 0): "e4m3"},
+    ("kind_i8", 2, 1): "s8",
+}
+"""The elements of operands, by the kind of an instruction and what its descriptor says of the result and of them."""
 
 
 def build(instruction: Instruction, program: Program) -> Step:
@@ -35,11 +38,11 @@ def build(instruction: Instruction, program: Program) -> Step:
     match instruction.words:
         case ("elect", "sync"):
             return _elect(instruction, program)
-        case ("mbarrier", "init" | "inval" as what, "shared_cta", "b64"):
+        case ("mbarrier", "init" | "inval" as what, "shared", "b64"):
             return _make_mbarrier(instruction, what, program)
-        case ("mbarrier", "try_wait", "parity", "shared_cta", "b64"):
+        case ("mbarrier", "try_wait", "parity", "shared", "b64"):
             return _wait_for_phase(instruction, program)
-        case ("tcgen05", "alloc", "cta_group_1", "sync", "aligned", "shared_cta", "b32"):
+        case ("tcgen05", "alloc", "cta_group_1", "sync", "aligned", "shared", "b32"):
             return _allocate(instruction, program)
         case ("tcgen05", "dealloc", "cta_group_1", "sync", "aligned", "b32"):
             return _free(instruction, program)
@@ -49,7 +52,7 @@ def build(instruction: Instruction, program: Program) -> Step:
             return _move(instruction, what, shape, program)
         case ("tcgen05", "wait_ld" | "wait_st" as what, "sync", "aligned"):
             return _wait(instruction, what)
-        case ("tcgen05", "mma", "cta_group_1", "kind_f16" | "kind_f8f6f4" as kind):
+        case ("tcgen05", "mma", "cta_group_1", "kind_f16" | "kind_f8f6f4" | "kind_i8" as kind):
             return _product(instruction, kind, program)
         case ("tcgen05", "commit", "cta_group_1", "mbarrier_arrive_one", "shared_cluster", "b64"):
             return _commit(instruction, program)
@@ -225,14 +228,13 @@ class Form:
 
 def form_of(descriptor: int, kind: str) -> Form | None:
     """The form of a product, or None where the machine does not know it: it knows 128 rows, operands of one type that
-    are neither sparse nor negated, and accumulators in float32."""
-    first, second = descriptor >> 7 & 7, descriptor >> 10 & 7
-    known = descriptor & 0xF == 0 and descriptor >> 4 & 3 == 1 and descriptor >> 13 & 3 == 0
-    if not known or descriptor >> 24 != LANES >> 4 or first != second or (kind, first) not in KINDS:
+    are neither sparse nor negated, and sums that do not saturate."""
+    result, first, second = descriptor >> 4 & 3, descriptor >> 7 & 7, descriptor >> 10 & 7
+    known = descriptor & 0xF == 0 and descriptor >> 13 & 3 == 0 and descriptor >> 24 == LANES >> 4
+    element = KINDS.get((kind, result, first))
+    if not known or first != second or element is None:
         return None
-    return Form(
-        (descriptor >> 17 & 63) << 3, KINDS[kind, first], (bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1))
-    )
+    return Form((descriptor >> 17 & 63) << 3, element, (bool(descriptor >> 15 & 1), bool(descriptor >> 16 & 1)))
 
 
 def _product(instruction: Instruction, kind: str, program: Program) -> Step:
@@ -252,7 +254,8 @@ def _product(instruction: Instruction, kind: str, program: Program) -> Step:
             b_CK, also = source.shared(state, lane, 1, form, report)
             cells = _rows(state, lane, addresses(state)[lane], form.columns)
             same = (int(addresses(state)[lane]), kind, form)
-            c_RC = state.tensors.accumulator(lane, cells, same, kept, report).view(np.float32)
+            sums = np.int32 if form.element == "s8" else np.float32
+            c_RC = state.tensors.accumulator(lane, cells, same, kept, report).view(sums)
             c_RC = c_RC if kept else np.zeros_like(c_RC)
             found = tensor_cores.product(a_RK, b_CK, c_RC, form.element, program.modes.sums)
             seen = np.zeros(program.kernel.threads, bool)
@@ -295,7 +298,7 @@ class _Source:
         descriptor, rows = int(read(state)[lane]), form.columns if which else LANES
         if descriptor >> 46 & 0x7FFF != 1 or descriptor >> 61 not in (2, 4, 6):
             raise _unknown(self.instruction)  # other swizzles, a base offset, or an absolute address
-        size = 1 if form.element == "e4m3" else 2
+        size = 1 if form.element in ("e4m3", "s8") else 2
         places = tensor_cores.operand_places(descriptor, rows, OPERAND_BYTES, size, transposed=form.transposed[which])
         found, granules = state.shared.read_operand(places, size, lane // self.threads, report)
         return tensor_cores.elements(found, form.element).reshape(rows, -1), granules

@@ -37,6 +37,8 @@ COPIED = """
 def test_what_is_right_passes() -> None:
     assert (run(COPY, WORDS, 32) == WORDS[:32]).all()
     assert (run(BACKWARDS, WORDS, 64, threads=64) == WORDS[::-1]).all()
+    assert (run(BACKWARDS.replace("bar.sync", "barrier.sync"), WORDS, 64, threads=64) == WORDS[::-1]).all()
+    assert (run(BACKWARDS.replace("st.shared", "st.shared::cta"), WORDS, 64, threads=64) == WORDS[::-1]).all()
     assert (run(COPIED, np.arange(128, dtype=np.uint32), 32) == WORDS[:32]).all()
 
 

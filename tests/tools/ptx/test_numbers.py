@@ -81,6 +81,13 @@ def test_an_instruction_is_what_the_manual_says(instruction: str, x: float, expe
     assert (found.view(wanted.dtype) == wanted).all()
 
 
+def test_a_maximum_over_a_warp_leaves_out_what_is_no_number() -> None:
+    x = RANDOM.standard_normal(32).astype(np.float32)
+    x[::3] = np.nan
+    body = "ld.global.b32 %r3, [%rd3];\n redux.sync.max.f32 %r4, %r3, -1;\n st.global.b32 [%rd4], %r4;"
+    assert (run(body, x, 32).view(np.float32) == np.nanmax(x)).all()
+
+
 def test_approximations_lie_within_their_documented_error() -> None:
     body = "ld.global.b32 %r3, [%rd3];\n ex2.approx.f32 %r4, %r3;\n st.global.b32 [%rd4], %r4;"
     x = RANDOM.uniform(-10, 10, 32).astype(np.float32)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from tools.ptx.bench import Bench
 from tools.ptx.faults import FaultError, UnsupportedError
+from tools.ptx.source_lines import Frame, frames
 from wanforge.configs.tiles import Tile
 from wanforge.plugins.launching import call
 from wanforge.plugins.launching.call import Kernel
 from wanforge.version import PACKAGE
-
-pytestmark = pytest.mark.slow
 
 PLANTED = Path(__file__).parent / "planted"
 COPY = Kernel("planted", "copy", ("cdiv(n, BLOCK)",), {"n": "i32"})
@@ -71,6 +70,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_kernel_names_its_line_and_its_caller(folder: Path, fault: str) -> None:
     what, where = FAULTS[fault]
@@ -107,6 +107,7 @@ EDITS = {
 """What is planted: the architecture, what is replaced by what, what is said of it, and in which line."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_a_fault_in_the_ptx_names_the_line_of_its_instruction(folder: Path, name: str) -> None:
     sm, pattern, new, what, where = EDITS[name]
@@ -120,9 +121,42 @@ def test_a_fault_in_the_ptx_names_the_line_of_its_instruction(folder: Path, name
     assert re.search(rf"/planted/kernel.py:{line(where)}\)$", str(raised.value)), str(raised.value)
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_is_named_with_its_line(folder: Path) -> None:
     bench = Bench(80, folder)
     edited(bench, partial(replaced, r"mma\.sync\S+", "mma.weird.aligned"))
     a = torch.zeros(64, 256, dtype=torch.bfloat16)
     with pytest.raises(UnsupportedError, match=rf"mma.weird.aligned.*planted/kernel.py:{line('multiplies')}\)$"):
         bench(multiplied, a, a)
+
+
+INLINED = """
+.loc 1 12 9 // k.py:12:9
+.loc 2 8 12, function_name $L__info_string0, inlined_at 1 12 9 // s.py:8:12
+.loc 2 5 20, function_name $L__info_string0, inlined_at 2 8 12 // s.py:5:20
+add.s64 %rd1, %rd5, %rd7;
+.loc 1 13 9 // k.py:13:9
+.loc 2 8 12, function_name $L__info_string0, inlined_at 1 13 9 // s.py:8:12
+.loc 2 5 20, function_name $L__info_string0, inlined_at 2 8 12 // s.py:5:20
+.loc 1 0 20 // k.py:0:20
+add.s64 %rd2, %rd5, %rd7;
+.loc 1 14 9 // k.py:14:9
+ret;
+.file 1 "/a/k.py"
+.file 2 "/b" "s.py"
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "stands"),
+    [
+        ("add.s64 %rd1", [("/b/s.py", 5), ("/b/s.py", 8), ("/a/k.py", 12)]),
+        ("add.s64 %rd2", [("/b/s.py", 5), ("/b/s.py", 8), ("/a/k.py", 13)]),
+        ("ret", [("/a/k.py", 14)]),
+        (".loc 1 12", []),
+    ],
+)
+def test_callers_of_callers_are_named(instruction: str, stands: list[tuple[str, int]]) -> None:
+    lines = INLINED.splitlines()
+    above = next(number for number, text in enumerate(lines) if text.startswith(instruction))
+    assert frames(INLINED, above) == [Frame(*each) for each in stands]

@@ -10,6 +10,7 @@ from tools.ptx.faults import FaultError, UnsupportedError
 # B has 16 rows of 32 bytes, which are swizzled together, and all its elements are 1.
 B = (6 << 61 | 1 << 46 | (256 >> 4) << 32) - (1 << 64)
 BF16_128_16 = 8 << 24 | 2 << 17 | 1 << 10 | 1 << 7 | 1 << 4
+S8_128_16 = 8 << 24 | 2 << 17 | 1 << 10 | 1 << 7 | 2 << 4
 WAIT = """
 {
     waitLoop:
@@ -77,6 +78,13 @@ def test_a_product_is_added_to_its_accumulators() -> None:
     mma = "@%p2 tcgen05.mma.cta_group::1.kind::f16 [%r3+0], [%r3+16], %rd8, %r12, %p3;"
     again = f"{mma}\n    mov.pred %p3, 1;\n    {mma}"
     assert (column(PRODUCT.replace(mma, again)) == 16 * (ROWS + 1)).all()
+
+
+def test_bytes_are_multiplied_as_integers_with_their_sign() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 128, np.uint32)
+    ones = PRODUCT.replace("1065369472", "0x01010101").replace(str(BF16_128_16), str(S8_128_16))
+    found = run(ones.replace("kind::f16", "kind::i8"), words, 128, threads=128).view(np.int32)
+    assert (found == 8 * words.view(np.int8).reshape(128, 4).sum(1, dtype=np.int32)).all()
 
 
 def test_halves_of_a_warp_share_lanes_in_the_shape_16x32bx2() -> None:
@@ -161,6 +169,7 @@ PLANTED = {
         ENDS + "\n    @%p0 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [global_smem+1016], 32;",
         "allocates tensor memory after giving up the right to",
     ),
+    "bytes without a sign": (str(BF16_128_16), str(S8_128_16 ^ 1 << 7), "the machine does not know this form"),
     "an unknown shape": ("32x32b.x1", "16x64b.x1", "the machine does not know this form: tcgen05.ld"),
 }
 

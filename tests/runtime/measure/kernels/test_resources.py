@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.version import Version
 
 from wanforge.cli import cli
 from wanforge.configs.targets import load_targets
@@ -30,8 +31,8 @@ sm_89."""
 # Recipe, model and architectures; compiling all of them for every architecture would take a minute or two more.
 COMPILED = [("w8a8", SMALL, SMS), ("w8a8", LARGE, KINDS), ("w8a8-row", LARGE, KINDS), ("bf16-sla", LARGE, KINDS)]
 
-INT8 = {90: "IGMMA"}
-"""wgmma on Hopper, mma.sync elsewhere: the pinned Triton has no int8 for tcgen05."""
+INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
+"""wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
 FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 HALF = {"HMMA", "HGMMA", "UTCHMMA"}
 """fp16 and bf16 instructions; small tiles use mma.sync on every architecture."""
