@@ -1,31 +1,36 @@
 """The page of all results of the machine for PTX."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from tools.ptx.results import PARTS, SMS, Result
+from tools.ptx.results import PARTS, SMS, Job, Result
+
+NOT_RUN = "-"
 
 
-def page(found: Iterable[Result]) -> str:
-    """The page, with a table for each part."""
-    results = list(found)
+def page(asked: Sequence[Job], found: Iterable[Result]) -> str:
+    """The page, with a table for each part: all cases that are asked for, and the results that were found."""
+    results = {result.job: result for result in found}
     lines = [HEAD]
+    if len(results) < len(asked):
+        lines.append(f"Of {len(asked)} cases, {len(results)} ran; `{NOT_RUN}` stands for the others.")
     for number, part in enumerate(PARTS):
-        rows: dict[tuple[str, str], dict[int, Result]] = {}
-        for result in results:
-            if result.job.part == number:
-                rows.setdefault((result.job.case, result.job.dtype), {})[result.job.sm] = result
+        rows: dict[tuple[str, str], dict[int, str]] = {}
+        for job in asked:
+            if job.part == number:
+                told = cell(results[job]) if job in results else NOT_RUN
+                rows.setdefault((job.case, job.dtype), {})[job.sm] = told
         lines += [f"## {part.title}", ABOUT[part.title], table(rows)]
-    kernels = sorted({kernel for result in results for kernel in result.kernels})
+    kernels = sorted({kernel for result in results.values() for kernel in result.kernels})
     lines += ["## Kernels", KERNELS, "\n".join(f"- `{kernel}`" for kernel in kernels)]
     return "\n\n".join(lines) + "\n"
 
 
-def table(rows: dict[tuple[str, str], dict[int, Result]]) -> str:
+def table(rows: dict[tuple[str, str], dict[int, str]]) -> str:
     """Cases by architectures."""
     head = ["case", "type", *(f"sm_{sm}" for sm in SMS)]
     lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * len(SMS)}"]
     for (name, dtype), row in sorted(rows.items()):
-        cells = [cell(row[sm]) if sm in row else "" for sm in SMS]
+        cells = [row.get(sm, "") for sm in SMS]
         lines.append(f"| {name} | {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

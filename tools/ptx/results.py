@@ -1,15 +1,18 @@
 """The results of all cases on all architectures: found case by case in processes of their own, and kept in a file, so
-that a run that was stopped goes on where it was."""
+that a run that was stopped, or whose time was over, goes on where it was."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import islice
+from math import inf
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
+from time import monotonic
 
 import torch
 
@@ -92,14 +95,16 @@ class Result:
 
 
 def jobs() -> list[Job]:
-    """All cases on all of their architectures."""
-    return [
+    """All cases on all of their architectures, those first that say most in the least time: every kernel at small sizes
+    and whole blocks, both in bfloat16, then small sizes in float16, and real widths in the end."""
+    found = [
         Job(sm, str(dtype).removeprefix("torch."), number, case.name)
         for number, part in enumerate(PARTS)
         for sm in part.sms
         for dtype in part.dtypes
         for case in cases(sm, dtype, part.sizes)
     ]
+    return sorted(found, key=lambda job: (PARTS[job.part].sizes == REAL, job.dtype != "bfloat16", job.part))
 
 
 def ways(sm: int, kernels: Sequence[Kernel]) -> list[Modes]:
@@ -177,12 +182,24 @@ class Kept:
             file.write(json.dumps({**asdict(result), "sources": sources()}) + "\n")
 
 
-def results(asked: Sequence[Job], folder: Path) -> Iterator[Result]:
-    """The results of some cases: those that are kept first, then each as it is found."""
-    kept = Kept(folder / "results.jsonl")
+def results(asked: Sequence[Job], folder: Path, seconds: float = inf) -> Iterator[Result]:
+    """The results of some cases: those that are kept first, then each as it is found.
+
+    Args:
+        folder: Where cubins, their PTX and results are kept.
+        seconds: After how long no further case is begun. Those that run then are brought to their end.
+    """
+    kept, workers, end = Kept(folder / "results.jsonl"), cpu_count() or 1, monotonic() + seconds
     yield from (kept.found[job] for job in asked if job in kept.found)
-    left = [job for job in asked if job not in kept.found]
-    with ProcessPoolExecutor(cpu_count(), get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(find, job, folder) for job in left]):
-            kept.add(done.result())
-            yield done.result()
+    left = iter([job for job in asked if job not in kept.found])
+    running: set[Future[Result]] = set()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        while True:
+            room = workers - len(running) if monotonic() < end else 0
+            running |= {pool.submit(find, job, folder) for job in islice(left, room)}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for each in done:
+                kept.add(each.result())
+                yield each.result()

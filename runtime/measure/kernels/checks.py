@@ -118,7 +118,8 @@ def rounding_error(dtype: torch.dtype, roundings: float) -> float:
 
 def flipped_error(dtype: torch.dtype, roundings: float) -> float:
     """The relative RMS error that so many roundings of a float32 sum can cause. In the share of values that lie close
-    enough to a tie of their own type, they decide to which side a value is rounded."""
+    enough to a tie of their own type, they decide to which side a value is rounded; in float32, each moves the last
+    bit."""
     share = roundings * HALF_SPACING[torch.float32] / HALF_SPACING[dtype]
     return math.sqrt(share) * 2 * HALF_SPACING[dtype]
 
@@ -155,9 +156,10 @@ def scheme_claims(draw: Draw, scheme: Scheme, size: CheckedSize) -> Iterator[Cla
         return in_pieces(lambda x: w8a8_linear(x, *weight), rows, given)
 
     def limit(inputs: int) -> float:
-        # In float32 the interpreter performs the reference's own operations. A compiled kernel joins the product with a
-        # tile's scale and the sum over tiles into one operation.
-        return 0 if draw.dtype == torch.float32 else flipped_error(draw.dtype, inputs / TILE)
+        # By rows, the interpreter performs the reference's own operations in float32. By tiles, the product with a
+        # tile's scale and the sum over tiles are joined into one operation.
+        by_rows = draw.dtype == torch.float32 and scheme is ROWS
+        return 0 if by_rows else flipped_error(draw.dtype, inputs / TILE)
 
     weights, packed = [weight(width, width) for _ in range(3)], scheme.quantise(x)
     for name, one, y in zip("qkv", weights, linears(packed, weights), strict=True):
