@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+OLDEST := .venv-oldest
 PROMPT ?= a red circle moving right
 OUT    ?= demo
 # The Python of a machine with a GPU that has PyTorch, and options for tools.gpu_day.
@@ -12,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo serve test quick check usage ptx gpu gpu-rehearsal gpu-pack format bench clean
+.PHONY: help setup demo serve test quick check oldest usage ptx gpu gpu-rehearsal gpu-pack format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +50,14 @@ check: setup     ## check formatting, lint and types, and run every test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+# The packages of .venv, but the oldest Triton and a NumPy that its interpreter knows. Some kernels spill with it.
+oldest: setup    ## compile every kernel with the oldest Triton that is supported, and interpret them with it
+	test -d $(OLDEST)/triton || $(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) 'numpy<2.4' triton==3.6.0
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PYTEST) -o cache_dir=$(OLDEST)/cache -W "ignore:Conversion of an array:DeprecationWarning" \
+	  -k "not spills and not profiles and not page" \
+	  tests/runtime/measure/kernels/test_resources.py tests/plugins/test_attention_kernels.py \
+	  tests/plugins/test_norm_kernels.py tests/plugins/test_w8a8_kernels.py
 
 usage: setup     ## use the tool as people do: kill commands at 220 moments, run every two at once, and their tests
 	$(PYTEST) tests/usage

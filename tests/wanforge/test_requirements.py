@@ -89,6 +89,13 @@ def test_pinned_versions_are_ones_that_the_project_takes() -> None:
     assert all(version in needed[name] for name, version in pinned.items())
 
 
+def test_the_oldest_triton_that_is_tried_is_the_oldest_that_is_taken() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tried = re.search(r"triton==(\d+\.\d+)\.0$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tried is not None
+    assert any(each.startswith(f"triton>={tried[1]};") for each in project["dependencies"])
+
+
 @pytest.mark.slow
 def test_the_command_is_one_that_a_shell_and_pip_understand() -> None:
     command = install_package("PIL", "--no-index", "--dry-run")
