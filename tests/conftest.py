@@ -144,6 +144,8 @@ def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill fresh memory with NaN, or the largest number of an integer type, to reveal what is never written."""
     empty = torch.empty
+    with torch.device("meta"):
+        empty(0)  # at the first call PyTorch notes which functions make tensors, and this one must be among them
 
     def poison(*args: object, **kwargs: object) -> torch.Tensor:
         tensor: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]

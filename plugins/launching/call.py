@@ -59,3 +59,13 @@ def library(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     if result.device.type == "meta":
         record(LibraryCall(function, tensors, result))
     return result
+
+
+def library_into(out: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """Call a function of PyTorch as `library` does, and copy what it computes to a tensor."""
+
+    def computed(out: Tensor, *tensors: Tensor) -> Tensor:
+        out.copy_(function(*tensors))
+        return out.new_empty(0)
+
+    library(computed, out, *tensors)

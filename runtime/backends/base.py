@@ -1,6 +1,6 @@
 """The interface of a backend, and the session that runs a schedule on one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -42,9 +42,14 @@ class Backend(Protocol):
         """Return a function that runs a graph run as often as it is called, always on these buffers.
 
         Args:
-            inputs, outputs: Contiguous tensors on `device`, in the order of the graph's ports.
+            inputs, outputs: Tensors on `device`, in the order of the graph's ports; contiguous, unless `buffers` says
+                otherwise.
         """
         ...
+
+    def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        """The buffers of a stage that begins, by name. Those of the stage before it may be lost."""
+        return self.memory.enter(schedule)
 
     def program(self, schedule: Schedule, name: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         """The bound graph runs of a program as the backend runs them: one by one, or combined into one call."""
@@ -73,7 +78,7 @@ class Session:
 
     def enter(self) -> None:
         """Take the stage's buffers, at the addresses where an earlier run of the stage had them."""
-        self._buffers = self.backend.memory.enter(self.schedule)
+        self._buffers = self.backend.buffers(self.schedule)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a buffer, to fill or to read."""

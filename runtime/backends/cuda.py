@@ -1,7 +1,8 @@
-"""The denoiser's blocks as kernels, everything else as in the reference.
+"""The denoiser's blocks and the VAE's decoder as kernels, everything else as in the reference.
 
-If there is a GPU, the backend uses it, in bfloat16. Otherwise the kernels run in Triton's interpreter, which is slow
-but shows that they are correct.
+If there is a GPU, the backend uses it, in bfloat16. Otherwise the kernels of the blocks run in Triton's interpreter,
+which is slow but shows that they are correct. The decoder has too many positions for that, so it runs as in the
+reference there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,20 +14,29 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
+from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
+from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.memory.device import Device
-from wanforge.runtime.schedule import GraphRun
+from wanforge.runtime.schedule import GraphRun, Schedule
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
 """The taps at the inputs of the linears."""
 
+DECODERS = {"vae_decode_first", "vae_decode_next"}
+"""The graphs of the VAE's decoder."""
+
 
 class CudaBackend(TorchBackend):
-    """The reference with the denoiser's blocks replaced by kernels."""
+    """The reference with the denoiser's blocks and the VAE's decoder replaced by kernels.
+
+    Attributes:
+        fuses_decoder: Whether the decoder is. Its caches then lie with their channels last.
+    """
 
     name = "cuda"
 
@@ -38,21 +48,57 @@ class CudaBackend(TorchBackend):
         recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if is_compiled else bundle.recipe
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
+        self.fuses_decoder = is_compiled
+        self.decoder = decoder_of(self.graphs["vae_decode_next"])
+        self.planned_decoder = Planned(self.run_decoder)
+        self._decoder_weights: dict[str, Tensor] = {}
         # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
+    def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        found = super().buffers(schedule)
+        if schedule.stage != "decode" or not self.fuses_decoder:
+            return found
+        return {
+            name: channels_last(found[name]) if name.startswith("cache_") else found[name] for name in schedule.buffers
+        }
+
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
-        if graph_run.graph != "block":
-            return super().bind(graph_run, inputs, outputs)
-        names = [port.name for port in (*self.graphs["block"].inputs, *self.graphs["block"].outputs)]
-        weights = self.memory.weights(graph_run, self.graphs["block"].weights)
-        tensors = {**dict(zip(names, [*inputs, *outputs], strict=True)), **weights}
+        graph = self.graphs[graph_run.graph]
+        names = [port.name for port in (*graph.inputs, *graph.outputs)]
+        tensors = dict(zip(names, [*inputs, *outputs], strict=True))
+        if graph.name == "block":
+            return self._bind_block(graph_run, tensors)
+        if graph.name in DECODERS and self.fuses_decoder:
+            return self._bind_decoder(graph_run, tensors)
+        return super().bind(graph_run, inputs, outputs)
+
+    def _bind_block(self, graph_run: GraphRun, tensors: Mapping[str, Tensor]) -> Runnable:
+        given = {**tensors, **self.memory.weights(graph_run, self.graphs["block"].weights)}
 
         def run() -> None:
             with torch.inference_mode():
-                self.planned(tensors)
+                self.planned(given)
 
         return run
+
+    def _bind_decoder(self, graph_run: GraphRun, tensors: Mapping[str, Tensor]) -> Runnable:
+        stored = self.memory.weights(graph_run, self.graphs[graph_run.graph].weights)
+
+        def run() -> None:
+            with torch.inference_mode():
+                if not self._decoder_weights:  # what is stored is in place only now
+                    self._decoder_weights = laid_out(stored, self.dtype)
+                self.planned_decoder({**tensors, **self._decoder_weights})
+
+        return run
+
+    def run_decoder(self, tensors: Mapping[str, Tensor]) -> None:
+        """Decode a chunk of its inputs, its outputs and its weights, by their names in the graph."""
+        graph = self.graphs["vae_decode_next"]
+        past = [tensors[port.name] for port in graph.inputs[1:] if port.name in tensors]
+        kept = [tensors[port.name] for port in graph.outputs[1:]]
+        self.decoder.run(tensors, tensors["latent"], past or None, tensors["pixels"], kept)
 
     def run_block(self, tensors: Mapping[str, Tensor]) -> None:
         """Compute a block of its inputs, its output and its weights, by their names in the graph."""

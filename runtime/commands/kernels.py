@@ -16,6 +16,7 @@ from wanforge.plugins.launching.compiler import compile_kernels, outdated
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import faults
+from wanforge.runtime.backends.decoder import recorded
 from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.commands.options import (
     FOLDER,
@@ -50,12 +51,17 @@ class KernelsOptions(ShapeOptions):
     times: bool = False
 
     def launches(self) -> list[Launch]:
-        """Every launch of the models' denoisers on the targets."""
+        """Every launch of the models' denoisers and decoders on the targets."""
         recipe = load_recipe(self.recipe)
         models = [load_model(name) for name in self.models or named("models")]
         pairs = [(model, self.shape(model)) for model in models]
         sms = parse_targets(self.targets).sms
-        return [launch for sm in sms for model, shape in pairs for launch in launches(model, recipe, sm, shape)]
+        return [
+            launch
+            for sm in sms
+            for model, shape in pairs
+            for launch in (*launches(model, recipe, sm, shape), *recorded.launches(model, sm, shape))
+        ]
 
     def block_times(self, folder: Path, cubins: Iterable[Cubin]) -> list[LaunchTime]:
         """What each launch of a block of the models is predicted to take on each GPU."""
@@ -88,7 +94,7 @@ class KernelsOptions(ShapeOptions):
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print the result as two short Markdown tables.")
 @takes(KernelsOptions)
 def kernels(options: KernelsOptions) -> None:
-    """Compile the kernels of a model's denoiser, for GPUs that need not be in this machine.
+    """Compile the kernels of a model's denoiser and decoder, for GPUs that need not be in this machine.
 
     A kernel that is already compiled is kept unless its source or Triton has changed. On the machine that runs the
     kernels, set WANFORGE_KERNELS to the folder that --out wrote. Clips with half or twice as many tokens need kernels

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from wanforge.configs.clip import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wanforge.configs.model import VAEConfig
 from wanforge.errors import ShapeError
+from wanforge.plugins.channel_norm import PAST
+from wanforge.plugins.channel_norm.reference import channel_norm, double
 
 # fmt: off
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -28,8 +30,6 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 # fmt: on
 WIDTHS = (1, 2, 4, 4)
 TEMPORAL_DOWNSAMPLING = (False, True, True)
-PAST = 2
-"""Number of earlier input frames that a causal 3x3x3 convolution reads."""
 
 Convolution = Callable[[Tensor], Tensor]
 
@@ -122,15 +122,14 @@ class Conv(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """The channels of each position divided by their L2 norm, times sqrt(C) and a weight; computed in float32."""
+    """`channel_norm` with a weight for each channel."""
 
     def __init__(self, dim: int, axes: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(dim, *(1,) * axes), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        unit = F.normalize(x.float(), dim=1)
-        return (unit * self.gamma.shape[0] ** 0.5 * self.gamma.float()).to(x.dtype)
+        return channel_norm(x, self.gamma)
 
 
 class Residual(nn.Module):
@@ -203,12 +202,6 @@ def per_frame(x_BCTHW: Tensor, function: Convolution) -> Tensor:
     batch = x_BCTHW.shape[0]
     y_NCHW = function(x_BCTHW.transpose(1, 2).flatten(0, 1))
     return y_NCHW.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def double(x_NCHW: Tensor) -> Tensor:
-    """Repeat every pixel four times: nearest-neighbour upsampling without Resize, which TensorRT lacks in bfloat16."""
-    wide = torch.stack((x_NCHW, x_NCHW), -1).flatten(-2)
-    return torch.stack((wide, wide), -2).flatten(-3, -2)
 
 
 def run(layers: nn.ModuleList, x: Tensor, history: History) -> Tensor:

@@ -55,6 +55,14 @@ norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(x, gain, gain, 1e-6, m
 rms_norm_rotate([x, y], [gain, gain], 1e-6, (edge(torch.randn(133, 64)), edge(torch.randn(133, 64))))
 add_gated(x, y, gain, empty(133, 256))
 """,
+    "channel_norm": """
+from wanforge.plugins.channel_norm.fused import *
+frames, gain = lambda *shape: edge(torch.randn(shape)), edge(torch.randn(24))
+for stream in (Stream(frames(3, 6, 10, 24), frames(3, 6, 10, 24)), Stream(frames(3, 4, 6, 4, 24))):
+    for past in (None, frames(2, 6, 10, 24)):
+        normed(stream, gain, History(past, empty(2, 6, 10, 24))), joined(stream, History(past, empty(2, 6, 10, 24)))
+    normed(stream, gain, activates=False), summed(stream), forget(History(None, empty(2, 6, 10, 24)))
+""",
     "sparse_linear_attention": """
 from wanforge.plugins.sparse_linear_attention.fused import *
 q, k, v = (edge(torch.randn(261, 256)) for _ in range(3))

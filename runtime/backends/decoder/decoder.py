@@ -1,0 +1,186 @@
+"""The VAE's decoder as kernels and convolutions of PyTorch: computes the same as `runtime.reference.vae.VAE`.
+
+The residual stream and every branch lie with their channels last. One kernel between two convolutions adds the branch
+to the stream, normalises and activates the sum, and writes it behind the frames of the past, which makes the input of
+the next convolution, and into the cache for the next chunk. Doubled pixels are never written: the convolution that
+follows them is folded (`plugins.channel_norm.reference.folded_weight`).
+
+Letters: T frames, P frames of the past, H W rows and columns, C channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wanforge.errors import ShapeError
+from wanforge.plugins.channel_norm.fused import History, Stream, forget, joined, normed, summed
+from wanforge.plugins.launching.call import library, library_into
+from wanforge.runtime.backends.decoder.weights import MEAN, STD
+from wanforge.runtime.graphs import Graph
+from wanforge.runtime.reference.vae import VAE, Conv, FrameAttention, Residual, Upsample
+
+Weights = Mapping[str, Tensor]
+
+
+class FusedDecoder:
+    """The decoder of a VAE.
+
+    Args:
+        vae: Its modules, whose weights are not used.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        self.vae = vae
+        self.names = {module: name for name, module in vae.named_modules()}
+
+    def run(
+        self,
+        weights: Weights,
+        latent_BCTHW: Tensor,
+        past: Sequence[Tensor] | None,
+        pixels_BCTHW: Tensor,
+        kept: Sequence[Tensor],
+    ) -> None:
+        """Decode a latent frame, as ``vae_decode_first`` if there is no past, otherwise as ``vae_decode_next``.
+
+        Args:
+            weights: See `weights.laid_out`.
+            latent_BCTHW: ``[1, 16, 1, H, W]``.
+            past: The caches that the chunk before it kept; see `channels_last`.
+            pixels_BCTHW: Receives the frames.
+            kept: Receive the caches for the next chunk.
+
+        Raises:
+            ShapeError: There is more than one sample, or a cache does not lie with its channels last.
+        """
+        if len(latent_BCTHW) != 1:
+            raise ShapeError(f"the kernels decode one sample at a time, not {len(latent_BCTHW)}")
+        Chunk(self, weights, past, kept).decode(latent_BCTHW, pixels_BCTHW)
+
+
+def decoder_of(graph: Graph) -> FusedDecoder:
+    """The decoder of the VAE that a graph belongs to."""
+    assert isinstance(graph.owner, VAE)
+    return FusedDecoder(graph.owner)
+
+
+class Chunk:
+    """One chunk on its way through the decoder, which takes the caches in the order of the causal layers."""
+
+    def __init__(
+        self, decoder: FusedDecoder, weights: Weights, past: Sequence[Tensor] | None, kept: Sequence[Tensor]
+    ) -> None:
+        self.decoder, self.weights = decoder, weights
+        self.is_first = past is None
+        before: Sequence[Tensor | None] = past or [None] * len(kept)
+        self.caches: Iterator[tuple[Tensor | None, Tensor]] = zip(before, kept, strict=True)
+
+    def decode(self, latent_BCTHW: Tensor, pixels_BCTHW: Tensor) -> None:
+        vae = self.decoder.vae
+        latent = library(unscaled, latent_BCTHW, self.weights[MEAN], self.weights[STD], *self.of(vae.conv2))
+        x_THWC = joined(Stream(latent), self.history())
+        stream = Stream(self.convolve(vae.decoder.conv1, x_THWC))
+        for layer in (*vae.decoder.middle, *vae.decoder.upsamples):
+            match layer:
+                case Residual():
+                    stream = self.residual(layer, stream)
+                case FrameAttention():
+                    stream = self.attend(layer, stream)
+                case Upsample():
+                    stream = self.upsample(layer, stream)
+        x_THWC, _ = normed(stream, self.gain(vae.decoder.head["0"]), self.history(), keeps_sum=False)
+        library_into(pixels_BCTHW, pixels, x_THWC, *self.of(vae.decoder.head["2"]))
+
+    def residual(self, layer: Residual, stream: Stream) -> Stream:
+        part = layer.residual
+        x_THWC, stream = normed(stream, self.gain(part["0"]), self.history())
+        y_THWC = self.convolve(part["2"], x_THWC)
+        x_THWC, _ = normed(Stream(y_THWC), self.gain(part["3"]), self.history())
+        y_THWC = self.convolve(part["6"], x_THWC)
+        if isinstance(layer.shortcut, Conv):
+            stream = Stream(library(F.linear, summed(stream), *self.of(layer.shortcut)))
+        return Stream(stream.x, y_THWC)
+
+    def attend(self, layer: FrameAttention, stream: Stream) -> Stream:
+        x_THWC, stream = normed(stream, self.gain(layer.norm), activates=False)
+        return Stream(stream.x, library(attend, x_THWC, *self.of(layer.to_qkv), *self.of(layer.proj)))
+
+    def upsample(self, layer: Upsample, stream: Stream) -> Stream:
+        if layer.time_conv is None:
+            x_THWC = summed(stream)
+        elif self.is_first:
+            forget(self.history())
+            x_THWC = summed(stream)
+        else:
+            x_THWC = library(doubled_frames, joined(stream, self.history()), *self.of(layer.time_conv))
+        y_THWC = library(convolve_folded, x_THWC, *self.of(layer.resample["1"]))
+        return Stream(y_THWC.unflatten(3, (4, -1)))
+
+    def convolve(self, layer: nn.Module, x_THWC: Tensor) -> Tensor:
+        return library(convolve, x_THWC, *self.of(layer))
+
+    def history(self) -> History:
+        past, kept = next(self.caches)
+        return History(None if past is None else frames_first(past), frames_first(kept))
+
+    def gain(self, layer: nn.Module) -> Tensor:
+        return self.weights[f"{self.decoder.names[layer]}.gamma"]
+
+    def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """The weight and bias of a convolution."""
+        name = self.decoder.names[layer]
+        return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+
+
+def channels_last(buffer_BCTHW: Tensor) -> Tensor:
+    """The memory of a contiguous buffer as a tensor of the same shape whose channels lie last."""
+    batch, channels, *others = buffer_BCTHW.shape
+    return buffer_BCTHW.view(batch, *others, channels).movedim(-1, 1)
+
+
+def frames_first(x_BCTHW: Tensor) -> Tensor:
+    """One sample as ``[T, H, W, C]``."""
+    return x_BCTHW[0].movedim(0, -1)
+
+
+def channels_first(x_THWC: Tensor) -> Tensor:
+    """Frames as one sample ``[1, C, T, H, W]``, with strides by which PyTorch sees that its channels lie last."""
+    return x_THWC[None].movedim(-1, 1)
+
+
+# What PyTorch computes between the kernels.
+
+
+def unscaled(latent_BCTHW: Tensor, mean_C: Tensor, std_C: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalised latents as the decoder's first convolution takes them."""
+    return F.linear(frames_first(latent_BCTHW) / (1.0 / std_C) + mean_C, weight, bias)
+
+
+def convolve(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A causal 3x3x3 convolution, whose input begins with the frames of the past."""
+    return frames_first(F.conv3d(channels_first(x_THWC), weight, bias, padding=(0, 1, 1)))
+
+
+def pixels(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The same as one sample with its channels first."""
+    return channels_first(convolve(x_THWC, weight, bias))
+
+
+def doubled_frames(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A causal convolution over frames that computes two of each, one in each half of its channels."""
+    y_THWC = frames_first(F.conv3d(channels_first(x_THWC), weight, bias))
+    return torch.stack(y_THWC.chunk(2, -1), 1).flatten(0, 1)
+
+
+def convolve_folded(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution of doubled pixels, ``[T, H + 1, W + 1, 4 * C]``."""
+    return F.conv2d(x_THWC.movedim(-1, 1), weight, bias, padding=1).movedim(1, -1)
+
+
+def attend(x_THWC: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Attention over the positions of each frame, with one head."""
+    q, k, v = F.linear(x_THWC.flatten(1, 2)[:, None], qkv_weight, qkv_bias).chunk(3, -1)
+    y_TNC = F.scaled_dot_product_attention(q, k, v)[:, 0]
+    return F.linear(y_TNC, weight, bias).view(x_THWC.shape)

@@ -1,0 +1,48 @@
+"""What the decoder does on a GPU, recorded without running anything."""
+
+import torch
+from torch import Tensor
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.shapes import concrete
+from wanforge.plugins.launching.launch import Launch, Recording, recording
+from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
+from wanforge.runtime.backends.decoder.weights import laid_out
+from wanforge.runtime.graphs import Port, graphs
+
+COMPUTE = torch.bfloat16
+
+
+def recorded(model: ModelConfig, sm: int, shape: ClipShape, *, is_first: bool) -> Recording:
+    """The launches and the calls of PyTorch of one chunk on an architecture, in bfloat16.
+
+    Args:
+        shape: The clip's size; its length does not matter.
+        is_first: Whether it is the opening chunk of one frame.
+    """
+    # The recipe changes nothing in the VAE.
+    graph = graphs(model, load_recipe("bf16"))["vae_decode_first" if is_first else "vae_decode_next"]
+    sizes = {"latent_height": shape.latent_height, "latent_width": shape.latent_width}
+
+    def blank(port: Port) -> Tensor:
+        return torch.empty(concrete(port.shape, sizes), dtype=COMPUTE, device="meta")
+
+    past = [channels_last(blank(port)) for port in graph.inputs[1:]]
+    pixels, *kept = map(blank, graph.outputs)
+    state = graph.owner.state_dict()
+    decoder, weights = decoder_of(graph), laid_out({name: state[name] for name in graph.weights}, COMPUTE)
+    with recording(sm) as found, torch.device("meta"):
+        decoder.run(weights, blank(graph.inputs[0]), past or None, pixels, list(map(channels_last, kept)))
+    return found
+
+
+def launches(model: ModelConfig, sm: int, shape: ClipShape | None = None) -> list[Launch]:
+    """Every kernel launch of the first chunk and of a later one. Nothing is run.
+
+    Args:
+        shape: The clip's size; by default the model's own.
+    """
+    clip = shape or model.video.clip
+    return [launch for is_first in (True, False) for launch in recorded(model, sm, clip, is_first=is_first).launches]
