@@ -54,9 +54,10 @@ def join(
             tl.store(total + start + within, values, mask=inside)
         if weight is not None:
             exact = values.to(tl.float32)
-            norm = tl.sqrt_rn(tl.sum(exact * exact, 1, keep_dims=True))
+            # One over the norm, which counts as at least 1e-12.
+            shrink = tl.rsqrt(tl.maximum(tl.sum(exact * exact, 1, keep_dims=True), 1e-24))
             gain = tl.load(weight + lane, mask=lane < C, other=0.0).to(tl.float32)
-            values = (exact * (tl.sqrt_rn(C * 1.0) / tl.maximum(norm, 1e-12)) * gain).to(dtype)
+            values = (exact * (shrink * C**0.5) * gain).to(dtype)
             if ACTIVATES:
                 exact = values.to(tl.float32)
                 values = (exact * tl.sigmoid(exact)).to(dtype)

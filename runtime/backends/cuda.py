@@ -10,13 +10,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.plugins.launching.launch import architecture_of
+from wanforge.plugins.launching.launch import Launch, architecture_of
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
+from wanforge.runtime.backends.decoder.recorded import launches as decoder_launches
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
+from wanforge.runtime.backends.fused_block import launches as block_launches
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
@@ -111,6 +116,12 @@ class CudaBackend(TorchBackend):
         with torch.inference_mode():
             self.block.run(self.own_state(graph_run), inputs, hidden_out, observer)
         return {**observer.found, "hidden_out": hidden_out}
+
+
+def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
+    """Every kernel launch of a block and of the decoder on an architecture, in bfloat16; see `fused_block.launches` and
+    `decoder.recorded.launches`."""
+    return [*block_launches(model, recipe, sm, shape), *decoder_launches(model, sm, shape)]
 
 
 class ForcedTaps(BlockObserver):

@@ -16,8 +16,7 @@ from wanforge.plugins.launching.compiler import compile_kernels, outdated
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, cache_folder
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.launching.occupancy import faults
-from wanforge.runtime.backends.decoder import recorded
-from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.backends.cuda import launches
 from wanforge.runtime.commands.options import (
     FOLDER,
     JSON,
@@ -56,12 +55,7 @@ class KernelsOptions(ShapeOptions):
         models = [load_model(name) for name in self.models or named("models")]
         pairs = [(model, self.shape(model)) for model in models]
         sms = parse_targets(self.targets).sms
-        return [
-            launch
-            for sm in sms
-            for model, shape in pairs
-            for launch in (*launches(model, recipe, sm, shape), *recorded.launches(model, sm, shape))
-        ]
+        return [launch for sm in sms for model, shape in pairs for launch in launches(model, recipe, sm, shape)]
 
     def block_times(self, folder: Path, cubins: Iterable[Cubin]) -> list[LaunchTime]:
         """What each launch of a block of the models is predicted to take on each GPU."""

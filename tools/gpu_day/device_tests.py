@@ -13,6 +13,7 @@ from wanforge.whole_file import temporary_folder
 ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "tests/plugins/test_norm_kernels.py",
+    "tests/plugins/test_channel_norm.py",
     "tests/plugins/test_w8a8_kernels.py",
     "tests/plugins/test_attention_kernels.py",
 )

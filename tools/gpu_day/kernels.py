@@ -12,7 +12,7 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import CubinStore, cache_folder, folders, source_hash
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.backends.cuda import launches
 from wanforge.runtime.measure.kernels.cases import OPS
 from wanforge.runtime.measure.kernels.pieces import timed_size
 from wanforge.runtime.measure.kernels.timing import Draw
@@ -46,7 +46,8 @@ def _needed(day: Day) -> Iterator[Launch]:
 
 
 def always_needed(sm: int, published: Iterable[str] = PUBLISHED) -> Iterator[Launch]:
-    """What the blocks of published models and of TinyWan launch, and the checks of every op. This needs no GPU."""
+    """What the blocks and decoders of published models and of TinyWan launch, and the checks of every op. This needs no
+    GPU."""
     yield from launches(load_model("tinywan"), load_recipe(RECIPES[0]), sm)
     for name in published:
         for recipe in RECIPES:

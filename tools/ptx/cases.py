@@ -18,6 +18,11 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.configs.topk import num_selected
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.plugins.channel_norm import PAST
+from wanforge.plugins.channel_norm import fused as channel_norm
+from wanforge.plugins.channel_norm.fused import History, Stream
+from wanforge.plugins.channel_norm.reference import channel_norm as norm_of_channels
+from wanforge.plugins.channel_norm.reference import unfolded
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
@@ -198,6 +203,37 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
             lambda x, y, g: [gated_residual(x[None], y[None], g[None])[0]],
             addends,
         )
+    for shape in sizes.joined:
+        for is_folded in (False, True):
+            yield convolved(shape, is_folded, dtype)
+
+
+def convolved(shape: tuple[int, int, int, int], is_folded: bool, dtype: torch.dtype) -> Case:
+    """The input of a convolution of the VAE, with and without frames of the past, norms and a branch."""
+    frames, rows, columns, channels = shape
+    folded = (frames, rows // 2 + 1, columns // 2 + 1, 4, channels)
+
+    def inputs() -> tuple[Tensor, ...]:
+        x = randn(*(folded if is_folded else shape), seed=1, dtype=dtype)
+        return x, randn(*shape, seed=2, dtype=dtype), randn(channels, seed=3), randn(2, *shape[1:], seed=4, dtype=dtype)
+
+    def run(x: Tensor, branch: Tensor, gain: Tensor, past: Tensor) -> list[Tensor]:
+        later, first = (History(each, torch.empty(past.shape, dtype=dtype)) for each in (past, None))
+        activated, after = channel_norm.normed(Stream(x, branch), gain, later)
+        plain, _ = channel_norm.normed(Stream(x), gain, activates=False)
+        joined = channel_norm.joined(Stream(x), first)
+        return [channel_norm.summed(after), activated, later.kept_PHWC, plain, joined, first.kept_PHWC]
+
+    def expected(x: Tensor, branch: Tensor, gain: Tensor, past: Tensor) -> list[Tensor]:
+        whole = unfolded(x.flatten(3).movedim(-1, 1)).movedim(1, -1) if is_folded else x
+        total, zeros = whole + branch, torch.zeros_like(past)
+        norms = (norm_of_channels(each.flatten(0, 2), gain).view(shape) for each in (total, whole))
+        activated, joined = torch.cat((past, F.silu(next(norms)))), torch.cat((zeros, whole))
+        return [total, activated, activated[-PAST:], next(norms), joined, joined[-PAST:]]
+
+    kind = "doubled " if is_folded else ""
+    # A norm that rounds to the other side is a unit away.
+    return Case(f"input of a convolution, {kind}{'x'.join(map(str, shape))}", run, expected, inputs, ulp=2)
 
 
 def normed(x: Tensor, gain: Tensor) -> list[Tensor]:

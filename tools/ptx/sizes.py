@@ -36,6 +36,7 @@ class Sizes:
         quantised, normed, added: Rows and width, of the quantisers, the norms and the gated residual.
         linears: Rows, outputs and inputs, and the number of weights.
         epilogues: Rows, outputs and inputs of linears with GELU, or that are added to a residual.
+        joined: Frames, rows, columns and channels of the input of a convolution of the VAE.
         keys: Of what attention computes of keys and values.
         attended, packed: Of attention, and of attention that quantises its output.
         scored: Queries, heads and key blocks, whose scores are computed.
@@ -48,6 +49,7 @@ class Sizes:
     epilogues: tuple[tuple[int, int, int], ...] = ()
     normed: tuple[tuple[int, int], ...] = ()
     added: tuple[tuple[int, int], ...] = ()
+    joined: tuple[tuple[int, int, int, int], ...] = ()
     keys: tuple[Attended, ...] = ()
     attended: tuple[Attended, ...] = ()
     packed: tuple[Attended, ...] = ()
@@ -62,6 +64,7 @@ SHORT = Sizes(
     epilogues=((333, 384, 256),),
     normed=((333, 384),),
     added=((333, 384),),
+    joined=((3, 6, 10, 96),),
     keys=(Attended(333, 2, 1),),
     attended=(Attended(200, 2, 2),),
     packed=(Attended(140, 2, 2),),
@@ -75,6 +78,7 @@ RAGGED = Sizes(
     epilogues=((333, 384, 256),),
     normed=((333, 384), (37, 1536)),
     added=((333, 384),),
+    joined=((3, 6, 10, 96), (1, 4, 6, 384), (2, 2, 4, 16)),
     keys=(Attended(333, 2, 1),),
     attended=(Attended(333, 2, 2), Attended(256, 1, 4)),
     packed=(Attended(200, 1, 2),),
@@ -88,6 +92,7 @@ REAL = Sizes(
     epilogues=((100, 13824, 128), (100, 256, 13824)),
     normed=((100, 5120), (100, 1536)),
     added=((100, 5120),),
+    joined=((4, 2, 832, 96), (2, 2, 104, 384)),
     keys=(Attended(100, 40, 1), Attended(32760, 1, 51)),
     attended=(Attended(100, 40, 1), Attended(75600, 1, 118, queries=(0, 590))),
     packed=(Attended(100, 12, 1),),

@@ -29,6 +29,7 @@ from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attenti
 from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import BF16, FP32, LaunchCost, Workload, all_launches
+from wanforge.runtime.measure.kernels.decoder import channel_norm_cases
 from wanforge.runtime.measure.kernels.linears import linear_cases
 from wanforge.runtime.measure.kernels.timing import Case, Draw, Run, eager_and_compiled
 from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
@@ -220,6 +221,7 @@ OPS: Mapping[str, Callable[[Workload], list[Case]]] = {
     "layer_norm": layer_norm_cases,
     "rms_norm_rope": rms_norm_cases,
     "gated_residual": residual_cases,
+    "channel_norm": channel_norm_cases,
     "sparse_linear_attention": attention_cases,
     "block": block_cases,
 }

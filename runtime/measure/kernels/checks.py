@@ -30,6 +30,7 @@ from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_resid
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 from wanforge.runtime.backends.fused_block import FusedBlock
 from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on
+from wanforge.runtime.measure.kernels.decoder import channel_norm_claims
 from wanforge.runtime.measure.kernels.linears import ROWS, TILES, Scheme
 from wanforge.runtime.measure.kernels.pieces import PIECE, SMALL, CheckedSize, by_heads, cut, in_pieces
 from wanforge.runtime.measure.kernels.timing import Draw
@@ -225,6 +226,10 @@ def residual_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     yield "gated residual", out, expected, 0
 
 
+def decoder_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    return channel_norm_claims(draw, size, rounding_error(draw.dtype, 0.5))
+
+
 def attention_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     blocks = attention_blocks(recipe_on(draw.device))
     assert blocks is not None
@@ -304,6 +309,7 @@ CHECKS: Mapping[str, Callable[[Draw, CheckedSize], Iterator[Claim]]] = {
     "layer_norm": layer_norm_claims,
     "rms_norm_rope": rms_norm_claims,
     "gated_residual": residual_claims,
+    "channel_norm": decoder_claims,
     "sparse_linear_attention": attention_claims,
     "block": block_claims,
 }

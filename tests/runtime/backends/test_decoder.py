@@ -24,6 +24,7 @@ from wanforge.runtime.backends.decoder.decoder import (
     convolve,
     convolve_folded,
 )
+from wanforge.runtime.backends.decoder.recorded import launches, recorded
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.memory.device import Host
@@ -130,6 +131,15 @@ def test_the_library_gives_channels_last() -> None:
     assert convolve(x, volume.contiguous(memory_format=torch.channels_last_3d), bias).is_contiguous()
     for some in (x, x[:1]):
         assert convolve_folded(some, picture.contiguous(memory_format=torch.channels_last), bias).is_contiguous()
+
+
+def test_a_chunk_is_few_launches() -> None:
+    """Besides these, only the library's convolutions and attention run: one for each convolution, shortcut and doubling
+    of frames."""
+    model = load_model("turbowan2.1-t2v-1.3b-480p")
+    later = recorded(model, 90, model.video.clip, is_first=False)
+    assert (len(later.launches), len(later.steps) - len(later.launches)) == (35, 38)
+    assert len(launches(model, 90)) == 72
 
 
 # In the backend.

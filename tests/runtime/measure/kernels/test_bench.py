@@ -441,7 +441,7 @@ def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
             case.kernel(*inputs)
         # Cross-attention is counted, but the library computes it.
         assert len(recorded.launches) == len(case.costs) - (op == "block"), case.name
-        if op in ("w8a8_linear", "layer_norm", "gated_residual"):
+        if op in ("w8a8_linear", "layer_norm", "gated_residual", "channel_norm"):
             for launch, cost in zip(recorded.launches, case.costs, strict=True):
                 tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
                 assert sum(tensor.nbytes for tensor in tensors) == cost.total_bytes, case.name
