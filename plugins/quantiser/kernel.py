@@ -2,7 +2,9 @@
 
 import triton
 import triton.language as tl
+from triton.knobs import runtime
 
+INTERPRETED = tl.constexpr(runtime.interpret)
 TILE = tl.constexpr(128)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even, on every machine.
 ROUND = tl.constexpr(12582912.0)
@@ -12,14 +14,30 @@ ROUND = tl.constexpr(12582912.0)
 def quantise_tile(x):
     """The steps and the scale of one tile, as `reference.quantise_tiles` defines them."""
     amax = tl.maximum(tl.max(tl.abs(x)), 1e-8)
-    steps = (x * tl.math.div_rn(128.0, amax) + ROUND) - ROUND
-    return tl.clamp(steps, -128.0, 127.0).to(tl.int8), amax * (1.0 / 128.0)
+    # No value is below -128. The low bits of a float32 from 2^23 to 2^24 are those of its integer part.
+    steps = tl.minimum(x * tl.math.div_rn(128.0, amax) + ROUND, ROUND + 127.0)
+    return steps.to(tl.int32, bitcast=True).to(tl.int8), amax * (1.0 / 128.0)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x rounded to `dtype`, as float32."""
-    return x.to(dtype).to(tl.float32)
+    if INTERPRETED or dtype != tl.bfloat16:
+        return x.to(dtype).to(tl.float32)
+    # Triton converts one value at a time here, at a quarter of the speed.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 pair;
+        cvt.rn.bf16x2.f32 pair, $3, $2;
+        shl.b32 $0, pair, 16;
+        and.b32 $1, pair, 0xffff0000;
+        }""",
+        "=f,=f,f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @triton.jit
