@@ -147,9 +147,8 @@ def page(suite: Suite) -> str:
         "## Host time of a step",
         "A step of the backend `cuda` in requests of four steps for one token, with a GPU that does nothing: "
         "casting the latents and cutting them into patches, binding and running every block up to the call of "
-        "`cuLaunchKernel`, PyTorch's attention to the text on the one token, and assembling the velocity. Stem and "
-        "head are left out. A recorded step has one call that replays a CUDA graph in place of all launches. What the "
-        " driver takes for a launch or a graph is unmeasured.",
+        "`cuLaunchKernel`, and assembling the velocity. Stem and head are left out. A recorded step has one call that "
+        "replays a CUDA graph in place of all launches. What the driver takes for a launch or a graph is unmeasured.",
         markdown_table(HOST, host_rows(suite)),
         "## ONNX Runtime against eager PyTorch",
         "Both run the tiny model's own clip with W8A8 and SageSLA, on the CPU in float32, and take turns.",

@@ -17,6 +17,8 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.errors import ConfigError, ShapeError
+from wanforge.plugins.dense_attention import reference
+from wanforge.plugins.dense_attention.fused import dense_attention, dense_attention_quantised
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.launch import Launch, recording
@@ -31,7 +33,7 @@ from wanforge.plugins.sparse_linear_attention.fused import (
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
-from wanforge.runtime.reference.dit import attention_blocks, dense_attention, split_heads
+from wanforge.runtime.reference.dit import attention_blocks, split_heads
 
 FIRST_FP8_SM = 89
 
@@ -50,10 +52,10 @@ def gelu(x_LD: Tensor) -> Tensor:
     return F.gelu(x_LD, approximate="tanh")
 
 
-def attend_to_all(q_LD: Tensor, keys_BTD: Tensor, values_BTD: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """`dense_attention` of one sample, its heads side by side: ``[L, D]``."""
-    q_BLHK, k_BTHK, v_BTHK = map(split_heads, (q_LD[None], keys_BTD, values_BTD))
-    return dense_attention(q_BLHK, k_BTHK, v_BTHK, key_bias_T).flatten(2)[0]
+def attend_to_all(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor) -> Tensor:
+    """Self-attention to all tokens by PyTorch, heads side by side: ``[L, D]``."""
+    q_BLHK, k_BLHK, v_BLHK = (split_heads(x_LD[None]) for x_LD in (q_LD, k_LD, v_LD))
+    return reference.dense_attention(q_BLHK, k_BLHK, v_BLHK).flatten(2)[0]
 
 
 class Linears(Protocol):
@@ -235,8 +237,9 @@ class FusedBlock:
         q_LD = observer.value("cross_attn.q", q_LD)
         rms_norm_rotate([q_LD], [weights["cross_attn.norm_q.weight"]], self.config.eps)
         q_LD = observer.value("cross_attn.norm_q", q_LD)
-        y_LD = library(attend_to_all, q_LD, keys_BTD, values_BTD, key_bias_T)
-        a = observer.input("cross_attn.o.in", layers.pack(y_LD), layers)
+        text = q_LD, keys_BTD[0], values_BTD[0], key_bias_T
+        y = dense_attention_quantised(*text) if layers.packs_tiles else layers.pack(dense_attention(*text))
+        a = observer.input("cross_attn.o.in", y, layers)
         layers.add(a, "cross_attn.o", out_LD, None, out_LD)
 
         a = observer.input("ffn.0.in", layers.norm(out_LD, scale_ffn, shift_ffn, modulated=True), layers)
@@ -259,7 +262,7 @@ class FusedBlock:
         self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
     ) -> Input:
         if self.blocks is None:
-            return layers.pack(library(attend_to_all, q_LD, k_LD[None], v_LD[None]))
+            return layers.pack(library(attend_to_all, q_LD, k_LD, v_LD))
         proj, bias = (weights[f"self_attn.attn_op.local_attn.proj_l.{part}"] for part in ("weight", "bias"))
         arguments = (q_LD, k_LD, v_LD, num_selected, proj, bias, self.blocks)
         if layers.packs_tiles and self.blocks.q == HEAD_DIM:
@@ -272,11 +275,14 @@ def recipe_for(recipe: Recipe, sm: int) -> Recipe:
     return msgspec.structs.replace(recipe, pv="fp16") if sm < FIRST_FP8_SM else recipe
 
 
-def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
+def launches(
+    model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None, text_rows: int | None = None
+) -> list[Launch]:
     """Every kernel launch of one block on an architecture, in bfloat16. Nothing is run.
 
     Args:
         shape: The clip's size and length; by default the model's own.
+        text_rows: Rows of text that attention sees; by default all.
 
     Raises:
         ConfigError: The clip is too short for its top-k.
@@ -285,7 +291,7 @@ def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | Non
     block = graphs(model, runs)["block"]
     sizes = {
         "tokens": clip.tokens,
-        "context_rows": model.dit.text_rows,
+        "context_rows": text_rows or model.dit.text_rows,
         "num_selected": num_selected(runs, clip, model.topk),
     }
     with recording(sm) as recorded, torch.device("meta"):

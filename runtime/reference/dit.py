@@ -21,6 +21,7 @@ from wanforge.configs.clip import PATCH
 from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import ShapeError
+from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
 from wanforge.plugins.nvfp4_linear import BLOCK
@@ -122,16 +123,6 @@ class LayerNorm(nn.Module):
 def split_heads(x_BLD: Tensor) -> Tensor:
     """``[B, L, D]`` as ``[B, L, heads, 128]``."""
     return x_BLD.unflatten(-1, (-1, HEAD_DIM))
-
-
-def dense_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """Softmax attention over all keys, ``[B, L, H, K]``; `key_bias_T` is added to every row of logits.
-
-    It is added in the type of the queries, which holds the biases of `schedule.weight_biases` exactly.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
-    bias = None if key_bias_T is None else key_bias_T.to(q.dtype)[None, None, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 class LinearBranch(nn.Module):

@@ -63,6 +63,11 @@ for stream in (Stream(frames(3, 6, 10, 24), frames(3, 6, 10, 24)), Stream(frames
         normed(stream, gain, History(past, empty(2, 6, 10, 24))), joined(stream, History(past, empty(2, 6, 10, 24)))
     normed(stream, gain, activates=False), summed(stream), forget(History(None, empty(2, 6, 10, 24)))
 """,
+    "dense_attention": """
+from wanforge.plugins.dense_attention.fused import *
+q, k, v, bias = (edge(torch.randn(*shape)) for shape in ((133, 256), (21, 256), (21, 256), (21,)))
+dense_attention(q, k, v, bias), dense_attention_quantised(q, k, v, bias)
+""",
     "sparse_linear_attention": """
 from wanforge.plugins.sparse_linear_attention.fused import *
 q, k, v = (edge(torch.randn(261, 256)) for _ in range(3))

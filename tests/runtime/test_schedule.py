@@ -15,11 +15,12 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.reference.dit import DiT, dense_attention
+from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.request import Request, Timings, latent_shape
 from wanforge.runtime.schedule import (
     STAND_INS,

@@ -41,10 +41,10 @@ from wanforge.configs.model import DiTConfig, ModelConfig, TextEncoderConfig, VA
 from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.sparse_linear_attention.reference import Blocks, block_scores, select_blocks, sparse_branch
 from wanforge.runtime.measure.quality.figures import COLOURS
 from wanforge.runtime.measure.quality.held_out import held_out_prompts
-from wanforge.runtime.reference.dit import dense_attention
 from wanforge.runtime.reference.vae import VAE
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
-SWEPT = ("w8a8_linear", "sparse_linear_attention", "layer_norm", "rms_norm_rope", "gated_residual", "channel_norm")
+SWEPT = (
+    *("w8a8_linear", "sparse_linear_attention", "dense_attention", "layer_norm", "rms_norm_rope", "gated_residual"),
+    "channel_norm",
+)
 """The ops whose tiles are swept, those with the most to gain first."""
 
 

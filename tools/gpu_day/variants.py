@@ -32,6 +32,7 @@ CHOICES = {
     "rms_norm_rope.norm": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32, 64))]),
     "gated_residual.add": Choices((2, 4, 8), (1,), [("ROWS", (16, 32, 64, 128))]),
     "channel_norm.join": Choices((2, 4, 8), (1,), [("BLOCK", (2048, 4096, 8192, 16384))]),
+    "dense_attention.attend": Choices((4, 8), (1, 2, 3), [("KEYS", (16, 32, 64))]),
     "sparse_linear_attention.statistics": Choices((4, 8), (1, 2, 3), [("ROWS", (64, 128))]),
     "sparse_linear_attention.keys_values": Choices((4, 8, 16), (1, 2)),
     "sparse_linear_attention.linear_state": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32))]),

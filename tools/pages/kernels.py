@@ -200,11 +200,10 @@ def cache_table() -> str:
 def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:
     """What could still be merged or changed in the fused launch plan: launches, and those that would replace them."""
     of = {launch.name: launch for launch in all_launches(fused_block(w))}
-    attention, cross, last = of["attention + quantise"], of["cross attention"], of["quantise"]
+    attention = of["attention + quantise"]
     halves = {("fp8, fp16 sums" if form == "fp8" else form): flops for form, flops in attention.flops.items()}
     return {
         "P·V with fp16 sums": ([attention], [replace(attention, flops=halves)]),
-        "cross-attention that quantises": ([cross, last], [replace(cross, bytes_written=last.bytes_written)]),
     }
 
 

@@ -23,6 +23,8 @@ from wanforge.plugins.channel_norm import fused as channel_norm
 from wanforge.plugins.channel_norm.fused import History, Stream
 from wanforge.plugins.channel_norm.reference import channel_norm as norm_of_channels
 from wanforge.plugins.channel_norm.reference import unfolded
+from wanforge.plugins.dense_attention import fused as dense
+from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
@@ -55,6 +57,8 @@ def cases(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     arithmetics = ("sla", "sage_fp8" if sm >= FIRST_FP8_SM else "sage_fp16")
     for arithmetic in arithmetics:
         yield from attentions(Blocks(128, 64, arithmetic), dtype, sizes)  # type: ignore[arg-type]
+    for shape in sizes.asked:
+        yield from answered(shape, dtype)
     for shape in sizes.scored:
         yield scores(shape, dtype)
     for rank in sizes.ranked:
@@ -370,6 +374,39 @@ def packed(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
     return Case(
         f"attention {blocks.arithmetic}, quantised, {size}", run, nothing, lambda: attention_inputs(size, dtype)
     )
+
+
+def answered(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Case]:
+    """Attention to all keys, with biases of eight bits, one of which leaves its key no weight."""
+    tokens, heads, keys = shape
+
+    def inputs() -> tuple[Tensor, ...]:
+        q, k, v = (
+            randn(rows, heads * HEAD + 16, seed=seed, dtype=dtype)[:, 16:]
+            for seed, rows in enumerate((tokens, keys, keys), 1)
+        )
+        bias = randn(keys, seed=4).bfloat16().float()
+        bias[1::7] = -float("inf")
+        return q, k, v, bias
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
+        one, all_k, all_v = (x[None].unflatten(-1, (-1, HEAD)) for x in (q, k, v))
+        return [dense_attention(one, all_k, all_v, bias).flatten(2)[0]]
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
+        y = dense.dense_attention_quantised(q, k, v, bias)
+        steps, scale = quantise_tiles(dense.dense_attention(q, k, v, bias))
+        return [y.steps_MK - steps, y.scale - scale]
+
+    def nothing(q: Tensor, *others: Tensor) -> list[Tensor]:
+        return [torch.zeros(q.shape, dtype=torch.int8), torch.zeros(-(-tokens // HEAD), heads)]
+
+    size = f"{tokens} tokens, {heads} heads, {keys} keys"
+    # Both round probabilities, at other sizes, and the result.
+    yield Case(
+        f"attention to all keys, {size}", lambda *given: [dense.dense_attention(*given)], expected, inputs, ulp=4
+    )
+    yield Case(f"attention to all keys, quantised, {size}", packed, nothing, inputs)
 
 
 def scores(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:

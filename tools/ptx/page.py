@@ -106,8 +106,8 @@ blocks in 32 chunks, 51 of them selected with 512 lanes), over as few rows as th
 attention of some query blocks is computed, over all keys. Approximate instructions give the nearest number. They ran on
 an architecture of each kind: `mma.sync` with fp16, `wgmma` with fp8, and `mma.sync` with fp8.""",
     "A whole block": """\
-A layer of TinyWan with its trained weights, on random inputs, by each recipe that has kernels. PyTorch computes the
-cross-attention, and with `bf16-sla` the linears.""",
+A layer of TinyWan with its trained weights, on random inputs, by each recipe that has kernels. With `bf16-sla` PyTorch
+computes the linears.""",
 }
 """What the page says of each part."""
 

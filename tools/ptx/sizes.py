@@ -39,6 +39,7 @@ class Sizes:
         joined: Frames, rows, columns and channels of the input of a convolution of the VAE.
         keys: Of what attention computes of keys and values.
         attended, packed: Of attention, and of attention that quantises its output.
+        asked: Tokens, heads and keys, of attention to all keys.
         scored: Queries, heads and key blocks, whose scores are computed.
         ranked: Query blocks, heads and key blocks, and how many of these are selected.
         blocks: Models and recipes of a whole block.
@@ -53,6 +54,7 @@ class Sizes:
     keys: tuple[Attended, ...] = ()
     attended: tuple[Attended, ...] = ()
     packed: tuple[Attended, ...] = ()
+    asked: tuple[tuple[int, int, int], ...] = ()
     scored: tuple[tuple[int, int, int], ...] = ()
     ranked: tuple[tuple[int, int, int, int], ...] = ()
     blocks: tuple[tuple[str, str], ...] = ()
@@ -68,6 +70,7 @@ SHORT = Sizes(
     keys=(Attended(333, 2, 1),),
     attended=(Attended(200, 2, 2),),
     packed=(Attended(140, 2, 2),),
+    asked=((140, 2, 37),),
     scored=((333, 2, 70),),
     ranked=((3, 2, 70, 7),),
 )
@@ -82,6 +85,7 @@ RAGGED = Sizes(
     keys=(Attended(333, 2, 1),),
     attended=(Attended(333, 2, 2), Attended(256, 1, 4)),
     packed=(Attended(200, 1, 2),),
+    asked=((200, 2, 133), (128, 1, 1)),
     scored=((333, 2, 70),),
     ranked=((3, 2, 70, 7),),
 )
@@ -96,6 +100,7 @@ REAL = Sizes(
     keys=(Attended(100, 40, 1), Attended(32760, 1, 51)),
     attended=(Attended(100, 40, 1), Attended(75600, 1, 118, queries=(0, 590))),
     packed=(Attended(100, 12, 1),),
+    asked=((100, 40, 130), (100, 12, 512)),
     scored=((300, 40, 1182), (300, 12, 512)),
     ranked=((2, 40, 1182, 118), (2, 12, 512, 51)),
 )

@@ -47,7 +47,7 @@ class Denoiser(nn.Module):
 
 
 def plain_attention(q_BLHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, key_bias_T: Tensor | None = None) -> Tensor:
-    """`dit.dense_attention` as ordinary products, which PyTorch's compiler for CPUs makes twice as fast, forward and
+    """`dense_attention` as ordinary products, which PyTorch's compiler for CPUs makes twice as fast, forward and
     backward, as the operator that they replace."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BTHK, v_BTHK))
     logits = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)

@@ -1,7 +1,6 @@
 """The launches of the denoiser made of the kernels in `plugins/`, split into the same parts as in `unfused`.
 
-Time, stem, head and text run as PyTorch runs them, and cross-attention as a library does. The counts follow the
-kernels' own signatures.
+Time, stem, head and text run as PyTorch runs them. The counts follow the kernels' own signatures.
 """
 
 from wanforge.configs.model import HEAD_DIM
@@ -21,13 +20,12 @@ from wanforge.runtime.measure.cost.launches import (
     quantised,
     scales,
 )
-from wanforge.runtime.measure.cost.unfused import context, cross_attention, cross_keys_values, head, stem, time
+from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, head, stem, time
 
 
 def fused_block(w: Workload) -> BlockLaunches:
-    """One block in 19 launches, one of which is PyTorch's attention to the text. Only what must passes through memory
-    between them: inputs of linears as int8, and bf16 where attention, or a norm over the whole width, needs every
-    column first."""
+    """One block in 18 launches. Only what must passes through memory between them: inputs of linears as int8, and bf16
+    where attention, or a norm over the whole width, needs every column first."""
     x = w.stream
     stream, gate = BF16 * x, FP32 * w.D
     return {
@@ -42,8 +40,7 @@ def fused_block(w: Workload) -> BlockLaunches:
             _norm_quantise("norm 3 + quantise", w),
             _gemm("gemm cross q", w, w.D, w.D, BF16),
             _rms_norm("norm cross q", w, tensors=1),
-            cross_attention(w),
-            _quantise(w),
+            _cross_attention(w),
             _gemm("gemm cross o + residual", w, w.D, w.D, BF16, residual=stream),
         ],
         "feed-forward": [
@@ -54,7 +51,7 @@ def fused_block(w: Workload) -> BlockLaunches:
     }
 
 
-NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS = TILE, 32, 16, 64, 16, 64
+NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 32, 16, 64, 16, 64, 16
 """Rows of one thread block, or of one iteration, as in ``configs/tiles.toml``; a test compares them."""
 GROUP = 8
 """Tiles of rows that the thread blocks of a product share while they run at the same time."""
@@ -82,11 +79,6 @@ def _rms_norm(name: str, w: Workload, *, tensors: int, angles: int = 0) -> Launc
     tiles = w.D // HEAD_DIM
     run = KernelRun(tensors * cdiv(w.L, RMS_ROWS), (tiles, tiles), (bool(angles), True, None), w.D, (again,))
     return LaunchCost(name, {}, moved + tensors * FP32 * w.D + angles, moved, run=run)
-
-
-def _quantise(w: Workload) -> LaunchCost:
-    run = KernelRun(cdiv(w.L, TILE) * w.D // TILE, (), (True,), w.D)
-    return LaunchCost("quantise", {}, BF16 * w.stream, quantised(w.L, w.D), run=run)
 
 
 def _gemm(
@@ -170,6 +162,18 @@ def _attention(w: Workload) -> LaunchCost:
         quantised(w.L, w.D),
         queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,
         KernelRun(w.M * w.H, (w.num_selected,), (True, False), w.D),
+    )
+
+
+def _cross_attention(w: Workload) -> LaunchCost:
+    queries, programs = BF16 * w.stream, cdiv(w.L, TILE) * w.H
+    return LaunchCost(
+        "cross attention + quantise",
+        {"bf16": 4 * w.stream * w.text_rows},
+        queries + 2 * BF16 * w.text_rows * w.D + FP32 * w.text_rows,
+        quantised(w.L, w.D),
+        queries + programs * w.text_rows * (2 * BF16 * HEAD_DIM + FP32),
+        KernelRun(programs, (cdiv(w.text_rows, TEXT_KEYS),), (True, False), w.D),
     )
 
 

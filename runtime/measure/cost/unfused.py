@@ -160,7 +160,7 @@ def cross_keys_values(w: Workload, rows: int) -> list[LaunchCost]:
 
 
 def cross_attention(w: Workload) -> LaunchCost:
-    """Dense attention to the text, which a library computes in both plans."""
+    """Dense attention to the text, which a library computes."""
     flops = {"bf16": 4 * w.stream * w.text_rows}
     return LaunchCost("cross attention", flops, BF16 * (w.stream + 2 * w.text_rows * w.D), BF16 * w.stream)
 

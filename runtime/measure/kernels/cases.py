@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.plugins.dense_attention import reference as dense_reference
+from wanforge.plugins.dense_attention.fused import dense_attention_quantised
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.launching import Constant
@@ -112,7 +114,21 @@ def residual_cases(w: Workload) -> list[Case]:
     return [Case(cost.name, [cost], inputs, add_gated, eager_and_compiled(reference))]
 
 
-# Sparse-linear attention.
+# Attention.
+
+
+def dense_cases(w: Workload) -> list[Case]:
+    """Attention to the text."""
+    name = "cross attention + quantise"
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        return draw(w.L, w.D), draw(w.text_rows, w.D), draw(w.text_rows, w.D), draw.float32(w.text_rows)
+
+    def reference(q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (split_heads(x[None]) for x in (q_LD, k_TD, v_TD))
+        return quantise_tiles(dense_reference.dense_attention(q, k, v, key_bias_T).flatten(2)[0])
+
+    return [Case(name, [plan(w)[name]], inputs, dense_attention_quantised, eager_and_compiled(reference))]
 
 
 def attention_cases(w: Workload) -> list[Case]:
@@ -130,7 +146,7 @@ def attention_cases(w: Workload) -> list[Case]:
         return sparse_linear_attention_quantised(q_LD, k_LD, v_LD, w.num_selected, proj_KK, bias_K, blocks)
 
     backends = {"dense, flash": SDPBackend.FLASH_ATTENTION, "dense, cuDNN": SDPBackend.CUDNN_ATTENTION}
-    dense = {name: partial(dense_attention, backend) for name, backend in backends.items()}
+    dense = {name: partial(attend_to_all, backend) for name, backend in backends.items()}
     apart = [
         Case(cost.name, [cost], lambda draw: tuple(launches_apart(attend, inputs(draw))), lambda *runs, i=i: runs[i]())
         for i, cost in enumerate(costs)
@@ -138,7 +154,7 @@ def attention_cases(w: Workload) -> list[Case]:
     return [Case("sparse linear attention", costs, inputs, attend, dense), *apart]
 
 
-def dense_attention(backend: SDPBackend, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, *_: Tensor) -> Tensor:
+def attend_to_all(backend: SDPBackend, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, *_: Tensor) -> Tensor:
     """Attention over all keys by one of PyTorch's kernels; raises `RuntimeError` where it is unavailable."""
     q, k, v = (split_heads(x_LD[None]).transpose(1, 2) for x_LD in (q_LD, k_LD, v_LD))
     with sdpa_kernel(backend):
@@ -222,6 +238,7 @@ OPS: Mapping[str, Callable[[Workload], list[Case]]] = {
     "rms_norm_rope": rms_norm_cases,
     "gated_residual": residual_cases,
     "channel_norm": channel_norm_cases,
+    "dense_attention": dense_cases,
     "sparse_linear_attention": attention_cases,
     "block": block_cases,
 }

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanforge.configs.model import DiTConfig
+from wanforge.plugins.dense_attention import reference as dense_reference
+from wanforge.plugins.dense_attention.fused import dense_attention, dense_attention_quantised
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.fused import norm, norm_quantised
@@ -230,6 +232,21 @@ def decoder_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     return channel_norm_claims(draw, size, rounding_error(draw.dtype, 0.5))
 
 
+def dense_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    q, k, v = draw(size.tokens, size.dim), draw(size.text_rows, size.dim), draw(size.text_rows, size.dim)
+    # The definition adds biases in the type of the queries.
+    bias = draw(size.text_rows).float()
+    y = dense_attention(q, k, v, bias)
+
+    def attend(q: Tensor) -> Tensor:
+        heads = [split_heads(x[None]) for x in (q, k, v)]
+        return dense_reference.dense_attention(heads[0], heads[1], heads[2], bias).flatten(2)[0]
+
+    # Both round probabilities and results, at other sizes.
+    yield "attention to all keys", y, in_pieces(attend, size.pieces, q), rounding_error(draw.dtype, 2)
+    yield from quantised("attention to all keys, quantised", dense_attention_quantised(q, k, v, bias), y)
+
+
 def attention_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     blocks = attention_blocks(recipe_on(draw.device))
     assert blocks is not None
@@ -310,6 +327,7 @@ CHECKS: Mapping[str, Callable[[Draw, CheckedSize], Iterator[Claim]]] = {
     "rms_norm_rope": rms_norm_claims,
     "gated_residual": residual_claims,
     "channel_norm": decoder_claims,
+    "dense_attention": dense_claims,
     "sparse_linear_attention": attention_claims,
     "block": block_claims,
 }

@@ -2,9 +2,8 @@
 
 The code is the one that serves requests on a GPU, on tensors of one token in the host's memory: casting and cutting the
 latents, binding every graph run, waiting for weights, adding up addresses, handing each launch over, and putting the
-velocity together. PyTorch's attention to the text is computed for the one token. The stem and the head are left out.
-So are the driver's time for a launch or a CUDA graph and PyTorch's for a GPU's memory and streams, which only a GPU can
-show.
+velocity together. The stem and the head are left out. So are the driver's time for a launch or a CUDA graph and
+PyTorch's for a GPU's memory and streams, which only a GPU can show.
 """
 
 import sys
@@ -94,7 +93,6 @@ class HostOnly(CudaBackend):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, torch.bfloat16, BUDGET, IdleGpu())
-        self.text_rows_multiple = 1  # the processor attends to them, for which a GPU needs none of the host's time
         self.cuda = IdleCuda()
         self.planned = Planned(self.run_block, IdleLauncher(IdleDriver(self.cuda)))
 

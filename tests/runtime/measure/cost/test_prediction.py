@@ -104,6 +104,7 @@ def test_products_in_the_machine_code_are_those_that_were_counted(gpu: str) -> N
         "gemm ffn.0 + GELU + quantise": rows * w.D * w.F,
         "gemm ffn.2 + residual": rows * w.D * w.F,
         "attention + quantise": 2 * pairs + rows * w.D * 128,
+        "cross attention + quantise": 2 * rows * w.text_rows * w.D,
         "statistics, phi(k)^T v": chunked,
         "pool q, block scores": w.H * 256 * 512 * 128,
         "linear state": w.D * 128 * 128,

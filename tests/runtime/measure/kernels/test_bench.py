@@ -439,9 +439,8 @@ def test_kernels_launch_what_is_counted(op: str, tiny: Workload) -> None:
             inputs = case.inputs(Blank())
         with recording(90) as recorded, torch.device("meta"):
             case.kernel(*inputs)
-        # Cross-attention is counted, but the library computes it.
-        assert len(recorded.launches) == len(case.costs) - (op == "block"), case.name
-        if op in ("w8a8_linear", "layer_norm", "gated_residual", "channel_norm"):
+        assert len(recorded.launches) == len(case.costs), case.name
+        if op in ("w8a8_linear", "layer_norm", "gated_residual", "dense_attention", "channel_norm"):
             for launch, cost in zip(recorded.launches, case.costs, strict=True):
                 tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
                 assert sum(tensor.nbytes for tensor in tensors) == cost.total_bytes, case.name
