@@ -17,33 +17,40 @@ def norm(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise x_i [M, D] over D in place and multiply by weight_i [D]; then, if `cos` and `sin` [M, 64] are given,
-    rotate adjacent channels of each head by their angle. The second axis of the grid selects i."""
+    rotate adjacent channels of each head by their angle. The second axis of the grid selects i.
+
+    Whole rows are kept in registers, in parts that a warp loads at once.
+    """
+    PART: tl.constexpr = min(D & -D, 8 * HEAD)
     x, weight = x_0, weight_0
     if TENSORS == 2:
         if tl.program_id(1) == 1:
             x, weight = x_1, weight_1
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    lane = tl.arange(0, HEAD)[None, :]
-    pair = tl.arange(0, HEAD // 2)[None, :]
-    inside = rows < M
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    lane = tl.arange(0, PART)[None, :]
+    inside = row < M - first
     dtype = x.dtype.element_ty
-    x += rows * x_stride + lane
+    x += first * x_stride + (row * x_stride + lane)
 
-    squares = tl.zeros((ROWS, 1), tl.float32)
-    for column in range(0, D, HEAD):
-        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        squares += tl.sum(values * values, 1, keep_dims=True)
-    scale = tl.rsqrt(squares * (1.0 / D) + eps)
+    parts = ()
+    squares = tl.zeros((ROWS, PART), tl.float32)
+    for column in tl.static_range(0, D, PART):
+        part = tl.load(x + column, mask=inside, other=0.0)
+        parts = parts + (part,)
+        squares = tl.fma(part.to(tl.float32), part.to(tl.float32), squares)
+    scale = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / D) + eps)
 
     if cos is not None:
-        cosine = tl.load(cos + rows * (HEAD // 2) + pair, mask=inside, other=0.0)
-        sine = tl.load(sin + rows * (HEAD // 2) + pair, mask=inside, other=0.0)
-    for column in range(0, D, HEAD):
-        values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(weight + column + lane).to(tl.float32)
-        result = rounded(values * scale * factor, dtype)
+        pair = tl.arange(0, PART // 2)[None, :] % (HEAD // 2)
+        angle = first * (HEAD // 2) + (row * (HEAD // 2) + pair)
+        cosine = tl.load(cos + angle, mask=inside, other=0.0)
+        sine = tl.load(sin + angle, mask=inside, other=0.0)
+    for number in tl.static_range(D // PART):
+        factor = tl.load(weight + number * PART + lane).to(tl.float32)
+        result = rounded(parts[number].to(tl.float32) * scale * factor, dtype)
         if cos is not None:
-            even, odd = tl.split(tl.reshape(result, (ROWS, HEAD // 2, 2)))
+            even, odd = tl.split(tl.reshape(result, (ROWS, PART // 2, 2)))
             turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-            result = tl.reshape(turned, (ROWS, HEAD))
-        tl.store(x + column, result.to(dtype), mask=inside)
+            result = tl.reshape(turned, (ROWS, PART))
+        tl.store(x + number * PART, result.to(dtype), mask=inside)
