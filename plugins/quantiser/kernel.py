@@ -13,31 +13,37 @@ ROUND = tl.constexpr(12582912.0)
 @triton.jit
 def quantise_tile(x):
     """The steps and the scale of one tile, as `reference.quantise_tiles` defines them."""
-    amax = tl.maximum(tl.max(tl.abs(x)), 1e-8)
-    # No value is below -128. The low bits of a float32 from 2^23 to 2^24 are those of its integer part.
-    steps = tl.minimum(x * tl.math.div_rn(128.0, amax) + ROUND, ROUND + 127.0)
-    return steps.to(tl.int32, bitcast=True).to(tl.int8), amax * (1.0 / 128.0)
+    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-8)
+    # No step is below -128, because 128 / amax * -amax is at least the number next to it.
+    return whole_steps(tl.minimum(x * tl.math.div_rn(128.0, amax), 127.0)), amax * (1.0 / 128.0)
+
+
+@triton.jit
+def whole_steps(x):
+    """x, of at most 128 in magnitude, as int8, halves rounded to even: the last bits of its sum with `ROUND`. A conversion
+    would take the slow pipe of the special functions."""
+    return (x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x rounded to `dtype`, as float32."""
-    if INTERPRETED or dtype != tl.bfloat16:
-        return x.to(dtype).to(tl.float32)
-    # Triton converts one value at a time here, at a quarter of the speed.
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 pair;
-        cvt.rn.bf16x2.f32 pair, $3, $2;
-        shl.b32 $0, pair, 16;
-        and.b32 $1, pair, 0xffff0000;
-        }""",
-        "=f,=f,f,f",
-        [x],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=2,
-    )
+    if dtype == tl.bfloat16 and not INTERPRETED:
+        # Triton rounds one value at a time here, on the slow pipe of the special functions.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 both;
+            cvt.rn.bf16x2.f32 both, $3, $2;
+            shl.b32 $0, both, 16;
+            and.b32 $1, both, 0xffff0000;
+            }""",
+            "=f,=f,f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return x.to(dtype).to(tl.float32)
 
 
 @triton.jit
