@@ -122,11 +122,12 @@ class Driver:
         Args:
             parameters: The address of pointers to the parameters and to the null scratch pointers after them.
         """
-        self._checked(
-            self.cuda.cuLaunchKernel(
-                kernel.function, *grid, kernel.threads, 1, 1, kernel.shared_bytes, stream, parameters, 0
-            )
+        columns, rows, layers = grid
+        answer = self.cuda.cuLaunchKernel(
+            kernel.function, columns, rows, layers, kernel.threads, 1, 1, kernel.shared_bytes, stream, parameters, 0
         )
+        if answer[0]:
+            self._checked(answer)
 
     @contextmanager
     def current(self, device: torch.device) -> Iterator[None]:
@@ -235,8 +236,8 @@ class LoadedLaunches:
             ResourceError: The driver refuses a launch.
         """
         addresses = np.array(bases, np.uint64)[self._bases] + self._offsets
-        beyond = addresses % ALIGNMENT
-        if beyond.any():
+        if np.bitwise_or.reduce(addresses) % ALIGNMENT:
+            beyond = addresses % ALIGNMENT
             kernel, name = self._tensors[beyond.argmax()]
             raise ShapeError(f"{kernel}: {name} begins {beyond.max()} bytes after a multiple of {ALIGNMENT} bytes")
         self._parameters[self._positions] = addresses

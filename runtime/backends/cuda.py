@@ -79,11 +79,11 @@ class CudaBackend(TorchBackend):
         return super().bind(graph_run, inputs, outputs)
 
     def _bind_block(self, graph_run: GraphRun, tensors: Mapping[str, Tensor]) -> Runnable:
-        given = {**tensors, **self.memory.weights(graph_run, self.graphs["block"].weights)}
+        weights = self.memory.weights(graph_run, self.graphs["block"].weights)
 
         def run() -> None:
             with torch.inference_mode():
-                self.planned(given)
+                self.planned(tensors, weights)
 
         return run
 

@@ -14,10 +14,12 @@ from wanforge.plugins.launching.call import run
 from wanforge.plugins.launching.driver import Launcher, LoadedLaunches
 from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.launching.plan import Address, LaunchPlan, PlannedCall, PlannedLaunch, plan
+from wanforge.runtime.memory.arena import FixedTensors
 
 Part = Callable[[list[Tensor], list[int]], None]
 """A part of a plan, run on the tensors at its base addresses. A call of PyTorch adds its result to both."""
 
+NO_TENSORS = FixedTensors()
 NOTHING = torch.empty(0)
 """Stands for a result that is not needed any more."""
 
@@ -38,19 +40,22 @@ class Planned:
         self.function, self.launcher = function, launcher
         self.made: dict[tuple[object, ...], Repetition] = {}
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __call__(self, tensors: Mapping[str, Tensor], fixed: FixedTensors = NO_TENSORS) -> None:
         """Call the function.
+
+        Args:
+            fixed: More of its tensors, which take less time because they are never looked at again.
 
         Raises:
             ShapeError: The tensors are on different devices, or do not fit the function or the kernels.
             ResourceError: A cubin is missing or damaged.
         """
         given = list(tensors.values())
-        key = (*tensors, *[(x.dtype, x.shape, x.stride(), x.device) for x in given])
+        key = (fixed.signature, *tensors, *[(x.dtype, x.shape, x.stride(), x.device) for x in given])
         repetition = self.made.get(key)
         if repetition is None:
-            repetition = self.made[key] = self._prepare(tensors)
-        repetition(given)
+            repetition = self.made[key] = self._prepare({**tensors, **fixed})
+        repetition(given, fixed)
 
     def _prepare(self, tensors: Mapping[str, Tensor]) -> "Repetition":
         devices = {tensor.device for tensor in tensors.values()}
@@ -86,10 +91,11 @@ class Repetition:
                 self.parts.append(_part(steps, device, launcher))
         self.done = [[base for base in made.results if last_uses.get(base) == part] for part in range(len(self.parts))]
 
-    def __call__(self, given: Sequence[Tensor]) -> None:
+    def __call__(self, given: Sequence[Tensor], fixed: FixedTensors) -> None:
         """Repeat the plan on tensors like those that it was made for."""
-        memory = [*given, torch.empty(self.plan.workspace_bytes, dtype=torch.uint8, device=self.device)]
-        bases = [tensor.data_ptr() for tensor in memory]
+        workspace = torch.empty(self.plan.workspace_bytes, dtype=torch.uint8, device=self.device)
+        memory = [*given, *fixed.values(), workspace]
+        bases = [*[tensor.data_ptr() for tensor in given], *fixed.addresses, workspace.data_ptr()]
         for part, done in zip(self.parts, self.done, strict=True):
             part(memory, bases)
             for base in done:

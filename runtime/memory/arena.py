@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,6 +18,19 @@ Source = Callable[[GraphRun, str], Tensor]
 """Returns the weight of a graph run by its name in the graph."""
 
 
+class FixedTensors(dict[str, Tensor]):
+    """Tensors by name that keep their types, shapes and addresses, all of which are asked for once."""
+
+    @cached_property
+    def signature(self) -> str:
+        """Equal for tensors with the same names, types, shapes, strides and device."""
+        return repr([(name, x.dtype, x.shape, x.stride(), x.device) for name, x in self.items()])
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        return [x.data_ptr() for x in self.values()]
+
+
 class Memory(Protocol):
     """Gives a session its buffers, and graph runs their weights."""
 
@@ -24,7 +38,7 @@ class Memory(Protocol):
         """Return the buffers of a stage that begins. The buffers of the stage before it may be lost."""
         ...
 
-    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
         """The weights of a graph run by their names in the graph."""
         ...
 
@@ -42,8 +56,8 @@ class Unbounded:
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         return _Buffers(schedule.buffers, self.device, self.dtype)
 
-    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.weight(graph_run, name) for name in names}
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
+        return FixedTensors({name: self.weight(graph_run, name) for name in names})
 
     def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         return list(runnables)
@@ -85,7 +99,7 @@ class Arena:
         self.slots = [self.bytes[offset : offset + size] for offset, size in plan.places]
         self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
         self.entered: Schedule | None = None
-        self._views: dict[GroupName, dict[str, Tensor]] = {}
+        self._views: dict[GroupName, FixedTensors] = {}
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         self.plan.check(schedule, self.dtype.itemsize)
@@ -100,14 +114,14 @@ class Arena:
         size = torch.Size(spec.shape).numel() * dtype.itemsize
         return self.bytes[offset : offset + size].view(dtype).view(spec.shape)
 
-    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> dict[str, Tensor]:
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
         group = group_name(graph_run)
         if group not in self.plan.groups:
-            return {name: self.weight(graph_run, name) for name in names}
-        views = self._views.get(group)
-        if views is None:
-            views = self._views[group] = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
-        return {name: views[graph_run.prefix + name] for name in names}
+            return FixedTensors({name: self.weight(graph_run, name) for name in names})
+        if group not in self._views:
+            views = self.plan.groups[group].views(self.slots[self.plan.slots[group]])
+            self._views[group] = FixedTensors({name: views[graph_run.prefix + name] for name in names})
+        return self._views[group]
 
     def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
         turns = iter(self.residency.turns(schedule))

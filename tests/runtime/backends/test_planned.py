@@ -16,6 +16,7 @@ from wanforge.plugins.launching.driver import Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.quantiser.fused import quantise
 from wanforge.runtime.backends.planned import Planned
+from wanforge.runtime.memory.arena import FixedTensors
 
 Tensors = Mapping[str, Tensor]
 GIVEN = ("x", "y", "gate", "out")
@@ -113,6 +114,34 @@ def wider(given: dict[str, Tensor]) -> None:
 
 def apart(given: dict[str, Tensor]) -> None:
     given["y"] = torch.cat((given["y"], given["y"]), -1)[:, :128]
+
+
+def apart_from_gate(given: dict[str, Tensor]) -> tuple[dict[str, Tensor], FixedTensors]:
+    """The tensors without the gate, and the gate as a fixed tensor."""
+    return {name: each for name, each in given.items() if name != "gate"}, FixedTensors(gate=given["gate"])
+
+
+def test_fixed_tensors_of_equal_types_and_shapes_share_a_plan() -> None:
+    planned = Planned(counted := Counted())
+    for seed in (0, 1, 0):
+        given = example(seed=seed)
+        planned(*apart_from_gate(given))
+        assert torch.equal(given["out"], directly(given))
+    assert counted.calls == 1
+    given = example()
+    given["gate"] = given["gate"].half()
+    expected = directly(given)
+    planned(*apart_from_gate(given))
+    assert torch.equal(given["out"], expected)
+    assert counted.calls == 2
+
+
+def test_fixed_tensors_are_looked_at_once() -> None:
+    fixed = FixedTensors(gate=torch.ones(128))
+    signature, addresses = fixed.signature, fixed.addresses
+    assert (fixed.signature, fixed.addresses) == (signature, addresses)
+    assert fixed.signature is signature
+    assert fixed.addresses is addresses == [fixed["gate"].data_ptr()]
 
 
 @pytest.mark.parametrize("change", [halved, wider, apart])
