@@ -76,6 +76,6 @@ def quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexp
     factor = tl.math.div_rn(127.0, amax)
     for column in range(0, K, TILE):
         values = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + column, ((values * factor + ROUND) - ROUND).to(tl.int8), mask=inside)
+        tl.store(y + column, whole_steps(values * factor), mask=inside)
     scale = tl.reshape(tl.math.div_rn(amax, 127.0), (ROWS,))
     tl.store(y_scale + first + row, scale, mask=row < M - first)

@@ -24,8 +24,8 @@ STATISTICS = Kernel(
 KEYS_VALUES = Kernel(
     "sparse_linear_attention",
     "keys_values",
-    ("C", "H"),
-    {"L": "i32", "k_stride": "i32:16", "v_stride": "i32:16", "chunk_rows": "i32:16", "padded": "i32:16"},
+    ("cdiv(N, BLOCKS)", "H"),
+    {"L": "i32", "k_stride": "i32:16", "v_stride": "i32:16", "N": "i32", "padded": "i32:16"},
 )
 LINEAR_STATE = Kernel("sparse_linear_attention", "linear_state", ("H", "128 // ROWS"))
 SCORES = Kernel(
@@ -150,17 +150,12 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
     def empty(*shape: int, type: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=type, device=device)
 
-    sizes = {
-        "L": length,
-        "k_stride": k_LD.stride(0),
-        "v_stride": v_LD.stride(0),
-        "chunk_rows": chunk_rows,
-        "H": heads,
-        "C": chunks,
-    }
+    sizes = {"L": length, "k_stride": k_LD.stride(0), "v_stride": v_LD.stride(0), "H": heads, "C": chunks}
     k_sum, v_amax = empty(chunks, heads, HEAD), empty(chunks, heads, HEAD) if is_fp8 else None
     state, mass = empty(chunks, heads, HEAD, HEAD), empty(chunks, heads, HEAD)
-    STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, **sizes)
+    STATISTICS(
+        k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, chunk_rows=chunk_rows, **sizes
+    )
 
     k = k_LD if is_plain else empty(heads, padded, HEAD, type=torch.int8)
     k_step = None if is_plain else empty(heads, num_keys)
@@ -182,6 +177,7 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
         k_pooled=pooled_HNK,
         v_steps=None if is_plain else v,
         v_scale=v_scale,
+        N=num_keys,
         padded=padded,
         ARITHMETIC=blocks.arithmetic,
         BLOCK_K=blocks.k,

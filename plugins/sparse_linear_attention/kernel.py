@@ -7,13 +7,12 @@ are small; `attention` comes last. ARITHMETIC is the `arithmetic` of `reference.
 
 import triton
 import triton.language as tl
-from triton.knobs import runtime
 
-from wanforge.plugins.quantiser.kernel import quantise_tile, rounded
+from wanforge.plugins.quantiser.kernel import INTERPRETED, quantise_tile, rounded, whole_steps
 
 HEAD = tl.constexpr(128)
-INTERPRETED = tl.constexpr(runtime.interpret)
-SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * 1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
+SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * LOG2E)
 
 
 @triton.jit
@@ -44,16 +43,26 @@ def to_e4m3(x):
 
 @triton.jit
 def to_steps(x, step):
-    """x in whole steps as int8, halves rounded away from zero."""
-    half = tl.where(x > 0, 0.5, tl.where(x < 0, -0.5, 0.0))
-    return (x / step + half).to(tl.int8)
+    """x in whole steps as int8, halves rounded away from zero: the reciprocal is made one unit larger for them."""
+    return whole_steps(x * (tl.math.div_rn(1.0, step) * 1.00000012))
 
 
 @triton.jit
-def feature_map(x, dtype: tl.constexpr):
-    """Softmax over the channels, rounded to `dtype`."""
-    e = tl.exp(x - tl.max(x, 1, keep_dims=True))
-    return rounded(e * (1.0 / tl.sum(e, 1, keep_dims=True)), dtype)
+def power(x):
+    """2 to the x, where what a float32 holds with fewer digits becomes zero."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    # Triton's own function scales small numbers before and after.
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def in_groups(x, GROUPS: tl.constexpr):
+    """x [R, K] as [R / GROUPS, GROUPS, K]. With as many groups as rows that all warps hold at a time, a thread reduces the
+    first axis alone."""
+    return tl.reshape(x, (x.shape[0] // GROUPS, GROUPS, x.shape[1]))
 
 
 @triton.jit
@@ -63,6 +72,8 @@ def statistics(
     H: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ADDS_LATER: tl.constexpr,
 ):  # fmt: skip
     """Per chunk and head, in float32: the sum of the keys and the largest magnitude of the values, [C, H, K], and for the
     linear branch phi(k)^T v [C, H, K, K] and the sum of phi(k) [C, H, K]."""
@@ -76,45 +87,53 @@ def statistics(
     k += first * k_stride + head * HEAD + (row * k_stride + lanes)
     v += first * v_stride + head * HEAD + (row * v_stride + lanes)
     total = tl.zeros((HEAD, HEAD), tl.float32)
-    weight = tl.zeros((HEAD,), tl.float32)
-    key_sum = tl.zeros((HEAD,), tl.float32)
-    largest = tl.zeros((HEAD,), tl.float32)
+    weight = tl.zeros((GROUPS, HEAD), tl.float32)
+    key_sum = tl.zeros((GROUPS, HEAD), tl.float32)
+    largest = tl.zeros((GROUPS, HEAD), tl.float32)
     for start in range(0, tl.minimum(chunk_rows, L - chunk * chunk_rows), ROWS):
         inside = row < L - chunk * chunk_rows - start
         key = tl.load(k, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(v, mask=inside, other=0.0)
-        key_sum += tl.sum(key, 0)
-        feature = tl.where(inside, feature_map(key, dtype), 0.0)
-        weight += tl.sum(feature, 0)
-        # The limit on inexact sums means nothing to these types, but keeps Triton from joining the sum to the product. Joined
-        # in wgmma, the product would go on while the next value is copied over this one.
-        total += tl.dot(tl.trans(feature).to(dtype), value, input_precision="ieee", max_num_imprecise_acc=ROWS)
+        key_sum += tl.sum(in_groups(key, GROUPS), 0)
+        e = power(tl.fma(key, LOG2E, tl.max(key, 1, keep_dims=True) * -LOG2E))
+        feature = rounded(e * tl.where(inside, 1.0 / tl.sum(e, 1, keep_dims=True), 0.0), dtype)
+        weight += tl.sum(in_groups(feature, GROUPS), 0)
+        columns = tl.trans(feature.to(dtype))
+        if ADDS_LATER:
+            # The limit on inexact sums means nothing to these types, but keeps Triton from joining the sum to the product.
+            # Joined in wgmma, the product would go on while the next value is copied over this one.
+            total += tl.dot(columns, value, input_precision="ieee", max_num_imprecise_acc=ROWS)
+        else:
+            total = tl.dot(columns, value, total, input_precision="ieee")
         if v_amax is not None:
-            largest = tl.maximum(largest, tl.max(tl.abs(value.to(tl.float32)), 0))
+            largest = tl.maximum(largest, tl.max(in_groups(tl.abs(value), GROUPS), 0))
         k += ROWS * k_stride
         v += ROWS * v_stride
     place = chunk.to(tl.int64) * H + head
-    tl.store(k_sum + place * HEAD + lane, key_sum)
-    tl.store(mass + place * HEAD + lane, weight)
+    tl.store(k_sum + place * HEAD + lane, tl.sum(key_sum, 0))
+    tl.store(mass + place * HEAD + lane, tl.sum(weight, 0))
     tl.store(state + place * (HEAD * HEAD) + (lane[:, None] * HEAD + lanes), total)
     if v_amax is not None:
-        tl.store(v_amax + place * HEAD + lane, largest)
+        tl.store(v_amax + place * HEAD + lane, tl.max(largest, 0))
 
 
 @triton.jit
 def keys_values(
     k, v, k_sum, v_amax,
     k_steps, k_step, k_pooled, v_steps, v_scale,
-    L, k_stride, v_stride, chunk_rows, padded,
+    L, k_stride, v_stride, N, padded,
     H: tl.constexpr,
     C: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """From one chunk of a head's keys and values, compute the means of key blocks [H, N, K] and, in 8-bit arithmetic, the
-    keys as int8 [H, padded, K] with a step per block [H, N] and the values as fp8 [H, K, padded] or fp16 [H, padded, K].
+    """From the keys and values of a head, compute the means of key blocks [H, N, K] and, in 8-bit arithmetic, the keys as
+    int8 [H, padded, K] with a step per block [H, N] and the values as fp8 [H, K, padded] or fp16 [H, padded, K]. A program
+    handles BLOCKS of N.
     """
-    chunk, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, head = tl.program_id(0) * BLOCKS, tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
     dtype = k.dtype.element_ty
@@ -124,36 +143,35 @@ def keys_values(
     if ARITHMETIC == "sage_fp8":
         amax = tl.max(tl.load(v_amax + chunks), 0)
         factor = tl.where(amax > 0, tl.math.div_rn(2.25, tl.where(amax > 0, amax, 1.0)), 1.0)
-        if chunk == 0:
+        if first == 0:
             tl.store(v_scale + head * HEAD + lane, tl.math.div_rn(amax, 2.25))
 
-    blocks = padded // BLOCK_K
     row = tl.arange(0, BLOCK_K)
     rows = row[:, None]
     k += head * HEAD + (rows * k_stride + lanes)
     v += head * HEAD + (rows * v_stride + lanes)
-    k_pooled += head * blocks * HEAD + lane
+    k_pooled += head * N * HEAD + lane
     if ARITHMETIC != "sla":
         k_steps += head * padded * HEAD + (rows * HEAD + lanes)
-        k_step += head * blocks
+        k_step += head * N
     if ARITHMETIC == "sage_fp8":
         v_steps += head * HEAD * padded + (lane[:, None] * padded + row[None, :])
     if ARITHMETIC == "sage_fp16":
         v_steps += head * padded * HEAD + (rows * HEAD + lanes)
 
-    first = chunk * (chunk_rows // BLOCK_K)
-    for block in range(first, tl.minimum(first + chunk_rows // BLOCK_K, blocks)):
+    for block in tl.range(first, tl.minimum(first + BLOCKS, N), num_stages=STAGES):
         start = tl.cast(block, tl.int64) * BLOCK_K
         held = tl.minimum(L - block * BLOCK_K, BLOCK_K)
         inside = rows < held
         key = tl.load(k + start * k_stride, mask=inside, other=0.0).to(tl.float32)
+        if ARITHMETIC != "sla":
+            value = tl.load(v + start * v_stride, mask=inside, other=0.0)
         smooth = tl.where(inside, rounded(key - mean[None, :], dtype), 0.0)
         tl.store(k_pooled + block * HEAD, (tl.sum(smooth, 0) / (held * 1.0)).to(dtype))
         if ARITHMETIC != "sla":
-            step = tl.math.div_rn(tl.max(tl.abs(smooth)), 127.0) + 1e-7
+            step = tl.math.div_rn(tl.max(tl.max(tl.abs(smooth), 0), 0), 127.0) + 1e-7
             tl.store(k_steps + start * HEAD, to_steps(smooth, step))
             tl.store(k_step + block, step)
-            value = tl.load(v + start * v_stride, mask=inside, other=0.0)
             if ARITHMETIC == "sage_fp8":
                 tl.store(v_steps + start, tl.trans(to_e4m3(value.to(tl.float32) * factor[None, :])))
             else:
@@ -166,18 +184,19 @@ def linear_state(
     H: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """The linear branch of one head over all chunks: phi(k)^T v times projection^T [K, K], and the sum of phi(k) [K]."""
     head = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     lane = tl.arange(0, HEAD)
     dtype = folded.dtype.element_ty
+    state += head * HEAD * HEAD + (rows[:, None] * HEAD + lane[None, :])
     total = tl.zeros((ROWS, HEAD), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    for chunk in range(C):
-        place = chunk * H + head
-        total += tl.load(state + (place * HEAD + rows[:, None]) * HEAD + lane[None, :])
-        weight += tl.load(mass + place * HEAD + rows)
+    for chunk in tl.range(C, num_stages=STAGES):
+        total += tl.load(state + chunk * (H * HEAD * HEAD))
+    chunks = tl.arange(0, C)[:, None] * (H * HEAD)
+    weight = tl.sum(tl.load(mass + head * HEAD + (chunks + rows[None, :])), 0)
     transposed = tl.load(projection + lane[None, :] * HEAD + lane[:, None]).to(dtype)
     product = tl.dot(total.to(dtype), transposed, input_precision="ieee")
     tl.store(folded + (head * HEAD + rows[:, None]) * HEAD + lane[None, :], product.to(dtype))

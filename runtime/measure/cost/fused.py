@@ -51,8 +51,9 @@ def fused_block(w: Workload) -> BlockLaunches:
     }
 
 
-NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 64, 16, 64, 16
+NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 32, 16, 64, 16
 """Rows of one thread block, or of one iteration, as in ``configs/tiles.toml``; a test compares them."""
+KEY_BLOCKS = 8
 GROUP = 8
 """Tiles of rows that the thread blocks of a product share while they run at the same time."""
 BITS = 32
@@ -127,7 +128,8 @@ def _statistics(w: Workload) -> LaunchCost:
 def _keys_values(w: Workload) -> LaunchCost:
     keys = INT8 * w.padded_stream + FP32 * w.H * w.N + BF16 * w.N * w.D
     values = w.value_bytes * w.padded_stream + (FP32 * w.D if w.recipe.pv == "fp8" else 0)
-    run = KernelRun(w.C * w.H, (_chunk_rows(w) // w.recipe.block_k,), (False, True), w.D)
+    programs = w.H * cdiv(w.N, KEY_BLOCKS)
+    run = KernelRun(programs, (KEY_BLOCKS,), (True, True), w.D, (Reread(programs * _extremes(w) // w.H - _extremes(w)),))
     return LaunchCost("keys, values", {}, 2 * BF16 * w.stream + _extremes(w), keys + values, run=run)
 
 
