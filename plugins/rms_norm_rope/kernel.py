@@ -37,7 +37,7 @@ def norm(
     squares = tl.zeros((ROWS, PART), tl.float32)
     for column in tl.static_range(0, D, PART):
         part = tl.load(x + column, mask=inside, other=0.0)
-        parts = parts + (part,)
+        parts += (part,)
         squares = tl.fma(part.to(tl.float32), part.to(tl.float32), squares)
     scale = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / D) + eps)
 

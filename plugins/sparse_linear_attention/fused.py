@@ -153,9 +153,7 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
     sizes = {"L": length, "k_stride": k_LD.stride(0), "v_stride": v_LD.stride(0), "H": heads, "C": chunks}
     k_sum, v_amax = empty(chunks, heads, HEAD), empty(chunks, heads, HEAD) if is_fp8 else None
     state, mass = empty(chunks, heads, HEAD, HEAD), empty(chunks, heads, HEAD)
-    STATISTICS(
-        k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, chunk_rows=chunk_rows, **sizes
-    )
+    STATISTICS(k=k_LD, v=v_LD, k_sum=k_sum, v_amax=v_amax, state=state, mass=mass, chunk_rows=chunk_rows, **sizes)
 
     k = k_LD if is_plain else empty(heads, padded, HEAD, type=torch.int8)
     k_step = None if is_plain else empty(heads, num_keys)

@@ -129,7 +129,9 @@ def _keys_values(w: Workload) -> LaunchCost:
     keys = INT8 * w.padded_stream + FP32 * w.H * w.N + BF16 * w.N * w.D
     values = w.value_bytes * w.padded_stream + (FP32 * w.D if w.recipe.pv == "fp8" else 0)
     programs = w.H * cdiv(w.N, KEY_BLOCKS)
-    run = KernelRun(programs, (KEY_BLOCKS,), (True, True), w.D, (Reread(programs * _extremes(w) // w.H - _extremes(w)),))
+    run = KernelRun(
+        programs, (KEY_BLOCKS,), (True, True), w.D, (Reread(programs * _extremes(w) // w.H - _extremes(w)),)
+    )
     return LaunchCost("keys, values", {}, 2 * BF16 * w.stream + _extremes(w), keys + values, run=run)
 
 
