@@ -15,7 +15,7 @@ from wanforge.plugins.launching.call import Kernel
 JOIN = Kernel(
     "channel_norm",
     "join",
-    ("cdiv(N, BLOCK // LANES)", "T + PAST"),
+    ("cdiv(N, BLOCK // LANES)", "max(T, PAST)"),
     {"N": "i32", "T": "i32", "width": "i32"},
 )
 

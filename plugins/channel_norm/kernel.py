@@ -4,6 +4,14 @@ stream and a branch, normalised and activated."""
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def where(is_wanted, count):
+    """A count, or zero. Triton's interpreter does not combine conditions of numbers with those of tensors."""
+    return tl.where(is_wanted, count, 0)
+
 
 @triton.jit
 def join(
@@ -22,47 +30,55 @@ def join(
     the sum itself, and `kept` [PAST, N, C] the last frames of `joined`. Whatever is None is left out. If FOLDED, x is
     [T, N / width / 2 + 1, width / 2 + 1, 4, C], the result of a convolution of single pixels with a folded weight.
 
-    A program has some positions of one frame, with all of their channels.
+    A program has some positions of one new frame, with all of their channels, and of one frame of the past, if there
+    are so many of them.
     """
     frame = tl.program_id(1)
     position = tl.program_id(0) * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[:, None]
-    lane = tl.arange(0, LANES)[None, :]
-    inside = (position < N) & (lane < C)
+    channel = tl.arange(0, LANES)
+    lane = channel[None, :]
+    inside = lane < C
+    is_past, is_new = inside & (position < where(frame < PAST, N)), inside & (position < where(frame < T, N))
     within = position.to(tl.int64) * C + lane
     size = N.to(tl.int64) * C
+    at = frame * size + within
 
-    dtype = x.dtype.element_ty
-    values = tl.zeros((BLOCK // LANES, LANES), dtype)
-    if frame < PAST:
-        if past is not None:
-            values = tl.load(past + frame * size + within, mask=inside, other=0.0)
+    before = tl.zeros((BLOCK // LANES, LANES), x.dtype.element_ty)
+    if past is not None:
+        before = tl.load(past + at, mask=is_past, other=0.0)
+    if FOLDED:
+        row, column = position // width, position % width
+        source = frame * (N // width // 2 + 1) + (row + 1) // 2
+        source = source.to(tl.int64) * (width // 2 + 1) + (column + 1) // 2
+        quarter = row % 2 * 2 + column % 2
+        values = tl.load(x + (source * 4 + quarter) * C + lane, mask=is_new, other=0.0)
     else:
-        start = (frame - PAST) * size
-        if FOLDED:
-            row, column = position // width, position % width
-            across = width // 2 + 1
-            down = N // width // 2 + 1
-            source = ((frame - PAST) * down + (row + 1) // 2).to(tl.int64) * across + (column + 1) // 2
-            quarter = row % 2 * 2 + column % 2
-            values = tl.load(x + (source * 4 + quarter) * C + lane, mask=inside, other=0.0)
-        else:
-            values = tl.load(x + start + within, mask=inside, other=0.0)
-        if branch is not None:
-            other = tl.load(branch + start + within, mask=inside, other=0.0).to(tl.float32)
-            values = (values.to(tl.float32) + other).to(dtype)
-        if total is not None:
-            tl.store(total + start + within, values, mask=inside)
-        if weight is not None:
+        values = tl.load(x + at, mask=is_new, other=0.0)
+    dtype = values.dtype
+    if branch is not None:
+        other = tl.load(branch + at, mask=is_new, other=0.0).to(tl.float32)
+        values = (values.to(tl.float32) + other).to(dtype)
+    if total is not None:
+        tl.store(total + at, values, mask=is_new)
+    if weight is not None:
+        # As a row, the weights would be given a layout of their own, into which all values would be converted.
+        gain = tl.load(weight + channel, mask=channel < C, other=0.0)[None, :].to(tl.float32)
+        exact = values.to(tl.float32)
+        # One over the norm, which counts as at least 1e-12.
+        shrink = tl.rsqrt(tl.maximum(tl.sum(exact * exact, 1, keep_dims=True), 1e-24))
+        values = (exact * (shrink * C**0.5) * gain).to(dtype)
+        if ACTIVATES:
             exact = values.to(tl.float32)
-            # One over the norm, which counts as at least 1e-12.
-            shrink = tl.rsqrt(tl.maximum(tl.sum(exact * exact, 1, keep_dims=True), 1e-24))
-            gain = tl.load(weight + lane, mask=lane < C, other=0.0).to(tl.float32)
-            values = (exact * (shrink * C**0.5) * gain).to(dtype)
-            if ACTIVATES:
-                exact = values.to(tl.float32)
-                values = (exact * tl.sigmoid(exact)).to(dtype)
+            # The square of this is the sigmoid; a reciprocal would take several instructions.
+            root = tl.rsqrt(1.0 + tl.exp2(tl.minimum(exact * -LOG2_E, 126.0)))
+            values = (exact * root * root).to(dtype)
+
     if joined is not None:
-        tl.store(joined + frame * size + within, values, mask=inside)
+        if PAST:
+            tl.store(joined + at, before, mask=is_past)
+        tl.store(joined + PAST * size + at, values, mask=is_new)
     if kept is not None:
-        if frame >= T:
-            tl.store(kept + (frame - T) * size + within, values, mask=inside)
+        is_last_past = is_past & (position < where(frame >= T, N))
+        tl.store(kept + (at - T * size), before, mask=is_last_past)
+        is_last_new = is_new & (position < where(frame >= T - PAST, N))
+        tl.store(kept + (at + (PAST - T) * size), values, mask=is_last_new)

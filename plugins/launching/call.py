@@ -6,6 +6,7 @@ recorded, which is how the ahead-of-time compiler learns which kernels a model n
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 from torch import Tensor
 
@@ -64,6 +65,7 @@ def library(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 def library_into(out: Tensor, function: Callable[..., Tensor], *tensors: Tensor) -> None:
     """Call a function of PyTorch as `library` does, and copy what it computes to a tensor."""
 
+    @wraps(function)
     def computed(out: Tensor, *tensors: Tensor) -> Tensor:
         out.copy_(function(*tensors))
         return out.new_empty(0)

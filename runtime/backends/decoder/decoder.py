@@ -114,7 +114,8 @@ class Chunk:
             forget(self.history())
             x_THWC = summed(stream)
         else:
-            x_THWC = library(doubled_frames, joined(stream, self.history()), *self.of(layer.time_conv))
+            y_THWC = library(convolve_frames, joined(stream, self.history()), *self.of(layer.time_conv))
+            x_THWC = library(interleaved, y_THWC)
         y_THWC = library(convolve_folded, x_THWC, *self.of(layer.resample["1"]))
         return Stream(y_THWC.unflatten(3, (4, -1)))
 
@@ -168,10 +169,14 @@ def pixels(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return channels_first(convolve(x_THWC, weight, bias))
 
 
-def doubled_frames(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A causal convolution over frames that computes two of each, one in each half of its channels."""
-    y_THWC = frames_first(F.conv3d(channels_first(x_THWC), weight, bias))
-    return torch.stack(y_THWC.chunk(2, -1), 1).flatten(0, 1)
+def convolve_frames(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A causal convolution over frames alone."""
+    return frames_first(F.conv3d(channels_first(x_THWC), weight, bias))
+
+
+def interleaved(x_THWC: Tensor) -> Tensor:
+    """Twice as many frames of half the channels; the first half of the channels is the even frames."""
+    return torch.stack(x_THWC.chunk(2, -1), 1).flatten(0, 1)
 
 
 def convolve_folded(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

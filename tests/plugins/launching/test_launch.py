@@ -80,7 +80,15 @@ def test_the_grid_rounds_up_and_has_three_axes() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("7", 7), ("a", 10), ("cdiv(a, 3)", 4), ("cdiv(9, 3)", 3), ("2 * cdiv(a + 1, b) - 1", 7), ("a // b", 3)],
+    [
+        ("7", 7),
+        ("a", 10),
+        ("cdiv(a, 3)", 4),
+        ("cdiv(9, 3)", 3),
+        ("2 * cdiv(a + 1, b) - 1", 7),
+        ("a // b", 3),
+        ("max(a, b)", 10),
+    ],
 )
 def test_a_grid_rule_is_arithmetic(expression: str, value: int) -> None:
     assert evaluate(expression, {"a": 10, "b": 3}) == value
