@@ -38,6 +38,11 @@ class Recipe(Record, frozen=True):
         return self.tile if self.linear == "w8a8" else 1
 
     @property
+    def is_published(self) -> bool:
+        """Whether its linears are those of upstream's quantised files. All other recipes need unquantised files."""
+        return self.linear == "w8a8" and self.tile == 128
+
+    @property
     def first_sm(self) -> int:
         """The first architecture whose tensor cores multiply its linears' format with TensorRT; 0 if all do."""
         return FIRST_FP4_SM if self.linear == "nvfp4" else 0

@@ -2,13 +2,14 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
 import click
 from click.core import ParameterSource
 
+from wanforge.configs.hub import hub_model
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -21,6 +22,7 @@ from wanforge.exporter.checkpoint.importer import resume_import, run_import
 from wanforge.exporter.checkpoint.record import Arguments, read_record
 from wanforge.exporter.commands.dry_run import done_import_work, estimate_import
 from wanforge.exporter.export import has_graphs
+from wanforge.exporter.hub.pulled import named_model, pulled_folders
 from wanforge.progress import Overall
 from wanforge.runtime.commands.options import ANY_PATH, DRY_RUN, FOLDER, JSON, MODELS, RECIPES, takes
 from wanforge.runtime.measure.durations import remember
@@ -60,7 +62,7 @@ class ImportOptions:
 
 
 @click.command("import")
-@click.argument("folders", nargs=-1, type=ANY_PATH, metavar="[FOLDER]...")
+@click.argument("folders", nargs=-1, type=ANY_PATH, metavar="[MODEL | FOLDER...]")
 @click.option(
     "--model",
     help=f"Model that the files belong to: {MODELS}.  [default: the model that the denoiser fits; {EMBEDDED} without "
@@ -101,12 +103,12 @@ class ImportOptions:
 def import_(options: ImportOptions) -> None:
     """Check published checkpoint files and turn them into a bundle.
 
-    The files are looked for in the folders, and an option that names a file takes its place. A folder may be one of
-    published files, a pipeline of diffusers, or a repository in the cache of huggingface_hub. File names decide first,
-    then the names of folders, then contents; what is taken is listed, and where several files may be meant, the
-    options that decide. Of a quantised and an unquantised denoiser, the quantised one is taken, unless --recipe is one
-    that needs the other. If neither folders nor files are given, the bundle is made from TinyWan's files, which come
-    with the package.
+    MODEL is the name of a model that `wanforge pull` has fetched. Otherwise the files are looked for in the folders,
+    and an option that names a file takes its place. A folder may be one of published files, a pipeline of diffusers, or
+    a repository in the cache of huggingface_hub. File names decide first, then the names of folders, then contents;
+    what is taken is listed, and where several files may be meant, the options that decide. Of a quantised and an
+    unquantised denoiser, the quantised one is taken, unless --recipe is one that needs the other. If no model, folder
+    or file is given, the bundle is made from TinyWan's files, which come with the package.
 
     Every tensor's name, shape and type is checked before anything is written. An interrupted import continues where it
     stopped when the same command is run again, or with --resume.
@@ -115,6 +117,7 @@ def import_(options: ImportOptions) -> None:
     Examples:
       wanforge import --out tinywan
       wanforge import --resume tinywan
+      wanforge import turbowan2.1-t2v-1.3b-480p --out turbo-1.3b
       wanforge import TurboWan2.1-T2V-1.3B-480P Wan2.1-T2V-1.3B --out turbo-1.3b
       wanforge import checkpoint --recipe bf16-sla --vae Wan2.1_VAE.pth --out turbo-1.3b
       wanforge import --dit TurboWan2.1-T2V-1.3B-480P-quant.pth --vae Wan2.1_VAE.pth \\
@@ -131,16 +134,36 @@ def import_(options: ImportOptions) -> None:
         return
     if options.out is None:
         raise click.UsageError("give the folder of the new bundle with --out")
-    arguments, is_new = arguments_of(options, options.out), not (options.out / IMPORT).exists()
+    out = options.out
+    arguments, is_new = arguments_of(with_pulled(options), out), not (out / IMPORT).exists()
     if options.dry_run:
-        show(estimate_import(arguments, options.out, replace=options.replace), as_json=options.as_json)
+        show(estimate_import(arguments, out, replace=options.replace), as_json=options.as_json)
         return
     with Bars(Overall(sizes(arguments.sources))) as bars:
-        bundle = run_import(arguments, options.out, replace=options.replace, progress=bars)
+        bundle = run_import(arguments, out, replace=options.replace, progress=bars)
     seconds = perf_counter() - start
     if is_new:
         remember(done_import_work(arguments, bundle), seconds)
     report(bundle, as_json=options.as_json)
+
+
+def with_pulled(options: ImportOptions) -> ImportOptions:
+    """The options with the folders of a pulled model in the place of its name. A model is named where a folder could
+    stand, or with --model if there are neither folders nor files.
+
+    Raises:
+        CheckpointError: The model was not pulled.
+    """
+    names = [name for folder in options.folders if (name := named_model(folder))]
+    if names and (len(options.folders) > 1 or options.model not in (None, names[0])):
+        raise click.UsageError(f"there is no folder {names[0]}; give the name of a model alone, or folders and --model")
+    if not options.folders and not options.files() and hub_model(options.model or "") is not None:
+        names = [str(options.model)]
+    if not names:
+        return options
+    recipe = None if options.recipe is None else load_recipe(options.recipe)
+    folders = () if names[0] == EMBEDDED else tuple(pulled_folders(names[0], recipe))
+    return replace(options, model=names[0], folders=folders)
 
 
 def arguments_of(options: ImportOptions, out: Path) -> Arguments:

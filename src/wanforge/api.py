@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from wanforge.configs.hub import hub_model
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.configs.targets import parse_targets
@@ -24,6 +25,7 @@ from wanforge.exporter.checkpoint.finder.file_names import published_names
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
+from wanforge.exporter.hub.pulled import pulled_folders
 from wanforge.keywords import with_settings
 from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Progress, silent
@@ -96,8 +98,9 @@ def import_checkpoint(
         model: Name of a model, or a TOML file; by default the model that the denoiser fits.
         files: A folder with the files, or several, in which every part of the model is looked for; or a mapping that
             names a file for each component (``dit``, or ``dit.high`` and ``dit.low``; ``vae``; ``text_encoder``) and
-            the ``tokenizer``. Without files the bundle is TinyWan's, whose files come with the package. The manifest
-            of the bundle says which files were taken.
+            the ``tokenizer``. Without files the bundle is made of those that ``wanforge pull`` has fetched of `model`,
+            and without a model of TinyWan's, which come with the package. The manifest of the bundle says which files
+            were taken.
         on_progress: Called with a component, the number of its bytes written so far, and their total.
         settings: See `ImportSettings`.
 
@@ -130,6 +133,8 @@ def sources_of(wanted: Wanted, files: Files | None) -> tuple[ModelConfig, Recipe
     Raises:
         CheckpointError: A part of the model is missing, or several files may be meant.
     """
+    if files is None and wanted.model is not None and hub_model(wanted.model.name) is not None:
+        files = pulled_folders(wanted.model.name, wanted.recipe)
     if files is None:
         model = wanted.model or load_model(EMBEDDED)
         return model, wanted.recipe, embedded(model)

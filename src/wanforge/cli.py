@@ -19,6 +19,14 @@ from wanforge.version import version_text
 
 # In the order in which a user needs them; the summaries are here so that `wanforge --help` imports no torch.
 COMMANDS = {
+    "models": (
+        "wanforge.exporter.commands.models:models",
+        "List the models, what they take to fetch, and the GPUs that they fit.",
+    ),
+    "pull": (
+        "wanforge.exporter.commands.pull:pull_",
+        "Fetch the files of a published model, and check them.",
+    ),
     "synth": (
         "wanforge.exporter.commands.synth:synth",
         "Write checkpoint files in the published formats, with random weights.",

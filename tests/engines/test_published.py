@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.tensorrt_flavours import rtx
+from wanforge.configs.hub import hub_model
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.export import export
 from wanforge.exporter.studies.skeleton import skeleton
+from wanforge.runtime.measure.cost.memory import memory_report
 
 DENOISER = {"context", "cross_kv", "time", "stem", "block", "head"}
 TARGETS = "rtx5090,rtx4090,rtx3090,a100"
@@ -69,6 +73,22 @@ def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
     assert {name: engine["faults"] for name, engine in engines.items() if engine["faults"]} == {}
     assert sum(engines[name]["bytes"] for name in DENOISER) < 15e6
     assert {plan["target"]: plan["refusal"] for plan in report["plans"]} == dict.fromkeys(TARGETS.split(","), "")
+    known = hub_model(bundle.model.name)
+    assert known is not None
+    # Engines for four architectures are a little larger than those for one.
+    below, least = residency(bundle, known.least_gib - 0.1), residency(bundle, known.least_gib + 0.1)
+    almost, ample = residency(bundle, known.ample_gib - 0.1), residency(bundle, known.ample_gib + 0.1)
+    assert (below, ample) == ("", "everything stays")
+    assert least and almost
+    assert "everything stays" not in (least, almost)
+
+
+def residency(bundle: Bundle, gib: float) -> str:
+    """How the default clip's weights are kept on a GPU of the RTX 5090's kind with this memory; empty if it is too
+    small."""
+    target = msgspec.structs.replace(load_targets()["rtx5090"], vram_gib=gib)
+    plan = memory_report(Bundle.open(bundle.root), bundle.model.video.clip, "rtx5090", target).plan
+    return plan.residency if plan else ""
 
 
 @pytest.mark.slow

@@ -38,7 +38,6 @@ from wanforge.exporter.checkpoint.finder.file_names import (
 from wanforge.exporter.checkpoint.finder.listing import list_folders
 from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
-from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import is_quantised, looks_like
 
@@ -305,7 +304,7 @@ class Finder:
             return is_quantised(self.contents(taken.path)), f"like {taken.path.name}"
         if (recipe := self.wanted.recipe) is None:
             return True, "unless --recipe asks for bf16"
-        return recipe.linear == "w8a8" and recipe.tile == TILE, f"for recipe {recipe.name}"
+        return recipe.is_published, f"for recipe {recipe.name}"
 
     @staticmethod
     def of_kind(group: Sequence[Candidate], kind: bool, why: str) -> list[Candidate]:

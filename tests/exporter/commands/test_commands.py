@@ -423,7 +423,7 @@ def test_export_cures_what_is_stale_or_damaged(bundle: Bundle) -> None:
         (["export", "x", "--dtype", "fp8"], "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
         (["export", __file__], "is a file"),
         (["inspect", "x", "--fast"], "No such option '--fast'"),
-        (["compile", "x"], "no command is called 'compile'; known: synth"),
+        (["compile", "x"], "no command is called 'compile'; known: models, pull, synth"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str], complaint: str) -> None:

@@ -1,0 +1,1 @@
+"""Fetching the files of published models from the Hugging Face Hub."""
