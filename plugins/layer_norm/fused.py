@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
+from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.call import Kernel
-from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
+from wanforge.plugins.quantiser import rows_together
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, empty_quantised_rows
 
 NORM = Kernel(
     "layer_norm",
@@ -15,6 +17,7 @@ NORM = Kernel(
     ("cdiv(M, 128)",),
     {"M": "i32", "x_stride": "i32:16", "eps": "fp32", "padding": "fp32"},
 )
+NORM_ROWS = Kernel("layer_norm", "norm_rows", ("cdiv(M, ROWS)",), NORM.scalars)
 
 
 class Affine(NamedTuple):
@@ -33,7 +36,7 @@ def norm(
     """`reference.layer_norm`, or, if `modulated`, `reference.modulated_norm` of one sample, with its scale as the gain
     and its shift as the offset. Rows of x may be strided."""
     y_LD = torch.empty(x_LD.shape, dtype=x_LD.dtype, device=x_LD.device)
-    _norm(x_LD, y_LD, None, Affine(gain_D, offset_D, eps, modulated, padded_variance))
+    _norm(NORM, x_LD, (y_LD, None), Affine(gain_D, offset_D, eps, modulated, padded_variance))
     return y_LD
 
 
@@ -42,11 +45,19 @@ def norm_quantised(
 ) -> Quantised:
     """`norm`, quantised for the linear that follows."""
     y = empty_quantised(x_LD.shape[0], x_LD.shape[1], x_LD.device)
-    _norm(x_LD, y.steps_MK, y.scale, Affine(gain_D, offset_D, eps, modulated, padded_variance))
+    _norm(NORM, x_LD, y, Affine(gain_D, offset_D, eps, modulated, padded_variance))
     return y
 
 
-def _norm(x_LD: Tensor, y_LD: Tensor, y_scale: Tensor | None, affine: Affine) -> None:
+def norm_quantised_rows(x_LD: Tensor, affine: Affine, dtype: torch.dtype) -> Quantised:
+    """`norm`, quantised by rows for the linear that follows."""
+    rows, width = x_LD.shape
+    y = empty_quantised_rows(rows, width, dtype, x_LD.device)
+    _norm(NORM_ROWS, x_LD, y, affine, ROWS=rows_together(width))
+    return y
+
+
+def _norm(kernel: Kernel, x_LD: Tensor, y: tuple[Tensor, Tensor | None], affine: Affine, **constants: Constant) -> None:
     rows, width = x_LD.shape
     if width % 128 or x_LD.stride(1) != 1 or not affine.gain_D.shape == affine.offset_D.shape == (width,):
         raise ShapeError(
@@ -54,10 +65,10 @@ def _norm(x_LD: Tensor, y_LD: Tensor, y_scale: Tensor | None, affine: Affine) ->
             f"{tuple(affine.offset_D.shape)} do not fit; the width must be a multiple of 128"
         )
     padding = ((1 << (width - 1).bit_length()) - width) / width if affine.padded_variance else 0.0
-    NORM(
+    kernel(
         x=x_LD,
-        y=y_LD,
-        y_scale=y_scale,
+        y=y[0],
+        y_scale=y[1],
         gain=affine.gain_D,
         offset=affine.offset_D,
         M=rows,
@@ -66,4 +77,5 @@ def _norm(x_LD: Tensor, y_LD: Tensor, y_scale: Tensor | None, affine: Affine) ->
         padding=padding,
         D=width,
         MODULATED=affine.modulated,
+        **constants,
     )

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from wanforge.plugins.quantiser.kernel import TILE, quantise_tile, rounded
+from wanforge.plugins.quantiser.kernel import TILE, load_rows, quantise_tile, rounded, store_quantised
 
 
 @triton.jit
@@ -56,3 +56,41 @@ def norm(
             tl.store(y_scale + tl.program_id(0).to(tl.int64) * (D // TILE) + column // TILE, step)
         else:
             tl.store(y + column, result.to(dtype), mask=inside)
+
+
+@triton.jit
+def norm_rows(
+    x, y, y_scale, gain, offset,
+    M, x_stride, eps, padding,
+    D: tl.constexpr,
+    MODULATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """`norm` of whole rows, which are read once, quantised with a scale per row: y [M, D] in int8 or e4m3, y_scale [M]."""
+    width: tl.constexpr = VALUES // ROWS
+    dtype = x.dtype.element_ty
+    pieces = load_rows(x, M, x_stride, D, ROWS, VALUES)
+    column = tl.arange(0, width)[None, :]
+    sums = tl.zeros((ROWS, width), tl.float32)
+    for index in tl.static_range((D + width - 1) // width):
+        sums += pieces[index]
+    mean = tl.sum(sums, 1, keep_dims=True) * (1.0 / D)
+    squares = tl.zeros((ROWS, width), tl.float32)
+    for index in tl.static_range((D + width - 1) // width):
+        distance = tl.where(column < D - index * width, pieces[index] - mean, 0.0)
+        squares += distance * distance
+    scale = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) * (1.0 / D) + padding * mean * mean + eps)
+
+    results = ()
+    for index in tl.static_range((D + width - 1) // width):
+        inside = column < D - index * width
+        factor = tl.load(gain + index * width + column, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(offset + index * width + column, mask=inside, other=0.0).to(tl.float32)
+        result = (pieces[index] - mean) * scale
+        if MODULATED:
+            result = rounded(result, dtype) * (1.0 + factor) + shift
+        else:
+            result = result * factor + shift
+        results = results + (tl.where(inside, rounded(result, dtype), 0.0),)  # noqa: RUF005  Triton unpacks no tuple
+    store_quantised(results, y, y_scale, M, D, ROWS, VALUES)

@@ -13,7 +13,8 @@ from wanforge.plugins.quantiser import TILE
 TILES = (64, TILE, 256)
 """Tile sizes: upstream's 128, and two others for comparison."""
 FULL_SCALE = 128.0
-ROW_FULL_SCALE = 127.0
+ROW_FULL_SCALES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""What the largest magnitude of a row becomes, by the type of the steps: the largest number of the type."""
 AMAX_FLOOR = 1e-8
 
 
@@ -39,23 +40,24 @@ def quantise_tiles(x_RC: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
     return steps.flatten(2).flatten(0, 1)[:rows, :columns], (amax / FULL_SCALE)[:, 0, :, 0]
 
 
-def quantise_rows(x_RC: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix symmetrically, with one scale per row. The largest magnitude of a row maps to 127, and halves
-    round to even.
+def quantise_rows(x_RC: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix symmetrically, with one scale per row. The largest magnitude of a row maps to the largest
+    number of the type, and what lies halfway between two numbers goes to the even one.
 
     Args:
         x_RC: ``[R, C]``, any float type; the arithmetic is in float32.
+        dtype: int8, or e4m3, whose 256 numbers are closer together where they are small.
 
     Returns:
-        ``int8 [R, C]`` and ``float32 [R]``, the factors that restore the values.
+        The steps ``[R, C]`` in that type, and ``float32 [R]``, the factors that restore the values.
     """
     x = x_RC.float()
     amax = x.abs().amax(1).clamp_min(AMAX_FLOOR)
     # PyTorch divides a number by a tensor, and on a GPU a tensor by a number, by multiplying with the reciprocal, which
     # rounds twice.
-    full_scale = torch.full_like(amax, ROW_FULL_SCALE)
-    steps = torch.round(x * (full_scale / amax)[:, None])
-    return steps.to(torch.int8), amax / full_scale
+    full_scale = torch.full_like(amax, ROW_FULL_SCALES[dtype])
+    steps = x * (full_scale / amax)[:, None]
+    return (torch.round(steps) if dtype == torch.int8 else steps).to(dtype), amax / full_scale
 
 
 def dequantise(steps_RC: Tensor, scale: Tensor) -> Tensor:

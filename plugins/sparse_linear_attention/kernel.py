@@ -8,37 +8,11 @@ are small; `attention` comes last. ARITHMETIC is the `arithmetic` of `reference.
 import triton
 import triton.language as tl
 
-from wanforge.plugins.quantiser.kernel import INTERPRETED, quantise_tile, rounded, whole_steps
+from wanforge.plugins.quantiser.kernel import INTERPRETED, quantise_tile, rounded, to_e4m3, whole_steps
 
 HEAD = tl.constexpr(128)
 LOG2E = tl.constexpr(1.4426950408889634)
 SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * LOG2E)
-
-
-@triton.jit
-def to_e4m3(x):
-    """x in fp8, rounded to nearest even and clamped to its range.
-
-    Triton's interpreter drops the carry of a mantissa that rounds up, so there x is rounded first and the cast is exact.
-    """
-    if INTERPRETED:
-        exponent = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        unit = tl.maximum(exponent * 0.125, 0.001953125)
-        return tl.clamp(((x / unit + 12582912.0) - 12582912.0) * unit, -448.0, 448.0).to(tl.float8e4nv)
-    # Triton's own cast goes by way of fp16 on sm_89, which rounds twice.
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f",
-        [x],
-        dtype=tl.float8e4nv,
-        is_pure=True,
-        pack=4,
-    )
 
 
 @triton.jit

@@ -22,9 +22,9 @@ GEMM, GEMM_ROWS = (
 
 
 class Weight(NamedTuple):
-    """A W8A8 linear's weight ``int8 [N, K]``, its scales as in `Quantised`, its bias ``[N]`` in the compute type."""
+    """A W8A8 linear's weight ``[N, K]`` and its scales as in `Quantised`, and its bias ``[N]`` in the compute type."""
 
-    int8_NK: Tensor
+    steps_NK: Tensor
     scale: Tensor
     bias_N: Tensor
 
@@ -67,9 +67,9 @@ def _gemm(
 ) -> None:
     (rows, inputs), outs = x.steps_MK.shape, len(weights[0].bias_N)
     for weight in weights:
-        if weight.int8_NK.shape != (outs, inputs) or inputs % TILE or outs % TILE:
+        if weight.steps_NK.shape != (outs, inputs) or inputs % TILE or outs % TILE:
             raise ShapeError(
-                f"weight {tuple(weight.int8_NK.shape)} does not fit x {tuple(x.steps_MK.shape)}; K must be the same, "
+                f"weight {tuple(weight.steps_NK.shape)} does not fit x {tuple(x.steps_MK.shape)}; K must be the same, "
                 f"and N and K multiples of {TILE}"
             )
         if weight.scale.dim() != x.scale.dim():

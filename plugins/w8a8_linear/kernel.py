@@ -4,7 +4,7 @@ tile, so that each operand has one scale per slab of K."""
 import triton
 import triton.language as tl
 
-from wanforge.plugins.quantiser.kernel import TILE, quantise_tile, rounded
+from wanforge.plugins.quantiser.kernel import TILE, load_rows, quantise_tile, rounded, store_quantised
 
 # 2 sqrt(2 / pi) log2(e), and that times 0.044715.
 GELU_LINEAR = tl.constexpr(2.302208198144325)
@@ -148,3 +148,13 @@ def gemm_rows(
         total = tl.dot(tl.load(x_tile + k * TILE), tl.load(w_tile + k * TILE), total, out_dtype=tl.int32)
     factor = tl.load(x_scale + row + rows)[:, None] * tl.load(scale + column + columns)[None, :]
     finish(total.to(tl.float32) * factor, row, column, bias, residual, gate, y, y_scale, M, N, GELU)
+
+
+@triton.jit
+def gelu_quantise_rows(x, y, y_scale, M, x_stride, K: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr):
+    """`quantise_rows` of GELU of x [M, K], for products that a library computes."""
+    pieces = load_rows(x, M, x_stride, K, ROWS, VALUES)
+    results = ()
+    for index in tl.static_range((K * ROWS + VALUES - 1) // VALUES):
+        results = results + (rounded(gelu(pieces[index]), x.dtype.element_ty),)  # noqa: RUF005  Triton unpacks no tuple
+    store_quantised(results, y, y_scale, M, K, ROWS, VALUES)

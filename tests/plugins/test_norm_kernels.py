@@ -8,9 +8,9 @@ from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, randn, round
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
-from wanforge.plugins.quantiser.reference import quantise_tiles
+from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 
@@ -64,6 +64,30 @@ def test_layer_norm_is_quantised_in_the_same_pass(dtype: torch.dtype) -> None:
     steps, scale = quantise_tiles(norm(x, gain, offset, EPS, modulated=True))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
+
+
+@pytest.mark.parametrize("steps_of", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("fault", [False, True], ids=["correct", "upstream"])
+@pytest.mark.parametrize("modulated", [False, True], ids=["weights", "modulated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", cases(SHAPES | {"ragged pieces": (9, 896)}, "one token", "ragged"))
+def test_layer_norm_is_quantised_by_rows(
+    shape: tuple[int, int], dtype: torch.dtype, modulated: bool, fault: bool, steps_of: torch.dtype
+) -> None:
+    """What a step is off where sums in another order round to it is a share of the row's largest magnitude."""
+    x, (gain, offset) = strided(hidden(*shape, dtype)), randn(2, shape[1], seed=2)
+    x[shape[0] // 2] = x[0]  # of a constant row, rounding errors would be compared
+    found = norm_quantised_rows(x, Affine(gain, offset, EPS, modulated, fault), steps_of)
+    if modulated:
+        normed = modulated_norm(x[None], offset[None], gain[None], EPS, padded_variance=fault)[0]
+    else:
+        normed = layer_norm(x, gain, offset, EPS, padded_variance=fault)
+    expected = quantise_rows(normed, steps_of)
+    bound = 2e-5 if dtype == torch.float32 else rounding_error(dtype, 0.5)
+    assert_matches(found.scale, expected[1], bound)
+    assert (found.steps_MK.float() != expected[0].float()).float().mean() < (1e-3 if dtype == torch.float32 else 1e-2)
+    step = 1.0 if steps_of == torch.int8 else 32.0
+    assert (found.steps_MK.float() - expected[0].float()).abs().max() <= step
 
 
 def test_rows_past_the_last_one_do_not_count() -> None:

@@ -23,7 +23,9 @@ class Choices:
 CHOICES = {
     "layer_norm.norm": Choices((4, 8, 16), (1, 2, 3)),
     "quantiser.quantise": Choices((4, 8, 16)),
-    "quantiser.quantise_rows": Choices((2, 4, 8), (1, 2), [("ROWS", (8, 16, 32))]),
+    "layer_norm.norm_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
+    "quantiser.quantise_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
+    "w8a8_linear.gelu_quantise_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
     # A block of the product by tiles is one tile of the quantiser, so its sizes are fixed.
     "w8a8_linear.gemm": Choices((4, 8), (2, 3, 4), [("GROUP", (4, 8, 16, 32))]),
     "w8a8_linear.gemm_rows": Choices(
