@@ -4,6 +4,8 @@ from typing import Literal
 
 from wanforge.configs.loading import Record, load_named
 
+FIRST_FP8_SM = 89
+"""The first architecture whose tensor cores multiply 8-bit floats."""
 FIRST_FP4_SM = 100
 """The first architecture whose tensor cores multiply 4-bit floats."""
 
@@ -12,10 +14,10 @@ class Recipe(Record, frozen=True):
     """A precision plan of the denoiser."""
 
     name: str
-    linear: Literal["bf16", "w8a8", "w8a8-row", "nvfp4"]
+    linear: Literal["bf16", "w8a8", "w8a8-row", "fp8-row", "nvfp4"]
     """Format of the linears in the blocks; everything else stays in the compute type or in float32. ``w8a8`` has
-    upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output. ``nvfp4`` has
-    4-bit floats, with a scale per 16 of them."""
+    upstream's scales, one per tile of 128x128, and ``w8a8-row`` has one per token and one per output.
+    ``fp8-row`` has the same with e4m3 in place of int8. ``nvfp4`` has 4-bit floats, with a scale per 16 of them."""
     attention: Literal["dense", "sla", "sagesla"]
     tile: Literal[64, 128, 256] = 128
     """Rows and columns that share a scale, with ``w8a8`` only. Graphs and kernels exist only for upstream's 128; the
@@ -44,8 +46,13 @@ class Recipe(Record, frozen=True):
 
     @property
     def first_sm(self) -> int:
-        """The first architecture whose tensor cores multiply its linears' format with TensorRT; 0 if all do."""
-        return FIRST_FP4_SM if self.linear == "nvfp4" else 0
+        """The first architecture whose tensor cores multiply its linears' format; 0 if all do."""
+        return {"fp8-row": FIRST_FP8_SM, "nvfp4": FIRST_FP4_SM}.get(self.linear, 0)
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether TensorRT multiplies its linears' format. It turns 8-bit floats into bfloat16 first."""
+        return self.linear != "fp8-row"
 
 
 def load_recipe(name: str) -> Recipe:

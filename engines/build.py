@@ -148,11 +148,16 @@ def check_gpu(flavour: Flavour, sms: tuple[int, ...]) -> None:
 
 
 def check_formats(recipe: Recipe, sms: tuple[int, ...]) -> None:
-    """Refuse architectures whose tensor cores lack a recipe's number format.
+    """Refuse a recipe whose number format TensorRT does not multiply, and architectures whose tensor cores lack it.
 
     Raises:
-        ConfigError: One of them does.
+        ConfigError: TensorRT does not, or one of them does.
     """
+    if not recipe.has_engines:
+        raise ConfigError(
+            f"TensorRT multiplies the 8-bit floats of recipe {recipe.name!r} in bfloat16, so engines would gain "
+            "nothing. Run the bundle with --backend cuda, or import the checkpoint with --recipe w8a8"
+        )
     if old := [sm for sm in sms if sm < recipe.first_sm]:
         raise ConfigError(
             f"{architecture_name(old[0])} cannot multiply {recipe.linear}, the format of recipe {recipe.name!r}; "

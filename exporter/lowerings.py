@@ -391,10 +391,10 @@ def lower_new_tensor(tape: Tape, x: Traced, data: Sequence[float]) -> Tensor:
 
 
 @lowers("w8a8_linear")
-def lower_w8a8_linear(tape: Tape, x: Traced, int8_weight: Traced, scale: Traced, bias: Traced) -> Traced:
-    shape = (*x.shape_[:-1], int8_weight.shape_[0])
-    inputs = [x, int8_weight, scale, bias]
-    return tape.emit(w8a8_linear.NAME, inputs, shape, x.dtype, domain=DOMAIN, **PLUGIN)
+def lower_w8a8_linear(tape: Tape, x: Traced, weight: Traced, scale: Traced, bias: Traced) -> Traced:
+    shape = (*x.shape_[:-1], weight.shape_[0])
+    plugin = PLUGIN if weight.dtype == torch.int8 else {}
+    return tape.emit(w8a8_linear.NAME, [x, weight, scale, bias], shape, x.dtype, domain=DOMAIN, **plugin)
 
 
 @lowers("nvfp4_linear")

@@ -111,7 +111,7 @@ def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
     called = {node.op_type for node in nodes if node.domain == DOMAIN}
     found = []
     if w8a8_linear.NAME in called:
-        found += w8a8_linear.functions(by_rows=recipe.linear == "w8a8-row")
+        found += w8a8_linear.functions(recipe.linear)
     if nvfp4_linear.NAME in called:
         found += nvfp4_linear.functions()
     if sparse_linear_attention.NAME in called:

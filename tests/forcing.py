@@ -28,7 +28,7 @@ class Decisions:
     """The decisions of a graph, by kind and in the graph's order, and how the reference's own decisions differ.
 
     Attributes:
-        linear: Int8 activations of each W8A8 linear, in whole tiles where scales are by tile.
+        linear: 8-bit activations of each W8A8 linear, in whole tiles where scales are by tile.
         rows: Int8 queries, then keys, of SageSLA.
         values: Fp8 values of SageSLA.
         selected: Key blocks selected for each query block.
@@ -96,7 +96,8 @@ def decision_names(model: ModelProto) -> dict[str, list[str]]:
         ]
 
     return {
-        "linear": outputs("Clip") or outputs("Round"),  # by tile, 128 is clipped to 127; by row, nothing is clipped
+        # By tile, 128 is clipped to 127; by row, nothing is clipped, and 8-bit floats are cast.
+        "linear": outputs("Clip") or outputs("Round") or outputs("Cast", after="Cast"),
         "rows": outputs("Mul", after="Sign"),
         "values": outputs("DequantizeLinear", after="QuantizeLinear"),
         "selected": outputs("TopK")[1::2],  # the first of each pair finds them, the second sorts them
@@ -115,11 +116,11 @@ def forced(decisions: Decisions) -> Iterator[None]:
         decisions.count(own, taken)
         return taken.to(torch.int8), scale
 
-    def tokens(x_RC: Tensor) -> tuple[Tensor, Tensor]:
-        own, scale = own_tokens(x_RC)
-        taken = decisions.take("linear").flatten(0, -2)
-        decisions.count(own, taken)
-        return taken.to(torch.int8), scale
+    def tokens(x_RC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        own, scale = own_tokens(x_RC, dtype)
+        taken = decisions.take("linear").flatten(0, -2).to(dtype)
+        decisions.count(*(x if dtype == torch.int8 else order_of_fp8(x) for x in (own, taken)))
+        return taken, scale
 
     def rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:
         own, step = own_rows(x_BHLK, size)

@@ -15,12 +15,12 @@ from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.runtime.dtypes import STORED_NAMES
 from wanforge.runtime.reference.networks import network
+from wanforge.runtime.reference.quantised_weights import WEIGHTS
 
 Layout = dict[str, TensorSpec]
 
 FLOAT32 = re.compile(r"\.(norm_q|norm_k|norm3)\.(weight|bias)$|\.(global_)?scale$")
-"""Tensors of a denoiser that are float32 in the published files; the others are bfloat16 or int8. The scales of 4-bit
-weights have a type of their own."""
+"""Tensors of a denoiser that are float32 in the published files; the others are bfloat16, or `QUANTISED`."""
 
 QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 """Types that only quantised weights and their scales have."""
@@ -43,7 +43,7 @@ def published_recipe(quantised: bool, has_sla: bool) -> Recipe:
 
 def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The module's state with the parts of each linear together; a module lists its buffers after its parameters."""
-    part = {"weight": 0, "int8_weight": 0, "fp4_weight": 0, "scale": 1, "global_scale": 2, "bias": 3}
+    part = {**dict.fromkeys(("weight", *WEIGHTS), 0), "scale": 1, "global_scale": 2, "bias": 3}
     state = module.state_dict()
     owners = {name.rpartition(".")[0]: index for index, name in reversed(list(enumerate(state)))}
 

@@ -1,7 +1,7 @@
 """The W8A8 linear in ONNX's own ops.
 
 Activations and weights are rounded to their 8-bit steps and multiplied as float32, which represents every step exactly,
-so the result differs from integer arithmetic only in the last bits of the sums. Weights pass through Cast, which
+so the result differs from exact sums only in the last bits. Weights pass through Cast, which
 TensorRT accepts for inputs of a graph; it accepts DequantizeLinear only once per function, because it names that layer
 after the function's node.
 """
@@ -10,7 +10,7 @@ from onnx import FunctionProto
 from onnxscript import opset23 as op
 from onnxscript import script
 
-from wanforge.plugins.onnx_body import FLOAT, function_proto, ops
+from wanforge.plugins.onnx_body import FLOAT, FLOAT8, function_proto, ops
 
 NAME = "W8A8Linear"
 
@@ -64,6 +64,23 @@ def W8A8LinearByRow(x, int8_weight, scale, bias):
     return op.Add(product, op.CastLike(bias, x))
 
 
-def functions(*, by_rows: bool = False) -> list[FunctionProto]:
-    """The function body, for scales by tile or by row."""
-    return [function_proto(W8A8LinearByRow if by_rows else W8A8Linear, NAME)]
+@script(ops)
+def FP8LinearByRow(x, fp8_weight, scale, bias):
+    wide = op.Cast(x, to=FLOAT)
+    full_scale = op.Constant(value_float=448.0)
+    largest = op.ReduceMax(op.Abs(wide), op.Constant(value_ints=[-1]), keepdims=1)
+    amax = op.Max(largest, op.Constant(value_float=1e-8))
+    steps = op.Cast(op.Cast(op.Mul(wide, op.Div(full_scale, amax)), to=FLOAT8), to=FLOAT)
+    numbers = op.Cast(fp8_weight, to=FLOAT)
+    sums = op.MatMul(steps, op.Transpose(numbers, perm=[1, 0]))
+    product = op.CastLike(op.Mul(sums, op.Mul(op.Div(amax, full_scale), scale)), x)
+    return op.Add(product, op.CastLike(bias, x))
+
+
+BODIES = {"w8a8": W8A8Linear, "w8a8-row": W8A8LinearByRow, "fp8-row": FP8LinearByRow}
+"""The bodies by the linears of a recipe."""
+
+
+def functions(linear: str = "w8a8") -> list[FunctionProto]:
+    """The function body for the linears of a recipe: steps of int8 with scales by tile or by row, or of e4m3 by row."""
+    return [function_proto(BODIES[linear], NAME)]

@@ -53,9 +53,11 @@ def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str 
 def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    if not bundle.recipe.has_engines:
+        return "TensorRT multiplies 8-bit floats in bfloat16"
     sm = architecture(*torch.cuda.get_device_capability())
     if sm < bundle.recipe.first_sm:
-        return f"sm_{sm} cannot multiply {bundle.recipe.linear}, the format of the bundle's linears"
+        return _missing(bundle, sm)
     if not any(str(sm) in key.get("architectures", "").split() for key in _engine_keys(bundle)):
         command = f"wanforge build {quote(str(bundle.root))} --target sm_{sm}"
         return f"the bundle has no engines for sm_{sm}; build them with: {command}"
@@ -87,4 +89,10 @@ def _cuda_obstacle(bundle: Bundle) -> str | None:
         return f"kernels are made for tiles of {TILE}, not {bundle.recipe.tile}"
     if bundle.recipe.linear == "nvfp4":
         return "there are no kernels for 4-bit linears"
+    if (sm := architecture(*torch.cuda.get_device_capability())) < bundle.recipe.first_sm:
+        return _missing(bundle, sm)
     return None
+
+
+def _missing(bundle: Bundle, sm: int) -> str:
+    return f"sm_{sm} cannot multiply {bundle.recipe.linear}, the format of the bundle's linears"

@@ -20,7 +20,14 @@ from wanforge.plugins.quantiser.reference import dequantise
 from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
 from wanforge.runtime.backends.decoder.recorded import launches as decoder_launches
 from wanforge.runtime.backends.decoder.weights import laid_out
-from wanforge.runtime.backends.fused_block import BlockObserver, FusedBlock, Input, Linears, recipe_for
+from wanforge.runtime.backends.fused_block import (
+    BlockObserver,
+    FusedBlock,
+    Input,
+    Linears,
+    check_architecture,
+    recipe_for,
+)
 from wanforge.runtime.backends.fused_block import launches as block_launches
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
@@ -49,15 +56,18 @@ class CudaBackend(TorchBackend):
         self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None, on: Device | None = None
     ) -> None:
         super().__init__(bundle, dtype, budget, on or gpu_or_host())
-        is_compiled = self.device.type == "cuda"
-        recipe = recipe_for(bundle.recipe, architecture_of(self.device)) if is_compiled else bundle.recipe
+        recipe = bundle.recipe
+        if self.device.type == "cuda":
+            sm = architecture_of(self.device)
+            check_architecture(recipe, sm)
+            recipe = recipe_for(recipe, sm)
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
-        self.fuses_decoder = is_compiled
+        self.fuses_decoder = self.device.type == "cuda"
         self.decoder = decoder_of(self.graphs["vae_decode_next"])
         self.planned_decoder = Planned(self.run_decoder)
         self._decoder_weights: dict[str, Tensor] = {}
-        # The kernel before a W8A8 linear quantises its input; attention rounds and selects.
+        # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import HEAD_DIM, DiTConfig, ModelConfig
-from wanforge.configs.recipe import Recipe
+from wanforge.configs.recipe import FIRST_FP8_SM, Recipe
+from wanforge.configs.targets import architecture_name
 from wanforge.configs.topk import num_selected
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.errors import ConfigError, ShapeError
@@ -22,7 +23,7 @@ from wanforge.plugins.dense_attention.fused import dense_attention, dense_attent
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.launch import Launch, recording
-from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
@@ -31,11 +32,11 @@ from wanforge.plugins.sparse_linear_attention.fused import (
     sparse_linear_attention_quantised,
 )
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear, scaled_linear_gelu
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, split_heads
-
-FIRST_FP8_SM = 89
+from wanforge.runtime.reference.quantised_weights import WEIGHTS
 
 Input = Tensor | Quantised
 """The input of a linear: hidden states, plain or quantised."""
@@ -119,6 +120,7 @@ class QuantisedLinears:
     """W8A8 linears with a scale per tile: each input is quantised by the kernel that computes it."""
 
     packs_tiles = True
+    steps = "int8_weight"
 
     def __init__(self, weights: Weights, eps: float, padded_variance: bool, dtype: torch.dtype) -> None:
         self.weights, self.eps, self.padded_variance, self.dtype = weights, eps, padded_variance, dtype
@@ -132,8 +134,8 @@ class QuantisedLinears:
         return quantise(y_LD)
 
     def weight(self, name: str) -> Weight:
-        int8, scale, bias = (self.weights[f"{name}.{part}"] for part in ("int8_weight", "scale", "bias"))
-        return Weight(int8, scale, bias if bias.dtype == self.dtype else library(self.cast, bias))
+        steps, scale, bias = (self.weights[f"{name}.{part}"] for part in (self.steps, "scale", "bias"))
+        return Weight(steps, scale, bias if bias.dtype == self.dtype else library(self.cast, bias))
 
     def cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
@@ -152,17 +154,40 @@ class QuantisedLinears:
 
 
 class RowLinears(QuantisedLinears):
-    """W8A8 linears with a scale per row. Only the quantiser sees whole rows, so it runs as a separate kernel."""
+    """W8A8 linears with a scale per row. Attention and products see no whole rows, so what they compute is quantised
+    by a separate kernel."""
 
     packs_tiles = False
+    steps_of = torch.int8
 
     def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Quantised:
-        return self.pack(
-            norm(x_LD, gain_D, offset_D, self.eps, modulated=modulated, padded_variance=self.padded_variance)
-        )
+        affine = Affine(gain_D, offset_D, self.eps, modulated, self.padded_variance)
+        return norm_quantised_rows(x_LD, affine, self.steps_of)
 
     def pack(self, y_LD: Tensor) -> Quantised:
-        return quantise_rows(y_LD)
+        return quantise_rows(y_LD, self.steps_of)
+
+
+class ScaledLinears(RowLinears):
+    """Linears in 8-bit floats with a scale per row. PyTorch computes the matrix products, to which nothing is fused but
+    scales and bias."""
+
+    steps = "fp8_weight"
+    steps_of = torch.float8_e4m3fn
+
+    def linear(self, x: Input, name: str) -> Tensor:
+        assert isinstance(x, Quantised)
+        return scaled_linear(x, self.weight(name))
+
+    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+        return [self.linear(x, name) for name in names]
+
+    def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
+        add_gated(residual_LD, self.linear(x, name), gate_D, out_LD)
+
+    def gelu(self, x: Input, name: str) -> Quantised:
+        assert isinstance(x, Quantised)
+        return scaled_linear_gelu(x, self.weight(name))
 
 
 class BlockObserver:
@@ -255,6 +280,8 @@ class FusedBlock:
                 return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
             case "w8a8-row":
                 return RowLinears(weights, self.config.eps, padded_variance, dtype)
+            case "fp8-row":
+                return ScaledLinears(weights, self.config.eps, padded_variance, dtype)
             case "nvfp4":
                 raise AssertionError("refused when the block was made")
 
@@ -275,6 +302,20 @@ def recipe_for(recipe: Recipe, sm: int) -> Recipe:
     return msgspec.structs.replace(recipe, pv="fp16") if sm < FIRST_FP8_SM else recipe
 
 
+def check_architecture(recipe: Recipe, sm: int) -> None:
+    """Refuse a recipe whose linears an architecture cannot multiply.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if sm < recipe.first_sm:
+        raise ConfigError(
+            f"{architecture_name(sm)} cannot multiply {recipe.linear}, the format of recipe {recipe.name!r}; "
+            f"{architecture_name(recipe.first_sm)} is the first architecture that can. "
+            "Use the recipe w8a8-row on this GPU"
+        )
+
+
 def launches(
     model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None, text_rows: int | None = None
 ) -> list[Launch]:
@@ -285,8 +326,9 @@ def launches(
         text_rows: Rows of text that attention sees; by default all.
 
     Raises:
-        ConfigError: The clip is too short for its top-k.
+        ConfigError: The clip is too short for its top-k, or the architecture cannot multiply the linears' format.
     """
+    check_architecture(recipe, sm)
     runs, clip = recipe_for(recipe, sm), shape or model.video.clip
     block = graphs(model, runs)["block"]
     sizes = {
@@ -304,12 +346,12 @@ def launches(
 
 
 def _empty_weights(block: Graph) -> dict[str, Tensor]:
-    """Weights on the meta device, in the types of a published file: norms and scales in float32, others in bfloat16 or
-    int8."""
+    """Weights on the meta device, in the types of a bundle: norms and scales in float32, quantised ones in 8 bits, the
+    others in bfloat16."""
     state = block.owner.state_dict()
     is_float32 = {name for name in block.weights if "norm" in name or name.endswith(".scale")}
     found = {}
     for name in block.weights:
-        kept = state[name].dtype == torch.int8 or name in is_float32
+        kept = name.endswith(WEIGHTS) or name in is_float32
         found[name] = state[name] if kept else state[name].to(torch.bfloat16)
     return found

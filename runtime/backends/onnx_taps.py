@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanforge.runtime.backends.taps import QKV
+from wanforge.runtime.reference.quantised_weights import WEIGHTS
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -78,7 +79,7 @@ class Values:
         if (attention := self.consumer(f"{layer}.local_attn.proj_l.weight")) is not None:
             yield from ((f"{layer}.{port}", value) for port, value in zip(QKV, attention.input, strict=False))
             yield layer, attention.output[0]
-        elif (op := self.consumer(f"{layer}.int8_weight") or self.consumer(f"{layer}.fp4_weight")) is not None:
+        elif (op := next(filter(None, (self.consumer(f"{layer}.{part}") for part in WEIGHTS)), None)) is not None:
             yield f"{layer}.in", op.input[0]
             yield layer, op.output[0]
         elif (product := self.consumer(f"{layer}.weight")) is not None:

@@ -11,12 +11,20 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from wanforge.runtime.reference.dit import LayerNorm, Linear, NVFP4Linear, RMSNorm, SparseAttention, W8A8Linear
+from wanforge.runtime.reference.dit import (
+    FP8RowLinear,
+    LayerNorm,
+    Linear,
+    NVFP4Linear,
+    RMSNorm,
+    SparseAttention,
+    W8A8Linear,
+)
 from wanforge.runtime.schedule import GraphRun
 
 Taps = dict[str, Tensor]
 
-LAYERS = (Linear, W8A8Linear, NVFP4Linear, RMSNorm, LayerNorm, SparseAttention)
+LAYERS = (Linear, W8A8Linear, FP8RowLinear, NVFP4Linear, RMSNorm, LayerNorm, SparseAttention)
 """The types of layers that have taps."""
 
 QKV = ("q", "k", "v")

@@ -73,6 +73,22 @@ class W8A8RowLinear(W8A8Linear):
         self.scale = torch.empty(out_features)
 
 
+class FP8RowLinear(nn.Module):
+    """Linear with 8-bit floats, a scale per output and per token."""
+
+    fp8_weight: Tensor
+    scale: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.register_buffer("fp8_weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.empty(out_features))
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w8a8_linear(x, self.fp8_weight, self.scale, self.bias)
+
+
 class NVFP4Linear(nn.Module):
     """Linear with 4-bit weights."""
 
@@ -315,6 +331,8 @@ def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
             return partial(W8A8Linear, tile=recipe.tile)
         case "w8a8-row":
             return W8A8RowLinear
+        case "fp8-row":
+            return FP8RowLinear
         case "nvfp4":
             return NVFP4Linear
 

@@ -27,7 +27,7 @@ DENOISER: Rules = (
     (r"\.norm3\.", ".norm2."),
     (r"\.ffn\.0\.", ".ffn.net.0.proj."),
     (r"\.ffn\.2\.", ".ffn.net.2."),
-    (r"\.(int8|fp4)_weight$", ".weight"),
+    (r"\.(int8|fp8|fp4)_weight$", ".weight"),
     (r"\.scale$", ".weight_scale_inv"),
 )
 """Rules from canonical names to those of diffusers, applied in order. The last two are for quantised re-uploads."""

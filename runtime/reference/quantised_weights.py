@@ -7,9 +7,9 @@ from torch import Tensor
 
 from wanforge.configs.recipe import Recipe
 from wanforge.plugins.nvfp4_linear import reference as nvfp4
-from wanforge.plugins.quantiser import reference as int8
+from wanforge.plugins.quantiser import reference as eight_bits
 
-WEIGHTS = ("int8_weight", "fp4_weight")
+WEIGHTS = ("int8_weight", "fp8_weight", "fp4_weight")
 """The numbers, of which 4-bit ones are packed in pairs."""
 PARTS = (*WEIGHTS, "scale", "global_scale")
 """Everything that can be computed from an unquantised weight."""
@@ -41,9 +41,12 @@ def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = No
             packed, scale = nvfp4.quantise_weight(rounded, scale_of_all)
             return {"fp4_weight": packed, "scale": scale, "global_scale": scale_of_all}
         case "w8a8-row":
-            steps, scale = int8.quantise_rows(rounded)
+            steps, scale = eight_bits.quantise_rows(rounded)
+        case "fp8-row":
+            steps, scale = eight_bits.quantise_rows(rounded, torch.float8_e4m3fn)
+            return {"fp8_weight": steps, "scale": scale}
         case _:
-            steps, scale = int8.quantise_tiles(rounded, recipe.tile)
+            steps, scale = eight_bits.quantise_tiles(rounded, recipe.tile)
     return {"int8_weight": steps, "scale": scale}
 
 
@@ -52,4 +55,4 @@ def dequantised(weights: Mapping[str, Tensor], name: str) -> Tensor:
     layer, _, part = name.rpartition(".")
     if part == "fp4_weight":
         return nvfp4.dequantise(weights[name], weights[f"{layer}.scale"], weights[f"{layer}.global_scale"])
-    return int8.dequantise(weights[name], weights[f"{layer}.scale"])
+    return eight_bits.dequantise(weights[name], weights[f"{layer}.scale"])

@@ -36,6 +36,7 @@ RECIPES = {
     "w8a8-row": ("w8a8-row", "sagesla"),
     "w8a8-64": ("w8a8", "sagesla"),
     "w8a8-256": ("w8a8", "sagesla"),
+    "fp8-row": ("fp8-row", "sagesla"),
     "nvfp4": ("nvfp4", "sagesla"),
 }
 # SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.

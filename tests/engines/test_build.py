@@ -162,6 +162,11 @@ def test_a_4_bit_linear_that_is_multiplied_otherwise_is_caught(fp4_bundle: Bundl
     assert faults(replace(one, layers=without), record) == ["0 of 2 linears are products of 4-bit floats"]
 
 
+def test_8_bit_floats_are_refused(bundle_of: Callable[[str, str], Bundle]) -> None:
+    with pytest.raises(ConfigError, match=r"8-bit floats of recipe 'fp8-row' in bfloat16.* --backend cuda"):
+        build_engines(bundle_of("tiny-t2v", "fp8-row"), rtx(), EngineOptions(CLIP, (120,)))
+
+
 def test_architectures_without_4_bit_floats_are_refused(fp4_bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match=r"sm_89 cannot multiply nvfp4, .* sm_100 is the first .* --recipe w8a8"):
         build_engines(fp4_bundle, rtx(), EngineOptions(CLIP, (89, 120)))

@@ -106,6 +106,8 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
         ("tiny-i2v", "block", "w8a8"),
         ("tiny-t2v", "block", "w8a8-row"),
         ("tiny-t2v", "cross_kv", "w8a8-row"),
+        ("tiny-t2v", "block", "fp8-row"),
+        ("tiny-t2v", "cross_kv", "fp8-row"),
     ],
 )
 def test_matches_the_reference_where_both_round_alike(
@@ -242,9 +244,10 @@ def test_polygraphy_opens_the_whole_network(bundle_of: BundleOf) -> None:
     assert "velocity" in str_from_onnx(model)
 
 
-def test_4_bit_keys_and_values_match_the_reference(bundle_of: BundleOf) -> None:
+@pytest.mark.parametrize("recipe", ["fp8-row", "nvfp4"])
+def test_keys_and_values_in_few_bits_match_the_reference(bundle_of: BundleOf, recipe: str) -> None:
     """Both sides get the same inputs, so all of them are rounded alike."""
-    actual, expected, graph = run_both(bundle_of("tiny-t2v", "nvfp4"), "cross_kv", torch.float32)
+    actual, expected, graph = run_both(bundle_of("tiny-t2v", recipe), "cross_kv", torch.float32)
     for port, a, e in zip(graph.outputs, actual, expected, strict=True):
         assert_matches(a, e, TOLERANCE, name=port.name)
 
@@ -267,6 +270,21 @@ def test_4_bit_linears_are_nodes_for_onnx_runtime_and_native_ops_for_tensorrt(bu
         if record.name == "block"
     }
     assert {t: (each.plugin_ops, each.fp4_products) for t, each in records.items()} == {"fp32": (1, 0), "bf16": (1, 8)}
+
+
+def test_linears_in_8_bit_floats_are_nodes_without_a_plugin(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-t2v", "fp8-row")
+    model = onnx.load(str(bundle.path("onnx/fp32/block.onnx")))
+    assert sorted(node.op_type for node in model.graph.node if node.domain) == [
+        "SparseLinearAttention",
+        *["W8A8Linear"] * 8,
+    ]
+    inputs = {port.name: port.type.tensor_type.elem_type for port in model.graph.input}
+    assert inputs["ffn.0.fp8_weight"] == onnx.TensorProto.FLOAT8E4M3FN
+    (record,) = (record for record in bundle.graphs("float32").values() if record.name == "block")
+    assert record.plugin_ops == 1  # attention
+    for name in (name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name):
+        onnx.checker.check_model(str(bundle.path(name)), full_check=True)
 
 
 def test_every_4_bit_graph_passes_the_checker(bundle_of: BundleOf) -> None:

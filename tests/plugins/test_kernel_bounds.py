@@ -39,19 +39,23 @@ CASES = {
 from wanforge.plugins.w8a8_linear.fused import *
 from wanforge.plugins.quantiser.fused import quantise, quantise_rows
 from wanforge.plugins.quantiser.reference import quantise_rows as rows_of, quantise_tiles
+from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear_gelu
 x, residual = edge(torch.randn(133, 256)), edge(torch.randn(133, 128))
+zeros, e4m3 = torch.zeros(128), torch.float8_e4m3fn
 for quantiser, weigh in ((quantise, quantise_tiles), (quantise_rows, rows_of)):
     weights = [Weight(*map(edge, (*weigh(torch.randn(128, 256)), torch.randn(128)))) for _ in range(3)]
     q = quantiser(x)
+    scaled_linear_gelu(quantise_rows(x, e4m3), Weight(*map(edge, (*rows_of(torch.randn(128, 256), e4m3), zeros))))
     linears(q, weights), linear_gelu(q, weights[0])
     linear_residual(q, weights[0], residual, edge(torch.randn(128)), empty(133, 128))
 """,
     "norms": """
 from wanforge.plugins.gated_residual.fused import add_gated
-from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 x, y, gain = edge(torch.randn(133, 256)), edge(torch.randn(133, 256)), edge(torch.randn(256))
 norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(x, gain, gain, 1e-6, modulated=False)
+norm_quantised_rows(x, Affine(gain, gain, 1e-6, True, False), torch.int8)
 rms_norm_rotate([x, y], [gain, gain], 1e-6, (edge(torch.randn(133, 64)), edge(torch.randn(133, 64))))
 add_gated(x, y, gain, empty(133, 256))
 """,

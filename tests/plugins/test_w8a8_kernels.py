@@ -7,9 +7,10 @@ import torch
 from packaging.version import Version
 from torch.nn import functional as F
 
+from tests.forcing import order_of_fp8
 from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
-from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, flipped_error, randn, strided
+from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, flipped_error, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.quantiser import TILE
@@ -19,9 +20,11 @@ from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.w8a8_linear import onnx_function
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
+from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear, scaled_linear_gelu
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
+FP8 = torch.float8_e4m3fn
 SHAPES = {  # rows, outputs, inputs
     "one row": (1, 128, 128),
     "one tile": (128, 128, 128),
@@ -50,8 +53,8 @@ def weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
     return Weight(steps, scale, randn(outputs, seed=seed + 1, dtype=dtype))
 
 
-def row_weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype) -> Weight:
-    steps, scale = reference_rows(0.05 * randn(outputs, inputs, seed=seed))
+def row_weight(outputs: int, inputs: int, seed: int, dtype: torch.dtype, steps_of: torch.dtype = torch.int8) -> Weight:
+    steps, scale = reference_rows(0.05 * randn(outputs, inputs, seed=seed), steps_of)
     return Weight(steps, scale, randn(outputs, seed=seed + 1, dtype=dtype))
 
 
@@ -142,14 +145,32 @@ def test_gated_residual_rides_in_the_epilogue(dtype: torch.dtype, in_place: bool
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps_of", [torch.int8, FP8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_quantiser_by_rows_is_the_reference_to_the_bit(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_quantiser_by_rows_is_the_reference_to_the_bit(
+    shape: tuple[int, int, int], dtype: torch.dtype, steps_of: torch.dtype
+) -> None:
     x = strided(3 * randn(shape[0], shape[2], seed=1, dtype=dtype))
+    x[:, 1::2] *= 1e-4  # in e4m3 partly below the smallest normal number
     x[shape[0] // 2] = 0
-    actual = quantise_rows(x)
-    for found, expected in zip(actual, reference_rows(x), strict=True):
-        assert_matches(found, expected, 0)
+    assert_quantised_by_rows(quantise_rows(x, steps_of), x, steps_of)
+
+
+def test_quantiser_rounds_every_value_to_e4m3_as_the_reference() -> None:
+    """A row whose largest magnitude is 448 is not scaled. Numbers of float16 from 2^-11 to 2^8 are on both sides of
+    each number of e4m3, and in the middle between two."""
+    bits = torch.arange(0x1000, 0x5C00, 2, dtype=torch.int16).view(-1, 128)
+    x = torch.cat([bits.view(torch.float16), -bits.view(torch.float16)]).to(DEVICE)
+    x[:, 0] = 448
+    assert_quantised_by_rows(quantise_rows(x, FP8), x, FP8)
+
+
+def assert_quantised_by_rows(actual: Quantised, values: torch.Tensor, steps_of: torch.dtype) -> None:
+    steps, scale = reference_rows(values, steps_of)
+    assert actual.steps_MK.dtype == steps_of
+    assert_matches(actual.steps_MK.float(), steps.float(), 0)
+    assert_matches(actual.scale, scale, 0)
 
 
 @pytest.mark.slow
@@ -177,6 +198,37 @@ def test_epilogues_by_rows_are_the_reference(dtype: torch.dtype) -> None:
     residual, gate = randn(333, 384, seed=5, dtype=dtype), randn(384, seed=6)
     expected = gated_residual(residual[None], w8a8_linear(x, *w)[None], gate[None])[0]
     assert_matches(linear_residual(quantise_rows(x), w, residual, gate, residual), expected, exact(dtype, x.shape[1]))
+
+
+@pytest.mark.parametrize("shape", cases(SHAPES, "ragged rows"))
+def test_linears_in_8_bit_floats_are_the_reference(shape: tuple[int, int, int]) -> None:
+    """On a GPU the library adds up in float32 or less, and rounds to bfloat16 once, the definition twice."""
+    rows, outputs, inputs = shape
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x, w = strided(randn(rows, inputs, seed=7, dtype=dtype)), row_weight(outputs, inputs, 3, dtype, FP8)
+    y = scaled_linear(quantise_rows(x, FP8), w)
+    assert y.dtype == dtype
+    assert_matches(y, w8a8_linear(x, *w), 0.0 if DEVICE == "cpu" else rounding_error(dtype, 1.5))
+
+
+def test_gelu_is_computed_where_8_bit_floats_are_quantised() -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x, w = randn(333, 256, seed=7, dtype=dtype), row_weight(384, 256, 3, dtype, FP8)
+    y = scaled_linear_gelu(quantise_rows(x, FP8), w)
+    steps, scale = reference_rows(F.gelu(w8a8_linear(x, *w), approximate="tanh"), FP8)
+    # The kernel computes GELU with another function, whose last bit may change the step to which a value rounds.
+    found, expected = order_of_fp8(y.steps_MK), order_of_fp8(steps)
+    assert (found - expected).abs().max() <= 1
+    assert (found != expected).float().mean() < (1e-3 if DEVICE == "cpu" else 1e-2)
+    assert_matches(y.scale, scale, 1e-6 if DEVICE == "cpu" else 1e-3)
+
+
+def test_8_bit_floats_that_do_not_fit_are_refused() -> None:
+    x = Quantised(torch.zeros(3, 256, dtype=FP8, device=DEVICE), torch.ones(3, device=DEVICE))
+    with pytest.raises(ShapeError, match=r"weight \(128, 128\) does not fit x \(3, 256\)"):
+        scaled_linear(x, row_weight(128, 128, 1, torch.float32, FP8))
+    with pytest.raises(ShapeError, match="multiples of 128"):
+        scaled_linear(x, row_weight(100, 256, 1, torch.float32, FP8))
 
 
 @pytest.mark.slow

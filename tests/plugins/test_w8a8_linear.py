@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ SHAPES = {  # rows, inputs, outputs
     "ragged rows and outputs": (333, 384, 200),
     "Wan 1.3B's narrow side": (77, 1536, 72),
 }
+BY_ROW = {"w8a8-row": torch.int8, "fp8-row": torch.float8_e4m3fn}
 # The body adds up K products in one float32 sum, the reference slab by slab; both err by a few spacings of float32.
 BODY_TOLERANCE = 1e-6
 
@@ -175,6 +177,12 @@ def test_refuses_tensors_that_do_not_fit(inputs: int, scale_shape: tuple[int, in
         w8a8_linear(torch.zeros(3, inputs), weight, torch.ones(scale_shape), torch.zeros(bias))
 
 
+def test_refuses_8_bit_floats_with_scales_by_tile() -> None:
+    weight = torch.zeros(128, 128, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ShapeError, match="do not fit"):
+        w8a8_linear(torch.zeros(3, 128), weight, torch.ones(1, 1), torch.zeros(128))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_onnx_body_matches(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -210,17 +218,68 @@ def test_scales_by_row_are_integer_arithmetic(
     assert_matches(w8a8_linear(x, w_steps, w_scale, bias), expected, 0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    outputs=st.integers(1, 9),
+    slabs=st.integers(1, 3),
+    magnitude=st.sampled_from([1e-12, 1e-3, 1.0, 100.0]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_8_bit_floats_by_row_are_numpys(
+    rows: int, outputs: int, slabs: int, magnitude: float, dtype: torch.dtype
+) -> None:
+    """The steps are ml_dtypes' own, and sums of their products are exact in integers of 2^-18."""
+    generator = torch.Generator().manual_seed(rows + 10 * outputs)
+    x = (magnitude * torch.randn(rows, 128 * slabs, generator=generator)).to(dtype)
+    w_steps, w_scale = quantise_rows(torch.randn(outputs, 128 * slabs, generator=generator), torch.float8_e4m3fn)
+    bias = torch.randn(outputs, generator=generator).to(torch.bfloat16)
+    x32 = x.float().numpy()
+    amax = np.maximum(np.abs(x32).max(1), np.float32(1e-8))
+    steps = (x32 * (np.float32(448) / amax)[:, None]).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert np.abs(steps).max() <= 448
+    whole, w_whole = ((512 * each).astype(np.int64) for each in (steps, w_steps.double().numpy()))
+    sums = (np.ldexp((whole @ w_whole.T).astype(np.float64), -18)).astype(np.float32)
+    scaled = torch.from_numpy(sums * ((amax / np.float32(448))[:, None] * w_scale.numpy()))
+    expected = scaled.to(dtype) + bias.to(dtype)
+    assert_matches(w8a8_linear(x, w_steps, w_scale, bias), expected, 0)
+
+
+def test_a_row_of_8_bit_floats_by_hand() -> None:
+    """Three bits follow the leading one, so from 16 to 32 numbers are 2 apart; below 2^-6 they are 2^-9 apart."""
+    x = torch.tensor([[448.0, -448.0, 17.0, 19.0, -21.0, 2.0**-10, 3 * 2.0**-10, 0.0]]) * 2
+    steps, scale = quantise_rows(x, torch.float8_e4m3fn)
+    assert scale.tolist() == [2.0]
+    assert steps.float().tolist() == [[448.0, -448.0, 16.0, 20.0, -20.0, 0.0, 2.0**-8, 0.0]]
+
+
+@pytest.mark.parametrize(("linear", "steps_of"), BY_ROW.items(), ids=BY_ROW)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_body_by_row_is_the_reference(shape: tuple[int, int, int]) -> None:
+def test_the_body_by_row_is_the_reference(shape: tuple[int, int, int], linear: str, steps_of: torch.dtype) -> None:
     rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(1, rows, inputs, generator=generator)
-    steps, scale = quantise_rows(torch.randn(outputs, inputs, generator=generator))
+    x = torch.randn(1, rows, inputs, generator=generator) * torch.logspace(-3, 3, rows)[:, None]
+    x[0, 0, 7:] *= 1e-5  # below the smallest normal number of e4m3
+    steps, scale = quantise_rows(torch.randn(outputs, inputs, generator=generator), steps_of)
     bias = torch.randn(outputs, generator=generator)
     expected = w8a8_linear(x, steps, scale, bias)
-    body = onnx_function.functions(by_rows=True)
+    body = onnx_function.functions(linear)
     actual = run_body(onnx_function.NAME, body, [x, steps, scale, bias], expected.shape)
     assert_matches(actual, expected, BODY_TOLERANCE)
+
+
+def test_the_bodys_steps_are_the_references_to_the_bit() -> None:
+    """A weight of ones on the diagonal shows them. Every value of bfloat16 from 2^-11 to 2^8 is rounded."""
+    one, binade = 0x3F800000, 1 << 23
+    values = torch.arange(one - 11 * binade, one + 8 * binade, 1 << 16, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([values.view(-1, 128), -values.view(-1, 128)])
+    x[:, 0] = 448
+    weight, ones = torch.eye(128).to(torch.float8_e4m3fn), torch.ones(128)
+    expected, scale = quantise_rows(x, torch.float8_e4m3fn)
+    assert (scale == 1).all()
+    body = onnx_function.functions("fp8-row")
+    actual = run_body(onnx_function.NAME, body, [x, weight, ones, torch.zeros(128)], x.shape)
+    assert torch.equal(actual, expected.float())
 
 
 def test_finer_scales_are_more_accurate_where_channels_or_tokens_differ() -> None:

@@ -1,7 +1,7 @@
 """Every kernel of every recipe as cases for the machine, at given sizes."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +14,7 @@ from tools.ptx.proof import Case, randn
 from tools.ptx.sizes import Attended, Sizes
 from wanforge.configs.limits import load_limits
 from wanforge.configs.model import load_model
-from wanforge.configs.recipe import load_recipe
+from wanforge.configs.recipe import FIRST_FP8_SM, load_recipe
 from wanforge.configs.topk import num_selected
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
@@ -27,7 +27,7 @@ from wanforge.plugins.dense_attention import fused as dense
 from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
 from wanforge.plugins.quantiser import fused as quantiser
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
@@ -38,7 +38,8 @@ from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
-from wanforge.runtime.backends.fused_block import FIRST_FP8_SM, FusedBlock, recipe_for
+from wanforge.plugins.w8a8_linear.scaled_product import GELU_QUANTISE_ROWS
+from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.kernels.cases import block_inputs
 from wanforge.runtime.measure.kernels.timing import Draw
@@ -46,11 +47,12 @@ from wanforge.runtime.memory.weights import Weights
 
 EPS = 1e-6
 HEAD = 128
+FP8 = torch.float8_e4m3fn
 
 
 def cases(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """The cases of some sizes, as an architecture runs them."""
-    yield from quantisers(dtype, sizes)
+    yield from quantisers(sm, dtype, sizes)
     for scheme in (TILES, ROWS):
         yield from products(scheme, dtype, sizes)
     yield from norms(dtype, sizes)
@@ -64,13 +66,14 @@ def cases(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     for rank in sizes.ranked:
         yield ranks(rank, dtype)
     for model, recipe in sizes.blocks:
-        yield block(model, recipe, sm, dtype)
+        if sm >= load_recipe(recipe).first_sm:
+            yield block(model, recipe, sm, dtype)
 
 
 # Quantisers.
 
 
-def quantisers(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+def quantisers(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     for rows, width in sizes.quantised:
 
         def inputs(rows: int = rows, width: int = width) -> tuple[Tensor]:
@@ -80,6 +83,17 @@ def quantisers(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
 
         yield Case(f"quantiser by tiles, {rows}x{width}", quantiser.quantise, quantise_tiles, inputs)
         yield Case(f"quantiser by rows, {rows}x{width}", quantiser.quantise_rows, quantise_rows, inputs)
+        yield Case(
+            f"quantiser of GELU by rows, {rows}x{width}",
+            lambda x: quantiser.quantised_rows(GELU_QUANTISE_ROWS, x, torch.int8),
+            lambda x: quantise_rows(F.gelu(x, approximate="tanh")),
+            inputs,
+            ulp=2**18,
+            steps=2e-3,
+        )
+        if sm >= FIRST_FP8_SM:
+            run, expected = (partial(each, dtype=FP8) for each in (quantiser.quantise_rows, quantise_rows))
+            yield Case(f"quantiser by rows to e4m3, {rows}x{width}", run, expected, inputs)
 
 
 # Linears.
@@ -181,6 +195,14 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
             f"modulated layer norm, quantised, {tokens}x{width}",
             lambda x, g, o: norm_quantised(x, g, o, EPS, modulated=True),
             lambda x, g, o: quantise_tiles(modulated_norm(x[None], o[None], g[None], EPS)[0]),
+            inputs,
+            ulp=2**18,
+            steps=2e-3,
+        )
+        yield Case(
+            f"modulated layer norm, quantised by rows, {tokens}x{width}",
+            lambda x, g, o: norm_quantised_rows(x, Affine(g, o, EPS, True, False), torch.int8),
+            lambda x, g, o: quantise_rows(modulated_norm(x[None], o[None], g[None], EPS)[0]),
             inputs,
             ulp=2**18,
             steps=2e-3,

@@ -105,4 +105,4 @@ REAL = Sizes(
     ranked=((2, 40, 1182, 118), (2, 12, 512, 51)),
 )
 
-WHOLE = Sizes(blocks=(("tinywan", "w8a8"), ("tinywan", "w8a8-row"), ("tinywan", "bf16-sla")))
+WHOLE = Sizes(blocks=(("tinywan", "w8a8"), ("tinywan", "w8a8-row"), ("tinywan", "fp8-row"), ("tinywan", "bf16-sla")))

@@ -19,7 +19,8 @@ from wanforge.exporter.checkpoint.reader import INDEX
 from wanforge.runtime.reference.names import aliases
 
 T2V, I2V = load_model("tiny-t2v"), load_model("tiny-i2v")
-W8A8, BY_ROW, SLA, DENSE, FP4 = (load_recipe(name) for name in ("w8a8", "w8a8-row", "bf16-sla", "bf16", "nvfp4"))
+W8A8, BY_ROW, SLA, DENSE = (load_recipe(name) for name in ("w8a8", "w8a8-row", "bf16-sla", "bf16"))
+FP8, FP4 = load_recipe("fp8-row"), load_recipe("nvfp4")
 PATCH = "patch_embedding.weight"
 State = dict[str, Tensor]
 

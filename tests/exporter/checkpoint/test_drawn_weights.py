@@ -59,9 +59,14 @@ def test_an_8_bit_weight_and_its_scales_are_of_one_draw(bundle: Bundle) -> None:
     assert steps.view(torch.uint8).unique().numel() > 200
 
 
-def test_a_4_bit_weight_and_its_scales_are_of_one_draw(tmp_path: Path) -> None:
-    drawn = DrawnWeights(skeleton(tmp_path, load_model("tiny-t2v"), load_recipe("nvfp4")), CPU)
-    names = [f"ffn.2.{part}" for part in ("fp4_weight", "scale", "global_scale")]
+@pytest.mark.parametrize(
+    ("recipe", "parts"), [("fp8-row", ("fp8_weight", "scale")), ("nvfp4", ("fp4_weight", "scale", "global_scale"))]
+)
+def test_a_weight_in_few_bits_and_its_scales_are_of_one_draw(
+    tmp_path: Path, recipe: str, parts: tuple[str, ...]
+) -> None:
+    drawn = DrawnWeights(skeleton(tmp_path, load_model("tiny-t2v"), load_recipe(recipe)), CPU)
+    names = [f"ffn.2.{part}" for part in parts]
     found = {name: drawn.of(block("0"), name) for name in reversed(names)}
     stored = {name: tensor.shape for name, tensor in drawn.component("dit").items()}
     assert {name: tensor.shape for name, tensor in found.items()} == {n: stored[f"blocks.0.{n}"] for n in names}

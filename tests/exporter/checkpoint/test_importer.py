@@ -12,6 +12,7 @@ from tests.exporter.checkpoint.sources import (
     BY_ROW,
     DENSE,
     FP4,
+    FP8,
     I2V,
     PATCH,
     T2V,
@@ -211,14 +212,25 @@ def test_wider_sources_are_rounded_before_they_are_quantised(
     assert_matches(found[f"{name}.scale"], scale, rms=0)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "part", "steps_of"),
+    [(BY_ROW, "int8_weight", torch.int8), (FP8, "fp8_weight", torch.float8_e4m3fn)],
+    ids=["int8", "fp8"],
+)
 def test_scales_by_row_are_quantised_on_request(
-    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+    tmp_path: Path,
+    given: Callable[..., Sources],
+    states: dict[str, State],
+    recipe: Recipe,
+    part: str,
+    steps_of: torch.dtype,
 ) -> None:
     source = write_pth(states["dit"], tmp_path)
-    found = load_file(import_checkpoint(T2V, given(dit=source), tmp_path / "out", recipe=BY_ROW).weights("dit"))
+    found = load_file(import_checkpoint(T2V, given(dit=source), tmp_path / "out", recipe=recipe).weights("dit"))
     for name in ("blocks.0.ffn.0", "blocks.1.self_attn.o"):
-        steps, scale = quantise_rows(states["dit"][f"{name}.weight"])
-        assert_matches(found[f"{name}.int8_weight"], steps, rms=0)
+        steps, scale = quantise_rows(states["dit"][f"{name}.weight"], steps_of)
+        assert found[f"{name}.{part}"].dtype == steps_of
+        assert_matches(found[f"{name}.{part}"].float(), steps.float(), rms=0)
         assert_matches(found[f"{name}.scale"], scale, rms=0)
         assert f"{name}.weight" not in found
 
@@ -268,6 +280,7 @@ def test_scales_do_not_depend_on_what_was_written_before(
         ("dit", False, DENSE, "bf16"),
         ("dit", True, W8A8, "w8a8"),
         ("dit", True, BY_ROW, "w8a8-row"),
+        ("dit", True, FP8, "fp8-row"),
         ("dit", True, FP4, "nvfp4"),
     ],
 )

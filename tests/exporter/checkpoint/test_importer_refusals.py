@@ -14,6 +14,7 @@ from tests.exporter.checkpoint.sources import (
     BY_ROW,
     DENSE,
     FP4,
+    FP8,
     I2V,
     SLA,
     T2V,
@@ -137,7 +138,7 @@ def test_files_given_in_the_wrong_place_are_recognised(
     assert_refused(tmp_path / "out", T2V, sources, complaint, recipe)
 
 
-@pytest.mark.parametrize("recipe", [DENSE, SLA, BY_ROW, FP4], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("recipe", [DENSE, SLA, BY_ROW, FP8, FP4], ids=lambda recipe: recipe.name)
 def test_refuses_a_quant_file_where_bfloat16_is_wanted(
     tmp_path: Path, given: Callable[..., Sources], recipe: Recipe
 ) -> None:

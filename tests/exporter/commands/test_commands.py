@@ -188,7 +188,7 @@ def test_export_prints_what_it_left_out_and_why(
     [
         ("tiny-t2v", {"dit": "gone.pth"}, "gone.pth: no such file"),
         ("tiny-t2v", {"model": "tiny-v2t"}, "no model is called 'tiny-v2t'"),
-        ("tiny-t2v", {"recipe": "fp8"}, "no recipe is called 'fp8'; known: bf16, bf16-sla, nvfp4, w8a8"),
+        ("tiny-t2v", {"recipe": "w4a4"}, "no recipe is called 'w4a4'; known: bf16, bf16-sla, fp8-row, nvfp4, w8a8"),
         ("tiny-t2v", {"recipe": "bf16"}, "tiny-t2v-quant.pth: a -quant file"),
         ("tiny-t2v", {"tokenizer": "gone"}, "gone: no tokenizer.json here"),
         ("tiny-t2v", {"dit_low": "x.pth"}, "tiny-t2v has one denoiser; leave out --dit-low"),

@@ -128,6 +128,17 @@ def test_every_command_uses_the_fastest_for_its_clip(
 
 
 @pytest.mark.usefixtures("gpu")
+def test_8_bit_floats_have_kernels_where_the_gpu_multiplies_them_and_no_engines(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=load_recipe("fp8-row")))
+    assert obstacle("trt", other) == "TensorRT multiplies 8-bit floats in bfloat16"
+    assert obstacle("cuda", other) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert obstacle("cuda", other) == "sm_86 cannot multiply fp8-row, the format of the bundle's linears"
+
+
+@pytest.mark.usefixtures("gpu")
 def test_4_bit_linears_need_tensorrt_on_a_gpu_that_multiplies_them(bundle: Bundle) -> None:
     recipe = load_recipe("nvfp4")
     other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))

@@ -27,7 +27,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what t
 
 # In float32 only the order of sums differs. With 8 bits, a value on the edge between two steps may then fall to the
 # other side and shift what follows by a step; a few values in a million do (docs/log.md).
-TOLERANCE = {"bf16": 2e-6, "bf16-sla": 2e-6, "w8a8": 1e-2, "w8a8-row": 1e-2}
+TOLERANCE = {"bf16": 2e-6, "bf16-sla": 2e-6, "w8a8": 1e-2, "w8a8-row": 1e-2, "fp8-row": 1e-2}
 
 
 @pytest.mark.parametrize(
@@ -98,13 +98,23 @@ def test_4_bit_linears_have_no_kernels() -> None:
         FusedBlock(load_model("tiny-t2v").dit, load_recipe("nvfp4"))
 
 
+@pytest.mark.parametrize("sm", [80, 86])
+def test_8_bit_floats_are_refused_where_there_are_none(sm: int) -> None:
+    model, recipe = load_model("turbowan2.1-t2v-1.3b-480p"), load_recipe("fp8-row")
+    with pytest.raises(ConfigError, match=rf"sm_{sm} cannot multiply fp8-row, .* sm_89 is the first .* w8a8-row"):
+        launches(model, recipe, sm)
+    assert launches(model, recipe, 89)
+
+
 def test_fp8_needs_an_architecture_that_has_it() -> None:
     recipe = load_recipe("w8a8")
     assert [recipe_for(recipe, sm).pv for sm in (80, 86, 89, 90, 100, 120)] == ["fp16"] * 2 + ["fp8"] * 4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "count"), [("w8a8", 18), ("w8a8-row", 24), ("bf16-sla", 15), ("bf16", 9)])
+@pytest.mark.parametrize(
+    ("recipe", "count"), [("w8a8", 18), ("w8a8-row", 21), ("fp8-row", 18), ("bf16-sla", 15), ("bf16", 9)]
+)
 def test_a_block_is_few_launches(recipe: str, count: int) -> None:
     """Besides these, only the library's products of unquantised linears and its dense self-attention run."""
     found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe(recipe), 90)

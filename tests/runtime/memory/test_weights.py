@@ -79,10 +79,15 @@ def test_tiles_of_other_sizes_are_for_the_reference(bundle_of: Callable[[str, st
         read_as(bundle_of("tiny-t2v", "w8a8"), load_recipe(recipe))
 
 
-def test_4_bit_weights_are_computed_as_an_import_computes_them(bundle_of: Callable[[str, str], Bundle]) -> None:
-    read = Weights(read_as(bundle_of("tiny-t2v", "bf16-sla"), load_recipe("nvfp4")))
-    imported = Weights(bundle_of("tiny-t2v", "nvfp4")).component("dit")
-    for part in ("global_scale", "scale", "fp4_weight"):
+@pytest.mark.parametrize(
+    ("recipe", "parts"), [("fp8-row", ("scale", "fp8_weight")), ("nvfp4", ("global_scale", "scale", "fp4_weight"))]
+)
+def test_weights_in_few_bits_are_computed_as_an_import_computes_them(
+    bundle_of: Callable[[str, str], Bundle], recipe: str, parts: tuple[str, ...]
+) -> None:
+    read = Weights(read_as(bundle_of("tiny-t2v", "bf16-sla"), load_recipe(recipe)))
+    imported = Weights(bundle_of("tiny-t2v", recipe)).component("dit")
+    for part in parts:
         found, expected = read.tensor("dit", f"blocks.1.ffn.2.{part}"), imported[f"blocks.1.ffn.2.{part}"]
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert torch.equal(found.float(), expected.float()), part

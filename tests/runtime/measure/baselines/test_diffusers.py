@@ -72,13 +72,15 @@ def multiplied_out(stored: Mapping[str, Tensor], layer: str) -> Tensor:
     """The weight that a layer's quantised weight stands for."""
     if f"{layer}fp4_weight" in stored:
         return nvfp4.dequantise(*(stored[f"{layer}{part}"] for part in ("fp4_weight", "scale", "global_scale")))
+    if f"{layer}fp8_weight" in stored:
+        return stored[f"{layer}fp8_weight"].float() * stored[f"{layer}scale"][:, None]
     steps, scale = (stored[f"{layer}{part}"] for part in ("int8_weight", "scale"))
     factors = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
     return steps * factors[: steps.shape[0], : steps.shape[1]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w8a8", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8-row", "nvfp4"])
 def test_a_quantised_bundle_runs_on_its_weights_multiplied_out(bundle_of: BundleOf, recipe: str) -> None:
     bundle = bundle_of("tiny-t2v", recipe)
     stored = Weights(bundle).component("dit")

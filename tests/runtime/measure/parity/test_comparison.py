@@ -123,6 +123,7 @@ def one_fewer(inputs: dict[str, Tensor]) -> None:
         ("w8a8", {"component": "dit", "weights": doubled("blocks.1.norm3.weight")}, 1, "norm3"),
         ("w8a8", {"layer": 1, "inputs": axes_swapped}, 1, "self_attn.attn_op.q"),
         ("w8a8", {"layer": 0, "inputs": one_fewer}, 0, "self_attn.attn_op"),
+        ("fp8-row", {"component": "dit", "weights": doubled("blocks.1.cross_attn.q.scale")}, 1, "cross_attn.q"),
         ("nvfp4", {"component": "dit", "weights": flipped_row("blocks.1.self_attn.v.fp4_weight")}, 1, "self_attn.v"),
         ("nvfp4", {"component": "dit", "weights": doubled("blocks.0.ffn.2.global_scale")}, 0, "ffn.2"),
         ("bf16-sla", {"component": "dit", "weights": flipped("blocks.1.cross_attn.o.weight")}, 1, "cross_attn.o"),
