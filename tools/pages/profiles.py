@@ -7,6 +7,7 @@ of an SM for every GPU, which takes some minutes.
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import click
@@ -30,13 +31,19 @@ PROCESSES = 2
 
 
 def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
-    """The launches to profile on every architecture, with the model's width and their costs."""
-    for name in (SMALL, LARGE):
-        workload = published_workload(name, text_rows=USUAL_TEXT_ROWS)
+    """The launches to profile on every architecture, with the model's width and their costs. Those that several recipes
+    have are taken from the first."""
+    seen = set()
+    for name, recipe in product((SMALL, LARGE), ("w8a8", "fp8-row")):
+        workload = published_workload(name, text_rows=USUAL_TEXT_ROWS, recipe_name=recipe)
         for sm in sorted({chip.sm for chip in load_rates().chips.values()}):
+            if sm < workload.recipe.first_sm:
+                continue
             found = launches(workload.model, workload.recipe, sm)
             for cost, launch in zip(named_launches(workload), found, strict=True):
-                if name == SMALL or cost.name in OTHER_CODE:
+                key = workload.D, sm, cost.name
+                if (name == SMALL or cost.name in OTHER_CODE) and key not in seen:
+                    seen.add(key)
                     yield str(workload.D), cost, launch
 
 

@@ -4,9 +4,10 @@ Time, stem, head and text run as PyTorch runs them. The counts follow the kernel
 """
 
 from wanforge.configs.model import HEAD_DIM
-from wanforge.plugins.quantiser import TILE
+from wanforge.plugins.quantiser import TILE, rows_together
 from wanforge.runtime.measure.cost.launches import (
     BF16,
+    FP8,
     FP32,
     INT8,
     INT32,
@@ -24,34 +25,92 @@ from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, he
 
 
 def fused_block(w: Workload) -> BlockLaunches:
-    """One block in 18 launches. Only what must passes through memory between them: inputs of linears as int8, and bf16
-    where attention, or a norm over the whole width, needs every column first."""
-    x = w.stream
-    stream, gate = BF16 * x, FP32 * w.D
+    """One block: with W8A8 linears by tile 18 launches. Only what must passes through memory between them: inputs of
+    linears in 8 bits, and bf16 where attention, or a norm over the whole width, needs every column first."""
+    linears = ScaledLaunches(w) if w.recipe.linear == "fp8-row" else TileLaunches(w)
     return {
-        "norm 1": [_norm_quantise("norm + quantise", w)],
-        "q, k, v": [_gemm("gemm q, k, v", w, w.D, w.D, BF16, weights=3)],
+        "norm 1": linears.norm("norm"),
+        "q, k, v": linears.project("q, k, v", weights=3),
         "RMS norm, RoPE": [_rms_norm("rotate q, k", w, tensors=2, angles=FP32 * w.L * HEAD_DIM)],
         "keys and values": [_statistics(w), _keys_values(w), _linear_state(w)],
         "selection": [_scores(w), _select(w)],
-        "attention": [_attention(w)],
-        "o": [_gemm("gemm o + residual", w, w.D, w.D, BF16, residual=stream + gate)],
+        "attention": linears.attention(),
+        "o": linears.add("o", w.D),
         "cross-attention": [
-            _norm_quantise("norm 3 + quantise", w),
-            _gemm("gemm cross q", w, w.D, w.D, BF16),
+            *linears.norm("norm 3"),
+            *linears.project("cross q"),
             _rms_norm("norm cross q", w, tensors=1),
-            _cross_attention(w),
-            _gemm("gemm cross o + residual", w, w.D, w.D, BF16, residual=stream),
+            *linears.cross_attention(),
+            *linears.add("cross o", w.D, has_gate=False),
         ],
         "feed-forward": [
-            _norm_quantise("norm 2 + quantise", w),
-            _gemm("gemm ffn.0 + GELU + quantise", w, w.D, w.F, INT8),
-            _gemm("gemm ffn.2 + residual", w, w.F, w.D, BF16, residual=stream + gate),
+            *linears.norm("norm 2"),
+            *linears.gelu("ffn.0"),
+            *linears.add("ffn.2", w.F),
         ],
     }
 
 
+class TileLaunches:
+    """The launches around W8A8 linears by tile, each of which is one launch with what comes before or after it."""
+
+    def __init__(self, w: Workload) -> None:
+        self.w = w
+
+    def norm(self, name: str) -> list[LaunchCost]:
+        return [_norm_quantise(f"{name} + quantise", self.w)]
+
+    def attention(self) -> list[LaunchCost]:
+        return [_attention("attention + quantise", self.w, quantised(self.w.L, self.w.D))]
+
+    def cross_attention(self) -> list[LaunchCost]:
+        return [_cross_attention("cross attention + quantise", self.w, quantised(self.w.L, self.w.D))]
+
+    def project(self, name: str, weights: int = 1) -> list[LaunchCost]:
+        return [_gemm(f"gemm {name}", self.w, self.w.D, self.w.D, BF16, weights=weights)]
+
+    def gelu(self, name: str) -> list[LaunchCost]:
+        return [_gemm(f"gemm {name} + GELU + quantise", self.w, self.w.D, self.w.F, INT8)]
+
+    def add(self, name: str, inputs: int, *, has_gate: bool = True) -> list[LaunchCost]:
+        residual = BF16 * self.w.stream + (FP32 * self.w.D if has_gate else 0)
+        return [_gemm(f"gemm {name} + residual", self.w, inputs, self.w.D, BF16, residual=residual)]
+
+
+class ScaledLaunches:
+    """The launches around linears in 8-bit floats: a library multiplies, and kernels quantise by rows."""
+
+    def __init__(self, w: Workload) -> None:
+        self.w = w
+
+    def norm(self, name: str) -> list[LaunchCost]:
+        return [_norm_rows(f"{name} + quantise by rows", self.w)]
+
+    def pack(self) -> list[LaunchCost]:
+        return [_quantise_rows("quantise by rows", self.w, self.w.D)]
+
+    def attention(self) -> list[LaunchCost]:
+        return [_attention("attention", self.w, BF16 * self.w.stream), *self.pack()]
+
+    def cross_attention(self) -> list[LaunchCost]:
+        return [_cross_attention("cross attention", self.w, BF16 * self.w.stream), *self.pack()]
+
+    def project(self, name: str, weights: int = 1) -> list[LaunchCost]:
+        names = name.split(", ") if weights > 1 else [name]
+        return [_scaled_product(f"product {each}", self.w, self.w.D, self.w.D) for each in names]
+
+    def gelu(self, name: str) -> list[LaunchCost]:
+        return [
+            _scaled_product(f"product {name}", self.w, self.w.D, self.w.F),
+            _quantise_rows("GELU + quantise by rows", self.w, self.w.F),
+        ]
+
+    def add(self, name: str, inputs: int, *, has_gate: bool = True) -> list[LaunchCost]:
+        return [_scaled_product(f"product {name}", self.w, inputs, self.w.D), _residual(self.w, has_gate)]
+
+
 NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 32, 16, 64, 16
+RESIDUAL_ROWS = 64
 """Rows of one thread block, or of one iteration, as in ``configs/tiles.toml``; a test compares them."""
 KEY_BLOCKS = 8
 GROUP = 8
@@ -75,11 +134,33 @@ def _norm_quantise(name: str, w: Workload) -> LaunchCost:
     return LaunchCost(name, {}, BF16 * w.stream + 2 * FP32 * w.D, quantised(w.L, w.D), run=run)
 
 
+def _norm_rows(name: str, w: Workload) -> LaunchCost:
+    run = KernelRun(cdiv(w.L, rows_together(w.D)), (), (True,), w.D)
+    return LaunchCost(name, {}, BF16 * w.stream + 2 * FP32 * w.D, (FP8 * w.D + FP32) * w.L, run=run)
+
+
 def _rms_norm(name: str, w: Workload, *, tensors: int, angles: int = 0) -> LaunchCost:
     """In place; rows stay in registers."""
     moved = tensors * BF16 * w.stream
     run = KernelRun(tensors * cdiv(w.L, RMS_ROWS), (), (True,), w.D)
     return LaunchCost(name, {}, moved + tensors * FP32 * w.D + angles, moved, run=run)
+
+
+def _quantise_rows(name: str, w: Workload, columns: int) -> LaunchCost:
+    run = KernelRun(cdiv(w.L, rows_together(columns)), (), (True,), w.D)
+    return LaunchCost(name, {}, BF16 * w.L * columns, (FP8 * columns + FP32) * w.L, run=run)
+
+
+def _scaled_product(name: str, w: Workload, inputs: int, outputs: int) -> LaunchCost:
+    """A library's product of matrices in e4m3 with a scale per row of both, and its bias."""
+    read = (FP8 * inputs + FP32) * (w.L + outputs) + BF16 * outputs
+    return LaunchCost(name, {"fp8 by rows": 2 * w.L * inputs * outputs}, read, BF16 * w.L * outputs)
+
+
+def _residual(w: Workload, has_gate: bool) -> LaunchCost:
+    name, gate = ("gated residual", FP32 * w.D) if has_gate else ("residual", 0)
+    run = KernelRun(cdiv(w.L, RESIDUAL_ROWS) * w.D // TILE, (), (True,), w.D)
+    return LaunchCost(name, {}, 2 * BF16 * w.stream + gate, BF16 * w.stream, run=run)
 
 
 def _gemm(
@@ -153,29 +234,29 @@ def _select(w: Workload) -> LaunchCost:
     return LaunchCost("select", {}, BF16 * w.H * w.M * w.N, INT32 * w.H * w.M * w.num_selected, run=run)
 
 
-def _attention(w: Workload) -> LaunchCost:
+def _attention(name: str, w: Workload, written: int) -> LaunchCost:
     queries, folded = BF16 * w.stream, BF16 * w.D * HEAD_DIM + FP32 * w.D
     row = (INT8 + w.value_bytes) * HEAD_DIM
     table = INT32 * w.H * w.M * w.num_selected
     value_scale = FP32 * w.D if w.recipe.pv == "fp8" else 0
     keys_values = (INT8 + w.value_bytes) * w.padded_stream + FP32 * w.H * w.N + value_scale
     return LaunchCost(
-        "attention + quantise",
+        name,
         {"int8": w.pair_flops, w.recipe.pv: w.pair_flops, "bf16": w.state_flops},
         queries + keys_values + table + folded + BF16 * HEAD_DIM,
-        quantised(w.L, w.D),
+        written,
         queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,
         KernelRun(w.M * w.H, (w.num_selected,), (True, False), w.D),
     )
 
 
-def _cross_attention(w: Workload) -> LaunchCost:
+def _cross_attention(name: str, w: Workload, written: int) -> LaunchCost:
     queries, programs = BF16 * w.stream, cdiv(w.L, TILE) * w.H
     return LaunchCost(
-        "cross attention + quantise",
+        name,
         {"bf16": 4 * w.stream * w.text_rows},
         queries + 2 * BF16 * w.text_rows * w.D + FP32 * w.text_rows,
-        quantised(w.L, w.D),
+        written,
         queries + programs * w.text_rows * (2 * BF16 * HEAD_DIM + FP32),
         KernelRun(programs, (cdiv(w.text_rows, TEXT_KEYS),), (True, False), w.D),
     )

@@ -1,7 +1,7 @@
 """What kernel launches cost: their operations, their bytes, and the roofline that a GPU's peak speeds set.
 
-All of it is plain arithmetic, for the published precision (W8A8 linears and SageSLA) and one sample. `unfused` and
-`fused` list the launches of a denoiser; docs/kernels.md shows them side by side.
+All of it is plain arithmetic, for the published precision (W8A8 linears and SageSLA) or linears in fp8, and one sample.
+`unfused` and `fused` list the launches of a denoiser; docs/kernels.md shows them side by side.
 
 Each tensor is counted once per launch, which is the least that can be moved. Operations are those of matrix products,
 two per multiply-add; elementwise arithmetic is left out.
@@ -33,12 +33,14 @@ PEAKS = {
     "int8": "int8_tops",
     "fp8": "fp8_tflops",
     "fp8, fp16 sums": "int8_tops",
+    "fp8 by rows": "fp8_tflops",
     "fp16": "bf16_tflops",
     "bf16": "bf16_tflops",
     "fp4": "fp4_tflops",
 }
 """Which peak of a `Target` limits which format. Products in float32 (time, head) have no entry, so their bytes alone
-set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both."""
+set the roofline. With float16 sums, fp8 runs at the rate of int8 on every GPU that has both. Products in fp8 by rows
+are a library's, which reach another share of the peak (`prediction`)."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,13 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_counted(recipe: Recipe) -> bool:
+    """Whether the launches of a recipe are listed, as an architecture runs it: fp8 linears need fp8 in attention."""
+    if recipe.attention != "sagesla":
+        return False
+    return recipe.linear == "w8a8" or (recipe.linear == "fp8-row" and recipe.pv == "fp8")
+
+
 @dataclass(frozen=True)
 class Workload:
     """One model making one clip.
@@ -153,8 +162,10 @@ class Workload:
     text_rows: int
 
     def __post_init__(self) -> None:
-        if (self.recipe.linear, self.recipe.attention) != ("w8a8", "sagesla"):
-            raise ConfigError(f"launches of recipe {self.recipe.name!r} are not counted; use w8a8 linears with sagesla")
+        if not is_counted(self.recipe):
+            raise ConfigError(
+                f"launches of recipe {self.recipe.name!r} are not counted; use w8a8 or fp8-row linears with sagesla"
+            )
 
     @property
     def L(self) -> int:
@@ -213,9 +224,9 @@ class Workload:
         return 2 * self.H * self.M * self.N * HEAD_DIM
 
 
-def published_workload(name: str, *, text_rows: int) -> Workload:
+def published_workload(name: str, *, text_rows: int, recipe_name: str = "w8a8") -> Workload:
     """The workload of a published model with its own clip and top-k."""
-    model, recipe = load_model(name), load_recipe("w8a8")
+    model, recipe = load_model(name), load_recipe(recipe_name)
     shape = model.video.clip
     return Workload(model, shape, recipe, num_selected(recipe, shape, model.topk), text_rows)
 

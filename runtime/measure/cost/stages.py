@@ -2,7 +2,7 @@
 
 Operations are counted by running every graph on the meta device. The bytes are those of the graph's inputs, weights and
 outputs, each counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can
-be faster. A W8A8 layer with SageSLA is counted launch by launch instead, see `fused`.
+be faster. A layer with W8A8 or fp8 linears and SageSLA is counted launch by launch instead, see `fused`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
+from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, is_counted, seconds
 from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.request import CheckedRequest
 from wanforge.runtime.schedule import GraphRun, Schedule, context_rows, denoise_schedule, text_schedule, vae_schedule
@@ -115,7 +115,7 @@ class Counter:
         return self._known[graph_run.graph]
 
     def _count(self, graph_run: GraphRun) -> list[LaunchCost]:
-        if graph_run.graph == "block" and (self.recipe.linear, self.recipe.attention) == ("w8a8", "sagesla"):
+        if graph_run.graph == "block" and is_counted(self.recipe):
             shape = self.checked.request.shape
             return all_launches(
                 fused_block(Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows))

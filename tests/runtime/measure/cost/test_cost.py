@@ -4,6 +4,7 @@ page is compared with the counts."""
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +23,17 @@ from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
-from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.backends.fused_block import launches, recipe_for
 from wanforge.runtime.measure.cost import launches as cost
-from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, prompt
-from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, seconds
+from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, named_launches, prompt
+from wanforge.runtime.measure.cost.launches import (
+    LaunchCost,
+    Workload,
+    all_launches,
+    is_counted,
+    published_workload,
+    seconds,
+)
 from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
 from wanforge.runtime.reference.dit import Block, TextKeys
 
@@ -33,11 +41,15 @@ PAGE = Path(__file__).parents[4] / "docs" / "kernels.md"
 SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b-480p", "14b-720p"))
 
 
-def tiny(*, width_px: int = 256, pv: str = "fp8") -> Workload:
+def published(name: str, recipe: str) -> Workload:
+    return published_workload(name, text_rows=128, recipe_name=recipe)
+
+
+def tiny(*, width_px: int = 256, pv: str = "fp8", recipe: str = "w8a8") -> Workload:
     """A workload of 512 tokens, in whole blocks; at a width of 240 pixels there are 480, in ragged blocks."""
-    recipe = msgspec.structs.replace(load_recipe("w8a8"), pv=pv)
+    runs = msgspec.structs.replace(load_recipe(recipe), pv=pv)
     model = msgspec.structs.replace(load_model("tiny-t2v"), video=VideoConfig(width_px, 128, 13), topk=0.4)
-    return Workload(model, ClipShape(width_px, 128, 13), recipe, num_selected=3, text_rows=20)
+    return Workload(model, ClipShape(width_px, 128, 13), runs, num_selected=3, text_rows=20)
 
 
 def teraflops(w: Workload, *names: str) -> float:
@@ -101,6 +113,31 @@ def test_bytes_of_the_fused_plan_are_the_kernels_arguments(w: Workload) -> None:
     counted = {x.name: x.total_bytes for x in all_launches(fused_block(w))}
     recorded = [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89, text_rows=w.text_rows)]
     assert counted == dict(zip(counted, recorded, strict=True))
+
+
+@pytest.mark.parametrize("w", [published(SMALL, "fp8-row"), tiny(width_px=240, recipe="fp8-row")])
+def test_bytes_around_fp8_linears_are_the_kernels_arguments(w: Workload) -> None:
+    counted = [x.total_bytes for x in named_launches(w)]
+    assert counted == [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89)]
+
+
+def test_fp8_linears_are_the_products_of_w8a8() -> None:
+    """There are 7 launches more: two products of q, k and v, two quantisers, and three residuals."""
+    plain, w = fused_block(tiny()), fused_block(tiny(recipe="fp8-row"))
+    totals = [sum(x.total_flops for x in all_launches(plan)) for plan in (plain, w)]
+    assert totals[0] == totals[1]
+    by_form = Counter[str]()
+    for launch in all_launches(w):
+        by_form.update(launch.flops)
+    dim, ffn = tiny().D, tiny().F
+    assert by_form["fp8 by rows"] == 2 * tiny().L * dim * (6 * dim + 2 * ffn)
+    assert len(all_launches(w)) == len(all_launches(plain)) + 7
+
+
+def test_fp8_linears_are_counted_only_where_there_is_fp8() -> None:
+    recipe = load_recipe("fp8-row")
+    assert is_counted(recipe_for(recipe, 89))
+    assert not is_counted(recipe_for(recipe, 86))
 
 
 def test_chunks_are_the_kernels() -> None:

@@ -9,7 +9,14 @@ from tools.pages.kernels import LARGE, SMALL, fused
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.runtime.measure.cost.fused import fused_block, named_launches
-from wanforge.runtime.measure.cost.launches import KernelRun, LaunchCost, Reread, all_launches, seconds
+from wanforge.runtime.measure.cost.launches import (
+    KernelRun,
+    LaunchCost,
+    Reread,
+    all_launches,
+    published_workload,
+    seconds,
+)
 from wanforge.runtime.measure.cost.prediction import (
     DRAM,
     L2,
@@ -83,9 +90,11 @@ def test_no_launch_is_faster_than_its_roofline(name: str, gpu: str) -> None:
     assert predicted_seconds(launches, TARGETS[gpu]) > seconds(launches, TARGETS[gpu])
 
 
-def test_profiles_cover_every_launch_and_loop() -> None:
-    for gpu in load_rates().gpus:
-        for cost in named_launches(fused(SMALL)):
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8-row"])
+def test_profiles_cover_every_launch_and_loop(recipe: str) -> None:
+    workload = published_workload(SMALL, text_rows=128, recipe_name=recipe)
+    for gpu in (name for name in load_rates().gpus if TARGETS[name].sm >= workload.recipe.first_sm):
+        for cost in named_launches(workload):
             assert cost.run is not None
             profile = packaged_profiles()[gpu]["1536"][cost.name]
             assert len(profile.parts) == 1 + len(cost.run.trips) == len(cost.run.from_dram)
@@ -127,3 +136,6 @@ def test_libraries_reach_their_shares() -> None:
     product = LaunchCost("product", {"bf16": 989_400_000_000}, 0, 0)
     assert predicted_seconds([product], H200) == pytest.approx(1e-3 / 0.71)
     assert predicted_seconds([LaunchCost("pass", {}, 4_800_000_000, 0)], H200) == pytest.approx(1e-3 / 0.81)
+    rows = LaunchCost("product", {"fp8 by rows": 419_000_000_000}, 0, 0)
+    assert predicted_seconds([rows], TARGETS["rtx5090"]) == pytest.approx(1e-3 / 0.93)
+    assert predicted_seconds([rows], TARGETS["rtx4090"]) == pytest.approx(419 / 330.3 * 1e-3 / 0.68)

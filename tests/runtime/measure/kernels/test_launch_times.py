@@ -13,6 +13,8 @@ from wanforge.errors import ConfigError
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.measure.cost.fused import named_launches
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, published_workload
 from wanforge.runtime.measure.cost.prediction import known_profile, packaged_profiles, predicted
 from wanforge.runtime.measure.kernels.launch_times import block_times, times_table
 from wanforge.runtime.measure.machine_code.profiles import Usage, profiles
@@ -30,11 +32,11 @@ def norm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cubin, bytes]:
 
 def packaged_cubins(example: Cubin) -> list[Cubin]:
     """Records of the kernels whose profiles are in the package, under the keys of the model's launches."""
-    named = packaged_profiles()["rtx5090"]["1536"].values()
-    recorded = launches(MODEL, RECIPE, 120)
+    named = packaged_profiles()["rtx5090"]["1536"]
+    costs = named_launches(published_workload(MODEL.name, text_rows=USUAL_TEXT_ROWS))
     return [
-        msgspec.structs.replace(example, key=launch.specialisation.key, sha256=profile.code)
-        for launch, profile in zip(recorded, named, strict=True)
+        msgspec.structs.replace(example, key=launch.specialisation.key, sha256=named[cost.name].code)
+        for launch, cost in zip(launches(MODEL, RECIPE, 120), costs, strict=True)
     ]
 
 

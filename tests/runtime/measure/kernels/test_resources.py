@@ -32,7 +32,13 @@ KINDS = (86, 90, 100, 120)
 sm_89."""
 
 # Recipe, model and architectures; compiling all of them for every architecture would take a minute or two more.
-COMPILED = [("w8a8", SMALL, SMS), ("w8a8", LARGE, KINDS), ("w8a8-row", LARGE, KINDS), ("bf16-sla", LARGE, KINDS)]
+COMPILED = [
+    ("w8a8", SMALL, SMS),
+    ("w8a8", LARGE, KINDS),
+    ("w8a8-row", LARGE, KINDS),
+    ("bf16-sla", LARGE, KINDS),
+    ("fp8-row", LARGE, KINDS[1:]),
+]
 
 INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
 """wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
