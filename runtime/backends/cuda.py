@@ -17,6 +17,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.launch import Launch, architecture_of
 from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.quantiser.reference import dequantise
+from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
 from wanforge.runtime.backends.decoder.recorded import launches as decoder_launches
 from wanforge.runtime.backends.decoder.weights import laid_out
@@ -38,9 +39,6 @@ from wanforge.runtime.schedule import GraphRun, Schedule
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
 """The taps at the inputs of the linears."""
-
-DECODERS = {"vae_decode_first", "vae_decode_next"}
-"""The graphs of the VAE's decoder."""
 
 
 class CudaBackend(TorchBackend):
@@ -64,7 +62,7 @@ class CudaBackend(TorchBackend):
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
         self.fuses_decoder = self.device.type == "cuda"
-        self.decoder = decoder_of(self.graphs["vae_decode_next"])
+        self.decoder = decoder_of(self.graphs[NEXT])
         self.planned_decoder = Planned(self.run_decoder)
         self._decoder_weights: dict[str, Tensor] = {}
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
@@ -84,7 +82,7 @@ class CudaBackend(TorchBackend):
         tensors = dict(zip(names, [*inputs, *outputs], strict=True))
         if graph.name == "block":
             return self._bind_block(graph_run, tensors)
-        if graph.name in DECODERS and self.fuses_decoder:
+        if graph.name in (FIRST, NEXT) and self.fuses_decoder:
             return self._bind_decoder(graph_run, tensors)
         return super().bind(graph_run, inputs, outputs)
 
@@ -110,7 +108,7 @@ class CudaBackend(TorchBackend):
 
     def run_decoder(self, tensors: Mapping[str, Tensor]) -> None:
         """Decode a chunk of its inputs, its outputs and its weights, by their names in the graph."""
-        graph = self.graphs["vae_decode_next"]
+        graph = self.graphs[NEXT]
         past = [tensors[port.name] for port in graph.inputs[1:] if port.name in tensors]
         kept = [tensors[port.name] for port in graph.outputs[1:]]
         self.decoder.run(tensors, tensors["latent"], past or None, tensors["pixels"], kept)

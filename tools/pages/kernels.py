@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
+from wanforge.runtime.measure.cost.decoder import decoder_chunk, decoder_clip, reference_chunk
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
 from wanforge.runtime.measure.cost.launches import (
     USUAL_TEXT_ROWS,
@@ -166,6 +167,57 @@ def published_table() -> str:
     return markdown_table(header, rows)
 
 
+def decoder_table(name: str) -> str:
+    """The launches that decode one latent frame after the first, those of the same kind together, with their roofline
+    and their predicted time."""
+    model, targets = load_model(name), gpus()
+    chunk = decoder_chunk(model, model.video.clip, is_first=False)
+    kinds = {each.name: [other for other in chunk if other.name == each.name] for each in chunk}
+    rows = []
+    for kind, launches in {**kinds, "**latent frame**": list(chunk)}.items():
+        times = ([1e3 * time(launches, gpu) for time in (seconds, predicted_seconds)] for gpu in targets)
+        flops, moved = (sum(count(launch) for launch in launches) for count in (flops_of, bytes_of))
+        rows.append(
+            [
+                kind,
+                f"{len(launches)}",
+                number(flops / 1e9) if flops else "-",
+                number(moved / 1e6),
+                *(f"{number(roofline)} → {number(predicted)}" for roofline, predicted in times),
+            ]
+        )
+    return markdown_table(["launch", "times", "GFLOP", "MB", *(f"{gpu.title}, ms" for gpu in targets)], rows)
+
+
+def decoding_table() -> str:
+    """What decoding moves per latent frame, in the reference and with the kernels, and the seconds of a whole clip."""
+    rows = []
+    for name in (SMALL, LARGE):
+        model = load_model(name)
+        clip = model.video.clip
+        before, after = reference_chunk(model, clip), decoder_chunk(model, clip, is_first=False)
+        launches = decoder_clip(model, clip)
+        moved = before.bytes, sum(map(bytes_of, after)), sum(bytes_of(launch) for launch in after if launch.run)
+        times = ([time(launches, gpu) for time in (seconds, predicted_seconds)] for gpu in load_targets().values())
+        rows.append(
+            [
+                f"{clip.height_px}p",
+                *(number(each / 1e9) for each in moved),
+                *(f"{roofline:.2f} → {predicted:.2f}" for roofline, predicted in times),
+            ]
+        )
+    head = ["81 frames", "PyTorch's operations, GB", "kernels and convolutions, GB", "kernels alone, GB"]
+    return markdown_table([*head, *(f"{gpu.title}, s" for gpu in load_targets().values())], rows)
+
+
+def flops_of(launch: LaunchCost) -> int:
+    return launch.total_flops
+
+
+def bytes_of(launch: LaunchCost) -> int:
+    return launch.total_bytes
+
+
 KINDS = {"gemm": "W8A8 linears", "attention": "sparse attention", "cross": "cross-attention"}
 """Kinds of launches of a fused block by the first word of their names; the rest are plain passes over memory."""
 
@@ -227,6 +279,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "parts-14b-720p": lambda: parts_table(LARGE),
     "steps": steps_table,
     "requests": requests_table,
+    "decoder-480p": lambda: decoder_table(SMALL),
+    "decoding": decoding_table,
     "published": published_table,
     "shares": shares_table,
     "cache": cache_table,

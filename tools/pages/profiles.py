@@ -13,10 +13,13 @@ from pathlib import Path
 import click
 import msgspec
 
+from wanforge.configs.model import ModelConfig, load_model
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder
 from wanforge.plugins.launching.launch import Launch
+from wanforge.runtime.backends.decoder.recorded import recorded as record_decoder
 from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.measure.cost.decoder import decoder_chunk
 from wanforge.runtime.measure.cost.fused import named_launches
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, published_workload
 from wanforge.runtime.measure.cost.prediction import PROFILES, Profiles, usage_of
@@ -36,7 +39,7 @@ def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
     seen = set()
     for name, recipe in product((SMALL, LARGE), ("w8a8", "fp8-row")):
         workload = published_workload(name, text_rows=USUAL_TEXT_ROWS, recipe_name=recipe)
-        for sm in sorted({chip.sm for chip in load_rates().chips.values()}):
+        for sm in architectures():
             if sm < workload.recipe.first_sm:
                 continue
             found = launches(workload.model, workload.recipe, sm)
@@ -45,6 +48,27 @@ def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
                 if (name == SMALL or cost.name in OTHER_CODE) and key not in seen:
                     seen.add(key)
                     yield str(workload.D), cost, launch
+    yield from recorded_decoder(load_model(SMALL))
+
+
+def recorded_decoder(model: ModelConfig) -> Iterator[tuple[str, LaunchCost, Launch]]:
+    """The same of the decoder, one launch of each name, with the VAE's width. Those of the first chunk, whose frames
+    have no past, stand for no others."""
+    chunks = [decoder_chunk(model, model.video.clip, is_first=is_first) for is_first in (False, True)]
+    costs = [cost for chunk in chunks for cost in chunk if cost.run is not None]
+    for sm in architectures():
+        later, first = (
+            record_decoder(model, sm, model.video.clip, is_first=is_first).launches for is_first in (False, True)
+        )
+        named = dict[str, tuple[LaunchCost, Launch]]()
+        for cost, launch in zip(costs, [*later, *first], strict=True):
+            named.setdefault(cost.name, (cost, launch))
+        for cost, launch in named.values():
+            yield str(model.vae.dim), cost, launch
+
+
+def architectures() -> list[int]:
+    return sorted({chip.sm for chip in load_rates().chips.values()})
 
 
 def made(folder: Path, cubin: Cubin, usage: Usage) -> dict[str, Profile]:

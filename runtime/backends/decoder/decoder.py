@@ -43,7 +43,7 @@ class FusedDecoder:
         pixels_BCTHW: Tensor,
         kept: Sequence[Tensor],
     ) -> None:
-        """Decode a latent frame, as ``vae_decode_first`` if there is no past, otherwise as ``vae_decode_next``.
+        """Decode a latent frame, as the graph `FIRST` if there is no past, otherwise as `NEXT`.
 
         Args:
             weights: See `weights.laid_out`.

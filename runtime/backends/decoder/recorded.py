@@ -8,6 +8,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.shapes import concrete
 from wanforge.plugins.launching.launch import Launch, Recording, recording
+from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.graphs import Port, graphs
@@ -23,7 +24,7 @@ def recorded(model: ModelConfig, sm: int, shape: ClipShape, *, is_first: bool) -
         is_first: Whether it is the opening chunk of one frame.
     """
     # The recipe changes nothing in the VAE.
-    graph = graphs(model, load_recipe("bf16"))["vae_decode_first" if is_first else "vae_decode_next"]
+    graph = graphs(model, load_recipe("bf16"))[FIRST if is_first else NEXT]
     sizes = {"latent_height": shape.latent_height, "latent_width": shape.latent_width}
 
     def blank(port: Port) -> Tensor:

@@ -2,7 +2,8 @@
 
 Operations are counted by running every graph on the meta device. The bytes are those of the graph's inputs, weights and
 outputs, each counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can
-be faster. A layer with W8A8 or fp8 linears and SageSLA is counted launch by launch instead, see `fused`.
+be faster. A layer with W8A8 or fp8 linears and SageSLA, and the VAE's decoder, are counted launch by launch instead, see
+`fused` and `decoder`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.shapes import concrete, names_in
+from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.measure.cost.decoder import decoder_chunk
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, is_counted, seconds
 from wanforge.runtime.measure.cost.prediction import predicted_seconds
@@ -115,6 +118,9 @@ class Counter:
         return self._known[graph_run.graph]
 
     def _count(self, graph_run: GraphRun) -> list[LaunchCost]:
+        if graph_run.graph in (FIRST, NEXT):
+            shape, is_first = self.checked.request.shape, graph_run.graph == FIRST
+            return list(decoder_chunk(self.bundle.model, shape, is_first=is_first))
         if graph_run.graph == "block" and is_counted(self.recipe):
             shape = self.checked.request.shape
             return all_launches(
