@@ -115,6 +115,17 @@ def test_the_input_of_attention_is_the_reference(dtype: torch.dtype, kind: str) 
     assert_matches(actual, expected, bound(dtype))
 
 
+def test_norms_count_as_no_less_than_their_least() -> None:
+    """Norms of 1, 1e-6, 1e-11, half of the least norm, and 1e-15."""
+    size = torch.tensor([1, 1e-6, 1e-11, 5e-13, 1e-15], device=DEVICE)[:, None]
+    x = F.normalize(randn(1, 1, 5, 24, seed=1), dim=3) * size
+    weight = torch.ones(24, device=DEVICE)
+    expected = channels_last(channel_norm(channels_first(x), weight[:, None, None, None]))
+    actual, _ = normed(Stream(x), weight, activates=False)
+    for column in range(5):
+        assert_matches(actual[:, :, column], expected[:, :, column], FLOAT32_ERROR)
+
+
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "next"])
 @pytest.mark.parametrize("kind", ["plain", "branch", "folded, branch"])
