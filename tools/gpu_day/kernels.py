@@ -18,7 +18,7 @@ from wanforge.runtime.measure.kernels.pieces import timed_size
 from wanforge.runtime.measure.kernels.timing import Draw
 
 PUBLISHED = ("turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p")
-RECIPES = ("w8a8", "w8a8-row")
+RECIPES = ("w8a8", "w8a8-row", "fp8-row")
 
 
 def run(day: Day) -> None:
@@ -50,8 +50,9 @@ def always_needed(sm: int, published: Iterable[str] = PUBLISHED) -> Iterator[Lau
     GPU."""
     yield from launches(load_model("tinywan"), load_recipe(RECIPES[0]), sm)
     for name in published:
-        for recipe in RECIPES:
-            yield from launches(load_model(name), load_recipe(recipe), sm)
+        for recipe in map(load_recipe, RECIPES):
+            if sm >= recipe.first_sm:
+                yield from launches(load_model(name), recipe, sm)
     yield from launches_of_checks(sm)
 
 

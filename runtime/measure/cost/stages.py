@@ -2,7 +2,7 @@
 
 Operations are counted by running every graph on the meta device. The bytes are those of the graph's inputs, weights and
 outputs, each counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can
-be faster. A layer with W8A8 or fp8 linears and SageSLA, and the VAE's decoder, are counted launch by launch instead, see
+be faster. A layer with W8A8 or fp8 linears and SageSLA, and the decoder, are counted launch by launch instead, see
 `fused` and `decoder`.
 """
 

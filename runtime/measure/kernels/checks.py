@@ -16,20 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanforge.configs.model import DiTConfig
+from wanforge.configs.recipe import FIRST_FP8_SM
 from wanforge.plugins.dense_attention import reference as dense_reference
 from wanforge.plugins.dense_attention.fused import dense_attention, dense_attention_quantised
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.layer_norm.fused import norm, norm_quantised
+from wanforge.plugins.launching.launch import architecture_of
+from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.layer_norm.reference import modulated_norm
 from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.quantiser.fused import Quantised
+from wanforge.plugins.quantiser.fused import Quantised, quantise_rows, quantised_rows
+from wanforge.plugins.quantiser.reference import quantise_rows as reference_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention import fused as attention
 from wanforge.plugins.sparse_linear_attention import reference as attention_reference
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
+from wanforge.plugins.w8a8_linear.scaled_product import GELU_QUANTISE_ROWS, scaled_linear
 from wanforge.runtime.backends.fused_block import FusedBlock
 from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on
 from wanforge.runtime.measure.kernels.decoder import channel_norm_claims
@@ -145,6 +149,25 @@ def quantised(
 def linear_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     for scheme in (TILES, ROWS):
         yield from scheme_claims(draw, scheme, size)
+    yield from library_claims(draw, size)
+
+
+def library_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    """What is around products that a library computes, and where there are 8-bit floats the product."""
+    y = draw(size.tokens, size.ffn_dim)
+    found = quantised_rows(GELU_QUANTISE_ROWS, y, torch.int8)
+    scales_limit = 1e-6 if draw.dtype == torch.float32 else 1e-3
+    yield from quantised(
+        "GELU and quantise, by rows", found, F.gelu(y, approximate="tanh"), ROWS, FLIPPED, scales_limit
+    )
+    if draw.device.type != "cpu" and architecture_of(draw.device) < FIRST_FP8_SM:
+        return
+    x, fp8 = draw(size.tokens, size.dim), torch.float8_e4m3fn
+    weight = Weight(*reference_rows(draw(size.dim, size.dim, size=size.dim**-0.5), fp8), draw(size.dim))
+    product = scaled_linear(quantise_rows(x, fp8), weight)
+    expected = in_pieces(lambda x: w8a8_linear(x, *weight), size.some, x)
+    # The library rounds once where the definition rounds twice, and adds up in float32 or less.
+    yield "product in fp8", cut(product, size.some), expected, rounding_error(draw.dtype, 1.5)
 
 
 def scheme_claims(draw: Draw, scheme: Scheme, size: CheckedSize) -> Iterator[Claim]:
@@ -199,6 +222,9 @@ def layer_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     expected = in_pieces(lambda x: modulated_norm(x[None], shift[None], scale[None], EPS)[0], size.pieces, x)
     yield "norm", y, expected, limit
     yield from quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y)
+    by_rows = norm_quantised_rows(x, Affine(scale, shift, EPS, True, False), torch.int8)
+    # It adds up in another order, so that a value may round to the other side, and then to the next step.
+    yield from quantised("norm, quantised by rows", by_rows, y, ROWS, FLIPPED, limit)
 
 
 def rms_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
