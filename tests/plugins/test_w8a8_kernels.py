@@ -100,7 +100,7 @@ def test_linears_are_exact_but_for_the_joined_sum() -> None:
     _, q = quantised(333, 384, torch.float32)
     w = weight(256, 384, 1, torch.float32)
     total = torch.zeros(333, 256)
-    for slab, (a, b) in enumerate(zip(q.steps_MK.split(TILE, 1), w.int8_NK.split(TILE, 1), strict=True)):
+    for slab, (a, b) in enumerate(zip(q.steps_MK.split(TILE, 1), w.steps_NK.split(TILE, 1), strict=True)):
         row_scale, column_scale = (each[:, slab].repeat_interleave(TILE) for each in (q.scale, w.scale))
         factor = row_scale[:333, None] * column_scale
         total = ((a.double() @ b.double().T) * factor + total).float()  # float64 holds the product and nearly the sum
