@@ -143,7 +143,10 @@ def serving(hub: Hub) -> Iterator[Hub]:
     """Serve a hub on two ports, of which one is that of the large files."""
     handler = type("HandlerOfHub", (Handler,), {"hub": hub})
     servers = [Server(("127.0.0.1", 0), handler) for _ in range(2)]
-    hub.endpoint, hub.store = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    names = "127.0.0.1", "localhost"  # as different as the names of the hub and of its stores
+    hub.endpoint, hub.store = (
+        f"http://{name}:{each.server_address[1]}" for name, each in zip(names, servers, strict=True)
+    )
     for server in servers:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
