@@ -77,7 +77,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-class Operands(TorchDispatchMode):
+class Moved(TorchDispatchMode):
     """Counts the operations of PyTorch that make something new, and the bytes of their arguments and results."""
 
     def __init__(self) -> None:
@@ -98,12 +98,12 @@ class Operands(TorchDispatchMode):
         return result
 
 
-def reference_chunk(model: ModelConfig, shape: ClipShape) -> Operands:
+def reference_chunk(model: ModelConfig, shape: ClipShape) -> Moved:
     """What the reference moves to decode a latent frame after the first, one operation of PyTorch at a time."""
     graph = graphs(model, load_recipe("bf16"))[NEXT]
     sizes = {"latent_height": shape.latent_height, "latent_width": shape.latent_width}
     with torch.device("meta"), torch.inference_mode():
         inputs = [torch.empty(concrete(port.shape, sizes), dtype=COMPUTE) for port in graph.inputs]
-        with Operands() as found:
+        with Moved() as found:
             graph.run(graph.owner.state_dict(), inputs)
     return found

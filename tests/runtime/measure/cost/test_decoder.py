@@ -12,7 +12,7 @@ from wanforge.configs.tiles import tiled_architectures
 from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.decoder.recorded import recorded
 from wanforge.runtime.graphs import graphs
-from wanforge.runtime.measure.cost.decoder import Operands, decoder_chunk, decoder_clip, reference_chunk
+from wanforge.runtime.measure.cost.decoder import Moved, decoder_chunk, decoder_clip, reference_chunk
 from wanforge.runtime.measure.cost.prediction import packaged_profiles
 from wanforge.runtime.measure.cost.stages import operations
 from wanforge.runtime.measure.machine_code.rates import load_rates
@@ -60,7 +60,7 @@ def test_a_quarter_of_the_references_bytes_are_moved() -> None:
 
 
 def test_views_move_nothing() -> None:
-    with torch.device("meta"), Operands() as found:
+    with torch.device("meta"), Moved() as found:
         x = torch.zeros(4, 8)
         x.T.reshape(2, 16).float()
         assert (found.operations, found.bytes) == (1, 2 * x.nbytes)
