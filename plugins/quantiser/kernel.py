@@ -13,9 +13,27 @@ ROUND = tl.constexpr(12582912.0)
 @triton.jit
 def quantise_tile(x):
     """The steps and the scale of one tile, as `reference.quantise_tiles` defines them."""
-    amax = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-8)
+    amax = largest(x)
+    return tile_steps(x, amax), tile_scale(amax)
+
+
+@triton.jit
+def largest(x):
+    """The largest magnitude of a tile, or of a part of it; at least the smallest that a tile may have."""
+    return tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-8)
+
+
+@triton.jit
+def tile_steps(x, amax):
+    """The steps of a tile, or of a part of it, given the largest magnitude of the whole tile."""
     # No step is below -128, because 128 / amax * -amax is at least the number next to it.
-    return whole_steps(tl.minimum(x * tl.math.div_rn(128.0, amax), 127.0)), amax * (1.0 / 128.0)
+    return whole_steps(tl.minimum(x * tl.math.div_rn(128.0, amax), 127.0))
+
+
+@triton.jit
+def tile_scale(amax):
+    """The scale of a tile, given its largest magnitude."""
+    return amax * (1.0 / 128.0)
 
 
 @triton.jit

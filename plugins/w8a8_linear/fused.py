@@ -16,7 +16,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
 
 GEMM, GEMM_ROWS = (
-    Kernel("w8a8_linear", name, ("WEIGHTS * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)",), {"M": "i32", "N": "i32:16"})
+    Kernel("w8a8_linear", name, ("cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)", "WEIGHTS"), {"M": "i32", "N": "i32:16"})
     for name in ("gemm", "gemm_rows")
 )
 

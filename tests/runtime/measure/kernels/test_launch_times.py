@@ -42,7 +42,7 @@ def packaged_cubins(example: Cubin) -> list[Cubin]:
 
 def test_known_kernels_take_what_the_package_says(norm: tuple[Cubin, bytes], tmp_path: Path) -> None:
     times = block_times([(MODEL, MODEL.video.clip)], RECIPE, [TARGET], tmp_path, packaged_cubins(norm[0]))
-    assert len(times) == 19
+    assert len(times) == 18
     expected = predicted([each.cost for each in times], TARGET)
     assert [each.prediction for each in times] == expected
     record = times[1].as_json()
