@@ -149,8 +149,7 @@ def gemm(
         totals = totals + (tl.zeros((PART, BLOCK_N), tl.float32),)  # noqa: RUF005  Triton unpacks no tuple
     # Addresses that are worked out once for all slabs would take more registers than there are.
     for k in tl.range(K // TILE, disable_licm=True):
-        w_rows = (tl.arange(0, BLOCK_N) * K + k * TILE)[None, :]
-        w_slab = tl.load(weight + (w_rows + slab[:, None]))
+        w_slab = tl.load(weight + ((tl.arange(0, BLOCK_N) * K + k * TILE)[None, :] + slab[:, None]))
         sums = ()
         for part in tl.static_range(PARTS):
             # A ragged tile reads its last row again instead of using a mask: values outside are never stored.
@@ -166,11 +165,11 @@ def gemm(
 
 @triton.jit
 def dot(x, w, SHIFTED: tl.constexpr):
-    """The product of two int8 slabs as float32, exactly: its sums are less than 2^22 in magnitude.
+    """The product of two int8 slabs as float32, exactly: its sums are at most 2^21 in magnitude.
 
-    Integers that are added to the bits of `ROUND`, a float32 whose last bit counts one, are added to the number itself.
-    So a sum that starts there needs no conversion, which is slow where `mma.sync` computes it. Elsewhere the start would
-    have to be written for every slab.
+    An integer of less than 2^22 that is added to the bits of `ROUND`, whose last bit counts one, is added to the number.
+    So a sum that starts there needs a subtraction in place of a conversion, which takes twice as long. `mma.sync` reads
+    its start from any register; `wgmma` would need it written for every slab.
     """
     if SHIFTED:
         start = tl.full((x.shape[0], w.shape[1]), ROUND, tl.float32).to(tl.int32, bitcast=True)

@@ -27,7 +27,7 @@ CHOICES = {
     "quantiser.quantise_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
     "w8a8_linear.gelu_quantise_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
     # A block of the product by tiles is one tile of the quantiser, so its sizes are fixed.
-    "w8a8_linear.gemm": Choices((4, 8), (2, 3, 4), [("GROUP", (4, 8, 16, 32))]),
+    "w8a8_linear.gemm": Choices((4, 8), (2, 3, 4), [("PARTS", (2, 1)), ("SHIFTED", (0, 1)), ("GROUP", (8, 16))]),
     "w8a8_linear.gemm_rows": Choices(
         (4, 8), (3, 4), [("BLOCK_M", (64, 128)), ("BLOCK_N", (128, 256)), ("GROUP", (8, 16))]
     ),

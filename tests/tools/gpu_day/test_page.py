@@ -84,9 +84,11 @@ def test_the_patch_gives_an_architecture_a_row_of_its_own(results: Results, tmp_
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "GROUP": 16}
     results.add("sweep-w8a8_linear", "winner", **winner("w8a8_linear.gemm", 0.5, blocks=blocks))
     results.add("sweep-w8a8_linear", "winner", **winner("w8a8_linear.gemm_rows", 0.5, blocks=blocks))
+    results.add("sweep-gated_residual", "winner", **winner("gated_residual.add", 0.5, blocks={"ROWS": 8}))
     tiles = _patched(tiles_patch(results), tmp_path)
+    assert [row["sms"] for row in tiles["gated_residual"]["add"]] == [[80, 86, 89, 100, 120], [90]]
     gemm = tiles["w8a8_linear"]["gemm"]
-    assert [row["sms"] for row in gemm] == [[80, 86, 89, 100, 120], [90]]
+    assert [row["sms"] for row in gemm] == [[80, 86, 89], [90], [100], [120]]
     assert (gemm[1]["num_warps"], gemm[1]["num_stages"], gemm[1]["blocks"]) == (4, 4, blocks)
     assert "NVIDIA H200" in gemm[1]["reason"]
     assert [row["sms"] for row in tiles["w8a8_linear"]["gemm_rows"]] == [[90], [80, 86, 89, 100, 120]]
