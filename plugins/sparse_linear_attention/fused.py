@@ -32,9 +32,14 @@ SCORES = Kernel(
     "sparse_linear_attention",
     "scores",
     ("cdiv(M, QUERIES)", "H"),
-    {"L": "i32", "q_stride": "i32:16", "M": "i32", "N": "i32"},
+    {"L": "i32", "q_stride": "i32:16", "M": "i32", "N": "i32", "P": "i32:16"},
 )
-SELECT = Kernel("sparse_linear_attention", "select", ("M * H",), {"M": "i32", "N": "i32", "num_selected": "i32"})
+SELECT = Kernel(
+    "sparse_linear_attention",
+    "select",
+    ("M * H",),
+    {"M": "i32", "N": "i32", "P": "i32:16", "num_selected": "i32"},
+)
 ATTENTION = Kernel(
     "sparse_linear_attention",
     "attention",
@@ -91,9 +96,8 @@ def _attend(
     (q_LD, k_LD, v_LD), (proj_KK, proj_bias_K), (y_LD, y_scale) = qkv_LD, projection, out
     length, heads = _check(q_LD, k_LD, v_LD, num_selected, blocks)
     keys = prepare_keys(k_LD, v_LD, proj_KK, blocks)
-    score_HMN = block_scores(q_LD, keys.pooled_HNK, blocks)
-    selected_HMS = select_blocks(score_HMN, num_selected)
-    _, num_queries, num_keys = score_HMN.shape
+    num_keys = keys.pooled_HNK.shape[1]
+    selected_HMS = select_blocks(block_scores(q_LD, keys.pooled_HNK, blocks), num_keys, num_selected)
     ATTENTION(
         q=q_LD,
         k=keys.k,
@@ -111,7 +115,7 @@ def _attend(
         k_stride=k_LD.stride(0),
         v_stride=v_LD.stride(0),
         padded=num_keys * blocks.k,
-        M=num_queries,
+        M=selected_HMS.shape[1],
         N=num_keys,
         num_selected=num_selected,
         H=heads,
@@ -187,37 +191,39 @@ def prepare_keys(k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, blocks: Blocks) ->
 
 
 def block_scores(q_LD: Tensor, pooled_HNK: Tensor, blocks: Blocks) -> Tensor:
-    """`reference.block_scores` from the queries and the pooled keys, ``[H, M, N]``."""
+    """`reference.block_scores` from the queries and the pooled keys: the first N of each row of ``[H, M, P]``. P is N
+    rounded up to a multiple of 16, so that a thread accesses several scores at once."""
     heads, num_keys, _ = pooled_HNK.shape
     num_queries = -(-len(q_LD) // blocks.q)
-    score_HMN = torch.empty(heads, num_queries, num_keys, dtype=q_LD.dtype, device=q_LD.device)
+    score_HMP = torch.empty(heads, num_queries, -(-num_keys // 16) * 16, dtype=q_LD.dtype, device=q_LD.device)
     SCORES(
         q=q_LD,
         k_pooled=pooled_HNK,
-        score=score_HMN,
+        score=score_HMP,
         L=len(q_LD),
         q_stride=q_LD.stride(0),
         M=num_queries,
         N=num_keys,
+        P=score_HMP.shape[2],
         H=heads,
         BLOCK_Q=blocks.q,
     )
-    return score_HMN
+    return score_HMP
 
 
-def select_blocks(score_HMN: Tensor, num_selected: int) -> Tensor:
-    """`reference.select_blocks` as ``int32 [H, M, S]``."""
-    heads, num_queries, num_keys = score_HMN.shape
-    selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMN.device)
-    lanes = _power_of_two(num_keys)
+def select_blocks(score_HMP: Tensor, num_keys: int, num_selected: int) -> Tensor:
+    """`reference.select_blocks` of what `block_scores` returns, as ``int32 [H, M, S]``."""
+    heads, num_queries, row = score_HMP.shape
+    selected = torch.empty(heads, num_queries, num_selected, dtype=torch.int32, device=score_HMP.device)
     SELECT(
-        score=score_HMN,
+        score=score_HMP,
         selected=selected,
         M=num_queries,
         N=num_keys,
+        P=row,
         num_selected=num_selected,
         H=heads,
-        LANES=lanes,
+        LANES=_power_of_two(num_keys),
     )
     return selected
 

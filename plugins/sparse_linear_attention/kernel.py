@@ -11,6 +11,8 @@ import triton.language as tl
 from wanforge.plugins.quantiser.kernel import INTERPRETED, quantise_tile, rounded, to_e4m3, whole_steps
 
 HEAD = tl.constexpr(128)
+LEAST = tl.constexpr(16)
+"""The fewest rows of a product that tensor cores compute."""
 LOG2E = tl.constexpr(1.4426950408889634)
 SOFTMAX_SCALE = tl.constexpr(0.08838834764831845 * LOG2E)
 
@@ -178,56 +180,64 @@ def linear_state(
 @triton.jit
 def scores(
     q, k_pooled, score,
-    L, q_stride, M, N,
+    L, q_stride, M, N, P,
     H: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Products of the means of query and key blocks, [H, M, N] in the compute type. A program handles QUERIES of M."""
+    """Products of the means of query and key blocks in the compute type, the first N of each row of [H, M, P]. A program
+    handles QUERIES of M."""
     first, head = tl.program_id(0) * QUERIES, tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, HEAD)[None, :]
-    query = tl.arange(0, QUERIES)[:, None]
+    query = tl.arange(0, LEAST)[:, None]
     dtype = q.dtype.element_ty
-    pooled = tl.zeros((QUERIES, HEAD), tl.float32)
+    q += tl.cast(first * BLOCK_Q, tl.int64) * q_stride + head * HEAD
+    rows = tl.arange(0, BLOCK_Q)[:, None]
+    column = tl.arange(0, BLOCK_Q)[None, :]
+    # Tensor cores add the rows of a block, by a factor of ones in the row that is to hold their sum.
+    pooled = tl.zeros((LEAST, HEAD), tl.float32)
     for i in range(QUERIES):
         start = (first + i) * BLOCK_Q
-        rows = tl.arange(0, BLOCK_Q)[:, None]
-        tile = q + tl.cast(start, tl.int64) * q_stride + head * HEAD + (rows * q_stride + lanes)
-        values = tl.load(tile, mask=rows < L - start, other=0.0).to(tl.float32)
-        held = tl.maximum(tl.minimum(L - start, BLOCK_Q), 1) * 1.0
-        pooled = tl.where(query == i, (tl.sum(values, 0) / held)[None, :], pooled)
-    pooled = pooled.to(dtype)
+        tile = q + tl.cast(i * BLOCK_Q, tl.int64) * q_stride
+        values = tl.load(tile + (rows * q_stride + lanes), mask=rows < L - start, other=0.0)
+        ones = ((query == i) & (column >= 0)).to(dtype)
+        pooled = tl.dot(ones, values, pooled, input_precision="ieee")
+    held = tl.maximum(tl.minimum(L - (first + query) * BLOCK_Q, BLOCK_Q), 1) * 1.0
+    pooled = (pooled / held).to(dtype)
+    inside = (query < QUERIES) & (first + query < M)
     for key in range(0, N, KEYS):
         keys = key + tl.arange(0, KEYS)[:, None]
         means = tl.load(k_pooled + (head * N + keys) * HEAD + lanes, mask=keys < N, other=0.0)
         product = tl.dot(pooled, tl.trans(means), input_precision="ieee")
         columns = key + tl.arange(0, KEYS)[None, :]
-        place = (head * M + first + query) * N + columns
-        tl.store(score + place, product.to(dtype), mask=(first + query < M) & (columns < N))
+        place = (head * M + first + query) * P + columns
+        tl.store(score + place, product.to(dtype), mask=inside & (columns < P))
 
 
 @triton.jit
-def select(score, selected, M, N, num_selected, H: tl.constexpr, LANES: tl.constexpr):
-    """Select the indices of the num_selected best of N scores, ascending; among equal scores the lower index wins. A
-    program handles one query block.
+def select(score, selected, M, N, P, num_selected, H: tl.constexpr, LANES: tl.constexpr):
+    """Select the indices of the num_selected best of the N scores that begin each row of [H, M, P], ascending; among
+    equal scores the lower index wins. A program handles one query block.
 
     The lowest selected score is found bit by bit, on integers that sort like the floats.
     """
+    dtype = score.dtype.element_ty
+    BITS: tl.constexpr = dtype.primitive_bitwidth
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < N
-    value = tl.load(score + row * N + lane, mask=inside, other=0.0).to(tl.float32) + 0.0  # -0 becomes 0
-    bits = value.to(tl.int32, bitcast=True)
-    order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    value = tl.load(score + row * P + lane, mask=lane < P, other=0.0).to(tl.float32)
+    value = (value + 0.0).to(dtype)  # -0 becomes 0
+    bits = value.to(tl.int16 if BITS == 16 else tl.int32, bitcast=True).to(tl.int32)
+    order = (bits ^ ((bits >> 31) | -(2 ** (BITS - 1)))).to(tl.uint32, bitcast=True) & (2**BITS - 1)
+    order = tl.where(inside, order, 0)
     threshold = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 2147483648, tl.uint32)
-    for _ in range(32):
-        candidate = threshold | bit
-        enough = tl.sum((inside & (order >= candidate)).to(tl.int32)) >= num_selected
+    for bit in tl.static_range(BITS):
+        candidate = threshold | (2 ** (BITS - 1 - bit))
+        enough = tl.sum((order >= candidate).to(tl.int32)) >= num_selected
         threshold = tl.where(enough, candidate, threshold)
-        bit = bit >> 1
-    better = inside & (order > threshold)
+    better = order > threshold
     equal = inside & (order == threshold)
     left = num_selected - tl.sum(better.to(tl.int32))
     chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))

@@ -124,7 +124,8 @@ def test_values_of_any_size_come_through(size: float, arithmetic: str) -> None:
 def test_block_scores_are_the_reference(tokens: int, dtype: torch.dtype) -> None:
     blocks = Blocks(128, 64)
     q, k, v, proj, _ = operands(tokens, 2, dtype)
-    actual = block_scores(q, prepare_keys(k, v, proj, blocks).pooled_HNK, blocks)
+    pooled_HNK = prepare_keys(k, v, proj, blocks).pooled_HNK
+    actual = block_scores(q, pooled_HNK, blocks)[..., : pooled_HNK.shape[1]]
     q_BHLK, k_BHLK = (x[None].unflatten(-1, (-1, 128)).transpose(1, 2) for x in (q, k))
     expected = reference.block_scores(q_BHLK, k_BHLK - k_BHLK.mean(2, keepdim=True), blocks)[0]
     # Means are small differences of large sums, so their rounding errors are relative to the largest.
@@ -142,7 +143,8 @@ def test_selection_is_the_reference_with_ties(selected: int, dtype: torch.dtype)
     score[0, 2] = -score[0, 2].abs()
     score[0, 3] = score[0, 3].round()
     score[1, 0, 17], score[1, 0, 18] = float("inf"), -float("inf")
-    actual = select_blocks(score, selected)
+    row = torch.cat([score, torch.full((2, 6, 4), float("inf"), dtype=dtype, device=DEVICE)], 2)
+    actual = select_blocks(row, 300, selected)
     assert torch.equal(actual.long(), reference.select_blocks(score[None], selected)[0])
 
 

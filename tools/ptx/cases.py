@@ -440,7 +440,7 @@ def scores(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
 
     return Case(
         f"scores, {queries} queries, {heads} heads, {keys} key blocks",
-        lambda q, pooled: [attention.block_scores(q, pooled, blocks)],
+        lambda q, pooled: [attention.block_scores(q, pooled, blocks)[..., :keys]],
         expected,
         lambda: (randn(queries, heads * HEAD, seed=1, dtype=dtype), randn(heads, keys, HEAD, seed=2, dtype=dtype)),
         ulp=2,
@@ -452,15 +452,15 @@ def ranks(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
     queries, heads, keys, selected = shape
 
     def inputs() -> tuple[Tensor]:
-        score = (8 * randn(heads, queries, keys, seed=1)).round().to(dtype)
+        score = (8 * randn(heads, queries, -(-keys // 16) * 16, seed=1)).round().to(dtype)
         score[0, 0, ::7] = -0.0
         score[-1, -1, 1::5] = float("inf")
         return (score,)
 
     return Case(
         f"selection of {selected} of {keys} key blocks, {queries} query blocks, {heads} heads",
-        lambda score: [attention.select_blocks(score, selected)],
-        lambda score: [reference.select_blocks(score[None], selected)[0].int()],
+        lambda score: [attention.select_blocks(score, keys, selected)],
+        lambda score: [reference.select_blocks(score[None, ..., :keys], selected)[0].int()],
         inputs,
     )
 

@@ -109,14 +109,12 @@ class ScaledLaunches:
         return [_scaled_product(f"product {name}", self.w, inputs, self.w.D), _residual(self.w, has_gate)]
 
 
-NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 32, 16, 64, 16
+NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 32, 8, 128, 16
 RESIDUAL_ROWS = 64
 """Rows of one thread block, or of one iteration, as in ``configs/tiles.toml``; a test compares them."""
 KEY_BLOCKS = 8
 GROUP = 8
 """Tiles of rows that the thread blocks of a product share while they run at the same time."""
-BITS = 32
-"""Iterations of the search for the lowest selected score."""
 
 
 def named_launches(w: Workload) -> list[LaunchCost]:
@@ -223,15 +221,20 @@ def _linear_state(w: Workload) -> LaunchCost:
     return LaunchCost("linear state", flops, read, BF16 * w.D * HEAD_DIM + FP32 * w.D, run=run)
 
 
+def _score_bytes(w: Workload) -> int:
+    """Bytes of the scores, whose rows are padded to a multiple of 16."""
+    return BF16 * w.H * w.M * 16 * cdiv(w.N, 16)
+
+
 def _scores(w: Workload) -> LaunchCost:
     read = BF16 * (w.stream + w.N * w.D)
     run = KernelRun(cdiv(w.M, QUERIES) * w.H, (QUERIES, cdiv(w.N, KEYS)), (False, True, False), w.D)
-    return LaunchCost("pool q, block scores", {"bf16": w.score_flops}, read, BF16 * w.H * w.M * w.N, run=run)
+    return LaunchCost("pool q, block scores", {"bf16": w.score_flops}, read, _score_bytes(w), run=run)
 
 
 def _select(w: Workload) -> LaunchCost:
-    run = KernelRun(w.M * w.H, (BITS,), (True, False), w.D)
-    return LaunchCost("select", {}, BF16 * w.H * w.M * w.N, INT32 * w.H * w.M * w.num_selected, run=run)
+    run = KernelRun(w.M * w.H, (), (True,), w.D)
+    return LaunchCost("select", {}, _score_bytes(w), INT32 * w.H * w.M * w.num_selected, run=run)
 
 
 def _attention(name: str, w: Workload, written: int) -> LaunchCost:

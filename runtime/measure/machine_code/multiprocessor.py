@@ -87,17 +87,23 @@ class Issue(NamedTuple):
 
 class Multiprocessor:
     """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what
-    all of them use.
+    all of them use: a part of each program's warps, or a part of the programs where these have fewer warps than quarters.
 
     Args:
         memory: Where loads from global memory find their data.
         programs: Programs that it runs at a time.
-        warps: Warps of one program.
+        warps: Warps of one program, a power of two.
+
+    Attributes:
+        sharing: Quarters that do the same as the one that is run.
+        programs, warps: Those of this quarter.
     """
 
     def __init__(self, chip: Chip, memory: FarMemory, *, programs: int, warps: int) -> None:
-        self.chip, self.memory, self.programs, self.warps = chip, memory, programs, warps
-        self.sharing = min(QUARTERS, warps)
+        self.chip, self.memory = chip, memory
+        self.sharing = min(QUARTERS, programs * warps)
+        self.programs = -(-programs * min(QUARTERS, warps) // QUARTERS)
+        self.warps = max(1, warps // QUARTERS)
 
     def clocks(self, instructions: Sequence[Instruction], rounds: int, apart: float = 0.0) -> float:
         """Run the instructions `rounds` times over in every warp, and return the clocks until the last was issued.
@@ -108,7 +114,7 @@ class Multiprocessor:
         issues = [self._issue(each) for each in instructions]
         if not issues:
             return 0.0
-        length, last, each = len(issues), len(issues) * rounds, self.warps // self.sharing
+        length, last, each = len(issues), len(issues) * rounds, self.warps
         free, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
         order = count()
         waiting = [

@@ -70,6 +70,13 @@ def test_programs_hide_each_others_latency_and_one_does_not() -> None:
     assert four < 1.2 * alone
 
 
+@pytest.mark.parametrize(("text", "clocks"), [("FFMA R0, R1, R2, R3", 1), ("LDS.128 R0, [R4]", 16)])
+@pytest.mark.parametrize("warps", [1, 2])
+def test_small_programs_spread_over_the_quarters(text: str, clocks: float, warps: int) -> None:
+    """As many warps in programs of one or two take as long as in programs of eight."""
+    assert steady([instruction(text)] * 10, warps=warps, programs=8 // warps) == pytest.approx(20 * clocks, rel=0.05)
+
+
 def test_a_barrier_makes_phases_add_up() -> None:
     """Exponentials, then products: two warps per quarter overlap them, unless a barrier stands between."""
     phases = [[instruction("MUFU.EX2 R0, R1")] * 10, [instruction("IMMA.16832.S8.S8.SAT R0, R4, R8, R0")] * 5]
