@@ -87,7 +87,8 @@ class Issue(NamedTuple):
 
 class Multiprocessor:
     """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what
-    all of them use: a part of each program's warps, or a part of the programs where these have fewer warps than quarters.
+    all of them use: a part of each program's warps, or a part of the programs where these have fewer warps than there
+    are quarters.
 
     Args:
         memory: Where loads from global memory find their data.
