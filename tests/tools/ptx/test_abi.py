@@ -125,7 +125,7 @@ def test_the_last_grid_leaves_nothing_unwritten(folder: Path, way: Way, monkeypa
 @ways
 def test_shared_memory_that_was_not_asked_for_is_refused(folder: Path, way: Way, monkeypatch: Patch) -> None:
     monkeypatch.setattr(driver, "STATIC_SHARED", 10**6)
-    bench = Bench(SM, folder)
+    bench = Bench(120, folder)  # whose products take more than 48 KiB
     with pytest.raises(ResourceError, match="CUDA_ERROR_INVALID_VALUE"):
         way(bench)
     assert [name for name, _ in bench.cuda.launched] == ["quantise"]  # which needs less than 48 KiB
