@@ -37,8 +37,11 @@ COMPILED = [
     ("w8a8", LARGE, KINDS),
     ("w8a8-row", LARGE, KINDS),
     ("bf16-sla", LARGE, KINDS),
+    ("fp8-row", SMALL, (89, 90, 100, 120)),
     ("fp8-row", LARGE, KINDS[1:]),
 ]
+ONLY_FP8 = "w8a8_linear.gelu_quantise_rows"
+"""A kernel that only `fp8-row` launches, and so none of the architectures without fp8."""
 
 INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
 """wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
@@ -46,7 +49,7 @@ FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 HALF = {"HMMA", "HGMMA", "UTCHMMA"}
 """fp16 and bf16 instructions; small tiles use mma.sync on every architecture."""
 
-SPILLS = {(90, "sla"): 8, (90, "sage_fp8"): 40}
+SPILLS = {(90, "sla"): 8, (90, "sage_fp8"): 48}
 """Bytes per thread that attention without a quantised output spills, as the pinned Triton compiles it: it takes all 255
 registers, because two sums of 128x128 are in flight. In the recipe w8a8 its output is quantised, and nothing spills."""
 
@@ -81,7 +84,7 @@ def mnemonics(cubin: Cubin) -> set[str]:
 
 def test_every_kernel_is_compiled(cubins: list[Cubin]) -> None:
     compiled = {(cubin.kernel, cubin.sm) for cubin in cubins}
-    wanted = {(kernel, sm) for kernel in load_tiles() for sm in KINDS}
+    wanted = {(kernel, sm) for kernel in load_tiles() for sm in KINDS} - {(ONLY_FP8, 86)}
     assert wanted <= compiled
     assert {sm for _, sm in compiled} == set(SMS)
 
