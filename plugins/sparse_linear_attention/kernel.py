@@ -316,7 +316,8 @@ def attention(
         shrink = tl.exp2(maximum - higher)
         p = tl.exp2(logits - (higher - offset))
         total = total * shrink + tl.sum(p, 1, keep_dims=True)
-        # Each block is summed separately, because tensor cores accumulate fp8 products with few bits.
+        # Each block is summed separately where Triton keeps it so, because tensor cores accumulate fp8 products with few
+        # bits. For mma.sync it joins the sum to the product all the same.
         if ARITHMETIC == "sage_fp8":
             output = output * shrink + tl.dot(to_e4m3(p), values)
         else:
