@@ -16,6 +16,8 @@ from wanforge.configs.tiles import load_tiles
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
+BY_ROWS = {"layer_norm.norm_rows", "w8a8_linear.gelu_quantise_rows"}
+"""Kernels that only recipes with scales by row launch. No op of `wanforge bench` times them yet."""
 
 
 def test_a_rehearsal_passes_without_home_and_network(tmp_path: Path) -> None:
@@ -38,7 +40,7 @@ def test_a_rehearsal_passes_without_home_and_network(tmp_path: Path) -> None:
     assert {results.state(part.name) for part in rehearsed()} == {PASSED}
     assert REHEARSAL in html.unescape((out / "page.html").read_text())
     swept = {line["kernel"] for line in results.lines() if line["kind"] == "variant"}
-    assert swept == set(load_tiles())
+    assert swept == set(load_tiles()) - BY_ROWS
     right = [line["passed"] for line in results.lines() if line["kind"] in ("check", "winner", "parity")]
     assert right
     assert all(right)
