@@ -33,7 +33,7 @@ from wanforge.runtime.backends.fused_block import launches as block_launches
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
-from wanforge.runtime.memory.arena import Runnable
+from wanforge.runtime.memory.arena import FixedTensors, Runnable
 from wanforge.runtime.memory.device import Device
 from wanforge.runtime.schedule import GraphRun, Schedule
 
@@ -64,7 +64,7 @@ class CudaBackend(TorchBackend):
         self.fuses_decoder = self.device.type == "cuda"
         self.decoder = decoder_of(self.graphs[NEXT])
         self.planned_decoder = Planned(self.run_decoder)
-        self._decoder_weights: dict[str, Tensor] = {}
+        self._decoder_weights = FixedTensors()
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
@@ -101,8 +101,8 @@ class CudaBackend(TorchBackend):
         def run() -> None:
             with torch.inference_mode():
                 if not self._decoder_weights:  # what is stored is in place only now
-                    self._decoder_weights = laid_out(stored, self.dtype)
-                self.planned_decoder({**tensors, **self._decoder_weights})
+                    self._decoder_weights = FixedTensors(laid_out(stored, self.dtype))
+                self.planned_decoder(tensors, self._decoder_weights)
 
         return run
 
