@@ -196,12 +196,20 @@ class ApiKey(Record, frozen=True, kw_only=True):
     revoked_at: float | None = None
 
 
+AT_ONCE, SOON = 0.01, 0.05
+"""Seconds until something new is told to those who hold work up while they wait, and to others."""
+
+
 class News(ABC):
     """Tells when something in the store has changed, whoever changed it. It is used by one thread."""
 
     @abstractmethod
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
         """Wait until something has been committed since the last call, or since this object was made.
+
+        Args:
+            delay: How many seconds later than it happens it may be told. Where news have to be looked for, each look
+                takes a little of the processor.
 
         Returns:
             Whether something was. It may have been something that the caller does not care for.

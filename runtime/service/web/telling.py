@@ -9,7 +9,7 @@ from wanforge.runtime.service.store.base import DurationKey
 from wanforge.runtime.service.web.schema import Problem, Video
 from wanforge.runtime.service.web.state import Service
 
-SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 10_000
+SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 20_000
 """How long clients should wait between two looks: while a job runs, and at least and at most while it is queued."""
 
 
@@ -67,7 +67,7 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
 
 
 def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
-    """When a client should look again: after a third of the time that a queued job is expected to take yet, or of what
+    """When a client should look again: after half of the time that a queued job is expected to take yet, or of what
     it has waited, where nothing is expected; sooner or later by a tenth, so that not all come at the same moment.
 
     Args:
@@ -77,7 +77,7 @@ def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
     if job.state is State.IN_PROGRESS:
         return int(spread * SOON_MS)
     seconds = time.time() - job.created_at if expected_seconds is None else expected_seconds
-    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds / 3)))
+    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds / 2)))
 
 
 def whole(seconds: float | None) -> int | None:

@@ -13,7 +13,7 @@ from enum import StrEnum
 from threading import Event, Lock, Thread
 
 from wanforge.runtime.service.job import Job
-from wanforge.runtime.service.store.base import JobStore, StoreError
+from wanforge.runtime.service.store.base import SOON, JobStore, StoreError
 from wanforge.runtime.service.tracing.attempts import TracedAttempt
 from wanforge.runtime.service.workers.settings import WorkTimes
 
@@ -113,7 +113,7 @@ class Heart:
             try:
                 with closing(self.store.news()) as news:
                     while not self._ends.is_set():
-                        has_news = news.wait(min(LOOK_SECONDS, self.times.progress))
+                        has_news = news.wait(min(LOOK_SECONDS, self.times.progress), SOON)
                         for attempt in self.attempts():
                             self._look(attempt, has_news=has_news)
             except StoreError as error:

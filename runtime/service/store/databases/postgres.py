@@ -12,7 +12,7 @@ from typing import Any
 
 from wanforge.errors import ResourceError
 from wanforge.requirements import install_extra
-from wanforge.runtime.service.store.base import News, StoreError
+from wanforge.runtime.service.store.base import AT_ONCE, News, StoreError
 from wanforge.runtime.service.store.databases.database import Database, Transaction
 from wanforge.runtime.service.store.databases.schema import migrate
 
@@ -120,7 +120,7 @@ class PostgresNews(News):
         self._database = database
         self._connection = self._listen()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
         with self._database.errors():
             try:
                 found = list(self._connection.notifies(timeout=seconds, stop_after=1))

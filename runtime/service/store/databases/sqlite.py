@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from wanforge.runtime.service.store.base import News, StoreError
+from wanforge.runtime.service.store.base import AT_ONCE, News, StoreError
 from wanforge.runtime.service.store.databases.database import Database, Transaction
 from wanforge.runtime.service.store.databases.schema import migrate
 
-POLL = 0.01
-"""Seconds between two looks for news, each of which takes microseconds."""
+RETRY_SECONDS = 0.01
+"""How long to wait before a database that is locked is tried again."""
 MOST_WAL_BYTES = 1 << 26
 """The size to which the write-ahead log is cut when it has been copied into the database."""
 
@@ -61,7 +61,7 @@ class Sqlite(Database):
                 except sqlite3.OperationalError as error:
                     if primary(error) != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                         raise
-                    time.sleep(POLL)
+                    time.sleep(RETRY_SECONDS)
         finally:
             connection.close()
 
@@ -103,13 +103,13 @@ class SqliteNews(News):
         self._database, self._connection = database, database.connect()
         self._version = self._look()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
         end = time.monotonic() + seconds
         while (version := self._look()) == self._version:
             left = end - time.monotonic()
             if left <= 0:
                 return False
-            time.sleep(min(POLL, left))
+            time.sleep(min(delay, left))
         self._version = version
         return True
 

@@ -2,24 +2,28 @@
 
 import asyncio
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 10.0
 """How long the head of a request may take, from the connection or its first byte on."""
+HEAD_BYTES = 64 * 1024
+"""How long the head of a request may be, about."""
 STALLED_SECONDS = 60.0
 """How long a client may take to read what the server holds ready for it, which is at most 64 KiB."""
 
 
-class TimedConnection(H11Protocol):
-    """An HTTP connection that is cut off if its client is slow to ask or to read.
+class TimedConnection(HttpToolsProtocol):
+    """An HTTP connection that is cut off if its client is slow to ask or to read, or has too much to ask.
 
     Without it, a client that sends a byte now and then keeps its place for ever, because uvicorn only ends connections
-    on which nothing happens at all. `Bounded` sees to clients that are slow to send the body of a request.
+    on which nothing happens at all, and the head of a request may grow until the memory is full. `Bounded` sees to the
+    bodies of requests.
     """
 
     _asking: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
+    _is_in_head = False
+    _head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -32,22 +36,37 @@ class TimedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self.send_400_response("The head of the request is too long.")
+                return
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE or self._is_answered:
+        if self.cycle is None or self.cycle.response_complete:
             self._expect_head()
         elif self._asking is not None:
             self._asking.cancel()
             self._asking = None
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head, self._head_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        """Take up a request whose head is there.
+
+        Raises:
+            ValueError: It came at once and is too long, which is answered with status 400.
+        """
+        self._is_in_head = False
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
+            raise ValueError("the head of the request is too long")
+        super().on_headers_complete()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.conn.their_state is not h11.IDLE and self._is_answered:
+        if self.cycle.response_complete and self.cycle.more_body:  # the rest of a body that nobody reads
             self._expect_head()
-
-    @property
-    def _is_answered(self) -> bool:
-        """Whether the last request has its answer, though its body may not be there yet."""
-        return self.cycle is not None and self.cycle.response_complete
 
     def pause_writing(self) -> None:
         super().pause_writing()

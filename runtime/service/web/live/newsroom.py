@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from wanforge.runtime.service.job import JobEvent
-from wanforge.runtime.service.store.base import JobStore, StoreError
+from wanforge.runtime.service.store.base import SOON, JobStore, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Newsroom:
                         if is_behind and (found := self._read()):
                             with suppress(RuntimeError):  # the server may have ended meanwhile, and its loop with it
                                 loop.call_soon_threadsafe(self._tell, found)
-                        is_behind = news.wait(LOOK_SECONDS)
+                        is_behind = news.wait(LOOK_SECONDS, SOON)
             except StoreError as error:
                 log.warning("Followers of jobs are told nothing for now: %s", error)
                 self._ends.wait(LOOK_SECONDS)

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from wanforge.runtime.service.store.base import DurationKey, JobStore
 from wanforge.runtime.service.workers.status import read_status
 
-SHARE = 0.02
+SHARE = 0.005
 """The share of the time of one thread that looking it up may take."""
 
 Found = TypeVar("Found")

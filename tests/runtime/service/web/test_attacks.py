@@ -147,6 +147,17 @@ def test_headers_are_bounded(rig: Rig) -> None:
     assert rig.client.get("/livez").status_code == 200
 
 
+def test_a_head_without_an_end_is_cut_off(rig: Rig) -> None:
+    sent = 0
+    with connected(rig) as client, suppress(ConnectionError):
+        client.sendall(POST + b"X: ")
+        while sent < 50_000_000:
+            client.sendall(b"a" * 10_000)
+            sent += 10_000
+    assert sent < 20_000_000  # what fits into the buffers of both sockets, and not the server's memory
+    assert rig.client.get("/livez").status_code == 200
+
+
 def part(name: bytes, head: bytes, data: bytes) -> bytes:
     return b'--x\r\nContent-Disposition: form-data; name="' + name + b'"' + head + b"\r\n\r\n" + data + b"\r\n"
 
