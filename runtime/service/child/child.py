@@ -38,8 +38,8 @@ from wanforge.runtime.service.child.messages import (
 
 log = logging.getLogger(__name__)
 
-REPORT_SECONDS = 0.05
-"""How often progress within a stage is told."""
+REPORT_SECONDS = 0.25
+"""How often progress within a stage is told: more often than it is noted in the job store."""
 NICENESS = 5
 """How much later than the processes that answer clients this one gets a processor where there are too few."""
 LAST_EXIT = 70

@@ -220,7 +220,13 @@ class News(ABC):
 
 
 class JobStore(ABC):
-    """All jobs. Every thread and every process can use one; a forked child can go on using its parent's."""
+    """All jobs. Every thread and every process can use one; a forked child can go on using its parent's.
+
+    Attributes:
+        answers_at_once: Whether reading one job takes so little time that nobody needs another thread for it.
+    """
+
+    answers_at_once: bool
 
     # Clients
 

@@ -48,6 +48,7 @@ class SqlStore(JobStore):
 
     def __init__(self, database: Database, policy: Policy) -> None:
         self.database, self.policy = database, policy
+        self.answers_at_once = database.answers_at_once
 
     def submit(self, submission: Submission) -> Receipt:
         with self.database.write() as transaction:

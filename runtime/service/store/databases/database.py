@@ -93,7 +93,10 @@ class Database(ABC):
 
     Attributes:
         place: Where it is, for messages; no password is in it.
+        answers_at_once: Whether a row is read without asking another process.
     """
+
+    answers_at_once = False
 
     def __init__(self, place: str, clock: Callable[[], float] | None) -> None:
         self.place = place

@@ -39,6 +39,8 @@ class Sqlite(Database):
         clock: Seconds since 1970; the machine's clock if None.
     """
 
+    answers_at_once = True
+
     def __init__(self, path: Path, busy_seconds: float = 10.0, clock: Callable[[], float] | None = None) -> None:
         super().__init__(str(path), clock)
         self._path = path.absolute()

@@ -33,13 +33,18 @@ class Kept(Generic[Found]):
         self._found: Found | None = None
         self._until = 0.0
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it need not be looked up yet."""
+        return time.monotonic() < self._until
+
     def get(self) -> Found:
         """What was returned last, or is now. While one thread calls the function, others do not wait for it."""
         found = self._found
-        if found is not None and (time.monotonic() < self._until or self._looking.locked()):
+        if found is not None and (self.is_fresh or self._looking.locked()):
             return found
         with self._looking:
-            if self._found is None or time.monotonic() >= self._until:
+            if self._found is None or not self.is_fresh:
                 begun = time.monotonic()
                 self._found = self._look()
                 done = time.monotonic()
@@ -59,6 +64,10 @@ class Outlook:
         self._places = Kept(store.positions)
         self._makers = Kept(self._count_makers, least_seconds=1.0)
         self._usual = Kept[dict[DurationKey, float | None]](dict, least_seconds=1.0)
+
+    def has_place(self, job: str) -> bool:
+        """Whether the place of a job is known without looking it up."""
+        return self._places.is_fresh and job in self._places.get()
 
     def position(self, job: str) -> int | None:
         """About how many jobs will start before a queued one does."""

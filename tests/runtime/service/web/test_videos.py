@@ -7,6 +7,7 @@ import pytest
 
 from tests.runtime.service.served import MADE, Rig
 from wanforge.runtime.service.job import Failure, Submission
+from wanforge.runtime.service.web.state import Service
 from wanforge.runtime.service.web.telling import poll_after_ms
 
 
@@ -58,6 +59,13 @@ def test_a_client_is_asked_to_come_back_after_half_of_what_is_expected(rig: Rig,
     queued = rig.store.get(rig.submit()["id"])
     assert queued is not None
     assert poll_after_ms(queued, expected) == pytest.approx(1000 * asked, rel=0.11)
+
+
+def test_a_queued_job_is_told_of_without_another_thread(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = f"/v1/videos/{rig.submit()['id']}"
+    told = rig.client.get(path).json()
+    monkeypatch.setattr(Service, "reading", None)
+    assert rig.client.get(path).json() == told
 
 
 def test_a_client_of_a_job_that_runs_is_asked_to_come_back_soon(rig: Rig) -> None:
