@@ -381,12 +381,6 @@ def lower_repeat(tape: Tape, x: Traced, *repeats: int) -> Traced:
     return tape.emit("Tile", [x, ints(*repeats)], shape, x.dtype)
 
 
-@lowers("new_tensor")
-def lower_new_tensor(tape: Tape, x: Traced, data: Sequence[float]) -> Tensor:
-    # A real tensor, so that PyTorch evaluates during the trace whatever depends on it alone.
-    return torch.tensor(data, dtype=x.dtype)
-
-
 # The project's own ops
 
 

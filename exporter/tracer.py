@@ -183,6 +183,8 @@ def _attribute(getter: Any, traced: Traced) -> Any:
             return traced.shape_
         case "ndim":
             return len(traced.shape_)
+        case "device":
+            return torch.device("cpu")  # where constants are made, which PyTorch evaluates during the trace
     with torch._C.DisableTorchFunctionSubclass():
         return getter(traced)
 

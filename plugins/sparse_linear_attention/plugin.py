@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from wanforge.configs.recipe import FIRST_FP8_SM
 from wanforge.errors import ShapeError
 from wanforge.plugins.tensorrt.plugin import DYNAMIC, Expression, PluginOp, Shape
 
@@ -11,9 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEAD = 128
-FIRST_FP8_SM = 89
-"""The first architecture whose tensor cores support 8-bit floats. On earlier ones, values and probabilities are
-float16, as in upstream."""
 ARITHMETICS = ("sla", "sage_fp8", "sage_fp16")
 
 

@@ -10,6 +10,7 @@ Source: Wan2.1, wan/modules/vae.py; TurboDiffusion, rcm/tokenizers/wan2pt1.py (d
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -322,5 +323,15 @@ class VAE(nn.Module):
 
 
 def latent_statistics(like: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and standard deviation of each latent channel, ``[16, 1, 1, 1]`` in the type of `like`."""
-    return like.new_tensor(LATENT_MEAN)[:, None, None, None], like.new_tensor(LATENT_STD)[:, None, None, None]
+    """The mean and standard deviation of each latent channel, ``[16, 1, 1, 1]`` in the type of `like`.
+
+    They are copied to a device once, because nothing can be copied there while a CUDA graph is captured.
+    """
+    return _latent_statistics(like.dtype, like.device)
+
+
+@cache
+@torch.inference_mode(False)
+def _latent_statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(each, dtype=dtype, device=device) for each in (LATENT_MEAN, LATENT_STD))
+    return mean[:, None, None, None], std[:, None, None, None]
