@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, reduce
 from operator import xor
 from pathlib import Path
@@ -25,6 +26,7 @@ from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.synthetic.forms import FORMS, FileForm, file_name, write_tensor_file
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import ByteCount, Progress, silent
@@ -54,9 +56,9 @@ def file_names(model: ModelConfig) -> dict[str, str]:
     """The names of the published files, by part: ``dit``, ``dit-quant`` (per expert), ``vae`` and so on."""
     names = {}
     for expert in model.experts:
-        stem = model.checkpoint.format(expert=expert)
-        names[dit_component(expert)] = f"{stem}.pth"
-        names[dit_component(expert) + "-quant"] = f"{stem}-quant.pth"
+        names[dit_component(expert)] = file_name(model, expert)
+        if FORMS[model.form].has_quantised:
+            names[dit_component(expert) + "-quant"] = f"{model.stem(expert)}-quant{FORMS[model.form].ending}"
     return names | {"vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE, "tokenizer": TOKENIZER_FILE}
 
 
@@ -94,19 +96,43 @@ def write_checkpoint(
         if part == "tokenizer":
             write_atomically(path, train_tokenizer(model.text_encoder.vocab_size).to_str().encode())
             continue
-        specs = layouts[part]
-        count = ByteCount(progress, path.name, sum(spec.nbytes for spec in specs.values()))
+        count = ByteCount(progress, path.name, sum(spec.nbytes for spec in layouts[part].values()))
+        write_part = write_tensor_file if path.suffix == ".safetensors" else write_torch_file
         if sparse:
-            write_torch_file(path, specs, None, count)
+            write_part(path, layouts[part], None, count)
             continue
-        with random_tensors(part.removesuffix("-quant"), specs, seed) as values:
-            write_torch_file(path, specs, values, count)
+        with random_part(model, part, seed) as values:
+            write_part(path, layouts[part], values, count)
     return list(files.values())
 
 
+@contextmanager
+def random_part(model: ModelConfig, part: str, seed: int) -> Iterator[Callable[[str], Iterator[Tensor]]]:
+    """Within the ``with`` block, random values of each tensor of a part by its name in the file. Counters of training
+    have none."""
+    form, canonical = form_of(model, part), canonical_layout(model, part)
+    known = {in_file: name for name, in_file in form.named(canonical).items() if name in canonical}
+    specs = {name: spec for name, spec in form.stored(canonical).items() if name in canonical}
+    with random_tensors(part.removesuffix("-quant"), specs, seed) as values:
+        yield lambda in_file: values(known[in_file]) if in_file in known else iter(())
+
+
 def published_layout(model: ModelConfig, part: str) -> Layout:
-    """The tensors of a part, as in `file_names`."""
-    return layout(part.removesuffix("-quant"), model, published_recipe(part.endswith("-quant"), has_sla=True))
+    """The tensors of a part, as in `file_names`, as its file names and stores them."""
+    form, canonical = form_of(model, part), canonical_layout(model, part)
+    names = form.named(canonical)
+    return {names[name]: spec for name, spec in form.stored(canonical).items()}
+
+
+def canonical_layout(model: ModelConfig, part: str) -> Layout:
+    """The tensors of a part in canonical naming."""
+    recipe = published_recipe(part.endswith("-quant"), has_sla=model.dit.sparse)
+    return layout(part.removesuffix("-quant"), model, recipe)
+
+
+def form_of(model: ModelConfig, part: str) -> FileForm:
+    """The form of a part's file: the networks that all models share have TurboDiffusion's."""
+    return FORMS[model.form if part.startswith("dit") else "turbodiffusion"]
 
 
 def check_free(out: Path, files: list[Path], replace: bool) -> None:

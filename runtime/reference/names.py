@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 
 PREFIXES = ("net.", "module.", "model.diffusion_model.")
 
+COUNTERS = "accum_"
+"""How the names of training counters begin, which rCM's files hold beside the weights."""
+
 Rules = tuple[tuple[str, str], ...]
 
 DENOISER: Rules = (
@@ -110,7 +113,8 @@ def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) 
     """Find each canonical tensor in a file.
 
     Returns:
-        The names in the file by canonical name, for the tensors that it has, and the names in the file that match none.
+        The names in the file by canonical name, for the tensors that it has, and the names in the file that match none
+        and are no `counters`.
     """
     in_file = strip_prefix(found)
     matched: dict[str, str] = {}
@@ -120,7 +124,13 @@ def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) 
         used.update(spellings)
         if spellings:
             matched[name] = in_file[spellings[0]]
+    used.update(counters(in_file))
     return matched, [in_file[name] for name in in_file if name not in used]
+
+
+def counters(found: Iterable[str]) -> list[str]:
+    """Those names, without a wrapper's prefix, that are counters of training, on which nothing depends."""
+    return [name for name in strip_prefix(found) if name.startswith(COUNTERS)]
 
 
 def is_quantised(names: Iterable[str]) -> bool:
