@@ -16,7 +16,14 @@ from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.names import counters, has_sla, is_quantised, looks_like, match_names
+from wanforge.runtime.reference.names import (
+    counters,
+    has_image_branch,
+    has_sla,
+    is_quantised,
+    looks_like,
+    match_names,
+)
 
 log = logging.getLogger("wanforge.progress.import")
 
@@ -27,6 +34,9 @@ EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_mod
 are two."""
 EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise)?(?![a-z])")
 """The words for the experts in names of files and folders."""
+
+
+NEEDS_CLIP = "a denoiser of Wan2.1-I2V, which sees the image through CLIP as well, and there is no CLIP here"
 
 
 @dataclass(frozen=True)
@@ -125,10 +135,18 @@ def _bytes_of(stored: StoredTensor) -> bytes:
 
 
 def check_kind(component: str, path: Path, contents: Contents) -> None:
-    """Refuse a file that was given as one kind but looks like another."""
+    """Refuse a file that was given as one kind but looks like another, or a denoiser of a kind that cannot run.
+
+    Raises:
+        CheckpointError: It is one of these.
+    """
     kind, looks = KINDS.get(component, "a denoiser"), looks_like(contents)
     if looks not in (kind, None):
         raise CheckpointError(f"{path}: looks like {looks}, but was given as {kind}")
+    if component not in KINDS and has_image_branch(contents):
+        raise CheckpointError(
+            f"{path}: {NEEDS_CLIP}. Image-to-video models that need none are those of Wan2.2-I2V-A14B"
+        )
 
 
 def settle_recipe(

@@ -12,6 +12,9 @@ PREFIXES = ("net.", "module.", "model.diffusion_model.")
 COUNTERS = "accum_"
 """How the names of training counters begin, which rCM's files hold beside the weights."""
 
+IMAGE_BRANCH = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.", ".add_v_proj.")
+"""Parts of the names of that branch in the files of Wan and of diffusers."""
+
 Rules = tuple[tuple[str, str], ...]
 
 DENOISER: Rules = (
@@ -141,6 +144,11 @@ def is_quantised(names: Iterable[str]) -> bool:
 def has_sla(names: Iterable[str]) -> bool:
     """Whether a denoiser's file holds the linear branch of sparse-linear attention."""
     return any(".proj_l." in name for name in names)
+
+
+def has_image_branch(names: Iterable[str]) -> bool:
+    """Whether a denoiser's file holds the branch through which Wan2.1's image-to-video models see CLIP's features."""
+    return any(part in name for name in names for part in IMAGE_BRANCH)
 
 
 def looks_like(names: Mapping[str, object]) -> str | None:

@@ -164,7 +164,8 @@ class Workload:
     def __post_init__(self) -> None:
         if not is_counted(self.recipe):
             raise ConfigError(
-                f"launches of recipe {self.recipe.name!r} are not counted; use w8a8 or fp8-row linears with sagesla"
+                f"launches of {self.model.name} by recipe {self.recipe.name!r} with {self.recipe.attention} attention "
+                "are not counted; they are for w8a8 or fp8-row linears with sagesla attention"
             )
 
     @property

@@ -75,7 +75,7 @@ class BlockTimes:
             ConfigError: Launches of the recipe are not counted.
             ResourceError: A kernel is not one of the package's profiles, and the disassembler is missing.
         """
-        runs = recipe_for(recipe, target.sm)
+        runs = model.fitted(recipe_for(recipe, target.sm))
         selected = num_selected(runs, shape, model.topk)
         costs = all_launches(fused_block(Workload(model, shape, runs, selected, USUAL_TEXT_ROWS)))
         recorded = iter(launches(model, recipe, target.sm, shape))
