@@ -71,6 +71,8 @@ class Settings(TypedDict, total=False):
         topk: Share of the key blocks that attention sees, more than 0 and at most 1.
         times: Times of the steps, from 1 (noise) towards 0 (data), in place of the model's.
         update: ``renoise``, to mix in fresh noise after each step, or ``euler``, to follow the flow.
+        guidance_scale: At most 1, which is no guidance; more is refused, because these models are distilled to do
+            without.
     """
 
     size: tuple[int, int] | str
@@ -80,6 +82,7 @@ class Settings(TypedDict, total=False):
     topk: float
     times: tuple[float, ...]
     update: Update
+    guidance_scale: float
 
 
 def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | None", settings: Settings) -> Request:
@@ -87,7 +90,10 @@ def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | No
 
     Raises:
         ConfigError: There is no such size, or a clip cannot have this length.
+        RequestError: Guidance is asked for.
     """
+    with concerning("guidance_scale"):
+        check_guidance(settings.get("guidance_scale"))
     return Request(
         prompt,
         model.video.shape(settings.get("size"), settings.get("frames")),
@@ -140,7 +146,7 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
         ids = tokenizer.encode(request.prompt, model.dit.text_rows)
     with concerning("topk"):
         selected = _num_selected(request, model, recipe)
-    with concerning("steps"):
+    with concerning("steps" if request.times is None else "times"):
         way = trajectory(_sampler(request, model), request.steps, request.times, request.update)
     checked = CheckedRequest(request, ids, way, selected)
     if request.noise is not None:
@@ -172,6 +178,19 @@ def _num_selected(request: Request, model: ModelConfig, recipe: Recipe) -> int:
     if request.topk is not None and not recipe.is_sparse:
         raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
     return num_selected(recipe, request.shape, model.topk, request.topk)
+
+
+def check_guidance(scale: float | None) -> None:
+    """Refuse guidance, which takes a second evaluation of the network per step. Distillation has put its effect into
+    the weights, and guiding such a model once more spoils the picture.
+
+    Raises:
+        RequestError: The scale is more than 1, which is none.
+    """
+    if scale is not None and not scale <= 1:
+        raise RequestError(
+            f"guidance_scale is {scale:g}, but these models are distilled to do without guidance; leave it out, or use 1"
+        )
 
 
 def check_seed(seed: int) -> None:
