@@ -15,6 +15,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.sampler import SamplerConfig, Update
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError, WanforgeError
+from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
@@ -71,8 +72,7 @@ class Settings(TypedDict, total=False):
         topk: Share of the key blocks that attention sees, more than 0 and at most 1.
         times: Times of the steps, from 1 (noise) towards 0 (data), in place of the model's.
         update: ``renoise``, to mix in fresh noise after each step, or ``euler``, to follow the flow.
-        guidance_scale: At most 1, which is no guidance; more is refused, because these models are distilled to do
-            without.
+        guidance_scale: At most 1, which is no guidance; these models are distilled to do without.
     """
 
     size: tuple[int, int] | str
@@ -178,19 +178,6 @@ def _num_selected(request: Request, model: ModelConfig, recipe: Recipe) -> int:
     if request.topk is not None and not recipe.is_sparse:
         raise RequestError(f"recipe {recipe.name!r} attends to every key, so top-k means nothing; leave it out")
     return num_selected(recipe, request.shape, model.topk, request.topk)
-
-
-def check_guidance(scale: float | None) -> None:
-    """Refuse guidance, which takes a second evaluation of the network per step. Distillation has put its effect into
-    the weights, and guiding such a model once more spoils the picture.
-
-    Raises:
-        RequestError: The scale is more than 1, which is none.
-    """
-    if scale is not None and not scale <= 1:
-        raise RequestError(
-            f"guidance_scale is {scale:g}, but these models are distilled to do without guidance; leave it out, or use 1"
-        )
 
 
 def check_seed(seed: int) -> None:

@@ -116,7 +116,7 @@ def test_model_is_consistent(name: str) -> None:
     assert model.experts == (("high", "low") if has_experts else ("",))
     assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
     clip = model.video.clip
-    assert num_selected_of(model.topk, -(-clip.tokens // 64)) >= 1
+    assert not model.dit.sparse or num_selected_of(model.topk, -(-clip.tokens // 64)) >= 1
 
 
 def test_support_networks_have_the_published_sizes() -> None:

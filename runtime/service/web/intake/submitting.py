@@ -11,7 +11,7 @@ from wanforge.configs.clip import ClipShape, size_of
 from wanforge.engines.bundle.remedies import ENGINES
 from wanforge.errors import RequestError, unknown_name
 from wanforge.runtime.backends import BACKENDS
-from wanforge.runtime.request import check_guidance
+from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
 from wanforge.runtime.service.results.base import new_name
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
