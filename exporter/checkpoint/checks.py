@@ -281,7 +281,9 @@ def complaint(
 def fitting_models(contents: Contents) -> list[str]:
     """The known models whose unquantised or quantised denoiser this is; some have the same tensors."""
     models = [load_model(name) for name in named("models")]
-    return [model.name for model in models if has_sla(contents) == model.dit.sparse and fits_model("dit", contents, model)]
+    return [
+        model.name for model in models if has_sla(contents) == model.dit.sparse and fits_model("dit", contents, model)
+    ]
 
 
 def fits_model(component: str, contents: Contents, model: ModelConfig) -> bool:

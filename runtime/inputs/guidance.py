@@ -12,5 +12,6 @@ def check_guidance(scale: float | None) -> None:
     """
     if scale is not None and not scale <= 1:
         raise RequestError(
-            f"guidance_scale is {scale:g}, but these models are distilled to do without guidance; leave it out, or use 1"
+            f"guidance_scale is {scale:g}, but these models are distilled to do without guidance; leave it out, or "
+            "use 1"
         )

@@ -104,7 +104,11 @@ def test_a_recipe_is_fitted_to_the_attention_of_a_model(name: str) -> None:
     for recipe in map(load_recipe, RECIPES):
         fitted = model.fitted(recipe)
         assert fitted.attention == (recipe.attention if name in PUBLISHED else "dense")
-        assert (fitted.name, fitted.linear, fitted.rows_per_scale) == (recipe.name, recipe.linear, recipe.rows_per_scale)
+        assert (fitted.name, fitted.linear, fitted.rows_per_scale) == (
+            recipe.name,
+            recipe.linear,
+            recipe.rows_per_scale,
+        )
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *DENSE, *TINY_MODELS])

@@ -48,4 +48,6 @@ def test_guidance_is_refused_with_the_reason(scale: float) -> None:
     with pytest.raises(RequestError, match="distilled to do without guidance; leave it out, or use 1") as caught:
         request_for(model, "a red circle", None, {"guidance_scale": scale})
     assert caught.value.field == "guidance_scale"
-    assert request_for(model, "a red circle", None, {"guidance_scale": 1.0}) == request_for(model, "a red circle", None, {})
+    assert request_for(model, "a red circle", None, {"guidance_scale": 1.0}) == request_for(
+        model, "a red circle", None, {}
+    )
