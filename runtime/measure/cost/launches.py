@@ -164,8 +164,8 @@ class Workload:
     def __post_init__(self) -> None:
         if not is_counted(self.recipe):
             raise ConfigError(
-                f"launches of {self.model.name} by recipe {self.recipe.name!r} with {self.recipe.attention} attention "
-                "are not counted; they are for w8a8 or fp8-row linears with sagesla attention"
+                f"launches of recipe {self.recipe.name!r} are not counted for {self.model.name}, where it has "
+                f"{self.recipe.attention} attention; only w8a8 or fp8-row linears with sagesla are"
             )
 
     @property
