@@ -46,15 +46,16 @@ class HubModel(Record, frozen=True):
         recipe: The recipe that an import chooses by itself.
         least_gib: The memory of the smallest GPU on which its default clip fits, with layers that are streamed.
         ample_gib: The memory of the smallest GPU on which all of its weights stay.
+        repository: Where the files are; empty if nobody says where, so that they cannot be pulled.
         quantised: A file per expert, quantised as TurboDiffusion does it; none if there are none.
         unquantised: Likewise.
     """
 
     licence: str
     recipe: str
-    repository: str
     least_gib: Positive
     ample_gib: Positive
+    repository: str = ""
     revision: str = MAIN
     quantised: list[HubFile] = field(default_factory=list)
     unquantised: list[HubFile] = field(default_factory=list)
@@ -87,10 +88,15 @@ def repositories(model: str, recipe: Recipe | None = None) -> list[HubRepository
     encoder and the tokenizer, which all models share.
 
     Raises:
-        ConfigError: There is no such model, or it is not published.
+        ConfigError: There is no such model, it is not published, or its repository is not known.
     """
     if (known := hub_model(model)) is None:
         if model in named("models"):
             raise ConfigError(f"{model} is not published; models that are: {', '.join(_hub().models)}")
         raise ConfigError(unknown_name("model", model, list(_hub().models)))
+    if not known.repository:
+        names = ", ".join(file.path for file in known.denoisers(recipe).files)
+        raise ConfigError(
+            f"no repository is known that holds the files of {model}; give the folder with {names} to `wanforge import`"
+        )
     return [known.denoisers(recipe), _hub().shared]

@@ -43,10 +43,12 @@ class _Parity(Record, frozen=True):
 def load_limits(recipe: Recipe, compute: str) -> DepthLimits | None:
     """The limits of a backend that computes in this type (``float32``); None if no limits are known.
 
-    A recipe of another name has the limits of the known recipe with the same number formats.
+    A recipe of another name has the limits of the known recipe with the same number formats. Where quantised linears
+    have full attention, which rounds and selects nothing, the limits are those of the recipe with the same linears.
     """
-    for name, types in load(CONFIGS / "parity.toml", _Parity).parity.items():
-        known = load_recipe(name)
-        if (known.linear, known.attention) == (recipe.linear, recipe.attention):
-            return types.get(compute)
+    table = load(CONFIGS / "parity.toml", _Parity).parity
+    known = [load_recipe(name) for name in table]
+    same = [each for each in known if each.linear == recipe.linear]
+    for each in (*(each for each in same if each.attention == recipe.attention), *([] if recipe.is_sparse else same)):
+        return table[each.name].get(compute)
     return None

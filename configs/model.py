@@ -5,6 +5,7 @@ The defaults are the values of the published models, so a TOML file only states 
 
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from wanforge.configs.clip import ClipShape, latent_frames, size_of
@@ -19,7 +20,10 @@ from wanforge.configs.loading import (
     Record,
     load_named,
 )
+from wanforge.configs.recipe import Recipe
 from wanforge.configs.sampler import SamplerConfig
+
+Form = Literal["turbodiffusion", "rcm", "wan", "diffusers"]
 
 HEAD_DIM = 128
 """Channels per attention head: the same in every Wan model, and the size that the kernels are written for."""
@@ -41,6 +45,9 @@ class DiTConfig(Record, frozen=True):
     frequency_dim: Multiple2 = 256
     """Length of the timestep's sinusoid."""
     eps: Positive = 1e-6
+    sparse: bool = True
+    """Whether it was trained with sparse-linear attention, whose linear branch has learned projections, or else with
+    full attention."""
 
     @property
     def num_heads(self) -> int:
@@ -113,12 +120,17 @@ class ModelConfig(Record, frozen=True):
     name: str
     task: Literal["t2v", "i2v"]
     checkpoint: str
-    """Stem of the published denoiser files; ``{expert}`` stands for high or low."""
+    """Stem of the published denoiser files; ``{expert}`` stands for an expert of `expert_names`."""
     dit: DiTConfig
     video: VideoConfig
     vae: VAEConfig = VAEConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     sampler: SamplerConfig = SamplerConfig()
+    expert_names: tuple[str, str] = ("high", "low")
+    """What the names of the files call the two experts."""
+    form: Form = "turbodiffusion"
+    """How its denoisers are published: in TurboDiffusion's files, in rCM's, in files with Wan's own names, or in the
+    folders of diffusers. An import takes every form of every model."""
     topk: Fraction = 0.1
     """Share of the key blocks that each query block attends to, unless a request sets another."""
     example_prompt: str = "A red kite turns slowly over a windy beach at dusk while the camera follows it from below."
@@ -141,6 +153,15 @@ class ModelConfig(Record, frozen=True):
     def experts(self) -> tuple[str, ...]:
         """Names of the denoisers in the order of use: one without a name, or ``high`` then ``low``."""
         return ("high", "low") if self.sampler.has_experts else ("",)
+
+    def stem(self, expert: str) -> str:
+        """The name of an expert's published file, without its ending."""
+        return self.checkpoint.format(expert=self.expert_names[expert == "low"])
+
+    def fitted(self, recipe: Recipe) -> Recipe:
+        """A recipe as this model runs it: a recipe says which kind of sparse attention is used, and a model that was
+        trained with full attention runs that whatever the kind."""
+        return recipe if self.dit.sparse else msgspec.structs.replace(recipe, attention="dense")
 
 
 def load_model(name: str) -> ModelConfig:

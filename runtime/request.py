@@ -15,6 +15,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.sampler import SamplerConfig, Update
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError, WanforgeError
+from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
@@ -71,6 +72,7 @@ class Settings(TypedDict, total=False):
         topk: Share of the key blocks that attention sees, more than 0 and at most 1.
         times: Times of the steps, from 1 (noise) towards 0 (data), in place of the model's.
         update: ``renoise``, to mix in fresh noise after each step, or ``euler``, to follow the flow.
+        guidance_scale: At most 1, which is no guidance; these models are distilled to do without.
     """
 
     size: tuple[int, int] | str
@@ -80,6 +82,7 @@ class Settings(TypedDict, total=False):
     topk: float
     times: tuple[float, ...]
     update: Update
+    guidance_scale: float
 
 
 def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | None", settings: Settings) -> Request:
@@ -87,7 +90,10 @@ def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | No
 
     Raises:
         ConfigError: There is no such size, or a clip cannot have this length.
+        RequestError: Guidance is asked for.
     """
+    with concerning("guidance_scale"):
+        check_guidance(settings.get("guidance_scale"))
     return Request(
         prompt,
         model.video.shape(settings.get("size"), settings.get("frames")),
@@ -140,7 +146,7 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
         ids = tokenizer.encode(request.prompt, model.dit.text_rows)
     with concerning("topk"):
         selected = _num_selected(request, model, recipe)
-    with concerning("steps"):
+    with concerning("steps" if request.times is None else "times"):
         way = trajectory(_sampler(request, model), request.steps, request.times, request.update)
     checked = CheckedRequest(request, ids, way, selected)
     if request.noise is not None:

@@ -132,8 +132,13 @@ def bundle_of(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     @cache
     def bundle(model_name: str, recipe_name: str) -> Bundle:
         def make(folder: Path) -> None:
-            sources = checkpoint_sources(model_name, checkpoints[model_name], quantised=recipe_name == "w8a8")
-            export(import_checkpoint(load_model(model_name), sources, folder, recipe=load_recipe(recipe_name)))
+            model = load_model(model_name)
+            files = checkpoints.get(model_name) or made_once(
+                tmp_path_factory, model_name, partial(write_checkpoint, model)
+            )
+            quantised = recipe_name == "w8a8" and "-quant" in "".join(file_names(model))
+            sources = checkpoint_sources(model_name, files, quantised=quantised)
+            export(import_checkpoint(model, sources, folder, recipe=load_recipe(recipe_name)))
 
         return Bundle.open(made_once(tmp_path_factory, f"{model_name}-{recipe_name}", make))
 

@@ -1,5 +1,6 @@
 """What a checkpoint's files must be before anything is written: the right kind, model, tensors and recipe."""
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.names import has_sla, is_quantised, looks_like, match_names
+from wanforge.runtime.reference.names import (
+    counters,
+    has_image_branch,
+    has_sla,
+    is_quantised,
+    looks_like,
+    match_names,
+)
+
+log = logging.getLogger("wanforge.progress.import")
 
 KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -24,6 +34,9 @@ EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_mod
 are two."""
 EXPERT = re.compile(r"(?<![a-z])(high|low)(?:noise)?(?![a-z])")
 """The words for the experts in names of files and folders."""
+
+
+NEEDS_CLIP = "a denoiser of Wan2.1-I2V, which sees the image through CLIP as well, and there is no CLIP here"
 
 
 @dataclass(frozen=True)
@@ -122,10 +135,18 @@ def _bytes_of(stored: StoredTensor) -> bytes:
 
 
 def check_kind(component: str, path: Path, contents: Contents) -> None:
-    """Refuse a file that was given as one kind but looks like another."""
+    """Refuse a file that was given as one kind but looks like another, or a denoiser of a kind that cannot run.
+
+    Raises:
+        CheckpointError: It is one of these.
+    """
     kind, looks = KINDS.get(component, "a denoiser"), looks_like(contents)
     if looks not in (kind, None):
         raise CheckpointError(f"{path}: looks like {looks}, but was given as {kind}")
+    if component not in KINDS and has_image_branch(contents):
+        raise CheckpointError(
+            f"{path}: {NEEDS_CLIP}. Image-to-video models that need none are those of Wan2.2-I2V-A14B"
+        )
 
 
 def settle_recipe(
@@ -147,7 +168,14 @@ def settle_recipe(
         )
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
-        return load_recipe(by_content)
+        return model.fitted(load_recipe(by_content))
+    if wanted.attention == "sla" and not model.dit.sparse:
+        raise CheckpointError(
+            f"{model.name} was trained with full attention, so recipe {wanted.name!r} has nothing to select from; use "
+            f"--recipe bf16, or a recipe that quantises the linears, which keeps full attention: w8a8, w8a8-row, "
+            "fp8-row or nvfp4"
+        )
+    wanted = model.fitted(wanted)
     if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
@@ -170,7 +198,7 @@ def check_part(component: str, path: Path, contents: Contents, model: ModelConfi
     target = layout(component, model, recipe)
     expected = target
     if component not in KINDS:
-        expected = layout(component, model, published_recipe(is_quantised(contents), has_sla(contents)))
+        expected = published_layout_for(component, contents, model)
     matched, unexpected = match_names(component, expected, contents)
     missing = [name for name in expected if name not in matched]
     wrong = [
@@ -180,6 +208,8 @@ def check_part(component: str, path: Path, contents: Contents, model: ModelConfi
     ]
     if missing or unexpected or wrong:
         raise CheckpointError(complaint(component, path, contents, model, missing, unexpected, wrong))
+    if component not in KINDS and (dropped := counters(contents)):
+        log.info("%s: leaves out counters of training, which no weights are: %s", path, join_names(dropped))
     stored = {name: contents[found] for name, found in matched.items()}
     check_tiles(path, target, stored, recipe)
     return Part(component, path, stored, target, recipe)
@@ -221,6 +251,13 @@ def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], inner)
 
 
+def published_layout_for(component: str, contents: Contents, model: ModelConfig) -> Layout:
+    """The tensors that a model's published file of this kind has: quantised or not, and with or without the projections
+    of sparse-linear attention if the model has that."""
+    recipe = published_recipe(is_quantised(contents), has_sla(contents) and model.dit.sparse)
+    return layout(component, model, recipe)
+
+
 def complaint(
     component: str,
     path: Path,
@@ -243,12 +280,15 @@ def complaint(
 
 def fitting_models(contents: Contents) -> list[str]:
     """The known models whose unquantised or quantised denoiser this is; some have the same tensors."""
-    return [name for name in named("models") if fits_model("dit", contents, load_model(name))]
+    models = [load_model(name) for name in named("models")]
+    return [
+        model.name for model in models if has_sla(contents) == model.dit.sparse and fits_model("dit", contents, model)
+    ]
 
 
 def fits_model(component: str, contents: Contents, model: ModelConfig) -> bool:
     """Whether a file has exactly the tensors of a model's component, in one of the published forms."""
-    expected = layout(component, model, published_recipe(is_quantised(contents), has_sla(contents)))
+    expected = published_layout_for(component, contents, model)
     if len(contents) < len(expected):
         return False
     matched, unexpected = match_names(component, expected, contents)

@@ -4,19 +4,17 @@ A file is laid out first, without data, and its tensors are then filled in one b
 little memory. Several threads draw, and one writes. A sparse file is left without data and takes almost no disk space.
 """
 
-import math
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, reduce
 from operator import xor
 from pathlib import Path
 from typing import IO
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,6 +23,8 @@ from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.synthetic.forms import FORMS, FileForm, file_name, write_tensor_file
+from wanforge.exporter.checkpoint.synthetic.tokenizer import train_tokenizer
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import ByteCount, Progress, silent
@@ -37,26 +37,14 @@ TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 DESCRIPTOR = b"PK\x07\x08"
 """What lies between a record's data and the checksum behind it."""
 
-# Enough text to train a small vocabulary on; what it says does not matter.
-CORPUS = (
-    "A red kite turns slowly over a windy beach at dusk while the camera follows it from below.",
-    "Two children run through tall yellow grass towards a white house under a bright blue sky.",
-    "A black cat jumps from the window onto a wooden table, knocks over a glass and looks away.",
-    "Close-up of rain falling on dark green leaves, with soft light and a shallow depth of field.",
-    "An old steam train crosses a stone bridge in the mountains, smoke drifting to the left.",
-    "A large circle moves right, a small square moves up, a blue triangle turns in the middle.",
-    "The astronaut walks across grey dust, her visor reflecting the earth; slow motion, wide shot.",
-    "Waves break on the rocks again and again; gulls cry; the sun sets behind a distant ship.",
-)
-
 
 def file_names(model: ModelConfig) -> dict[str, str]:
     """The names of the published files, by part: ``dit``, ``dit-quant`` (per expert), ``vae`` and so on."""
     names = {}
     for expert in model.experts:
-        stem = model.checkpoint.format(expert=expert)
-        names[dit_component(expert)] = f"{stem}.pth"
-        names[dit_component(expert) + "-quant"] = f"{stem}-quant.pth"
+        names[dit_component(expert)] = file_name(model, expert)
+        if FORMS[model.form].has_quantised:
+            names[dit_component(expert) + "-quant"] = f"{model.stem(expert)}-quant{FORMS[model.form].ending}"
     return names | {"vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE, "tokenizer": TOKENIZER_FILE}
 
 
@@ -94,19 +82,43 @@ def write_checkpoint(
         if part == "tokenizer":
             write_atomically(path, train_tokenizer(model.text_encoder.vocab_size).to_str().encode())
             continue
-        specs = layouts[part]
-        count = ByteCount(progress, path.name, sum(spec.nbytes for spec in specs.values()))
+        count = ByteCount(progress, path.name, sum(spec.nbytes for spec in layouts[part].values()))
+        write_part = write_tensor_file if path.suffix == ".safetensors" else write_torch_file
         if sparse:
-            write_torch_file(path, specs, None, count)
+            write_part(path, layouts[part], None, count)
             continue
-        with random_tensors(part.removesuffix("-quant"), specs, seed) as values:
-            write_torch_file(path, specs, values, count)
+        with random_part(model, part, seed) as values:
+            write_part(path, layouts[part], values, count)
     return list(files.values())
 
 
+@contextmanager
+def random_part(model: ModelConfig, part: str, seed: int) -> Iterator[Callable[[str], Iterator[Tensor]]]:
+    """Within the ``with`` block, random values of each tensor of a part by its name in the file. Counters of training
+    have none."""
+    form, canonical = form_of(model, part), canonical_layout(model, part)
+    known = {in_file: name for name, in_file in form.named(canonical).items() if name in canonical}
+    specs = {name: spec for name, spec in form.stored(canonical).items() if name in canonical}
+    with random_tensors(part.removesuffix("-quant"), specs, seed) as values:
+        yield lambda in_file: values(known[in_file]) if in_file in known else iter(())
+
+
 def published_layout(model: ModelConfig, part: str) -> Layout:
-    """The tensors of a part, as in `file_names`."""
-    return layout(part.removesuffix("-quant"), model, published_recipe(part.endswith("-quant"), has_sla=True))
+    """The tensors of a part, as in `file_names`, as its file names and stores them."""
+    form, canonical = form_of(model, part), canonical_layout(model, part)
+    names = form.named(canonical)
+    return {names[name]: spec for name, spec in form.stored(canonical).items()}
+
+
+def canonical_layout(model: ModelConfig, part: str) -> Layout:
+    """The tensors of a part in canonical naming."""
+    recipe = published_recipe(part.endswith("-quant"), has_sla=model.dit.sparse)
+    return layout(part.removesuffix("-quant"), model, recipe)
+
+
+def form_of(model: ModelConfig, part: str) -> FileForm:
+    """The form of a part's file: the networks that all models share have TurboDiffusion's."""
+    return FORMS[model.form if part.startswith("dit") else "turbodiffusion"]
 
 
 def check_free(out: Path, files: list[Path], replace: bool) -> None:
@@ -204,20 +216,3 @@ def checksum_of_zeros(size: int) -> int:
         matrix = [times(matrix, column) for column in matrix]
         size >>= 1
     return ones ^ register
-
-
-def train_tokenizer(vocab_size: int) -> Tokenizer:
-    """A small tokenizer of umT5's kind: unigram pieces, ``<pad>`` 0, ``</s>`` 1, ``<unk>`` 2."""
-    special = ["<pad>", "</s>", "<unk>"]
-    words = [f"\u2581{word}" for sentence in CORPUS for word in sentence.split()]
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'\"()-"
-    counts = Counter(word[i:j] for word in words for i in range(len(word)) for j in range(i + 2, len(word) + 1))
-    common = sorted((piece for piece in counts if counts[piece] > 1), key=lambda p: (-counts[p] * len(p), p))
-    singles = sorted({"\u2581", *letters, *"".join(words)})
-    pieces = [*special, *singles, *common][: min(vocab_size, 384)]
-    tokenizer = Tokenizer(models.Unigram([(piece, math.log(counts[piece] or 1) - 8) for piece in pieces], unk_id=2))
-    tokenizer.add_special_tokens(special)
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return tokenizer

@@ -42,14 +42,15 @@ def models(options: ModelsOptions) -> None:
 def describe(name: str) -> dict[str, Any]:
     """What is known of a model, as plain values."""
     model, published = load_model(name), hub_model(name)
-    size = sum(f.bytes for each in repositories(name) for f in each.files) if published else 0
+    can_be_pulled = published is not None and published.repository != ""
+    size = sum(f.bytes for each in repositories(name) for f in each.files) if can_be_pulled else 0
     return {
         "model": name,
         "task": model.task,
         "bytes": size,
         "licence": published.licence if published else "Apache-2.0",  # that of the package
         "recipe": published.recipe if published else None,
-        "repository": published.repository if published else None,
+        "repository": (published.repository or None) if published else None,
         "gpus": {gpu: fit(published, target) for gpu, target in load_targets().items()},
     }
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import click
+import msgspec
 
-from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.model import Form, ModelConfig, load_model
 from wanforge.errors import ConfigError
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.runtime.commands.options import FOLDER, MODELS, takes
@@ -22,6 +24,7 @@ class SynthOptions:
     sparse: bool
     seed: int
     replace: bool
+    form: Form | None = None
 
 
 @click.command()
@@ -34,6 +37,7 @@ class SynthOptions:
     metavar="NAME",
     help="Write only this file: dit, dit-quant, vae, text_encoder or tokenizer; repeatable.  [default: all]",
 )
+@click.option("--form", type=click.Choice(get_args(Form)), help="Form of the denoiser's file.  [default: the model's]")
 @click.option("--sparse", is_flag=True, help="Write full-size files of zeros that take no disk space.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random weights.")
 @click.option("--replace", is_flag=True, help="Write over files that are there already.")
@@ -41,13 +45,15 @@ class SynthOptions:
 def synth(options: SynthOptions) -> None:
     """Write checkpoint files in the formats that upstream publishes, with random weights.
 
-    The files have the published names. A -quant file holds the weights of the file without -quant, quantised.
+    The files have the published names. A -quant file, which TurboDiffusion's form has, holds the weights of the file
+    without -quant, quantised.
 
     \b
     Example:
       wanforge synth --model tiny-t2v --out checkpoint
     """
     model = load_model(options.model)
+    model = msgspec.structs.replace(model, form=options.form or model.form)
     wanted = parts_of(model, options.parts)
     with Bars() as bars:
         written = write_checkpoint(

@@ -12,7 +12,7 @@ from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, components, weight
 from wanforge.engines.bundle.manifest import FileRecord
 from wanforge.engines.bundle.tensorfile import encode_header, sha256_of
 from wanforge.exporter.checkpoint.layout import layout
-from wanforge.exporter.checkpoint.synth import train_tokenizer
+from wanforge.exporter.checkpoint.synthetic.tokenizer import train_tokenizer
 from wanforge.whole_file import write_atomically
 
 

@@ -329,7 +329,7 @@ def launches(
         ConfigError: The clip is too short for its top-k, or the architecture cannot multiply the linears' format.
     """
     check_architecture(recipe, sm)
-    runs, clip = recipe_for(recipe, sm), shape or model.video.clip
+    runs, clip = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
     block = graphs(model, runs)["block"]
     sizes = {
         "tokens": clip.tokens,

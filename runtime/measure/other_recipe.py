@@ -12,11 +12,12 @@ from wanforge.runtime.reference.quantised_weights import unquantised_name
 
 def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
     """The same bundle with another recipe, where its weights permit it: unquantised ones can be quantised, and the
-    linear branch's learned projections can be left out.
+    linear branch's learned projections can be left out. The model decides whether attention is sparse at all.
 
     Raises:
         BundleError: The weights are quantised differently, or lack what the recipe needs.
     """
+    recipe = bundle.model.fitted(recipe)
     wanted = graphs(bundle.model, recipe)
     for expert in bundle.model.experts:
         stored = bundle.header(weights_name(dit_component(expert))).tensors

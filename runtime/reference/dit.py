@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from wanforge.configs.clip import PATCH
 from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.errors import ShapeError
+from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
@@ -270,10 +270,18 @@ class DiT(nn.Module):
     Args:
         config: Its sizes.
         recipe: Decides the number format of the blocks' linears, the kind of self-attention and the layer norm.
+
+    Raises:
+        ConfigError: The recipe selects key blocks, which this network was not trained for.
     """
 
     def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
         super().__init__()
+        if recipe.is_sparse and not config.sparse:
+            raise ConfigError(
+                f"recipe {recipe.name!r} selects key blocks, but this network was trained with full attention; take "
+                "ModelConfig.fitted of the recipe"
+            )
         self.config, self.recipe = config, recipe
         dim = config.dim
         self.patch_embedding = Linear(PATCH * PATCH * config.in_channels, dim)

@@ -9,6 +9,12 @@ from collections.abc import Iterable, Mapping
 
 PREFIXES = ("net.", "module.", "model.diffusion_model.")
 
+COUNTERS = "accum_"
+"""How the names of training counters begin, which rCM's files hold beside the weights."""
+
+IMAGE_BRANCH = ("img_emb.", ".k_img.", ".v_img.", "image_embedder.", ".add_k_proj.", ".add_v_proj.")
+"""Parts of the names of that branch in the files of Wan and of diffusers."""
+
 Rules = tuple[tuple[str, str], ...]
 
 DENOISER: Rules = (
@@ -110,7 +116,8 @@ def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) 
     """Find each canonical tensor in a file.
 
     Returns:
-        The names in the file by canonical name, for the tensors that it has, and the names in the file that match none.
+        The names in the file by canonical name, for the tensors that it has, and the names in the file that match none
+        and are no `counters`.
     """
     in_file = strip_prefix(found)
     matched: dict[str, str] = {}
@@ -120,7 +127,13 @@ def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) 
         used.update(spellings)
         if spellings:
             matched[name] = in_file[spellings[0]]
+    used.update(counters(in_file))
     return matched, [in_file[name] for name in in_file if name not in used]
+
+
+def counters(found: Iterable[str]) -> list[str]:
+    """Those names, without a wrapper's prefix, that are counters of training, on which nothing depends."""
+    return [name for name in strip_prefix(found) if name.startswith(COUNTERS)]
 
 
 def is_quantised(names: Iterable[str]) -> bool:
@@ -131,6 +144,11 @@ def is_quantised(names: Iterable[str]) -> bool:
 def has_sla(names: Iterable[str]) -> bool:
     """Whether a denoiser's file holds the linear branch of sparse-linear attention."""
     return any(".proj_l." in name for name in names)
+
+
+def has_image_branch(names: Iterable[str]) -> bool:
+    """Whether a denoiser's file holds the branch through which Wan2.1's image-to-video models see CLIP's features."""
+    return any(part in name for name in names for part in IMAGE_BRANCH)
 
 
 def looks_like(names: Mapping[str, object]) -> str | None:

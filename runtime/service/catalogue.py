@@ -14,6 +14,7 @@ import msgspec
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.loading import Record
+from wanforge.configs.sampler import Update
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import ConfigError, RequestError, unknown_name
 from wanforge.runtime.inputs.text import Tokenizer
@@ -29,6 +30,7 @@ class Asked(Record, frozen=True, kw_only=True):
         image: Name of the object that holds the first frame.
         backend: The backend that was asked for; None if any will do.
         topk: None for the model's own.
+        times: Times of the steps, and how one leads to the next; None for the model's own, too.
         traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
     """
 
@@ -42,6 +44,8 @@ class Asked(Record, frozen=True, kw_only=True):
     seed: int
     steps: int
     topk: float | None = None
+    times: tuple[float, ...] | None = None
+    update: Update | None = None
     image: str | None = None
     backend: str | None = None
     traceparent: str | None = None
@@ -68,7 +72,9 @@ class Asked(Record, frozen=True, kw_only=True):
             image: The file of the first frame.
         """
         shape = ClipShape(self.width_px, self.height_px, self.frames)
-        return Request(self.prompt, shape, image, self.seed, self.steps, topk=self.topk)
+        return Request(
+            self.prompt, shape, image, self.seed, self.steps, topk=self.topk, times=self.times, update=self.update
+        )
 
     @property
     def seconds(self) -> float:

@@ -28,6 +28,17 @@ PUBLISHED = {
     "turbowan2.1-t2v-14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
     "turbowan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 200.0, 0.9, (1280, 720)),
 }
+# The same of the families without sparse-linear attention: rCM, README.md and Wan.md; LightX2V, configs/distill.
+DENSE = {
+    "rcm-wan2.1-t2v-1.3b-480p": (1536, 8960, 30, 12, 16, 80.0, None, (832, 480)),
+    "rcm-wan2.1-t2v-14b-480p": (5120, 13824, 40, 40, 16, 80.0, None, (832, 480)),
+    "rcm-wan2.1-t2v-14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
+    "rcm-wan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 200.0, 0.9, (1280, 720)),
+    "lightx2v-wan2.1-t2v-14b-480p": (5120, 13824, 40, 40, 16, 80.0, None, (832, 480)),
+    "lightx2v-wan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 80.0, None, (1280, 720)),
+    "lightx2v-wan2.2-t2v-a14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
+}
+TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tinywan"}
 # linear, attention
 RECIPES = {
     "bf16": ("bf16", "dense"),
@@ -61,30 +72,55 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 
 def test_shipped_files_are_the_ones_with_published_sizes() -> None:
-    assert set(named("models")) == {*PUBLISHED, "tiny-t2v", "tiny-i2v", "tinywan"}
+    assert set(named("models")) == {*PUBLISHED, *DENSE, *TINY_MODELS}
     assert set(named("recipes")) == set(RECIPES)
     assert set(load_targets()) == set(TARGETS)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", {**PUBLISHED, **DENSE})
 def test_model_has_the_published_sizes(name: str) -> None:
     model = load_model(name)
     dit, video, sampler = model.dit, model.video, model.sampler
     found = (dit.dim, dit.ffn_dim, dit.num_layers, dit.num_heads, dit.in_channels, sampler.sigma_max)
-    assert (*found, sampler.boundary, (video.width_px, video.height_px)) == PUBLISHED[name]
+    assert (*found, sampler.boundary, (video.width_px, video.height_px)) == {**PUBLISHED, **DENSE}[name]
+    assert dit.sparse == (name in PUBLISHED)
     assert (dit.out_channels, dit.text_dim, dit.text_rows, dit.frequency_dim, dit.eps) == (16, 4096, 512, 256, 1e-6)
-    assert (video.frames, video.fps, sampler.steps, model.topk) == (81, 16, 4, 0.1)
+    frames = 77 if name.startswith("rcm-wan2.1") else 81
+    assert (video.frames, video.fps, sampler.steps, model.topk) == (frames, 16, 4, 0.1)
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "tiny-t2v", "tiny-i2v"])
+@pytest.mark.parametrize("name", [name for name in named("models") if name.startswith("lightx2v")])
+def test_lightx2vs_sampler_is_upstreams(name: str) -> None:
+    """Source: LightX2V, models/schedulers/wan/step_distill/scheduler.py: steps 1000 to 250, shift 5."""
+    sampler = load_model(name).sampler
+    assert sampler.times == tuple(5 * step / (1000 + 4 * step) for step in (1000, 750, 500, 250))
+    assert (sampler.update, sampler.start, sampler.timestep) == ("euler", "one", "float32")
+    assert sampler.low_from == (2 if "wan2.2" in name else None)
+
+
+@pytest.mark.parametrize("name", {**PUBLISHED, **DENSE})
+def test_a_recipe_is_fitted_to_the_attention_of_a_model(name: str) -> None:
+    model = load_model(name)
+    for recipe in map(load_recipe, RECIPES):
+        fitted = model.fitted(recipe)
+        assert fitted.attention == (recipe.attention if name in PUBLISHED else "dense")
+        assert (fitted.name, fitted.linear, fitted.rows_per_scale) == (
+            recipe.name,
+            recipe.linear,
+            recipe.rows_per_scale,
+        )
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *DENSE, *TINY_MODELS])
 def test_model_is_consistent(name: str) -> None:
     model = load_model(name)
     assert model.name == name
     assert model.task == ("i2v" if "i2v" in name else "t2v")
-    assert model.experts == (("high", "low") if model.task == "i2v" else ("",))
+    has_experts = any(part in name for part in ("a14b", "tiny-i2v", "tiny-lightx2v"))
+    assert model.experts == (("high", "low") if has_experts else ("",))
     assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
     clip = model.video.clip
-    assert num_selected_of(model.topk, -(-clip.tokens // 64)) >= 1
+    assert not model.dit.sparse or num_selected_of(model.topk, -(-clip.tokens // 64)) >= 1
 
 
 def test_support_networks_have_the_published_sizes() -> None:

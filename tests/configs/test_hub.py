@@ -15,9 +15,19 @@ from wanforge.exporter.checkpoint.synth import file_names, published_layout
 MODELS = [name for name in named("models") if hub_model(name)]
 
 
+PLACED = [name for name in MODELS if (known := hub_model(name)) is not None and known.repository]
+"""The models whose repository is known."""
+
+
 def test_every_model_but_the_tiny_ones_is_published() -> None:
-    assert set(named("models")) - set(MODELS) == {"tiny-t2v", "tiny-i2v", "tinywan"}
-    assert len(MODELS) == 4
+    assert set(named("models")) - set(MODELS) == {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tinywan"}
+    assert set(MODELS) - set(PLACED) == {"rcm-wan2.2-i2v-a14b-720p", "lightx2v-wan2.2-t2v-a14b-720p"}
+    assert len(MODELS) == 11
+
+
+def test_a_model_without_a_repository_is_named_with_its_files() -> None:
+    with pytest.raises(ConfigError, match=r"no repository is known .* Wan2\.2-I2V-A14B-high-rCM4\.0-merged\.pt, Wan2"):
+        repositories("rcm-wan2.2-i2v-a14b-720p")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -29,7 +39,7 @@ def test_the_files_have_the_names_that_imports_look_for(name: str) -> None:
     assert {file.path for file in known.unquantised} == {
         names[part] for part in denoisers if not part.endswith("-quant")
     }
-    shared = repositories(name)[1]
+    shared = hub._hub().shared
     assert [file.path for file in shared.files] == [names[part] for part in ("vae", "text_encoder", "tokenizer")]
     assert all(file.sha256 for file in shared.files)
 
@@ -38,7 +48,9 @@ def test_the_files_have_the_names_that_imports_look_for(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_sizes_are_those_of_the_tensors(name: str) -> None:
     model = load_model(name)
-    every = {file.path: file for recipe in ("w8a8", "bf16") for file in files_of(name, recipe)}
+    known = hub_model(name)
+    assert known is not None
+    every = {file.path: file for file in (*known.quantised, *known.unquantised, *hub._hub().shared.files)}
     for part, path in file_names(model).items():
         if part != "tokenizer":
             tensors = sum(spec.nbytes for spec in published_layout(model, part).values())
@@ -46,15 +58,12 @@ def test_the_sizes_are_those_of_the_tensors(name: str) -> None:
             assert found.bytes == tensors if not found.sha256 else tensors < found.bytes < 1.001 * tensors
 
 
-def files_of(name: str, recipe: str) -> list[HubFile]:
-    return [file for repository in repositories(name, load_recipe(recipe)) for file in repository.files]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_recipe_is_the_one_that_an_import_chooses(name: str) -> None:
     known = hub_model(name)
     assert known is not None
-    assert load_recipe(known.recipe).is_published
+    assert load_recipe(known.recipe).is_published == bool(known.quantised)
+    assert load_model(name).fitted(load_recipe(known.recipe)) == load_recipe(known.recipe)
     assert known.denoisers() == known.denoisers(load_recipe(known.recipe))
 
 

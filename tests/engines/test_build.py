@@ -57,7 +57,14 @@ def record_of(bundle: Bundle, graph: str) -> GraphRecord:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "recipe", "sms"),
-    [("tiny-t2v", "w8a8", (89, 120)), ("tiny-i2v", "w8a8", (80, 86)), ("tiny-t2v", "bf16", (120,))],
+    [
+        ("tiny-t2v", "w8a8", (89, 120)),
+        ("tiny-i2v", "w8a8", (80, 86)),
+        ("tiny-t2v", "bf16", (120,)),
+        ("tiny-rcm", "bf16", (89, 120)),
+        ("tiny-rcm", "w8a8", (89,)),
+        ("tiny-lightx2v", "bf16", (86,)),
+    ],
 )
 def test_every_graph_compiles_and_is_fused(
     model: str, recipe: str, sms: tuple[int, ...], bundle_of: Callable[[str, str], Bundle], tmp_path: Path
@@ -70,7 +77,8 @@ def test_every_graph_compiles_and_is_fused(
     assert [engine.graph for engine in engines] == on_the_gpu
     assert [engine.faults for engine in engines] == [[] for _ in engines]
     plugins = {engine.graph: engine.plugins for engine in engines if engine.plugins}
-    assert plugins == ({"block": 9, "cross_kv": 2} if recipe == "w8a8" else {})
+    in_block = 9 if bundle.model.dit.sparse else 8  # eight linears, and sparse attention
+    assert plugins == ({"block": in_block, "cross_kv": 2} if recipe == "w8a8" else {})
     for engine in engines:
         assert len(read_engine(bundle, engine.name)) == engine.bytes
     again = build_engines(bundle, library, EngineOptions(CLIP, sms))

@@ -59,9 +59,14 @@ def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
-    [("turbowan2.1-t2v-1.3b-480p", "w8a8", True), ("turbowan2.2-i2v-a14b-720p", "w8a8", True)],
+    [
+        ("turbowan2.1-t2v-1.3b-480p", "w8a8", True),
+        ("turbowan2.2-i2v-a14b-720p", "w8a8", True),
+        ("rcm-wan2.1-t2v-1.3b-480p", "bf16", True),
+        ("lightx2v-wan2.2-t2v-a14b-720p", "bf16", True),
+    ],
     indirect=True,
-    ids=["1.3b", "a14b"],
+    ids=["1.3b", "a14b", "rcm-1.3b", "lightx2v-a14b"],
 )
 def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
     report, _ = build(bundle, "--target", TARGETS, "--plan")

@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
+
+from wanforge.configs.model import load_model
+from wanforge.errors import RequestError
+from wanforge.runtime.request import request_for
 
 ROOT = Path(__file__).parent.parent.parent
 CHECK = """
@@ -35,3 +40,14 @@ def test_a_request_is_checked_without_pytorch(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CHECK, str(tokenizer), str(image)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["3", "True", "True"], done.stderr
+
+
+@pytest.mark.parametrize("scale", [1.1, 5.0, float("nan")])
+def test_guidance_is_refused_with_the_reason(scale: float) -> None:
+    model = load_model("tiny-lightx2v")
+    with pytest.raises(RequestError, match="distilled to do without guidance; leave it out, or use 1") as caught:
+        request_for(model, "a red circle", None, {"guidance_scale": scale})
+    assert caught.value.field == "guidance_scale"
+    assert request_for(model, "a red circle", None, {"guidance_scale": 1.0}) == request_for(
+        model, "a red circle", None, {}
+    )

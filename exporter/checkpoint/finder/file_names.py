@@ -47,7 +47,7 @@ def published_names(model: ModelConfig | None) -> PublishedNames:
     names = {}
     for each in (*map(load_model, named("models")), *([model] if model else [])):
         for expert in each.experts:
-            stem = each.checkpoint.format(expert=expert).lower()
+            stem = each.stem(expert).lower()
             names[stem] = PublishedName(each.name, expert, is_quantised=False)
             names[f"{stem}-quant"] = PublishedName(each.name, expert, is_quantised=True)
     return names

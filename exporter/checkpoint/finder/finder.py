@@ -17,6 +17,7 @@ from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, join_names
 from wanforge.exporter.checkpoint.checks import (
     KINDS,
+    NEEDS_CLIP,
     Sources,
     check_kind,
     fits_model,
@@ -39,7 +40,7 @@ from wanforge.exporter.checkpoint.finder.listing import list_folders
 from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.names import is_quantised, looks_like
+from wanforge.runtime.reference.names import has_image_branch, is_quantised, looks_like
 
 OPTIONS = {
     **{"dit": "--dit", "dit.high": "--dit", "dit.low": "--dit-low"},
@@ -394,6 +395,8 @@ class Finder:
             return f" ({str(self.refused[path]).removeprefix(f'{path}: ')})"
         if (name := self.published.get(stem_of(path))) is not None:
             return f" (the denoiser of {name.model}, by its name)"
+        if path in self.opened and has_image_branch(self.opened[path]):
+            return f" ({NEEDS_CLIP})"
         if path in self.opened and looks_like(self.opened[path]) == DENOISER:
             return f" (a denoiser of {' or '.join(fitting_models(self.opened[path])) or 'no known model'})"
         return ""

@@ -164,7 +164,8 @@ class Workload:
     def __post_init__(self) -> None:
         if not is_counted(self.recipe):
             raise ConfigError(
-                f"launches of recipe {self.recipe.name!r} are not counted; use w8a8 or fp8-row linears with sagesla"
+                f"launches of recipe {self.recipe.name!r} are not counted for {self.model.name}, where it has "
+                f"{self.recipe.attention} attention; only w8a8 or fp8-row linears with sagesla are"
             )
 
     @property

@@ -16,7 +16,13 @@ from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.fused_block import launches, recipe_for
 from wanforge.runtime.measure.cost.fused import fused_block
-from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, LaunchCost, Workload, all_launches
+from wanforge.runtime.measure.cost.launches import (
+    USUAL_TEXT_ROWS,
+    LaunchCost,
+    Workload,
+    all_launches,
+    is_counted,
+)
 from wanforge.runtime.measure.cost.prediction import Prediction, known_profile, predicted, prediction_of, usage_of
 from wanforge.runtime.measure.machine_code.profiles import Profile, Usage, profiles
 from wanforge.runtime.measure.machine_code.rates import gpu_of
@@ -75,7 +81,7 @@ class BlockTimes:
             ConfigError: Launches of the recipe are not counted.
             ResourceError: A kernel is not one of the package's profiles, and the disassembler is missing.
         """
-        runs = recipe_for(recipe, target.sm)
+        runs = model.fitted(recipe_for(recipe, target.sm))
         selected = num_selected(runs, shape, model.topk)
         costs = all_launches(fused_block(Workload(model, shape, runs, selected, USUAL_TEXT_ROWS)))
         recorded = iter(launches(model, recipe, target.sm, shape))
@@ -103,9 +109,13 @@ def block_times(
     folder: Path,
     cubins: Iterable[Cubin],
 ) -> list[LaunchTime]:
-    """Every launch of one block of some models, each with its clip, on some GPUs; see `BlockTimes`."""
-    found, targets = BlockTimes(folder, cubins), list(gpus)
-    return [time for model, shape in models for gpu in targets for time in found.of_block(model, recipe, shape, gpu)]
+    """Every launch of one block of some models, each with its clip, on some GPUs; see `BlockTimes`.
+
+    Models whose launches are not counted, those with full attention, are left out beside others.
+    """
+    found, targets, known = BlockTimes(folder, cubins), list(gpus), list(models)
+    counted = [(model, shape) for model, shape in known if is_counted(model.fitted(recipe))] or known
+    return [time for model, shape in counted for gpu in targets for time in found.of_block(model, recipe, shape, gpu)]
 
 
 def times_table(times: Sequence[LaunchTime]) -> str:

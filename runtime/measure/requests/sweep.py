@@ -226,7 +226,7 @@ class PlannedSweep:
         _, recipe = setting
         read = self.bundle if recipe == self.bundle.recipe else read_as(self.bundle, recipe)
         created = create_backend(backend, read)
-        check_recipe(self.bundle, created, recipe)
+        check_recipe(self.bundle, created, read.recipe)
         return Pipeline(read, created)
 
     def made(self, setting: Setting, backend: str) -> Clip:

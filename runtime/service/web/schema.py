@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from wanforge.configs.sampler import MOST_STEPS, Update
 from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
@@ -26,7 +27,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _listed(value: Any) -> Any:
+    """A form has no lists, so numbers are separated by commas there."""
+    return value.split(",") if isinstance(value, str) else value
+
+
 Whole = BeforeValidator(_whole)
+Time = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 class VideoRequest(BaseModel):
@@ -50,7 +57,20 @@ class VideoRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=SEEDS), Whole] | None = Field(
         None, description="Seed of the noise; drawn by default."
     )
-    steps: Annotated[int, Field(ge=1, le=4), Whole] | None = Field(None, description="Number of sampling steps.")
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS), Whole] | None = Field(
+        None, description="Number of sampling steps."
+    )
+    times: Annotated[
+        Annotated[list[Time], Field(min_length=1, max_length=MOST_STEPS)] | None, BeforeValidator(_listed)
+    ] = Field(
+        None,
+        description="Times of the steps in place of the model's, from 1 (noise) towards 0 (data). In a form they are "
+        "separated by commas.",
+        examples=[[1.0, 0.9375, 0.8333, 0.625]],
+    )
+    update: Update | None = Field(
+        None, description="How one step leads to the next: `renoise` mixes in fresh noise, `euler` follows the flow."
+    )
     topk: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="Share of the key blocks that attention sees."
     )
@@ -61,6 +81,9 @@ class VideoRequest(BaseModel):
     )
     negative_prompt: Literal[""] | None = Field(
         None, description="These models are distilled without guidance and know no negative prompts."
+    )
+    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="At most 1, which is no guidance: these models are distilled to do without."
     )
     input_reference: str | None = Field(
         None,

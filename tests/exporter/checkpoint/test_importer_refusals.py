@@ -39,7 +39,7 @@ from wanforge.exporter.checkpoint.synth import write_checkpoint
 CHANGES: list[tuple[str, Callable[[State], State], str]] = [
     ("missing", lambda s: without(s, "head.modulation"), r"missing \(1\): head\.modulation$"),
     ("missing-layer", lambda s: without(s, "blocks.1."), r"missing \(29\): blocks\.1\.modulation, .* and 23 more$"),
-    ("unexpected", lambda s: {**s, "img_emb.proj.0.bias": torch.ones(3)}, r"unexpected \(1\): img_emb\.proj\.0\.bias$"),
+    ("unexpected", lambda s: {**s, "head.scale.bias": torch.ones(3)}, r"unexpected \(1\): head\.scale\.bias$"),
     (
         "wrong-shape",
         lambda s: {**s, "head.head.bias": torch.ones(3)},

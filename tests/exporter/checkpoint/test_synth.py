@@ -29,8 +29,9 @@ from wanforge.errors import CheckpointError, ResourceError
 from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import open_checkpoint
-from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
+from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.checkpoint.synthetic import weights
+from wanforge.exporter.checkpoint.synthetic.tokenizer import CORPUS, train_tokenizer
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import Tokenizer

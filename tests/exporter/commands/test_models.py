@@ -73,7 +73,8 @@ def test_it_needs_neither_torch_nor_the_hub() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in named("models") if hub_model(name) is None])
 def test_models_that_are_not_published_fit_every_gpu(tmp_path: Path, name: str) -> None:
-    model, recipe = load_model(name), load_recipe("w8a8")
+    model = load_model(name)
+    recipe = model.fitted(load_recipe("w8a8"))
     beside = RESERVE + needed_device_bytes(model, recipe, model.video.clip, 2)
     budget = min(target.vram_gib for target in load_targets().values()) * 2**30 - beside
     bundle = skeleton(tmp_path, model, recipe)

@@ -30,11 +30,19 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what t
 TOLERANCE = {"bf16": 2e-6, "bf16-sla": 2e-6, "w8a8": 1e-2, "w8a8-row": 1e-2, "fp8-row": 1e-2}
 
 
+DENSE = ("bf16", "w8a8", "w8a8-row", "fp8-row")
+
+
 @pytest.mark.parametrize(
-    "recipe", ["w8a8", *(pytest.param(r, marks=pytest.mark.slow) for r in TOLERANCE if r != "w8a8")]
+    ("model", "recipe"),
+    [
+        ("tiny-t2v", "w8a8"),
+        *(pytest.param("tiny-t2v", r, marks=pytest.mark.slow) for r in TOLERANCE if r != "w8a8"),
+        *(pytest.param("tiny-rcm", r, marks=pytest.mark.slow) for r in DENSE),
+    ],
 )
-def test_block_is_the_reference(bundle_of: BundleOf, recipe: str) -> None:
-    bundle = bundle_of("tiny-t2v", recipe)
+def test_block_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:
+    bundle = bundle_of(model, recipe)
     graph = graphs(bundle.model, bundle.recipe)["block"]
     inputs, weights = seeded(graph, bundle, torch.float32, seed=3)
     before = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -119,6 +127,16 @@ def test_a_block_is_few_launches(recipe: str, count: int) -> None:
     """Besides these, only the library's products of unquantised linears and its dense self-attention run."""
     found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe(recipe), 90)
     assert len(found) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "count"), [("w8a8", 13), ("w8a8-row", 15), ("fp8-row", 12), ("bf16", 9)])
+@pytest.mark.parametrize("model", ["rcm-wan2.1-t2v-14b-720p", "lightx2v-wan2.2-i2v-a14b-720p"])
+def test_a_block_with_full_attention_selects_nothing(model: str, recipe: str, count: int) -> None:
+    """The library attends to all keys; what it computes is quantised by one more launch."""
+    found = launches(load_model(model), load_recipe(recipe), 90)
+    assert len(found) == count
+    assert not [launch for launch in found if launch.kernel.op == "sparse_linear_attention"]
 
 
 def test_launches_are_of_the_models_own_clip() -> None:

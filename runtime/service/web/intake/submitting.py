@@ -11,6 +11,7 @@ from wanforge.configs.clip import ClipShape, size_of
 from wanforge.engines.bundle.remedies import ENGINES
 from wanforge.errors import RequestError, unknown_name
 from wanforge.runtime.backends import BACKENDS
+from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
 from wanforge.runtime.service.results.base import new_name
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
@@ -34,6 +35,9 @@ def checked(
     shape = shape_of(served, limits, wanted)
     if wanted.backend is not None:
         check_backend(served, wanted.backend)
+    with about("guidance_scale"):
+        check_guidance(wanted.guidance_scale)
+    times = None if wanted.times is None else tuple(wanted.times)
     asked = Asked(
         model=served.name,
         recipe=served.bundle.recipe.name,
@@ -43,8 +47,10 @@ def checked(
         frames=shape.frames,
         fps=model.video.fps,
         seed=drawn_seed() if wanted.seed is None else wanted.seed,
-        steps=model.sampler.steps if wanted.steps is None else wanted.steps,
+        steps=wanted.steps or (model.sampler.steps if times is None else len(times)),
         topk=wanted.topk,
+        times=times,
+        update=wanted.update,
         backend=wanted.backend,
     )
     with about("prompt"), kept(picture) as path:

@@ -61,6 +61,15 @@ def test_other_recipes_are_refused(tmp_path: Path) -> None:
         block_times([(MODEL, MODEL.video.clip)], load_recipe("bf16-sla"), [TARGET], tmp_path, [])
 
 
+def test_models_with_full_attention_are_left_out_beside_others(norm: tuple[Cubin, bytes], tmp_path: Path) -> None:
+    dense = load_model("rcm-wan2.1-t2v-1.3b-480p")
+    both = [(MODEL, MODEL.video.clip), (dense, dense.video.clip)]
+    times = block_times(both, RECIPE, [TARGET], tmp_path, packaged_cubins(norm[0]))
+    assert {time.model for time in times} == {MODEL.name}
+    with pytest.raises(ConfigError, match=r"not counted for rcm-.*, where it has dense attention"):
+        block_times(both[1:], RECIPE, [TARGET], tmp_path, [])
+
+
 @pytest.mark.slow
 def test_an_unknown_kernel_is_read_from_its_machine_code(norm: tuple[Cubin, bytes]) -> None:
     cubin, code = norm

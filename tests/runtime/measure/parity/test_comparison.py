@@ -12,6 +12,7 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.limits import load_limits
 from wanforge.configs.loading import named
+from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
@@ -225,6 +226,22 @@ def test_every_recipe_has_limits_for_every_compute_type() -> None:
             assert coarse is not None
             assert coarse.step.cosine is not None
             assert coarse.step.cosine <= limits.step.cosine
+
+
+@pytest.mark.parametrize("name", named("recipes"))
+def test_full_attention_has_the_limits_of_the_same_linears(name: str) -> None:
+    recipe = load_recipe(name)
+    fitted = load_model("tiny-rcm").fitted(recipe)
+    plain = "bf16" if recipe.linear == "bf16" else name
+    assert load_limits(fitted, "float32") == load_limits(load_recipe(plain), "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-row"])
+def test_full_attention_with_quantised_linears_passes(bundle_of: BundleOf, recipe: str) -> None:
+    found = compare(bundle_of("tiny-rcm", recipe), Contender("ort"), replace(CLIP, topk=None))
+    assert found.limits is not None
+    assert found.passed, found.first
 
 
 @pytest.mark.slow

@@ -93,6 +93,16 @@ def test_a_job_holds_all_that_a_worker_needs(rig: Rig) -> None:
     assert asked.request(None).shape.frames == video["frames"]
 
 
+def test_times_and_update_reach_the_worker(rig: Rig) -> None:
+    rig.submit(times=[1.0, 0.5], update="euler", guidance_scale=1)
+    form = {**PROMPT, "times": "1,0.5", "update": "euler", "guidance_scale": "0"}
+    assert rig.client.post("/v1/videos", data=form).status_code == 200
+    for _ in range(2):
+        asked = Asked.of(rig.claim())
+        request = asked.request(None)
+        assert (asked.steps, request.times, request.update) == (2, (1.0, 0.5), "euler")
+
+
 @pytest.mark.slow
 def test_a_picture_is_drawn_again_and_kept_for_the_job(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> None:
     comment = PngInfo()
