@@ -11,6 +11,7 @@ from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import CheckpointError, join_names
+from wanforge.exporter.checkpoint.formats.opening import layout_name, native_linear
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
 from wanforge.plugins.quantiser import TILE
@@ -134,6 +135,10 @@ def settle_recipe(
     """Return the wanted recipe if the denoisers' files allow it, or by default the one that describes these files."""
     denoisers = [dit_component(expert) for expert in model.experts]
     quantised = {c: is_quantised(opened[c]) for c in denoisers}
+    others = {c: native_linear(opened[c]) for c in denoisers}
+    if wanted is None and len(set(others.values())) > 1:
+        kinds = ", ".join(f"{paths[c]} has {layout_name(opened[c]) or 'unquantised'} weights" for c in denoisers)
+        raise CheckpointError(f"the experts do not match: {kinds}; choose one recipe for both with --recipe")
     if len(set(quantised.values())) > 1:
         kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
         raise CheckpointError(f"the experts do not match: {kinds}; give two files of the same kind")
@@ -147,6 +152,8 @@ def settle_recipe(
         )
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
+        if others[first]:
+            by_content = others[first] if sla[first] else f"{others[first]}-dense"
         return load_recipe(by_content)
     if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
@@ -156,7 +163,7 @@ def settle_recipe(
     if wanted.attention != "dense" and not has_sla(opened[first]):
         raise CheckpointError(
             f"{paths[first]}: has no proj_l tensors, so it was not trained for sparse-linear attention; recipe "
-            f"{wanted.name!r} needs them, use --recipe bf16"
+            f"{wanted.name!r} needs them, use --recipe bf16 or one whose name ends in -dense"
         )
     return wanted
 

@@ -19,7 +19,7 @@ from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
-from wanforge.exporter.checkpoint.record import Arguments, read_record
+from wanforge.exporter.checkpoint.record import Arguments, conversions, read_record
 from wanforge.exporter.commands.dry_run import done_import_work, estimate_import
 from wanforge.exporter.export import has_graphs
 from wanforge.exporter.hub.pulled import named_model, pulled_folders
@@ -208,10 +208,13 @@ def size_of(bundle: Bundle) -> int:
 
 def report(bundle: Bundle, *, as_json: bool) -> None:
     """Print what was made, and what to do next."""
+    found = conversions(bundle.root)
     if as_json:
         made = {"bundle": str(bundle.root), "model": bundle.model.name, "recipe": bundle.recipe.name}
-        click.echo(json.dumps({**made, "bytes": size_of(bundle)}))
+        click.echo(json.dumps({**made, "bytes": size_of(bundle), **({"conversions": found} if found else {})}))
         return
+    for component, said in found.items():
+        click.echo(f"{component}: {said}")
     torch = f"wanforge generate {shlex.quote(str(bundle.root))} --backend torch --prompt …"
     click.echo(
         f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {size_of(bundle) / 1e9:.2f} GB; "

@@ -22,19 +22,21 @@ def unquantised_name(name: str) -> str:
     return f"{layer}.weight" if part in PARTS else name
 
 
-def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+def quantise(
+    weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = None, *, rounds: bool = True
+) -> dict[str, Tensor]:
     """Quantise a weight, or whole bands of its tiles.
-
-    Published weights are bfloat16; a wider one is rounded first, as upstream's conversion does.
 
     Args:
         recipe: One that quantises.
         global_scale: The global scale of the whole weight, where the recipe has one; by default, that of these rows.
+        rounds: Whether a weight wider than bfloat16 is rounded first. Published weights are bfloat16, and upstream's
+            conversion does so. The values of weights that were quantised before are no bfloat16.
 
     Returns:
         The parts by name. The global scale is in it where the recipe has one.
     """
-    rounded = weight_NK.to(torch.bfloat16)
+    rounded = weight_NK.to(torch.bfloat16) if rounds else weight_NK
     match recipe.linear:
         case "nvfp4":
             scale_of_all = nvfp4.global_scale_of(rounded.abs().amax()) if global_scale is None else global_scale

@@ -36,7 +36,8 @@ from wanforge.exporter.checkpoint.finder.file_names import (
     stem_of,
 )
 from wanforge.exporter.checkpoint.finder.listing import list_folders
-from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
+from wanforge.exporter.checkpoint.formats.opening import layout_name, native_linear, open_weights
+from wanforge.exporter.checkpoint.reader import Contents
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import is_quantised, looks_like
@@ -138,7 +139,7 @@ def find(wanted: Wanted) -> Findings:
 
 
 def model_of(
-    path: Path, published: PublishedNames, contents_of: Callable[[Path], Contents] = open_checkpoint
+    path: Path, published: PublishedNames, contents_of: Callable[[Path], Contents] = open_weights
 ) -> tuple[str, str]:
     """The model of a denoiser that was named, and what shows that it is this one.
 
@@ -197,7 +198,7 @@ class Finder:
             CheckpointError: It cannot be read.
         """
         if path not in self.opened:
-            self.opened[path] = open_checkpoint(path)
+            self.opened[path] = open_weights(path)
         return self.opened[path]
 
     def readable(self, path: Path) -> bool:
@@ -265,7 +266,10 @@ class Finder:
         models = model_by_name(path, fitting_models(contents))
         if model is not None:
             models = [model.name] if fits_model("dit", contents, model) else []
-        return Candidate(path, reason, named_after(path, NEAREST), is_quantised(contents), models)
+        quantised = is_quantised(contents) or bool(native_linear(contents))
+        if layout := layout_name(contents):
+            reason = f"{reason}, {layout}"
+        return Candidate(path, reason, named_after(path, NEAREST), quantised, models)
 
     def choose_denoisers(self, model: ModelConfig, found: Sequence[Candidate]) -> dict[str, Taken]:
         """The file of each expert: those that were named, and of those that were found all of the same kind.
