@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from wanforge.engines.bundle.tensorfile import read_header
+from wanforge.exporter.checkpoint.formats.gguf_file import open_gguf
 from wanforge.exporter.checkpoint.formats.layouts import with_values
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
 from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
@@ -20,6 +21,8 @@ def open_weights(path: Path) -> Contents:
     Raises:
         CheckpointError: The file is missing, truncated or damaged, or holds weights in a layout that is not imported.
     """
+    if path.suffix == ".gguf":
+        return open_gguf(path)
     contents = open_checkpoint(path)
     files = sorted({stored.path for stored in contents.values() if stored.path.suffix == ".safetensors"})
     metadata: dict[str, str] = {}

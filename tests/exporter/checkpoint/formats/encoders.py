@@ -20,8 +20,8 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 class Encoded(NamedTuple):
     stored: State
     values: Tensor
-    recipe: str = ""
-    parts: State = {}
+    recipe: str
+    parts: State
 
 
 Encoder = Callable[[Tensor], Encoded]
@@ -69,7 +69,7 @@ def lightx2v_fp8_tiles(weight: Tensor) -> Encoded:
             scale[i, j] = weight[place].float().abs().max() / 448
             numbers[place] = (weight[place].float() / scale[i, j]).to(E4M3)
             values[place] = numbers[place].float() * scale[i, j]
-    return Encoded({"weight": numbers, "weight_scale": scale}, values)
+    return Encoded({"weight": numbers, "weight_scale": scale}, values, "", {})
 
 
 def scaled_fp8(weight: Tensor, **names: object) -> Encoded:
@@ -106,7 +106,7 @@ def cast_fp8(weight: Tensor) -> Encoded:
 
 def cast_e5m2(weight: Tensor) -> Encoded:
     numbers = weight.to(torch.float8_e5m2)
-    return Encoded({"weight": numbers}, numbers.float())
+    return Encoded({"weight": numbers}, numbers.float(), "", {})
 
 
 def blocks_of_16(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Every layout of quantised weights is told by its tensors, means what it should, and is kept as it is where it can be."""
+"""Every layout of quantised weights is told by its tensors, stands for the right values, and is kept where it can be."""
 
 from collections.abc import Callable
 from pathlib import Path
