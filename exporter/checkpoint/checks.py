@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
@@ -152,9 +154,9 @@ def settle_recipe(
         )
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
-        if others[first]:
-            by_content = others[first] if sla[first] else f"{others[first]}-dense"
-        return load_recipe(by_content)
+        return with_attention(load_recipe(others[first] or by_content), sla[first])
+    if others[first]:
+        wanted = with_attention(wanted, sla[first])
     if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
@@ -163,9 +165,15 @@ def settle_recipe(
     if wanted.attention != "dense" and not has_sla(opened[first]):
         raise CheckpointError(
             f"{paths[first]}: has no proj_l tensors, so it was not trained for sparse-linear attention; recipe "
-            f"{wanted.name!r} needs them, use --recipe bf16 or one whose name ends in -dense"
+            f"{wanted.name!r} needs them, use --recipe bf16"
         )
     return wanted
+
+
+def with_attention(recipe: Recipe, has_sla: bool) -> Recipe:
+    """A recipe with full attention if a denoiser has no projections of sparse-linear attention, as those have not that
+    other projects quantise."""
+    return recipe if has_sla else msgspec.structs.replace(recipe, attention="dense")
 
 
 def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:

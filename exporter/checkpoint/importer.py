@@ -51,7 +51,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import find_tokenizer
-from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
+from wanforge.runtime.reference.quantised_weights import quantise, quantise_exactly, unquantised_name
 from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE
@@ -426,7 +426,7 @@ class Quantiser:
         global_scale = self.global_scale if self.recipe.linear == "nvfp4" else None
         for band in self.stored.chunks(rows=BAND):
             weight_NK = band.unflatten(0, (-1, self.stored.spec.shape[1]))
-            yield quantise(weight_NK, self.recipe, global_scale, rounds=self.rounds)
+            yield (quantise if self.rounds else quantise_exactly)(weight_NK, self.recipe, global_scale)
 
     @property
     def rounds(self) -> bool:

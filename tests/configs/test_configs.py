@@ -38,9 +38,6 @@ RECIPES = {
     "w8a8-256": ("w8a8", "sagesla"),
     "fp8-row": ("fp8-row", "sagesla"),
     "nvfp4": ("nvfp4", "sagesla"),
-    "w8a8-row-dense": ("w8a8-row", "dense"),
-    "fp8-row-dense": ("fp8-row", "dense"),
-    "nvfp4-dense": ("nvfp4", "dense"),
 }
 # SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.
 TARGETS = {

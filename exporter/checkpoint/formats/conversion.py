@@ -11,7 +11,7 @@ from torch import Tensor
 from wanforge.exporter.checkpoint.checks import Part
 from wanforge.exporter.checkpoint.formats.opening import layout_name
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
-from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, open_checkpoint
+from wanforge.exporter.checkpoint.reader import StoredTensor, open_checkpoint
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.reference.quantised_weights import PARTS, WEIGHTS, dequantised
 
@@ -80,7 +80,7 @@ def described(part: Part, path: Path) -> str:
     )
 
 
-def losses_of(before: Contents, names: list[str], path: Path) -> Iterator[Loss]:
+def losses_of(before: Mapping[str, StoredTensor], names: list[str], path: Path) -> Iterator[Loss]:
     """Compare weights, in float64, with what was written of them."""
     written = open_checkpoint(path)
     for name in names:

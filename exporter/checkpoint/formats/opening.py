@@ -1,13 +1,14 @@
 """Open the file of a network in any container, whoever quantised its weights."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from wanforge.engines.bundle.tensorfile import read_header
 from wanforge.exporter.checkpoint.formats.gguf_file import open_gguf
 from wanforge.exporter.checkpoint.formats.layouts import with_values
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
-from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
+from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, open_checkpoint
 
 NEAREST = "w8a8-row"
 """The linear of the recipe for weights that no recipe holds exactly: of those that quantise, the one that adds the
@@ -31,17 +32,17 @@ def open_weights(path: Path) -> Contents:
     return with_values(contents, metadata)
 
 
-def quantised_weights(contents: Contents) -> list[QuantisedTensor]:
+def quantised_weights(contents: Mapping[str, StoredTensor]) -> list[QuantisedTensor]:
     """The weights of a file that another project quantised."""
     return [stored for stored in contents.values() if isinstance(stored, QuantisedTensor)]
 
 
-def layout_name(contents: Contents) -> str:
+def layout_name(contents: Mapping[str, StoredTensor]) -> str:
     """The layouts of a file's quantised weights; empty if it has none."""
     return " and ".join(sorted({weight.layout for weight in quantised_weights(contents)}))
 
 
-def native_linear(contents: Contents) -> str:
+def native_linear(contents: Mapping[str, StoredTensor]) -> str:
     """The linear of the recipe that holds most of a file's quantised weights exactly, or that comes nearest; empty if
     it has none."""
     counts = Counter(weight.encoding.linear for weight in quantised_weights(contents))
