@@ -6,7 +6,7 @@ from pathlib import Path
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, weights_name
 from wanforge.exporter.checkpoint.formats.conversion import planned
-from wanforge.exporter.checkpoint.formats.opening import native_linear, open_weights
+from wanforge.exporter.checkpoint.formats.opening import open_weights, quantised_weights
 from wanforge.exporter.checkpoint.importer import check_out, check_sources, is_linked
 from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import check_exportable, graph_names
@@ -47,7 +47,9 @@ def quantises(arguments: Arguments, recipe: Recipe) -> bool:
     """Whether an import has to quantise the weights of the denoisers."""
     denoiser = arguments.sources.weights[dit_component(arguments.model.experts[0])]
     contents = open_weights(denoiser)
-    return recipe.linear not in ("bf16", native_linear(contents)) and not is_quantised(contents)
+    foreign = quantised_weights(contents)
+    keeps = all(weight.is_exact_in(recipe) for weight in foreign) if foreign else is_quantised(contents)
+    return recipe.linear != "bf16" and not keeps
 
 
 def done_import_work(arguments: Arguments, bundle: Bundle) -> Work:

@@ -3,7 +3,7 @@
 Layout: the magic, the version, the counts of tensors and of entries of metadata; the metadata; name, sizes, type and
 position of each tensor; and, at the next multiple of the alignment, their data. Sizes are in reverse order.
 
-Source: ggml, docs/gguf.md; ComfyUI-GGUF, loader.py and tools/convert.py (docs/sources.md).
+Source: ggml, its specification of GGUF; ComfyUI-GGUF, loader.py and tools/convert.py (docs/sources.md).
 """
 
 import math
@@ -159,7 +159,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Entry:
+class PackedEntry:
     """What a file says about a tensor, its shape in the order of PyTorch."""
 
     name: str
@@ -198,7 +198,7 @@ def open_gguf(path: Path) -> Contents:
     return found
 
 
-def read_entries(header: Header) -> tuple[dict[str, Any], list[Entry]]:
+def read_entries(header: Header) -> tuple[dict[str, Any], list[PackedEntry]]:
     """The metadata and the tensors of a file."""
     if header.data[:4] != MAGIC:
         raise header.refused("is no GGUF file, or damaged. Fetch it again")
@@ -210,21 +210,21 @@ def read_entries(header: Header) -> tuple[dict[str, Any], list[Entry]]:
     return metadata, [read_entry(header) for _ in range(tensors)]
 
 
-def read_entry(header: Header) -> Entry:
+def read_entry(header: Header) -> PackedEntry:
     name, sizes = header.text(), header.number("I")
     if sizes > MOST_SIZES:
         raise header.refused(f"damaged; {name[:80]!r} has {sizes} sizes. Fetch it again")
     reverse = [header.number("Q") for _ in range(sizes)]
     if not all(1 <= size < LARGEST for size in reverse) or math.prod(reverse) >= LARGEST:
         raise header.refused(f"damaged; {name[:80]!r} has the sizes {reverse[::-1]}. Fetch it again")
-    entry = Entry(name, tuple(reversed(reverse)), header.number("I"), header.number("Q"))
+    entry = PackedEntry(name, tuple(reversed(reverse)), header.number("I"), header.number("Q"))
     if entry.kind not in PLAIN and entry.kind not in BLOCKS:
         known = ", ".join([*PLAIN.values(), *(kind for kind, _, _ in BLOCKS.values())])
         raise header.refused(f"{name[:80]} has values of type {entry.kind}, which is not imported; known: {known}")
     return entry
 
 
-def check_places(header: Header, entries: list[Entry], size: int) -> None:
+def check_places(header: Header, entries: list[PackedEntry], size: int) -> None:
     """Refuse tensors that lie outside of the data or on each other, or have the same name.
 
     Args:
@@ -241,7 +241,7 @@ def check_places(header: Header, entries: list[Entry], size: int) -> None:
             raise header.refused(f"truncated; {entry.name} ends at {end:,} of {size:,} bytes of data. Fetch it again")
 
 
-def original_shape(header: Header, entry: Entry, shape: object) -> tuple[int, ...]:
+def original_shape(header: Header, entry: PackedEntry, shape: object) -> tuple[int, ...]:
     """The shape of a tensor, which is elsewhere if it has more than four sizes."""
     if shape is None:
         return entry.shape
@@ -251,7 +251,7 @@ def original_shape(header: Header, entry: Entry, shape: object) -> tuple[int, ..
     return tuple(sizes)
 
 
-def stored_tensor(header: Header, entry: Entry, shape: tuple[int, ...], offset: int) -> StoredTensor:
+def stored_tensor(header: Header, entry: PackedEntry, shape: tuple[int, ...], offset: int) -> StoredTensor:
     """A tensor of the file, whose bytes begin at `offset`."""
     if entry.kind in PLAIN:
         return StoredTensor(entry.name, TensorSpec(PLAIN[entry.kind], shape), header.path, offset)

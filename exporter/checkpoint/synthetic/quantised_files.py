@@ -5,6 +5,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -122,11 +123,21 @@ def is_linear(name: str, spec: TensorSpec) -> bool:
 def parts_of(name: str, spec: TensorSpec, layout_name: str, weight: Tensor | None = None) -> Mapping[str, Tensor]:
     """The tensors of a file that an unquantised tensor becomes, without data unless its values are given."""
     spelt = aliases("dit", name)[1] if layout_name.startswith("modelopt") else name
-    tensor = torch.empty(spec.shape, dtype=STORED[spec.dtype], device="meta") if weight is None else weight
     if not is_linear(name, spec):
-        return {spelt: tensor}
+        return {spelt: without_data(spec) if weight is None else weight}
+    made = parts_without_data(spec, layout_name) if weight is None else LAYOUTS[layout_name](weight.float())
     layer = spelt.removesuffix("weight")
-    return {f"{layer}{part}": made for part, made in LAYOUTS[layout_name](tensor.float()).items()}
+    return {f"{layer}{part}": tensor for part, tensor in made.items()}
+
+
+def without_data(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=STORED[spec.dtype], device="meta")
+
+
+@cache
+def parts_without_data(spec: TensorSpec, layout_name: str) -> Mapping[str, Tensor]:
+    """The tensors that a weight becomes, of which only text has data."""
+    return LAYOUTS[layout_name](without_data(spec).float())
 
 
 def packed_spec(spec: TensorSpec, kind: int) -> TensorSpec:
