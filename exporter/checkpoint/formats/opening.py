@@ -9,6 +9,7 @@ from wanforge.exporter.checkpoint.formats.gguf_file import open_gguf
 from wanforge.exporter.checkpoint.formats.layouts import with_values
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, open_checkpoint
+from wanforge.runtime.reference.names import is_quantised
 
 NEAREST = "w8a8-row"
 """The linear of the recipe for weights that no recipe holds exactly: of those that quantise, the one that adds the
@@ -35,6 +36,11 @@ def open_weights(path: Path) -> Contents:
 def quantised_weights(contents: Mapping[str, StoredTensor]) -> list[QuantisedTensor]:
     """The weights of a file that another project quantised."""
     return [stored for stored in contents.values() if isinstance(stored, QuantisedTensor)]
+
+
+def holds_quantised(contents: Mapping[str, StoredTensor]) -> bool:
+    """Whether a file holds quantised weights, whoever quantised them."""
+    return is_quantised(contents) or bool(quantised_weights(contents))
 
 
 def layout_name(contents: Mapping[str, StoredTensor]) -> str:

@@ -2,25 +2,31 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
-from tests.exporter.checkpoint.sources import I2V, T2V
+from tests.exporter.checkpoint.sources import DENSE, I2V, T2V, State, without
 from wanforge.cli import cli
 from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.checks import Sources, fits_model
+from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.formats.opening import layout_name, open_weights
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.checkpoint.synthetic.quantised_files import (
     NAMES,
     quantised_paths,
     write_quantised,
     write_sparse,
 )
+from wanforge.exporter.commands.dry_run import quantises
 from wanforge.progress import silent
 
 PARTS = ("vae", "text_encoder", "tokenizer")
@@ -96,6 +102,44 @@ def test_synth_writes_over_files_only_when_told(tmp_path: Path) -> None:
     succeeded(*command, "--replace")
 
 
+def test_the_finder_prefers_quantised_files_unless_told(
+    tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
+) -> None:
+    """Contents decide, where no name does, and GGUF files are among the files that are looked at."""
+    sources = given()
+    save_file(without(states["dit"], "proj_l"), tmp_path / "plain.safetensors")
+    for name in ("gguf-q8_0", "lightx2v-int8"):
+        (path,) = quantised_paths(T2V, name, tmp_path).values()
+        write_quantised(T2V, name, {"dit": path}, 0, silent)
+        files = {"--vae": sources.weights["vae"], "--text-encoder": sources.weights["text_encoder"]}
+        wanted = Wanted(
+            out=tmp_path / "out",
+            folders=[tmp_path],
+            files={**files, "--tokenizer": sources.tokenizer},
+            model=T2V,
+        )
+        found = find(wanted)
+        assert found.parts["dit"].path == path
+        assert found.parts["dit"].reason.startswith(f"by its contents, {name}; of two kinds the quantised one")
+        assert found.recipe.linear == "w8a8-row"
+        assert find(replace(wanted, recipe=DENSE)).parts["dit"].path.name == "plain.safetensors"
+        path.unlink()
+
+
+def test_what_an_import_does_is_known_before(tmp_path: Path, given: Callable[..., Sources]) -> None:
+    """The time of an import is expected by whether it copies or quantises."""
+    for name, recipe, expected in (
+        ("lightx2v-int8", "w8a8-row", False),
+        ("lightx2v-int8", "fp8-row", True),
+        ("lightx2v-int8", "bf16", False),
+        ("gguf-q8_0", "w8a8-row", True),
+    ):
+        paths = quantised_paths(T2V, name, tmp_path)
+        write_sparse(T2V, name, paths, silent)
+        arguments = Arguments.of(T2V, given(dit=paths["dit"]), None, link=False)
+        assert quantises(arguments, load_recipe(recipe)) == expected, (name, recipe)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "recipe"),
@@ -108,9 +152,10 @@ def test_synth_writes_over_files_only_when_told(tmp_path: Path) -> None:
 )
 def test_from_a_file_to_a_clip(tmp_path: Path, name: str, recipe: str) -> None:
     succeeded("synth", "--model", "tiny-t2v", "--layout", name, "--out", tmp_path / "in")
-    planned = succeeded("import", tmp_path / "in", "--out", tmp_path / "out", "--dry-run")
+    command = ("import", tmp_path / "in", "--model", "tiny-t2v", "--out", tmp_path / "out")
+    planned = succeeded(*command, "--dry-run")
     assert f"{name}.{'gguf' if 'gguf' in name else 'safetensors'} ({name}, 20 " in planned.stdout
-    made = succeeded("import", tmp_path / "in", "--out", tmp_path / "out")
+    made = succeeded(*command)
     assert f"recipe: {recipe} (by the contents of the denoiser)" in made.stderr
     assert f"(by its contents, {name})" in made.stderr
     said = made.stdout.splitlines()[0]
