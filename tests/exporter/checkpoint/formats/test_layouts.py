@@ -25,6 +25,7 @@ from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.formats import conversion
 from wanforge.exporter.checkpoint.formats.four_bits import swizzled, unswizzled
 from wanforge.exporter.checkpoint.formats.opening import layout_name, native_linear, open_weights
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
@@ -168,7 +169,7 @@ def test_marker_of_comfy_is_no_tensor(tmp_path: Path, given: Given, states: dict
 
 @pytest.mark.parametrize(
     ("recipe", "errors"),
-    [("w8a8-row", (0.001, 0.02)), ("bf16", (0.0001, 0.003)), ("nvfp4", (0.08, 0.11))],
+    [("w8a8-row", (0.001, 0.02)), ("w8a8", (0.001, 0.02)), ("bf16", (0.0001, 0.003)), ("nvfp4", (0.08, 0.11))],
 )
 def test_conversion_is_in_float32_and_tells_its_error(
     tmp_path: Path,
@@ -179,6 +180,7 @@ def test_conversion_is_in_float32_and_tells_its_error(
     errors: tuple[float, float],
 ) -> None:
     monkeypatch.setattr(importer, "BAND", 128)
+    monkeypatch.setattr(conversion, "BAND", 256)
     state, weights = encoded(states["dit"], LAYOUTS["lightx2v-fp8-b128"])
     source = given(dit=write_safetensors(state, tmp_path))
     bundle = import_checkpoint(T2V, source, tmp_path / "out", recipe=load_recipe(recipe))
