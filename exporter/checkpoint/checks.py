@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import CheckpointError, join_names
+from wanforge.exporter.checkpoint.formats.opening import layout_name, native_linear
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
 from wanforge.exporter.checkpoint.reader import Contents, StoredTensor, as_bytes
 from wanforge.plugins.quantiser import TILE
@@ -155,6 +158,10 @@ def settle_recipe(
     """Return the wanted recipe if the denoisers' files allow it, or by default the one that describes these files."""
     denoisers = [dit_component(expert) for expert in model.experts]
     quantised = {c: is_quantised(opened[c]) for c in denoisers}
+    others = {c: native_linear(opened[c]) for c in denoisers}
+    if wanted is None and len(set(others.values())) > 1:
+        kinds = ", ".join(f"{paths[c]} has {layout_name(opened[c]) or 'unquantised'} weights" for c in denoisers)
+        raise CheckpointError(f"the experts do not match: {kinds}; choose one recipe for both with --recipe")
     if len(set(quantised.values())) > 1:
         kinds = ", ".join(f"{paths[c]} is {'quantised' if quantised[c] else 'not'}" for c in denoisers)
         raise CheckpointError(f"the experts do not match: {kinds}; give two files of the same kind")
@@ -168,7 +175,7 @@ def settle_recipe(
         )
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
-        return model.fitted(load_recipe(by_content))
+        return model.fitted(with_attention(load_recipe(others[first] or by_content), sla[first]))
     if wanted.attention == "sla" and not model.dit.sparse:
         raise CheckpointError(
             f"{model.name} was trained with full attention, so recipe {wanted.name!r} has nothing to select from; use "
@@ -176,6 +183,8 @@ def settle_recipe(
             "fp8-row or nvfp4"
         )
     wanted = model.fitted(wanted)
+    if others[first]:
+        wanted = with_attention(wanted, sla[first])
     if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
@@ -187,6 +196,12 @@ def settle_recipe(
             f"{wanted.name!r} needs them, use --recipe bf16"
         )
     return wanted
+
+
+def with_attention(recipe: Recipe, has_sla: bool) -> Recipe:
+    """A recipe with full attention if a denoiser has no projections of sparse-linear attention, as those have not that
+    other projects quantise."""
+    return recipe if has_sla else msgspec.structs.replace(recipe, attention="dense")
 
 
 def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:

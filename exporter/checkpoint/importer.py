@@ -40,7 +40,10 @@ from wanforge.exporter.checkpoint.checks import (
     check_tokenizer,
     settle_recipe,
 )
-from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.formats.conversion import check_scales, described
+from wanforge.exporter.checkpoint.formats.opening import open_weights
+from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
+from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of
@@ -48,7 +51,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import find_tokenizer
-from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
+from wanforge.runtime.reference.quantised_weights import quantise, quantise_exactly, unquantised_name
 from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE
@@ -167,7 +170,7 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)
     check_tokenizer(tokenizer, model)
-    opened = {component: open_checkpoint(path) for component, path in sources.weights.items()}
+    opened = {component: open_weights(path) for component, path in sources.weights.items()}
     for component, found in opened.items():
         check_kind(component, sources.weights[component], found)
     recipe = settle_recipe(model, sources.weights, opened, arguments.recipe)
@@ -177,6 +180,7 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
     ]
     check_sources_lie_elsewhere(out, parts, tokenizer)
     for part in parts:
+        check_scales(part)
         if is_linked(part, arguments):
             check_link(part)
     check_experts([part for part in parts if part.component.startswith("dit.")])
@@ -222,8 +226,11 @@ def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Pr
         if part.component not in record.finished:
             place = link_part if linked else write_part
             record = place(part, out / name, record, ByteCount(progress, part.component, part.nbytes))
+        record = compared(part, out, record)
         size, link = (out / name).stat().st_size, os.readlink(out / name) if linked else ""
-        files[name] = FileRecord(record.finished[part.component].sha256, size, source=str(part.source), link=link)
+        finished = record.finished[part.component]
+        source = f"{part.source} ({finished.conversion})" if finished.conversion else str(part.source)
+        files[name] = FileRecord(finished.sha256, size, source=source, link=link)
     write_atomically(out / TOKENIZER, checked.tokenizer.read_bytes())
     size = (out / TOKENIZER).stat().st_size
     files[TOKENIZER] = FileRecord(sha256_of(out / TOKENIZER), size, source=str(checked.tokenizer))
@@ -363,6 +370,17 @@ def noted(out: Path, record: ImportRecord, part: Part, sha256: str) -> ImportRec
     return record
 
 
+def compared(part: Part, out: Path, record: ImportRecord) -> ImportRecord:
+    """Record what became of weights that another project quantised, once they are written."""
+    finished = record.finished[part.component]
+    if finished.conversion or not (said := described(part, out / weights_name(part.component))):
+        return record
+    finished = msgspec.structs.replace(finished, conversion=said)
+    record = msgspec.structs.replace(record, finished={**record.finished, part.component: finished})
+    write_record(out, record)
+    return record
+
+
 def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
     """Yield every tensor to write with its bytes, which are computed only when they are needed."""
     quantisers: dict[str, Quantiser] = {}
@@ -371,9 +389,12 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
         if stored is not None:
             yield name, converted(stored, spec)
             continue
-        weight = unquantised_name(name)
-        quantiser = quantisers.setdefault(weight, Quantiser(part.stored[weight], part.recipe))
-        yield name, quantiser.bytes_of(name.rpartition(".")[2])
+        weight, leaf = unquantised_name(name), name.rpartition(".")[2]
+        source = part.stored[weight]
+        if isinstance(source, QuantisedTensor) and source.is_exact_in(part.recipe):
+            yield name, map(as_bytes, source.encoding.parts[leaf]())
+            continue
+        yield name, quantisers.setdefault(weight, Quantiser(source, part.recipe)).bytes_of(leaf)
 
 
 def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
@@ -404,14 +425,19 @@ class Quantiser:
     def bands(self) -> Iterator[dict[str, Tensor]]:
         global_scale = self.global_scale if self.recipe.linear == "nvfp4" else None
         for band in self.stored.chunks(rows=BAND):
-            yield quantise(band.unflatten(0, (-1, self.stored.spec.shape[1])), self.recipe, global_scale)
+            weight_NK = band.unflatten(0, (-1, self.stored.spec.shape[1]))
+            yield (quantise if self.rounds else quantise_exactly)(weight_NK, self.recipe, global_scale)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the weight is rounded to bfloat16 first: not if another project has quantised it."""
+        return not isinstance(self.stored, QuantisedTensor)
 
     @cached_property
     def global_scale(self) -> Tensor:
         """The global scale of the whole weight, for which all of it is read."""
-        return global_scale_of(
-            torch.stack([chunk.to(torch.bfloat16).abs().amax() for chunk in self.stored.chunks()]).amax()
-        )
+        amax = torch.stack([chunk.abs().amax() for chunk in self.stored.chunks()]).amax()
+        return global_scale_of(amax.to(torch.bfloat16) if self.rounds else amax)
 
 
 def check_link(part: Part) -> None:

@@ -48,6 +48,8 @@ class Finished(Record, frozen=True):
     made_from: str
     """Its files with their sizes and times, and the layout of its tensors."""
     sha256: str
+    conversion: str = ""
+    """What became of its weights, if another project had quantised them."""
 
 
 class ImportRecord(Record, frozen=True):
@@ -68,6 +70,13 @@ def write_record(root: Path, record: ImportRecord) -> None:
     """Keep the record of an import in its bundle."""
     ordered = msgspec.structs.replace(record, finished=dict(sorted(record.finished.items())))
     write_atomically(root / IMPORT, msgspec.json.format(msgspec.json.encode(ordered), indent=1))
+
+
+def conversions(root: Path) -> dict[str, str]:
+    """What became of weights that another project had quantised, by component."""
+    record = read_record(root)
+    every = {} if record is None else record.finished
+    return {component: finished.conversion for component, finished in every.items() if finished.conversion}
 
 
 def read_record(root: Path) -> ImportRecord | None:

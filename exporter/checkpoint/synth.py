@@ -4,38 +4,27 @@ A file is laid out first, without data, and its tensors are then filled in one b
 little memory. Several threads draw, and one writes. A sparse file is left without data and takes almost no disk space.
 """
 
-import os
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, reduce
-from operator import xor
 from pathlib import Path
-from typing import IO
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import as_bytes, open_checkpoint
 from wanforge.exporter.checkpoint.synthetic.forms import FORMS, FileForm, file_name, write_tensor_file
 from wanforge.exporter.checkpoint.synthetic.tokenizer import train_tokenizer
+from wanforge.exporter.checkpoint.synthetic.torch_file import write_torch_file
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import ByteCount, Progress, silent
-from wanforge.runtime.dtypes import STORED
-from wanforge.whole_file import temporary_file, write_atomically
+from wanforge.whole_file import write_atomically
 
 VAE_FILE = "Wan2.1_VAE.pth"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
-DESCRIPTOR = b"PK\x07\x08"
-"""What lies between a record's data and the checksum behind it."""
 
 
 def file_names(model: ModelConfig) -> dict[str, str]:
@@ -145,74 +134,3 @@ def check_disk(out: Path, needed: int) -> None:
             f"{out}: {needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free; make room, choose another "
             "folder, or write files of zeros that take no space (--sparse)"
         )
-
-
-def write_torch_file(
-    path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, count: Callable[[int], object]
-) -> None:
-    """Write a flat state dict as `torch.save` does, and then fill in its data from `values`, if any."""
-    with temporary_file(path) as temporary:
-        with temporary.open("r+b") as file:
-            lay_out(file, specs)
-            fill(file, specs, values or (lambda name: iter(())), count)
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-def lay_out(file: IO[bytes], specs: Layout) -> None:
-    """Write a file with a hole in place of each tensor's data."""
-    with FakeTensorMode():
-        state = {name: torch.empty(spec.shape, dtype=STORED[spec.dtype]) for name, spec in specs.items()}
-        try:
-            with torch.serialization.skip_data(materialize_fake_tensors=True):
-                torch.save(state, file)
-        except RuntimeError as error:  # PyTorch fails once more when it closes a file that it could not write
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
-def fill(
-    file: IO[bytes], specs: Layout, values: Callable[[str], Iterator[Tensor]], count: Callable[[int], object]
-) -> None:
-    """Write data into the tensors of a file that was laid out without any, and the checksums of all tensors.
-
-    A tensor without values is left as it is, a hole in the file that reads as zeros. PyTorch repeats the checksum of
-    each record behind its data.
-    """
-    contents = open_checkpoint(Path(file.name))
-    with zipfile.ZipFile(file, "a") as archive:
-        for name, spec in specs.items():
-            record, checksum = contents[name].record, None
-            assert record is not None
-            file.seek(record.offset)
-            for piece in values(name):
-                checksum = zlib.crc32(as_bytes(piece), checksum or 0)
-                count(file.write(as_bytes(piece)))
-            end = record.offset + spec.nbytes
-            assert checksum is None or file.tell() == end, name
-            entry = archive.getinfo(record.name)
-            entry.CRC = checksum_of_zeros(spec.nbytes) if checksum is None else checksum
-            file.seek(end + len(DESCRIPTOR))
-            file.write(entry.CRC.to_bytes(4, "little"))
-        archive.comment = b""  # makes zipfile write the directory again
-
-
-@cache
-def checksum_of_zeros(size: int) -> int:
-    """The CRC-32 of `size` zero bytes, without computing it from them.
-
-    What a zero byte does to the 32 bits of the register is linear. Squaring the matrix doubles the number of bytes.
-    """
-
-    def times(columns: list[int], vector: int) -> int:
-        return reduce(xor, (column for bit, column in enumerate(columns) if vector >> bit & 1), 0)
-
-    ones = 0xFFFFFFFF
-    register, matrix = ones, [ones ^ zlib.crc32(b"\0", ones ^ 1 << bit) for bit in range(32)]
-    while size:
-        if size & 1:
-            register = times(matrix, register)
-        matrix = [times(matrix, column) for column in matrix]
-        size >>= 1
-    return ones ^ register

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, weights_name
+from wanforge.exporter.checkpoint.formats.conversion import planned
+from wanforge.exporter.checkpoint.formats.opening import open_weights, quantised_weights
 from wanforge.exporter.checkpoint.importer import check_out, check_sources, is_linked
-from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import check_exportable, graph_names
 from wanforge.runtime.measure.durations import Work
@@ -29,7 +30,8 @@ def estimate_import(arguments: Arguments, out: Path, *, replace: bool) -> Estima
     steps = [f"would import {arguments.model.name} with recipe {checked.recipe.name} to {out}:"]
     for part in checked.parts:
         how = f"{size(part.nbytes)} from" if part in copied else "a link to"
-        steps.append(f"  {weights_name(part.component)}: {how} {part.source}")
+        said = planned(part)
+        steps.append(f"  {weights_name(part.component)}: {how} {part.source}" + (f" ({said})" if said else ""))
     nbytes = sum(part.nbytes for part in copied)
     work = import_work(arguments, checked.recipe, sum(part.nbytes for part in checked.parts))
     return Estimate(steps, [work], nbytes, out, IMPORT_MEMORY)
@@ -44,7 +46,10 @@ def import_work(arguments: Arguments, recipe: Recipe, nbytes: int) -> Work:
 def quantises(arguments: Arguments, recipe: Recipe) -> bool:
     """Whether an import has to quantise the weights of the denoisers."""
     denoiser = arguments.sources.weights[dit_component(arguments.model.experts[0])]
-    return recipe.linear != "bf16" and not is_quantised(open_checkpoint(denoiser))
+    contents = open_weights(denoiser)
+    foreign = quantised_weights(contents)
+    keeps = all(weight.is_exact_in(recipe) for weight in foreign) if foreign else is_quantised(contents)
+    return recipe.linear != "bf16" and not keeps
 
 
 def done_import_work(arguments: Arguments, bundle: Bundle) -> Work:

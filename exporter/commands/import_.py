@@ -19,7 +19,7 @@ from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
-from wanforge.exporter.checkpoint.record import Arguments, read_record
+from wanforge.exporter.checkpoint.record import Arguments, conversions, read_record
 from wanforge.exporter.commands.dry_run import done_import_work, estimate_import
 from wanforge.exporter.export import has_graphs
 from wanforge.exporter.hub.pulled import named_model, pulled_folders
@@ -71,8 +71,8 @@ class ImportOptions:
 @click.option(
     "--dit",
     type=ANY_PATH,
-    help="Denoiser: a .pth or .safetensors file, the index of a sharded checkpoint, or its folder. For models with "
-    "two experts, the high-noise one.",
+    help="Denoiser: a .pth, .safetensors or .gguf file, the index of a sharded checkpoint, or its folder. For models "
+    "with two experts, the high-noise one.",
 )
 @click.option("--dit-low", type=ANY_PATH, help="Low-noise expert, for models with two; in the same formats as --dit.")
 @click.option("--vae", type=ANY_PATH, help="VAE: Wan2.1_VAE.pth, or its diffusers version.")
@@ -109,6 +109,9 @@ def import_(options: ImportOptions) -> None:
     what is taken is listed, and where several files may be meant, the options that decide. Of a quantised and an
     unquantised denoiser, the quantised one is taken, unless --recipe is one that needs the other. If no model, folder
     or file is given, the bundle is made from TinyWan's files, which come with the package.
+
+    Weights that LightX2V, ComfyUI, ModelOpt or ggml's tools have quantised keep their numbers if the recipe has such
+    numbers, as the default one mostly has. Otherwise they are dequantised and quantised, and the error is printed.
 
     Every tensor's name, shape and type is checked before anything is written. An interrupted import continues where it
     stopped when the same command is run again, or with --resume.
@@ -208,10 +211,13 @@ def size_of(bundle: Bundle) -> int:
 
 def report(bundle: Bundle, *, as_json: bool) -> None:
     """Print what was made, and what to do next."""
+    found = conversions(bundle.root)
     if as_json:
         made = {"bundle": str(bundle.root), "model": bundle.model.name, "recipe": bundle.recipe.name}
-        click.echo(json.dumps({**made, "bytes": size_of(bundle)}))
+        click.echo(json.dumps({**made, "bytes": size_of(bundle), **({"conversions": found} if found else {})}))
         return
+    for component, said in found.items():
+        click.echo(f"{component}: {said}")
     torch = f"wanforge generate {shlex.quote(str(bundle.root))} --backend torch --prompt …"
     click.echo(
         f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {size_of(bundle) / 1e9:.2f} GB; "

@@ -14,6 +14,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.files import built_clips
 from wanforge.engines.inspection import describe, inspect_bundle
 from wanforge.errors import WanforgeError
+from wanforge.exporter.checkpoint.record import conversions
 from wanforge.runtime.commands.options import BUNDLE, JSON, takes
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.progress import Bars
@@ -54,11 +55,18 @@ def inspect(options: InspectOptions) -> None:
     with Bars() as bars:
         found = inspect_bundle(bundle, verify=options.verify, progress=bars)
     plans, failures = plans_of(bundle, gpus)
+    made = conversions(bundle.root)
     if options.as_json:
-        told = {**found.as_json(), "plans": [plan.as_json() for plan in plans], "failures": failures}
+        told = {
+            **found.as_json(),
+            "conversions": made,
+            "plans": [plan.as_json() for plan in plans],
+            "failures": failures,
+        }
         click.echo(json.dumps(told))
     else:
-        click.echo("\n".join([describe(found), *([table(plans)] if plans else []), *failures]))
+        said = [f"  {component}: {conversion}" for component, conversion in made.items()]
+        click.echo("\n".join([describe(found), *said, *([table(plans)] if plans else []), *failures]))
     if found.problems or failures:
         click.get_current_context().exit(1)
 

@@ -74,7 +74,7 @@ def test_without_metadata_the_checkout_is_installed() -> None:
     assert shlex.split(install_package("torch")) == [*PIP, str(PACKAGE.resolve().parents[1])]
 
 
-@pytest.mark.parametrize("extra", ["gpu", "rtx", "tensorrt", "hub", "serve", "postgres", "s3", "otel"])
+@pytest.mark.parametrize("extra", ["gpu", "rtx", "tensorrt", "hub", "gguf", "serve", "postgres", "s3", "otel"])
 def test_the_extras_are_those_of_the_project(extra: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert shlex.split(install_extra(extra)) == [*PIP, *project["optional-dependencies"][extra]]

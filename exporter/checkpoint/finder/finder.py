@@ -37,10 +37,11 @@ from wanforge.exporter.checkpoint.finder.file_names import (
     stem_of,
 )
 from wanforge.exporter.checkpoint.finder.listing import list_folders
-from wanforge.exporter.checkpoint.reader import Contents, open_checkpoint
+from wanforge.exporter.checkpoint.formats.opening import holds_quantised, layout_name, open_weights
+from wanforge.exporter.checkpoint.reader import Contents
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.names import has_image_branch, is_quantised, looks_like
+from wanforge.runtime.reference.names import has_image_branch, looks_like
 
 OPTIONS = {
     **{"dit": "--dit", "dit.high": "--dit", "dit.low": "--dit-low"},
@@ -139,7 +140,7 @@ def find(wanted: Wanted) -> Findings:
 
 
 def model_of(
-    path: Path, published: PublishedNames, contents_of: Callable[[Path], Contents] = open_checkpoint
+    path: Path, published: PublishedNames, contents_of: Callable[[Path], Contents] = open_weights
 ) -> tuple[str, str]:
     """The model of a denoiser that was named, and what shows that it is this one.
 
@@ -198,7 +199,7 @@ class Finder:
             CheckpointError: It cannot be read.
         """
         if path not in self.opened:
-            self.opened[path] = open_checkpoint(path)
+            self.opened[path] = open_weights(path)
         return self.opened[path]
 
     def readable(self, path: Path) -> bool:
@@ -266,7 +267,9 @@ class Finder:
         models = model_by_name(path, fitting_models(contents))
         if model is not None:
             models = [model.name] if fits_model("dit", contents, model) else []
-        return Candidate(path, reason, named_after(path, NEAREST), is_quantised(contents), models)
+        if layout := layout_name(contents):
+            reason = f"{reason}, {layout}"
+        return Candidate(path, reason, named_after(path, NEAREST), holds_quantised(contents), models)
 
     def choose_denoisers(self, model: ModelConfig, found: Sequence[Candidate]) -> dict[str, Taken]:
         """The file of each expert: those that were named, and of those that were found all of the same kind.
@@ -302,7 +305,7 @@ class Finder:
     def wanted_kind(self, given: Mapping[str, Taken]) -> tuple[bool, str]:
         """Whether quantised denoisers are preferred to others, and what says so."""
         for taken in given.values():
-            return is_quantised(self.contents(taken.path)), f"like {taken.path.name}"
+            return holds_quantised(self.contents(taken.path)), f"like {taken.path.name}"
         if (recipe := self.wanted.recipe) is None:
             return True, "unless --recipe asks for bf16"
         return recipe.is_published, f"for recipe {recipe.name}"

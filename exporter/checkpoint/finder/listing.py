@@ -20,9 +20,9 @@ from wanforge.engines.bundle.remedies import import_command
 from wanforge.errors import BundleError, CheckpointError, join_names
 from wanforge.exporter.checkpoint.reader import INDEX
 
-CONTAINERS = (".safetensors", ".pth", ".pt")
+CONTAINERS = (".safetensors", ".pth", ".pt", ".gguf")
 """The ends of names of files that hold the weights of a component."""
-UNREAD = (".bin", ".ckpt", ".gguf")
+UNREAD = (".bin", ".ckpt")
 """The ends of names of files that hold weights, but are not imported."""
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 COMMIT = re.compile(r"[0-9a-zA-Z]+")

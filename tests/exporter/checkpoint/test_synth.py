@@ -32,6 +32,7 @@ from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
 from wanforge.exporter.checkpoint.synthetic import weights
 from wanforge.exporter.checkpoint.synthetic.tokenizer import CORPUS, train_tokenizer
+from wanforge.exporter.checkpoint.synthetic.torch_file import checksum_of_zeros
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import Tokenizer
@@ -144,11 +145,11 @@ def test_checksums_are_right(tmp_path: Path, sparse: bool) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 255, 65536, 1_000_003])
 def test_the_checksum_of_zeros_is_that_of_the_bytes(size: int) -> None:
-    assert synth.checksum_of_zeros(size) == zlib.crc32(bytes(size))
+    assert checksum_of_zeros(size) == zlib.crc32(bytes(size))
 
 
 def test_the_checksum_of_many_zeros_continues_that_of_fewer() -> None:
-    assert zlib.crc32(bytes(12_345), synth.checksum_of_zeros(28 * 10**9)) == synth.checksum_of_zeros(28_000_012_345)
+    assert zlib.crc32(bytes(12_345), checksum_of_zeros(28 * 10**9)) == checksum_of_zeros(28_000_012_345)
 
 
 def test_every_file_is_written(checkpoints: dict[str, Path]) -> None:

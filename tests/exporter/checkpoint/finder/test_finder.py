@@ -243,7 +243,7 @@ def test_foreign_files_are_left_alone(tmp_path: Path, t2v: Path) -> None:
 
 def test_no_file_is_opened_that_names_leave_out(tmp_path: Path, t2v: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(finder, "open_checkpoint", lambda path: (opened.append(path.name), open_checkpoint(path))[1])
+    monkeypatch.setattr(finder, "open_weights", lambda path: (opened.append(path.name), open_checkpoint(path))[1])
     folder = published(t2v, tmp_path)
     shutil.copy(t2v / "tiny-t2v.pth", folder / "other.pth")
     find(Wanted(out=OUT, folders=[folder]))
