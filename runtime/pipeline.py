@@ -29,6 +29,7 @@ from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
+from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import needed_bytes
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.reference.sampler import gaussian, sample
@@ -39,6 +40,7 @@ from wanforge.runtime.request import (
     Settings,
     Timings,
     check_request,
+    concerning,
     latent_shape,
     request_for,
 )
@@ -63,6 +65,7 @@ class Pipeline:
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
         self.embeddings: Embeddings | None = None
+        self.loras = Fitting(bundle, backend)
 
     @with_settings(Settings)
     def generate(
@@ -95,8 +98,11 @@ class Pipeline:
             RequestError, ConfigError: The request does not make sense for this model.
             ResourceError: This machine's memory is too small for it.
             BundleError: The bundle lacks what the backend needs for it.
+            CheckpointError: A LoRA is damaged, or does not fit the model.
         """
         checked = self.resolve(request)
+        with concerning("loras"):
+            self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
             self._check_memory(request.shape)
         self.backend.prepare(request.shape)
@@ -159,8 +165,10 @@ class Pipeline:
             return sample(denoiser, checked.trajectory, noise).cpu()
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
-        """Embed the prompt, encode the image, and compute whatever the steps share."""
+        """Put the request's LoRAs in place, embed the prompt, encode the image, and compute whatever the steps share.
+        Putting LoRAs in place is loading and counts for no stage."""
         self.backend.prepare(checked.request.shape)
+        self.loras.put_on(checked.request.loras, progress)
         text = self.text(checked.ids, timings, progress)
         channels = None
         if checked.request.image is not None:

@@ -27,26 +27,34 @@ def quantise(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = No
 
     Published weights are bfloat16; a wider one is rounded first, as upstream's conversion does.
 
+    Args, Returns: See `quantise_exactly`.
+    """
+    return quantise_exactly(weight_NK.to(torch.bfloat16), recipe, global_scale)
+
+
+def quantise_exactly(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | None = None) -> dict[str, Tensor]:
+    """Quantise a weight, or whole bands of its tiles, from its values as they are.
+
     Args:
+        weight_NK: ``[N, K]``, any float type.
         recipe: One that quantises.
         global_scale: The global scale of the whole weight, where the recipe has one; by default, that of these rows.
 
     Returns:
         The parts by name. The global scale is in it where the recipe has one.
     """
-    rounded = weight_NK.to(torch.bfloat16)
     match recipe.linear:
         case "nvfp4":
-            scale_of_all = nvfp4.global_scale_of(rounded.abs().amax()) if global_scale is None else global_scale
-            packed, scale = nvfp4.quantise_weight(rounded, scale_of_all)
+            scale_of_all = nvfp4.global_scale_of(weight_NK.abs().amax()) if global_scale is None else global_scale
+            packed, scale = nvfp4.quantise_weight(weight_NK, scale_of_all)
             return {"fp4_weight": packed, "scale": scale, "global_scale": scale_of_all}
         case "w8a8-row":
-            steps, scale = eight_bits.quantise_rows(rounded)
+            steps, scale = eight_bits.quantise_rows(weight_NK)
         case "fp8-row":
-            steps, scale = eight_bits.quantise_rows(rounded, torch.float8_e4m3fn)
+            steps, scale = eight_bits.quantise_rows(weight_NK, torch.float8_e4m3fn)
             return {"fp8_weight": steps, "scale": scale}
         case _:
-            steps, scale = eight_bits.quantise_tiles(rounded, recipe.tile)
+            steps, scale = eight_bits.quantise_tiles(weight_NK, recipe.tile)
     return {"int8_weight": steps, "scale": scale}
 
 

@@ -74,11 +74,14 @@ class ImportSettings(TypedDict, total=False):
     Attributes:
         recipe: Name of a recipe, or a TOML file; by default the recipe follows from the files.
         link: Link to canonical safetensors files instead of copying them.
+        keep_unquantised: Keep the weights that the recipe quantises as they are, too, so that LoRAs can be added to
+            them without loss.
         replace: Overwrite an existing bundle.
     """
 
     recipe: str
     link: bool
+    keep_unquantised: bool
     replace: bool
 
 
@@ -122,6 +125,7 @@ def import_checkpoint(
         wanted.out,
         recipe=recipe,
         link=settings.get("link", False),
+        keep_unquantised=settings.get("keep_unquantised", False),
         replace=settings.get("replace", False),
         progress=on_progress,
     )
