@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wanforge.errors import RequestError
 
-EXPERT = re.compile(r"^(high|low)=(.+)$", re.DOTALL)
+EXPERT = re.compile(r"^(high|low)=(.*)$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_choice(text: str, folder: Path = Path()) -> LoraChoice:
     strength = _number(end) if name else None
     if strength is None:
         name, strength = rest, 1.0
-    if not name or "\0" in name or name.endswith(":"):
+    if not name or "\0" in name or name.startswith(":"):
         raise RequestError(f"{text!r} names no LoRA; give FILE, FILE:STRENGTH or high=FILE:STRENGTH")
     if not math.isfinite(strength):
         raise RequestError(f"{text!r}: the strength must be a finite number, not {strength:g}")

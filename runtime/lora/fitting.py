@@ -41,7 +41,7 @@ class Fitting:
         self.sets = MergedSets(bundle)
         self._opened: dict[Path, Opened] = {}
         self._targets: Targets | None = None
-        self._worn: tuple[LoraChoice, ...] = ()
+        self._used: list[tuple[LoraChoice, LoraFile]] = []
 
     def check(self, choices: Sequence[LoraChoice]) -> None:
         """Check that all these LoRAs can be used with this model.
@@ -75,12 +75,10 @@ class Fitting:
         Raises:
             ResourceError: The disk is too small for the merged weights.
         """
-        if tuple(choices) == self._worn and all(stamp_of(c.path) == self._opened[c.path].file.stamp for c in choices):
-            return
-        merged = {each: self._set(each, choices, progress) for each in self._components(choices)}
-        if merged or self._worn:
-            self.backend.rebind(merged)
-        self._worn = tuple(choices)
+        used = [(choice, self.opened(choice.path).file) for choice in choices]
+        if used != self._used:
+            self.backend.rebind({each: self._set(each, choices, progress) for each in self._components(choices)})
+            self._used = used
 
     def described(self, choices: Sequence[LoraChoice]) -> list[dict[str, object]]:
         """What a report says of LoRAs: the files with their hashes, how strongly they act, where, and how the weights
