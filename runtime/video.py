@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,14 +137,3 @@ def failure(path: Path, said: str) -> VideoError:
     free = shutil.disk_usage(path.parent).free
     words = " ".join(said.split()[-40:]) or "nothing"
     return VideoError(f"{path}: the video encoder stopped; it said: {words}. {free / 1e6:.1f} MB are free on that disk")
-
-
-def numbered(wanted: list[Path]) -> list[Path]:
-    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
-    counts, numbers = Counter(wanted), Counter[Path]()
-    digits = max(3, len(str(max(counts.values()))))
-    paths = []
-    for path in wanted:
-        numbers[path] += 1
-        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
-    return paths

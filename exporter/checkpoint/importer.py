@@ -62,7 +62,6 @@ def import_checkpoint(
     *,
     recipe: Recipe | None = None,
     link: bool = False,
-    keep_unquantised: bool = False,
     replace: bool = False,
     progress: Progress = silent,
 ) -> Bundle:
@@ -76,8 +75,6 @@ def import_checkpoint(
             `w8a8` quantises unquantised files to the same bytes as upstream's own quantiser.
         link: Link to canonical safetensors files of denoisers and text encoder instead of copying them. The VAE is
             small and always copied: its graphs point into its file, and ONNX tools do not follow links.
-        keep_unquantised: Keep the weights that the recipe quantises as they are, too, so that LoRAs can be added to
-            them.
         replace: Overwrite an existing bundle. Files that are there already, undamaged and made from the same source,
             are kept; graphs and engines that no longer fit are deleted.
 
@@ -87,8 +84,7 @@ def import_checkpoint(
         BundleError: `out` is already a bundle, or holds another import that was interrupted, and `replace` is not set.
         ResourceError: The disk is too small.
     """
-    arguments = Arguments.of(model, sources, recipe, link, keep_unquantised=keep_unquantised)
-    return run_import(arguments, out, replace=replace, progress=progress)
+    return run_import(Arguments.of(model, sources, recipe, link), out, replace=replace, progress=progress)
 
 
 def run_import(arguments: Arguments, out: Path, *, replace: bool = False, progress: Progress = silent) -> Bundle:

@@ -37,7 +37,7 @@ from wanforge.runtime.commands.options import (
 )
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.inputs.noise import write_noise
-from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
+from wanforge.runtime.inputs.prompts import PromptLine, numbered, placed, read_prompts
 from wanforge.runtime.lora.option import LORA, told
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
@@ -45,7 +45,7 @@ from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
-from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes, numbered
+from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
 from wanforge.whole_file import check_writable, folders_as_before
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedLora:
     """A LoRA's file and what it changes in a model."""
 
     file: LoraFile
@@ -39,7 +39,7 @@ class Fitting:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend = bundle, backend
         self.sets = MergedSets(bundle)
-        self._opened: dict[Path, Opened] = {}
+        self._opened: dict[Path, OpenedLora] = {}
         self._targets: Targets | None = None
         self._used: list[tuple[LoraChoice, LoraFile]] = []
 
@@ -59,14 +59,14 @@ class Fitting:
             for target in merged.additions:
                 merged.base(target)
 
-    def opened(self, path: Path) -> Opened:
+    def opened(self, path: Path) -> OpenedLora:
         """A LoRA's file with its records, read again if it has changed."""
         known = self._opened.get(path)
         if known is not None and path.is_file() and stamp_of(path) == known.file.stamp:
             return known
         self._targets = self._targets or targets_of(self.bundle.model, self.bundle.recipe)
         file = open_lora(path)
-        self._opened[path] = Opened(file, read_records(file, self._targets))
+        self._opened[path] = OpenedLora(file, read_records(file, self._targets))
         return self._opened[path]
 
     def put_on(self, choices: Sequence[LoraChoice], progress: Progress = silent) -> None:

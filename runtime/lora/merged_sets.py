@@ -167,5 +167,5 @@ def key(merged: MergedWeights, loras: Sequence[MergedLora]) -> str:
 
 def merged_sets(root: Path) -> Mapping[str, MergedSet]:
     """The sets of a bundle by the names of their files."""
-    found = {path.name: read_set(path) for path in sorted((root / FOLDER).glob("*.json"))}
+    found = {f"{path.stem}.safetensors": read_set(path) for path in sorted((root / FOLDER).glob("*.json"))}
     return {name: record for name, record in found.items() if record is not None}

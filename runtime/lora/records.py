@@ -12,7 +12,7 @@ from typing import Literal
 from wanforge.errors import CheckpointError, join_names
 from wanforge.runtime.lora.dialects import IMAGE_ONLY, Key, Role, read_key, refusal
 from wanforge.runtime.lora.files import FileTensor, LoraFile
-from wanforge.runtime.lora.scales import Scaling, scaling_of
+from wanforge.runtime.lora.scales import LoraScaling, scaling_of
 from wanforge.runtime.lora.targets import Part, Targets
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _differences(parts: Parts) -> list[Part]:
     return [part for part in every if part in parts]
 
 
-def _product(module: str, parts: Parts, targets: Targets, scaling: Scaling, wrong: list[str]) -> LoraRecord | None:
+def _product(module: str, parts: Parts, targets: Targets, scaling: LoraScaling, wrong: list[str]) -> LoraRecord | None:
     """The record of two factors; None if the model has no such weight, or a factor is missing."""
     target, down, up = targets.find(module, "weight"), parts.get("down"), parts.get("up")
     if target is None or down is None or up is None:

@@ -21,7 +21,7 @@ MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Scaling:
+class LoraScaling:
     """How a LoRA is scaled.
 
     Attributes:
@@ -48,7 +48,7 @@ class Scaling:
         return alpha / (math.sqrt(rank) if self.is_stabilised else rank)
 
 
-def scaling_of(file: LoraFile) -> Scaling:
+def scaling_of(file: LoraFile) -> LoraScaling:
     """The scaling that a file's metadata, or the file beside it, gives.
 
     Raises:
@@ -60,14 +60,14 @@ def scaling_of(file: LoraFile) -> Scaling:
         check_regular(beside, CheckpointError, MOST_BYTES)
         text, place = beside.read_text("utf-8", errors="replace"), str(beside)
     if text is None:
-        return Scaling()
+        return LoraScaling()
     try:
         return _scaling(msgspec.json.decode(text, type=dict[str, Any]))
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{place}: damaged ({error}); repair it, or remove it for a scale of 1") from None
 
 
-def _scaling(found: Mapping[str, Any]) -> Scaling:
+def _scaling(found: Mapping[str, Any]) -> LoraScaling:
     """The scaling in a configuration of PEFT, whose keys diffusers puts ``transformer.`` before."""
     config = {key.removeprefix("transformer."): value for key, value in found.items()}
     if config.get("use_dora"):
@@ -76,7 +76,7 @@ def _scaling(found: Mapping[str, Any]) -> Scaling:
     if not isinstance(patterns, dict) or any(set(name) & set("^$*+?()[]{}|\\") for name in patterns):
         raise ValueError("alpha_pattern holds regular expressions; only names of modules are understood")
     alpha = config.get("lora_alpha")
-    return Scaling(
+    return LoraScaling(
         None if alpha is None else finite(alpha),
         bool(config.get("use_rslora")),
         {spelled(name): finite(each) for name, each in patterns.items()},

@@ -26,10 +26,8 @@ from wanforge.runtime.lora.merging import Addition, MergedWeights
 from wanforge.runtime.lora.records import read_records
 from wanforge.runtime.lora.targets import targets_of
 
-LAYERS = tuple(f"{attention}.{part}" for attention in ("self_attn", "cross_attn") for part in "qkvo") + (
-    "ffn.0",
-    "ffn.2",
-)
+LAYERS = tuple(f"{attention}_attn.{part}" for attention in ("self", "cross") for part in "qkvo")
+LAYERS += ("ffn.0", "ffn.2")
 
 
 def sparse(path: Path, tensors: dict[str, TensorSpec]) -> FileRecord:

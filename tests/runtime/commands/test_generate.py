@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from wanforge.cli import cli
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
+from wanforge.runtime.inputs.prompts import numbered
 from wanforge.runtime.reference.sampler import gaussian
-from wanforge.runtime.video import numbered
 
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."

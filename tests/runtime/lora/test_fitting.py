@@ -14,7 +14,8 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
 from wanforge.errors import BundleError, CheckpointError, RequestError
-from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.importer import run_import
+from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import export
 from wanforge.runtime.inputs.lora import LoraChoice, read_choice
 from wanforge.runtime.lora import merged_sets
@@ -31,7 +32,7 @@ def made(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     sources = checkpoint_sources("tiny-t2v", checkpoints["tiny-t2v"], quantised=False)
     out = tmp_path_factory.mktemp("made") / "bundle"
     model, recipe = load_model("tiny-t2v"), load_recipe("w8a8")
-    export(import_checkpoint(model, sources, out, recipe=recipe, keep_unquantised=True), ["fp32"])
+    export(run_import(Arguments.of(model, sources, recipe, link=False, keep_unquantised=True), out), ["fp32"])
     return out
 
 
@@ -150,15 +151,15 @@ def test_a_damaged_set_is_made_again(damage: str, bundle: Bundle, tmp_path: Path
 def test_an_interrupted_merge_leaves_no_set(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = LoraChoice(lora(tmp_path / "a.safetensors"))
 
-    class Stopped(Exception):
+    class StopError(Exception):
         pass
 
     def stop(stage: str, done: int, total: int, unit: str = "", /) -> None:
         if stage.startswith("merge") and done > total / 2:
-            raise Stopped
+            raise StopError
 
     pipeline = open_pipeline(bundle, "torch")
-    with pytest.raises(Stopped):
+    with pytest.raises(StopError):
         pipeline.loras.put_on([choice], stop)
     assert not list((bundle.root / FOLDER).glob("*.json"))
     assert not list((bundle.root / FOLDER).glob("*.safetensors"))

@@ -13,7 +13,8 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
 from wanforge.errors import BundleError, CheckpointError
-from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.importer import run_import
+from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.plugins.quantiser.reference import dequantise, quantise_tiles
 from wanforge.runtime.lora.files import open_lora
 from wanforge.runtime.lora.merging import Addition, MergedWeights
@@ -32,7 +33,8 @@ def imported(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     def bundle(recipe: str, *, model: str = "tiny-t2v", quantised: bool = False, keep: bool = False) -> Bundle:
         sources = checkpoint_sources(model, checkpoints[model], quantised=quantised)
         out = tmp_path_factory.mktemp("bundle") / "bundle"
-        return import_checkpoint(load_model(model), sources, out, recipe=load_recipe(recipe), keep_unquantised=keep)
+        arguments = Arguments.of(load_model(model), sources, load_recipe(recipe), link=False, keep_unquantised=keep)
+        return run_import(arguments, out)
 
     return bundle
 
