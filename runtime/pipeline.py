@@ -16,8 +16,6 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
-from wanforge.errors import ResourceError
-from wanforge.host.capacity import available_bytes
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
@@ -30,7 +28,7 @@ from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
-from wanforge.runtime.memory.estimate import needed_bytes
+from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
@@ -104,22 +102,13 @@ class Pipeline:
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            self._check_memory(request.shape)
+            check_memory(self.model, self.recipe, request.shape, self.backend.dtype.itemsize)
         self.backend.prepare(request.shape)
         return checked
 
     def resolve(self, request: Request) -> CheckedRequest:
         """Check a request without regard to this machine's memory; see `request.check_request`."""
         return check_request(request, self.model, self.recipe, self.tokenizer)
-
-    def _check_memory(self, shape: ClipShape) -> None:
-        needed = needed_bytes(self.model, self.recipe, shape, self.backend.dtype.itemsize)
-        available = available_bytes()
-        if needed > available:
-            raise ResourceError(
-                f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
-                f"memory on this backend, but only {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
-            )
 
     def make(self, request: Request, progress: Progress = silent) -> Clip:
         """Serve a whole request and return its latents and frames. Raises the same errors as `check`."""

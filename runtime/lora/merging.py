@@ -23,7 +23,7 @@ from wanforge.runtime.lora.records import LoraRecord
 from wanforge.runtime.lora.rounding import generator_of, requantise
 from wanforge.runtime.memory.weights import specs
 from wanforge.runtime.reference.networks import network
-from wanforge.runtime.reference.quantised_weights import quantise_exactly, unquantised_name
+from wanforge.runtime.reference.quantised_weights import PARTS, quantise_exactly, unquantised_name
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ class Base:
 
     Attributes:
         exact: The tensor itself; None if only its quantised form is there.
+        is_quantised: Whether the recipe quantises it.
         steps, scale: Its quantised form, where `exact` is None.
     """
 
     target: str
+    is_quantised: bool
     exact: FileTensor | None
     steps: FileTensor | None = None
     scale: FileTensor | None = None
@@ -91,26 +93,31 @@ class MergedTensor:
     """A tensor with what LoRAs add to it, in the form that a recipe needs.
 
     Args:
-        dtype: The type to write, where the recipe does not quantise the tensor.
+        spec: The type and shape to write: those of the tensor itself, or of the scales of its quantised form.
     """
 
-    def __init__(self, base: Base, additions: Sequence[Addition], recipe: Recipe, dtype: torch.dtype | None) -> None:
-        self.base, self.additions, self.recipe, self.dtype = base, additions, recipe, dtype
-        self.scales: list[Tensor] = []
+    def __init__(self, base: Base, additions: Sequence[Addition], recipe: Recipe, spec: TensorSpec) -> None:
+        self.base, self.additions, self.recipe, self.spec = base, additions, recipe, spec
+        self.dtype = STORED[spec.dtype]
+        self.scale: Tensor | None = None
 
     def chunks(self, part: str) -> Iterator[Tensor]:
         """The tensor itself, or a part of its quantised form, band by band."""
-        if self.dtype is not None:
+        if part not in PARTS:
             for rows in self._rows():
                 yield rows.to(self.dtype)
         elif part == "global_scale":
             yield self.global_scale
-        elif part == "scale" and self.scales:
-            yield from self.scales
+        elif part == "scale" and self.scale is not None:
+            yield self.scale
+            self.scale = None
         else:
-            self.scales = []
+            # One tensor for all bands: small ones between large ones that come and go would tear the memory to pieces.
+            self.scale, done = torch.empty(self.spec.shape, dtype=self.dtype), 0
             for parts in self._quantised():
-                self.scales.append(parts["scale"])
+                band = parts["scale"]
+                self.scale[done : done + len(band)] = band
+                done += len(band)
                 yield parts[part]
 
     def _bands(self) -> Iterator[tuple[int, int]]:
@@ -125,8 +132,8 @@ class MergedTensor:
         added = Added(self.additions, self.base.shape)
         for start, stop in self._bands():
             rows = self.base.exact.rows(start, stop)
-            # An import rounds a weight before it quantises it.
-            rows = rows if self.dtype is not None else rows.bfloat16().float()
+            if self.base.is_quantised:  # an import rounds a weight before it quantises it
+                rows = rows.bfloat16().float()
             yield rows + added.rows(start, stop)
 
     def _quantised(self) -> Iterator[dict[str, Tensor]]:
@@ -188,9 +195,10 @@ class MergedWeights:
 
     def base(self, target: str) -> Base:
         """A tensor without LoRAs."""
+        is_quantised = target not in self.specs
         exact = self.stored.get(target, self.unquantised.get(target))
         if exact is not None:
-            return Base(target, exact)
+            return Base(target, is_quantised, exact)
         layer = target.rpartition(".")[0]
         steps, scale = (self.stored.get(f"{layer}.{part}") for part in ("int8_weight", "scale"))
         if steps is None or scale is None:
@@ -198,7 +206,7 @@ class MergedWeights:
                 f"{self.bundle.root}: LoRAs cannot be added to weights of recipe {self.bundle.recipe.name!r} alone; "
                 "import the unquantised files again with --keep-unquantised"
             )
-        return Base(target, None, steps, scale)
+        return Base(target, is_quantised, None, steps, scale)
 
     def outputs(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
         """Every tensor to write, in the order of `specs`, band by band."""
@@ -206,8 +214,8 @@ class MergedWeights:
         for name, spec in self.specs.items():
             target = unquantised_name(name)
             if target not in merged:
-                dtype = STORED[spec.dtype] if target == name else None
-                merged[target] = MergedTensor(self.base(target), self.additions[target], self.bundle.recipe, dtype)
+                written = spec if target == name else self.specs[f"{target.rpartition('.')[0]}.scale"]
+                merged[target] = MergedTensor(self.base(target), self.additions[target], self.bundle.recipe, written)
             yield name, merged[target].chunks(name.rpartition(".")[2])
 
     def origin(self) -> list[str]:
