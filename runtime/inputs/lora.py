@@ -26,7 +26,8 @@ class LoraChoice:
     expert: str = ""
 
     def __str__(self) -> str:
-        return f"{self.expert}={self.path}:{self.strength:g}" if self.expert else f"{self.path}:{self.strength:g}"
+        """The text from which `read_choice` makes the same choice."""
+        return f"{self.expert}={self.path}:{self.strength}" if self.expert else f"{self.path}:{self.strength}"
 
 
 def read_choice(text: str, folder: Path = Path()) -> LoraChoice:

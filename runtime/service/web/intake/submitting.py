@@ -45,6 +45,7 @@ def checked(
         seed=drawn_seed() if wanted.seed is None else wanted.seed,
         steps=model.sampler.steps if wanted.steps is None else wanted.steps,
         topk=wanted.topk,
+        lora=wanted.lora,
         backend=wanted.backend,
     )
     with about("prompt"), kept(picture) as path:
