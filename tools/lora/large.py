@@ -67,10 +67,11 @@ def lora_of(path: Path, bundle: Bundle, rank: int) -> None:
         writer.finish()
 
 
-def main(folder: Path, name: str = "turbowan2.1-t2v-14b-480p", rank: int = 64) -> None:
+def main(folder: Path, name: str, rank: int) -> None:
+    """Merge a random LoRA, and print what that took."""
     bundle = bundle_of_zeros(folder, name)
     lora_of(folder / "lora.safetensors", bundle, rank)
-    bundle.verify = lambda names, *_, **__: None  # type: ignore[method-assign, assignment]
+    bundle.verify = lambda names, *_, **__: None  # type: ignore[method-assign]
     start = time.perf_counter()
     file = open_lora(folder / "lora.safetensors")
     records = read_records(file, targets_of(bundle.model, bundle.recipe))
@@ -88,4 +89,5 @@ def main(folder: Path, name: str = "turbowan2.1-t2v-14b-480p", rank: int = 64) -
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
+    folder, name, rank = (*sys.argv[1:], *("turbowan2.1-t2v-14b-480p", "64")[len(sys.argv) - 2 :])
+    main(Path(folder), name, int(rank))
