@@ -16,8 +16,6 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
-from wanforge.errors import ResourceError
-from wanforge.host.capacity import available_bytes
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
@@ -29,7 +27,8 @@ from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.memory.estimate import needed_bytes
+from wanforge.runtime.lora.fitting import Fitting
+from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
@@ -39,6 +38,7 @@ from wanforge.runtime.request import (
     Settings,
     Timings,
     check_request,
+    concerning,
     latent_shape,
     request_for,
 )
@@ -63,6 +63,7 @@ class Pipeline:
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
         self.embeddings: Embeddings | None = None
+        self.loras = Fitting(bundle, backend)
 
     @with_settings(Settings)
     def generate(
@@ -95,25 +96,19 @@ class Pipeline:
             RequestError, ConfigError: The request does not make sense for this model.
             ResourceError: This machine's memory is too small for it.
             BundleError: The bundle lacks what the backend needs for it.
+            CheckpointError: A LoRA is damaged, or does not fit the model.
         """
         checked = self.resolve(request)
+        with concerning("loras"):
+            self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            self._check_memory(request.shape)
+            check_memory(self.model, self.recipe, request.shape, self.backend.dtype.itemsize)
         self.backend.prepare(request.shape)
         return checked
 
     def resolve(self, request: Request) -> CheckedRequest:
         """Check a request without regard to this machine's memory; see `request.check_request`."""
         return check_request(request, self.model, self.recipe, self.tokenizer)
-
-    def _check_memory(self, shape: ClipShape) -> None:
-        needed = needed_bytes(self.model, self.recipe, shape, self.backend.dtype.itemsize)
-        available = available_bytes()
-        if needed > available:
-            raise ResourceError(
-                f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
-                f"memory on this backend, but only {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
-            )
 
     def make(self, request: Request, progress: Progress = silent) -> Clip:
         """Serve a whole request and return its latents and frames. Raises the same errors as `check`."""
@@ -159,8 +154,10 @@ class Pipeline:
             return sample(denoiser, checked.trajectory, noise).cpu()
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
-        """Embed the prompt, encode the image, and compute whatever the steps share."""
+        """Put the request's LoRAs in place, embed the prompt, encode the image, and compute whatever the steps share.
+        Putting LoRAs in place is loading and counts for no stage."""
         self.backend.prepare(checked.request.shape)
+        self.loras.put_on(checked.request.loras, progress)
         text = self.text(checked.ids, timings, progress)
         channels = None
         if checked.request.image is not None:

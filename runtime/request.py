@@ -1,7 +1,7 @@
 """Requests: what a user asks for, the checks against a model, and how long each stage took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from wanforge.configs.sampler import SamplerConfig, Update
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.runtime.inputs.guidance import check_guidance
+from wanforge.runtime.inputs.lora import LoraChoice, read_choices
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
@@ -46,6 +47,7 @@ class Request:
         times: Times of the steps, as in `SamplerConfig`.
         update: How one step leads to the next, as there.
         noise: A file to read the noise from, instead of generating it from the seed.
+        loras: What is added to the denoiser's weights.
     """
 
     prompt: str
@@ -58,6 +60,7 @@ class Request:
     times: tuple[float, ...] | None = None
     update: Update | None = None
     noise: Path | None = None
+    loras: tuple[LoraChoice, ...] = ()
 
 
 class Settings(TypedDict, total=False):
@@ -73,6 +76,8 @@ class Settings(TypedDict, total=False):
         times: Times of the steps, from 1 (noise) towards 0 (data), in place of the model's.
         update: ``renoise``, to mix in fresh noise after each step, or ``euler``, to follow the flow.
         guidance_scale: At most 1, which is no guidance; these models are distilled to do without.
+        loras: LoRAs to add to the denoiser's weights: ``style.safetensors``, with a strength as in
+            ``style.safetensors:0.8``; for models with two experts ``high=FILE`` or ``low=FILE``. None by default.
     """
 
     size: tuple[int, int] | str
@@ -83,6 +88,7 @@ class Settings(TypedDict, total=False):
     times: tuple[float, ...]
     update: Update
     guidance_scale: float
+    loras: Sequence[str]
 
 
 def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | None", settings: Settings) -> Request:
@@ -90,7 +96,7 @@ def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | No
 
     Raises:
         ConfigError: There is no such size, or a clip cannot have this length.
-        RequestError: Guidance is asked for.
+        RequestError: Guidance is asked for, or the text of a LoRA names none.
     """
     with concerning("guidance_scale"):
         check_guidance(settings.get("guidance_scale"))
@@ -103,6 +109,7 @@ def request_for(model: ModelConfig, prompt: str, image: "str | Path | Image | No
         topk=settings.get("topk"),
         times=settings.get("times"),
         update=settings.get("update"),
+        loras=read_choices(settings.get("loras", ())),
     )
 
 

@@ -51,6 +51,7 @@ ROOMS = [
     "wanforge.runtime.schedule",
     "wanforge.runtime.memory",
     "wanforge.runtime.backends",
+    "wanforge.runtime.lora",
     "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
     "wanforge.runtime.measure.durations wanforge.runtime.measure.estimates",

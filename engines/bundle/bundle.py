@@ -276,6 +276,12 @@ def weights_name(component: str) -> str:
     return f"{WEIGHTS}/{component}.safetensors"
 
 
+def unquantised(component: str) -> str:
+    """The name of the weights of a denoiser that its recipe quantises, as they were before. An import keeps them beside
+    the component if it is asked to."""
+    return f"{component}.unquantised"
+
+
 def dit_component(expert: str) -> str:
     """Component name of a denoiser: ``dit``, ``dit.high`` or ``dit.low``."""
     return f"dit.{expert}" if expert else "dit"

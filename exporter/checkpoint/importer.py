@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
-from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, weights_name
+from wanforge.engines.bundle.bundle import TOKENIZER, WEIGHTS, Bundle, components, unquantised, weights_name
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.lock import files_lock, recording
 from wanforge.engines.bundle.manifest import IMPORT, MANIFEST, FileRecord, read_manifest
@@ -184,6 +184,8 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         if is_linked(part, arguments):
             check_link(part)
     check_experts([part for part in parts if part.component.startswith("dit.")])
+    if arguments.keep_unquantised:
+        parts += unquantised_parts(parts)
     check_disk(out, [part for part in parts if not is_linked(part, arguments)])
     return Checked(recipe, parts, tokenizer)
 
@@ -214,7 +216,26 @@ def files_of(part: Part) -> list[Path]:
 
 def is_linked(part: Part, arguments: Arguments) -> bool:
     """Whether a component is linked rather than copied."""
-    return arguments.link and part.component != "vae"
+    return arguments.link and part.component in components(arguments.model) and part.component != "vae"
+
+
+def unquantised_parts(parts: Sequence[Part]) -> list[Part]:
+    """For each denoiser, the weights that its recipe quantises, as they are.
+
+    Raises:
+        CheckpointError: The recipe quantises none, or the file holds none that are not quantised.
+    """
+    found = []
+    for part in parts:
+        weights = {unquantised_name(name) for name in part.target} - part.target.keys()
+        stored = {name: part.stored[name] for name in weights if name in part.stored}
+        if part.component.startswith("dit") and len(stored) < max(1, len(weights)):
+            reason = "a -quant file, which has no bfloat16 weights left" if weights else "not quantised by the recipe"
+            raise CheckpointError(f"{part.source}: {reason}; leave out --keep-unquantised")
+        if stored:
+            target = {name: TensorSpec("BF16", stored[name].spec.shape) for name in sorted(stored)}
+            found.append(Part(unquantised(part.component), part.source, stored, target, part.recipe))
+    return found
 
 
 def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> Bundle:
@@ -302,7 +323,8 @@ def bundle_before(out: Path, model: ModelConfig, recipe: Recipe) -> Bundle | Non
 
 def files_before(out: Path, earlier: ImportRecord | None) -> set[str]:
     """The files of the bundle at `out`, as far as its manifest can be read, and of the import that began to make it."""
-    weights = [] if earlier is None else [weights_name(component) for component in earlier.arguments.weights]
+    components = [] if earlier is None else list(earlier.arguments.weights)
+    weights = [weights_name(name) for component in components for name in (component, unquantised(component))]
     names = {f"{name}{end}" for name in weights for end in ("", PARTIAL, JOURNAL)}
     with suppress(BundleError):
         names |= read_manifest(out).files.keys()

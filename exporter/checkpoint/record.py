@@ -27,15 +27,19 @@ class Arguments(Record, frozen=True):
     recipe: Recipe | None
     """None if it was to follow from the files."""
     link: bool
+    keep_unquantised: bool = False
+    """Whether the weights that the recipe quantises are kept as they are, too."""
 
     def __post_init__(self) -> None:
         if unknown := self.weights.keys() - set(components(self.model)):
             raise ValueError(f"{self.model.name} has no {join_names(sorted(unknown))}")
 
     @classmethod
-    def of(cls, model: ModelConfig, sources: Sources, recipe: Recipe | None, link: bool) -> Self:
+    def of(
+        cls, model: ModelConfig, sources: Sources, recipe: Recipe | None, link: bool, *, keep_unquantised: bool = False
+    ) -> Self:
         weights = {component: os.path.abspath(path) for component, path in sources.weights.items()}
-        return cls(model, weights, os.path.abspath(sources.tokenizer), recipe, link)
+        return cls(model, weights, os.path.abspath(sources.tokenizer), recipe, link, keep_unquantised)
 
     @property
     def sources(self) -> Sources:

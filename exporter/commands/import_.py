@@ -45,6 +45,7 @@ class ImportOptions:
     resume: Path | None
     recipe: str | None
     link: bool
+    keep_unquantised: bool
     replace: bool
     dry_run: bool
     as_json: bool
@@ -96,6 +97,12 @@ class ImportOptions:
     "[default: chosen by the files' contents]",
 )
 @click.option("--link", is_flag=True, help="Link to canonical .safetensors files instead of copying them.")
+@click.option(
+    "--keep-unquantised",
+    is_flag=True,
+    help="Keep the weights that the recipe quantises as they are, too. LoRAs are then added to them without loss; they "
+    "take two bytes per weight.",
+)
 @click.option("--replace", is_flag=True, help="Overwrite an existing bundle.")
 @DRY_RUN
 @JSON
@@ -177,9 +184,11 @@ def arguments_of(options: ImportOptions, out: Path) -> Arguments:
         found = find(Wanted(out=out, folders=options.folders, files=options.files(), model=model, recipe=recipe))
         if options.folders or model is None:
             click.echo("\n".join(found.lines()), err=True)
-        return Arguments.of(found.model, found.sources, found.recipe, options.link)
-    model = load_model(EMBEDDED) if model is None else model
-    return Arguments.of(model, embedded(model), recipe, options.link)
+        model, sources, recipe = found.model, found.sources, found.recipe
+    else:
+        model = load_model(EMBEDDED) if model is None else model
+        sources = embedded(model)
+    return Arguments.of(model, sources, recipe, options.link, keep_unquantised=options.keep_unquantised)
 
 
 def sizes(sources: Sources) -> dict[str, float]:

@@ -15,7 +15,8 @@ from wanforge.engines.files import built_clips
 from wanforge.engines.inspection import describe, inspect_bundle
 from wanforge.errors import WanforgeError
 from wanforge.exporter.checkpoint.record import conversions
-from wanforge.runtime.commands.options import BUNDLE, JSON, takes
+from wanforge.runtime.commands.options import ANY_PATH, JSON, refuse_unused, takes
+from wanforge.runtime.lora.inspection import describe_lora, describe_merged, inspect_lora, merged_as_json
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.progress import Bars
 
@@ -31,7 +32,7 @@ class InspectOptions:
 
 
 @click.command()
-@BUNDLE
+@click.argument("bundle", type=ANY_PATH, metavar="BUNDLE | LORA")
 @click.option("--verify", is_flag=True, help="Read every file and compare its SHA-256.")
 @click.option(
     "--plan",
@@ -42,14 +43,21 @@ class InspectOptions:
 @JSON
 @takes(InspectOptions)
 def inspect(options: InspectOptions) -> None:
-    """Show what a bundle holds, and what is missing, stale or damaged, and why.
+    """Show what a bundle holds, and what is missing, stale or damaged, and why; or what the file of a LoRA holds, and
+    which models it fits.
 
     The command exits with 1 if it finds a problem.
 
     \b
-    Example:
+    Examples:
       wanforge inspect turbo-1.3b --verify
+      wanforge inspect style.safetensors
     """
+    if options.bundle.is_file():
+        refuse_unused(["verify", "plan"], "with the file of a LoRA")
+        lora = inspect_lora(options.bundle)
+        click.echo(json.dumps(lora) if options.as_json else describe_lora(lora))
+        return
     gpus = parse_targets(options.plan).gpus if options.plan else {}
     bundle = Bundle.open(options.bundle)
     with Bars() as bars:
@@ -57,16 +65,13 @@ def inspect(options: InspectOptions) -> None:
     plans, failures = plans_of(bundle, gpus)
     made = conversions(bundle.root)
     if options.as_json:
-        told = {
-            **found.as_json(),
-            "conversions": made,
-            "plans": [plan.as_json() for plan in plans],
-            "failures": failures,
-        }
+        told = {**found.as_json(), "conversions": made, "merged": merged_as_json(bundle.root)}
+        told |= {"plans": [plan.as_json() for plan in plans], "failures": failures}
         click.echo(json.dumps(told))
     else:
         said = [f"  {component}: {conversion}" for component, conversion in made.items()]
-        click.echo("\n".join([describe(found), *said, *([table(plans)] if plans else []), *failures]))
+        planned = [table(plans)] if plans else []
+        click.echo("\n".join([describe(found), *said, *describe_merged(bundle.root), *planned, *failures]))
     if found.problems or failures:
         click.get_current_context().exit(1)
 

@@ -76,6 +76,14 @@ class ArenaBackend(Backend):
         self.place(arena.bytes)
         self.memory, self._clip = arena, clip
 
+    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.synchronise()
+        changed = self.weights.rebind(tensors)
+        if isinstance(self.memory, Arena):
+            self.memory.residency.forget(changed)
+        for name in [name for name in self._packed if name.component in changed]:
+            del self._packed[name]
+
     def own_weight(self, graph_run: GraphRun, name: str) -> Tensor:
         """A weight of a graph run by its name in the graph, in memory that is shared with no other."""
         return self.weights.of(graph_run, name).to(self.device)

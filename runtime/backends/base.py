@@ -38,6 +38,15 @@ class Backend(Protocol):
         """
         return
 
+    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Compute with these weights in the place of the bundle's own from now on, and with no others. Sessions from
+        before must not be used any more.
+
+        Args:
+            tensors: By component and canonical name; on the CPU, of the types and shapes of those that they stand for.
+        """
+        ...
+
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         """Return a function that runs a graph run as often as it is called, always on these buffers.
 

@@ -35,8 +35,10 @@ from wanforge.runtime.commands.options import (
     refuse_unused,
     takes,
 )
+from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.inputs.noise import write_noise
-from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
+from wanforge.runtime.inputs.prompts import PromptLine, numbered, placed, read_prompts
+from wanforge.runtime.lora.option import LORA, told
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
@@ -69,6 +71,7 @@ class GenerateOptions(ClipOptions):
     update: Update | None
     noise: Path | None
     save_noise: Path | None
+    loras: tuple[LoraChoice, ...]
     backend: str
     memory: float | None
     stale_ok: bool
@@ -132,6 +135,7 @@ class Order:
 @click.option(
     "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
 )
+@LORA
 @BACKEND
 @MEMORY
 @STALE_OK
@@ -298,7 +302,8 @@ def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
             image = options.image if line.image is None else line.image
             shape = options.shape(bundle.model, adaptive=options.adaptive, image=image)
         seed = options.seed if line.seed is None else line.seed
-        request = request_of(options, line.prompt, shape, image, seed)
+        loras = options.loras if line.loras is None else line.loras
+        request = replace(request_of(options, line.prompt, shape, image, seed), loras=loras)
         orders.append(Order(request, options.out if line.out is None else line.out, line.place))
     return orders
 
@@ -340,17 +345,6 @@ def video_places(orders: Sequence[Order], samples: int) -> list[Path]:
     return places
 
 
-def numbered(wanted: list[Path]) -> list[Path]:
-    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
-    counts, numbers = Counter(wanted), Counter[Path]()
-    digits = max(3, len(str(max(counts.values()))))
-    paths = []
-    for path in wanted:
-        numbers[path] += 1
-        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
-    return paths
-
-
 def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:
     """Write the noise that is drawn from each request's seed."""
     places = numbered([path] * len(checked))
@@ -375,6 +369,7 @@ def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bar
         "prompt_tokens": len(checked.ids),
         "backend": pipeline.backend.name,
         "recipe": pipeline.recipe.name,
+        "loras": pipeline.loras.described(checked.request.loras),
         "seconds": timings.stages,
         "step_seconds": timings.steps,
         "total_seconds": timings.total,
@@ -394,7 +389,8 @@ def summary(result: dict[str, Any]) -> str:
         f"{result['out']}: {result['width_px']}x{result['height_px']}, {result['frames']} frames, "
         f"{result['tokens']} tokens, seed {result['seed']}, backend {result['backend']}, recipe {result['recipe']}"
     )
-    rows = [
+    rows = [f"  lora      {told(lora)}" for lora in result["loras"]]
+    rows += [
         f"  {name:<10}{s:>9.3f} s{'   per step ' + steps if name == 'denoise' else ''}" for name, s in seconds.items()
     ]
     return "\n".join([head, *rows, f"  {'total':<10}{result['total_seconds']:>9.3f} s"])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import msgspec
 
 from wanforge.configs.loading import Record, explained
 from wanforge.errors import RequestError, WanforgeError
+from wanforge.runtime.inputs.lora import LoraChoice, read_choices
 
 STDIN = Path("-")
 """The name that stands for the standard input."""
@@ -32,6 +34,7 @@ class _Line(Record, frozen=True):
     image: str | None = None
     seed: int | None = None
     out: str | None = None
+    loras: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, path in (("image", self.image), ("out", self.out)):
@@ -45,6 +48,7 @@ class PromptLine:
 
     Attributes:
         place: The file and the line, for messages; empty for a request of the command line.
+        loras: The LoRAs in the place of those of the command line; None if the line says nothing of them.
     """
 
     prompt: str
@@ -52,6 +56,7 @@ class PromptLine:
     seed: int | None = None
     out: Path | None = None
     place: str = ""
+    loras: tuple[LoraChoice, ...] | None = None
 
 
 @contextmanager
@@ -72,7 +77,7 @@ def placed(place: str) -> Iterator[None]:
 def read_prompts(path: Path) -> list[PromptLine]:
     """The requests of a prompt file, or of the standard input if `path` is ``-``. Empty lines are skipped.
 
-    A relative path of an image starts from the file's folder, so that the file and its images can be moved together.
+    A relative path of an image or a LoRA starts from the file's folder, so that they can be moved together.
     One of a video starts from the current folder, as on the command line.
 
     Raises:
@@ -133,7 +138,9 @@ def _request(text: str, folder: Path, place: str) -> PromptLine:
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise RequestError(f"not a JSON object: {error}; {ADVICE}") from None
     image = None if found.image is None else folder / found.image
-    return PromptLine(found.prompt, image, found.seed, None if found.out is None else Path(found.out), place)
+    loras = None if found.loras is None else read_choices(found.loras, folder)
+    out = None if found.out is None else Path(found.out)
+    return PromptLine(found.prompt, image, found.seed, out, place, loras)
 
 
 def _refuse_other_json(text: str) -> None:
@@ -153,3 +160,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise RequestError(f"the key {key} is given twice; give it once")
         found[key] = value
     return found
+
+
+def numbered(wanted: list[Path]) -> list[Path]:
+    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
+    counts, numbers = Counter(wanted), Counter[Path]()
+    digits = max(3, len(str(max(counts.values()))))
+    paths = []
+    for path in wanted:
+        numbers[path] += 1
+        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
+    return paths

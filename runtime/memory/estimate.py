@@ -3,6 +3,8 @@
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.errors import ResourceError
+from wanforge.host.capacity import available_bytes
 
 OVERHEAD = 600_000_000
 """Bytes of the libraries and of everything that is not counted below."""
@@ -20,6 +22,20 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     """
     logits = shape.tokens if recipe.attention == "dense" else recipe.block_k
     return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
+
+
+def check_memory(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> None:
+    """Refuse a clip for which this machine's memory is too small on a CPU; see `needed_bytes`.
+
+    Raises:
+        ResourceError: It is too small.
+    """
+    needed, available = needed_bytes(model, recipe, shape, itemsize), available_bytes()
+    if needed > available:
+        raise ResourceError(
+            f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
+            f"memory on this backend, but only {available / 1e9:.1f} GB are free; make the clip smaller or shorter"
+        )
 
 
 def needed_device_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:

@@ -10,7 +10,7 @@ A `Mover` does the copying and the waiting: one beside the computing (`mover`), 
 therefore counts what really happens.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -148,6 +148,14 @@ class Residency:
         for slot in self._lent:
             self._wait(slot)  # a copy still under way would overwrite what comes next
             self._tenants.pop(slot, None)
+
+    def forget(self, components: Collection[str]) -> None:
+        """Let the groups of some components, whose weights are others from now on, be copied anew when they are next
+        needed. Nothing may be computing."""
+        for slot, name in list(self._tenants.items()):
+            if name.component in components:
+                self._wait(slot)
+                self._tenants.pop(slot, None)
 
     def turns(self, schedule: Schedule) -> list["Turn"]:
         """The graph runs of a schedule, each with the group that its slot is needed for next."""

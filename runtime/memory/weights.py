@@ -29,6 +29,7 @@ class Weights:
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self._mapped: dict[str, dict[str, Tensor]] = {}
+        self._in_place: Mapping[str, Mapping[str, Tensor]] = {}
         self._mapping = Lock()
 
     def files(self) -> list[str]:
@@ -43,6 +44,16 @@ class Weights:
                     self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
 
+    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
+        """Let these tensors stand in the place of the bundle's own from now on, by component and name, and no others.
+
+        Returns:
+            The components some of whose tensors are others than before.
+        """
+        changed = {name for name in {*tensors, *self._in_place} if tensors.get(name) is not self._in_place.get(name)}
+        self._in_place = dict(tensors)
+        return changed
+
     def of(self, run: GraphRun, name: str) -> Tensor:
         """The weight of a graph run by its name in the graph."""
         return self.tensor(run.component, run.prefix + name)
@@ -53,6 +64,8 @@ class Weights:
         Where the bundle is read with a recipe that quantises but holds the unquantised weight, the quantised weights
         are computed from it, with the same bytes as an import would write, and kept.
         """
+        if name in (in_place := self._in_place.get(component, {})):
+            return in_place[name]
         tensors = self.component(component)
         if name not in tensors:
             tensors |= self._quantised(tensors, name)

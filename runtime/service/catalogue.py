@@ -5,8 +5,8 @@ Nothing here imports PyTorch.
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from wanforge.configs.loading import Record
 from wanforge.configs.sampler import Update
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import ConfigError, RequestError, unknown_name
+from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.request import CheckedRequest, Request, check_request, concerning
 from wanforge.runtime.service.job import Job, Submission
@@ -31,6 +32,7 @@ class Asked(Record, frozen=True, kw_only=True):
         backend: The backend that was asked for; None if any will do.
         topk: None for the model's own.
         times: Times of the steps, and how one leads to the next; None for the model's own, too.
+        lora: The name under which LoRAs are served with the bundle; None for the model as it is.
         traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
     """
 
@@ -46,6 +48,7 @@ class Asked(Record, frozen=True, kw_only=True):
     topk: float | None = None
     times: tuple[float, ...] | None = None
     update: Update | None = None
+    lora: str | None = None
     image: str | None = None
     backend: str | None = None
     traceparent: str | None = None
@@ -65,15 +68,24 @@ class Asked(Record, frozen=True, kw_only=True):
         known = {name: value for name, value in job.request.items() if name in cls.__struct_fields__}
         return msgspec.convert(known, cls)
 
-    def request(self, image: Path | None) -> Request:
+    def request(self, image: Path | None, loras: tuple[LoraChoice, ...] = ()) -> Request:
         """The request for a pipeline.
 
         Args:
             image: The file of the first frame.
+            loras: What the name of the LoRAs stands for.
         """
         shape = ClipShape(self.width_px, self.height_px, self.frames)
         return Request(
-            self.prompt, shape, image, self.seed, self.steps, topk=self.topk, times=self.times, update=self.update
+            self.prompt,
+            shape,
+            image,
+            self.seed,
+            self.steps,
+            topk=self.topk,
+            times=self.times,
+            update=self.update,
+            loras=loras,
         )
 
     @property
@@ -89,12 +101,14 @@ class Served:
     Attributes:
         name: What clients call it.
         fingerprint: Tells it from every other bundle, and from itself with other weights.
+        loras: The names of the LoRAs that clients may ask for.
     """
 
     name: str
     fingerprint: str
     bundle: Bundle
     tokenizer: Tokenizer
+    loras: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, root: Path, name: str = "") -> "Served":
@@ -128,6 +142,9 @@ class Served:
         Raises:
             RequestError, ConfigError: The model cannot do this; the error's `field` says which part of it.
         """
+        with concerning("lora"):
+            if asked.lora is not None and asked.lora not in self.loras:
+                raise RequestError(unknown_name(f"LoRA of {self.name}", asked.lora, self.loras or ("none",)))
         return check_request(asked.request(image), self.bundle.model, self.bundle.recipe, self.tokenizer)
 
     def submission(self, owner: str, asked: Asked, **more: Any) -> Submission:
@@ -164,10 +181,13 @@ class Catalogue:
                 )
 
     @classmethod
-    def open(cls, places: Sequence[tuple[str, Path]]) -> "Catalogue":
+    def open(cls, places: Sequence[tuple[str, Path]], loras: Mapping[Path, Iterable[str]] | None = None) -> "Catalogue":
         """Open bundles, each given by its name and its folder.
 
         Where a name is empty, the model's name is used, with the recipe's behind it if several bundles have that model.
+
+        Args:
+            loras: The names of LoRAs, by folder.
         """
         found = [(name, Served.open(root)) for name, root in places]
         models = [served.bundle.model.name for _, served in found]
@@ -175,7 +195,8 @@ class Catalogue:
         for name, served in found:
             model, recipe = served.bundle.model.name, served.bundle.recipe.name
             usual = model if models.count(model) == 1 else f"{model}-{recipe}"
-            named.append(Served(name or usual, served.fingerprint, served.bundle, served.tokenizer))
+            names = tuple((loras or {}).get(served.bundle.root, ()))
+            named.append(replace(served, name=name or usual, loras=names))
         return cls(named)
 
     def find(self, name: str | None, recipe: str | None) -> Served:

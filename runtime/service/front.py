@@ -161,4 +161,5 @@ class Server(uvicorn.Server):
 
 def catalogue_of(settings: ServeSettings) -> Catalogue:
     """The bundles of the settings."""
-    return Catalogue.open([(each.name, Path(each.path)) for each in settings.bundles])
+    loras = {Path(each.path): each.loras for each in settings.bundles}
+    return Catalogue.open([(each.name, Path(each.path)) for each in settings.bundles], loras)

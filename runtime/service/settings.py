@@ -8,7 +8,8 @@ import msgspec
 from msgspec import Meta
 
 from wanforge.configs.loading import Count, Positive, Record, load
-from wanforge.errors import ConfigError
+from wanforge.errors import ConfigError, RequestError
+from wanforge.runtime.inputs.lora import read_choices
 from wanforge.runtime.service.journal import Style
 from wanforge.runtime.service.store.base import Policy
 
@@ -30,10 +31,13 @@ class ServedBundle(Record, frozen=True):
     Attributes:
         path: Its folder; a relative one starts from the settings file's.
         name: What clients call it; the model's name by default.
+        loras: The LoRAs that clients may ask for, by the name that they use: for each, texts as of `wanforge generate
+            --lora`, whose relative paths start from the settings file's folder.
     """
 
     path: str
     name: str = ""
+    loras: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
 
 
 class ClientLimits(Record, frozen=True, kw_only=True):
@@ -110,9 +114,22 @@ def load_settings(path: Path) -> ServeSettings:
     """
     found = load(path, ServeSettings)
     folder = path.resolve().parent
-    bundles = tuple(msgspec.structs.replace(each, path=str(folder / each.path)) for each in found.bundles)
+    bundles = tuple(in_folder(each, folder) for each in found.bundles)
     results = found.results if not found.results or "://" in found.results else str(folder / found.results)
     return msgspec.structs.replace(found, data=str(folder / found.data), results=results, bundles=bundles)
+
+
+def in_folder(bundle: ServedBundle, folder: Path) -> ServedBundle:
+    """A bundle whose relative paths start from a folder.
+
+    Raises:
+        ConfigError: The text of a LoRA names none.
+    """
+    try:
+        loras = {name: tuple(map(str, read_choices(texts, folder))) for name, texts in bundle.loras.items()}
+    except RequestError as error:
+        raise ConfigError(f"bundles.loras: {error}") from None
+    return msgspec.structs.replace(bundle, path=str(folder / bundle.path), loras=loras)
 
 
 def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:

@@ -17,12 +17,13 @@ from wanforge.configs.targets import parse_targets
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines
 from wanforge.engines.bundle.bundle import Bundle, components
 from wanforge.errors import CheckpointError, ConfigError, unknown_name
-from wanforge.exporter.checkpoint import importer
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder import finder
 from wanforge.exporter.checkpoint.finder.file_names import published_names
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
+from wanforge.exporter.checkpoint.importer import run_import
+from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import ExportResult
 from wanforge.exporter.export import export as export_bundle
 from wanforge.exporter.hub.pulled import pulled_folders
@@ -74,11 +75,14 @@ class ImportSettings(TypedDict, total=False):
     Attributes:
         recipe: Name of a recipe, or a TOML file; by default the recipe follows from the files.
         link: Link to canonical safetensors files instead of copying them.
+        keep_unquantised: Keep the weights that the recipe quantises as they are, too, so that LoRAs can be added to
+            them without loss.
         replace: Overwrite an existing bundle.
     """
 
     recipe: str
     link: bool
+    keep_unquantised: bool
     replace: bool
 
 
@@ -116,15 +120,9 @@ def import_checkpoint(
         recipe=None if chosen is None else load_recipe(chosen),
     )
     config, recipe, sources = sources_of(wanted, files)
-    return importer.import_checkpoint(
-        config,
-        sources,
-        wanted.out,
-        recipe=recipe,
-        link=settings.get("link", False),
-        replace=settings.get("replace", False),
-        progress=on_progress,
-    )
+    link, keep = settings.get("link", False), settings.get("keep_unquantised", False)
+    arguments = Arguments.of(config, sources, recipe, link, keep_unquantised=keep)
+    return run_import(arguments, wanted.out, replace=settings.get("replace", False), progress=on_progress)
 
 
 def sources_of(wanted: Wanted, files: Files | None) -> tuple[ModelConfig, Recipe | None, Sources]:

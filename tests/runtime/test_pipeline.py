@@ -13,9 +13,9 @@ from tests.numerics import assert_matches
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, ConfigError, RequestError, ResourceError
-from wanforge.runtime import pipeline as pipeline_module
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.inputs.noise import write_noise
+from wanforge.runtime.memory import estimate
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, latent_shape
 
@@ -159,7 +159,7 @@ def test_top_k_without_sparse_attention_is_refused(bundle_of: BundleOf) -> None:
 def test_too_little_memory_is_refused_before_anything_starts(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "available_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(estimate, "available_bytes", lambda: 10_000_000)
     with pytest.raises(ResourceError, match=r"needs about 0\.6 GB .* 0\.0 GB are free"):
         pipeline.check(Request(PROMPT, SHAPE, topk=0.5))
 

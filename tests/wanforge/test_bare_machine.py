@@ -31,9 +31,10 @@ from pathlib import Path
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime import pipeline
+from wanforge.runtime.memory import estimate
 from wanforge.runtime.request import Request
 
-pipeline.available_bytes = lambda: 1e12  # the machine's memory is asked for only where there is no GPU
+estimate.available_bytes = lambda: 1e12  # the machine's memory is asked for only where there is no GPU
 made = pipeline.open_pipeline(Bundle.open(Path(sys.argv[1])), "cuda")
 print(made.make(Request("A red kite.", ClipShape(32, 32, 5), steps=1, topk=1.0)).frames.shape)
 """

@@ -1,6 +1,6 @@
 """Runs two backends side by side: at every graph run the other backend gets the inputs that the reference had."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,6 +51,10 @@ class Lockstep(Backend):
     def synchronise(self) -> None:
         for backend in (self.reference, self.other):
             backend.synchronise()
+
+    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for backend in (self.reference, self.other):
+            backend.rebind(tensors)
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         return self.reference.bind(graph_run, inputs, outputs)

@@ -17,10 +17,11 @@ MOST_BYTES = 1 << 24
 
 
 class BundlePlace(Record, frozen=True):
-    """A bundle that is served: its fingerprint and its folder."""
+    """A bundle that is served: its fingerprint, its folder, and its LoRAs as the settings name them."""
 
     fingerprint: str
     root: str
+    loras: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
 
 
 class SetUp(Record, frozen=True, tag=True):

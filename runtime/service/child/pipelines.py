@@ -12,10 +12,11 @@ from PIL import Image
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import BundleError, WanforgeError, message_of
+from wanforge.errors import BundleError, RequestError, WanforgeError, message_of
 from wanforge.host.capacity import available_bytes
 from wanforge.progress import Overall
 from wanforge.runtime.inputs.embeddings import Embeddings
+from wanforge.runtime.inputs.lora import LoraChoice, read_choices
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.requests.meters import Nvml
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
@@ -79,7 +80,8 @@ class Pipelines(Maker):
     def make(self, order: MakeClip, report: Report) -> ClipMade:
         asked, folder = msgspec.convert(order.request, Asked), Path(order.folder)
         pipeline = self._pipeline(order.bundle, asked.backend or self.setup.backend, report)
-        checked = pipeline.check(asked.request(None if order.image is None else Path(order.image)))
+        loras = self._loras(order.bundle, asked.lora)
+        checked = pipeline.check(asked.request(None if order.image is None else Path(order.image), loras))
         pictures = Pictures(folder, asked.frames)
         try:
             timings = pipeline.write_video(checked, folder / "video.mp4", Percent(pipeline, checked, report), pictures)
@@ -94,6 +96,13 @@ class Pipelines(Maker):
             timings.stages,
             details(asked, timings, pictures),
         )
+
+    def _loras(self, bundle: str, name: str | None) -> tuple[LoraChoice, ...]:
+        """What the name of LoRAs stands for; only the settings name their files."""
+        known = self.places[bundle].loras
+        if name is not None and name not in known:
+            raise RequestError(f"the LoRA {name!r} is not served any more; submit the request without it")
+        return () if name is None else read_choices(known[name])
 
     def _pipeline(self, bundle: str, backend: str, report: Report) -> Pipeline:
         """The pipeline of a bundle, opened if necessary."""
@@ -117,6 +126,8 @@ class Pipelines(Maker):
             bundle, backend, progress=lambda stage, done, total, unit="": report("load", 100 * done // max(1, total))
         )
         opened.embeddings = self.embeddings
+        for texts in place.loras.values():
+            opened.loras.check(read_choices(texts))
         return opened
 
     def _fits(self, place: BundlePlace) -> bool:

@@ -54,6 +54,7 @@ class SubmitOptions:
     seed: int | None
     steps: int | None
     topk: float | None
+    lora: str | None
     recipe: str | None
     backend: str | None
     priority: int | None
@@ -62,8 +63,8 @@ class SubmitOptions:
     wait: bool
     as_json: bool
 
-    FIELDS = ("prompt", "model", "size", "aspect", "seconds", "frames", "seed", "steps", "topk", "recipe", "backend",
-              "priority")  # fmt: skip
+    FIELDS = ("prompt", "model", "size", "aspect", "seconds", "frames", "seed", "steps", "topk", "lora", "recipe",
+              "backend", "priority")  # fmt: skip
 
     def fields(self) -> dict[str, Any]:
         """What the server is told."""
@@ -80,6 +81,7 @@ class SubmitOptions:
 @click.option("--seed", type=int, help="Seed of the noise.  [default: drawn by the server]")
 @click.option("--steps", type=int, help="Number of sampling steps.")
 @click.option("--topk", type=Finite(), help="Share of the key blocks that attention sees.")
+@click.option("--lora", help="Name of a LoRA that the server has for the model.")
 @click.option("--recipe", help="Recipe, if the server has the model in several.")
 @click.option("--backend", help="Backend, if only one will do.")
 @click.option("--priority", type=int, help="Higher is sooner, among your own videos.")

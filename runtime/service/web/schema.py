@@ -74,6 +74,7 @@ class VideoRequest(BaseModel):
     topk: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = Field(
         None, description="Share of the key blocks that attention sees."
     )
+    lora: Name | None = Field(None, description="A LoRA that the model is served with.")
     recipe: Name | None = Field(None, description="The recipe, if the model is served in several.")
     backend: Name | None = Field(None, description="The backend, if only one will do.")
     priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY), Whole] = Field(
@@ -120,6 +121,7 @@ class Video(BaseModel):
     seed: int | None
     steps: int
     topk: float | None
+    lora: str | None
     recipe: str
     backend: str | None = Field(description="The backend that made the clip, or that was asked for.")
     priority: int
@@ -165,6 +167,7 @@ class Model(BaseModel):
     fps: int
     steps: int
     topk: float | None
+    loras: list[str] = Field(description="LoRAs that requests may name.")
     sizes: list[str] = Field(description="Resolutions of the table, as pixels at 16:9.")
 
 

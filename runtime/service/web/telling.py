@@ -39,6 +39,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         seed=asked.seed,
         steps=asked.steps,
         topk=asked.topk,
+        lora=asked.lora,
         recipe=asked.recipe,
         backend=asked.backend if job.result is None else job.result.backend,
         priority=job.priority,

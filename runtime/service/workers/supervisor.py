@@ -246,7 +246,9 @@ def places(settings: ServeSettings) -> tuple[BundlePlace, ...]:
     Raises:
         BundleError: A folder is no bundle.
     """
-    return tuple(BundlePlace(fingerprint(Bundle.open(Path(each.path))), each.path) for each in settings.bundles)
+    return tuple(
+        BundlePlace(fingerprint(Bundle.open(Path(each.path))), each.path, each.loras) for each in settings.bundles
+    )
 
 
 def store_of(settings: ServeSettings) -> JobStore:

@@ -51,6 +51,7 @@ def checked(
         topk=wanted.topk,
         times=times,
         update=wanted.update,
+        lora=wanted.lora,
         backend=wanted.backend,
     )
     with about("prompt"), kept(picture) as path:

@@ -1,0 +1,39 @@
+"""The option of commands that names LoRAs, and how their reports tell of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from wanforge.errors import RequestError
+from wanforge.runtime.inputs.lora import LoraChoice, read_choice
+
+
+class ChoiceType(click.ParamType[LoraChoice]):
+    """The type of an option whose value asks for a LoRA."""
+
+    name = "lora"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> LoraChoice:
+        try:
+            return value if isinstance(value, LoraChoice) else read_choice(str(value))
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+LORA = click.option(
+    "--lora",
+    "loras",
+    type=ChoiceType(),
+    multiple=True,
+    metavar="FILE[:STRENGTH]",
+    help="LoRA to add to the denoiser, a .safetensors file, with the factor of its changes (1 by default). Several add "
+    "up. For models with two experts: high=FILE or low=FILE. A bundle keeps merged weights in its folder merged.",
+)
+
+
+def told(lora: Mapping[str, Any]) -> str:
+    """A LoRA of a report, for people."""
+    expert = f", {lora['expert']} noise" if lora["expert"] else ""
+    rounding = ", added to 8-bit weights with stochastic rounding" if lora["rounding"] == "stochastic" else ""
+    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}{rounding}"
