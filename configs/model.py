@@ -136,7 +136,7 @@ class ModelConfig(Record, frozen=True):
     held_out: Literal["", "figures"] = ""
     """The set of fixed prompts on which its quality can be measured, because it was trained on what they describe."""
     preview: PreviewConfig | UnsetType = UNSET
-    """The tiny decoder that an import adds. Where there is none, none is written, so that older manifests stay valid."""
+    """The tiny decoder that an import adds. None is written where there is none, so that older manifests stay valid."""
 
     def __post_init__(self) -> None:
         if (self.task == "i2v") != (self.dit.in_channels == 36):
