@@ -40,7 +40,8 @@ from wanforge.exporter.checkpoint.checks import (
     check_tokenizer,
     settle_recipe,
 )
-from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes, open_checkpoint
+from wanforge.exporter.checkpoint.preview.preview_file import open_component
+from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of
@@ -167,7 +168,7 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)
     check_tokenizer(tokenizer, model)
-    opened = {component: open_checkpoint(path) for component, path in sources.weights.items()}
+    opened = {component: open_component(component, path) for component, path in sources.weights.items()}
     for component, found in opened.items():
         check_kind(component, sources.weights[component], found)
     recipe = settle_recipe(model, sources.weights, opened, arguments.recipe)
@@ -210,7 +211,7 @@ def files_of(part: Part) -> list[Path]:
 
 def is_linked(part: Part, arguments: Arguments) -> bool:
     """Whether a component is linked rather than copied."""
-    return arguments.link and part.component != "vae"
+    return arguments.link and part.component not in ("vae", "preview")
 
 
 def write_bundle(out: Path, arguments: Arguments, checked: Checked, progress: Progress) -> Bundle:

@@ -36,11 +36,14 @@ from wanforge.runtime.commands.options import (
     takes,
 )
 from wanforge.runtime.inputs.noise import write_noise
+from wanforge.runtime.inputs.places import numbered
 from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.preview.decoding import check_preview
+from wanforge.runtime.preview.drafts import Drafts, draft_place
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
 from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
@@ -69,6 +72,7 @@ class GenerateOptions(ClipOptions):
     update: Update | None
     noise: Path | None
     save_noise: Path | None
+    preview: bool
     backend: str
     memory: float | None
     stale_ok: bool
@@ -132,6 +136,9 @@ class Order:
 @click.option(
     "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
 )
+@click.option(
+    "--preview", is_flag=True, help="After each step, write what it predicts to NAME.preview.mp4, as a draft."
+)
 @BACKEND
 @MEMORY
 @STALE_OK
@@ -154,6 +161,8 @@ def generate(options: GenerateOptions) -> None:
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     if options.prompt is None and options.prompt_file is None:
         raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
+    if options.preview:
+        check_preview(bundle)
     orders = orders_of(options, bundle)
     if options.dry_run:
         with folders_as_before([order.out for order in orders]):
@@ -162,7 +171,7 @@ def generate(options: GenerateOptions) -> None:
     pipeline, checked, places = prepare(options, bundle, orders)
     if options.save_noise is not None:
         save_noise(pipeline, checked, options.save_noise)
-    if not make_videos(pipeline, checked, places, as_json=options.as_json):
+    if not make_videos(pipeline, checked, places, preview=options.preview, as_json=options.as_json):
         click.get_current_context().exit(1)
 
 
@@ -243,7 +252,7 @@ def log_choice(pipeline: Pipeline, asked: str, clips: Sequence[ClipShape]) -> No
 
 
 def make_videos(
-    pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path], *, as_json: bool
+    pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path], *, preview: bool, as_json: bool
 ) -> bool:
     """Make videos one after the other, and print the report of each as soon as it is made. A video that cannot be
     written does not stop the others.
@@ -255,6 +264,7 @@ def make_videos(
     succeeded = True
     with Bars(overall) as bars:
         for checked, place in zip(requests, places, strict=True):
+            pipeline.watch = Drafts(draft_place(place), pipeline.model.video.fps) if preview else None
             try:
                 result = make_video(pipeline, checked, place, bars)
             except (VideoError, OSError) as error:
@@ -338,17 +348,6 @@ def video_places(orders: Sequence[Order], samples: int) -> list[Path]:
         with placed(order.place):
             check_place(place)
     return places
-
-
-def numbered(wanted: list[Path]) -> list[Path]:
-    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
-    counts, numbers = Counter(wanted), Counter[Path]()
-    digits = max(3, len(str(max(counts.values()))))
-    paths = []
-    for path in wanted:
-        numbers[path] += 1
-        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
-    return paths
 
 
 def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:

@@ -16,6 +16,7 @@ from tools.tinywan.latents import Pool, fill_pool, pixels_of, quick
 from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
+from tools.tinywan.preview import new_preview, train_preview
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
 from tools.tinywan.training import Plan, load_averaged, save
@@ -31,6 +32,7 @@ PLANS = {
     "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
     "decoder": Plan(steps=600, batch=3, rate=5e-4, warmup=30, decay=0.99),
+    "preview": Plan(steps=1500, batch=4, rate=2e-3, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
     "dense": Plan(steps=5000, batch=16, rate=2e-3, warmup=20, decay=0.998, muon=True),
@@ -120,6 +122,11 @@ def run_decoder(place: Place) -> None:
     train_decoder(MODEL, vae, place.pool(), place.folder, PLANS["decoder"], compiled=place.compiled)
 
 
+def run_preview(place: Place) -> None:
+    decoder = new_preview().to(place.device)
+    train_preview(MODEL, decoder, place.pool(), place.folder, PLANS["preview"], side=48)
+
+
 def run_words(place: Place) -> None:
     train_words(place.new_network(), make_tokenizer(), place.folder, PLANS["words"])
 
@@ -178,6 +185,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
     "vae": run_vae,
     "pool": run_pool,
     "decoder": run_decoder,
+    "preview": run_preview,
     "words": run_words,
     "crops": run_crops,
     "dense": run_dense,
