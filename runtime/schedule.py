@@ -169,8 +169,8 @@ def denoise_schedule(
 
 
 def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShape) -> Schedule:
-    """The schedule of the denoiser, with the programs ``preview.0`` and ``preview.1`` of the preview decoder if there is
-    one: each reads the states that the other wrote. They belong to this stage because they run between its steps."""
+    """The schedule of the denoiser, with the programs ``preview.0`` and ``preview.1`` if there is a preview decoder:
+    each reads the states that the other wrote. They belong to this stage because they run between its steps."""
     if PREVIEW not in graphs:
         return denoise
     build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})

@@ -167,7 +167,11 @@ def with_pulled(options: ImportOptions) -> ImportOptions:
     names = [name for folder in options.folders if (name := named_model(folder))]
     if names and (len(options.folders) > 1 or options.model not in (None, names[0])):
         raise click.UsageError(f"there is no folder {names[0]}; give the name of a model alone, or folders and --model")
-    if not options.folders and not options.files().keys() - {"--preview"} and hub_model(options.model or "") is not None:
+    if (
+        not options.folders
+        and not options.files().keys() - {"--preview"}
+        and hub_model(options.model or "") is not None
+    ):
         names = [str(options.model)]
     if not names:
         return options

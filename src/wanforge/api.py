@@ -98,9 +98,9 @@ def import_checkpoint(
         model: Name of a model, or a TOML file; by default the model that the denoiser fits.
         files: A folder with the files, or several, in which every part of the model is looked for; or a mapping that
             names a file for each component (``dit``, or ``dit.high`` and ``dit.low``; ``vae``; ``text_encoder``), the
-            ``tokenizer`` and, if there is one, the ``preview`` decoder. Without files the bundle is made of those that ``wanforge pull`` has fetched of `model`,
-            and without a model of TinyWan's, which come with the package. The manifest of the bundle says which files
-            were taken.
+            ``tokenizer`` and, if there is one, the ``preview`` decoder. Without files the bundle is made of those that
+            ``wanforge pull`` has fetched of `model`, and without a model of TinyWan's, which come with the package. The
+            manifest of the bundle says which files were taken.
         on_progress: Called with a component, the number of its bytes written so far, and their total.
         settings: See `ImportSettings`.
 

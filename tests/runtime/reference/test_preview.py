@@ -8,20 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.numerics import assert_matches
+from tests.preview_files import TINY, preview_decoder
 from wanforge.configs.model import PreviewConfig
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.vae import LATENT_MEAN, LATENT_STD
-
-TINY = PreviewConfig(widths=(12, 10, 6, 8))
-
-
-def preview_decoder(config: PreviewConfig = TINY, seed: int = 0) -> PreviewDecoder:
-    """A decoder with random weights of unit gain, so that every layer matters."""
-    decoder, generator = PreviewDecoder(config), torch.Generator().manual_seed(seed)
-    for parameter in decoder.parameters():
-        fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-        parameter.data.normal_(0, fan_in**-0.5, generator=generator)
-    return decoder
 
 
 def random_latents(frames: int, batch: int = 1) -> Tensor:
