@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import Tensor
 
 from tests.conftest import checkpoint_sources, made_once
@@ -28,9 +29,11 @@ from wanforge.runtime.preview.decoding import preview_frames
 from wanforge.runtime.preview.drafts import LABEL, labelled
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import Request, Timings
+from wanforge.runtime.service.child.stills import Stills
+from wanforge.runtime.service.results.previews import STILL
 
 SHAPE = ClipShape(64, 48, 9)
-REQUEST = Request("A red kite turns slowly.", SHAPE, steps=2, topk=0.5)
+REQUEST = Request("A red kite turns slowly.", SHAPE, steps=2, topk=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +98,7 @@ def test_the_memory_plan_counts_the_states(bundle: Bundle) -> None:
 @pytest.mark.slow
 def test_generate_writes_a_labelled_draft(bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
-    options = ["--prompt", "A red kite.", "--resolution", "64x48", "--frames", "5", "--topk", "0.5", "--backend", "ort"]
+    options = ["--prompt", "A red kite.", "--resolution", "64x48", "--frames", "5", "--topk", "1", "--backend", "ort"]
     invoke = partial(CliRunner().invoke, cli)
     done = invoke(["generate", str(bundle.root), *options, "--steps", "1", "--preview", "--out", str(out)])
     assert done.exit_code == 0, done.output
@@ -103,6 +106,20 @@ def test_generate_writes_a_labelled_draft(bundle: Bundle, tmp_path: Path) -> Non
     (_, draft), (_, clip) = read_video(tmp_path / "clip.preview.mp4"), read_video(out)
     assert draft.shape == clip.shape == (5, 48, 64, 3)
     assert "\n  preview " in done.output
+
+
+@pytest.mark.slow
+def test_a_child_draws_a_still_of_each_step(bundle: Bundle, tmp_path: Path) -> None:
+    pipeline, told = Pipeline(bundle, create_backend("torch", bundle)), list[str]()
+
+    def progress(stage: str, done: int, total: int, unit: str = "", /) -> None:
+        told.append(stage)
+        with Image.open(tmp_path / STILL) as still:
+            assert still.size == (SHAPE.width_px, SHAPE.height_px)
+
+    pipeline.watch = Stills(tmp_path, progress)
+    pipeline.latents(pipeline.check(REQUEST), Timings())
+    assert told == ["preview 1", "preview 2"]
 
 
 def test_a_bundle_without_a_preview_decoder_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
