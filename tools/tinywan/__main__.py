@@ -222,8 +222,8 @@ PHASES: dict[str, Callable[[Place], None]] = {
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run or continue these PHASES; by default all of them.
 
-    The phases are vae, pool, decoder, preview, words, crops, dense, sparse, publish, pictures and scores. Finished work is
-    skipped. A phase whose predecessor is not in the folder begins with the package's weights.
+    The phases are vae, pool, decoder, preview, words, crops, dense, sparse, publish, pictures and scores. Finished work
+    is skipped. A phase whose predecessor is not in the folder begins with the package's weights.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))
