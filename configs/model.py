@@ -6,7 +6,7 @@ The defaults are the values of the published models, so a TOML file only states 
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from wanforge.configs.clip import ClipShape, latent_frames, size_of
 from wanforge.configs.loading import (
@@ -59,6 +59,16 @@ class VAEConfig(Record, frozen=True):
 
     dim: Count = 96
     """Channels at full resolution; the lower resolutions have 2, 4 and 4 times as many."""
+    latent_channels: Literal[16] = 16
+
+
+class PreviewConfig(Record, frozen=True):
+    """A tiny decoder for previews, TAEHV. Source: TAEHV, taehv.py (docs/sources.md)."""
+
+    widths: tuple[Count, Count, Count, Count] = (256, 128, 64, 64)
+    """Channels at the latents' resolution, at twice, four times and eight times that."""
+    latents: Literal["normalised", "scaled"] = "normalised"
+    """Whether it expects latents as the denoiser has them, or with the VAE's own mean and deviation."""
     latent_channels: Literal[16] = 16
 
 
@@ -137,6 +147,8 @@ class ModelConfig(Record, frozen=True):
     """A prompt of the kind that it was trained on, for commands that need a clip but do not depend on what it shows."""
     held_out: Literal["", "figures"] = ""
     """The set of fixed prompts on which its quality can be measured, because it was trained on what they describe."""
+    preview: PreviewConfig | UnsetType = UNSET
+    """The tiny decoder that an import adds. None is written where there is none, so that older manifests stay valid."""
 
     def __post_init__(self) -> None:
         if (self.task == "i2v") != (self.dit.in_channels == 36):

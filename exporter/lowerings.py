@@ -102,6 +102,16 @@ def lower_rsqrt(tape: Tape, x: Traced) -> Traced:
     return tape.emit("Reciprocal", [root], x.shape_, x.dtype)
 
 
+@lowers("relu")
+def lower_relu(tape: Tape, x: Traced, **defaults: Any) -> Traced:
+    return tape.emit("Relu", [x], x.shape_, x.dtype)
+
+
+@lowers("tanh")
+def lower_tanh(tape: Tape, x: Traced) -> Traced:
+    return tape.emit("Tanh", [x], x.shape_, x.dtype)
+
+
 @lowers("silu")
 def lower_silu(tape: Tape, x: Traced, **defaults: Any) -> Traced:
     gate = tape.emit("Sigmoid", [x], x.shape_, x.dtype)
@@ -181,14 +191,20 @@ def per_query(tape: Tape, mask: Traced, queries: Dim) -> Traced:
 
 @lowers("conv2d", "conv3d")
 def lower_convolution(
-    tape: Tape, x: Traced, weight: Traced, bias: Traced, stride: Sequence[int], padding: Sequence[int]
+    tape: Tape, x: Traced, weight: Traced, bias: Traced | None, stride: Sequence[int], padding: Sequence[int]
 ) -> Traced:
     kernel = weight.shape_[2:]
     space = zip(x.shape_[2:], kernel, stride, padding, strict=True)
     shape = (x.shape_[0], weight.shape_[0], *(windows(n, k, s, p) for n, k, s, p in space))
     pads = [*padding, *padding]
     return tape.emit(
-        "Conv", [x, weight, bias], shape, x.dtype, kernel_shape=list(kernel), strides=list(stride), pads=pads
+        "Conv",
+        [x, weight, *([] if bias is None else [bias])],
+        shape,
+        x.dtype,
+        kernel_shape=list(kernel),
+        strides=list(stride),
+        pads=pads,
     )
 
 

@@ -1,24 +1,34 @@
 """The denoiser of one request, driven step by step by the sampler."""
 
 import time
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.progress import Progress, silent
-from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import CheckedRequest, Timings
-from wanforge.runtime.schedule import context_rows, denoise_schedule
+from wanforge.runtime.schedule import context_rows, denoise_schedule, with_preview
+
+
+class Watch(Protocol):
+    """Called after each step with the denoiser's session and the clean latents that the step predicts, in float64."""
+
+    def __call__(self, session: Session, latents: Tensor, step: Step, /) -> None: ...
 
 
 class Denoiser:
     """Maps latents and a step to a velocity.
 
     Whatever depends only on the prompt, the steps and the shape is computed once, at construction.
+
+    Attributes:
+        watch: Is shown what each step predicts, if it is set. The stage ``preview`` is the time that it takes.
 
     Args:
         text: The embedded prompt ``[1, T, E]``, padded with rows of zeros.
@@ -36,20 +46,22 @@ class Denoiser:
         progress: Progress = silent,
     ) -> None:
         self.backend, self.shape, self.timings, self.progress = backend, checked.request.shape, timings, progress
+        self.watch: Watch | None = None
         self.channels = None if channels is None else channels.to(backend.device)
         model, recipe = bundle.model, bundle.recipe
         kept, biases = context_rows(
             len(checked.ids), model.dit.text_rows, recipe.rows_per_scale, backend.text_rows_multiple
         )
+        known = graphs(model, recipe)
         schedule = denoise_schedule(
             model,
-            graphs(model, recipe),
+            known,
             self.shape,
             [step.expert for step in checked.steps],
             context_rows=len(kept),
             num_selected=checked.num_selected,
         )
-        self.session = session = backend.session(schedule)
+        self.session = session = backend.session(with_preview(schedule, known, self.shape))
         session["text"].copy_(text)
         session["kept_rows"].copy_(torch.tensor(kept))
         session["key_bias"].copy_(torch.tensor(biases))
@@ -73,4 +85,7 @@ class Denoiser:
         velocity = unpatchify(self.session["velocity"], self.shape.grid).to(latents.device)
         self.backend.synchronise()
         self.timings.steps.append(time.perf_counter() - start)
+        if self.watch is not None:
+            with self.timings.stage("preview"):
+                self.watch(self.session, latents - step.time * velocity.double(), step)
         return velocity

@@ -19,6 +19,7 @@ from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.reference.dit import Block, DiT, block_arguments
+from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
@@ -64,8 +65,8 @@ class Graph:
         match self.name.partition("_")[0]:
             case "text":
                 return "text_encoder"
-            case "vae":
-                return "vae"
+            case "vae" | "preview" as component:
+                return component
         return dit_component(model.experts[0])
 
     def run(self, weights: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -107,7 +108,9 @@ def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
     """Every graph of a model by name, in the order of a request. The result is cached: callers must not change it."""
     with torch.device("meta"):
         text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
+        preview = [PreviewDecoder(model.preview)] if model.preview else []
     found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit), *_vae_graphs(vae, model.task)]
+    found += [_preview_graph(decoder) for decoder in preview]
     return {graph.name: graph for graph in found}
 
 
@@ -118,14 +121,7 @@ def _text_graphs(encoder: TextEncoder) -> list[Graph]:
     buckets = Port("buckets", (length, length), "int64")
     embedding = Port("embedding", (1, length, width))
     return [
-        _graph(
-            "text_embed",
-            [ids],
-            [hidden],
-            encoder,
-            _embed_ids,
-            lambda name: name.startswith("token_embedding."),
-        ),
+        _graph("text_embed", [ids], [hidden], encoder, _embed_ids, lambda name: name.startswith("token_embedding.")),
         _graph("text_block", [hidden, buckets], [hidden_out], encoder.blocks[0], _forward),
         _graph("text_final", [hidden], [embedding], encoder, _final_norm, lambda name: name.startswith("norm.")),
     ]
@@ -166,14 +162,7 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
             _run_block,
             lambda name: not _is_cross_kv(name) and name != "modulation",
         ),
-        _graph(
-            "head",
-            [hidden, head_modulation],
-            [velocity],
-            dit.head,
-            _forward,
-            lambda name: name != "modulation",
-        ),
+        _graph("head", [hidden, head_modulation], [velocity], dit.head, _forward, lambda name: name != "modulation"),
     ]
 
 
@@ -192,50 +181,31 @@ def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
 
     past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
     found = [
-        _graph(
-            "vae_decode_first",
-            [latent],
-            [frame, *kept],
-            vae,
-            VAE.decode_first,
-            is_decoder,
-            has_constants=True,
-        ),
-        _graph(
-            "vae_decode_next",
-            [latent, *past],
-            [frames, *kept],
-            vae,
-            _decode_next,
-            is_decoder,
-            has_constants=True,
-        ),
+        _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
+        _graph("vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True),
     ]
     if task == "i2v":
         past, kept = (
             _cache_ports(vae.encode_first, 3, SPATIAL_STRIDE, (rows, columns), suffix) for suffix in ("", "_out")
         )
         found += [
+            _graph("vae_encode_first", [frame], [latent, *kept], vae, VAE.encode_first, is_encoder, has_constants=True),
             _graph(
-                "vae_encode_first",
-                [frame],
-                [latent, *kept],
-                vae,
-                VAE.encode_first,
-                is_encoder,
-                has_constants=True,
-            ),
-            _graph(
-                "vae_encode_next",
-                [frames, *past],
-                [latent, *kept],
-                vae,
-                _encode_next,
-                is_encoder,
-                has_constants=True,
+                "vae_encode_next", [frames, *past], [latent, *kept], vae, _encode_next, is_encoder, has_constants=True
             ),
         ]
     return found
+
+
+def _preview_graph(preview: PreviewDecoder) -> Graph:
+    rows, columns = Size(("latent_height",)), Size(("latent_width",))
+    latent = Port("latent", (1, preview.config.latent_channels, 1, rows, columns))
+    pictures = Port("pictures", (1, 3, TEMPORAL_STRIDE, rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE))
+    past, kept = (
+        [Port(f"state_{at}{end}", (1, dim, rows * n, columns * n)) for at, (dim, n) in enumerate(preview.states())]
+        for end in ("", "_out")
+    )
+    return _graph("preview_next", [latent, *past], [pictures, *kept], preview, _decode_next, has_constants=True)
 
 
 def _cache_ports(
@@ -292,8 +262,8 @@ def _cross_keys_values(block: Block, context_BTD: Tensor, kept_rows: Tensor) -> 
     return keys.index_select(1, kept_rows), values.index_select(1, kept_rows)
 
 
-def _decode_next(vae: VAE, latent: Tensor, *caches: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return vae.decode_next(latent, caches)
+def _decode_next(decoder: VAE | PreviewDecoder, latent: Tensor, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return decoder.decode_next(latent, past)
 
 
 def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -22,7 +22,7 @@ from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.clip import Clip
-from wanforge.runtime.denoiser import Denoiser
+from wanforge.runtime.denoiser import Denoiser, Watch
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise
@@ -54,6 +54,7 @@ class Pipeline:
 
     Attributes:
         embeddings: Keeps the embeddings of prompts, if it is set; the stage ``text`` is left out for prompts in it.
+        watch: Is shown what each step of the denoiser predicts, if it is set.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
@@ -64,6 +65,7 @@ class Pipeline:
         self.tokenizer = Tokenizer(bundle.path(TOKENIZER))
         self.embeddings: Embeddings | None = None
         self.loras = Fitting(bundle, backend)
+        self.watch: Watch | None = None
 
     @with_settings(Settings)
     def generate(
@@ -150,8 +152,11 @@ class Pipeline:
         """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
+            denoiser.watch = self.watch
             noise = (each.to(self.backend.device) for each in self.noise(checked))
-            return sample(denoiser, checked.trajectory, noise).cpu()
+            latents = sample(denoiser, checked.trajectory, noise).cpu()
+        timings.stages["denoise"] -= timings.stages.get("preview", 0.0)
+        return latents
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
         """Put the request's LoRAs in place, embed the prompt, encode the image, and compute whatever the steps share.

@@ -16,6 +16,9 @@ from wanforge.engines.bundle.shapes import concrete
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.graphs import Graph, Port
 
+PREVIEW = "preview_next"
+"""The graph of the preview decoder."""
+
 STAND_INS = 4
 """The most rows of text that stand for equal ones."""
 
@@ -163,6 +166,22 @@ def denoise_schedule(
         runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
         programs[f"step.{index}"] = tuple(runs)
     return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
+
+
+def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShape) -> Schedule:
+    """The schedule of the denoiser, with the programs ``preview.0`` and ``preview.1`` if there is a preview decoder:
+    each reads the states that the other wrote. They belong to this stage because they run between its steps."""
+    if PREVIEW not in graphs:
+        return denoise
+    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    states = [[f"{port.name}.{side}" for port in graphs[PREVIEW].inputs[1:]] for side in (0, 1)]
+    programs = {
+        f"preview.{side}": (
+            build.run(PREVIEW, ["preview_latent", *states[side]], ["pictures", *states[1 - side]], "preview"),
+        )
+        for side in (0, 1)
+    }
+    return Schedule(denoise.stage, {**denoise.buffers, **build.buffers}, {**denoise.programs, **programs})
 
 
 def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:

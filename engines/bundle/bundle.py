@@ -2,7 +2,7 @@
 
     BUNDLE/
       manifest.json              what each file was made from, and its SHA-256
-      weights/*.safetensors      dit (or dit.high and dit.low), vae, text_encoder; canonical names
+      weights/*.safetensors      dit (or dit.high and dit.low), vae, text_encoder, preview; canonical names
       tokenizer/tokenizer.json
       dit*.onnx, vae_*.onnx      graphs that point into weights/ (they may not lie deeper, see decisions/0003)
       onnx/<type>/*.onnx         graphs whose weights are inputs
@@ -289,7 +289,8 @@ def dit_component(expert: str) -> str:
 
 def components(model: ModelConfig) -> list[str]:
     """Every component with weights, in the order that a request uses."""
-    return ["text_encoder", *(dit_component(expert) for expert in model.experts), "vae"]
+    preview = ["preview"] if model.preview else []
+    return ["text_encoder", *(dit_component(expert) for expert in model.experts), *preview, "vae"]
 
 
 def graph_name(graph: str, dtype: object, has_constants: bool) -> str:

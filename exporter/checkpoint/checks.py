@@ -30,7 +30,7 @@ from wanforge.runtime.reference.names import (
 
 log = logging.getLogger("wanforge.progress.import")
 
-KINDS = {"vae": "a VAE", "text_encoder": "a text encoder"}
+KINDS = {"vae": "a VAE", "text_encoder": "a text encoder", "preview": "a preview decoder"}
 FLOATS = {"F64", "F32", "F16", "BF16"}
 EXPERT_FOLDERS = {"transformer": "high", "transformer_2": "low", "high_noise_model": "high", "low_noise_model": "low"}
 """The folders of denoisers in the repositories of diffusers and of Wan 2.2, with the expert that each holds where there
@@ -44,7 +44,8 @@ NEEDS_CLIP = "a denoiser of Wan2.1-I2V, which sees the image through CLIP as wel
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of one model, by component: ``dit`` (or ``dit.high`` and ``dit.low``), ``vae``, ``text_encoder``."""
+    """The files of one model, by component: ``dit`` (or ``dit.high`` and ``dit.low``), ``vae``, ``text_encoder``, and
+    ``preview`` if there is one."""
 
     weights: Mapping[str, Path]
     tokenizer: Path

@@ -26,6 +26,8 @@ def embedded(model: ModelConfig) -> Sources:
 
 
 def sources_in(folder: Path, model: ModelConfig) -> Sources:
-    """The files in a folder, each named after its component."""
+    """The files in a folder, each named after its component. That of a preview decoder may be missing."""
     weights = {component: folder / f"{component}.safetensors" for component in components(model)}
+    preview = folder / "preview.safetensors"
+    weights |= {"preview": preview} if preview.is_file() else {}
     return Sources(weights, folder / "tokenizer.json")

@@ -41,8 +41,8 @@ from wanforge.exporter.checkpoint.checks import (
     settle_recipe,
 )
 from wanforge.exporter.checkpoint.formats.conversion import check_scales, described
-from wanforge.exporter.checkpoint.formats.opening import open_weights
 from wanforge.exporter.checkpoint.formats.quantised_tensor import QuantisedTensor
+from wanforge.exporter.checkpoint.preview.preview_file import open_component
 from wanforge.exporter.checkpoint.reader import StoredTensor, as_bytes
 from wanforge.exporter.checkpoint.record import Arguments, Finished, ImportRecord, read_record, write_record
 from wanforge.host.capacity import free_disk_bytes
@@ -170,7 +170,7 @@ def check_sources(arguments: Arguments, out: Path) -> Checked:
         raise CheckpointError(f"{model.name} needs files for {join_names(sorted(absent))} as well")
     tokenizer = find_tokenizer(sources.tokenizer)
     check_tokenizer(tokenizer, model)
-    opened = {component: open_weights(path) for component, path in sources.weights.items()}
+    opened = {component: open_component(component, path) for component, path in sources.weights.items()}
     for component, found in opened.items():
         check_kind(component, sources.weights[component], found)
     recipe = settle_recipe(model, sources.weights, opened, arguments.recipe)
@@ -216,7 +216,7 @@ def files_of(part: Part) -> list[Path]:
 
 def is_linked(part: Part, arguments: Arguments) -> bool:
     """Whether a component is linked rather than copied."""
-    return arguments.link and part.component in components(arguments.model) and part.component != "vae"
+    return arguments.link and part.component in components(arguments.model) and part.component not in ("vae", "preview")
 
 
 def unquantised_parts(parts: Sequence[Part]) -> list[Part]:

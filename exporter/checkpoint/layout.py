@@ -55,7 +55,7 @@ def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _dtype(component: str, name: str, tensor: Tensor) -> str:
-    if component == "vae":
+    if component in ("vae", "preview"):
         return "F32"
     if component.startswith("dit"):
         if tensor.dtype in QUANTISED:

@@ -14,6 +14,7 @@ from wanforge.engines.bundle.folder import UNREADABLE, check_names, read_unlinke
 from wanforge.engines.bundle.manifest import IMPORT
 from wanforge.errors import BundleError, join_names
 from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.preview.preview_file import read_preview
 from wanforge.whole_file import write_atomically
 
 
@@ -39,6 +40,8 @@ class Arguments(Record, frozen=True):
         cls, model: ModelConfig, sources: Sources, recipe: Recipe | None, link: bool, *, keep_unquantised: bool = False
     ) -> Self:
         weights = {component: os.path.abspath(path) for component, path in sources.weights.items()}
+        if "preview" in sources.weights:
+            model = msgspec.structs.replace(model, preview=read_preview(sources.weights["preview"]).config)
         return cls(model, weights, os.path.abspath(sources.tokenizer), recipe, link, keep_unquantised)
 
     @property

@@ -19,6 +19,7 @@ from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
+from wanforge.exporter.checkpoint.preview.preview_file import read_preview
 from wanforge.exporter.checkpoint.record import Arguments, conversions, read_record
 from wanforge.exporter.commands.dry_run import done_import_work, estimate_import
 from wanforge.exporter.export import has_graphs
@@ -39,6 +40,7 @@ class ImportOptions:
     dit: Path | None
     dit_low: Path | None
     vae: Path | None
+    preview: Path | None
     text_encoder: Path | None
     tokenizer: Path | None
     out: Path | None
@@ -56,6 +58,7 @@ class ImportOptions:
             "--dit": self.dit,
             "--dit-low": self.dit_low,
             "--vae": self.vae,
+            "--preview": self.preview,
             "--text-encoder": self.text_encoder,
             "--tokenizer": self.tokenizer,
         }
@@ -77,6 +80,11 @@ class ImportOptions:
 )
 @click.option("--dit-low", type=ANY_PATH, help="Low-noise expert, for models with two; in the same formats as --dit.")
 @click.option("--vae", type=ANY_PATH, help="VAE: Wan2.1_VAE.pth, or its diffusers version.")
+@click.option(
+    "--preview",
+    type=ANY_PATH,
+    help="Tiny decoder for previews, which is not needed for videos: taew2_1 or lighttaew2_1, .safetensors or .pth.",
+)
 @click.option(
     "--text-encoder",
     type=ANY_PATH,
@@ -146,6 +154,8 @@ def import_(options: ImportOptions) -> None:
         raise click.UsageError("give the folder of the new bundle with --out")
     out = options.out
     arguments, is_new = arguments_of(with_pulled(options), out), not (out / IMPORT).exists()
+    if options.preview is not None:
+        click.echo(f"preview: {read_preview(options.preview)}", err=True)
     if options.dry_run:
         show(estimate_import(arguments, out, replace=options.replace), as_json=options.as_json)
         return
@@ -167,7 +177,11 @@ def with_pulled(options: ImportOptions) -> ImportOptions:
     names = [name for folder in options.folders if (name := named_model(folder))]
     if names and (len(options.folders) > 1 or options.model not in (None, names[0])):
         raise click.UsageError(f"there is no folder {names[0]}; give the name of a model alone, or folders and --model")
-    if not options.folders and not options.files() and hub_model(options.model or "") is not None:
+    if (
+        not options.folders
+        and not options.files().keys() - {"--preview"}
+        and hub_model(options.model or "") is not None
+    ):
         names = [str(options.model)]
     if not names:
         return options
@@ -180,7 +194,7 @@ def arguments_of(options: ImportOptions, out: Path) -> Arguments:
     """What the import is asked for, with the files that were given or found."""
     model = None if options.model is None else load_model(options.model)
     recipe = None if options.recipe is None else load_recipe(options.recipe)
-    if options.folders or options.files():
+    if options.folders or options.files().keys() - {"--preview"}:
         found = find(Wanted(out=out, folders=options.folders, files=options.files(), model=model, recipe=recipe))
         if options.folders or model is None:
             click.echo("\n".join(found.lines()), err=True)
@@ -188,6 +202,8 @@ def arguments_of(options: ImportOptions, out: Path) -> Arguments:
     else:
         model = load_model(EMBEDDED) if model is None else model
         sources = embedded(model)
+        if options.preview is not None:
+            sources = replace(sources, weights={**sources.weights, "preview": options.preview})
     return Arguments.of(model, sources, recipe, options.link, keep_unquantised=options.keep_unquantised)
 
 

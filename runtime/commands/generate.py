@@ -37,12 +37,15 @@ from wanforge.runtime.commands.options import (
 )
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.inputs.noise import write_noise
-from wanforge.runtime.inputs.prompts import PromptLine, numbered, placed, read_prompts
+from wanforge.runtime.inputs.places import numbered
+from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
 from wanforge.runtime.lora.option import LORA, told
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.preview.decoding import check_preview
+from wanforge.runtime.preview.drafts import Drafts, draft_place
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
 from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
@@ -72,6 +75,7 @@ class GenerateOptions(ClipOptions):
     noise: Path | None
     save_noise: Path | None
     loras: tuple[LoraChoice, ...]
+    preview: bool
     backend: str
     memory: float | None
     stale_ok: bool
@@ -136,6 +140,9 @@ class Order:
     "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
 )
 @LORA
+@click.option(
+    "--preview", is_flag=True, help="After each step, write what it predicts to NAME.preview.mp4, as a draft."
+)
 @BACKEND
 @MEMORY
 @STALE_OK
@@ -158,6 +165,8 @@ def generate(options: GenerateOptions) -> None:
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     if options.prompt is None and options.prompt_file is None:
         raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
+    if options.preview:
+        check_preview(bundle)
     orders = orders_of(options, bundle)
     if options.dry_run:
         with folders_as_before([order.out for order in orders]):
@@ -166,7 +175,7 @@ def generate(options: GenerateOptions) -> None:
     pipeline, checked, places = prepare(options, bundle, orders)
     if options.save_noise is not None:
         save_noise(pipeline, checked, options.save_noise)
-    if not make_videos(pipeline, checked, places, as_json=options.as_json):
+    if not make_videos(pipeline, checked, places, preview=options.preview, as_json=options.as_json):
         click.get_current_context().exit(1)
 
 
@@ -247,7 +256,7 @@ def log_choice(pipeline: Pipeline, asked: str, clips: Sequence[ClipShape]) -> No
 
 
 def make_videos(
-    pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path], *, as_json: bool
+    pipeline: Pipeline, requests: Sequence[CheckedRequest], places: Sequence[Path], *, preview: bool, as_json: bool
 ) -> bool:
     """Make videos one after the other, and print the report of each as soon as it is made. A video that cannot be
     written does not stop the others.
@@ -259,6 +268,7 @@ def make_videos(
     succeeded = True
     with Bars(overall) as bars:
         for checked, place in zip(requests, places, strict=True):
+            pipeline.watch = Drafts(draft_place(place), pipeline.model.video.fps) if preview else None
             try:
                 result = make_video(pipeline, checked, place, bars)
             except (VideoError, OSError) as error:

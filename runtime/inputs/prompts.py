@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,14 +159,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise RequestError(f"the key {key} is given twice; give it once")
         found[key] = value
     return found
-
-
-def numbered(wanted: list[Path]) -> list[Path]:
-    """The names, with -001, -002 and so on added where several are the same; with more digits where there are more."""
-    counts, numbers = Counter(wanted), Counter[Path]()
-    digits = max(3, len(str(max(counts.values()))))
-    paths = []
-    for path in wanted:
-        numbers[path] += 1
-        paths.append(path.with_stem(f"{path.stem}-{numbers[path]:0{digits}}") if counts[path] > 1 else path)
-    return paths

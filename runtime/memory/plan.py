@@ -30,7 +30,15 @@ from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
 from wanforge.runtime.memory.weights import specs
 from wanforge.runtime.reference.steps import trajectory
-from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule, denoise_schedule, text_schedule, vae_schedule
+from wanforge.runtime.schedule import (
+    BufferSpec,
+    GraphRun,
+    Schedule,
+    denoise_schedule,
+    text_schedule,
+    vae_schedule,
+    with_preview,
+)
 
 RESERVE = 1_000_000_000
 """Bytes of a GPU left to the CUDA context, the library and a desktop: an assumption, not a measurement."""
@@ -153,6 +161,7 @@ def request_schedules(
     denoise = denoise_schedule(
         model, graphs, clip, experts, context_rows=most["context_rows"], num_selected=most["num_selected"]
     )
+    denoise = with_preview(denoise, graphs, clip)
     image = [vae_schedule(graphs, clip, "encode")] if model.task == "i2v" else []
     text = text_schedule(model, graphs, most["prompt_tokens"])
     return [text, *image, denoise, vae_schedule(graphs, clip, "decode")]

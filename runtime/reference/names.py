@@ -82,6 +82,8 @@ def aliases(component: str, name: str) -> list[str]:
         case "text_encoder":
             other = _apply(TEXT_ENCODER, name)
             return [name, other, *(["encoder.embed_tokens.weight"] if other == "shared.weight" else [])]
+        case "preview":
+            return [name]
     other = _apply(DENOISER, name)
     return [name, other, *(other.replace("attn1.attn_op.local_attn.proj_l", short) for short in PROJECTIONS)]
 
@@ -158,6 +160,8 @@ def looks_like(names: Mapping[str, object]) -> str | None:
         return "a denoiser"
     if "decoder." in joined and ("time_conv" in joined or "conv_in" in joined):
         return "a VAE"
+    if "decoder." in joined and ".conv.4." in joined:
+        return "a preview decoder"
     if "token_embedding" in joined or "shared.weight" in joined or "SelfAttention" in joined:
         return "a text encoder"
     return None

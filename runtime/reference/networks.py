@@ -6,6 +6,7 @@ from torch import nn
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
@@ -18,4 +19,6 @@ def network(component: str, model: ModelConfig, recipe: Recipe) -> nn.Module:
                 return VAE(model.vae)
             case "text_encoder":
                 return TextEncoder(model.text_encoder)
+            case "preview" if model.preview:
+                return PreviewDecoder(model.preview)
         return DiT(model.dit, recipe)

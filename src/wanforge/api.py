@@ -101,10 +101,10 @@ def import_checkpoint(
         out: The folder of the bundle.
         model: Name of a model, or a TOML file; by default the model that the denoiser fits.
         files: A folder with the files, or several, in which every part of the model is looked for; or a mapping that
-            names a file for each component (``dit``, or ``dit.high`` and ``dit.low``; ``vae``; ``text_encoder``) and
-            the ``tokenizer``. Without files the bundle is made of those that ``wanforge pull`` has fetched of `model`,
-            and without a model of TinyWan's, which come with the package. The manifest of the bundle says which files
-            were taken.
+            names a file for each component (``dit``, or ``dit.high`` and ``dit.low``; ``vae``; ``text_encoder``), the
+            ``tokenizer`` and, if there is one, the ``preview`` decoder. Without files the bundle is made of those that
+            ``wanforge pull`` has fetched of `model`, and without a model of TinyWan's, which come with the package. The
+            manifest of the bundle says which files were taken.
         on_progress: Called with a component, the number of its bytes written so far, and their total.
         settings: See `ImportSettings`.
 
@@ -157,7 +157,7 @@ def sources_named(model: ModelConfig, files: Mapping[str, str | Path]) -> Source
     Raises:
         CheckpointError: The model has no such component, or there is no tokenizer among the files.
     """
-    known = [*components(model), "tokenizer"]
+    known = list(dict.fromkeys([*components(model), "preview", "tokenizer"]))
     for name in files:
         if name not in known:
             raise CheckpointError(unknown_name(f"component of {model.name}", name, known))

@@ -32,6 +32,8 @@ from tools.tinywan.latents import (
 from tools.tinywan.lessons import Lessons, state_times, steps_of
 from tools.tinywan.networks import Network, make_tokenizer, token_ids
 from tools.tinywan.pictures import HEIGHT, MARGIN, curves
+from tools.tinywan.preview import SIZES as PREVIEW_SIZES
+from tools.tinywan.preview import likeness, new_preview, train_preview
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import SIZES, Scene, caption, draw_scene, render, vocabulary
 from tools.tinywan.training import Plan, load_averaged, train
@@ -139,6 +141,18 @@ def test_the_decoder_alone_moves(tmp_path: Path, vae: VAE, monkeypatch: pytest.M
     train_decoder(MODEL, trained, Pool(tmp_path, range(1)), tmp_path, plan)
     moved = {name.split(".")[0] for name, value in trained.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"decoder", "conv2"}
+
+
+def test_the_preview_decoder_learns_two_scenes(tmp_path: Path, vae: VAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.tinywan.latents.SHARD", 2)
+    list(fill_pool(MODEL, vae, tmp_path, range(1)))
+    plan = Plan(steps=60, batch=2, rate=3e-3, warmup=5, decay=0.5)
+    train_preview(MODEL, new_preview(), Pool(tmp_path, range(1)), tmp_path, plan, side=32)
+    first, *_, last = losses(tmp_path / "preview.jsonl")
+    assert last < 0.8 * first
+    found = likeness(MODEL, vae, load_averaged("preview", tmp_path, new_preview()), count=1)
+    assert [clip.shape for clip in found.clips] == [found.clips[0].shape] * 3
+    assert found.preview_to_drawn > 3
 
 
 @pytest.mark.parametrize("side", [48, None])
@@ -373,11 +387,12 @@ def test_dense_and_sparse_attention_learn_one_batch(tmp_path: Path, vae: VAE, le
     train_denoiser("sparse", sparse, lessons, tmp_path, replace(plan, steps=4), dense_share=0.0)
     assert all(p.any() for name, p in sparse.named_parameters() if ".proj_l." in name)
 
-    paths = publish(sparse, vae, tmp_path / "files")
+    paths = publish(sparse, vae, new_preview(), tmp_path / "files")
     weights = {path.stem: path for path in paths if path.suffix == ".safetensors"}
     assert {tensor.itemsize for path in weights.values() for tensor in load_file(path).values()} == {2}
     bundle = import_checkpoint(MODEL, Sources(weights, paths[-1]), tmp_path / "bundle")
     assert bundle.recipe.name == "bf16-sla"
+    assert bundle.model.preview == PREVIEW_SIZES
 
 
 def test_a_guess_at_the_goal_costs_nothing(lessons: Lessons) -> None:

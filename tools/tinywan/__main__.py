@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tools.tinywan import likeness, scores
+from tools.tinywan import likeness as distances
+from tools.tinywan import scores
 from tools.tinywan.denoiser import train_denoiser
 from tools.tinywan.latents import Pool, fill_pool, pixels_of, quick
 from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
+from tools.tinywan.preview import likeness, new_preview, train_preview
 from tools.tinywan.publish import publish
 from tools.tinywan.scenes import draw_scene
 from tools.tinywan.training import Plan, load_averaged, save
@@ -24,6 +26,7 @@ from tools.tinywan.words import Reader, train_words
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
+from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.vae import VAE
 
 MODEL = load_model("tinywan")
@@ -31,6 +34,7 @@ PLANS = {
     "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
     "decoder": Plan(steps=600, batch=3, rate=5e-4, warmup=30, decay=0.99),
+    "preview": Plan(steps=2800, batch=4, rate=2e-3, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
     "dense": Plan(steps=5000, batch=16, rate=2e-3, warmup=20, decay=0.998, muon=True),
@@ -96,6 +100,14 @@ class Place:
             load_averaged("decoder", self.folder, decoder_of(vae))
         return vae
 
+    def preview(self) -> PreviewDecoder:
+        """The preview decoder as far as it has been trained, or the package's where the folder has none."""
+        decoder = new_preview()
+        if (self.folder / "preview.pt").exists():
+            return load_averaged("preview", self.folder, decoder)
+        decoder.load_state_dict(shipped("preview"))
+        return decoder
+
 
 def shipped(component: str) -> dict[str, Tensor]:
     """Weights from the package, from which training can continue where an earlier run's folder is gone."""
@@ -118,6 +130,14 @@ def run_pool(place: Place) -> None:
 def run_decoder(place: Place) -> None:
     vae = place.settled_vae()
     train_decoder(MODEL, vae, place.pool(), place.folder, PLANS["decoder"], compiled=place.compiled)
+
+
+def run_preview(place: Place) -> None:
+    decoder = new_preview().to(place.device)
+    train_preview(MODEL, decoder, place.pool(), place.folder, PLANS["preview"], side=48)
+    found = likeness(MODEL, place.vae().cpu(), decoder.cpu())
+    click.echo(found)
+    sheet(found.clips, place.folder / "preview.png")
 
 
 def run_words(place: Place) -> None:
@@ -146,7 +166,9 @@ def run_denoiser(place: Place, phase: str, network: Network, *, dense_share: flo
 
 
 def run_publish(place: Place) -> None:
-    for path in publish(place.network("sparse").cpu(), place.vae().cpu(), place.folder / "files"):
+    for path in publish(
+        place.network("sparse").cpu(), place.vae().cpu(), place.preview().cpu(), place.folder / "files"
+    ):
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
@@ -156,7 +178,7 @@ def run_scores(place: Place) -> None:
     sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
     bundles = scores.import_both(MODEL, sources, place.folder / "bundles")
     scores.draw(bundles.shipped, place.folder / "prompts.png")
-    likeness.write(likeness.distances(bundles), place.folder)
+    distances.write(distances.distances(bundles), place.folder)
     scores.write(scores.measured(bundles), place.folder)
 
 
@@ -178,6 +200,7 @@ PHASES: dict[str, Callable[[Place], None]] = {
     "vae": run_vae,
     "pool": run_pool,
     "decoder": run_decoder,
+    "preview": run_preview,
     "words": run_words,
     "crops": run_crops,
     "dense": run_dense,
@@ -199,8 +222,8 @@ PHASES: dict[str, Callable[[Place], None]] = {
 def main(phases: tuple[str, ...], folder: Path, device: str, threads: int, shards: int, every: int, first: int) -> None:
     """Run or continue these PHASES; by default all of them.
 
-    The phases are vae, pool, decoder, words, crops, dense, sparse, publish, pictures and scores. Finished work is
-    skipped. A phase whose predecessor is not in the folder begins with the package's weights.
+    The phases are vae, pool, decoder, preview, words, crops, dense, sparse, publish, pictures and scores. Finished work
+    is skipped. A phase whose predecessor is not in the folder begins with the package's weights.
     """
     torch.set_num_threads(threads)
     place = Place(folder, torch.device(device), range(first, shards, every))

@@ -45,7 +45,7 @@ from wanforge.runtime.reference.names import has_image_branch, looks_like
 
 OPTIONS = {
     **{"dit": "--dit", "dit.high": "--dit", "dit.low": "--dit-low"},
-    **{"vae": "--vae", "text_encoder": "--text-encoder", "tokenizer": "--tokenizer"},
+    **{"vae": "--vae", "text_encoder": "--text-encoder", "tokenizer": "--tokenizer", "preview": "--preview"},
 }
 """The option that gives each part of a model."""
 PUBLISHED = {"vae": VAE_FILE, "text_encoder": TEXT_ENCODER_FILE, "tokenizer": TOKENIZER_FILE}
@@ -185,6 +185,9 @@ class Finder:
         needed = [*map(dit_component, model.experts), "vae", "text_encoder", "tokenizer"]
         if missing := [part for part in needed if part not in parts]:
             raise CheckpointError(self.missing(model, missing, parts))
+        if "--preview" in self.wanted.files:  # the only part that may be missing, and is not looked for
+            parts["preview"] = Taken(self.wanted.files["--preview"], "--preview")
+            needed.append("preview")
         recipe, reasons = self.recipe(model, parts), {"model": reason, "recipe": "by the contents of the denoiser"}
         if self.wanted.recipe is not None:
             reasons["recipe"] = "--recipe"

@@ -25,6 +25,7 @@ from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
+from wanforge.runtime.service.child.stills import Stills
 
 SHARE = 0.8
 """The share of the memory that is free at the start which the loaded bundles of all its children may take, if nothing
@@ -82,9 +83,10 @@ class Pipelines(Maker):
         pipeline = self._pipeline(order.bundle, asked.backend or self.setup.backend, report)
         loras = self._loras(order.bundle, asked.lora)
         checked = pipeline.check(asked.request(None if order.image is None else Path(order.image), loras))
-        pictures = Pictures(folder, asked.frames)
+        pictures, percent = Pictures(folder, asked.frames), Percent(pipeline, checked, report)
+        pipeline.watch = Stills(folder, percent) if pipeline.model.preview else None
         try:
-            timings = pipeline.write_video(checked, folder / "video.mp4", Percent(pipeline, checked, report), pictures)
+            timings = pipeline.write_video(checked, folder / "video.mp4", percent, pictures)
             files = {"video": "video.mp4", **pictures.finish()}
         except BaseException:
             pictures.close()

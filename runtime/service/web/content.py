@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from wanforge.runtime.service.job import Job, State
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
+from wanforge.runtime.service.results.previews import preview_name, previewed_step
 from wanforge.runtime.service.web.access import Reader
 from wanforge.runtime.service.web.errors import ApiError
 from wanforge.runtime.service.web.state import service_of
@@ -16,8 +17,8 @@ from wanforge.runtime.service.web.videos import JobId, errors, found
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
-MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
+Variant = Literal["video", "thumbnail", "spritesheet", "preview"]
+MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg", "preview": "image/webp"}
 SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
 BYTES = {"schema": {"type": "string", "format": "binary"}}
 MOST_LOOKS = 3
@@ -38,12 +39,19 @@ FILES = {
 async def content(
     request: Request, video_id: JobId, caller: Reader, variant: Annotated[Variant, Query()] = "video"
 ) -> Response:
-    """What a video has become: the clip as mp4, a picture from its middle, or a sheet of many."""
+    """What a video has become: the clip as mp4, a picture from its middle, or a sheet of many. While it is made, the
+    preview is what the latest step predicts for the middle; afterwards it is the picture from the middle."""
     service = service_of(request)
     job = await service.in_thread(found, service, caller, video_id)
     name = object_of(job, variant)
-    file = await service.in_thread(opened, service.objects, name)
-    headers = {**SAFE, "Cache-Control": "private, max-age=31536000, immutable"}
+    try:
+        file = await service.in_thread(opened, service.objects, name)
+    except StorageError:
+        if job.result is not None:
+            raise
+        raise not_ready(job) from None  # its bundle has no preview decoder, or the attempt ended meanwhile
+    kept = "no-store" if variant == "preview" else "private, max-age=31536000, immutable"
+    headers = {**SAFE, "Cache-Control": kept}
     shown = f"{job.id}.{name.rpartition('.')[2]}"
     return OpenFileResponse(
         file, media_type=MEDIA[variant], headers=headers, filename=shown, content_disposition_type="inline"
@@ -82,9 +90,16 @@ def object_of(job: Job, variant: str) -> str:
     """
     if job.state is State.EXPIRED:
         raise ApiError(410, "expired", "the result was kept as long as it was to be, and is deleted")
-    if job.result is None:
-        again = 1 if not job.state.is_terminal else None
-        raise ApiError(
-            404, "not_ready", f"the video is {job.state.value}; there is nothing to download", retry_after=again
-        )
-    return job.result.objects[variant]
+    if job.result is not None:
+        return job.result.objects["thumbnail" if variant == "preview" else variant]
+    if variant == "preview" and (step := previewed_step(job)):
+        return preview_name(job, step)
+    raise not_ready(job)
+
+
+def not_ready(job: Job) -> ApiError:
+    """The error for what is not there yet."""
+    again = 1 if not job.state.is_terminal else None
+    return ApiError(
+        404, "not_ready", f"the video is {job.state.value}; there is nothing to download", retry_after=again
+    )

@@ -40,6 +40,7 @@ class Attempt:
         moved_at: When its progress was last heard of, and `beaten_at`, when its last heartbeat was sent; by the
             monotonic clock.
         stop: Why it is to stop, if it is.
+        previews: Names of the objects that show how far it is.
         traced: What it notes for its trace.
     """
 
@@ -51,6 +52,7 @@ class Attempt:
     beaten_at: float = field(default_factory=time.monotonic)
     stop: Stop | None = None
     told: tuple[str | None, int] = (None, 0)
+    previews: list[str] = field(default_factory=list)
     traced: TracedAttempt = field(init=False)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from wanforge.runtime.service.child.messages import (
 )
 from wanforge.runtime.service.job import Failure, Job, Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
+from wanforge.runtime.service.results.previews import PREVIEW, STILL, preview_name
 from wanforge.runtime.service.results.sweeping import staging_name
 from wanforge.runtime.service.store.base import BundleShape, JobStore, News, Offer, StoreError
 from wanforge.runtime.service.tracing.attempts import Tell, untraced
@@ -225,7 +226,7 @@ class ClipWorker(Thread):
     def _serve(self, job: Job, child: ChildProcess) -> None:
         """Make the clip of a job, and settle what becomes of the job."""
         attempt = Attempt(job, self.wake)
-        folder = self.shop.storage.staging() / staging_name(self.lease_name)
+        folder = self._folder
         self._tell(state="working", job=job.id)
         self.shop.heart.add(attempt)
         try:
@@ -238,6 +239,7 @@ class ClipWorker(Thread):
             self._reject(attempt, failure_of(error).failure)
         finally:
             self.shop.heart.remove(attempt)
+            self._discard(attempt.previews)
             shutil.rmtree(folder, ignore_errors=True)
             self.shop.trace(attempt.traced)
             if self._child is not None:
@@ -298,10 +300,24 @@ class ClipWorker(Thread):
         """Take a message of the child; return it if it ends the attempt."""
         match message:
             case Advance(ticket, stage, percent) if ticket == attempt.ticket:
+                if stage.startswith(PREVIEW):
+                    self._show(attempt, int(stage.removeprefix(PREVIEW)))
                 attempt.advance(stage, percent)
             case ClipMade() | ClipFailed() | ClipStopped() if message.ticket == attempt.ticket:
                 return message
         return None
+
+    def _show(self, attempt: Attempt, step: int) -> None:
+        """Store the picture of what a step predicts. The clip goes on without it if it cannot be stored."""
+        name = preview_name(attempt.job, step)
+        with suppress(StorageError, OSError):
+            self.shop.storage.put(name, (self._folder / STILL).read_bytes())
+            attempt.previews.append(name)
+
+    @property
+    def _folder(self) -> Path:
+        """Where the child makes the clip of the running job."""
+        return self.shop.storage.staging() / staging_name(self.lease_name)
 
     def _settle(self, attempt: Attempt, outcome: Outcome, folder: Path) -> None:
         """Tell the store what became of an attempt."""
@@ -325,14 +341,14 @@ class ClipWorker(Thread):
             with ThreadPoolExecutor(len(objects)) as pool:  # a disk syncs several files in the time of one
                 list(pool.map(self._store, objects.values(), [folder / file for file in made.files.values()]))
         except StorageError as error:
-            self._discard(objects)
+            self._discard(objects.values())
             self._reject(attempt, Failure(error.code, str(error)))
             return
         job, result = attempt.job, Result(objects=objects, backend=made.backend, details=made.details)
         is_done = self._surely(lambda: self.shop.store.complete(job.lease, result))
         if not is_done:
             if is_done is False:
-                self._discard(objects)
+                self._discard(objects.values())
             return
         self.breaker.succeeded()
         self._warm = {bundle: shape for bundle, shape in self._warm.items() if bundle in made.loaded}
@@ -357,10 +373,10 @@ class ClipWorker(Thread):
                     raise
                 time.sleep(STORE_SECONDS * 2**tries)
 
-    def _discard(self, objects: dict[str, str]) -> None:
+    def _discard(self, objects: Collection[str]) -> None:
         """Delete objects that no job will have. If that fails, they are found as orphans."""
         with suppress(StorageError):
-            self.shop.storage.delete(list(objects.values()))
+            self.shop.storage.delete(objects)
 
     def _reject(self, attempt: Attempt, failure: Failure) -> None:
         """End an attempt that failed. A full disk is not the job's fault: it waits for room with the others, and fails

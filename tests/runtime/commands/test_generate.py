@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from wanforge.cli import cli
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
-from wanforge.runtime.inputs.prompts import numbered
+from wanforge.runtime.inputs.places import numbered
 from wanforge.runtime.reference.sampler import gaussian
 
 BundleOf = Callable[[str, str], Bundle]

@@ -153,6 +153,7 @@ function show(card, video) {
     button.setAttribute("aria-label", `${button.textContent}: ${video.prompt}`);
   }
   card.find(".choose input").setAttribute("aria-label", `Compare: ${video.prompt}, seed ${video.seed}`);
+  showPreview(card);
   if (isDone && !card.isShown) showPoster(card);
   if (!isDone && card.isShown) hidePoster(card);
   if (before !== video.status) {
@@ -189,6 +190,34 @@ async function showPoster(card) {
   } catch (error) {
     if (error.code !== "not_ready") card.find(".why").textContent = error.message;
   }
+}
+
+// The latest picture of what a video is going to be, if its bundle has a preview decoder.
+async function showPreview(card) {
+  const step = card.video.status === "in_progress" ? previewedStep(card.video) : 0;
+  if (step === (card.step ?? 0)) return;
+  card.step = step;
+  const picture = card.find(".preview");
+  if (!step) picture.hidden = true;
+  else {
+    try {
+      const url = await contentUrl(card.video, `preview&step=${step}`);
+      const loaded = new Image();
+      loaded.onload = () => {
+        if (card.step !== step) return;
+        picture.src = url;
+        picture.hidden = false;
+      };
+      loaded.src = url;
+    } catch {} // there is none
+  }
+}
+
+function previewedStep({ stage, steps }) {
+  const [name, number] = (stage || "").split(" ");
+  if (name === "preview") return Number(number);
+  if (name === "step") return number - 1;
+  return ["decode", "transfer", "write"].includes(name) ? steps : 0;
 }
 
 function hidePoster(card) {

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.service.served import MADE, Rig
+from wanforge.runtime.service.results.previews import preview_name
 from wanforge.runtime.service.web import content
 
 WHOLE = MADE["video"][0]
@@ -28,6 +29,26 @@ def test_there_is_nothing_to_download_before_the_end(rig: Rig) -> None:
     early = rig.client.get(f"/v1/videos/{video['id']}/content")
     assert (early.status_code, early.json()["error"]["code"]) == (404, "not_ready")
     assert early.headers["retry-after"] == "1"
+
+
+def test_a_running_video_shows_what_its_latest_step_predicts(rig: Rig) -> None:
+    path = f"/v1/videos/{rig.submit(steps=2)['id']}/content?variant=preview"
+    job = rig.claim()
+
+    def shown(stage: str) -> tuple[int, bytes]:
+        assert rig.store.heartbeat(job.lease, stage, 10)
+        found = rig.client.get(path)
+        return found.status_code, found.content if found.status_code == 200 else b""
+
+    assert shown("text") == shown("step 1") == (404, b"")
+    assert shown("preview 1") == (404, b"")  # its bundle may have no preview decoder
+    rig.service.objects.put(preview_name(job, 1), b"first")
+    assert shown("preview 1") == shown("step 2") == (200, b"first")
+    assert rig.client.get(path).headers["cache-control"] == "no-store"
+    rig.service.objects.put(preview_name(job, 2), b"second")
+    assert shown("preview 2") == shown("decode") == (200, b"second")
+    rig.complete(job)
+    assert rig.client.get(path).content == MADE["thumbnail"][0]
 
 
 def test_downloads_run_nothing_in_a_browser(rig: Rig) -> None:

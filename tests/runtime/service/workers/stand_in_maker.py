@@ -1,4 +1,5 @@
-"""Makes files that are no clips, in the ways that a prompt tells it: ``die``, ``hang``, ``memory`` and so on.
+"""Makes files that are no clips, in the ways that a prompt tells it: ``die``, ``hang``, ``memory`` and so on. It shows
+a preview where the prompt says ``preview``.
 
 ``first`` behind such a word limits it to the first attempt of a job. Loading lasts as long as there is a file with the
 name that the environment's `HOLD` gives.
@@ -14,6 +15,7 @@ from pathlib import Path
 from wanforge.errors import RequestError
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
+from wanforge.runtime.service.results.previews import STILL
 
 PARTS = 10
 HOLD = "STAND_IN_HOLD"
@@ -38,6 +40,9 @@ class StandIn(Maker):
         words = str(order.request["prompt"]).split()
         if "first" not in words or order.ticket.endswith("/1"):
             misbehave(words)
+        if "preview" in words:
+            (Path(order.folder) / STILL).write_text("preview")
+            report("preview 1", 1)
         seconds = next((float(word) for word in words if word[0].isdigit()), 0.0)
         for part in range(PARTS):
             time.sleep(seconds / PARTS)

@@ -15,6 +15,7 @@ from tests.processes import ROOT
 from tests.runtime.service.store.rig import submission
 from tests.runtime.service.workers.rig import QUICK, Rig, settled, working
 from wanforge.runtime.service.job import State
+from wanforge.runtime.service.results.previews import preview_name
 from wanforge.runtime.service.store.base import Policy
 from wanforge.runtime.service.workers.status import STATUS
 
@@ -39,6 +40,17 @@ def test_a_job_from_end_to_end(rig: Rig) -> None:
         assert abs(worker.last_good_at - time.time()) < 10
         assert rig.signal(signal.SIGTERM) == 0
         assert rig.status.workers[0].state == "ended"
+
+
+def test_a_preview_is_there_until_the_clip_is(rig: Rig) -> None:
+    with working(rig):
+        job = rig.running(rig.submit("preview 2"))
+        name = preview_name(job, 1)
+        rig.wait(lambda: rig.objects() == {name})
+        assert rig.storage.local(name).read_text() == "preview"
+        result = rig.completed(job.id).result
+        assert result is not None
+        rig.wait(lambda: rig.objects() == set(result.objects.values()))
 
 
 @pytest.mark.parametrize(
