@@ -61,7 +61,7 @@ def write(folder: Path, text: str | bytes) -> Path:
 
 
 def test_shipped_files_are_the_ones_with_published_sizes() -> None:
-    assert set(named("models")) == {*PUBLISHED, "tiny-t2v", "tiny-i2v", "tinywan"}
+    assert set(named("models")) == {*PUBLISHED, "tiny-t2v", "tiny-i2v", "tinywan", "tinywan-i2v"}
     assert set(named("recipes")) == set(RECIPES)
     assert set(load_targets()) == set(TARGETS)
 
