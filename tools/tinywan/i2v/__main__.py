@@ -38,8 +38,6 @@ PLANS = {
     "high": Plan(steps=1000, batch=8, rate=1.5e-3, warmup=30, decay=0.99, muon=True),
     "low": Plan(steps=350, batch=8, rate=1e-3, warmup=30, decay=0.99, muon=True),
 }
-DENSE_SHARE = 1 / 3
-"""Share of the steps that attend to every key."""
 RECIPES = ("bf16-sla", "w8a8")
 SHARDS = 6
 """Number of shards of the pool, of 64 shots each."""
@@ -90,7 +88,8 @@ def run_pool(studio: Studio) -> None:
 
 def run_high(studio: Studio) -> None:
     """Train the expert of the noisier steps, from TinyWan's weights."""
-    train_expert(studio, "high", studio.network(), None)
+    network = studio.network()
+    train_expert(studio, "high", network, Denoiser(network))
 
 
 def run_low(studio: Studio) -> None:
@@ -98,23 +97,22 @@ def run_low(studio: Studio) -> None:
     train_expert(studio, "low", studio.expert("high"), Denoiser(studio.expert("high")))
 
 
-def train_expert(studio: Studio, expert: str, network: Network, other: Denoiser | None) -> None:
+def train_expert(studio: Studio, expert: str, network: Network, first: Denoiser) -> None:
     """Train one expert, or continue its training.
 
     Args:
-        other: The expert of the earlier steps, where this one does not take them itself.
+        first: The expert of the first steps.
     """
     lessons = ImageLessons(network, ShotPool(studio.folder / "pool"), make_tokenizer(), expert)
     denoiser, plan = Denoiser(network), PLANS[expert]
     run = torch.compile(denoiser, dynamic=False)
     own = [step.index for step in steps_of(MODEL, expert)]
+    # Guesses are few and need no gradients: compiling them would take longer than it saves.
     velocities: list[Velocity] = [
-        run if step.index in own or other is None else other for step in trajectory(MODEL.sampler).steps
+        denoiser if step.index in own else first for step in trajectory(MODEL.sampler).steps
     ]
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        dense = rng.random() < DENSE_SHARE
-        denoiser.attend(dense)
         loss = lessons.draw(velocities, rng, generator, plan.batch).loss(run)
         shares = loss.detach().unflatten(0, (len(own), -1)).mean(1).tolist()
         return loss.mean(), {f"step{index}": share for index, share in zip(own, shares, strict=True)}
