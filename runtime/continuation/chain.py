@@ -8,6 +8,7 @@ Letters: T frames, H W rows and columns.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +87,7 @@ def seams_of(parts: Iterable[Sequence[Frame]]) -> list[Seam]:
 
 def differences(frames: Sequence[Frame]) -> list[float]:
     """The RMS differences between neighbouring frames."""
-    return [difference(one, other) for one, other in zip(frames, frames[1:], strict=False)]
+    return [difference(one, other) for one, other in pairwise(frames)]
 
 
 def difference(one: Frame, other: Frame) -> float:

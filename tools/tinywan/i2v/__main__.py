@@ -108,9 +108,7 @@ def train_expert(studio: Studio, expert: str, network: Network, first: Denoiser)
     run = torch.compile(denoiser, dynamic=False)
     own = [step.index for step in steps_of(MODEL, expert)]
     # Guesses are few and need no gradients: compiling them would take longer than it saves.
-    velocities: list[Velocity] = [
-        denoiser if step.index in own else first for step in trajectory(MODEL.sampler).steps
-    ]
+    velocities: list[Velocity] = [denoiser if step.index in own else first for step in trajectory(MODEL.sampler).steps]
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         loss = lessons.draw(velocities, rng, generator, plan.batch).loss(run)

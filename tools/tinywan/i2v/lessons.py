@@ -84,9 +84,7 @@ class ImageLessons:
             velocities: The velocity of each step of the sampler, for guesses from the step before.
         """
         rows = rng.integers(len(self.pool.shots), size=batch)
-        text = self.network.embed(
-            [token_ids(self.tokens, caption(rng, self.pool.shots[row].subject)) for row in rows]
-        )
+        text = self.network.embed([token_ids(self.tokens, caption(rng, self.pool.shots[row].subject)) for row in rows])
         moved = [self.moved(rng, row) for row in rows]
         goal, given = (torch.stack(each).float() for each in zip(*moved, strict=True))
         basis, times = goal.clone(), torch.zeros(batch)

@@ -26,7 +26,9 @@ SHARD = 64
 """Shots per file."""
 
 
-def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: int, *, workers: int = 1, seed: int = 0) -> Iterator[Path]:
+def fill_pool(
+    model: ModelConfig, vae: VAE, folder: Path, shards: int, *, workers: int = 1, seed: int = 0
+) -> Iterator[Path]:
     """Encode the shots of those shards that do not exist yet, and yield their files."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
