@@ -133,10 +133,15 @@ def test_clips_are_moved_together_with_their_images(network: Network, pool: Shot
         assert torch.allclose(clip[:, 0].float(), given[4:, 0].float(), atol=0.1)
 
 
-def test_new_channels_of_an_image_change_nothing_at_first() -> None:
-    weights = {"patch_embedding.weight": torch.randn(256, 64), "other": torch.ones(1)}
-    wide = widened(weights)
-    assert wide["patch_embedding.weight"].shape == (256, 144)
-    assert torch.equal(wide["patch_embedding.weight"][:, :64], weights["patch_embedding.weight"])
-    assert not wide["patch_embedding.weight"][:, 64:].any()
-    assert wide["other"] is weights["other"]
+def test_at_first_an_image_looks_like_the_signal_and_grey_frames_like_nothing() -> None:
+    weights = {"patch_embedding.weight": torch.randn(256, 64), "patch_embedding.bias": torch.randn(256)}
+    grey, noise, image = torch.randn(16), torch.randn(16, 4), torch.randn(16, 4)
+    wide = widened(weights, grey)
+
+    def embedded(names: dict[str, Tensor], *channels: Tensor) -> Tensor:
+        return names["patch_embedding.weight"] @ torch.cat(channels).flatten() + names["patch_embedding.bias"]
+
+    shown = embedded(wide, noise, torch.ones(4, 4), image)
+    assert torch.allclose(shown, embedded(weights, noise + image), atol=1e-4)
+    hidden = embedded(wide, noise, torch.zeros(4, 4), grey[:, None].expand(16, 4))
+    assert torch.allclose(hidden, embedded(weights, noise), atol=1e-4)

@@ -11,7 +11,6 @@ import torch
 from numpy.random import Generator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from tools.tinywan.denoiser import Denoiser, plain_attention, plain_sparse_branch
 from tools.tinywan.i2v.lessons import ImageLessons, steps_of
@@ -21,12 +20,14 @@ from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import sheet
 from tools.tinywan.training import Plan, load_averaged, train
 from tools.tinywan.vae import new_vae
+from wanforge.configs.clip import PATCH
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.plugins.sparse_linear_attention import reference
+from wanforge.runtime.inputs.condition import MASK_CHANNELS
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.held_out import measure, prompts_for, table
 from wanforge.runtime.reference import dit
@@ -35,8 +36,8 @@ from wanforge.runtime.request import Request
 
 MODEL, BASE = load_model("tinywan-i2v"), load_model("tinywan")
 PLANS = {
-    "high": Plan(steps=1000, batch=8, rate=1.5e-3, warmup=30, decay=0.99, muon=True),
-    "low": Plan(steps=350, batch=8, rate=1e-3, warmup=30, decay=0.99, muon=True),
+    "high": Plan(steps=1800, batch=8, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
+    "low": Plan(steps=500, batch=8, rate=1e-3, warmup=20, decay=0.99, muon=True),
 }
 RECIPES = ("bf16-sla", "w8a8")
 SHARDS = 6
@@ -50,10 +51,10 @@ class Studio:
     folder: Path
 
     def network(self) -> Network:
-        """TinyWan's network with a patch embedding that does not yet see the image's channels."""
+        """TinyWan's network with a patch embedding that sees the image's channels, see `widened`."""
         network = Network(MODEL, load_recipe("bf16-sla"))
         weights = embedded(BASE).weights
-        network.dit.load_state_dict(widened(load_file(weights["dit"])))
+        network.dit.load_state_dict(widened(load_file(weights["dit"]), ShotPool(self.folder / "pool").grey))
         network.text_encoder.load_state_dict(load_file(weights["text_encoder"]))
         return network
 
@@ -69,11 +70,25 @@ class Studio:
         return import_checkpoint(MODEL, sources, out, recipe=load_recipe(recipe), replace=True)
 
 
-def widened(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a text-to-video denoiser with zeros for the channels of an image, which follow the noise's."""
-    patches, name = 4, "patch_embedding.weight"
-    more = patches * (MODEL.dit.in_channels - BASE.dit.in_channels)
-    return {**weights, name: F.pad(weights[name], (0, more))}
+def widened(weights: dict[str, Tensor], grey_C: Tensor) -> dict[str, Tensor]:
+    """The weights of a text-to-video denoiser with columns for an image, which follow the noise's.
+
+    The image's latents get the noise's columns: its frame looks like a state with less noise, which the denoiser knows
+    how to read. The bias takes away what the grey frames would add, and the mask's columns give it back in the image's
+    frame.
+
+    Args:
+        grey_C: The latents of grey frames.
+    """
+    weight_DN, bias_D = (weights[f"patch_embedding.{name}"].float() for name in ("weight", "bias"))
+    cells = PATCH * PATCH
+    added_D = weight_DN @ grey_C.repeat_interleave(cells)
+    mask_DM = (added_D / (MASK_CHANNELS * cells))[:, None].expand(-1, MASK_CHANNELS * cells)
+    return {
+        **weights,
+        "patch_embedding.weight": torch.cat((weight_DN, mask_DM, weight_DN), 1),
+        "patch_embedding.bias": bias_D - added_D,
+    }
 
 
 def run_pool(studio: Studio) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tools.tinywan.latents import quick
 from tools.tinywan.scenes import draw_subject
 from wanforge.configs.model import ModelConfig
-from wanforge.runtime.inputs.condition import condition
+from wanforge.runtime.inputs.condition import MASK_CHANNELS, condition
 from wanforge.runtime.measure.quality.shots import Shot, draw_shot, frames_of
 from wanforge.runtime.reference.vae import VAE
 
@@ -67,6 +67,8 @@ class ShotPool:
         paths = sorted(folder.glob("*.safetensors"))
         files = [load_file(path) for path in paths]
         self.clips, self.given = (torch.cat([file[name] for file in files]) for name in ("clips", "given"))
+        self.grey = self.given[:, MASK_CHANNELS:, -1].float().mean((0, 2, 3))
+        """The latents of grey frames ``[C]``."""
         self.shots: list[Shot] = []
         for path in paths:
             self.shots += msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=list[Shot])
