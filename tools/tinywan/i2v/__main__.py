@@ -37,7 +37,7 @@ from wanforge.runtime.request import Request
 MODEL, BASE = load_model("tinywan-i2v"), load_model("tinywan")
 PLANS = {
     "high": Plan(steps=1800, batch=8, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
-    "low": Plan(steps=500, batch=8, rate=1e-3, warmup=20, decay=0.99, muon=True),
+    "low": Plan(steps=400, batch=8, rate=1e-3, warmup=20, decay=0.99, muon=True),
 }
 RECIPES = ("bf16-sla", "w8a8")
 SHARDS = 6
