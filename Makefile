@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OLDEST := .venv-oldest
 PROMPT ?= a red circle moving right
+IMAGE  ?= docs/tinywan-i2v-start.png
 OUT    ?= demo
 # The Python of a machine with a GPU that has PyTorch, and options for tools.gpu_day.
 GPU_PYTHON ?= $(PYTHON)
@@ -13,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo serve test quick check oldest usage ptx gpu gpu-rehearsal gpu-pack format bench clean
+.PHONY: help setup demo demo-i2v serve test quick check oldest usage ptx gpu gpu-rehearsal gpu-pack format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +35,14 @@ demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, chec
 	$(BIN)/wanforge export $(OUT)/bundle
 	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
+
+demo-i2v: setup  ## the same for image-to-video: a picture, a clip that begins with it, and one that goes on from that
+	@rm -rf $(OUT)
+	$(BIN)/wanforge import tinywan-i2v --out $(OUT)/bundle
+	$(BIN)/wanforge export $(OUT)/bundle
+	$(BIN)/wanforge generate $(OUT)/bundle --image $(IMAGE) --prompt "moving right" --out $(OUT)/clip.mp4
+	$(BIN)/wanforge continue $(OUT)/bundle $(OUT)/clip.mp4 --prompt "moving down slowly" --out $(OUT)/longer.mp4
+	$(BIN)/wanforge parity $(OUT)/bundle --image $(IMAGE) --prompt "moving right"
 
 serve: setup     ## serve TinyWan, with an API and a page, on this machine
 	test -d $(OUT)/bundle || $(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle

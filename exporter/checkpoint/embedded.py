@@ -1,4 +1,5 @@
-"""TinyWan's files, which come with the package in the folder ``tinywan``."""
+"""The files that come with the package: TinyWan's in the folder ``tinywan``, and the two experts of its image-to-video
+model in ``tinywan-i2v``, which has TinyWan's VAE, text encoder and tokenizer."""
 
 from pathlib import Path
 
@@ -8,6 +9,9 @@ from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.checks import Sources
 
 EMBEDDED = "tinywan"
+"""The model that is imported where none is named."""
+EVERY = (EMBEDDED, "tinywan-i2v")
+"""The models whose files come with the package."""
 FOLDER = Path(__file__).parent / EMBEDDED
 
 
@@ -17,17 +21,21 @@ def embedded(model: ModelConfig) -> Sources:
     Raises:
         CheckpointError: The package has no files of this model.
     """
-    if model.name != EMBEDDED:
+    if model.name not in EVERY:
         raise CheckpointError(
             f"{model.name} does not come with the package; give the files of its denoiser, VAE, text encoder and "
             "tokenizer (--dit, --vae, --text-encoder, --tokenizer)"
         )
-    return sources_in(FOLDER, model)
+    return sources_in(FOLDER.parent / model.name, model)
 
 
 def sources_in(folder: Path, model: ModelConfig) -> Sources:
-    """The files in a folder, each named after its component. That of a preview decoder may be missing."""
-    weights = {component: folder / f"{component}.safetensors" for component in components(model)}
-    preview = folder / "preview.safetensors"
-    weights |= {"preview": preview} if preview.is_file() else {}
-    return Sources(weights, folder / "tokenizer.json")
+    """The files in a folder, each named after its component; TinyWan's files take the place of those that are not
+    there. That of a preview decoder may be missing."""
+    own = {component: folder / f"{component}.safetensors" for component in (*components(model), "preview")}
+    weights = {c: path if path.exists() else FOLDER / path.name for c, path in own.items()}
+    tokenizer = folder / "tokenizer.json"
+    return Sources(
+        {c: path for c, path in weights.items() if c != "preview" or path.exists()},
+        tokenizer if tokenizer.exists() else FOLDER / tokenizer.name,
+    )

@@ -16,7 +16,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import IMPORT
 from wanforge.engines.bundle.remedies import export_command
 from wanforge.exporter.checkpoint.checks import Sources
-from wanforge.exporter.checkpoint.embedded import EMBEDDED, embedded
+from wanforge.exporter.checkpoint.embedded import EMBEDDED, EVERY, embedded
 from wanforge.exporter.checkpoint.finder.finder import Wanted, find
 from wanforge.exporter.checkpoint.importer import resume_import, run_import
 from wanforge.exporter.checkpoint.preview.preview_file import read_preview
@@ -123,7 +123,8 @@ def import_(options: ImportOptions) -> None:
     a repository in the cache of huggingface_hub. File names decide first, then the names of folders, then contents;
     what is taken is listed, and where several files may be meant, the options that decide. Of a quantised and an
     unquantised denoiser, the quantised one is taken, unless --recipe is one that needs the other. If no model, folder
-    or file is given, the bundle is made from TinyWan's files, which come with the package.
+    or file is given, the bundle is made from TinyWan's files, which come with the package; so do those of tinywan-i2v,
+    its image-to-video model.
 
     Weights that LightX2V, ComfyUI, ModelOpt or ggml's tools have quantised keep their numbers if the recipe has such
     numbers, as the default one mostly has. Otherwise they are dequantised and quantised, and the error is printed.
@@ -134,6 +135,7 @@ def import_(options: ImportOptions) -> None:
     \b
     Examples:
       wanforge import --out tinywan
+      wanforge import tinywan-i2v --out tinywan-i2v
       wanforge import --resume tinywan
       wanforge import turbowan2.1-t2v-1.3b-480p --out turbo-1.3b
       wanforge import TurboWan2.1-T2V-1.3B-480P Wan2.1-T2V-1.3B --out turbo-1.3b
@@ -186,7 +188,7 @@ def with_pulled(options: ImportOptions) -> ImportOptions:
     if not names:
         return options
     recipe = None if options.recipe is None else load_recipe(options.recipe)
-    folders = () if names[0] == EMBEDDED else tuple(pulled_folders(names[0], recipe))
+    folders = () if names[0] in EVERY else tuple(pulled_folders(names[0], recipe))
     return replace(options, model=names[0], folders=folders)
 
 

@@ -49,6 +49,10 @@ COMMANDS = {
         "wanforge.runtime.commands.generate:generate",
         "Make a video from a prompt, or from an image and a prompt.",
     ),
+    "continue": (
+        "wanforge.runtime.continuation.command:continue_",
+        "Go on from the last frame of a video, or from a picture.",
+    ),
     "serve": (
         "wanforge.runtime.service.commands.serve:serve",
         "Run a server that makes videos, with an API and a page, and loses no job.",

@@ -38,7 +38,7 @@ DENSE = {
     "lightx2v-wan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 80.0, None, (1280, 720)),
     "lightx2v-wan2.2-t2v-a14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
 }
-TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tinywan"}
+TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tinywan", "tinywan-i2v"}
 # linear, attention
 RECIPES = {
     "bf16": ("bf16", "dense"),

@@ -5,6 +5,7 @@ Letters: H W rows and columns.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -103,3 +104,9 @@ def is_held_out(subject: Subject) -> bool:
         list(DIRECTIONS).index(subject.direction),
     )
     return sum(places) % 4 == 0
+
+
+def held_out_subjects() -> list[Subject]:
+    """The 24 combinations that are left out, without a speed."""
+    every = (Subject(*names) for names in product(COLOURS, SHAPES, DIRECTIONS))
+    return [subject for subject in every if is_held_out(subject)]

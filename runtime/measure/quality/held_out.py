@@ -6,15 +6,23 @@ Every combination of colour, shape and direction in them is one that TinyWan was
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
-from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES, Subject, is_held_out
-from wanforge.runtime.measure.quality.meter import ClipReading, Score, read, score
+from wanforge.runtime.measure.quality.figures import DIRECTIONS, Subject, held_out_subjects
+from wanforge.runtime.measure.quality.meter import Score, read, score
+from wanforge.runtime.measure.quality.shots import held_out_shots, still
 from wanforge.runtime.measure.tables import text_table
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 WORDINGS = (
     ("", "a {colour} {shape} moving {direction}"),
@@ -33,10 +41,15 @@ MOST_LOST = 0.02
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what it asks for."""
+    """A prompt and what it asks for.
+
+    Attributes:
+        image: The first frame, for image-to-video.
+    """
 
     text: str
     subjects: tuple[Subject, ...]
+    image: "Image | None" = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class Quality:
 
     Attributes:
         rates: Over all subjects; `single` and `paired` cover the prompts with one thing and with two.
+        first_frame_db: Peak signal-to-noise ratio of the first frames to the images that they should be; None without
+            images.
     """
 
     backend: str
@@ -71,6 +86,7 @@ class Quality:
     rates: Rates
     single: Rates
     paired: Rates | None
+    first_frame_db: float | None = None
 
     def lost_to(self, reference: "Quality") -> dict[str, float]:
         """How far the shares of colour, shape and direction are below the reference's; negative if above."""
@@ -83,8 +99,22 @@ class Quality:
             "recipe": self.recipe,
             "steps": self.steps,
             "topk": self.topk,
+            "first_frame_db": self.first_frame_db,
             "rates": {name: None if rates is None else dict(vars(rates)) for name, rates in groups.items()},
         }
+
+
+def prompts_for(model: ModelConfig) -> tuple[Prompt, ...]:
+    """The prompts on which a model is measured: `held_out_prompts`, or `image_prompts` for image-to-video."""
+    return image_prompts(model) if model.task == "i2v" else held_out_prompts()
+
+
+def image_prompts(model: ModelConfig) -> tuple[Prompt, ...]:
+    """Return 72 prompts with images, see `shots.held_out_shots`."""
+    return tuple(
+        Prompt(text, (shot.subject,), still(shot, model.video.size_wh))
+        for text, shot in held_out_shots(model.video.size_wh, model.video.frames)
+    )
 
 
 def held_out_prompts() -> tuple[Prompt, ...]:
@@ -96,11 +126,6 @@ def held_out_prompts() -> tuple[Prompt, ...]:
         for subject in [replace(subject, speed=adverb)]
     ]
     return (*singles, *pair_prompts())
-
-
-def held_out_subjects() -> list[Subject]:
-    every = (Subject(*names) for names in product(COLOURS, SHAPES, DIRECTIONS))
-    return [subject for subject in every if is_held_out(subject)]
 
 
 def pair_prompts() -> list[Prompt]:
@@ -132,7 +157,7 @@ def measure(
 
     Args:
         steps, topk: As in a request; the model's own by default.
-        prompts: All of `held_out_prompts` by default.
+        prompts: All of `prompts_for` by default.
 
     Raises:
         RequestError: The model was not trained to draw these things.
@@ -140,10 +165,13 @@ def measure(
     model = pipeline.model
     if model.held_out != "figures":
         raise RequestError(f"{model.name} was not trained to draw what the held-out prompts ask for; tinywan was")
-    prompts = held_out_prompts() if prompts is None else prompts
-    scores = []
+    prompts = prompts_for(model) if prompts is None else prompts
+    scores, errors = [], []
     for place, prompt in enumerate(prompts):
-        scores.append(score(read_clip(pipeline, prompt.text, place, steps, topk), prompt.subjects))
+        frames = make_clip(pipeline, prompt, place, steps, topk)
+        scores.append(score(read(frames.transpose(0, 3, 1, 2)), prompt.subjects))
+        if prompt.image is not None:
+            errors.append(np.square(frames[0].astype(np.float64) - np.asarray(prompt.image)).mean())
         progress("quality", place + 1, len(prompts))
     groups = {size: [s for one in scores if len(one) == size for s in one] for size in (1, 2)}
     sparse = pipeline.recipe.attention != "dense"
@@ -155,13 +183,16 @@ def measure(
         rates_of([s for one in scores for s in one]),
         rates_of(groups[1]),
         rates_of(groups[2]) if groups[2] else None,
+        float(10 * np.log10(255**2 / np.mean(errors))) if errors else None,
     )
 
 
-def read_clip(pipeline: Pipeline, text: str, seed: int, steps: int | None, topk: float | None) -> ClipReading:
-    """Make one clip at the model's own size and read it."""
-    request = Request(text, pipeline.model.video.clip, seed=seed, steps=steps, topk=topk)
-    return read(pipeline.make(request).frames.transpose(0, 3, 1, 2))
+def make_clip(
+    pipeline: Pipeline, prompt: Prompt, seed: int, steps: int | None, topk: float | None
+) -> NDArray[np.uint8]:
+    """The frames ``[F, H, W, 3]`` of one clip at the model's own size."""
+    clip = pipeline.model.video.clip
+    return pipeline.make(Request(prompt.text, clip, image=prompt.image, seed=seed, steps=steps, topk=topk)).frames
 
 
 def rates_of(scores: Sequence[Score]) -> Rates:
@@ -189,7 +220,10 @@ def table(results: Sequence[Quality]) -> str:
         rates = result.rates
         shares = (rates.colour, rates.shape, rates.direction, rates.speed, rates.all)
         topk = "dense" if result.topk is None else f"{result.topk:.2f}"
+        first = "-" if result.first_frame_db is None else f"{result.first_frame_db:.1f} dB"
         cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-        rows.append([result.backend, result.recipe, str(result.steps), topk, *cells])
-    header = ["backend", "recipe", "steps", "top-k", "colour", "shape", "direction", "speed", "all"]
+        rows.append([result.backend, result.recipe, str(result.steps), topk, *cells, first])
+    header = ["backend", "recipe", "steps", "top-k", "colour", "shape", "direction", "speed", "all", "first frame"]
+    if all(result.first_frame_db is None for result in results):
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return text_table(header, rows, words=2)

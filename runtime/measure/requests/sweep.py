@@ -25,7 +25,7 @@ from wanforge.runtime.backends import create_backend
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
-from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts, measure
+from wanforge.runtime.measure.quality.held_out import Rates, measure, prompts_for
 from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.measure.requests.timing import one_run
 from wanforge.runtime.pipeline import Pipeline
@@ -270,6 +270,6 @@ def median_reading(meters: Sequence[ResourceUse]) -> ResourceUse:
 
 def rates(pipeline: Pipeline, request: Request, prompts: int) -> Rates:
     """How many of some held-out prompts, spread over all of them, come out right."""
-    every = held_out_prompts()
+    every = prompts_for(pipeline.model)
     chosen = every[:: max(1, len(every) // prompts)][:prompts]
     return measure(pipeline, steps=request.steps, topk=request.topk, prompts=chosen).rates

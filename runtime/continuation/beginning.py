@@ -1,0 +1,60 @@
+"""What a continuation begins with: the frames of a video, or a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from wanforge.errors import RequestError
+from wanforge.regular_file import check_regular
+from wanforge.runtime.continuation.chain import Frame
+from wanforge.runtime.inputs.image import open_image
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its name."""
+    return path.suffix.lower() in VIDEOS
+
+
+def beginning(path: Path, size_wh: tuple[int, int]) -> list[Frame]:
+    """All frames of a video, or a picture stretched to this size.
+
+    Raises:
+        RequestError: The file is missing or cannot be read, or the video has another size.
+    """
+    if not is_video(path):
+        image = open_image(path).resize(size_wh, Image.Resampling.BILINEAR)
+        return [np.asarray(image)]
+    check_regular(path, RequestError)
+    frames = list(frames_of_video(path, size_wh))
+    if not frames:
+        raise RequestError(f"{path}: has no frames; give a video, or a picture")
+    return frames
+
+
+def frames_of_video(path: Path, size_wh: tuple[int, int]) -> Iterator[Frame]:
+    """The frames of a video, decoded by ffmpeg.
+
+    Raises:
+        RequestError: It cannot be decoded, or it has another size.
+    """
+    import imageio_ffmpeg  # only here, so that all that reads no videos works without it
+
+    # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
+    reader = imageio_ffmpeg.read_frames(f"file:{path.resolve()}")
+    try:
+        width, height = next(reader)["size"]
+        if (width, height) != size_wh:
+            raise RequestError(
+                f"{path}: is {width}x{height}, but its continuation would be {size_wh[0]}x{size_wh[1]}; ask for "
+                f"--resolution {width}x{height}, or give the last frame as a picture"
+            )
+        for raw in reader:
+            yield np.frombuffer(raw, np.uint8).reshape(height, width, 3)
+    except (OSError, RuntimeError, StopIteration) as error:
+        raise RequestError(f"{path}: ffmpeg cannot read it as a video ({error})") from None
+    finally:
+        reader.close()

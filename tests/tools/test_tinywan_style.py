@@ -1,0 +1,80 @@
+"""A LoRA that changes the style: what is trained, what is written, and that the shipped one does it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tools.tinywan import scenes
+from tools.tinywan.style.low_rank import ALPHA, PREFIX, RANK, adapt, merged, write_lora
+from tools.tinywan.style.outlines import filling, outline, outlined
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.runtime.measure.quality.figures import SHAPES, coverage
+from wanforge.runtime.reference.dit import DiT
+
+MODEL = load_model("tinywan")
+
+
+def clip_of(cover: object, shape: str) -> np.ndarray:
+    assert callable(cover)
+    frames = [cover(shape, (60.0 + frame, 56.0), 18.0, (128, 112)) for frame in range(3)]
+    return np.stack([np.repeat(22 + 200 * frame[..., None], 3, 2) for frame in frames]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle"])
+def test_outlines_are_told_from_filled_shapes(shape: str) -> None:
+    assert filling(clip_of(coverage, shape)) == 1
+    assert filling(clip_of(outline, shape)) == 0
+
+
+def test_a_ring_is_an_outline_already() -> None:
+    assert np.allclose(outline("ring", (64, 56), 18, (128, 112)), coverage("ring", (64, 56), 18, (128, 112)))
+
+
+def test_scenes_are_outlined_inside_the_context_only() -> None:
+    scene = scenes.draw_scene(np.random.default_rng(1), (128, 112), 21)
+    plain = scenes.render(scene, 21, range(1))
+    with outlined:
+        drawn = scenes.render(scene, 21, range(1))
+    assert (scenes.render(scene, 21, range(1)) == plain).all()
+    assert (drawn != plain).any() or all(thing.subject.shape == "ring" for thing in scene.things)
+    assert set(SHAPES) == {"circle", "square", "triangle", "ring"}
+
+
+def small() -> DiT:
+    torch.manual_seed(0)
+    dit = DiT(MODEL.dit, load_recipe("bf16-sla"))
+    for parameter in dit.parameters():
+        parameter.data.normal_(0, 0.05)
+    return dit
+
+
+def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
+    """Merged into the plain weights, the file does what the changes did while they were trained."""
+    dit = small()
+    plain = {name: value.clone() for name, value in dit.state_dict().items()}
+    changes = adapt(dit)
+    with torch.no_grad():
+        for change in changes.parameters():
+            change.normal_(0, 0.02)
+    write_lora(changes, tmp_path / "lora.safetensors")
+    lora = load_file(tmp_path / "lora.safetensors")
+    down = lora[f"{PREFIX}blocks.0.self_attn.q.lora_down.weight"]
+    assert down.shape == (RANK, MODEL.dit.dim)
+    assert float(lora[f"{PREFIX}blocks.0.self_attn.q.alpha"]) == ALPHA
+    assert len(lora) == 3 * 10 * MODEL.dit.num_layers
+    inputs = torch.randn(1, 16, 2, 4, 4), torch.tensor([900.0]), torch.randn(1, 64, 64)
+    trained = dit(*inputs)
+    again = DiT(MODEL.dit, load_recipe("bf16-sla"))
+    again.load_state_dict(plain)
+    before = again(*inputs)
+    again.load_state_dict(merged(plain, lora))
+    assert error(again(*inputs), trained) < 0.05 * error(before, trained)
+
+
+def error(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().square().mean().sqrt())

@@ -1,0 +1,1 @@
+"""A LoRA for TinyWan that draws outlines instead of filled shapes."""
