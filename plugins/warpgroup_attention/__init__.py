@@ -1,0 +1,1 @@
+"""Sparse-linear attention for GPUs whose warpgroups multiply asynchronously (sm_90)."""
