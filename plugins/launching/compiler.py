@@ -123,8 +123,7 @@ def _origin(launch: Launch) -> Origin:
 
 @cache
 def compiles_gluon() -> bool:
-    """Whether kernels in Gluon can be compiled, or need not be, because Triton is not installed. Triton before 3.9 knows
-    less of Gluon."""
+    """Whether kernels in Gluon can be compiled, or need not be, because Triton is not installed."""
     try:
         major, minor = version("triton").split(".")[:2]
     except PackageNotFoundError:

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 HEAD = gl.constexpr(128)
@@ -38,7 +37,7 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
 HALF_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
 SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS))
-LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
+LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0]))
 STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 BYTES_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
@@ -220,7 +219,6 @@ def attention(
     inside = rows < L - block * QUERIES
     query = gl.load(q + start * q_stride + head * HEAD + (rows * q_stride + lanes), mask=inside, other=0.0)
     key_mass = gl.load(folded_mass + head * HEAD + lanes)
-    matrix = gl.load(folded + head * (HEAD * HEAD) + (rows * HEAD + lanes))
     thread = gl.arange(0, THREADS, EACH)
     channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
     channel_bias = gl.load(bias + thread % HEAD).to(gl.float32)
@@ -243,23 +241,25 @@ def attention(
         address(values) + channel * KEYS + (thread % 4 ^ channel // 2 % 4) * 16,
         arrived,
     )
-    for i in gl.static_range(AHEAD):
-        copy(i, chosen[i], i < num_selected, to, origin)
     first_step = gl.load(k_step + chosen[0])
     next_step = gl.load(k_step + chosen[1])
+    for i in gl.static_range(AHEAD):
+        copy(i, chosen[i], i < num_selected, to, origin)
+    matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
+    async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lanes))
+    async_copy.commit_group()
     later, ahead = chosen[2], chosen[AHEAD]
 
     scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
     biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias)
     query = query.to(gl.float32)
-    q_step = divided(gl.max(gl.max(gl.abs(query), 1), 0), 127.0) + 1e-7
+    q_step = divided(gl.max(gl.abs(query).reshape((QUERIES * HEAD,)), 0), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
     queries = gl.allocate_shared_memory(gl.int8, [QUERIES, HEAD], BYTES_SHARED, steps)
     feature = power(gl.fma(query, LOG2E, gl.max(query, 1, keep_dims=True) * -LOG2E))
     mass = gl.sum(feature * key_mass, 1, keep_dims=True)
     feature *= 1.0 / (mass + 1e-5 * gl.sum(feature, 1, keep_dims=True))
     features = gl.allocate_shared_memory(dtype, [QUERIES, HEAD], HALF_SHARED, feature.to(dtype))
-    matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED, matrix)
     fence_async_shared()
     gl.barrier()
     queries = queries.load(gl.DotOperandLayout(0, LOGITS, 4))
@@ -284,14 +284,14 @@ def attention(
         wait(arrived + 8 * (i + 1 & SLOTS - 1), (i + 1) // SLOTS & 1)
         fence_async_shared()
         products = multiply(queries, keys.index(i + 1 & SLOTS - 1), whole, False)
-        copy(i + AHEAD & SLOTS - 1, ahead, i + AHEAD < num_selected, to, origin)
-        ahead = gl.load(selected + gl.minimum(i + 1 + AHEAD, last))
         p = power(gl.fma(logits, step, (OFFSET - higher)[:, None]))
         output = gl.fma(output, gl.convert_layout(shrink, SUM_ROWS)[:, None], sums)
         shrink = power(maximum - higher)
         total = gl.fma(total, shrink, gl.sum(p, 1))
         maximum = higher
         weighted = multiply(as_operand(p), values.index(i & SLOTS - 1), zeros, False)
+        copy(i + AHEAD & SLOTS - 1, ahead, i + AHEAD < num_selected, to, origin)
+        ahead = gl.load(selected + gl.minimum(i + 1 + AHEAD, last))
         step = scale * next_step
         next_step = gl.load(k_step + later)
         later = gl.load(selected + gl.minimum(i + 3, last))
@@ -314,6 +314,8 @@ def attention(
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.
     output *= gl.convert_layout(1.0 / total, SUM_ROWS)[:, None]
     output *= scales.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :]
+    async_copy.wait_group(0)
+    fence_async_shared()
     output = gl.convert_layout(output, HALF_SUMS, assert_trivial=True)
     output = warpgroup_mma(features, matrices, output)
     output = gl.convert_layout(output, SUMS, assert_trivial=True)
@@ -324,7 +326,7 @@ def attention(
     y += start * (H * HEAD) + head * HEAD
     if y_scale is not None:
         output = gl.where(rows < L - block * QUERIES, output, 0.0)
-        amax = gl.maximum(gl.max(gl.max(gl.abs(output), 1), 0), 1e-8)
+        amax = gl.maximum(gl.max(gl.abs(output).reshape((QUERIES * HEAD,)), 0), 1e-8)
         steps = whole_steps(gl.minimum(output * divided(128.0, amax), 127.0))
         gl.store(y + stored, gl.convert_layout(steps, STORED), mask=stored_rows < L - block * QUERIES)
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))

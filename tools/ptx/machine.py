@@ -347,6 +347,7 @@ class Launch:
             self._record_barriers(state, np.flatnonzero(whole), waiting[:, 0])
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
+            state.shared.clocks.meet(np.flatnonzero(whole))
             state.tensors.meet(np.flatnonzero(whole))
         elif not only_whole:
             if state.parked.any():

@@ -1,8 +1,8 @@
 """Mbarriers, at which products and copies arrive (PTX ISA 9.2, section 9.7.13.15).
 
-Hardware may carry out a product or a copy at any time before somebody waits for it. So an arrival counts as late as possible:
-when a thread waits for the phase that it completes. Two phases that may both be complete when a thread waits for the
-first of them are a fault, since only their parity tells them apart.
+Hardware may carry out a product or a copy at any time before somebody waits for it. So an arrival counts as late as
+possible: when a thread waits for the phase that it completes. Two phases that may both be complete when a thread waits
+for the first of them are a fault, since only their parity tells them apart.
 """
 
 from collections.abc import Callable

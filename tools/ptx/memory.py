@@ -280,6 +280,12 @@ class Clocks:
         self.known[lanes, lanes % self.threads] = self.arrivals[lanes]
         return np.asarray(self.known[lanes].max(0))
 
+    def meet(self, blocks: Integers) -> None:
+        """Let the threads of blocks know of each other what each knows, because they meet at a barrier."""
+        if self.is_used:
+            known = self.known.reshape(-1, self.threads, self.threads)
+            known[blocks] = known[blocks].max(1, keepdims=True)
+
     def learn(self, lanes: Integers, news: Integers) -> None:
         """Let threads know what others knew when they arrived."""
         self.known[lanes] = np.maximum(self.known[lanes], news)
@@ -304,7 +310,7 @@ class Clocks:
         self.read[granules, group] = self.arrivals[readers].max() + 1
 
     def forget_reads(self, granules: Integers, lanes: Integers) -> Integers:
-        """Which granules [threads, granules] products have read, as each thread knows from mbarriers, and all of them."""
+        """Which granules [threads, granules] only products have read that each thread knows to be over."""
         if not self.is_used:
             return np.zeros(granules.shape, bool)
         known = self.known[lanes].reshape(len(lanes), self.groups, -1).min(2)
@@ -440,7 +446,7 @@ class SharedMemory:
         """Write the bytes of an asynchronous copy.
 
         Args:
-            arrived: How often each thread had arrived at mbarriers when the copy did; None if it was waited for instead.
+            arrived: How often each thread had arrived at mbarriers when the copy did; None if it was waited for.
         """
         granules = self.granules(places, values.shape[1])
         self.in_flight[granules] = 0
@@ -471,9 +477,7 @@ class SharedMemory:
         if races.any():
             report(f"{what}, with no barrier in between", races, addresses)
 
-    def read_operand(
-        self, places: Integers, size: int, readers: Integers, report: Report
-    ) -> tuple[Bytes, Integers]:
+    def read_operand(self, places: Integers, size: int, readers: Integers, report: Report) -> tuple[Bytes, Integers]:
         """The bytes of an asynchronous product's operand [rows, K * size], and the granules in which they lie.
 
         Args:
@@ -503,7 +507,7 @@ class SharedMemory:
         return np.ascontiguousarray(self.data[where].reshape(places.shape[0], -1)), granules
 
     def hold(self, granules: Integers, change: int, readers: Integers) -> None:
-        """Note that an asynchronous product of some threads begins or ends to read granules, which are given once each."""
+        """Note that an asynchronous product of some threads begins or ends to read granules, given once each."""
         self.held[granules] += change
         if change < 0:
             self.clocks.note_reads(granules, readers)

@@ -11,7 +11,7 @@ The rules, which docs/kernels.md states as well:
   DRAM while all SMs use it; data arrive after the latency.
 - Scoreboards become free after the latency of shared memory, the special functions, the L2 cache or DRAM.
 - A barrier holds each warp of a program until all have come; a wait for copies or for `wgmma` until they are done.
-- Where copies arrive at mbarriers, a wait at one holds until the copies of every warp of the program have arrived there.
+- Where copies arrive at mbarriers, a wait at one holds until the copies of all warps of the program have arrived there.
 
 Left out: conflicts of register banks, and misses of the instruction cache.
 """
@@ -141,7 +141,9 @@ class Multiprocessor:
                 heappop(waiting)
                 held[warp.program].append(warp)
                 continue
-            ready = max(now, free, _arrived(issue, warp), 0.0 if issue.kind in (ASYNC, ASYNC_PART) else pipes[issue.pipe])
+            ready = max(
+                now, free, _arrived(issue, warp), 0.0 if issue.kind in (ASYNC, ASYNC_PART) else pipes[issue.pipe]
+            )
             if issue.kind == ARRIVALS:
                 ready = max(ready, *(each.arrivals[warp.waited] for each in warps[warp.program]))
             if ready > now:
