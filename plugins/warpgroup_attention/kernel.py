@@ -270,13 +270,15 @@ def attention(
     zeros = gl.zeros([QUERIES, HEAD], gl.float32, SUMS)
     maximum = gl.full([QUERIES], -float("inf"), gl.float32, LOGIT_ROWS)
     total = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
-    shrink = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
     output, sums = zeros, zeros
     wait(arrived, 0)
     fence_async_shared()
     products = multiply(queries, keys.index(0), whole, False)
     logits = gl.inline_asm(wait_for_all, in_place("r", 32), [registers(products)], whole.type).to(gl.float32)
     higher = gl.max(logits, 1) * step
+    # Two values: Triton takes a variable for constant that a loop sets to what was the same value before it.
+    before = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
+    shrink = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
 
     # Each block is summed separately, because tensor cores accumulate fp8 products with few bits. Its sum is added in the
     # next iteration, while exponentials are taken.
@@ -285,8 +287,8 @@ def attention(
         fence_async_shared()
         products = multiply(queries, keys.index(i + 1 & SLOTS - 1), whole, False)
         p = power(gl.fma(logits, step, (OFFSET - higher)[:, None]))
-        output = gl.fma(output, gl.convert_layout(shrink, SUM_ROWS)[:, None], sums)
-        shrink = power(maximum - higher)
+        output = gl.fma(output, gl.convert_layout(before, SUM_ROWS)[:, None], sums)
+        before = shrink
         total = gl.fma(total, shrink, gl.sum(p, 1))
         maximum = higher
         weighted = multiply(as_operand(p), values.index(i & SLOTS - 1), zeros, False)
@@ -297,6 +299,7 @@ def attention(
         later = gl.load(selected + gl.minimum(i + 3, last))
         logits = gl.inline_asm(wait_for_first, in_place("r", 32), [registers(products)], whole.type).to(gl.float32)
         higher = gl.maximum(maximum, gl.max(logits, 1) * step)
+        shrink = power(maximum - higher)
         sums = gl.inline_asm(wait_for_all, in_place("f", 64), [registers(weighted)], zeros.type)
 
     # Only the last block may have keys past the end.
@@ -304,7 +307,7 @@ def attention(
     logits = gl.where((key < L - last_chosen * KEYS)[None, :], logits, -float("inf"))
     higher = gl.maximum(maximum, gl.max(logits, 1) * step)
     p = power(gl.fma(logits, step, (OFFSET - higher)[:, None]))
-    output = gl.fma(output, gl.convert_layout(shrink, SUM_ROWS)[:, None], sums)
+    output = gl.fma(output, gl.convert_layout(before, SUM_ROWS)[:, None], sums)
     shrink = power(maximum - higher)
     total = gl.fma(total, shrink, gl.sum(p, 1))
     weighted = multiply(as_operand(p), values.index(last & SLOTS - 1), zeros, False)
