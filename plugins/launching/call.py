@@ -8,10 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 
-import torch
 from torch import Tensor
 
-from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching import Constant, driver
 from wanforge.plugins.launching.interpreter import interpret
 from wanforge.plugins.launching.launch import KernelSignature, Launch, LibraryCall, architecture_of, record, tile_for
@@ -36,10 +34,6 @@ class Kernel(KernelSignature):
         sm = architecture_of(tensor.device)
         tile = tile_for(self.name, sm)
         run(Launch(self, {**tile.blocks, **arguments}, tile.num_warps, tile.num_stages, sm))
-
-    def serves(self, device: torch.device) -> bool:
-        """Whether the tile table has tiles for the kernel on the architecture of a device."""
-        return any(architecture_of(device) in row.sms for row in load_tiles()[self.name])
 
 
 def run(launch: Launch) -> None:

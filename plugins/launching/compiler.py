@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,9 +24,6 @@ from wanforge.plugins.launching.worker import Compiled, Failed
 from wanforge.progress import Progress, silent
 from wanforge.requirements import install_package
 from wanforge.whole_file import temporary_folder
-
-FIRST_GLUON = 3, 9
-"""The first version of Triton whose Gluon compiles this package's kernels."""
 
 
 class Origin(NamedTuple):
@@ -119,16 +115,6 @@ def _origin(launch: Launch) -> Origin:
         raise ResourceError(
             f"compiling kernels needs triton, which is not installed; run: {install_package('triton')}"
         ) from None
-
-
-@cache
-def compiles_gluon() -> bool:
-    """Whether kernels in Gluon can be compiled, or need not be, because Triton is not installed."""
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        return True
-    return (int(major), int(minor)) >= FIRST_GLUON
 
 
 def _record(specialisation: Specialisation, made: Compiled, origin: Origin) -> Cubin:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from wanforge.errors import ShapeError
 from wanforge.plugins.launching.call import Kernel
-from wanforge.plugins.launching.compiler import compiles_gluon
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.warpgroup_attention import serves
 
 HEAD = 128
 
@@ -57,7 +57,7 @@ WARPGROUP_ATTENTION = Kernel(
     ("M", "H"),
     {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
 )
-"""`ATTENTION` of `WARPGROUP_BLOCKS` in a 16-bit type, where the tile table has tiles for it."""
+"""`ATTENTION` of `WARPGROUP_BLOCKS` in a 16-bit type, on GPUs that `warpgroup_attention` serves."""
 WARPGROUP_BLOCKS = Blocks(128, 64, "sage_fp8")
 
 
@@ -129,8 +129,7 @@ def _attend(
 
 def _suits_warpgroups(q_LD: Tensor, blocks: Blocks) -> bool:
     """Whether `WARPGROUP_ATTENTION` computes attention of these queries."""
-    is_meant = q_LD.dtype.itemsize == 2 and blocks == WARPGROUP_BLOCKS
-    return is_meant and WARPGROUP_ATTENTION.serves(q_LD.device) and compiles_gluon()
+    return q_LD.dtype.itemsize == 2 and blocks == WARPGROUP_BLOCKS and serves(q_LD.device)
 
 
 def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: Blocks) -> tuple[int, int]:
