@@ -65,7 +65,7 @@ def test_a_rare_subroutine_and_the_padding_do_not_count() -> None:
 
 
 def test_a_wait_that_is_repeated_elsewhere_is_one_wait() -> None:
-    lines = ("MOV", "try:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA again", "go:", "FADD", "@P1 BRA try", "EXIT")
+    lines = ("MOV", "try:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA again", "go:", *["FADD"] * 20, "@P1 BRA try", "EXIT")
     again = ("again:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA again", "BRA go")
     (loop,) = outline(listing(*lines, *again)).inner
     assert names(loop).count("SYNCS.PHASECHK.TRANS64") == 1
