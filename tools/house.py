@@ -76,7 +76,7 @@ def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def is_written_for_others(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether ONNX Script or Triton compiles the function, so that its parameters are those of an op or a kernel."""
-    return any(ast.unparse(each).startswith(("script(", "triton.jit")) for each in function.decorator_list)
+    return any(ast.unparse(each).startswith(("script(", "triton.jit", "gluon.jit")) for each in function.decorator_list)
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -87,6 +87,7 @@ def compile_kernel(request: CompileRequest) -> Compiled:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     op, _, name = request.kernel.rpartition(".")
     function = getattr(import_module(f"wanforge.plugins.{op}.kernel"), name)
@@ -94,7 +95,7 @@ def compile_kernel(request: CompileRequest) -> Compiled:
     if wrong := set(function.arg_names) ^ (types.keys() | constants.keys()):
         raise TypeError(f"parameters and arguments differ in {', '.join(sorted(wrong))}")
     parameters = [(name, types[name]) for name in function.arg_names if name in types]
-    source = ASTSource(
+    source = (GluonASTSource if function.is_gluon() else ASTSource)(
         fn=function,
         signature={name: types.get(name, "constexpr").removesuffix(":16") for name in function.arg_names},
         constexprs=constants,

@@ -12,6 +12,7 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.warpgroup_attention import serves
 
 HEAD = 128
 
@@ -49,6 +50,15 @@ ATTENTION = Kernel(
         **dict.fromkeys(("q_stride", "k_stride", "v_stride", "padded"), "i32:16"),
     },
 )
+
+WARPGROUP_ATTENTION = Kernel(
+    "warpgroup_attention",
+    "attention",
+    ("M", "H"),
+    {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
+)
+"""`ATTENTION` of `WARPGROUP_BLOCKS` in a 16-bit type, on GPUs that `warpgroup_attention` serves."""
+WARPGROUP_BLOCKS = Blocks(128, 64, "sage_fp8")
 
 
 class Keys(NamedTuple):
@@ -98,31 +108,28 @@ def _attend(
     keys = prepare_keys(k_LD, v_LD, proj_KK, blocks)
     num_keys = keys.pooled_HNK.shape[1]
     selected_HMS = select_blocks(block_scores(q_LD, keys.pooled_HNK, blocks), num_keys, num_selected)
+    sizes = {"L": length, "q_stride": q_LD.stride(0), "padded": num_keys * blocks.k, "M": selected_HMS.shape[1]}
+    sizes |= {"N": num_keys, "num_selected": num_selected, "H": heads}
+    given = {"q": q_LD, "k": keys.k, "k_step": keys.k_step, "v": keys.v, "v_scale": keys.v_scale}
+    given |= {"selected": selected_HMS, "folded": keys.folded_HKK, "folded_mass": keys.folded_mass_HK}
+    given |= {"bias": proj_bias_K, "y": y_LD, "y_scale": y_scale}
+    if _suits_warpgroups(q_LD, blocks):
+        WARPGROUP_ATTENTION(**given, **sizes)
+        return
     ATTENTION(
-        q=q_LD,
-        k=keys.k,
-        k_step=keys.k_step,
-        v=keys.v,
-        v_scale=keys.v_scale,
-        selected=selected_HMS,
-        folded=keys.folded_HKK,
-        folded_mass=keys.folded_mass_HK,
-        bias=proj_bias_K,
-        y=y_LD,
-        y_scale=y_scale,
-        L=length,
-        q_stride=q_LD.stride(0),
+        **given,
+        **sizes,
         k_stride=k_LD.stride(0),
         v_stride=v_LD.stride(0),
-        padded=num_keys * blocks.k,
-        M=selected_HMS.shape[1],
-        N=num_keys,
-        num_selected=num_selected,
-        H=heads,
         ARITHMETIC=blocks.arithmetic,
         BLOCK_Q=blocks.q,
         BLOCK_K=blocks.k,
     )
+
+
+def _suits_warpgroups(q_LD: Tensor, blocks: Blocks) -> bool:
+    """Whether `WARPGROUP_ATTENTION` computes attention of these queries."""
+    return q_LD.dtype.itemsize == 2 and blocks == WARPGROUP_BLOCKS and serves(q_LD.device)
 
 
 def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: Blocks) -> tuple[int, int]:

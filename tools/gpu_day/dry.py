@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from wanforge.plugins import warpgroup_attention
 from wanforge.plugins.launching import call, driver
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.measure.kernels.checks import CHECKS, check
@@ -29,6 +30,7 @@ def recorded(sm: int) -> Iterator[list[Launch]]:
         mock.patch.object(call, "interpret", note),
         mock.patch.object(driver, "run", note),
         mock.patch.object(call, "architecture_of", return_value=sm),
+        mock.patch.object(warpgroup_attention, "architecture_of", return_value=sm),
         torch.inference_mode(),
     ):
         yield found

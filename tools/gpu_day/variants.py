@@ -41,6 +41,8 @@ CHOICES = {
     "sparse_linear_attention.scores": Choices((2, 4, 8), (1, 2), [("QUERIES", (16, 32)), ("KEYS", (64, 128))]),
     "sparse_linear_attention.select": Choices((1, 2, 4, 8)),
     "sparse_linear_attention.attention": Choices((4, 8), (1, 2, 3), [("ADDS_LATER", (0, 1))]),
+    # Its layouts are of eight warps, and shared memory holds no more than eight blocks.
+    "warpgroup_attention.attention": Choices((8,), (1,), [("AHEAD", (2, 4))]),
 }
 
 

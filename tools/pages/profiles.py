@@ -82,7 +82,11 @@ def main(folder: Path | None) -> None:
     where, wanted = folder or cache_folder(), list(recorded())
     compile_kernels([launch for _, _, launch in wanted], where)
     cubins = CubinStore(where).cubins()
-    needed = {launch.specialisation.key: usage_of(cost, cost.run) for _, cost, launch in wanted if cost.run}
+    needed = {
+        launch.specialisation.key: usage_of(cost, cost.run, launch.kernel.name)
+        for _, cost, launch in wanted
+        if cost.run
+    }
     arguments = [where] * len(needed), [cubins[key] for key in needed], needed.values()
     with ProcessPoolExecutor(PROCESSES) as processes:
         answers = dict(zip(needed, processes.map(made, *arguments), strict=True))

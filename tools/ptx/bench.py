@@ -18,6 +18,7 @@ from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.machine import Modes
 from tools.ptx.memory import GlobalMemory, Region
 from tools.ptx.source_lines import source
+from wanforge.plugins import warpgroup_attention
 from wanforge.plugins.launching import call
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import CubinStore
@@ -129,6 +130,7 @@ class Bench:
         with (
             mock.patch.object(call, "interpret", self.launch),
             mock.patch.object(call, "architecture_of", return_value=self.sm),
+            mock.patch.object(warpgroup_attention, "architecture_of", return_value=self.sm),
             mock.patch.dict("os.environ", {"WANFORGE_KERNELS": str(self.folder)}),
             self.allocating(),
         ):

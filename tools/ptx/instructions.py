@@ -1,7 +1,7 @@
 """The step of each instruction: what it does to the blocks that run it."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -289,9 +289,34 @@ def _copy(instruction: Instruction, rest: list[str], program: Program) -> Step:
             return _commit(instruction, lambda state: state.copies)
         case ["wait_group"]:
             return _wait(instruction, lambda state: state.copies, program)
+        case ["mbarrier", "arrive", "noinc", "shared", "b64"]:
+            return _arrive(instruction, program)
         case ["ca" | "cg", "shared", "global"]:
             return _begin_copy(instruction, program)
     raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
+
+
+def _arrive(instruction: Instruction, program: Program) -> Step:
+    """Arrive at an mbarrier once the copies that the threads have begun are complete."""
+    addresses = address_reader(instruction.operands[0], program)
+
+    def step(state: State, mask: Array | None) -> None:
+        lanes, threads = state.chosen(mask), program.kernel.threads
+        wanted = np.stack([lanes // threads, addresses(state)[lanes]], 1)
+        for block, address in np.unique(wanted, axis=0):
+            some = lanes[(wanted == (block, address)).all(1)]
+            state.copies.committed[some] += 1
+            end = partial(_end_arrived, state, some, state.copies.committed.copy())
+            state.mbarriers.arrive(some, int(address), end, state.report(instruction, some))
+            state.parked.reshape(len(state.blocks), -1)[int(block)] = False
+
+    return step
+
+
+def _end_arrived(state: State, lanes: Array, groups: Array) -> None:
+    state.arriving = True
+    state.copies.end_before(np.isin(state.lanes, lanes), groups)
+    state.arriving = False
 
 
 def _begin_copy(instruction: Instruction, program: Program) -> Step:
@@ -314,9 +339,11 @@ def _begin_copy(instruction: Instruction, program: Program) -> Step:
             )
             values[some] = found
         places = state.shared.begin_copy(to(state)[lanes], length.value, lanes, report)
+        arrivals = state.shared.clocks.arrivals[lanes] + 1
 
         def end(done: Array) -> None:
-            state.shared.end_copy(places[done], values[done], lanes[done], state.report(instruction, lanes[done]))
+            within, arrived = state.report(instruction, lanes[done]), arrivals[done] if state.arriving else None
+            state.shared.end_copy(places[done], values[done], lanes[done], within, arrived)
 
         state.copies.begin(lanes, end)
 
@@ -386,7 +413,7 @@ def _group_product(instruction: Instruction, program: Program) -> Step:
             read, granules = state.shared.read_operand(
                 places,
                 element,
-                group * size // program.kernel.threads,
+                group * size + np.arange(size),
                 state.report(instruction, np.array([group * size])),
             )
             values.append(tensor_cores.elements(read, kind).reshape(rows, -1))
@@ -420,7 +447,7 @@ def _group_product(instruction: Instruction, program: Program) -> Step:
 
 def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, words: Array, used: Array) -> None:
     """Keep the result of a product until it is waited for."""
-    state.shared.hold(used, 1)
+    state.shared.hold(used, 1, lanes)
     for index, register in enumerate(registers):
         value = state.flying.get(register.index, state.registers[register.index]).copy()
         value[lanes] = words[:, index]
@@ -432,7 +459,7 @@ def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, 
         left[0] -= int(done.sum())
         if left[0]:
             return  # the rest of the warpgroup has not waited yet
-        state.shared.hold(used, -1)
+        state.shared.hold(used, -1, lanes)
         for register in registers:
             state.products_of[register.index] -= 1
             if not state.products_of[register.index]:

@@ -83,9 +83,13 @@ class Queue:
         Returns:
             Whether there was something.
         """
+        return self.end_before(waiting, self.committed - pending)
+
+    def end_before(self, waiting: Array, groups: Array) -> bool:
+        """End what threads have begun in groups below a number of each thread; see `wait`."""
         left, ended = [], False
         for lanes, group, end in self.entries:
-            done = waiting[lanes] & (group < self.committed[lanes] - pending)
+            done = waiting[lanes] & (group < groups[lanes])
             if done.any():
                 end(done)
                 ended = True
@@ -115,6 +119,7 @@ class State:
         threads: The number of each thread within its block.
         numbers: The number of each thread's block in the grid, from 1.
         parked: Which threads wait for a phase of an mbarrier.
+        arriving: Whether copies are over because they have arrived at an mbarrier.
         flying: What products in flight will write, by register.
         products_of: How many products in flight will write a register.
     """
@@ -141,6 +146,7 @@ class State:
         self.parked = np.zeros(count, bool)
         self.waiting = np.full(count, -1)
         self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
+        self.arriving = False
         self.flying: dict[int, Array] = {}
         self.products_of: Counter[int] = Counter()
         self.special = {
@@ -341,6 +347,7 @@ class Launch:
             self._record_barriers(state, np.flatnonzero(whole), waiting[:, 0])
             waiting[whole] = -1
             state.shared.barriers[whole] += 1
+            state.shared.clocks.meet(np.flatnonzero(whole))
             state.tensors.meet(np.flatnonzero(whole))
         elif not only_whole:
             if state.parked.any():

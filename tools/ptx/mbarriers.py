@@ -1,10 +1,11 @@
-"""Mbarriers, at which products arrive (PTX ISA 9.2, section 9.7.13.15).
+"""Mbarriers, at which products and copies arrive (PTX ISA 9.2, section 9.7.13.15).
 
-Hardware may carry out a product at any time before somebody waits for it. So an arrival counts as late as possible:
-when a thread waits for the phase that it completes. Two phases that may both be complete when a thread waits for the
-first of them are a fault, since only their parity tells them apart.
+Hardware may carry out a product or a copy at any time before somebody waits for it. So an arrival counts as late as
+possible: when a thread waits for the phase that it completes. Two phases that may both be complete when a thread waits
+for the first of them are a fault, since only their parity tells them apart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,15 @@ class Mbarrier:
     Attributes:
         count: How many arrivals complete a phase.
         arrivals: The products of each arrival so far.
+        copies: What ends the copies that arrive, with the number of the phase that they help to complete.
         phase: How many phases threads know to be complete.
     """
 
     count: int
     arrivals: list[list[Product]] = field(default_factory=list)
+    copies: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
+    news: dict[int, Array] = field(default_factory=dict)
+    """What the threads knew that completed each phase, by its number."""
     phase: int = 0
 
     @property
@@ -72,6 +77,17 @@ class Mbarriers:
         """Let the products that a thread has begun arrive at an mbarrier once they are complete."""
         self._find(lane, address, report).arrivals.append(self.uncommitted.pop(lane, []))
 
+    def arrive(self, lanes: Array, address: int, end: Callable[[], None], report: Report) -> None:
+        """Let threads of a block arrive once their copies do, which `end` completes."""
+        found = self._find(int(lanes[0]), address, report, lanes)
+        phase = len(found.arrivals) // found.count
+        found.arrivals += [[]] * len(lanes)
+        if found.last > phase + (len(found.arrivals) % found.count == 0):
+            report("arrives more often at an mbarrier than completes a phase", np.ones(len(lanes), bool), None)
+        news = self.shared.clocks.arrive(lanes)
+        found.news[phase] = np.maximum(found.news.get(phase, 0), news)
+        found.copies.append((phase, end))
+
     def is_complete(self, lanes: Array, address: int, parity: int, report: Report) -> bool:
         """Whether the phase of a parity is complete for threads of a block; if so, they know what has arrived."""
         found = self._find(int(lanes[0]), address, report, lanes)
@@ -82,6 +98,12 @@ class Mbarriers:
             what = "waits for a phase of an mbarrier when the next one may be complete, too"
             report(what, np.ones(len(lanes), bool), np.full(len(lanes), address))
         found.phase = max(found.phase, wanted + 1)
+        for phase, end in found.copies:
+            if phase <= wanted:
+                end()
+        found.copies = [each for each in found.copies if each[0] > wanted]
+        if wanted in found.news:
+            self.shared.clocks.learn(lanes, found.news[wanted])
         arrived = [product for each in found.arrivals[: (wanted + 1) * found.count] for product in each]
         self.tensors.see(arrived, lanes % self.shared.threads)
         return True

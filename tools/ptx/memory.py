@@ -246,6 +246,80 @@ def _spread(chosen: Integers, some: Integers) -> Integers:
     return result
 
 
+GROUP = 128
+"""Threads of a warpgroup."""
+
+
+class Clocks:
+    """What threads know of each other from mbarriers: how often each has arrived, and how often the others had when it
+    last waited, directly or by way of others.
+
+    A copy that arrives at an mbarrier is seen by threads that know of that arrival. A product that some threads have
+    waited for is over for threads that know of the next arrival of each.
+
+    Attributes:
+        arrivals: How often each thread has arrived at mbarriers.
+        known: For each thread, the arrivals of every thread of its block that it knows of.
+        written: For each granule, the thread and the arrival of the copy that wrote it; the arrival is 0 for none.
+        read: For each granule and warpgroup, the arrival after which the last product has read it; 0 for none.
+        is_used: Whether a thread has arrived. Until then nothing is noted.
+    """
+
+    def __init__(self, blocks: int, threads: int, granules: int) -> None:
+        self.threads, self.groups = threads, -(-threads // GROUP)
+        self.is_used = False
+        self.arrivals = np.zeros(blocks * threads, np.int32)
+        self.known = np.zeros((blocks * threads, threads), np.int32)
+        self.written = np.zeros((granules, 2), np.int32)
+        self.read = np.zeros((granules, self.groups), np.int32)
+
+    def arrive(self, lanes: Integers) -> Integers:
+        """Let threads of one block arrive, and return what those that wait for them will know."""
+        self.is_used = True
+        self.arrivals[lanes] += 1
+        self.known[lanes, lanes % self.threads] = self.arrivals[lanes]
+        return np.asarray(self.known[lanes].max(0))
+
+    def meet(self, blocks: Integers) -> None:
+        """Let the threads of blocks know of each other what each knows, because they meet at a barrier."""
+        if self.is_used:
+            known = self.known.reshape(-1, self.threads, self.threads)
+            known[blocks] = known[blocks].max(1, keepdims=True)
+
+    def learn(self, lanes: Integers, news: Integers) -> None:
+        """Let threads know what others knew when they arrived."""
+        self.known[lanes] = np.maximum(self.known[lanes], news)
+
+    def note_write(self, granules: Integers, lanes: Integers, arrived: Integers | None) -> None:
+        """Note copies [threads, granules]."""
+        if self.is_used:
+            self.written[granules] = 0 if arrived is None else np.stack([lanes, arrived], 1)[:, None]
+
+    def knows_writes(self, granules: Integers, readers: Integers) -> bool:
+        """Whether all of these threads know that the copies to granules have arrived."""
+        if not self.is_used:
+            return True
+        thread, arrival = self.written[granules].T
+        return bool((self.known[readers][:, thread % self.threads] >= arrival).all())
+
+    def note_reads(self, granules: Integers, readers: Integers) -> None:
+        """Note that a warpgroup has waited for a product."""
+        if not self.is_used:
+            return
+        group = int(readers[0]) % self.threads // GROUP
+        self.read[granules, group] = self.arrivals[readers].max() + 1
+
+    def forget_reads(self, granules: Integers, lanes: Integers) -> Integers:
+        """Which granules [threads, granules] only products have read that each thread knows to be over."""
+        if not self.is_used:
+            return np.zeros(granules.shape, bool)
+        known = self.known[lanes].reshape(len(lanes), self.groups, -1).min(2)
+        before = self.read[granules]
+        over = (before > 0).any(2) & (known[:, None] >= before).all(2)
+        self.read[granules[over]] = 0
+        return np.asarray(over)
+
+
 class Reader(Protocol):
     """A product in flight.
 
@@ -285,6 +359,8 @@ class SharedMemory:
         self.products: Sequence[Reader] = ()
         """What reads granules until threads know that it is complete."""
         self.record: Record | None = None
+
+        self.clocks = Clocks(blocks, threads, count)
 
     def stamps(self, lanes: Integers) -> Integers:
         """The stamps of threads, given by block * threads + thread."""
@@ -356,19 +432,30 @@ class SharedMemory:
         places = self.places(addresses, size, lanes, report)
         granules = self.granules(places, size)
         self._check_in_flight(granules, addresses, report)
+        unread = self.clocks.forget_reads(granules, lanes)
+        self.reader[granules[unread]] = 0
         self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
         self.in_flight[granules] = lanes[:, None] % self.threads + 1
         if self.record is not None:
             self.record.begin_copy(places, granules, lanes)
         return places
 
-    def end_copy(self, places: Integers, values: Bytes, lanes: Integers, report: Report) -> None:
-        """Write the bytes of an asynchronous copy."""
+    def end_copy(
+        self, places: Integers, values: Bytes, lanes: Integers, report: Report, arrived: Integers | None = None
+    ) -> None:
+        """Write the bytes of an asynchronous copy.
+
+        Args:
+            arrived: How often each thread had arrived at mbarriers when the copy did; None if it was waited for.
+        """
         granules = self.granules(places, values.shape[1])
         self.in_flight[granules] = 0
         if self.record is not None:
             self.record.end_copy(granules, lanes)
         self.put(places, values, lanes, places, report)
+        self.clocks.note_write(granules, lanes, arrived)
+        if arrived is not None:  # who waited at the mbarrier need not wait for a barrier, too
+            self.writer[granules] -= 4096
 
     def _check_in_flight(self, granules: Integers, addresses: Integers, report: Report) -> None:
         if self.in_flight.any():
@@ -390,8 +477,13 @@ class SharedMemory:
         if races.any():
             report(f"{what}, with no barrier in between", races, addresses)
 
-    def read_operand(self, places: Integers, size: int, block: int, report: Report) -> tuple[Bytes, Integers]:
-        """The bytes of an asynchronous product's operand [rows, K * size], and the granules in which they lie."""
+    def read_operand(self, places: Integers, size: int, readers: Integers, report: Report) -> tuple[Bytes, Integers]:
+        """The bytes of an asynchronous product's operand [rows, K * size], and the granules in which they lie.
+
+        Args:
+            readers: The threads that begin the product, of one block.
+        """
+        block = int(readers[0]) // self.threads
         flat = (places.reshape(-1) + block * self.stride).astype(np.int64)
         first = np.zeros(1, bool)
         first[0] = True
@@ -408,14 +500,17 @@ class SharedMemory:
         newest = self.writer[granules] // 4096 == self.barriers[block] + 1
         if newest.any():
             report("gives a product an operand with no barrier after it was written", first, None)
+        if not self.clocks.knows_writes(granules, readers):
+            report("gives a product an operand whose copies it did not wait for at their mbarrier", first, None)
         if self.record is not None:
             self.record.give_to_product(flat, granules, block)
         return np.ascontiguousarray(self.data[where].reshape(places.shape[0], -1)), granules
 
-    def hold(self, granules: Integers, change: int) -> None:
-        """Note that an asynchronous product begins or ends to read granules, which are given once each."""
+    def hold(self, granules: Integers, change: int, readers: Integers) -> None:
+        """Note that an asynchronous product of some threads begins or ends to read granules, given once each."""
         self.held[granules] += change
         if change < 0:
+            self.clocks.note_reads(granules, readers)
             block = granules * self.granule // self.stride
             self.reader[granules] = (self.barriers[block] + 1) * 4096
             if self.record is not None:

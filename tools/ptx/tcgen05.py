@@ -300,5 +300,5 @@ class _Source:
             raise _unknown(self.instruction)  # other swizzles, a base offset, or an absolute address
         size = 1 if form.element in ("e4m3", "s8") else 2
         places = tensor_cores.operand_places(descriptor, rows, OPERAND_BYTES, size, transposed=form.transposed[which])
-        found, granules = state.shared.read_operand(places, size, lane // self.threads, report)
+        found, granules = state.shared.read_operand(places, size, np.array([lane]), report)
         return tensor_cores.elements(found, form.element).reshape(rows, -1), granules

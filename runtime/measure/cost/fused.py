@@ -249,7 +249,9 @@ def _attention(name: str, w: Workload, written: int) -> LaunchCost:
         queries + keys_values + table + folded + BF16 * HEAD_DIM,
         written,
         queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,
-        KernelRun(w.M * w.H, (w.num_selected,), (True, False), w.D),
+        KernelRun(
+            w.M * w.H, (w.num_selected,), (True, False), w.D, peeling=frozenset({"warpgroup_attention.attention"})
+        ),
     )
 
 

@@ -69,6 +69,7 @@ class KernelRun:
             read something again.
         width: The model's width. Kernels of another width have slightly different machine code.
         rereads: What is read more than once.
+        peeling: Kernels that do the last iteration of each loop after it.
     """
 
     programs: int
@@ -76,6 +77,11 @@ class KernelRun:
     from_dram: tuple[bool | None, ...]
     width: int
     rereads: tuple[Reread, ...] = ()
+    peeling: frozenset[str] = frozenset()
+
+    def executions(self, kernel: str) -> tuple[int, ...]:
+        """How often a kernel executes what is outside of its loops, which is once, and each loop."""
+        return 1, *(trips - (kernel in self.peeling) for trips in self.trips)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     l2 = fetched_bytes(cost, run) / (machine.L2_bytes * machine.multiprocessors * machine.clock)
     work = [
         (part, trips, again > 0 if from_dram is None else from_dram)
-        for part, trips, from_dram in zip(profile.parts, (1, *run.trips), run.from_dram, strict=True)
+        for part, trips, from_dram in zip(profile.parts, run.executions(profile.kernel), run.from_dram, strict=True)
     ]
     clocks, tail = wave_clocks(work, run, profile, machine)
     times = {L2: l2, DRAM: dram, "": clocks / machine.clock}
@@ -147,10 +147,10 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     return Prediction(times[slowest], slowest or busiest(work, profile), times[""], dram, l2, tail / clocks)
 
 
-def usage_of(cost: LaunchCost, run: KernelRun) -> Usage:
-    """What a launch says of its kernel."""
+def usage_of(cost: LaunchCost, run: KernelRun, kernel: str) -> Usage:
+    """What a launch says of its kernel, by whose name it may be one of several."""
     may_miss = tuple(from_dram is not False for from_dram in run.from_dram)
-    return Usage(run.trips, may_miss, fetched_bytes(cost, run) / run.programs)
+    return Usage(run.executions(kernel)[1:], may_miss, fetched_bytes(cost, run) / run.programs)
 
 
 def fetched_bytes(cost: LaunchCost, run: KernelRun) -> int:

@@ -90,7 +90,7 @@ class BlockTimes:
     def _timed(self, model: ModelConfig, cost: LaunchCost, launch: Launch | None, target: Target) -> LaunchTime:
         if launch is None or cost.run is None:
             return LaunchTime(model.name, target, cost, predicted([cost], target)[0], None)
-        profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run))
+        profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run, launch.kernel.name))
         return LaunchTime(model.name, target, cost, prediction_of(cost, cost.run, profile, target), profile)
 
     def _profile(self, launch: Launch, gpu: str, usage: Usage) -> Profile:

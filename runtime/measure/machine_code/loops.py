@@ -1,6 +1,6 @@
 """The loops of a kernel, found in its control-flow graph."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from wanforge.runtime.measure.machine_code.disassembly import Instruction, MachineCode
@@ -57,14 +57,26 @@ def outline(listing: MachineCode) -> Loop:
         for header in block.followers:
             if header in dominators[block]:
                 bodies.setdefault(header, {header}).update(_body(order, header, block))
-    real = {header: body for header, body in bodies.items() if not _only_waits(body)}
-    return _nest(entry.address, set(order), real)
+    again = {block for header, body in bodies.items() if _waits_again(order, header, body) for block in body}
+    real = {header: body - again for header, body in bodies.items() if not _only_waits(body)}
+    return _nest(entry.address, set(order) - again, real)
 
 
 def _only_waits(body: set[BasicBlock]) -> bool:
     """Whether a loop repeats only until something asynchronous is done."""
     instructions = [each for block in body for each in block.instructions]
     return len(instructions) < 20 and any(each.opcode.startswith(WAITS) for each in instructions)
+
+
+def _waits_again(order: Sequence[BasicBlock], header: BasicBlock, body: set[BasicBlock]) -> bool:
+    """Whether a loop that only waits is entered once the same wait has failed. Then it is no wait of its own."""
+
+    def waits(blocks: Iterable[BasicBlock]) -> set[tuple[str, str]]:
+        every = (each for block in blocks for each in block.instructions)
+        return {(each.opcode, each.operands) for each in every if each.opcode.startswith(WAITS)}
+
+    before = (block for block in order if header in block.followers and block not in body)
+    return _only_waits(body) and waits(body) <= waits(before)
 
 
 def _nest(address: int, body: set[BasicBlock], inside: Mapping[BasicBlock, set[BasicBlock]]) -> Loop:

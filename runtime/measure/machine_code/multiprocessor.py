@@ -11,6 +11,7 @@ The rules, which docs/kernels.md states as well:
   DRAM while all SMs use it; data arrive after the latency.
 - Scoreboards become free after the latency of shared memory, the special functions, the L2 cache or DRAM.
 - A barrier holds each warp of a program until all have come; a wait for copies or for `wgmma` until they are done.
+- Where copies arrive at mbarriers, a wait at one holds until the copies of all warps of the program have arrived there.
 
 Left out: conflicts of register banks, and misses of the instruction cache.
 """
@@ -26,7 +27,9 @@ from wanforge.runtime.measure.machine_code.pipes import PIPES, SHARED, TENSOR, g
 from wanforge.runtime.measure.machine_code.rates import QUARTERS, Chip
 
 PLAIN, ASYNC, ASYNC_ONCE, BARRIER = "plain", "product", "product for all", "barrier"
+ASYNC_PART = "product with others of its group to come"
 COPY, COMMIT, COPIES, PRODUCTS = "copy", "group of copies", "wait for copies", "wait for products"
+ARRIVE, ARRIVALS = "arrival of copies", "wait for arrivals"
 FAR = "global memory"
 DEEPEST = 16
 """Groups in flight that are remembered."""
@@ -58,6 +61,10 @@ class Warp:
     """When each group of copies is there."""
     products: list[float] = field(default_factory=list)
     """When each group of asynchronous products is done."""
+    arrivals: list[float] = field(default_factory=list)
+    """When its copies have arrived at each mbarrier, in the order in which mbarriers are waited at."""
+    waited: int = 0
+    """How many mbarriers it has waited at."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,15 @@ class Multiprocessor:
         memory: Where loads from global memory find their data.
         programs: Programs that it runs at a time.
         warps: Warps of one program, a power of two.
+        ahead: Mbarriers at which copies have arrived before the first instruction.
 
     Attributes:
         sharing: Quarters that do the same as the one that is run.
         programs, warps: Those of this quarter.
     """
 
-    def __init__(self, chip: Chip, memory: FarMemory, *, programs: int, warps: int) -> None:
-        self.chip, self.memory = chip, memory
+    def __init__(self, chip: Chip, memory: FarMemory, *, programs: int, warps: int, ahead: int = 0) -> None:
+        self.chip, self.memory, self.ahead = chip, memory, ahead
         self.sharing = min(QUARTERS, programs * warps)
         self.programs = -(-programs * min(QUARTERS, warps) // QUARTERS)
         self.warps = max(1, warps // QUARTERS)
@@ -112,28 +120,41 @@ class Multiprocessor:
         Args:
             apart: Clocks between the starts of the programs.
         """
-        issues = [self._issue(each) for each in instructions]
+        arrives = any(_is_arrival(each) for each in instructions)
+        issues = [self._issue(each, arrives=arrives) for each in instructions]
         if not issues:
             return 0.0
         length, last, each = len(issues), len(issues) * rounds, self.warps
         free, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
         order = count()
-        waiting = [
-            (program * apart, next(order), Warp(program, number == 0))
+        warps = [
+            [Warp(program, number == 0, arrivals=[0.0] * self.ahead) for number in range(each)]
             for program in range(self.programs)
-            for number in range(each)
         ]
+        waiting = [(warp.program * apart, next(order), warp) for program in warps for warp in program]
         met: list[list[Warp]] = [[] for _ in range(self.programs)]
+        held: list[list[Warp]] = [[] for _ in range(self.programs)]
         while waiting:
             now, _, warp = waiting[0]
             issue = issues[warp.place % length]
-            ready = max(now, free, _arrived(issue, warp), pipes[issue.pipe] if issue.kind != ASYNC else 0.0)
+            if issue.kind == ARRIVALS and any(len(each.arrivals) <= warp.waited for each in warps[warp.program]):
+                heappop(waiting)
+                held[warp.program].append(warp)
+                continue
+            ready = max(
+                now, free, _arrived(issue, warp), 0.0 if issue.kind in (ASYNC, ASYNC_PART) else pipes[issue.pipe]
+            )
+            if issue.kind == ARRIVALS:
+                ready = max(ready, *(each.arrivals[warp.waited] for each in warps[warp.program]))
             if ready > now:
                 heapreplace(waiting, (ready, next(order), warp))
                 continue
             done, free = now, now + 1
             _occupy(issue, warp, now, pipes)
             warp.place += 1
+            if issue.kind == ARRIVE:
+                while held[warp.program]:
+                    heappush(waiting, (now, next(order), held[warp.program].pop()))
             if issue.kind == BARRIER:
                 heappop(waiting)
                 met[warp.program].append(warp)
@@ -148,7 +169,7 @@ class Multiprocessor:
                 heappop(waiting)
         return done
 
-    def _issue(self, instruction: Instruction) -> Issue:
+    def _issue(self, instruction: Instruction, *, arrives: bool) -> Issue:
         use, name, times = use_of(instruction, self.chip), instruction.name, self.chip.latency
         latency, kind, left = float(CONSTANT), PLAIN, 0
         if use.pipe == TENSOR:
@@ -165,10 +186,14 @@ class Multiprocessor:
             kind, left = COPIES, _number(instruction)
         elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
             kind, left = PRODUCTS, _number(instruction)
+        elif _is_arrival(instruction):
+            kind = ARRIVE
         elif instruction.opcode.startswith("SYNCS.PHASECHK"):
-            kind = PRODUCTS
+            kind = ARRIVALS if arrives else PRODUCTS
         if kind == ASYNC and name.startswith("UTC"):
             kind = ASYNC_ONCE
+        elif kind == ASYNC and not instruction.operands.endswith("gsb0"):
+            kind = ASYNC_PART
         return Issue(
             kind,
             use.pipe,
@@ -182,6 +207,11 @@ class Multiprocessor:
             instruction.writes,
             instruction.reads,
         )
+
+
+def _is_arrival(instruction: Instruction) -> bool:
+    """Whether copies arrive at an mbarrier."""
+    return instruction.opcode.startswith("ARRIVES.LDGSTSBAR")
 
 
 def _number(instruction: Instruction) -> int:
@@ -203,14 +233,15 @@ def _arrived(issue: Issue, warp: Warp) -> float:
 
 def _occupy(issue: Issue, warp: Warp, now: float, pipes: dict[str, float]) -> None:
     """Note what the instruction takes, and when its result is there."""
-    if issue.kind in (ASYNC, ASYNC_ONCE):
-        if issue.kind == ASYNC or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
+    if issue.kind in (ASYNC, ASYNC_PART, ASYNC_ONCE):
+        if issue.kind != ASYNC_ONCE or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
             end = max(now, pipes[TENSOR]) + issue.clocks
             if issue.shared:
                 pipes[SHARED] = max(now, pipes[SHARED]) + issue.shared
                 end = max(end, pipes[SHARED])
             pipes[TENSOR] = end
-        warp.products = [*warp.products[-DEEPEST:], pipes[TENSOR] + DRAIN]
+        if issue.kind != ASYNC_PART:
+            warp.products = [*warp.products[-DEEPEST:], pipes[TENSOR] + DRAIN]
         return
     if issue.pipe:
         pipes[issue.pipe] = now + issue.clocks
@@ -222,6 +253,10 @@ def _occupy(issue: Issue, warp: Warp, now: float, pipes: dict[str, float]) -> No
         warp.copies = max(warp.copies, arrival)
     elif issue.kind == COMMIT:
         warp.groups = [*warp.groups[-DEEPEST:], warp.copies]
+    elif issue.kind == ARRIVE:
+        warp.arrivals.append(max(now, warp.copies))
+    elif issue.kind == ARRIVALS:
+        warp.waited += 1
     elif issue.writes is not None:
         warp.free[issue.writes] = max(warp.free[issue.writes], arrival)
     if issue.reads is not None:

@@ -30,6 +30,7 @@ FREE |= {
     "MEMBAR",
     "FENCE",
     "SYNCS",
+    "ARRIVES",
     "ELECT",
     "NANOSLEEP",
     "BREAK",

@@ -132,6 +132,8 @@ class KernelTimer:
     def __init__(self, cubin: Cubin, distinct: float, has_loops: bool) -> None:
         self.distinct, self.has_loops = distinct, has_loops
         self.cubin, self.programs, self.warps = cubin, occupancy(cubin).programs, cubin.threads // 32
+        # A loop waits for what was copied AHEAD - 1 iterations before.
+        self.ahead = int(cubin.constants.get("AHEAD") or 1) - 1
         self._known: dict[tuple[int, str, FarMemory, int], float] = {}
 
     def profile(self, gpu: str, pieces: Iterable[Piece]) -> Profile:
@@ -170,7 +172,8 @@ class KernelTimer:
     def _clocks(self, chip: str, memory: FarMemory, programs: int, piece: Piece) -> float:
         key = piece.address, chip, memory, programs
         if key not in self._known:
-            sm = Multiprocessor(self._chip(chip), memory, programs=programs, warps=self.warps)
+            ahead = self.ahead if piece.is_loop else 0
+            sm = Multiprocessor(self._chip(chip), memory, programs=programs, warps=self.warps, ahead=ahead)
             if piece.is_loop:
                 alone = self._clocks(chip, memory, 1, piece) if programs > 1 else 0.0
                 self._known[key] = round(steady_clocks(sm, piece.instructions, alone), 1)

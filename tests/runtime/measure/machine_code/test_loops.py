@@ -64,6 +64,14 @@ def test_a_rare_subroutine_and_the_padding_do_not_count() -> None:
     assert whole.inner == ()
 
 
+def test_a_wait_that_is_repeated_elsewhere_is_one_wait() -> None:
+    lines = ("MOV", "try:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA again", "go:", *["FADD"] * 20, "@P1 BRA try", "EXIT")
+    again = ("again:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA again", "BRA go")
+    (loop,) = outline(listing(*lines, *again)).inner
+    assert names(loop).count("SYNCS.PHASECHK.TRANS64") == 1
+    assert "FADD" in names(loop)
+
+
 def test_a_loop_that_only_waits_is_executed_once() -> None:
     whole = outline(listing("MOV", "wait:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA wait", "EXIT"))
     assert whole.inner == ()

@@ -99,6 +99,36 @@ def test_a_serialised_product_is_slower() -> None:
     assert steady(one_by_one) == pytest.approx(4 * (64 + DRAIN), abs=12)
 
 
+def test_a_wait_that_leaves_a_group_of_products_leaves_all_of_its_products() -> None:
+    """The two products of the first group are waited for, the two of the second are not."""
+    group, work = [instruction(PRODUCT), instruction(f"{PRODUCT}, gsb0")], [instruction("MUFU.EX2 R0, R1")] * 20
+    soon, later = (instruction(f"WARPGROUP.DEPBAR.LE gsb0, {left}") for left in ("0x0", "0x1"))
+    assert steady([*group, soon, *work]) == pytest.approx(2 * 64 + DRAIN + 160, rel=0.05)
+    assert steady([*group, later, *work]) == pytest.approx(160, rel=0.05)
+
+
+def arriving(ahead: int, *, warps: int) -> float:
+    """A loop that copies, arrives at an mbarrier, works, and waits at the mbarrier of copies some iterations ago."""
+    body = [
+        instruction("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2"),
+        instruction("LDGSTS.E.BYPASS.128 [R4], [R2.64]"),
+        instruction("ARRIVES.LDGSTSBAR.64.ARVCNT [UR4]"),
+        *[instruction("MUFU.EX2 R0, R1")] * 15,
+    ]
+    sm = Multiprocessor(CHIPS["hopper"], FAST, programs=1, warps=warps, ahead=ahead)
+    return steady_clocks(sm, body, 0.0)
+
+
+def test_a_wait_at_an_mbarrier_holds_until_copies_have_arrived() -> None:
+    assert arriving(1, warps=4) == pytest.approx(FAST.latency, rel=0.1)
+    assert arriving(3, warps=4) == pytest.approx(120, rel=0.1)
+
+
+def test_a_wait_at_an_mbarrier_is_for_the_copies_of_every_warp() -> None:
+    """Two warps share the pipe, and none runs away from the other, nor do they hold each other for good."""
+    assert arriving(3, warps=8) == pytest.approx(240, rel=0.1)
+
+
 def test_copies_that_are_waited_for_later_cost_less() -> None:
     """A wait that leaves one group in flight hides half of the latency or more."""
     copy, commit = instruction("LDGSTS.E.BYPASS.128 [R4], [R2.64]"), instruction("LDGDEPBAR")
