@@ -111,7 +111,7 @@ def test_a_recipe_is_fitted_to_the_attention_of_a_model(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *DENSE, *TINY_MODELS])
+@pytest.mark.parametrize("name", [*PUBLISHED, *DENSE, *sorted(TINY_MODELS)])
 def test_model_is_consistent(name: str) -> None:
     model = load_model(name)
     assert model.name == name
