@@ -116,7 +116,7 @@ def test_model_is_consistent(name: str) -> None:
     model = load_model(name)
     assert model.name == name
     assert model.task == ("i2v" if "i2v" in name else "t2v")
-    has_experts = any(part in name for part in ("a14b", "tiny-i2v", "tiny-lightx2v"))
+    has_experts = any(part in name for part in ("a14b", "i2v", "tiny-lightx2v"))
     assert model.experts == (("high", "low") if has_experts else ("",))
     assert ("{expert}" in model.checkpoint) == (len(model.experts) == 2)
     clip = model.video.clip

@@ -205,14 +205,11 @@ class News(ABC):
 
     @abstractmethod
     def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
-        """Wait until something has been committed since the last call, or since this object was made.
+        """Wait until something has been committed since the last call, or since this object was made, and return whether
+        something was. It may have been something that the caller does not care for.
 
         Args:
-            delay: How many seconds later than it happens it may be told. Where news have to be looked for, each look
-                takes a little of the processor.
-
-        Returns:
-            Whether something was. It may have been something that the caller does not care for.
+            delay: How many seconds late it may be told. Where news have to be looked for, each look takes some time.
         """
 
     @abstractmethod
@@ -220,13 +217,10 @@ class News(ABC):
 
 
 class JobStore(ABC):
-    """All jobs. Every thread and every process can use one; a forked child can go on using its parent's.
-
-    Attributes:
-        answers_at_once: Whether reading one job takes so little time that nobody needs another thread for it.
-    """
+    """All jobs. Every thread and every process can use one; a forked child can go on using its parent's."""
 
     answers_at_once: bool
+    """Whether reading one job takes so little time that nobody needs another thread for it."""
 
     # Clients
 

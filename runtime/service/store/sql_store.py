@@ -47,8 +47,7 @@ class SqlStore(JobStore):
     """A job store whose statements SQLite and Postgres have in common."""
 
     def __init__(self, database: Database, policy: Policy) -> None:
-        self.database, self.policy = database, policy
-        self.answers_at_once = database.answers_at_once
+        self.database, self.policy, self.answers_at_once = database, policy, database.answers_at_once
 
     def submit(self, submission: Submission) -> Receipt:
         with self.database.write() as transaction:
