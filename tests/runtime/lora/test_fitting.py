@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.conftest import checkpoint_sources
 from tests.runtime.lora.lora_files import factors, lora, spelled, targets, write
+from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
@@ -17,9 +18,11 @@ from wanforge.errors import BundleError, CheckpointError, RequestError
 from wanforge.exporter.checkpoint.importer import run_import
 from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import export
+from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.inputs.lora import LoraChoice, read_choice
 from wanforge.runtime.lora import merged_sets
 from wanforge.runtime.lora.merged_sets import FOLDER, MergedSets
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import Request, Timings, request_for
 
@@ -89,6 +92,33 @@ def test_a_lora_comes_and_goes(backend: str, budget: float | None, bundle: Bundl
     assert torch.equal(latents(pipeline), base)
     expected = latents(open_pipeline(merged_by_hand(bundle, path, tmp_path / "other"), backend))
     assert torch.equal(with_lora, expected)
+
+
+class PinningHost(Host):
+    """A host that keeps copies of weights that are streamed, as a GPU does."""
+
+    def pinned(self, size: int) -> Tensor | None:
+        return torch.empty(size, dtype=torch.uint8)
+
+
+class SmallBackend(TorchBackend):
+    """A backend whose arena has hardly more room than the decoder takes, so that weights are copied again and again."""
+
+    def arena_bytes(self, clip: ClipShape) -> float:
+        return 13.6e6
+
+
+@pytest.mark.slow
+def test_streamed_weights_are_packed_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanforge.runtime.memory.mover.available_bytes", lambda: 1 << 40)
+    choice = LoraChoice(lora(tmp_path / "a.safetensors", size=0.5))
+    backend = SmallBackend(bundle, None, 1e9, PinningHost())
+    pipeline = Pipeline(bundle, backend)
+    base = latents(pipeline, steps=2)
+    assert any(name.component == "dit" for name in backend._packed)
+    expected = latents(open_pipeline(bundle, "torch"), choice, steps=2)
+    assert torch.equal(latents(pipeline, choice, steps=2), expected)
+    assert torch.equal(latents(pipeline, steps=2), base)
 
 
 @pytest.mark.slow
