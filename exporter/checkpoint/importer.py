@@ -438,6 +438,7 @@ class Quantiser:
             yield as_bytes(self.global_scale)
         elif part == "scale" and self.scales:
             yield from map(as_bytes, self.scales)
+            self.scales = []  # a little memory between large pieces would keep these from being returned
         else:  # a resumed import may have written the numbers in an earlier run
             self.scales = []
             for parts in self.bands():

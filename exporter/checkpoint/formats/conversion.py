@@ -81,13 +81,13 @@ def described(part: Part, path: Path) -> str:
 
 
 def losses_of(before: Mapping[str, StoredTensor], names: list[str], path: Path) -> Iterator[Loss]:
-    """Compare weights, in float64, with what was written of them."""
+    """Compare weights with what was written of them. Differences are float32, and their sums float64."""
     written = open_checkpoint(path)
     for name in names:
         error = total = 0.0
         for old, new in zip(before[name].chunks(rows=BAND), values_of(written, name), strict=True):
-            error += float((new.flatten().double() - old.double()).square().sum())
-            total += float(old.double().square().sum())
+            error += float((new.flatten() - old).square_().sum(dtype=torch.float64))
+            total += float(old.float().square_().sum(dtype=torch.float64))
         yield Loss(name, (error / total) ** 0.5 if total else error**0.5)
 
 
