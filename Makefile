@@ -32,7 +32,7 @@ demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, chec
 	@rm -rf $(OUT)
 	$(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle
 	$(BIN)/wanforge export $(OUT)/bundle
-	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
+	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --preview --out $(OUT)/clip.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
 
 serve: setup     ## serve TinyWan, with an API and a page, on this machine
