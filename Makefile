@@ -33,7 +33,7 @@ demo: setup      ## TinyWan -> bundle -> ONNX -> mp4 on this machine's CPU, chec
 	@rm -rf $(OUT)
 	$(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle
 	$(BIN)/wanforge export $(OUT)/bundle
-	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --out $(OUT)/clip.mp4
+	$(BIN)/wanforge generate $(OUT)/bundle --prompt "$(PROMPT)" --preview --out $(OUT)/clip.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --prompt "$(PROMPT)"
 
 demo-i2v: setup  ## the same for image-to-video: a picture, a clip that begins with it, and one that goes on from that

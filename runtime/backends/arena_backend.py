@@ -72,7 +72,7 @@ class ArenaBackend(Backend):
         self.load(clip)
         size, workspaces = self.arena_bytes(clip), self.workspaces()
         plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, size)
-        arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.weights.of)
+        arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.own_weight)
         self.place(arena.bytes)
         self.memory, self._clip = arena, clip
 

@@ -34,7 +34,7 @@ PLANS = {
     "vae-pictures": Plan(steps=1000, batch=24, rate=2e-3, warmup=50, decay=0.99),
     "vae-clips": Plan(steps=800, batch=3, rate=5e-4, warmup=20, decay=0.98),
     "decoder": Plan(steps=600, batch=3, rate=5e-4, warmup=30, decay=0.99),
-    "preview": Plan(steps=2800, batch=4, rate=2e-3, decay=0.99),
+    "preview": Plan(steps=2300, batch=4, rate=2e-3, decay=0.99),
     "words": Plan(steps=1500, batch=64, rate=2e-3, decay=0.99),
     "crops": Plan(steps=3400, batch=16, rate=1e-3, decay=0.998, muon=True),
     "dense": Plan(steps=5000, batch=16, rate=2e-3, warmup=20, decay=0.998, muon=True),
