@@ -186,6 +186,7 @@ def test_the_signature_lists_every_setting() -> None:
         "topk",
         "times",
         "update",
+        "loras",
     ]
     with pytest.raises(TypeError, match="no parameter is called 'recpe'; did you mean recipe"):
         wanforge.import_checkpoint("bundle", recpe="w8a8")  # type: ignore[call-arg]
