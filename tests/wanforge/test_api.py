@@ -187,6 +187,7 @@ def test_the_signature_lists_every_setting() -> None:
         "times",
         "update",
         "guidance_scale",
+        "loras",
     ]
     with pytest.raises(TypeError, match="no parameter is called 'recpe'; did you mean recipe"):
         wanforge.import_checkpoint("bundle", recpe="w8a8")  # type: ignore[call-arg]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import wanforge
 from tests.conftest import checkpoint_sources
 from tests.runtime.lora.lora_files import factors, lora, spelled, targets, write
 from wanforge.configs.clip import ClipShape
@@ -302,3 +303,12 @@ def test_the_python_api_takes_texts(bundle: Bundle, tmp_path: Path) -> None:
     path = lora(tmp_path / "a.safetensors")
     request = request_for(bundle.model, PROMPT, None, {"loras": [f"{path}:0.5"]})
     assert request.loras == (LoraChoice(path, 0.5),)
+
+
+@pytest.mark.slow
+def test_backends_agree_with_a_lora(bundle: Bundle, tmp_path: Path) -> None:
+    path = lora(tmp_path / "a.safetensors", size=0.5)
+    settings = {"size": "128x64", "frames": 5, "steps": 1, "loras": [str(path)]}
+    found = wanforge.parity(bundle, backend="ort", depths=("block", "step"), **settings)  # type: ignore[arg-type]
+    assert found.passed
+    assert len(list((bundle.root / FOLDER).glob("*.safetensors"))) == 1
