@@ -26,11 +26,10 @@ from tests.numerics import assert_matches
 from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
 from wanforge.errors import CheckpointError, ResourceError
-from wanforge.exporter.checkpoint import synth
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import open_checkpoint
 from wanforge.exporter.checkpoint.synth import file_names, write_checkpoint
-from wanforge.exporter.checkpoint.synthetic import weights
+from wanforge.exporter.checkpoint.synthetic import torch_file, weights
 from wanforge.exporter.checkpoint.synthetic.tokenizer import CORPUS, train_tokenizer
 from wanforge.exporter.checkpoint.synthetic.torch_file import checksum_of_zeros
 from wanforge.plugins.quantiser.reference import quantise_tiles
@@ -76,7 +75,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((torch, "save") if failing == "save" else (synth, "fill")), full)
+    monkeypatch.setattr(*((torch, "save") if failing == "save" else (torch_file, "fill")), full)
     with pytest.raises(OSError, match=r"No space left on device: '.*Wan2\.1_VAE\.pth'"):
         write_checkpoint(load_model("tiny-t2v"), tmp_path, parts={"vae"})
     assert list(tmp_path.iterdir()) == []
