@@ -1,4 +1,4 @@
-"""What threads know of each other from mbarriers: two warpgroups, and copies of thread 0 that warpgroup 1 multiplies."""
+"""What threads know of each other from mbarriers: two warpgroups, and a copy of thread 0 that the second multiplies."""
 
 from typing import Any
 
