@@ -51,7 +51,7 @@ FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 HALF = {"HMMA", "HGMMA", "UTCHMMA"}
 """fp16 and bf16 instructions; small tiles use mma.sync on every architecture."""
 
-SPILLS = {(90, "sla"): 8, (90, "sage_fp8"): 48}
+SPILLS = {(90, "sla"): 8}
 """Bytes per thread that attention without a quantised output spills, as the pinned Triton compiles it: it takes all 255
 registers, because two sums of 128x128 are in flight. In the recipe w8a8 its output is quantised, and nothing spills."""
 
