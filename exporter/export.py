@@ -54,7 +54,7 @@ def check_exportable(bundle: Bundle, dtypes: Sequence[str]) -> None:
     if recipe.tile != TILE:
         raise ConfigError(f"graphs are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
     if not has_graphs(recipe):
-        raise ConfigError(f"graphs are made for pv_sum = \"fp32\", not {recipe.pv_sum!r}; use the backend cuda or torch")
+        raise ConfigError(f'graphs are made for pv_sum = "fp32", not {recipe.pv_sum!r}; use the backend cuda or torch')
 
 
 def has_graphs(recipe: Recipe) -> bool:

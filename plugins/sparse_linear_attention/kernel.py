@@ -292,7 +292,8 @@ def add_values(output, shrink, p, values, SUMS: tl.constexpr, IS_APART: tl.const
         return tl.fma(output, shrink, tl.dot(p, values, out_dtype=tl.float16).to(tl.float32))
     elif IS_APART:
         # The limit on inexact sums keeps Triton from joining the sum to the product.
-        return output * shrink + tl.dot(p, values, input_precision="ieee", max_num_imprecise_acc=p.shape[1])
+        LIMIT: tl.constexpr = p.shape[1]
+        return output * shrink + tl.dot(p, values, input_precision="ieee", max_num_imprecise_acc=2**30)
     else:
         return tl.dot(p, values, output * shrink, input_precision="ieee")
 
@@ -351,7 +352,8 @@ def attention(
     total = tl.zeros((BLOCK_Q, 1), tl.float32)
     output = tl.zeros((BLOCK_Q, HEAD), tl.float32)
     selected += (head * M + block) * num_selected
-    chosen = tl.load(selected)
+    if not ADDS_LATER:
+        chosen = tl.load(selected)
     for i in tl.range(num_selected, num_stages=LOOP_STAGES):
         if ADDS_LATER:
             chosen = tl.load(selected + i)

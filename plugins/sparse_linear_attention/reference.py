@@ -148,8 +148,8 @@ def sparse_branch(
 
 
 def weighted_values(p_BHMqk: Tensor, v_BHMkK: Tensor, blocks: Blocks) -> Tensor:
-    """The sum of a key block's values with the weights `p`, float32 ``[B, H, M, q, K]``. With fp16 sums, the products of
-    32 keys are added to the sum of those before them, and the result is rounded to float16."""
+    """The sum of a key block's values with the weights `p`, float32 ``[B, H, M, q, K]``. With fp16 sums, the products
+    of 32 keys are added to the sum of those before them, and the result is rounded to float16."""
     if blocks.pv_sum == "fp32":
         return p_BHMqk @ v_BHMkK
     total = p_BHMqk.new_zeros(())
