@@ -26,6 +26,9 @@ class Recipe(Record, frozen=True):
     block_k: Literal[64, 128] = 64
     pv: Literal["fp8", "fp16"] = "fp8"
     """Format of probabilities and values, with ``sagesla`` only: fp8 from sm_89 on, fp16 on sm_80 and sm_86."""
+    pv_sum: Literal["fp32", "fp16"] = "fp32"
+    """Type in which attention adds up the values of a block of keys, with ``sagesla`` only. Blocks are added up in
+    float32. With fp16, GeForce multiplies at twice the rate (docs/decisions/0027-fp8-sums.md)."""
     compat: Literal["none", "upstream"] = "none"
     """``upstream`` reproduces the variance bug of TurboDiffusion's FastLayerNorm."""
 

@@ -50,13 +50,16 @@ def check_exportable(bundle: Bundle, dtypes: Sequence[str]) -> None:
     for short in dtypes:
         if short not in COMPUTE:
             raise ConfigError(unknown_name("compute type", short, list(COMPUTE)))
-    if not has_graphs(bundle.recipe):
-        raise ConfigError(f"graphs are made for tiles of {TILE}, not {bundle.recipe.tile}; use the backend torch")
+    recipe = bundle.recipe
+    if recipe.tile != TILE:
+        raise ConfigError(f"graphs are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
+    if not has_graphs(recipe):
+        raise ConfigError(f'graphs are made for pv_sum = "fp32", not {recipe.pv_sum!r}; use the backend cuda or torch')
 
 
 def has_graphs(recipe: Recipe) -> bool:
     """Whether graphs can be made for a recipe."""
-    return recipe.tile == TILE
+    return recipe.tile == TILE and recipe.pv_sum == "fp32"
 
 
 def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:

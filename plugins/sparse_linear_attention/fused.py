@@ -124,6 +124,7 @@ def _attend(
         ARITHMETIC=blocks.arithmetic,
         BLOCK_Q=blocks.q,
         BLOCK_K=blocks.k,
+        SUMS=blocks.pv_sum,
     )
 
 

@@ -246,6 +246,59 @@ def select(score, selected, M, N, P, num_selected, H: tl.constexpr, LANES: tl.co
 
 
 @triton.jit
+def multiply(query, k, k_step, chosen, key, L, k_stride, scale, ARITHMETIC: tl.constexpr):
+    """The products of a query block with the key block `chosen`, and the factor that makes logits of them."""
+    BLOCK_K: tl.constexpr = key.shape[0]
+    lane = tl.arange(0, HEAD)[:, None]
+    first = chosen.to(tl.int64) * BLOCK_K
+    if ARITHMETIC == "sla":
+        is_key = (key < L - chosen * BLOCK_K)[None, :]
+        keys = tl.load(k + first * k_stride + (key[None, :] * k_stride + lane), mask=is_key, other=0.0)
+        return tl.dot(query, keys, input_precision="ieee"), scale
+    else:
+        keys = tl.load(k + first * HEAD + (key[None, :] * HEAD + lane))
+        return tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32), scale * tl.load(k_step + chosen)
+
+
+@triton.jit
+def weigh(logits, maximum, total, offset):
+    """One step of softmax: the probabilities of a key block, by how much everything before it shrinks, and the new maximum
+    and total."""
+    higher = tl.maximum(maximum, tl.max(logits, 1, keep_dims=True))
+    shrink = power(maximum - higher)
+    p = power(logits - (higher - offset))
+    return p, shrink, higher, total * shrink + tl.sum(p, 1, keep_dims=True)
+
+
+@triton.jit
+def values_of(v, chosen, key, L, v_stride, padded, ARITHMETIC: tl.constexpr):
+    """The values of the key block `chosen`."""
+    BLOCK_K: tl.constexpr = key.shape[0]
+    lane = tl.arange(0, HEAD)
+    first = chosen.to(tl.int64) * BLOCK_K
+    if ARITHMETIC == "sage_fp8":
+        return tl.trans(tl.load(v + first + (lane[:, None] * padded + key[None, :])))
+    elif ARITHMETIC == "sage_fp16":
+        return tl.load(v + first * HEAD + (key[:, None] * HEAD + lane[None, :]))
+    else:
+        is_key = (key < L - chosen * BLOCK_K)[:, None]
+        return tl.load(v + first * v_stride + (key[:, None] * v_stride + lane[None, :]), mask=is_key, other=0.0)
+
+
+@triton.jit
+def add_values(output, shrink, p, values, SUMS: tl.constexpr, IS_APART: tl.constexpr):
+    """`output` times `shrink`, plus the sum of `values` with the weights `p`."""
+    if SUMS == "fp16":
+        return tl.fma(output, shrink, tl.dot(p, values, out_dtype=tl.float16).to(tl.float32))
+    elif IS_APART:
+        # The limit on inexact sums keeps Triton from joining the sum to the product.
+        LIMIT: tl.constexpr = p.shape[1]
+        return output * shrink + tl.dot(p, values, input_precision="ieee", max_num_imprecise_acc=2**30)
+    else:
+        return tl.dot(p, values, output * shrink, input_precision="ieee")
+
+
+@triton.jit
 def attention(
     q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
     L, q_stride, k_stride, v_stride, padded, M, N, num_selected,
@@ -253,14 +306,21 @@ def attention(
     ARITHMETIC: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUMS: tl.constexpr,
     ADDS_LATER: tl.constexpr,
+    FP8_IN_FULL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: softmax over its selected key blocks, in ascending order with a running maximum, plus
-    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128. With ADDS_LATER,
-    products are summed outside of the tensor cores, as those of fp8 always are.
+    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128.
 
-    `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`.
+    `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`. SUMS is `reference.Blocks.pv_sum`.
+    With ADDS_LATER, what key blocks contribute is added up outside of the tensor cores, as are sums of fp8 without
+    FP8_IN_FULL, where tensor cores add them with fewer bits than float32 has. STAGES are those of the loop if the output is
+    quantised.
     """
+    LOOP_STAGES: tl.constexpr = STAGES if y_scale is not None else None
+    IS_APART: tl.constexpr = ADDS_LATER or (ARITHMETIC == "sage_fp8" and not FP8_IN_FULL)
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
@@ -270,12 +330,13 @@ def attention(
     q += start * q_stride + head * HEAD
     dtype = q.dtype.element_ty
     query = tl.load(q + rows * q_stride + lanes, mask=inside, other=0.0)
-    q_step = 1.0
+    scale = SOFTMAX_SCALE
     offset = 0.0
     if ARITHMETIC != "sla":
         query = query.to(tl.float32)
         q_step = tl.math.div_rn(tl.max(tl.abs(query)), 127.0) + 1e-7
         query = to_steps(query, q_step)
+        scale = SOFTMAX_SCALE * q_step
     if ARITHMETIC == "sage_fp8":
         offset = 8.807
 
@@ -291,44 +352,21 @@ def attention(
     total = tl.zeros((BLOCK_Q, 1), tl.float32)
     output = tl.zeros((BLOCK_Q, HEAD), tl.float32)
     selected += (head * M + block) * num_selected
-    for i in range(num_selected):
-        chosen = tl.load(selected + i)
-        first = chosen.to(tl.int64) * BLOCK_K
-        is_key = key < L - chosen * BLOCK_K
-        if ARITHMETIC == "sla":
-            keys = tl.load(
-                k + first * k_stride + (key[None, :] * k_stride + lane[:, None]), mask=is_key[None, :], other=0.0
-            )
-            values = tl.load(v + first * v_stride + (key[:, None] * v_stride + lanes), mask=is_key[:, None], other=0.0)
-            logits = tl.dot(query, keys, input_precision="ieee")
-            step = SOFTMAX_SCALE
-        else:
-            keys = tl.load(k + first * HEAD + (key[None, :] * HEAD + lane[:, None]))
-            step = SOFTMAX_SCALE * (q_step * tl.load(k_step + chosen))
-            logits = tl.dot(query, keys, out_dtype=tl.int32).to(tl.float32)
-            if ARITHMETIC == "sage_fp8":
-                values = tl.trans(tl.load(v + first + (lane[:, None] * padded + key[None, :])))
-            else:
-                values = tl.load(v + first * HEAD + (key[:, None] * HEAD + lanes))
-        logits = tl.fma(logits, step, tl.where(is_key, 0.0, -float("inf"))[None, :])
-
-        higher = tl.maximum(maximum, tl.max(logits, 1, keep_dims=True))
-        shrink = tl.exp2(maximum - higher)
-        p = tl.exp2(logits - (higher - offset))
-        total = total * shrink + tl.sum(p, 1, keep_dims=True)
-        # Each block is summed separately where Triton keeps it so, because tensor cores accumulate fp8 products with few
-        # bits. For mma.sync it joins the sum to the product all the same.
-        if ARITHMETIC == "sage_fp8":
-            output = output * shrink + tl.dot(to_e4m3(p), values)
-        else:
-            # A limit on inexact sums means nothing to these types, but keeps Triton from joining the sum to the product.
-            if ADDS_LATER:
-                output = output * shrink + tl.dot(
-                    p.to(values.dtype), values, input_precision="ieee", max_num_imprecise_acc=BLOCK_K
-                )
-            else:
-                output = tl.dot(p.to(values.dtype), values, output * shrink, input_precision="ieee")
-        maximum = higher
+    if not ADDS_LATER:
+        chosen = tl.load(selected)
+    for i in tl.range(num_selected, num_stages=LOOP_STAGES):
+        if ADDS_LATER:
+            chosen = tl.load(selected + i)
+        products, factor = multiply(query, k, k_step, chosen, key, L, k_stride, scale, ARITHMETIC)
+        mask = tl.where(key < L - chosen * BLOCK_K, 0.0, -float("inf"))[None, :]
+        p, shrink, maximum, total = weigh(tl.fma(products, factor, mask), maximum, total, offset)
+        values = values_of(v, chosen, key, L, v_stride, padded, ARITHMETIC)
+        p = to_e4m3(p) if ARITHMETIC == "sage_fp8" else p.to(values.dtype)
+        output = add_values(output, shrink, p, values, SUMS, IS_APART)
+        if not ADDS_LATER:
+            # Asked for a round ahead, so that the mask need not wait for it. Where wgmma or tcgen05 multiplies, this would
+            # take registers that are not there.
+            chosen = tl.load(selected + tl.minimum(i + 1, num_selected - 1))
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.
     output *= 1.0 / total

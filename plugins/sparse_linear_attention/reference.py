@@ -22,6 +22,9 @@ FP8_PROBABILITY_OFFSET = 8.807
 LINEAR_EPS = 1e-5
 
 Arithmetic = Literal["sla", "sage_fp8", "sage_fp16"]
+Sums = Literal["fp32", "fp16"]
+SUMMED_KEYS = 32
+"""Keys whose values tensor cores add up before they round to a type of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Blocks:
     """Key rows per block."""
     arithmetic: Arithmetic = "sla"
     """``sla``: q, k, p and v in the compute type. ``sage_*``: q and k in int8, p and v in fp8 or fp16."""
+    pv_sum: Sums = "fp32"
+    """The type in which the values of a key block are added up with ``sage_*``; sums over blocks are always float32."""
 
     def num_keys(self, tokens: int) -> int:
         return -(-tokens // self.k)
@@ -136,10 +141,21 @@ def sparse_branch(
         shrink = torch.exp2(previous - maximum)
         p = torch.exp2(logits - maximum + offset)
         total = total * shrink + p.sum(-1, keepdim=True)
-        output = output * shrink + p.to(p_type).float() @ v_blocks.take_along_dim(index, 2)
+        output = output * shrink + weighted_values(p.to(p_type).float(), v_blocks.take_along_dim(index, 2), blocks)
 
     attended = (output / total).flatten(2, 3)[:, :, :num_queries]
     return (attended if v_scale is None else attended * v_scale).to(q_BHLK.dtype)
+
+
+def weighted_values(p_BHMqk: Tensor, v_BHMkK: Tensor, blocks: Blocks) -> Tensor:
+    """The sum of a key block's values with the weights `p`, float32 ``[B, H, M, q, K]``. With fp16 sums, the products
+    of 32 keys are added to the sum of those before them, and the result is rounded to float16."""
+    if blocks.pv_sum == "fp32":
+        return p_BHMqk @ v_BHMkK
+    total = p_BHMqk.new_zeros(())
+    for p, v in zip(p_BHMqk.split(SUMMED_KEYS, -1), v_BHMkK.split(SUMMED_KEYS, -2), strict=True):
+        total = (total + p @ v).half().float()
+    return total
 
 
 def quantise_rows(x_BHLK: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from wanforge.plugins.nvfp4_linear.op import nvfp4_linear
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
+from wanforge.plugins.sparse_linear_attention.reference import Arithmetic
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
 
 ROPE_THETA = 10000.0
@@ -353,7 +354,8 @@ def attention_blocks(recipe: Recipe) -> Blocks | None:
         case "sla":
             return Blocks(recipe.block_q, recipe.block_k, "sla")
         case "sagesla":
-            return Blocks(recipe.block_q, recipe.block_k, "sage_fp8" if recipe.pv == "fp8" else "sage_fp16")
+            arithmetic: Arithmetic = "sage_fp8" if recipe.pv == "fp8" else "sage_fp16"
+            return Blocks(recipe.block_q, recipe.block_k, arithmetic, recipe.pv_sum)
 
 
 def check_latents(latents_BCFHW: Tensor, text_BTE: Tensor, config: DiTConfig) -> None:

@@ -73,6 +73,18 @@ def test_attention_in_the_short_type_is_the_reference(arithmetic: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", ["sage_fp16", "sage_fp8"])
+def test_sums_in_fp16_are_the_references(arithmetic: str) -> None:
+    blocks = Blocks(128, 64, arithmetic, "fp16")
+    q, k, v, proj, bias = operands(333, 2, DTYPES[0])
+    actual = sparse_linear_attention(q, k, v, 2, proj, bias, blocks)
+    expected = expected_attention(q, k, v, 2, proj, bias, blocks)
+    assert_matches(actual, expected, rounding_error(DTYPES[0], 4) + STEP)
+    wider = sparse_linear_attention(q, k, v, 2, proj, bias, Blocks(128, 64, arithmetic))
+    assert 1e-6 < relative_rms(actual, wider) < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_output_is_quantised_in_the_last_lines(arithmetic: str) -> None:
     blocks = Blocks(128, 64, arithmetic)

@@ -26,6 +26,7 @@ from wanforge.plugins.sparse_linear_attention.reference import (
     quantise_rows,
     quantise_values,
     select_blocks,
+    weighted_values,
 )
 
 ARITHMETICS = ("sla", "sage_fp8", "sage_fp16")
@@ -165,8 +166,9 @@ def test_sla_equals_the_recorded_values(name: str, suffix: str, dtype: torch.dty
     ("variant", "blocks", "tolerance"),
     [
         ("sm89_fp32acc", Blocks(128, 64, "sage_fp8"), 1e-5),
-        # The kernel rounds its sums to float16 every 32 keys; the reference keeps them in float32.
+        # The kernel rounds its sums to float16 every 32 keys.
         ("sm89_fp16acc", Blocks(128, 64, "sage_fp8"), 1e-3),
+        ("sm89_fp16acc", Blocks(128, 64, "sage_fp8", "fp16"), 1e-5),
         ("sm90", Blocks(64, 128, "sage_fp8"), 1e-5),
         ("sm80", Blocks(128, 64, "sage_fp16"), 1e-3),
     ],
@@ -178,6 +180,18 @@ def test_sagesla_equals_the_recorded_values(variant: str, blocks: Blocks, tolera
     proj = case["weight:proj_l.weight"], case["weight:proj_l.bias"]
     actual = sparse_linear_attention(q, k, v, selection(selected), *proj, blocks)
     assert_matches(actual, case[f"output:o_{variant}"], tolerance)
+
+
+def test_sums_in_fp16_round_every_32_keys() -> None:
+    """2048 + 1 is no float16. Added up before they are rounded, 32 ones count; after 2048, each group of 32 does."""
+    p = torch.ones(1, 1, 1, 1, 64)
+    v = torch.ones(1, 1, 1, 64, 1)
+    v[..., 0, :] = 4096 - 30.5
+    blocks = Blocks(128, 64, "sage_fp16", "fp16")
+    assert weighted_values(p, v, blocks).item() == 4096 + 32  # the first 32 give 4096.5, which becomes 4096
+    v[..., 32:, :] = 1.0625
+    assert weighted_values(p, v, blocks).item() == 4128  # 4130 lies halfway between two float16s
+    assert weighted_values(p, v, Blocks(128, 64, "sage_fp16")).item() == 4096.5 + 34
 
 
 def test_values_in_fp8_equal_the_recorded_ones() -> None:

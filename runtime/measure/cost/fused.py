@@ -245,7 +245,7 @@ def _attention(name: str, w: Workload, written: int) -> LaunchCost:
     keys_values = (INT8 + w.value_bytes) * w.padded_stream + FP32 * w.H * w.N + value_scale
     return LaunchCost(
         name,
-        {"int8": w.pair_flops, w.recipe.pv: w.pair_flops, "bf16": w.state_flops},
+        {"int8": w.pair_flops, w.value_format: w.pair_flops, "bf16": w.state_flops},
         queries + keys_values + table + folded + BF16 * HEAD_DIM,
         written,
         queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,

@@ -217,6 +217,11 @@ class Workload:
         return FP8 if self.recipe.pv == "fp8" else FP16
 
     @property
+    def value_format(self) -> str:
+        """The entry of `PEAKS` for P.V."""
+        return "fp8, fp16 sums" if (self.recipe.pv, self.recipe.pv_sum) == ("fp8", "fp16") else self.recipe.pv
+
+    @property
     def pair_flops(self) -> int:
         """Operations of Q.K or of P.V over the selected blocks."""
         return 2 * self.L * self.num_selected * self.recipe.block_k * self.D

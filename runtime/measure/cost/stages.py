@@ -121,7 +121,7 @@ class Counter:
         if graph_run.graph in (FIRST, NEXT):
             shape, is_first = self.checked.request.shape, graph_run.graph == FIRST
             return list(decoder_chunk(self.bundle.model, shape, is_first=is_first))
-        if graph_run.graph == "block" and is_counted(self.recipe):
+        if graph_run.graph == "block" and is_counted(self.recipe) and self.recipe.pv_sum == "fp32":
             shape = self.checked.request.shape
             return all_launches(
                 fused_block(Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows))

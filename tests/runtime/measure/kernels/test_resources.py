@@ -14,12 +14,13 @@ from wanforge.cli import cli
 from wanforge.configs.targets import load_targets
 from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.compiler import compile_kernels
-from wanforge.plugins.launching.cubins import Cubin
+from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.launching.occupancy import faults
 from wanforge.plugins.quantiser.fused import quantise
 from wanforge.runtime.commands.kernels import KernelsOptions
 from wanforge.runtime.measure.cost.prediction import packaged_profiles
+from wanforge.runtime.measure.machine_code.disassembly import disassemble
 
 pytestmark = pytest.mark.slow
 
@@ -126,6 +127,20 @@ def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None
                 assert found <= HALF, what
             case _:
                 assert not found, what
+
+
+@pytest.mark.parametrize(("sm", "is_joined"), [(89, False), (120, True)])
+def test_sums_of_fp8_are_joined_where_they_are_exact(
+    cubins: list[Cubin], pytestconfig: pytest.Config, sm: int, is_joined: bool
+) -> None:
+    """Ada adds fp8 products with 13 bits, so the sum of each block of keys begins at zero (RZ)."""
+    store = CubinStore(kept(pytestconfig))
+    found = [cubin for cubin in cubins if cubin.sm == sm and "QMMA" in mnemonics(cubin)]
+    assert found
+    for cubin in found:
+        code = disassemble(store.read(cubin)).instructions
+        sums = [each.operands.split(", ")[-1] for each in code if each.name == "QMMA"]
+        assert sums.count("RZ") == (0 if is_joined else len(sums) // 2), cubin.constants
 
 
 def needs_the_pinned_triton() -> None:
