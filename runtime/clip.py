@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wanforge.runtime.output.video import video_writer
 from wanforge.runtime.request import Request, Timings
-from wanforge.runtime.video import video_writer
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,11 +25,12 @@ from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser, Watch
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
-from wanforge.runtime.inputs.noise import load_noise
+from wanforge.runtime.inputs.noise import load_noise, write_noise
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
+from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -43,7 +44,6 @@ from wanforge.runtime.request import (
     request_for,
 )
 from wanforge.runtime.schedule import text_schedule, vae_schedule
-from wanforge.runtime.video import FrameSink, video_writer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -157,6 +157,10 @@ class Pipeline:
             latents = sample(denoiser, checked.trajectory, noise).cpu()
         timings.stages["denoise"] -= timings.stages.get("preview", 0.0)
         return latents
+
+    def save_noise(self, checked: CheckedRequest, path: Path) -> None:
+        """Write the noise that is drawn from a request's seed."""
+        write_noise(path, latent_shape(self.model, checked.request.shape), checked.request.seed, len(checked.steps))
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
         """Put the request's LoRAs in place, embed the prompt, encode the image, and compute whatever the steps share.

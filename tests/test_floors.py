@@ -46,7 +46,7 @@ ROOMS = [
     "wanforge.engines",
     "wanforge.runtime.reference wanforge.runtime.dtypes wanforge.runtime.progress",
     "wanforge.runtime.inputs",
-    "wanforge.runtime.frame_queue wanforge.runtime.video wanforge.runtime.request",
+    "wanforge.runtime.output wanforge.runtime.request",
     "wanforge.runtime.graphs",
     "wanforge.runtime.schedule",
     "wanforge.runtime.memory",

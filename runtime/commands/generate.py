@@ -36,19 +36,19 @@ from wanforge.runtime.commands.options import (
     takes,
 )
 from wanforge.runtime.inputs.lora import LoraChoice
-from wanforge.runtime.inputs.noise import write_noise
 from wanforge.runtime.inputs.places import numbered
 from wanforge.runtime.inputs.prompts import PromptLine, placed, read_prompts
 from wanforge.runtime.lora.option import LORA, told
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
+from wanforge.runtime.output.video import VideoError, check_encoder, check_place, most_bytes
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.preview.decoding import check_preview
 from wanforge.runtime.preview.drafts import Drafts, draft_place
+from wanforge.runtime.preview.option import PREVIEW
 from wanforge.runtime.progress import Bars
-from wanforge.runtime.request import CheckedRequest, Request, check_seed, latent_shape
-from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes
+from wanforge.runtime.request import CheckedRequest, Request, check_seed
 from wanforge.whole_file import check_writable, folders_as_before
 
 log = logging.getLogger(__name__)
@@ -140,9 +140,7 @@ class Order:
     "--save-noise", type=FILE, help="Write the noise drawn from the seed to this file. Several files are numbered."
 )
 @LORA
-@click.option(
-    "--preview", is_flag=True, help="After each step, write what it predicts to NAME.preview.mp4, as a draft."
-)
+@PREVIEW
 @BACKEND
 @MEMORY
 @STALE_OK
@@ -361,8 +359,7 @@ def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) ->
     for place in places:
         check_writable(place)
     for each, place in zip(checked, places, strict=True):
-        shape = latent_shape(pipeline.model, each.request.shape)
-        write_noise(place, shape, each.request.seed, len(each.steps))
+        pipeline.save_noise(each, place)
 
 
 def make_video(pipeline: Pipeline, checked: CheckedRequest, out: Path, bars: Bars) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from wanforge.runtime.commands.options import (
 from wanforge.runtime.continuation.beginning import beginning
 from wanforge.runtime.continuation.chain import Frame, Seam, check_continuable, continued, seams_of
 from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.output.video import check_encoder, check_place, video_writer
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import Request
-from wanforge.runtime.video import check_encoder, check_place, video_writer
 
 
 @dataclass(frozen=True, kw_only=True)

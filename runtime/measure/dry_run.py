@@ -20,9 +20,9 @@ from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.durations import Work, remember
 from wanforge.runtime.measure.estimates import Estimate
 from wanforge.runtime.memory.estimate import needed_bytes
+from wanforge.runtime.output.video import most_bytes
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import CheckedRequest, Timings
-from wanforge.runtime.video import most_bytes
 
 ENGINE_BYTES = 8_000_000
 """More than the bytes of an engine without its constants; a block has about 2 MB, see docs/log.md, 2026-11-21."""

@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from wanforge.runtime.backends.base import Session
+from wanforge.runtime.output.video import video_writer
 from wanforge.runtime.preview.decoding import preview_frames
 from wanforge.runtime.reference.steps import Step
-from wanforge.runtime.video import video_writer
 
 LABEL = "PREVIEW"
 MARGIN, SHARE = 4, 14

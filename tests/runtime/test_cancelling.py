@@ -10,9 +10,9 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
+from wanforge.runtime.output.video import video_writer
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings
-from wanforge.runtime.video import video_writer
 
 BundleOf = Callable[[str, str], Bundle]
 SHAPE = ClipShape(96, 64, 9)

@@ -26,7 +26,7 @@ CODE = (
     "/wanforge/exporter/checkpoint/importer.py",
     "/wanforge/exporter/checkpoint/record.py",
     "/wanforge/runtime/pipeline.py",
-    "/wanforge/runtime/video.py",
+    "/wanforge/runtime/output/video.py",
 )
 """Ends of the paths of the modules that write files or decide what is written."""
 EVENT = "file"

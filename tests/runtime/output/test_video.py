@@ -10,7 +10,7 @@ import torch
 from tests.processes import STUCK, signalled, start, wait_for_line
 from tests.video_reader import read_video
 from wanforge.errors import ResourceError
-from wanforge.runtime.video import VideoError, check_encoder, check_place, most_bytes, video_writer
+from wanforge.runtime.output.video import VideoError, check_encoder, check_place, most_bytes, video_writer
 
 
 def test_frames_survive_the_trip(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_signal_leaves_neither_half_a_video_nor_the_encoder(tmp_path: Path) ->
 import sys, torch
 from pathlib import Path
 from wanforge.interrupts import Interrupted, end, ended_by_signals
-from wanforge.runtime.video import video_writer
+from wanforge.runtime.output.video import video_writer
 try:
     with ended_by_signals(), video_writer(Path(sys.argv[1]) / "clip.mp4", 512, 512, 16) as write:
         for _ in range(80):

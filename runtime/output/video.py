@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wanforge.errors import RequestError, ResourceError
 from wanforge.requirements import install_package
-from wanforge.runtime.frame_queue import FrameQueue
+from wanforge.runtime.output.frame_queue import FrameQueue
 from wanforge.whole_file import check_writable, temporary_file
 
 RATE_FACTOR = 25

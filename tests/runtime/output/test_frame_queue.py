@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from wanforge.runtime.frame_queue import MOST_WAITING, FrameQueue
+from wanforge.runtime.output.frame_queue import MOST_WAITING, FrameQueue
 
 
 def frame(value: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What becomes of frames: an encoder writes them, beside what decodes them."""
