@@ -293,7 +293,7 @@ def add_values(output, shrink, p, values, SUMS: tl.constexpr, IS_APART: tl.const
     elif IS_APART:
         # The limit on inexact sums keeps Triton from joining the sum to the product.
         LIMIT: tl.constexpr = p.shape[1]
-        return output * shrink + tl.dot(p, values, input_precision="ieee", max_num_imprecise_acc=2**30)
+        return output * shrink + tl.dot(p, values, input_precision="ieee", max_num_imprecise_acc=LIMIT)
     else:
         return tl.dot(p, values, output * shrink, input_precision="ieee")
 
@@ -315,12 +315,11 @@ def attention(
     the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128.
 
     `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`. SUMS is `reference.Blocks.pv_sum`.
-    With ADDS_LATER, what key blocks contribute is added up outside of the tensor cores, as are sums of fp8 without
-    FP8_IN_FULL, where tensor cores add them with fewer bits than float32 has. STAGES are those of the loop if the output is
-    quantised.
+    With ADDS_LATER, what key blocks contribute is added up outside of the tensor cores; with fp8, without FP8_IN_FULL,
+    because tensor cores then add with fewer bits than float32 has. STAGES are those of the loop if y is quantised.
     """
     LOOP_STAGES: tl.constexpr = STAGES if y_scale is not None else None
-    IS_APART: tl.constexpr = ADDS_LATER or (ARITHMETIC == "sage_fp8" and not FP8_IN_FULL)
+    IS_APART: tl.constexpr = not FP8_IN_FULL if ARITHMETIC == "sage_fp8" else ADDS_LATER
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, HEAD)
     lanes = lane[None, :]
