@@ -355,8 +355,7 @@ def video_places(orders: Sequence[Order], samples: int) -> list[Path]:
 
 def save_noise(pipeline: Pipeline, checked: list[CheckedRequest], path: Path) -> None:
     """Write the noise that is drawn from each request's seed."""
-    places = numbered([path] * len(checked))
-    for place in places:
+    for place in (places := numbered([path] * len(checked))):
         check_writable(place)
     for each, place in zip(checked, places, strict=True):
         pipeline.save_noise(each, place)

@@ -77,7 +77,7 @@ def aligned(position: int, alignment: int) -> int:
 def quantised_paths(model: ModelConfig, name: str, out: Path) -> dict[str, Path]:
     """The file of each denoiser in a layout, by component."""
     ending = ".gguf" if name in GGUF else ".safetensors"
-    stems = {expert: model.checkpoint.format(expert=expert) for expert in model.experts}
+    stems = {expert: model.stem(expert) for expert in model.experts}
     return {dit_component(expert): out / f"{stem}-{name}{ending}" for expert, stem in stems.items()}
 
 

@@ -205,7 +205,7 @@ class News(ABC):
 
     @abstractmethod
     def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
-        """Wait until something has been committed since the last call, or since this object was made, and return whether
+        """Wait until something has been committed since the last call, or since this object was made, and say whether
         something was. It may have been something that the caller does not care for.
 
         Args:
