@@ -28,7 +28,7 @@ from wanforge.configs.model import load_model
 from wanforge.errors import CheckpointError, ResourceError
 from wanforge.exporter.checkpoint.layout import layout, published_recipe
 from wanforge.exporter.checkpoint.reader import open_checkpoint
-from wanforge.exporter.checkpoint.synth import CORPUS, file_names, train_tokenizer, write_checkpoint
+from wanforge.exporter.checkpoint.synth import CORPUS, file_names, published_layout, train_tokenizer, write_checkpoint
 from wanforge.exporter.checkpoint.synthetic import torch_file, weights
 from wanforge.exporter.checkpoint.synthetic.torch_file import checksum_of_zeros
 from wanforge.plugins.quantiser.reference import quantise_tiles
@@ -114,7 +114,7 @@ def test_a_link_of_a_published_name_is_not_followed(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    model, needed = load_model("tiny-t2v"), sum(spec.nbytes for spec in synth.published_layout(T2V, "dit").values())
+    model, needed = load_model("tiny-t2v"), sum(spec.nbytes for spec in published_layout(T2V, "dit").values())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, needed - 1))
     with pytest.raises(ResourceError, match=r"out: [\d.]+ MB are needed and [\d.]+ MB are free; make room, .*--sparse"):
         write_checkpoint(model, tmp_path / "out", parts={"dit"})
@@ -203,7 +203,7 @@ def test_quantised_weights_are_drawn_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch, "randn", counted)
     content(tmp_path, {"dit-quant"})
-    specs = synth.published_layout(T2V, "dit-quant")
+    specs = published_layout(T2V, "dit-quant")
     assert sum(drawn) == sum(math.prod(spec.shape) for name, spec in specs.items() if not name.endswith(".scale"))
     assert len(drawn) > len(specs)
 
@@ -250,7 +250,7 @@ def test_scales_follow_their_weights_in_every_file(model_name: str) -> None:
     model = load_model(model_name)
     for part in file_names(model):
         if part.endswith("-quant"):
-            order = {name: place for place, name in enumerate(synth.published_layout(model, part))}
+            order = {name: place for place, name in enumerate(published_layout(model, part))}
             scales = [name for name in order if name.endswith(".scale")]
             assert scales
             assert not [name for name in scales if order[name] < order[name.replace(".scale", ".int8_weight")]]
