@@ -71,6 +71,7 @@ def test_values_are_those_of_the_encoder(tmp_path: Path, name: str) -> None:
         assert b"".join(map(bits, stored.encoding.parts[part]())) == bits(tensor), part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_numbers_are_kept_by_the_recipe_that_has_them(
     tmp_path: Path, given: Given, states: dict[str, State], name: str
@@ -109,6 +110,7 @@ def test_files_with_projections_get_sparse_attention(
     assert bundle.recipe == load_recipe(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["prefix", "shards", "respelt"])
 @pytest.mark.parametrize("name", ["lightx2v-int8", "comfy-nvfp4", "modelopt-fp8"])
 def test_every_form_gives_the_same_bytes(
@@ -142,6 +144,7 @@ def diffusers(state: State) -> State:
     return new
 
 
+@pytest.mark.slow
 def test_comfys_header_says_what_a_layers_text_says(tmp_path: Path, given: Given, states: dict[str, State]) -> None:
     state, weights = encoded(states["dit"], comfy_nvfp4)
     (tmp_path / "a").mkdir()

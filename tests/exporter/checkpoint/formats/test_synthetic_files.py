@@ -102,6 +102,7 @@ def test_synth_writes_over_files_only_when_told(tmp_path: Path) -> None:
     succeeded(*command, "--replace")
 
 
+@pytest.mark.slow
 def test_the_finder_prefers_quantised_files_unless_told(
     tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]
 ) -> None:
