@@ -1,4 +1,4 @@
-"""TinyWan's image-to-video model as it ships: it is small, keeps the image, and moves what it shows as the prompt says."""
+"""TinyWan's image-to-video model as it ships: small, true to the image, and moving as the prompt says."""
 
 from pathlib import Path
 
