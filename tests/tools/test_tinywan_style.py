@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.tinywan import scenes
@@ -13,10 +13,16 @@ from tools.tinywan.style.low_rank import ALPHA, PREFIX, RANK, adapt, merged, wri
 from tools.tinywan.style.outlines import filling, outline, outlined
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.embedded import FOLDER, embedded
+from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.figures import SHAPES, coverage
+from wanforge.runtime.measure.quality.meter import read
 from wanforge.runtime.reference.dit import DiT
 
 MODEL = load_model("tinywan")
+LORA = FOLDER.parent / "loras" / "outlines.safetensors"
 
 
 def clip_of(cover: object, shape: str) -> np.ndarray:
@@ -78,3 +84,23 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
 
 def error(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().square().mean().sqrt())
+
+
+@pytest.mark.slow
+def test_the_shipped_lora_draws_outlines(tmp_path: Path) -> None:
+    """Without it the middle of a square is filled, and with it it is not; colour and direction stay what was asked."""
+    sources, lora = embedded(MODEL), load_file(LORA)
+    assert LORA.stat().st_size < 500_000
+    weights = load_file(sources.weights["dit"])
+    found = {}
+    for name, strength in (("plain", 0.0), ("outlined", 1.0)):
+        path = tmp_path / f"{name}.safetensors"
+        save_file({k: v.bfloat16() for k, v in merged(weights, lora, strength).items()}, path)
+        changed = Sources({**sources.weights, "dit": path}, sources.tokenizer)
+        bundle = import_checkpoint(MODEL, changed, tmp_path / name, recipe=load_recipe("bf16-sla"))
+        frames = Contender("torch").pipeline(bundle).generate("a large cyan square moving right", seed=1).frames
+        (thing,) = read(frames.transpose(0, 3, 1, 2)).things
+        assert (thing.colour, thing.direction) == ("cyan", "right")
+        found[name] = filling(frames)
+    assert found["plain"] == 1
+    assert found["outlined"] < 0.3

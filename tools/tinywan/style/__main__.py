@@ -19,8 +19,8 @@ from tools.tinywan.training import Plan, train
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.runtime.reference import dit
 
-PLAN = Plan(steps=160, batch=4, rate=3e-3, warmup=10, decay=0.95)
-SHARDS = range(1)
+PLAN = Plan(steps=480, batch=4, rate=3e-3, warmup=10, decay=0.95)
+SHARDS = range(2)
 """Shards of the pool, of 64 scenes each."""
 
 
