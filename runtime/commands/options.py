@@ -147,7 +147,7 @@ SHAPE = combined(
     ),
 )
 STEPS = click.option(
-    "--steps", type=int, help="Number of sampling steps, from 1 to 4.  [default: the model's own, usually 4]"
+    "--steps", type=int, help="Number of sampling steps, up to the model's most.  [default: its own, usually 4]"
 )
 TOPK = click.option(
     "--topk",
@@ -186,9 +186,8 @@ BACKEND = backend_option(
     "--backend",
     "backend",
     default=AUTO,
-    help="Backend that runs the networks. auto picks the fastest that can run here: trt (TensorRT engines for this "
-    "GPU), kernels (Triton kernels; interpreted, and slow, without a GPU), ort (ONNX Runtime on the CPU) or torch (the "
-    "reference).",
+    help="Backend that runs the networks. auto picks the fastest that can run here: trt (engines for this GPU), cuda "
+    "(kernels; interpreted, and slow, without a GPU), ort (ONNX Runtime on the CPU) or torch (the reference).",
 )
 MEMORY = click.option(
     "--memory",
