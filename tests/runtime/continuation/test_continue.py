@@ -90,6 +90,8 @@ def test_a_video_of_another_size_is_refused(bundle_of: BundleOf, picture: Path, 
     assert "is 192x128, but its continuation would be 128x128; ask for --resolution 192x128" in done.output
 
 
+# When ffmpeg has refused a file, imageio-ffmpeg leaves its pipes open.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_cannot_be_continued_is_refused(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(b"no video")
     with pytest.raises(RequestError, match=r"noise\.mp4: ffmpeg cannot read it as a video"):
