@@ -7,11 +7,11 @@ Letters: F frames, H W rows and columns.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image
 
 from wanforge.runtime.measure.quality.figures import (
     COLOURS,
@@ -21,6 +21,9 @@ from wanforge.runtime.measure.quality.figures import (
     coverage,
     held_out_subjects,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TONES = (22, 128, 232)
 """The greys of backgrounds, 0 to 255."""
@@ -82,8 +85,10 @@ def frames_of(shot: Shot, frame_wh: tuple[int, int], frames: int) -> NDArray[np.
     return np.stack(clip)
 
 
-def still(shot: Shot, frame_wh: tuple[int, int]) -> Image.Image:
+def still(shot: Shot, frame_wh: tuple[int, int]) -> "Image":
     """The first frame of a shot as a picture."""
+    from PIL import Image  # here, because most commands that measure need no pictures
+
     return Image.fromarray(frames_of(shot, frame_wh, 1)[0].round().astype(np.uint8))
 
 

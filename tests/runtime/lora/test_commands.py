@@ -84,7 +84,7 @@ def test_inspect_shows_a_lora_and_what_was_merged(bundle: Path, tmp_path: Path) 
     found = run("inspect", path, "--json")
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
-    assert (told["sha256"], told["models"]) == (sha256_of(path), ["tiny-i2v", "tiny-t2v"])
+    assert (told["sha256"], told["models"]) == (sha256_of(path), ["tiny-i2v", "tiny-lightx2v", "tiny-rcm", "tiny-t2v"])
     assert (told["kinds"], told["ranks"], told["scales"]) == ({"lowrank": 10}, {"4": 10}, [0.5])
     assert "10 of rank 4" in run("inspect", path).stdout
     assert run("generate", bundle, *SMALL, "--prompt", "a", "--lora", path, "--out", tmp_path / "a.mp4").exit_code == 0
