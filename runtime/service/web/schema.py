@@ -64,8 +64,8 @@ class VideoRequest(BaseModel):
         Annotated[list[Time], Field(min_length=1, max_length=MOST_STEPS)] | None, BeforeValidator(_listed)
     ] = Field(
         None,
-        description="Times of the steps in place of the model's, from 1 (noise) towards 0 (data). In a form they are "
-        "separated by commas.",
+        description="Times of the steps in place of the model's, from 1 (noise) towards 0 (data). In a form, they are "
+        "separated by commas or given one by one.",
         examples=[[1.0, 0.9375, 0.8333, 0.625]],
     )
     update: Update | None = Field(

@@ -22,6 +22,9 @@ MOST_FIELDS = 32
 PICTURE = "input_reference"
 """The field of the first frame."""
 
+LIST = "times"
+"""The field that may be given several times in a form, once for each number."""
+
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats of pictures. Pillow reads others, for one of which it starts another program."""
 
@@ -73,9 +76,11 @@ async def _of_form(request: Request, limits: ClientLimits) -> tuple[VideoRequest
     picture: bytes | None = None
     async with request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=most) as form:
         for name, value in form.multi_items():
-            if name in fields or (name == PICTURE and picture is not None):
+            if name == LIST and name in fields and isinstance(value, str):
+                fields[name] += f",{value}"
+            elif name in fields or (name == PICTURE and picture is not None):
                 raise invalid(name, f"{name} is given twice", "duplicate_field")
-            if isinstance(value, UploadFile):
+            elif isinstance(value, UploadFile):
                 if name != PICTURE:
                     raise invalid(name, f"{name} is no file; only {PICTURE} is", "unknown_field")
                 picture = await value.read()

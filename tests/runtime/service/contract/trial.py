@@ -37,6 +37,7 @@ UNBOUNDED = ClientLimits(requests_per_second=1e6, burst=1_000_000)
 ACCEPTANCE = "positive_data_acceptance"
 """The check that what the document allows is accepted."""
 MODELS = {"model", "size", "aspect", "seconds", "frames", "topk", "recipe", "backend", "input_reference", "prompt"}
+MODELS |= {"steps", "times", "guidance_scale", "lora"}
 """Fields of a video for which each model has rules of its own, which no document can tell."""
 
 

@@ -95,9 +95,10 @@ def test_a_job_holds_all_that_a_worker_needs(rig: Rig) -> None:
 
 def test_times_and_update_reach_the_worker(rig: Rig) -> None:
     rig.submit(times=[1.0, 0.5], update="euler", guidance_scale=1)
-    form = {**PROMPT, "times": "1,0.5", "update": "euler", "guidance_scale": "0"}
-    assert rig.client.post("/v1/videos", data=form).status_code == 200
-    for _ in range(2):
+    for times in ("1,0.5", ["1", "0.5"]):
+        form = {**PROMPT, "times": times, "update": "euler", "guidance_scale": "0"}
+        assert rig.client.post("/v1/videos", data=form).status_code == 200
+    for _ in range(3):
         asked = Asked.of(rig.claim())
         request = asked.request(None)
         assert (asked.steps, request.times, request.update) == (2, (1.0, 0.5), "euler")
