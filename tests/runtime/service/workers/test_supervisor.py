@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_job_from_end_to_end(rig: Rig) -> None:
     with working(rig):
-        job = rig.completed(rig.submit("sleep 0.5"))
+        job = rig.completed(rig.submit("sleep 1.5"))
         assert job.result is not None
         assert sorted(job.result.objects) == ["spritesheet", "thumbnail", "video"]
         assert rig.storage.local(job.result.objects["video"]).read_text() == f"video.mp4 of {job.id}/1"
