@@ -53,8 +53,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Any], tuple[Dim, ...]]] = {
     "attention with one head": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 1, H, 16)),
     "attention with a wide head": (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 1, H, 384)),
     "matrix product": (lambda x: x @ x.transpose(-1, -2), (2, H, 4)),
-    "constants": (lambda x: (x - x.new_tensor((1.0, 2.0))) * (1.0 / x.new_tensor((3.0, 4.0))), (H, 2)),
+    "constants": (lambda x: (x - constant(x, 1.0, 2.0)) * (1.0 / constant(x, 3.0, 4.0)), (H, 2)),
 }
+
+
+def constant(like: Tensor, *values: float) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def traced(function: Callable[[Tensor], Any], shape: tuple[Dim, ...]) -> tuple[Any, Tape]:
