@@ -25,7 +25,7 @@ from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
-from wanforge.runtime.service.child.stills import Stills
+from wanforge.runtime.service.child.stills import Pace, Stills
 
 SHARE = 0.8
 """The share of the memory that is free at the start which the loaded bundles of all its children may take, if nothing
@@ -45,6 +45,7 @@ class Pipelines(Maker):
         self.places: dict[str, BundlePlace] = {}
         self._kept: OrderedDict[Loaded, Pipeline] = OrderedDict()
         self._warm: dict[str, str] = {}
+        self._pace = Pace()
 
     def load(self, bundles: Sequence[BundlePlace], report: Report) -> dict[str, str]:
         self._kept.clear()
@@ -84,7 +85,7 @@ class Pipelines(Maker):
         loras = self._loras(order.bundle, asked.lora)
         checked = pipeline.check(asked.request(None if order.image is None else Path(order.image), loras))
         pictures, percent = Pictures(folder, asked.frames), Percent(pipeline, checked, report)
-        pipeline.watch = Stills(folder, percent) if pipeline.model.preview else None
+        pipeline.watch = Stills(folder, percent, self._pace) if pipeline.model.preview else None
         try:
             timings = pipeline.write_video(checked, folder / "video.mp4", percent, pictures)
             files = {"video": "video.mp4", **pictures.finish()}

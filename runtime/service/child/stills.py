@@ -1,5 +1,6 @@
-"""A picture from the middle of what each step of the denoiser predicts, for those who wait for the clip."""
+"""A picture from the middle of what a step of the denoiser predicts, for those who wait for the clip."""
 
+import time
 from collections import deque
 from pathlib import Path
 
@@ -16,6 +17,27 @@ from wanforge.runtime.service.results.previews import STILL
 from wanforge.whole_file import temporary_file
 
 
+SHARE = 0.03
+"""The share of the time that pictures may take."""
+
+
+class Pace:
+    """When pictures are drawn: so seldom that, if each takes as long as the last one did, they take no more than `SHARE` of
+    the time. Nobody waits long enough for a small clip to look at one."""
+
+    def __init__(self) -> None:
+        self.seconds, self.since = 0.0, time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next picture may be drawn."""
+        return self.seconds <= SHARE * (time.monotonic() - self.since)
+
+    def took(self, seconds: float) -> None:
+        """Note how long a picture that is complete now has taken."""
+        self.seconds, self.since = seconds, time.monotonic()
+
+
 class Stills:
     """Draws the pictures, and tells of each as a stage of its own.
 
@@ -24,13 +46,19 @@ class Stills:
         progress: Called with the stage ``preview 1`` after the first step, and so on, when the picture is complete.
     """
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.path, self.progress = folder / STILL, progress
+    def __init__(self, folder: Path, progress: Progress, pace: Pace) -> None:
+        self.path, self.progress, self.pace = folder / STILL, progress, pace
 
     def __call__(self, session: Session, latents: Tensor, step: Step) -> None:
+        if self.pace.is_due:
+            begun = time.monotonic()
+            self._draw(session, latents)
+            self.pace.took(time.monotonic() - begun)
+            self.progress(f"preview {step.index + 1}", 1, 1)
+
+    def _draw(self, session: Session, latents: Tensor) -> None:
         half = latents[:, :, : latents.shape[2] // 2 + 1]
         (frame,) = deque(preview_frames(session, half), maxlen=1)
         with temporary_file(self.path) as temporary:
             Image.fromarray(labelled(frame).numpy()).save(temporary, format="WEBP", method=QUICK)
             temporary.replace(self.path)
-        self.progress(f"preview {step.index + 1}", 1, 1)

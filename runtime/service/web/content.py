@@ -1,5 +1,6 @@
 """Downloads of what jobs have made: whole or in ranges, so that a download can be resumed."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -40,12 +41,12 @@ async def content(
     request: Request, video_id: JobId, caller: Reader, variant: Annotated[Variant, Query()] = "video"
 ) -> Response:
     """What a video has become: the clip as mp4, a picture from its middle, or a sheet of many. While it is made, the
-    preview is what the latest step predicts for the middle; afterwards it is the picture from the middle."""
+    preview is what one of the latest steps predicts for the middle; afterwards it is the picture from the middle."""
     service = service_of(request)
     job = await service.in_thread(found, service, caller, video_id)
-    name = object_of(job, variant)
+    names = objects_of(job, variant)
     try:
-        file = await service.in_thread(opened, service.objects, name)
+        name, file = await service.in_thread(first_opened, service.objects, names)
     except StorageError:
         if job.result is not None:
             raise
@@ -82,8 +83,22 @@ def opened(objects: ObjectStorage, name: str) -> BinaryIO:
     raise StorageError("object_gone", f"the object {name} is not there any more")
 
 
-def object_of(job: Job, variant: str) -> str:
-    """The name of the object that a job has made.
+def first_opened(objects: ObjectStorage, names: Sequence[str]) -> tuple[str, BinaryIO]:
+    """The first of some objects that is there, with its name.
+
+    Raises:
+        StorageError: None is there.
+    """
+    *others, last = names
+    for name in others:
+        with suppress(StorageError):
+            return name, opened(objects, name)
+    return last, opened(objects, last)
+
+
+def objects_of(job: Job, variant: str) -> list[str]:
+    """The name of the object that a job has made, or those of the pictures that there may be of its steps, the latest
+    first.
 
     Raises:
         ApiError: There is none yet, or none any more.
@@ -91,9 +106,9 @@ def object_of(job: Job, variant: str) -> str:
     if job.state is State.EXPIRED:
         raise ApiError(410, "expired", "the result was kept as long as it was to be, and is deleted")
     if job.result is not None:
-        return job.result.objects["thumbnail" if variant == "preview" else variant]
-    if variant == "preview" and (step := previewed_step(job)):
-        return preview_name(job, step)
+        return [job.result.objects["thumbnail" if variant == "preview" else variant]]
+    if variant == "preview" and (latest := previewed_step(job)):
+        return [preview_name(job, step) for step in range(latest, 0, -1)]
     raise not_ready(job)
 
 
