@@ -10,6 +10,10 @@ FIRST_FP4_SM = 100
 """The first architecture whose tensor cores multiply 4-bit floats."""
 
 
+MOST_KEYS_IN_FP16 = 64
+"""How many values of at most 2.25 with probabilities of at most 448 may be added up below the largest float16."""
+
+
 class Recipe(Record, frozen=True):
     """A precision plan of the denoiser."""
 
@@ -31,6 +35,13 @@ class Recipe(Record, frozen=True):
     float32. With fp16, GeForce multiplies at twice the rate (docs/decisions/0027-fp8-sums.md)."""
     compat: Literal["none", "upstream"] = "none"
     """``upstream`` reproduces the variance bug of TurboDiffusion's FastLayerNorm."""
+
+    def __post_init__(self) -> None:
+        if self.pv == "fp8" and self.pv_sum == "fp16" and self.block_k > MOST_KEYS_IN_FP16:
+            raise ValueError(
+                f'pv_sum = "fp16" holds sums of at most {MOST_KEYS_IN_FP16} keys in fp8, not {self.block_k}; use fewer '
+                'keys (block_k), or pv_sum = "fp32"'
+            )
 
     @property
     def is_sparse(self) -> bool:

@@ -59,7 +59,7 @@ def check_exportable(bundle: Bundle, dtypes: Sequence[str]) -> None:
 
 def has_graphs(recipe: Recipe) -> bool:
     """Whether graphs can be made for a recipe."""
-    return recipe.tile == TILE and recipe.pv_sum == "fp32"
+    return recipe.tile == TILE and (recipe.pv_sum == "fp32" or recipe.attention != "sagesla")
 
 
 def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:

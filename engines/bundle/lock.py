@@ -16,6 +16,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from wanforge.whole_file import NO_LOCKS
 
 CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK = ".changes.lock", ".lock", ".manifest.lock"
 KERNEL_LOCKS = Path("/proc/locks")
+WAIT_SECONDS = 0.2
+"""How often a lock is asked for where the waiting is told of."""
 
 log = logging.getLogger("wanforge.bundle")
 
@@ -145,18 +148,19 @@ def recording(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, root: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, root: Path, *, wait: bool = True, waiting: Callable[[], object] | None = None) -> Iterator[None]:
     """Hold a lock file of a bundle alone in a ``with`` block.
 
     Args:
         wait: Whether to wait for another process or thread that holds it.
+        waiting: Called again and again while this one waits.
 
     Raises:
         BundleError: Another one holds it, and this one is not to wait.
     """
     descriptor, process = open_lock(path), os.getpid()
     try:
-        lock(descriptor, fcntl.LOCK_EX, root, wait=wait)
+        lock(descriptor, fcntl.LOCK_EX, root, wait=wait, waiting=waiting)
         yield
     finally:
         if descriptor is not None and os.getpid() == process:
@@ -189,7 +193,14 @@ def open_lock(path: Path) -> int | None:
     return descriptor
 
 
-def lock(descriptor: int | None, kind: int, root: Path, *, wait: bool = True) -> None:
+def lock(
+    descriptor: int | None,
+    kind: int,
+    root: Path,
+    *,
+    wait: bool = True,
+    waiting: Callable[[], object] | None = None,
+) -> None:
     """Lock an open file. Where another process has to end something first, say so and wait.
 
     Raises:
@@ -206,6 +217,12 @@ def lock(descriptor: int | None, kind: int, root: Path, *, wait: bool = True) ->
                 "uses them; end the uses here, and try again"
             ) from None
         log.warning("%s is in use by %s; waiting for it", root, holders(descriptor))
+        while waiting is not None:
+            waiting()
+            time.sleep(WAIT_SECONDS)
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+                return
         fcntl.flock(descriptor, kind)
     except OSError as error:
         if error.errno not in NO_LOCKS:

@@ -44,8 +44,7 @@ from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
 from wanforge.runtime.output.video import VideoError, check_encoder, check_place, most_bytes
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
-from wanforge.runtime.preview.decoding import check_preview
-from wanforge.runtime.preview.drafts import Drafts, draft_place
+from wanforge.runtime.preview.drafts import Drafts, check_drafts, draft_place
 from wanforge.runtime.preview.option import PREVIEW
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import CheckedRequest, Request, check_seed
@@ -163,8 +162,6 @@ def generate(options: GenerateOptions) -> None:
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     if options.prompt is None and options.prompt_file is None:
         raise click.UsageError(f'give --prompt or --prompt-file, for example: --prompt "{bundle.model.example_prompt}"')
-    if options.preview:
-        check_preview(bundle)
     orders = orders_of(options, bundle)
     if options.dry_run:
         with folders_as_before([order.out for order in orders]):
@@ -203,6 +200,8 @@ def prepare(
     """
     clips = [order.request.shape for order in orders for _ in range(options.samples)]
     places = video_places(orders, options.samples)
+    if options.preview:
+        check_drafts(bundle, places)
     check_encoders(places, clips, bundle.model.video.fps)
     check_disks(places, clips)
     kinds = list(dict.fromkeys(clips))

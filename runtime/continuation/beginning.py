@@ -19,7 +19,7 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def beginning(path: Path, size_wh: tuple[int, int]) -> list[Frame]:
+def beginning(path: Path, size_wh: tuple[int, int], fps: int) -> list[Frame]:
     """All frames of a video, or a picture stretched to this size.
 
     Raises:
@@ -29,13 +29,13 @@ def beginning(path: Path, size_wh: tuple[int, int]) -> list[Frame]:
         image = open_image(path).resize(size_wh, Image.Resampling.BILINEAR)
         return [np.asarray(image)]
     check_regular(path, RequestError)
-    frames = list(frames_of_video(path, size_wh))
+    frames = list(frames_of_video(path, size_wh, fps))
     if not frames:
         raise RequestError(f"{path}: has no frames; give a video, or a picture")
     return frames
 
 
-def frames_of_video(path: Path, size_wh: tuple[int, int]) -> Iterator[Frame]:
+def frames_of_video(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[Frame]:
     """The frames of a video, decoded by ffmpeg.
 
     Raises:
@@ -44,17 +44,28 @@ def frames_of_video(path: Path, size_wh: tuple[int, int]) -> Iterator[Frame]:
     import imageio_ffmpeg  # only here, so that all that reads no videos works without it
 
     # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
-    reader = imageio_ffmpeg.read_frames(f"file:{path.resolve()}")
+    reader = imageio_ffmpeg.read_frames(f"file:{path.resolve()}", output_params=["-r", str(fps)])
+    count, expected = 0, 0.0
     try:
-        width, height = next(reader)["size"]
+        told = next(reader)
+        (width, height), expected = told["size"], told["duration"] * fps
         if (width, height) != size_wh:
             raise RequestError(
                 f"{path}: is {width}x{height}, but its continuation would be {size_wh[0]}x{size_wh[1]}; ask for "
                 f"--resolution {width}x{height}, or give the last frame as a picture"
             )
         for raw in reader:
+            count += 1
             yield np.frombuffer(raw, np.uint8).reshape(height, width, 3)
+        if count < 0.9 * expected - 1:
+            raise RequestError(
+                f"{path}: holds {count} of about {expected:.0f} frames, so it is damaged or cut short; fetch it again, "
+                "or give the last frame as a picture"
+            )
     except (OSError, RuntimeError, StopIteration) as error:
-        raise RequestError(f"{path}: ffmpeg cannot read it as a video ({error})") from None
+        reason = str(error).strip().rpartition("\n")[2]
+        raise RequestError(
+            f"{path}: ffmpeg cannot read it as a video ({reason}); give another file, or the last frame as a picture"
+        ) from None
     finally:
         reader.close()

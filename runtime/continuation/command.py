@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import RequestError
 from wanforge.progress import Overall
 from wanforge.runtime.commands.options import (
     BACKEND,
@@ -54,7 +55,7 @@ class ContinueOptions(ClipOptions):
     "--prompt", "prompts", multiple=True, required=True, help="What happens next; repeatable, once for each clip."
 )
 @click.option(
-    "--out", type=FILE, default=Path("clip.mp4"), show_default=True, help="Video file to write, of all frames."
+    "--out", type=FILE, default=Path("longer.mp4"), show_default=True, help="Video file to write, of all frames."
 )
 @CLIP
 @SEED
@@ -81,12 +82,14 @@ def continue_(options: ContinueOptions) -> None:
     """
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
     shape = options.shape(bundle.model)
+    if shape.frames == 1:
+        raise RequestError("a clip of 1 frame adds nothing to the one before; give --frames 5 or more")
     requests = [
         Request(prompt, shape, None, options.seed + place, options.steps, topk=options.topk)
         for place, prompt in enumerate(options.prompts)
     ]
     check_place(options.out)
-    frames = beginning(options.start, (shape.width_px, shape.height_px))
+    frames = beginning(options.start, (shape.width_px, shape.height_px), bundle.model.video.fps)
     check_encoder(options.out, shape.width_px, shape.height_px, bundle.model.video.fps)
     with Bars() as bars:
         pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), [shape], bars)

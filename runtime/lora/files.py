@@ -18,6 +18,9 @@ from wanforge.runtime.dtypes import STORED
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
+BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
+"""Names of files that PEFT writes, each with that of the file beside it."""
+
 
 @dataclass(frozen=True)
 class FileTensor:
@@ -95,9 +98,10 @@ class LoraFile:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """What tells a file from what it was before: its size, its times and its place on the disk."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino
+    """What tells a file, and the one beside it, from what they were before: sizes, times and places on the disk."""
+    beside = path.with_name(BESIDE.get(path.name, path.name))
+    every = [path.stat(), *([beside.stat()] if beside != path and beside.exists() else [])]
+    return tuple(n for s in every for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino))
 
 
 def open_lora(path: Path) -> LoraFile:

@@ -11,6 +11,8 @@ deleted at any time; what is needed of it is computed again.
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +91,8 @@ class MergedSets:
         if record is None:
             with naming(path):
                 path.parent.mkdir(exist_ok=True)
-            with locked(path.parent / ".lock", self.bundle.root):  # another process may be writing the same set
+            wait = partial(progress, f"merge {merged.component}", 0, 1)  # a service kills what tells of no progress
+            with locked(path.parent / ".lock", self.bundle.root, waiting=wait):  # another one may be writing this set
                 record = self._known(path)
                 if record is None:
                     sha256 = self._write(path, merged, [file for file, _ in used], progress)
@@ -108,20 +111,24 @@ class MergedSets:
         if path.stat().st_size != record.bytes or sha256_of(path) != record.sha256:
             log.warning("%s: damaged; it is made again", path)
             return None
-        return _write_record(path, msgspec.structs.replace(record, stamp=stamp))
+        record = msgspec.structs.replace(record, stamp=stamp)
+        with suppress(OSError):  # where nothing can be written it is read again the next time
+            _write_record(path, record)
+        return record
 
     def _write(self, path: Path, merged: MergedWeights, files: Sequence[LoraFile], progress: Progress) -> str:
         """Write the tensors of a set, and return the SHA-256 of the file."""
         kept = weights_name(unquantised(merged.component))
-        self.bundle.verify([kept] if kept in self.bundle.manifest.files else [])
+        self.bundle.verify([kept] if kept in self.bundle.manifest.files else [], progress)
+        for end in (PARTIAL, JOURNAL):  # what processes left that were killed: nobody else writes here now
+            for left in path.parent.glob(f"*.safetensors{end}"):
+                left.unlink(missing_ok=True)
         total = sum(spec.nbytes for spec in merged.specs.values())
         if total > (free := free_disk_bytes(path.parent)):
             raise ResourceError(
                 f"{path.parent}: merged weights take {total / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; make "
                 "room, for instance by deleting older sets in this folder"
             )
-        for end in (PARTIAL, JOURNAL):  # what a process left that was killed
-            path.with_name(path.name + end).unlink(missing_ok=True)
         count = ByteCount(progress, f"merge {merged.component}", total)
         with naming(path), TensorWriter(path, merged.specs, count=count) as writer:
             for name, bands in merged.outputs():
@@ -162,6 +169,8 @@ def key(merged: MergedWeights, loras: Sequence[MergedLora]) -> str:
     """The digest by which a set is found: of its base, of the recipe, and of the LoRAs with their strengths."""
     parts = [FORMAT, merged.component, merged.origin(), merged.bundle.recipe]
     parts += [[each.sha256, each.strength] for each in loras]
+    # A file beside a LoRA may give the scales of its products.
+    parts += [[each.record.target, each.record.scale] for added in merged.additions.values() for each in added]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
 from wanforge.engines.bundle.tensorfile import TensorSpec
-from wanforge.errors import BundleError
+from wanforge.errors import BundleError, RequestError
 from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of
 from wanforge.plugins.quantiser import TILE
@@ -120,9 +120,9 @@ class MergedTensor:
                 done += len(band)
                 yield parts[part]
 
-    def _bands(self) -> Iterator[tuple[int, int]]:
+    def _bands(self, height: int = 0) -> Iterator[tuple[int, int]]:
         """The rows of each band: whole tiles, so that the result does not depend on where bands end."""
-        rows, height = self.base.shape[0], max(TILE, self.recipe.tile)
+        rows, height = self.base.shape[0], height or max(TILE, self.recipe.tile)
         for start in range(0, rows, height):
             yield start, min(rows, start + height)
 
@@ -134,7 +134,10 @@ class MergedTensor:
             rows = self.base.exact.rows(start, stop)
             if self.base.is_quantised:  # an import rounds a weight before it quantises it
                 rows = rows.bfloat16().float()
-            yield rows + added.rows(start, stop)
+            rows = rows + added.rows(start, stop)
+            if not bool(torch.isfinite(rows.bfloat16()).all()):
+                raise self._too_large()
+            yield rows
 
     def _quantised(self) -> Iterator[dict[str, Tensor]]:
         if self.base.exact is None:
@@ -150,11 +153,19 @@ class MergedTensor:
         assert self.base.scale is not None
         is_tiled, scale = len(self.base.scale.spec.shape) == 2, self.base.scale.rows()
         added, generator = Added(self.additions, self.base.shape), generator_of(self.base.target)
-        for start, stop in self._bands():
+        for start, stop in self._bands(self.recipe.tile if is_tiled else TILE):  # a band has one row of tiles
             own = scale[start // self.recipe.tile][None] if is_tiled else scale[start:stop, 0]
-            steps = self.base.steps.stored_rows(start, stop)
-            steps, own = requantise(steps, own, added.rows(start, stop), generator)
+            change = added.rows(start, stop)
+            if not bool(torch.isfinite(change.bfloat16()).all()):
+                raise self._too_large()
+            steps, own = requantise(self.base.steps.stored_rows(start, stop), own, change, generator)
             yield {"int8_weight": steps, "scale": own}
+
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            f"with these LoRAs {self.base.target} has values that are no finite numbers in bfloat16; make their "
+            "strengths smaller"
+        )
 
     @cached_property
     def global_scale(self) -> Tensor:

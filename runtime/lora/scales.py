@@ -11,12 +11,10 @@ import msgspec
 from wanforge.errors import CheckpointError
 from wanforge.regular_file import check_regular
 from wanforge.runtime.lora.dialects import spelled
-from wanforge.runtime.lora.files import LoraFile
+from wanforge.runtime.lora.files import BESIDE, LoraFile
 
 METADATA = "lora_adapter_metadata"
 """The entry of a header under which diffusers keeps what PEFT would write to its file."""
-BESIDE = {"adapter_model.safetensors": "adapter_config.json"}
-"""Names of files that PEFT writes, each with that of the file beside it."""
 MOST_BYTES = 1 << 20
 
 

@@ -1,5 +1,6 @@
 """Drafts of a clip: what the steps of the denoiser predict, as a video that is replaced after each step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import RequestError
 from wanforge.runtime.backends.base import Session
-from wanforge.runtime.output.video import video_writer
-from wanforge.runtime.preview.decoding import preview_frames
+from wanforge.runtime.output.video import check_place, video_writer
+from wanforge.runtime.preview.decoding import check_preview, preview_frames
 from wanforge.runtime.reference.steps import Step
 
 LABEL = "PREVIEW"
@@ -21,6 +24,23 @@ MARGIN, SHARE = 4, 14
 def draft_place(video: Path) -> Path:
     """The file of the drafts of a video: ``clip.preview.mp4`` beside ``clip.mp4``."""
     return video.with_name(f"{video.stem}.preview{video.suffix}")
+
+
+def check_drafts(bundle: Bundle, videos: Sequence[Path]) -> None:
+    """Check that drafts of these videos can be made and written, and that none takes the name of a video.
+
+    Raises:
+        RequestError: The bundle has no preview decoder, or a name does not do.
+        OSError: A file cannot be written there.
+    """
+    check_preview(bundle)
+    taken = {video.resolve() for video in videos}
+    for draft in map(draft_place, videos):
+        if draft.resolve() in taken:
+            raise RequestError(
+                f"{draft}: is the name of a video and of another one's drafts; give that video another name"
+            )
+        check_place(draft)
 
 
 @dataclass(frozen=True)

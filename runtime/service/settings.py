@@ -136,7 +136,8 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
     """Refuse settings that nobody should run.
 
     Raises:
-        ConfigError: Other machines could use the server without a key, leases are too short, or there are no bundles.
+        ConfigError: Other machines could use the server without a key, leases are too short, or there are no bundles or
+            one with two sets of LoRAs.
     """
     if not settings.is_loopback and not has_keys:
         place = "--config FILE, the file of these settings" if settings.store else f"--data {settings.data}"
@@ -151,3 +152,7 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
         )
     if not settings.bundles:
         raise ConfigError("there is nothing to serve; name a bundle: wanforge serve BUNDLE")
+    known: dict[Path, object] = {}
+    for each in settings.bundles:
+        if known.setdefault(Path(each.path).resolve(), each.loras) != each.loras:
+            raise ConfigError(f"{each.path} is served twice with different LoRAs; name all of them in both places")

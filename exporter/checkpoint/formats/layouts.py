@@ -160,7 +160,7 @@ def with_values(contents: Contents, metadata: Mapping[str, str]) -> Contents:
     layers = list(quantised_layers(contents, metadata))
     if not layers:
         return contents
-    check_casts(layers)
+    check_casts(layers, is_scaled=any(name.rpartition(".")[2] == MARKER for name in contents))
     tensors = {layer.weight.name: layer.tensor() for layer in layers}
     gone = {each.name for layer in layers for each in layer.beside.values()}
     gone |= {name for name in contents if name.rpartition(".")[2] == MARKER}
@@ -184,15 +184,15 @@ def quantised_layers(contents: Contents, metadata: Mapping[str, str]) -> Iterato
         yield QuantisedLayer(layer, weight, beside, note)
 
 
-def check_casts(layers: list[QuantisedLayer]) -> None:
-    """Refuse 8-bit floats without a scale beside others that have one.
+def check_casts(layers: list[QuantisedLayer], *, is_scaled: bool) -> None:
+    """Refuse 8-bit floats without a scale beside others that have one, or in a file that says that they have scales.
 
     Raises:
         CheckpointError: There are both.
     """
     floats = [layer for layer in layers if QUANTISED[layer.weight.spec.dtype] == "fp8"]
     bare = [layer.name for layer in floats if not layer.beside.keys() & set(SCALES)]
-    if bare and len(bare) < len(floats):
+    if bare and (is_scaled or len(bare) < len(floats)):
         raise CheckpointError(
             f"{floats[0].weight.path}: the scales of {join_names(bare)} are missing; fetch the file again, or give the "
             "unquantised one"

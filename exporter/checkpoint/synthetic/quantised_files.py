@@ -141,8 +141,17 @@ def parts_without_data(spec: TensorSpec, layout_name: str) -> Mapping[str, Tenso
 
 
 def packed_spec(spec: TensorSpec, kind: int) -> TensorSpec:
-    """The bytes of a weight in blocks."""
-    _, numbers, size = BLOCKS[kind]
+    """The bytes of a weight in blocks.
+
+    Raises:
+        ConfigError: Its rows are no whole number of blocks.
+    """
+    name, numbers, size = BLOCKS[kind]
+    if spec.shape[1] % numbers:
+        raise ConfigError(
+            f"{name} packs {numbers} numbers of a row, and a weight has rows of {spec.shape[1]}; choose a layout with "
+            "smaller blocks, such as gguf-q8_0"
+        )
     return TensorSpec("U8", (spec.shape[0], spec.shape[1] // numbers * size))
 
 

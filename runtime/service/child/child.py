@@ -16,7 +16,7 @@ from threading import Thread
 
 from msgspec.structs import replace
 
-from wanforge.errors import BundleError, ResourceError, message_of
+from wanforge.errors import BundleError, CheckpointError, ResourceError, message_of
 from wanforge.plugins.child_process import end_with
 from wanforge.runtime.service import journal
 from wanforge.runtime.service.child.failures import failure_of
@@ -100,7 +100,9 @@ class Child:
             failure, is_last = failure_of(error)
             trace = error if failure.code in UNEXPECTED else None
             job = order.ticket.rpartition("/")[0]
-            reason = f": {message_of(error)}" if isinstance(error, BundleError | ResourceError) else ""
+            reason = (
+                f": {message_of(error)}" if isinstance(error, BundleError | CheckpointError | ResourceError) else ""
+            )
             log.error("An attempt failed (%s)%s.", failure.code, reason, exc_info=trace, extra={"job": job})
             self.channel.send(ClipFailed(order.ticket, failure, is_last))
             if is_last:

@@ -54,7 +54,7 @@ def failure_of(error: BaseException) -> Verdict:
         return Verdict(Failure("invalid_request", without_paths(str(error))), False)
     if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in said:
         return Verdict(Failure("disk_full", "the disk of the server is full; try again later"), False)
-    if isinstance(error, BundleError):
+    if isinstance(error, BundleError | CheckpointError):
         message = "the model is incomplete or damaged on the server; its log says what is wrong"
         return Verdict(Failure("bundle_damaged", message), False)
     if isinstance(error, WanforgeError):

@@ -129,8 +129,11 @@ class Pipelines(Maker):
             bundle, backend, progress=lambda stage, done, total, unit="": report("load", 100 * done // max(1, total))
         )
         opened.embeddings = self.embeddings
-        for texts in place.loras.values():
-            opened.loras.check(read_choices(texts))
+        for name, texts in place.loras.items():
+            try:
+                opened.loras.check(read_choices(texts))
+            except (WanforgeError, OSError) as error:  # requests that name it fail, and all others are served
+                log.error("%s: the LoRA %r cannot be used: %s", place.root, name, message_of(error))
         return opened
 
     def _fits(self, place: BundlePlace) -> bool:
@@ -193,9 +196,10 @@ def warm_up(pipeline: Pipeline, report: Report) -> ClipShape:
     model = pipeline.model
     shape = model.video.shape(None, None)
     image = Image.new("RGB", (shape.width_px, shape.height_px)) if model.task == "i2v" else None
-    # The prompts differ, since the embedding of one is remembered. Each expert makes a step.
+    # The prompts differ, since the embedding of one is remembered. Each expert makes a step, or all that have times.
+    steps = None if model.sampler.times else len(model.experts)
     for prompt in (model.example_prompt, f"{model.example_prompt} again"):
-        checked = pipeline.check(Request(prompt, shape, image, steps=len(model.experts)))
+        checked = pipeline.check(Request(prompt, shape, image, steps=steps))
         progress = Percent(pipeline, checked, lambda stage, percent: report(f"warm-up: {stage}", percent))
         timings = Timings()
         latents = pipeline.latents(checked, timings, progress)

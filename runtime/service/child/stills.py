@@ -16,7 +16,6 @@ from wanforge.runtime.service.child.pictures import QUICK
 from wanforge.runtime.service.results.previews import STILL
 from wanforge.whole_file import temporary_file
 
-
 SHARE = 0.03
 """The share of the time that pictures may take."""
 

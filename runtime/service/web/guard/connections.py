@@ -7,7 +7,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 HEAD_SECONDS = 10.0
 """How long the head of a request may take, from the connection or its first byte on."""
 HEAD_BYTES = 64 * 1024
-"""How long the head of a request may be, about."""
+"""How long the head of a request may be, and what follows its body, about."""
 STALLED_SECONDS = 60.0
 """How long a client may take to read what the server holds ready for it, which is at most 64 KiB."""
 
@@ -22,8 +22,8 @@ class TimedConnection(HttpToolsProtocol):
 
     _asking: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
-    _is_in_head = False
     _head_bytes = 0
+    """Bytes since a request, its head, or the last piece of its body began."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -36,12 +36,11 @@ class TimedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self.send_400_response("The head of the request is too long.")
-                return
+        self._head_bytes += len(data)
         super().data_received(data)
+        if self._head_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The head of the request, or what follows its body, is too long.")
+            return
         if self.cycle is None or self.cycle.response_complete:
             self._expect_head()
         elif self._asking is not None:
@@ -50,7 +49,7 @@ class TimedConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._is_in_head, self._head_bytes = True, 0
+        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
         """Take up a request whose head is there.
@@ -58,10 +57,14 @@ class TimedConnection(HttpToolsProtocol):
         Raises:
             ValueError: It came at once and is too long, which is answered with status 400.
         """
-        self._is_in_head = False
+        self._head_bytes = 0
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
             raise ValueError("the head of the request is too long")
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._head_bytes = 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
