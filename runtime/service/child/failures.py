@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from wanforge.errors import (
     BundleError,
+    CheckpointError,
     ConfigError,
     GpuError,
     RequestError,

@@ -1,6 +1,7 @@
 """Makes clips with the pipelines of several bundles, which stay loaded as far as there is memory for them."""
 
 import gc
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
 from wanforge.runtime.service.child.stills import Pace, Stills
+
+log = logging.getLogger(__name__)
 
 SHARE = 0.8
 """The share of the memory that is free at the start which the loaded bundles of all its children may take, if nothing

@@ -21,8 +21,8 @@ SHARE = 0.03
 
 
 class Pace:
-    """When pictures are drawn: so seldom that, if each takes as long as the last one did, they take no more than `SHARE` of
-    the time. Nobody waits long enough for a small clip to look at one."""
+    """When pictures are drawn: so seldom that, if each takes as long as the last one did, they take no more than
+    `SHARE` of the time. Nobody waits long enough for a small clip to look at one."""
 
     def __init__(self) -> None:
         self.seconds, self.since = 0.0, time.monotonic()

@@ -95,9 +95,9 @@ def test_a_video_of_another_size_is_refused(bundle_of: BundleOf, picture: Path, 
 def test_what_cannot_be_continued_is_refused(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(b"no video")
     with pytest.raises(RequestError, match=r"noise\.mp4: ffmpeg cannot read it as a video"):
-        beginning(tmp_path / "noise.mp4", SIZE)
+        beginning(tmp_path / "noise.mp4", SIZE, 8)
     with pytest.raises(RequestError, match=r"gone\.mp4"):
-        beginning(tmp_path / "gone.mp4", SIZE)
+        beginning(tmp_path / "gone.mp4", SIZE, 8)
     pipeline: Pipeline = Contender("torch").pipeline(bundle_of("tiny-t2v", "bf16-sla"))
     with pytest.raises(RequestError, match="tiny-t2v makes clips from text alone; to continue a clip, give a bundle"):
         list(continued(pipeline, [], open_image(picture)))

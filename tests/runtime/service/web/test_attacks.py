@@ -158,6 +158,29 @@ def test_a_head_without_an_end_is_cut_off(rig: Rig) -> None:
     assert rig.client.get("/livez").status_code == 200
 
 
+def test_a_head_in_two_pieces_is_no_longer_for_the_body_behind_it(rig: Rig) -> None:
+    body = b'{"prompt": "a red circle", "input_reference": "' + b"A" * 150_000 + b'"}'
+    head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
+    with connected(rig) as client:
+        client.sendall(head[:50])
+        time.sleep(0.1)
+        client.sendall(head[50:] + body)
+        said = client.recv(65536)
+    assert b'"input_reference"' in said  # which is refused by what it says, and not by its length
+
+
+@pytest.mark.parametrize("piece", [b"x-a: " + b"b" * 6000 + b"\r\n", b"b" * 6000])
+def test_what_follows_a_body_is_bounded(rig: Rig, piece: bytes) -> None:
+    sent = 0
+    with connected(rig) as client, suppress(ConnectionError):
+        client.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nx: ")
+        while sent < 50_000_000:
+            client.sendall(piece)
+            sent += len(piece)
+    assert sent < 20_000_000
+    assert rig.client.get("/livez").status_code == 200
+
+
 def part(name: bytes, head: bytes, data: bytes) -> bytes:
     return b'--x\r\nContent-Disposition: form-data; name="' + name + b'"' + head + b"\r\n\r\n" + data + b"\r\n"
 
