@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -377,3 +378,10 @@ def test_text_encoders_that_cannot_be_are_refused(tmp_path: Path, change: str, c
     assert "num_heads = 4" in TINY
     with pytest.raises(ConfigError, match=complaint):
         load_model(str(write(tmp_path, TINY.replace("num_heads = 4", change, 1))))
+
+
+def test_sums_in_fp16_hold_few_keys() -> None:
+    recipe = load_recipe("w8a8")
+    assert msgspec.structs.replace(recipe, pv_sum="fp16").block_k == 64
+    with pytest.raises(ValueError, match="at most 64 keys in fp8, not 128"):
+        msgspec.structs.replace(recipe, pv_sum="fp16", block_k=128)

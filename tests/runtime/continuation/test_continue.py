@@ -75,7 +75,7 @@ def test_the_video_holds_the_frames_of_both(bundle_of: BundleOf, picture: Path, 
     told = json.loads(done.stdout)
     assert told["frames"] == 13
     assert [seam["frame"] for seam in told["seams"]] == [5, 9]
-    before, after = (list(frames_of_video(path, SIZE)) for path in (out, longer))
+    before, after = (list(frames_of_video(path, SIZE, 16)) for path in (out, longer))
     assert len(after) == 13
     assert max(difference(one, other) for one, other in zip(before, after[:5], strict=True)) < 8
 

@@ -12,7 +12,7 @@ from tests.runtime.lora.lora_files import ALPHA, RANK, factors, lora, spelled, t
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
-from wanforge.errors import BundleError, CheckpointError
+from wanforge.errors import BundleError, CheckpointError, RequestError
 from wanforge.exporter.checkpoint.importer import run_import
 from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.plugins.quantiser.reference import dequantise, quantise_tiles
@@ -198,3 +198,24 @@ def test_unquantised_weights_are_kept_only_where_there_are_some(imported: Import
 def test_both_experts_keep_theirs(imported: Imported) -> None:
     bundle = imported("w8a8", model="tiny-i2v", keep=True)
     assert {weights_name(unquantised(f"dit.{expert}")) for expert in ("high", "low")} <= bundle.manifest.files.keys()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-row", "w8a8-64", "w8a8-256"])
+def test_a_merge_into_8_bits_is_near_the_sum_whatever_the_tiles(
+    recipe: str, imported: Imported, tmp_path: Path
+) -> None:
+    bundle, exact = imported(recipe), imported(recipe, keep=True)
+    found = merge(bundle, (lora(tmp_path / "a.safetensors"), 1.0))
+    for module, weight_NK in summed(exact, factors(targets()), ALPHA / RANK).items():
+        steps, scale = found[f"{module}.int8_weight"].float(), found[f"{module}.scale"]
+        if recipe == "w8a8-row":
+            got = steps * scale.reshape(-1, 1)
+        else:
+            tile, (rows, columns) = bundle.recipe.tile, steps.shape
+            got = steps * scale.repeat_interleave(tile, 0)[:rows].repeat_interleave(tile, 1)[:, :columns]
+        assert (got - weight_NK).norm() < 0.05 * weight_NK.norm(), module
+
+
+def test_a_strength_without_bounds_is_refused(imported: Imported, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no finite numbers"):
+        merge(imported("bf16-sla"), (lora(tmp_path / "a.safetensors"), 1e300))

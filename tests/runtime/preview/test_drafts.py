@@ -18,6 +18,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import RequestError
 from wanforge.exporter.checkpoint.checks import Sources
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.export import export
@@ -26,10 +27,10 @@ from wanforge.runtime.backends.base import Session
 from wanforge.runtime.memory.plan import request_schedules
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.preview.decoding import preview_frames
-from wanforge.runtime.preview.drafts import LABEL, labelled
+from wanforge.runtime.preview.drafts import LABEL, check_drafts, labelled
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import Request, Timings
-from wanforge.runtime.service.child.stills import Stills
+from wanforge.runtime.service.child import stills
 from wanforge.runtime.service.results.previews import STILL
 
 SHAPE = ClipShape(64, 48, 9)
@@ -109,7 +110,8 @@ def test_generate_writes_a_labelled_draft(bundle: Bundle, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_child_draws_a_still_of_each_step(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_child_draws_a_still_of_each_step(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stills, "SHARE", float("inf"))  # steps of so small a clip would get none
     pipeline, told = Pipeline(bundle, create_backend("torch", bundle)), list[str]()
 
     def progress(stage: str, done: int, total: int, unit: str = "", /) -> None:
@@ -117,7 +119,7 @@ def test_a_child_draws_a_still_of_each_step(bundle: Bundle, tmp_path: Path) -> N
         with Image.open(tmp_path / STILL) as still:
             assert still.size == (SHAPE.width_px, SHAPE.height_px)
 
-    pipeline.watch = Stills(tmp_path, progress)
+    pipeline.watch = stills.Stills(tmp_path, progress, stills.Pace())
     pipeline.latents(pipeline.check(REQUEST), Timings())
     assert told == ["preview 1", "preview 2"]
 
@@ -128,6 +130,15 @@ def test_a_bundle_without_a_preview_decoder_is_refused(checkpoints: dict[str, Pa
     done = CliRunner().invoke(cli, ["generate", str(tmp_path / "bundle"), "--prompt", "A kite.", "--preview"])
     assert done.exit_code == 1
     assert "has no preview decoder; import the model again with --preview taew2_1.safetensors" in done.output
+
+
+def test_drafts_never_take_the_place_of_a_video(bundle: Bundle, tmp_path: Path) -> None:
+    videos = [tmp_path / "z.preview.mp4", tmp_path / "z.mp4"]
+    with pytest.raises(RequestError, match="the name of a video and of another one's drafts"):
+        check_drafts(bundle, videos)
+    (tmp_path / "q.preview.mp4").mkdir()
+    with pytest.raises(RequestError, match=r"q\.preview\.mp4"):
+        check_drafts(bundle, [tmp_path / "q.mp4"])
 
 
 def test_the_label_covers_a_corner_only() -> None:

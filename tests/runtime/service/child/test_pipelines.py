@@ -13,6 +13,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError
 from wanforge.runtime.service.catalogue import fingerprint
 from wanforge.runtime.service.child import pipelines as pipelines_module
+from wanforge.runtime.service.child import stills
 from wanforge.runtime.service.child.maker import StoppedError
 from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pipelines import Pipelines, warm_up, weights_bytes
@@ -133,6 +134,12 @@ def test_children_that_share_the_memory_take_a_part_of_it_each(monkeypatch: pyte
     assert (alone, shared) == (pytest.approx(80e9), pytest.approx(20e9))
 
 
+def test_a_warm_up_makes_every_step_of_a_model_with_times(bundle_of: BundleOf) -> None:
+    bundle, told = bundle_of("tiny-lightx2v", "w8a8"), list[str]()
+    warm_up(pipelines_of(bundle)._pipeline(fingerprint(bundle), "torch", silent), lambda stage, _: told.append(stage))
+    assert {"warm-up: step 1", "warm-up: step 4"} <= set(told)
+
+
 @pytest.mark.parametrize(("model", "stage"), [("tiny-t2v", "text"), ("tiny-i2v", "condition")])
 def test_a_warm_up_runs_each_stage_twice(bundle_of: BundleOf, model: str, stage: str) -> None:
     bundle, told = bundle_of(model, "w8a8"), list[str]()
@@ -142,3 +149,15 @@ def test_a_warm_up_runs_each_stage_twice(bundle_of: BundleOf, model: str, stage:
     passes = [each for each, before in zip(told, ["", *told], strict=False) if each != before]
     assert passes.count(f"warm-up: {stage}") == 2
     assert passes.count("warm-up: decode") == 2
+
+
+def test_pictures_of_steps_take_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(stills.time, "monotonic", lambda: now[0])
+    pace = stills.Pace()
+    assert pace.is_due  # nobody knows yet what one takes
+    pace.took(0.3)
+    now[0] += 9.9
+    assert not pace.is_due
+    now[0] += 0.2
+    assert pace.is_due
