@@ -23,6 +23,12 @@ BundleOf = Callable[[str, str], Bundle]
 SIZE = (192, 128)
 
 
+LEAVES_PIPES_OPEN = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+"""For videos that are read: imageio-ffmpeg does not close the pipes of an ffmpeg that has ended."""
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
@@ -65,6 +71,7 @@ def test_a_clip_begins_with_the_last_frame_of_the_one_before(bundle_of: BundleOf
 
 
 @pytest.mark.slow
+@LEAVES_PIPES_OPEN
 def test_the_video_holds_the_frames_of_both(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     root, out, longer = bundle_of("tiny-i2v", "bf16-sla").root, tmp_path / "a.mp4", tmp_path / "b.mp4"
     small = ("--frames", 5, "--backend", "torch", "--json")
@@ -90,8 +97,7 @@ def test_a_video_of_another_size_is_refused(bundle_of: BundleOf, picture: Path, 
     assert "is 192x128, but its continuation would be 128x128; ask for --resolution 192x128" in done.output
 
 
-# When ffmpeg has refused a file, imageio-ffmpeg leaves its pipes open.
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@LEAVES_PIPES_OPEN
 def test_what_cannot_be_continued_is_refused(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(b"no video")
     with pytest.raises(RequestError, match=r"noise\.mp4: ffmpeg cannot read it as a video"):
