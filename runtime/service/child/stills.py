@@ -17,12 +17,12 @@ from wanforge.runtime.service.results.previews import STILL
 from wanforge.whole_file import temporary_file
 
 SHARE = 0.03
-"""The share of the time that pictures may take."""
+"""The share of a clip's time that pictures may take."""
 
 
 class Pace:
     """When pictures are drawn: so seldom that, if each takes as long as the last one did, they take no more than
-    `SHARE` of the time. Nobody waits long enough for a small clip to look at one."""
+    `SHARE` of a clip's time. Nobody waits long enough for a small clip to look at one."""
 
     def __init__(self) -> None:
         self.seconds, self.since = 0.0, time.monotonic()
@@ -31,6 +31,10 @@ class Pace:
     def is_due(self) -> bool:
         """Whether the next picture may be drawn."""
         return self.seconds <= SHARE * (time.monotonic() - self.since)
+
+    def begin(self) -> None:
+        """Note that a clip begins."""
+        self.since = time.monotonic()
 
     def took(self, seconds: float) -> None:
         """Note how long a picture that is complete now has taken."""
@@ -47,6 +51,7 @@ class Stills:
 
     def __init__(self, folder: Path, progress: Progress, pace: Pace) -> None:
         self.path, self.progress, self.pace = folder / STILL, progress, pace
+        pace.begin()
 
     def __call__(self, session: Session, latents: Tensor, step: Step) -> None:
         if self.pace.is_due:

@@ -161,3 +161,5 @@ def test_pictures_of_steps_take_a_small_share_of_the_time(monkeypatch: pytest.Mo
     assert not pace.is_due
     now[0] += 0.2
     assert pace.is_due
+    pace.begin()
+    assert not pace.is_due
