@@ -66,9 +66,13 @@ def test_a_clip_is_made_with_the_lora_that_is_named(bundle_of: BundleOf, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_lora_that_does_not_fit_keeps_its_bundle_from_being_served(bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_a_lora_that_cannot_be_used_is_told_and_its_bundle_is_served(
+    bundle_of: BundleOf, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     place = BundlePlace(fingerprint(bundle), str(bundle.root), {"clay": (str(tmp_path / "none.safetensors"),)})
     pipelines = Pipelines(SetUp("", (place,), "ort", None, 1))
-    refused = pipelines.load((place,), lambda stage, percent: None)
-    assert "no such file" in refused[place.fingerprint]
+    assert pipelines.load((place,), lambda stage, percent: None) == {}
+    assert (
+        f"{bundle.root}: the LoRA 'clay' cannot be used: {tmp_path / 'none.safetensors'}: no such file" in caplog.text
+    )
