@@ -177,7 +177,7 @@ def test_one_bad_request_fails_alone(shared: Whole, word: str) -> None:
 
 @pytest.mark.slow
 def test_progress_grows_step_by_step(shared: Whole) -> None:
-    job = shared.submit("sleep 1")
+    job = shared.submit("sleep 2.5")
     seen = []
     with shared.client.stream("GET", f"/v1/videos/{job}/events") as answer:
         for line in answer.iter_lines():
