@@ -9,6 +9,21 @@ TILE = tl.constexpr(128)
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to an integer, halves to even, on every machine.
 ROUND = tl.constexpr(12582912.0)
 
+TO_E4M3 = tl.constexpr("""{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""")
+"""Four float32 to a word of e4m3, rounded to nearest even and clamped to its range."""
+ROUND_TO_BFLOAT16 = tl.constexpr("""{
+            .reg .b32 both;
+            cvt.rn.bf16x2.f32 both, $3, $2;
+            shl.b32 $0, both, 16;
+            and.b32 $1, both, 0xffff0000;
+            }""")
+"""Two float32, each rounded to the nearest bfloat16."""
+
 
 @triton.jit
 def quantise_tile(x):
@@ -55,12 +70,7 @@ def to_e4m3(x):
         return tl.clamp(((x / unit + 12582912.0) - 12582912.0) * unit, -448.0, 448.0).to(tl.float8e4nv)
     # Triton's own cast goes by way of fp16 on sm_89, which rounds twice.
     return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
+        TO_E4M3,
         "=r,f,f,f,f",
         [x],
         dtype=tl.float8e4nv,
@@ -90,12 +100,7 @@ def rounded(x, dtype: tl.constexpr):
     if dtype == tl.bfloat16 and not INTERPRETED:
         # Triton rounds one value at a time here, on the slow pipe of the special functions.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 both;
-            cvt.rn.bf16x2.f32 both, $3, $2;
-            shl.b32 $0, both, 16;
-            and.b32 $1, both, 0xffff0000;
-            }""",
+            ROUND_TO_BFLOAT16,
             "=f,=f,f,f",
             [x],
             dtype=tl.float32,

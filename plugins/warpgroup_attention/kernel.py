@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+from wanforge.plugins.quantiser.kernel import ROUND, ROUND_TO_BFLOAT16, TO_E4M3
+
 HEAD = gl.constexpr(128)
 QUERIES = gl.constexpr(128)
 KEYS = gl.constexpr(64)
@@ -30,7 +32,6 @@ THREADS = gl.constexpr(256)
 LOG2E = gl.constexpr(1.4426950408889634)
 SOFTMAX_SCALE = gl.constexpr(0.08838834764831845 * 1.4426950408889634)
 OFFSET = gl.constexpr(8.807)
-ROUND = gl.constexpr(12582912.0)
 
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 64, 32]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
@@ -68,12 +69,7 @@ def whole_steps(x):
 def to_e4m3(x):
     """x in fp8, rounded to nearest even and clamped to its range."""
     return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
+        TO_E4M3,
         "=r,f,f,f,f",
         [x],
         dtype=gl.float8e4nv,
@@ -87,12 +83,7 @@ def rounded(x, dtype: gl.constexpr):
     """x rounded to `dtype`, as float32."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 both;
-            cvt.rn.bf16x2.f32 both, $3, $2;
-            shl.b32 $0, both, 16;
-            and.b32 $1, both, 0xffff0000;
-            }""",
+            ROUND_TO_BFLOAT16,
             "=f,=f,f,f",
             [x],
             dtype=gl.float32,
