@@ -14,7 +14,8 @@ from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, ResourceError, join_names
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.synthetic.forms import FORMS, FileForm, file_name, write_tensor_file
+from wanforge.exporter.checkpoint.synthetic.forms import FORMS, FileForm, file_name
+from wanforge.exporter.checkpoint.synthetic.tensor_file import write_tensor_file
 from wanforge.exporter.checkpoint.synthetic.tokenizer import train_tokenizer
 from wanforge.exporter.checkpoint.synthetic.torch_file import write_torch_file
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors

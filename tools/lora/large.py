@@ -17,8 +17,9 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, unquantised, weights_name
 from wanforge.engines.bundle.manifest import FORMAT, FileRecord, Manifest
-from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter, encode_header
-from wanforge.exporter.checkpoint.layout import layout
+from wanforge.engines.bundle.tensorfile import TensorSpec, TensorWriter
+from wanforge.exporter.checkpoint.layout import Layout, layout
+from wanforge.exporter.checkpoint.synthetic.tensor_file import write_tensor_file
 from wanforge.progress import silent
 from wanforge.runtime.lora.files import open_lora
 from wanforge.runtime.lora.merged_sets import MergedSets
@@ -30,13 +31,10 @@ LAYERS = tuple(f"{attention}_attn.{part}" for attention in ("self", "cross") for
 LAYERS += ("ffn.0", "ffn.2")
 
 
-def sparse(path: Path, tensors: dict[str, TensorSpec]) -> FileRecord:
+def sparse(path: Path, tensors: Layout) -> FileRecord:
     """Write a file of zeros that takes no room on the disk."""
-    header = encode_header(tensors, {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + sum(spec.nbytes for spec in tensors.values()))
+    write_tensor_file(path, tensors, None, lambda size: None)
     return FileRecord("0" * 64, path.stat().st_size)
 
 

@@ -30,6 +30,8 @@ ARCHITECTURE = "wan"
 MOST_TENSORS = 100_000
 """The most tensors, and entries of metadata, of a file. The largest denoiser of Wan has 1,095 tensors."""
 MOST_SIZES = 5
+ALIGNMENT = 32
+"""Where tensors begin, unless the file says otherwise: at multiples of this."""
 LARGEST = 1 << 60
 
 PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
@@ -173,6 +175,11 @@ class PackedEntry:
         return math.prod(self.shape) // numbers * (size or TensorSpec(PLAIN[self.kind], (1,)).nbytes)
 
 
+def aligned(position: int, alignment: int) -> int:
+    """The next multiple of an alignment."""
+    return -(-position // alignment) * alignment
+
+
 def open_gguf(path: Path) -> Contents:
     """The table of contents of a GGUF file, with the values of quantised weights.
 
@@ -186,10 +193,10 @@ def open_gguf(path: Path) -> Contents:
             f"holds a network of the architecture {str(metadata.get('general.architecture'))[:40]!r}; of GGUF files, "
             f"only denoisers of {ARCHITECTURE!r} are imported"
         )
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20:
         raise header.refused(f"damaged; its alignment is {alignment}. Fetch it again")
-    start = -(-header.position // alignment) * alignment
+    start = aligned(header.position, alignment)
     check_places(header, entries, path.stat().st_size - start)
     found = {}
     for entry in entries:

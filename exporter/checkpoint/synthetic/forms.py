@@ -4,19 +4,13 @@ Source: TurboDiffusion, README.md; rCM, rcm/networks/wan2pt1.py and scripts/dcp_
 diffusers, scripts/convert_wan_to_diffusers.py (docs/sources.md).
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-from torch import Tensor
 
 from wanforge.configs.model import Form, ModelConfig
-from wanforge.engines.bundle.tensorfile import TensorSpec, encode_header
+from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.exporter.checkpoint.layout import FLOAT32, Layout
-from wanforge.exporter.checkpoint.reader import as_bytes
 from wanforge.runtime.reference.names import COUNTERS, aliases
-from wanforge.whole_file import temporary_file
 
 PATCH = "patch_embedding.weight"
 
@@ -54,8 +48,7 @@ class FileForm:
 
     def _spec(self, name: str, spec: TensorSpec) -> TensorSpec:
         if self.has_convolution and name == PATCH:
-            rows, columns = spec.shape
-            return TensorSpec(spec.dtype, (rows, columns // 4, 1, 2, 2))
+            return as_convolution(spec)
         is_narrow = self.has_bfloat16_norms and spec.dtype == "F32" and FLOAT32.search(name)
         return TensorSpec("BF16", spec.shape) if is_narrow else spec
 
@@ -79,24 +72,14 @@ FOLDERS = {"": "transformer", "high": "transformer", "low": "transformer_2"}
 """The folder of each expert in a repository of diffusers."""
 
 
+def as_convolution(spec: TensorSpec) -> TensorSpec:
+    """The patch embedding, which is a linear here, as the convolution that it is for its authors."""
+    rows, columns = spec.shape
+    return TensorSpec(spec.dtype, (rows, columns // 4, 1, 2, 2))
+
+
 def file_name(model: ModelConfig, expert: str) -> str:
     """The name of an expert's unquantised file."""
     if model.form == "diffusers":
         return f"{FOLDERS[expert]}/diffusion_pytorch_model.safetensors"
     return model.stem(expert) + FORMS[model.form].ending
-
-
-def write_tensor_file(
-    path: Path, specs: Layout, values: Callable[[str], Iterator[Tensor]] | None, count: Callable[[int], object]
-) -> None:
-    """Write a safetensors file with data from `values`, if any, or else with a hole that reads as zeros."""
-    with temporary_file(path) as temporary:
-        with temporary.open("r+b") as file:
-            size = file.write(encode_header(specs, {}))
-            for name, spec in specs.items():
-                size += spec.nbytes
-                for piece in values(name) if values is not None else ():
-                    count(file.write(as_bytes(piece)))
-            file.truncate(size)
-            os.fsync(file.fileno())
-        temporary.replace(path)

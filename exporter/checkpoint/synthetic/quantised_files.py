@@ -1,10 +1,8 @@
 """Denoisers in the layouts of other projects, with random weights or, at any size, without data."""
 
 import math
-import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -13,65 +11,31 @@ from torch import Tensor
 
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
-from wanforge.engines.bundle.tensorfile import TensorSpec, encode_header
+from wanforge.engines.bundle.tensorfile import TensorSpec
 from wanforge.errors import ConfigError
-from wanforge.exporter.checkpoint.formats.gguf_file import ARCHITECTURE, BLOCKS, MAGIC, PLAIN, TEXT, gguf_package
+from wanforge.exporter.checkpoint.formats.gguf_file import (
+    ALIGNMENT,
+    ARCHITECTURE,
+    BLOCKS,
+    MAGIC,
+    PLAIN,
+    TEXT,
+    aligned,
+    gguf_package,
+)
 from wanforge.exporter.checkpoint.formats.layouts import MARKER
 from wanforge.exporter.checkpoint.layout import Layout, layout, published_recipe
-from wanforge.exporter.checkpoint.reader import as_bytes
+from wanforge.exporter.checkpoint.synthetic.forms import PATCH, as_convolution
 from wanforge.exporter.checkpoint.synthetic.layouts import LAYOUTS
+from wanforge.exporter.checkpoint.synthetic.tensor_file import Pieces, PlannedFile, safetensors_file
 from wanforge.exporter.checkpoint.synthetic.weights import random_tensors
 from wanforge.progress import ByteCount, Progress
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
 from wanforge.runtime.reference.names import aliases
-from wanforge.whole_file import temporary_file
 
 GGUF = {f"gguf-{name.lower()}": kind for kind, (name, _, _) in BLOCKS.items()}
 """The numbers of ggml's types, by the names of their layouts."""
 NAMES = (*LAYOUTS, *GGUF)
-PATCH = "patch_embedding.weight"
-ALIGNMENT = 32
-"""Where tensors of a GGUF file begin: at multiples of this."""
-
-Pieces = Callable[[str], Iterator[Tensor]]
-
-
-@dataclass(frozen=True)
-class QuantisedFile:
-    """A file to be written.
-
-    Attributes:
-        head: Its first bytes.
-        specs: Type and shape of each tensor, in the order of the file.
-        alignment: Where tensors begin.
-    """
-
-    head: bytes
-    specs: Layout
-    alignment: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs.values())
-
-    def write(self, path: Path, pieces: Pieces, count: Callable[[int], object]) -> None:
-        """Write the tensors' bytes, with a hole for those without any."""
-        with temporary_file(path) as temporary:
-            with temporary.open("r+b") as file:
-                file.write(self.head)
-                position = len(self.head)
-                for name, spec in self.specs.items():
-                    file.seek(position)
-                    for piece in pieces(name):
-                        count(file.write(as_bytes(piece)))
-                    position = aligned(position + spec.nbytes, self.alignment)
-                file.truncate(position)
-                os.fsync(file.fileno())
-            temporary.replace(path)
-
-
-def aligned(position: int, alignment: int) -> int:
-    return -(-position // alignment) * alignment
 
 
 def quantised_paths(model: ModelConfig, name: str, out: Path) -> dict[str, Path]:
@@ -93,26 +57,25 @@ def check_name(name: str, *, sparse: bool) -> None:
         raise ConfigError(f"the package gguf reads {name} but does not write it; write a file of zeros with --sparse")
 
 
-def planned_file(model: ModelConfig, name: str) -> QuantisedFile:
+def planned_file(model: ModelConfig, name: str) -> PlannedFile:
     """The file of a denoiser in a layout."""
     plain = plain_layout(model)
     if name in GGUF:
         specs = {each: packed_spec(spec, GGUF[name]) if is_linear(each, spec) else spec for each, spec in plain.items()}
-        return QuantisedFile(gguf_head(plain, GGUF[name]), specs, ALIGNMENT)
+        return PlannedFile(gguf_head(plain, GGUF[name]), specs, ALIGNMENT)
     specs = {}
     for each, spec in plain.items():
         for part, tensor in parts_of(each, spec, name).items():
             specs[part] = TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape))
     if name == "comfy-scaled-fp8":
         specs[MARKER] = TensorSpec("F8_E4M3", (0,))
-    return QuantisedFile(encode_header(specs, {}), specs, 1)
+    return safetensors_file(specs)
 
 
 def plain_layout(model: ModelConfig) -> Layout:
     """The tensors of an unquantised denoiser of Wan, which has no sparse-linear attention, and a convolution first."""
     plain = layout("dit", model, published_recipe(quantised=False, has_sla=False))
-    rows, columns = plain[PATCH].shape
-    return {**plain, PATCH: TensorSpec("BF16", (rows, columns // 4, 1, 2, 2))}
+    return {**plain, PATCH: as_convolution(plain[PATCH])}
 
 
 def is_linear(name: str, spec: TensorSpec) -> bool:
