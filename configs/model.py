@@ -5,7 +5,6 @@ The defaults are the values of the published models, so a TOML file only states 
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from wanforge.configs.clip import ClipShape, latent_frames, size_of
@@ -173,7 +172,7 @@ class ModelConfig(Record, frozen=True):
     def fitted(self, recipe: Recipe) -> Recipe:
         """A recipe as this model runs it: a recipe says which kind of sparse attention is used, and a model that was
         trained with full attention runs that whatever the kind."""
-        return recipe if self.dit.sparse else msgspec.structs.replace(recipe, attention="dense")
+        return recipe if self.dit.sparse else recipe.with_full_attention()
 
 
 def load_model(name: str) -> ModelConfig:

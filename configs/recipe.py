@@ -1,6 +1,8 @@
 """Recipes: which number format each part of the denoiser runs in, and how much of attention is computed."""
 
-from typing import Literal
+from typing import Literal, Self
+
+import msgspec
 
 from wanforge.configs.loading import Record, load_named
 
@@ -42,6 +44,10 @@ class Recipe(Record, frozen=True):
                 f'pv_sum = "fp16" holds sums of at most {MOST_KEYS_IN_FP16} keys in fp8, not {self.block_k}; use fewer '
                 'keys (block_k), or pv_sum = "fp32"'
             )
+
+    def with_full_attention(self) -> Self:
+        """The same recipe for a network that was trained with full attention."""
+        return msgspec.structs.replace(self, attention="dense")
 
     @property
     def is_sparse(self) -> bool:

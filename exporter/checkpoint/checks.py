@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
@@ -174,18 +172,19 @@ def settle_recipe(
             f"{without}: has no proj_l tensors, which sparse-linear attention needs; give the file that upstream "
             "publishes"
         )
+    # Files that other projects quantise have no projections of sparse-linear attention.
+    attends_fully = not model.dit.sparse or (bool(others[first]) and not sla[first])
     if wanted is None:
         by_content = "w8a8" if quantised[first] else "bf16-sla" if sla[first] else "bf16"
-        return model.fitted(with_attention(load_recipe(others[first] or by_content), sla[first]))
+        recipe = load_recipe(others[first] or by_content)
+        return recipe.with_full_attention() if attends_fully else recipe
     if wanted.attention == "sla" and not model.dit.sparse:
         raise CheckpointError(
             f"{model.name} was trained with full attention, so recipe {wanted.name!r} has nothing to select from; use "
             f"--recipe bf16, or a recipe that quantises the linears, which keeps full attention: w8a8, w8a8-row, "
             "fp8-row or nvfp4"
         )
-    wanted = model.fitted(wanted)
-    if others[first]:
-        wanted = with_attention(wanted, sla[first])
+    wanted = wanted.with_full_attention() if attends_fully else wanted
     if wanted.linear != "w8a8" and quantised[first]:
         raise CheckpointError(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
@@ -197,12 +196,6 @@ def settle_recipe(
             f"{wanted.name!r} needs them, use --recipe bf16"
         )
     return wanted
-
-
-def with_attention(recipe: Recipe, has_sla: bool) -> Recipe:
-    """A recipe with full attention if a denoiser has no projections of sparse-linear attention, as those have not that
-    other projects quantise."""
-    return recipe if has_sla else msgspec.structs.replace(recipe, attention="dense")
 
 
 def check_part(component: str, path: Path, contents: Contents, model: ModelConfig, recipe: Recipe) -> Part:

@@ -97,10 +97,15 @@ class LoraFile:
             raise CheckpointError(f"{self.path}: was changed while it was read; run the command again")
 
 
+def beside(path: Path) -> Path | None:
+    """The file beside a LoRA that belongs to it; None if there is none."""
+    found = path.with_name(BESIDE[path.name]) if path.name in BESIDE else None
+    return found if found is not None and found.exists() else None
+
+
 def stamp_of(path: Path) -> tuple[int, ...]:
     """What tells a file, and the one beside it, from what they were before: sizes, times and places on the disk."""
-    beside = path.with_name(BESIDE.get(path.name, path.name))
-    every = [path.stat(), *([beside.stat()] if beside != path and beside.exists() else [])]
+    every = [each.stat() for each in (path, beside(path)) if each is not None]
     return tuple(n for s in every for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_dev, s.st_ino))
 
 

@@ -11,7 +11,7 @@ import msgspec
 from wanforge.errors import CheckpointError
 from wanforge.regular_file import check_regular
 from wanforge.runtime.lora.dialects import spelled
-from wanforge.runtime.lora.files import BESIDE, LoraFile
+from wanforge.runtime.lora.files import LoraFile, beside
 
 METADATA = "lora_adapter_metadata"
 """The entry of a header under which diffusers keeps what PEFT would write to its file."""
@@ -53,10 +53,9 @@ def scaling_of(file: LoraFile) -> LoraScaling:
         CheckpointError: It cannot be read, or asks for something other than a LoRA.
     """
     text, place = file.metadata.get(METADATA), f"{file.path}: {METADATA}"
-    beside = file.path.with_name(BESIDE.get(file.path.name, file.path.name))
-    if text is None and beside != file.path and beside.exists():
-        check_regular(beside, CheckpointError, MOST_BYTES)
-        text, place = beside.read_text("utf-8", errors="replace"), str(beside)
+    if text is None and (config := beside(file.path)) is not None:
+        check_regular(config, CheckpointError, MOST_BYTES)
+        text, place = config.read_text("utf-8", errors="replace"), str(config)
     if text is None:
         return LoraScaling()
     try:
