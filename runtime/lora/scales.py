@@ -60,7 +60,7 @@ def scaling_of(file: LoraFile) -> LoraScaling:
         return LoraScaling()
     try:
         return _scaling(msgspec.json.decode(text, type=dict[str, Any]))
-    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{place}: damaged ({error}); repair it, or remove it for a scale of 1") from None
 
 

@@ -71,7 +71,15 @@ def test_alpha_comes_from_metadata_or_from_the_file_beside(
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"lora_alpha": "8"}', '{"use_dora": true}', '{"alpha_pattern": {".*": 1}}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"lora_alpha": "8"}',
+        '{"use_dora": true}',
+        '{"alpha_pattern": {".*": 1}}',
+        f'{{"lora_alpha": {"9" * 400}}}',
+    ],
 )
 def test_metadata_that_cannot_be_followed_is_refused(text: str, tiny: Targets, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", spelled("diffusers", factors(tiny), alpha=None), {METADATA: text})
