@@ -22,6 +22,10 @@ from wanforge.runtime.lora.targets import Targets, targets_of
 log = logging.getLogger(__name__)
 
 
+Used = list[tuple[LoraChoice, LoraFile]]
+"""LoRAs that are asked for, and their files as they were opened."""
+
+
 @dataclass(frozen=True)
 class OpenedLora:
     """A LoRA's file and what it changes in a model."""
@@ -41,7 +45,8 @@ class Fitting:
         self.sets = MergedSets(bundle)
         self._opened: dict[Path, OpenedLora] = {}
         self._targets: Targets | None = None
-        self._used: list[tuple[LoraChoice, LoraFile]] = []
+        self._used: Used = []
+        self._planned: dict[str, tuple[Used, MergedWeights]] = {}
 
     def check(self, choices: Sequence[LoraChoice]) -> None:
         """Check that all these LoRAs can be used with this model.
@@ -75,7 +80,7 @@ class Fitting:
         Raises:
             ResourceError: The disk is too small for the merged weights.
         """
-        used = [(choice, self.opened(choice.path).file) for choice in choices]
+        used = self._files(choices)
         if used != self._used:
             self.backend.rebind({each: self._set(each, choices, progress) for each in self._components(choices)})
             self._used = used
@@ -104,17 +109,23 @@ class Fitting:
         """The LoRAs that change a denoiser."""
         return [c for c in choices if dit_component(c.expert) == component and c.strength]
 
+    def _files(self, choices: Sequence[LoraChoice]) -> Used:
+        return [(choice, self.opened(choice.path).file) for choice in choices]
+
     def _merged(self, component: str, choices: Sequence[LoraChoice]) -> MergedWeights:
-        additions: dict[str, list[Addition]] = {}
-        for choice in self._of(component, choices):
-            for record in self.opened(choice.path).records:
-                additions.setdefault(record.target, []).append(Addition(record, choice.strength))
-        return MergedWeights(self.bundle, component, additions)
+        """What a denoiser becomes. The latest plan is kept, because each request asks for it several times."""
+        used = self._files(self._of(component, choices))
+        if component not in self._planned or self._planned[component][0] != used:
+            additions: dict[str, list[Addition]] = {}
+            for choice, _ in used:
+                for record in self.opened(choice.path).records:
+                    additions.setdefault(record.target, []).append(Addition(record, choice.strength))
+            self._planned[component] = used, MergedWeights(self.bundle, component, additions)
+        return self._planned[component][1]
 
     def _set(self, component: str, choices: Sequence[LoraChoice], progress: Progress) -> Mapping[str, Tensor]:
         """The tensors of a denoiser that LoRAs change, with these LoRAs."""
-        used = self._of(component, choices)
-        files = [(self.opened(choice.path).file, choice.strength) for choice in used]
+        files = [(file, choice.strength) for choice, file in self._files(self._of(component, choices))]
         merged = self._merged(component, choices)
         if merged.is_rounded:
             log.warning(

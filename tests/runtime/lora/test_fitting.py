@@ -21,7 +21,7 @@ from wanforge.exporter.checkpoint.record import Arguments
 from wanforge.exporter.export import export
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.inputs.lora import LoraChoice, read_choice
-from wanforge.runtime.lora import merged_sets
+from wanforge.runtime.lora import fitting, merged_sets
 from wanforge.runtime.lora.merged_sets import FOLDER, MergedSets
 from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
@@ -148,6 +148,22 @@ def test_a_set_is_merged_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytes
     assert torch.equal(latents(open_pipeline(bundle, "torch"), choice), first)
     with pytest.raises(AssertionError, match="merged again"):
         latents(open_pipeline(bundle, "torch"), LoraChoice(choice.path, 0.5))
+
+
+def test_a_merge_is_planned_once_for_each_choice(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, whole = [], fitting.MergedWeights
+    monkeypatch.setattr(fitting, "MergedWeights", lambda *given: planned.append(given[1]) or whole(*given))
+    pipeline = open_pipeline(bundle, "torch")
+    path = lora(tmp_path / "a.safetensors")
+    for strength in (1.0, 1.0, 0.5):
+        latents(pipeline, choice := LoraChoice(path, strength))
+        pipeline.loras.described([choice])
+    assert planned == ["dit", "dit"]
+    lora(path, seed=1)
+    latents(pipeline, choice)
+    assert len(planned) == 3
 
 
 def test_a_changed_lora_is_merged_again(bundle: Bundle, tmp_path: Path) -> None:
