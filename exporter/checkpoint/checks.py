@@ -190,7 +190,7 @@ def settle_recipe(
             f"{paths[first]}: a -quant file, which has no bfloat16 weights left; recipe {wanted.name!r} needs the "
             "unquantised file, or use --recipe w8a8"
         )
-    if wanted.attention != "dense" and not has_sla(opened[first]):
+    if wanted.is_sparse and not sla[first]:
         raise CheckpointError(
             f"{paths[first]}: has no proj_l tensors, so it was not trained for sparse-linear attention; recipe "
             f"{wanted.name!r} needs them, use --recipe bf16"

@@ -20,7 +20,7 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     Args:
         itemsize: Bytes of one element of the compute type.
     """
-    logits = shape.tokens if recipe.attention == "dense" else recipe.block_k
+    logits = recipe.block_k if recipe.is_sparse else shape.tokens
     return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
 
 

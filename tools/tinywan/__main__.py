@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.tinywan import likeness as distances
 from tools.tinywan import scores
 from tools.tinywan.denoiser import train_denoiser
-from tools.tinywan.latents import Pool, fill_pool, pixels_of, quick
+from tools.tinywan.latents import Pool, fill_pool, frames_of_pixels, pixels_of, quick
 from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import Network, make_tokenizer
 from tools.tinywan.pictures import curves, sheet
@@ -191,7 +191,7 @@ def run_pictures(place: Place) -> None:
         pixels = pixels_of(MODEL, scene)[..., :height, :width]
         with torch.no_grad():
             back = vae.decode(quick(vae.encode(quick(pixels.to(place.device))))).float().cpu().clamp(-1, 1)
-        clips += [((x[0] + 1) * 127.5 + 0.5).byte().permute(1, 2, 3, 0).numpy() for x in (pixels, back)]
+        clips += [frames_of_pixels(x) for x in (pixels, back)]
     curves(place.folder, place.folder / "curves.svg")
     sheet(clips, place.folder / "vae.png")
 

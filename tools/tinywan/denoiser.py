@@ -4,6 +4,8 @@ Sparse-linear attention begins with its linear branch at zero and is trained unt
 some of its steps attend to every key, so that the same weights also work with dense attention.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -71,6 +73,16 @@ def plain_sparse_branch(
     return logits.softmax(-1, dtype=torch.float32).to(v_BHLK.dtype) @ v_BHLK
 
 
+@contextmanager
+def plain_attentions() -> Iterator[None]:
+    """Within the ``with`` block, networks attend in the ways that are quick to train."""
+    with (
+        patch.object(dit, "dense_attention", plain_attention),
+        patch.object(reference, "sparse_branch", plain_sparse_branch),
+    ):
+        yield
+
+
 def foreground(clean_BCFHW: Tensor) -> Tensor:
     """The weight of each cell ``[B, 1, F, H, W]``, 1 on average in a clip: `FOREGROUND` times as large on a thing as on
     the background, which fills most of a clip and is soon learned."""
@@ -114,9 +126,6 @@ def train_denoiser(
         loss, notes = lesson_loss(run, network, lessons, plan.batch, rng, generator)
         return loss, {**notes, "dense": float(dense), "scenes": len(lessons.pool.scenes)}
 
-    with (
-        patch.object(dit, "dense_attention", plain_attention),
-        patch.object(reference, "sparse_branch", plain_sparse_branch),
-    ):
+    with plain_attentions():
         train(phase, folder, plan, network, loss_of)
     return network

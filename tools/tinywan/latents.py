@@ -7,13 +7,15 @@ Letters: C channels, F H W latent frames, rows, columns; Y X rows and columns of
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,22 +25,38 @@ from wanforge.configs.model import ModelConfig
 from wanforge.runtime.reference.vae import VAE
 
 SHARD = 64
-"""Scenes per file."""
+"""Scenes, or shots, per file."""
 THING = 0.8
 """RMS distance over channels between the latents of a cell and the background, above which the cell shows a thing."""
 
 
 def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: range, seed: int = 0) -> Iterator[Path]:
     """Encode the scenes of those shards that do not exist yet, and yield their files."""
+
+    def made(shard: int) -> tuple[list[Scene], dict[str, Tensor]]:
+        scenes = scenes_of(model, seed, shard)
+        return scenes, {str(place): encode(model, vae, scene).half() for place, scene in enumerate(scenes)}
+
+    return fill_shards(folder, shards, made)
+
+
+def fill_shards(
+    folder: Path, shards: range, made: Callable[[int], tuple[Sequence[Any], dict[str, Tensor]]]
+) -> Iterator[Path]:
+    """Write those shards that do not exist yet, and yield their files.
+
+    Args:
+        made: Makes what a shard shows, as records, and the tensors of its file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         path = folder / f"{shard:05}.safetensors"
         if path.exists():
             continue
-        scenes = scenes_of(model, seed, shard)
+        shown, tensors = made(shard)
         partial = path.with_suffix(".partial")
-        save_file({str(place): encode(model, vae, scene).half() for place, scene in enumerate(scenes)}, partial)
-        path.with_suffix(".json").write_text(json.dumps([asdict(scene) for scene in scenes]))
+        save_file(tensors, partial)
+        path.with_suffix(".json").write_text(json.dumps([asdict(each) for each in shown]))
         partial.replace(path)
         yield path
 
@@ -62,6 +80,12 @@ def quick(x_BCTHW: Tensor) -> Tensor:
 def pixels_of(model: ModelConfig, scene: Scene) -> Tensor:
     """A whole scene as pixels in [-1, 1], ``[1, 3, T, H, W]``."""
     return torch.from_numpy(render(scene, model.video.frames)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+
+
+def frames_of_pixels(pixels_BCTHW: Tensor) -> NDArray[np.uint8]:
+    """The frames ``[T, H, W, 3]`` of the first clip, from pixels in [-1, 1]."""
+    frames: NDArray[np.uint8] = ((pixels_BCTHW[0] + 1) * 127.5 + 0.5).byte().permute(1, 2, 3, 0).numpy()
+    return frames
 
 
 def window(scene_CFHW: Tensor, corner_yx: tuple[int, int], shape_CFHW: tuple[int, ...]) -> Tensor:

@@ -9,12 +9,13 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tools.tinywan.latents import Pool, pixels_of, quick
+from tools.tinywan.latents import Pool, frames_of_pixels, pixels_of, quick
 from tools.tinywan.scenes import draw_scene
 from tools.tinywan.training import Plan, train
 from tools.tinywan.vae import NOISE, infidelity, latent_crops
 from wanforge.configs.clip import latent_frames
 from wanforge.configs.model import ModelConfig, PreviewConfig
+from wanforge.runtime.measure.parity.metrics import difference
 from wanforge.runtime.reference.preview import MemoryBlock, PreviewConv, PreviewDecoder
 from wanforge.runtime.reference.vae import VAE
 
@@ -103,11 +104,7 @@ def likeness(model: ModelConfig, vae: VAE, decoder: PreviewDecoder, count: int =
         latents = vae.encode(quick(drawn)).float()
         decoded = vae.decode(quick(latents)).float().clamp(-1, 1)
         shown = decoder.decode(latents).clamp(0, 1) * 2 - 1
-        found.append([psnr(decoded, drawn), psnr(shown, drawn), psnr(shown, decoded)])
-        clips += [((x[0] + 1) * 127.5 + 0.5).byte().permute(1, 2, 3, 0).numpy() for x in (drawn, decoded, shown)]
+        pairs = ((decoded, drawn), (shown, drawn), (shown, decoded))
+        found.append([difference(one, other, peak=2.0).psnr_db for one, other in pairs])
+        clips += [frames_of_pixels(x) for x in (drawn, decoded, shown)]
     return Likeness(clips, *(float(value) for value in np.mean(found, 0)))
-
-
-def psnr(one: Tensor, other: Tensor) -> float:
-    """The peak ratio of signal to noise between pixels in [-1, 1], in dB."""
-    return float(10 * torch.log10(4 / (one - other).double().square().mean()))

@@ -115,7 +115,7 @@ def note(recipe: Recipe) -> str:
     said = [
         f"transformer and VAE of diffusers {version('diffusers')} in this sampling loop, text encoder of the reference"
     ]
-    if recipe.attention != "dense":
+    if recipe.is_sparse:
         said.append("dense attention in place of sparse-linear attention, whose linear branch it lacks")
     if recipe.linear != "bf16":
         said.append("quantised weights dequantised, activations not rounded")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
+from wanforge.runtime.measure.parity.metrics import psnr
 from wanforge.runtime.measure.quality.figures import DIRECTIONS, Subject, held_out_subjects
 from wanforge.runtime.measure.quality.meter import Score, read, score
 from wanforge.runtime.measure.quality.shots import held_out_shots, still
@@ -174,16 +175,15 @@ def measure(
             errors.append(np.square(frames[0].astype(np.float64) - np.asarray(prompt.image)).mean())
         progress("quality", place + 1, len(prompts))
     groups = {size: [s for one in scores if len(one) == size for s in one] for size in (1, 2)}
-    sparse = pipeline.recipe.attention != "dense"
     return Quality(
         pipeline.backend.name,
         pipeline.recipe.name,
         model.sampler.steps if steps is None else steps,
-        (model.topk if topk is None else topk) if sparse else None,
+        (model.topk if topk is None else topk) if pipeline.recipe.is_sparse else None,
         rates_of([s for one in scores for s in one]),
         rates_of(groups[1]),
         rates_of(groups[2]) if groups[2] else None,
-        float(10 * np.log10(255**2 / np.mean(errors))) if errors else None,
+        psnr(float(np.mean(errors)), 255.0) if errors else None,
     )
 
 

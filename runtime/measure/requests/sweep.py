@@ -76,7 +76,7 @@ def set_resolution(setting: Setting, value: str) -> Setting:
 def set_recipe(setting: Setting, value: str) -> Setting:
     """Set the recipe by name; one that attends to every key has no top-k."""
     recipe = load_recipe(value)
-    request = replace(setting[0], topk=None) if recipe.attention == "dense" else setting[0]
+    request = setting[0] if recipe.is_sparse else replace(setting[0], topk=None)
     return request, recipe
 
 

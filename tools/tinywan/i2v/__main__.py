@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import torch
@@ -12,7 +11,7 @@ from numpy.random import Generator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tools.tinywan.denoiser import Denoiser, plain_attention, plain_sparse_branch
+from tools.tinywan.denoiser import Denoiser, plain_attentions
 from tools.tinywan.i2v.lessons import ImageLessons, steps_of
 from tools.tinywan.i2v.pool import ShotPool, fill_pool
 from tools.tinywan.lessons import Velocity
@@ -26,11 +25,9 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
 from wanforge.exporter.checkpoint.importer import import_checkpoint
-from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.runtime.inputs.condition import MASK_CHANNELS
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.held_out import measure, prompts_for, table
-from wanforge.runtime.reference import dit
 from wanforge.runtime.reference.steps import trajectory
 from wanforge.runtime.request import Request
 
@@ -130,10 +127,7 @@ def train_expert(studio: Studio, expert: str, network: Network, first: Denoiser)
         shares = loss.detach().unflatten(0, (len(own), -1)).mean(1).tolist()
         return loss.mean(), {f"step{index}": share for index, share in zip(own, shares, strict=True)}
 
-    with (
-        patch.object(dit, "dense_attention", plain_attention),
-        patch.object(reference, "sparse_branch", plain_sparse_branch),
-    ):
+    with plain_attentions():
         train(expert, studio.folder, plan, network.dit, loss_of)
 
 

@@ -3,48 +3,38 @@
 Letters: B samples, C channels, F H W latent frames, rows, columns.
 """
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from tools.tinywan.latents import quick
+from tools.tinywan.latents import SHARD, fill_shards, quick
 from tools.tinywan.scenes import draw_subject
 from wanforge.configs.model import ModelConfig
 from wanforge.runtime.inputs.condition import MASK_CHANNELS, condition
 from wanforge.runtime.measure.quality.shots import Shot, draw_shot, frames_of
 from wanforge.runtime.reference.vae import VAE
 
-SHARD = 64
-"""Shots per file."""
-
 
 def fill_pool(
     model: ModelConfig, vae: VAE, folder: Path, shards: int, *, workers: int = 1, seed: int = 0
 ) -> Iterator[Path]:
     """Encode the shots of those shards that do not exist yet, and yield their files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        path = folder / f"{shard:05}.safetensors"
-        if path.exists():
-            continue
+
+    def made(shard: int) -> tuple[list[Shot], dict[str, Tensor]]:
         rng, video = np.random.default_rng([seed, shard]), model.video
         shots = [draw_shot(rng, draw_subject(rng), video.size_wh, video.frames) for _ in range(SHARD)]
         # Threads that each encode a whole clip never wait for one another, as threads that share a convolution do.
         with ThreadPoolExecutor(workers) as pool:
             clips, given = zip(*pool.map(lambda shot: encode(model, vae, shot), shots), strict=True)
-        partial = path.with_suffix(".partial")
-        save_file({"clips": torch.cat(clips).half(), "given": torch.cat(given).half()}, partial)
-        path.with_suffix(".json").write_text(json.dumps([asdict(shot) for shot in shots]))
-        partial.replace(path)
-        yield path
+        return shots, {"clips": torch.cat(clips).half(), "given": torch.cat(given).half()}
+
+    return fill_shards(folder, range(shards), made)
 
 
 @torch.no_grad()

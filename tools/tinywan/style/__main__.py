@@ -1,7 +1,6 @@
 """``python -m tools.tinywan.style``: train a LoRA that makes TinyWan draw outlines, and write its file."""
 
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import torch
@@ -9,15 +8,13 @@ from numpy.random import Generator
 from torch import Tensor
 
 from tools.tinywan.__main__ import MODEL, Place
-from tools.tinywan.denoiser import Denoiser, lesson_loss, plain_attention, plain_sparse_branch
+from tools.tinywan.denoiser import Denoiser, lesson_loss, plain_attentions
 from tools.tinywan.latents import Pool, fill_pool
 from tools.tinywan.lessons import Lessons
 from tools.tinywan.networks import make_tokenizer
 from tools.tinywan.style.low_rank import adapt, write_lora
 from tools.tinywan.style.outlines import outlined
 from tools.tinywan.training import Plan, train
-from wanforge.plugins.sparse_linear_attention import reference
-from wanforge.runtime.reference import dit
 
 PLAN = Plan(steps=480, batch=4, rate=3e-3, warmup=10, decay=0.95)
 SHARDS = range(2)
@@ -41,10 +38,7 @@ def main(folder: Path, threads: int) -> None:
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         return lesson_loss(denoiser, network, lessons, PLAN.batch, rng, generator)
 
-    with (
-        patch.object(dit, "dense_attention", plain_attention),
-        patch.object(reference, "sparse_branch", plain_sparse_branch),
-    ):
+    with plain_attentions():
         train("outlines", folder, PLAN, changes, loss_of)
     write_lora(changes, folder / "outlines.safetensors")
 
