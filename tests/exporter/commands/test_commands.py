@@ -13,11 +13,11 @@ import click
 import msgspec
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from tests.command_line import run, succeeded
 from tests.conftest import checkpoint_sources
-from wanforge.cli import COMMANDS, cli, main
+from wanforge.cli import COMMANDS, main
 from wanforge.configs.loading import CONFIGS
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
@@ -29,16 +29,6 @@ from wanforge.exporter.commands import synth
 
 DIT, VAE, TEXT = map(weights_name, ("dit", "vae", "text_encoder"))
 STEM = "onnx/fp32/stem.onnx"
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, args)))
-
-
-def succeeded(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def refused(*args: object, code: int = 1) -> str:

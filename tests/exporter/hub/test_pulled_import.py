@@ -5,19 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
+from tests.command_line import run
 from tests.exporter.hub.conftest import OWN, SHARED
 from tests.exporter.hub.stand_in import Hub
 from wanforge.api import import_checkpoint
-from wanforge.cli import cli
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import CheckpointError
 from wanforge.exporter.hub.pulled import default_folder, pulled_folders
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, arguments)))
 
 
 @pytest.fixture

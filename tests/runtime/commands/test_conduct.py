@@ -15,10 +15,9 @@ from typing import Any
 
 import imageio_ffmpeg
 import pytest
-from click.testing import CliRunner, Result
 
+from tests.command_line import run
 from tests.processes import ROOT, command, signalled, wait_until
-from wanforge.cli import cli
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.commands import scaling, suite
 from wanforge.runtime.commands import bench, generate, kernels, parity
@@ -26,10 +25,6 @@ from wanforge.runtime.pipeline import Pipeline
 
 PROMPT = "A red kite turns slowly over a windy beach."
 SMALL = ["--frames", "5", "--topk", "0.5", "--steps", "1"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from tests.command_line import run
 from wanforge.cli import cli
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
@@ -22,10 +23,6 @@ from wanforge.runtime.reference.sampler import gaussian
 BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
 SMALL = ["--frames", "5", "--topk", "0.5"]
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def lines(done: Result) -> list[dict[str, Any]]:

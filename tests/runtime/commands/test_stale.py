@@ -6,9 +6,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
 
-from wanforge.cli import cli
+from tests.command_line import run
 from wanforge.engines.bundle.bundle import Bundle
 
 SMALL = ["--frames", "1", "--steps", "1", "--topk", "1"]
@@ -18,10 +17,6 @@ COMMANDS = {
     "bench": ["--backend", "ort", "--repeats", "1", *SMALL],
     "build": ["--target", "sm_89", "--graph", "head", "--frames", "1"],
 }
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow

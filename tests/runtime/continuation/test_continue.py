@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from PIL import Image
 
-from wanforge.cli import cli
+from tests.command_line import run
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.runtime.continuation.beginning import beginning, frames_of_video
@@ -27,10 +26,6 @@ LEAVES_PIPES_OPEN = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 """For videos that are read: imageio-ffmpeg does not close the pipes of an ffmpeg that has ended."""
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def grey(*values: int) -> list[Frame]:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
+from tests.command_line import run
 from tests.runtime.lora.lora_files import lora, write
-from wanforge.cli import cli
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import sha256_of
 
@@ -21,10 +20,6 @@ SMALL = ["--backend", "torch", "--resolution", "96x64", "--frames", "1", "--step
 def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Path:
     shutil.copytree(bundle_of("tiny-t2v", "w8a8").root, tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
 
 
 @pytest.mark.slow

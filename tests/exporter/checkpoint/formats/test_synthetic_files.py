@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
+from tests.command_line import run, succeeded
 from tests.exporter.checkpoint.sources import DENSE, I2V, T2V, State, without
-from wanforge.cli import cli
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -30,16 +29,6 @@ from wanforge.exporter.commands.dry_run import quantises
 from wanforge.progress import silent
 
 PARTS = ("vae", "text_encoder", "tokenizer")
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(cli, list(map(str, args)))
-
-
-def succeeded(*args: object) -> Result:
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "_k" not in name])

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from torch import Tensor
 
+from tests.command_line import run
 from tests.numerics import assert_matches
-from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import DiTConfig, load_model
 from wanforge.configs.recipe import load_recipe
@@ -51,10 +50,6 @@ COST = LaunchCost("product", {"int8": 2 * 10**12}, 3 * 10**9, 10**9)
 
 on_cpu: Callable[[int], Draw] = partial(Draw, device=CPU, dtype=torch.float32)
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a GPU")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from wanforge.cli import cli
+from tests.command_line import run
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
@@ -37,10 +36,6 @@ BundleOf = Callable[[str, str], Bundle]
 PROMPT = "A red kite turns slowly over a windy beach."
 SHAPE = ClipShape(96, 64, 5)
 SMALL = ("--frames", 1, "--steps", 1)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
