@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.pipeline import Pipeline
@@ -38,15 +39,15 @@ class Seam:
     inside: float
 
 
-def check_continuable(pipeline: Pipeline) -> None:
+def check_continuable(model: ModelConfig) -> None:
     """Refuse models that cannot begin with a given frame.
 
     Raises:
         RequestError: It is a text-to-video model.
     """
-    if pipeline.model.task != "i2v":
+    if model.task != "i2v":
         raise RequestError(
-            f"{pipeline.model.name} makes clips from text alone; to continue a clip, give a bundle of an "
+            f"{model.name} makes clips from text alone; to continue a clip, give a bundle of an "
             "image-to-video model, such as tinywan-i2v"
         )
 
@@ -66,7 +67,7 @@ def continued(
     Raises:
         RequestError, ConfigError, ResourceError, BundleError: See `Pipeline.check`.
     """
-    check_continuable(pipeline)
+    check_continuable(pipeline.model)
     last = first
     for request in requests:
         frames = pipeline.make(replace(request, image=last), progress).frames

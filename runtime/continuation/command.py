@@ -81,6 +81,7 @@ def continue_(options: ContinueOptions) -> None:
       wanforge continue tinywan-i2v start.png --prompt "moving right" --prompt "moving down"
     """
     bundle = Bundle.open(options.bundle, stale_ok=options.stale_ok)
+    check_continuable(bundle.model)
     shape = options.shape(bundle.model)
     if shape.frames == 1:
         raise RequestError("a clip of 1 frame adds nothing to the one before; give --frames 5 or more")
@@ -93,7 +94,6 @@ def continue_(options: ContinueOptions) -> None:
     check_encoder(options.out, shape.width_px, shape.height_px, bundle.model.video.fps)
     with Bars() as bars:
         pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), [shape], bars)
-    check_continuable(pipeline)
     parts = [frames, *made(pipeline, requests, Image.fromarray(frames[-1]))]
     with video_writer(options.out, shape.width_px, shape.height_px, bundle.model.video.fps) as write:
         for part in parts:
