@@ -15,9 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import msgspec
@@ -30,12 +30,14 @@ from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, MakeC
 from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings
 from wanforge.runtime.service.store.base import JobStore
-from wanforge.runtime.service.workers.settings import Supervision, seats
+from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
 from wanforge.runtime.service.workers.status import obstacles, read_status
 from wanforge.runtime.service.workers.supervisor import store_of
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle moving right"
+MOST_CLIPS = 10_000
+"""The most that one command makes, and more than anybody waits for."""
 
 
 class Timed(Maker):
@@ -142,30 +144,74 @@ def at_once(store: JobStore, served: Served, clips: int) -> float:
     return clips / (time.time() - begun)
 
 
-def generated(bundle: Path, clips: int, workers: int, folder: Path) -> float:
-    """Clips per second of processes of `wanforge generate` that run side by side, by the clock, from the end of the
-    first clip of each, which loads what it needs, to the end of its last one."""
-    processes = []
-    for number, seat in enumerate(seats(workers)):
-        out = folder / f"{number}" / "clip.mp4"
+class Generators:
+    """Processes of `wanforge generate`, a worker's part of the machine each, which make clips only while they are let.
+
+    Args:
+        folder: Where the clips go.
+    """
+
+    def __init__(self, bundle: Path, workers: int, folder: Path) -> None:
+        self.made = 0
+        self._telling = Lock()
+        self._processes = [
+            self._start(bundle, seat, folder / str(number)) for number, seat in enumerate(seats(workers))
+        ]
+        self._readers = [Thread(target=self._count, args=(each,), daemon=True) for each in self._processes]
+        for reader in self._readers:
+            reader.start()
+
+    def _start(self, bundle: Path, seat: Seat, folder: Path) -> "subprocess.Popen[str]":
         command: list[Any] = [sys.executable, "-m", "wanforge.cli", "generate", bundle, "--prompt", PROMPT, "--json"]
-        command += ["--samples", 1 + clips // workers, "--out", out]
+        command += ["--samples", MOST_CLIPS, "--out", folder / "clip.mp4"]
         threads = {"OMP_NUM_THREADS": str(len(seat.processors)), "OMP_WAIT_POLICY": "PASSIVE"}
         process = subprocess.Popen(
-            [str(each) for each in command], env=environment() | threads, stdout=subprocess.PIPE, text=True
+            [str(each) for each in command],
+            env=environment() | threads,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
         )
         os.sched_setaffinity(process.pid, seat.processors)
-        processes.append(process)
-    with ThreadPoolExecutor(workers) as readers:
-        ends = list(readers.map(ends_of_clips, processes))
-    return sum((len(each) - 1) / (each[-1] - each[0]) for each in ends)
+        return process
 
-
-def ends_of_clips(process: "subprocess.Popen[str]") -> list[float]:
-    """When a process of `wanforge generate` has told of each of its clips."""
-    with process:
+    def _count(self, process: "subprocess.Popen[str]") -> None:
+        """Count the clips that a process tells of."""
         assert process.stdout is not None
-        return [time.monotonic() for _ in process.stdout]
+        for _ in process.stdout:
+            with self._telling:
+                self.made += 1
+
+    def __enter__(self) -> "Generators":
+        return self
+
+    def settle(self) -> None:
+        """Wait until all have what they need, and stop them."""
+        while self.made < 3 * len(self._processes):
+            assert all(each.poll() is None for each in self._processes), "a process of wanforge generate has ended"
+            time.sleep(0.1)
+        self._signal(signal.SIGSTOP)
+
+    def rate(self, seconds: float) -> float:
+        """Let them make clips for some time. Returns how many they made per second."""
+        before, begun = self.made, time.monotonic()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+        return (self.made - before) / (time.monotonic() - begun)
+
+    def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGKILL)
+        for process, reader in zip(self._processes, self._readers, strict=True):
+            process.wait()
+            reader.join()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Send a signal to all, and to the encoders that they have started."""
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
 
 def main() -> None:
@@ -188,7 +234,9 @@ def main() -> None:
             for what, seconds in one_by_one(store, served, options.clips).items():
                 print(f"{what}: median {1e3 * statistics.median(seconds):.1f} ms, most {1e3 * max(seconds):.1f} ms")
             print(f"{options.workers} workers: {at_once(store, served, options.clips):.2f} clips/s")
-        rate = generated(bundle, options.clips, options.workers, folder)
+        with Generators(bundle, options.workers, folder) as generators:
+            generators.settle()
+            rate = generators.rate(options.clips / 2)
         print(f"{options.workers} processes of wanforge generate: {rate:.2f} clips/s")
         store.close()
 

@@ -26,6 +26,7 @@ from wanforge.runtime.service.child.messages import (
     Channel,
     ChildReady,
     ChildUsage,
+    ClipBegun,
     ClipFailed,
     ClipStopped,
     MakeClip,
@@ -91,6 +92,7 @@ class Child:
 
     def _make(self, maker: Maker, order: MakeClip) -> None:
         self._told_stage = ""
+        self.channel.send(ClipBegun(order.ticket))
         try:
             made = maker.make(order, lambda stage, percent: self._report(order.ticket, stage, percent))
             self.channel.send(replace(made, loaded=maker.loaded(), usage=usage_of(maker)))

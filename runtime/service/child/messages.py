@@ -119,6 +119,12 @@ class Advance(Record, frozen=True, tag=True):
     percent: int
 
 
+class ClipBegun(Record, frozen=True, tag=True):
+    """The child has begun an attempt. If it ends before it says so, that says nothing of the job."""
+
+    ticket: str
+
+
 class ClipMade(Record, frozen=True, tag=True):
     """A clip is made.
 
@@ -157,7 +163,7 @@ class ClipStopped(Record, frozen=True, tag=True):
 
 
 ToChild = SetUp | MakeClip | StopClip | ReloadBundles | ShutDown
-ToSupervisor = ChildReady | Advance | ClipMade | ClipFailed | ClipStopped
+ToSupervisor = ChildReady | Advance | ClipBegun | ClipMade | ClipFailed | ClipStopped
 Message = TypeVar("Message")
 
 

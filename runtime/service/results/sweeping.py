@@ -42,17 +42,18 @@ def delete_orphans(storage: ObjectStorage, store: JobStore, grace_seconds: float
     return orphans
 
 
-def staging_name(lease_name: str) -> str:
-    """The name of the folder in which the child of a worker makes its clips."""
-    return lease_name.replace("/", "-")
+def staging_name(lease_name: str, attempt: str = "") -> str:
+    """The name of the folder in which the child of a worker makes a clip; without an attempt, what the names of all its
+    folders begin with."""
+    return f"{lease_name.replace('/', '-')}-{attempt}"
 
 
 def delete_unfinished(staging: Path, lease_names: Collection[str]) -> None:
     """Delete the files of clips that were not finished: those of some workers, which have ended, and whatever is old.
     Other services may be making clips in the same folder."""
     staging.mkdir(mode=0o700, parents=True, exist_ok=True)
-    before, ended = time.time() - GRACE_SECONDS, {staging_name(name) for name in lease_names}
+    before, ended = time.time() - GRACE_SECONDS, tuple(staging_name(name) for name in lease_names)
     for folder in staging.iterdir():
         with suppress(FileNotFoundError):
-            if folder.name in ended or folder.stat().st_mtime < before:
+            if folder.name.startswith(ended) or folder.stat().st_mtime < before:
                 shutil.rmtree(folder, ignore_errors=True)

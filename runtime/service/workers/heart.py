@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from threading import Event, Lock, Thread
 
 from wanforge.runtime.service.job import Job
@@ -37,6 +38,8 @@ class Attempt:
 
     Attributes:
         wake: Called when it is to stop.
+        folder: Where the child makes the clip.
+        has_begun: Whether the child has begun it.
         moved_at: When its progress was last heard of, and `beaten_at`, when its last heartbeat was sent; by the
             monotonic clock.
         stop: Why it is to stop, if it is.
@@ -46,6 +49,8 @@ class Attempt:
 
     job: Job
     wake: Callable[[], None]
+    folder: Path
+    has_begun: bool = False
     stage: str | None = None
     percent: int = 0
     moved_at: float = field(default_factory=time.monotonic)

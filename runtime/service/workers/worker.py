@@ -7,11 +7,11 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import msgspec
 
@@ -21,6 +21,7 @@ from wanforge.runtime.service.child.messages import (
     Advance,
     BundlePlace,
     ChildReady,
+    ClipBegun,
     ClipFailed,
     ClipMade,
     ClipStopped,
@@ -82,11 +83,13 @@ class Killed:
 
     Attributes:
         how: How it ended.
+        has_begun: Whether it had begun the clip before.
         was_hung: Whether it was killed because there was no progress.
         was_asked: Whether it was killed because it did not stop when it was asked to.
     """
 
     how: str
+    has_begun: bool = True
     was_hung: bool = False
     was_asked: bool = False
 
@@ -95,7 +98,8 @@ Outcome = ClipMade | ClipFailed | ClipStopped | Killed
 
 
 class ClipWorker(Thread):
-    """Serves one job after the other, with one child after the other.
+    """Serves one job after the other, with one child after the other. A clip is stored in another thread, while the
+    child makes the next one.
 
     Args:
         name: What people call it.
@@ -117,6 +121,9 @@ class ClipWorker(Thread):
         self._child: ChildProcess | None = None
         self._reloading: tuple[BundlePlace, ...] | None = None
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._telling = Lock()
+        self._storing = ThreadPoolExecutor(1, thread_name_prefix=f"{name} stores")
+        self._stored: Future[None] | None = None
 
     def run(self) -> None:
         try:
@@ -134,6 +141,7 @@ class ClipWorker(Thread):
                     log.exception("%s has failed.", self.name)
                     self._lose_child(f"the supervisor failed ({type(error).__name__})")
         finally:
+            self._storing.shutdown()
             if self._child is not None:
                 self._child.end()
             self._tell(state="ended", reason="the service ends", child=None)
@@ -225,29 +233,36 @@ class ClipWorker(Thread):
 
     def _serve(self, job: Job, child: ChildProcess) -> None:
         """Make the clip of a job, and settle what becomes of the job."""
-        attempt = Attempt(job, self.wake)
-        folder = self._folder
+        name = staging_name(self.lease_name, f"{job.id}-{job.attempt}")
+        attempt = Attempt(job, self.wake, self.shop.storage.staging() / name)
         self._tell(state="working", job=job.id)
         self.shop.heart.add(attempt)
         try:
-            with suppress(FileExistsError):
-                folder.mkdir(parents=True)
-            outcome = self._make(attempt, child, folder)
-            self._settle(attempt, outcome, folder)
+            attempt.folder.mkdir(parents=True, exist_ok=True)
+            outcome = self._make(attempt, child)
         except OSError as error:
             log.exception("%s cannot use its folder.", self.name)
-            self._reject(attempt, failure_of(error).failure)
+            outcome = ClipFailed(attempt.ticket, failure_of(error).failure, False)
+        if self._stored is not None:
+            self._stored.result()  # so that no more than one clip waits to be stored
+        self._stored = self._storing.submit(self._finish, attempt, outcome)
+        if not isinstance(outcome, ClipMade):
+            self._stored.result()
+        self._tell(job=None, **({} if self._child is None else {"state": "idle"}))
+
+    def _finish(self, attempt: Attempt, outcome: Outcome) -> None:
+        """Settle what becomes of a job, and delete the files of the attempt."""
+        try:
+            self._settle(attempt, outcome)
+        except Exception:  # the lease of the job runs out
+            log.exception("%s cannot settle %s.", self.name, attempt.job.id)
         finally:
             self.shop.heart.remove(attempt)
             self._discard(attempt.previews)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(attempt.folder, ignore_errors=True)
             self.shop.trace(attempt.traced)
-            if self._child is not None:
-                self._tell(state="idle", job=None)
-            else:
-                self._tell(job=None)
 
-    def _make(self, attempt: Attempt, child: ChildProcess, folder: Path) -> Outcome:
+    def _make(self, attempt: Attempt, child: ChildProcess) -> Outcome:
         """Let the child make a clip, and watch it."""
         job = attempt.job
         try:
@@ -261,12 +276,16 @@ class ClipWorker(Thread):
         self._warm.pop(job.bundle, None)  # what a bundle has recorded is of one shape, and goes for the next one's
         prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
         log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
-        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(folder)))
+        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(attempt.folder)))
         try:
             outcome = self._watch(attempt, child)
         except EndedError as error:
-            outcome = Killed(str(error))
+            outcome = Killed(str(error), has_begun=attempt.has_begun)
         match outcome:
+            case ClipMade(loaded=loaded):
+                self.breaker.succeeded()
+                self._warm = {bundle: shape for bundle, shape in self._warm.items() if bundle in loaded}
+                self._warm[job.bundle] = job.shape
             case Killed(how, was_asked=was_asked):
                 self._lose_child(how, counts=not was_asked)
             case ClipFailed(_, failure, is_last=True):
@@ -299,6 +318,8 @@ class ClipWorker(Thread):
     def _heard(self, attempt: Attempt, message: ToSupervisor | None) -> Outcome | None:
         """Take a message of the child; return it if it ends the attempt."""
         match message:
+            case ClipBegun(ticket) if ticket == attempt.ticket:
+                attempt.has_begun = True
             case Advance(ticket, stage, percent) if ticket == attempt.ticket:
                 if stage.startswith(PREVIEW):
                     self._show(attempt, int(stage.removeprefix(PREVIEW)))
@@ -311,35 +332,30 @@ class ClipWorker(Thread):
         """Store the picture of what a step predicts. The clip goes on without it if it cannot be stored."""
         name = preview_name(attempt.job, step)
         with suppress(StorageError, OSError):
-            self.shop.storage.put(name, (self._folder / STILL).read_bytes())
+            self.shop.storage.put(name, (attempt.folder / STILL).read_bytes())
             attempt.previews.append(name)
 
-    @property
-    def _folder(self) -> Path:
-        """Where the child makes the clip of the running job."""
-        return self.shop.storage.staging() / staging_name(self.lease_name)
-
-    def _settle(self, attempt: Attempt, outcome: Outcome, folder: Path) -> None:
+    def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
         """Tell the store what became of an attempt."""
         match outcome:
             case ClipMade():
-                self._complete(attempt, outcome, folder)
+                self._complete(attempt, outcome)
             case ClipFailed(_, failure, _):
                 self._reject(attempt, failure)
-            case ClipStopped() | Killed(was_asked=True):
+            case ClipStopped() | Killed(was_asked=True) | Killed(has_begun=False):
                 self._give_back(attempt)
             case Killed(_, was_hung=True):
                 self._lose(attempt, Failure("worker_hung", f"the clip was given up: {outcome.how}"))
             case Killed():
                 self._lose(attempt, None)
 
-    def _complete(self, attempt: Attempt, made: ClipMade, folder: Path) -> None:
+    def _complete(self, attempt: Attempt, made: ClipMade) -> None:
         """Store the files of a clip and complete its job."""
         attempt.traced.note_made(made)
         objects = {variant: new_name(Path(file).suffix) for variant, file in made.files.items()}
         try:
             with ThreadPoolExecutor(len(objects)) as pool:  # a disk syncs several files in the time of one
-                list(pool.map(self._store, objects.values(), [folder / file for file in made.files.values()]))
+                list(pool.map(self._store, objects.values(), [attempt.folder / file for file in made.files.values()]))
         except StorageError as error:
             self._discard(objects.values())
             self._reject(attempt, Failure(error.code, str(error)))
@@ -350,11 +366,8 @@ class ClipWorker(Thread):
             if is_done is False:
                 self._discard(objects.values())
             return
-        self.breaker.succeeded()
-        self._warm = {bundle: shape for bundle, shape in self._warm.items() if bundle in made.loaded}
-        self._warm[job.bundle] = job.shape
         self._count(attempt, "completed")
-        self.status = self.status.with_times(kind_of(job), made.stages)
+        self._change(lambda status: status.with_times(kind_of(job), made.stages))
         self._tell(last_good_at=time.time(), loaded=made.loaded, usage=made.usage)
         log.info("%s completed %s.", self.name, job.id, extra={"job": job.id, "seconds": made.stages})
 
@@ -418,7 +431,7 @@ class ClipWorker(Thread):
     def _count(self, attempt: Attempt, outcome: str) -> None:
         """Note how an attempt ended."""
         attempt.traced.outcome = outcome
-        self.status = self.status.with_outcome(outcome)
+        self._change(lambda status: status.with_outcome(outcome))
 
     def _surely(self, change: Callable[[], bool]) -> bool | None:
         """Make a change in the store, and try again for as long as the store cannot be used. Until then the lease runs
@@ -436,8 +449,13 @@ class ClipWorker(Thread):
                     return None
 
     def _tell(self, **changes: object) -> None:
-        """Change the status."""
-        self.status = msgspec.structs.replace(self.status, **changes)
+        """Change what the status says."""
+        self._change(lambda status: msgspec.structs.replace(status, **changes))
+
+    def _change(self, change: Callable[[WorkerStatus], WorkerStatus]) -> None:
+        """Change the status, which two threads do."""
+        with self._telling:
+            self.status = change(self.status)
 
 
 def kind_of(job: Job) -> ClipKind:

@@ -27,6 +27,13 @@ class Seen:
     events: int = 0
     late: list[float] = field(default_factory=list)
 
+    def add(self, other: "Seen") -> None:
+        """Take what others have seen as well."""
+        self.seconds += other.seconds
+        self.wrong += other.wrong
+        self.events += other.events
+        self.late += other.late
+
 
 def share(seconds: list[float], part: float) -> float:
     """What this part of some times is at most."""

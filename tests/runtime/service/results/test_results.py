@@ -194,7 +194,9 @@ def test_results_cannot_be_kept_in_an_unknown_kind_of_storage(tmp_path: Path, mo
 
 def test_clips_that_another_service_is_making_are_left_alone(tmp_path: Path) -> None:
     staging = FolderStorage(tmp_path / "results", least_free=0).staging()
-    own, other, old = (staging / name for name in ("host-worker 0-aa", "host-worker 0-bb", "host-worker 0-cc"))
+    own, other, old = (
+        staging / name for name in ("host-worker 0-aa-job-1", "host-worker 0-bb-job-1", "host-worker 0-cc-job-1")
+    )
     for folder in (own, other, old):
         folder.mkdir()
         (folder / "video.mp4").write_bytes(b"clip")

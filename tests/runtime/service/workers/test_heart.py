@@ -35,7 +35,7 @@ def test_heartbeats_outlive_news_that_cannot_be_opened(
 ) -> None:
     store: Any = open_store(tmp_path / "jobs.sqlite")
     store.submit(submission())
-    attempt = Attempt(claimed(store), lambda: None)
+    attempt = Attempt(claimed(store), lambda: None, tmp_path)
     failing_at_first(monkeypatch, error)
     heart = Heart(store, QUICK)
     heart.add(attempt)

@@ -86,10 +86,44 @@ def test_a_killed_child_costs_an_attempt(rig: Rig) -> None:
 
 def test_a_child_that_is_killed_while_idle_costs_nothing(rig: Rig) -> None:
     with working(rig):
-        before = rig.child.pid
-        rig.child.kill()
-        assert rig.completed(rig.submit("good")).lost == 0
-        assert rig.has_lost(before)
+        child = rig.child
+        child.suspend()
+        job = rig.submit("good")  # which the supervisor gives to the child before it can see that it ends
+        rig.wait(lambda: rig.job(job).state is State.IN_PROGRESS)
+        child.kill()
+        assert (rig.completed(job).attempt, rig.job(job).lost) == (2, 0)
+        assert rig.has_lost(child.pid)
+
+
+def test_a_clip_is_stored_while_the_next_one_is_made(rig: Rig) -> None:
+    rig.prelude = f"""
+import pathlib, time
+from wanforge.runtime.service.results.folder import FolderStorage
+held, add = pathlib.Path({str(rig.folder)!r}) / "held", FolderStorage.add
+def wait(storage, name, path):
+    while held.exists():
+        time.sleep(0.01)
+    add(storage, name, path)
+FolderStorage.add = wait
+"""
+    (rig.folder / "held").touch()
+    rig.changes["times"] = msgspec.structs.replace(QUICK, grace=30.0)
+    with working(rig):
+        stored, made, waiting = (rig.submit(word) for word in ("good", "sleep 0.2", "good"))
+        rig.running(made)
+        assert rig.job(stored).state is State.IN_PROGRESS
+        assert settled(lambda: rig.job(waiting).state is State.QUEUED, 1.5)  # one clip at a time, beyond its lease
+        assert len(list(rig.storage.staging().iterdir())) == 2
+        rig.supervisor.send_signal(signal.SIGTERM)
+        assert settled(lambda: rig.supervisor.poll() is None, 1.0)
+        (rig.folder / "held").unlink()
+        assert rig.supervisor.wait(30) == 0
+        assert [rig.job(each).state for each in (stored, made, waiting)] == [
+            State.COMPLETED,
+            State.COMPLETED,
+            State.QUEUED,
+        ]
+        assert list(rig.storage.staging().iterdir()) == []
 
 
 def test_a_child_that_hangs_is_killed(rig: Rig) -> None:

@@ -46,7 +46,7 @@ def finish(worker: ClipWorker, folder: Path) -> str:
     )
     worker.shop.store.submit(submission(request=msgspec.to_builtins(asked)))
     job = claimed(store)
-    worker._settle(Attempt(job, lambda: None), MADE, folder)
+    worker._settle(Attempt(job, lambda: None, folder), MADE)
     return job.id
 
 
@@ -121,10 +121,10 @@ def test_a_worker_goes_on_after_its_news_could_not_be_opened(
     assert worker.status.state == "ended"
 
 
-def test_a_cold_worker_leaves_a_new_job_to_an_idle_one_that_is_warm_for_it(worker: ClipWorker, tmp_path: Path) -> None:
+def test_a_cold_worker_leaves_a_new_job_to_an_idle_one_that_is_warm_for_it(worker: ClipWorker) -> None:
     cold = ClipWorker("worker 1", worker.shop, worker.seat, (BundlePlace(BUNDLE, ""),))
     worker.bundles, worker.lease_name, cold.lease_name = cold.bundles, "warm", "cold"
-    finish(worker, tmp_path)
+    worker._warm = {BUNDLE: submission().shape}
     news = worker.shop.store.news()
     child: Any = SimpleNamespace(receive=lambda seconds: None)
     worker._child = cold._child = child
