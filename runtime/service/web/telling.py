@@ -11,6 +11,9 @@ from wanforge.runtime.service.web.state import Service
 
 SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 20_000
 """How long clients should wait between two looks: while a job runs, and at least and at most while it is queued."""
+PATIENCE, GUESS = 0.75, 0.5
+"""The part of the time until a queued job is done after which it is worth looking again, because that time is known to
+some ten percent; and the part of what it has waited, where nothing is known."""
 
 
 def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
@@ -68,7 +71,7 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
 
 
 def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
-    """When a client should look again: after half of the time that a queued job is expected to take yet, or of what
+    """When a client should look again: after a part of the time that a queued job is expected to take yet, or of what
     it has waited, where nothing is expected; sooner or later by a tenth, so that not all come at the same moment.
 
     Args:
@@ -77,8 +80,8 @@ def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
     spread = random.uniform(0.9, 1.1)
     if job.state is State.IN_PROGRESS:
         return int(spread * SOON_MS)
-    seconds = time.time() - job.created_at if expected_seconds is None else expected_seconds
-    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds / 2)))
+    seconds = GUESS * (time.time() - job.created_at) if expected_seconds is None else PATIENCE * expected_seconds
+    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds)))
 
 
 def whole(seconds: float | None) -> int | None:

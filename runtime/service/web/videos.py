@@ -139,10 +139,14 @@ async def listed(
 async def retrieve(request: Request, response: Response, video_id: JobId, caller: Reader) -> Video:
     """A video as it is now. The header `openai-poll-after-ms` says when it is worth looking again."""
     service = service_of(request)
-    if service.store.answers_at_once and service.outlook.has_place(video_id):
-        job, video = looked_at(service, caller, video_id)  # in less time than another thread takes to begin
+    if service.store.answers_at_once:  # in less time than another thread takes to begin
+        job = found(service, caller, video_id)
     else:
-        job, video = await service.reading(looked_at, service, caller, video_id)
+        job = await service.reading(found, service, caller, video_id)
+    if service.store.answers_at_once and (job.state is not State.QUEUED or service.outlook.has_place(video_id)):
+        video = told(service, job)
+    else:
+        video = await service.reading(told, service, job)
     response.headers["openai-poll-after-ms"] = str(poll_after_ms(job, video.estimated_seconds))
     return video
 
@@ -177,12 +181,6 @@ def found(service: Service, caller: ApiKey, video_id: str) -> Job:
         ApiError: There is none.
     """
     return seen_by(caller, service.store.get(video_id), named(video_id))
-
-
-def looked_at(service: Service, caller: ApiKey, video_id: str) -> tuple[Job, Video]:
-    """A job that the caller may see, and what there is to tell of it."""
-    job = found(service, caller, video_id)
-    return job, told(service, job)
 
 
 def named(video_id: str) -> str:

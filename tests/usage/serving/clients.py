@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVE = ("queued", "in_progress")
+ARRIVAL_SECONDS = 5.0
+"""The time in which many clients arrive."""
 
 
 @dataclass
@@ -88,14 +90,17 @@ async def keep_time(seen: Seen, until: float) -> None:
 
 
 async def crowd(port: int, jobs: Sequence[str], followed: Sequence[str], pollers: int, seconds: float) -> Seen:
-    """Let pollers look at jobs, each at jobs of its own, while others follow events, and stop after some time."""
+    """Let pollers look at jobs, each at jobs of its own, while others follow events, and stop after some time. They
+    come one after the other, in `ARRIVAL_SECONDS`."""
     seen, until = Seen(), time.monotonic() + seconds
-    following = [asyncio.create_task(follow(port, job, seen)) for job in followed]
+    following, streams = list[asyncio.Task[None]](), list(followed)
     async with asyncio.TaskGroup() as group:
         group.create_task(keep_time(seen, until))
         for place in range(pollers):
             group.create_task(poll(port, list(jobs[place::pollers]), seen, until, rests=True))
-            await asyncio.sleep(1.0 / pollers)  # nobody starts two hundred clients at once
+            if place * len(followed) >= len(following) * pollers and streams:
+                following.append(asyncio.create_task(follow(port, streams.pop(0), seen)))
+            await asyncio.sleep(ARRIVAL_SECONDS / pollers)
     for each in following:
         each.cancel()
     await asyncio.gather(*following, return_exceptions=True)

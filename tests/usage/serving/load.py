@@ -333,7 +333,7 @@ def load(seconds: float, clips: int) -> Measured:
                     generators.settle()
                 pace(server, generators, measured, seconds / 2)
                 jobs = under_load(server, generators, measured, seconds)
-            memory(server, jobs, measured, 5 * seconds)
+            memory(server, jobs, measured, 4 * seconds)
             restart(server, measured)
             cancel_all(server)
     load_after = os.getloadavg()[0]
@@ -346,7 +346,7 @@ def load(seconds: float, clips: int) -> Measured:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the service under load.")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long many clients look in each turn")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long many clients look in each turn")
     parser.add_argument("--clips", type=int, default=48, help="clips that are timed one by one")
     parser.add_argument("--markdown", type=Path, help="file for the table")
     options = parser.parse_args()
