@@ -11,7 +11,9 @@ import msgspec
 from PIL import Image
 
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.model import ModelConfig
+from wanforge.configs.hub import hub_model
+from wanforge.configs.loading import named
+from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import Target, load_targets
 from wanforge.engines.build import EngineOptions, build_engines
@@ -33,7 +35,7 @@ from wanforge.whole_file import temporary_folder
 RECIPE = "w8a8"
 ENDLESS_GIB = 1e6
 """The memory of an imaginary GPU on which everything stays resident."""
-QUADRATIC = ("attention + quantise", "pool q, block scores")
+QUADRATIC = ("attention + quantise", "pool q, block scores", "full attention")
 """The launches of a layer whose work grows with the square of the number of tokens."""
 
 
@@ -76,6 +78,7 @@ class Scaling:
     """All predictions.
 
     Attributes:
+        own: Models with their own clips, steps and top-k.
         memories: By model and by ascending number of tokens; empty if no engines can be built here.
         missing: Why no engines can be built here.
     """
@@ -83,6 +86,7 @@ class Scaling:
     targets: Mapping[str, Target]
     points: Sequence[ScalingPoint]
     memories: Sequence[ClipMemory]
+    own: Sequence[ScalingPoint] = ()
     missing: str = ""
 
 
@@ -114,13 +118,28 @@ def predict(
             if library is not None:
                 export(bundle, ["bf16"])
                 memories += memories_of(bundle, ordered, targets, library, progress)
-    return Scaling(targets, points, memories, missing)
+    return Scaling(targets, points, memories, own_points(published_models(), targets), missing)
+
+
+def published_models() -> list[ModelConfig]:
+    """The models whose files can be pulled."""
+    return [load_model(name) for name in named("models") if hub_model(name) is not None]
+
+
+def own_points(models: Iterable[ModelConfig], targets: Mapping[str, Target]) -> list[ScalingPoint]:
+    """Predict the time of each model's own clip, with its own number of steps and its own attention."""
+    points = []
+    for model in models:
+        with temporary_folder() as folder:
+            bundle = skeleton(folder, model, model.fitted(load_recipe(RECIPE)))
+            points += points_of(bundle, model.video.clip, [None], targets)
+    return points
 
 
 def points_of(
-    bundle: Bundle, clip: ClipShape, topks: Sequence[float], targets: Mapping[str, Target]
+    bundle: Bundle, clip: ClipShape, topks: Sequence[float | None], targets: Mapping[str, Target]
 ) -> list[ScalingPoint]:
-    """Predict the time of a clip at each top-k."""
+    """Predict the time of a clip at each top-k, or at the model's own where that is None."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
     image = Image.new("RGB", (1, 1)) if bundle.model.task == "i2v" else None  # what it shows costs nothing
@@ -135,7 +154,7 @@ def points_of(
         denoise = next(iter(stages.values()))["denoise"]
         growing = sum(cost.total_flops for cost in denoise if cost.name in QUADRATIC)
         share = growing / sum(cost.total_flops for cost in denoise)
-        points.append(ScalingPoint(bundle.model.name, clip, topk, costs, share))
+        points.append(ScalingPoint(bundle.model.name, clip, bundle.model.topk if topk is None else topk, costs, share))
     return points
 
 

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import load_model
 from wanforge.exporter.studies.scaling import ClipMemory, Scaling, ScalingPoint
 from wanforge.runtime.measure.cost.memory import MemoryReport
 from wanforge.runtime.measure.page import Plot, Series, picture_of
@@ -23,19 +24,8 @@ Table = tuple[list[str], list[list[str]]]
 def as_json(scaling: Scaling) -> dict[str, Any]:
     """The predictions as plain values, in bytes and seconds."""
     return {
-        "points": [
-            {
-                "model": point.model,
-                **clip_facts(point.clip),
-                "topk": point.topk,
-                "quadratic_share": point.quadratic,
-                "costs": {
-                    gpu: {stage: each.as_json() for stage, each in stages.items()}
-                    for gpu, stages in point.costs.items()
-                },
-            }
-            for point in scaling.points
-        ],
+        "points": [point_facts(point) for point in scaling.points],
+        "own": [point_facts(point) for point in scaling.own],
         "memory": [
             {
                 "model": memory.model,
@@ -48,6 +38,12 @@ def as_json(scaling: Scaling) -> dict[str, Any]:
         ],
         "missing": scaling.missing,
     }
+
+
+def point_facts(point: ScalingPoint) -> dict[str, Any]:
+    costs = {gpu: {stage: each.as_json() for stage, each in stages.items()} for gpu, stages in point.costs.items()}
+    attention = {"topk": point.topk, "quadratic_share": point.quadratic}
+    return {"model": point.model, **clip_facts(point.clip), **attention, "costs": costs}
 
 
 def label(scaling: Scaling, model: str) -> str:
@@ -92,6 +88,19 @@ def rooflines_table(scaling: Scaling) -> Table:
         rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
         rows.append([label(scaling, point.model), *clip_cells(point.clip), *rooflines])
     return ["", *CLIP, *scaling.targets], rows
+
+
+def own_table(scaling: Scaling) -> Table:
+    """The roofline of the denoiser of every published model, for its own clip, on every GPU."""
+    rows = []
+    for point in scaling.own:
+        model = load_model(point.model)
+        attention = f"top-k {point.topk:g}" if model.dit.sparse else "full"
+        rooflines = [number(point.costs[gpu]["denoise"].roofline) for gpu in scaling.targets]
+        size, _, tokens = clip_cells(point.clip)
+        facts = [point.model, attention, size, tokens, str(model.sampler.steps), f"{point.quadratic:.0%}"]
+        rows.append([*facts, *rooflines])
+    return ["", "attention", "size", "tokens", "steps", "quadratic", *scaling.targets], rows
 
 
 def vae_table(scaling: Scaling, stage: str = "decode") -> Table:
@@ -223,6 +232,8 @@ def text(scaling: Scaling) -> str:
         "predicted, not measured: rooflines at the vendors' peaks",
         "denoiser, seconds",
         text_table(*rooflines_table(scaling)),
+        "denoisers of all published models with their own clips, seconds",
+        text_table(*own_table(scaling)),
         "VAE decoder, seconds",
         text_table(*vae_table(scaling)),
         *(["VAE encoder, seconds", text_table(*encoder)] if (encoder := vae_table(scaling, "encode"))[1] else []),
@@ -240,8 +251,8 @@ def page(scaling: Scaling) -> str:
     parts = [
         "# How time and memory grow",
         f"Written by `{COMMAND}`, which takes minutes and needs no GPU. Do not edit. **Everything here is predicted, "
-        "nothing is measured.** The models' own clips have 81 frames (five seconds); this page does not say whether "
-        "longer clips look right.",
+        "nothing is measured.** The models' own clips have 77 or 81 frames (five seconds); this page does not say "
+        "whether longer clips look right.",
         "Times are rooflines: the time that the operations and bytes of every launch take at the vendor's peaks, with "
         "each tensor counted once, for W8A8 with SageSLA and four steps. Nothing can be faster; "
         "[kernels.md](kernels.md) predicts how much longer the kernels take. The text encoder and the writing of the "
@@ -256,6 +267,11 @@ def page(scaling: Scaling) -> str:
         "## Denoiser, all steps",
         f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",
         markdown_table(*rooflines_table(scaling), words=2),
+        "## All published models",
+        "Rooflines in seconds of all steps of the denoiser, each model with its own clip, its own number of "
+        "steps and its own attention, with W8A8. *Quadratic* is the share of the operations that grows with "
+        "the square of the number of tokens.",
+        markdown_table(*own_table(scaling), words=3),
         "## VAE decoder",
         "Rooflines in seconds, in bf16; they are the same for all models and almost proportional to the number of "
         "pixels.",

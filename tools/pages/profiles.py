@@ -28,6 +28,7 @@ from wanforge.runtime.measure.machine_code.rates import gpus_of, load_rates
 from wanforge.whole_file import write_atomically
 
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+DENSE = "rcm-wan2.1-t2v-1.3b-480p"
 OTHER_CODE = ("keys, values", "select")
 """Launches whose kernels are unrolled for the number of tokens, so the large model's are profiled as well."""
 PROCESSES = 2
@@ -37,7 +38,7 @@ def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
     """The launches to profile on every architecture, with the model's width and their costs. Those that several recipes
     have are taken from the first."""
     seen = set()
-    for name, recipe in product((SMALL, LARGE), ("w8a8", "fp8-row")):
+    for name, recipe in product((SMALL, LARGE, DENSE), ("w8a8", "fp8-row")):
         workload = published_workload(name, text_rows=USUAL_TEXT_ROWS, recipe_name=recipe)
         for sm in architectures():
             if sm < workload.recipe.first_sm:
@@ -45,7 +46,7 @@ def recorded() -> Iterator[tuple[str, LaunchCost, Launch]]:
             found = launches(workload.model, workload.recipe, sm)
             for cost, launch in zip(named_launches(workload), found, strict=True):
                 key = workload.D, sm, cost.name
-                if (name == SMALL or cost.name in OTHER_CODE) and key not in seen:
+                if (name != LARGE or cost.name in OTHER_CODE) and key not in seen:
                     seen.add(key)
                     yield str(workload.D), cost, launch
     yield from recorded_decoder(load_model(SMALL))

@@ -21,19 +21,20 @@ from wanforge.runtime.measure.cost.launches import (
     quantised,
     scales,
 )
-from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, head, stem, time
+from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, full_attention, head, stem, time
 
 
 def fused_block(w: Workload) -> BlockLaunches:
-    """One block: with W8A8 linears by tile 18 launches. Only what must passes through memory between them: inputs of
-    linears in 8 bits, and bf16 where attention, or a norm over the whole width, needs every column first."""
+    """One block: with W8A8 linears by tile and sparse attention 18 launches. Only what must passes through memory
+    between them: inputs of linears in 8 bits, and bf16 where attention, or a norm over the whole width, needs every
+    column first."""
     linears = ScaledLaunches(w) if w.recipe.linear == "fp8-row" else TileLaunches(w)
     return {
         "norm 1": linears.norm("norm"),
         "q, k, v": linears.project("q, k, v", weights=3),
         "RMS norm, RoPE": [_rms_norm("rotate q, k", w, tensors=2, angles=FP32 * w.L * HEAD_DIM)],
-        "keys and values": [_statistics(w), _keys_values(w), _linear_state(w)],
-        "selection": [_scores(w), _select(w)],
+        "keys and values": [_statistics(w), _keys_values(w), _linear_state(w)] if w.recipe.is_sparse else [],
+        "selection": [_scores(w), _select(w)] if w.recipe.is_sparse else [],
         "attention": linears.attention(),
         "o": linears.add("o", w.D),
         "cross-attention": [
@@ -61,6 +62,8 @@ class TileLaunches:
         return [_norm_quantise(f"{name} + quantise", self.w)]
 
     def attention(self) -> list[LaunchCost]:
+        if not self.w.recipe.is_sparse:
+            return [full_attention(self.w), _quantise("quantise", self.w)]
         return [_attention("attention + quantise", self.w, quantised(self.w.L, self.w.D))]
 
     def cross_attention(self) -> list[LaunchCost]:
@@ -90,7 +93,10 @@ class ScaledLaunches:
         return [_quantise_rows("quantise by rows", self.w, self.w.D)]
 
     def attention(self) -> list[LaunchCost]:
-        return [_attention("attention", self.w, BF16 * self.w.stream), *self.pack()]
+        attend = (
+            _attention("attention", self.w, BF16 * self.w.stream) if self.w.recipe.is_sparse else full_attention(self.w)
+        )
+        return [attend, *self.pack()]
 
     def cross_attention(self) -> list[LaunchCost]:
         return [_cross_attention("cross attention", self.w, BF16 * self.w.stream), *self.pack()]
@@ -142,6 +148,11 @@ def _rms_norm(name: str, w: Workload, *, tensors: int, angles: int = 0) -> Launc
     moved = tensors * BF16 * w.stream
     run = KernelRun(tensors * cdiv(w.L, RMS_ROWS), (), (True,), w.D)
     return LaunchCost(name, {}, moved + tensors * FP32 * w.D + angles, moved, run=run)
+
+
+def _quantise(name: str, w: Workload) -> LaunchCost:
+    run = KernelRun(cdiv(w.L, TILE) * w.D // TILE, (), (True,), w.D)
+    return LaunchCost(name, {}, BF16 * w.stream, quantised(w.L, w.D), run=run)
 
 
 def _quantise_rows(name: str, w: Workload, columns: int) -> LaunchCost:

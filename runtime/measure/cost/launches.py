@@ -1,6 +1,6 @@
 """What kernel launches cost: their operations, their bytes, and the roofline that a GPU's peak speeds set.
 
-All of it is plain arithmetic, for the published precision (W8A8 linears and SageSLA) or linears in fp8, and one sample.
+All of it is plain arithmetic, for one sample, with linears in W8A8 or fp8, and with SageSLA or full attention.
 `unfused` and `fused` list the launches of a denoiser; docs/kernels.md shows them side by side.
 
 Each tensor is counted once per launch, which is the least that can be moved. Operations are those of matrix products,
@@ -146,10 +146,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 def is_counted(recipe: Recipe) -> bool:
-    """Whether the launches of a recipe are listed, as an architecture runs it: fp8 linears need fp8 in attention."""
-    if recipe.attention != "sagesla":
+    """Whether the launches of a recipe are listed, as an architecture runs it: with fp8 linears, sparse attention needs
+    fp8 as well."""
+    if recipe.attention not in ("sagesla", "dense"):
         return False
-    return recipe.linear == "w8a8" or (recipe.linear == "fp8-row" and recipe.pv == "fp8")
+    return recipe.linear == "w8a8" or (recipe.linear == "fp8-row" and (recipe.pv == "fp8" or not recipe.is_sparse))
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Workload:
     """One model making one clip.
 
     Attributes:
-        num_selected: Key blocks per query block.
+        num_selected: Key blocks per query block, where attention is sparse.
         text_rows: Rows of text that cross-attention sees.
     """
 
@@ -171,7 +172,7 @@ class Workload:
         if not is_counted(self.recipe):
             raise ConfigError(
                 f"launches of recipe {self.recipe.name!r} are not counted for {self.model.name}, where it has "
-                f"{self.recipe.attention} attention; only w8a8 or fp8-row linears with sagesla are"
+                f"{self.recipe.attention} attention; only w8a8 or fp8-row linears with sagesla or dense are"
             )
 
     @property
@@ -227,6 +228,11 @@ class Workload:
         return 2 * self.L * self.num_selected * self.recipe.block_k * self.D
 
     @property
+    def full_flops(self) -> int:
+        """Operations of attention from all tokens to all tokens."""
+        return 4 * self.L * self.stream
+
+    @property
     def state_flops(self) -> int:
         """Operations of multiplying every head of every token by a 128x128 matrix."""
         return 2 * self.stream * HEAD_DIM
@@ -238,8 +244,8 @@ class Workload:
 
 def published_workload(name: str, *, text_rows: int, recipe_name: str = "w8a8") -> Workload:
     """The workload of a published model with its own clip and top-k."""
-    model, recipe = load_model(name), load_recipe(recipe_name)
-    shape = model.video.clip
+    model = load_model(name)
+    recipe, shape = model.fitted(load_recipe(recipe_name)), model.video.clip
     return Workload(model, shape, recipe, num_selected(recipe, shape, model.topk), text_rows)
 
 

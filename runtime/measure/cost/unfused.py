@@ -30,9 +30,9 @@ def unfused_block(w: Workload) -> BlockLaunches:
         "norm 1": _norm(x) + _modulate(x),
         "q, k, v": [launch for name in "qkv" for launch in _linear(name, w.L, w.D, w.D)],
         "RMS norm, RoPE": [launch for name in "qk" for launch in [_rms_norm(name, x), *_rotate(name, x)]],
-        "keys and values": _keys_values(w),
-        "selection": _selection(w),
-        "attention": _attention(w),
+        "keys and values": _keys_values(w) if w.recipe.is_sparse else [],
+        "selection": _selection(w) if w.recipe.is_sparse else [],
+        "attention": _attention(w) if w.recipe.is_sparse else [full_attention(w)],
         "o": [*_linear("o", w.L, w.D, w.D), sweep("gate", x, BF16, BF16), _add("residual", x)],
         "cross-attention": [
             *_norm(x),
@@ -148,6 +148,11 @@ def _attention(w: Workload) -> list[LaunchCost]:
         _add("sum of branches", x),
         sweep("tokens first", x, BF16, BF16),
     ]
+
+
+def full_attention(w: Workload) -> LaunchCost:
+    """Attention from all tokens to all tokens, which a library computes."""
+    return LaunchCost("full attention", {"bf16": w.full_flops}, 3 * BF16 * w.stream, BF16 * w.stream)
 
 
 def cross_keys_values(w: Workload, rows: int) -> list[LaunchCost]:

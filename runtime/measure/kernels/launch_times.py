@@ -21,7 +21,6 @@ from wanforge.runtime.measure.cost.launches import (
     LaunchCost,
     Workload,
     all_launches,
-    is_counted,
 )
 from wanforge.runtime.measure.cost.prediction import Prediction, known_profile, predicted, prediction_of, usage_of
 from wanforge.runtime.measure.machine_code.profiles import Profile, Usage, profiles
@@ -109,13 +108,9 @@ def block_times(
     folder: Path,
     cubins: Iterable[Cubin],
 ) -> list[LaunchTime]:
-    """Every launch of one block of some models, each with its clip, on some GPUs; see `BlockTimes`.
-
-    Models whose launches are not counted, those with full attention, are left out beside others.
-    """
-    found, targets, known = BlockTimes(folder, cubins), list(gpus), list(models)
-    counted = [(model, shape) for model, shape in known if is_counted(model.fitted(recipe))] or known
-    return [time for model, shape in counted for gpu in targets for time in found.of_block(model, recipe, shape, gpu)]
+    """Every launch of one block of some models, each with its clip, on some GPUs; see `BlockTimes`."""
+    found, targets = BlockTimes(folder, cubins), list(gpus)
+    return [time for model, shape in models for gpu in targets for time in found.of_block(model, recipe, shape, gpu)]
 
 
 def times_table(times: Sequence[LaunchTime]) -> str:

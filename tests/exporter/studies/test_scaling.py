@@ -18,13 +18,14 @@ from wanforge.engines.build import EngineOptions
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.exporter.studies import scaling as scaling_module
-from wanforge.exporter.studies.scaling import Scaling, predict
+from wanforge.exporter.studies.scaling import Scaling, predict, published_models
 from wanforge.exporter.studies.scaling_report import (
     growth,
     growth_table,
     half_point,
     label,
     memory_table,
+    own_table,
     page,
     rooflines_table,
     text,
@@ -74,6 +75,20 @@ def test_rooflines_are_those_of_the_launches_counted_one_by_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_a_builder")
+def test_every_published_model_has_a_row_for_its_own_clip() -> None:
+    header, rows = own_table(made())
+    assert [row[0] for row in rows] == [model.name for model in published_models()]
+    of = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    sparse, full = of[SMALL], of["rcm-wan2.1-t2v-1.3b-480p"]
+    assert (sparse["attention"], full["attention"]) == ("top-k 0.1", "full")
+    assert (sparse["tokens"], full["tokens"]) == ("32,760", "31,200")
+    assert full["quadratic"] > "60%" > sparse["quadratic"]
+    counted = seconds(fused_request(published_workload("rcm-wan2.1-t2v-1.3b-480p", text_rows=32), 4), GPUS["h100"])
+    assert float(full["h100"]) == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_a_builder")
 def test_the_law_of_growth_is_linear_plus_quadratic() -> None:
     short, short_dense, long, long_dense = made().points
     for one, other in ((short, long), (short_dense, long_dense)):
@@ -105,7 +120,7 @@ def test_the_page_calls_predictions_predictions_and_says_what_is_left_out() -> N
 def test_the_document_is_what_the_code_says() -> None:
     document = (Path(__file__).parents[3] / "docs" / "scaling.md").read_text()
     found = predict([load_model(LARGE)], [ClipShape(1280, 720, 81)], [0.1, 0.05, 0.2, 1.0], load_targets())
-    for header, rows in (rooflines_table(found), vae_table(found), growth_table(found)):
+    for header, rows in (rooflines_table(found), vae_table(found), growth_table(found), own_table(found)):
         line = markdown_table(header, rows).splitlines()[2]
         assert f"\n{line}\n" in document
 

@@ -39,6 +39,7 @@ from wanforge.runtime.reference.dit import Block, TextKeys
 
 PAGE = Path(__file__).parents[4] / "docs" / "kernels.md"
 SMALL, MEDIUM, LARGE = (f"turbowan2.1-t2v-{size}" for size in ("1.3b-480p", "14b-480p", "14b-720p"))
+DENSE = "rcm-wan2.1-t2v-1.3b-480p"
 
 
 def published(name: str, recipe: str) -> Workload:
@@ -50,6 +51,13 @@ def tiny(*, width_px: int = 256, pv: str = "fp8", recipe: str = "w8a8") -> Workl
     runs = msgspec.structs.replace(load_recipe(recipe), pv=pv)
     model = msgspec.structs.replace(load_model("tiny-t2v"), video=VideoConfig(width_px, 128, 13), topk=0.4)
     return Workload(model, ClipShape(width_px, 128, 13), runs, num_selected=3, text_rows=20)
+
+
+def dense(recipe: str = "w8a8") -> Workload:
+    """A tiny workload with full attention."""
+    w = tiny(recipe=recipe)
+    model = msgspec.structs.replace(load_model("tiny-rcm"), video=w.model.video)
+    return replace(w, recipe=w.recipe.with_full_attention(), model=model)
 
 
 def teraflops(w: Workload, *names: str) -> float:
@@ -73,14 +81,21 @@ def test_work_is_what_was_worked_out_by_hand(
     assert teraflops(w, r"phi\(k\)\^T v", r"phi\(q\) KV", "proj_l") == pytest.approx(branch, abs=0.05)
 
 
+def test_work_of_full_attention_is_what_was_worked_out_by_hand() -> None:
+    w = published(DENSE, "w8a8")
+    assert w.L == 20 * 30 * 52
+    assert teraflops(w, "full attention") == pytest.approx(30 * 4 * 31200**2 * 1536 / 1e12)
+    assert not teraflops(w, "sparse attention", "block scores")
+
+
 @pytest.mark.parametrize(("name", "queries", "keys", "chosen"), [(SMALL, 256, 512, 51), (LARGE, 591, 1182, 118)])
 def test_blocks_are_what_was_worked_out_by_hand(name: str, queries: int, keys: int, chosen: int) -> None:
     w = unfused(name)
     assert (w.M, w.N, w.num_selected) == (queries, keys, chosen)
 
 
-def test_work_of_a_block_is_what_its_definition_multiplies() -> None:
-    w = tiny()
+@pytest.mark.parametrize("w", [tiny(), dense()], ids=["sparse", "full"])
+def test_work_of_a_block_is_what_its_definition_multiplies(w: Workload) -> None:
     config, text = w.model.dit, torch.randn(1, w.text_rows, w.D)
     layer = Block(config, w.recipe)
     for parameter in [*layer.parameters(), *layer.buffers()]:
@@ -115,8 +130,11 @@ def test_bytes_of_the_fused_plan_are_the_kernels_arguments(w: Workload) -> None:
     assert counted == dict(zip(counted, recorded, strict=True))
 
 
-@pytest.mark.parametrize("w", [published(SMALL, "fp8-row"), tiny(width_px=240, recipe="fp8-row")])
-def test_bytes_around_fp8_linears_are_the_kernels_arguments(w: Workload) -> None:
+LIBRARIES = [published(SMALL, "fp8-row"), tiny(width_px=240, recipe="fp8-row"), dense(), dense("fp8-row")]
+
+
+@pytest.mark.parametrize("w", [*LIBRARIES, published(DENSE, "w8a8")])
+def test_bytes_around_what_libraries_compute_are_the_kernels_arguments(w: Workload) -> None:
     counted = [x.total_bytes for x in named_launches(w)]
     assert counted == [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89, text_rows=w.text_rows)]
 

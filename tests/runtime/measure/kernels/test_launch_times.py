@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from tests.launches import norm_launch
-from wanforge.configs.model import load_model
+from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
@@ -15,8 +15,9 @@ from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.runtime.backends.fused_block import launches
 from wanforge.runtime.measure.cost.fused import named_launches
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, published_workload
-from wanforge.runtime.measure.cost.prediction import known_profile, packaged_profiles, predicted
+from wanforge.runtime.measure.cost.prediction import DRAM, known_profile, packaged_profiles, predicted
 from wanforge.runtime.measure.kernels.launch_times import block_times, times_table
+from wanforge.runtime.measure.machine_code.pipes import TENSOR
 from wanforge.runtime.measure.machine_code.profiles import Usage, profiles
 
 MODEL, RECIPE, TARGET = load_model("turbowan2.1-t2v-1.3b-480p"), load_recipe("w8a8"), load_targets()["rtx5090"]
@@ -30,13 +31,13 @@ def norm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cubin, bytes]:
     return cubin, CubinStore(folder).read(cubin)
 
 
-def packaged_cubins(example: Cubin) -> list[Cubin]:
-    """Records of the kernels whose profiles are in the package, under the keys of the model's launches."""
+def packaged_cubins(example: Cubin, model: ModelConfig = MODEL) -> list[Cubin]:
+    """Records of the kernels whose profiles are in the package, under the keys of a model's launches."""
     named = packaged_profiles()["rtx5090"]["1536"]
-    costs = named_launches(published_workload(MODEL.name, text_rows=USUAL_TEXT_ROWS))
+    costs = named_launches(published_workload(model.name, text_rows=USUAL_TEXT_ROWS))
     return [
         msgspec.structs.replace(example, key=launch.specialisation.key, sha256=named[cost.name].code)
-        for launch, cost in zip(launches(MODEL, RECIPE, 120), costs, strict=True)
+        for launch, cost in zip(launches(model, RECIPE, 120), costs, strict=True)
     ]
 
 
@@ -61,13 +62,15 @@ def test_other_recipes_are_refused(tmp_path: Path) -> None:
         block_times([(MODEL, MODEL.video.clip)], load_recipe("bf16-sla"), [TARGET], tmp_path, [])
 
 
-def test_models_with_full_attention_are_left_out_beside_others(norm: tuple[Cubin, bytes], tmp_path: Path) -> None:
+def test_models_with_full_attention_leave_it_to_a_library(norm: tuple[Cubin, bytes], tmp_path: Path) -> None:
     dense = load_model("rcm-wan2.1-t2v-1.3b-480p")
-    both = [(MODEL, MODEL.video.clip), (dense, dense.video.clip)]
-    times = block_times(both, RECIPE, [TARGET], tmp_path, packaged_cubins(norm[0]))
-    assert {time.model for time in times} == {MODEL.name}
-    with pytest.raises(ConfigError, match=r"not counted for rcm-.*, where it has dense attention"):
-        block_times(both[1:], RECIPE, [TARGET], tmp_path, [])
+    cubins = packaged_cubins(norm[0], dense)
+    times = block_times([(dense, dense.video.clip)], RECIPE, [TARGET], tmp_path, cubins)
+    assert [time.cost.name for time in times[3:5]] == ["full attention", "quantise"]
+    full, quantise = times[3:5]
+    assert (full.profile, full.prediction.bound) == (None, TENSOR)
+    assert (quantise.profile is not None, quantise.prediction.bound) == (True, DRAM)
+    assert full.prediction.seconds > sum(time.prediction.seconds for time in times if time is not full)
 
 
 @pytest.mark.slow
