@@ -1,0 +1,41 @@
+"""Model repositories, and a stand-in for the server that serves them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import succeeded
+from tests.runtime.inference_server.stand_in import Server, python_backend
+from wanforge.engines.bundle.bundle import Bundle
+
+
+@pytest.fixture(autouse=True)
+def utilities() -> Iterator[None]:
+    with python_backend():
+        yield
+
+
+@pytest.fixture
+def text_bundle(bundle_of: Callable[[str, str], Bundle]) -> Bundle:
+    return bundle_of("tiny-t2v", "bf16")
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Callable[..., Server]:
+    """Exports a bundle with options and opens the repository."""
+
+    def export(bundle: Bundle, *options: object) -> Server:
+        succeeded("export-triton", bundle.root, "--out", tmp_path / "repository", "--backend", "ort", *options)
+        return Server(tmp_path / "repository")
+
+    return export
+
+
+@pytest.fixture
+def server(exported: Callable[..., Server], text_bundle: Bundle) -> Iterator[Server]:
+    """A server with a loaded model from text."""
+    found = exported(text_bundle)
+    model = found.load("wanforge_t2v")
+    yield found
+    model.finalize()
