@@ -28,7 +28,7 @@ GROUND = [
     *("errors", "regular_file", "whole_file", "interrupts", "streams", "logs", "host", "progress", "keywords"),
     *("version", "requirements"),
 ]
-DOOR = ["__main__", "cli", "api", "wanforge"]
+DOOR = ["__main__", "cli", "api", "library", "wanforge"]
 
 ROOMS = [
     *(f"wanforge.{name}" for name in GROUND),
@@ -96,6 +96,7 @@ ROOMS = [
     "wanforge.exporter.commands",
     "wanforge.exporter",
     "wanforge.api",
+    "wanforge.library",
     "wanforge",
     "wanforge.cli",
     "wanforge.__main__",

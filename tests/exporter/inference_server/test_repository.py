@@ -97,7 +97,7 @@ def test_links_of_a_bundle_become_files(bundle: Bundle, tmp_path: Path, out: Pat
     sources = Sources(weights, bundle.path(TOKENIZER))
     with_links = import_checkpoint(bundle.model, sources, tmp_path / "links", recipe=bundle.recipe, link=True)
     linked = [name for name, record in with_links.manifest.files.items() if record.link]
-    assert len(linked) == 3
+    assert linked
     succeeded("export-triton", with_links.root, "--out", out)
     put = Bundle.open(out / NAME / "1" / "bundle")
     assert not [path for path in out.rglob("*") if path.is_symlink()]
