@@ -2,19 +2,25 @@
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.inference_server.configuration import ModelSetup, Placement
-from wanforge.exporter.inference_server.repository import write_repository
+from wanforge.exporter.inference_server.repository import VERSION, write_repository
 from wanforge.runtime.commands.options import BACKEND, BUNDLE, FOLDER, JSON, MEMORY, takes
 from wanforge.runtime.inference_server.clip_model import ClipModel
-from wanforge.runtime.inference_server.tensors import clip_tensors
+from wanforge.runtime.inference_server.front_model import FrontModel
+from wanforge.runtime.inference_server.stage_models import DenoiserModel, TextModel, VaeModel
+from wanforge.runtime.inference_server.tensors import clip_tensors, stage_tensors
 from wanforge.runtime.progress import Bars
 from wanforge.version import __version__
+
+STAGES = {"text": TextModel, "denoiser": DenoiserModel, "vae": VaeModel}
+UNDER_WAY = 4
+"""The number of requests that are under way at once where stages are apart: one for each, and one that waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,7 @@ class ExportTritonOptions:
     name: str | None
     devices: str
     link: bool
+    stages: str
     backend: str
     memory: float | None
     as_json: bool
@@ -47,6 +54,14 @@ class ExportTritonOptions:
     is_flag=True,
     help="Leave the bundle where it is, and write its absolute path, instead of putting it into the repository.",
 )
+@click.option(
+    "--stages",
+    type=click.Choice(["together", "apart"]),
+    default="together",
+    show_default=True,
+    help="Make a clip in one process; or apart, with a model each for the text encoder, the denoiser and the VAE, and "
+    "one in front that asks them, so that each can have GPUs of its own.",
+)
 @BACKEND
 @MEMORY
 @JSON
@@ -63,7 +78,7 @@ def export_triton(options: ExportTritonOptions) -> None:
       wanforge export-triton turbo-1.3b --out repository
     """
     bundle = Bundle.open(options.bundle)
-    models = [whole_model(options, bundle)]
+    models = [whole_model(options, bundle)] if options.stages == "together" else models_of_stages(options, bundle)
     with Bars() as bars:
         write_repository(options.out, models, None if options.link else bundle, bars)
     names = [model.name for model in models]
@@ -85,6 +100,28 @@ def whole_model(options: ExportTritonOptions, bundle: Bundle) -> ModelSetup:
         Placement.parse(options.devices),
         parameters_for(options, "bundle"),
     )
+
+
+def models_of_stages(options: ExportTritonOptions, bundle: Bundle) -> list[ModelSetup]:
+    """The model in front, and those of the stages, which use its bundle."""
+    whole = whole_model(options, bundle)
+    front = replace(
+        whole,
+        code=FrontModel,
+        placement=Placement("KIND_CPU", count=UNDER_WAY),
+        parameters={**whole.parameters, "stages": whole.name},
+    )
+    stages = [
+        replace(
+            whole,
+            name=f"{whole.name}_{stage}",
+            code=code,
+            tensors=stage_tensors(bundle.model, stage),
+            parameters=parameters_for(options, f"../../{whole.name}/{VERSION}/bundle"),
+        )
+        for stage, code in STAGES.items()
+    ]
+    return [front, *stages]
 
 
 def parameters_for(options: ExportTritonOptions, place: str) -> dict[str, str]:

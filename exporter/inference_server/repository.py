@@ -1,7 +1,7 @@
 """Model repositories on disk: written whole or not at all, and written over only if nobody has edited them.
 
 REPOSITORY/
-  wanforge.json              what wrote it, and the SHA-256 of the files that people may edit
+  export.json              what wrote it, and the SHA-256 of the files that people may edit
   constraints.txt            the versions of the packages on the machine that wrote it, for pip
   MODEL/config.pbtxt
   MODEL/1/model.py           names the class that serves the model
@@ -28,7 +28,7 @@ from wanforge.progress import ByteCount, Progress, silent
 from wanforge.version import __version__
 from wanforge.whole_file import PARTIAL, open_folders, write_atomically
 
-MARKER, KIND = "wanforge.json", "a model repository of Triton Inference Server"
+MARKER, KIND = "export.json", "a model repository of Triton Inference Server"
 VERSION = "1"
 """The version of each model, whose folder is named after it."""
 PACKAGES = ("torch", "numpy", "onnxruntime", "tokenizers", "ftfy", "pillow", "cuda-python", "tensorrt-rtx", "tensorrt")

@@ -83,9 +83,12 @@ class Answers:
         self.send(is_last=True, VIDEO=texts(sent), REPORT=texts(report))
 
     def fail(self, error: BaseException) -> Verdict | None:
-        """Send an error. Returns the verdict on it, unless the request was cancelled."""
+        """Send an error. Returns the verdict on it, unless it is none of this process."""
         if isinstance(error, StoppedError):
             self.refuse("the request was cancelled", "CANCELLED")
+            return None
+        if isinstance(error, PassedOnError):
+            self._send(self.utilities.InferenceResponse(output_tensors=[], error=error.error), is_last=True)
             return None
         verdict = failure_of(error)
         if verdict.failure.code != "invalid_request":
@@ -100,6 +103,14 @@ class Answers:
 
     def _send(self, response: Any, *, is_last: bool) -> None:
         self.sender.send(response, flags=self.utilities.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
+
+
+class PassedOnError(Exception):
+    """Another model has failed, with an error of Triton that the client gets as it is."""
+
+    def __init__(self, error: Any) -> None:
+        super().__init__(error.message())
+        self.error = error
 
 
 def texts(value: str | bytes) -> NDArray[np.object_]:

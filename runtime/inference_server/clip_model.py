@@ -1,9 +1,10 @@
 """The model that makes a whole clip: text, denoiser and VAE in one process."""
 
 import json
+from pathlib import Path
 
 from wanforge.runtime.inference_server.answers import Answers
-from wanforge.runtime.inference_server.inputs import Inputs, request_of
+from wanforge.runtime.inference_server.inputs import Inputs
 from wanforge.runtime.inference_server.instance import Instance
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import CheckedRequest, Timings
@@ -21,13 +22,19 @@ class ClipModel(Instance):
             warm_up(self.pipeline, lambda stage, percent: None)
 
     def serve(self, inputs: Inputs, answers: Answers) -> None:
-        answers.streams, answers.in_base64 = inputs.streams(), bool(inputs.one("BASE64"))
         with temporary_folder() as folder:
-            pipeline, video = self.pipeline, folder / "clip.mp4"
-            checked = pipeline.check(request_of(inputs, pipeline.model, folder))
-            percent = Percent(pipeline, checked, answers.progress)
-            timings = pipeline.write_video(checked, video, percent, answers.frame)
-            answers.finish(video.read_bytes(), report_of(pipeline, checked, timings))
+            checked, percent = self.checked(inputs, answers, folder)
+            send_clip(self.pipeline, checked, percent, answers, folder)
+
+
+def send_clip(pipeline: Pipeline, checked: CheckedRequest, percent: Percent, answers: Answers, folder: Path) -> None:
+    """Make a clip and send it.
+
+    Args:
+        folder: Where its file is written before it is sent.
+    """
+    timings = pipeline.write_video(checked, folder / "clip.mp4", percent, answers.frame)
+    answers.finish((folder / "clip.mp4").read_bytes(), report_of(pipeline, checked, timings))
 
 
 def report_of(pipeline: Pipeline, checked: CheckedRequest, timings: Timings) -> str:

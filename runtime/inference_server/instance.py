@@ -15,8 +15,10 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError, message_of
 from wanforge.logs import ROOT
 from wanforge.runtime.inference_server.answers import Answers, ServerLog, backend_utilities
-from wanforge.runtime.inference_server.inputs import Inputs
+from wanforge.runtime.inference_server.inputs import Inputs, request_of
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.request import CheckedRequest
+from wanforge.runtime.service.child.pipelines import Percent
 from wanforge.version import __version__
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,19 @@ class Instance(ABC):
         """Compute on the GPU of this instance from now on, in this thread."""
         if self.device is not None:
             torch.cuda.set_device(self.device)
+
+    def checked(self, inputs: Inputs, answers: Answers, folder: Path) -> tuple[CheckedRequest, Percent]:
+        """The request that some inputs ask for, checked, and what tells of its progress.
+
+        Args:
+            folder: For the file of its picture.
+
+        Raises:
+            RequestError, ConfigError: An input does not make sense for this model.
+        """
+        answers.streams, answers.in_base64 = inputs.streams(), bool(inputs.one("BASE64"))
+        checked = self.pipeline.check(request_of(inputs, self.pipeline.model, folder))
+        return checked, Percent(self.pipeline, checked, answers.progress)
 
     @abstractmethod
     def prepare(self) -> None:

@@ -63,3 +63,20 @@ def clip_tensors(model: ModelConfig) -> TensorTable:
     """The tensors of a model that makes a whole clip."""
     image = (IMAGE,) if model.task == "i2v" else ()
     return TensorTable((PROMPT, *image, *SHAPE, *SAMPLING, STREAM, BASE64), (*PROGRESS, *FRAME, *VIDEO))
+
+
+EMBEDDING = TensorEntry("EMBEDDING", "TYPE_FP32", (-1, -1), "the embedded prompt, tokens by channels")
+CONDITION = TensorEntry("CONDITION", "TYPE_FP32", (1, -1, -1, -1, -1), "what the denoiser is told of a picture")
+LATENTS = TensorEntry("LATENTS", "TYPE_FP64", (1, -1, -1, -1, -1), "the clean latents of the clip")
+
+
+def stage_tensors(model: ModelConfig, stage: str) -> TensorTable:
+    """The tensors of a model that runs a stage: ``text``, ``denoiser`` or ``vae``."""
+    whole = clip_tensors(model)
+    condition = (CONDITION,) if model.task == "i2v" else ()
+    report = VIDEO[1]
+    if stage == "text":
+        return TensorTable(whole.inputs, (*PROGRESS, EMBEDDING, report))
+    if stage == "denoiser":
+        return TensorTable((*whole.inputs, EMBEDDING, *condition), (*PROGRESS, LATENTS, report))
+    return TensorTable((*whole.inputs, LATENTS), (*PROGRESS, *FRAME, *condition, *VIDEO))

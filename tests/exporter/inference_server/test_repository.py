@@ -71,7 +71,7 @@ def test_a_repository_holds_the_bundle_and_can_be_moved(bundle: Bundle, out: Pat
     report = json.loads(succeeded("export-triton", bundle.root, "--out", out, "--json").stdout)
     assert report == {"out": str(out), "models": [NAME]}
     moved = out.rename(out.with_name("moved"))
-    assert entries(moved) == ["constraints.txt", "wanforge.json", NAME]
+    assert entries(moved) == ["constraints.txt", "export.json", NAME]
     assert entries(moved / NAME) == ["1", "config.pbtxt"]
     put = Bundle.open(moved / NAME / "1" / "bundle")
     put.verify(put.manifest.files, again=True)
@@ -114,7 +114,7 @@ def test_an_older_export_is_replaced(bundle: Bundle, out: Path) -> None:
     out.mkdir()
     succeeded("export-triton", bundle.root, "--out", out)
     succeeded("export-triton", bundle.root, "--out", out, "--name", "other")
-    assert entries(out) == ["constraints.txt", "other", "wanforge.json"]
+    assert entries(out) == ["constraints.txt", "export.json", "other"]
     assert entries(out.parent) == ["repository"]
 
 
@@ -137,10 +137,10 @@ def test_what_people_have_written_is_not_lost(bundle: Bundle, out: Path, place: 
 
 def test_a_folder_of_something_else_is_refused(bundle: Bundle, out: Path) -> None:
     out.mkdir()
-    (out / "wanforge.json").write_text("{}")
+    (out / "export.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds something else than an older export; give an empty or new folder"):
         repository.check_replaceable(out)
-    (out / "wanforge.json").unlink()
+    (out / "export.json").unlink()
     out.rmdir()
     out.write_text("a file")
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -149,7 +149,7 @@ def test_a_folder_of_something_else_is_refused(bundle: Bundle, out: Path) -> Non
 
 def test_an_export_that_fails_leaves_what_was_there(bundle: Bundle, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     succeeded("export-triton", bundle.root, "--out", out)
-    before = (out / "wanforge.json").read_bytes()
+    before = (out / "export.json").read_bytes()
 
     def fail(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device", str(target))
@@ -158,7 +158,7 @@ def test_an_export_that_fails_leaves_what_was_there(bundle: Bundle, out: Path, m
     result = run("export-triton", bundle.root, "--out", out, "--name", "other")
     assert result.exit_code == 1
     assert "free some space" in result.output
-    assert (out / "wanforge.json").read_bytes() == before
+    assert (out / "export.json").read_bytes() == before
     assert entries(out.parent) == ["repository"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -11,9 +12,9 @@ from wanforge.engines.bundle.bundle import Bundle
 
 
 @pytest.fixture(autouse=True)
-def utilities() -> Iterator[None]:
-    with python_backend():
-        yield
+def utilities() -> Iterator[ModuleType]:
+    with python_backend() as module:
+        yield module
 
 
 @pytest.fixture
@@ -22,12 +23,14 @@ def text_bundle(bundle_of: Callable[[str, str], Bundle]) -> Bundle:
 
 
 @pytest.fixture
-def exported(tmp_path: Path) -> Callable[..., Server]:
+def exported(tmp_path: Path, utilities: ModuleType) -> Callable[..., Server]:
     """Exports a bundle with options and opens the repository."""
 
     def export(bundle: Bundle, *options: object) -> Server:
         succeeded("export-triton", bundle.root, "--out", tmp_path / "repository", "--backend", "ort", *options)
-        return Server(tmp_path / "repository")
+        server = Server(tmp_path / "repository")
+        vars(utilities)["InferenceRequest"] = server.inference_request
+        return server
 
     return export
 

@@ -6,9 +6,11 @@ not name or that have other types or shapes, and responses after the last one.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -87,6 +89,7 @@ class Sender:
         self.config, self.cancels = config, cancels
         self.sent: list[Response] = []
         self.is_final = False
+        self.told: Callable[[Response], object] = lambda response: None
 
     def is_cancelled(self) -> bool:
         return self.cancels(self.sent)
@@ -100,6 +103,7 @@ class Sender:
                 for name, array in response.arrays().items():
                     check(name, array, self.config.output)
             self.sent.append(response)
+            self.told(response)
 
 
 class Request:
@@ -225,31 +229,52 @@ class Server:
         assert error is not None
         return error.message(), error.code()
 
-    def bls_request(self) -> type:
-        """The class with which a model asks other models of this server."""
-        server = self
+    def inference_request(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> "Call":
+        """What a model makes that asks another model of this server."""
+        config = self.configs[model_name]
+        for tensor in inputs:
+            check(tensor.name(), tensor.as_numpy(), config.input)
+        given = {tensor.name() for tensor in inputs}
+        assert {each.name for each in config.input if not each.optional} <= given, "an input is missing"
+        return Call(self.models[model_name], config, requested_output_names, inputs)
 
-        class InferenceRequest:
-            def __init__(self, model_name: str, requested_output_names: list[str], inputs: list[Tensor]) -> None:
-                config = server.configs[model_name]
-                for tensor in inputs:
-                    check(tensor.name(), tensor.as_numpy(), config.input)
-                given = {tensor.name() for tensor in inputs}
-                assert {each.name for each in config.input if not each.optional} <= given, "an input is missing"
-                self.model_name = model_name
-                self.request = Request(inputs, requested_output_names, Sender(config, lambda sent: False))
 
-            def exec(self, decoupled: bool = False) -> Any:
-                server.models[self.model_name].execute([self.request])
-                assert self.request.sender.is_final
-                sent = self.request.sender.sent
-                return iter(sent) if decoupled else sent[0]
+class Call:
+    """A request of one model to another one, which answers in a thread of its own.
 
-        return InferenceRequest
+    It is the iterator over the responses, too.
+    """
+
+    def __init__(self, model: Any, config: Any, outputs: list[str], inputs: list[Tensor]) -> None:
+        self.model, self.is_cancelled = model, False
+        self.sender = Sender(config, lambda sent: self.is_cancelled)
+        self.responses = SimpleQueue[Response | None]()
+        self.sender.told = self.responses.put
+        self.request = Request(inputs, outputs, self.sender)
+
+    def exec(self, *, decoupled: bool) -> "Call":
+        assert decoupled
+        self.thread = Thread(target=self._run)
+        self.thread.start()
+        return self
+
+    def __iter__(self) -> Iterator[Response]:
+        while (response := self.responses.get()) is not None:
+            yield response
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        self.thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.model.execute([self.request])
+        finally:
+            self.responses.put(None)
 
 
 @contextmanager
-def python_backend() -> Iterator[Mapping[str, Any]]:
+def python_backend() -> Iterator[ModuleType]:
     """Let ``import triton_python_backend_utils`` find the stand-in."""
     module = ModuleType("triton_python_backend_utils")
     names: dict[str, Any] = {
@@ -264,7 +289,7 @@ def python_backend() -> Iterator[Mapping[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
         Logger.lines.clear()
-        yield vars(module)
+        yield module
 
 
 def parameters(config: Any) -> dict[str, str]:
