@@ -102,7 +102,7 @@ def texts_of(models: Sequence[ModelSetup]) -> dict[str, str]:
 
 
 def constraints() -> str:
-    """The versions of packages here, for ``pip install --constraint`` in the image that serves the bundle."""
+    """The versions of packages here, as constraints for pip in the image that serves the bundle."""
     lines = [f"wanforge=={__version__}"]
     for name in PACKAGES:
         try:
