@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from wanforge import api
+from wanforge.api import ImportSettings, export, import_checkpoint
 from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
@@ -42,9 +42,9 @@ def cached_bundle(model: str, recipe: str | None) -> Bundle:
     config, wanted = load_model(model), None if recipe is None else load_recipe(recipe)
     folder = cache_folder().parent / "bundles" / (config.name if wanted is None else f"{config.name}-{wanted.name}")
     if not (folder / MANIFEST).exists():
-        settings: api.ImportSettings = {} if recipe is None else {"recipe": recipe}
-        api.import_checkpoint(folder, model, **settings)
+        settings: ImportSettings = {} if recipe is None else {"recipe": recipe}
+        import_checkpoint(folder, model, **settings)
     bundle = Bundle.open(folder)
     if not any(record.graph is not None for record in bundle.manifest.files.values()):
-        api.export(bundle)
+        export(bundle)
     return Bundle.open(folder)

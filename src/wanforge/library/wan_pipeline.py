@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from wanforge import api
+from wanforge.api import load
 from wanforge.errors import ConfigError, RequestError
 from wanforge.keywords import with_settings
 from wanforge.library.adapters import Adapters
@@ -127,7 +127,7 @@ class WanforgePipeline(Adapters):
         Raises:
             BundleError, CheckpointError: There is no such bundle, or the model was not pulled.
         """
-        return cls(api.load(bundle_of(place, recipe), backend, memory))
+        return cls(load(bundle_of(place, recipe), backend, memory))
 
     @property
     def device(self) -> torch.device:
