@@ -32,8 +32,10 @@ MARKER, KIND = "export.json", "a model repository of Triton Inference Server"
 VERSION = "1"
 """The version of each model, whose folder is named after it."""
 PACKAGES = ("torch", "numpy", "onnxruntime", "tokenizers", "ftfy", "pillow", "cuda-python", "tensorrt-rtx", "tensorrt")
-"""The packages besides wanforge on whose versions it depends what a clip is. Triton, the compiler, is not among them,
-because pip would refuse it beside PyTorch (docs/decisions/0019)."""
+"""The packages besides wanforge on whose versions it depends what a clip is."""
+COMPILER = "triton"
+"""The compiler of the kernels, which is named in a remark, because pip would refuse it beside PyTorch
+(docs/decisions/0019)."""
 
 MODEL_PY = '''"""Serves the model {name} with wanforge, as its docs/triton.md describes."""
 
@@ -103,13 +105,19 @@ def texts_of(models: Sequence[ModelSetup]) -> dict[str, str]:
 
 def constraints() -> str:
     """The versions of packages here, as constraints for pip in the image that serves the bundle."""
-    lines = [f"wanforge=={__version__}"]
-    for name in PACKAGES:
-        try:
-            lines.append(f"{name}=={version(name).partition('+')[0]}")
-        except PackageNotFoundError:
-            continue
-    return "\n".join(["# The versions on the machine that exported this repository.", *lines, ""])
+    found = {name: version_of(name) for name in (*PACKAGES, COMPILER)}
+    lines = [f"{name}=={number}" for name, number in found.items() if number and name != COMPILER]
+    remark = f"# Afterwards, without dependencies: {COMPILER}=={found[COMPILER]}" if found[COMPILER] else ""
+    head = "# The versions on the machine that exported this repository."
+    return "\n".join([head, f"wanforge=={__version__}", *lines, remark, ""])
+
+
+def version_of(package: str) -> str:
+    """The version of a package, as an index has it; empty if it is not installed."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return ""
 
 
 def put_bundle(bundle: Bundle, place: Path, progress: Progress) -> None:

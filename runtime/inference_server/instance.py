@@ -16,6 +16,7 @@ from wanforge.errors import ConfigError, WanforgeError, message_of
 from wanforge.logs import ROOT
 from wanforge.runtime.inference_server.answers import Answers, ServerLog, backend_utilities
 from wanforge.runtime.inference_server.inputs import Inputs, request_of
+from wanforge.runtime.inputs.embeddings import Embeddings
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest
 from wanforge.runtime.service.child.pipelines import Percent
@@ -44,6 +45,7 @@ class Instance(ABC):
         """Open the bundle that the configuration names, on the device of this instance."""
         with told_to_the_server():
             ROOT.addHandler(SERVER_LOG)
+            ROOT.setLevel(logging.INFO)
             self.settings = parameters_of(args["model_config"])
             self.device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
             self.refusal: str | None = None
@@ -61,6 +63,7 @@ class Instance(ABC):
         """Give back the memory."""
         self._opened = None
         ROOT.removeHandler(SERVER_LOG)
+        ROOT.setLevel(logging.NOTSET)
         reclaim()
 
     @property
@@ -70,11 +73,14 @@ class Instance(ABC):
         return self._opened
 
     def open(self) -> Pipeline:
-        """Open a pipeline on the bundle."""
+        """Open a pipeline on the bundle, which remembers the embeddings of recent prompts."""
         self.choose_device()
         memory = self.settings.get("memory_gb")
         bundle = Bundle.open(self.folder / self.settings["bundle"])
-        return open_pipeline(bundle, self.settings["backend"], None if memory is None else float(memory) * 1e9)
+        opened = open_pipeline(bundle, self.settings["backend"], None if memory is None else float(memory) * 1e9)
+        opened.embeddings = Embeddings()
+        log.info("%s: backend %s on %s", bundle.model.name, opened.backend.name, opened.backend.device)
+        return opened
 
     def choose_device(self) -> None:
         """Compute on the GPU of this instance from now on, in this thread."""

@@ -28,7 +28,9 @@ class StageModel(Instance):
 
     def open(self) -> Pipeline:
         opened = super().open()
-        return GivenPipeline(opened.bundle, opened.backend)
+        found = GivenPipeline(opened.bundle, opened.backend)
+        found.embeddings = opened.embeddings
+        return found
 
     def given(self, inputs: Inputs) -> GivenPipeline:
         """The pipeline with what other models have computed of a request, and nothing of earlier ones."""

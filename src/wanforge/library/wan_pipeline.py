@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from wanforge.runtime.clip import Clip
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import Request, request_for
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Generators = torch.Generator | Sequence[torch.Generator]
 StepEnd = Callable[["WanforgePipeline", int, float, dict[str, Tensor]], object]
 """Called with the pipeline, the number of the step from 0, its time step, and ``predicted_latents``: the clean latents
@@ -42,6 +43,26 @@ FOREIGN = {
     "max_sequence_length": "the model says how many tokens it reads, and longer prompts are refused",
 }
 """Parameters of diffusers' pipelines that mean nothing here, and why."""
+
+
+LOADING = {
+    "torch_dtype": "the recipe says in which numbers a bundle computes; give recipe=… with the name of a model",
+    "device_map": "the backend says where it computes; give backend=…",
+    "cache_dir": "bundles are kept in XDG_CACHE_HOME",
+}
+"""Parameters of diffusers' `from_pretrained` that mean nothing here, and why."""
+
+ABSENT = {
+    "enable_model_cpu_offload": "give from_pretrained(…, memory=8) to keep to 8 GB",
+    "enable_sequential_cpu_offload": "give from_pretrained(…, memory=8) to keep to 8 GB",
+    "set_progress_bar_config": "nothing is printed",
+    "scheduler": "the sampler is the model's",
+    "vae": "a bundle's networks run as graphs",
+    "transformer": "a bundle's networks run as graphs",
+    "text_encoder": "a bundle's networks run as graphs",
+    "fuse_lora": "LoRAs are merged into the weights when a clip is made with them",
+}
+"""Attributes of diffusers' pipelines that there are not, and what to do instead, or why."""
 
 
 class WanSettings(TypedDict, total=False):
@@ -88,10 +109,10 @@ class WanforgeOutput:
         return (self.frames,)[index]
 
 
-def refusing(foreign: Mapping[str, str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def refusing(foreign: Mapping[str, str]) -> Callable[[Function], Function]:
     """Return a decorator that refuses keywords, each with the reason, unless they are None."""
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Function) -> Function:
         @wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in kwargs.keys() & foreign.keys():
@@ -99,7 +120,7 @@ def refusing(foreign: Mapping[str, str]) -> Callable[[Callable[..., Any]], Calla
                     raise RequestError(f"{name} has no meaning here: {foreign[name]}; leave it out")
             return function(*args, **kwargs)
 
-        return checked
+        return cast(Function, checked)
 
     return decorate
 
@@ -112,6 +133,7 @@ class WanforgePipeline(Adapters):
     """
 
     @classmethod
+    @refusing(LOADING)
     def from_pretrained(
         cls, place: str | Path, *, recipe: str | None = None, backend: str = AUTO, memory: float | None = None
     ) -> "WanforgePipeline":
@@ -128,6 +150,10 @@ class WanforgePipeline(Adapters):
             BundleError, CheckpointError: There is no such bundle, or the model was not pulled.
         """
         return cls(load(bundle_of(place, recipe), backend, memory))
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f": {ABSENT[name]}" if name in ABSENT else ""
+        raise AttributeError(f"'WanforgePipeline' object has no attribute {name!r}{hint}")
 
     @property
     def device(self) -> torch.device:
@@ -173,6 +199,8 @@ class WanforgePipeline(Adapters):
             ResourceError: This machine's memory is too small for it.
             TypeError: A keyword is unknown, or its value has the wrong type.
         """
+        if not isinstance(image, str | Path | Image.Image | None):
+            raise TypeError(f"image is of type {type(image).__name__}; give the name of a file or a picture of Pillow")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [each for each in prompts for _ in range(settings.get("num_videos_per_prompt", 1))]
         requests = [

@@ -161,12 +161,14 @@ class Server:
 
     Attributes:
         configs: The configuration of each model, parsed by the server's own schema.
+        calls: The requests of models to other ones.
     """
 
     def __init__(self, repository: Path) -> None:
         self.repository = repository
         self.configs: dict[str, Any] = {}
         self.models: dict[str, Any] = {}
+        self.calls: list[Call] = []
         for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
             text = (folder / "config.pbtxt").read_text()
             self.configs[folder.name] = text_format.Parse(text, model_config_pb2.ModelConfig())
@@ -236,7 +238,8 @@ class Server:
             check(tensor.name(), tensor.as_numpy(), config.input)
         given = {tensor.name() for tensor in inputs}
         assert {each.name for each in config.input if not each.optional} <= given, "an input is missing"
-        return Call(self.models[model_name], config, requested_output_names, inputs)
+        self.calls.append(Call(self.models[model_name], config, requested_output_names, inputs))
+        return self.calls[-1]
 
 
 class Call:

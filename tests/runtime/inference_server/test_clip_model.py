@@ -162,6 +162,15 @@ def test_another_version_of_wanforge_is_told_of(server: Server) -> None:
     ]
 
 
+def test_the_log_says_which_backend_runs(server: Server) -> None:
+    assert ("info", "tiny-t2v: backend ort on cpu") in Logger.lines
+
+
+def test_a_prompt_is_embedded_once(server: Server) -> None:
+    reports = [json.loads(server.infer(NAME, **SMALL)[0].arrays()["REPORT"][0]) for _ in range(2)]
+    assert ["text" in report["seconds"] for report in reports] == [True, False]
+
+
 def test_a_finalized_model_leaves_nothing_behind(server: Server) -> None:
     handlers = list(logging.getLogger("wanforge").handlers)
     again = server.load(NAME)

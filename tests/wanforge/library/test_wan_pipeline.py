@@ -129,6 +129,17 @@ def test_misspelt_keywords_are_named(pipe: wanforge.WanforgePipeline) -> None:
         pipe(PROMPT, output_type="mp4", **SMALL)
 
 
+def test_what_a_pipeline_of_diffusers_has_besides_is_told_of(pipe: wanforge.WanforgePipeline, bundle: Path) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'enable_model_cpu_offload': give from_pretrained"):
+        pipe.enable_model_cpu_offload()
+    with pytest.raises(AttributeError, match=r"no attribute 'xyz'$"):
+        _ = pipe.xyz
+    with pytest.raises(RequestError, match="torch_dtype has no meaning here: the recipe says"):
+        wanforge.WanforgePipeline.from_pretrained(bundle, torch_dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="image is of type ndarray; give the name of a file or a picture of Pillow"):
+        pipe(PROMPT, np.zeros((4, 4, 3)), **SMALL)
+
+
 def test_a_device_is_the_backends(pipe: wanforge.WanforgePipeline) -> None:
     assert pipe.to("cpu") is pipe
     assert pipe.device.type == "cpu"
