@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ class Instance(ABC):
             ROOT.addHandler(SERVER_LOG)
             ROOT.setLevel(logging.INFO)
             self.settings = parameters_of(args["model_config"])
+            if args["model_instance_kind"] == "CPU":
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the fastest backend here would compute on a GPU
             self.device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
             self.refusal: str | None = None
             if self.settings["wanforge"] != __version__:

@@ -12,7 +12,8 @@ from wanforge.engines.bundle.bundle import Bundle
 
 
 @pytest.fixture(autouse=True)
-def utilities() -> Iterator[ModuleType]:
+def utilities(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which models change, and this puts back
     with python_backend() as module:
         yield module
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -182,9 +183,13 @@ def test_a_finalized_model_leaves_nothing_behind(server: Server) -> None:
 def test_an_instance_on_a_gpu_computes_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     server.load(NAME, "GPU", 1)
     server.clip(NAME, **SMALL)
     assert chosen == [1, 1]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    server.load(NAME, "CPU")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_clip_from_a_picture(
