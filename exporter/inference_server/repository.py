@@ -1,7 +1,7 @@
 """Model repositories on disk: written whole or not at all, and written over only if nobody has edited them.
 
 REPOSITORY/
-  export.json              what wrote it, and the SHA-256 of the files that people may edit
+  export.json                what wrote it, and the SHA-256 of the files that people may edit
   constraints.txt            the versions of the packages on the machine that wrote it, for pip
   MODEL/config.pbtxt
   MODEL/1/model.py           names the class that serves the model

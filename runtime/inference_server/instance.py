@@ -15,6 +15,8 @@ import torch
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError, message_of
 from wanforge.logs import ROOT
+from wanforge.runtime.backends import AUTO
+from wanforge.runtime.backends.choice import obstacles
 from wanforge.runtime.inference_server.answers import Answers, ServerLog, backend_utilities
 from wanforge.runtime.inference_server.inputs import Inputs, request_of
 from wanforge.runtime.inputs.embeddings import Embeddings
@@ -83,6 +85,8 @@ class Instance(ABC):
         opened = open_pipeline(bundle, self.settings["backend"], None if memory is None else float(memory) * 1e9)
         opened.embeddings = Embeddings()
         log.info("%s: backend %s on %s", bundle.model.name, opened.backend.name, opened.backend.device)
+        if self.settings["backend"] == AUTO and opened.backend.name == "torch":
+            log.warning("No fast backend can run, so the reference does. %s", obstacles(bundle, ()))
         return opened
 
     def choose_device(self) -> None:

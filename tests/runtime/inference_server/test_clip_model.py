@@ -167,6 +167,15 @@ def test_the_log_says_which_backend_runs(server: Server) -> None:
     assert ("info", "tiny-t2v: backend ort on cpu") in Logger.lines
 
 
+def test_the_log_says_why_no_fast_backend_runs(tmp_path: Path) -> None:
+    succeeded("import", "tinywan", "--recipe", "w8a8", "--out", tmp_path / "bundle")
+    succeeded("export-triton", tmp_path / "bundle", "--out", tmp_path / "repository")
+    Server(tmp_path / "repository").load(NAME).finalize()
+    (said,) = [text for kind, text in Logger.lines if kind == "warning"]
+    assert said.startswith("No fast backend can run, so the reference does. ")
+    assert "wanforge export" in said
+
+
 def test_a_prompt_is_embedded_once(server: Server) -> None:
     reports = [json.loads(server.infer(NAME, **SMALL)[0].arrays()["REPORT"][0]) for _ in range(2)]
     assert ["text" in report["seconds"] for report in reports] == [True, False]
