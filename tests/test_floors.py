@@ -28,7 +28,7 @@ GROUND = [
     *("errors", "regular_file", "whole_file", "interrupts", "streams", "logs", "host", "progress", "keywords"),
     *("version", "requirements"),
 ]
-DOOR = ["__main__", "cli", "api", "wanforge"]
+DOOR = ["__main__", "cli", "api", "library", "wanforge"]
 
 ROOMS = [
     *(f"wanforge.{name}" for name in GROUND),
@@ -72,6 +72,7 @@ ROOMS = [
     "wanforge.runtime.service.fetching",
     "wanforge.runtime.service.settings wanforge.runtime.service.catalogue",
     "wanforge.runtime.service.child",
+    "wanforge.runtime.inference_server",
     "wanforge.runtime.service.tracing",
     "wanforge.runtime.service.workers",
     "wanforge.runtime.service.web",
@@ -91,9 +92,11 @@ ROOMS = [
     "wanforge.exporter.whole_network wanforge.exporter.debugging",
     "wanforge.exporter.export",
     "wanforge.exporter.studies",
+    "wanforge.exporter.inference_server",
     "wanforge.exporter.commands",
     "wanforge.exporter",
     "wanforge.api",
+    "wanforge.library",
     "wanforge",
     "wanforge.cli",
     "wanforge.__main__",

@@ -40,8 +40,9 @@ def sources(root: Path) -> dict[str, Path]:
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             found[".".join(("wanforge", *parts)).removesuffix(".__init__")] = path
-    for path in sorted((root / "src" / "wanforge").glob("*.py")):
-        found[f"wanforge.{path.stem}".removesuffix(".__init__")] = path
+    for path in sorted((root / "src" / "wanforge").rglob("*.py")):
+        parts = path.relative_to(root / "src").with_suffix("").parts  # the links to the floors are not followed
+        found[".".join(parts).removesuffix(".__init__")] = path
     return found
 
 

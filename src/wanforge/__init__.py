@@ -11,12 +11,14 @@ from wanforge.version import __version__
 
 if TYPE_CHECKING:
     from wanforge.api import Bundle, Clip, Pipeline, build, export, import_checkpoint, load, parity
+    from wanforge.library.wan_pipeline import WanforgePipeline
 
 __all__ = [
     "Bundle",
     "Clip",
     "Pipeline",
     "WanforgeError",
+    "WanforgePipeline",
     "__version__",
     "build",
     "export",
@@ -31,6 +33,10 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # whoever imports
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'wanforge' has no attribute {name!r}")
+    if name == "WanforgePipeline":
+        from wanforge.library import wan_pipeline
+
+        return getattr(wan_pipeline, name)
     from wanforge import api
 
     return getattr(api, name)

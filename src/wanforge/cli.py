@@ -36,6 +36,10 @@ COMMANDS = {
         "Check published checkpoint files and turn them into a bundle.",
     ),
     "export": ("wanforge.exporter.commands.export:export", "Write a bundle's ONNX graphs."),
+    "export-triton": (
+        "wanforge.exporter.inference_server.command:export_triton",
+        "Write a model repository for Triton Inference Server.",
+    ),
     "kernels": (
         "wanforge.runtime.commands.kernels:kernels",
         "Compile the GPU kernels and list the resources that they use.",

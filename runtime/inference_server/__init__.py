@@ -1,0 +1,1 @@
+"""Models of Triton Inference Server that make clips, as its Python backend runs them."""

@@ -1,0 +1,1 @@
+"""wanforge for programs that are written for diffusers."""
