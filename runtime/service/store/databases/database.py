@@ -122,6 +122,13 @@ class Database(ABC):
                 transaction.run(statement, wall=time.wall, running=time.running, settled=time.settled)
                 self.announce(transaction)
 
+    @contextmanager
+    def aside(self) -> Iterator[Transaction]:
+        """A transaction that writes something in which no job has a part, so that nobody who waits for news is told of
+        it. It waits until no other one writes."""
+        with self._transaction(writes=True) as transaction:
+            yield transaction
+
     def prepare(self, migrate: Callable[[Transaction, str], None]) -> None:
         """Bring the tables to the present version."""
         try:

@@ -49,10 +49,10 @@ def test_a_store_of_version_1_is_migrated_with_its_jobs(rig: Rig) -> None:
 def test_a_store_of_a_newer_version_is_left_alone(rig: Rig) -> None:
     rig.open().submit(submission())
     run_script(rig, "UPDATE schema_version SET version = 99")
-    with pytest.raises(StoreError, match="has schema version 99, and this wanforge knows versions up to 3") as refused:
+    with pytest.raises(StoreError, match="has schema version 99, and this wanforge knows versions up to 4") as refused:
         rig.open()
     assert refused.value.code == "store_newer"
-    run_script(rig, "UPDATE schema_version SET version = 3")
+    run_script(rig, "UPDATE schema_version SET version = 4")
     assert rig.open().census().states == {State.QUEUED: 1}
 
 
