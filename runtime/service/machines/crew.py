@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from wanforge.runtime.service.machines.roll import Machine, Roll
+from wanforge.runtime.service.machines.roll import Member, Roll
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.workers.status import (
@@ -46,7 +46,7 @@ def obstacles(status: ServiceStatus | None) -> list[str]:
     return ["the workers were not started"] if status is None else status.obstacles()
 
 
-def together(machines: Iterable[Machine]) -> ServiceStatus:
+def together(machines: Iterable[Member]) -> ServiceStatus:
     """The workers of all machines as if they were those of one."""
     found = list(machines)
     present = [each for each in found if each.seconds < LOST_SECONDS]
@@ -62,7 +62,7 @@ def together(machines: Iterable[Machine]) -> ServiceStatus:
     )
 
 
-def named(machine: Machine) -> list[WorkerStatus]:
+def named(machine: Member) -> list[WorkerStatus]:
     """The workers of a machine, named after it. None of them is ready if the machine is not."""
     is_lost, problem = machine.seconds >= LOST_SECONDS, machine.status.problem
     silent = f"its machine was last heard of {machine.seconds:.0f} s ago"

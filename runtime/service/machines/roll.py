@@ -20,7 +20,7 @@ FORGET_SECONDS = 600.0
 OTHER_VERSION = "its wanforge is of another version, so nothing is known of its workers"
 
 
-class Machine(Record, frozen=True):
+class Member(Record, frozen=True):
     """A machine, as it was last heard of.
 
     Attributes:
@@ -71,7 +71,7 @@ class Roll:
         with self.database.aside() as transaction:
             transaction.run("DELETE FROM machines WHERE name = :name", name=machine)
 
-    def machines(self) -> list[Machine]:
+    def machines(self) -> list[Member]:
         """All machines that were heard of within `FORGET_SECONDS`, in the order of their names.
 
         Raises:
@@ -80,7 +80,7 @@ class Roll:
         with self.database.read() as transaction:
             wall = self.database.wall(transaction)
             rows = transaction.rows("SELECT name, seen, status FROM machines ORDER BY name")
-        found = [Machine(row["name"], max(0.0, wall - row["seen"]), decoded(row["status"])) for row in rows]
+        found = [Member(row["name"], max(0.0, wall - row["seen"]), decoded(row["status"])) for row in rows]
         return [each for each in found if each.seconds < FORGET_SECONDS]
 
 

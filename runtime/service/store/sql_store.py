@@ -105,7 +105,7 @@ class SqlStore(JobStore):
             return leasing.claim(transaction, self.policy, offer)
 
     def heartbeat(self, lease: Lease, stage: str | None = None, progress: int = 0) -> Pulse:
-        with self.database.write() as transaction:
+        with self.database.write(syncs=False) as transaction:
             return leasing.heartbeat(transaction, self.policy, lease, stage, progress)
 
     def complete(self, lease: Lease, result: Result) -> bool:

@@ -111,9 +111,13 @@ class Database(ABC):
             yield transaction
 
     @contextmanager
-    def write(self) -> Iterator[Transaction]:
-        """A transaction that writes. It waits until no other one does."""
-        with self._transaction(writes=True) as transaction:
+    def write(self, *, syncs: bool = True) -> Iterator[Transaction]:
+        """A transaction that writes. It waits until no other one does.
+
+        Args:
+            syncs: Whether it outlives a power cut from the moment that it ends, rather than with the next one that does.
+        """
+        with self._transaction(writes=True, syncs=syncs) as transaction:
             before, transaction.time = self._times(transaction)
             yield transaction
             if transaction.changes or transaction.time.is_worth_writing(before):
@@ -126,7 +130,7 @@ class Database(ABC):
     def aside(self) -> Iterator[Transaction]:
         """A transaction that writes something in which no job has a part, so that nobody who waits for news is told of
         it. It waits until no other one writes."""
-        with self._transaction(writes=True) as transaction:
+        with self._transaction(writes=True, syncs=False) as transaction:
             yield transaction
 
     def prepare(self, migrate: Callable[[Transaction, str], None]) -> None:
@@ -153,8 +157,8 @@ class Database(ABC):
         """A new connection."""
 
     @abstractmethod
-    def begin(self, connection: Any, *, writes: bool) -> Transaction:
-        """Begin a transaction. One that writes waits until no other one does."""
+    def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
+        """Begin a transaction. One that writes waits until no other one does, and if `syncs`, its end is on the disk."""
 
     @abstractmethod
     def is_broken(self, connection: Any) -> bool:
@@ -173,9 +177,9 @@ class Database(ABC):
         del transaction
 
     @contextmanager
-    def _transaction(self, *, writes: bool) -> Iterator[Transaction]:
+    def _transaction(self, *, writes: bool, syncs: bool = True) -> Iterator[Transaction]:
         with self.errors():
-            connection, transaction = self._begin(writes=writes)
+            connection, transaction = self._begin(writes=writes, syncs=syncs)
         is_done = False
         try:
             with self.errors():
@@ -186,7 +190,7 @@ class Database(ABC):
         finally:
             self._give_back(connection, is_done=is_done)
 
-    def _begin(self, *, writes: bool) -> tuple[Any, Transaction]:
+    def _begin(self, *, writes: bool, syncs: bool) -> tuple[Any, Transaction]:
         """Begin on an idle connection, or on a new one if there is none or it broke while it was idle."""
         self._forget_parent()
         while True:
@@ -195,7 +199,7 @@ class Database(ABC):
             except IndexError:
                 break
             try:
-                return connection, self.begin(connection, writes=writes)
+                return connection, self.begin(connection, writes=writes, syncs=syncs)
             except Exception:
                 if not self.is_broken(connection):
                     self._give_back(connection, is_done=False)
@@ -203,7 +207,7 @@ class Database(ABC):
                 connection.close()
         connection = self.connect()
         try:
-            return connection, self.begin(connection, writes=writes)
+            return connection, self.begin(connection, writes=writes, syncs=syncs)
         except BaseException:
             connection.close()
             raise

@@ -77,9 +77,10 @@ class Postgres(Database):
         )
         return connection
 
-    def begin(self, connection: Any, *, writes: bool) -> Transaction:
+    def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
         if writes:
-            connection.execute(f"BEGIN; SELECT pg_advisory_xact_lock({LOCK})")
+            commits = "" if syncs else "SET LOCAL synchronous_commit = off;"
+            connection.execute(f"BEGIN; {commits} SELECT pg_advisory_xact_lock({LOCK})")
         else:
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return Transaction(partial(_execute, connection), partial(_execute_many, connection))

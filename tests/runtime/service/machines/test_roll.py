@@ -16,7 +16,7 @@ from tests.runtime.service.store.test_schema import run_script
 from wanforge.errors import ConfigError
 from wanforge.runtime.service.machines.crew import LOST_SECONDS, together
 from wanforge.runtime.service.machines.report import machine_name, reported
-from wanforge.runtime.service.machines.roll import FORGET_SECONDS, OTHER_VERSION, Machine, Roll
+from wanforge.runtime.service.machines.roll import FORGET_SECONDS, OTHER_VERSION, Member, Roll
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings, check_settings
 from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.workers.status import ServiceStatus, WorkerStatus, write_status
@@ -82,7 +82,7 @@ def test_a_machine_of_another_version_is_the_problem_of_itself(rig: Rig) -> None
 
 
 def test_a_server_counts_on_the_workers_of_all_machines() -> None:
-    machines = [Machine("a", 1.0, status("working")), Machine("b", 1.0, status("broken"))]
+    machines = [Member("a", 1.0, status("working")), Member("b", 1.0, status("broken"))]
     found = together(machines)
     assert [(each.name, each.state) for each in found.workers] == [("a/gpu 0", "working"), ("b/gpu 0", "broken")]
     assert found.obstacles() == []
@@ -90,15 +90,15 @@ def test_a_server_counts_on_the_workers_of_all_machines() -> None:
 
 
 def test_a_machine_that_says_nothing_has_lost_workers() -> None:
-    found = together([Machine("a", LOST_SECONDS + 4, status("working"))])
+    found = together([Member("a", LOST_SECONDS + 4, status("working"))])
     assert found.obstacles() == ["a/gpu 0 is lost: its machine was last heard of 34 s ago"]
     assert found.workers[0].job is None
 
 
 def test_a_machine_without_room_has_no_workers_that_are_ready() -> None:
-    full = Machine("a", 0.0, status(problem="its disk is full"))
+    full = Member("a", 0.0, status(problem="its disk is full"))
     assert together([full]).obstacles() == ["a: its disk is full"]
-    found = together([full, Machine("b", 0.0, status())])
+    found = together([full, Member("b", 0.0, status())])
     assert found.obstacles() == []
     assert [(each.state, each.reason) for each in found.workers] == [("waiting", "its disk is full"), ("idle", "")]
 

@@ -62,7 +62,7 @@ def test_a_migration_that_fails_changes_nothing(rig: Rig, monkeypatch: pytest.Mo
         patch.setattr(schema, "STEPS", (*schema.STEPS, "CREATE TABLE more (n BIGINT); SELECT n FROM nowhere"))
         with pytest.raises(Exception, match="nowhere"):
             rig.open()
-    assert version(rig) == 3
+    assert version(rig) == len(schema.STEPS)
     run_script(rig, "CREATE TABLE more (n BIGINT)")
 
 
