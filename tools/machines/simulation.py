@@ -66,12 +66,14 @@ class Outcome:
         waits: Seconds from submission to the start of the attempt that made the clip, for each that was made.
         lost: Clips that nobody makes any more though they were accepted.
         again: Attempts that were begun and gave nothing.
+        made_seconds: What the attempts took that gave something.
         seconds: Simulated time, and `store_share`, the share of it in which the store worked.
     """
 
     waits: list[float] = field(default_factory=list)
     lost: int = 0
     again: int = 0
+    made_seconds: float = 0.0
     seconds: float = 0.0
     store_share: float = 0.0
 
@@ -186,10 +188,11 @@ class Leasing:
             job = self.store.claim(Offer(f"w{worker}/{life}", ("b",)))
             if job is None:
                 self.idle.add(worker)
-            else:
-                self._make(worker, life, job)
+                return
+            self._in_turn(self.plan.write_seconds, lambda: None)
+            self._make(worker, life, job)
 
-        self._in_turn(self.plan.write_seconds, claim)
+        self._in_turn(self.plan.note_seconds, claim)
 
     def _make(self, worker: int, life: int, job: Job) -> None:
         number, submitted = self.submitted[job.id]
@@ -213,6 +216,7 @@ class Leasing:
             self.running.pop(worker, None)
             if self.store.complete(job.lease, Result(objects={"video": f"{job.id}.mp4"}, backend="none")):
                 self.outcome.waits.append(begun - submitted)
+                self.outcome.made_seconds += seconds
             else:
                 self.outcome.again += 1
             self._ask(worker)

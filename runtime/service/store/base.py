@@ -303,7 +303,7 @@ class JobStore(ABC):
 
     @abstractmethod
     def heartbeat(self, lease: Lease, stage: str | None = None, progress: int = 0) -> Pulse:
-        """Extend a lease and note how far the job is, until a power cut. Within an attempt, progress never decreases."""
+        """Extend a lease and note how far the job is, which a power cut may undo. Within an attempt, progress grows."""
 
     @abstractmethod
     def complete(self, lease: Lease, result: Result) -> bool:

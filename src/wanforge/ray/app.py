@@ -2,8 +2,9 @@
 
     serve run wanforge.ray.app:app config=machines.toml max_workers=8
 
-Ray decides where workers run, how many there are, and replaces those that are not well. No request goes through Ray to a
-worker: workers lease jobs from the store, as `wanforge serve --role worker` does, so a replica that dies loses nothing.
+Ray decides where workers run and how many there are, and replaces those that are not well. No request goes through Ray
+to a worker: workers lease jobs from the store, as `wanforge serve --role worker` does, so a replica that dies loses
+nothing.
 """
 
 import math
@@ -45,7 +46,7 @@ class Cluster(BaseModel):
     """The arguments of the application.
 
     Attributes:
-        config: The settings file, with a store and results that every machine of Ray reaches, under the same path on each.
+        config: The settings file, under the same path on every machine of Ray; all reach its store and its results.
         gpus, cpus: What a worker takes of a machine.
     """
 
@@ -95,7 +96,7 @@ class Worker:
         raise ResourceError("; ".join(status.obstacles()))
 
     def __del__(self) -> None:
-        """End in good order, as Serve asks by this name: a clip that runs may be finished, or goes back to the queue."""
+        """End in good order, as Serve asks by this name: a clip that runs is finished, or goes back to the queue."""
         if hasattr(self, "_opened"):
             self._opened.close()
 

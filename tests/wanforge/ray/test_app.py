@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,7 +63,24 @@ def ray_port(tmp_path: Path) -> Iterator[int]:
         ray.shutdown()
 
 
-def test_replicas_come_with_the_queue_and_a_killed_one_loses_nothing(config: Path, ray_port: int) -> None:
+def test_there_are_as_many_workers_as_the_queue_needs() -> None:
+    from wanforge.ray.app import JOBS, by_queue
+
+    def wanted(**seen: tuple[float, float]) -> int:
+        series = {name: [SimpleNamespace(timestamp=time, value=jobs)] for name, (time, jobs) in seen.items()}
+        context = SimpleNamespace(
+            raw_metrics={JOBS: series},
+            target_num_replicas=3,
+            capacity_adjusted_min_replicas=1,
+            capacity_adjusted_max_replicas=8,
+        )
+        return by_queue(context)[0]  # type: ignore[arg-type]
+
+    assert [wanted(), wanted(a=(1, 0)), wanted(a=(1, 7)), wanted(a=(1, 99))] == [3, 1, 4, 8]
+    assert wanted(a=(1, 99), b=(2, 4)) == 2
+
+
+def test_replicas_come_with_the_queue_and_end_in_good_order(config: Path, ray_port: int) -> None:
     from ray import serve
 
     from wanforge.ray.app import Cluster, app

@@ -115,7 +115,7 @@ class Database(ABC):
         """A transaction that writes. It waits until no other one does.
 
         Args:
-            syncs: Whether it outlives a power cut from the moment that it ends, rather than with the next one that does.
+            syncs: Whether it outlives a power cut once it has ended, rather than once a later one that syncs has.
         """
         with self._transaction(writes=True, syncs=syncs) as transaction:
             before, transaction.time = self._times(transaction)
@@ -158,7 +158,7 @@ class Database(ABC):
 
     @abstractmethod
     def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
-        """Begin a transaction. One that writes waits until no other one does, and if `syncs`, its end is on the disk."""
+        """Begin a transaction. One that writes waits until no other one does. See `write` for `syncs`."""
 
     @abstractmethod
     def is_broken(self, connection: Any) -> bool:
