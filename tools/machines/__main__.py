@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tools.machines.simulation import KINDS, Leasing, Outcome, Plan, Routing
+from tools.machines.simulation import KINDS, MEAN_SECONDS, Leasing, Outcome, Plan, Routing
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
@@ -45,7 +45,7 @@ def leased(plan: Plan) -> Outcome:
 
 def busy(workers: int, disk: Disk) -> Outcome:
     """A cluster that always has more to do than it can."""
-    jobs = max(300, 40 * workers)
+    jobs = max(600, 40 * workers)
     return leased(Plan(workers, jobs, 3.0, write_seconds=disk.write_seconds, note_seconds=disk.note_seconds))
 
 
@@ -56,7 +56,7 @@ def throughput_table(found: dict[str, list[Outcome]]) -> str:
         cells = []
         for outcomes in found.values():
             outcome = outcomes[place]
-            share = outcome.made_seconds / outcome.seconds / workers
+            share = outcome.worked() / workers
             cells.append(f"{100 * share:.0f} % (store {100 * outcome.store_share:.0f} %)")
         lines.append(f"| {workers} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -68,7 +68,7 @@ def throughput_plot(found: dict[str, list[Outcome]]) -> str:
     for name, outcomes in found.items():
         points = []
         for workers, outcome in zip(WORKERS, outcomes, strict=True):
-            rate = 60 * len(outcome.waits) / outcome.seconds
+            rate = 60 * outcome.worked() / MEAN_SECONDS
             points.append((float(workers), rate, f"{workers} workers, {name}: {rate:.0f} clips a minute"))
         series.append(Series(name, points))
     return picture_of(Plot("clips a minute", "workers; simulated", "clips a minute", series, log_x=True, log_y=True))

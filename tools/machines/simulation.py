@@ -66,16 +66,22 @@ class Outcome:
         waits: Seconds from submission to the start of the attempt that made the clip, for each that was made.
         lost: Clips that nobody makes any more though they were accepted.
         again: Attempts that were begun and gave nothing.
-        made_seconds: What the attempts took that gave something.
+        made: When each clip was made, and what its attempt took.
         seconds: Simulated time, and `store_share`, the share of it in which the store worked.
     """
 
     waits: list[float] = field(default_factory=list)
     lost: int = 0
     again: int = 0
-    made_seconds: float = 0.0
+    made: list[tuple[float, float]] = field(default_factory=list)
     seconds: float = 0.0
     store_share: float = 0.0
+
+    def worked(self) -> float:
+        """Seconds of clips that are made in a second, in the middle of the time, where neither its beginning nor its
+        end matters."""
+        middle = self.made[len(self.made) // 5 : -len(self.made) // 5]
+        return sum(seconds for _, seconds in middle[1:]) / (middle[-1][0] - middle[0][0])
 
     def wait(self, share: float) -> float:
         """A quantile of the waits, in seconds."""
@@ -216,7 +222,7 @@ class Leasing:
             self.running.pop(worker, None)
             if self.store.complete(job.lease, Result(objects={"video": f"{job.id}.mp4"}, backend="none")):
                 self.outcome.waits.append(begun - submitted)
-                self.outcome.made_seconds += seconds
+                self.outcome.made.append((self.line.now, seconds))
             else:
                 self.outcome.again += 1
             self._ask(worker)
@@ -282,6 +288,7 @@ class Routing:
             self.running.discard(worker)
             if self.router == router:
                 self.outcome.waits.append(begun - submitted)
+                self.outcome.made.append((self.line.now, self.clips.seconds[number]))
             self.free.add(worker)
             self._hand_out()
 
