@@ -41,11 +41,6 @@ def crew_of(settings: ServeSettings, store: JobStore) -> Crew:
     return told
 
 
-def obstacles(status: ServiceStatus | None) -> list[str]:
-    """Why no videos can be made now; empty if they can."""
-    return ["the workers were not started"] if status is None else status.obstacles()
-
-
 def together(machines: Iterable[Member]) -> ServiceStatus:
     """The workers of all machines as if they were those of one."""
     found = list(machines)

@@ -97,8 +97,8 @@ class SqlStore(JobStore):
         with self.database.read() as transaction:
             return queries.events(transaction, job, after, limit)
 
-    def news(self) -> News:
-        return self.database.news()
+    def news(self, *, of_progress: bool = True) -> News:
+        return self.database.news(of_progress=of_progress)
 
     def claim(self, offer: Offer) -> Job | None:
         with self.database.write() as transaction:

@@ -11,13 +11,14 @@ from fastapi import Request
 
 from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.fetching.fetcher import Fetcher
-from wanforge.runtime.service.machines.crew import crew_of, obstacles
+from wanforge.runtime.service.machines.crew import crew_of
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import MEGABYTE, ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
 from wanforge.runtime.service.web.monitor.answers import AnswerFigures
+from wanforge.runtime.service.workers.status import obstacles_of
 
 READERS = 4
 """The number of threads that read for clients who look at videos."""
@@ -45,9 +46,8 @@ class Service:
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
         self.reload_keys()
-        self.crew = crew_of(settings, store)
-        self.newsroom, self.outlook = Newsroom(store), Outlook(store, self.crew)
-        self.answers = AnswerFigures()
+        self.crew, self.newsroom = crew_of(settings, store), Newsroom(store)
+        self.outlook, self.answers = Outlook(store, self.crew), AnswerFigures()
         self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
         limits = settings.limits
@@ -67,7 +67,7 @@ class Service:
             self.store.census()
         except StoreError as error:
             return [str(error)]
-        return obstacles(self.crew())
+        return obstacles_of(self.crew())
 
     async def in_own_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs

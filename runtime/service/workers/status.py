@@ -168,3 +168,13 @@ def read_status(data: Path) -> ServiceStatus | None:
         return msgspec.json.decode((data / STATUS).read_bytes(), type=ServiceStatus)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def obstacles(data: Path) -> list[str]:
+    """Why no videos can be made now; empty if they can."""
+    return obstacles_of(read_status(data))
+
+
+def obstacles_of(status: ServiceStatus | None) -> list[str]:
+    """The same, of a status that was read."""
+    return ["the workers were not started"] if status is None else status.obstacles()

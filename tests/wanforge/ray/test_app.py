@@ -1,13 +1,15 @@
 """Workers as replicas of Ray Serve, on this machine's processors."""
 
 import importlib.util
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.processes import free_port, wait_until
+from tests.processes import ROOT, free_port, wait_until
 from tests.runtime.service.conftest import tinywan
 from tests.runtime.service.store.conftest import new_schema, postgres_url
 from tests.runtime.service.workers.rig import STAND_IN
@@ -61,6 +63,15 @@ def ray_port(tmp_path: Path) -> Iterator[int]:
         serve.shutdown()
     finally:
         ray.shutdown()
+
+
+def test_the_command_of_the_page_has_arguments_that_there_are() -> None:
+    from wanforge.ray import app
+
+    (found,) = re.findall(r"^serve run (\S+) (.*)$", (ROOT / "docs/machines.md").read_text(), re.MULTILINE)
+    cluster = app.Cluster.model_validate(dict(word.split("=") for word in shlex.split(found[1])))
+    assert found[0] == f"{app.__name__}:app"
+    assert (cluster.config, cluster.min_workers, cluster.max_workers) == ("machines.toml", 1, 8)
 
 
 def test_there_are_as_many_workers_as_the_queue_needs() -> None:

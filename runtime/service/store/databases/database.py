@@ -124,7 +124,7 @@ class Database(ABC):
                 time = transaction.time
                 statement = "UPDATE clock SET wall = :wall, running = :running, settled = :settled"
                 transaction.run(statement, wall=time.wall, running=time.running, settled=time.settled)
-                self.announce(transaction)
+                self.announce(transaction, is_progress=not syncs)
 
     @contextmanager
     def aside(self) -> Iterator[Transaction]:
@@ -149,8 +149,8 @@ class Database(ABC):
             self._idle.pop().close()
 
     @abstractmethod
-    def news(self) -> News:
-        """What tells of changes."""
+    def news(self, *, of_progress: bool = True) -> News:
+        """What tells of changes; without those of progress alone, where the database can tell them apart."""
 
     @abstractmethod
     def connect(self) -> Any:
@@ -172,9 +172,9 @@ class Database(ABC):
     def wall(self, transaction: Transaction) -> float:
         """Seconds since 1970, by the clock that all processes share."""
 
-    def announce(self, transaction: Transaction) -> None:
+    def announce(self, transaction: Transaction, *, is_progress: bool) -> None:
         """Tell of a change, where the database does not do so by itself."""
-        del transaction
+        del transaction, is_progress
 
     @contextmanager
     def _transaction(self, *, writes: bool, syncs: bool = True) -> Iterator[Transaction]:

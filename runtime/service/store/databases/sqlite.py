@@ -94,7 +94,8 @@ class Sqlite(Database):
     def wall(self, transaction: Transaction) -> float:
         return time.time()
 
-    def news(self) -> News:
+    def news(self, *, of_progress: bool = True) -> News:
+        del of_progress
         return SqliteNews(self)
 
 
