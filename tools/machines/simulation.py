@@ -14,6 +14,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -94,10 +95,10 @@ class Line:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._due: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
 
-    def after(self, seconds: float, do: Callable[[], None]) -> None:
+    def after(self, seconds: float, do: Callable[[], object]) -> None:
         """Let something happen later."""
         heapq.heappush(self._due, (self.now + seconds, next(self._numbers), do))
 
@@ -148,7 +149,7 @@ class Leasing:
         self.outcome.seconds, self.outcome.store_share = self.line.now, self.busy / self.line.now
         return self.outcome
 
-    def _in_turn(self, seconds: float, do: Callable[[], None]) -> None:
+    def _in_turn(self, seconds: float, do: Callable[[], object]) -> None:
         """Let the store do something once those before have been served."""
         self.free_at = max(self.free_at, self.line.now) + seconds
         self.busy += seconds
@@ -165,9 +166,11 @@ class Leasing:
             self.submitted[self.store.submit(asked).job.id] = number, self.line.now
             self._wake()
 
-        self.line.after(
-            self.clips.gaps[number], lambda: (self._in_turn(self.plan.write_seconds, add), self._submit(number + 1))
-        )
+        def come() -> None:
+            self._in_turn(self.plan.write_seconds, add)
+            self._submit(number + 1)
+
+        self.line.after(self.clips.gaps[number], come)
 
     def _wake(self) -> None:
         """Tell workers that have nothing to do. The first of them to ask gets the job."""
@@ -253,7 +256,7 @@ class Routing:
     def run(self) -> Outcome:
         """Simulate until every clip is made or lost."""
         for worker in range(self.plan.workers):
-            self.line.after(self.clips.life(self.plan.worker_life), lambda worker=worker: self._die(worker))
+            self.line.after(self.clips.life(self.plan.worker_life), partial(self._die, worker))
         self.line.after(self.clips.life(self.plan.router_life), self._lose_router)
         self._submit(0)
         while len(self.outcome.waits) + self.outcome.lost < self.plan.jobs:

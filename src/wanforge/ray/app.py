@@ -111,7 +111,7 @@ class Api:
         ConfigError, BundleError, StoreError, StorageError: As of `wanforge serve --role api`.
     """
 
-    def __init__(self, config: str, workers: DeploymentHandle) -> None:
+    def __init__(self, config: str, workers: DeploymentHandle[Any]) -> None:
         del workers
         self._opened = ExitStack()
         settings = replace(load_settings(Path(config)), role="api", host=REACHABLE)
@@ -165,5 +165,5 @@ def app(cluster: Cluster) -> serve.Application:
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_timeout_s=30.0,
     )
-    api = serve.deployment(serve.ingress()(Api), ray_actor_options={"num_cpus": 0.1})
+    api = serve.deployment(ray_actor_options={"num_cpus": 0.1})(serve.ingress()(Api))
     return api.bind(cluster.config, worker.bind(cluster.config))
