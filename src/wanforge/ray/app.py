@@ -159,11 +159,10 @@ def app(cluster: Cluster) -> serve.Application:
         "policy": {"policy_function": by_queue},
     }
     worker = serve.deployment(
-        Worker,
         autoscaling_config=scaling,
         ray_actor_options={"num_gpus": cluster.gpus, "num_cpus": cluster.cpus},
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_timeout_s=30.0,
-    )
+    )(Worker)
     api = serve.deployment(ray_actor_options={"num_cpus": 0.1})(serve.ingress()(Api))
     return api.bind(cluster.config, worker.bind(cluster.config))

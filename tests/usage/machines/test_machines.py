@@ -105,6 +105,7 @@ def test_no_job_is_lost_whichever_machine_is_killed(site: Site) -> None:
     assert api.readiness()["ready"]
     assert first.connection.http.get("/v1/videos").status_code == 404
 
+    assert not (api.data / "workers.json").exists()
     jobs = [api.connection.submit({"prompt": f"0.8 clip {number}"})["id"] for number in range(12)]
     for node in (first, second):
         wait_until(lambda: running(api, jobs))

@@ -11,10 +11,13 @@ import pytest
 
 from tests.processes import ROOT, free_port, wait_until
 from tests.runtime.service.conftest import tinywan
+from tests.runtime.service.machines.test_roll import status
 from tests.runtime.service.store.conftest import new_schema, postgres_url
 from tests.runtime.service.workers.rig import STAND_IN
+from wanforge.errors import ResourceError
 from wanforge.runtime.service.client.connection import Connection
 from wanforge.runtime.service.store.sql_store import open_store
+from wanforge.runtime.service.workers.status import write_status
 
 __all__ = ["postgres_url", "tinywan"]
 
@@ -72,6 +75,20 @@ def test_the_command_of_the_page_has_arguments_that_there_are() -> None:
     cluster = app.Cluster.model_validate(dict(word.split("=") for word in shlex.split(found[1])))
     assert found[0] == f"{app.__name__}:app"
     assert (cluster.config, cluster.min_workers, cluster.max_workers) == ("machines.toml", 1, 8)
+
+
+def test_a_replica_whose_children_die_again_and_again_is_not_well(tmp_path: Path) -> None:
+    from wanforge.ray.app import Worker
+
+    worker = Worker.__new__(Worker)
+    worker.data = tmp_path
+    worker.check_health()
+    for state in ("starting", "idle", "working", "waiting"):
+        write_status(tmp_path, status(state))
+        worker.check_health()
+    write_status(tmp_path, status("broken"))
+    with pytest.raises(ResourceError, match="gpu 0 is broken"):
+        worker.check_health()
 
 
 def test_there_are_as_many_workers_as_the_queue_needs() -> None:
