@@ -18,7 +18,7 @@ from tests.runtime.service.store.conftest import new_schema
 from tests.usage.commands import clean_environment
 from tests.usage.machines.node import Node
 from wanforge.runtime.service.catalogue import Asked, Served
-from wanforge.runtime.service.job import Job
+from wanforge.runtime.service.job import Job, State
 from wanforge.runtime.service.settings import load_settings
 from wanforge.runtime.service.store.base import JobStore
 from wanforge.runtime.service.store.sql_store import open_store
@@ -139,10 +139,12 @@ def test_a_drained_worker_finishes_its_clip_and_takes_no_other(site: Site) -> No
     worker.start()
     worker.wait_ready()
     with closing(open_store(load_settings(site.folder / "machines.toml").store)) as store:
-        jobs = [submitted(store, site.folder / "bundle", f"1.5 clip {number}") for number in range(2)]
+        jobs = [submitted(store, site.folder / "bundle", f"3 clip {number}") for number in range(12)]
         wait_until(lambda: any(found(store, job).stage for job in jobs))
         assert worker.end() == 0
-        assert sorted(found(store, job).state for job in jobs) == ["completed", "queued"]
+        ended = [found(store, job) for job in jobs]
+    assert {job.state for job in ended} == {State.COMPLETED, State.QUEUED}
+    assert all((job.attempt, job.lost) == (job.state is State.COMPLETED, 0) for job in ended)
 
 
 def submitted(store: JobStore, bundle: Path, prompt: str) -> str:
