@@ -75,6 +75,7 @@ ROOMS = [
     "wanforge.runtime.inference_server",
     "wanforge.runtime.service.tracing",
     "wanforge.runtime.service.workers",
+    "wanforge.runtime.service.machines",
     "wanforge.runtime.service.web",
     "wanforge.runtime.service.client",
     "wanforge.runtime.service.listening wanforge.runtime.service.signals wanforge.runtime.service.supervising",

@@ -1,4 +1,5 @@
-"""The process that `wanforge serve` runs: it answers requests, and keeps a supervisor running. It loads no PyTorch."""
+"""The process that `wanforge serve` runs: it answers requests, and keeps a supervisor running where there are workers.
+It loads no PyTorch."""
 
 import gc
 import logging
@@ -15,10 +16,11 @@ from fastapi import FastAPI
 from wanforge.errors import WanforgeError, message_of
 from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.listening import MOST_CONNECTIONS, listener, room_for_connections, url_of
+from wanforge.runtime.service.machines.report import reported
 from wanforge.runtime.service.results.opening import open_storage
 from wanforge.runtime.service.settings import ServeSettings, check_settings
 from wanforge.runtime.service.signals import told_of_signals
-from wanforge.runtime.service.supervising import SupervisorProcess
+from wanforge.runtime.service.supervising import NoSupervisor, SupervisorProcess
 from wanforge.runtime.service.tracing.opening import is_wanted
 from wanforge.runtime.service.web.app import create_app
 from wanforge.runtime.service.web.guard.connections import TimedConnection
@@ -61,7 +63,7 @@ class Front:
             self.service = Service(self.settings, store, catalogue_of(self.settings), objects)
             self._opened = opened.pop_all()
         self.server = Server(config_of(create_app(self.service), room_for_connections()))
-        self.supervisor = SupervisorProcess(data)
+        self.supervisor = (NoSupervisor if self.settings.role == "api" else SupervisorProcess)(data)
         self._reloading = ThreadPoolExecutor(1, "reload")
 
     def run(self, ready: Callable[[str], object]) -> None:
@@ -75,7 +77,7 @@ class Front:
         """
         with self._opened, closing(listener(self.settings)) as listening:
             self.supervisor.write_settings(self.settings)
-            with told_of_signals(self.told):
+            with told_of_signals(self.told), reported(self.settings, self.service.store):
                 self.supervisor.start()
                 keep_collections_short()
                 try:

@@ -2,7 +2,7 @@
 
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,7 @@ SCOPES = {
 """What a key may be allowed; a key without scopes may read and write."""
 LEAST_LEASE_SECONDS = 15.0
 """Three heartbeats: with a shorter lease, a worker loses its job where one heartbeat is late."""
+Role = Literal["both", "api", "worker"]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
@@ -71,7 +72,8 @@ class ServeSettings(Record, frozen=True, kw_only=True):
     """All settings of `wanforge serve`.
 
     Attributes:
-        host, port: Where to listen. Port 0 takes a free one.
+        role: What this machine does: it answers requests (``api``), makes clips (``worker``), or does both.
+        host, port: Where to listen. Port 0 takes a free one. A machine that only makes clips answers monitors there.
         data: The folder of the job store and the results.
         store: A Postgres URL, in place of the file of SQLite in `data`.
         results: ``s3://bucket/prefix`` or another folder, in place of a folder in `data`.
@@ -82,6 +84,7 @@ class ServeSettings(Record, frozen=True, kw_only=True):
         policy: The rules of the job store.
     """
 
+    role: Role = "both"
     host: str = "127.0.0.1"
     port: Port = 8000
     data: str = "service"
@@ -136,10 +139,12 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
     """Refuse settings that nobody should run.
 
     Raises:
-        ConfigError: Other machines could use the server without a key, leases are too short, or there are no bundles or
-            one with two sets of LoRAs.
+        ConfigError: Other machines could use the server without a key, a part of the service could not find the others,
+            leases are too short, or there are no bundles or one with two sets of LoRAs.
     """
-    if not settings.is_loopback and not has_keys:
+    if settings.role != "both":
+        check_shared(settings)
+    if settings.role != "worker" and not settings.is_loopback and not has_keys:
         place = "--config FILE, the file of these settings" if settings.store else f"--data {settings.data}"
         raise ConfigError(
             f"{settings.host} can be reached from other machines, and there are no API keys, so anybody could use this "
@@ -156,3 +161,23 @@ def check_settings(settings: ServeSettings, *, has_keys: bool) -> None:
     for each in settings.bundles:
         if known.setdefault(Path(each.path).resolve(), each.loras) != each.loras:
             raise ConfigError(f"{each.path} is served twice with different LoRAs; name all of them in both places")
+
+
+def check_shared(settings: ServeSettings) -> None:
+    """Refuse settings with which the parts of a service on several machines would not find each other.
+
+    Raises:
+        ConfigError: The job store or the results are on this machine alone.
+    """
+    other = "workers" if settings.role == "api" else "server"
+    if not settings.store:
+        raise ConfigError(
+            f"role is {settings.role!r}, and the job store is a file in {settings.data}, where the {other} of other "
+            'machines cannot see it; name a database in --config FILE: store = "postgresql://user@host/database"'
+        )
+    if not settings.results:
+        raise ConfigError(
+            f"role is {settings.role!r}, and results are kept in {settings.data}, where the {other} of other machines "
+            'cannot see them; name shared storage in --config FILE: results = "s3://bucket/prefix", or a folder of a '
+            "network file system"
+        )

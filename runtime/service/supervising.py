@@ -110,6 +110,16 @@ class SupervisorProcess:
         return f"ended with {self._process.wait()}"
 
 
+class NoSupervisor(SupervisorProcess):
+    """Stands where a machine has no workers, and so nothing that has to be kept running."""
+
+    def write_settings(self, settings: ServeSettings) -> None:
+        """Write nothing, since nobody would read it."""
+
+    def _watch(self) -> None:
+        self._ends.wait()
+
+
 def started(settings: Path) -> "subprocess.Popen[bytes]":
     """Start a supervisor. It has a session of its own, so that Ctrl-C reaches only this process, which tells it."""
     paths = os.pathsep.join(path for path in sys.path if path)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -15,12 +15,14 @@ from wanforge.errors import RequestError, WanforgeError, message_of, unknown_nam
 from wanforge.logs import Console
 from wanforge.runtime.commands.options import FILE, FOLDER, JSON, backend_option, takes
 from wanforge.runtime.service import journal
-from wanforge.runtime.service.settings import SCOPES, ServedBundle, ServeSettings, load_settings
+from wanforge.runtime.service.settings import SCOPES, Role, ServedBundle, ServeSettings, load_settings
 from wanforge.runtime.service.signals import hangups_kept
 from wanforge.runtime.service.store.base import JobStore
 
 log = logging.getLogger(__name__)
 
+DOES = {"both": "Serving", "api": "Serving", "worker": "Making videos of"}
+"""What a machine does with its bundles, by its role."""
 CONFIG = click.option("--config", type=FILE, help="The settings file of the server, which names its job store.")
 DATA = click.option(
     "--data", type=FOLDER, help="Folder of the job store, the results and the keys.  [default: service]"
@@ -62,6 +64,7 @@ class ServeOptions:
 
     bundles: tuple[Path, ...]
     config: Path | None
+    role: Role | None
     host: str | None
     port: int | None
     data: Path | None
@@ -71,7 +74,7 @@ class ServeOptions:
     def settings(self) -> ServeSettings:
         """The settings file, with what the options say instead."""
         found = ServeSettings() if self.config is None else load_settings(self.config)
-        given: dict[str, Any] = {name: getattr(self, name) for name in ("host", "port", "workers", "backend")}
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("role", "host", "port", "workers", "backend")}
         given["data"] = None if self.data is None else str(self.data)
         if self.bundles:
             given["bundles"] = tuple(ServedBundle(str(each)) for each in self.bundles)
@@ -82,6 +85,11 @@ class ServeOptions:
 @serve.command("run", cls=Serving)
 @click.argument("bundles", nargs=-1, type=FOLDER, metavar="BUNDLE...")
 @click.option("--config", type=FILE, help="TOML file with all settings (docs/serving.md); options take precedence.")
+@click.option(
+    "--role",
+    type=click.Choice(get_args(Role)),
+    help="What this machine does: it answers requests (api), makes videos (worker), or both.  [default: both]",
+)
 @click.option("--host", help="Address to listen at; any but this machine's own needs keys.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port; 0 takes a free one.  [default: 8000]")
 @click.option("--data", type=FOLDER, help="Folder of the job store, the results and the keys.  [default: service]")
@@ -97,6 +105,9 @@ def run(options: ServeOptions) -> None:
 
     Jobs and results outlive the server: whatever was accepted is made after a restart. Ctrl-C or SIGTERM lets running
     jobs finish, a second one gives them back to the queue at once, and SIGHUP reloads keys and bundles.
+
+    With `--role api` and `--role worker`, many machines share one queue in Postgres and results in S3, as
+    docs/machines.md tells. A worker listens as well, for monitors alone.
 
     `wanforge serve keys --help` tells about API keys, without which only this machine can use the server.
     """
@@ -117,7 +128,7 @@ def _run(options: ServeOptions) -> None:
     names = ", ".join(each.name for each in front.service.catalogue.served)
     journal.begin(front.settings.logs)
     try:
-        front.run(lambda url: click.echo(f"Serving {names} at {url}"))
+        front.run(lambda url: click.echo(f"{DOES[front.settings.role]} {names} at {url}"))
     except (WanforgeError, OSError) as error:  # which belongs into the journal, like everything from now on
         log.error(message_of(error))
         click.get_current_context().exit(1)

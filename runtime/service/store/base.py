@@ -206,7 +206,7 @@ class News(ABC):
     @abstractmethod
     def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
         """Wait until something has been committed since the last call, or since this object was made, and say whether
-        something was. It may have been something that the caller does not care for.
+        something was. It may be what the caller does not care for; progress if that is told apart (`JobStore.news`).
 
         Args:
             delay: How many seconds late it may be told. Where news have to be looked for, each look takes some time.
@@ -293,7 +293,7 @@ class JobStore(ABC):
         """The events of a job with a sequence above `after`, oldest first."""
 
     @abstractmethod
-    def news(self) -> News: ...
+    def news(self, *, of_progress: bool = True) -> News: ...
 
     # Workers
 
@@ -303,7 +303,7 @@ class JobStore(ABC):
 
     @abstractmethod
     def heartbeat(self, lease: Lease, stage: str | None = None, progress: int = 0) -> Pulse:
-        """Extend a lease and note how far the job is. Within an attempt, progress never decreases."""
+        """Extend a lease and note how far the job is, which a power cut may undo. Within an attempt, progress grows."""
 
     @abstractmethod
     def complete(self, lease: Lease, result: Result) -> bool:

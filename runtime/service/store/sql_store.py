@@ -97,15 +97,15 @@ class SqlStore(JobStore):
         with self.database.read() as transaction:
             return queries.events(transaction, job, after, limit)
 
-    def news(self) -> News:
-        return self.database.news()
+    def news(self, *, of_progress: bool = True) -> News:
+        return self.database.news(of_progress=of_progress)
 
     def claim(self, offer: Offer) -> Job | None:
         with self.database.write() as transaction:
             return leasing.claim(transaction, self.policy, offer)
 
     def heartbeat(self, lease: Lease, stage: str | None = None, progress: int = 0) -> Pulse:
-        with self.database.write() as transaction:
+        with self.database.write(syncs=False) as transaction:
             return leasing.heartbeat(transaction, self.policy, lease, stage, progress)
 
     def complete(self, lease: Lease, result: Result) -> bool:

@@ -52,7 +52,8 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.keys = KeyRing(service)
-    routers = [room.router for room in (videos, content, stream, batches, catalogued, health, page)]
+    rooms = (videos, content, stream, batches, catalogued, health, page)
+    routers = [room.router for room in ((health,) if service.settings.role == "worker" else rooms)]
     for router in routers:
         app.include_router(router)
     app.state.routes = [route for router in routers for route in router.routes]

@@ -204,7 +204,7 @@ class WorkerHealth(BaseModel):
     """How a worker is."""
 
     name: str
-    state: str = Field(description="starting, idle, working, waiting, broken or ended.")
+    state: str = Field(description="starting, idle, working, waiting, broken, lost or ended.")
     reason: str = Field(description="Why it is not ready.")
     has_job: bool
     last_completed_at: int | None = Field(description="When it last completed a clip.")

@@ -3,7 +3,6 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import anyio
@@ -12,13 +11,14 @@ from fastapi import Request
 
 from wanforge.runtime.service.catalogue import Catalogue
 from wanforge.runtime.service.fetching.fetcher import Fetcher
+from wanforge.runtime.service.machines.crew import crew_of
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.settings import MEGABYTE, ServeSettings
 from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
 from wanforge.runtime.service.web.monitor.answers import AnswerFigures
-from wanforge.runtime.service.workers.status import obstacles
+from wanforge.runtime.service.workers.status import obstacles_of
 
 READERS = 4
 """The number of threads that read for clients who look at videos."""
@@ -37,6 +37,7 @@ class Service:
     """Everything that a request needs.
 
     Attributes:
+        crew: Tells the workers that there are.
         needs_keys: Whether there are API keys, so that every request has to show one.
         streams: How many event streams each key has open.
         fetcher: Fetches pictures by their URLs; None where that is not allowed.
@@ -45,8 +46,8 @@ class Service:
     def __init__(self, settings: ServeSettings, store: JobStore, catalogue: Catalogue, objects: ObjectStorage) -> None:
         self.settings, self.store, self.catalogue, self.objects = settings, store, catalogue, objects
         self.reload_keys()
-        self.newsroom, self.outlook = Newsroom(store), Outlook(store, Path(settings.data))
-        self.answers = AnswerFigures()
+        self.crew, self.newsroom = crew_of(settings, store), Newsroom(store)
+        self.outlook, self.answers = Outlook(store, self.crew), AnswerFigures()
         self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
         limits = settings.limits
@@ -66,7 +67,7 @@ class Service:
             self.store.census()
         except StoreError as error:
             return [str(error)]
-        return obstacles(Path(self.settings.data))
+        return obstacles_of(self.crew())
 
     async def in_own_thread(
         self, function: Callable[Arguments, Found], *arguments: Arguments.args, **options: Arguments.kwargs

@@ -118,7 +118,7 @@ class Heart:
     def _beat(self) -> None:
         while not self._ends.is_set():
             try:
-                with closing(self.store.news()) as news:
+                with closing(self.store.news(of_progress=False)) as news:
                     while not self._ends.is_set():
                         has_news = news.wait(min(LOOK_SECONDS, self.times.progress), SOON)
                         for attempt in self.attempts():

@@ -25,6 +25,8 @@ BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 MOST_KINDS = 50
 """The most kinds of clips whose durations a worker tells apart."""
 READY = ("idle", "working")
+LOST = "lost"
+"""The state of workers whose machine is not heard of any more."""
 OUTCOMES = (
     *("completed", "cancelled", "requeued"),
     *("invalid_request", "out_of_memory", "gpu_failed", "disk_full", "bundle_damaged", "resources_lacking"),
@@ -124,6 +126,7 @@ class ServiceStatus(Record, frozen=True, kw_only=True):
         written: When it was written, by the clock that all processes of the machine share and nobody can set.
         lease_names: The names in the job store under which its workers hold leases.
         problem: Why no jobs are started, such as a full disk.
+        bundles: Fingerprints of the bundles that they serve.
     """
 
     supervisor: int
@@ -131,6 +134,7 @@ class ServiceStatus(Record, frozen=True, kw_only=True):
     workers: tuple[WorkerStatus, ...]
     lease_names: tuple[str, ...] = ()
     problem: str = ""
+    bundles: tuple[str, ...] = ()
 
     def obstacles(self) -> list[str]:
         """Why no videos can be made now; empty if they can."""
@@ -168,5 +172,9 @@ def read_status(data: Path) -> ServiceStatus | None:
 
 def obstacles(data: Path) -> list[str]:
     """Why no videos can be made now; empty if they can."""
-    found = read_status(data)
-    return ["the workers were not started"] if found is None else found.obstacles()
+    return obstacles_of(read_status(data))
+
+
+def obstacles_of(status: ServiceStatus | None) -> list[str]:
+    """The same, of a status that was read."""
+    return ["the workers were not started"] if status is None else status.obstacles()

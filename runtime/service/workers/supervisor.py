@@ -225,6 +225,7 @@ class Supervisor:
             workers=tuple(worker.status for worker in self.workers),
             lease_names=tuple(worker.lease_name for worker in self.workers),
             problem=self.problem,
+            bundles=tuple(each.fingerprint for each in self.bundles),
         )
 
 

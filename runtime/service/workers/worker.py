@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.25
 """How often a worker that waits looks whether something else is to be done."""
+IDLE_SECONDS = 1.0
+"""How often a worker that waits asks the store for a job where it has no news: one that was left to others, say."""
 STORE_SECONDS = 0.5
 """How long to wait before the store is asked again after an error."""
 DISK_FULL, OUT_OF_MEMORY = "disk_full", "out_of_memory"
@@ -120,6 +122,7 @@ class ClipWorker(Thread):
         self._warm: dict[str, str] = {}
         self._child: ChildProcess | None = None
         self._reloading: tuple[BundlePlace, ...] | None = None
+        self._asks_at = 0.0
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._telling = Lock()
         self._storing = ThreadPoolExecutor(1, thread_name_prefix=f"{name} stores")
@@ -129,7 +132,7 @@ class ClipWorker(Thread):
         try:
             while not self.shop.is_closed.is_set():
                 try:
-                    with closing(self.shop.store.news()) as news:
+                    with closing(self.shop.store.news(of_progress=False)) as news:
                         while not self.shop.is_closed.is_set():
                             self._turn(news)
                 except StoreError as error:
@@ -166,13 +169,17 @@ class ClipWorker(Thread):
             self._start()
             return
         self._child.receive(0)  # which notices if it has ended
-        job = None if self.shop.is_full.is_set() else self._claim()
+        is_due = not self.shop.is_full.is_set() and time.monotonic() >= self._asks_at
+        job = self._claim() if is_due else None
         if job is not None:
             self.shop.idle.pop(self.lease_name, None)
             self._serve(job, self._child)
+            self._asks_at = 0.0
         else:
+            self._asks_at = time.monotonic() + IDLE_SECONDS if is_due else self._asks_at
             self.shop.idle[self.lease_name] = frozenset(self._warm.items())
-            news.wait(LOOK_SECONDS)
+            if news.wait(LOOK_SECONDS):
+                self._asks_at = 0.0
 
     def _claim(self) -> Job | None:
         served = [each.fingerprint for each in self.bundles if each.fingerprint not in self.status.refused]

@@ -111,16 +111,27 @@ class Database(ABC):
             yield transaction
 
     @contextmanager
-    def write(self) -> Iterator[Transaction]:
-        """A transaction that writes. It waits until no other one does."""
-        with self._transaction(writes=True) as transaction:
+    def write(self, *, syncs: bool = True) -> Iterator[Transaction]:
+        """A transaction that writes. It waits until no other one does.
+
+        Args:
+            syncs: Whether it outlives a power cut once it has ended, rather than once a later one that syncs has.
+        """
+        with self._transaction(writes=True, syncs=syncs) as transaction:
             before, transaction.time = self._times(transaction)
             yield transaction
             if transaction.changes or transaction.time.is_worth_writing(before):
                 time = transaction.time
                 statement = "UPDATE clock SET wall = :wall, running = :running, settled = :settled"
                 transaction.run(statement, wall=time.wall, running=time.running, settled=time.settled)
-                self.announce(transaction)
+                self.announce(transaction, is_progress=not syncs)
+
+    @contextmanager
+    def aside(self) -> Iterator[Transaction]:
+        """A transaction that writes something in which no job has a part, so that nobody who waits for news is told of
+        it. It waits until no other one writes."""
+        with self._transaction(writes=True, syncs=False) as transaction:
+            yield transaction
 
     def prepare(self, migrate: Callable[[Transaction, str], None]) -> None:
         """Bring the tables to the present version."""
@@ -138,16 +149,16 @@ class Database(ABC):
             self._idle.pop().close()
 
     @abstractmethod
-    def news(self) -> News:
-        """What tells of changes."""
+    def news(self, *, of_progress: bool = True) -> News:
+        """What tells of changes; without those of progress alone, where the database can tell them apart."""
 
     @abstractmethod
     def connect(self) -> Any:
         """A new connection."""
 
     @abstractmethod
-    def begin(self, connection: Any, *, writes: bool) -> Transaction:
-        """Begin a transaction. One that writes waits until no other one does."""
+    def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
+        """Begin a transaction. One that writes waits until no other one does. See `write` for `syncs`."""
 
     @abstractmethod
     def is_broken(self, connection: Any) -> bool:
@@ -161,14 +172,14 @@ class Database(ABC):
     def wall(self, transaction: Transaction) -> float:
         """Seconds since 1970, by the clock that all processes share."""
 
-    def announce(self, transaction: Transaction) -> None:
+    def announce(self, transaction: Transaction, *, is_progress: bool) -> None:
         """Tell of a change, where the database does not do so by itself."""
-        del transaction
+        del transaction, is_progress
 
     @contextmanager
-    def _transaction(self, *, writes: bool) -> Iterator[Transaction]:
+    def _transaction(self, *, writes: bool, syncs: bool = True) -> Iterator[Transaction]:
         with self.errors():
-            connection, transaction = self._begin(writes=writes)
+            connection, transaction = self._begin(writes=writes, syncs=syncs)
         is_done = False
         try:
             with self.errors():
@@ -179,7 +190,7 @@ class Database(ABC):
         finally:
             self._give_back(connection, is_done=is_done)
 
-    def _begin(self, *, writes: bool) -> tuple[Any, Transaction]:
+    def _begin(self, *, writes: bool, syncs: bool) -> tuple[Any, Transaction]:
         """Begin on an idle connection, or on a new one if there is none or it broke while it was idle."""
         self._forget_parent()
         while True:
@@ -188,7 +199,7 @@ class Database(ABC):
             except IndexError:
                 break
             try:
-                return connection, self.begin(connection, writes=writes)
+                return connection, self.begin(connection, writes=writes, syncs=syncs)
             except Exception:
                 if not self.is_broken(connection):
                     self._give_back(connection, is_done=False)
@@ -196,7 +207,7 @@ class Database(ABC):
                 connection.close()
         connection = self.connect()
         try:
-            return connection, self.begin(connection, writes=writes)
+            return connection, self.begin(connection, writes=writes, syncs=syncs)
         except BaseException:
             connection.close()
             raise

@@ -19,6 +19,8 @@ from wanforge.runtime.service.store.databases.schema import migrate
 LOCK = 0x77616E66
 """The number of the lock by which writers take turns."""
 CHANNEL = "wanforge_jobs"
+PROGRESS = "progress"
+"""What is said of heartbeats, by which no worker gets a job."""
 LARGEST_WAIT = 30
 """Seconds after which Postgres ends a statement, or a transaction that does nothing because its process hangs."""
 
@@ -77,9 +79,10 @@ class Postgres(Database):
         )
         return connection
 
-    def begin(self, connection: Any, *, writes: bool) -> Transaction:
+    def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
         if writes:
-            connection.execute(f"BEGIN; SELECT pg_advisory_xact_lock({LOCK})")
+            commits = "" if syncs else "SET LOCAL synchronous_commit = off;"
+            connection.execute(f"BEGIN; {commits} SELECT pg_advisory_xact_lock({LOCK})")
         else:
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
         return Transaction(partial(_execute, connection), partial(_execute_many, connection))
@@ -105,27 +108,33 @@ class Postgres(Database):
         assert found is not None
         return float(found["wall"])
 
-    def announce(self, transaction: Transaction) -> None:
-        transaction.rows(f"SELECT pg_notify('{CHANNEL}', '')")
+    def announce(self, transaction: Transaction, *, is_progress: bool) -> None:
+        transaction.rows(f"SELECT pg_notify('{CHANNEL}', '{PROGRESS if is_progress else ''}')")
 
-    def news(self) -> News:
+    def news(self, *, of_progress: bool = True) -> News:
         with self.errors():
-            return PostgresNews(self)
+            return PostgresNews(self, of_progress=of_progress)
 
 
 class PostgresNews(News):
     """Listens to what transactions announce. A connection that breaks is made again, which counts as news."""
 
-    def __init__(self, database: Postgres) -> None:
+    def __init__(self, database: Postgres, *, of_progress: bool) -> None:
         self._database = database
+        self._ignored = None if of_progress else PROGRESS
         self._connection = self._listen()
 
     def wait(self, seconds: float, delay: float = AT_ONCE) -> bool:
+        end = time.monotonic() + seconds
         with self._database.errors():
             try:
-                found = list(self._connection.notifies(timeout=seconds, stop_after=1))
-                found += self._connection.notifies(timeout=0) if found else []
-                return bool(found)
+                while True:
+                    found = list(self._connection.notifies(timeout=max(0.0, end - time.monotonic()), stop_after=1))
+                    found += self._connection.notifies(timeout=0) if found else []
+                    if any(each.payload != self._ignored for each in found):
+                        return True
+                    if time.monotonic() >= end:
+                        return False
             except psycopg().OperationalError:
                 self._connection.close()
                 time.sleep(min(1.0, seconds))

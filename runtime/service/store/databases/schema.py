@@ -111,7 +111,10 @@ INSERT INTO durations
 SERVED = "CREATE TABLE served (bundle TEXT PRIMARY KEY, seen DOUBLE PRECISION NOT NULL)"
 """When bundles were served last, in running time."""
 
-STEPS = (FIRST, DURATIONS, SERVED)
+MACHINES = "CREATE TABLE machines (name TEXT PRIMARY KEY, seen DOUBLE PRECISION NOT NULL, status TEXT NOT NULL)"
+"""What the machines that share the store last told of their workers, and when, by the database's clock."""
+
+STEPS = (FIRST, DURATIONS, SERVED, MACHINES)
 
 
 def migrate(transaction: Transaction, place: str) -> None:

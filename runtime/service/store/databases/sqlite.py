@@ -31,7 +31,7 @@ REMEDIES = {
 
 
 class Sqlite(Database):
-    """A file in write-ahead mode, in which every commit is synced to the disk.
+    """A file in write-ahead mode.
 
     Args:
         path: The file. It is made if it does not exist, for this user only. Network file systems do not work.
@@ -72,11 +72,11 @@ class Sqlite(Database):
             self._path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
         )
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA journal_size_limit = {MOST_WAL_BYTES}")
         return connection
 
-    def begin(self, connection: sqlite3.Connection, *, writes: bool) -> Transaction:
+    def begin(self, connection: sqlite3.Connection, *, writes: bool, syncs: bool = True) -> Transaction:
+        connection.execute(f"PRAGMA synchronous = {'FULL' if syncs else 'NORMAL'}")
         connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
         return Transaction(connection.execute, connection.executemany)
 
@@ -94,7 +94,8 @@ class Sqlite(Database):
     def wall(self, transaction: Transaction) -> float:
         return time.time()
 
-    def news(self) -> News:
+    def news(self, *, of_progress: bool = True) -> News:
+        del of_progress
         return SqliteNews(self)
 
 

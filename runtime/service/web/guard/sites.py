@@ -17,13 +17,15 @@ REMEDY = "make a key, with which every site and every name will do: wanforge ser
 
 
 class OwnSite:
-    """Refuses requests of other sites as long as the service has no keys."""
+    """Refuses requests of other sites as long as the service has no keys. A machine that only makes clips tells nothing
+    but how it is, and monitors ask it by any of its addresses."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = "" if self.service.needs_keys or scope["type"] != "http" else problem_of(Headers(scope=scope))
+        is_open = self.service.needs_keys or self.service.settings.role == "worker" or scope["type"] != "http"
+        problem = "" if is_open else problem_of(Headers(scope=scope))
         if problem:
             await ApiError(403, "not_allowed", f"{problem}; {REMEDY}").response()(scope, receive, send)
         else:

@@ -7,12 +7,12 @@ once, and anew when that takes no more than a small share of the time.
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
 
+from wanforge.runtime.service.machines.crew import Crew
 from wanforge.runtime.service.store.base import DurationKey, JobStore
-from wanforge.runtime.service.workers.status import read_status
+from wanforge.runtime.service.workers.status import LOST
 
 SHARE = 0.005
 """The share of the time of one thread that looking it up may take."""
@@ -56,11 +56,11 @@ class Outlook:
     """What is expected of a queue. Every thread may ask.
 
     Args:
-        data: The folder of the service.
+        crew: Tells the workers.
     """
 
-    def __init__(self, store: JobStore, data: Path) -> None:
-        self.store, self.data = store, data
+    def __init__(self, store: JobStore, crew: Crew) -> None:
+        self.store, self.crew = store, crew
         self._places = Kept(store.positions)
         self._makers = Kept(self._count_makers, least_seconds=1.0)
         self._usual = Kept[dict[DurationKey, float | None]](dict, least_seconds=1.0)
@@ -87,5 +87,5 @@ class Outlook:
         return self._makers.get()
 
     def _count_makers(self) -> int:
-        status = read_status(self.data)
-        return max(1, 0 if status is None else len(status.workers))
+        status = self.crew()
+        return max(1, 0 if status is None else sum(worker.state != LOST for worker in status.workers))

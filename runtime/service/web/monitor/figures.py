@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from wanforge.runtime.service.store.base import JobStore
 from wanforge.runtime.service.web.monitor.answers import AnswerFigures
-from wanforge.runtime.service.workers.status import BOUNDS, OUTCOMES, READY, ServiceStatus, read_status
+from wanforge.runtime.service.workers.status import BOUNDS, OUTCOMES, READY, ServiceStatus
 
 
 class StoreFigures:
@@ -104,13 +104,12 @@ class DiskFigures:
         yield GaugeMetricFamily("wanforge_disk_bytes", "Size of that disk.", usage.total)
 
 
-def figures(store: JobStore, data: Path, answers: AnswerFigures) -> bytes:
+def figures(store: JobStore, data: Path, answers: AnswerFigures, status: ServiceStatus | None) -> bytes:
     """All figures as text."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(StoreFigures(store))
     registry.register(DiskFigures(data))
     registry.register(answers)
-    status = read_status(data)
     if status is not None:
         registry.register(WorkerFigures(status))
     return generate_latest(registry)

@@ -12,7 +12,7 @@ from wanforge.runtime.service.web.monitor.figures import figures
 from wanforge.runtime.service.web.schema import Ready, WorkerHealth
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
-from wanforge.runtime.service.workers.status import WorkerStatus, read_status
+from wanforge.runtime.service.workers.status import ServiceStatus, WorkerStatus
 
 router = APIRouter(tags=["health"])
 
@@ -43,14 +43,23 @@ async def readyz(request: Request) -> Response:
 def readiness(service: Service) -> Ready:
     """What there is to tell of a service."""
     reasons, data = service.obstacles(), Path(service.settings.data)
-    status = read_status(data)
+    status = service.crew()
     return Ready(
         ready=not reasons,
-        reasons=[*reasons, *([] if status is None else status.refusals())],
+        reasons=[*reasons, *([] if status is None else [*status.refusals(), *unserved(service, status)])],
         workers=[] if status is None else [told(worker) for worker in status.workers],
         disk_free_bytes=disk_usage(data).free if data.exists() else None,
         memory_free_bytes=int(available_bytes()),
     )
+
+
+def unserved(service: Service, status: ServiceStatus) -> list[str]:
+    """Which bundles nobody serves of those that this server takes requests for, if its workers are on other machines
+    and there are any."""
+    if service.settings.role != "api" or not status.bundles:
+        return []
+    missing = [each.name for each in service.catalogue.served if each.fingerprint not in status.bundles]
+    return [f"no worker serves {name}; serve the same bundles with every role" for name in missing]
 
 
 def told(worker: WorkerStatus) -> WorkerHealth:
@@ -70,5 +79,5 @@ def told(worker: WorkerStatus) -> WorkerHealth:
 async def metrics(request: Request, caller: Admin) -> Response:
     """Figures in the format of Prometheus."""
     service = service_of(request)
-    text = await service.in_thread(figures, service.store, Path(service.settings.data), service.answers)
+    text = await service.in_thread(figures, service.store, Path(service.settings.data), service.answers, service.crew())
     return Response(text, media_type=FORMAT)

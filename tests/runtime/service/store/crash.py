@@ -24,8 +24,8 @@ class Countdown:
         self._begin = store.database.begin
         store.database.begin = self.begin  # type: ignore[method-assign]
 
-    def begin(self, connection: Any, *, writes: bool) -> Transaction:
-        transaction = self._begin(connection, writes=writes)
+    def begin(self, connection: Any, *, writes: bool, syncs: bool = True) -> Transaction:
+        transaction = self._begin(connection, writes=writes, syncs=syncs)
         execute, execute_many = transaction._execute, transaction._execute_many
 
         def counted(statement: str, values: Mapping[str, Any]) -> Any:

@@ -1,5 +1,7 @@
 """What workers change: claims, heartbeats, and how attempts end."""
 
+from typing import Any
+
 import pytest
 
 from tests.runtime.service.store.rig import (
@@ -15,6 +17,7 @@ from tests.runtime.service.store.rig import (
 )
 from wanforge.runtime.service.job import Failure, State
 from wanforge.runtime.service.store.base import DurationKey, Offer
+from wanforge.runtime.service.store.databases.database import Transaction
 
 HOURS = 6 * 3600.0
 
@@ -175,3 +178,22 @@ def test_a_dead_worker_loses_its_job_although_the_clock_is_moved_back(rig: Rig) 
     rig.clock.seconds -= HOURS
     assert rig.let_run(store, 25) == []
     assert rig.let_run(store, 10) == [job.id]
+
+
+def test_heartbeats_alone_do_not_wait_for_the_disk(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, said = rig.open(), list[str]()
+    question = "SHOW synchronous_commit" if "://" in rig.place else "PRAGMA synchronous"
+    begin = store.database.begin
+
+    def noted(connection: Any, **how: Any) -> Transaction:
+        transaction = begin(connection, **how)
+        said.append(str(dict(transaction.rows(question)[0]).popitem()[1]))
+        return transaction
+
+    monkeypatch.setattr(store.database, "begin", noted)
+    store.submit(submission())
+    job = claimed(store)
+    store.heartbeat(job.lease, "step 1", 10)
+    assert store.complete(job.lease, result("clip"))
+    synced, not_synced = ("on", "off") if "://" in rig.place else ("2", "1")
+    assert said == [synced, synced, not_synced, synced]

@@ -1,15 +1,16 @@
 """What only Postgres does: connections that break, and locks that others hold."""
 
 import sys
+from contextlib import closing
 from typing import Any
 
 import pytest
 
 from tests.runtime.service.store.conftest import new_schema
-from tests.runtime.service.store.rig import claimed, result, submission
+from tests.runtime.service.store.rig import BUNDLE, claimed, result, submission
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.job import State
-from wanforge.runtime.service.store.base import Policy, StoreError
+from wanforge.runtime.service.store.base import Offer, Policy, StoreError
 from wanforge.runtime.service.store.databases.postgres import LOCK, Postgres, translated
 from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 
@@ -105,3 +106,19 @@ def test_a_missing_psycopg_is_named_with_what_installs_it(monkeypatch: pytest.Mo
 def test_values_are_named_as_psycopg_does_and_casts_stay() -> None:
     named: Any = translated("SELECT now()::text WHERE id = :job AND place < :place_2")
     assert named == "SELECT now()::text WHERE id = %(job)s AND place < %(place_2)s"
+
+
+@pytest.mark.slow
+def test_progress_wakes_only_those_who_ask_for_it(postgres_url: str) -> None:
+    with closing(open_store(new_schema(postgres_url))) as store:
+        store.submit(submission())
+        job = store.claim(Offer("w1", (BUNDLE,)))
+        assert job is not None
+        with closing(store.news()) as every, closing(store.news(of_progress=False)) as some:
+            store.heartbeat(job.lease, "step 1", 10)
+            assert every.wait(10)
+            assert not some.wait(0.3)
+            store.heartbeat(job.lease, "step 2", 20)
+            store.submit(submission())
+            assert some.wait(10)
+            assert not some.wait(0)

@@ -20,11 +20,11 @@ def failing_at_first(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Let the first call of `SqlStore.news` fail."""
     news, has_failed = SqlStore.news, Event()
 
-    def fail(store: SqlStore) -> News:
+    def fail(store: SqlStore, *, of_progress: bool = True) -> News:
         if not has_failed.is_set():
             has_failed.set()
             raise error
-        return news(store)
+        return news(store, of_progress=of_progress)
 
     monkeypatch.setattr(SqlStore, "news", fail)
 

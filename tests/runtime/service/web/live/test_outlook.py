@@ -27,7 +27,7 @@ def test_looking_up_takes_a_small_share_of_the_time() -> None:
 
 def test_a_job_that_was_just_submitted_has_a_place(tmp_path: Path) -> None:
     store = open_store(tmp_path / "jobs.sqlite")
-    outlook = Outlook(store, tmp_path)
+    outlook = Outlook(store, lambda: None)
     jobs = [store.submit(submission()).job.id for _ in range(3)]
     assert outlook.position(jobs[2]) == 2
     assert outlook.position(store.submit(submission()).job.id) == 3

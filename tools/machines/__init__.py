@@ -1,0 +1,1 @@
+"""How a service on many machines behaves, without any machine."""
