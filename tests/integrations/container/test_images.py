@@ -29,7 +29,7 @@ from wanforge.runtime.service.catalogue import Asked, Served
 
 served = Served.open(Path(sys.argv[1]))
 asked = Asked(
-    model="tinywan", recipe="w8a8", prompt="a red circle", width_px=128, height_px=112, frames=5, fps=16, seed=1, steps=2
+    model="tinywan", recipe="w8a8", prompt="a circle", width_px=128, height_px=112, frames=5, fps=16, seed=1, steps=1
 )
 print(len(served.check(asked, None).ids) > 0)
 import obstore, opentelemetry.sdk, PIL.Image, psycopg
