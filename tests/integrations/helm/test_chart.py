@@ -10,6 +10,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from tests.processes import ROOT
+from wanforge.runtime.service.commands.serve import run
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.settings import load_settings
 from wanforge.version import __version__
@@ -117,6 +118,16 @@ def test_the_api_stays_reachable_without_workers() -> None:
     assert api["readinessProbe"]["httpGet"]["path"] == "/livez"
     assert worker["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert worker["livenessProbe"]["httpGet"]["path"] == "/livez"
+
+
+def test_wanforge_knows_the_options() -> None:
+    pytest.importorskip("wanforge.runtime.service.machines", reason="this wanforge has no roles")
+    known = {name: each for each in run.params for name in each.opts}
+    for role in ("api", "worker"):
+        (container,) = pod_of(rendered({}), "Deployment", f"-{role}")["containers"]
+        assert container["args"] == ["serve", "--role", role, "--config", "/etc/wanforge/serve.toml"]
+        assert role in known["--role"].type.choices
+        assert "--config" in known
 
 
 def test_a_worker_has_its_gpu_and_time_to_end() -> None:
