@@ -1,7 +1,6 @@
 """The compose file: it is one, it hides secrets, and what it mounts is what wanforge, Prometheus and Grafana read."""
 
 import json
-import os
 import re
 import shutil
 import stat
@@ -126,6 +125,7 @@ def test_the_password_of_the_database_is_read_from_a_file(
 ) -> None:
     import psycopg
 
+    from wanforge.runtime.service.store.base import StoreError
     from wanforge.runtime.service.store.sql_store import open_store
 
     named = psycopg.conninfo.conninfo_to_dict(postgres_url)
@@ -139,4 +139,7 @@ def test_the_password_of_the_database_is_read_from_a_file(
         assert [each.id for each in store.api_keys()] == [key.id]
     finally:
         store.close()
-    assert "PGPASSWORD" not in os.environ
+    service.chmod(0o600)
+    service.write_text("[wanforge]\nhost=/nowhere\n")
+    with pytest.raises(StoreError, match="of the service 'wanforge' cannot be reached"):
+        open_store(load_settings(FOLDER / "serve.toml").store)
