@@ -63,7 +63,7 @@ class Postgres(Database):
         library = psycopg()
         with self.errors():
             named = library.conninfo.conninfo_to_dict(url)
-            self.place = f"in the Postgres database {named.get('dbname', '')!r} at {named.get('host', 'localhost')}"
+            self.place = place_of(named)
         self.prepare(migrate)
 
     def connect(self) -> Any:
@@ -163,3 +163,14 @@ def _execute(connection: Any, statement: str, values: Mapping[str, Any]) -> Any:
 def _execute_many(connection: Any, statement: str, values: Any) -> None:
     with connection.cursor() as cursor:
         cursor.executemany(translated(statement), values)
+
+
+def place_of(named: Mapping[str, str]) -> str:
+    """Where a database is, as messages say it.
+
+    Args:
+        named: What a URL says. It may leave everything to a section of libpq's service file.
+    """
+    if "service" in named:
+        return f"in the Postgres database of the service {named['service']!r}"
+    return f"in the Postgres database {named.get('dbname', '')!r} at {named.get('host', 'localhost')}"
