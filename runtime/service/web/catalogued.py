@@ -46,5 +46,6 @@ def told(served: Served, created: float) -> Model:
         steps=model.sampler.steps,
         topk=model.topk if recipe.is_sparse else None,
         loras=list(served.loras),
+        fingerprint=served.fingerprint,
         sizes=[f"{sizes['16:9'][0]}x{sizes['16:9'][1]}" for sizes in load_resolutions().values()],
     )

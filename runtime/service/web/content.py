@@ -22,8 +22,7 @@ Variant = Literal["video", "thumbnail", "spritesheet", "preview"]
 MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg", "preview": "image/webp"}
 SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'; sandbox"}
 BYTES = {"schema": {"type": "string", "format": "binary"}}
-MOST_LOOKS = 3
-"""How often an object is looked for whose copy is deleted before it can be opened."""
+MOST_LOOKS = 3  # how often an object is looked for whose copy is deleted before it can be opened
 FILES = {
     "description": "The file, or a part of it (206).",
     "content": dict.fromkeys(sorted(set(MEDIA.values())), BYTES),

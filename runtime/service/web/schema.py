@@ -8,8 +8,7 @@ from wanforge.configs.sampler import MOST_STEPS, Update
 from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
-LONGEST_PROMPT = 20_000
-"""Characters of a prompt; far more than the text encoder's 512 tokens."""
+LONGEST_PROMPT = 20_000  # characters, far more than the text encoder's 512 tokens
 LONGEST_NAME = 200
 SECONDS = r"^[0-9]{1,4}(\.[0-9]{1,6})?$"
 
@@ -168,6 +167,7 @@ class Model(BaseModel):
     steps: int
     topk: float | None
     loras: list[str] = Field(description="LoRAs that requests may name.")
+    fingerprint: str = Field(description="Changes with the model, its recipe and its weights.")
     sizes: list[str] = Field(description="Resolutions of the table, as pixels at 16:9.")
 
 

@@ -121,7 +121,6 @@ def test_the_api_stays_reachable_without_workers() -> None:
 
 
 def test_wanforge_knows_the_options() -> None:
-    pytest.importorskip("wanforge.runtime.service.machines", reason="this wanforge has no roles")
     known = {name: each for each in run.params for name in each.opts}
     for role in ("api", "worker"):
         (container,) = pod_of(rendered({}), "Deployment", f"-{role}")["containers"]

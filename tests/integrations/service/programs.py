@@ -12,9 +12,18 @@ from tests.processes import wait_until
 
 @contextmanager
 def answering(
-    command: Sequence[str], client: httpx2.Client, path: str, folder: Path, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    client: httpx2.Client,
+    path: str,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    seconds: float = 20,
 ) -> Iterator[httpx2.Client]:
-    """Run a program in a folder, where it logs, and wait until it answers a client's request for a path."""
+    """Run a program in a folder, where it logs, and wait until it answers a client's request for a path.
+
+    Args:
+        seconds: How long it may take until it answers.
+    """
     log = folder / "log"
     with (
         log.open("wb") as output,
@@ -30,7 +39,7 @@ def answering(
                     except httpx2.TransportError:
                         return False
 
-                wait_until(is_up, 20)
+                wait_until(is_up, seconds)
                 yield client
         finally:
             process.terminate()
