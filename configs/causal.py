@@ -8,12 +8,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from wanforge.configs.clip import frames_of
 from wanforge.configs.loading import Count, Fraction, Record
 from wanforge.configs.sampler import check_times
+from wanforge.errors import ConfigError
 
 Blocks = Annotated[int, Meta(ge=0, le=1 << 20)]
 
-POLICIES = ("none", "sliding_window", "rolling_sink", "infinity_rope")
+PolicyName = Literal["none", "sliding_window", "rolling_sink", "infinity_rope"]
+"""Upstream's names for cache policies."""
 
 
 class CachePolicy(Record, frozen=True):
@@ -54,18 +57,18 @@ class CachePolicy(Record, frozen=True):
         return self.times == "contiguous"
 
 
-def policy(name: str, blocks: int = 6, sink: int | None = None) -> CachePolicy:
+def policy(name: PolicyName, blocks: int = 6, sink: int | None = None) -> CachePolicy:
     """A policy by upstream's name for it, with upstream's defaults.
 
     Args:
-        name: One of `POLICIES`: ``none`` remembers everything; ``sliding_window`` the newest chunks; ``rolling_sink``
+        name: ``none`` remembers everything; ``sliding_window`` the newest chunks; ``rolling_sink``
             the newest chunk, and by turns those of the beginning; ``infinity_rope`` the newest chunks at times that do
             not grow with the video.
         blocks: How many chunks are remembered.
         sink: How many of them are from the beginning.
 
     Raises:
-        ValueError: There is no such policy, or the sink leaves no room for the newest chunk.
+        ValueError: The sink leaves no room for the newest chunk.
     """
     match name:
         case "none":
@@ -79,7 +82,6 @@ def policy(name: str, blocks: int = 6, sink: int | None = None) -> CachePolicy:
         case "infinity_rope":
             first = 1 if sink is None else sink
             return CachePolicy(blocks, first, blocks - first, times="contiguous", last_time=21, cut_shift=21)
-    raise ValueError(f"no cache policy is called {name!r}; known: {', '.join(POLICIES)}")
 
 
 class CausalConfig(Record, frozen=True):
@@ -100,3 +102,19 @@ class CausalConfig(Record, frozen=True):
         check_times(self.times)
         if self.noisy_from is not None and self.noisy_from < 0:
             raise ValueError(f"noisy_from is {self.noisy_from}; chunks are counted from 0")
+
+    def num_chunks(self, latent_frames: int) -> int:
+        """The number of chunks of a video.
+
+        Raises:
+            ConfigError: The frames after the first chunk cannot be divided into chunks.
+        """
+        later, left = divmod(latent_frames - self.first_frames, self.chunk_frames)
+        if later < 0 or left:
+            fitting = [self.first_frames + self.chunk_frames * max(0, count) for count in (later, later + 1)]
+            advice = " or ".join(str(frames_of(each)) for each in dict.fromkeys(fitting))
+            raise ConfigError(
+                f"{frames_of(latent_frames)} frames are {latent_frames} latent frames, which are not one chunk of "
+                f"{self.first_frames} and others of {self.chunk_frames}; make it {advice} frames"
+            )
+        return 1 + later

@@ -51,6 +51,8 @@ def check_exportable(bundle: Bundle, dtypes: Sequence[str]) -> None:
         if short not in COMPUTE:
             raise ConfigError(unknown_name("compute type", short, list(COMPUTE)))
     recipe = bundle.recipe
+    if bundle.model.causal:
+        raise ConfigError(f"{bundle.model.name} makes a video chunk by chunk, which only the backend torch does")
     if recipe.tile != TILE:
         raise ConfigError(f"graphs are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
     if not has_graphs(recipe):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from wanforge.configs.causal import CausalConfig
 from wanforge.configs.sampler import SamplerConfig
-from wanforge.errors import ConfigError
 from wanforge.runtime.reference.steps import Trajectory, trajectory
 
 
@@ -36,14 +35,7 @@ def chunks_of(causal: CausalConfig, latent_frames: int) -> list[Span]:
     Raises:
         ConfigError: The frames after the first chunk cannot be divided into chunks.
     """
-    rest = latent_frames - causal.first_frames
-    if rest < 0 or rest % causal.chunk_frames:
-        least = causal.first_frames + max(0, rest) // causal.chunk_frames * causal.chunk_frames
-        raise ConfigError(
-            f"{latent_frames} latent frames ({4 * latent_frames - 3} frames) are not one chunk of "
-            f"{causal.first_frames} and others of {causal.chunk_frames}; make it {4 * least - 3} or "
-            f"{4 * (least + causal.chunk_frames) - 3} frames"
-        )
+    causal.num_chunks(latent_frames)
     starts = [0, *range(causal.first_frames, latent_frames, causal.chunk_frames)]
     stops = [*starts[1:], latent_frames]
     return [Span(index, start, stop) for index, (start, stop) in enumerate(zip(starts, stops, strict=True))]

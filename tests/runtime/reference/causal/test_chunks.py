@@ -31,9 +31,9 @@ def test_chunks_are_upstreams() -> None:
         assert [span.index for span in spans] == list(range(case["num_blocks"]))
 
 
-@pytest.mark.parametrize(("frames", "advice"), [(20, "69 or 81"), (2, "9 or 21")])
+@pytest.mark.parametrize(("frames", "advice"), [(20, "69 or 81"), (2, "9")])
 def test_a_length_that_does_not_fit_names_those_that_do(frames: int, advice: str) -> None:
-    with pytest.raises(ConfigError, match=f"{frames} latent frames .* make it {advice} frames"):
+    with pytest.raises(ConfigError, match=f"{frames} latent frames, .* make it {advice} frames$"):
         chunks_of(CausalConfig(first_frames=3, chunk_frames=3), frames)
 
 
