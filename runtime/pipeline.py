@@ -17,14 +17,20 @@ from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
-from wanforge.errors import ConfigError
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
-from wanforge.runtime.causal.stream import Stream, Streamed, StreamSettings, check_stream, check_streams
+from wanforge.runtime.causal.stream import (
+    CheckedStream,
+    Streamed,
+    StreamSettings,
+    check_backend,
+    check_stream,
+    check_streams,
+)
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser, Watch
 from wanforge.runtime.graphs import graphs
@@ -203,7 +209,9 @@ class Pipeline:
         timings.stages["denoise"] -= timings.stages.get("preview", 0.0)
         return latents
 
-    def rollout(self, stream: Stream, timings: Timings, progress: Progress = silent) -> Iterator[tuple[Span, Tensor]]:
+    def rollout(
+        self, stream: CheckedStream, timings: Timings, progress: Progress = silent
+    ) -> Iterator[tuple[Span, Tensor]]:
         """Yield the chunks of a stream and their clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
         request, shape, sampler = stream.request, stream.shape, self.model.sampler
         self.loras.put_on(request.loras, progress)
@@ -224,7 +232,7 @@ class Pipeline:
             progress("chunk", index + 1, len(stream.blocks))
             yield chunk, latents
 
-    def _streamed(self, stream: Stream, timings: Timings, progress: Progress) -> Iterator[Streamed]:
+    def _streamed(self, stream: CheckedStream, timings: Timings, progress: Progress) -> Iterator[Streamed]:
         made: list[tuple[Span, Tensor]] = []
 
         def latent_frames() -> Iterator[Tensor]:
@@ -251,8 +259,6 @@ class Pipeline:
         Raises:
             ConfigError: The model makes a video chunk by chunk, and no step is one of a whole clip.
         """
-        if self.model.causal:
-            raise ConfigError(f"{self.model.name} makes a video chunk by chunk; there are no steps of a whole clip")
         self.backend.prepare(checked.request.shape)
         self.loras.put_on(checked.request.loras, progress)
         text = self.text(checked.ids, timings, progress)
@@ -373,6 +379,7 @@ def open_pipeline(
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
     name = resolve_backend(backend, bundle, clips)
+    check_backend(bundle.model, name, is_bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

@@ -13,6 +13,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import concrete
+from wanforge.errors import ConfigError
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.graphs import Graph, Port
 
@@ -138,7 +139,11 @@ def denoise_schedule(
         steps: The expert of each step.
         context_rows: Number of rows of text that are kept, see `context_rows`.
         num_selected: Number of key blocks selected per query block.
+
+    Raises:
+        ConfigError: The model makes a video chunk by chunk; see `chunk_schedule`.
     """
+    check_whole_clips(model)
     build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected})
     layers = range(model.dit.num_layers)
     prompt, times, programs = [], [], {}
@@ -166,6 +171,16 @@ def denoise_schedule(
         runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
         programs[f"step.{index}"] = tuple(runs)
     return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
+
+
+def check_whole_clips(model: ModelConfig) -> None:
+    """Refuse a model of which no step is one of a whole clip.
+
+    Raises:
+        ConfigError: The model makes a video chunk by chunk.
+    """
+    if model.causal:
+        raise ConfigError(f"{model.name} makes a video chunk by chunk; this is for models that make whole clips")
 
 
 def chunk_schedule(

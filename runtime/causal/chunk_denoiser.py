@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend, Session
-from wanforge.runtime.causal.stream import Stream
+from wanforge.runtime.causal.stream import CheckedStream
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.causal.chunks import Span, trajectories
 from wanforge.runtime.reference.causal.network import KeysValues
@@ -31,7 +31,7 @@ class ChunkDenoiser:
     """
 
     def __init__(
-        self, backend: Backend, bundle: Bundle, stream: Stream, texts: Sequence[Tensor], timings: Timings
+        self, backend: Backend, bundle: Bundle, stream: CheckedStream, texts: Sequence[Tensor], timings: Timings
     ) -> None:
         self.backend, self.bundle, self.stream, self.texts, self.timings = backend, bundle, stream, texts, timings
         ways = islice(trajectories(stream.causal, bundle.model.sampler), 2)

@@ -52,7 +52,7 @@ class Streamed:
 
 
 @dataclass(frozen=True)
-class Stream:
+class CheckedStream:
     """A checked request for a video that is made chunk by chunk.
 
     Attributes:
@@ -107,17 +107,30 @@ def check_streams(model: ModelConfig, backend: Backend) -> CausalConfig:
     """
     if not model.causal:
         raise RequestError(f"{model.name} makes whole clips, not videos chunk by chunk; use generate")
-    if backend.name != "torch" or not isinstance(backend.memory, Unbounded):
+    check_backend(model, backend.name, is_bounded=not isinstance(backend.memory, Unbounded))
+    return model.causal
+
+
+def check_backend(model: ModelConfig, name: str, *, is_bounded: bool) -> None:
+    """Refuse a backend that cannot run a causal model.
+
+    Args:
+        is_bounded: Whether it keeps to a limit of memory, as it always does on a GPU.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if model.causal and (name != "torch" or is_bounded):
+        found = f"{name}, within a limit of memory" if is_bounded else name
         raise ConfigError(
             f"{model.name} makes a video chunk by chunk, which so far only the backend torch does, on the CPU and "
-            f"without a memory budget; found {backend.name} on {backend.device}"
+            f"without a memory budget; found {found}"
         )
-    return model.causal
 
 
 def check_stream(
     request: Request, model: ModelConfig, causal: CausalConfig, tokenizer: Tokenizer, settings: StreamSettings
-) -> Stream:
+) -> CheckedStream:
     """Check everything that can be wrong with a request for a stream, before anything is computed. A prompt in parts
     (``a man in a park[5s] | a man jumps[10s#]``) decides how long the video is.
 
@@ -131,7 +144,7 @@ def check_stream(
         count = causal.num_chunks(request.shape.latent_frames)
     blocks = tuple(blocks_of(parts, causal, model.video.fps)) if len(parts) > 1 or parts[0].seconds else ()
     chosen = policy(settings["cache"]) if "cache" in settings else causal.cache
-    return Stream(
+    return CheckedStream(
         request, causal, tuple(parts), ids, blocks or ((0, False),) * count, chosen, settings.get("kv", "native")
     )
 

@@ -96,7 +96,8 @@ class KVCache:
         return values_BLHK.clone() if self.form == "native" else encode(values_BLHK, self.form, "channels")
 
     def _read_layer(self, layer: int, view: View) -> KeysValues:
-        keys, values = {}, {}
+        keys: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         for remembered in self.chunks:
             held_keys, held_values = remembered.layers[layer]
             keys |= self._by_frame(remembered.chunk, held_keys)

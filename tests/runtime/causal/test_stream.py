@@ -25,7 +25,7 @@ from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.choice import choose_backend
 from wanforge.runtime.causal.stream import Streamed
 from wanforge.runtime.memory.weights import Weights
-from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import chunks_of
 from wanforge.runtime.reference.causal.noise import draw
@@ -233,9 +233,14 @@ def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipelin
     bounded.backend.memory = object()  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="only the backend torch does, on the CPU and without a memory budget"):
         bounded.stream(PROMPT)
+    for name, budget in (("ort", None), ("torch", 1e9)):
+        with pytest.raises(ConfigError, match=f"found {name}"):
+            open_pipeline(bundle, name, budget)
     with pytest.raises(ConfigError, match="tiny-causal makes a video chunk by chunk, which only the backend torch"):
         export(bundle, ["fp32"])
     checked = pipeline.check(Request(PROMPT, pipeline.model.video.shape(SIZE, 9)))
-    with pytest.raises(ConfigError, match="there are no steps of a whole clip"):
+    with pytest.raises(
+        ConfigError, match="tiny-causal makes a video chunk by chunk; this is for models that make whole clips"
+    ):
         pipeline.denoiser(checked, Timings())
     assert choose_backend(bundle) == "torch"
