@@ -248,5 +248,5 @@ def report(bundle: Bundle, *, as_json: bool) -> None:
     torch = f"wanforge generate {shlex.quote(str(bundle.root))} --backend torch --prompt …"
     click.echo(
         f"{bundle.root}: {bundle.model.name}, recipe {bundle.recipe.name}, {size_of(bundle) / 1e9:.2f} GB; "
-        f"next: {export_command(bundle.root) if has_graphs(bundle.recipe) and not bundle.model.causal else torch}"
+        f"next: {export_command(bundle.root) if has_graphs(bundle.recipe) else torch}"
     )

@@ -120,11 +120,11 @@ def check_backend(model: ModelConfig, name: str, *, is_bounded: bool) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    if model.causal and (name != "torch" or is_bounded):
+    if model.causal and (name not in ("ort", "torch") or is_bounded):
         found = f"{name}, within a limit of memory" if is_bounded else name
         raise ConfigError(
-            f"{model.name} makes a video chunk by chunk, which so far only the backend torch does, on the CPU and "
-            f"without a memory budget; found {found}"
+            f"{model.name} makes a video chunk by chunk, which so far only the backends torch and ort do, on the CPU "
+            f"and without a memory budget; found {found}"
         )
 
 
