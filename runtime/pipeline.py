@@ -6,14 +6,13 @@ seed ─── noise ──────────────┘
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
-from wanforge.configs.clip import ClipShape, frames_of
+from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle, weights_name
 from wanforge.engines.graph_key import check_current
@@ -23,6 +22,7 @@ from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
+from wanforge.runtime.causal.making import make_chunks, show_chunks
 from wanforge.runtime.causal.stream import (
     CheckedStream,
     Streamed,
@@ -41,10 +41,7 @@ from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.output.video import FrameSink, video_writer
-from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span
-from wanforge.runtime.reference.causal.noise import draw
-from wanforge.runtime.reference.causal.rollout import Plan, Rollout
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -132,7 +129,12 @@ class Pipeline:
         request = request_for(self.model, prompt, image, settings)
         stream = check_stream(request, self.model, causal, self.tokenizer, settings)
         self._check(stream.request, stream.live_shape)
-        return self._streamed(stream, Timings(), on_progress)
+        timings = Timings()
+        return show_chunks(
+            stream,
+            self.rollout(stream, timings, on_progress),
+            lambda latents: self.decode(latents, stream.shape, timings),
+        )
 
     def check(self, request: Request) -> CheckedRequest:
         """Check a request and prepare the backend for it, before anything is computed.
@@ -213,40 +215,15 @@ class Pipeline:
         self, stream: CheckedStream, timings: Timings, progress: Progress = silent
     ) -> Iterator[tuple[Span, Tensor]]:
         """Yield the chunks of a stream and their clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
-        request, shape, sampler = stream.request, stream.shape, self.model.sampler
+        request = stream.request
         self.loras.put_on(request.loras, progress)
         texts = [self.text(ids, timings, progress) for ids in stream.ids]
         first = None
         if request.image is not None:
             with timings.stage("condition"):
-                first = self.encode_first(request.image, shape)
-        plan = Plan(stream.causal, sampler, stream.chunks, stream.cuts)
+                first = self.encode_first(request.image, stream.shape)
         denoiser = ChunkDenoiser(self.backend, self.bundle, stream, texts, timings)
-        cache = KVCache(stream.policy, shape.grid[1:], form=stream.form)
-        steps = max(len(sampler.times), len(stream.causal.times))
-        noise = draw(latent_shape(self.model, shape), steps, request.seed, has_image=first is not None)
-        chunks = iter(Rollout(plan, denoiser, cache, noise, first))
-        for index in range(len(stream.blocks)):
-            with timings.stage("denoise"):
-                chunk, latents = next(chunks)
-            progress("chunk", index + 1, len(stream.blocks))
-            yield chunk, latents
-
-    def _streamed(self, stream: CheckedStream, timings: Timings, progress: Progress) -> Iterator[Streamed]:
-        made: list[tuple[Span, Tensor]] = []
-
-        def latent_frames() -> Iterator[Tensor]:
-            for chunk, latents in self.rollout(stream, timings, progress):
-                made.append((chunk, latents))
-                yield from latents.split(1, 2)
-
-        frames = self.decode(latent_frames(), stream.shape, timings)
-        for number, _ in stream.blocks:
-            images = [next(frames)]
-            ((chunk, latents),) = made
-            made.clear()
-            images += islice(frames, frames_of(chunk.stop) - max(0, frames_of(chunk.start)) - 1)
-            yield Streamed(chunk.index, stream.parts[number].prompt, torch.stack(images).numpy(), latents)
+        yield from make_chunks(denoiser, first, progress)
 
     def save_noise(self, checked: CheckedRequest, path: Path) -> None:
         """Write the noise that is drawn from a request's seed."""

@@ -75,7 +75,7 @@ class Schedule:
         return chain.from_iterable(self.programs.values())
 
 
-class _Builder:
+class ScheduleBuilder:
     """Builds graph runs, and collects the buffers that they name."""
 
     def __init__(self, graphs: Mapping[str, Graph], sizes: Mapping[str, int]) -> None:
@@ -111,7 +111,7 @@ class _Builder:
 
 def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens: int) -> Schedule:
     """The text encoder at the prompt's real length, from ``ids`` and ``buckets`` to ``embedding``."""
-    build = _Builder(graphs, {"prompt_tokens": prompt_tokens})
+    build = ScheduleBuilder(graphs, {"prompt_tokens": prompt_tokens})
     component, layers = "text_encoder", model.text_encoder.num_layers
     runs = [build.run("text_embed", ["ids"], ["hidden.0"], component)]
     for layer in range(layers):
@@ -141,10 +141,12 @@ def denoise_schedule(
         num_selected: Number of key blocks selected per query block.
 
     Raises:
-        ConfigError: The model makes a video chunk by chunk; see `chunk_schedule`.
+        ConfigError: The model makes a video chunk by chunk; see `causal.schedule`.
     """
     check_whole_clips(model)
-    build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected})
+    build = ScheduleBuilder(
+        graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected}
+    )
     layers = range(model.dit.num_layers)
     prompt, times, programs = [], [], {}
     for expert in dict.fromkeys(steps):
@@ -183,46 +185,12 @@ def check_whole_clips(model: ModelConfig) -> None:
         raise ConfigError(f"{model.name} makes a video chunk by chunk; this is for models that make whole clips")
 
 
-def chunk_schedule(
-    model: ModelConfig, graphs: Mapping[str, Graph], sizes: Mapping[str, int], timesteps: Sequence[float]
-) -> Schedule:
-    """The denoiser of a causal model at chunks of one length.
-
-    Programs: ``prompt`` and ``times`` as in `denoise_schedule`; ``step.<i>`` computes ``velocity`` and each layer's
-    ``own_keys`` and ``own_values`` from ``patches`` at the i-th timestep, and from the layer's ``past_keys`` and
-    ``past_values``, which the caller fills.
-
-    Args:
-        sizes: ``tokens`` of a chunk, ``past_tokens`` that it may see of earlier ones, and ``context_rows``.
-        timesteps: What the network is ever told of the time.
-    """
-    build = _Builder(graphs, {**sizes, "seen_tokens": sizes["past_tokens"] + sizes["tokens"]})
-    dit, layers = dit_component(model.experts[0]), range(model.dit.num_layers)
-    prompt, times, programs = [build.run("context", ["text"], ["context"], dit)], [], {}
-    for layer in layers:
-        outputs = [f"keys.{layer}", f"values.{layer}"]
-        prompt.append(build.run("cross_kv", ["context", "kept_rows"], outputs, dit, f"blocks.{layer}."))
-    for index in range(len(timesteps)):
-        modulation, head = f"modulation.{index}", f"head_modulation.{index}"
-        times.append(build.run("time", [f"sinusoid.{index}"], [modulation, head], dit))
-        runs = [build.run("stem", ["patches"], ["hidden.0"], dit)]
-        for layer in layers:
-            here, there = f"hidden.{layer % 2}", f"hidden.{(layer + 1) % 2}"
-            text: list[str | Ref] = [f"keys.{layer}", f"values.{layer}", "key_bias", "cos", "sin"]
-            inputs = [here, Ref(modulation, layer), *text, f"past_keys.{layer}", f"past_values.{layer}", "seen_bias"]
-            outputs = [there, f"own_keys.{layer}", f"own_values.{layer}"]
-            runs.append(build.run("chunk_block", inputs, outputs, dit, f"blocks.{layer}."))
-        runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
-        programs[f"step.{index}"] = tuple(runs)
-    return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
-
-
 def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShape) -> Schedule:
     """The schedule of the denoiser, with the programs ``preview.0`` and ``preview.1`` if there is a preview decoder:
     each reads the states that the other wrote. They belong to this stage because they run between its steps."""
     if PREVIEW not in graphs:
         return denoise
-    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    build = ScheduleBuilder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
     states = [[f"{port.name}.{side}" for port in graphs[PREVIEW].inputs[1:]] for side in (0, 1)]
     programs = {
         f"preview.{side}": (
@@ -236,7 +204,7 @@ def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShap
 def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
     """One half of the VAE, ``decode`` or ``encode``: the program ``first`` for the opening chunk, then ``next.0`` and
     ``next.1`` in turn, each of which reads the caches that the other wrote."""
-    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    build = ScheduleBuilder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
     first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
     caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
     chunk_in, chunk_out = following.inputs[0].name, following.outputs[0].name

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.causal.schedule import chunk_schedule
 from wanforge.runtime.causal.stream import CheckedStream
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.causal.chunks import Span, trajectories
@@ -17,7 +18,7 @@ from wanforge.runtime.reference.causal.network import KeysValues
 from wanforge.runtime.reference.causal.window import View
 from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
 from wanforge.runtime.request import Timings
-from wanforge.runtime.schedule import chunk_schedule, context_rows
+from wanforge.runtime.schedule import context_rows
 
 
 class ChunkDenoiser:
