@@ -206,6 +206,7 @@ WRAPPED = {
 """The ways in which files of causal models are wrapped; source: rCM, rcm/inference/wan2pt1_t2v_causal_infer.py."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WRAPPED)
 def test_causal_files_are_read_however_they_are_wrapped(
     tmp_path: Path, folders: Callable[[str], Path], way: str

@@ -240,6 +240,7 @@ def test_parts_of_a_prompt_decide_the_length(pipeline: Pipeline) -> None:
         pipeline.stream("a[1s] | b[2s]", frames=9)
 
 
+@pytest.mark.slow
 def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipeline, bundle_of: Any) -> None:
     whole = Pipeline(bundle_of("tiny-t2v", "w8a8"), create_backend("torch", bundle_of("tiny-t2v", "w8a8")))
     with pytest.raises(RequestError, match="tiny-t2v makes whole clips, not videos chunk by chunk; use generate"):

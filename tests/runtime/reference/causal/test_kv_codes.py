@@ -74,10 +74,11 @@ def test_eight_bits_take_half_the_memory_of_sixteen() -> None:
             assert encode(x, form, along).nbytes == x.nbytes // 2 + x.numel() // GROUP
 
 
-@pytest.mark.parametrize(("form", "most"), [("int8", 0.03), ("fp8", 0.05)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "most"), [("int8", 0.01), ("fp8", 0.03)])
 def test_a_video_with_a_quantised_cache_stays_close(form: Any, most: float) -> None:
-    """The decoded numbers are off by 2.4 to 4.3 % in the recorded case, of which half is the scale's rounding; the
-    network passes a part of it on."""
+    """Upstream's decoded numbers are off by 2.4 to 4.3 % (`checks` of the recorded case), which attention averages over
+    keys. Measured: 0.4 % of the latents with int8 and 1.2 % with fp8."""
     case = golden.load("causal_rollout_c1-1_2step_fp32")
     network = RecordedNetwork(recorded_dit(case), recorded_text(case))
     latents = torch.cat(rollout_of(case, network, cache_of(case, policy("none"), form=form)), 2)

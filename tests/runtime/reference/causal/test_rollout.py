@@ -91,6 +91,7 @@ def test_a_replay_of_recorded_velocities_is_exact(name: str) -> None:
 
 
 # Recorded: a bfloat16 rounding of a network's input that falls the other way costs 1e-3. None does here.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tolerance"), [*((name, 1e-5) for name in CASES), (NARROW, 2e-2)])
 def test_a_free_run_is_upstreams(name: str, tolerance: float) -> None:
     case = golden.load(name)
@@ -164,6 +165,7 @@ def test_what_is_remembered_does_not_grow_under_a_window(name: str, form: Any) -
     assert unbounded.nbytes == 23 * 2 * 24 * 2 * 128 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_keys_kept_rotated_and_moved_in_time_give_the_same_video(name: str) -> None:
     case = golden.load("causal_rollout_c1-1_1step_fp32")
@@ -177,6 +179,7 @@ def test_keys_kept_rotated_and_moved_in_time_give_the_same_video(name: str) -> N
     assert relative_rms(videos[0], case["output:x_final_f64"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_window_as_long_as_the_video_changes_nothing() -> None:
     case = golden.load("causal_rollout_c1-1_2step_fp32")
     for kept in (policy("sliding_window", 4), policy("rolling_sink", 4)):
