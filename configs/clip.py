@@ -30,6 +30,11 @@ def latent_frames(frames: int) -> int:
     return 1 + (frames - 1) // TEMPORAL_STRIDE
 
 
+def frames_of(latent_frames: int) -> int:
+    """Number of frames that are decoded from latent frames."""
+    return TEMPORAL_STRIDE * (latent_frames - 1) + 1
+
+
 class ClipShape(Record, frozen=True):
     """Width and height of a clip in pixels and its number of frames.
 

@@ -44,7 +44,8 @@ class HubModel(Record, frozen=True):
 
     Attributes:
         recipe: The recipe that an import chooses by itself.
-        least_gib: The memory of the smallest GPU on which its default clip fits, with layers that are streamed.
+        least_gib: The memory of the smallest GPU on which its default clip fits, with layers that are streamed; None if
+            there are no engines to tell by.
         ample_gib: The memory of the smallest GPU on which all of its weights stay.
         repository: Where the files are; empty if nobody says where, so that they cannot be pulled.
         quantised: A file per expert, quantised as TurboDiffusion does it; none if there are none.
@@ -53,8 +54,8 @@ class HubModel(Record, frozen=True):
 
     licence: str
     recipe: str
-    least_gib: Positive
-    ample_gib: Positive
+    least_gib: Positive | None = None
+    ample_gib: Positive | None = None
     repository: str = ""
     revision: str = MAIN
     quantised: list[HubFile] = field(default_factory=list)

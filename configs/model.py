@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, UnsetType
 
+from wanforge.configs.causal import CausalConfig
 from wanforge.configs.clip import ClipShape, latent_frames, size_of
 from wanforge.configs.loading import (
     Count,
@@ -22,7 +23,7 @@ from wanforge.configs.loading import (
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.sampler import SamplerConfig
 
-Form = Literal["turbodiffusion", "rcm", "wan", "diffusers"]
+Form = Literal["turbodiffusion", "rcm", "causal-rcm", "wan", "diffusers"]
 
 HEAD_DIM = 128
 """Channels per attention head: the same in every Wan model, and the size that the kernels are written for."""
@@ -148,6 +149,8 @@ class ModelConfig(Record, frozen=True):
     """The set of fixed prompts on which its quality can be measured, because it was trained on what they describe."""
     preview: PreviewConfig | UnsetType = UNSET
     """The tiny decoder that an import adds. None is written where there is none, so that older manifests stay valid."""
+    causal: CausalConfig | UnsetType = UNSET
+    """How it makes a video chunk by chunk, if it does."""
 
     def __post_init__(self) -> None:
         if (self.task == "i2v") != (self.dit.in_channels == 36):
@@ -158,7 +161,19 @@ class ModelConfig(Record, frozen=True):
             )
         if ("{expert}" in self.checkpoint) != self.sampler.has_experts:
             raise ValueError("checkpoint must contain {expert} if, and only if, sampler.boundary or low_from is set")
-        latent_frames(self.video.frames)
+        frames = latent_frames(self.video.frames)
+        if self.causal:
+            if self.task != "t2v" or self.dit.sparse or self.sampler.has_experts or not self.sampler.times:
+                raise ValueError(
+                    "a causal model makes videos from text by one denoiser with full attention, and its sampler says "
+                    "the times of the first chunk"
+                )
+            self.causal.num_chunks(frames)
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a video can begin with an image. It must for image-to-video models, and may for causal ones."""
+        return self.task == "i2v" or bool(self.causal)
 
     @property
     def experts(self) -> tuple[str, ...]:

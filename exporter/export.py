@@ -65,7 +65,7 @@ def has_graphs(recipe: Recipe) -> bool:
 def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:
     """The paths in the bundle of the graphs that an export writes."""
     weights = [(dit_component(expert), bundle.weights(dit_component(expert))) for expert in bundle.model.experts]
-    whole = [component for component, path in weights if not path.is_symlink()]
+    whole = [component for component, path in weights if not (bundle.model.causal or path.is_symlink())]
     pieces = graphs(bundle.model, bundle.recipe).values()
     return [
         name
@@ -111,6 +111,9 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
         for expert in bundle.model.experts:
             component = dit_component(expert)
             name = graph_name(component, dtype, True)
+            if bundle.model.causal:
+                skipped[name] = "the caller keeps the keys and values of a causal model between its layers' runs"
+                continue
             if weights[component].path.is_symlink():
                 skipped[name] = "its weights are linked, and ONNX tools do not follow links"
                 continue

@@ -298,10 +298,14 @@ def lower_stack(tape: Tape, tensors: Sequence[Traced], dim: int = 0) -> Traced:
 @lowers("cat")
 def lower_cat(tape: Tape, tensors: Sequence[Traced], dim: int = 0) -> Traced:
     first, axis = tensors[0], axis_of(tensors[0], dim)
-    along = [n for n in (x.shape_[axis] for x in tensors) if isinstance(n, int)]
-    assert len(along) == len(tensors)
-    shape = (*first.shape_[:axis], sum(along), *first.shape_[axis + 1 :])
+    shape = (*first.shape_[:axis], total([x.shape_[axis] for x in tensors]), *first.shape_[axis + 1 :])
     return tape.emit("Concat", tensors, shape, first.dtype, axis=axis)
+
+
+def total(sizes: Sequence[Dim]) -> Dim:
+    """The sum of some dimensions. If one is known only at run time, so is the sum, and no other value has its size."""
+    known = [size for size in sizes if isinstance(size, int)]
+    return sum(known) if len(known) == len(sizes) else Size(("+".join(map(str, sizes)),))
 
 
 def unsqueeze(tape: Tape, x: Traced, axis: int) -> Traced:

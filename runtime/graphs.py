@@ -18,12 +18,13 @@ from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
 from wanforge.runtime.dtypes import PortType
-from wanforge.runtime.reference.dit import Block, DiT, block_arguments
+from wanforge.runtime.reference.causal.network import KeysValues, Past, run_chunk_block
+from wanforge.runtime.reference.dit import Block, DiT, TextKeys, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
-FIRST_PREFIXES = {"text_block": "blocks.0.", "block": "blocks.0.", "cross_kv": "blocks.0.", "head": "head."}
+FIRST_PREFIXES = {**dict.fromkeys(("text_block", "block", "chunk_block", "cross_kv"), "blocks.0."), "head": "head."}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
     with torch.device("meta"):
         text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
         preview = [PreviewDecoder(model.preview)] if model.preview else []
-    found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit), *_vae_graphs(vae, model.task)]
+    found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit, is_causal=bool(model.causal))]
+    found += _vae_graphs(vae, has_encoder=model.takes_image)
     found += [_preview_graph(decoder) for decoder in preview]
     return {graph.name: graph for graph in found}
 
@@ -127,7 +129,7 @@ def _text_graphs(encoder: TextEncoder) -> list[Graph]:
     ]
 
 
-def _denoiser_graphs(dit: DiT) -> list[Graph]:
+def _denoiser_graphs(dit: DiT, *, is_causal: bool) -> list[Graph]:
     config, block = dit.config, dit.blocks[0]
     dim, rows, layers = config.dim, config.text_rows, config.num_layers
     tokens, keys_kept, num_selected = Size(("tokens",)), Size(("context_rows",)), Size(("num_selected",))
@@ -154,19 +156,34 @@ def _denoiser_graphs(dit: DiT) -> list[Graph]:
         _graph("cross_kv", [context, kept], [keys, values], block, _cross_keys_values, _is_cross_kv),
         _graph("time", [sinusoid], [all_modulation, head_modulation], dit, DiT.embed_time, _is_time),
         _graph("stem", [patches], [hidden], dit, _embed_patches, lambda name: name.startswith("patch_embedding.")),
-        _graph(
+        _chunk_graph(block, [hidden, modulation, keys, values, key_bias, cos, sin], hidden_out)
+        if is_causal
+        else _graph(
             "block",
             [hidden, modulation, keys, values, key_bias, cos, sin, selection],
             [hidden_out],
             block,
             _run_block,
-            lambda name: not _is_cross_kv(name) and name != "modulation",
+            _is_of_block,
         ),
         _graph("head", [hidden, head_modulation], [velocity], dit.head, _forward, lambda name: name != "modulation"),
     ]
 
 
-def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
+def _chunk_graph(block: nn.Module, inputs: Sequence[Port], hidden_out: Port) -> Graph:
+    """The graph ``chunk_block``: a layer at one chunk, which sees keys and values of earlier chunks as well. The caller
+    keeps those; how many of them there are is said by a bias of minus infinity on the others."""
+    _, tokens, dim = hidden_out.shape
+    assert isinstance(dim, int)
+    past, seen = Size(("past_tokens",)), Size(("seen_tokens",))
+    heads = (dim // HEAD_DIM, HEAD_DIM)
+    earlier = [Port(name, (1, past, *heads)) for name in ("past_keys", "past_values")]
+    own = [Port(name, (1, tokens, *heads)) for name in ("own_keys", "own_values")]
+    ports = [*inputs, *earlier, Port("seen_bias", (seen,), "float32")]
+    return _graph("chunk_block", ports, [hidden_out, *own], block, _run_chunk_block, _is_of_block)
+
+
+def _vae_graphs(vae: VAE, *, has_encoder: bool) -> list[Graph]:
     rows, columns = Size(("latent_height",)), Size(("latent_width",))
     channels = vae.config.latent_channels
     latent = Port("latent", (1, channels, 1, rows, columns))
@@ -184,7 +201,7 @@ def _vae_graphs(vae: VAE, task: str) -> list[Graph]:
         _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
         _graph("vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True),
     ]
-    if task == "i2v":
+    if has_encoder:
         past, kept = (
             _cache_ports(vae.encode_first, 3, SPATIAL_STRIDE, (rows, columns), suffix) for suffix in ("", "_out")
         )
@@ -229,6 +246,10 @@ def _is_cross_kv(name: str) -> bool:
     return name.startswith(("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k."))
 
 
+def _is_of_block(name: str) -> bool:
+    return not _is_cross_kv(name) and name != "modulation"
+
+
 def _is_time(name: str) -> bool:
     return name.startswith("time_") or name.endswith("modulation")
 
@@ -239,6 +260,12 @@ def _forward(owner: nn.Module, *inputs: Tensor) -> Any:
 
 def _run_block(block: Block, *inputs: Tensor) -> Tensor:
     return block(*block_arguments(inputs))
+
+
+def _run_chunk_block(block: Block, *inputs: Tensor) -> tuple[Tensor, KeysValues]:
+    hidden, modulation, keys, values, key_bias, cos, sin, past_keys, past_values, seen_bias = inputs
+    text, past = TextKeys(keys, values, key_bias), Past(KeysValues(past_keys, past_values), seen_bias)
+    return run_chunk_block(block, hidden, modulation, text, (cos, sin), past)
 
 
 def _embed_ids(encoder: TextEncoder, ids_BT: Tensor) -> Tensor:

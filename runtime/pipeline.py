@@ -21,6 +21,16 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
+from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
+from wanforge.runtime.causal.making import make_chunks, show_chunks
+from wanforge.runtime.causal.stream import (
+    CheckedStream,
+    Streamed,
+    StreamSettings,
+    check_backend,
+    check_stream,
+    check_streams,
+)
 from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser, Watch
 from wanforge.runtime.graphs import graphs
@@ -31,6 +41,7 @@ from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.output.video import FrameSink, video_writer
+from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -91,6 +102,40 @@ class Pipeline:
         """
         return self.make(request_for(self.model, prompt, image, settings), on_progress)
 
+    @with_settings(StreamSettings)
+    def stream(
+        self,
+        prompt: str,
+        image: "str | Path | Image | None" = None,
+        *,
+        on_progress: Progress = silent,
+        **settings: Unpack[StreamSettings],
+    ) -> Iterator[Streamed]:
+        """Make a video chunk by chunk with a causal model, and yield each chunk as soon as its frames are decoded. What
+        comes after a chunk is not begun before it is asked for.
+
+        Args:
+            prompt: What the video shows. It may have parts that hold one after the other, and then decides how long the
+                video is: ``a man in a park[5s] | a man jumps[10s#]``, where ``#`` begins a new scene.
+            image: The first frame, or None: a file or a picture.
+            on_progress: Called with ``chunk``, the number of chunks that are done, and the number of all of them.
+            settings: See `StreamSettings`.
+
+        Raises:
+            RequestError, ConfigError: The request does not make sense for this model, or the backend cannot serve it.
+            ResourceError: This machine's memory is too small for it.
+        """
+        causal = check_streams(self.model, self.backend)
+        request = request_for(self.model, prompt, image, settings)
+        stream = check_stream(request, self.model, causal, self.tokenizer, settings)
+        self._check(stream.request, stream.live_shape)
+        timings = Timings()
+        return show_chunks(
+            stream,
+            self.rollout(stream, timings, on_progress),
+            lambda latents: self.decode(latents, stream.shape, timings),
+        )
+
     def check(self, request: Request) -> CheckedRequest:
         """Check a request and prepare the backend for it, before anything is computed.
 
@@ -100,11 +145,15 @@ class Pipeline:
             BundleError: The bundle lacks what the backend needs for it.
             CheckpointError: A LoRA is damaged, or does not fit the model.
         """
+        return self._check(request, request.shape)
+
+    def _check(self, request: Request, live: ClipShape) -> CheckedRequest:
+        """Check a request of which this much takes memory at the same time."""
         checked = self.resolve(request)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            check_memory(self.model, self.recipe, request.shape, self.backend.dtype.itemsize)
+            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize)
         self.backend.prepare(request.shape)
         return checked
 
@@ -150,6 +199,10 @@ class Pipeline:
 
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
         """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
+        if self.model.causal:
+            causal = check_streams(self.model, self.backend)
+            stream = check_stream(checked.request, self.model, causal, self.tokenizer, {})
+            return torch.cat([latents for _, latents in self.rollout(stream, timings, progress)], 2)
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
             denoiser.watch = self.watch
@@ -158,13 +211,31 @@ class Pipeline:
         timings.stages["denoise"] -= timings.stages.get("preview", 0.0)
         return latents
 
+    def rollout(
+        self, stream: CheckedStream, timings: Timings, progress: Progress = silent
+    ) -> Iterator[tuple[Span, Tensor]]:
+        """Yield the chunks of a stream and their clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
+        request = stream.request
+        self.loras.put_on(request.loras, progress)
+        texts = [self.text(ids, timings, progress) for ids in stream.ids]
+        first = None
+        if request.image is not None:
+            with timings.stage("condition"):
+                first = self.encode_first(request.image, stream.shape)
+        denoiser = ChunkDenoiser(self.backend, self.bundle, stream, texts, timings)
+        yield from make_chunks(denoiser, first, progress)
+
     def save_noise(self, checked: CheckedRequest, path: Path) -> None:
         """Write the noise that is drawn from a request's seed."""
         write_noise(path, latent_shape(self.model, checked.request.shape), checked.request.seed, len(checked.steps))
 
     def denoiser(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Denoiser:
         """Put the request's LoRAs in place, embed the prompt, encode the image, and compute whatever the steps share.
-        Putting LoRAs in place is loading and counts for no stage."""
+        Putting LoRAs in place is loading and counts for no stage.
+
+        Raises:
+            ConfigError: The model makes a video chunk by chunk, and no step is one of a whole clip.
+        """
         self.backend.prepare(checked.request.shape)
         self.loras.put_on(checked.request.loras, progress)
         text = self.text(checked.ids, timings, progress)
@@ -215,6 +286,16 @@ class Pipeline:
             progress("condition", index + 1, shape.latent_frames)
         return condition(torch.cat(latents, 2))
 
+    def encode_first(self, image: "Path | Image", shape: ClipShape) -> Tensor:
+        """The latents of an image that is the first frame of a video, ``[1, C, 1, H, W]`` in the compute type."""
+        from wanforge.runtime.inputs.condition import to_pixels
+        from wanforge.runtime.inputs.image import open_image
+
+        session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
+        session["first_pixels"].copy_(to_pixels(open_image(image), shape.width_px, shape.height_px)[:, :, None])
+        session.run("first")
+        return session["first_latent"].to("cpu", copy=True)
+
     def noise(self, checked: CheckedRequest) -> Iterator[Tensor]:
         """The request's noise: from its seed, or from its file."""
         shape = latent_shape(self.model, checked.request.shape)
@@ -226,12 +307,17 @@ class Pipeline:
         self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
         """Decode latents and yield each frame as uint8 ``[H, W, 3]`` as soon as its chunk is decoded."""
+        return self.decode(latents.split(1, 2), shape, timings, progress)
+
+    def decode(
+        self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
+    ) -> Iterator[Tensor]:
+        """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
         self.backend.prepare(shape)
         session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
-        for index, program, output in chunks(shape.latent_frames, "pixels"):
+        for latent, (index, program, output) in zip(latents, chunks(shape.latent_frames, "pixels"), strict=False):
             with timings.stage("decode"):
-                source = session["first_latent" if index == 0 else "latent"]
-                source.copy_(latents[:, :, index : index + 1])
+                session["first_latent" if index == 0 else "latent"].copy_(latent)
                 session.run(program)
                 pixels = session[output][0].float().clamp(-1, 1)
                 # Halves round up, as in upstream's writer.
@@ -270,6 +356,7 @@ def open_pipeline(
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
     name = resolve_backend(backend, bundle, clips)
+    check_backend(bundle.model, name, is_bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

@@ -147,6 +147,10 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     """
     with concerning("image"):
         _check_image(request, model)
+    if model.causal:
+        _check_causal(request, model)
+        with concerning("frames"):
+            model.causal.num_chunks(request.shape.latent_frames)
     with concerning("seed"):
         check_seed(request.seed)
     with concerning("prompt"):
@@ -170,6 +174,16 @@ def concerning(field: str) -> Iterator[None]:
     except WanforgeError as error:
         error.field = error.field or field
         raise
+
+
+def _check_causal(request: Request, model: ModelConfig) -> None:
+    """Refuse settings of whole clips for a model that makes a video chunk by chunk."""
+    for setting in ("steps", "sigma_max", "times", "update", "noise"):
+        if getattr(request, setting) is not None:
+            with concerning(setting):
+                raise RequestError(
+                    f"{model.name} makes a video chunk by chunk, at times of its own; leave {setting} out"
+                )
 
 
 def _sampler(request: Request, model: ModelConfig) -> SamplerConfig:
@@ -198,7 +212,7 @@ def check_seed(seed: int) -> None:
 
 
 def _check_image(request: Request, model: ModelConfig) -> None:
-    if (request.image is None) == (model.task == "i2v"):
+    if (request.image is None) == (model.task == "i2v") and not (request.image and model.takes_image):
         need = "needs an image; give one (--image)" if request.image is None else "takes no image"
         raise RequestError(f"{model.name} {need}")
     if request.image is not None:

@@ -13,6 +13,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import concrete
+from wanforge.errors import ConfigError
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.graphs import Graph, Port
 
@@ -74,7 +75,7 @@ class Schedule:
         return chain.from_iterable(self.programs.values())
 
 
-class _Builder:
+class ScheduleBuilder:
     """Builds graph runs, and collects the buffers that they name."""
 
     def __init__(self, graphs: Mapping[str, Graph], sizes: Mapping[str, int]) -> None:
@@ -110,7 +111,7 @@ class _Builder:
 
 def text_schedule(model: ModelConfig, graphs: Mapping[str, Graph], prompt_tokens: int) -> Schedule:
     """The text encoder at the prompt's real length, from ``ids`` and ``buckets`` to ``embedding``."""
-    build = _Builder(graphs, {"prompt_tokens": prompt_tokens})
+    build = ScheduleBuilder(graphs, {"prompt_tokens": prompt_tokens})
     component, layers = "text_encoder", model.text_encoder.num_layers
     runs = [build.run("text_embed", ["ids"], ["hidden.0"], component)]
     for layer in range(layers):
@@ -138,8 +139,14 @@ def denoise_schedule(
         steps: The expert of each step.
         context_rows: Number of rows of text that are kept, see `context_rows`.
         num_selected: Number of key blocks selected per query block.
+
+    Raises:
+        ConfigError: The model makes a video chunk by chunk; see `causal.schedule`.
     """
-    build = _Builder(graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected})
+    check_whole_clips(model)
+    build = ScheduleBuilder(
+        graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected}
+    )
     layers = range(model.dit.num_layers)
     prompt, times, programs = [], [], {}
     for expert in dict.fromkeys(steps):
@@ -168,12 +175,22 @@ def denoise_schedule(
     return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
 
 
+def check_whole_clips(model: ModelConfig) -> None:
+    """Refuse a model of which no step is one of a whole clip.
+
+    Raises:
+        ConfigError: The model makes a video chunk by chunk.
+    """
+    if model.causal:
+        raise ConfigError(f"{model.name} makes a video chunk by chunk; this is for models that make whole clips")
+
+
 def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShape) -> Schedule:
     """The schedule of the denoiser, with the programs ``preview.0`` and ``preview.1`` if there is a preview decoder:
     each reads the states that the other wrote. They belong to this stage because they run between its steps."""
     if PREVIEW not in graphs:
         return denoise
-    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    build = ScheduleBuilder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
     states = [[f"{port.name}.{side}" for port in graphs[PREVIEW].inputs[1:]] for side in (0, 1)]
     programs = {
         f"preview.{side}": (
@@ -187,7 +204,7 @@ def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShap
 def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
     """One half of the VAE, ``decode`` or ``encode``: the program ``first`` for the opening chunk, then ``next.0`` and
     ``next.1`` in turn, each of which reads the caches that the other wrote."""
-    build = _Builder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+    build = ScheduleBuilder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
     first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
     caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
     chunk_in, chunk_out = following.inputs[0].name, following.outputs[0].name

@@ -33,7 +33,7 @@ DOOR = ["__main__", "cli", "api", "library", "wanforge"]
 ROOMS = [
     *(f"wanforge.{name}" for name in GROUND),
     "wanforge.configs.loading",
-    "wanforge.configs.clip wanforge.configs.sampler",
+    "wanforge.configs.clip wanforge.configs.sampler wanforge.configs.causal",
     "wanforge.configs.model wanforge.configs.recipe wanforge.configs.targets wanforge.configs.tiles",
     "wanforge.configs.hub",
     "wanforge.configs",
@@ -52,6 +52,7 @@ ROOMS = [
     "wanforge.runtime.memory",
     "wanforge.runtime.backends",
     "wanforge.runtime.lora",
+    "wanforge.runtime.causal",
     "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
     "wanforge.runtime.preview",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",

@@ -26,7 +26,7 @@ from wanforge.errors import CheckpointError, join_names
 from wanforge.regular_file import check_regular
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
 
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("generator_ema", "generator", "state_dict", "model", "module")
 INDEX = ".safetensors.index.json"
 
 MOST_CONTENTS = 16 << 20

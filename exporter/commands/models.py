@@ -13,8 +13,9 @@ from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.commands.options import JSON, takes
 from wanforge.runtime.measure.tables import text_table
 
-STAYS, STREAMS, NONE = "stays", "streams", "no"
-"""How a model fits a GPU: all of its weights stay, layers are streamed, or not at all."""
+STAYS, STREAMS, NONE, UNKNOWN = "stays", "streams", "no", "unknown"
+"""How a model fits a GPU: all of its weights stay, layers are streamed, or not at all; or there are no engines to tell
+by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,17 @@ def describe(name: str) -> dict[str, Any]:
         "licence": published.licence if published else "Apache-2.0",  # that of the package
         "recipe": published.recipe if published else None,
         "repository": (published.repository or None) if published else None,
-        "gpus": {gpu: fit(published, target) for gpu, target in load_targets().items()},
+        "gpus": {gpu: UNKNOWN if model.causal else fit(published, target) for gpu, target in load_targets().items()},
     }
 
 
 def fit(published: HubModel | None, target: Target) -> str:
     """How a model fits a GPU. One that is not published is tiny."""
-    if published is None or published.ample_gib <= target.vram_gib:
+    if published is None:
+        return STAYS
+    if published.least_gib is None or published.ample_gib is None:
+        return UNKNOWN
+    if published.ample_gib <= target.vram_gib:
         return STAYS
     return STREAMS if published.least_gib <= target.vram_gib else NONE
 
@@ -80,7 +85,8 @@ def gpu_lines(found: dict[str, Any]) -> list[str]:
     """How a model fits GPUs, as text."""
     gpus: dict[str, str] = found["gpus"]
     lines = [found["model"]]
-    for way, words in ((STAYS, "all weights stay on"), (STREAMS, "layers are streamed to"), (NONE, "does not fit")):
+    ways = {STAYS: "all weights stay on", STREAMS: "layers are streamed to", NONE: "does not fit"}
+    for way, words in (ways | {UNKNOWN: "has no engines yet for"}).items():
         if fitting := [gpu for gpu, fits in gpus.items() if fits == way]:
             lines.append(f"  {words} {'every GPU' if len(fitting) == len(gpus) else ', '.join(fitting)}")
     return lines

@@ -37,6 +37,7 @@ from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, split_heads
 from wanforge.runtime.reference.quantised_weights import WEIGHTS
+from wanforge.runtime.schedule import check_whole_clips
 
 Input = Tensor | Quantised
 """The input of a linear: hidden states, plain or quantised."""
@@ -326,9 +327,11 @@ def launches(
         text_rows: Rows of text that attention sees; by default all.
 
     Raises:
-        ConfigError: The clip is too short for its top-k, or the architecture cannot multiply the linears' format.
+        ConfigError: The clip is too short for its top-k, the architecture cannot multiply the linears' format, or the
+            model makes a video chunk by chunk.
     """
     check_architecture(recipe, sm)
+    check_whole_clips(model)
     runs, clip = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
     block = graphs(model, runs)["block"]
     sizes = {

@@ -172,10 +172,14 @@ class SelfAttention(nn.Module):
         if self.blocks is not None:
             self.attn_op = SparseAttention()
 
+    def project(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[B, L, heads, 128]``, before they are rotated."""
+        q_BLD, k_BLD, v_BLD = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(x_BLD)), self.v(x_BLD)
+        return split_heads(q_BLD), split_heads(k_BLD), split_heads(v_BLD)
+
     def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, selection_S: Tensor) -> Tensor:
-        q_BLHK = rotate(split_heads(self.norm_q(self.q(x_BLD))), cos_LP, sin_LP)
-        k_BLHK = rotate(split_heads(self.norm_k(self.k(x_BLD))), cos_LP, sin_LP)
-        v_BLHK = split_heads(self.v(x_BLD))
+        q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
+        q_BLHK, k_BLHK = rotate(q_BLHK, cos_LP, sin_LP), rotate(k_BLHK, cos_LP, sin_LP)
         if self.blocks is None:
             y_BLHK = dense_attention(q_BLHK, k_BLHK, v_BLHK)
         else:
@@ -236,8 +240,14 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         selection_S: Tensor,
     ) -> Tensor:
+        return self.around(x_BLD, modulation_B6D, text, lambda n_BLD: self.self_attn(n_BLD, *rope, selection_S))
+
+    def around(
+        self, x_BLD: Tensor, modulation_B6D: Tensor, text: TextKeys, attend: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The layer with some kind of self-attention, which is given the modulated norm of its input."""
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = modulation_B6D.unbind(1)
-        y_BLD = self.self_attn(self.modulate(x_BLD, shift_sa, scale_sa), *rope, selection_S)
+        y_BLD = attend(self.modulate(x_BLD, shift_sa, scale_sa))
         x_BLD = gated_residual(x_BLD, y_BLD, gate_sa)
         x_BLD = x_BLD + self.cross_attn(self.norm3(x_BLD), text)
         y_BLD = self.ffn(self.modulate(x_BLD, shift_ffn, scale_ffn))
@@ -389,19 +399,28 @@ def sinusoid(timestep_B: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), 1).float()
 
 
-def rope_angles(grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
-    """The angle of each token and channel pair, float32 ``[L, 64]``: pairs of time, then height, then width."""
+def rope_angles(
+    grid: tuple[int, int, int], device: torch.device | None = None, times: Sequence[int] | None = None
+) -> Tensor:
+    """The angle of each token and channel pair, float32 ``[L, 64]``: pairs of time, then height, then width.
+
+    Args:
+        times: The temporal index of each frame; from 0 on by default.
+    """
     axes = []
     for axis, (positions, pairs) in enumerate(zip(grid, ROPE_PAIRS, strict=True)):
         exponent = torch.arange(0, 2 * pairs, 2, device=device).float() / (2 * pairs)
-        angle = torch.outer(torch.arange(positions, device=device).float(), 1.0 / ROPE_THETA**exponent)
+        places = range(positions) if axis or times is None else times
+        angle = torch.outer(torch.tensor(places, device=device).float(), 1.0 / ROPE_THETA**exponent)
         shape = [1, 1, 1, pairs]
         shape[axis] = positions
         axes.append(angle.view(shape).expand(*grid, pairs))
     return torch.cat(axes, -1).flatten(0, 2)
 
 
-def rope_tables(grid: tuple[int, int, int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    grid: tuple[int, int, int], device: torch.device | None = None, times: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of `rope_angles`."""
-    angles = rope_angles(grid, device)
+    angles = rope_angles(grid, device, times)
     return angles.cos(), angles.sin()

@@ -7,7 +7,7 @@ Source: diffusers, scripts/convert_wan_to_diffusers.py; Wan2.1, wan/modules (doc
 import re
 from collections.abc import Iterable, Mapping
 
-PREFIXES = ("net.", "module.", "model.diffusion_model.")
+PREFIXES = ("net.", "module.", "model.diffusion_model.", "model.", "_fsdp_wrapped_module.")
 
 COUNTERS = "accum_"
 """How the names of training counters begin, which rCM's files hold beside the weights."""
@@ -106,12 +106,13 @@ def _upsampler(name: str) -> str:
 
 
 def strip_prefix(names: Iterable[str]) -> dict[str, str]:
-    """The names in a file by their names without a wrapper's prefix, which is removed only if all names have it."""
+    """The names in a file by their names without the prefixes of wrappers, each of which is removed only if all names
+    have it."""
     found = list(names)
-    for prefix in PREFIXES:
-        if found and all(name.startswith(prefix) for name in found):
-            return {name.removeprefix(prefix): name for name in found}
-    return {name: name for name in found}
+    shorter = found
+    while prefix := next((each for each in PREFIXES if found and all(name.startswith(each) for name in shorter)), ""):
+        shorter = [name.removeprefix(prefix) for name in shorter]
+    return dict(zip(shorter, found, strict=True))
 
 
 def match_names(component: str, canonical: Iterable[str], found: Iterable[str]) -> tuple[dict[str, str], list[str]]:

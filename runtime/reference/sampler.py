@@ -29,14 +29,19 @@ def sample(denoise: Denoiser, trajectory: Trajectory, noise: Iterator[Tensor]) -
     """
     latents = next(noise).double() * trajectory.start
     for step in trajectory.steps:
-        velocity = denoise(latents, step).double()
+        velocity = denoise(latents, step)
         if trajectory.update == "euler":
-            latents = latents - (step.time - step.next_time) * velocity
+            latents = latents - (step.time - step.next_time) * velocity.double()
         else:
-            # The product of time and noise is computed in float32, as upstream does.
-            fresh = next(noise).float() * torch.tensor(step.next_time, dtype=torch.float32)
-            latents = (1 - step.next_time) * (latents - step.time * velocity) + fresh
+            latents = renoise(latents, velocity, step, next(noise))
     return latents
+
+
+def renoise(latents: Tensor, velocity: Tensor, step: Step, fresh: Tensor) -> Tensor:
+    """The latents after a step that mixes the clean latents, to which the velocity points, with fresh noise."""
+    # The product of time and noise is computed in float32, as upstream does.
+    noise = fresh.float() * torch.tensor(step.next_time, dtype=torch.float32)
+    return (1 - step.next_time) * (latents - step.time * velocity.double()) + noise
 
 
 def gaussian(shape: tuple[int, ...], seed: int) -> Iterator[Tensor]:

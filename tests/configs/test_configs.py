@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden import load_json
+from wanforge.configs.causal import CachePolicy
 from wanforge.configs.clip import ClipShape, adaptive_size, latent_frames, load_resolutions, size_of
 from wanforge.configs.loading import CONFIGS, load, named
 from wanforge.configs.model import load_model
@@ -39,7 +40,13 @@ DENSE = {
     "lightx2v-wan2.2-i2v-a14b-720p": (5120, 13824, 40, 40, 36, 80.0, None, (1280, 720)),
     "lightx2v-wan2.2-t2v-a14b-720p": (5120, 13824, 40, 40, 16, 80.0, None, (1280, 720)),
 }
-TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tinywan", "tinywan-i2v"}
+# The same of models that make a video chunk by chunk: rCM, Causal_rCM.md and rcm/inference/wan2pt1_t2v_causal_infer.py.
+CAUSAL = {
+    f"causal-rcm-wan2.1-t2v-1.3b-480p-{name}": (1536, 8960, 30, 12, 16, 80.0, None, (832, 480))
+    for name in ("c1-step2", "c1-step2-noisy", "c3-step4")
+}
+DENSE |= CAUSAL
+TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tiny-causal", "tinywan", "tinywan-i2v"}
 # linear, attention
 RECIPES = {
     "bf16": ("bf16", "dense"),
@@ -97,6 +104,42 @@ def test_lightx2vs_sampler_is_upstreams(name: str) -> None:
     assert sampler.times == tuple(5 * step / (1000 + 4 * step) for step in (1000, 750, 500, 250))
     assert (sampler.update, sampler.start, sampler.timestep) == ("euler", "one", "float32")
     assert sampler.low_from == (2 if "wan2.2" in name else None)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal_models_are_sampled_as_upstream_recommends(name: str) -> None:
+    """Source: rCM, Causal_rCM.md: sigma_max 1600; mid points 15/16, 5/6, 5/8, and one of them for two steps."""
+    model = load_model(name)
+    start = 1600 / 1601
+    assert model.causal
+    assert model.sampler.times == (start, 15 / 16, 5 / 6, 5 / 8)
+    assert (model.sampler.update, model.sampler.start, model.sampler.timestep) == ("renoise", "first time", "bfloat16")
+    later = {"c1-step2": (start, 5 / 6), "c1-step2-noisy": (start, 5 / 8), "c3-step4": ()}
+    kind = name.removeprefix("causal-rcm-wan2.1-t2v-1.3b-480p-")
+    assert model.causal.times == later[kind]
+    assert model.causal.noisy_from == (1 if kind.endswith("noisy") else None)
+    frames = int(kind[1])
+    assert (model.causal.first_frames, model.causal.chunk_frames) == (frames, frames)
+    assert model.causal.cache == CachePolicy()
+    assert model.takes_image
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("frames = 17", "frames = 13", "13 frames are 4 latent frames, which are not one chunk of 1 and others of 2"),
+        ("sparse = false", "", "a causal model makes videos from text by one denoiser with full attention"),
+        ("times = [0.9993753903810119, 0.9375, 0.8333333333333334, 0.625]", "", "its sampler says the times"),
+        ("times = [0.9993753903810119, 0.8333333333333334]", "times = [0.5, 0.6]", "do not decrease"),
+        ("chunk_frames = 2", "chunk_frames = 2\nnoisy_from = -1", "noisy_from is -1; chunks are counted from 0"),
+        ("chunk_frames = 2", "chunk_frames = 2\ncache = {capacity = 3, sink = 3}", "recent must be at least 1"),
+    ],
+)
+def test_rejects_what_a_causal_model_may_not_say(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    text = (CONFIGS / "models" / "tiny-causal.toml").read_text()
+    assert old in text
+    with pytest.raises(ConfigError, match=complaint):
+        load_model(str(write(tmp_path, text.replace(old, new, 1))))
 
 
 @pytest.mark.parametrize("name", {**PUBLISHED, **DENSE})

@@ -80,6 +80,8 @@ def test_every_graph_of_a_published_model_compiles(bundle: Bundle) -> None:
     assert {plan["target"]: plan["refusal"] for plan in report["plans"]} == dict.fromkeys(TARGETS.split(","), "")
     known = hub_model(bundle.model.name)
     assert known is not None
+    assert known.least_gib is not None
+    assert known.ample_gib is not None
     sizes = (known.least_gib - 0.1, known.least_gib, known.ample_gib - 0.1, known.ample_gib)
     below, least, almost, ample = (residency(bundle, gib) for gib in sizes)
     assert below == ""

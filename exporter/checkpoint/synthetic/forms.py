@@ -64,6 +64,7 @@ FORMS: Mapping[Form, FileForm] = {
         has_bfloat16_norms=True,
         counters={f"{COUNTERS}{name}": TensorSpec(dtype, ()) for name, dtype in COUNTED.items()},
     ),
+    "causal-rcm": FileForm(".pt", "net.", has_bfloat16_norms=True),
     "wan": FileForm(".safetensors", has_bfloat16_norms=True, has_convolution=True),
     "diffusers": FileForm(".safetensors", spelling=1, has_convolution=True),
 }

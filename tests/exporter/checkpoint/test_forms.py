@@ -192,6 +192,36 @@ def test_counters_are_left_out_and_named(
     assert all(name.removeprefix("net.") in said for name in COUNTERS)
 
 
+WRAPPED = {
+    "as written": lambda state: state,
+    "generator": lambda state: {"generator": state},
+    "moving average": lambda state: {"generator": {"net.a": torch.zeros(1)}, "generator_ema": state},
+    "prefixes": lambda state: {
+        f"model.{name}".replace("net.", "net._fsdp_wrapped_module."): x for name, x in state.items()
+    },
+    "convolution": lambda state: (
+        state | {"net.patch_embedding.weight": state["net.patch_embedding.weight"].reshape(256, 16, 1, 2, 2)}
+    ),
+}
+"""The ways in which files of causal models are wrapped; source: rCM, rcm/inference/wan2pt1_t2v_causal_infer.py."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WRAPPED)
+def test_causal_files_are_read_however_they_are_wrapped(
+    tmp_path: Path, folders: Callable[[str], Path], way: str
+) -> None:
+    folder = folders("tiny-causal")
+    model, sources = found(folder, tmp_path / "out")
+    assert model == load_model("tiny-causal")
+    state = torch.load(folder / "tiny-causal.pt", weights_only=True)
+    assert not counters(state)
+    torch.save(WRAPPED[way](state), tmp_path / "a.pt")
+    plain = import_checkpoint(model, sources, tmp_path / "plain")
+    given = Sources({**sources.weights, "dit": tmp_path / "a.pt"}, sources.tokenizer)
+    assert contents(import_checkpoint(model, given, tmp_path / "out"), "dit") == contents(plain, "dit")
+
+
 def test_what_is_no_counter_is_refused_beside_the_weights(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     model, sources = found(folders("tiny-rcm"), tmp_path / "out")
     state = torch.load(sources.weights["dit"], weights_only=True)
@@ -230,10 +260,12 @@ def test_models_with_the_same_tensors_are_told_apart_by_names_only(
     tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
     file = folders("tiny-rcm") / "tiny-rcm.pt"
-    assert fitting_models(open_checkpoint(file)) == ["tiny-lightx2v", "tiny-rcm"]
+    assert fitting_models(open_checkpoint(file)) == ["tiny-causal", "tiny-lightx2v", "tiny-rcm"]
     (tmp_path / "other.pt").symlink_to(file)
     wanted = Wanted(out=tmp_path / "out", folders=(), files={"--dit": tmp_path / "other.pt"}, model=None, recipe=None)
-    with pytest.raises(CheckpointError, match="may be tiny-lightx2v or tiny-rcm; give its model with --model"):
+    with pytest.raises(
+        CheckpointError, match="may be tiny-causal or tiny-lightx2v or tiny-rcm; give its model with --model"
+    ):
         find(wanted)
 
 

@@ -70,8 +70,19 @@ def test_it_needs_neither_torch_nor_the_hub() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_nothing_is_said_of_the_gpus_that_causal_models_fit() -> None:
+    found = listed()
+    for name in named("models"):
+        gpus = found[name]["gpus"]
+        assert isinstance(gpus, dict)
+        assert (set(gpus.values()) == {"unknown"}) == bool(load_model(name).causal)
+    assert "  has no engines yet for every GPU" in CliRunner().invoke(cli, ["models"]).stdout
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in named("models") if hub_model(name) is None])
+@pytest.mark.parametrize(
+    "name", [name for name in named("models") if hub_model(name) is None and not load_model(name).causal]
+)
 def test_models_that_are_not_published_fit_every_gpu(tmp_path: Path, name: str) -> None:
     model = load_model(name)
     recipe = model.fitted(load_recipe("w8a8"))

@@ -1,0 +1,1 @@
+"""The denoiser of causal models, which make a video chunk by chunk and remember the chunks before."""

@@ -1,0 +1,66 @@
+"""Prompts that change while a video is made: ``a man in a park[5s] | a man jumps[10s#]``.
+
+Source: Causal-rCM, rcm/inference/wan2pt1_t2v_causal_extrapolation_infer.py (docs/sources.md).
+"""
+
+import re
+from dataclasses import dataclass
+
+from wanforge.configs.causal import CausalConfig
+from wanforge.configs.clip import TEMPORAL_STRIDE
+from wanforge.errors import RequestError
+
+PART = re.compile(r"(?P<prompt>.+?)\s*\[\s*(?P<seconds>\d+(?:\.\d+)?)\s*s\s*(?P<cut>#?)\s*\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """A prompt and how long it holds.
+
+    Attributes:
+        is_cut: Whether a new scene begins with it. In the first one it means nothing.
+    """
+
+    prompt: str
+    seconds: float
+    is_cut: bool
+
+
+def parse_parts(text: str) -> list[PromptPart]:
+    """The parts of a prompt such as ``a man in a park[5s] | a man jumps[10s#]``.
+
+    Raises:
+        RequestError: A part has no prompt, or no length of more than 0 seconds.
+    """
+    parts = []
+    for part in text.split("|"):
+        match = PART.fullmatch(part.strip())
+        if match is None or not float(match["seconds"]):
+            raise RequestError(
+                f"{part.strip()!r} does not say how long it holds; write a prompt and its seconds, as in "
+                "'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
+            )
+        parts.append(PromptPart(match["prompt"], float(match["seconds"]), match["cut"] == "#"))
+    return parts
+
+
+def has_parts(text: str) -> bool:
+    """Whether a prompt says how long a part of it holds."""
+    return PART.search(text) is not None
+
+
+def blocks_of(parts: list[PromptPart], causal: CausalConfig, fps: int) -> list[tuple[int, bool]]:
+    """For each chunk of the video, the number of the part that holds, and whether a new scene begins with it.
+
+    A part takes as many whole chunks as hold its frames, at least one. What that adds to the length is taken off the
+    end: there are no more chunks than hold the frames of all parts together.
+    """
+    frames = [max(1, round(part.seconds * fps / TEMPORAL_STRIDE)) for part in parts]
+    found: list[tuple[int, bool]] = []
+    for number, (part, left) in enumerate(zip(parts, frames, strict=True)):
+        is_cut = part.is_cut and number > 0
+        while left > 0:
+            left -= causal.chunk_frames if found else causal.first_frames
+            found.append((number, is_cut))
+            is_cut = False
+    return found[: 1 + max(0, -(-(sum(frames) - causal.first_frames) // causal.chunk_frames))]

@@ -1,0 +1,263 @@
+"""A pipeline makes a video chunk by chunk, in bounded memory, and it is the one that the reference makes at once."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.causal import RecordedNetwork
+from tests.conftest import checkpoint_sources, made_once
+from tests.numerics import assert_matches, relative_rms
+from wanforge.configs.causal import CachePolicy, policy
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.engines.build import EngineOptions, build_engines
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ConfigError, RequestError
+from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.checkpoint.synth import write_checkpoint
+from wanforge.exporter.export import export
+from wanforge.runtime.backends import create_backend
+from wanforge.runtime.backends.choice import choose_backend, obstacles
+from wanforge.runtime.causal.stream import Streamed
+from wanforge.runtime.memory.weights import Weights
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.reference.causal.cache import KVCache
+from wanforge.runtime.reference.causal.chunks import chunks_of
+from wanforge.runtime.reference.causal.noise import draw
+from wanforge.runtime.reference.causal.rollout import Plan, Rollout
+from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.request import Request, Timings
+
+PROMPT = "A red kite turns slowly over a windy beach."
+SIZE = (64, 32)
+# The reference attends to all 512 rows of text, the graphs to a few that stand for equal ones; several steps and chunks
+# multiply what that changes in the last bits of float32.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of tiny-causal. Tests must not change it."""
+
+    def make(folder: Path) -> None:
+        model = load_model("tiny-causal")
+        write_checkpoint(model, folder / "files")
+        sources = checkpoint_sources("tiny-causal", folder / "files", quantised=False)
+        export(import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe("bf16")), ["fp32"])
+
+    return Bundle.open(made_once(tmp_path_factory, "tiny-causal", make) / "bundle")
+
+
+@pytest.fixture
+def pipeline(bundle: Bundle) -> Pipeline:
+    return Pipeline(bundle, create_backend("torch", bundle))
+
+
+class Exact(RecordedNetwork):
+    """The reference network, which is given latents without rounding them."""
+
+    def velocity(self, latents: Tensor, timestep: float) -> Tensor:
+        from wanforge.runtime.reference.causal.network import run_chunk
+
+        with torch.inference_mode():
+            time = torch.tensor([timestep])
+            found, self.found = run_chunk(self.dit, latents.float(), time, self.text, self.view.own, self.past)
+        return found
+
+
+def reference(pipeline: Pipeline, frames: int, kept: CachePolicy, image: Tensor | None = None) -> Tensor:
+    """The latents of a whole video by the reference network, with the weights of a bundle."""
+    model, bundle = pipeline.model, pipeline.bundle
+    dit, weights = DiT(model.dit, bundle.recipe), Weights(bundle)
+    dit.load_state_dict({name: weights.tensor("dit", name) for name in dit.state_dict()}, assign=True)
+    text = pipeline.embed(pipeline.tokenizer.encode(PROMPT, model.dit.text_rows))
+    assert model.causal
+    latent = 1 + (frames - 1) // 4
+    shape = (1, 16, latent, SIZE[1] // 8, SIZE[0] // 8)
+    plan = Plan(model.causal, model.sampler, chunks_of(model.causal, latent))
+    cache = KVCache(kept, (SIZE[1] // 16, SIZE[0] // 16))
+    noise = draw(shape, 4, seed=7, has_image=image is not None)
+    return torch.cat([x for _, x in Rollout(plan, Exact(dit, text), cache, noise, image)], 2)
+
+
+def picture() -> Image.Image:
+    rows = np.linspace(0, 255, SIZE[0] * SIZE[1] * 3).reshape(SIZE[1], SIZE[0], 3)
+    return Image.fromarray(rows.astype(np.uint8))
+
+
+def together(chunks: Sequence[Streamed]) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    return torch.cat([each.latents for each in chunks], 2), np.concatenate([each.frames for each in chunks])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "sliding_window", "infinity_rope"])
+def test_a_stream_is_the_video_that_the_reference_makes(pipeline: Pipeline, name: str) -> None:
+    made = list(pipeline.stream(PROMPT, size=SIZE, frames=25, seed=7, cache=name))
+    assert [each.index for each in made] == [0, 1, 2, 3]
+    assert [len(each.frames) for each in made] == [1, 8, 8, 8]
+    assert {each.prompt for each in made} == {PROMPT}
+    latents, frames = together(made)
+    assert_matches(latents, reference(pipeline, 25, policy(name)), TOLERANCE)
+    whole = pipeline.frames(latents, pipeline.model.video.shape(SIZE, 25), Timings())
+    assert np.array_equal(frames, torch.stack(list(whole)).numpy())
+
+
+@pytest.mark.slow
+def test_onnx_runtime_makes_the_same_video(bundle: Bundle, pipeline: Pipeline) -> None:
+    def made(pipeline: Pipeline) -> list[Streamed]:
+        return list(pipeline.stream(PROMPT, picture(), size=SIZE, frames=17, seed=7, cache="sliding_window"))
+
+    for found, expected in zip(made(open_pipeline(bundle, "ort")), made(pipeline), strict=True):
+        # Only the order of sums in float32 differs.
+        assert_matches(found.latents, expected.latents, 1e-5)
+        assert np.abs(found.frames.astype(int) - expected.frames).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_clip_is_the_stream_as_a_whole(pipeline: Pipeline) -> None:
+    clip = pipeline.generate(PROMPT, size=SIZE, frames=9, seed=7)
+    latents, frames = together(list(pipeline.stream(PROMPT, size=SIZE, frames=9, seed=7)))
+    assert torch.equal(clip.latents, latents)
+    assert np.array_equal(clip.frames, frames)
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_from_an_image(pipeline: Pipeline) -> None:
+    shape = pipeline.model.video.shape(SIZE, 9)
+    made = list(pipeline.stream(PROMPT, picture(), size=SIZE, frames=9, seed=7))
+    latents, frames = together(made)
+    first = pipeline.encode_first(picture(), shape)
+    assert torch.equal(latents[:, :, :1], first.double())
+    assert_matches(latents, reference(pipeline, 9, policy("none"), first), TOLERANCE)
+    assert frames.shape == (9, SIZE[1], SIZE[0], 3)
+    without = together(list(pipeline.stream(PROMPT, size=SIZE, frames=9, seed=7)))[0]
+    assert relative_rms(latents[:, :, 1:], without[:, :, 1:]) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_prompt_changes_on_the_way(pipeline: Pipeline) -> None:
+    def made(text: str, **settings: Any) -> list[Streamed]:
+        return list(pipeline.stream(text, size=SIZE, seed=7, cache="infinity_rope", **settings))
+
+    same = made("A red kite over a beach", frames=25)
+    changed = made("A red kite over a beach[0.5s] | A much longer prompt about a blue train in the snow[1s]")
+    cut = made("A red kite over a beach[0.5s] | A much longer prompt about a blue train in the snow[1s#]")
+    for other in (changed, cut):
+        assert [each.prompt[:6] for each in other] == ["A red ", "A red ", "A much", "A much"]
+        assert [torch.equal(a.latents, b.latents) for a, b in zip(other, same, strict=True)][:3] == [True, True, False]
+    assert not torch.equal(changed[2].latents, cut[2].latents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["int8", "fp8"])
+def test_keys_and_values_in_8_bits_change_little(pipeline: Pipeline, kv: Any) -> None:
+    exact = together(list(pipeline.stream(PROMPT, size=SIZE, frames=17, seed=7)))[0]
+    found = together(list(pipeline.stream(PROMPT, size=SIZE, frames=17, seed=7, kv=kv)))[0]
+    # See tests/runtime/reference/causal/test_kv_codes.py.
+    assert 1e-5 < relative_rms(found, exact) < 0.05
+
+
+@pytest.mark.slow
+def test_nothing_is_begun_before_it_is_asked_for(pipeline: Pipeline) -> None:
+    done: list[tuple[str, int, int]] = []
+    stream = pipeline.stream(PROMPT, size=SIZE, frames=17, on_progress=lambda *said: done.append(said))
+    assert [said for said in done if said[0] == "chunk"] == []
+    next(stream)
+    assert [said for said in done if said[0] == "chunk"] == [("chunk", 1, 3)]
+    next(stream)
+    assert [said for said in done if said[0] == "chunk"] == [("chunk", 1, 3), ("chunk", 2, 3)]
+
+
+@pytest.mark.slow
+def test_buffers_do_not_grow_with_the_length_under_a_window(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[int, int] = {}
+
+    def largest(frames: int) -> int:
+        held: list[int] = []
+        monkeypatch.setattr(KVCache, "append", watched(held))
+        schedules: list[int] = []
+        session = pipeline.backend.session
+        monkeypatch.setattr(
+            pipeline.backend,
+            "session",
+            lambda schedule: (
+                schedules.append(sum(np.prod(b.shape) for b in schedule.buffers.values())) or session(schedule)
+            ),
+        )
+        for _ in pipeline.stream(PROMPT, size=(32, 32), frames=frames, cache="sliding_window"):
+            pass
+        monkeypatch.undo()
+        return max(held) + max(schedules)
+
+    def watched(held: list[int]) -> Any:
+        append = KVCache.append
+
+        def call(cache: KVCache, *args: Any, **named: Any) -> None:
+            append(cache, *args, **named)
+            held.append(cache.nbytes)
+
+        return call
+
+    for frames in (65, 97):
+        sizes[frames] = largest(frames)
+    assert sizes[65] == sizes[97]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            {"frames": 13},
+            "13 frames are 4 latent frames, which are not one chunk of 1 and others of 2; make it 9 or 17",
+        ),
+        ({"steps": 2}, "tiny-causal makes a video chunk by chunk, at times of its own; leave steps out"),
+        ({"times": (1.0,)}, "leave times out"),
+        ({"update": "euler"}, "leave update out"),
+    ],
+)
+def test_a_stream_refuses_what_it_cannot_do(pipeline: Pipeline, settings: Any, complaint: str) -> None:
+    with pytest.raises((RequestError, ConfigError), match=complaint) as caught:
+        pipeline.stream(PROMPT, size=SIZE, **settings)
+    assert caught.value.field == next(iter(settings))
+
+
+@pytest.mark.parametrize("settings", [{"cache": "window"}, {"kv": "int4"}, {"window": 3}], ids=str)
+def test_settings_that_do_not_exist_are_type_errors(pipeline: Pipeline, settings: Any) -> None:
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        pipeline.stream(PROMPT, **settings)
+
+
+def test_parts_of_a_prompt_decide_the_length(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="the parts of the prompt say how long the video is; leave frames out"):
+        pipeline.stream("a[1s] | b[2s]", frames=9)
+
+
+@pytest.mark.slow
+def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipeline, bundle_of: Any) -> None:
+    whole = Pipeline(bundle_of("tiny-t2v", "w8a8"), create_backend("torch", bundle_of("tiny-t2v", "w8a8")))
+    with pytest.raises(RequestError, match="tiny-t2v makes whole clips, not videos chunk by chunk; use generate"):
+        whole.stream(PROMPT)
+    bounded = Pipeline(bundle, create_backend("torch", bundle, budget=1e9))
+    bounded.backend.memory = object()  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="only the backends torch and ort do, on the CPU and without a memory budget"):
+        bounded.stream(PROMPT)
+    for name, budget in (("cuda", None), ("torch", 1e9), ("ort", 1e9)):
+        with pytest.raises(ConfigError, match=f"found {name}"):
+            open_pipeline(bundle, name, budget)
+    with pytest.raises(ConfigError, match="there are no engines for that yet; use the backend ort or torch"):
+        build_engines(bundle, None, EngineOptions(pipeline.model.video.clip, (89,)))  # type: ignore[arg-type]
+    checked = pipeline.check(Request(PROMPT, pipeline.model.video.shape(SIZE, 9)))
+    with pytest.raises(
+        ConfigError, match="tiny-causal makes a video chunk by chunk; this is for models that make whole clips"
+    ):
+        pipeline.denoiser(checked, Timings())
+    assert choose_backend(bundle) == "ort"
+    assert "cuda (it makes no videos chunk by chunk)" in obstacles(bundle)
