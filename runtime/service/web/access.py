@@ -13,7 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from wanforge.runtime.service.settings import SCOPES
 from wanforge.runtime.service.store.base import ApiKey
-from wanforge.runtime.service.web.errors import ApiError, absent
+from wanforge.runtime.service.web.forms.errors import ApiError, absent
 from wanforge.runtime.service.web.state import Service
 
 LOCAL = ApiKey(id="", owner="local", scopes=(), created_at=0.0)

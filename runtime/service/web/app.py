@@ -8,8 +8,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanforge.runtime.service.settings import MEGABYTE
-from wanforge.runtime.service.web import batches, catalogued, content, document, errors, page, stream, videos
+from wanforge.runtime.service.web import batches, catalogued, content, document, page, stream, videos
 from wanforge.runtime.service.web.access import KeyRing
+from wanforge.runtime.service.web.forms import errors
 from wanforge.runtime.service.web.guard.bodies import Bounded
 from wanforge.runtime.service.web.guard.sites import OwnSite
 from wanforge.runtime.service.web.monitor import health

@@ -13,9 +13,9 @@ from wanforge.runtime.service.job import Batch, Failure, Idempotency, State, Sub
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.access import Reader, Writer, seen_by
-from wanforge.runtime.service.web.errors import ApiError, absent, invalid
+from wanforge.runtime.service.web.forms.errors import ApiError, absent, invalid
+from wanforge.runtime.service.web.forms.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.intake import body, submitting
-from wanforge.runtime.service.web.schema import BatchCounts, VideoBatch
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import NO_NUL, IdempotencyKey, errors
 

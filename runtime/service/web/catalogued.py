@@ -7,8 +7,8 @@ from fastapi import APIRouter, Path, Request
 from wanforge.configs.clip import load_resolutions
 from wanforge.runtime.service.catalogue import Served
 from wanforge.runtime.service.web.access import Reader
-from wanforge.runtime.service.web.errors import ApiError
-from wanforge.runtime.service.web.schema import Model, ModelList
+from wanforge.runtime.service.web.forms.errors import ApiError
+from wanforge.runtime.service.web.forms.schema import Model, ModelList
 from wanforge.runtime.service.web.state import service_of
 from wanforge.runtime.service.web.videos import errors
 

@@ -12,7 +12,7 @@ from wanforge.runtime.service.job import Job, State
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.results.previews import preview_name, previewed_step
 from wanforge.runtime.service.web.access import Reader
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.forms.errors import ApiError
 from wanforge.runtime.service.web.state import service_of
 from wanforge.runtime.service.web.videos import JobId, errors, found
 

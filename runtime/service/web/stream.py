@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from wanforge.runtime.service.job import JobEvent, State
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.access import Reader
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.forms.errors import ApiError
 from wanforge.runtime.service.web.live.newsroom import every_event
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import JobId, errors, found

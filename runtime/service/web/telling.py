@@ -6,7 +6,7 @@ import time
 from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.job import Job, State
 from wanforge.runtime.service.store.base import DurationKey
-from wanforge.runtime.service.web.schema import Problem, Video
+from wanforge.runtime.service.web.forms.schema import Problem, Video
 from wanforge.runtime.service.web.state import Service
 
 SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 20_000

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from wanforge.runtime.service.job import Idempotency, Job, State
 from wanforge.runtime.service.store.base import ApiKey, JobFilter
 from wanforge.runtime.service.web.access import Reader, Writer, owner_seen_by, seen_by
-from wanforge.runtime.service.web.errors import ErrorBody, absent
+from wanforge.runtime.service.web.forms.errors import ErrorBody, absent
+from wanforge.runtime.service.web.forms.schema import Video, VideoDeleted, VideoList, VideoRequest
 from wanforge.runtime.service.web.intake import body, submitting
-from wanforge.runtime.service.web.schema import Video, VideoDeleted, VideoList, VideoRequest
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import poll_after_ms, told
 

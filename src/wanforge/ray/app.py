@@ -57,7 +57,7 @@ class Cluster(BaseModel):
     cpus: float = 1.0
 
 
-class Worker:
+class WorkerReplica:
     """A replica that makes clips: a supervisor with one child, in a folder of its own.
 
     Raises:
@@ -101,7 +101,7 @@ class Worker:
             self._opened.close()
 
 
-class Api:
+class ApiReplica:
     """A replica that answers requests, and holds nothing that others need.
 
     Args:
@@ -163,6 +163,6 @@ def app(cluster: Cluster) -> serve.Application:
         ray_actor_options={"num_gpus": cluster.gpus, "num_cpus": cluster.cpus},
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_timeout_s=30.0,
-    )(Worker)
-    api = serve.deployment(ray_actor_options={"num_cpus": 0.1})(serve.ingress()(Api))
+    )(WorkerReplica)
+    api = serve.deployment(ray_actor_options={"num_cpus": 0.1})(serve.ingress()(ApiReplica))
     return api.bind(cluster.config, worker.bind(cluster.config))

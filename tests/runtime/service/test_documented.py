@@ -6,7 +6,7 @@ import tomllib
 from tests.processes import ROOT
 from wanforge.runtime.service.settings import ClientLimits, ServeSettings
 from wanforge.runtime.service.store.base import Policy
-from wanforge.runtime.service.web.errors import STATUS
+from wanforge.runtime.service.web.forms.errors import STATUS
 from wanforge.runtime.service.workers.status import OUTCOMES
 
 PAGE = (ROOT / "docs/serving.md").read_text()

@@ -78,9 +78,9 @@ def test_the_command_of_the_page_has_arguments_that_there_are() -> None:
 
 
 def test_a_replica_whose_children_die_again_and_again_is_not_well(tmp_path: Path) -> None:
-    from wanforge.ray.app import Worker
+    from wanforge.ray.app import WorkerReplica
 
-    worker = Worker.__new__(Worker)
+    worker = WorkerReplica.__new__(WorkerReplica)
     worker.data = tmp_path
     worker.check_health()
     for state in ("starting", "idle", "working", "waiting"):

@@ -7,7 +7,7 @@ from time import monotonic
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wanforge.runtime.service.settings import MEGABYTE
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.forms.errors import ApiError
 
 PATIENCE = 30.0
 """Seconds that every body may take."""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.forms.errors import ApiError
 from wanforge.runtime.service.web.state import Service
 
 REMEDY = "make a key, with which every site and every name will do: wanforge serve keys add NAME"

@@ -13,8 +13,8 @@ from starlette.datastructures import UploadFile
 from wanforge.errors import RequestError
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.document import without_null
-from wanforge.runtime.service.web.errors import ApiError, about, invalid, validation_error
-from wanforge.runtime.service.web.schema import VideoRequest
+from wanforge.runtime.service.web.forms.errors import ApiError, about, invalid, validation_error
+from wanforge.runtime.service.web.forms.schema import VideoRequest
 from wanforge.runtime.service.web.state import Service
 
 JSON, FORMS = "application/json", ("multipart/form-data", "application/x-www-form-urlencoded")

@@ -15,9 +15,9 @@ from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.service.catalogue import Asked, Catalogue, Served, drawn_seed
 from wanforge.runtime.service.results.base import new_name
 from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
-from wanforge.runtime.service.web.errors import about, invalid
+from wanforge.runtime.service.web.forms.errors import about, invalid
+from wanforge.runtime.service.web.forms.schema import VideoRequest
 from wanforge.runtime.service.web.intake.body import PICTURE, redrawn
-from wanforge.runtime.service.web.schema import VideoRequest
 
 
 def checked(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from wanforge.runtime.service.web.errors import CODE
+from wanforge.runtime.service.web.forms.errors import CODE
 
 NO_ROUTE = "none"
 """What stands for the path of a request that leads to no route, so that nobody can add labels without end."""

@@ -8,8 +8,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from wanforge.host.capacity import available_bytes
 from wanforge.runtime.service.web.access import Admin
+from wanforge.runtime.service.web.forms.schema import Ready, WorkerHealth
 from wanforge.runtime.service.web.monitor.figures import figures
-from wanforge.runtime.service.web.schema import Ready, WorkerHealth
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.videos import errors
 from wanforge.runtime.service.workers.status import ServiceStatus, WorkerStatus

@@ -4,7 +4,7 @@ import asyncio
 
 from starlette.types import Message, Receive, Scope, Send
 
-from wanforge.runtime.service.web.errors import ApiError
+from wanforge.runtime.service.web.forms.errors import ApiError
 from wanforge.runtime.service.web.guard.bodies import LARGEST_AT_ONCE, SMALL, Bounded
 
 MOST = 10 * SMALL

@@ -1,0 +1,1 @@
+"""The objects of the API and its errors, as OpenAPI describes them."""
