@@ -199,6 +199,10 @@ class MergedWeights:
                 found[name] = known[name]
         return dict(sorted(found.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0))
 
+    def has_exact(self, target: str) -> bool:
+        """Whether a tensor is there as it was before it was quantised."""
+        return target in self.stored or target in self.unquantised
+
     @property
     def is_rounded(self) -> bool:
         """Whether weights are added to their 8-bit form, with stochastic rounding, because no other is there."""
@@ -215,7 +219,8 @@ class MergedWeights:
         if steps is None or scale is None:
             raise BundleError(
                 f"{self.bundle.root}: LoRAs cannot be added to weights of recipe {self.bundle.recipe.name!r} alone; "
-                "import the unquantised files again with --keep-unquantised"
+                "import the unquantised files again with --keep-unquantised, or use a backend that computes LoRAs "
+                "beside the linears: torch, cuda, or ort after an export"
             )
         return Base(target, is_quantised, None, steps, scale)
 

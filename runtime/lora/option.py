@@ -21,6 +21,13 @@ class ChoiceType(click.ParamType[LoraChoice]):
             self.fail(str(error), param, ctx)
 
 
+WAYS = {
+    "merge": "merged",
+    "side path": "beside the quantised weights",
+    "stochastic rounding": "added to 8-bit weights with stochastic rounding",
+}
+"""The ways in which LoRAs act, for people."""
+
 LORA = click.option(
     "--lora",
     "loras",
@@ -35,5 +42,5 @@ LORA = click.option(
 def told(lora: Mapping[str, Any]) -> str:
     """A LoRA of a report, for people."""
     expert = f", {lora['expert']} noise" if lora["expert"] else ""
-    rounding = ", added to 8-bit weights with stochastic rounding" if lora["rounding"] == "stochastic" else ""
-    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}{rounding}"
+    ways = " and ".join(WAYS[way] for way in lora["ways"])
+    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}, {ways or 'not used'}"
