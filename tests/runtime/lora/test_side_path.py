@@ -123,6 +123,17 @@ def test_a_lora_given_twice_acts_as_with_twice_the_strength(bundle: Bundle, tmp_
 
 
 @pytest.mark.slow
+def test_kernels_compute_with_a_lora(bundle: Bundle, tmp_path: Path) -> None:
+    choice = LoraChoice(lora(tmp_path / "a.safetensors", size=0.5))
+    pipeline = open_pipeline(bundle, "cuda")
+    base, found = latents(pipeline), latents(pipeline, choice)
+    expected = latents(open_pipeline(bundle, "torch"), choice)
+    assert (found - expected).abs().max() < 0.2 * (base - found).abs().max()
+    assert torch.equal(latents(pipeline), base)
+    assert pipeline.loras.described([choice])[0]["ways"] == ["side path"]
+
+
+@pytest.mark.slow
 def test_backends_agree(bundle: Bundle, tmp_path: Path) -> None:
     path = lora(tmp_path / "a.safetensors", size=0.5)
     settings = {"size": "128x64", "frames": 5, "steps": 1, "loras": [str(path)]}
