@@ -25,7 +25,7 @@ from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.low_rank import DOWN, UP, is_factor
-from wanforge.plugins.low_rank.fused import add_low_rank
+from wanforge.plugins.low_rank.fused import Factors, add_low_rank
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
@@ -198,7 +198,7 @@ QUANTISED_LINEARS = {"w8a8": QuantisedLinears, "w8a8-row": RowLinears, "fp8-row"
 
 class SidePathLinears:
     """Quantised linears with a product of low rank beside each. It takes their input as it is before it is quantised,
-    so nothing is fused to the linears."""
+    so nothing that comes before the linears is fused to them, and neither is GELU."""
 
     packs_tiles = False
 
@@ -214,15 +214,18 @@ class SidePathLinears:
 
     def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
         assert isinstance(x, Tensor)
-        outputs, weights = self.inner.project(self.inner.pack(x), names), self.inner.weights
-        return [
-            add_low_rank(y_LD, x, weights[f"{name}.{DOWN}"], weights[f"{name}.{UP}"])
-            for y_LD, name in zip(outputs, names, strict=True)
-        ]
+        outputs = self.inner.project(self.inner.pack(x), names)
+        for y_LD, name in zip(outputs, names, strict=True):
+            add_low_rank(y_LD, x, self.factors(name))
+        return outputs
+
+    def factors(self, name: str) -> Factors:
+        return Factors(self.inner.weights[f"{name}.{DOWN}"], self.inner.weights[f"{name}.{UP}"])
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
-        (y_LD,) = self.project(x, [name])
-        add_gated(residual_LD, y_LD, gate_D, out_LD)
+        assert isinstance(x, Tensor)
+        self.inner.add(self.inner.pack(x), name, residual_LD, gate_D, out_LD)
+        add_low_rank(out_LD, x, self.factors(name), gate_D)
 
     def gelu(self, x: Input, name: str) -> Tensor:
         (y_LD,) = self.project(x, [name])

@@ -159,6 +159,7 @@ class Workload:
     Attributes:
         num_selected: Key blocks per query block.
         text_rows: Rows of text that cross-attention sees.
+        side_rank: Rank of the products beside the linears; 0 if there are none.
     """
 
     model: ModelConfig
@@ -166,6 +167,7 @@ class Workload:
     recipe: Recipe
     num_selected: int
     text_rows: int
+    side_rank: int = 0
 
     def __post_init__(self) -> None:
         if not is_counted(self.recipe):
