@@ -54,17 +54,24 @@ def _factors(target: str, added: Sequence[Addition], rank: int) -> tuple[Tensor,
     """``[R, K]`` and ``[N, R]`` of a layer, in bfloat16."""
     found = [(each, each.record.a_RK) for each in added]
     columns, rows = next(a_RK.shape[1] for _, a_RK in found if a_RK is not None), added[0].record.b_NR.shape[0]
-    down_RK, up_NR = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((rank, columns), (rows, rank)))
+    down_RK, up_NR = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((rank, columns), (rows, rank)))
     start = 0
     for each, a_RK in found:
         assert a_RK is not None
-        stop = start + a_RK.shape[0]
-        down_RK[start:stop] = a_RK.rows()
-        up_NR[:, start:stop] = each.strength * each.record.scale * each.record.b_NR.rows()
+        stop, factor = start + a_RK.shape[0], each.strength * each.record.scale
+        down_RK[start:stop] = a_RK.stored_rows()
+        b_NR = each.record.b_NR.stored_rows()
+        up_NR[:, start:stop] = b_NR if factor == 1 else factor * b_NR.float()
         start = stop
-    if not bool(torch.isfinite(down_RK).all() and torch.isfinite(up_NR).all()):
+    down_RK[start:], up_NR[:, start:] = 0, 0
+    if not (_is_finite(down_RK) and _is_finite(up_NR)):
         raise RequestError(
             f"with these LoRAs factors of {target} have values that are no finite numbers in bfloat16; make their "
             "strengths smaller"
         )
     return down_RK, up_NR
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all values are finite numbers. The largest and the smallest one tell, in a single pass without copies."""
+    return bool(torch.isfinite(torch.stack(x.aminmax())).all())

@@ -1,7 +1,11 @@
 """The reference network of each component, without weights."""
 
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
@@ -29,3 +33,10 @@ def network(component: str, model: ModelConfig, recipe: Recipe, side_rank: int =
         if side_rank:
             add_side_paths(dit, side_rank)
         return dit
+
+
+@cache
+def tensors(component: str, model: ModelConfig, recipe: Recipe, side_rank: int = 0) -> Mapping[str, Tensor]:
+    """The tensors of a component's network on the meta device, by canonical name; see `network`. The result is cached:
+    callers must not change it."""
+    return MappingProxyType(network(component, model, recipe, side_rank).state_dict())

@@ -12,6 +12,7 @@ from tests.command_line import run
 from tests.runtime.lora.lora_files import lora, write
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import sha256_of
+from wanforge.runtime.lora.merged_sets import FOLDER
 
 SMALL = ["--backend", "torch", "--resolution", "96x64", "--frames", "1", "--steps", "1"]
 
@@ -85,7 +86,13 @@ def test_inspect_shows_a_lora_and_what_was_merged(bundle: Path, tmp_path: Path) 
     assert run("generate", bundle, *SMALL, "--prompt", "a", "--lora", path, "--out", tmp_path / "a.mp4").exit_code == 0
     (record,) = json.loads(run("inspect", bundle, "--json").stdout)["merged"].values()
     assert record["loras"] == [{"file": str(path), "sha256": sha256_of(path), "strength": 1.0}]
-    assert f"with {path} ({sha256_of(path)[:12]}) at 1" in run("inspect", bundle).stdout
+    said = run("inspect", bundle).stdout
+    assert f"with {path} ({sha256_of(path)[:12]}) at 1" in said
+    assert "LoRAs: beside the quantised weights" in said
+    assert (record["is_stale"], "its base was replaced" in said) == (False, False)
+    (kept,) = (bundle / FOLDER).glob("*.json")
+    kept.write_text(kept.read_text().replace(record["origin"][0], 64 * "0"))
+    assert f"delete it with: rm {kept.with_suffix('')}.*" in run("inspect", bundle).stdout
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:
