@@ -19,7 +19,7 @@ from wanforge.plugins.onnx_body import DOMAIN, OPSET, PLUGIN, VERSION
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
 from wanforge.runtime.dtypes import STORED, element_type
-from wanforge.runtime.graphs import Graph, Port, factor_shape
+from wanforge.runtime.graphs import Graph, Port
 from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.version import __version__
 
@@ -38,8 +38,7 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
     tape = Tape()
     inputs = [tape.input(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
     stored = {name: weights.tensors[graph.prefix + name] for name in graph.weights if not is_factor(name)}
-    factors = {name: factor_shape(name, x) for name, x in graph.owner.state_dict().items() if is_factor(name)}
-    factors = {name: factors[name] for name in graph.weights if name in factors}
+    factors = graph.factors
     state = {name: Traced(tape, name, spec.shape, STORED[spec.dtype]) for name, spec in stored.items()}
     state |= {name: Traced(tape, name, shape, torch.bfloat16) for name, shape in factors.items()}
     results = graph.run(state, inputs)
@@ -163,7 +162,10 @@ def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file:
     return GraphRecord(
         name=graph.name,
         dtype=dtype_called(dtype).short,
-        inputs={port.name: spell(port.shape) for port in graph.inputs},
+        inputs={
+            **{port.name: spell(port.shape) for port in graph.inputs},
+            **{name: spell(shape) for name, shape in graph.factors.items()},
+        },
         plugin_ops=sum(is_plugin(node) for node in nodes),
         fp4_products=sum(port.type.tensor_type.elem_type == TensorProto.FLOAT4E2M1 for port in model.graph.input),
         attentions=sum(is_attention(node, values) for node in nodes),

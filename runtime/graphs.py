@@ -18,7 +18,7 @@ from wanforge.configs.model import HEAD_DIM, ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
-from wanforge.plugins.low_rank import DOWN, RANKS, is_factor
+from wanforge.plugins.low_rank import DOWN, LORA_RANK, RANKS, SIDE_PATH, is_factor
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.reference.dit import Block, DiT, add_side_paths, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
@@ -26,11 +26,6 @@ from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
 
 FIRST_PREFIXES = {"text_block": "blocks.0.", "block": "blocks.0.", "cross_kv": "blocks.0.", "head": "head."}
-
-SIDE_PATH = "_lora"
-"""The end of the names of graphs that compute a product of low rank beside each quantised linear."""
-LORA_RANK = Size(("lora_rank",))
-"""The rank of these products."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,16 @@ class Graph:
     def prefix(self) -> str:
         """The prefix of the graph's weight names in the component; that of the first layer if there are several."""
         return FIRST_PREFIXES.get(self.name.removesuffix(SIDE_PATH), "")
+
+    @property
+    def factors(self) -> dict[str, Shape]:
+        """The shapes of the weights that are factors of products of low rank, whose rank is known only at run time."""
+        state, rank = self.owner.state_dict(), Size((LORA_RANK,))
+        return {
+            name: (rank, state[name].shape[1]) if name.endswith(DOWN) else (state[name].shape[0], rank)
+            for name in self.weights
+            if is_factor(name)
+        }
 
     @property
     def has_side_path(self) -> bool:
@@ -142,11 +147,6 @@ def side_graphs(model: ModelConfig, recipe: Recipe) -> list[Graph]:
 def _named(graph: Graph) -> Graph:
     """A graph under the name that tells whether it has a side path."""
     return replace(graph, name=graph.name + SIDE_PATH) if any(map(is_factor, graph.weights)) else graph
-
-
-def factor_shape(name: str, tensor: Tensor) -> Shape:
-    """The shape of a factor of a graph with a side path, given the tensor that stands for it on the meta device."""
-    return (LORA_RANK, tensor.shape[1]) if name.endswith(DOWN) else (tensor.shape[0], LORA_RANK)
 
 
 def _text_graphs(encoder: TextEncoder) -> list[Graph]:

@@ -35,7 +35,7 @@ class GraphRecord(Record, frozen=True):
     dtype: str
     """Its compute type, by its name in file names: ``bf16``."""
     inputs: dict[str, Spelling]
-    """Shape of each input, except the weights."""
+    """Shape of each input, except the weights whose shapes are known."""
     plugin_ops: int
     """Number of nodes that TensorRT runs as plugins of this project."""
     attentions: int

@@ -3,6 +3,11 @@
 DOWN, UP = "lora_down", "lora_up"
 """The last parts of the names of the two factors of a linear."""
 
+SIDE_PATH = "_lora"
+"""The end of the names of graphs that compute such a product beside each quantised linear."""
+LORA_RANK = "lora_rank"
+"""The named size that is their rank."""
+
 RANKS = (16, 32, 64, 128)
 """The ranks that factors are filled up to with zeros, so that LoRAs of many ranks share what is planned and built."""
 

@@ -56,7 +56,7 @@ class OrtBackend(ArenaBackend):
         graph = self.graphs[name]
         path = graph_name(graph.name, self.dtype, graph.has_constants)
         record = self.bundle.manifest.files.get(path)
-        expected = {port.name for port in graph.inputs}
+        expected = {port.name for port in graph.inputs} | graph.factors.keys()
         if record is not None and (record.graph is None or record.graph.inputs.keys() != expected):
             raise BundleError(
                 f"{self.bundle.root}: {path} was exported by another version of wanforge, with other inputs; "

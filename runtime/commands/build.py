@@ -14,6 +14,7 @@ from wanforge.configs.targets import TargetList, architecture_name, parse_target
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines, graphs_to_build
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
+from wanforge.plugins.low_rank import RANKS
 from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Overall
 from wanforge.runtime.commands.options import (
@@ -49,6 +50,7 @@ class BuildOptions(ShapeOptions):
     only: tuple[str, ...]
     no_plugins: bool
     kernels: bool
+    lora_rank: int
     plan: bool
     dry_run: bool
     stale_ok: bool
@@ -56,7 +58,7 @@ class BuildOptions(ShapeOptions):
 
     def engines(self, clip: ClipShape, sms: tuple[int, ...]) -> EngineOptions:
         """The options for building engines that each serve all of some architectures."""
-        return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller)
+        return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller, self.lora_rank)
 
 
 @dataclass
@@ -95,6 +97,13 @@ class Outcome:
 @click.option(
     "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
+@click.option(
+    "--lora-rank",
+    type=click.Choice(RANKS),
+    default=0,
+    help="Also build engines for LoRAs of up to this rank, several together, beside the quantised linears. Without "
+    "them, a bundle without unquantised weights gets LoRAs by stochastic rounding.",
+)
 @click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
 @STALE_OK
 @DRY_RUN
@@ -116,7 +125,7 @@ def build(options: BuildOptions) -> None:
         refuse_unused(["plan"], "with --dry-run")
     targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
-    onnx = graphs_to_build(bundle, options.only)
+    onnx = graphs_to_build(bundle, options.only, options.lora_rank)
     clip, outcome = options.shape(bundle.model), Outcome()
     groups = [(flavour, options.engines(clip, sms)) for flavour, sms in group_by_flavour(targets.sms)]
     if options.dry_run:
