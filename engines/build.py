@@ -37,7 +37,7 @@ class EngineOptions:
         kernels: Whether to also compile the kernels that plugins launch, into this machine's cache. Graphs with plugins
             are then always built again, to find out which kernels those are.
         smaller: Whether engines also serve smaller and shorter clips.
-        side_rank: The rank of products beside quantised linears, for LoRAs; 0 builds no engines with them.
+        side_rank: The rank of products beside quantised linears, for LoRAs; None builds no engines with them.
     """
 
     clip: ClipShape
@@ -46,7 +46,7 @@ class EngineOptions:
     plugins: bool = True
     kernels: bool = False
     smaller: bool = False
-    side_rank: int = 0
+    side_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,11 @@ def retitled(progress: Progress, title: str) -> Progress:
     return lambda stage, done, total, unit="": progress(title, done, total, unit)
 
 
-def graphs_to_build(bundle: Bundle, only: Sequence[str] = (), side_rank: int = 0) -> dict[str, GraphRecord]:
+def graphs_to_build(bundle: Bundle, only: Sequence[str] = (), side_rank: int | None = None) -> dict[str, GraphRecord]:
     """The graphs that engines are built from, by path in the bundle.
 
     Args:
-        side_rank: The rank of products beside quantised linears; 0 leaves out the graphs that have them.
+        side_rank: The rank of products beside quantised linears; None leaves out the graphs that have them.
 
     Raises:
         BundleError: The bundle has no such graphs.
@@ -206,7 +206,9 @@ def pending_engine(
     """What to build for a graph, what it depends on, and where it goes."""
     check_current(bundle, [onnx])
     bundle.verify([onnx, *([graph.weights] if graph.weights else [])])
-    sizes = named_sizes(bundle.model, bundle.recipe, options.clip, smaller=options.smaller, side_rank=options.side_rank)
+    sizes = named_sizes(
+        bundle.model, bundle.recipe, options.clip, smaller=options.smaller, side_rank=options.side_rank or 0
+    )
     inputs, has_plugins = inputs_of(graph), options.plugins and graph.plugin_ops > 0
     key = engine_key(
         bundle,

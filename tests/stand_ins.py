@@ -305,7 +305,7 @@ class StandIn(Gpu):
         return repeat
 
 
-def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn, side_rank: int = 0) -> None:
+def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn, side_rank: int | None = None) -> None:
     """Write an engine of every graph, "built" from an ONNX file that ONNX Runtime can run."""
     facts = {"layers": 1, "plugins": 0, "activation_bytes": WORKSPACE}
     options = EngineOptions(clip, (89,), side_rank=side_rank)

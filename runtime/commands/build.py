@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,6 @@ from wanforge.configs.targets import TargetList, architecture_name, parse_target
 from wanforge.engines.build import EngineOptions, EngineResult, build_engines, graphs_to_build
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, WanforgeError
-from wanforge.plugins.low_rank import RANKS
 from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Overall
 from wanforge.runtime.commands.options import (
@@ -29,6 +27,7 @@ from wanforge.runtime.commands.options import (
     takes,
     target_option,
 )
+from wanforge.runtime.lora.option import LORA_RANK
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.measure.dry_run import build_work, estimate_build
 from wanforge.runtime.measure.durations import remember
@@ -50,7 +49,7 @@ class BuildOptions(ShapeOptions):
     only: tuple[str, ...]
     no_plugins: bool
     kernels: bool
-    lora_rank: int
+    lora_rank: int | None
     plan: bool
     dry_run: bool
     stale_ok: bool
@@ -97,13 +96,7 @@ class Outcome:
 @click.option(
     "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
-@click.option(
-    "--lora-rank",
-    type=click.Choice(RANKS),
-    default=0,
-    help="Also build engines for LoRAs of up to this rank, several together, beside the quantised linears. Without "
-    "them, a bundle without unquantised weights gets LoRAs by stochastic rounding.",
-)
+@LORA_RANK
 @click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
 @STALE_OK
 @DRY_RUN
@@ -147,7 +140,7 @@ def build(options: BuildOptions) -> None:
                 outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
             overall.end_round()
     if options.plan:
-        add_plans(outcome, bundle, [clip], targets)
+        add_plans(outcome, bundle, clip, targets)
     outcome.seconds = perf_counter() - start
     click.echo(json.dumps(as_json(outcome)) if options.as_json else text(outcome, bundle))
     for engine in outcome.engines:
@@ -180,14 +173,13 @@ def show_engine(engine: EngineResult, bars: Bars, overall: Overall, *, as_line: 
         click.echo(line(engine))
 
 
-def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], targets: TargetList) -> None:
-    """Plan the memory of each clip on each GPU."""
-    for clip in clips:
-        for name, gpu in targets.gpus.items():
-            try:
-                outcome.plans.append(memory_report(bundle, clip, name, gpu))
-            except WanforgeError as error:
-                outcome.failures.append(f"no memory plan for {name}: {error}")
+def add_plans(outcome: Outcome, bundle: Bundle, clip: ClipShape, targets: TargetList) -> None:
+    """Plan the memory of a clip on each GPU."""
+    for name, gpu in targets.gpus.items():
+        try:
+            outcome.plans.append(memory_report(bundle, clip, name, gpu))
+        except WanforgeError as error:
+            outcome.failures.append(f"no memory plan for {name}: {error}")
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:
