@@ -2,21 +2,23 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import wanforge
 from tests.runtime.lora.lora_files import RANK, factors, lora, spelled, targets, write
-from tests.runtime.lora.test_fitting import latents
+from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, latents
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
 from wanforge.plugins.low_rank import filled_rank
 from wanforge.plugins.low_rank.reference import add_low_rank
+from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.graphs import graphs, side_graphs
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.lora.files import open_lora
@@ -24,10 +26,16 @@ from wanforge.runtime.lora.merged_sets import FOLDER
 from wanforge.runtime.lora.merging import Addition
 from wanforge.runtime.lora.records import read_records
 from wanforge.runtime.lora.side_path import SidePath
-from wanforge.runtime.pipeline import open_pipeline
+from wanforge.runtime.memory.device import Event, Host
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.reference.dit import W8A8Linear
 
 BundleOf = Callable[[str, str], Bundle]
+
+
+@pytest.fixture
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanforge.runtime.memory.mover.available_bytes", lambda: 1 << 40)
 
 
 @pytest.fixture
@@ -111,6 +119,45 @@ def test_a_lora_comes_and_goes(backend: str, budget: float | None, bundle: Bundl
     assert torch.equal(latents(pipeline), base)
     assert pipeline.loras.described([LoraChoice(path)])[0]["ways"] == ["side path"]
     assert not (bundle.root / FOLDER).exists()
+
+
+class CountingHost(Host):
+    """A host that notes how many bytes it copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied = 0
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Event) -> Event:
+        self.copied += sum(target.nbytes for target, _ in pairs)
+        return super().copy(pairs, after)
+
+
+@pytest.mark.slow
+def test_switching_copies_only_factors(bundle: Bundle, tmp_path: Path) -> None:
+    one, other = (LoraChoice(lora(tmp_path / f"{seed}.safetensors", size=0.5, seed=seed)) for seed in (0, 1))
+    on = CountingHost()
+    pipeline = Pipeline(bundle, TorchBackend(bundle, None, 1e9, on))
+    expected = [latents(open_pipeline(bundle, "torch"), choice) for choice in (one, other)]
+    assert torch.equal(latents(pipeline, one), expected[0])
+    latents(pipeline, one)
+    on.copied = 0
+    assert torch.equal(latents(pipeline, other), expected[1])
+    factors_of = side_path((other.path, 1.0)).tensors(16).values()
+    assert on.copied == sum(factor.nbytes for factor in factors_of)
+    assert torch.equal(latents(pipeline, one), expected[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("much_memory")
+def test_streamed_factors_are_packed_again(bundle: Bundle, tmp_path: Path) -> None:
+    one, other = (LoraChoice(lora(tmp_path / f"{seed}.safetensors", size=0.5, seed=seed)) for seed in (0, 1))
+    backend = SmallBackend(bundle, None, 1e9, PinningHost())
+    pipeline, plain = Pipeline(bundle, backend), open_pipeline(bundle, "torch")
+    for choices in ([], [one], [other], [other]):
+        assert torch.equal(latents(pipeline, *choices, steps=2), latents(plain, *choices, steps=2))
+    assert any(name.component == "dit" for name in backend._packed)
+    assert torch.equal(latents(pipeline, steps=2), latents(plain, steps=2))
 
 
 @pytest.mark.slow
