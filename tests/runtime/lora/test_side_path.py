@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wanforge
 from tests.runtime.lora.lora_files import RANK, factors, lora, spelled, targets, write
-from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, latents
+from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, after_decoding, latents
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -154,10 +154,9 @@ def test_streamed_factors_are_packed_again(bundle: Bundle, tmp_path: Path) -> No
     one, other = (LoraChoice(lora(tmp_path / f"{seed}.safetensors", size=0.5, seed=seed)) for seed in (0, 1))
     backend = SmallBackend(bundle, None, 1e9, PinningHost())
     pipeline, plain = Pipeline(bundle, backend), open_pipeline(bundle, "torch")
-    for choices in ([], [one], [other], [other]):
-        assert torch.equal(latents(pipeline, *choices, steps=2), latents(plain, *choices, steps=2))
-    assert any(name.component == "dit" for name in backend._packed)
-    assert torch.equal(latents(pipeline, steps=2), latents(plain, steps=2))
+    for choices in ([], [one], [other], []):
+        assert torch.equal(after_decoding(pipeline, *choices, steps=2), latents(plain, *choices, steps=2))
+        assert any(name.component == "dit" for name in backend._packed)
 
 
 @pytest.mark.slow
