@@ -37,6 +37,7 @@ class EngineOptions:
         kernels: Whether to also compile the kernels that plugins launch, into this machine's cache. Graphs with plugins
             are then always built again, to find out which kernels those are.
         smaller: Whether engines also serve smaller and shorter clips.
+        side_rank: The rank of products beside quantised linears, for LoRAs; None builds no engines with them.
     """
 
     clip: ClipShape
@@ -45,6 +46,7 @@ class EngineOptions:
     plugins: bool = True
     kernels: bool = False
     smaller: bool = False
+    side_rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def build_engines(
     check_gpu(library.flavour, options.sms)
     check_formats(bundle.recipe, options.sms)
     results = []
-    wanted = graphs_to_build(bundle, options.only)
+    wanted = graphs_to_build(bundle, options.only, options.side_rank)
     for index, (onnx, graph) in enumerate(wanted.items(), 1):
         pending = pending_engine(bundle, library, options, onnx, graph)
         if is_needed(bundle, options, pending):
@@ -176,8 +178,11 @@ def retitled(progress: Progress, title: str) -> Progress:
     return lambda stage, done, total, unit="": progress(title, done, total, unit)
 
 
-def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, GraphRecord]:
+def graphs_to_build(bundle: Bundle, only: Sequence[str] = (), side_rank: int | None = None) -> dict[str, GraphRecord]:
     """The graphs that engines are built from, by path in the bundle.
+
+    Args:
+        side_rank: The rank of products beside quantised linears; None leaves out the graphs that have them.
 
     Raises:
         BundleError: The bundle has no such graphs.
@@ -189,6 +194,8 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = ()) -> dict[str, Graph
             f"{bundle.root}: has no bf16 graphs to build engines from, or they were exported by another version of "
             f"wanforge; run: {export_command(bundle.root)}"
         )
+    if side_rank:
+        graphs |= bundle.graphs(DTYPE, side_path=True)
     if on_host := HOST_GRAPHS.intersection(only):
         raise ConfigError(f"the graph {on_host.pop()} runs on the host and has no engine; leave it out")
     graphs = {onnx: graph for onnx, graph in graphs.items() if graph.name not in HOST_GRAPHS}
@@ -204,7 +211,9 @@ def pending_engine(
     """What to build for a graph, what it depends on, and where it goes."""
     check_current(bundle, [onnx])
     bundle.verify([onnx, *([graph.weights] if graph.weights else [])])
-    sizes = named_sizes(bundle.model, bundle.recipe, options.clip, smaller=options.smaller)
+    sizes = named_sizes(
+        bundle.model, bundle.recipe, options.clip, smaller=options.smaller, side_rank=options.side_rank or 0
+    )
     inputs, has_plugins = inputs_of(graph), options.plugins and graph.plugin_ops > 0
     key = engine_key(
         bundle,
@@ -216,7 +225,7 @@ def pending_engine(
         profile=profile(inputs, sizes),
     )
     name = engine_name(
-        graph.name,
+        graph.name + (str(options.side_rank) if graph.has_side_path else ""),
         options.sms,
         options.clip if depends_on_clip(inputs) else None,
         smaller=options.smaller,

@@ -1,6 +1,7 @@
 """Engines on disk: their names, what each was made from, and reading them if they are current and undamaged."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from wanforge.engines.bundle.shapes import Shape, names_in, read_shape
 from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import SIZES, covers, is_profile, named_sizes, profile
 from wanforge.errors import BundleError, join_names
+from wanforge.plugins.low_rank import LORA_RANK, SIDE_PATH
 from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
 from wanforge.plugins.tensorrt.plugin import OPS
 from wanforge.version import PACKAGE
@@ -32,6 +34,7 @@ def engine_name(
     """Path in a bundle of a graph's engine: ``engines/sm_89+sm_120/832x480x81/block.bf16.engine``.
 
     Args:
+        graph: The graph's name, followed by the rank of its side path if it has one: ``block_lora64``.
         clip: The shape that the engine is for; None if it serves every shape.
         smaller: Whether it also serves smaller and shorter clips.
         bodies: Whether its ops are compiled from their ONNX bodies, although there are plugins for them.
@@ -166,20 +169,39 @@ def inputs_of(graph: GraphRecord) -> dict[str, Shape]:
     return shapes
 
 
-def engines_of(bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16") -> dict[str, str]:
-    """Paths in the bundle of the engines that a clip needs on an architecture, by graph. Graphs that run on the host
-    have none.
+def engines_of(
+    bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16", *, side_rank: int = 0
+) -> dict[str, str]:
+    """Paths in the bundle of the engines that a clip needs on an architecture, by the graph's place in a request.
+    Graphs that run on the host have none.
+
+    Args:
+        side_rank: The rank of the products beside quantised linears; 0 for none.
 
     Raises:
         BundleError: An engine is missing or stale, or the graph that it was built from is stale.
     """
-    check_current(bundle, bundle.graphs(dtype))
-    sizes = named_sizes(bundle.model, bundle.recipe, clip)
+    wanted = {graph.name: (onnx, graph) for onnx, graph in bundle.graphs(dtype).items()}
+    if side_rank:
+        beside = bundle.graphs(dtype, side_path=True).items()
+        wanted |= {graph.name.removesuffix(SIDE_PATH): (onnx, graph) for onnx, graph in beside}
+    check_current(bundle, [onnx for onnx, _ in wanted.values()])
+    sizes = named_sizes(bundle.model, bundle.recipe, clip, side_rank=side_rank)
     return {
-        graph.name: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes), clip)
-        for onnx, graph in bundle.graphs(dtype).items()
+        place: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes), clip)
+        for place, (onnx, graph) in wanted.items()
         if graph.name not in HOST_GRAPHS
     }
+
+
+def side_ranks(bundle: Bundle, sm: int) -> list[int]:
+    """The ranks of the side paths that a bundle has engines for on an architecture, smallest first."""
+    found = set()
+    for name, record in bundle.manifest.files.items():
+        engine = ENGINE_NAME.fullmatch(name)
+        if engine and engine["rank"] and str(sm) in record.key.get("architectures", "").split():
+            found.add(int(engine["rank"]))
+    return sorted(found)
 
 
 def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape) -> str:
@@ -207,10 +229,12 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape
         return current[0]
     for name, reason in stale.items():
         raise BundleError(f"{bundle.root}: {name} is stale, {reason}; {remedy(name, bundle.root)}")
+    rank = re.search(rf"{LORA_RANK}=(\d+)", wanted)
+    name = engine_name(f"{SIDE_PATH}{rank[1]}" if rank else "", (sm,), clip)
     there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
     raise BundleError(
         f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
-        f"{'; '.join(sorted(there)) or 'none at all'}; run: {build_command(engine_name('', (sm,), clip), bundle.root)}"
+        f"{'; '.join(sorted(there)) or 'none at all'}; run: {build_command(name, bundle.root)}"
     )
 
 

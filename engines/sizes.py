@@ -9,11 +9,12 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_key_blocks, num_selected
 from wanforge.engines.bundle.shapes import Shape, concrete, names_in
+from wanforge.plugins.low_rank import LORA_RANK
 
 LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
 """The sizes that follow from the clip alone, with the smallest value of each."""
 
-SIZES = {*LEAST_OF_CLIP, "prompt_tokens", "context_rows", "num_selected"}
+SIZES = {*LEAST_OF_CLIP, "prompt_tokens", "context_rows", "num_selected", LORA_RANK}
 """Every named size."""
 
 USUAL_PROMPT = 128
@@ -41,11 +42,14 @@ class ShapeRange:
     most: tuple[int, ...]
 
 
-def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False) -> dict[str, SizeRange]:
+def named_sizes(
+    model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False, side_rank: int = 0
+) -> dict[str, SizeRange]:
     """Every named size: those of the clip are fixed, and those that a request decides have a range.
 
     Args:
         smaller: Whether to include smaller and shorter clips, so that those of the clip have a range, too.
+        side_rank: The rank of the products beside quantised linears; 0 for graphs that have none.
     """
     rows, key_blocks = model.dit.text_rows, num_key_blocks(recipe, clip)
     fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
@@ -54,6 +58,7 @@ def named_sizes(model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller:
         **{name: SizeRange(LEAST_OF_CLIP[name] if smaller else size, size, size) for name, size in fixed.items()},
         "prompt_tokens": text,
         "context_rows": text,
+        **({LORA_RANK: SizeRange(side_rank, side_rank, side_rank)} if side_rank else {}),
         "num_selected": SizeRange(1, num_selected(recipe, clip, model.topk), key_blocks),
     }
 

@@ -21,7 +21,7 @@ from wanforge.exporter.whole_network import whole_network
 from wanforge.plugins.quantiser import TILE
 from wanforge.progress import Progress, silent
 from wanforge.runtime.dtypes import COMPUTE
-from wanforge.runtime.graphs import graphs
+from wanforge.runtime.graphs import graphs, side_graphs
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.whole_file import temporary_file
 
@@ -66,7 +66,7 @@ def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:
     """The paths in the bundle of the graphs that an export writes."""
     weights = [(dit_component(expert), bundle.weights(dit_component(expert))) for expert in bundle.model.experts]
     whole = [component for component, path in weights if not (bundle.model.causal or path.is_symlink())]
-    pieces = graphs(bundle.model, bundle.recipe).values()
+    pieces = [*graphs(bundle.model, bundle.recipe).values(), *side_graphs(bundle.model, bundle.recipe)]
     return [
         name
         for dtype in (COMPUTE[short] for short in dtypes)
@@ -95,19 +95,20 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
     weights = {component: bundle.header(weights_name(component)) for component in components(bundle.model)}
     check_tensors(bundle, bundle.manifest.files)
     all_graphs = graphs(bundle.model, bundle.recipe)
+    pieces = [*all_graphs.values(), *side_graphs(bundle.model, bundle.recipe)]
     skipped: dict[str, str] = {}
     models: dict[str, ModelProto] = {}
     records: dict[str, GraphRecord] = {}
     for short in dtypes:
         dtype = COMPUTE[short]
-        for position, graph in enumerate(all_graphs.values()):
+        for position, graph in enumerate(pieces):
             component = graph.component(bundle.model)
             model = model_from_graph(graph, bundle.recipe, dtype, weights[component])
             name = graph_name(graph.name, dtype, graph.has_constants)
             models[name] = model
             record = record_of(graph, dtype, model, weights_name(component))
             records[name] = msgspec.structs.replace(record, position=position)
-            progress("trace", len(models), len(dtypes) * len(all_graphs))
+            progress("trace", len(models), len(dtypes) * len(pieces))
         for expert in bundle.model.experts:
             component = dit_component(expert)
             name = graph_name(component, dtype, True)

@@ -13,6 +13,7 @@ from wanforge.engines.bundle.manifest import GraphRecord
 from wanforge.engines.bundle.shapes import spell
 from wanforge.engines.bundle.tensorfile import TensorFile, TensorSpec
 from wanforge.exporter.tracer import Tape, Traced, is_native, live_nodes, value_info
+from wanforge.plugins.low_rank import is_factor
 from wanforge.plugins.nvfp4_linear import onnx_function as nvfp4_linear
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, PLUGIN, VERSION
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
@@ -36,8 +37,10 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
     """
     tape = Tape()
     inputs = [tape.input(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
-    stored = {name: weights.tensors[graph.prefix + name] for name in graph.weights}
+    stored = {name: weights.tensors[graph.prefix + name] for name in graph.weights if not is_factor(name)}
+    factors = graph.factors
     state = {name: Traced(tape, name, spec.shape, STORED[spec.dtype]) for name, spec in stored.items()}
+    state |= {name: Traced(tape, name, shape, torch.bfloat16) for name, shape in factors.items()}
     results = graph.run(state, inputs)
 
     outputs = []
@@ -52,6 +55,7 @@ def trace(graph: Graph, dtype: torch.dtype, weights: TensorFile) -> GraphProto:
 
     ports = [value_info(port.name, port.shape, element_type(port.dtype, dtype)) for port in graph.inputs]
     weight_infos = [weight_info(name, spec, dtype) for name, spec in stored.items()]
+    weight_infos += [value_info(name, shape, torch.bfloat16) for name, shape in factors.items()]
     computed = {name for node in nodes for name in node.output}.difference(names_of(graph.outputs))
     return helper.make_graph(
         nodes,
@@ -158,10 +162,14 @@ def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file:
     return GraphRecord(
         name=graph.name,
         dtype=dtype_called(dtype).short,
-        inputs={port.name: spell(port.shape) for port in graph.inputs},
+        inputs={
+            **{port.name: spell(port.shape) for port in graph.inputs},
+            **{name: spell(shape) for name, shape in graph.factors.items()},
+        },
         plugin_ops=sum(is_plugin(node) for node in nodes),
         fp4_products=sum(port.type.tensor_type.elem_type == TensorProto.FLOAT4E2M1 for port in model.graph.input),
         attentions=sum(is_attention(node, values) for node in nodes),
+        has_side_path=graph.has_side_path,
         float32_products=sum(
             node.op_type in ("MatMul", "Conv") and values[node.output[0]].elem_type == TensorProto.FLOAT
             for node in nodes

@@ -1,11 +1,12 @@
 """The graphs that a request is made of: small pieces of the reference networks with their weights as inputs.
 
 A single graph `block` serves every layer, both experts and every LoRA: the runtime binds each layer's tensors to it.
-The exporter turns each graph into an ONNX file; the torch backend runs it directly.
+Graphs with a side path have two more weights beside each quantised linear, the factors of a product of low rank, whose
+rank is known only at run time. The exporter turns each graph into an ONNX file; the torch backend runs it directly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,9 +18,10 @@ from wanforge.configs.model import HEAD_DIM, ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
+from wanforge.plugins.low_rank import DOWN, LORA_RANK, RANKS, SIDE_PATH, is_factor
 from wanforge.runtime.dtypes import PortType
 from wanforge.runtime.reference.causal.network import KeysValues, Past, run_chunk_block
-from wanforge.runtime.reference.dit import Block, DiT, TextKeys, block_arguments
+from wanforge.runtime.reference.dit import Block, DiT, TextKeys, add_side_paths, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
 from wanforge.runtime.reference.vae import VAE
@@ -59,7 +61,22 @@ class Graph:
     @property
     def prefix(self) -> str:
         """The prefix of the graph's weight names in the component; that of the first layer if there are several."""
-        return FIRST_PREFIXES.get(self.name, "")
+        return FIRST_PREFIXES.get(self.name.removesuffix(SIDE_PATH), "")
+
+    @property
+    def factors(self) -> dict[str, Shape]:
+        """The shapes of the weights that are factors of products of low rank, whose rank is known only at run time."""
+        state, rank = self.owner.state_dict(), Size((LORA_RANK,))
+        return {
+            name: (rank, state[name].shape[1]) if name.endswith(DOWN) else (state[name].shape[0], rank)
+            for name in self.weights
+            if is_factor(name)
+        }
+
+    @property
+    def has_side_path(self) -> bool:
+        """Whether products of low rank are computed beside its linears."""
+        return self.name.endswith(SIDE_PATH)
 
     def component(self, model: ModelConfig) -> str:
         """The component that the graph belongs to; if there are two denoisers, the one that is used first."""
@@ -105,15 +122,33 @@ def _graph(
 
 
 @cache
-def graphs(model: ModelConfig, recipe: Recipe) -> dict[str, Graph]:
-    """Every graph of a model by name, in the order of a request. The result is cached: callers must not change it."""
+def graphs(model: ModelConfig, recipe: Recipe, *, side_path: bool = False) -> dict[str, Graph]:
+    """Every graph of a model by its place in a request, in the order of a request. The result is cached: callers must
+    not change it.
+
+    Args:
+        side_path: Whether products of low rank are computed beside the quantised linears. The graphs that have such
+            linears then have other names, at the same places.
+    """
     with torch.device("meta"):
         text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
         preview = [PreviewDecoder(model.preview)] if model.preview else []
+        if side_path:
+            add_side_paths(dit, RANKS[0])
     found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit, is_causal=bool(model.causal))]
     found += _vae_graphs(vae, has_encoder=model.takes_image)
     found += [_preview_graph(decoder) for decoder in preview]
-    return {graph.name: graph for graph in found}
+    return {graph.name: _named(graph) for graph in found}
+
+
+def side_graphs(model: ModelConfig, recipe: Recipe) -> list[Graph]:
+    """The graphs with a side path; none if the recipe quantises no linears."""
+    return [graph for graph in graphs(model, recipe, side_path=True).values() if graph.has_side_path]
+
+
+def _named(graph: Graph) -> Graph:
+    """A graph under the name that tells whether it has a side path."""
+    return replace(graph, name=graph.name + SIDE_PATH) if any(map(is_factor, graph.weights)) else graph
 
 
 def _text_graphs(encoder: TextEncoder) -> list[Graph]:

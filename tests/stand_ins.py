@@ -22,7 +22,7 @@ from wanforge.engines.bundle.shapes import Size, concrete
 from wanforge.engines.files import write_engine
 from wanforge.plugins.tensorrt.library import RTX, Library
 from wanforge.runtime.backends.ort import new_session
-from wanforge.runtime.graphs import Graph, graphs
+from wanforge.runtime.graphs import Graph, graphs, side_graphs
 from wanforge.runtime.memory.device import Host
 
 ELEMENTS = {"tensor(float)": 1, "tensor(int8)": 3, "tensor(int32)": 6, "tensor(int64)": 7, "tensor(bfloat16)": 16}
@@ -150,6 +150,7 @@ class Context:
                 if isinstance(dim, Size) and len(dim.names) == 1:
                     sizes[dim.names[0]] = number // dim.factor
         known = {port.name: list(concrete(port.shape, sizes)) for port in (*graph.inputs, *graph.outputs)}
+        known |= {name: list(shapes[name]) for name in graph.factors}
         binding = session.io_binding()
         for bind, ports in ((binding.bind_input, session.get_inputs()), (binding.bind_output, session.get_outputs())):
             for port in ports:
@@ -269,7 +270,8 @@ class StandIn(Gpu):
 
     def __init__(self, bundle: Bundle, is_late: bool) -> None:
         super().__init__(is_late)
-        self.bundle, self.graphs = bundle, graphs(bundle.model, bundle.recipe)
+        self.bundle, self.graphs = bundle, dict(graphs(bundle.model, bundle.recipe))
+        self.graphs |= {graph.name: graph for graph in side_graphs(bundle.model, bundle.recipe)}
         self.refused: Shape = ()
         self.refused_tensor = ""
         self.is_capturable = True
@@ -303,11 +305,11 @@ class StandIn(Gpu):
         return repeat
 
 
-def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn) -> None:
+def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn, side_rank: int | None = None) -> None:
     """Write an engine of every graph, "built" from an ONNX file that ONNX Runtime can run."""
     facts = {"layers": 1, "plugins": 0, "activation_bytes": WORKSPACE}
-    options = EngineOptions(clip, (89,))
-    for onnx, graph in graphs_to_build(bundle).items():
+    options = EngineOptions(clip, (89,), side_rank=side_rank)
+    for onnx, graph in graphs_to_build(bundle, (), side_rank).items():
         pending = pending_engine(bundle, stand_in.library, options, onnx, graph)
         engine = HEADER + json.dumps({"onnx": str(pending.job.onnx), "graph": graph.name}).encode()
         write_engine(bundle, pending.name, engine, pending.key, facts)

@@ -182,11 +182,19 @@ class Bundle:
                 f"{remedy(name, self.root)}"
             ) from None
 
-    def graphs(self, dtype: object) -> dict[str, GraphRecord]:
-        """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses."""
+    def graphs(self, dtype: object, *, side_path: bool = False) -> dict[str, GraphRecord]:
+        """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses.
+
+        Args:
+            side_path: Return those with a side path for LoRAs, instead of those that every request uses.
+        """
         short = dtype_called(dtype).short
         records = [(name, record.graph) for name, record in self.manifest.files.items()]
-        found = [(name, graph) for name, graph in records if graph is not None and graph.dtype == short]
+        found = [
+            (name, graph)
+            for name, graph in records
+            if graph is not None and graph.dtype == short and graph.has_side_path == side_path
+        ]
         return dict(sorted(found, key=lambda each: each[1].position))
 
     def verify(self, names: Collection[str], progress: Progress = silent, *, again: bool = False) -> None:

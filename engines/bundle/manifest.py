@@ -35,7 +35,7 @@ class GraphRecord(Record, frozen=True):
     dtype: str
     """Its compute type, by its name in file names: ``bf16``."""
     inputs: dict[str, Spelling]
-    """Shape of each input, except the weights."""
+    """Shape of each input, except the weights whose shapes are known."""
     plugin_ops: int
     """Number of nodes that TensorRT runs as plugins of this project."""
     attentions: int
@@ -48,6 +48,8 @@ class GraphRecord(Record, frozen=True):
     """Path in the bundle of the weights file that it points into; empty if its weights are inputs."""
     position: int = 0
     """Its place in the order in which a request uses the graphs."""
+    has_side_path: bool = False
+    """Whether it computes a product of low rank beside each linear, for LoRAs."""
 
 
 class FileRecord(Record, frozen=True):

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+from wanforge.plugins.low_rank import SIDE_PATH
+
 ENGINES = "engines/"
 """The folder of the engines in a bundle."""
 BODIES = ".bodies"
@@ -13,7 +15,7 @@ UP_TO = "up-to-"
 ENGINE_NAME = re.compile(
     rf"{ENGINES}(?P<architectures>[\w+]+)/"
     rf"((?P<smaller>{UP_TO})?(?P<width>\d+)x(?P<height>\d+)x(?P<frames>\d+)/)?"
-    r"(?P<graph>\w*)[\w.]*"
+    rf"(?P<graph>(\w*?{SIDE_PATH}(?P<rank>\d+))|\w*)[\w.]*"
 )
 """The path of an engine in a bundle, as `engines.files.engine_name` makes it."""
 
@@ -52,6 +54,7 @@ def build_command(name: str, root: Path) -> str:
             options += [f"--resolution {found['width']}x{found['height']} --frames {found['frames']}"]
             options += ["--smaller"] if found["smaller"] else []
         else:
-            options += [f"--graph {found['graph']}"]
+            options += [f"--graph {found['graph'].removesuffix(found['rank'] or '')}"]
+        options += [f"--lora-rank {found['rank']}"] if found["rank"] else []
     options += ["--no-plugins"] if BODIES in name else []
     return f"wanforge build {shlex.quote(str(root))} {' '.join(options)}"

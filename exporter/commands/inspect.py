@@ -16,7 +16,7 @@ from wanforge.engines.inspection import describe, inspect_bundle
 from wanforge.errors import WanforgeError
 from wanforge.exporter.checkpoint.record import conversions
 from wanforge.runtime.commands.options import ANY_PATH, JSON, refuse_unused, takes
-from wanforge.runtime.lora.inspection import describe_lora, describe_merged, inspect_lora, merged_as_json
+from wanforge.runtime.lora.inspection import describe_lora, describe_merged, inspect_lora, merged_as_json, way_of
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.progress import Bars
 
@@ -65,13 +65,13 @@ def inspect(options: InspectOptions) -> None:
     plans, failures = plans_of(bundle, gpus)
     made = conversions(bundle.root)
     if options.as_json:
-        told = {**found.as_json(), "conversions": made, "merged": merged_as_json(bundle.root)}
+        told = {**found.as_json(), "conversions": made, "loras": way_of(bundle), "merged": merged_as_json(bundle)}
         told |= {"plans": [plan.as_json() for plan in plans], "failures": failures}
         click.echo(json.dumps(told))
     else:
         said = [f"  {component}: {conversion}" for component, conversion in made.items()]
         planned = [table(plans)] if plans else []
-        click.echo("\n".join([describe(found), *said, *describe_merged(bundle.root), *planned, *failures]))
+        click.echo("\n".join([describe(found), *said, *describe_merged(bundle), *planned, *failures]))
     if found.problems or failures:
         click.get_current_context().exit(1)
 

@@ -71,18 +71,30 @@ class ArenaBackend(Backend):
         self.on.reclaim()
         self.load(clip)
         size, workspaces = self.arena_bytes(clip), self.workspaces()
-        plan = plan_request(self.bundle, self.graphs, clip, workspaces, self.dtype.itemsize, size)
+        itemsize, side_rank = self.dtype.itemsize, self.weights.side_rank
+        plan = plan_request(self.bundle, self.graphs, clip, workspaces, itemsize, size, side_rank)
         arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.own_weight)
         self.place(arena.bytes)
         self.memory, self._clip = arena, clip
 
     def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.synchronise()
-        changed = self.weights.rebind(tensors)
-        if isinstance(self.memory, Arena):
-            self.memory.residency.forget(changed)
-        for name in [name for name in self._packed if name.component in changed]:
+        rank, changed = self.weights.side_rank, self.weights.rebind(tensors)
+        if self.weights.side_rank != rank:
+            self._use_side_path()
+            return
+        for name in [name for name in self._packed if changed.get(name.component)]:
             del self._packed[name]
+        if isinstance(self.memory, Arena):
+            self.memory.residency.renew(changed)
+
+    def _use_side_path(self) -> None:
+        """Use the graphs that the rank of the side path asks for from now on, and lay the memory out for them."""
+        self.graphs = graphs(self.bundle.model, self.bundle.recipe, side_path=self.weights.side_rank > 0)
+        self._packed.clear()
+        clip, self._clip = self._clip, None
+        if clip is not None:
+            self.prepare(clip)
 
     def own_weight(self, graph_run: GraphRun, name: str) -> Tensor:
         """A weight of a graph run by its name in the graph, in memory that is shared with no other."""

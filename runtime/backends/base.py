@@ -44,8 +44,20 @@ class Backend(Protocol):
 
         Args:
             tensors: By component and canonical name; on the CPU, of the types and shapes of those that they stand for.
+                Factors of products beside linears, in bfloat16, have a rank that `side_rank` returned.
         """
         ...
+
+    def side_rank(self, needed: int) -> int:
+        """The rank of the products of low rank that can be computed beside the quantised linears.
+
+        Args:
+            needed: The least rank.
+
+        Returns:
+            The rank that the factors are filled up to; 0 if there is no such side path.
+        """
+        return 0
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         """Return a function that runs a graph run as often as it is called, always on these buffers.

@@ -80,7 +80,7 @@ class CudaBackend(TorchBackend):
         graph = self.graphs[graph_run.graph]
         names = [port.name for port in (*graph.inputs, *graph.outputs)]
         tensors = dict(zip(names, [*inputs, *outputs], strict=True))
-        if graph.name == "block":
+        if graph_run.graph == "block":
             return self._bind_block(graph_run, tensors)
         if graph.name in (FIRST, NEXT) and self.fuses_decoder:
             return self._bind_decoder(graph_run, tensors)
@@ -127,9 +127,10 @@ class CudaBackend(TorchBackend):
 
 
 def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
-    """Every kernel launch of a block and of the decoder on an architecture, in bfloat16; see `fused_block.launches` and
-    `decoder.recorded.launches`."""
-    return [*block_launches(model, recipe, sm, shape), *decoder_launches(model, sm, shape)]
+    """Every kernel launch of a block, with a side path for LoRAs and without, and of the decoder on an architecture, in
+    bfloat16; see `fused_block.launches` and `decoder.recorded.launches`."""
+    beside = block_launches(model, recipe, sm, shape, side_path=True) if recipe.linear != "bf16" else []
+    return [*block_launches(model, recipe, sm, shape), *beside, *decoder_launches(model, sm, shape)]
 
 
 class ForcedTaps(BlockObserver):

@@ -24,6 +24,8 @@ from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.launching.call import library
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
+from wanforge.plugins.low_rank import DOWN, UP, is_factor
+from wanforge.plugins.low_rank.fused import Factors, add_low_rank
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
@@ -191,6 +193,46 @@ class ScaledLinears(RowLinears):
         return scaled_linear_gelu(x, self.weight(name))
 
 
+QUANTISED_LINEARS = {"w8a8": QuantisedLinears, "w8a8-row": RowLinears, "fp8-row": ScaledLinears}
+"""The linears by the format that a recipe names; a block with 4-bit linears is refused when it is made."""
+
+
+class SidePathLinears:
+    """Quantised linears with a product of low rank beside each. It takes their input as it is before it is quantised,
+    so nothing that comes before the linears is fused to them, and neither is GELU."""
+
+    packs_tiles = False
+
+    def __init__(self, inner: QuantisedLinears) -> None:
+        self.inner = inner
+
+    def norm(self, x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, *, modulated: bool) -> Tensor:
+        inner = self.inner
+        return norm(x_LD, gain_D, offset_D, inner.eps, modulated=modulated, padded_variance=inner.padded_variance)
+
+    def pack(self, y_LD: Tensor) -> Tensor:
+        return y_LD
+
+    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+        assert isinstance(x, Tensor)
+        outputs = self.inner.project(self.inner.pack(x), names)
+        for y_LD, name in zip(outputs, names, strict=True):
+            add_low_rank(y_LD, x, self.factors(name))
+        return outputs
+
+    def factors(self, name: str) -> Factors:
+        return Factors(self.inner.weights[f"{name}.{DOWN}"], self.inner.weights[f"{name}.{UP}"])
+
+    def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
+        assert isinstance(x, Tensor)
+        self.inner.add(self.inner.pack(x), name, residual_LD, gate_D, out_LD)
+        add_low_rank(out_LD, x, self.factors(name), gate_D)
+
+    def gelu(self, x: Input, name: str) -> Tensor:
+        (y_LD,) = self.project(x, [name])
+        return library(gelu, y_LD)
+
+
 class BlockObserver:
     """Sees the values between ops, named as in `backends.taps`, and may replace them. This class changes nothing."""
 
@@ -274,17 +316,10 @@ class FusedBlock:
 
     def _linears(self, weights: Weights, dtype: torch.dtype) -> Linears:
         padded_variance = self.recipe.compat == "upstream"
-        match self.recipe.linear:
-            case "bf16":
-                return PlainLinears(weights, self.config.eps, padded_variance)
-            case "w8a8":
-                return QuantisedLinears(weights, self.config.eps, padded_variance, dtype)
-            case "w8a8-row":
-                return RowLinears(weights, self.config.eps, padded_variance, dtype)
-            case "fp8-row":
-                return ScaledLinears(weights, self.config.eps, padded_variance, dtype)
-            case "nvfp4":
-                raise AssertionError("refused when the block was made")
+        if self.recipe.linear == "bf16":
+            return PlainLinears(weights, self.config.eps, padded_variance)
+        quantised = QUANTISED_LINEARS[self.recipe.linear](weights, self.config.eps, padded_variance, dtype)
+        return SidePathLinears(quantised) if any(map(is_factor, weights)) else quantised
 
     def _attend(
         self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
@@ -318,13 +353,20 @@ def check_architecture(recipe: Recipe, sm: int) -> None:
 
 
 def launches(
-    model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None, text_rows: int | None = None
+    model: ModelConfig,
+    recipe: Recipe,
+    sm: int,
+    shape: ClipShape | None = None,
+    text_rows: int | None = None,
+    *,
+    side_path: bool = False,
 ) -> list[Launch]:
     """Every kernel launch of one block on an architecture, in bfloat16. Nothing is run.
 
     Args:
         shape: The clip's size and length; by default the model's own.
         text_rows: Rows of text that attention sees; by default all.
+        side_path: Whether products of low rank are computed beside the quantised linears.
 
     Raises:
         ConfigError: The clip is too short for its top-k, the architecture cannot multiply the linears' format, or the
@@ -333,7 +375,7 @@ def launches(
     check_architecture(recipe, sm)
     check_whole_clips(model)
     runs, clip = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
-    block = graphs(model, runs)["block"]
+    block = graphs(model, runs, side_path=side_path)["block"]
     sizes = {
         "tokens": clip.tokens,
         "context_rows": text_rows or model.dit.text_rows,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanforge.plugins.low_rank import UP
 from wanforge.runtime.backends.taps import QKV
 from wanforge.runtime.reference.quantised_weights import WEIGHTS
 
@@ -81,7 +82,7 @@ class Values:
             yield layer, attention.output[0]
         elif (op := next(filter(None, (self.consumer(f"{layer}.{part}") for part in WEIGHTS)), None)) is not None:
             yield f"{layer}.in", op.input[0]
-            yield layer, op.output[0]
+            yield layer, self.with_side_path(layer, op.output[0])
         elif (product := self.consumer(f"{layer}.weight")) is not None:
             yield from ((f"{layer}.in", value) for value in self.read_by(product))
             last = self.consumer(f"{layer}.bias") or product
@@ -94,6 +95,11 @@ class Values:
                 return readers[0]
             weight = readers[0].output[0]
         return None
+
+    def with_side_path(self, layer: str, value: str) -> str:
+        """The value of a linear with what a product of low rank adds to it; the value itself if there is none."""
+        product = self.consumer(f"{layer}.{UP}")
+        return value if product is None else self.readers[product.output[0]][0].output[0]
 
     def rounded(self, value: str) -> str:
         """The value of a float32 result after its cast to the compute type; the result itself if there is no cast."""

@@ -10,6 +10,7 @@ from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.remedies import export_command, remedy
 from wanforge.errors import BundleError
 from wanforge.host.library_errors import OUT_OF_MEMORY
+from wanforge.plugins.low_rank import filled_rank
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.onnx_taps import FORCED, Opened, open_at_taps
 from wanforge.runtime.backends.taps import ATTENTION, Taps
@@ -40,7 +41,11 @@ class OrtBackend(ArenaBackend):
         self._opened: dict[str, tuple[Opened, ort.InferenceSession]] = {}
 
     def files(self) -> list[str]:
-        return [*self.weights.files(), *map(self.file, self.graphs)]
+        side_path = self.bundle.graphs(self.dtype, side_path=True)
+        return [*self.weights.files(), *map(self.file, self.graphs), *side_path]
+
+    def side_rank(self, needed: int) -> int:
+        return filled_rank(needed) if self.bundle.graphs(self.dtype, side_path=True) else 0
 
     def file(self, name: str) -> str:
         """A graph's path in the bundle.
@@ -49,9 +54,9 @@ class OrtBackend(ArenaBackend):
             BundleError: Another version of wanforge exported it, with other inputs.
         """
         graph = self.graphs[name]
-        path = graph_name(name, self.dtype, graph.has_constants)
+        path = graph_name(graph.name, self.dtype, graph.has_constants)
         record = self.bundle.manifest.files.get(path)
-        expected = {port.name for port in graph.inputs}
+        expected = {port.name for port in graph.inputs} | graph.factors.keys()
         if record is not None and (record.graph is None or record.graph.inputs.keys() != expected):
             raise BundleError(
                 f"{self.bundle.root}: {path} was exported by another version of wanforge, with other inputs; "
@@ -61,9 +66,10 @@ class OrtBackend(ArenaBackend):
 
     def graph_session(self, name: str) -> ort.InferenceSession:
         """The session of a graph, created on first use."""
-        if name not in self._graph_sessions:
-            self._graph_sessions[name] = self._open(name, str(self.bundle.path(self.file(name))))
-        return self._graph_sessions[name]
+        own = self.graphs[name].name
+        if own not in self._graph_sessions:
+            self._graph_sessions[own] = self._open(name, str(self.bundle.path(self.file(name))))
+        return self._graph_sessions[own]
 
     def _open(self, name: str, model: str | bytes) -> ort.InferenceSession:
         """Create the session of a graph, given its path or its contents.
@@ -115,10 +121,11 @@ class OrtBackend(ArenaBackend):
 
     def opened(self, name: str) -> tuple[Opened, ort.InferenceSession]:
         """A graph opened at its taps, and its session."""
-        if name not in self._opened:
-            opened = open_at_taps(self.bundle.path(self.file(name)), self.graphs[name].weights)
-            self._opened[name] = opened, self._open(name, opened.model)
-        return self._opened[name]
+        graph = self.graphs[name]
+        if graph.name not in self._opened:
+            opened = open_at_taps(self.bundle.path(self.file(name)), graph.weights)
+            self._opened[graph.name] = opened, self._open(name, opened.model)
+        return self._opened[graph.name]
 
 
 def new_session(model: str | bytes) -> ort.InferenceSession:

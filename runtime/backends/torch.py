@@ -9,6 +9,7 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
+from wanforge.plugins.low_rank import filled_rank
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.host import on_host
 from wanforge.runtime.backends.taps import ATTENTION, Taps, tapped
@@ -42,6 +43,9 @@ class TorchBackend(ArenaBackend):
     def arena_bytes(self, clip: ClipShape) -> float:
         beside = needed_device_bytes(self.bundle.model, self.bundle.recipe, clip, self.dtype.itemsize)
         return super().arena_bytes(clip) - beside
+
+    def side_rank(self, needed: int) -> int:
+        return 0 if self.bundle.recipe.linear == "bf16" else filled_rank(needed)
 
     def runner(self, graph: Graph) -> Runner:
         """The function that computes a graph from its weights and inputs."""

@@ -18,7 +18,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
 from wanforge.engines.bundle.shapes import names_in
-from wanforge.engines.files import engines_of
+from wanforge.engines.files import engines_of, side_ranks
 from wanforge.engines.loader import LoadedEngine, Loader
 from wanforge.errors import BundleError, ResourceError
 from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
@@ -51,11 +51,15 @@ class TrtBackend(ArenaBackend):
 
     def load(self, clip: ClipShape) -> None:
         self.plugins = register_plugins(self.library)
-        wanted = engines_of(self.bundle, clip, self.gpu.sm, self.dtype)
+        side_rank = self.weights.side_rank
+        wanted = engines_of(self.bundle, clip, self.gpu.sm, self.dtype, side_rank=side_rank)
         loaded = {engine.name: engine for engine in self.engines.values()}
         self.engines = {
             graph: loaded.get(name) or self.loader.load(self.bundle, name) for graph, name in wanted.items()
         }
+
+    def side_rank(self, needed: int) -> int:
+        return next((rank for rank in side_ranks(self.bundle, self.gpu.sm) if rank >= needed), 0)
 
     def arena_bytes(self, clip: ClipShape) -> float:
         free = super().arena_bytes(clip)
@@ -76,7 +80,7 @@ class TrtBackend(ArenaBackend):
         graph = self.graphs[graph_run.graph]
         if graph.name in HOST_GRAPHS:
             return on_host(graph, partial(self.weights.of, graph_run), inputs, outputs)
-        engine = self.engines[graph.name]
+        engine = self.engines[graph_run.graph]
         ports = [*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)]
         tensors = {port.name: buffer for port, buffer in ports}
         if not graph.has_constants:
@@ -91,7 +95,7 @@ class TrtBackend(ArenaBackend):
             port.name: tuple(buffer.shape)
             for port, buffer in zip(graph.inputs, inputs, strict=True)
             if names_in([port.shape])
-        }
+        } | {name: tuple(tensors[name].shape) for name in graph.factors}
 
         def run() -> None:
             try:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -28,6 +27,7 @@ from wanforge.runtime.commands.options import (
     takes,
     target_option,
 )
+from wanforge.runtime.lora.option import LORA_RANK
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report, table
 from wanforge.runtime.measure.dry_run import build_work, estimate_build
 from wanforge.runtime.measure.durations import remember
@@ -49,6 +49,7 @@ class BuildOptions(ShapeOptions):
     only: tuple[str, ...]
     no_plugins: bool
     kernels: bool
+    lora_rank: int | None
     plan: bool
     dry_run: bool
     stale_ok: bool
@@ -56,7 +57,7 @@ class BuildOptions(ShapeOptions):
 
     def engines(self, clip: ClipShape, sms: tuple[int, ...]) -> EngineOptions:
         """The options for building engines that each serve all of some architectures."""
-        return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller)
+        return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller, self.lora_rank)
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Outcome:
 @click.option(
     "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
+@LORA_RANK
 @click.option("--plan", is_flag=True, help="Afterwards, show how much memory a clip takes on each GPU.")
 @STALE_OK
 @DRY_RUN
@@ -116,7 +118,7 @@ def build(options: BuildOptions) -> None:
         refuse_unused(["plan"], "with --dry-run")
     targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
-    onnx = graphs_to_build(bundle, options.only)
+    onnx = graphs_to_build(bundle, options.only, options.lora_rank)
     clip, outcome = options.shape(bundle.model), Outcome()
     groups = [(flavour, options.engines(clip, sms)) for flavour, sms in group_by_flavour(targets.sms)]
     if options.dry_run:
@@ -138,7 +140,7 @@ def build(options: BuildOptions) -> None:
                 outcome.failures.append(f"{', '.join(map(architecture_name, wanted.sms))}: {error}")
             overall.end_round()
     if options.plan:
-        add_plans(outcome, bundle, [clip], targets)
+        add_plans(outcome, bundle, clip, targets)
     outcome.seconds = perf_counter() - start
     click.echo(json.dumps(as_json(outcome)) if options.as_json else text(outcome, bundle))
     for engine in outcome.engines:
@@ -171,14 +173,13 @@ def show_engine(engine: EngineResult, bars: Bars, overall: Overall, *, as_line: 
         click.echo(line(engine))
 
 
-def add_plans(outcome: Outcome, bundle: Bundle, clips: Sequence[ClipShape], targets: TargetList) -> None:
-    """Plan the memory of each clip on each GPU."""
-    for clip in clips:
-        for name, gpu in targets.gpus.items():
-            try:
-                outcome.plans.append(memory_report(bundle, clip, name, gpu))
-            except WanforgeError as error:
-                outcome.failures.append(f"no memory plan for {name}: {error}")
+def add_plans(outcome: Outcome, bundle: Bundle, clip: ClipShape, targets: TargetList) -> None:
+    """Plan the memory of a clip on each GPU."""
+    for name, gpu in targets.gpus.items():
+        try:
+            outcome.plans.append(memory_report(bundle, clip, name, gpu))
+        except WanforgeError as error:
+            outcome.failures.append(f"no memory plan for {name}: {error}")
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:

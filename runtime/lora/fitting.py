@@ -1,9 +1,14 @@
-"""The LoRAs of requests on a pipeline: checked before anything is computed, and merged into its weights when needed."""
+"""The LoRAs of requests on a pipeline: checked before anything is computed, and put into its weights or beside them.
+
+What a LoRA adds to a weight that is there unquantised is merged into it. Where only the quantised weight is there, the
+backend computes the product beside the linear (its side path); one that cannot gets weights that are rounded again.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -17,6 +22,7 @@ from wanforge.runtime.lora.files import LoraFile, open_lora, stamp_of
 from wanforge.runtime.lora.merged_sets import MergedSets
 from wanforge.runtime.lora.merging import Addition, MergedWeights
 from wanforge.runtime.lora.records import LoraRecord, read_records
+from wanforge.runtime.lora.side_path import SidePath
 from wanforge.runtime.lora.targets import Targets, targets_of
 
 log = logging.getLogger(__name__)
@@ -34,8 +40,33 @@ class OpenedLora:
     records: Sequence[LoraRecord]
 
 
+Way = Literal["merge", "side path", "stochastic rounding"]
+"""How LoRAs act: merged into unquantised weights, beside quantised ones, or merged into these by rounding again."""
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """What LoRAs do to a denoiser.
+
+    Attributes:
+        merged: The tensors that they change.
+        side_path: What they add beside quantised linears.
+    """
+
+    merged: MergedWeights
+    side_path: SidePath
+
+    @property
+    def ways(self) -> list[Way]:
+        """The ways that are taken."""
+        found: list[Way] = ["side path"] if self.side_path.additions else []
+        if any(map(self.merged.has_exact, self.merged.additions)):
+            found.append("merge")
+        return [*found, "stochastic rounding"] if self.merged.is_rounded else found
+
+
 class Fitting:
-    """Which LoRAs a backend's weights contain.
+    """Which LoRAs a backend computes with.
 
     The base is the bundle's own weights, which stay as they are: merged weights take their place, and go again.
     """
@@ -46,7 +77,7 @@ class Fitting:
         self._opened: dict[Path, OpenedLora] = {}
         self._targets: Targets | None = None
         self._used: Used = []
-        self._planned: dict[str, tuple[Used, MergedWeights]] = {}
+        self._planned: dict[str, tuple[Used, ComponentPlan]] = {}
 
     def check(self, choices: Sequence[LoraChoice]) -> None:
         """Check that all these LoRAs can be used with this model.
@@ -60,7 +91,7 @@ class Fitting:
             check_expert(choice, self.bundle.model)
             self.opened(choice.path)
         for component in self._components(choices):
-            merged = self._merged(component, choices)
+            merged = self._plan(component, choices).merged
             for target in merged.additions:
                 merged.base(target)
 
@@ -79,23 +110,32 @@ class Fitting:
 
         Raises:
             ResourceError: The disk is too small for the merged weights.
+            RequestError: With their strengths, values are no finite numbers.
         """
         used = self._files(choices)
-        if used != self._used:
-            self.backend.rebind({each: self._set(each, choices, progress) for each in self._components(choices)})
-            self._used = used
+        if used == self._used:
+            return
+        plans = {each: self._plan(each, choices) for each in self._components(choices)}
+        needed = max((plan.side_path.rank for plan in plans.values()), default=0)
+        rank = self.backend.side_rank(needed) if needed else 0
+        self.backend.rebind(
+            {
+                component: {**self._set(component, choices, progress), **plan.side_path.tensors(rank)}
+                for component, plan in plans.items()
+            }
+        )
+        self._used = used
 
     def described(self, choices: Sequence[LoraChoice]) -> list[dict[str, object]]:
-        """What a report says of LoRAs: the files with their hashes, how strongly they act, where, and how the weights
-        were rounded."""
-        rounded = {each for each in self._components(choices) if self._merged(each, choices).is_rounded}
+        """What a report says of LoRAs: the files with their hashes, how strongly they act, where, and in which ways."""
+        ways = {each: self._plan(each, choices).ways for each in self._components(choices)}
         return [
             {
                 "file": str(choice.path),
                 "sha256": self.opened(choice.path).file.sha256,
                 "strength": choice.strength,
                 "expert": choice.expert or None,
-                "rounding": "stochastic" if dit_component(choice.expert) in rounded else "nearest",
+                "ways": ways.get(dit_component(choice.expert), []) if choice.strength else [],
             }
             for choice in choices
         ]
@@ -112,7 +152,7 @@ class Fitting:
     def _files(self, choices: Sequence[LoraChoice]) -> Used:
         return [(choice, self.opened(choice.path).file) for choice in choices]
 
-    def _merged(self, component: str, choices: Sequence[LoraChoice]) -> MergedWeights:
+    def _plan(self, component: str, choices: Sequence[LoraChoice]) -> ComponentPlan:
         """What a denoiser becomes. The latest plan is kept, because each request asks for it several times."""
         used = self._files(self._of(component, choices))
         if component not in self._planned or self._planned[component][0] != used:
@@ -120,18 +160,40 @@ class Fitting:
             for choice, _ in used:
                 for record in self.opened(choice.path).records:
                     additions.setdefault(record.target, []).append(Addition(record, choice.strength))
-            self._planned[component] = used, MergedWeights(self.bundle, component, additions)
+            self._planned[component] = used, self._ways(component, additions)
         return self._planned[component][1]
+
+    def _ways(self, component: str, additions: Mapping[str, Sequence[Addition]]) -> ComponentPlan:
+        """What is merged, and what is added beside quantised linears because only these are there."""
+        merged = MergedWeights(self.bundle, component, additions)
+        beside = {
+            target: products
+            for target, added in additions.items()
+            if not merged.has_exact(target) and (products := [each for each in added if each.record.a_RK is not None])
+        }
+        side_path = SidePath(beside)
+        if not beside or not self.backend.side_rank(side_path.rank):
+            return ComponentPlan(merged, SidePath({}))
+        rest = {
+            target: left
+            for target, added in additions.items()
+            if (left := [each for each in added if each not in beside.get(target, ())])
+        }
+        return ComponentPlan(MergedWeights(self.bundle, component, rest), side_path)
 
     def _set(self, component: str, choices: Sequence[LoraChoice], progress: Progress) -> Mapping[str, Tensor]:
         """The tensors of a denoiser that LoRAs change, with these LoRAs."""
+        merged = self._plan(component, choices).merged
+        if not merged.additions:
+            return {}
         files = [(file, choice.strength) for choice, file in self._files(self._of(component, choices))]
-        merged = self._merged(component, choices)
         if merged.is_rounded:
             log.warning(
-                "%s has no unquantised weights, so LoRAs are added to the 8-bit ones, with stochastic rounding, which "
-                "is less exact; import the unquantised files with --keep-unquantised",
+                "%s has no unquantised weights, and the backend %s computes no LoRA of this kind beside the linears, "
+                "so it is added to the 8-bit weights with stochastic rounding, which is less exact; import the "
+                "unquantised files with --keep-unquantised",
                 self.bundle.root,
+                self.backend.name,
             )
         return self.sets.open(merged, files, progress)[1]
 

@@ -1,5 +1,6 @@
 """What a LoRA's file holds and which models it fits, and the merged weights of a bundle, for people and programs."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import msgspec
 from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.bundle import Bundle, dit_component, unquantised, weights_name
 from wanforge.errors import CheckpointError
 from wanforge.runtime.lora.files import LoraFile, open_lora
-from wanforge.runtime.lora.merged_sets import FOLDER, merged_sets
+from wanforge.runtime.lora.fitting import Way
+from wanforge.runtime.lora.merged_sets import FOLDER, MergedSet, merged_sets
+from wanforge.runtime.lora.merging import origin
+from wanforge.runtime.lora.option import WAYS
 from wanforge.runtime.lora.records import LoraRecord, ranks, read_records
 from wanforge.runtime.lora.targets import targets_of
 
@@ -69,17 +74,35 @@ def describe_lora(found: dict[str, Any]) -> str:
     )
 
 
-def merged_as_json(root: Path) -> dict[str, Any]:
+def way_of(bundle: Bundle) -> Way:
+    """How products of low rank act on the quantised linears of a bundle, where the backend can choose."""
+    kept = [weights_name(unquantised(dit_component(expert))) for expert in bundle.model.experts]
+    has_exact = bundle.recipe.linear == "bf16" or all(name in bundle.manifest.files for name in kept)
+    return "merge" if has_exact else "side path"
+
+
+def merged_as_json(bundle: Bundle) -> dict[str, Any]:
     """The merged weights that a bundle keeps, by file."""
-    return {f"{FOLDER}/{name}": msgspec.to_builtins(each) for name, each in merged_sets(root).items()}
+    return {
+        f"{FOLDER}/{name}": {**msgspec.to_builtins(each), "is_stale": is_stale(bundle, each)}
+        for name, each in merged_sets(bundle.root).items()
+    }
 
 
-def describe_merged(root: Path) -> list[str]:
-    """A line for each set of merged weights that a bundle keeps."""
-    lines = []
-    for name, each in merged_sets(root).items():
+def is_stale(bundle: Bundle, merged: MergedSet) -> bool:
+    """Whether a set was made from weights that the bundle has no more, so that nothing will use it again."""
+    return merged.origin != origin(bundle, merged.component)
+
+
+def describe_merged(bundle: Bundle) -> list[str]:
+    """How LoRAs act, and a line for each set of merged weights that a bundle keeps."""
+    lines = [f"  LoRAs: {WAYS[way_of(bundle)]}"]
+    for name, each in merged_sets(bundle.root).items():
         loras = ", ".join(f"{lora.file} ({lora.sha256[:12]}) at {lora.strength:g}" for lora in each.loras)
         lines.append(
             f"  {each.bytes:>15,}  {each.sha256[:12]}  {FOLDER}/{name}  {each.rounding} rounding, with {loras}"
         )
+        if is_stale(bundle, each):
+            stem = shlex.quote(str(bundle.root / FOLDER / name.removesuffix(".safetensors")))
+            lines.append(f"    its base was replaced, so nothing uses it; delete it with: rm {stem}.*")
     return lines

@@ -31,14 +31,14 @@ from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import ByteCount, Progress
 from wanforge.runtime.dtypes import STORED_NAMES
 from wanforge.runtime.lora.files import LoraFile
-from wanforge.runtime.lora.merging import MergedWeights
+from wanforge.runtime.lora.merging import MergedWeights, origin
 from wanforge.runtime.memory.weights import map_tensors
 from wanforge.whole_file import PARTIAL, write_atomically
 
 log = logging.getLogger(__name__)
 
 FOLDER = "merged"
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 """The version of the arithmetic and of the record. Sets of another version are not found."""
 
 
@@ -54,13 +54,15 @@ class MergedLora(Record, frozen=True):
 class MergedSet(Record, frozen=True):
     """The record of a set of merged weights."""
 
-    format: Literal[1]
+    format: Literal[2]
     component: str
     loras: tuple[MergedLora, ...]
     rounding: Literal["nearest", "stochastic"]
     """How the weights were quantised: as at an import, or from 8-bit weights, see `rounding`."""
     sha256: str
     bytes: int
+    origin: tuple[str, ...]
+    """Digests of the files that it was made from."""
     stamp: Stamp
     """By which the file is recognised as the one that had this digest, see `engines.bundle.bundle.stamp_of`."""
 
@@ -143,7 +145,8 @@ def _record(path: Path, merged: MergedWeights, loras: tuple[MergedLora, ...], sh
     found = FileRecord(sha256, path.stat().st_size)
     stamp = stamp_of(found, path.stat())
     rounding: Literal["nearest", "stochastic"] = "stochastic" if merged.is_rounded else "nearest"
-    return MergedSet(FORMAT, merged.component, loras, rounding, sha256, found.bytes, stamp)
+    made_from = origin(merged.bundle, merged.component)
+    return MergedSet(FORMAT, merged.component, loras, rounding, sha256, found.bytes, made_from, stamp)
 
 
 def _bytes(band: Tensor, stored: str) -> memoryview:
@@ -167,7 +170,7 @@ def read_set(path: Path) -> MergedSet | None:
 
 def key(merged: MergedWeights, loras: Sequence[MergedLora]) -> str:
     """The digest by which a set is found: of its base, of the recipe, and of the LoRAs with their strengths."""
-    parts = [FORMAT, merged.component, merged.origin(), merged.bundle.recipe]
+    parts = [FORMAT, merged.component, origin(merged.bundle, merged.component), merged.bundle.recipe]
     parts += [[each.sha256, each.strength] for each in loras]
     # A file beside a LoRA may give the scales of its products.
     parts += [[each.record.target, each.record.scale] for added in merged.additions.values() for each in added]

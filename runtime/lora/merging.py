@@ -22,7 +22,7 @@ from wanforge.runtime.lora.files import FileTensor, tensors_of
 from wanforge.runtime.lora.records import LoraRecord
 from wanforge.runtime.lora.rounding import generator_of, requantise
 from wanforge.runtime.memory.weights import specs
-from wanforge.runtime.reference.networks import network
+from wanforge.runtime.reference.networks import tensors
 from wanforge.runtime.reference.quantised_weights import PARTS, quantise_exactly, unquantised_name
 
 
@@ -194,10 +194,14 @@ class MergedWeights:
         """Type and shape of every tensor to write. Those whose sizes would move others to addresses that kernels cannot
         read come last."""
         known, found = specs(self.bundle, self.component), {}
-        for name in network(self.component, self.bundle.model, self.bundle.recipe).state_dict():
+        for name in tensors(self.component, self.bundle.model, self.bundle.recipe):
             if unquantised_name(name) in self.additions:
                 found[name] = known[name]
         return dict(sorted(found.items(), key=lambda item: item[1].nbytes % ALIGNMENT != 0))
+
+    def has_exact(self, target: str) -> bool:
+        """Whether a tensor is there as it was before it was quantised."""
+        return target in self.stored or target in self.unquantised
 
     @property
     def is_rounded(self) -> bool:
@@ -215,7 +219,8 @@ class MergedWeights:
         if steps is None or scale is None:
             raise BundleError(
                 f"{self.bundle.root}: LoRAs cannot be added to weights of recipe {self.bundle.recipe.name!r} alone; "
-                "import the unquantised files again with --keep-unquantised"
+                "import the unquantised files again with --keep-unquantised, or use a backend that computes LoRAs "
+                "beside the linears: torch, cuda, or ort after an export"
             )
         return Base(target, is_quantised, None, steps, scale)
 
@@ -229,7 +234,8 @@ class MergedWeights:
                 merged[target] = MergedTensor(self.base(target), self.additions[target], self.bundle.recipe, written)
             yield name, merged[target].chunks(name.rpartition(".")[2])
 
-    def origin(self) -> list[str]:
-        """Digests of the files that hold the base."""
-        names = [weights_name(self.component), weights_name(unquantised(self.component))]
-        return [self.bundle.manifest.files[name].sha256 for name in names if name in self.bundle.manifest.files]
+
+def origin(bundle: Bundle, component: str) -> tuple[str, ...]:
+    """Digests of the files that hold a denoiser without LoRAs."""
+    names = [weights_name(component), weights_name(unquantised(component))]
+    return tuple(bundle.manifest.files[name].sha256 for name in names if name in bundle.manifest.files)

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from wanforge.errors import RequestError
+from wanforge.plugins.low_rank import RANKS
 from wanforge.runtime.inputs.lora import LoraChoice, read_choice
 
 
@@ -21,6 +22,13 @@ class ChoiceType(click.ParamType[LoraChoice]):
             self.fail(str(error), param, ctx)
 
 
+WAYS = {
+    "merge": "merged",
+    "side path": "beside the quantised weights",
+    "stochastic rounding": "added to 8-bit weights with stochastic rounding",
+}
+"""The ways in which LoRAs act, for people."""
+
 LORA = click.option(
     "--lora",
     "loras",
@@ -28,12 +36,20 @@ LORA = click.option(
     multiple=True,
     metavar="FILE[:STRENGTH]",
     help="LoRA to add to the denoiser, a .safetensors file, with the factor of its changes (1 by default). Several add "
-    "up. For models with two experts: high=FILE or low=FILE. A bundle keeps merged weights in its folder merged.",
+    "up. For models with two experts: high=FILE or low=FILE. LoRAs are merged into unquantised weights, which a bundle "
+    "keeps in its folder merged, or act beside quantised ones.",
+)
+
+LORA_RANK = click.option(
+    "--lora-rank",
+    type=click.Choice(RANKS),
+    help="Also build engines for LoRAs of up to this rank, several together, beside the quantised linears. Without "
+    "them, a bundle without unquantised weights gets LoRAs by stochastic rounding.",
 )
 
 
 def told(lora: Mapping[str, Any]) -> str:
     """A LoRA of a report, for people."""
     expert = f", {lora['expert']} noise" if lora["expert"] else ""
-    rounding = ", added to 8-bit weights with stochastic rounding" if lora["rounding"] == "stochastic" else ""
-    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}{rounding}"
+    ways = " and ".join(WAYS[way] for way in lora["ways"])
+    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}, {ways or 'not used'}"

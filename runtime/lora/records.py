@@ -74,7 +74,10 @@ def read_records(file: LoraFile, targets: Targets) -> list[LoraRecord]:
     if foreign:
         log.warning("%s: left out, because this model has no such layers: %s", file.path, join_names(foreign))
     _refuse_repetitions(file, records)
-    return sorted((record for record in records if _adds_something(record)), key=lambda each: each.target)
+    effective = sorted((record for record in records if _adds_something(record)), key=lambda each: each.target)
+    if not effective:
+        log.warning("%s: changes nothing; all of it is zeros, or for layers that this model has not", file.path)
+    return effective
 
 
 def _modules(file: LoraFile) -> tuple[dict[str, Parts], list[str]]:

@@ -58,7 +58,7 @@ def needed_engines(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> 
     """
     library = open_library(flavour)
     check_gpu(flavour, options.sms)
-    graphs = graphs_to_build(bundle, options.only)
+    graphs = graphs_to_build(bundle, options.only, options.side_rank)
     pending = [pending_engine(bundle, library, options, onnx, graph) for onnx, graph in graphs.items()]
     return library, [each for each in pending if is_needed(bundle, options, each)]
 

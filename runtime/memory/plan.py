@@ -174,10 +174,15 @@ def plan_request(
     workspaces: Mapping[str, int],
     itemsize: int,
     budget: float,
+    side_rank: int = 0,
 ) -> MemoryPlan:
-    """The memory plan for any request for a clip, see `plan_memory`."""
+    """The memory plan for any request for a clip, see `plan_memory`.
+
+    Args:
+        graphs: What the request runs; those with a side path have factors of the rank `side_rank`.
+    """
     schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
-    groups = groups_of(schedules, graphs, partial(specs, bundle))
+    groups = groups_of(schedules, graphs, partial(specs, bundle, side_rank=side_rank))
     return plan_memory(groups, schedules, workspaces, itemsize, budget)
 
 

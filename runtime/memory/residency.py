@@ -50,6 +50,12 @@ class Group:
     offsets: Mapping[str, int]
     bytes: int
 
+    def part(self, names: Collection[str]) -> "Group":
+        """Some tensors of the group, at their places. It has another name, so that it is not taken for the group."""
+        tensors = {name: spec for name, spec in self.tensors.items() if name in names}
+        offsets = {name: self.offsets[name] for name in tensors}
+        return Group(self.name._replace(graph=f"part of {self.name.graph}"), tensors, offsets, self.bytes)
+
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The tensors as views of a slot's memory."""
         return {
@@ -149,13 +155,19 @@ class Residency:
             self._wait(slot)  # a copy still under way would overwrite what comes next
             self._tenants.pop(slot, None)
 
-    def forget(self, components: Collection[str]) -> None:
-        """Let the groups of some components, whose weights are others from now on, be copied anew when they are next
-        needed. Nothing may be computing."""
+    def renew(self, changed: Mapping[str, Collection[str]]) -> None:
+        """Copy those tensors anew, of the groups that are in their slots, that are others from now on. Nothing may be
+        computing.
+
+        Args:
+            changed: The names of these tensors by component.
+        """
         for slot, name in list(self._tenants.items()):
-            if name.component in components:
+            group = self.groups[name]
+            if names := group.tensors.keys() & changed.get(name.component, ()):
                 self._wait(slot)
-                self._tenants.pop(slot, None)
+                self.mover.fetch(slot, group.part(names))
+                self._coming.add(slot)
 
     def turns(self, schedule: Schedule) -> list["Turn"]:
         """The graph runs of a schedule, each with the group that its slot is needed for next."""

@@ -17,19 +17,29 @@ from wanforge.engines.bundle.remedies import remedy
 from wanforge.engines.bundle.tensorfile import TensorSpec, read_header
 from wanforge.errors import BundleError
 from wanforge.plugins.launching.launch import ALIGNMENT
+from wanforge.plugins.low_rank import DOWN, is_factor
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
-from wanforge.runtime.reference.networks import network
+from wanforge.runtime.reference.networks import tensors
 from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
 from wanforge.runtime.schedule import GraphRun
 
 
 class Weights:
-    """The tensors of each component, mapped on first use."""
+    """The tensors of each component, mapped on first use.
+
+    Attributes:
+        in_place: Tensors that stand in the place of the bundle's own, by component and name.
+        side_rank: The rank of the products beside quantised linears; 0 if there are none. Factors that nobody has given
+            are zeros.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
+        self.side_rank = 0
         self._mapped: dict[str, dict[str, Tensor]] = {}
-        self._in_place: Mapping[str, Mapping[str, Tensor]] = {}
+        self.in_place: Mapping[str, Mapping[str, Tensor]] = {}
+        self._specs: dict[tuple[str, int], Mapping[str, TensorSpec]] = {}
+        self._zeros: dict[TensorSpec, Tensor] = {}
         self._mapping = Lock()
 
     def files(self) -> list[str]:
@@ -44,14 +54,19 @@ class Weights:
                     self._mapped[name] = map_tensors(self.bundle.weights(name))
         return self._mapped[name]
 
-    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> set[str]:
+    def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, set[str]]:
         """Let these tensors stand in the place of the bundle's own from now on, by component and name, and no others.
+        Factors of products of low rank among them have the same rank.
 
         Returns:
-            The components some of whose tensors are others than before.
+            The names of the tensors that are others than before, by component.
         """
-        changed = {name for name in {*tensors, *self._in_place} if tensors.get(name) is not self._in_place.get(name)}
-        self._in_place = dict(tensors)
+        changed = {}
+        for component in {*tensors, *self.in_place}:
+            new, old = tensors.get(component, {}), self.in_place.get(component, {})
+            changed[component] = {name for name in {*new, *old} if new.get(name) is not old.get(name)}
+        self.in_place = dict(tensors)
+        self.side_rank = next((x.shape[0] for new in tensors.values() for n, x in new.items() if n.endswith(DOWN)), 0)
         return changed
 
     def of(self, run: GraphRun, name: str) -> Tensor:
@@ -64,12 +79,27 @@ class Weights:
         Where the bundle is read with a recipe that quantises but holds the unquantised weight, the quantised weights
         are computed from it, with the same bytes as an import would write, and kept.
         """
-        if name in (in_place := self._in_place.get(component, {})):
+        if name in (in_place := self.in_place.get(component, {})):
             return in_place[name]
+        if is_factor(name):
+            return self._zero(self.specs(component)[name])
         tensors = self.component(component)
         if name not in tensors:
             tensors |= self._quantised(tensors, name)
         return tensors[name]
+
+    def specs(self, component: str) -> Mapping[str, TensorSpec]:
+        """Type and shape of every tensor of a component, see `specs`."""
+        key = component, self.side_rank
+        if key not in self._specs:
+            self._specs[key] = specs(self.bundle, *key)
+        return self._specs[key]
+
+    def _zero(self, spec: TensorSpec) -> Tensor:
+        """Zeros, which all factors of a shape share."""
+        if spec not in self._zeros:
+            self._zeros[spec] = torch.zeros(spec.shape, dtype=STORED[spec.dtype])
+        return self._zeros[spec]
 
     def _quantised(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         """The quantised weight and scales of a layer whose unquantised weight is stored."""
@@ -79,12 +109,12 @@ class Weights:
         return {f"{layer}.{part}": tensor for part, tensor in parts.items()}
 
 
-def specs(bundle: Bundle, component: str) -> dict[str, TensorSpec]:
-    """Type and shape of every tensor that `Weights` has of a component: those that are stored, and those that can be
-    computed from them."""
+def specs(bundle: Bundle, component: str, side_rank: int = 0) -> dict[str, TensorSpec]:
+    """Type and shape of every tensor that `Weights` has of a component: those that are stored, those that can be
+    computed from them, and the factors of products of a rank."""
     stored = dict(bundle.header(weights_name(component)).tensors)
-    for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
-        if name not in stored and _can_be_quantised(name, stored):
+    for name, tensor in tensors(component, bundle.model, bundle.recipe, side_rank).items():
+        if is_factor(name) or (name not in stored and _can_be_quantised(name, stored)):
             stored[name] = TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape))
     return stored
 
@@ -110,7 +140,7 @@ def check_tensors(bundle: Bundle, names: Collection[str]) -> None:
 def _check_component(bundle: Bundle, component: str) -> None:
     found = bundle.header(weights_name(component))
     stored = {name: list(spec.shape) for name, spec in found.tensors.items()}
-    for name, tensor in network(component, bundle.model, bundle.recipe).state_dict().items():
+    for name, tensor in tensors(component, bundle.model, bundle.recipe).items():
         if not _can_be_quantised(name, stored) and stored.get(name) != list(tensor.shape):
             raise BundleError(
                 f"{found.path}: {name} is {stored.get(name, 'missing')}, where {bundle.model.name} with recipe "

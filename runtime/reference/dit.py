@@ -24,6 +24,8 @@ from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.low_rank import DOWN, UP
+from wanforge.plugins.low_rank.reference import add_low_rank
 from wanforge.plugins.nvfp4_linear import BLOCK
 from wanforge.plugins.nvfp4_linear.op import nvfp4_linear
 from wanforge.plugins.quantiser import TILE
@@ -49,20 +51,55 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-class W8A8Linear(nn.Module):
+class QuantisedLinear(nn.Module):
+    """A linear with a quantised weight.
+
+    Attributes:
+        lora_down, lora_up: Factors ``[R, K]`` and ``[N, R]`` of what LoRAs add beside it; None if they add nothing.
+    """
+
+    lora_down: Tensor | None
+    lora_up: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer(DOWN, None)
+        self.register_buffer(UP, None)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The linear without LoRAs."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x)
+        if self.lora_down is None or self.lora_up is None:
+            return y
+        return add_low_rank(y, x, self.lora_down, self.lora_up)
+
+
+def add_side_paths(module: nn.Module, rank: int) -> None:
+    """Give every quantised linear in a module the two factors of a product of low rank, without values."""
+    for linear in module.modules():
+        if isinstance(linear, QuantisedLinear):
+            linear.lora_down = torch.empty(rank, linear.in_features, dtype=torch.bfloat16)
+            linear.lora_up = torch.empty(linear.out_features, rank, dtype=torch.bfloat16)
+
+
+class W8A8Linear(QuantisedLinear):
     """The linear of a ``-quant`` checkpoint, or one with another tile size."""
 
     int8_weight: Tensor
     scale: Tensor
 
     def __init__(self, in_features: int, out_features: int, tile: int = TILE) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         tiles = (-(-out_features // tile), -(-in_features // tile))
         self.register_buffer("int8_weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(tiles))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return w8a8_linear(x, self.int8_weight, self.scale, self.bias)
 
 
@@ -74,23 +111,22 @@ class W8A8RowLinear(W8A8Linear):
         self.scale = torch.empty(out_features)
 
 
-class FP8RowLinear(nn.Module):
+class FP8RowLinear(QuantisedLinear):
     """Linear with 8-bit floats, a scale per output and per token."""
 
     fp8_weight: Tensor
     scale: Tensor
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.register_buffer("fp8_weight", torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn))
         self.register_buffer("scale", torch.empty(out_features))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return w8a8_linear(x, self.fp8_weight, self.scale, self.bias)
 
 
-class NVFP4Linear(nn.Module):
+class NVFP4Linear(QuantisedLinear):
     """Linear with 4-bit weights."""
 
     fp4_weight: Tensor
@@ -98,14 +134,13 @@ class NVFP4Linear(nn.Module):
     global_scale: Tensor
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.register_buffer("fp4_weight", torch.empty(out_features, in_features // 2, dtype=torch.uint8))
         scales = torch.empty(out_features, in_features // BLOCK, dtype=torch.float8_e4m3fn)
         self.register_buffer("scale", scales)
         self.register_buffer("global_scale", torch.empty(()))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         return nvfp4_linear(x, self.fp4_weight, self.scale, self.global_scale, self.bias)
 
 

@@ -75,8 +75,8 @@ class ImportSettings(TypedDict, total=False):
     Attributes:
         recipe: Name of a recipe, or a TOML file; by default the recipe follows from the files.
         link: Link to canonical safetensors files instead of copying them.
-        keep_unquantised: Keep the weights that the recipe quantises as they are, too, so that LoRAs can be added to
-            them without loss.
+        keep_unquantised: Keep the weights that the recipe quantises as they are, too, so that LoRAs can be merged into
+            them, instead of acting beside the quantised ones.
         replace: Overwrite an existing bundle.
     """
 

@@ -8,6 +8,7 @@ relative to the exact sum.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,19 @@ TILE = 128
 
 Way = Callable[[Tensor, Tensor], Tensor]
 """Returns what a merged weight represents, given the weight and what is added."""
+
+
+class Product(NamedTuple):
+    """What is added, as factors ``[N, R]`` and ``[R, K]``."""
+
+    up_NR: Tensor
+    down_RK: Tensor
+
+    def rounded(self) -> "Product":
+        return Product(self.up_NR.bfloat16().float(), self.down_RK.bfloat16().float())
+
+    def sum(self) -> Tensor:
+        return self.up_NR @ self.down_RK
 
 
 def rounded(weight_NK: Tensor) -> Tensor:
@@ -69,8 +83,13 @@ WAYS: dict[str, Way] = {
     "8-bit base, nearest, old scales": old_scales,
     "8-bit base, stochastic, new scales": stochastic(lambda _, total: quantise_tiles(total)[1]),
     "8-bit base, stochastic, kept scales": kept_scales,
-    "side path on the 8-bit base": lambda w, d: rounded(w) + d,
 }
+
+SIDE_PATHS: dict[str, Callable[[Tensor, Product], Tensor]] = {
+    "side path on the 8-bit base": lambda w, product: rounded(w) + product.sum(),
+    "the same, factors in bfloat16": lambda w, product: rounded(w) + product.rounded().sum(),
+}
+"""Returns what a weight and the product beside it represent together."""
 
 
 def linears() -> list[Tensor]:
@@ -82,15 +101,19 @@ def linears() -> list[Tensor]:
     return [stored[n].float() for n in names if n.endswith(".weight") and ".proj_l." not in n]
 
 
-def measured(way: Way, size: float) -> tuple[float, float]:
+def of_sum(way: Way) -> Callable[[Tensor, Product], Tensor]:
+    return lambda weight_NK, product: way(weight_NK, product.sum())
+
+
+def measured(way: Callable[[Tensor, Product], Tensor], size: float) -> tuple[float, float]:
     """The error and what survives, over all linears."""
     generator = torch.Generator().manual_seed(1)
     wrong = exact = along = whole = 0.0
     for weight_NK in linears():
         rows, columns = weight_NK.shape
-        added_NK = torch.randn(rows, RANK, generator=generator) @ torch.randn(RANK, columns, generator=generator)
-        added_NK *= size * weight_NK.norm() / added_NK.norm()
-        merged_NK = way(weight_NK, added_NK)
+        product = Product(*(torch.randn(shape, generator=generator) for shape in ((rows, RANK), (RANK, columns))))
+        product = product._replace(up_NR=product.up_NR * (size * weight_NK.norm() / product.sum().norm()))
+        added_NK, merged_NK = product.sum(), way(weight_NK, product)
         wrong += float((merged_NK - weight_NK - added_NK).square().sum())
         exact += float((weight_NK + added_NK).square().sum())
         along += float(((merged_NK - rounded(weight_NK)) * added_NK).sum())
@@ -103,7 +126,7 @@ def main() -> None:
     print(f"{len(linears())} linears of TinyWan, LoRAs of rank {RANK}: error in %, and what survives, by size")
     print("| way | " + " | ".join(f"{size:g}" for size in SIZES) + " |")
     print("|---|" + "--:|" * len(SIZES))
-    for name, way in WAYS.items():
+    for name, way in {**{name: of_sum(way) for name, way in WAYS.items()}, **SIDE_PATHS}.items():
         found = [measured(way, size) for size in SIZES]
         print(f"| {name} | " + " | ".join(f"{100 * error:.2f}, {left:.2f}" for error, left in found) + " |")
 

@@ -3,6 +3,8 @@
 Time, stem, head and text run as PyTorch runs them. The counts follow the kernels' own signatures.
 """
 
+from dataclasses import replace
+
 from wanforge.configs.model import HEAD_DIM
 from wanforge.plugins.quantiser import TILE, rows_together
 from wanforge.runtime.measure.cost.launches import (
@@ -20,6 +22,7 @@ from wanforge.runtime.measure.cost.launches import (
     cdiv,
     quantised,
     scales,
+    sweep,
 )
 from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, full_attention, head, stem, time
 
@@ -28,7 +31,7 @@ def fused_block(w: Workload) -> BlockLaunches:
     """One block: with W8A8 linears by tile and sparse attention 18 launches. Only what must passes through memory
     between them: inputs of linears in 8 bits, and bf16 where attention, or a norm over the whole width, needs every
     column first."""
-    linears = ScaledLaunches(w) if w.recipe.linear == "fp8-row" else TileLaunches(w)
+    linears = launches_around(w)
     return {
         "norm 1": linears.norm("norm"),
         "q, k, v": linears.project("q, k, v", weights=3),
@@ -52,6 +55,13 @@ def fused_block(w: Workload) -> BlockLaunches:
     }
 
 
+def launches_around(w: Workload) -> "TileLaunches | ScaledLaunches | SidePathLaunches":
+    """The launches of the linears of a recipe, with what comes before and after them."""
+    if w.side_rank:
+        return SidePathLaunches(w)
+    return ScaledLaunches(w) if w.recipe.linear == "fp8-row" else TileLaunches(w)
+
+
 class TileLaunches:
     """The launches around W8A8 linears by tile, each of which is one launch with what comes before or after it."""
 
@@ -63,7 +73,7 @@ class TileLaunches:
 
     def attention(self) -> list[LaunchCost]:
         if not self.w.recipe.is_sparse:
-            return [full_attention(self.w), _quantise("quantise", self.w)]
+            return [full_attention(self.w), _quantise("quantise", self.w, self.w.D)]
         return [_attention("attention + quantise", self.w, quantised(self.w.L, self.w.D))]
 
     def cross_attention(self) -> list[LaunchCost]:
@@ -93,10 +103,7 @@ class ScaledLaunches:
         return [_quantise_rows("quantise by rows", self.w, self.w.D)]
 
     def attention(self) -> list[LaunchCost]:
-        attend = (
-            _attention("attention", self.w, BF16 * self.w.stream) if self.w.recipe.is_sparse else full_attention(self.w)
-        )
-        return [attend, *self.pack()]
+        return [_attention_alone(self.w), *self.pack()]
 
     def cross_attention(self) -> list[LaunchCost]:
         return [_cross_attention("cross attention", self.w, BF16 * self.w.stream), *self.pack()]
@@ -113,6 +120,61 @@ class ScaledLaunches:
 
     def add(self, name: str, inputs: int, *, has_gate: bool = True) -> list[LaunchCost]:
         return [_scaled_product(f"product {name}", self.w, inputs, self.w.D), _residual(self.w, has_gate)]
+
+
+class SidePathLaunches:
+    """The launches of quantised linears with a product of low rank beside each. Kernels quantise, and a library
+    multiplies the factors. Launches whose machine code is not in the profiles are predicted as those of libraries."""
+
+    def __init__(self, w: Workload) -> None:
+        self.w, self.is_scaled = w, w.recipe.linear == "fp8-row"
+        self.inner = ScaledLaunches(w) if self.is_scaled else TileLaunches(w)
+
+    def norm(self, name: str) -> list[LaunchCost]:
+        return [LaunchCost(name, {}, BF16 * self.w.stream + 2 * FP32 * self.w.D, BF16 * self.w.stream)]
+
+    def attention(self) -> list[LaunchCost]:
+        return self._with_fp8(_attention_alone(self.w))
+
+    def cross_attention(self) -> list[LaunchCost]:
+        return self._with_fp8(_cross_attention("cross attention", self.w, BF16 * self.w.stream))
+
+    def _with_fp8(self, attention: LaunchCost) -> list[LaunchCost]:
+        """An attention that does not quantise, which is profiled on GPUs with fp8."""
+        return [attention if self.w.recipe.pv == "fp8" else replace(attention, run=None)]
+
+    def project(self, name: str, weights: int = 1) -> list[LaunchCost]:
+        names = name.split(", ") if weights > 1 else [name]
+        beside = [launch for each in names for launch in self._beside(each, self.w.D, self.w.D)]
+        return [self._quantise(self.w.D), *self.inner.project(name, weights), *beside]
+
+    def gelu(self, name: str) -> list[LaunchCost]:
+        w = self.w
+        product = _scaled_product(f"product {name}", w, w.D, w.F) if self.is_scaled else _gemm(name, w, w.D, w.F, BF16)
+        gelu = sweep("GELU", w.L * w.F, BF16, BF16)
+        return [self._quantise(w.D), replace(product, run=None), *self._beside(name, w.D, w.F), gelu]
+
+    def add(self, name: str, inputs: int, *, has_gate: bool = True) -> list[LaunchCost]:
+        linear = self.inner.add(name, inputs, has_gate=has_gate)
+        return [self._quantise(inputs), *linear, *self._beside(name, inputs, self.w.D)]
+
+    def _quantise(self, inputs: int) -> LaunchCost:
+        if self.is_scaled:
+            return _quantise_rows("quantise by rows", self.w, inputs)
+        return _quantise("quantise", self.w, inputs)
+
+    def _beside(self, name: str, inputs: int, outputs: int) -> list[LaunchCost]:
+        return low_rank(name, self.w.L, self.w.side_rank, inputs, outputs)
+
+
+def low_rank(name: str, rows: int, rank: int, inputs: int, outputs: int) -> list[LaunchCost]:
+    """A library's two products beside a linear, the second of which adds the linear's output."""
+    down = BF16 * (rows + rank) * inputs
+    up = BF16 * (rank * (rows + outputs) + rows * outputs)
+    return [
+        LaunchCost(f"{name} down", {"bf16": 2 * rows * rank * inputs}, down, BF16 * rows * rank),
+        LaunchCost(f"{name} up", {"bf16": 2 * rows * rank * outputs}, up, BF16 * rows * outputs),
+    ]
 
 
 NORM_ROWS, RMS_ROWS, STATE_ROWS, CHUNK_STEP, QUERIES, KEYS, TEXT_KEYS = TILE, 2, 16, 32, 8, 128, 16
@@ -150,9 +212,9 @@ def _rms_norm(name: str, w: Workload, *, tensors: int, angles: int = 0) -> Launc
     return LaunchCost(name, {}, moved + tensors * FP32 * w.D + angles, moved, run=run)
 
 
-def _quantise(name: str, w: Workload) -> LaunchCost:
-    run = KernelRun(cdiv(w.L, TILE) * w.D // TILE, (), (True,), w.D)
-    return LaunchCost(name, {}, BF16 * w.stream, quantised(w.L, w.D), run=run)
+def _quantise(name: str, w: Workload, columns: int) -> LaunchCost:
+    run = KernelRun(cdiv(w.L, TILE) * columns // TILE, (), (True,), w.D)
+    return LaunchCost(name, {}, BF16 * w.L * columns, quantised(w.L, columns), run=run)
 
 
 def _quantise_rows(name: str, w: Workload, columns: int) -> LaunchCost:
@@ -264,6 +326,11 @@ def _attention(name: str, w: Workload, written: int) -> LaunchCost:
             w.M * w.H, (w.num_selected,), (True, False), w.D, peeling=frozenset({"warpgroup_attention.attention"})
         ),
     )
+
+
+def _attention_alone(w: Workload) -> LaunchCost:
+    """Self-attention whose output is not quantised."""
+    return _attention("attention", w, BF16 * w.stream) if w.recipe.is_sparse else full_attention(w)
 
 
 def _cross_attention(name: str, w: Workload, written: int) -> LaunchCost:

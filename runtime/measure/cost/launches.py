@@ -160,6 +160,7 @@ class Workload:
     Attributes:
         num_selected: Key blocks per query block, where attention is sparse.
         text_rows: Rows of text that cross-attention sees.
+        side_rank: Rank of the products beside the linears; 0 if there are none.
     """
 
     model: ModelConfig
@@ -167,6 +168,7 @@ class Workload:
     recipe: Recipe
     num_selected: int
     text_rows: int
+    side_rank: int = 0
 
     def __post_init__(self) -> None:
         if not is_counted(self.recipe):

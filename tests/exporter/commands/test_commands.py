@@ -145,7 +145,8 @@ def test_from_checkpoint_to_inspection(tmp_path: Path, importing: Callable[..., 
 
     text = succeeded("inspect", out).stdout
     assert all(name in text for name in inspected["files"])
-    assert text.rstrip().endswith("nothing missing, damaged or stale")
+    assert "nothing missing, damaged or stale\n" in text
+    assert text.rstrip().endswith("LoRAs: beside the quantised weights")
     assert "PROBLEM" not in text
 
 

@@ -50,6 +50,23 @@ def test_block_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("model", "recipe"), [("tiny-t2v", r) for r in ("w8a8", "w8a8-row", "fp8-row")])
+def test_a_block_with_a_side_path_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:
+    bundle = bundle_of(model, recipe)
+    plain, beside = (graphs(bundle.model, bundle.recipe, side_path=each)["block"] for each in (False, True))
+    inputs, weights = seeded(plain, bundle, torch.float32, seed=3)
+    (base,) = plain.run(weights, list(inputs.values()))
+    generator, state = torch.Generator().manual_seed(0), beside.owner.state_dict()
+    for name in set(beside.weights) - set(plain.weights):
+        weights[name] = 0.1 * torch.randn(state[name].shape, generator=generator).bfloat16()
+    (expected,) = beside.run(weights, list(inputs.values()))
+    assert relative_rms(base, expected) > 0.1
+    out = torch.full_like(expected, float("nan"))
+    FusedBlock(bundle.model.dit, bundle.recipe).run(weights, list(inputs.values()), out)
+    assert_matches(out, expected, TOLERANCE[recipe])
+
+
+@pytest.mark.slow
 def test_block_repeats_upstreams_fault_where_asked(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
     # The tiny model's width is a power of two, where the fault does not show.
@@ -122,6 +139,14 @@ def test_fp8_needs_an_architecture_that_has_it() -> None:
 def test_a_block_is_few_launches(recipe: str, count: int) -> None:
     """Besides these, only the library's products of unquantised linears and its dense self-attention run."""
     found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe(recipe), 90)
+    assert len(found) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "count"), [("w8a8", 24), ("w8a8-row", 24), ("fp8-row", 21)])
+def test_a_side_path_fuses_only_residuals_to_linears(recipe: str, count: int) -> None:
+    """Besides these, the library multiplies the factors, and fp8 linears themselves."""
+    found = launches(load_model("turbowan2.1-t2v-14b-720p"), load_recipe(recipe), 90, side_path=True)
     assert len(found) == count
 
 

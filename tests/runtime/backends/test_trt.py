@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.runtime.lora.lora_files import lora
 from tests.stand_ins import HEADER, StandIn, write_engines
 from wanforge.configs.clip import ClipShape
 from wanforge.engines import build as build_module
@@ -23,6 +24,7 @@ from wanforge.runtime.backends import trt as trt_module
 from wanforge.runtime.backends.arena_backend import TEXT_ROWS
 from wanforge.runtime.backends.ort import OrtBackend
 from wanforge.runtime.backends.trt import TrtBackend
+from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.memory.plan import MemoryPlan
 from wanforge.runtime.pipeline import Pipeline
@@ -115,6 +117,30 @@ def test_it_gives_the_same_clip_at_every_budget(
         found = clips(backend, tmp_path)
         assert residency in plan_of(backend).residency
         assert torch.equal(found, wanted), residency
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.86])
+def test_engines_compute_with_a_lora(share: float, make: Callable[..., TrtBackend], tmp_path: Path) -> None:
+    """Beside the linears, as ONNX Runtime does. Without engines for that, the weights are rounded."""
+    choices = [LoraChoice(lora(tmp_path / f"{seed}.safetensors", size=0.5, seed=seed)) for seed in (0, 1)]
+    backend = make("tiny-t2v")
+    assert backend.side_rank(4) == 0
+    write_engines(backend.bundle, CLIP, stand_in_of(backend), 16)
+    assert (backend.side_rank(4), backend.side_rank(17)) == (16, 0)
+
+    def latents(used: Pipeline, *loras: LoraChoice) -> Tensor:
+        return used.latents(used.check(Request("a kite", CLIP, None, 0, topk=1.0, loras=loras)), Timings())
+
+    other = OrtBackend(backend.bundle, None)
+    other.text_rows_multiple = TEXT_ROWS
+    expected = [latents(Pipeline(backend.bundle, other), *each) for each in ([], choices[:1], choices)]
+    backend.prepare(CLIP)
+    budget = share * plan_of(backend).arena_bytes + engine_bytes(backend)
+    pipeline = Pipeline(backend.bundle, make("tiny-t2v", budget=budget))
+    for index in (0, 1, 2, 1, 0):
+        assert torch.equal(latents(pipeline, *choices[:index]), expected[index])
+    assert pipeline.loras.described(choices[:1])[0]["ways"] == ["side path"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tests.command_line import run
 from tests.runtime.lora.lora_files import lora, write
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.tensorfile import sha256_of
+from wanforge.runtime.lora.merged_sets import FOLDER
 
 SMALL = ["--backend", "torch", "--resolution", "96x64", "--frames", "1", "--steps", "1"]
 
@@ -23,18 +24,17 @@ def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_report_names_loras_and_says_how_weights_were_rounded(bundle: Path, tmp_path: Path) -> None:
+def test_the_report_names_loras_and_the_ways_that_they_act(bundle: Path, tmp_path: Path) -> None:
     path = lora(tmp_path / "a.safetensors")
     made = ["generate", bundle, *SMALL, "--prompt", "a kite", "--out", tmp_path / "a.mp4"]
     found = run(*made, "--lora", f"{path}:0.5", "--json")
     assert found.exit_code == 0, found.output
     assert json.loads(found.stdout)["loras"] == [
-        {"file": str(path), "sha256": sha256_of(path), "strength": 0.5, "expert": None, "rounding": "stochastic"}
+        {"file": str(path), "sha256": sha256_of(path), "strength": 0.5, "expert": None, "ways": ["side path"]}
     ]
-    assert "stochastic rounding" in found.stderr
-    assert "--keep-unquantised" in found.stderr
+    assert "stochastic rounding" not in found.stderr
     found = run(*made, "--lora", f"{path}:0.5")
-    assert f"{path}, strength 0.5, {sha256_of(path)[:12]}, added to 8-bit weights" in found.stdout
+    assert f"{path}, strength 0.5, {sha256_of(path)[:12]}, beside the quantised weights" in found.stdout
     assert json.loads(run(*made, "--json").stdout)["loras"] == []
 
 
@@ -82,10 +82,17 @@ def test_inspect_shows_a_lora_and_what_was_merged(bundle: Path, tmp_path: Path) 
     assert (told["sha256"], told["models"]) == (sha256_of(path), ["tiny-i2v", "tiny-lightx2v", "tiny-rcm", "tiny-t2v"])
     assert (told["kinds"], told["ranks"], told["scales"]) == ({"lowrank": 10}, {"4": 10}, [0.5])
     assert "10 of rank 4" in run("inspect", path).stdout
+    path = write(tmp_path / "b.safetensors", {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(256)})
     assert run("generate", bundle, *SMALL, "--prompt", "a", "--lora", path, "--out", tmp_path / "a.mp4").exit_code == 0
     (record,) = json.loads(run("inspect", bundle, "--json").stdout)["merged"].values()
     assert record["loras"] == [{"file": str(path), "sha256": sha256_of(path), "strength": 1.0}]
-    assert f"with {path} ({sha256_of(path)[:12]}) at 1" in run("inspect", bundle).stdout
+    said = run("inspect", bundle).stdout
+    assert f"with {path} ({sha256_of(path)[:12]}) at 1" in said
+    assert "LoRAs: beside the quantised weights" in said
+    assert (record["is_stale"], "its base was replaced" in said) == (False, False)
+    (kept,) = (bundle / FOLDER).glob("*.json")
+    kept.write_text(kept.read_text().replace(record["origin"][0], 64 * "0"))
+    assert f"delete it with: rm {kept.with_suffix('')}.*" in run("inspect", bundle).stdout
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:

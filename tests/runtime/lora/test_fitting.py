@@ -58,6 +58,12 @@ def latents(pipeline: Pipeline, *loras: LoraChoice, steps: int = 1) -> Tensor:
     return pipeline.latents(pipeline.check(request), Timings())
 
 
+def after_decoding(pipeline: Pipeline, *loras: LoraChoice, steps: int = 1) -> Tensor:
+    """The same, once a clip has been decoded, which takes the memory of some weights."""
+    list(pipeline.frames(latents(pipeline, *loras, steps=steps), pipeline.model.video.shape((128, 64), 5), Timings()))
+    return latents(pipeline, *loras, steps=steps)
+
+
 def merged_by_hand(bundle: Bundle, path: Path, out: Path) -> Bundle:
     """A bundle whose own weights are those with a LoRA of strength 1, made by an import."""
     from safetensors.torch import load_file, save_file
@@ -118,8 +124,8 @@ def test_streamed_weights_are_packed_again(bundle: Bundle, tmp_path: Path, monke
     base = latents(pipeline, steps=2)
     assert any(name.component == "dit" for name in backend._packed)
     expected = latents(open_pipeline(bundle, "torch"), choice, steps=2)
-    assert torch.equal(latents(pipeline, choice, steps=2), expected)
-    assert torch.equal(latents(pipeline, steps=2), base)
+    assert torch.equal(after_decoding(pipeline, choice, steps=2), expected)
+    assert torch.equal(after_decoding(pipeline, steps=2), base)
 
 
 @pytest.mark.slow
@@ -256,8 +262,7 @@ def test_each_expert_has_its_own(
     for index, one in enumerate([base, *found]):
         for other in [base, *found][index + 1 :]:
             assert not torch.equal(one, other)
-    names = sorted(each.name.split(".")[1] for each in (tmp_path / "bundle" / FOLDER).glob("*.safetensors"))
-    assert names == ["high", "low"]
+    assert not (tmp_path / "bundle" / FOLDER).exists()
     with pytest.raises(RequestError, match="two experts"):
         latents(pipeline, LoraChoice(path))
 
@@ -290,7 +295,7 @@ def test_reports_name_loras_with_hash_and_strength(bundle: Bundle, tmp_path: Pat
         "sha256": sha256_of(path),
         "strength": 0.5,
         "expert": None,
-        "rounding": "nearest",
+        "ways": ["merge"],
     }
 
 

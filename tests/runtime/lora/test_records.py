@@ -144,6 +144,13 @@ def test_products_with_zeros_are_left_out(tiny: Targets, tmp_path: Path) -> None
     assert {record.target for record in found} == {f"{name}.weight" for name in parts if name != first}
 
 
+def test_a_file_that_changes_nothing_is_told(tiny: Targets, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = {name: (a_RK, torch.zeros_like(b_NR)) for name, (a_RK, b_NR) in factors(tiny).items()}
+    path = write(tmp_path / "a.safetensors", spelled("kohya", parts))
+    assert read(path, tiny) == []
+    assert f"{path}: changes nothing" in caplog.text
+
+
 def test_layers_of_image_models_are_left_out_with_a_warning(
     tiny: Targets, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

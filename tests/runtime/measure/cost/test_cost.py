@@ -25,7 +25,7 @@ from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
 from wanforge.runtime.backends.fused_block import launches, recipe_for
 from wanforge.runtime.measure.cost import launches as cost
-from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, named_launches, prompt
+from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, low_rank, named_launches, prompt
 from wanforge.runtime.measure.cost.launches import (
     LaunchCost,
     Workload,
@@ -34,6 +34,7 @@ from wanforge.runtime.measure.cost.launches import (
     published_workload,
     seconds,
 )
+from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.measure.cost.unfused import cross_keys_values, unfused_block
 from wanforge.runtime.reference.dit import Block, TextKeys
 
@@ -137,6 +138,27 @@ LIBRARIES = [published(SMALL, "fp8-row"), tiny(width_px=240, recipe="fp8-row"), 
 def test_bytes_around_what_libraries_compute_are_the_kernels_arguments(w: Workload) -> None:
     counted = [x.total_bytes for x in named_launches(w)]
     assert counted == [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89, text_rows=w.text_rows)]
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "fp8-row"])
+def test_bytes_with_a_side_path_are_the_kernels_arguments(recipe: str) -> None:
+    w = replace(published(SMALL, recipe), side_rank=64)
+    of_libraries = (" down", " up", "GELU", *(["product "] if recipe == "fp8-row" else []))
+    counted = [x.total_bytes for x in all_launches(fused_block(w)) if not any(each in x.name for each in of_libraries)]
+    found = launches(w.model, w.recipe, 89, text_rows=w.text_rows, side_path=True)
+    assert counted == [argument_bytes(launch) for launch in found]
+
+
+def test_a_side_path_adds_two_thin_products_to_each_linear() -> None:
+    """Rank 64 at a width of 5120 is 2.5 % of a linear's operations."""
+    plain, beside = (replace(fused(LARGE), side_rank=rank) for rank in (0, 64))
+    base, both = (sum(x.total_flops for x in all_launches(fused_block(each))) for each in (plain, beside))
+    dim, ffn = plain.D, plain.F
+    assert both - base == 2 * plain.L * 64 * (6 * 2 * dim + 2 * (dim + ffn))
+    square = sum(x.total_flops for x in low_rank("q", plain.L, 64, dim, dim))
+    assert square / (2 * plain.L * dim * dim) == pytest.approx(0.025)
+    for gpu in ("a100", "h100", "rtx5090"):
+        assert predicted_seconds(all_launches(fused_block(replace(tiny(pv="fp16"), side_rank=16))), load_targets()[gpu])
 
 
 def test_fp8_linears_are_the_products_of_w8a8() -> None:
