@@ -10,6 +10,7 @@ import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import AUTO
+from wanforge.runtime.batch.actors import actor_hands, connected
 from wanforge.runtime.batch.crew import Crew
 from wanforge.runtime.batch.orders import Defaults, Ordering
 from wanforge.runtime.batch.places import opened, sole_run
@@ -49,6 +50,7 @@ class BatchOptions(ClipOptions):
     loras: tuple[LoraChoice, ...]
     backend: str
     workers: int
+    ray: str | None
     retries: int
     skip_bad: bool
     price_per_hour: float | None
@@ -76,7 +78,13 @@ class BatchOptions(ClipOptions):
     "--workers",
     type=click.IntRange(0, 1024),
     default=0,
-    help="Number of processes that make clips.  [default: one for each GPU, or one on the CPU]",
+    help="Number of processes that make clips.  [default: one for each GPU, or one for each machine without any]",
+)
+@click.option(
+    "--ray",
+    metavar="local|auto|ADDRESS",
+    help="Make the clips in actors of Ray: of one started here, of the cluster that is found, or of that at an address. "
+    "Its machines must see the bundle, the images and the folder under the same paths.",
 )
 @click.option(
     "--retries",
@@ -126,10 +134,13 @@ def batch(options: BatchOptions) -> None:
 @contextmanager
 def hired(options: BatchOptions, ordering: Ordering, storage: ObjectStorage, count: int) -> Iterator[Crew]:
     """What makes some clips."""
-    bundle = ordering.bundle
-    place = BundlePlace(ordering.fingerprint, str(bundle.root.resolve()), ordering.loras)
-    taken = seats(options.workers)[:count]
-    yield Crew([process_hands(taken, place, storage, options.backend)], options.retries)
+    place = BundlePlace(ordering.fingerprint, str(ordering.bundle.root.resolve()), ordering.loras)
+    if options.ray is None:
+        taken = seats(options.workers)[:count]
+        yield Crew([process_hands(taken, place, storage, options.backend)], options.retries)
+        return
+    with connected(options.ray, options.workers):
+        yield Crew([actor_hands(place, options.backend, options.out, options.workers, count)], options.retries)
 
 
 def defaults_of(options: BatchOptions, bundle: Bundle) -> Defaults:
