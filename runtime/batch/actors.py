@@ -1,5 +1,6 @@
 """Hands that are actors of Ray, on this machine or on all those of a cluster."""
 
+import logging
 import os
 import shutil
 import signal
@@ -162,7 +163,7 @@ def connected(address: str, workers: int) -> Iterator[None]:
             processors = len(os.sched_getaffinity(0))
             own = {"num_cpus": max(processors, workers), "include_dashboard": False}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError) as error:
             said = str(error).strip().splitlines()[0]
             raise ResourceError(

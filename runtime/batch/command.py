@@ -83,8 +83,8 @@ class BatchOptions(ClipOptions):
 @click.option(
     "--ray",
     metavar="local|auto|ADDRESS",
-    help="Make the clips in actors of Ray: of one started here, of the cluster that is found, or of that at an address. "
-    "Its machines must see the bundle, the images and the folder under the same paths.",
+    help="Make the clips in actors of Ray: started here, of the cluster that is found, or of that at an address. Its "
+    "machines must see the bundle, the images and the folder under the same paths.",
 )
 @click.option(
     "--retries",

@@ -1,11 +1,11 @@
-"""Hands that make the clips of a batch, each fed by a thread: who makes what, what is tried again, and what is given up.
+"""Hands that make the clips of a batch, each fed by a thread: who makes what, what is tried again, what is given up.
 
 A hand is a process of this machine or an actor of Ray. A clip goes through one or several stages, each with hands of
 its own; what a stage makes of it is handed to the next. A clip whose hand dies is queued again, behind the others.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue

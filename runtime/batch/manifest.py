@@ -9,7 +9,7 @@ import msgspec
 from wanforge.configs.loading import Record
 from wanforge.runtime.batch.orders import PlacedOrder
 from wanforge.runtime.inputs.prompts import BadLine
-from wanforge.runtime.service.job import Failure, State
+from wanforge.runtime.service.job import Failure
 from wanforge.runtime.service.results.base import MANIFEST, ObjectStorage, StorageError
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ManifestLine(Record, frozen=True, kw_only=True):
     @property
     def product(self) -> Product | None:
         """The clip, if it is complete."""
-        if self.state != State.COMPLETED or self.bytes is None:
+        if self.state != "completed" or self.bytes is None:
             return None
         return Product(
             bytes=self.bytes,

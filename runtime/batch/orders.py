@@ -131,9 +131,7 @@ class Ordering:
                 self._check(order, choices)
             yield PlacedOrder(order, line.number, None if line.out is None else str(line.out), texts)
 
-    def _order(
-        self, line: PromptLine, seed: int, choices: tuple[LoraChoice, ...], texts: tuple[str, ...]
-    ) -> ClipOrder:
+    def _order(self, line: PromptLine, seed: int, choices: tuple[LoraChoice, ...], texts: tuple[str, ...]) -> ClipOrder:
         defaults, model, recipe = self.defaults, self.bundle.model, self.bundle.recipe
         asked = Asked(
             model=model.name,

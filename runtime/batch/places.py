@@ -36,8 +36,8 @@ def opened(place: str) -> Iterator[ObjectStorage]:
 
 @contextmanager
 def sole_run(place: str, storage: ObjectStorage) -> Iterator[None]:
-    """Be the only batch that writes into a folder, and delete what another one left unfinished there. In S3 there are no
-    locks, so two batches that write to one place make the same clips twice.
+    """Be the only batch that writes into a folder, and delete what another one left unfinished there. In S3 there are
+    no locks, so two batches that write to one place make the same clips twice.
 
     Raises:
         ResourceError: Another batch is running there.
@@ -47,7 +47,9 @@ def sole_run(place: str, storage: ObjectStorage) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResourceError(f"{place}: another batch is writing there; wait for its end, or give another --out") from None
+            raise ResourceError(
+                f"{place}: another batch is writing there; wait for its end, or give another --out"
+            ) from None
         for left in staging.iterdir():
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

@@ -120,8 +120,6 @@ def stored(storage: ObjectStorage, order: ClipOrder, made: ClipMade, folder: Pat
     return Product(**made.details, backend=made.backend, seconds=sum(made.stages.values()), stages=made.stages)
 
 
-def process_hands(
-    seats: Sequence[Seat], place: BundlePlace, storage: ObjectStorage, backend: str
-) -> list[ProcessHand]:
+def process_hands(seats: Sequence[Seat], place: BundlePlace, storage: ObjectStorage, backend: str) -> list[ProcessHand]:
     """A hand for each seat."""
     return [ProcessHand(seat, place, storage, f"hand-{number}", backend) for number, seat in enumerate(seats)]
