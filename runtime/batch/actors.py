@@ -17,7 +17,7 @@ from wanforge.configs.loading import Record
 from wanforge.errors import BundleError, ResourceError
 from wanforge.requirements import install_extra
 from wanforge.runtime.batch.crew import LOOK_SECONDS, EndingError, FailedError, LostError
-from wanforge.runtime.batch.manifest import Product
+from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.batch.places import opened
 from wanforge.runtime.batch.processes import MAKER, stored
@@ -30,13 +30,13 @@ LOCAL = "local"
 
 
 class ActorAnswer(Record, frozen=True):
-    """What became of a clip in an actor: a product or a failure.
+    """What became of a clip in an actor: a stored clip or a failure.
 
     Attributes:
         is_last: Whether the actor's process must not be used any more.
     """
 
-    product: Product | None = None
+    clip: StoredClip | None = None
     failure: Failure | None = None
     is_last: bool = False
 
@@ -73,7 +73,7 @@ class ClipActor:
                 failure = Failure(failure.code, f"{type(error).__name__}: {error}")
             return msgspec.json.encode(ActorAnswer(None, failure, is_last))
 
-    def _made(self, order: ClipOrder) -> Product:
+    def _made(self, order: ClipOrder) -> StoredClip:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         try:
@@ -111,7 +111,7 @@ class ActorHand:
             self.close()
         if found.failure is not None:
             raise FailedError(found.failure)
-        return found.product
+        return found.clip
 
     def close(self) -> None:
         import ray

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 
 from wanforge.errors import ResourceError
-from wanforge.runtime.batch.manifest import Ending, Product, SetApart
+from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.service.job import Failure
 
@@ -74,7 +74,7 @@ class Hand(Protocol):
             given: What the stage before has made of the clip; None in the first.
 
         Returns:
-            What the next stage is given; a `Product` in the last.
+            What the next stage is given; a `StoredClip` in the last.
 
         Raises:
             FailedError: The clip cannot be made.
@@ -87,7 +87,7 @@ class Hand(Protocol):
 
 
 @dataclass
-class Piece:
+class PendingClip:
     """A clip on its way.
 
     Attributes:
@@ -129,7 +129,7 @@ class Crew:
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self._waiting: list[SimpleQueue[Piece]] = [SimpleQueue() for _ in self.stages]
+        self._waiting: list[SimpleQueue[PendingClip]] = [SimpleQueue() for _ in self.stages]
         self._ended: SimpleQueue[tuple[ClipOrder, Ending] | Exception] = SimpleQueue()
         self._ends, self._counting = Event(), Lock()
 
@@ -145,7 +145,7 @@ class Crew:
             Exception: Whatever keeps all hands from making any clip.
         """
         for order in orders:
-            self._waiting[0].put(Piece(order))
+            self._waiting[0].put(PendingClip(order))
         threads = [
             Thread(target=self._work, args=(stage, hand), name=f"hand {stage}.{number}", daemon=True)
             for stage, hands in enumerate(self.stages)
@@ -197,36 +197,36 @@ class Crew:
         finally:
             hand.close()
 
-    def _serve(self, stage: int, hand: Hand, piece: Piece) -> None:
+    def _serve(self, stage: int, hand: Hand, pending: PendingClip) -> None:
         """Do a stage of a clip, and pass it on, queue it again, or set it apart."""
-        piece.attempts += stage == 0
+        pending.attempts += stage == 0
         begun = time.monotonic()
         try:
-            made = hand.make(piece.order, piece.given, self._ends)
+            made = hand.make(pending.order, pending.given, self._ends)
         except LostError as error:
             self._count(deaths=1)
             message = f"its process died each time, the last time because {error}; see whether other clips are made"
-            self._try_again(stage, piece, Failure("worker_died", message))
+            self._try_again(stage, pending, Failure("worker_died", message))
             return
         except FailedError as error:
             if error.failure.code == FULL:
                 raise ResourceError(f"{error}; free some space, and run the same command again") from None
-            self._try_again(stage, piece, error.failure)
+            self._try_again(stage, pending, error.failure)
             return
         finally:
             self._count(busy_seconds=time.monotonic() - begun)
         if stage + 1 < len(self.stages):
-            self._waiting[stage + 1].put(Piece(piece.order, made, 0, piece.attempts))
+            self._waiting[stage + 1].put(PendingClip(pending.order, made, 0, pending.attempts))
         else:
-            assert isinstance(made, Product)
-            self._ended.put((piece.order, msgspec.structs.replace(made, attempts=piece.attempts)))
+            assert isinstance(made, StoredClip)
+            self._ended.put((pending.order, msgspec.structs.replace(made, attempts=pending.attempts)))
 
-    def _try_again(self, stage: int, piece: Piece, failure: Failure) -> None:
-        piece.tries += 1
-        if failure.code in FINAL or piece.tries > self.retries:
-            self._ended.put((piece.order, SetApart(error=failure, attempts=piece.attempts)))
+    def _try_again(self, stage: int, pending: PendingClip, failure: Failure) -> None:
+        pending.tries += 1
+        if failure.code in FINAL or pending.tries > self.retries:
+            self._ended.put((pending.order, SetApart(error=failure, attempts=pending.attempts)))
         else:
-            self._waiting[stage].put(piece)
+            self._waiting[stage].put(pending)
 
     def _count(self, busy_seconds: float = 0.0, deaths: int = 0) -> None:
         with self._counting:

@@ -15,7 +15,7 @@ from wanforge.runtime.service.results.base import MANIFEST, ObjectStorage, Stora
 log = logging.getLogger(__name__)
 
 
-class Product(Record, frozen=True, kw_only=True):
+class StoredClip(Record, frozen=True, kw_only=True):
     """A clip that is made and stored.
 
     Attributes:
@@ -47,7 +47,7 @@ class SetApart(Record, frozen=True, kw_only=True):
     attempts: int = 0
 
 
-Ending = Product | SetApart
+Ending = StoredClip | SetApart
 
 
 class ManifestLine(Record, frozen=True, kw_only=True):
@@ -84,11 +84,11 @@ class ManifestLine(Record, frozen=True, kw_only=True):
     error: Failure | None = None
 
     @property
-    def product(self) -> Product | None:
+    def stored_clip(self) -> StoredClip | None:
         """The clip, if it is complete."""
         if self.state != "completed" or self.bytes is None:
             return None
-        return Product(
+        return StoredClip(
             bytes=self.bytes,
             sha256=self.sha256,
             backend=self.backend,
@@ -120,8 +120,8 @@ def line_of(placed: PlacedOrder, ending: Ending | None) -> ManifestLine:
         out=placed.out,
     )
     match ending:
-        case Product():
-            facts = {name: getattr(ending, name) for name in Product.__struct_fields__}
+        case StoredClip():
+            facts = {name: getattr(ending, name) for name in StoredClip.__struct_fields__}
             return msgspec.structs.replace(line, state="completed", file=order.name, **facts)
         case SetApart(error=error, attempts=attempts):
             return msgspec.structs.replace(line, state="failed", error=error, attempts=attempts)
@@ -151,7 +151,7 @@ def write_manifest(
     storage.put(MANIFEST, b"".join(msgspec.json.encode(each) + b"\n" for each in lines))
 
 
-def read_manifest(storage: ObjectStorage) -> dict[str, Product]:
+def read_manifest(storage: ObjectStorage) -> dict[str, StoredClip]:
     """What an earlier run noted of the clips that it made, by key. A manifest that cannot be read is not used."""
     try:
         data = storage.local(MANIFEST).read_bytes()
@@ -161,4 +161,4 @@ def read_manifest(storage: ObjectStorage) -> dict[str, Product]:
     except (OSError, msgspec.DecodeError) as error:
         log.warning("The manifest of the earlier run cannot be read (%s); it is written anew.", error)
         return {}
-    return {line.key: line.product for line in lines if line.key is not None and line.product is not None}
+    return {line.key: line.stored_clip for line in lines if line.key is not None and line.stored_clip is not None}

@@ -11,7 +11,7 @@ from typing import Any
 
 from wanforge.errors import BundleError
 from wanforge.runtime.batch.crew import LOOK_SECONDS, EndingError, FailedError, LostError
-from wanforge.runtime.batch.manifest import Product
+from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.service.child.messages import (
     BundlePlace,
@@ -110,14 +110,14 @@ class ProcessHand:
         return LostError(how)
 
 
-def stored(storage: ObjectStorage, order: ClipOrder, made: ClipMade, folder: Path) -> Product:
+def stored(storage: ObjectStorage, order: ClipOrder, made: ClipMade, folder: Path) -> StoredClip:
     """Store the clip that a maker has made in a folder.
 
     Raises:
         StorageError: There is no room, or the storage cannot be reached.
     """
     storage.add(order.name, folder / made.files["video"])
-    return Product(**made.details, backend=made.backend, seconds=sum(made.stages.values()), stages=made.stages)
+    return StoredClip(**made.details, backend=made.backend, seconds=sum(made.stages.values()), stages=made.stages)
 
 
 def process_hands(seats: Sequence[Seat], place: BundlePlace, storage: ObjectStorage, backend: str) -> list[ProcessHand]:

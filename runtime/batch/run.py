@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from wanforge.errors import RequestError
 from wanforge.progress import Overall
 from wanforge.runtime.batch.crew import Crew
-from wanforge.runtime.batch.manifest import Ending, Product, SetApart, read_manifest, write_manifest
+from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart, read_manifest, write_manifest
 from wanforge.runtime.batch.orders import ClipOrder, Ordering, PlacedOrder
 from wanforge.runtime.batch.report import BatchReport, Effort
 from wanforge.runtime.inputs.prompts import BadLine, PromptLine
@@ -52,8 +52,8 @@ class BatchRun:
         """
         stored = {each.name: each.bytes for each in self.storage.stored()}
         earlier = read_manifest(self.storage)
-        for key, product in earlier.items():
-            if stored.get(name := f"{key}.mp4") not in (None, product.bytes):
+        for key, clip in earlier.items():
+            if stored.get(name := f"{key}.mp4") not in (None, clip.bytes):
                 del stored[name]  # something else has been written there since
         self.orders, self.bad = self.ordering.read(lines, stored)
         check_lines(self.bad, self.orders, skip_bad=skip_bad)
@@ -61,7 +61,7 @@ class BatchRun:
         for each in self.orders:
             key, name = each.order.key, each.order.name
             if name in stored:
-                self.endings[key] = earlier.get(key) or Product(bytes=stored[name])
+                self.endings[key] = earlier.get(key) or StoredClip(bytes=stored[name])
             else:
                 missing[key] = each.order
         return list(missing.values())
@@ -90,7 +90,7 @@ class BatchRun:
 
     def report(self, missing: Sequence[ClipOrder], effort: Effort) -> BatchReport:
         """What to tell of the run."""
-        made = sum(isinstance(self.endings.get(order.key), Product) for order in missing)
+        made = sum(isinstance(self.endings.get(order.key), StoredClip) for order in missing)
         failed = sum(isinstance(self.endings.get(each.order.key), SetApart) for each in self.orders)
         clips = len(self.orders) + len(self.bad)
         return BatchReport(

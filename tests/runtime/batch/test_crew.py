@@ -10,7 +10,7 @@ import pytest
 
 from wanforge.errors import BundleError, ResourceError
 from wanforge.runtime.batch.crew import MOST_STARTS, Crew, FailedError, LostError
-from wanforge.runtime.batch.manifest import Ending, Product, SetApart
+from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.service.job import Failure
 
@@ -18,7 +18,7 @@ ORDERS = [ClipOrder(key=f"{number}", request={}) for number in range(6)]
 
 
 def always(order: ClipOrder, given: Any) -> Any:
-    return Product(bytes=int(order.key))
+    return StoredClip(bytes=int(order.key))
 
 
 @dataclass
@@ -48,7 +48,7 @@ def made(crew: Crew) -> dict[str, Ending]:
 def test_hands_share_the_clips() -> None:
     hands = [PretendHand(), PretendHand()]
     crew = Crew([hands], retries=0)
-    assert made(crew) == {order.key: Product(bytes=int(order.key), attempts=1) for order in ORDERS}
+    assert made(crew) == {order.key: StoredClip(bytes=int(order.key), attempts=1) for order in ORDERS}
     assert sorted(hands[0].seen + hands[1].seen) == [order.key for order in ORDERS]
     assert all(hand.is_closed for hand in hands)
     assert crew.tally.deaths == 0
@@ -66,7 +66,7 @@ def test_a_clip_whose_process_dies_is_made_after_the_others() -> None:
 
     hand = PretendHand(do)
     crew = Crew([[hand]], retries=2)
-    assert made(crew)["0"] == Product(bytes=0, attempts=3)
+    assert made(crew)["0"] == StoredClip(bytes=0, attempts=3)
     assert hand.seen == ["0", "1", "2", "3", "4", "5", "0", "0"]
     assert crew.tally.deaths == 2
 
@@ -89,7 +89,7 @@ def test_a_clip_that_cannot_be_made_is_set_apart(error: Exception, code: str, at
     apart = endings.pop("3")
     assert isinstance(apart, SetApart)
     assert (apart.error.code, apart.attempts) == (code, attempts)
-    assert all(isinstance(ending, Product) for ending in endings.values())
+    assert all(isinstance(ending, StoredClip) for ending in endings.values())
 
 
 def test_what_a_stage_makes_is_given_to_the_next() -> None:
@@ -99,11 +99,11 @@ def test_what_a_stage_makes_is_given_to_the_next() -> None:
         tries[order.key] += 1
         if tries[order.key] == 1:
             raise LostError("it was killed")
-        return Product(bytes=given)
+        return StoredClip(bytes=given)
 
     first = PretendHand(lambda order, given: 10 * int(order.key))
     endings = made(Crew([[first], [PretendHand(last), PretendHand(last)]], retries=1))
-    assert endings == {order.key: Product(bytes=10 * int(order.key), attempts=1) for order in ORDERS}
+    assert endings == {order.key: StoredClip(bytes=10 * int(order.key), attempts=1) for order in ORDERS}
     assert first.seen == [order.key for order in ORDERS]  # whose work was not lost with the second stage's
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.batch.manifest import Product, read_manifest
+from wanforge.runtime.batch.manifest import StoredClip, read_manifest
 from wanforge.runtime.batch.orders import Defaults, Ordering
 from wanforge.runtime.batch.run import BatchRun
 from wanforge.runtime.inputs.prompts import PromptLine
@@ -30,21 +30,21 @@ def test_a_file_without_a_line_in_the_manifest_is_there(tinywan: Path, storage: 
     storage.put(first.name, b"clip")
     run = new_run(tinywan, storage)
     assert run.read(LINES, skip_bad=False) == [second]
-    assert run.endings == {first.key: Product(bytes=4)}
+    assert run.endings == {first.key: StoredClip(bytes=4)}
 
 
 def test_details_of_earlier_runs_are_kept(tinywan: Path, storage: FolderStorage) -> None:
     run = new_run(tinywan, storage)
     first, second = run.read(LINES, skip_bad=False)
     storage.put(first.name, b"clip")
-    product = Product(bytes=4, sha256="0" * 64, backend="ort", seconds=1.5, stages={"text": 1.5}, attempts=2)
-    run.endings[first.key] = product
+    clip = StoredClip(bytes=4, sha256="0" * 64, backend="ort", seconds=1.5, stages={"text": 1.5}, attempts=2)
+    run.endings[first.key] = clip
     run._note()
     again = new_run(tinywan, storage)
     assert again.read(LINES, skip_bad=False) == [second]
-    assert again.endings == {first.key: product} == read_manifest(storage)
+    assert again.endings == {first.key: clip} == read_manifest(storage)
     again.make([], lambda count: pytest.fail("nothing is to be made"))
-    assert read_manifest(storage) == {first.key: product}
+    assert read_manifest(storage) == {first.key: clip}
 
 
 def test_a_file_that_was_changed_is_missing(tinywan: Path, storage: FolderStorage) -> None:
@@ -52,7 +52,7 @@ def test_a_file_that_was_changed_is_missing(tinywan: Path, storage: FolderStorag
     orders = run.read(LINES, skip_bad=False)
     for order in orders:
         storage.put(order.name, b"clip")
-        run.endings[order.key] = Product(bytes=4)
+        run.endings[order.key] = StoredClip(bytes=4)
     run._note()
     storage.put(orders[0].name, b"other")
     assert new_run(tinywan, storage).read(LINES, skip_bad=False) == [orders[0]]
