@@ -1,5 +1,5 @@
-"""How fast a batch is with one process, with two, and with Ray, and whether it survives a process that is killed again and
-again: every run has to make the same bytes.
+"""How fast a batch is with one process, with two, and with Ray, and whether it survives processes that are killed again
+and again: every run has to make the same bytes.
 
 python -m tools.batch_pace BUNDLE --prompts 200
 
@@ -26,10 +26,9 @@ RUNS = {
     "one process": ("--workers", "1"),
     "two processes": ("--workers", "2"),
     "Ray, two actors": ("--workers", "2", "--ray", "local"),
-    "two processes, VAE apart": ("--workers", "2", "--split-vae"),
+    "one process, VAE apart": ("--workers", "1", "--split-vae", "1"),
     "two processes, killed": ("--workers", "2", "--retries", "30"),
 }
-KILL_SECONDS = 5.0
 KILLED = "killed"
 
 
@@ -39,19 +38,19 @@ def prompts(count: int) -> list[str]:
     return [f"a {size}{colour} {shape} {way}" for size, colour, shape, way in itertools.islice(every, count)]
 
 
-def run(words: list[str], kills: bool) -> tuple[dict[str, Any], float]:
+def run(words: list[str], kill_seconds: float) -> tuple[dict[str, Any], float]:
     """Run a batch. Returns its report and the seconds from its start to its end.
 
     Args:
-        kills: Whether one of its processes is killed every few seconds, in turn.
+        kill_seconds: Seconds after which one of its processes is killed, each time another; 0 for never.
     """
     begun = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", "wanforge", "batch", *words, "--json"], stdout=subprocess.PIPE
     ) as done:
         turns = itertools.count()
-        while kills and done.poll() is None:
-            time.sleep(KILL_SECONDS)
+        while kill_seconds and done.poll() is None:
+            time.sleep(kill_seconds)
             if children := psutil.Process(done.pid).children():
                 children[next(turns) % len(children)].kill()
         said, _ = done.communicate()
@@ -71,6 +70,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--kill-seconds", type=float, default=5.0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="batch-pace-") as name:
         folder = Path(name)
@@ -80,7 +80,7 @@ def main() -> None:
         for number, kind in enumerate(options.runs):
             out = folder / f"clips-{number}"
             words = [str(file), "--bundle", str(options.bundle), "--out", str(out), *RUNS[kind]]
-            report, seconds = run(words, KILLED in kind)
+            report, seconds = run(words, options.kill_seconds if KILLED in kind else 0)
             found = contents(out)
             expected = expected or found
             print(

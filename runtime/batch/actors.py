@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,29 +21,35 @@ from wanforge.runtime.batch.crew import LOOK_SECONDS, EndingError, FailedError, 
 from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.batch.places import opened
-from wanforge.runtime.batch.processes import MAKER, stored
+from wanforge.runtime.batch.processes import LATENTS_FILE, VIDEO, Pools, stored
 from wanforge.runtime.service.child.failures import failure_of
+from wanforge.runtime.service.child.maker import Maker
 from wanforge.runtime.service.child.messages import BundlePlace, MakeClip, SetUp
 from wanforge.runtime.service.job import Failure
 
 LOCAL = "local"
 """The address that stands for a Ray of this command's own."""
+SMALLEST_SHARE = 1e-4
+"""The smallest part of a GPU that Ray knows."""
 
 
 class ActorAnswer(Record, frozen=True):
-    """What became of a clip in an actor: a stored clip or a failure.
+    """What became of a clip in an actor: a stored clip, its latents, or a failure.
 
     Attributes:
+        latents: The file of the latents, and `stages`, the seconds that they took.
         is_last: Whether the actor's process must not be used any more.
     """
 
     clip: StoredClip | None = None
+    latents: bytes | None = None
+    stages: dict[str, float] = msgspec.field(default_factory=dict)
     failure: Failure | None = None
     is_last: bool = False
 
 
 class ClipActor:
-    """What Ray runs in a process: a maker whose pipeline stays loaded. Messages are JSON.
+    """What Ray runs in a process: a maker whose pipeline stays loaded. Messages are MessagePack.
 
     Args:
         setup: A `SetUp`.
@@ -50,37 +57,41 @@ class ClipActor:
     """
 
     def __init__(self, setup: bytes, out: str) -> None:
-        from wanforge.runtime.batch.maker import create  # here, because it loads PyTorch
-
-        self.setup = msgspec.json.decode(setup, type=SetUp)
+        self.setup = msgspec.msgpack.decode(setup, type=SetUp)
         self.storage = ExitStack().enter_context(opened(out))
         self.folder = self.storage.staging() / f"actor-{os.getpid()}-{os.urandom(4).hex()}"
-        self.maker = create(self.setup)
+        self.maker: Maker = import_module(self.setup.maker).create(self.setup)
         self.refused = self.maker.load(self.setup.bundles, lambda stage, percent: None)
 
     def ready(self) -> str:
         """Why it cannot make clips; empty if it can."""
         return next(iter(self.refused.values()), "")
 
-    def make(self, message: bytes) -> bytes:
-        """Make and store the clip of a `ClipOrder`. Returns an `ActorAnswer`."""
-        order = msgspec.json.decode(message, type=ClipOrder)
+    def make(self, message: bytes, given: bytes | None) -> bytes:
+        """Do this actor's stage of the clip of a `ClipOrder`. Returns an `ActorAnswer`; `given` is that of the stage
+        before."""
+        order = msgspec.msgpack.decode(message, type=ClipOrder)
+        before = ActorAnswer() if given is None else msgspec.msgpack.decode(given, type=ActorAnswer)
         try:
-            return msgspec.json.encode(ActorAnswer(self._made(order)))
+            return msgspec.msgpack.encode(self._made(order, before))
         except Exception as error:
             failure, is_last = failure_of(error)
             if failure.code in ("internal_error", "bundle_damaged"):  # nobody sees what an actor logs
                 failure = Failure(failure.code, f"{type(error).__name__}: {error}")
-            return msgspec.json.encode(ActorAnswer(None, failure, is_last))
+            return msgspec.msgpack.encode(ActorAnswer(failure=failure, is_last=is_last))
 
-    def _made(self, order: ClipOrder) -> StoredClip:
+    def _made(self, order: ClipOrder, before: ActorAnswer) -> ActorAnswer:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
+        if before.latents is not None:
+            (self.folder / LATENTS_FILE).write_bytes(before.latents)
         try:
             bundle = self.setup.bundles[0].fingerprint
             message = MakeClip(order.key, bundle, order.request, order.image, str(self.folder))
             made = self.maker.make(message, lambda stage, percent: None)
-            return stored(self.storage, order, made, self.folder)
+            if VIDEO not in made.files:
+                return ActorAnswer(latents=(self.folder / LATENTS_FILE).read_bytes(), stages=made.stages)
+            return ActorAnswer(stored(self.storage, order, made, self.folder, before.stages))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -100,18 +111,18 @@ class ActorHand:
 
     def ready(self, ends: Event) -> None:
         if self._actor is None:
-            self._actor = self.remote.remote(msgspec.json.encode(self.setup), self.out)
+            self._actor = self.remote.remote(msgspec.msgpack.encode(self.setup), self.out)
             if refused := self._wait(self._actor.ready.remote(), ends):
                 raise BundleError(refused)
 
     def make(self, order: ClipOrder, given: Any, ends: Event) -> Any:
-        answer = self._wait(self._actor.make.remote(msgspec.json.encode(order)), ends)
-        found = msgspec.json.decode(answer, type=ActorAnswer)
+        answer = self._wait(self._actor.make.remote(msgspec.msgpack.encode(order), given), ends)
+        found = msgspec.msgpack.decode(answer, type=ActorAnswer)
         if found.is_last:
             self.close()
         if found.failure is not None:
             raise FailedError(found.failure)
-        return found.clip
+        return answer if found.clip is None else found.clip
 
     def close(self) -> None:
         import ray
@@ -142,12 +153,12 @@ class ActorHand:
 
 
 @contextmanager
-def connected(address: str, workers: int) -> Iterator[None]:
+def connected(address: str, pools: Pools) -> Iterator[None]:
     """Be connected to Ray while the ``with`` block runs.
 
     Args:
         address: That of a cluster, ``auto`` for the one that Ray finds, or ``local`` to start one on this machine.
-        workers: How many actors are to find room where one is started.
+        pools: The actors that are to find room where it is started.
 
     Raises:
         ResourceError: Ray is not installed, or there is no cluster at the address.
@@ -161,7 +172,7 @@ def connected(address: str, workers: int) -> Iterator[None]:
         if address == LOCAL:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             processors = len(os.sched_getaffinity(0))
-            own = {"num_cpus": max(processors, workers), "include_dashboard": False}
+            own = {"num_cpus": max(processors, sum(pools.counts(pools.workers))), "include_dashboard": False}
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError) as error:
@@ -186,22 +197,26 @@ def _handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def actor_hands(place: BundlePlace, backend: str, out: str, workers: int, most: int) -> list[ActorHand]:
-    """A hand for each actor. Only while Ray is connected.
+def actor_hands(place: BundlePlace, backend: str, out: str, pools: Pools, most: int) -> list[list[ActorHand]]:
+    """The hands of each stage, which share the GPUs or processors of the cluster equally. Only while Ray is connected.
 
     Args:
-        workers: Their number; 0 for one on each GPU of the cluster, or one on each machine if there are none.
-        most: The most that have something to do.
+        most: The most hands of a stage that have something to do.
     """
     import ray
 
     resources = ray.cluster_resources()
     gpus, machines = int(resources.get("GPU", 0)), sum(bool(node["Alive"]) for node in ray.nodes())
-    count = workers or gpus or machines
-    processors = max(1, int(resources.get("CPU", 1)) // count)
-    gpu_share = min(1.0, gpus / count) if gpus else 0.0
-    sharers = max(1, -(-count // (gpus or machines)))
-    remote = ray.remote(num_cpus=processors, num_gpus=gpu_share, max_restarts=0)(ClipActor)
-    setup = SetUp(MAKER, (place,), backend, threads=processors, sharers=sharers)
+    counts = pools.counts(pools.workers or gpus or machines)
+    sharers = -(-sum(counts) // (gpus or machines))
+    processors = max(1, int(resources.get("CPU", 1)) // sum(counts))
+    wanted = {"num_cpus": processors, "num_gpus": SMALLEST_SHARE * int(1 / sharers / SMALLEST_SHARE) if gpus else 0}
+    remote = ray.remote(max_restarts=0, **wanted)(ClipActor)
     shared = out if "://" in out else str(Path(out).absolute())
-    return [ActorHand(remote, setup, shared) for _ in range(min(count, most))]
+    return [
+        [
+            ActorHand(remote, SetUp(maker, (place,), backend, threads=processors, sharers=sharers), shared)
+            for _ in range(min(count, most))
+        ]
+        for count, maker in zip(counts, pools.makers, strict=True)
+    ]

@@ -14,7 +14,7 @@ from wanforge.runtime.batch.actors import actor_hands, connected
 from wanforge.runtime.batch.crew import Crew
 from wanforge.runtime.batch.orders import Defaults, Ordering
 from wanforge.runtime.batch.places import opened, sole_run
-from wanforge.runtime.batch.processes import process_hands
+from wanforge.runtime.batch.processes import Pools, process_hands
 from wanforge.runtime.batch.report import told
 from wanforge.runtime.batch.run import BatchRun
 from wanforge.runtime.commands.options import (
@@ -32,7 +32,6 @@ from wanforge.runtime.inputs.prompts import scan_prompts
 from wanforge.runtime.lora.option import LORA
 from wanforge.runtime.service.child.messages import BundlePlace
 from wanforge.runtime.service.results.base import ObjectStorage
-from wanforge.runtime.service.workers.settings import seats
 
 INCOMPLETE = 3
 """The exit code of a batch that has ended with clips set apart."""
@@ -50,6 +49,7 @@ class BatchOptions(ClipOptions):
     loras: tuple[LoraChoice, ...]
     backend: str
     workers: int
+    split_vae: int
     ray: str | None
     retries: int
     skip_bad: bool
@@ -79,6 +79,15 @@ class BatchOptions(ClipOptions):
     type=click.IntRange(0, 1024),
     default=0,
     help="Number of processes that make clips.  [default: one for each GPU, or one for each machine without any]",
+)
+@click.option(
+    "--split-vae",
+    type=click.IntRange(0, 1024),
+    default=0,
+    is_flag=False,
+    flag_value=1,
+    metavar="[N]",
+    help="Decode in N more processes, or 1, so that the others only denoise.  [default: each process does both]",
 )
 @click.option(
     "--ray",
@@ -135,12 +144,12 @@ def batch(options: BatchOptions) -> None:
 def hired(options: BatchOptions, ordering: Ordering, storage: ObjectStorage, count: int) -> Iterator[Crew]:
     """What makes some clips."""
     place = BundlePlace(ordering.fingerprint, str(ordering.bundle.root.resolve()), ordering.loras)
+    pools = Pools(options.workers, options.split_vae)
     if options.ray is None:
-        taken = seats(options.workers)[:count]
-        yield Crew([process_hands(taken, place, storage, options.backend)], options.retries)
+        yield Crew(process_hands(place, options.backend, storage, pools, count), options.retries)
         return
-    with connected(options.ray, options.workers):
-        yield Crew([actor_hands(place, options.backend, options.out, options.workers, count)], options.retries)
+    with connected(options.ray, pools):
+        yield Crew(actor_hands(place, options.backend, options.out, pools, count), options.retries)
 
 
 def defaults_of(options: BatchOptions, bundle: Bundle) -> Defaults:

@@ -15,14 +15,16 @@ from typing import Any, Protocol
 import msgspec
 
 from wanforge.errors import ResourceError
-from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart
+from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.service.job import Failure
 
 LOOK_SECONDS = 0.25
 """How often a thread that waits looks whether the batch ends."""
-MOST_STARTS = 5
+MOST_STARTS = 10
 """How many processes of a hand may die in a row before they are ready; after that, no clip can be made here."""
+AHEAD = 2
+"""How many clips wait for each hand of a stage until the stage before pauses."""
 FINAL = ("invalid_request", "bundle_damaged")
 """Failures that are the same each time."""
 FULL = "disk_full"
@@ -188,6 +190,9 @@ class Crew:
                         ) from None
                     continue
                 deaths = 0
+                if self._is_far_ahead(stage):
+                    self._ends.wait(LOOK_SECONDS)
+                    continue
                 with suppress(Empty):
                     self._serve(stage, hand, self._waiting[stage].get(timeout=LOOK_SECONDS))
         except EndingError:
@@ -196,6 +201,11 @@ class Crew:
             self._ended.put(error)
         finally:
             hand.close()
+
+    def _is_far_ahead(self, stage: int) -> bool:
+        """Whether the next stage has enough to do, so that what this one makes would only take room."""
+        later = stage + 1
+        return later < len(self.stages) and self._waiting[later].qsize() >= AHEAD * len(self.stages[later])
 
     def _serve(self, stage: int, hand: Hand, pending: PendingClip) -> None:
         """Do a stage of a clip, and pass it on, queue it again, or set it apart."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from wanforge.errors import RequestError
 from wanforge.progress import Overall
 from wanforge.runtime.batch.crew import Crew
-from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart, read_manifest, write_manifest
+from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip, read_manifest, write_manifest
 from wanforge.runtime.batch.orders import ClipOrder, Ordering, PlacedOrder
 from wanforge.runtime.batch.report import BatchReport, Effort
 from wanforge.runtime.inputs.prompts import BadLine, PromptLine

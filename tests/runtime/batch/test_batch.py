@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -35,7 +36,7 @@ def clips(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
 
 
-def manifest(folder: Path) -> list[dict[str, object]]:
+def manifest(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
@@ -69,6 +70,18 @@ def test_whatever_is_killed_no_clip_is_lost_or_changed(
     assert report["deaths"] == kills
     assert (report["there"], report["made"]) == (len(before), len(PROMPTS) - len(before))
     assert [line["state"] for line in manifest(out)] == ["completed"] * len(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_decoder_of_its_own_changes_no_clip(tinywan: Path, tmp_path: Path, undisturbed: Path) -> None:
+    out = tmp_path / "clips"
+    result = succeeded(
+        "batch", undisturbed / "prompts.txt", "--bundle", tinywan, "--out", out, *SMALL, "--split-vae", "--json"
+    )
+    assert json.loads(result.stdout)["workers"] == 2
+    assert clips(out) == clips(undisturbed / "clips")
+    stages = [set(line["stages"]) for line in manifest(out)]
+    assert all({"denoise", "decode", "write"} <= each for each in stages)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from wanforge.errors import BundleError, ResourceError
 from wanforge.runtime.batch.crew import MOST_STARTS, Crew, FailedError, LostError
-from wanforge.runtime.batch.manifest import Ending, StoredClip, SetApart
+from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.service.job import Failure
 
@@ -115,7 +115,7 @@ def test_processes_that_never_get_ready_end_the_batch() -> None:
         raise LostError("it ended with status 1")
 
     hand = PretendHand(start=start)
-    with pytest.raises(ResourceError, match=r"5 processes in a row died .* it ended with status 1"):
+    with pytest.raises(ResourceError, match=r"10 processes in a row died .* it ended with status 1"):
         made(Crew([[hand]], retries=0))
     assert len(starts) == MOST_STARTS
     assert hand.is_closed
