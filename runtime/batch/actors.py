@@ -4,8 +4,9 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -181,7 +182,8 @@ def connected(address: str, pools: Pools) -> Iterator[None]:
                 f"there is no Ray at {address!r} ({said}); start one with `ray start --head`, or use --ray local"
             ) from None
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # where Ray prints what it has to say, the report would not be JSON
+            yield
     finally:
         ray.shutdown()
 

@@ -8,15 +8,13 @@ import psutil
 import pytest
 
 from tests.processes import command, wait_until
-from tests.runtime.batch.test_batch import PROMPTS, SMALL, clips, prompts, undisturbed
+from tests.runtime.batch.conftest import PROMPTS, SMALL, clips
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.batch.actors import ActorAnswer, ClipActor
 from wanforge.runtime.batch.orders import ClipOrder, Defaults, Ordering
 from wanforge.runtime.batch.processes import HALVES, MAKER
 from wanforge.runtime.inputs.prompts import PromptLine
 from wanforge.runtime.service.child.messages import BundlePlace, SetUp
-
-__all__ = ["prompts", "undisturbed"]
 
 
 def order_of(bundle: Bundle, prompt: str) -> ClipOrder:
