@@ -86,7 +86,7 @@ class BatchRun:
                 price_per_hour=price_per_hour,
             )
         finally:
-            self._note()
+            self.note()
 
     def report(self, missing: Sequence[ClipOrder], effort: Effort) -> BatchReport:
         """What to tell of the run."""
@@ -105,11 +105,12 @@ class BatchRun:
     def _note_if_due(self) -> None:
         if time.monotonic() >= self._note_due:
             begun = time.monotonic()
-            self._note()
+            self.note()
             took = time.monotonic() - begun
             self._note_due = time.monotonic() + max(NOTE_SECONDS, took / NOTE_SHARE)
 
-    def _note(self) -> None:
+    def note(self) -> None:
+        """Write the manifest as things stand."""
         write_manifest(self.storage, self.orders, self.endings, self.bad)
 
 

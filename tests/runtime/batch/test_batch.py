@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def test_a_second_batch_for_the_same_folder_is_refused(tinywan: Path, prompts: P
         result = run("batch", prompts, "--bundle", tinywan, "--out", out)
     assert result.exit_code == 1
     assert "another batch is writing there" in result.output
+
+
+def test_ray_that_is_not_installed_is_asked_for(
+    tinywan: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("batch", prompts, "--bundle", tinywan, "--out", tmp_path / "clips", "--ray", "local")
+    assert result.exit_code == 1
+    assert "--ray needs Ray, which is not installed; run: " in result.output
+    assert [line["state"] for line in manifest(tmp_path / "clips")] == ["queued"] * len(PROMPTS)
 
 
 def test_an_output_of_another_kind_is_refused(tinywan: Path, prompts: Path) -> None:

@@ -39,7 +39,7 @@ def test_details_of_earlier_runs_are_kept(tinywan: Path, storage: FolderStorage)
     storage.put(first.name, b"clip")
     clip = StoredClip(bytes=4, sha256="0" * 64, backend="ort", seconds=1.5, stages={"text": 1.5}, attempts=2)
     run.endings[first.key] = clip
-    run._note()
+    run.note()
     again = new_run(tinywan, storage)
     assert again.read(LINES, skip_bad=False) == [second]
     assert again.endings == {first.key: clip} == read_manifest(storage)
@@ -53,7 +53,7 @@ def test_a_file_that_was_changed_is_missing(tinywan: Path, storage: FolderStorag
     for order in orders:
         storage.put(order.name, b"clip")
         run.endings[order.key] = StoredClip(bytes=4)
-    run._note()
+    run.note()
     storage.put(orders[0].name, b"other")
     assert new_run(tinywan, storage).read(LINES, skip_bad=False) == [orders[0]]
 
