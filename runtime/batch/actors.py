@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
@@ -12,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -28,8 +30,9 @@ from wanforge.runtime.service.child.maker import Maker
 from wanforge.runtime.service.child.messages import BundlePlace, MakeClip, SetUp
 from wanforge.runtime.service.job import Failure
 
-LOCAL = "local"
-"""The address that stands for a Ray of this command's own."""
+LOCAL, FOUND = "local", "auto"
+"""The addresses that stand for a Ray of this command's own, and for the one that Ray finds."""
+CONNECT_SECONDS = 10.0
 SMALLEST_SHARE = 1e-4
 """The smallest part of a GPU that Ray knows."""
 
@@ -175,8 +178,9 @@ def connected(address: str, pools: Pools) -> Iterator[None]:
             processors = len(os.sched_getaffinity(0))
             own = {"num_cpus": max(processors, sum(pools.counts(pools.workers))), "include_dashboard": False}
         try:
+            check_reachable(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             said = str(error).strip().splitlines()[0]
             raise ResourceError(
                 f"there is no Ray at {address!r} ({said}); start one with `ray start --head`, or use --ray local"
@@ -186,6 +190,21 @@ def connected(address: str, pools: Pools) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+
+
+def check_reachable(address: str) -> None:
+    """Check that something answers at the address of a cluster, because Ray ends the process where nothing does.
+
+    Raises:
+        OSError: Nothing does.
+        ValueError: It is no address.
+    """
+    if address in (LOCAL, FOUND):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if not parts.hostname or not parts.port:
+        raise ValueError("an address is HOST:PORT or ray://HOST:PORT")
+    socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
 
 
 @contextmanager

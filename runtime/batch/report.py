@@ -13,7 +13,7 @@ class BatchReport(Record, frozen=True, kw_only=True):
         out: Where the clips and the manifest are.
         clips: How many the prompt file asks for, bad lines included. `there` of them were made by an earlier run, or
             are the same as another; `made` were made now, and `failed` are set apart with their errors.
-        seconds: From the first process to the last clip.
+        seconds: From the start of the workers to their end.
         clips_per_second: None where nothing was made, like what follows.
         utilisation: The share of the time of all workers in which they made clips; the rest is starting and waiting.
         deaths: How many processes died.

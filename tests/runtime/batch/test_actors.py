@@ -7,12 +7,13 @@ import msgspec
 import psutil
 import pytest
 
-from tests.processes import command, wait_until
+from tests.processes import command, free_port, wait_until
 from tests.runtime.batch.conftest import PROMPTS, SMALL, clips
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.batch.actors import ActorAnswer, ClipActor
+from wanforge.errors import ResourceError
+from wanforge.runtime.batch.actors import ActorAnswer, ClipActor, connected
 from wanforge.runtime.batch.orders import ClipOrder, Defaults, Ordering
-from wanforge.runtime.batch.processes import HALVES, MAKER
+from wanforge.runtime.batch.processes import HALVES, MAKER, Pools
 from wanforge.runtime.inputs.prompts import PromptLine
 from wanforge.runtime.service.child.messages import BundlePlace, SetUp
 
@@ -63,6 +64,16 @@ def test_an_actor_tells_what_failed(tinywan: Path, tmp_path: Path) -> None:
     assert answer.failure.code == "invalid_request"
     assert not answer.is_last
     assert list(tmp_path.glob("*.mp4")) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere", "127.0.0.1:nothing"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with (
+        pytest.raises(ResourceError, match=r"there is no Ray at '.*'.* --ray local"),
+        connected(address.format(port=free_port()), Pools()),
+    ):
+        pass
 
 
 @pytest.mark.slow
