@@ -231,7 +231,10 @@ def actor_hands(place: BundlePlace, backend: str, out: str, pools: Pools, most: 
     counts = pools.counts(pools.workers or gpus or machines)
     sharers = -(-sum(counts) // (gpus or machines))
     processors = max(1, int(resources.get("CPU", 1)) // sum(counts))
-    wanted = {"num_cpus": processors, "num_gpus": SMALLEST_SHARE * int(1 / sharers / SMALLEST_SHARE) if gpus else 0}
+    wanted: dict[str, Any] = {
+        "num_cpus": processors,
+        "num_gpus": SMALLEST_SHARE * int(1 / sharers / SMALLEST_SHARE) if gpus else 0,
+    }
     remote = ray.remote(max_restarts=0, **wanted)(ClipActor)
     shared = out if "://" in out else str(Path(out).absolute())
     return [
