@@ -27,8 +27,8 @@ from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.workers.process import ChildProcess, EndedError
 from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
 
-MAKER = "wanforge.runtime.batch.maker"
-HALVES = ("wanforge.runtime.batch.denoising", "wanforge.runtime.batch.decoding")
+MAKER = "wanforge.runtime.batch.makers.whole_clips"
+HALVES = ("wanforge.runtime.batch.makers.denoising", "wanforge.runtime.batch.makers.decoding")
 """The makers of whole clips, and those of the two stages where the VAE has workers of its own."""
 VIDEO, LATENTS_FILE = "video", "latents.safetensors"
 """What makers call the video, and the file in which the first half of a clip leaves its latents."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from wanforge.runtime.batch.maker import BatchPipelines, prepare_libraries
+from wanforge.runtime.batch.makers.whole_clips import BatchPipelines, prepare_libraries
 from wanforge.runtime.batch.processes import LATENTS_FILE
 from wanforge.runtime.request import Timings
 from wanforge.runtime.service.child.maker import Maker, Report

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from wanforge.runtime.batch.denoising import LATENTS
-from wanforge.runtime.batch.maker import FILE, BatchPipelines, prepare_libraries, video_made
+from wanforge.runtime.batch.makers.denoising import LATENTS
+from wanforge.runtime.batch.makers.whole_clips import FILE, BatchPipelines, prepare_libraries, video_made
 from wanforge.runtime.batch.processes import LATENTS_FILE
 from wanforge.runtime.request import Timings
 from wanforge.runtime.service.child.maker import Maker, Report
