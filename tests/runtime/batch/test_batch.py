@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ def test_whatever_is_killed_no_clip_is_lost_or_changed(
     with command(*words) as process:
         while process.poll() is None and kills < 2:
             for child in psutil.Process(process.pid).children():
-                child.kill()
-                kills += 1
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+                    kills += 1
             time.sleep(3)
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert clips(out) == clips(undisturbed / "clips")
     assert not (out / "staging").exists()
     report = json.loads(said)
-    assert report["deaths"] == kills
+    assert report["deaths"] <= kills  # the last one may have come when all clips were made
     assert (report["there"], report["made"]) == (len(before), len(PROMPTS) - len(before))
     assert [line["state"] for line in manifest(out)] == ["completed"] * len(PROMPTS)
 
