@@ -134,6 +134,7 @@ class Crew:
         self._waiting: list[SimpleQueue[PendingClip]] = [SimpleQueue() for _ in self.stages]
         self._ended: SimpleQueue[tuple[ClipOrder, Ending] | Exception] = SimpleQueue()
         self._ends, self._counting = Event(), Lock()
+        self._threads: list[Thread] = []
 
     @property
     def size(self) -> int:
@@ -148,24 +149,24 @@ class Crew:
         """
         for order in orders:
             self._waiting[0].put(PendingClip(order))
-        threads = [
+        self._threads = [
             Thread(target=self._work, args=(stage, hand), name=f"hand {stage}.{number}", daemon=True)
             for stage, hands in enumerate(self.stages)
             for number, hand in enumerate(hands)
         ]
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
-        try:
-            for _ in orders:
-                ended = self._next()
-                if isinstance(ended, Exception):
-                    raise ended
-                yield ended
-            self._ends.set()
-            for thread in threads:
-                thread.join()
-        finally:
-            self._ends.set()
+        for _ in orders:
+            ended = self._next()
+            if isinstance(ended, Exception):
+                raise ended
+            yield ended
+
+    def close(self) -> None:
+        """End all hands, whatever they are doing, and wait until they have ended."""
+        self._ends.set()
+        for thread in self._threads:
+            thread.join()
 
     def _next(self) -> tuple[ClipOrder, Ending] | Exception:
         """What was settled next. The main thread takes note of signals only between two waits."""

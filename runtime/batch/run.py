@@ -68,25 +68,27 @@ class BatchRun:
 
     def make(self, missing: Sequence[ClipOrder], hire: Hiring, price_per_hour: float | None = None) -> Effort:
         """Make the clips that are missing. The manifest is written now and then, and at the end, whatever that is."""
+        if not missing:
+            self.note()
+            return Effort()
         begun = time.monotonic()
-        try:
-            if not missing:
-                return Effort()
-            with hire(len(missing)) as crew, Bars(Overall({STAGE: 1.0})) as bars:
+        with hire(len(missing)) as crew, Bars(Overall({STAGE: 1.0})) as bars:
+            try:
                 bars(STAGE, 0, len(missing))
                 for done, (order, ending) in enumerate(crew.make(missing), 1):
                     self.endings[order.key] = ending
                     bars(STAGE, done, len(missing))
                     self._note_if_due()
-            return Effort(
-                workers=crew.size,
-                seconds=time.monotonic() - begun,
-                busy_seconds=crew.tally.busy_seconds,
-                deaths=crew.tally.deaths,
-                price_per_hour=price_per_hour,
-            )
-        finally:
-            self.note()
+            finally:
+                self.note()
+                crew.close()
+        return Effort(
+            workers=crew.size,
+            seconds=time.monotonic() - begun,
+            busy_seconds=crew.tally.busy_seconds,
+            deaths=crew.tally.deaths,
+            price_per_hour=price_per_hour,
+        )
 
     def report(self, missing: Sequence[ClipOrder], effort: Effort) -> BatchReport:
         """What to tell of the run."""

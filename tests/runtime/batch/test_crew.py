@@ -42,7 +42,10 @@ class PretendHand:
 
 
 def made(crew: Crew) -> dict[str, Ending]:
-    return {order.key: ending for order, ending in crew.make(ORDERS)}
+    try:
+        return {order.key: ending for order, ending in crew.make(ORDERS)}
+    finally:
+        crew.close()
 
 
 def test_hands_share_the_clips() -> None:
