@@ -183,8 +183,21 @@ class Pipeline:
         Raises:
             ResourceError: The encoder failed, for example on a full disk.
         """
-        timings, shape = Timings(), checked.request.shape
+        timings = Timings()
         latents = self.latents(checked, timings, progress)
+        self.write_frames(latents, checked.request.shape, path, timings, progress, watch)
+        return timings
+
+    def write_frames(
+        self,
+        latents: Tensor,
+        shape: ClipShape,
+        path: Path,
+        timings: Timings,
+        progress: Progress = silent,
+        watch: FrameSink | None = None,
+    ) -> None:
+        """The second half of `write_video`: decode latents ``[1, C, F, H, W]`` into a video file."""
         with (
             timings.stage("write"),
             video_writer(path, shape.width_px, shape.height_px, self.model.video.fps) as write,
@@ -195,7 +208,6 @@ class Pipeline:
                     watch(frame)
         # What is left without the decoder's time is the time of waiting for the encoder.
         timings.stages["write"] -= timings.stages["decode"] + timings.stages["transfer"]
-        return timings
 
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
         """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""

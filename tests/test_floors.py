@@ -83,6 +83,7 @@ ROOMS = [
     "wanforge.runtime.service.front",
     "wanforge.runtime.commands.options",
     "wanforge.runtime.service.commands",
+    "wanforge.runtime.batch",
     "wanforge.runtime.continuation",
     "wanforge.runtime.commands",
     "wanforge.runtime",

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class PromptLine:
 
     Attributes:
         place: The file and the line, for messages; empty for a request of the command line.
+        number: The number of the line, from 1; 0 for a request of the command line.
         loras: The LoRAs in the place of those of the command line; None if the line says nothing of them.
     """
 
@@ -56,6 +57,20 @@ class PromptLine:
     out: Path | None = None
     place: str = ""
     loras: tuple[LoraChoice, ...] | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of a prompt file that is not a request.
+
+    Attributes:
+        number: The number of the line, from 1.
+        error: What is wrong; its message begins with the place.
+    """
+
+    number: int
+    error: WanforgeError
 
 
 @contextmanager
@@ -82,14 +97,30 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises:
         RequestError: The file is missing, too large or empty, or a line is not UTF-8 or not a request.
     """
+    found = scan_prompts(path)
+    for line in found:
+        if isinstance(line, BadLine):
+            raise line.error
+    return [line for line in found if isinstance(line, PromptLine)]
+
+
+def scan_prompts(path: Path) -> list[PromptLine | BadLine]:
+    """The lines of a prompt file like `read_prompts`, with those that are wrong in their places.
+
+    Raises:
+        RequestError: The file is missing, too large or empty.
+    """
     name, folder = ("the standard input", Path()) if path == STDIN else (str(path), path.parent)
     data = _read(path, name).removeprefix(BYTE_ORDER_MARK).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    found = []
+    found: list[PromptLine | BadLine] = []
     for number, line in enumerate(data.split(b"\n"), 1):
         place = f"{name}, line {number}"
-        with placed(place):
-            if text := _text(line):
-                found.append(_request(text, folder, place))
+        try:
+            with placed(place):
+                if text := _text(line):
+                    found.append(replace(_request(text, folder, place), number=number))
+        except WanforgeError as error:
+            found.append(BadLine(number, error))
     if not found:
         raise RequestError(f"{name}: holds no prompts; write one per line")
     return found

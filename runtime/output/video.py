@@ -19,6 +19,10 @@ from wanforge.whole_file import check_writable, temporary_file
 RATE_FACTOR = 25
 """Constant rate factor of x264, 0 to 51, lower is better; the one that upstream's writer uses (imageio's quality 5)."""
 
+THREADS = 4
+"""Threads of x264. The number decides how it divides the work, and it writes the number into the file, so by default
+the bytes of a video would depend on the processors that it may use."""
+
 NOISE_BYTES_PER_PIXEL = 0.6
 """Bytes of a video of noise per pixel of every frame; 0.44 to 0.57 were measured (docs/log.md)."""
 
@@ -85,7 +89,8 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
     """Encode frames into a temporary file, which is complete when the block ends. Errors name `path`."""
     size = f"{size_wh[0]}x{size_wh[1]}"
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
-    target = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR), "-v", "error", "-f", "mp4"]
+    target = ["-vcodec", "libx264", "-threads", str(THREADS), "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR)]
+    target += ["-v", "error", "-f", "mp4"]
     # The messages of ffmpeg go to a file: a pipe that is not read would fill up and stop it.
     with tempfile.TemporaryFile() as said:
         # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.

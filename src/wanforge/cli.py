@@ -57,6 +57,10 @@ COMMANDS = {
         "wanforge.runtime.continuation.command:continue_",
         "Go on from the last frame of a video, or from a picture.",
     ),
+    "batch": (
+        "wanforge.runtime.batch.command:batch",
+        "Make the videos of a whole file of prompts, and go on where that ended.",
+    ),
     "serve": (
         "wanforge.runtime.service.commands.serve:serve",
         "Run a server that makes videos, with an API and a page, and loses no job.",

@@ -38,7 +38,14 @@ Loaded = tuple[str, str]
 
 
 class Pipelines(Maker):
-    """The pipelines that were used last."""
+    """The pipelines that were used last.
+
+    Attributes:
+        warms_up: Whether clips are made beforehand on a GPU, so that the first one that is asked for takes no longer
+            than others.
+    """
+
+    warms_up = True
 
     def __init__(self, setup: SetUp) -> None:
         torch.set_num_threads(setup.threads)
@@ -61,7 +68,7 @@ class Pipelines(Maker):
                 if self._kept and not self._fits(place):
                     continue
                 pipeline = self._pipeline(place.fingerprint, self.setup.backend, report)
-                if pipeline.backend.device.type != "cpu":
+                if self.warms_up and pipeline.backend.device.type != "cpu":
                     self._warm[place.fingerprint] = name_of(warm_up(pipeline, report))
             except (WanforgeError, OSError) as error:
                 refused[place.fingerprint] = message_of(error)

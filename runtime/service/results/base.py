@@ -15,6 +15,8 @@ from wanforge.errors import ResourceError
 
 NAME = re.compile(r"[0-9a-f]{16,64}\.[a-z0-9]{1,8}")
 """What the name of an object looks like."""
+MANIFEST = "manifest.jsonl"
+"""The one other name that can be stored: that of the list of a batch, which belongs to no job."""
 
 
 class StorageError(ResourceError):
@@ -56,7 +58,7 @@ def checked_name(name: str) -> str:
     Raises:
         StorageError: It is not.
     """
-    if not NAME.fullmatch(name):
+    if name != MANIFEST and not NAME.fullmatch(name):
         raise StorageError("object_gone", f"there is no object {name!r}")
     return name
 

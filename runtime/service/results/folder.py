@@ -21,16 +21,18 @@ class FolderStorage(ObjectStorage):
     """Objects in a folder of this machine, or of a network file system.
 
     Args:
-        root: The folder; it is made if it does not exist, for this user only.
+        root: The folder; it is made if it does not exist.
         least_free: Bytes that have to be free on the disk before something is uploaded or a job is started. Results of
             jobs that run already may take some of them.
+        is_private: Whether only this user may look into it.
     """
 
-    def __init__(self, root: Path, least_free: int = LEAST_FREE) -> None:
+    def __init__(self, root: Path, least_free: int = LEAST_FREE, *, is_private: bool = True) -> None:
         self.root, self.least_free = root, least_free
         with explained(root):
             self.staging().mkdir(mode=0o700, parents=True, exist_ok=True)
-            root.chmod(0o700)
+            if is_private:
+                root.chmod(0o700)
 
     def put(self, name: str, data: bytes) -> None:
         path = self.root / checked_name(name)

@@ -1,5 +1,6 @@
 """Videos are written completely or not at all."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -27,6 +28,22 @@ def test_frames_survive_the_trip(tmp_path: Path) -> None:
     assert read.shape == (5, 64, 96, 3)
     assert float((read.float() - torch.stack(frames).float()).abs().mean()) < 6
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_the_bytes_do_not_depend_on_the_processors(tmp_path: Path) -> None:
+    processors = os.sched_getaffinity(0)
+    noise = torch.randint(0, 256, (9, 64, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    written = []
+    for allowed in ({min(processors)}, processors):
+        os.sched_setaffinity(0, allowed)
+        try:
+            with video_writer(tmp_path / "clip.mp4", 96, 64, 16) as write:
+                for frame in noise:
+                    write(frame)
+        finally:
+            os.sched_setaffinity(0, processors)
+        written.append((tmp_path / "clip.mp4").read_bytes())
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
