@@ -1,27 +1,42 @@
-"""The W8A8 linear of `w8a8_linear.kernel.gemm` in Gluon, for `wgmma` of sm_90. Letters as there."""
+"""The W8A8 linear of `w8a8_linear.kernel.gemm` in Gluon, for `wgmma` of sm_90. Letters as there.
+
+A program has 128 rows and 256 outputs, which reads three quarters of what tiles of 128x128 read from the L2 cache. Each of
+its two warpgroups has 64 rows, and multiplies a slab in two halves, because the sums of both and the integers of one fill
+its registers. It rescales one half while the other warpgroup multiplies, so no barrier may hold both, and none is in the
+loop:
+
+- Every thread copies its part of slab i + AHEAD in iteration i, once it has rescaled what it multiplied with the slot, and
+  arrives at the mbarrier of the slot when its copies do.
+- A thread waits at the mbarrier of slab i in iteration i. Every other thread then has ended iteration i - AHEAD at least,
+  so nobody reads slab i - AHEAD any more, and its slot takes slab i + AHEAD: there are 2 AHEAD slots.
+
+Copies, waits and the rescaling are written in PTX, as in `warpgroup_attention.kernel`. The rescaling is, because the
+compiler would put it after the next product, for which there are no registers.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from wanforge.plugins.quantiser.kernel import ROUND
 from wanforge.plugins.warpgroup_attention.kernel import (
     BYTES_SHARED,
     PLAIN_SHARED,
     address,
     divided,
-    in_place,
     multiply,
+    power,
     registers,
     rounded,
     wait,
-    wait_for_all,
     whole_steps,
 )
 
 TILE = gl.constexpr(128)
 PARTS = gl.constexpr(2)
 THREADS = gl.constexpr(256)
+VALUES = gl.constexpr(64)
+"""The sums of a thread in one part of a tile."""
+# 2 sqrt(2 / pi) log2(e), and that times 0.044715.
 GELU_LINEAR = gl.constexpr(2.302208198144325)
 GELU_CUBIC = gl.constexpr(0.1029432395800235)
 
@@ -29,73 +44,60 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, SUMS))
 HALF_STORED = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0]))
 BYTES_STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
-PAIRS_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
+PAIRS_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.constexpr_function
-def row_copy(i):
-    """PTX of a copy of a row of x."""
-    return [
-        f"cvt.s64.s32 place, ${{rows{i}}};",
-        "add.s64 place, place, x;",
-        f"@wanted cp.async.cg.shared.global [x_slot + {4096 * i}], [place], 16;",
+def copies(K, halves):
+    """PTX of a thread's copies of a slab, each as some lines: of the first 128 rows of the weight, and of the rest with the
+    rows of x."""
+    weights = [
+        [f"@wanted cp.async.cg.shared.global [to_w + {4096 * i}], [from_w + {32 * K * i}], 16;"] for i in range(8)
     ]
-
-
-@gluon.constexpr_function
-def weight_copy(i, K):
-    return [f"@wanted cp.async.cg.shared.global [w_slot + {4096 * i}], [w + {32 * K * i}], 16;"]
-
-
-@gluon.constexpr_function
-def copies(K, which):
-    """PTX of a thread's copies of a slab, each as some lines: of the first half of the weight, of the rest, or of all.
-    """
-    halves = {
-        "first": [weight_copy(i, K) for i in range(4)],
-        "rest": [copy for i in range(4) for copy in (row_copy(i), weight_copy(4 + i, K))],
-    }
-    return halves.get(which) or [*halves["first"], *halves["rest"]]
-
-
-@gluon.constexpr_function
-def with_places(lines, start):
-    """PTX whose copies' places are operands from number `start`."""
-    names = ("to_x", "to_w", "slot", "from_x", "from_w", "k", "wanted", "rows0", "rows1", "rows2", "rows3")
-    text = "\n".join(
+    rows = [
         [
-            "{",
-            ".reg .pred wanted;",
-            ".reg .b32 product;",
-            ".reg .b32 x_slot, w_slot;",
-            ".reg .b64 x, w, place;",
-            "setp.ne.b32 wanted, ${wanted}, 0;",
-            "mad.lo.s32 x_slot, ${slot}, 16384, ${to_x};",
-            "mad.lo.s32 w_slot, ${slot}, 32768, ${to_w};",
-            "mad.wide.s32 x, ${k}, 128, ${from_x};",
-            "mad.wide.s32 w, ${k}, 128, ${from_w};",
-            *lines,
-            "}",
+            f"cvt.s64.s32 place, $row{i};",
+            "add.s64 place, place, from_x;",
+            f"@wanted cp.async.cg.shared.global [to_x + {4096 * i}], [place], 16;",
         ]
-    )
-    for number, name in enumerate(names):
-        text = text.replace(f"${{{name}}}", f"${start + number}")
+        for i in range(4)
+    ]
+    rest = [copy for pair in zip(rows, weights[4:], strict=True) for copy in pair]
+    return [copy for half in halves for copy in (weights[:4], rest)[half]]
+
+
+@gluon.constexpr_function
+def with_places(lines, first):
+    """PTX with copies between places that follow from the operands of `places`, the first of which has this number."""
+    start = [
+        "{",
+        ".reg .pred wanted;",
+        ".reg .b32 product, to_x, to_w;",
+        ".reg .b64 from_x, from_w, place;",
+        "setp.ne.b32 wanted, $wanted, 0;",
+        "mad.lo.s32 to_x, $slot, 16384, $shared_x;",
+        "mad.lo.s32 to_w, $slot, 32768, $shared_w;",
+        "mad.wide.s32 from_x, $slab, 128, $x;",
+        "mad.wide.s32 from_w, $slab, 128, $w;",
+    ]
+    text = "\n".join([*start, *lines, "}"])
+    names = ("slot", "slab", "wanted", "shared_x", "shared_w", "row0", "row1", "row2", "row3", "x", "w")
+    for number, name in enumerate(names, first):
+        text = text.replace(f"${name},", f"${number},").replace(f"${name};", f"${number};")
     return text
 
 
-PLACES = gl.constexpr("r,r,r,l,l,r,r,r,r,r,r")
+@gluon.constexpr_function
+def copying(K):
+    """PTX of all of a thread's copies of a slab."""
+    return with_places([line for copy in copies(K, (0, 1)) for line in copy], 0)
 
 
 @gluon.constexpr_function
-def copying(K, which):
-    return with_places([line for copy in copies(K, which) for line in copy], 0)
-
-
-@gluon.constexpr_function
-def rescaled(K, which, count):
-    """PTX that waits for products, adds them, times a factor, to sums, and begins copies meanwhile."""
-    lines, begun = ["wgmma.wait_group.sync.aligned 0;"], copies(K, which)
+def rescaling(K, half, count):
+    """PTX that waits for products, adds them, times a factor, to sums, and begins copies between these."""
+    lines, begun = ["wgmma.wait_group.sync.aligned 0;"], copies(K, (half,))
     for i in range(count):
         lines += [f"cvt.rn.f32.s32 product, ${count + i};", f"fma.rn.f32 ${i}, product, ${3 * count}, ${i};"]
         if i % (count // len(begun)) == 0:
@@ -104,43 +106,55 @@ def rescaled(K, which, count):
 
 
 @gluon.constexpr_function
-def rescaling(count):
-    tied = ",".join([*["=f"] * count, *["r"] * count, *map(str, range(count)), "f"])
-    return f"{tied},{PLACES.value if hasattr(PLACES, 'value') else PLACES}"
+def operands(count):
+    """Constraints of sums, of which there are `count`, products, a factor and places."""
+    tied = [str(i) for i in range(count)]
+    return ",".join(["=f"] * count + ["r"] * count + tied + ["f"] * (count > 0) + ["r"] * 9 + ["l"] * 2)
 
 
 @gluon.jit
-def copy(slab, k, is_wanted, to, origin, which: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr):
-    """Begin a thread's copies of slab `k` of a tile, which is the `slab`th of the program, if they are wanted."""
-    rows = origin[2]
-    gl.inline_asm(
-        copying(K, which),
-        PLACES,
-        [to[0], to[1], slab & SLOTS - 1, origin[0], origin[1], k, is_wanted.to(gl.int32), rows[0], rows[1], rows[2], rows[3]],
-    )
+def copy(slab: gl.constexpr, is_wanted: gl.constexpr, to, origin, K: gl.constexpr):
+    """Begin a thread's copies of one of the first slabs, and arrive at the mbarrier of its slot once they do."""
+    x, w, rows = origin
+    places = [slab, slab, gl.to_tensor(is_wanted).to(gl.int32), to[0], to[1], rows[0], rows[1], rows[2], rows[3], x, w]
+    gl.inline_asm(copying(K), operands(0), places)
+    arrive(to[2] + 8 * slab)
 
 
 @gluon.jit
-def rescale(products, sums, factor, slab, k, is_wanted, to, origin, which: gl.constexpr, K: gl.constexpr, SLOTS: gl.constexpr):
-    rows = origin[2]
-    return gl.inline_asm(
-        rescaled(K, which, 64),
-        rescaling(64),
-        [registers(products), sums, factor, to[0], to[1], slab & SLOTS - 1, origin[0], origin[1], k, is_wanted.to(gl.int32), rows[0], rows[1], rows[2], rows[3]],
-        sums.type,
-    )
+def arrive(barrier):
+    """Arrive at an mbarrier once the copies of this thread do."""
+    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [barrier])
 
 
 @gluon.jit
-def arrive(slab, arrived, SLOTS: gl.constexpr):
-    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [arrived + 8 * (slab & SLOTS - 1)])
+def rescale(products, factor, sums, where, half: gl.constexpr, K: gl.constexpr):
+    """Add products, once they are complete, times a factor to sums. Meanwhile, begin the copies of half a slab: `where` are
+    its slot, its number, whether it is wanted, the addresses of its slots and its origin."""
+    slot, slab, is_wanted, to, origin = where
+    x, w, rows = origin
+    places = [slot, slab, is_wanted.to(gl.int32), to[0], to[1], rows[0], rows[1], rows[2], rows[3], x, w]
+    given = [registers(products), sums, factor] + places  # noqa: RUF005  Triton unpacks no tuple
+    return gl.inline_asm(rescaling(K, half, VALUES), operands(VALUES), given, sums.type)
+
+
+@gluon.jit
+def factors_at(place):
+    """The two float32 at an address of shared memory."""
+    return gl.inline_asm("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [place], (gl.float32, gl.float32))
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x, of normal size."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def gelu(x):
     """`w8a8_linear.kernel.gelu`."""
     exponent = x * gl.fma(x * x, -GELU_CUBIC, -GELU_LINEAR)
-    return x / (1.0 + gl.exp2(gl.minimum(exponent, 115.0)))
+    return x * reciprocal(1.0 + power(gl.minimum(exponent, 115.0)))
 
 
 @gluon.jit
@@ -157,44 +171,41 @@ def pick(which, first, second, third, WEIGHTS: gl.constexpr):
 
 
 @gluon.jit
-def place_of(tile, M, N, GROUP: gl.constexpr):
-    """`w8a8_linear.kernel.place_of` of a tile."""
-    row_tiles, column_tiles = gl.cdiv(M, TILE), gl.cdiv(N, PARTS * TILE)
-    first_row = tile // (GROUP * column_tiles) * GROUP
+def place_of(M, N: gl.constexpr, GROUP: gl.constexpr):
+    """`w8a8_linear.kernel.place_of`: the row of a program's tile, and which 256 columns it has."""
+    columns: gl.constexpr = N // (PARTS * TILE)
+    tile, row_tiles = gl.program_id(0), gl.cdiv(M, TILE)
+    first_row = tile // (GROUP * columns) * GROUP
     group = gl.minimum(row_tiles - first_row, GROUP)
-    return first_row + tile % (GROUP * column_tiles) % group, tile % (GROUP * column_tiles) // group
+    return first_row + tile % (GROUP * columns) % group, tile % (GROUP * columns) // group
 
 
 @gluon.jit
-def finish(total, row_tile, column_tile, bias, residual, gate, y, y_scale, M, N, compute: gl.constexpr, GELU: gl.constexpr):
-    """`w8a8_linear.kernel.finish` of a tile, given its part of the bias and of the gate in shared memory."""
+def finish(total, place, M, N: gl.constexpr, after, y, y_scale, compute: gl.constexpr, GELU: gl.constexpr):
+    """`w8a8_linear.kernel.finish` of a tile at a row and a column of tiles. `after` are its bias and its gate, which are in
+    shared memory, and the residual."""
+    row_tile, column_tile = place
+    bias, gate, residual = after
     total = rounded(rounded(total, compute) + bias.load(COLUMNS)[None, :], compute)
     if GELU:
         total = rounded(gelu(total), compute)
     if gate is not None:
         total = rounded(total * gate.load(COLUMNS)[None, :], compute)
     start = (row_tile * TILE).to(gl.int64) * N + column_tile * TILE
+    stored: gl.constexpr = BYTES_STORED if y_scale is not None else HALF_STORED
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, stored))[:, None]
+    inside = rows < M - row_tile * TILE
+    values = rows * N + gl.arange(0, TILE, gl.SliceLayout(0, stored))[None, :]
     if y_scale is not None:
         amax = gl.maximum(gl.max(gl.abs(total).reshape((TILE * TILE,)), 0), 1e-8)
         steps = whole_steps(gl.minimum(total * divided(128.0, amax), 127.0))
-        rows = gl.arange(0, TILE, gl.SliceLayout(1, BYTES_STORED))[:, None]
-        place = rows * N + gl.arange(0, TILE, gl.SliceLayout(0, BYTES_STORED))[None, :]
-        gl.store(y + start + place, gl.convert_layout(steps, BYTES_STORED), mask=rows < M - row_tile * TILE)
+        gl.store(y + start + values, gl.convert_layout(steps, stored), mask=inside)
         gl.store(y_scale + row_tile.to(gl.int64) * (N // TILE) + column_tile, amax * (1.0 / 128.0))
     else:
-        rows = gl.arange(0, TILE, gl.SliceLayout(1, HALF_STORED))[:, None]
-        place = rows * N + gl.arange(0, TILE, gl.SliceLayout(0, HALF_STORED))[None, :]
-        inside = rows < M - row_tile * TILE
-        values = gl.convert_layout(total.to(compute), HALF_STORED)
+        total = gl.convert_layout(total.to(compute), stored)
         if residual is not None:
-            values = values.to(gl.float32) + gl.load(residual + start + place, mask=inside, other=0.0).to(gl.float32)
-        gl.store(y + start + place, values.to(y.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def factors_at(place):
-    """The two float32 at an address of shared memory."""
-    return gl.inline_asm("ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [place], (gl.float32, gl.float32))
+            total = total.to(gl.float32) + gl.load(residual + start + values, mask=inside, other=0.0).to(gl.float32)
+        gl.store(y + start + values, total.to(y.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
@@ -210,68 +221,73 @@ def gemm(
     K: gl.constexpr,
     GELU: gl.constexpr,
     WEIGHTS: gl.constexpr,
-    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """`w8a8_linear.kernel.gemm`."""
+    """`w8a8_linear.kernel.gemm` of multiples of 256 outputs, with biases of 16 bits."""
+    SLOTS: gl.constexpr = 2 * AHEAD
     SLABS: gl.constexpr = K // TILE
-    AHEAD: gl.constexpr = SLOTS // 2
     which = gl.program_id(1)
-    row_tile, column_tile = place_of(gl.program_id(0), M, N, GROUP)
+    row_tile, columns = place_of(M, N, GROUP)
     weight, scale = pick(which, weight_0, weight_1, weight_2, WEIGHTS), pick(which, scale_0, scale_1, scale_2, WEIGHTS)
     bias, y = pick(which, bias_0, bias_1, bias_2, WEIGHTS), pick(which, y_0, y_1, y_2, WEIGHTS)
+    compute: gl.constexpr = bias.dtype.element_ty
 
+    # Loads return in order, so all that is small is asked for ahead of the slabs.
     thread = gl.arange(0, THREADS, EACH)
     k = gl.minimum(thread, SLABS - 1)
-    scale += column_tile.to(gl.int64) * (PARTS * SLABS)
+    scale += columns.to(gl.int64) * (PARTS * SLABS)
     x_step = gl.load(x_scale + row_tile.to(gl.int64) * SLABS + k)
-    first_step, second_step = gl.load(scale + k), gl.load(scale + SLABS + k)
-    column = column_tile * (PARTS * TILE) + thread
-    compute: gl.constexpr = bias.dtype.element_ty
-    biases, gates = gl.load(bias + column).to(gl.float32), None
+    steps = gl.join(x_step * gl.load(scale + k), x_step * gl.load(scale + SLABS + k))
+    offset = gl.load(bias + columns * (PARTS * TILE) + thread).to(gl.float32)
     if gate is not None:
-        gates = gl.load(gate + column).to(gl.float32)
+        share = rounded(gl.load(gate + columns * (PARTS * TILE) + thread).to(gl.float32), compute)
+
     xs = gl.allocate_shared_memory(gl.int8, [SLOTS, TILE, TILE], BYTES_SHARED)
     ws = gl.allocate_shared_memory(gl.int8, [PARTS * SLOTS, TILE, TILE], BYTES_SHARED)
     barriers = mbarrier.allocate_mbarrier(batch=SLOTS)
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(i), count=THREADS)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(barriers.index(slot), count=THREADS)
     gl.barrier()
     row, chunk = thread // 8, thread % 8
-    arrived = address(barriers)
-    swizzled = row * TILE + (chunk ^ row % 8) * 16
-    to = (address(xs) + swizzled, address(ws) + swizzled)
     rows = ()
     for i in gl.static_range(4):
+        # A ragged tile reads its last row again: values outside are never stored, and change no largest magnitude.
         rows += (gl.minimum(row + 32 * i, M - 1 - row_tile * TILE) * K,)
-    x_from = x + (row_tile * TILE).to(gl.int64) * K + chunk * 16
-    w_from = weight + (column_tile * (PARTS * TILE)).to(gl.int64) * K + (row * K + chunk * 16)
-    origin = (x_from, w_from, rows)
-    for i in gl.static_range(AHEAD):
-        copy(i, i, gl.to_tensor(i < SLABS), to, origin, "all", K, SLOTS)
-        arrive(i, arrived, SLOTS)
-    pairs = gl.join(x_step * first_step, x_step * second_step)
-    factors = gl.allocate_shared_memory(gl.float32, [THREADS, 2], PAIRS_SHARED, pairs)
-    biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, biases)
+    x += (row_tile * TILE).to(gl.int64) * K
+    weight += (columns * (PARTS * TILE)).to(gl.int64) * K
+    origin = (x + chunk * 16, weight + (row * K + chunk * 16), rows)
+    swizzled = row * TILE + (chunk ^ row % 8) * 16
+    to = (address(xs) + swizzled, address(ws) + swizzled, address(barriers))
+    for slab in gl.static_range(AHEAD):
+        copy(slab, slab < SLABS, to, origin, K)
+    factors = gl.allocate_shared_memory(gl.float32, [THREADS, 2], PAIRS_SHARED, steps)
+    offsets = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, offset)
     if gate is not None:
-        gates = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, rounded(gates, compute))
+        shares = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, share)
     gl.barrier()
+
     factor = address(factors)
+    whole = gl.zeros([TILE, TILE], gl.int32, SUMS)
     left = gl.zeros([TILE, TILE], gl.float32, SUMS)
     right = gl.zeros([TILE, TILE], gl.float32, SUMS)
-    zeros = gl.zeros([TILE, TILE], gl.int32, SUMS)
-    for k in range(SLABS):
-        slot, later = k & SLOTS - 1, k + AHEAD
-        first, second = factors_at(factor + 8 * k)
-        wait(arrived + 8 * slot, k // SLOTS & 1)
+    for i in range(SLABS):
+        place = i & SLOTS - 1
+        first, second = factors_at(factor + 8 * i)
+        wait(to[2] + 8 * place, i // SLOTS & 1)
         fence_async_shared()
-        products = multiply(xs.index(slot), ws.index(PARTS * slot), zeros, False)
-        left = rescale(products, left, first, later, later, later < SLABS, to, origin, "first", K, SLOTS)
-        products = multiply(xs.index(slot), ws.index(PARTS * slot + 1), zeros, False)
-        right = rescale(products, right, second, later, later, later < SLABS, to, origin, "rest", K, SLOTS)
-        arrive(later, arrived, SLOTS)
+        where = (i + AHEAD & SLOTS - 1, i + AHEAD, i + AHEAD < SLABS, to, origin)
+        products = multiply(xs.index(place), ws.index(PARTS * place), whole, False)
+        left = rescale(products, first, left, where, 0, K)
+        products = multiply(xs.index(place), ws.index(PARTS * place + 1), whole, False)
+        right = rescale(products, second, right, where, 1, K)
+        arrive(to[2] + 8 * where[0])
     gl.barrier()
     for part in gl.static_range(PARTS):
-        part_gate = None if gate is None else gates.slice(part * TILE, TILE)
-        finish(left if part == 0 else right, row_tile, PARTS * column_tile + part, biases.slice(part * TILE, TILE), residual, part_gate, y, y_scale, M, N, compute, GELU)
+        total, place = left if part == 0 else right, (row_tile, PARTS * columns + part)
+        if gate is None:
+            after = (offsets.slice(part * TILE, TILE), None, residual)
+        else:
+            after = (offsets.slice(part * TILE, TILE), shares.slice(part * TILE, TILE), residual)
+        finish(total, place, M, N, after, y, y_scale, compute, GELU)
     barriers._keep_alive()
