@@ -1,5 +1,5 @@
-"""Sparse-linear attention for GPUs whose warpgroups multiply asynchronously (sm_90), and what decides where kernels in Gluon
-run."""
+"""Sparse-linear attention for GPUs whose warpgroups multiply asynchronously (sm_90), and what decides where
+kernels in Gluon run."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +15,8 @@ FIRST_TRITON = 3, 9
 
 
 def serves(device: torch.device, kernel: str = KERNEL) -> bool:
-    """Whether a kernel in Gluon runs on a device: the tile table has tiles for its architecture, and the installed Triton,
-    if there is any, compiles it."""
+    """Whether a kernel in Gluon runs on a device: the tile table has tiles for its architecture, and the installed
+    Triton, if there is any, compiles it."""
     return architecture_of(device) in _architectures(kernel)
 
 
