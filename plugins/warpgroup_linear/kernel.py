@@ -16,7 +16,7 @@ compiler would put it after the next product, for which there are no registers.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 from wanforge.plugins.warpgroup_attention.kernel import (
     BYTES_SHARED,
@@ -49,93 +49,70 @@ PAIRS_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.constexpr_function
-def copies(K, halves):
-    """PTX of a thread's copies of a slab, each as some lines: of the first 128 rows of the weight, and of the rest with the
-    rows of x."""
-    weights = [
-        [f"@wanted cp.async.cg.shared.global [to_w + {4096 * i}], [from_w + {32 * K * i}], 16;"] for i in range(8)
+def copies(K):
+    """PTX of a thread's copies of a slab: four rows of x and eight of a weight."""
+    lines = [
+        "{",
+        ".reg .pred wanted;",
+        ".reg .b32 to_x, to_w;",
+        ".reg .b64 from_x, from_w, place;",
+        "setp.ne.b32 wanted, $2, 0;",
+        "mad.lo.s32 to_x, $0, 16384, $3;",
+        "mad.lo.s32 to_w, $0, 32768, $4;",
+        "mad.wide.s32 from_x, $1, 128, $5;",
+        "mad.wide.s32 from_w, $1, 128, $6;",
     ]
-    rows = [
-        [
-            f"cvt.s64.s32 place, $row{i};",
+    for i in range(4):
+        lines += [
+            f"cvt.s64.s32 place, ${7 + i};",
             "add.s64 place, place, from_x;",
             f"@wanted cp.async.cg.shared.global [to_x + {4096 * i}], [place], 16;",
         ]
-        for i in range(4)
-    ]
-    rest = [copy for pair in zip(rows, weights[4:], strict=True) for copy in pair]
-    return [copy for half in halves for copy in (weights[:4], rest)[half]]
-
-
-@gluon.constexpr_function
-def with_places(lines, first):
-    """PTX with copies between places that follow from the operands of `places`, the first of which has this number."""
-    start = [
-        "{",
-        ".reg .pred wanted;",
-        ".reg .b32 product, to_x, to_w;",
-        ".reg .b64 from_x, from_w, place;",
-        "setp.ne.b32 wanted, $wanted, 0;",
-        "mad.lo.s32 to_x, $slot, 16384, $shared_x;",
-        "mad.lo.s32 to_w, $slot, 32768, $shared_w;",
-        "mad.wide.s32 from_x, $slab, 128, $x;",
-        "mad.wide.s32 from_w, $slab, 128, $w;",
-    ]
-    text = "\n".join([*start, *lines, "}"])
-    names = ("slot", "slab", "wanted", "shared_x", "shared_w", "row0", "row1", "row2", "row3", "x", "w")
-    for number, name in enumerate(names, first):
-        text = text.replace(f"${name},", f"${number},").replace(f"${name};", f"${number};")
-    return text
-
-
-@gluon.constexpr_function
-def copying(K):
-    """PTX of all of a thread's copies of a slab."""
-    return with_places([line for copy in copies(K, (0, 1)) for line in copy], 0)
-
-
-@gluon.constexpr_function
-def rescaling(K, half, count):
-    """PTX that waits for products, adds them, times a factor, to sums, and begins copies between these."""
-    lines, begun = ["wgmma.wait_group.sync.aligned 0;"], copies(K, (half,))
-    for i in range(count):
-        lines += [f"cvt.rn.f32.s32 product, ${count + i};", f"fma.rn.f32 ${i}, product, ${3 * count}, ${i};"]
-        if i % (count // len(begun)) == 0:
-            lines += begun[i // (count // len(begun))]
-    return with_places(lines, 3 * count + 1)
-
-
-@gluon.constexpr_function
-def operands(count):
-    """Constraints of sums, of which there are `count`, products, a factor and places."""
-    tied = [str(i) for i in range(count)]
-    return ",".join(["=f"] * count + ["r"] * count + tied + ["f"] * (count > 0) + ["r"] * 9 + ["l"] * 2)
+    lines += [f"@wanted cp.async.cg.shared.global [to_w + {4096 * i}], [from_w + {32 * K * i}], 16;" for i in range(8)]
+    return "\n".join([*lines, "}"])
 
 
 @gluon.jit
-def copy(slab: gl.constexpr, is_wanted: gl.constexpr, to, origin, K: gl.constexpr):
-    """Begin a thread's copies of one of the first slabs, and arrive at the mbarrier of its slot once they do."""
+def copy(slot, slab, is_wanted, to, origin, K: gl.constexpr):
+    """Begin a thread's copies of a slab, if it is wanted, and arrive at the mbarrier of its slot once they do. `to` are the
+    addresses of its rows of x, of its rows of a weight and of the first mbarrier; `origin` is where both begin, and how far
+    from there its rows of x are."""
     x, w, rows = origin
-    places = [slab, slab, gl.to_tensor(is_wanted).to(gl.int32), to[0], to[1], rows[0], rows[1], rows[2], rows[3], x, w]
-    gl.inline_asm(copying(K), operands(0), places)
-    arrive(to[2] + 8 * slab)
+    gl.inline_asm(
+        copies(K),
+        "r,r,r,r,r,l,l,r,r,r,r",
+        [slot, slab, is_wanted.to(gl.int32), to[0], to[1], x, w, rows[0], rows[1], rows[2], rows[3]],
+    )
+    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [to[2] + 8 * slot])
+
+
+@gluon.constexpr_function
+def rescaling(outputs, inputs):
+    """PTX that waits for products and adds them, times a factor, to sums."""
+    products, _, (factor,) = inputs
+    lines = ["{", ".reg .b32 product;", "wgmma.wait_group.sync.aligned 0;"]
+    for total, product in zip(outputs[0], products, strict=True):
+        lines += [f"cvt.rn.f32.s32 product, {product};", f"fma.rn.f32 {total}, product, {factor}, {total};"]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def tied(count):
+    """Constraints of sums, products, the sums that they are added to, and a factor."""
+    return ",".join(["=f"] * count + ["r"] * count + [str(i) for i in range(count)] + ["f"])
 
 
 @gluon.jit
-def arrive(barrier):
-    """Arrive at an mbarrier once the copies of this thread do."""
-    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [barrier])
+def rescale(products, factor, sums):
+    """Add products, once they are complete, times a factor to sums."""
+    return gl.inline_asm(rescaling, tied(VALUES), [registers(products), sums, factor], sums.type)
 
 
 @gluon.jit
-def rescale(products, factor, sums, where, half: gl.constexpr, K: gl.constexpr):
-    """Add products, once they are complete, times a factor to sums. Meanwhile, begin the copies of half a slab: `where` are
-    its slot, its number, whether it is wanted, the addresses of its slots and its origin."""
-    slot, slab, is_wanted, to, origin = where
-    x, w, rows = origin
-    places = [slot, slab, is_wanted.to(gl.int32), to[0], to[1], rows[0], rows[1], rows[2], rows[3], x, w]
-    given = [registers(products), sums, factor] + places  # noqa: RUF005  Triton unpacks no tuple
-    return gl.inline_asm(rescaling(K, half, VALUES), operands(VALUES), given, sums.type)
+def multiply_again(a, b, products, never):
+    """A product that begins in the registers of another, which are no longer needed. `never` is false, which the compiler
+    does not know: if it did, it would take other registers, and use up those of the sums."""
+    return warpgroup_mma(a, b.permute((1, 0)), registers(products), use_acc=never, is_async=True)
 
 
 @gluon.jit
@@ -260,7 +237,7 @@ def gemm(
     swizzled = row * TILE + (chunk ^ row % 8) * 16
     to = (address(xs) + swizzled, address(ws) + swizzled, address(barriers))
     for slab in gl.static_range(AHEAD):
-        copy(slab, slab < SLABS, to, origin, K)
+        copy(slab, slab, gl.to_tensor(slab < SLABS), to, origin, K)
     factors = gl.allocate_shared_memory(gl.float32, [THREADS, 2], PAIRS_SHARED, steps)
     offsets = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, offset)
     if gate is not None:
@@ -276,12 +253,11 @@ def gemm(
         first, second = factors_at(factor + 8 * i)
         wait(to[2] + 8 * place, i // SLOTS & 1)
         fence_async_shared()
-        where = (i + AHEAD & SLOTS - 1, i + AHEAD, i + AHEAD < SLABS, to, origin)
         products = multiply(xs.index(place), ws.index(PARTS * place), whole, False)
-        left = rescale(products, first, left, where, 0, K)
-        products = multiply(xs.index(place), ws.index(PARTS * place + 1), whole, False)
-        right = rescale(products, second, right, where, 1, K)
-        arrive(to[2] + 8 * where[0])
+        left = rescale(products, first, left)
+        products = multiply_again(xs.index(place), ws.index(PARTS * place + 1), products, M < 0)
+        right = rescale(products, second, right)
+        copy(i + AHEAD & SLOTS - 1, i + AHEAD, i + AHEAD < SLABS, to, origin, K)
     gl.barrier()
     for part in gl.static_range(PARTS):
         total, place = left if part == 0 else right, (row_tile, PARTS * columns + part)
