@@ -50,24 +50,25 @@ PAIRS_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.constexpr_function
 def copies(K):
-    """PTX of a thread's copies of a slab: four rows of x and eight of a weight. What is not wanted becomes zero, because
-    instructions under a predicate would be put elsewhere."""
+    """PTX of a thread's copies of a slab: eight rows of a weight and four of x."""
     lines = [
         "{",
+        ".reg .pred wanted;",
         ".reg .b32 to_x, to_w;",
         ".reg .b64 from_x, from_w, place;",
+        "setp.ne.b32 wanted, $2, 0;",
         "mad.lo.s32 to_x, $0, 16384, $3;",
         "mad.lo.s32 to_w, $0, 32768, $4;",
         "mad.wide.s32 from_x, $1, 128, $5;",
         "mad.wide.s32 from_w, $1, 128, $6;",
     ]
+    lines += [f"@wanted cp.async.cg.shared.global [to_w + {4096 * i}], [from_w + {32 * K * i}], 16;" for i in range(8)]
     for i in range(4):
         lines += [
             f"cvt.s64.s32 place, ${7 + i};",
             "add.s64 place, place, from_x;",
-            f"cp.async.cg.shared.global [to_x + {4096 * i}], [place], 16, $2;",
+            f"@wanted cp.async.cg.shared.global [to_x + {4096 * i}], [place], 16;",
         ]
-    lines += [f"cp.async.cg.shared.global [to_w + {4096 * i}], [from_w + {32 * K * i}], 16, $2;" for i in range(8)]
     return "\n".join([*lines, "}"])
 
 
@@ -80,7 +81,7 @@ def copy(slot, slab, is_wanted, to, origin, K: gl.constexpr):
     gl.inline_asm(
         copies(K),
         "r,r,r,r,r,l,l,r,r,r,r",
-        [slot, slab, gl.where(is_wanted, 16, 0), to[0], to[1], x, w, rows[0], rows[1], rows[2], rows[3]],
+        [slot, slab, is_wanted.to(gl.int32), to[0], to[1], x, w, rows[0], rows[1], rows[2], rows[3]],
     )
     gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [to[2] + 8 * slot])
 
