@@ -48,7 +48,8 @@ def engine_name(
 def plugin_sources() -> list[Path]:
     """The files that decide what a plugin does, sorted."""
     folders = [
-        PACKAGE / "plugins" / name for name in ("launching", "quantiser", "tensorrt", "warpgroup_attention", *OPS)
+        PACKAGE / "plugins" / name
+        for name in ("launching", "quantiser", "tensorrt", "warpgroup_attention", "warpgroup_linear", *OPS)
     ]
     files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
     return sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))])

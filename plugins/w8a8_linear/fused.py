@@ -14,11 +14,17 @@ from wanforge.errors import ShapeError
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
+from wanforge.plugins.warpgroup_attention import serves
+from wanforge.plugins.warpgroup_linear import KERNEL
 
 GEMM, GEMM_ROWS = (
     Kernel("w8a8_linear", name, ("cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)", "WEIGHTS"), {"M": "i32", "N": "i32:16"})
     for name in ("gemm", "gemm_rows")
 )
+WARPGROUP_GEMM = Kernel("warpgroup_linear", "gemm", ("cdiv(M, 128) * (N // 256)", "WEIGHTS"), {"M": "i32"})
+"""`GEMM` of biases of 16 bits, on GPUs that `warpgroup_linear` serves."""
+WARPGROUP_OUTPUTS = 256
+"""Outputs of one program of `WARPGROUP_GEMM`."""
 
 
 class Weight(NamedTuple):
@@ -78,7 +84,7 @@ def _gemm(
     for i in range(3):
         given = (*weights[i], outputs[i]) if i < len(weights) else 4 * (None,)
         pointers |= dict(zip((f"weight_{i}", f"scale_{i}", f"bias_{i}", f"y_{i}"), given, strict=True))
-    (GEMM_ROWS if x.scale.dim() == 1 else GEMM)(
+    _kernel_for(x, weights[0])(
         x=x.steps_MK,
         x_scale=x.scale,
         **pointers,
@@ -91,3 +97,11 @@ def _gemm(
         GELU=gelu,
         WEIGHTS=len(weights),
     )
+
+
+def _kernel_for(x: Quantised, weight: Weight) -> Kernel:
+    """The kernel that multiplies by a weight."""
+    if x.scale.dim() == 1:
+        return GEMM_ROWS
+    is_whole = len(weight.bias_N) % WARPGROUP_OUTPUTS == 0 and weight.bias_N.dtype.itemsize == 2
+    return WARPGROUP_GEMM if is_whole and serves(x.steps_MK.device, KERNEL) else GEMM

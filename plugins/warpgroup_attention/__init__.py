@@ -1,4 +1,5 @@
-"""Sparse-linear attention for GPUs whose warpgroups multiply asynchronously (sm_90)."""
+"""Sparse-linear attention for GPUs whose warpgroups multiply asynchronously (sm_90), and what decides where
+kernels in Gluon run."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -10,20 +11,20 @@ from wanforge.plugins.launching.launch import architecture_of
 
 KERNEL = "warpgroup_attention.attention"
 FIRST_TRITON = 3, 9
-"""The first version of Triton whose Gluon compiles the kernel."""
+"""The first version of Triton whose Gluon compiles such kernels."""
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the kernel runs on a device: the tile table has tiles for its architecture, and the installed Triton, if
-    there is any, compiles it."""
-    return architecture_of(device) in _architectures()
+def serves(device: torch.device, kernel: str = KERNEL) -> bool:
+    """Whether a kernel in Gluon runs on a device: the tile table has tiles for its architecture, and the installed
+    Triton, if there is any, compiles it."""
+    return architecture_of(device) in _architectures(kernel)
 
 
 @cache
-def _architectures() -> frozenset[int]:
+def _architectures(kernel: str) -> frozenset[int]:
     try:
         major, minor = version("triton").split(".")[:2]
     except PackageNotFoundError:
         major, minor = map(str, FIRST_TRITON)
-    rows = load_tiles()[KERNEL] if (int(major), int(minor)) >= FIRST_TRITON else []
+    rows = load_tiles()[kernel] if (int(major), int(minor)) >= FIRST_TRITON else []
     return frozenset(sm for row in rows for sm in row.sms)

@@ -244,8 +244,10 @@ def cache_table() -> str:
     for name in (SMALL, LARGE):
         launches = {launch.name: launch for launch in all_launches(fused_block(fused(name)))}
         for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
-            rates = (f"{launch.bytes_fetched / launch.roofline(gpu) / 1e12:.1f}" for gpu in gpus())
-            rows.append([f"{TITLES[name]}: {launch.name}", number(launch.bytes_fetched / 1e9), *rates])
+            assert launch.run is not None
+            fetched = launch.run.fetched
+            rates = (f"{fetched / launch.roofline(gpu) / 1e12:.1f}" for gpu in gpus())
+            rows.append([f"{TITLES[name]}: {launch.name}", number(fetched / 1e9), *rates])
     return markdown_table(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
 
 

@@ -182,8 +182,9 @@ def _floats(name: str, flags: set[str], kinds: list[str], mode: Approximation) -
             "abs": np.abs,
             "ex2": lambda x: numbers.ex2(x, mode, ftz=ftz),
             "rsqrt": lambda x: numbers.rsqrt(x, mode, ftz=ftz),
+            "rcp": lambda x: numbers.reciprocal(x, mode, ftz=ftz),
         }
-        if name in unary and flags <= ({"approx", "ftz"} if name in ("ex2", "rsqrt") else set()):
+        if name in unary and flags <= ({"approx", "ftz"} if name in ("ex2", "rsqrt", "rcp") else set()):
             return Operation((kind,), kind, unary[name])
         if name == "div" and flags in ({"rn"}, {"full"}):
             exact = flags == {"rn"}

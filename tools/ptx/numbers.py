@@ -23,6 +23,8 @@ EX2_ERROR = 2.0**-22
 """The largest relative error of ``ex2.approx`` (PTX ISA, floating-point instructions)."""
 RSQRT_ERROR = 2.0**-22.9
 """The largest relative error of ``rsqrt.approx`` (PTX ISA, floating-point instructions)."""
+RCP_ERROR = 2.0**-23
+"""The largest relative error of ``rcp.approx`` (PTX ISA, floating-point instructions)."""
 DIV_FULL_ULP = 2.0
 """The largest error of ``div.full`` in units in the last place (PTX ISA, floating-point instructions)."""
 
@@ -143,6 +145,14 @@ def rsqrt(x: Array, mode: Approximation, *, ftz: bool) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         exact = 1.0 / np.sqrt((flushed(x) if ftz else x).astype(np.float64))
         return (exact * (1.0 + mode.value * RSQRT_ERROR)).astype(np.float32)
+
+
+def reciprocal(x: Array, mode: Approximation, *, ftz: bool) -> Array:
+    """rcp.approx."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exact = 1.0 / (flushed(x) if ftz else x).astype(np.float64)
+        result = (exact * (1.0 + mode.value * RCP_ERROR)).astype(np.float32)
+    return flushed(result) if ftz else result
 
 
 def divide(a: Array, b: Array) -> Array:

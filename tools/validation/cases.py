@@ -60,9 +60,9 @@ def gemm(
     programs = cdiv(m, rows) * cdiv(n, columns)
     groups = cdiv(cdiv(m, rows), group)
     again = Reread((groups - 1) * n * k * element, held=n * k * element + group * rows * k * element)
-    run = KernelRun(programs, (cdiv(k, depth),), (False, False), 0, (again,))
     fetched = programs * (rows + columns) * k * element
-    cost = LaunchCost(what, {form: 2 * m * n * k}, (m + n) * k * element, 2 * m * n, fetched)
+    run = KernelRun(programs, (cdiv(k, depth),), (False, False), 0, (again,), fetched)
+    cost = LaunchCost(what, {form: 2 * m * n * k}, (m + n) * k * element, 2 * m * n)
     return Case(what, source, target, function, types, constants, warps, stages, cost, run, stated)
 
 
@@ -77,8 +77,8 @@ def attention(
         types |= {"q": "*i8", "k": "*i8", "q_step": "*fp32", "k_step": "*fp32"}
     programs, moved = cdiv(length, queries) * heads, 2 * length * heads * 128
     flops = {"int8" if function == "attend_int8" else "fp16": 4 * heads * length * length * 128}
-    cost = LaunchCost(what, flops, 3 * moved, moved, programs * 2 * 2 * length * 128)
-    run = KernelRun(programs, (cdiv(length, keys),), (True, False), 0)
+    cost = LaunchCost(what, flops, 3 * moved, moved)
+    run = KernelRun(programs, (cdiv(length, keys),), (True, False), 0, fetched=programs * 2 * 2 * length * 128)
     constants = {"BLOCK_M": queries, "BLOCK_N": keys, "HEAD": 128}
     return Case(what, source, target, function, types, constants, warps, stages, cost, run, stated)
 

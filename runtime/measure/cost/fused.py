@@ -251,9 +251,11 @@ def _gemm(
         Reread((groups - 1) * weights * outputs * inputs, held=outputs * inputs + panel),
         Reread((weights - 1) * rows * inputs, held=rows * inputs + weights * outputs * inputs),
     )
-    run = KernelRun(tiles, (inputs // TILE,), (bool(residual), False), w.D, rereads)
+    run = KernelRun(tiles, (inputs // TILE,), (bool(residual), False), w.D, rereads, tiles * 2 * TILE * inputs)
+    pairs = weights * cdiv(rows, TILE) * cdiv(outputs, 2 * TILE)
+    wide = replace(run, programs=pairs, fetched=pairs * 3 * TILE * inputs)
     flops = {"int8": 2 * weights * rows * inputs * outputs}
-    return LaunchCost(name, flops, read, written, tiles * 2 * TILE * inputs, run)
+    return LaunchCost(name, flops, read, written, replace(run, instead={"warpgroup_linear.gemm": wide}))
 
 
 def _state(w: Workload) -> int:
@@ -316,15 +318,15 @@ def _attention(name: str, w: Workload, written: int) -> LaunchCost:
     table = INT32 * w.H * w.M * w.num_selected
     value_scale = FP32 * w.D if w.recipe.pv == "fp8" else 0
     keys_values = (INT8 + w.value_bytes) * w.padded_stream + FP32 * w.H * w.N + value_scale
+    fetched = queries + w.H * w.M * w.num_selected * w.recipe.block_k * row
+    run = KernelRun(w.M * w.H, (w.num_selected,), (True, False), w.D, fetched=fetched)
+    peeled = replace(run, trips=(w.num_selected - 1,))  # it does the last block after the loop
     return LaunchCost(
         name,
         {"int8": w.pair_flops, w.value_format: w.pair_flops, "bf16": w.state_flops},
         queries + keys_values + table + folded + BF16 * HEAD_DIM,
         written,
-        queries + w.H * w.M * w.num_selected * w.recipe.block_k * row,
-        KernelRun(
-            w.M * w.H, (w.num_selected,), (True, False), w.D, peeling=frozenset({"warpgroup_attention.attention"})
-        ),
+        replace(run, instead={"warpgroup_attention.attention": peeled}),
     )
 
 
@@ -335,13 +337,13 @@ def _attention_alone(w: Workload) -> LaunchCost:
 
 def _cross_attention(name: str, w: Workload, written: int) -> LaunchCost:
     queries, programs = BF16 * w.stream, cdiv(w.L, TILE) * w.H
+    fetched = queries + programs * w.text_rows * (2 * BF16 * HEAD_DIM + FP32)
     return LaunchCost(
         name,
         {"bf16": 4 * w.stream * w.text_rows},
         queries + 2 * BF16 * w.text_rows * w.D + FP32 * w.text_rows,
         written,
-        queries + programs * w.text_rows * (2 * BF16 * HEAD_DIM + FP32),
-        KernelRun(programs, (cdiv(w.text_rows, TEXT_KEYS),), (True, False), w.D),
+        KernelRun(programs, (cdiv(w.text_rows, TEXT_KEYS),), (True, False), w.D, fetched=fetched),
     )
 
 

@@ -10,7 +10,7 @@ Letters: L tokens, D width, F feed-forward width, H heads, M query blocks, N key
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import HEAD_DIM, ModelConfig, load_model
@@ -69,7 +69,8 @@ class KernelRun:
             read something again.
         width: The model's width. Kernels of another width have slightly different machine code.
         rereads: What is read more than once.
-        peeling: Kernels that do the last iteration of each loop after it.
+        fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
+        instead: How other kernels run that compute the same on some architectures, by name.
     """
 
     programs: int
@@ -77,11 +78,17 @@ class KernelRun:
     from_dram: tuple[bool | None, ...]
     width: int
     rereads: tuple[Reread, ...] = ()
-    peeling: frozenset[str] = frozenset()
+    fetched: int = 0
+    instead: Mapping[str, "KernelRun"] = field(default_factory=dict)
 
-    def executions(self, kernel: str) -> tuple[int, ...]:
-        """How often a kernel executes what is outside of its loops, which is once, and each loop."""
-        return 1, *(trips - (kernel in self.peeling) for trips in self.trips)
+    @property
+    def executions(self) -> tuple[int, ...]:
+        """How often the kernel executes what is outside of its loops, which is once, and each loop."""
+        return 1, *self.trips
+
+    def of(self, kernel: str) -> "KernelRun":
+        """How a kernel is run, which may be one that computes the same."""
+        return self.instead.get(kernel, self)
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,6 @@ class LaunchCost:
     Attributes:
         flops: Operations of matrix products by number format.
         bytes_read, bytes_written: Bytes of each tensor, counted once.
-        bytes_fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
         run: How the kernel is run, if it is one of this package's.
     """
 
@@ -99,7 +105,6 @@ class LaunchCost:
     flops: Mapping[str, int]
     bytes_read: int
     bytes_written: int
-    bytes_fetched: int = 0
     run: KernelRun | None = None
 
     @property

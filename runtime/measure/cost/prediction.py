@@ -133,13 +133,13 @@ def _share(name: str, form: str, sm: int) -> float:
 
 def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Target) -> Prediction:
     """How long a launch takes with a kernel's profile on a GPU."""
-    machine = machine_of(target)
+    run, machine = run.of(profile.kernel), machine_of(target)
     again = rereads_from_dram(run, profile, machine)
     dram = _dram_seconds(cost.total_bytes + again, target, machine)
     l2 = fetched_bytes(cost, run) / (machine.L2_bytes * machine.multiprocessors * machine.clock)
     work = [
         (part, trips, again > 0 if from_dram is None else from_dram)
-        for part, trips, from_dram in zip(profile.parts, run.executions(profile.kernel), run.from_dram, strict=True)
+        for part, trips, from_dram in zip(profile.parts, run.executions, run.from_dram, strict=True)
     ]
     clocks, tail = wave_clocks(work, run, profile, machine)
     times = {L2: l2, DRAM: dram, "": clocks / machine.clock}
@@ -149,13 +149,14 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
 
 def usage_of(cost: LaunchCost, run: KernelRun, kernel: str) -> Usage:
     """What a launch says of its kernel, by whose name it may be one of several."""
+    run = run.of(kernel)
     may_miss = tuple(from_dram is not False for from_dram in run.from_dram)
-    return Usage(run.executions(kernel)[1:], may_miss, fetched_bytes(cost, run) / run.programs)
+    return Usage(run.trips, may_miss, fetched_bytes(cost, run) / run.programs)
 
 
 def fetched_bytes(cost: LaunchCost, run: KernelRun) -> int:
     """Bytes from and to the L2 cache."""
-    read = cost.bytes_fetched or cost.bytes_read + sum(again.bytes for again in run.rereads)
+    read = run.fetched or cost.bytes_read + sum(again.bytes for again in run.rereads)
     return read + cost.bytes_written
 
 

@@ -209,6 +209,12 @@ class Multiprocessor:
         )
 
 
+def outstanding(instructions: Sequence[Instruction]) -> int:
+    """How many mbarriers at which copies arrive are waited at by other instructions than these."""
+    waits = sum(each.opcode.startswith("SYNCS.PHASECHK") for each in instructions)
+    return max(0, sum(map(_is_arrival, instructions)) - waits)
+
+
 def _is_arrival(instruction: Instruction) -> bool:
     """Whether copies arrive at an mbarrier."""
     return instruction.opcode.startswith("ARRIVES.LDGSTSBAR")

@@ -15,6 +15,7 @@ from wanforge.runtime.measure.machine_code.loops import outline
 from wanforge.runtime.measure.machine_code.multiprocessor import (
     FarMemory,
     Multiprocessor,
+    outstanding,
     steady_clocks,
 )
 from wanforge.runtime.measure.machine_code.pipes import SHARED, counts, global_bytes, products
@@ -118,7 +119,8 @@ def profiles(cubin: Cubin, code: bytes, gpus: Sequence[str], usage: Usage) -> di
         trips * sum(map(global_bytes, piece.instructions))
         for trips, piece in zip((1, *usage.trips), pieces, strict=True)
     )
-    timer = KernelTimer(cubin, usage.bytes / (moved * cubin.threads / LANES) if moved else 1.0, bool(whole.inner))
+    distinct = usage.bytes / (moved * cubin.threads / LANES) if moved else 1.0
+    timer = KernelTimer(cubin, distinct, bool(whole.inner), outstanding(whole.instructions))
     return {gpu: timer.profile(gpu, pieces) for gpu in gpus}
 
 
@@ -127,13 +129,12 @@ class KernelTimer:
 
     Args:
         distinct: Bytes that are moved for each byte that an instruction moves.
+        ahead: How many mbarriers, at which copies arrive, the loop waits at before those of its own copies.
     """
 
-    def __init__(self, cubin: Cubin, distinct: float, has_loops: bool) -> None:
-        self.distinct, self.has_loops = distinct, has_loops
+    def __init__(self, cubin: Cubin, distinct: float, has_loops: bool, ahead: int) -> None:
+        self.distinct, self.has_loops, self.ahead = distinct, has_loops, ahead
         self.cubin, self.programs, self.warps = cubin, occupancy(cubin).programs, cubin.threads // 32
-        # A loop waits for what was copied AHEAD - 1 iterations before.
-        self.ahead = int(cubin.constants.get("AHEAD") or 1) - 1
         self._known: dict[tuple[int, str, FarMemory, int], float] = {}
 
     def profile(self, gpu: str, pieces: Iterable[Piece]) -> Profile:

@@ -59,6 +59,7 @@ def test_a_fused_product_and_sum_is_rounded_once() -> None:
         ("cvt.rzi.s32.f32 %r4, %r3", -1.9, -1),
         ("cvt.rni.s32.f32 %r4, %r3", 2.5, 2),
         ("ex2.approx.ftz.f32 %r4, %r3", -3.0, 0.125),
+        ("rcp.approx.ftz.f32 %r4, %r3", -4.0, -0.25),
         ("max.f32 %r4, %r3, 0f7FC00000", 2.0, 2.0),  # not a number, so the other
         ("prmt.b32 %r4, %r3, 0, 0x0123", np.uint32(0x11223344).view(np.float32), np.uint32(0x44332211)),
         ("bfe.s32 %r4, %r3, 4, 8", np.uint32(0xF80).view(np.float32), np.int32(-8)),

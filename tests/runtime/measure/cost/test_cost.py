@@ -188,11 +188,11 @@ def test_chunks_are_the_kernels() -> None:
 
 def test_thread_blocks_fetch_what_their_loops_read() -> None:
     w = tiny(width_px=240)
-    launches = {x.name: x for x in all_launches(fused_block(w))}
+    runs = {x.name: x.run for x in all_launches(fused_block(w)) if x.run is not None}
     tiles = [(row, column) for row in range(0, w.L, 128) for column in range(0, w.F, 128)]
-    assert launches["gemm ffn.0 + GELU + quantise"].bytes_fetched == sum(2 * 128 * w.D for _ in tiles)
+    assert runs["gemm ffn.0 + GELU + quantise"].fetched == sum(2 * 128 * w.D for _ in tiles)
     key_rows = sum(w.recipe.block_k for _ in range(w.H) for _ in range(0, w.L, 128) for _ in range(w.num_selected))
-    assert launches["attention + quantise"].bytes_fetched == 2 * w.L * w.D + key_rows * 128 * 2
+    assert runs["attention + quantise"].fetched == 2 * w.L * w.D + key_rows * 128 * 2
 
 
 def test_the_roofline_is_the_slower_of_bytes_and_arithmetic() -> None:
@@ -239,3 +239,13 @@ def test_counting_a_denoiser_needs_no_torch() -> None:
     code = f"import sys; sys.modules['torch'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_programs_of_two_warpgroups_have_twice_the_outputs() -> None:
+    w = tiny(width_px=240)
+    run = {x.name: x for x in all_launches(fused_block(w))}["gemm ffn.0 + GELU + quantise"].run
+    assert run is not None
+    tiles = [(row, column) for row in range(0, w.L, 128) for column in range(0, w.F, 256)]
+    wide = run.of("warpgroup_linear.gemm")
+    assert (wide.programs, wide.fetched) == (len(tiles), sum((128 + 256) * w.D for _ in tiles))
+    assert run.of("w8a8_linear.gemm") is run

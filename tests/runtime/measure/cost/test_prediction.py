@@ -68,8 +68,7 @@ def test_the_slowest_of_sms_and_memory_bounds() -> None:
     heavy = replace(SMALL_COST, bytes_read=10**9)
     found = prediction_of(heavy, RUN, PROFILE, H200)
     assert (found.bound, found.seconds) == (DRAM, pytest.approx(1e9 / (4.8e12 * 0.81), rel=1e-3))
-    shared = replace(SMALL_COST, bytes_fetched=10**9)
-    found = prediction_of(shared, RUN, PROFILE, H200)
+    found = prediction_of(SMALL_COST, replace(RUN, fetched=10**9), PROFILE, H200)
     assert (found.bound, found.seconds) == (L2, pytest.approx(1e9 / (36 * SMS * CLOCK), rel=1e-3))
 
 
@@ -124,9 +123,9 @@ def test_products_in_the_machine_code_are_those_that_were_counted(gpu: str) -> N
         if cost.name in wanted:
             assert cost.run is not None
             profile = packaged_profiles()[gpu]["1536"][cost.name]
-            executions = cost.run.executions(profile.kernel)
-            found = sum(times * part.products for times, part in zip(executions, profile.parts, strict=True))
-            assert cost.run.programs * found == wanted[cost.name], cost.name
+            run = cost.run.of(profile.kernel)
+            found = sum(times * part.products for times, part in zip(run.executions, profile.parts, strict=True))
+            assert run.programs * found == wanted[cost.name], cost.name
 
 
 def test_a_launch_without_a_profile_is_named() -> None:

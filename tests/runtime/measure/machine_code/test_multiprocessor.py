@@ -11,6 +11,7 @@ from wanforge.runtime.measure.machine_code.multiprocessor import (
     RELEASE,
     FarMemory,
     Multiprocessor,
+    outstanding,
     steady_clocks,
 )
 from wanforge.runtime.measure.machine_code.rates import load_rates
@@ -127,6 +128,14 @@ def test_a_wait_at_an_mbarrier_holds_until_copies_have_arrived() -> None:
 def test_a_wait_at_an_mbarrier_is_for_the_copies_of_every_warp() -> None:
     """Two warps share the pipe, and none runs away from the other, nor do they hold each other for good."""
     assert arriving(3, warps=8) == pytest.approx(240, rel=0.1)
+
+
+def test_mbarriers_that_were_not_waited_at_before_a_loop_are_waited_at_in_it() -> None:
+    wait = instruction("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2")
+    arrival, barrier = instruction("ARRIVES.LDGSTSBAR.64.ARVCNT [UR4]"), instruction("BAR.SYNC.DEFER_BLOCKING 0x0")
+    assert outstanding([arrival, arrival, barrier]) == 2
+    assert outstanding([arrival, arrival, arrival, wait]) == 2
+    assert outstanding([wait, barrier]) == 0  # at an mbarrier of products
 
 
 def test_copies_that_are_waited_for_later_cost_less() -> None:
