@@ -31,7 +31,6 @@ from wanforge.runtime.causal.stream import (
     check_stream,
     check_streams,
 )
-from wanforge.runtime.clip import Clip
 from wanforge.runtime.denoiser import Denoiser, Watch
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
@@ -40,6 +39,7 @@ from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
+from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.sampler import gaussian, sample

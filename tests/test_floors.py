@@ -53,7 +53,7 @@ ROOMS = [
     "wanforge.runtime.backends",
     "wanforge.runtime.lora",
     "wanforge.runtime.causal",
-    "wanforge.runtime.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
+    "wanforge.runtime.output.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
     "wanforge.runtime.preview",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
     "wanforge.runtime.measure.durations wanforge.runtime.measure.estimates",

@@ -20,11 +20,11 @@ import msgspec
 from wanforge.configs.loading import Record
 from wanforge.errors import BundleError, ResourceError
 from wanforge.requirements import install_extra
-from wanforge.runtime.batch.team import LOOK_SECONDS, EndingError, FailedError, LostError
 from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
 from wanforge.runtime.batch.places import opened
 from wanforge.runtime.batch.processes import LATENTS_FILE, VIDEO, Pools, stored
+from wanforge.runtime.batch.team import LOOK_SECONDS, EndingError, FailedError, LostError
 from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.child.maker import Maker
 from wanforge.runtime.service.child.messages import BundlePlace, MakeClip, SetUp

@@ -11,12 +11,12 @@ import msgspec
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends import AUTO
 from wanforge.runtime.batch.actors import actor_hands, connected
-from wanforge.runtime.batch.team import Team
 from wanforge.runtime.batch.orders import Defaults, Ordering
 from wanforge.runtime.batch.places import opened, sole_run
 from wanforge.runtime.batch.processes import Pools, process_hands
 from wanforge.runtime.batch.report import told
 from wanforge.runtime.batch.run import BatchRun
+from wanforge.runtime.batch.team import Team
 from wanforge.runtime.commands.options import (
     BACKEND,
     CLIP,

@@ -11,9 +11,9 @@ from threading import Event
 from typing import Any
 
 from wanforge.errors import BundleError
-from wanforge.runtime.batch.team import LOOK_SECONDS, EndingError, FailedError, LostError
 from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
+from wanforge.runtime.batch.team import LOOK_SECONDS, EndingError, FailedError, LostError
 from wanforge.runtime.service.child.messages import (
     BundlePlace,
     ChildReady,

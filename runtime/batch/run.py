@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from wanforge.errors import RequestError
 from wanforge.progress import Overall
-from wanforge.runtime.batch.team import Team
 from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip, read_manifest, write_manifest
 from wanforge.runtime.batch.orders import ClipOrder, Ordering, PlacedOrder
 from wanforge.runtime.batch.report import BatchReport, Effort
+from wanforge.runtime.batch.team import Team
 from wanforge.runtime.inputs.prompts import BadLine, PromptLine
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.service.results.base import ObjectStorage

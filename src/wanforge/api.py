@@ -32,8 +32,8 @@ from wanforge.plugins.tensorrt.library import group_by_flavour, open_library
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO
 from wanforge.runtime.backends.choice import resolve_backend
-from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
+from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import Settings, request_for
 

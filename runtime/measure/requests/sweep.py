@@ -22,12 +22,12 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import BundleError, RequestError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.clip import Clip
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
 from wanforge.runtime.measure.quality.held_out import Rates, measure, prompts_for
 from wanforge.runtime.measure.requests.meters import Nvml, ResourceUse, metered
 from wanforge.runtime.measure.requests.timing import one_run
+from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
 from wanforge.whole_file import temporary_folder

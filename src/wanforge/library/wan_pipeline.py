@@ -19,7 +19,7 @@ from wanforge.library.adapters import Adapters
 from wanforge.library.bundles import bundle_of
 from wanforge.runtime.backends import AUTO
 from wanforge.runtime.backends.base import Session
-from wanforge.runtime.clip import Clip
+from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import Request, request_for
 

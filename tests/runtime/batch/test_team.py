@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from wanforge.errors import BundleError, ResourceError
-from wanforge.runtime.batch.team import MOST_STARTS, Team, FailedError, LostError
 from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
+from wanforge.runtime.batch.team import MOST_STARTS, FailedError, LostError, Team
 from wanforge.runtime.service.job import Failure
 
 ORDERS = [ClipOrder(key=f"{number}", request={}) for number in range(6)]
