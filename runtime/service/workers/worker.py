@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +129,7 @@ class ClipWorker(Thread):
         self._stored: Future[None] | None = None
 
     def run(self) -> None:
+        self._stored = self._storing.submit(lambda: None)  # so that no thread has to be started later
         try:
             while not self.shop.is_closed.is_set():
                 try:
@@ -193,6 +194,7 @@ class ClipWorker(Thread):
             self._tell(state="broken" if self.breaker.is_open else "waiting")
             self.shop.is_closed.wait(min(left, LOOK_SECONDS))
             return
+        self._await_stored()  # because its job is leased by the name of the child that has made it
         self.lease_name = f"{socket.gethostname()}/{self.name}/{secrets.token_hex(8)}"
         self._tell(state="starting", reason="its bundles are being loaded")
         child = self._child = ChildProcess(self.shop.settings, self.seat, self.bundles)
@@ -250,12 +252,19 @@ class ClipWorker(Thread):
         except OSError as error:
             log.exception("%s cannot use its folder.", self.name)
             outcome = ClipFailed(attempt.ticket, failure_of(error).failure, False)
-        if self._stored is not None:
-            self._stored.result()  # so that no more than one clip waits to be stored
+        except Exception as error:
+            log.exception("%s has failed.", self.name)
+            outcome = Killed(f"the supervisor failed ({type(error).__name__})")
+            self._lose_child(outcome.how)
+        self._await_stored()  # so that no more than one clip waits to be stored
         self._stored = self._storing.submit(self._finish, attempt, outcome)
         if not isinstance(outcome, ClipMade):
-            self._stored.result()
+            self._await_stored()
         self._tell(job=None, **({} if self._child is None else {"state": "idle"}))
+
+    def _await_stored(self) -> None:
+        """Wait until the clip that was made last is stored, or cannot be."""
+        wait([] if self._stored is None else [self._stored])
 
     def _finish(self, attempt: Attempt, outcome: Outcome) -> None:
         """Settle what becomes of a job, and delete the files of the attempt."""
@@ -289,8 +298,9 @@ class ClipWorker(Thread):
         except EndedError as error:
             outcome = Killed(str(error), has_begun=attempt.has_begun)
         match outcome:
-            case ClipMade(loaded=loaded):
+            case ClipMade(loaded=loaded, usage=usage):
                 self.breaker.succeeded()
+                self._tell(loaded=loaded, usage=usage)
                 self._warm = {bundle: shape for bundle, shape in self._warm.items() if bundle in loaded}
                 self._warm[job.bundle] = job.shape
             case Killed(how, was_asked=was_asked):
@@ -320,7 +330,7 @@ class ClipWorker(Thread):
             if stop_until is not None and time.monotonic() > stop_until:
                 return Killed(f"it did not stop within {self.times.stop:g} s", was_asked=True)
             if time.monotonic() - attempt.moved_at > self.times.hang:
-                return Killed(f"it made no progress for {self.times.hang:g} s", was_hung=True)
+                return Killed(f"it made no progress for {self.times.hang:g} s", attempt.has_begun, was_hung=True)
 
     def _heard(self, attempt: Attempt, message: ToSupervisor | None) -> Outcome | None:
         """Take a message of the child; return it if it ends the attempt."""
@@ -375,7 +385,7 @@ class ClipWorker(Thread):
             return
         self._count(attempt, "completed")
         self._change(lambda status: status.with_times(kind_of(job), made.stages))
-        self._tell(last_good_at=time.time(), loaded=made.loaded, usage=made.usage)
+        self._tell(last_good_at=time.time())
         log.info("%s completed %s.", self.name, job.id, extra={"job": job.id, "seconds": made.stages})
 
     def _store(self, name: str, path: Path) -> None:

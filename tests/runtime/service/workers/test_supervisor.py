@@ -95,6 +95,30 @@ def test_a_child_that_is_killed_while_idle_costs_nothing(rig: Rig) -> None:
         assert rig.has_lost(child.pid)
 
 
+def test_a_child_that_hangs_before_it_has_begun_costs_nothing(rig: Rig) -> None:
+    with working(rig):
+        child = rig.child
+        child.suspend()
+        assert rig.completed(rig.submit("good")).lost == 0
+        assert not child.is_running()
+
+
+def test_a_mistake_of_the_supervisor_costs_an_attempt(rig: Rig) -> None:
+    rig.prelude = """
+from wanforge.runtime.service.workers.worker import ClipWorker
+make = ClipWorker._make
+def fail(worker, attempt, child):
+    if attempt.job.attempt == 1:
+        raise ValueError("a mistake in the code")
+    return make(worker, attempt, child)
+ClipWorker._make = fail
+"""
+    with working(rig):
+        job = rig.completed(rig.submit("good"))
+        assert (job.attempt, job.lost) == (2, 1)
+        rig.wait(lambda: list(rig.storage.staging().iterdir()) == [])
+
+
 def test_a_clip_is_stored_while_the_next_one_is_made(rig: Rig) -> None:
     rig.prelude = f"""
 import pathlib, time
