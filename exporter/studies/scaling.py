@@ -122,8 +122,9 @@ def predict(
 
 
 def published_models() -> list[ModelConfig]:
-    """The models whose files can be pulled."""
-    return [load_model(name) for name in named("models") if hub_model(name) is not None]
+    """The published models that make whole clips."""
+    known = [load_model(name) for name in named("models") if hub_model(name) is not None]
+    return [model for model in known if not model.causal]
 
 
 def own_points(models: Iterable[ModelConfig], targets: Mapping[str, Target]) -> list[ScalingPoint]:

@@ -91,7 +91,7 @@ def rooflines_table(scaling: Scaling) -> Table:
 
 
 def own_table(scaling: Scaling) -> Table:
-    """The roofline of the denoiser of every published model, for its own clip, on every GPU."""
+    """The roofline of the denoiser of every published model that makes whole clips, for its own clip, on every GPU."""
     rows = []
     for point in scaling.own:
         model = load_model(point.model)
@@ -268,8 +268,8 @@ def page(scaling: Scaling) -> str:
         f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",
         markdown_table(*rooflines_table(scaling), words=2),
         "## All published models",
-        "Rooflines in seconds of all steps of the denoiser, each model with its own clip, its own number of "
-        "steps and its own attention, with W8A8. *Quadratic* is the share of the operations that grows with "
+        "Rooflines in seconds of all steps of the denoiser, each model that makes whole clips with its own clip, its own "
+        "number of steps and its own attention, with W8A8. *Quadratic* is the share of the operations that grows with "
         "the square of the number of tokens.",
         markdown_table(*own_table(scaling), words=3),
         "## VAE decoder",
