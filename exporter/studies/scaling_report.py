@@ -268,9 +268,9 @@ def page(scaling: Scaling) -> str:
         f"Rooflines in seconds at top-k {scaling.points[0].topk:g}.",
         markdown_table(*rooflines_table(scaling), words=2),
         "## All published models",
-        "Rooflines in seconds of all steps of the denoiser, each model that makes whole clips with its own clip, its own "
-        "number of steps and its own attention, with W8A8. *Quadratic* is the share of the operations that grows with "
-        "the square of the number of tokens.",
+        "Rooflines in seconds of all steps of the denoiser, each model that makes whole clips with its own clip, its "
+        "own number of steps and its own attention, with W8A8. *Quadratic* is the share of the operations that grows "
+        "with the square of the number of tokens.",
         markdown_table(*own_table(scaling), words=3),
         "## VAE decoder",
         "Rooflines in seconds, in bf16; they are the same for all models and almost proportional to the number of "
