@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,13 +22,14 @@ from wanforge.errors import BundleError, ResourceError
 from wanforge.requirements import install_extra
 from wanforge.runtime.batch.manifest import StoredClip
 from wanforge.runtime.batch.orders import ClipOrder
-from wanforge.runtime.batch.places import opened
+from wanforge.runtime.batch.places import ACTOR, opened
 from wanforge.runtime.batch.processes import LATENTS_FILE, VIDEO, Pools, stored
 from wanforge.runtime.batch.team import LOOK_SECONDS, EndingError, FailedError, LostError
 from wanforge.runtime.service.child.failures import failure_of
 from wanforge.runtime.service.child.maker import Maker
 from wanforge.runtime.service.child.messages import BundlePlace, MakeClip, SetUp
 from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.results.base import ObjectStorage
 
 LOCAL, FOUND = "local", "auto"
 """The addresses that stand for a Ray of this command's own, and for the one that Ray finds."""
@@ -62,8 +63,9 @@ class ClipActor:
 
     def __init__(self, setup: bytes, out: str) -> None:
         self.setup = msgspec.msgpack.decode(setup, type=SetUp)
-        self.storage = ExitStack().enter_context(opened(out))
-        self.folder = self.storage.staging() / f"actor-{os.getpid()}-{os.urandom(4).hex()}"
+        self.out, self.name = out, f"{ACTOR}{os.getpid()}-{os.urandom(4).hex()}"
+        with opened(out):  # which says at once why it cannot be, if so
+            pass
         self.maker: Maker = import_module(self.setup.maker).create(self.setup)
         self.refused = self.maker.load(self.setup.bundles, lambda stage, percent: None)
 
@@ -77,27 +79,31 @@ class ClipActor:
         order = msgspec.msgpack.decode(message, type=ClipOrder)
         before = ActorAnswer() if given is None else msgspec.msgpack.decode(given, type=ActorAnswer)
         try:
-            return msgspec.msgpack.encode(self._made(order, before))
+            with opened(self.out) as storage:  # its temporary files do not outlive the clip
+                return msgspec.msgpack.encode(self._made(order, before, storage))
+        except FailedError as error:
+            return msgspec.msgpack.encode(ActorAnswer(failure=error.failure))
         except Exception as error:
             failure, is_last = failure_of(error)
             if failure.code in ("internal_error", "bundle_damaged"):  # nobody sees what an actor logs
                 failure = Failure(failure.code, f"{type(error).__name__}: {error}")
             return msgspec.msgpack.encode(ActorAnswer(failure=failure, is_last=is_last))
 
-    def _made(self, order: ClipOrder, before: ActorAnswer) -> ActorAnswer:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+    def _made(self, order: ClipOrder, before: ActorAnswer, storage: ObjectStorage) -> ActorAnswer:
+        folder = storage.staging() / self.name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         if before.latents is not None:
-            (self.folder / LATENTS_FILE).write_bytes(before.latents)
+            (folder / LATENTS_FILE).write_bytes(before.latents)
         try:
             bundle = self.setup.bundles[0].fingerprint
-            message = MakeClip(order.key, bundle, order.request, order.image, str(self.folder))
+            message = MakeClip(order.key, bundle, order.request, order.image, str(folder))
             made = self.maker.make(message, lambda stage, percent: None)
             if VIDEO not in made.files:
-                return ActorAnswer(latents=(self.folder / LATENTS_FILE).read_bytes(), stages=made.stages)
-            return ActorAnswer(stored(self.storage, order, made, self.folder, before.stages))
+                return ActorAnswer(latents=(folder / LATENTS_FILE).read_bytes(), stages=made.stages)
+            return ActorAnswer(stored(storage, order, made, folder, before.stages))
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass

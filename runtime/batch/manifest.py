@@ -54,7 +54,7 @@ class ManifestLine(Record, frozen=True, kw_only=True):
     """What a line of the manifest says.
 
     Attributes:
-        line: The number of the line of the prompt file.
+        line: The number of the line of the prompt file; None for a clip that only an earlier run was asked for.
         state: ``completed``, ``failed``, or ``queued`` where the batch ended before the clip was begun or complete.
         file: The name of the clip's file beside the manifest; None if there is none.
         size: Width and height in pixels, ``832x480``.
@@ -62,7 +62,7 @@ class ManifestLine(Record, frozen=True, kw_only=True):
         loras: The LoRAs, as `wanforge generate --lora` takes them.
     """
 
-    line: int
+    line: int | None
     state: Literal["completed", "failed", "queued"]
     key: str | None = None
     file: str | None = None
@@ -88,14 +88,7 @@ class ManifestLine(Record, frozen=True, kw_only=True):
         """The clip, if it is complete."""
         if self.state != "completed" or self.bytes is None:
             return None
-        return StoredClip(
-            bytes=self.bytes,
-            sha256=self.sha256,
-            backend=self.backend,
-            seconds=self.seconds,
-            stages=self.stages,
-            attempts=self.attempts,
-        )
+        return StoredClip(**{name: getattr(self, name) for name in StoredClip.__struct_fields__})
 
 
 def line_of(placed: PlacedOrder, ending: Ending | None) -> ManifestLine:
@@ -135,24 +128,29 @@ def refused_line(bad: BadLine) -> ManifestLine:
 
 
 def write_manifest(
-    storage: ObjectStorage, orders: Iterable[PlacedOrder], endings: Mapping[str, Ending], bad: Iterable[BadLine] = ()
+    storage: ObjectStorage,
+    orders: Iterable[PlacedOrder],
+    endings: Mapping[str, Ending],
+    bad: Iterable[BadLine] = (),
+    others: Iterable[ManifestLine] = (),
 ) -> None:
     """Write the manifest of a batch, whole.
 
     Args:
         endings: What became of clips, by key.
+        others: The lines of clips that only earlier runs were asked for.
 
     Raises:
         StorageError: It cannot be stored.
     """
     lines = [line_of(placed, endings.get(placed.order.key)) for placed in orders]
     lines += [refused_line(each) for each in bad]
-    lines.sort(key=lambda each: each.line)  # which leaves the samples of a line in their order
-    storage.put(MANIFEST, b"".join(msgspec.json.encode(each) + b"\n" for each in lines))
+    lines.sort(key=lambda each: each.line or 0)  # which leaves the samples of a line in their order
+    storage.put(MANIFEST, b"".join(msgspec.json.encode(each) + b"\n" for each in (*lines, *others)))
 
 
-def read_manifest(storage: ObjectStorage) -> dict[str, StoredClip]:
-    """What an earlier run noted of the clips that it made, by key. A manifest that cannot be read is not used."""
+def read_manifest(storage: ObjectStorage) -> dict[str, ManifestLine]:
+    """The lines of complete clips that an earlier run noted, by key. A manifest that cannot be read is not used."""
     try:
         data = storage.local(MANIFEST).read_bytes()
         lines = [msgspec.json.decode(line, type=ManifestLine) for line in data.splitlines()]
@@ -161,4 +159,4 @@ def read_manifest(storage: ObjectStorage) -> dict[str, StoredClip]:
     except (OSError, msgspec.DecodeError) as error:
         log.warning("The manifest of the earlier run cannot be read (%s); it is written anew.", error)
         return {}
-    return {line.key: line.stored_clip for line in lines if line.key is not None and line.stored_clip is not None}
+    return {line.key: line for line in lines if line.key is not None and line.stored_clip is not None}

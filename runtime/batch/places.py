@@ -1,18 +1,24 @@
 """Where a batch puts its clips: a folder, or a bucket of S3."""
 
 import fcntl
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wanforge.errors import ResourceError
+from wanforge.runtime.batch.orders import DIGITS
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.results.folder import FolderStorage
-from wanforge.runtime.service.results.opening import S3, open_storage
+from wanforge.runtime.service.results.opening import open_storage
 from wanforge.whole_file import temporary_folder
 
-LOCK = "batch.lock"
+STAGING, LOCK = ".wanforge-batch", "lock"
+"""The folder beside the clips in which they are made, and the file in it that the batch that is running has locked."""
+ACTOR = "actor-"
+"""What the names of folders begin with in which actors make clips; those of processes are the keys of their orders."""
+UNFINISHED = re.compile(rf"[0-9a-f]{{{DIGITS}}}|{ACTOR}.+")
 
 
 @contextmanager
@@ -28,7 +34,7 @@ def opened(place: str) -> Iterator[ObjectStorage]:
         ResourceError: obstore is not installed.
     """
     if "://" not in place:
-        yield FolderStorage(Path(place).absolute(), least_free=0, is_private=False)
+        yield FolderStorage(Path(place).absolute(), least_free=0, is_private=False, staging=STAGING)
         return
     with temporary_folder() as folder:
         yield open_storage(place, folder)
@@ -50,9 +56,15 @@ def sole_run(place: str, storage: ObjectStorage) -> Iterator[None]:
             raise ResourceError(
                 f"{place}: another batch is writing there; wait for its end, or give another --out"
             ) from None
-        for left in staging.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-    if not place.startswith(S3):
-        shutil.rmtree(staging, ignore_errors=True)
+        delete_unfinished(staging)
+        try:
+            yield
+        finally:
+            delete_unfinished(staging)
+
+
+def delete_unfinished(staging: Path) -> None:
+    """Delete the folders of clips in the making. The file of the lock stays, since another batch may wait for it."""
+    for left in staging.glob("*"):
+        if UNFINISHED.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)

@@ -22,7 +22,8 @@ from wanforge.runtime.service.child.messages import (
     MakeClip,
     ToSupervisor,
 )
-from wanforge.runtime.service.results.base import ObjectStorage
+from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.results.base import ObjectStorage, StorageError
 from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.workers.process import ChildProcess, EndedError
 from wanforge.runtime.service.workers.settings import Seat, Supervision, seats
@@ -152,9 +153,12 @@ def stored(
         before: Seconds of the stages that other makers have done.
 
     Raises:
-        StorageError: There is no room, or the storage cannot be reached.
+        FailedError: There is no room, or the storage cannot be reached.
     """
-    storage.add(order.name, folder / made.files[VIDEO])
+    try:
+        storage.add(order.name, folder / made.files[VIDEO])
+    except StorageError as error:
+        raise FailedError(Failure(error.code, str(error))) from None
     stages = {**before, **made.stages}
     return StoredClip(**made.details, backend=made.backend, seconds=sum(stages.values()), stages=stages)
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from wanforge.errors import RequestError
 from wanforge.progress import Overall
-from wanforge.runtime.batch.manifest import Ending, SetApart, StoredClip, read_manifest, write_manifest
+from wanforge.runtime.batch.manifest import Ending, ManifestLine, SetApart, StoredClip, read_manifest, write_manifest
 from wanforge.runtime.batch.orders import ClipOrder, Ordering, PlacedOrder
 from wanforge.runtime.batch.report import BatchReport, Effort
 from wanforge.runtime.batch.team import Team
@@ -34,6 +36,7 @@ class BatchRun:
     Attributes:
         orders: All clips that are asked for, in the order of their lines, and `bad`, the lines that are wrong.
         endings: What became of clips so far, by key.
+        others: The manifest's lines of clips that are there and that only earlier runs were asked for.
     """
 
     ordering: Ordering
@@ -42,6 +45,7 @@ class BatchRun:
     orders: list[PlacedOrder] = field(default_factory=list)
     bad: list[BadLine] = field(default_factory=list)
     endings: dict[str, Ending] = field(default_factory=dict)
+    others: list[ManifestLine] = field(default_factory=list)
     _note_due: float = 0.0
 
     def read(self, lines: Sequence[PromptLine | BadLine], *, skip_bad: bool) -> list[ClipOrder]:
@@ -52,8 +56,8 @@ class BatchRun:
         """
         stored = {each.name: each.bytes for each in self.storage.stored()}
         earlier = read_manifest(self.storage)
-        for key, clip in earlier.items():
-            if stored.get(name := f"{key}.mp4") not in (None, clip.bytes):
+        for key, line in earlier.items():
+            if stored.get(name := f"{key}.mp4") not in (None, line.bytes):
                 del stored[name]  # something else has been written there since
         self.orders, self.bad = self.ordering.read(lines, stored)
         check_lines(self.bad, self.orders, skip_bad=skip_bad)
@@ -61,9 +65,12 @@ class BatchRun:
         for each in self.orders:
             key, name = each.order.key, each.order.name
             if name in stored:
-                self.endings[key] = earlier.get(key) or StoredClip(bytes=stored[name])
+                known = earlier[key].stored_clip if key in earlier else None
+                self.endings[key] = known or StoredClip(bytes=stored[name])
             else:
                 missing[key] = each.order
+        left = earlier.keys() - self.endings.keys()
+        self.others = [replace(line, line=None) for key, line in earlier.items() if key in left and line.file in stored]
         return list(missing.values())
 
     def make(self, missing: Sequence[ClipOrder], hire: Hiring, price_per_hour: float | None = None) -> Effort:
@@ -113,7 +120,7 @@ class BatchRun:
 
     def note(self) -> None:
         """Write the manifest as things stand."""
-        write_manifest(self.storage, self.orders, self.endings, self.bad)
+        write_manifest(self.storage, self.orders, self.endings, self.bad, self.others)
 
 
 def check_lines(bad: Sequence[BadLine], orders: Sequence[PlacedOrder], *, skip_bad: bool) -> None:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,9 @@ PARTIAL = ".partial"
 
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 """The errors of locking on a disk that knows no locks."""
+
+FOLDER_LOCK = Path("wanforge.lock")
+"""The file whose temporary names lie beside temporary folders."""
 
 LONGEST_NAME = 255
 """The most bytes of a file's name, on the usual file systems."""
@@ -74,13 +78,23 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a folder for temporary files, which is deleted with everything in it."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    """Make a folder for temporary files, into which only this user may look and which is deleted with everything in it.
+
+    Beside it lies a temporary file. A process that is killed leaves both behind; the next one deletes the file, whose
+    lock is free, and then the folders that have no such file.
+    """
+    within = Path(tempfile.gettempdir())
+    with temporary_file(within / FOLDER_LOCK) as locked:
+        for left in within.glob(f".{FOLDER_LOCK.stem}.*{PARTIAL}"):
+            if not left.with_suffix(f"{PARTIAL}{FOLDER_LOCK.suffix}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        folder = locked.with_suffix("")
         open_folders.add(folder)
         try:
+            folder.mkdir(mode=0o700)
             yield folder
         finally:
+            shutil.rmtree(folder, ignore_errors=True)
             open_folders.discard(folder)
 
 

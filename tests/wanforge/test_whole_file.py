@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,4 +168,23 @@ def test_a_name_may_be_as_long_as_the_file_system_permits(tmp_path: Path, name: 
 def test_a_temporary_folder_goes_with_everything_in_it() -> None:
     with temporary_folder() as folder:
         (folder / "file").touch()
+        assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_the_temporary_folder_of_a_killed_process_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import time\nfrom wanforge.whole_file import temporary_folder\n"
+    code += "with temporary_folder() as folder:\n    print(folder, flush=True)\n    time.sleep(600)"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=variables) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        with temporary_folder() as ours, temporary_folder() as another:
+            assert {path for path in tmp_path.iterdir() if path.is_dir()} == {theirs, ours, another}
+        process.kill()
+    assert theirs.is_dir()
+    with temporary_folder() as ours:
+        assert [path for path in tmp_path.iterdir() if path.is_dir()] == [ours]
+    assert list(tmp_path.iterdir()) == []

@@ -25,10 +25,13 @@ class FolderStorage(ObjectStorage):
         least_free: Bytes that have to be free on the disk before something is uploaded or a job is started. Results of
             jobs that run already may take some of them.
         is_private: Whether only this user may look into it.
+        staging: The name of the folder within it in which files are made.
     """
 
-    def __init__(self, root: Path, least_free: int = LEAST_FREE, *, is_private: bool = True) -> None:
-        self.root, self.least_free = root, least_free
+    def __init__(
+        self, root: Path, least_free: int = LEAST_FREE, *, is_private: bool = True, staging: str = STAGING
+    ) -> None:
+        self.root, self.least_free, self._staging = root, least_free, root / staging
         with explained(root):
             self.staging().mkdir(mode=0o700, parents=True, exist_ok=True)
             if is_private:
@@ -70,7 +73,7 @@ class FolderStorage(ObjectStorage):
                     yield Stored(entry.name, found.st_mtime, found.st_size)
 
     def staging(self) -> Path:
-        return self.root / STAGING
+        return self._staging
 
     def check_room(self) -> None:
         free = shutil.disk_usage(self.root).free

@@ -1,5 +1,8 @@
 """A bundle of TinyWan for batches, some prompts, and their clips."""
 
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,31 @@ def undisturbed(tinywan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     succeeded("batch", folder / "prompts.txt", "--bundle", tinywan, "--out", folder / "clips", *SMALL)
     return folder
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a server that speaks S3's protocol."""
+    missing = [name for name in ("obstore", "moto", "flask", "flask_cors") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{', '.join(missing)} is not installed (the extra dev)")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    urllib.request.urlopen(urllib.request.Request(f"{url}/batches", method="PUT")).close()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", url),
+        ("AWS_ALLOW_HTTP", "true"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+    ):
+        monkeypatch.setenv(name, value)
+    yield "s3://batches/tonight"
+    server.stop()
 
 
 def clips(folder: Path) -> dict[str, bytes]:

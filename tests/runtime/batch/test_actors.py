@@ -1,6 +1,7 @@
 """Actors make the clips that processes make, and one that dies is replaced."""
 
 import json
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
 from wanforge.runtime.batch.actors import ActorAnswer, ClipActor, connected
 from wanforge.runtime.batch.orders import ClipOrder, Defaults, Ordering
+from wanforge.runtime.batch.places import opened
 from wanforge.runtime.batch.processes import HALVES, MAKER, Pools
 from wanforge.runtime.inputs.prompts import PromptLine
 from wanforge.runtime.service.child.messages import BundlePlace, SetUp
+from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.results.base import StorageError
+from wanforge.runtime.service.results.folder import FolderStorage
+
+PRETEND = SetUp("tests.runtime.batch.pretend_maker", (BundlePlace("0" * 32, "bundle"),))
 
 
 def order_of(bundle: Bundle, prompt: str) -> ClipOrder:
@@ -51,6 +58,32 @@ def test_an_actor_hands_latents_to_another(tinywan: Path, tmp_path: Path) -> Non
     clip = msgspec.msgpack.decode(whole, type=ActorAnswer).clip
     assert clip is not None
     assert (clip.bytes, clip.sha256) == (answer.clip.bytes, answer.clip.sha256)
+
+
+@pytest.mark.slow
+def test_an_actor_leaves_nothing_on_its_machine_but_clips_in_a_bucket(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = ClipActor(msgspec.msgpack.encode(PRETEND), bucket)
+    for order in (ClipOrder(key=digit * 32, request={}) for digit in "ab"):
+        answer = msgspec.msgpack.decode(made.make(msgspec.msgpack.encode(order), None), type=ActorAnswer)
+        assert answer.failure is None
+        with opened(bucket) as storage:
+            assert storage.local(order.name).read_text() == "700"
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", ["disk_full", "storage_refused"])
+def test_an_actor_tells_what_its_storage_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    def refuse(*_: object) -> None:
+        raise StorageError(code, "clips: free some space")
+
+    monkeypatch.setattr(FolderStorage, "add", refuse)
+    made = ClipActor(msgspec.msgpack.encode(PRETEND), str(tmp_path / "clips"))
+    message = msgspec.msgpack.encode(ClipOrder(key="a" * 32, request={}))
+    answer = msgspec.msgpack.decode(made.make(message, None), type=ActorAnswer)
+    assert answer.failure == Failure(code, "clips: free some space")
 
 
 @pytest.mark.slow

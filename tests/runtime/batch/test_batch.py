@@ -14,6 +14,7 @@ import pytest
 from tests.command_line import run, succeeded
 from tests.processes import command, start, wait_until
 from tests.runtime.batch.conftest import PROMPTS, SMALL, clips
+from wanforge.runtime.batch.places import LOCK, STAGING, opened, sole_run
 
 
 def manifest(folder: Path) -> list[dict[str, Any]]:
@@ -34,7 +35,7 @@ def test_whatever_is_killed_no_clip_is_lost_or_changed(
     psutil.wait_procs(children, timeout=30)
     before = clips(out)
     assert before.items() <= clips(undisturbed / "clips").items()
-    (out / "staging" / "left").mkdir(parents=True, exist_ok=True)
+    (out / STAGING / ("0" * 32)).mkdir(parents=True, exist_ok=True)
     kills = 0
     with command(*words) as process:
         while process.poll() is None and kills < 2:
@@ -46,7 +47,7 @@ def test_whatever_is_killed_no_clip_is_lost_or_changed(
         said, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert clips(out) == clips(undisturbed / "clips")
-    assert not (out / "staging").exists()
+    assert [path.name for path in (out / STAGING).iterdir()] == [LOCK]
     report = json.loads(said)
     assert report["deaths"] <= kills  # the last one may have come when all clips were made
     assert (report["there"], report["made"]) == (len(before), len(PROMPTS) - len(before))
@@ -100,7 +101,7 @@ def test_wrong_lines_are_all_told_before_anything_is_made(tinywan: Path, tmp_pat
     assert "2 lines are wrong, so nothing was made" in result.output
     assert f"{file}, line 2: " in result.output
     assert f"{file}, line 4: seed -1 is out of range" in result.output
-    assert list(out.glob("*")) in ([], [out / "staging"])
+    assert list(out.iterdir()) == [out / STAGING]
 
 
 def test_a_batch_of_wrong_lines_alone_is_refused(tinywan: Path, tmp_path: Path) -> None:
@@ -111,8 +112,6 @@ def test_a_batch_of_wrong_lines_alone_is_refused(tinywan: Path, tmp_path: Path) 
 
 
 def test_a_second_batch_for_the_same_folder_is_refused(tinywan: Path, prompts: Path, tmp_path: Path) -> None:
-    from wanforge.runtime.batch.places import opened, sole_run
-
     out = tmp_path / "clips"
     with opened(str(out)) as storage, sole_run(str(out), storage):
         result = run("batch", prompts, "--bundle", tinywan, "--out", out)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.processes import ROOT
+from tests.runtime.batch.conftest import SMALL
 from wanforge.runtime.batch.manifest import ManifestLine
 
 PAGE = (ROOT / "docs/batch.md").read_text()
@@ -22,10 +23,13 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """The environment of a shell that finds this wanforge."""
+    """The environment of a shell that finds this wanforge, whose batches are of short clips with few steps."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, does in (("wanforge", f'exec {sys.executable} -W error -m wanforge "$@"'), ("pip", "true")):
+    wanforge = (
+        f'[ "$1" = batch ] && set -- "$@" {" ".join(map(str, SMALL))}\nexec {sys.executable} -W error -m wanforge "$@"'
+    )
+    for name, does in (("wanforge", wanforge), ("pip", "true")):
         (programs / name).write_text(f"#!/bin/sh\n{does}\n")
         (programs / name).chmod(0o755)
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT)])

@@ -1,9 +1,7 @@
 """Clips and manifests go to a folder, which stays open to others, or to a bucket."""
 
 import json
-import urllib.request
-from collections.abc import Iterator
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,33 +9,8 @@ import pytest
 from tests.command_line import succeeded
 from tests.runtime.batch.conftest import SMALL, clips
 from wanforge.errors import ResourceError
-from wanforge.runtime.batch.places import opened, sole_run
+from wanforge.runtime.batch.places import LOCK, STAGING, opened, sole_run
 from wanforge.runtime.service.results.base import MANIFEST, StorageError
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket of a server that speaks S3's protocol."""
-    missing = [name for name in ("obstore", "moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed (the extra dev)")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    urllib.request.urlopen(urllib.request.Request(f"{url}/batches", method="PUT")).close()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", url),
-        ("AWS_ALLOW_HTTP", "true"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-    ):
-        monkeypatch.setenv(name, value)
-    yield "s3://batches/tonight"
-    server.stop()
 
 
 @pytest.mark.slow
@@ -58,17 +31,41 @@ def test_a_folder_stays_as_open_as_it_was(tmp_path: Path) -> None:
     with opened(str(out)) as storage, sole_run(str(out), storage):
         assert storage.staging().stat().st_mode & 0o777 == 0o700
     assert out.stat().st_mode & 0o777 == 0o755
-    assert list(out.iterdir()) == []
+
+
+UNFINISHED = ("0123456789abcdef" * 2, "actor-7-1a2b3c4d")
 
 
 def test_what_another_run_left_unfinished_is_deleted(tmp_path: Path) -> None:
     with opened(str(tmp_path)) as storage:
-        (storage.staging() / "left").mkdir()
-        (storage.staging() / "left" / "video.mp4").write_bytes(b"half")
+        for name in UNFINISHED:
+            (storage.staging() / name).mkdir()
+            (storage.staging() / name / "video.mp4").write_bytes(b"half")
         with sole_run(str(tmp_path), storage):
-            assert not (storage.staging() / "left").exists()
+            assert [path.name for path in storage.staging().iterdir()] == [LOCK]
             with pytest.raises(ResourceError, match="another batch"), sole_run(str(tmp_path), storage):
                 pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_leaves_nothing_but_the_file_of_its_lock(tmp_path: Path, fails: bool) -> None:
+    with opened(str(tmp_path)) as storage, suppress(ZeroDivisionError), sole_run(str(tmp_path), storage):
+        locked = (storage.staging() / LOCK).stat().st_ino
+        (storage.staging() / UNFINISHED[0]).mkdir()
+        if fails:
+            raise ZeroDivisionError
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [STAGING, f"{STAGING}/{LOCK}"]
+    assert (tmp_path / STAGING / LOCK).stat().st_ino == locked  # another run may be waiting to lock it
+
+
+def test_folders_of_others_stay(tmp_path: Path) -> None:
+    theirs = [tmp_path / "staging" / UNFINISHED[0] / "video.mp4", tmp_path / STAGING / "mine" / "thesis.txt"]
+    for file in theirs:
+        file.parent.mkdir(parents=True)
+        file.write_text("mine")
+    with opened(str(tmp_path)) as storage, sole_run(str(tmp_path), storage):
+        pass
+    assert [file.read_text() for file in theirs] == ["mine", "mine"]
 
 
 def test_only_clips_and_the_manifest_have_names(tmp_path: Path) -> None:

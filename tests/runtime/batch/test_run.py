@@ -1,5 +1,6 @@
 """A run makes what is not there, and believes a file only if it has the size that the manifest says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ def new_run(tinywan: Path, storage: FolderStorage) -> BatchRun:
     return BatchRun(Ordering(bundle, Defaults(bundle.model.video.shape(None, None))), storage, str(storage.root))
 
 
+def noted(storage: FolderStorage) -> dict[str, StoredClip | None]:
+    return {key: line.stored_clip for key, line in read_manifest(storage).items()}
+
+
 def test_a_file_without_a_line_in_the_manifest_is_there(tinywan: Path, storage: FolderStorage) -> None:
     first, second = new_run(tinywan, storage).read(LINES, skip_bad=False)
     storage.put(first.name, b"clip")
@@ -42,9 +47,30 @@ def test_details_of_earlier_runs_are_kept(tinywan: Path, storage: FolderStorage)
     run.note()
     again = new_run(tinywan, storage)
     assert again.read(LINES, skip_bad=False) == [second]
-    assert again.endings == {first.key: clip} == read_manifest(storage)
+    assert again.endings == {first.key: clip} == noted(storage)
     again.make([], lambda count: pytest.fail("nothing is to be made"))
-    assert read_manifest(storage) == {first.key: clip}
+    assert noted(storage) == {first.key: clip}
+
+
+def test_clips_of_other_prompts_stay_in_the_manifest(tinywan: Path, storage: FolderStorage) -> None:
+    run = new_run(tinywan, storage)
+    first, second = run.read(LINES, skip_bad=False)
+    for order in (first, second):
+        storage.put(order.name, b"clip")
+        run.endings[order.key] = StoredClip(bytes=4, sha256=order.key * 2)
+    run.note()
+    for others in ([PromptLine("A green star.", number=1)], LINES[1:]):
+        again = new_run(tinywan, storage)
+        again.read(others, skip_bad=False)
+        again.note()
+    lines = [json.loads(line) for line in storage.local(MANIFEST).read_text().splitlines()]
+    told = [(line["line"], line["prompt"], line["sha256"]) for line in lines]
+    assert told == [(2, "A blue ring.", second.key * 2), (None, "A red circle.", first.key * 2)]
+    storage.delete([first.name])
+    again = new_run(tinywan, storage)
+    again.read(LINES[1:], skip_bad=False)
+    again.note()
+    assert list(read_manifest(storage)) == [second.key]
 
 
 def test_a_file_that_was_changed_is_missing(tinywan: Path, storage: FolderStorage) -> None:
