@@ -105,7 +105,7 @@ def main(rank: int, ranks: int, recipe: str, folder: Path) -> None:
     """Be one of several processes, and write the velocity and what this rank got of the others in each type."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    exchange = ProcessGroup()
+    exchange = ProcessGroup(rank, ranks)
     found = {"velocity": velocity(RECIPES[recipe], exchange)}
     for dtype in (torch.bfloat16, torch.int8):
         pieces = [torch.full((rank + 1, 2), 10 * rank + to, dtype=dtype) for to in range(ranks)]

@@ -41,16 +41,18 @@ class Alone:
 
 
 class ProcessGroup:
-    """The exchange of a process in the default group of torch.distributed, which the caller has made: of NCCL for
-    tensors on GPUs, of gloo for those on the host."""
+    """The exchange of a process in the default group of torch.distributed, which is made before the first exchange: of
+    NCCL for tensors on GPUs, of gloo for those on the host. On the meta device nothing is exchanged but shapes."""
 
-    def __init__(self) -> None:
-        self.rank, self.ranks = distributed.get_rank(), distributed.get_world_size()
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
 
     def swap(self, pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        wanted = [torch.empty(shape, dtype=pieces[0].dtype, device=pieces[0].device) for shape in shapes]
+        if pieces[0].device.type == "meta":
+            return wanted
         # As bytes, tensors of any type can be exchanged by any library.
         given = [piece.contiguous().view(torch.uint8).flatten() for piece in pieces]
-        wanted = [torch.empty(shape, dtype=pieces[0].dtype, device=pieces[0].device) for shape in shapes]
         sizes = [each.nbytes for each in wanted]
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=pieces[0].device)
         distributed.all_to_all_single(received, torch.cat(given), sizes, [len(each) for each in given])

@@ -64,11 +64,11 @@ class Division:
 
     Attributes:
         counts: How many tokens each rank has.
+        tokens: All tokens of the clip.
         own: The tokens of this rank, as a slice of all.
         own_heads: How many heads this rank has.
 
     Args:
-        tokens: All tokens of the clip.
         heads: All heads of the denoiser.
         rows_per_scale: Tokens that stay together; see `token_counts`.
 
@@ -79,23 +79,22 @@ class Division:
 
     def __init__(self, exchange: Exchange, tokens: int, heads: int, rows_per_scale: int) -> None:
         check_heads(heads, exchange.ranks)
-        self.exchange, self.own_heads = exchange, heads // exchange.ranks
+        self.exchange, self.tokens, self.own_heads = exchange, tokens, heads // exchange.ranks
         self.counts = token_counts(tokens, exchange.ranks, rows_per_scale)
         ends = [0, *accumulate(self.counts)]
         self.own = slice(ends[exchange.rank], ends[exchange.rank + 1])
 
-    def to_heads(self, q_BOHK: Tensor, k_BOHK: Tensor, v_BOHK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def to_heads(self, q_BOHK: Tensor, k_BOHK: Tensor, v_BOHK: Tensor) -> Tensor:
         """Queries, keys and values of this rank's tokens and all heads as those of all tokens and this rank's heads.
 
         Returns:
-            Three tensors ``[B, L, G, K]`` in the type of the arguments.
+            The three in one tensor ``[3, B, L, G, K]``, in their type.
         """
         x_3BOHK = torch.stack((q_BOHK, k_BOHK, v_BOHK))
         _, batch, _, _, channels = x_3BOHK.shape
         shapes = [(3, batch, count, self.own_heads, channels) for count in self.counts]
         received = self.exchange.swap(x_3BOHK.split(self.own_heads, 3), shapes)
-        q_BLGK, k_BLGK, v_BLGK = torch.cat(received, 2)
-        return q_BLGK, k_BLGK, v_BLGK
+        return torch.cat(received, 2)
 
     def to_tokens(self, y_BLGK: Tensor) -> Tensor:
         """What attention computed of all tokens and this rank's heads as that of this rank's tokens and all heads.
