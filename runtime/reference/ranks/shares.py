@@ -32,8 +32,8 @@ def check_heads(heads: int, ranks: int) -> None:
     """
     if ranks < 1 or heads % ranks:
         raise ConfigError(
-            f"{heads} heads cannot be divided evenly among {ranks} GPUs; use one of "
-            f"{', '.join(map(str, divisors(heads)))} GPUs, or one GPU"
+            f"{heads} heads cannot be divided evenly among {ranks} GPUs; use "
+            f"{', '.join(map(str, divisors(heads)))} GPUs or one"
         )
 
 

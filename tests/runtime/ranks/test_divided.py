@@ -113,8 +113,12 @@ BEGUN = """
 import sys, time
 from pathlib import Path
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.configs.clip import ClipShape
 from wanforge.runtime.ranks.peers import Peers
+from wanforge.runtime.ranks.task import task_of
+from wanforge.runtime.request import Request
 peers = Peers(Bundle.open(Path(sys.argv[1])), 2, None)
+peers.all[0].tell(task_of(Request("A kite.", ClipShape(128, 96, 9)), Path()))
 print(peers.all[0].process.pid, flush=True)
 time.sleep(600)
 """
@@ -122,6 +126,7 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_no_peer_outlives_a_killed_parent(bundle: Bundle) -> None:
+    # The peer waits for its parent, which never comes to the meeting, so only the system can end it.
     parent = processes.start(BEGUN, bundle.root)
     assert parent.stdout is not None
     peer = psutil.Process(int(parent.stdout.readline()))

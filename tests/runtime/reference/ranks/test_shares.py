@@ -23,7 +23,7 @@ def test_heads_of_published_models_can_be_divided_among_these_gpus(model: str, r
 @pytest.mark.parametrize("ranks", [0, 5, 24])
 def test_heads_that_cannot_be_divided_evenly_are_refused(ranks: int) -> None:
     check_heads(12, 1)
-    with pytest.raises(ConfigError, match=rf"12 heads .* among {ranks} GPUs; use one of 2, 3, 4, 6, 12 GPUs"):
+    with pytest.raises(ConfigError, match=rf"12 heads .* among {ranks} GPUs; use 2, 3, 4, 6, 12 GPUs or one"):
         check_heads(12, ranks)
 
 
