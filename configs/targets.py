@@ -31,6 +31,8 @@ class Target(Record, frozen=True):
     fp8_tflops: float
     fp4_tflops: float
     source: str
+    nvlink_gbs: float = 0.0
+    """The rate of NVLink in one direction to GPUs of the same machine, in GB/s; 0 if the GPU has none."""
 
 
 class _Targets(Record, frozen=True):

@@ -11,6 +11,7 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
+from wanforge.runtime.reference.ranks.shares import Division
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import CheckedRequest, Timings
 from wanforge.runtime.schedule import context_rows, denoise_schedule, with_preview
@@ -52,6 +53,8 @@ class Denoiser:
         kept, biases = context_rows(
             len(checked.ids), model.dit.text_rows, recipe.rows_per_scale, backend.text_rows_multiple
         )
+        heads = model.dit.num_heads
+        self.division = Division(backend.exchange, self.shape.tokens, heads, recipe.rows_per_scale)
         known = graphs(model, recipe)
         schedule = denoise_schedule(
             model,
@@ -60,13 +63,14 @@ class Denoiser:
             [step.expert for step in checked.steps],
             context_rows=len(kept),
             num_selected=checked.num_selected,
+            tokens=self.division.counts[backend.exchange.rank],
         )
         self.session = session = backend.session(with_preview(schedule, known, self.shape))
         session["text"].copy_(text)
         session["kept_rows"].copy_(torch.tensor(kept))
         session["key_bias"].copy_(torch.tensor(biases))
         for name, table in zip(("cos", "sin"), rope_tables(self.shape.grid), strict=True):
-            session[name].copy_(table)
+            session[name].copy_(table[self.division.own])
         session["selection"].zero_()
         for step in checked.steps:
             timestep = torch.tensor([step.timestep])
@@ -80,9 +84,9 @@ class Denoiser:
         start = time.perf_counter()
         x = latents.to(self.backend.device, self.backend.dtype)
         x = x if self.channels is None else torch.cat((x, self.channels), 1)
-        self.session["patches"].copy_(patchify(x))
+        self.session["patches"].copy_(patchify(x)[:, self.division.own])
         self.session.run(f"step.{step.index}", f"step {step.index + 1}", self.progress)
-        velocity = unpatchify(self.session["velocity"], self.shape.grid).to(latents.device)
+        velocity = unpatchify(self.division.to_all(self.session["velocity"]), self.shape.grid).to(latents.device)
         self.backend.synchronise()
         self.timings.steps.append(time.perf_counter() - start)
         if self.watch is not None:

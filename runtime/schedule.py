@@ -129,6 +129,7 @@ def denoise_schedule(
     *,
     context_rows: int,
     num_selected: int,
+    tokens: int | None = None,
 ) -> Schedule:
     """The denoiser of one clip.
 
@@ -139,13 +140,14 @@ def denoise_schedule(
         steps: The expert of each step.
         context_rows: Number of rows of text that are kept, see `context_rows`.
         num_selected: Number of key blocks selected per query block.
+        tokens: Number of tokens that this process computes; by default all of the clip.
 
     Raises:
         ConfigError: The model makes a video chunk by chunk; see `causal.schedule`.
     """
     check_whole_clips(model)
     build = ScheduleBuilder(
-        graphs, {"tokens": shape.tokens, "context_rows": context_rows, "num_selected": num_selected}
+        graphs, {"tokens": tokens or shape.tokens, "context_rows": context_rows, "num_selected": num_selected}
     )
     layers = range(model.dit.num_layers)
     prompt, times, programs = [], [], {}

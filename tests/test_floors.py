@@ -55,6 +55,7 @@ ROOMS = [
     "wanforge.runtime.causal",
     "wanforge.runtime.output.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",
     "wanforge.runtime.preview",
+    "wanforge.runtime.ranks",
     "wanforge.runtime.measure.tables wanforge.runtime.measure.page wanforge.runtime.measure.machine",
     "wanforge.runtime.measure.durations wanforge.runtime.measure.estimates",
     "wanforge.runtime.measure.doctor",

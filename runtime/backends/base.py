@@ -9,6 +9,7 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.progress import Progress, silent
 from wanforge.runtime.memory.arena import Memory, Runnable
+from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
 from wanforge.runtime.schedule import GraphRun, Ref, Schedule
 
 
@@ -22,6 +23,8 @@ class Backend(Protocol):
     memory: Memory
     text_rows_multiple: int = 1
     """The number of text rows that are attended to is filled up to a multiple of this, with rows of zero weight."""
+    exchange: Exchange = Alone()
+    """How this process exchanges tensors with those that compute the same clip on other GPUs."""
     note: str = ""
     """A remark that reports show beside its times, if it does not compute the same as the other backends."""
 

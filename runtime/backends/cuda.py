@@ -35,6 +35,8 @@ from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
 from wanforge.runtime.memory.arena import FixedTensors, Runnable
 from wanforge.runtime.memory.device import Device
+from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
+from wanforge.runtime.reference.ranks.shares import Division
 from wanforge.runtime.schedule import GraphRun, Schedule
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
@@ -46,12 +48,20 @@ class CudaBackend(TorchBackend):
 
     Attributes:
         fuses_decoder: Whether the decoder is. Its caches then lie with their channels last.
+
+    Args:
+        exchange: How this process exchanges tensors with those on the other GPUs, if a clip is divided among several.
     """
 
     name = "cuda"
 
     def __init__(
-        self, bundle: Bundle, dtype: torch.dtype | None, budget: float | None = None, on: Device | None = None
+        self,
+        bundle: Bundle,
+        dtype: torch.dtype | None,
+        budget: float | None = None,
+        on: Device | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         super().__init__(bundle, dtype, budget, on or gpu_or_host())
         recipe = bundle.recipe
@@ -59,6 +69,7 @@ class CudaBackend(TorchBackend):
             sm = architecture_of(self.device)
             check_architecture(recipe, sm)
             recipe = recipe_for(recipe, sm)
+        self.exchange = exchange or Alone()
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
         self.fuses_decoder = self.device.type == "cuda"
@@ -67,6 +78,24 @@ class CudaBackend(TorchBackend):
         self._decoder_weights = FixedTensors()
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
+
+    def prepare(self, clip: ClipShape) -> None:
+        """Get ready for clips of this size and length, and divide them if there are several GPUs.
+
+        Raises:
+            ShapeError: The clip is too small to be divided among so many GPUs.
+        """
+        super().prepare(clip)
+        tokens, recipe = clip.tokens, self.block.recipe
+        if self.exchange.ranks == 1 or (self.block.division and self.block.division.tokens == tokens):
+            return
+        division = Division(self.exchange, tokens, self.bundle.model.dit.num_heads, recipe.rows_per_scale)
+        # What was planned for another clip exchanges other shapes, even if this rank has as many tokens.
+        self.block = FusedBlock(self.bundle.model.dit, recipe, division)
+        self.planned = Planned(self.run_block)
+
+    def can_record(self, graph_run: GraphRun) -> bool:
+        return self.exchange.ranks == 1 or graph_run.graph != "block"
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
         found = super().buffers(schedule)
@@ -87,11 +116,11 @@ class CudaBackend(TorchBackend):
         return super().bind(graph_run, inputs, outputs)
 
     def _bind_block(self, graph_run: GraphRun, tensors: Mapping[str, Tensor]) -> Runnable:
-        weights = self.memory.weights(graph_run, self.graphs["block"].weights)
+        weights, planned = self.memory.weights(graph_run, self.graphs["block"].weights), self.planned
 
         def run() -> None:
             with torch.inference_mode():
-                self.planned(tensors, weights)
+                planned(tensors, weights)
 
         return run
 

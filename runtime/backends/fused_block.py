@@ -4,6 +4,7 @@ Letters are those of the reference. The batch size is one, so hidden states are 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -39,6 +40,7 @@ from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, split_heads
 from wanforge.runtime.reference.quantised_weights import WEIGHTS
+from wanforge.runtime.reference.ranks.shares import Division
 from wanforge.runtime.schedule import check_whole_clips
 
 Input = Tensor | Quantised
@@ -60,6 +62,16 @@ def attend_to_all(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor) -> Tensor:
     """Self-attention to all tokens by PyTorch, heads side by side: ``[L, D]``."""
     q_BLHK, k_BLHK, v_BLHK = (split_heads(x_LD[None]) for x_LD in (q_LD, k_LD, v_LD))
     return reference.dense_attention(q_BLHK, k_BLHK, v_BLHK).flatten(2)[0]
+
+
+def exchange_for_heads(division: Division, *qkv_OD: Tensor) -> Tensor:
+    """Queries, keys and values of a rank's tokens as those of its heads, heads side by side: ``[3, L, G * 128]``."""
+    return division.to_heads(*(split_heads(x_OD[None]) for x_OD in qkv_OD)).flatten(3)[:, 0]
+
+
+def exchange_for_tokens(division: Division, y_LG: Tensor) -> Tensor:
+    """What attention computed of a rank's heads as that of its tokens, heads side by side: ``[O, D]``."""
+    return division.to_tokens(split_heads(y_LG[None])).flatten(2)[0]
 
 
 class Linears(Protocol):
@@ -257,9 +269,11 @@ class FusedBlock:
     Args:
         config: Its sizes.
         recipe: Its number formats, as the architecture can run them; see `recipe_for`.
+        division: How the clip is divided among GPUs; None if one GPU has it all. With a division, the inputs are those
+            of this rank's tokens, as in `reference.ranks.network.run_block_share`.
     """
 
-    def __init__(self, config: DiTConfig, recipe: Recipe) -> None:
+    def __init__(self, config: DiTConfig, recipe: Recipe, division: Division | None = None) -> None:
         if recipe.tile != TILE:
             raise ConfigError(f"kernels are made for tiles of {TILE}, not {recipe.tile}; use the backend torch")
         if recipe.linear == "nvfp4":
@@ -268,6 +282,7 @@ class FusedBlock:
                 "a GPU from sm_100 on, or ort or torch"
             )
         self.config, self.recipe, self.blocks = config, recipe, attention_blocks(recipe)
+        self.division = division
 
     def run(
         self, weights: Weights, inputs: Sequence[Tensor], out_BLD: Tensor, observer: "BlockObserver" = UNOBSERVED
@@ -296,7 +311,8 @@ class FusedBlock:
         norms = [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
         rms_norm_rotate([q_LD, k_LD], norms, self.config.eps, (cos_LP, sin_LP))
         q_LD, k_LD = observer.value("self_attn.attn_op.q", q_LD), observer.value("self_attn.attn_op.k", k_LD)
-        a = observer.input("self_attn.o.in", self._attend(layers, weights, q_LD, k_LD, v_LD, len(selection_S)), layers)
+        y = self._attend(layers, weights, (q_LD, k_LD, v_LD), len(selection_S))
+        a = observer.input("self_attn.o.in", y, layers)
         layers.add(a, "self_attn.o", x_LD, gate_sa, out_LD)
         observer.stream("norm3.in", out_LD)
 
@@ -322,15 +338,25 @@ class FusedBlock:
         return SidePathLinears(quantised) if any(map(is_factor, weights)) else quantised
 
     def _attend(
-        self, layers: Linears, weights: Weights, q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int
+        self, layers: Linears, weights: Weights, qkv_LD: tuple[Tensor, Tensor, Tensor], num_selected: int
     ) -> Input:
+        if self.division is not None:
+            q_LG, k_LG, v_LG = library(partial(exchange_for_heads, self.division), *qkv_LD).unbind(0)
+            y_LG = self._attended(weights, (q_LG, k_LG, v_LG), num_selected)
+            return layers.pack(library(partial(exchange_for_tokens, self.division), y_LG))
+        if self.blocks is not None and layers.packs_tiles and self.blocks.q == HEAD_DIM:
+            return sparse_linear_attention_quantised(*qkv_LD, num_selected, *self._projection(weights), self.blocks)
+        return layers.pack(self._attended(weights, qkv_LD, num_selected))
+
+    def _attended(self, weights: Weights, qkv_LD: tuple[Tensor, Tensor, Tensor], num_selected: int) -> Tensor:
         if self.blocks is None:
-            return layers.pack(library(attend_to_all, q_LD, k_LD, v_LD))
-        proj, bias = (weights[f"self_attn.attn_op.local_attn.proj_l.{part}"] for part in ("weight", "bias"))
-        arguments = (q_LD, k_LD, v_LD, num_selected, proj, bias, self.blocks)
-        if layers.packs_tiles and self.blocks.q == HEAD_DIM:
-            return sparse_linear_attention_quantised(*arguments)
-        return layers.pack(sparse_linear_attention(*arguments))
+            return library(attend_to_all, *qkv_LD)
+        return sparse_linear_attention(*qkv_LD, num_selected, *self._projection(weights), self.blocks)
+
+    def _projection(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """The weight and the bias of the linear branch."""
+        name = "self_attn.attn_op.local_attn.proj_l"
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
 
 def recipe_for(recipe: Recipe, sm: int) -> Recipe:

@@ -3,9 +3,7 @@
 import json
 import logging
 import resource
-import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,11 +40,14 @@ from wanforge.runtime.lora.option import LORA, told
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.measure.dry_run import estimate_generate, remember_stages
 from wanforge.runtime.measure.estimates import show
-from wanforge.runtime.output.video import VideoError, check_encoder, check_place, most_bytes
-from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.output.disks import check_disks
+from wanforge.runtime.output.video import VideoError, check_encoder, check_place
+from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.preview.drafts import Drafts, check_drafts, draft_place
 from wanforge.runtime.preview.option import PREVIEW
 from wanforge.runtime.progress import Bars
+from wanforge.runtime.ranks.opening import open_on_gpus
+from wanforge.runtime.ranks.option import GPUS
 from wanforge.runtime.request import CheckedRequest, Request, check_seed
 from wanforge.whole_file import check_writable, folders_as_before
 
@@ -76,6 +77,7 @@ class GenerateOptions(ClipOptions):
     loras: tuple[LoraChoice, ...]
     preview: bool
     backend: str
+    gpus: int
     memory: float | None
     stale_ok: bool
     dry_run: bool
@@ -141,6 +143,7 @@ class Order:
 @LORA
 @PREVIEW
 @BACKEND
+@GPUS
 @MEMORY
 @STALE_OK
 @DRY_RUN
@@ -187,7 +190,7 @@ def check_usage(options: GenerateOptions) -> None:
     if options.noise is not None:
         refuse_unused(["seed"], "with --noise, which takes the place of the seed")
     if options.dry_run:
-        refuse_unused(["save_noise"], "with --dry-run")
+        refuse_unused(["save_noise", "gpus"], "with --dry-run")
 
 
 def prepare(
@@ -206,7 +209,7 @@ def prepare(
     check_disks(places, clips)
     kinds = list(dict.fromkeys(clips))
     with Bars() as bars:
-        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), kinds, bars)
+        pipeline = open_on_gpus(options.gpus, bundle, options.backend, budget_bytes(options.memory), kinds, bars)
     log_choice(pipeline, options.backend, kinds)
     return pipeline, [request for order in orders for request in order.checked(pipeline, options.samples)], places
 
@@ -223,21 +226,6 @@ def check_encoders(places: Sequence[Path], clips: Sequence[ClipShape], fps: int)
         if kind not in seen:
             check_encoder(place, clip.width_px, clip.height_px, fps)
         seen.add(kind)
-
-
-def check_disks(places: Sequence[Path], clips: Sequence[ClipShape]) -> None:
-    """Warn if a disk may be too small for the videos."""
-    needed = Counter[Path]()
-    for place, clip in zip(places, clips, strict=True):
-        needed[place.parent] += most_bytes(clip.width_px, clip.height_px, clip.frames)
-    for folder, most in needed.items():
-        free = shutil.disk_usage(folder).free
-        if free < most:
-            log.warning(
-                "%s: %.1f MB are free; videos of noise would take %.1f MB, and most take far less",
-                *(folder, free / 1e6, most / 1e6),
-                extra={"folder": folder, "free_bytes": free, "most_bytes": most},
-            )
 
 
 def log_choice(pipeline: Pipeline, asked: str, clips: Sequence[ClipShape]) -> None:

@@ -95,7 +95,9 @@ def generate_works(pipeline: Pipeline, checked: CheckedRequest) -> list[Work]:
 
 
 def remember_stages(pipeline: Pipeline, checked: CheckedRequest, timings: Timings) -> None:
-    """Note how long the stages of a request took."""
+    """Note how long the stages of a request took on one GPU or processor, which is what estimates are made for."""
+    if pipeline.backend.exchange.ranks > 1:
+        return
     stages = timings.stages
     written = sum(stages[stage] for stage in ("decode", "transfer", "write"))
     seconds = [stages["denoise"], written, timings.total - stages["denoise"] - written]

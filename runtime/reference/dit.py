@@ -212,14 +212,17 @@ class SelfAttention(nn.Module):
         q_BLD, k_BLD, v_BLD = self.norm_q(self.q(x_BLD)), self.norm_k(self.k(x_BLD)), self.v(x_BLD)
         return split_heads(q_BLD), split_heads(k_BLD), split_heads(v_BLD)
 
+    def attend(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, selection_S: Tensor) -> Tensor:
+        """Attention of rotated queries to rotated keys, ``[B, L, heads, 128]``; each head by itself."""
+        if self.blocks is None:
+            return dense_attention(q_BLHK, k_BLHK, v_BLHK)
+        y_BLHK: Tensor = self.attn_op(q_BLHK, k_BLHK, v_BLHK, selection_S, self.blocks)
+        return y_BLHK
+
     def forward(self, x_BLD: Tensor, cos_LP: Tensor, sin_LP: Tensor, selection_S: Tensor) -> Tensor:
         q_BLHK, k_BLHK, v_BLHK = self.project(x_BLD)
         q_BLHK, k_BLHK = rotate(q_BLHK, cos_LP, sin_LP), rotate(k_BLHK, cos_LP, sin_LP)
-        if self.blocks is None:
-            y_BLHK = dense_attention(q_BLHK, k_BLHK, v_BLHK)
-        else:
-            y_BLHK = self.attn_op(q_BLHK, k_BLHK, v_BLHK, selection_S, self.blocks)
-        return self.o(y_BLHK.flatten(2))
+        return self.o(self.attend(q_BLHK, k_BLHK, v_BLHK, selection_S).flatten(2))
 
 
 class TextKeys(NamedTuple):

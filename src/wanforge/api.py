@@ -34,7 +34,8 @@ from wanforge.runtime.backends import AUTO
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.measure.parity.comparison import DEPTHS, Contender, Parity, compare
 from wanforge.runtime.output.clip import Clip
-from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.ranks.opening import open_on_gpus
 from wanforge.runtime.request import Settings, request_for
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -43,7 +44,7 @@ Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 __all__ = ["Bundle", "Clip", "Pipeline", "build", "export", "import_checkpoint", "load", "parity"]
 
 
-def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None = None) -> Pipeline:
+def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None = None, gpus: int = 1) -> Pipeline:
     """Make a bundle ready to generate clips.
 
     Args:
@@ -51,17 +52,19 @@ def load(bundle: str | Path | Bundle, backend: str = AUTO, memory: float | None 
             runs stale graphs, too. The other functions take the same.
         backend: ``torch``, ``ort``, ``cuda``, ``trt``, or ``auto`` for the fastest that can run here.
         memory: Memory budget in gigabytes, which is kept by streaming the weights that do not fit.
+        gpus: Number of GPUs that share each request, with the backend ``cuda``; each keeps to the memory budget.
 
     Returns:
         A pipeline; see `Pipeline.generate`.
 
     Raises:
         BundleError: The folder is not a bundle, or a file of it is missing or damaged.
-        ConfigError: There is no such backend, or memory is no number above 0.
+        ConfigError: There is no such backend, memory is no number above 0, or GPUs cannot share this model.
+        ResourceError: There are fewer GPUs than that.
     """
     if memory is not None and not 0 < memory < math.inf:
         raise ConfigError(f"memory must be a finite number of gigabytes above 0, not {memory:g}")
-    return open_pipeline(opened(bundle), backend, None if memory is None else memory * 1e9)
+    return open_on_gpus(gpus, opened(bundle), backend, None if memory is None else memory * 1e9)
 
 
 def opened(bundle: str | Path | Bundle) -> Bundle:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -290,11 +290,11 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def with_tables(page: str) -> str:
+def with_tables(page: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """Return a page with the table after every line ``<!-- table: NAME -->`` rewritten."""
 
     def table(mark: re.Match[str]) -> str:
-        return f"{mark[1]}\n{TABLES[mark[2]]()}\n\n"
+        return f"{mark[1]}\n{tables[mark[2]]()}\n\n"
 
     return re.sub(r"(<!-- table: (\S+) -->)\n(?:\|.*\n)*\n", table, page)
 

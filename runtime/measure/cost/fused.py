@@ -73,8 +73,11 @@ class TileLaunches:
 
     def attention(self) -> list[LaunchCost]:
         if not self.w.recipe.is_sparse:
-            return [full_attention(self.w), _quantise("quantise", self.w, self.w.D)]
+            return [full_attention(self.w), *self.pack()]
         return [_attention("attention + quantise", self.w, quantised(self.w.L, self.w.D))]
+
+    def pack(self) -> list[LaunchCost]:
+        return [_quantise("quantise", self.w, self.w.D)]
 
     def cross_attention(self) -> list[LaunchCost]:
         return [_cross_attention("cross attention + quantise", self.w, quantised(self.w.L, self.w.D))]

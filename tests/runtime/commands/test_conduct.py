@@ -86,7 +86,7 @@ def test_an_encoder_that_does_not_work_is_known_before_anything_is_computed(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "absent"))
-    monkeypatch.setattr(generate, "open_pipeline", refuse)
+    monkeypatch.setattr(generate, "open_on_gpus", refuse)
     done = run("generate", bundle, "--prompt", PROMPT, "--out", tmp_path / "a.mp4", *SMALL)
     assert done.exit_code == 1
     assert "absent cannot be started (No such file or directory)" in done.stderr

@@ -1,0 +1,1 @@
+"""One request on several GPUs, with one process for each."""

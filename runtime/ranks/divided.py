@@ -1,0 +1,51 @@
+"""A pipeline whose denoiser is divided among several GPUs."""
+
+from torch import Tensor, distributed
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import ConfigError
+from wanforge.progress import Progress, silent
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.ranks.peer import pipeline_of
+from wanforge.runtime.ranks.peers import Peers
+from wanforge.runtime.reference.ranks.exchange import ProcessGroup
+from wanforge.runtime.request import CheckedRequest, Timings
+
+
+class DividedPipeline(Pipeline):
+    """A pipeline that shares each request with other processes: all of them embed the prompt, and divide the denoiser
+    among themselves; this one decodes. They start with the first request, and again after an error.
+
+    Args:
+        ranks: The number of processes, this one included.
+        budget: The most bytes of memory that each may use.
+    """
+
+    def __init__(self, bundle: Bundle, ranks: int, budget: float | None = None) -> None:
+        single = pipeline_of(bundle, budget, ProcessGroup(0, ranks))
+        super().__init__(bundle, single.backend)
+        self.ranks, self.budget = ranks, budget
+        self.peers: Peers | None = None
+
+    def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
+        """Serve a request up to its clean latents, as `Pipeline.latents` does.
+
+        Raises:
+            ResourceError: One of the other processes failed.
+        """
+        if self.peers is None:
+            if distributed.is_initialized():
+                raise ConfigError("this process has a process group of torch.distributed already; destroy it first")
+            self.peers = Peers(self.bundle, self.ranks, self.budget)
+        try:
+            with self.peers.sharing(checked.request):
+                return super().latents(checked, timings, progress)
+        except BaseException:
+            self.peers = None  # they have ended
+            raise
+
+    def close(self) -> None:
+        """End the other processes. The next request starts them again."""
+        if self.peers is not None:
+            self.peers.end()
+        self.peers = None

@@ -1,0 +1,66 @@
+"""The process of a rank other than the first.
+
+Run as ``python -m wanforge.runtime.ranks.peer PARENT``, it reads an `Opening` and then one `Task` after the other from
+stdin, and writes an `Answer` to each to stdout. It ends when its input does, after an error, and with its parent, whose
+process id is its argument.
+"""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import distributed
+
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.errors import WanforgeError
+from wanforge.plugins.child_process import end_with
+from wanforge.progress import silent
+from wanforge.runtime.backends.cuda import CudaBackend
+from wanforge.runtime.pipeline import Pipeline, claim
+from wanforge.runtime.ranks.task import Answer, Opening, Task, put
+from wanforge.runtime.reference.ranks.exchange import ProcessGroup
+from wanforge.runtime.request import Timings
+
+MEETING = timedelta(minutes=10)
+"""How long ranks that have opened the bundle wait for each other."""
+
+
+def meet(meeting: str, rank: int, ranks: int) -> None:
+    """Make the process group of all ranks. Each of them calls this."""
+    kind = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=MEETING)
+
+
+def pipeline_of(bundle: Bundle, budget: float | None, exchange: ProcessGroup) -> Pipeline:
+    """The pipeline of one rank."""
+    return Pipeline(bundle, CudaBackend(bundle, None, budget, exchange=exchange))
+
+
+def main() -> None:
+    end_with(int(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get between the answers
+    try:
+        opening = msgspec.json.decode(sys.stdin.buffer.readline(), type=Opening)
+        bundle = Bundle.open(Path(opening.bundle), stale_ok=opening.stale_ok)
+        pipeline = pipeline_of(bundle, opening.budget, ProcessGroup(opening.rank, opening.ranks))
+        claim(bundle, pipeline.backend.files(), silent)
+        put(answers, Answer())
+        while line := sys.stdin.buffer.readline():
+            if not distributed.is_initialized():
+                meet(opening.meeting, opening.rank, opening.ranks)
+            request = msgspec.json.decode(line, type=Task).request()
+            pipeline.latents(pipeline.check(request), Timings())
+            put(answers, Answer())
+    except Exception as error:
+        said = str(error) if isinstance(error, WanforgeError) else f"{type(error).__name__}: {error}"
+        put(answers, Answer(said, time.monotonic()))
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What the first rank tells the others, and what they answer, as lines of JSON."""
+
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.sampler import Update
+from wanforge.runtime.inputs.lora import LoraChoice
+from wanforge.runtime.request import Request
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """How a peer opens the bundle, and where the ranks meet.
+
+    Attributes:
+        bundle: The bundle's folder.
+        budget: As for `pipeline.open_pipeline`.
+        meeting: A file that all ranks name, and that does not exist yet.
+        rank: The number of the peer.
+        ranks: The number of all ranks.
+    """
+
+    bundle: str
+    stale_ok: bool
+    budget: float | None
+    meeting: str
+    rank: int
+    ranks: int
+
+
+class Task(msgspec.Struct, frozen=True):
+    """A `Request`, with every picture and file by its path."""
+
+    prompt: str
+    clip: tuple[int, int, int]
+    image: str | None
+    seed: int
+    steps: int | None
+    sigma_max: float | None
+    topk: float | None
+    times: tuple[float, ...] | None
+    update: Update | None
+    noise: str | None
+    loras: tuple[tuple[str, float, str], ...]
+
+    def request(self) -> Request:
+        return Request(
+            self.prompt,
+            ClipShape(*self.clip),
+            None if self.image is None else Path(self.image),
+            self.seed,
+            steps=self.steps,
+            sigma_max=self.sigma_max,
+            topk=self.topk,
+            times=self.times,
+            update=self.update,
+            noise=None if self.noise is None else Path(self.noise),
+            loras=tuple(LoraChoice(Path(path), strength, expert) for path, strength, expert in self.loras),
+        )
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a peer says: that it is ready, or that it has done its share.
+
+    Attributes:
+        error: What went wrong; None if nothing did.
+        seconds: When it did, on the clock that all processes of this machine share (`time.monotonic`).
+    """
+
+    error: str | None = None
+    seconds: float = 0.0
+
+
+def task_of(request: Request, folder: Path) -> Task:
+    """The task that a request sets.
+
+    Args:
+        folder: Where a picture that is not a file is written.
+    """
+    image, shape = request.image, request.shape
+    if image is not None and not isinstance(image, Path):
+        picture, image = image, folder / "image.png"
+        picture.save(image)
+    return Task(
+        request.prompt,
+        (shape.width_px, shape.height_px, shape.frames),
+        None if image is None else str(image.absolute()),
+        request.seed,
+        request.steps,
+        request.sigma_max,
+        request.topk,
+        request.times,
+        request.update,
+        None if request.noise is None else str(request.noise.absolute()),
+        tuple((str(lora.path.absolute()), lora.strength, lora.expert) for lora in request.loras),
+    )
+
+
+def put(stream: IO[bytes], message: msgspec.Struct) -> None:
+    stream.write(msgspec.json.encode(message) + b"\n")
+    stream.flush()
