@@ -6,7 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import Literal
 
-from wanforge.logs import ROOT, STANDARD, Console, as_json
+from wanforge.logs import ROOT, Console, as_json, own_fields
 
 Style = Literal["text", "json"]
 
@@ -40,7 +40,7 @@ class Lines(logging.Formatter):
                 record.exception = trace  # which makes it one of the record's own fields
             return as_json(record)
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        fields = {name: value for name, value in record.__dict__.items() if name not in STANDARD}
+        fields = own_fields(record)
         more = "".join(f" {name}={json.dumps(value, default=str)}" for name, value in fields.items())
         line = f"{time} {record.levelname.lower()} {record.getMessage()}{more}"
         return "\n    ".join(CONTROL.sub(escaped, each) for each in [line, *trace.splitlines()])

@@ -8,7 +8,7 @@ import logging
 import sys
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 ROOT = logging.getLogger("wanforge")
 PROGRESS = logging.getLogger("wanforge.progress")
@@ -75,12 +75,18 @@ def as_text(record: logging.LogRecord, with_time: bool) -> str:
     return f"[{record.relativeCreated / 1000:8.2f} s] {message}" if with_time else message
 
 
+def own_fields(record: logging.LogRecord) -> dict[str, Any]:
+    """The fields that a record was given where it was made. The names of those that a library adds, such as Ray, begin
+    with an underscore."""
+    return {name: value for name, value in record.__dict__.items() if name not in STANDARD and not name.startswith("_")}
+
+
 def as_json(record: logging.LogRecord) -> str:
     """A record as a line of JSON: time, level, message, and the record's own fields."""
     fields = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
         "level": record.levelname.lower(),
         "message": record.getMessage(),
-        **{name: value for name, value in record.__dict__.items() if name not in STANDARD},
+        **own_fields(record),
     }
     return json.dumps(fields, default=str)

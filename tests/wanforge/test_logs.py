@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from types import ModuleType
+from typing import Any
 
 import click
 import pytest
@@ -96,6 +97,19 @@ def run_as_a_program(
 def test_a_record_keeps_its_fields() -> None:
     records = [json.loads(line) for line in run("chatty", "--log-json", "-v").stderr.splitlines()]
     assert records[1].items() >= {"level": "info", "stage": "text", "seconds": 1.5}.items()
+    assert records[0].keys() == {"time", "level", "message"}
+
+
+def test_fields_that_a_library_gives_to_every_record_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = logging.getLogRecordFactory()
+
+    def stamped(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        record._ray_timestamp_ns = 1
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", stamped)
+    records = [json.loads(line) for line in run("chatty", "--log-json", "-v").stderr.splitlines()]
     assert records[0].keys() == {"time", "level", "message"}
 
 
