@@ -205,7 +205,7 @@ class WanforgePipeline(Adapters):
         each_times = settings.get("num_videos_per_prompt", 1)
         if not prompts or each_times < 1:
             raise RequestError(
-                f"there are {len(prompts)} prompts, and num_videos_per_prompt is {each_times}; both have to be 1 or more"
+                f"there are {len(prompts)} prompts, and num_videos_per_prompt is {each_times}; give at least 1 of both"
             )
         prompts = [each for each in prompts for _ in range(each_times)]
         requests = [

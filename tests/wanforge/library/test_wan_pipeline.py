@@ -98,7 +98,7 @@ def test_a_callback_sees_each_step_and_can_end_the_request(pipe: wanforge.Wanfor
         ({"latents": torch.zeros(1)}, "latents has no meaning here: the noise of every step is drawn from seed"),
         ({"seed": 1, "generator": torch.Generator()}, "give generator or seed, not both"),
         ({"generator": [torch.Generator()] * 2}, "there are 2 generators for 1 clips"),
-        ({"num_videos_per_prompt": 0}, "there are 1 prompts, and num_videos_per_prompt is 0; both have to be 1"),
+        ({"num_videos_per_prompt": 0}, "there are 1 prompts, and num_videos_per_prompt is 0; give at least 1 of both"),
     ],
 )
 def test_what_means_nothing_here_is_refused_with_the_reason(
