@@ -1,7 +1,7 @@
 """Model repositories on disk: written whole or not at all, and written over only if nobody has edited them.
 
 REPOSITORY/
-  export.json                what wrote it, and the SHA-256 of the files that people may edit
+  export.json                what wrote it: the files, with the SHA-256 of those that people may edit
   constraints.txt            the versions of the packages on the machine that wrote it, for pip
   MODEL/config.pbtxt
   MODEL/1/model.py           names the class that serves the model
@@ -20,7 +20,8 @@ from pathlib import Path
 import msgspec
 
 from wanforge.configs.loading import Record
-from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.bundle.bundle import VERIFIED, Bundle
+from wanforge.engines.bundle.lock import CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK
 from wanforge.engines.bundle.manifest import MANIFEST
 from wanforge.errors import ConfigError
 from wanforge.exporter.inference_server.configuration import ModelSetup, configuration
@@ -36,6 +37,8 @@ PACKAGES = ("torch", "numpy", "onnxruntime", "tokenizers", "ftfy", "pillow", "cu
 COMPILER = "triton"
 """The compiler of the kernels, which is named in a remark, because pip would refuse it beside PyTorch
 (docs/decisions/0019)."""
+LEFT_BY_USE = {"__pycache__", VERIFIED, CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK}
+"""The names of what appears in a repository by serving it."""
 
 MODEL_PY = '''"""Serves the model {name} with wanforge, as its docs/triton.md describes."""
 
@@ -56,11 +59,13 @@ class Marker(Record, frozen=True):
 
     Attributes:
         written: The SHA-256 of each text file that was written, by its path in the repository.
+        put: The paths in the repository of the files of the bundle.
     """
 
     kind: str
     wanforge: str
     written: dict[str, str]
+    put: list[str]
 
 
 def write_repository(
@@ -82,10 +87,12 @@ def write_repository(
         texts = texts_of(models)
         for name, text in texts.items():
             write_atomically(folder / name, text.encode())
+        put: list[str] = []
         if bundle is not None:
-            put_bundle(bundle, folder / models[0].name / VERSION / "bundle", progress)
+            place = f"{models[0].name}/{VERSION}/bundle"
+            put = [f"{place}/{name}" for name in put_bundle(bundle, folder / place, progress)]
         written = {name: sha256(text.encode()) for name, text in texts.items()}
-        marker = msgspec.json.format(msgspec.json.encode(Marker(KIND, __version__, written)), indent=2)
+        marker = msgspec.json.format(msgspec.json.encode(Marker(KIND, __version__, written, put)), indent=2)
         write_atomically(folder / MARKER, marker)
         check_replaceable(out)  # again: copying takes a while
         replace_folder(folder, out)
@@ -120,9 +127,9 @@ def version_of(package: str) -> str:
         return ""
 
 
-def put_bundle(bundle: Bundle, place: Path, progress: Progress) -> None:
+def put_bundle(bundle: Bundle, place: Path, progress: Progress) -> list[str]:
     """Put the files of a bundle into a folder: hard links where it lies on the same disk, and copies elsewhere. Links
-    to files outside of the bundle become files."""
+    to files outside of the bundle become files. Returns their names."""
     bundle.hold()
     names = [*bundle.manifest.files, MANIFEST]
     sources = {name: (bundle.root / name if name == MANIFEST else bundle.path(name)).resolve() for name in names}
@@ -132,6 +139,7 @@ def put_bundle(bundle: Bundle, place: Path, progress: Progress) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source, target)
         count(target.stat().st_size)
+    return names
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -160,13 +168,18 @@ def check_replaceable(out: Path) -> None:
     for name, digest in marker.written.items():
         if not (out / name).is_file() or sha256((out / name).read_bytes()) != digest:
             raise ConfigError(f"{out / name}: was edited since it was exported; move {out} away, or give another --out")
-    if added := sorted(entry.name for entry in out.iterdir() if entry.name not in known_entries(marker)):
+    if added := sorted(added_files(out, marker)):
         raise ConfigError(f"{out}: holds {added[0]}, which was not exported; move it away, or give another --out")
 
 
-def known_entries(marker: Marker) -> set[str]:
-    """The names of the files and folders directly in an export."""
-    return {MARKER, *(name.partition("/")[0] for name in marker.written)}
+def added_files(out: Path, marker: Marker) -> set[str]:
+    """The paths of files and links in an export that neither the export nor its use has made."""
+    found = {path.relative_to(out) for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {path.as_posix() for path in found if not LEFT_BY_USE & set(path.parts)} - {
+        MARKER,
+        *marker.written,
+        *marker.put,
+    }
 
 
 def marker_of(folder: Path) -> Marker | None:

@@ -3,14 +3,14 @@
 import asyncio
 import atexit
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
+import time
 from pathlib import Path
-from typing import IO
 
 from .errors import NodeError
 
@@ -19,8 +19,13 @@ COMMAND = "WANFORGE_COMMAND"
 ABSENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """Variables by which ComfyUI's packages would get into the other process."""
 GUARDIAN = Path(__file__).with_name("guardian.py")
-TOLD = 2000
-"""Characters of a server's log that an error shows."""
+START_SECONDS = 120.0
+"""How long a server may take until it can be reached."""
+LOOK_SECONDS = 0.1
+"""How often it is looked whether it can."""
+KEPT = 2000
+"""Characters of what a server has said that are kept, for errors."""
+BEGUN = re.compile(r"Serving .* at (\S+)\n")
 
 
 class LocalServer:
@@ -29,65 +34,70 @@ class LocalServer:
     Attributes:
         folder: The bundle's.
         url: Where it is, as soon as it can be reached.
+        said: The end of what it has said.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder, self.url, self.said = folder, "", ""
+        self.latest_start = time.monotonic() + START_SECONDS
         run = [sys.executable, "-I", str(GUARDIAN), *command(), "serve", folder]
-        self.log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         options = ["--host", "127.0.0.1", "--port", "0", "--data"]
         environment = {name: value for name, value in os.environ.items() if name not in ABSENT}
         self.process = subprocess.Popen(
             [*run, *options],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
+            stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # Ctrl-C is for ComfyUI, which then ends this
         )
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
-    def started(self) -> str:
-        """The server's address, once it says that.
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            while data := output.read(4096):
+                self.said = (self.said + data.decode(errors="replace"))[-KEPT:]
+                if not self.url and (begun := BEGUN.search(self.said)):
+                    self.url = begun[1]
+
+    async def started(self) -> None:
+        """Wait until it can be reached.
 
         Raises:
-            NodeError: It ended before.
+            NodeError: It ended before, or takes too long and is ended.
         """
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if " at " not in line:
-            self.process.wait()
-            try:
-                self.check()
-            finally:
-                self.close()
-        self.url = line.rpartition(" at ")[2].strip()
-        return self.url
+        while not self.url:
+            self.check()
+            if time.monotonic() > self.latest_start:
+                self.end()
+                raise NodeError(
+                    f"wanforge serve {self.folder} could not be reached after {START_SECONDS:.0f} s and is ended; run "
+                    f"the workflow again, or this command in a terminal. It said: {self.said.strip() or 'nothing'}"
+                )
+            await asyncio.sleep(LOOK_SECONDS)
 
     def check(self) -> None:
         """Raise a NodeError if the server has ended."""
         if self.process.poll() is None:
             return
-        if not self.log.closed:
-            self.log.seek(0)
-            self.said = self.log.read()[-TOLD:].strip() or f"it said nothing; exit code {self.process.returncode}"
-        raise NodeError(f"wanforge serve {self.folder} has ended: {self.said}")
+        self.end()
+        self.listener.join(1)  # it may not have read the last words yet
+        said = self.said.strip() or f"it said nothing; exit code {self.process.returncode}"
+        raise NodeError(f"wanforge serve {self.folder} has ended: {said}")
 
     def end(self) -> None:
         """End it, and return at once."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
-    def close(self) -> None:
-        """Close what a server that has ended leaves open."""
-        for each in (self.process.stdin, self.process.stdout, self.log):
-            assert each is not None
-            each.close()
-
 
 running: dict[str, LocalServer] = {}
 """The servers of this ComfyUI, by folder."""
 lock = threading.Lock()
+"""Held while `running` is looked at and changed, and never while a server is waited for."""
 
 
 async def serving(folder: str) -> LocalServer:
@@ -96,10 +106,6 @@ async def serving(folder: str) -> LocalServer:
     Raises:
         NodeError: It cannot be.
     """
-    return await asyncio.to_thread(_serving, folder)
-
-
-def _serving(folder: str) -> LocalServer:
     if not folder.strip():
         raise NodeError("folder: give the folder of a bundle, as wanforge import --out has made it")
     path = os.path.realpath(os.path.expanduser(folder.strip()))
@@ -107,13 +113,11 @@ def _serving(folder: str) -> LocalServer:
         raise NodeError(f"folder: {path} is no bundle; wanforge import --out makes one")
     with lock:
         found = running.get(path)
-        if found is not None and found.process.poll() is not None:
-            found.close()
-            found = None
-        if found is None:
+        if found is None or found.process.poll() is not None:
+            if found is not None:
+                found.end()
             found = running[path] = LocalServer(path)
-        if not found.url:
-            found.started()
+    await found.started()
     return found
 
 

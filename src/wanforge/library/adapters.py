@@ -1,6 +1,7 @@
 """LoRAs that a pipeline computes with, loaded and chosen by name as in diffusers."""
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from wanforge.errors import RequestError, unknown_name
@@ -47,7 +48,7 @@ class Adapters:
         if load_into_transformer_2 and len(experts) == 1:
             raise RequestError(f"{self.pipeline.model.name} has one denoiser; leave out load_into_transformer_2")
         choice = LoraChoice(lora_file(Path(place), weight_name), 1.0, expert)
-        name = adapter_name or f"default_{len(self._loaded)}"
+        name = adapter_name or self._free_name()
         before = self._loaded.get(name, [])
         if any(each.expert == expert for each in before):
             raise RequestError(f"an adapter is called {name!r} already; give another adapter_name, or delete it first")
@@ -101,6 +102,9 @@ class Adapters:
             for name, weight in self._weights.items()
             for each in self._loaded[name]
         )
+
+    def _free_name(self) -> str:
+        return next(name for number in count() if (name := f"default_{number}") not in self._loaded)
 
     def _known(self, name: str) -> None:
         if name not in self._loaded:

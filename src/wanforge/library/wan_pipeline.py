@@ -202,7 +202,12 @@ class WanforgePipeline(Adapters):
         if not isinstance(image, str | Path | Image.Image | None):
             raise TypeError(f"image is of type {type(image).__name__}; give the name of a file or a picture of Pillow")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [each for each in prompts for _ in range(settings.get("num_videos_per_prompt", 1))]
+        each_times = settings.get("num_videos_per_prompt", 1)
+        if not prompts or each_times < 1:
+            raise RequestError(
+                f"there are {len(prompts)} prompts, and num_videos_per_prompt is {each_times}; give at least 1 of both"
+            )
+        prompts = [each for each in prompts for _ in range(each_times)]
         requests = [
             self.request(each, image, seed, settings)
             for each, seed in zip(prompts, seeds_of(generator, settings, len(prompts)), strict=True)

@@ -117,6 +117,10 @@ def test_a_bundle_may_stay_where_it_is(bundle: Bundle, out: Path) -> None:
 def test_an_older_export_is_replaced(bundle: Bundle, out: Path) -> None:
     out.mkdir()
     succeeded("export-triton", bundle.root, "--out", out)
+    put = Bundle.open(out / NAME / "1" / "bundle")
+    put.verify(put.manifest.files, again=True)  # which leaves locks and a record
+    (out / NAME / "1" / "__pycache__").mkdir()
+    (out / NAME / "1" / "__pycache__" / "model.cpython-313.pyc").touch()
     succeeded("export-triton", bundle.root, "--out", out, "--name", "other")
     assert entries(out) == ["constraints.txt", "export.json", "other"]
     assert entries(out.parent) == ["repository"]
@@ -126,11 +130,14 @@ def test_an_older_export_is_replaced(bundle: Bundle, out: Path) -> None:
     ("place", "complaint"),
     [
         ("notes.txt", "holds notes.txt, which was not exported; move it away"),
+        (f"{NAME}/2/model.py", f"holds {NAME}/2/model.py, which was not exported; move it away"),
+        (f"{NAME}/1/bundle/notes.txt", f"holds {NAME}/1/bundle/notes.txt, which was not exported; move it away"),
         (f"{NAME}/config.pbtxt", "was edited since it was exported; move"),
     ],
 )
 def test_what_people_have_written_is_not_lost(bundle: Bundle, out: Path, place: str, complaint: str) -> None:
     succeeded("export-triton", bundle.root, "--out", out)
+    (out / place).parent.mkdir(exist_ok=True)
     (out / place).write_text("mine")
     result = run("export-triton", bundle.root, "--out", out)
     assert result.exit_code == 1

@@ -22,6 +22,8 @@ from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.base import JobFilter, TurnedAwayError
 
 pytestmark = pytest.mark.slow
+both_apis = pytest.mark.parametrize("each_comfy", ["V3", "V1"], indirect=True)
+"""For what does not depend on how ComfyUI shows progress."""
 
 
 @pytest.fixture
@@ -68,6 +70,7 @@ def test_a_clip_is_the_one_that_the_server_stored(each_comfy: ComfyUI, studio: S
     assert values[-1] == 100
 
 
+@both_apis
 def test_nothing_is_made_again_while_nothing_changes(each_comfy: ComfyUI, studio: Studio) -> None:
     url = studio.rig.url
     each_comfy.run(to_video(url), "3")
@@ -97,6 +100,7 @@ def test_a_restart_of_the_server_makes_nothing_again(comfy: ComfyUI, studio: Stu
     assert comfy.ran == []
 
 
+@both_apis
 @pytest.mark.parametrize("moment", ["queued", "running"])
 def test_an_interruption_cancels_the_job(each_comfy: ComfyUI, rig: Rig, moment: str) -> None:
     with ExitStack() as stack:

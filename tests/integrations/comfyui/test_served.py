@@ -169,7 +169,6 @@ def test_a_bundle_is_served_until_comfyui_ends(comfy: ComfyUI, tinywan: Path, mo
     server.process.wait(60)
     with pytest.raises(Exception, match="has ended"):
         server.check()
-    server.close()
 
 
 @pytest.mark.usefixtures("installed")

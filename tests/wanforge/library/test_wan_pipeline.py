@@ -98,6 +98,7 @@ def test_a_callback_sees_each_step_and_can_end_the_request(pipe: wanforge.Wanfor
         ({"latents": torch.zeros(1)}, "latents has no meaning here: the noise of every step is drawn from seed"),
         ({"seed": 1, "generator": torch.Generator()}, "give generator or seed, not both"),
         ({"generator": [torch.Generator()] * 2}, "there are 2 generators for 1 clips"),
+        ({"num_videos_per_prompt": 0}, "there are 1 prompts, and num_videos_per_prompt is 0; give at least 1 of both"),
     ],
 )
 def test_what_means_nothing_here_is_refused_with_the_reason(
@@ -105,6 +106,11 @@ def test_what_means_nothing_here_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(RequestError, match=complaint):
         pipe(PROMPT, **wrong, **SMALL)
+
+
+def test_no_prompt_at_all_is_refused(pipe: wanforge.WanforgePipeline) -> None:
+    with pytest.raises(RequestError, match="there are 0 prompts, and num_videos_per_prompt is 1"):
+        pipe([], **SMALL)
 
 
 def test_what_is_left_out_by_none_is_left_out(pipe: wanforge.WanforgePipeline) -> None:
@@ -209,6 +215,16 @@ def test_a_lora_that_cannot_be_used_is_refused_when_it_is_loaded(
         pipe.load_lora_weights(tmp_path, adapter_name="style")
     with pytest.raises(RequestError, match="there are 2 weights for 1 adapters"):
         pipe.set_adapters("style", [1.0, 2.0])
+
+
+def test_a_lora_without_a_name_gets_one_that_is_free(pipe: wanforge.WanforgePipeline, tmp_path: Path) -> None:
+    place = lora(tmp_path / "style.safetensors")
+    for _ in range(2):
+        pipe.load_lora_weights(place)
+    pipe.delete_adapters("default_0")
+    for name in ("default_0", "default_2"):
+        pipe.load_lora_weights(place)
+        assert pipe.get_active_adapters() == [name]
 
 
 @pytest.mark.slow
