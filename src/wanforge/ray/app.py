@@ -8,6 +8,7 @@ nothing.
 """
 
 import math
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,6 +39,8 @@ JOBS_PER_WORKER = 2.0
 """How many jobs there are for each replica before another one is started: one that runs, and one that waits."""
 DRAIN_SECONDS = 90.0
 """How long a replica may take to end; a clip that runs has a part of it (`WorkTimes.grace`)."""
+SILENT_SECONDS = 60.0
+"""How long a supervisor may tell nothing. One that has died is started again after half a minute at most."""
 REACHABLE = "0.0.0.0"
 """Where Serve's proxies listen is not known here, so the API is never open without keys."""
 
@@ -72,7 +75,7 @@ class WorkerReplica:
             self.store = store_of(settings)
             opened.callback(self.store.close)
             opened.enter_context(reported(settings, self.store))
-            self.data = Path(settings.data)
+            self.data, self.begun = Path(settings.data), time.monotonic()
             supervisor = SupervisorProcess(self.data)
             supervisor.write_settings(settings)
             supervisor.start()
@@ -91,9 +94,11 @@ class WorkerReplica:
             ResourceError: It cannot work.
         """
         status = read_status(self.data)
-        if status is None or any(worker.state not in ("broken", "ended") for worker in status.workers):
-            return
-        raise ResourceError("; ".join(status.obstacles()))
+        silent = time.monotonic() - (self.begun if status is None else status.written)
+        if silent > SILENT_SECONDS:
+            raise ResourceError(f"the supervisor has told nothing for {silent:.0f} s; read its log")
+        if status is not None and all(worker.state in ("broken", "ended") for worker in status.workers):
+            raise ResourceError("; ".join(status.obstacles()))
 
     def __del__(self) -> None:
         """End in good order, as Serve asks by this name: a clip that runs is finished, or goes back to the queue."""

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,13 +82,27 @@ def test_a_replica_whose_children_die_again_and_again_is_not_well(tmp_path: Path
     from wanforge.ray.app import WorkerReplica
 
     worker = WorkerReplica.__new__(WorkerReplica)
-    worker.data = tmp_path
+    worker.data, worker.begun = tmp_path, time.monotonic()
     worker.check_health()
     for state in ("starting", "idle", "working", "waiting"):
         write_status(tmp_path, status(state))
         worker.check_health()
     write_status(tmp_path, status("broken"))
     with pytest.raises(ResourceError, match="gpu 0 is broken"):
+        worker.check_health()
+
+
+def test_a_replica_whose_supervisor_tells_nothing_is_not_well(tmp_path: Path) -> None:
+    from wanforge.ray.app import SILENT_SECONDS, WorkerReplica
+
+    worker = WorkerReplica.__new__(WorkerReplica)
+    worker.data, worker.begun = tmp_path, time.monotonic() - SILENT_SECONDS - 1
+    with pytest.raises(ResourceError, match="told nothing for 6. s"):
+        worker.check_health()
+    write_status(tmp_path, status(age=20.0))
+    worker.check_health()  # it may have died, and is started again
+    write_status(tmp_path, status(age=SILENT_SECONDS + 1))
+    with pytest.raises(ResourceError, match="told nothing for 6. s"):
         worker.check_health()
 
 
