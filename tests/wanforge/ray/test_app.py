@@ -97,12 +97,12 @@ def test_a_replica_whose_supervisor_tells_nothing_is_not_well(tmp_path: Path) ->
 
     worker = WorkerReplica.__new__(WorkerReplica)
     worker.data, worker.begun = tmp_path, time.monotonic() - SILENT_SECONDS - 1
-    with pytest.raises(ResourceError, match="told nothing for 6. s"):
+    with pytest.raises(ResourceError, match="has told nothing"):
         worker.check_health()
     write_status(tmp_path, status(age=20.0))
     worker.check_health()  # it may have died, and is started again
     write_status(tmp_path, status(age=SILENT_SECONDS + 1))
-    with pytest.raises(ResourceError, match="told nothing for 6. s"):
+    with pytest.raises(ResourceError, match="has told nothing"):
         worker.check_health()
 
 
