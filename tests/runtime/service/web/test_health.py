@@ -114,8 +114,8 @@ def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path:
         for sample in family.samples
     }
     assert found["wanforge_jobs", "queued"] == 1
-    assert found["wanforge_attempts_total", "out_of_memory"] == 1
-    assert found["wanforge_attempts_total", "gpu_failed"] == 0
+    assert found["wanforge_attempts_total", "out_of_memory", "worker 0"] == 1
+    assert found["wanforge_attempts_total", "gpu_failed", "worker 0"] == 0
     assert found["wanforge_worker_restarts_total", "worker 0"] == 2
     kind = ("128x112", "decode", "tinywan", "w8a8", "worker 0")  # the values of the labels, sorted
     assert found["wanforge_stage_seconds_count", *kind] == 2
