@@ -7,9 +7,13 @@ to a worker: workers lease jobs from the store, as `wanforge serve --role worker
 nothing.
 """
 
+import fcntl
 import math
+import os
+import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +45,8 @@ DRAIN_SECONDS = 90.0
 """How long a replica may take to end; a clip that runs has a part of it (`WorkTimes.grace`)."""
 SILENT_SECONDS = 60.0
 """How long a supervisor may tell nothing. One that has died is started again after half a minute at most."""
+REPLICA = "replica-"
+"""What the names of the replicas' folders begin with."""
 REACHABLE = "0.0.0.0"
 """Where Serve's proxies listen is not known here, so the API is never open without keys."""
 
@@ -136,9 +142,35 @@ class ApiReplica:
 
 
 def in_own_folder(settings: ServeSettings, opened: ExitStack) -> ServeSettings:
-    """Settings with a folder that no other replica has, until the stack is closed."""
-    Path(settings.data).mkdir(mode=0o700, parents=True, exist_ok=True)
-    return replace(settings, data=opened.enter_context(TemporaryDirectory(prefix="replica-", dir=settings.data)))
+    """Settings with a folder that no other replica has, until the stack is closed. The folders of replicas of this
+    machine that were killed are deleted."""
+    data = Path(settings.data)
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(data):  # so that nobody deletes a folder that is not locked yet
+        for left in data.glob(f"{REPLICA}*"):
+            with suppress(OSError), locked(left, fcntl.LOCK_NB):
+                shutil.rmtree(left, ignore_errors=True)
+        own = opened.enter_context(TemporaryDirectory(prefix=REPLICA, dir=data))
+        opened.enter_context(locked(Path(own)))
+    return replace(settings, data=own)
+
+
+@contextmanager
+def locked(folder: Path, how: int = 0) -> Iterator[None]:
+    """Hold the lock on a folder, which ends with this process at the latest.
+
+    Args:
+        how: `fcntl.LOCK_NB` not to wait for it.
+
+    Raises:
+        OSError: Another process holds it, or there is no such folder.
+    """
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(held)
 
 
 def by_queue(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

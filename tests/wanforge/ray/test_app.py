@@ -1,22 +1,26 @@
 """Workers as replicas of Ray Serve, on this machine's processors."""
 
 import importlib.util
+import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.processes import ROOT, free_port, wait_until
+from tests.processes import ROOT, free_port, start, wait_until
 from tests.runtime.service.conftest import tinywan
 from tests.runtime.service.machines.test_roll import status
 from tests.runtime.service.store.conftest import new_schema, postgres_url
 from tests.runtime.service.workers.rig import STAND_IN
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.client.connection import Connection
+from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.workers.status import write_status
 
@@ -27,6 +31,19 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (the extra ray)"),
 ]
+
+
+HOLDING = """
+import sys, time
+from contextlib import ExitStack
+from wanforge.ray.app import in_own_folder
+from wanforge.runtime.service.settings import ServeSettings
+
+with ExitStack() as opened:
+    print(in_own_folder(ServeSettings(data=sys.argv[1]), opened).data, flush=True)
+    time.sleep(600)
+"""
+"""A replica that has begun."""
 
 
 def pretend() -> None:
@@ -104,6 +121,33 @@ def test_a_replica_whose_supervisor_tells_nothing_is_not_well(tmp_path: Path) ->
     write_status(tmp_path, status(age=SILENT_SECONDS + 1))
     with pytest.raises(ResourceError, match="has told nothing"):
         worker.check_health()
+
+
+def test_the_folder_of_a_replica_that_was_killed_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    from wanforge.ray.app import in_own_folder
+
+    settings = ServeSettings(data=str(tmp_path))
+    path = os.pathsep.join(filter(None, sys.path))
+    with start(HOLDING, str(tmp_path), PYTHONPATH=path) as killed, ExitStack() as first:
+        first.callback(killed.kill)
+        mine = in_own_folder(settings, first).data
+        assert killed.stdout is not None
+        theirs = Path(killed.stdout.readline().strip())
+        (theirs / "supervision.json").write_text("a password")
+        (tmp_path / "made").mkdir()
+        with ExitStack() as second:
+            third = in_own_folder(settings, second).data
+            assert {path.name for path in tmp_path.iterdir()} == {
+                "made",
+                *(Path(each).name for each in (mine, theirs, third)),
+            }
+        killed.kill()
+        killed.wait()
+        with ExitStack() as second:
+            in_own_folder(settings, second)
+            assert not theirs.exists()
+            assert Path(mine).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_there_are_as_many_workers_as_the_queue_needs() -> None:
