@@ -18,6 +18,7 @@ from tests.runtime.service.conftest import tinywan
 from tests.runtime.service.machines.test_roll import status
 from tests.runtime.service.store.conftest import new_schema, postgres_url
 from tests.runtime.service.workers.rig import STAND_IN
+from tests.runtime.service.workers.stand_in_maker import HOLD_CLIPS
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.client.connection import Connection
 from wanforge.runtime.service.settings import ServeSettings
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 
 
+HELD = "held"
 HOLDING = """
 import sys, time
 from contextlib import ExitStack
@@ -67,16 +69,21 @@ def config(tinywan: Path, tmp_path: Path, postgres_url: str) -> Path:
 
 @pytest.fixture
 def ray_port(tmp_path: Path) -> Iterator[int]:
-    """A cluster of one machine with two processors, and the port at which Serve listens."""
+    """A cluster of one machine with two processors, and the port at which Serve listens. Clips are held until the file
+    `HELD` is deleted."""
     import ray
     from ray import serve
 
     port = free_port()
+    (tmp_path / HELD).touch()
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": pretend},
+        runtime_env={
+            "worker_process_setup_hook": pretend,
+            "env_vars": {HOLD_CLIPS: str(tmp_path / HELD)},
+        },
     )
     try:
         serve.start(http_options={"port": port})
@@ -179,8 +186,9 @@ def test_replicas_come_with_the_queue_and_end_in_good_order(config: Path, ray_po
     connection = Connection(f"http://127.0.0.1:{ray_port}", key)
     wait_until(lambda: connection.http.get("/readyz").json()["ready"])
     assert len(connection.http.get("/readyz").json()["workers"]) == 1
-    jobs = [connection.submit({"prompt": f"1.5 clip {number}"})["id"] for number in range(12)]
-    wait_until(lambda: len(connection.http.get("/readyz").json()["workers"]) == 2)
+    jobs = [connection.submit({"prompt": "a held clip"})["id"] for _ in range(4)]
+    wait_until(lambda: len(connection.http.get("/readyz").json()["workers"]) == 2, 120)
+    (config.parent / HELD).unlink()
     for job in jobs:
         assert connection.wait(job)["status"] == "completed"
         assert connection.http.get(f"/v1/videos/{job}/content").text.startswith(f"video.mp4 of {job}/1")
