@@ -18,12 +18,18 @@ printf '[wanforge]\nhost=database\ndbname=wanforge\nuser=wanforge\npassword=%s\n
 test -e secrets/monitor_key || : > secrets/monitor_key
 chmod 0444 secrets/monitor_key
 
-# The key of the profile s3. Compose reads .env, and the storage reads the other file.
-test -s .env || {
-    printf 'AWS_ACCESS_KEY_ID=%s\nAWS_SECRET_ACCESS_KEY=%s\n' "$(word)" "$(word)" > .env.partial
+# The key of the profile s3. Compose reads .env, which may have other variables, and the storage reads the other file.
+grep -qs '^AWS_ACCESS_KEY_ID=.' .env || {
+    { test ! -e .env || { cat .env; echo; }
+      printf 'AWS_ACCESS_KEY_ID=%s\nAWS_SECRET_ACCESS_KEY=%s\n' "$(word)" "$(word)"; } > .env.partial
     mv -f .env.partial .env
 }
-id=$(sed -n 's/^AWS_ACCESS_KEY_ID=//p' .env)
-secret=$(sed -n 's/^AWS_SECRET_ACCESS_KEY=//p' .env)
+value() { sed -n "s/^$1=//p" .env | tail -n 1 | tr -d "\"'"; }
+id=$(value AWS_ACCESS_KEY_ID)
+secret=$(value AWS_SECRET_ACCESS_KEY)
+test -n "$secret" || {
+    echo ".env has an AWS_ACCESS_KEY_ID without an AWS_SECRET_ACCESS_KEY; give both, or neither to have them made" >&2
+    exit 1
+}
 printf '{"identities": [{"name": "wanforge", "credentials": [{"accessKey": "%s", "secretKey": "%s"}], "actions": ["Read:wanforge", "Write:wanforge", "List:wanforge"]}]}\n' \
     "$id" "$secret" | keep secrets/s3_identities.json

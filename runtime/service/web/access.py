@@ -56,7 +56,7 @@ class KeyRing:
         Raises:
             ApiError: It shows none where one is needed, or one that is not valid.
         """
-        if not self.service.needs_keys:
+        if not await self.service.asks_for_keys():
             return LOCAL
         if not text:
             raise ApiError(401, "missing_api_key", "give an API key: Authorization: Bearer KEY")

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 import anyio
@@ -25,6 +26,8 @@ READERS = 4
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
 
+UNLOCKED_SECONDS = 10.0
+"""How long a server without keys does not look whether there are any."""
 FETCHED_AT_ONCE = 8
 """How many pictures are fetched at once."""
 LARGE_AT_ONCE = 2
@@ -60,6 +63,15 @@ class Service:
     def reload_keys(self) -> None:
         """Look again whether there are keys. A server whose keys are all revoked lets nobody in."""
         self.needs_keys = bool(self.store.api_keys())
+        self._unlocked_until = time.monotonic() + UNLOCKED_SECONDS
+
+    async def asks_for_keys(self) -> bool:
+        """Whether a request has to show a key. The first key may be made after the server was started."""
+        if not self.needs_keys and time.monotonic() >= self._unlocked_until:
+            self._unlocked_until = time.monotonic() + UNLOCKED_SECONDS  # so that of many requests one looks
+            with suppress(StoreError):  # whatever needs the store says so itself
+                await self.in_thread(self.reload_keys)
+        return self.needs_keys
 
     def obstacles(self) -> list[str]:
         """Why videos cannot be made; empty if they can."""

@@ -7,8 +7,13 @@ to a worker: workers lease jobs from the store, as `wanforge serve --role worker
 nothing.
 """
 
+import fcntl
 import math
-from contextlib import ExitStack
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,6 +43,10 @@ JOBS_PER_WORKER = 2.0
 """How many jobs there are for each replica before another one is started: one that runs, and one that waits."""
 DRAIN_SECONDS = 90.0
 """How long a replica may take to end; a clip that runs has a part of it (`WorkTimes.grace`)."""
+SILENT_SECONDS = 60.0
+"""How long a supervisor may tell nothing. One that has died is started again after half a minute at most."""
+REPLICA = "replica-"
+"""What the names of the replicas' folders begin with."""
 REACHABLE = "0.0.0.0"
 """Where Serve's proxies listen is not known here, so the API is never open without keys."""
 
@@ -72,7 +81,7 @@ class WorkerReplica:
             self.store = store_of(settings)
             opened.callback(self.store.close)
             opened.enter_context(reported(settings, self.store))
-            self.data = Path(settings.data)
+            self.data, self.begun = Path(settings.data), time.monotonic()
             supervisor = SupervisorProcess(self.data)
             supervisor.write_settings(settings)
             supervisor.start()
@@ -91,9 +100,11 @@ class WorkerReplica:
             ResourceError: It cannot work.
         """
         status = read_status(self.data)
-        if status is None or any(worker.state not in ("broken", "ended") for worker in status.workers):
-            return
-        raise ResourceError("; ".join(status.obstacles()))
+        silent = time.monotonic() - (self.begun if status is None else status.written)
+        if silent > SILENT_SECONDS:
+            raise ResourceError(f"the supervisor has told nothing for {silent:.0f} s; read its log")
+        if status is not None and all(worker.state in ("broken", "ended") for worker in status.workers):
+            raise ResourceError("; ".join(status.obstacles()))
 
     def __del__(self) -> None:
         """End in good order, as Serve asks by this name: a clip that runs is finished, or goes back to the queue."""
@@ -131,9 +142,35 @@ class ApiReplica:
 
 
 def in_own_folder(settings: ServeSettings, opened: ExitStack) -> ServeSettings:
-    """Settings with a folder that no other replica has, until the stack is closed."""
-    Path(settings.data).mkdir(mode=0o700, parents=True, exist_ok=True)
-    return replace(settings, data=opened.enter_context(TemporaryDirectory(prefix="replica-", dir=settings.data)))
+    """Settings with a folder that no other replica has, until the stack is closed. The folders of replicas of this
+    machine that were killed are deleted."""
+    data = Path(settings.data)
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locked(data):  # so that nobody deletes a folder that is not locked yet
+        for left in data.glob(f"{REPLICA}*"):
+            with suppress(OSError), locked(left, fcntl.LOCK_NB):
+                shutil.rmtree(left, ignore_errors=True)
+        own = opened.enter_context(TemporaryDirectory(prefix=REPLICA, dir=data))
+        opened.enter_context(locked(Path(own)))
+    return replace(settings, data=own)
+
+
+@contextmanager
+def locked(folder: Path, how: int = 0) -> Iterator[None]:
+    """Hold the lock on a folder, which ends with this process at the latest.
+
+    Args:
+        how: `fcntl.LOCK_NB` not to wait for it.
+
+    Raises:
+        OSError: Another process holds it, or there is no such folder.
+    """
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(held)
 
 
 def by_queue(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -86,6 +86,47 @@ def test_secrets_are_made_once_and_are_not_open_to_other_users(made: Path) -> No
     assert {path.name: path.read_text() for path in secrets.iterdir()} == before
 
 
+def made_with(env: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+    """What secrets.sh does where there is an .env already."""
+    shutil.copy(FOLDER / "secrets.sh", folder)
+    (folder / ".env").write_text(env)
+    return subprocess.run(["sh", folder / "secrets.sh"], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("env", ["", "COMPOSE_PROFILES=s3", "COMPOSE_PROFILES=s3\nAWS_ACCESS_KEY_ID=\n"])
+def test_a_key_of_s3_is_made_beside_the_variables_that_there_are(env: str, tmp_path: Path) -> None:
+    assert made_with(env, tmp_path).returncode == 0
+    found = dict(line.split("=") for line in (tmp_path / ".env").read_text().splitlines() if line)
+    (identity,) = json.loads((tmp_path / "secrets/s3_identities.json").read_text())["identities"]
+    key = identity["credentials"][0]
+    assert (key["accessKey"], key["secretKey"]) == (found["AWS_ACCESS_KEY_ID"], found["AWS_SECRET_ACCESS_KEY"])
+    assert len(key["accessKey"]) == len(key["secretKey"]) == 48
+    assert found.get("COMPOSE_PROFILES", "") == ("s3" if env else "")
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
+
+
+def test_a_key_of_s3_that_there_is_stays(tmp_path: Path) -> None:
+    env = 'AWS_ACCESS_KEY_ID="mine"\nAWS_SECRET_ACCESS_KEY=hidden\n'
+    assert made_with(env, tmp_path).returncode == 0
+    assert (tmp_path / ".env").read_text() == env
+    (identity,) = json.loads((tmp_path / "secrets/s3_identities.json").read_text())["identities"]
+    assert identity["credentials"] == [{"accessKey": "mine", "secretKey": "hidden"}]
+
+
+def test_half_a_key_of_s3_is_refused(tmp_path: Path) -> None:
+    done = made_with("AWS_ACCESS_KEY_ID=mine\n", tmp_path)
+    assert done.returncode == 1
+    assert "give both" in done.stderr
+    assert not (tmp_path / "secrets/s3_identities.json").exists()
+
+
+def test_the_page_writes_keys_only_where_nobody_else_can_read_them() -> None:
+    block = (ROOT / "docs/containers.md").read_text().split("```bash\ncd integrations/container\n")[1].split("```")[0]
+    written = re.findall(r" > (\S+)", block)
+    assert written
+    assert all(place.startswith("secrets/") for place in written)
+
+
 def test_git_keeps_no_secret() -> None:
     done = subprocess.run(
         ["git", "check-ignore", *(f"secrets/{name}" for name in MADE), ".env"],

@@ -39,6 +39,17 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if each]
 
 
+def notes(values: dict[str, Any]) -> str:
+    """What Helm tells after an installation."""
+    with helm.Chart.load(str(CHART)) as chart:
+        (found,) = [
+            str(text)
+            for name, text in chart.render(values, name="videos", namespace="prod").items()
+            if name.endswith("NOTES.txt")
+        ]
+    return found
+
+
 def only(objects: list[dict[str, Any]], kind: str, name: str = "") -> dict[str, Any]:
     """The one object of a kind, whose name ends with something."""
     (found,) = [each for each in objects if each["kind"] == kind and each["metadata"]["name"].endswith(name)]
@@ -153,6 +164,14 @@ def test_the_queue_scales_the_workers() -> None:
     query = scaled["triggers"][0]["metadata"]["query"]
     assert "wanforge_jobs{" in query
     assert f'state=~"{State.QUEUED}|{State.IN_PROGRESS}"' in query
+
+
+def test_the_notes_say_who_makes_keys_and_what_goes_undone_without_workers() -> None:
+    usual, none_at_least = (notes({"autoscaling": {"enabled": True, "least": least}}) for least in (1, 0))
+    assert "deploy/videos-wanforge-worker -- wanforge serve keys add" in usual
+    assert "There may be no worker" not in usual
+    assert "There may be no worker" in none_at_least
+    assert "There may be no worker" not in notes({"autoscaling": {"least": 0}})
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,38 @@ def test_the_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
     promtool("test", "rules", str(tmp_path / "alerts.test.yml"))
 
 
+@pytest.mark.slow
+def test_what_two_servers_tell_of_the_same_workers_is_counted_once(tmp_path: Path) -> None:
+    told = {
+        'wanforge_worker_ready{worker="gpu %d"%s}': "1+0x60",
+        'wanforge_attempts_total{worker="gpu %d",outcome="completed"%s}': "0+1x60",
+        'wanforge_worker_memory_bytes{worker="gpu %d"%s}': "5+0x60",
+        'wanforge_jobs{state="queued"%.0s%s}': "7+0x60",
+    }
+    places = [(worker, f',instance="{server}"') for worker in (0, 1) for server in "ab"]
+    series = {name % place: values for name, values in told.items() for place in places}
+    expected = {
+        "Ready workers": [("{}", 2)],
+        "Videos in the last hour": [("{}", 120)],
+        "Attempts by outcome": [('{outcome="completed"}', 2)],
+        "Memory of workers": [('{worker="gpu 0"}', 5), ('{worker="gpu 1"}', 5)],
+        "Jobs by state": [('{state="queued"}', 7)],
+    }
+    panels = {panel["title"]: panel["targets"][0]["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"]}
+    asked = [
+        {
+            "expr": panels[title].replace("$__rate_interval", "5m"),
+            "eval_time": "60m",
+            "exp_samples": [{"labels": labels, "value": value} for labels, value in samples],
+        }
+        for title, samples in expected.items()
+    ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": inputs, "promql_expr_test": asked}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"evaluation_interval": "1m", "tests": [test]}))
+    promtool("test", "rules", str(tmp_path / "test.yml"))
+
+
 def promtool(*arguments: str) -> str:
     """Run Prometheus's own tool."""
     if shutil.which("promtool") is None:

@@ -1,21 +1,27 @@
 """Workers as replicas of Ray Serve, on this machine's processors."""
 
 import importlib.util
+import os
 import re
 import shlex
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.processes import ROOT, free_port, wait_until
+from tests.processes import ROOT, free_port, start, wait_until
 from tests.runtime.service.conftest import tinywan
 from tests.runtime.service.machines.test_roll import status
 from tests.runtime.service.store.conftest import new_schema, postgres_url
 from tests.runtime.service.workers.rig import STAND_IN
+from tests.runtime.service.workers.stand_in_maker import HOLD_CLIPS
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.client.connection import Connection
+from wanforge.runtime.service.settings import ServeSettings
 from wanforge.runtime.service.store.sql_store import open_store
 from wanforge.runtime.service.workers.status import write_status
 
@@ -26,6 +32,20 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (the extra ray)"),
 ]
+
+
+HELD = "held"
+HOLDING = """
+import sys, time
+from contextlib import ExitStack
+from wanforge.ray.app import in_own_folder
+from wanforge.runtime.service.settings import ServeSettings
+
+with ExitStack() as opened:
+    print(in_own_folder(ServeSettings(data=sys.argv[1]), opened).data, flush=True)
+    time.sleep(600)
+"""
+"""A replica that has begun."""
 
 
 def pretend() -> None:
@@ -49,16 +69,21 @@ def config(tinywan: Path, tmp_path: Path, postgres_url: str) -> Path:
 
 @pytest.fixture
 def ray_port(tmp_path: Path) -> Iterator[int]:
-    """A cluster of one machine with two processors, and the port at which Serve listens."""
+    """A cluster of one machine with two processors, and the port at which Serve listens. Clips are held until the file
+    `HELD` is deleted."""
     import ray
     from ray import serve
 
     port = free_port()
+    (tmp_path / HELD).touch()
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": pretend},
+        runtime_env={
+            "worker_process_setup_hook": pretend,
+            "env_vars": {HOLD_CLIPS: str(tmp_path / HELD)},
+        },
     )
     try:
         serve.start(http_options={"port": port})
@@ -81,7 +106,7 @@ def test_a_replica_whose_children_die_again_and_again_is_not_well(tmp_path: Path
     from wanforge.ray.app import WorkerReplica
 
     worker = WorkerReplica.__new__(WorkerReplica)
-    worker.data = tmp_path
+    worker.data, worker.begun = tmp_path, time.monotonic()
     worker.check_health()
     for state in ("starting", "idle", "working", "waiting"):
         write_status(tmp_path, status(state))
@@ -89,6 +114,47 @@ def test_a_replica_whose_children_die_again_and_again_is_not_well(tmp_path: Path
     write_status(tmp_path, status("broken"))
     with pytest.raises(ResourceError, match="gpu 0 is broken"):
         worker.check_health()
+
+
+def test_a_replica_whose_supervisor_tells_nothing_is_not_well(tmp_path: Path) -> None:
+    from wanforge.ray.app import SILENT_SECONDS, WorkerReplica
+
+    worker = WorkerReplica.__new__(WorkerReplica)
+    worker.data, worker.begun = tmp_path, time.monotonic() - SILENT_SECONDS - 1
+    with pytest.raises(ResourceError, match="has told nothing"):
+        worker.check_health()
+    write_status(tmp_path, status(age=20.0))
+    worker.check_health()  # it may have died, and is started again
+    write_status(tmp_path, status(age=SILENT_SECONDS + 1))
+    with pytest.raises(ResourceError, match="has told nothing"):
+        worker.check_health()
+
+
+def test_the_folder_of_a_replica_that_was_killed_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    from wanforge.ray.app import in_own_folder
+
+    settings = ServeSettings(data=str(tmp_path))
+    path = os.pathsep.join(filter(None, sys.path))
+    with start(HOLDING, str(tmp_path), PYTHONPATH=path) as killed, ExitStack() as first:
+        first.callback(killed.kill)
+        mine = in_own_folder(settings, first).data
+        assert killed.stdout is not None
+        theirs = Path(killed.stdout.readline().strip())
+        (theirs / "supervision.json").write_text("a password")
+        (tmp_path / "made").mkdir()
+        with ExitStack() as second:
+            third = in_own_folder(settings, second).data
+            assert {path.name for path in tmp_path.iterdir()} == {
+                "made",
+                *(Path(each).name for each in (mine, theirs, third)),
+            }
+        killed.kill()
+        killed.wait()
+        with ExitStack() as second:
+            in_own_folder(settings, second)
+            assert not theirs.exists()
+            assert Path(mine).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_there_are_as_many_workers_as_the_queue_needs() -> None:
@@ -120,8 +186,9 @@ def test_replicas_come_with_the_queue_and_end_in_good_order(config: Path, ray_po
     connection = Connection(f"http://127.0.0.1:{ray_port}", key)
     wait_until(lambda: connection.http.get("/readyz").json()["ready"])
     assert len(connection.http.get("/readyz").json()["workers"]) == 1
-    jobs = [connection.submit({"prompt": f"1.5 clip {number}"})["id"] for number in range(12)]
-    wait_until(lambda: len(connection.http.get("/readyz").json()["workers"]) == 2)
+    jobs = [connection.submit({"prompt": "a held clip"})["id"] for _ in range(4)]
+    wait_until(lambda: len(connection.http.get("/readyz").json()["workers"]) == 2, 120)
+    (config.parent / HELD).unlink()
     for job in jobs:
         assert connection.wait(job)["status"] == "completed"
         assert connection.http.get(f"/v1/videos/{job}/content").text.startswith(f"video.mp4 of {job}/1")

@@ -24,6 +24,16 @@ PROGRESS = "progress"
 LARGEST_WAIT = 30
 """Seconds after which Postgres ends a statement, or a transaction that does nothing because its process hangs."""
 
+NETWORK = {
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",
+}
+"""Parameters of libpq, unless a URL names them. Without them, a process waits a quarter of an hour for an answer of a
+host that has vanished, and hours for its news, since Postgres itself counts the seconds of `LARGEST_WAIT`."""
+
 REMEDIES = {
     "55P03": ("store_busy", "is locked by another process; try again"),
     "57014": ("store_busy", "took too long; try again"),
@@ -59,17 +69,15 @@ class Postgres(Database):
 
     def __init__(self, url: str, busy_seconds: float = 10.0, clock: Callable[[], float] | None = None) -> None:
         super().__init__("in Postgres", clock)
-        self._url, self._busy_seconds = url, busy_seconds
-        library = psycopg()
+        self._busy_seconds = busy_seconds
         with self.errors():
-            named = library.conninfo.conninfo_to_dict(url)
-            self.place = place_of(named)
+            named = psycopg().conninfo.conninfo_to_dict(url)
+        self.place, self._parameters = place_of(named), {**NETWORK, **named}
         self.prepare(migrate)
 
     def connect(self) -> Any:
         library = psycopg()
-        row_factory = library.rows.dict_row
-        connection = library.connect(self._url, autocommit=True, row_factory=row_factory, connect_timeout=10)
+        connection = library.connect(**self._parameters, autocommit=True, row_factory=library.rows.dict_row)
         connection.prepare_threshold = None  # a prepared query would fail once a newer wanforge has added a column
         connection.execute(
             f"SET lock_timeout = {int(self._busy_seconds * 1000)};"

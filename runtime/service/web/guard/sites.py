@@ -24,8 +24,8 @@ class OwnSite:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = self.service.needs_keys or self.service.settings.role == "worker" or scope["type"] != "http"
-        problem = "" if is_open else problem_of(Headers(scope=scope))
+        is_open = self.service.settings.role == "worker" or scope["type"] != "http"
+        problem = "" if is_open or await self.service.asks_for_keys() else problem_of(Headers(scope=scope))
         if problem:
             await ApiError(403, "not_allowed", f"{problem}; {REMEDY}").response()(scope, receive, send)
         else:

@@ -1,6 +1,5 @@
 """Figures for monitoring, in the format of Prometheus."""
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -70,13 +69,13 @@ class WorkerFigures:
         yield from (memory, gpu, joules, texts)
 
     def _attempts(self) -> Metric:
-        # A series that begins with its first attempt would hide that attempt from `increase`.
-        counts = Counter(dict.fromkeys(OUTCOMES, 0))
+        attempts = CounterMetricFamily(
+            "wanforge_attempts", "Attempts that ended, by how they did.", labels=["worker", "outcome"]
+        )
         for worker in self.status.workers:
-            counts.update(worker.outcomes)
-        attempts = CounterMetricFamily("wanforge_attempts", "Attempts that ended, by how they did.", labels=["outcome"])
-        for outcome, count in counts.items():
-            attempts.add_metric([outcome], count)
+            # A series that begins with its first attempt would hide that attempt from `increase`.
+            for outcome, count in {**dict.fromkeys(OUTCOMES, 0), **worker.outcomes}.items():
+                attempts.add_metric([worker.name, outcome], count)
         return attempts
 
     def _stages(self) -> Metric:

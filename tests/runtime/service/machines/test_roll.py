@@ -1,5 +1,6 @@
 """What machines tell each other of their workers."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -142,9 +143,22 @@ def test_a_machine_reports_while_it_works_and_leaves_the_list(tmp_path: Path, po
             write_status(tmp_path, status("broken"))
             wait_until(lambda: roll.machines()[0].status.workers[0].state == "broken")
         assert roll.machines() == []
-        with reported(ServeSettings(role="api", store=url, data=str(tmp_path)), store):
-            time.sleep(0.8)
-        assert roll.machines() == []
+        assert not is_reporting()
+
+
+def test_a_machine_without_workers_reports_nothing(tmp_path: Path) -> None:
+    settings = ServeSettings(store="postgresql://host/jobs", data=str(tmp_path))
+    with closing(open_store(tmp_path / "jobs.sqlite")) as store:
+        with reported(settings, store):
+            assert is_reporting()
+        for alone in (replace(settings, role="api"), replace(settings, store="")):
+            with reported(alone, store):
+                assert not is_reporting()
+
+
+def is_reporting() -> bool:
+    """Whether a thread of this process tells other machines of its workers."""
+    return "report" in {thread.name for thread in threading.enumerate()}
 
 
 def test_parts_that_would_not_find_each_other_are_refused() -> None:

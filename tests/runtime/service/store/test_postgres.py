@@ -11,7 +11,7 @@ from tests.runtime.service.store.rig import BUNDLE, claimed, result, submission
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.job import State
 from wanforge.runtime.service.store.base import Offer, Policy, StoreError
-from wanforge.runtime.service.store.databases.postgres import LOCK, Postgres, translated
+from wanforge.runtime.service.store.databases.postgres import LOCK, NETWORK, Postgres, translated
 from wanforge.runtime.service.store.sql_store import SqlStore, open_store
 
 
@@ -83,6 +83,24 @@ def test_a_server_that_is_not_there_is_named_without_the_password(postgres_url: 
         open_store("postgresql://user:secret@/jobs?host=/nowhere")
     assert refused.value.code == "store_unreachable"
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_nobody_waits_long_for_a_host_that_has_vanished(postgres_url: str) -> None:
+    def parameters(url: str) -> dict[str, str]:
+        with closing(Postgres(url)) as database, database.connect() as connection:
+            return dict(connection.info.get_parameters())
+
+    url = new_schema(postgres_url)
+    assert parameters(url).items() >= NETWORK.items()
+    assert (
+        parameters(f"{url}&tcp_user_timeout=5000&connect_timeout=3").items()
+        >= {
+            **NETWORK,
+            "tcp_user_timeout": "5000",
+            "connect_timeout": "3",
+        }.items()
+    )
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pytest
 
 from tests.runtime.service.served import Rig, running
 from wanforge.errors import ConfigError
-from wanforge.runtime.service.settings import ClientLimits, ServedBundle, ServeSettings, check_settings
+from wanforge.runtime.service.settings import ClientLimits, Role, ServedBundle, ServeSettings, check_settings
+from wanforge.runtime.service.store.base import ApiKey, StoreError
 from wanforge.runtime.service.web.access import Bucket
 
 PROMPT = {"prompt": "a red circle"}
@@ -71,6 +72,34 @@ def test_a_revoked_key_works_no_longer(locked: Rig) -> None:
     locked.store.revoke_key(key.id)
     locked.app.state.keys.verified.clear()  # as it happens after some seconds
     assert locked.client.get("/v1/models", headers=bearer(text)).status_code == 401
+
+
+@pytest.mark.parametrize("role", ["both", "api", "worker"])
+def test_a_server_asks_for_keys_once_there_is_one(
+    tinywan: Path, tmp_path: Path, role: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanforge.runtime.service.web.state.UNLOCKED_SECONDS", 0.0)
+    elsewhere = {"Host": "videos.example.org"}
+    with running(ServeSettings(role=role, data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        assert rig.client.get("/metrics").status_code == 200
+        assert rig.client.get("/metrics", headers=elsewhere).status_code == (200 if role == "worker" else 403)
+        _, key = rig.store.add_key("ann", ["admin"])
+        for headers in ({}, elsewhere):
+            assert rig.client.get("/metrics", headers=headers).status_code == 401
+            assert rig.client.get("/metrics", headers={**headers, **bearer(key)}).status_code == 200
+
+
+def test_a_server_that_was_open_stays_so_while_its_store_is_away(
+    tinywan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wanforge.runtime.service.web.state.UNLOCKED_SECONDS", 0.0)
+
+    def away() -> list[ApiKey]:
+        raise StoreError("store_unreachable", "it is away")
+
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        monkeypatch.setattr(rig.store, "api_keys", away)
+        assert rig.client.get("/v1/models").status_code == 200
 
 
 def test_too_many_requests_are_turned_away_with_a_time(tinywan: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a monitor sees."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path:
         for sample in family.samples
     }
     assert found["wanforge_jobs", "queued"] == 1
-    assert found["wanforge_attempts_total", "out_of_memory"] == 1
-    assert found["wanforge_attempts_total", "gpu_failed"] == 0
+    assert found["wanforge_attempts_total", "out_of_memory", "worker 0"] == 1
+    assert found["wanforge_attempts_total", "gpu_failed", "worker 0"] == 0
     assert found["wanforge_worker_restarts_total", "worker 0"] == 2
     kind = ("128x112", "decode", "tinywan", "w8a8", "worker 0")  # the values of the labels, sorted
     assert found["wanforge_stage_seconds_count", *kind] == 2
@@ -125,6 +126,20 @@ def test_figures_are_those_of_the_store_and_the_workers(tinywan: Path, tmp_path:
     assert found["wanforge_text_embeddings_total", "worker 0", "yes"] == 3
     assert found["wanforge_text_embeddings_total", "no", "worker 0"] == 1
     assert found["wanforge_disk_free_bytes",] > 0
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/readyz"])
+def test_a_database_that_is_slow_does_not_hold_up_the_event_loop(tinywan: Path, tmp_path: Path, path: str) -> None:
+    is_in_loop = []
+
+    def crew() -> ServiceStatus:
+        is_in_loop.append(asyncio._get_running_loop() is not None)
+        return status()
+
+    with running(ServeSettings(data=str(tmp_path)), [("", tinywan)], tmp_path) as rig:
+        rig.service.crew = crew
+        assert rig.client.get(path).status_code == 200
+    assert set(is_in_loop) == {False}
 
 
 def test_kinds_of_clips_beyond_the_most_are_told_together() -> None:

@@ -2,7 +2,7 @@
 a preview where the prompt says ``preview``.
 
 ``first`` behind such a word limits it to the first attempt of a job. Loading lasts as long as there is a file with the
-name that the environment's `HOLD` gives.
+name that the environment's `HOLD` gives, and a clip whose prompt says ``held`` likewise, by `HOLD_CLIPS`.
 """
 
 import errno
@@ -19,6 +19,7 @@ from wanforge.runtime.service.results.previews import STILL
 
 PARTS = 10
 HOLD = "STAND_IN_HOLD"
+HOLD_CLIPS = "STAND_IN_HOLD_CLIPS"
 
 
 class StandIn(Maker):
@@ -43,6 +44,8 @@ class StandIn(Maker):
         if "preview" in words:
             (Path(order.folder) / STILL).write_text("preview")
             report("preview 1", 1)
+        while "held" in words and Path(os.environ[HOLD_CLIPS]).exists():
+            time.sleep(0.1)
         seconds = next((float(word) for word in words if word[0].isdigit()), 0.0)
         for part in range(PARTS):
             time.sleep(seconds / PARTS)
