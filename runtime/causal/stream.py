@@ -161,4 +161,5 @@ def _parts(
     later = len(blocks_of(parts, causal, model.video.fps)) - 1
     frames = frames_of(causal.first_frames + later * causal.chunk_frames)
     shape = msgspec.structs.replace(request.shape, frames=frames)
-    return parts, replace(request, shape=shape)
+    # Each part is measured on its own. What is checked of the whole request is not its prompt, but that of its beginning.
+    return parts, replace(request, prompt=parts[0].prompt, shape=shape)

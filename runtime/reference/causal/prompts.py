@@ -30,14 +30,14 @@ def parse_parts(text: str) -> list[PromptPart]:
     """The parts of a prompt such as ``a man in a park[5s] | a man jumps[10s#]``.
 
     Raises:
-        RequestError: A part has no prompt, or no length of more than 0 seconds.
+        RequestError: A part has no prompt, or no length of more than 0 seconds, or several.
     """
     parts = []
     for part in text.split("|"):
         match = PART.fullmatch(part.strip())
-        if match is None or not float(match["seconds"]):
+        if match is None or not float(match["seconds"]) or has_parts(match["prompt"]):
             raise RequestError(
-                f"{part.strip()!r} does not say how long it holds; write a prompt and its seconds, as in "
+                f"{part.strip()!r} does not say once, at its end, how long it holds; write a prompt and its seconds, as in "
                 "'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
             )
         parts.append(PromptPart(match["prompt"], float(match["seconds"]), match["cut"] == "#"))

@@ -240,6 +240,21 @@ def test_parts_of_a_prompt_decide_the_length(pipeline: Pipeline) -> None:
         pipeline.stream("a[1s] | b[2s]", frames=9)
 
 
+def test_a_whole_clip_takes_no_prompt_in_parts(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="the prompt says how long its parts hold.*use Pipeline.stream") as caught:
+        pipeline.generate("a[2s] | b[2s]", size=SIZE, frames=17)
+    assert caught.value.field == "prompt"
+
+
+def test_each_part_of_a_prompt_is_measured_on_its_own(pipeline: Pipeline) -> None:
+    rows = pipeline.model.dit.text_rows
+    long = " ".join(["kite"] * 100)
+    assert len(pipeline.tokenizer.encode(long, rows)) < rows
+    pipeline.stream(" | ".join([f"{long}[0.5s]"] * 20), size=SIZE)
+    with pytest.raises(RequestError, match=f"more than the {rows} that the model reads"):
+        pipeline.stream(f"a[0.5s] | {long * 10}[0.5s]", size=SIZE)
+
+
 @pytest.mark.slow
 def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipeline, bundle_of: Any) -> None:
     whole = Pipeline(bundle_of("tiny-t2v", "w8a8"), create_backend("torch", bundle_of("tiny-t2v", "w8a8")))
