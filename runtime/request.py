@@ -151,7 +151,8 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     if model.causal:
         _check_causal(request, model)
         with concerning("frames"):
-            model.causal.num_chunks(request.shape.latent_frames)
+            causal = model.causal.beginning(with_image=request.image is not None)
+            causal.num_chunks(request.shape.latent_frames)
     with concerning("seed"):
         check_seed(request.seed)
     with concerning("prompt"):
