@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -45,14 +45,14 @@ class ChunkDenoiser:
         self._ready: dict[int, tuple[int, Session]] = {}
         self._chunk = Span(0, 0, 0)
 
-    def begin(self, chunk: Span, view: View, past: Sequence[KeysValues]) -> None:
+    def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
         """Get ready for a chunk; see `rollout.ChunkNetwork`."""
         self._chunk = chunk
         self._session = self._session_of(chunk)
         tables = rope_tables(self._grid, times=view.own)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self._session[name].copy_(table)
-        seen = past[0].keys.shape[1] if past else 0
+        seen = len(view.frames) * math.prod(self._grid[1:])
         bias = torch.zeros(self._session["seen_bias"].shape)
         bias[seen : self._past_tokens] = -math.inf
         self._session["seen_bias"].copy_(bias)

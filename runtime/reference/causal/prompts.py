@@ -37,8 +37,8 @@ def parse_parts(text: str) -> list[PromptPart]:
         match = PART.fullmatch(part.strip())
         if match is None or not float(match["seconds"]) or has_parts(match["prompt"]):
             raise RequestError(
-                f"{part.strip()!r} does not say once, at its end, how long it holds; write a prompt and its seconds, as "
-                "in 'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
+                f"{part.strip()!r} does not say once, at its end, how long it holds; write a prompt and its seconds, "
+                "as in 'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
             )
         parts.append(PromptPart(match["prompt"], float(match["seconds"]), match["cut"] == "#"))
     return parts
