@@ -7,6 +7,7 @@ wan2pt1_t2v_causal_extrapolation_infer.py (docs/sources.md).
 from typing import Annotated, Literal
 
 from msgspec import Meta
+from msgspec.structs import replace
 
 from wanforge.configs.clip import frames_of
 from wanforge.configs.loading import Count, Fraction, Record
@@ -102,6 +103,10 @@ class CausalConfig(Record, frozen=True):
         check_times(self.times)
         if self.noisy_from is not None and self.noisy_from < 0:
             raise ValueError(f"noisy_from is {self.noisy_from}; chunks are counted from 0")
+
+    def beginning(self, *, with_image: bool) -> "CausalConfig":
+        """How a video is made that begins with an image, which is the first chunk, or with none."""
+        return replace(self, first_frames=1) if with_image else self
 
     def num_chunks(self, latent_frames: int) -> int:
         """The number of chunks of a video.

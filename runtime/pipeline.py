@@ -118,7 +118,8 @@ class Pipeline:
             prompt: What the video shows. It may have parts that hold one after the other, and then decides how long the
                 video is: ``a man in a park[5s] | a man jumps[10s#]``, where ``#`` begins a new scene.
             image: The first frame, or None: a file or a picture.
-            on_progress: Called with ``chunk``, the number of chunks that are done, and the number of all of them.
+            on_progress: Called with ``chunk``, the number of chunks that are done, and the number of all of them, at
+                the end of each chunk and before each layer.
             settings: See `StreamSettings`.
 
         Raises:
@@ -149,6 +150,8 @@ class Pipeline:
 
     def _check(self, request: Request, live: ClipShape) -> CheckedRequest:
         """Check a request of which this much takes memory at the same time."""
+        if self.model.causal:
+            check_streams(self.model, self.backend)
         checked = self.resolve(request)
         with concerning("loras"):
             self.loras.check(request.loras)
@@ -235,7 +238,10 @@ class Pipeline:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)
         denoiser = ChunkDenoiser(self.backend, self.bundle, stream, texts, timings)
-        yield from make_chunks(denoiser, first, progress)
+        for made in make_chunks(denoiser, first, progress):
+            yield made
+            # Other requests may have come between two chunks, and programs are bound when they first run.
+            self.loras.put_on(request.loras, progress)
 
     def save_noise(self, checked: CheckedRequest, path: Path) -> None:
         """Write the noise that is drawn from a request's seed."""

@@ -19,6 +19,7 @@ from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.inputs.lora import LoraChoice, read_choices
 from wanforge.runtime.inputs.noise import check_noise, noise_names
 from wanforge.runtime.inputs.text import Tokenizer
+from wanforge.runtime.reference.causal.prompts import has_parts
 from wanforge.runtime.reference.steps import Step, Trajectory, trajectory
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
     if model.causal:
         _check_causal(request, model)
         with concerning("frames"):
-            model.causal.num_chunks(request.shape.latent_frames)
+            causal = model.causal.beginning(with_image=request.image is not None)
+            causal.num_chunks(request.shape.latent_frames)
     with concerning("seed"):
         check_seed(request.seed)
     with concerning("prompt"):
@@ -177,7 +179,14 @@ def concerning(field: str) -> Iterator[None]:
 
 
 def _check_causal(request: Request, model: ModelConfig) -> None:
-    """Refuse settings of whole clips for a model that makes a video chunk by chunk."""
+    """Refuse settings of whole clips for a model that makes a video chunk by chunk, and a prompt that says how long it
+    holds, because the length of a request is that of its shape."""
+    if has_parts(request.prompt):
+        with concerning("prompt"):
+            raise RequestError(
+                "the prompt says how long its parts hold, which decides how long a video is that is made chunk by "
+                "chunk; use Pipeline.stream, or leave the seconds out and give the number of frames"
+            )
     for setting in ("steps", "sigma_max", "times", "update", "noise"):
         if getattr(request, setting) is not None:
             with concerning(setting):

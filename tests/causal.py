@@ -1,6 +1,6 @@
 """Causal denoisers for tests: upstream's recorded one, the rollout's view of it, and attention with masks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ class RecordedNetwork:
         self.dit, self.text, self.dtype = dit, text, dtype
         self.calls: list[tuple[int, float]] = []
 
-    def begin(self, chunk: Span, view: View, past: Sequence[KeysValues]) -> None:
-        self.chunk, self.view, self.past = chunk, view, past
+    def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
+        self.chunk, self.view, self.past = chunk, view, list(past)
 
     def velocity(self, latents: Tensor, timestep: float) -> Tensor:
         self.calls.append((self.chunk.index, timestep))

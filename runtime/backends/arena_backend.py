@@ -45,6 +45,11 @@ class ArenaBackend(Backend):
         self._sessions: dict[str, list[Session]] = {}
         self._packed: dict[GroupName, Tensor] = {}
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether a memory plan is made for each clip, as on a GPU always and on the host where there is a budget."""
+        return self.on.has_memory or self.budget is not None
+
     def files(self) -> list[str]:
         return self.weights.files()
 
@@ -64,7 +69,7 @@ class ArenaBackend(Backend):
         """Let graphs use the start of the arena for intermediate tensors."""
 
     def prepare(self, clip: ClipShape) -> None:
-        if clip == self._clip or (self.budget is None and not self.on.has_memory):
+        if clip == self._clip or not self.is_planned:
             return
         self._sessions, self._clip = {}, None
         self.memory = self._unbounded()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -29,26 +29,30 @@ class ChunkDenoiser:
 
     Args:
         texts: The embedded prompts ``[1, T, E]``, padded with rows of zeros.
+
+    Attributes:
+        alive: Called before each graph run of a step; it may raise an exception, which ends the stream.
     """
 
     def __init__(
         self, backend: Backend, bundle: Bundle, stream: CheckedStream, texts: Sequence[Tensor], timings: Timings
     ) -> None:
         self.backend, self.bundle, self.stream, self.texts, self.timings = backend, bundle, stream, texts, timings
+        self.alive: Callable[[], object] = lambda: None
         ways = islice(trajectories(stream.causal, bundle.model.sampler), 2)
         told = dict.fromkeys([0.0, *(step.timestep for way in ways for step in way.steps)])
         self.timesteps = {timestep: index for index, timestep in enumerate(told)}
         self._ready: dict[int, tuple[int, Session]] = {}
         self._chunk = Span(0, 0, 0)
 
-    def begin(self, chunk: Span, view: View, past: Sequence[KeysValues]) -> None:
+    def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
         """Get ready for a chunk; see `rollout.ChunkNetwork`."""
         self._chunk = chunk
         self._session = self._session_of(chunk)
         tables = rope_tables(self._grid, times=view.own)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self._session[name].copy_(table)
-        seen = past[0].keys.shape[1] if past else 0
+        seen = len(view.frames) * math.prod(self._grid[1:])
         bias = torch.zeros(self._session["seen_bias"].shape)
         bias[seen : self._past_tokens] = -math.inf
         self._session["seen_bias"].copy_(bias)
@@ -60,7 +64,9 @@ class ChunkDenoiser:
         """The velocity at the chunk's latents; see `rollout.ChunkNetwork`."""
         start = time.perf_counter()
         self._session["patches"].copy_(patchify(latents.to(self.backend.device, self.backend.dtype)))
-        self._session.run(f"step.{self.timesteps[timestep]}")
+        for run in self._session.bound(f"step.{self.timesteps[timestep]}"):
+            self.alive()
+            run()
         velocity = unpatchify(self._session["velocity"], self._grid).to(latents.device)
         self.backend.synchronise()
         self.timings.steps.append(time.perf_counter() - start)

@@ -1,6 +1,7 @@
 """From a denoiser of chunks to latents, and from latents to what is shown."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -31,6 +32,8 @@ def make_chunks(denoiser: ChunkDenoiser, first: Tensor | None, progress: Progres
     noise = draw(shape, steps, stream.request.seed, has_image=first is not None)
     chunks = iter(Rollout(plan, denoiser, cache, noise, first))
     for index in range(len(stream.blocks)):
+        # Who waits for a chunk hears before each layer that it is being made, and can end it there.
+        denoiser.alive = partial(progress, "chunk", index, len(stream.blocks))
         with denoiser.timings.stage("denoise"):
             chunk, latents = next(chunks)
         progress("chunk", index + 1, len(stream.blocks))

@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
-from wanforge.configs.clip import ClipShape, frames_of
+from wanforge.configs.clip import TEMPORAL_STRIDE, ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import ConfigError, RequestError
+from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.memory.arena import Unbounded
 from wanforge.runtime.reference.causal.chunks import Span, chunks_of
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
 from wanforge.runtime.reference.causal.prompts import PromptPart, blocks_of, has_parts, parse_parts
@@ -107,7 +107,8 @@ def check_streams(model: ModelConfig, backend: Backend) -> CausalConfig:
     """
     if not model.causal:
         raise RequestError(f"{model.name} makes whole clips, not videos chunk by chunk; use generate")
-    check_backend(model, backend.name, is_bounded=not isinstance(backend.memory, Unbounded))
+    is_planned = isinstance(backend, ArenaBackend) and backend.is_planned
+    check_backend(model, backend.name, is_bounded=is_planned)
     return model.causal
 
 
@@ -137,6 +138,7 @@ def check_stream(
     Raises:
         RequestError, ConfigError: The request does not make sense for this model.
     """
+    causal = causal.beginning(with_image=request.image is not None)
     with concerning("prompt"):
         parts, request = _parts(request, model, causal, settings)
         ids = tuple(tokenizer.encode(part.prompt, model.dit.text_rows) for part in parts)
@@ -158,7 +160,19 @@ def _parts(
     if "frames" in settings:
         raise RequestError("the parts of the prompt say how long the video is; leave frames out")
     parts = parse_parts(request.prompt)
-    later = len(blocks_of(parts, causal, model.video.fps)) - 1
-    frames = frames_of(causal.first_frames + later * causal.chunk_frames)
+    blocks = blocks_of(parts, causal, model.video.fps)
+    _check_shown(parts, blocks, causal.chunk_frames * TEMPORAL_STRIDE / model.video.fps)
+    frames = frames_of(causal.first_frames + (len(blocks) - 1) * causal.chunk_frames)
     shape = msgspec.structs.replace(request.shape, frames=frames)
-    return parts, replace(request, shape=shape)
+    # Each part is measured on its own, so what is checked of the whole request is the first one's prompt.
+    return parts, replace(request, prompt=parts[0].prompt, shape=shape)
+
+
+def _check_shown(parts: list[PromptPart], blocks: list[tuple[int, bool]], seconds: float) -> None:
+    """Refuse parts of which no chunk, of so many seconds, shows some."""
+    shown = {number for number, _ in blocks}
+    if missing := [repr(part.prompt) for number, part in enumerate(parts) if number not in shown]:
+        raise RequestError(
+            f"no chunk is left for {' and '.join(missing)}: a part takes whole chunks, and all parts together no more "
+            f"than their seconds need; let each part hold {seconds:g} s or a multiple, which is the length of a chunk"
+        )

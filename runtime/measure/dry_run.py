@@ -88,7 +88,7 @@ def estimate_generate(pipeline: Pipeline, requests: Sequence[CheckedRequest], pl
 def generate_works(pipeline: Pipeline, checked: CheckedRequest) -> list[Work]:
     """The work of a request: the steps, decoding and writing, and everything before."""
     shares = stage_shares(pipeline.model, pipeline.recipe, checked)
-    denoise = sum(amount for stage, amount in shares.items() if stage.startswith("step "))
+    denoise = sum(amount for stage, amount in shares.items() if stage.startswith(("step ", "chunk")))
     rest = sum(shares.values()) - denoise - shares["decode"]
     what = f"generate {pipeline.backend.name} {pipeline.model.name} {pipeline.recipe.name}"
     return [Work(f"{what} denoise", denoise), Work(f"{what} decode", shares["decode"]), Work(f"{what} prepare", rest)]

@@ -1,6 +1,7 @@
 """A rough estimate of how much memory a request takes besides its weights, made before it starts."""
 
-from wanforge.configs.clip import ClipShape
+from wanforge.configs.causal import CausalConfig
+from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import ResourceError
@@ -18,8 +19,11 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     Weights are not counted: they are mapped from files, and the system may drop them.
 
     Args:
+        shape: Of a clip; for a causal model, of a chunk and what it sees.
         itemsize: Bytes of one element of the compute type.
     """
+    if model.causal:
+        return OVERHEAD + max(chunk_bytes(model, model.causal, shape, itemsize), decode_bytes(model, shape, itemsize))
     logits = recipe.block_k if recipe.is_sparse else shape.tokens
     return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
 
@@ -59,6 +63,15 @@ def denoise_bytes(model: ModelConfig, shape: ClipShape, logits: int, itemsize: i
     widest = tokens * (8 * dit.dim + 2 * dit.ffn_dim) * max(4, itemsize)
     context = dit.num_layers * len(model.experts) * 2 * dit.text_rows * dit.dim * itemsize
     return widest + dit.num_heads * tokens * logits * 4 + context
+
+
+def chunk_bytes(model: ModelConfig, causal: CausalConfig, shape: ClipShape, itemsize: int) -> int:
+    """The bytes of denoising the last chunk of a video that sees all before it: those of the chunk, whose queries see
+    the whole video, and two copies of every layer's keys and values, what is remembered and what the network reads."""
+    frames = min(shape.latent_frames, max(causal.first_frames, causal.chunk_frames))
+    chunk = ClipShape(shape.width_px, shape.height_px, frames_of(frames))
+    keys_values = 2 * model.dit.num_layers * shape.tokens * model.dit.dim * itemsize
+    return denoise_bytes(model, chunk, shape.tokens, itemsize) + 2 * keys_values
 
 
 def decode_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:

@@ -4,8 +4,10 @@ The matrix products of the transformers are counted by formula. Those of the VAE
 its published width. How fast a machine gets through either is not known beforehand and shows while it works.
 """
 
-from wanforge.configs.model import ModelConfig
+from wanforge.configs.causal import CausalConfig
+from wanforge.configs.model import DiTConfig, ModelConfig
 from wanforge.configs.recipe import Recipe
+from wanforge.runtime.reference.causal.chunks import chunks_of, trajectories
 from wanforge.runtime.request import CheckedRequest
 
 PUBLISHED_DIM = 96
@@ -16,6 +18,12 @@ ENCODE_FIRST, ENCODE_NEXT = 4.36e8, 1.29e9
 
 def stage_shares(model: ModelConfig, recipe: Recipe, checked: CheckedRequest) -> dict[str, float]:
     """The operations of each stage of a request that reports progress, in the order in which they run."""
+    if model.causal:
+        return {
+            "text": text_operations(model, checked),
+            "chunk": chunk_operations(model, model.causal, checked),
+            "decode": vae_operations(model, checked, DECODE_FIRST, DECODE_NEXT),
+        }
     steps = {f"step {step.index + 1}": step_operations(model, recipe, checked) for step in checked.steps}
     condition = {"condition": vae_operations(model, checked, ENCODE_FIRST, ENCODE_NEXT)} if model.task == "i2v" else {}
     return {
@@ -41,8 +49,24 @@ def context_operations(model: ModelConfig, checked: CheckedRequest) -> float:
 
 def step_operations(model: ModelConfig, recipe: Recipe, checked: CheckedRequest) -> float:
     """The operations of one step of the denoiser: its linears, and attention to the selected keys."""
-    dit, tokens = model.dit, checked.request.shape.tokens
+    tokens = checked.request.shape.tokens
     keys = checked.num_selected * recipe.block_k if recipe.is_sparse else tokens
+    return pass_operations(model.dit, tokens, keys)
+
+
+def chunk_operations(model: ModelConfig, causal: CausalConfig, checked: CheckedRequest) -> float:
+    """The operations of all chunks of a causal model: the steps of each and the pass that remembers it, as if each saw
+    everything before it."""
+    shape, found = checked.request.shape, 0.0
+    of_frame = shape.tokens // shape.latent_frames
+    causal = causal.beginning(with_image=checked.request.image is not None)
+    for chunk, way in zip(chunks_of(causal, shape.latent_frames), trajectories(causal, model.sampler), strict=False):
+        found += (len(way.steps) + 1) * pass_operations(model.dit, of_frame * len(chunk), of_frame * chunk.stop)
+    return found
+
+
+def pass_operations(dit: DiTConfig, tokens: int, keys: int) -> float:
+    """The operations of one pass through the denoiser, each of whose tokens sees some keys."""
     linears = 6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim
     return dit.num_layers * tokens * (2.0 * linears + 4.0 * keys * dit.dim)
 

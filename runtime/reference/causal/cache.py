@@ -1,6 +1,6 @@
 """The keys and values of the chunks that a stream remembers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,11 +72,11 @@ class KVCache:
         """What a chunk sees; see `Window.view`."""
         return self.window.view(chunk, cut=cut)
 
-    def read(self, view: View) -> list[KeysValues]:
-        """What each layer sees, keys rotated at the times of the view, ``[B, P, H, K]``; empty if it sees nothing."""
-        if not view.frames:
-            return []
-        return [self._read_layer(layer, view) for layer in range(len(self.chunks[0].layers))]
+    def read(self, view: View) -> Iterator[KeysValues]:
+        """Yield what each layer sees, keys rotated at the times of the view, ``[B, P, H, K]``; nothing if it sees
+        nothing. A layer is read when it is asked for, so that there is never a second copy of all layers."""
+        if view.frames:
+            yield from (self._read_layer(layer, view) for layer in range(len(self.chunks[0].layers)))
 
     def append(self, chunk: Span, own: Sequence[KeysValues], *, cut: bool = False) -> None:
         """Remember a chunk by its own keys, not rotated, and values, and forget what the policy does not keep."""

@@ -54,7 +54,8 @@ def encode(x_BLHK: Tensor, form: Literal["int8", "fp8"], along: Along) -> Codes:
     """Numbers as codes of 8 bits.
 
     The codes are those of the scale in float32, but the scale is kept in e4m3, as upstream does. So a group may be off
-    by a factor of up to 1/16, and one whose largest number is below 2^-10 times the largest code is lost.
+    by a factor of up to 1/16, and by more if its scale is below 2^-6, where e4m3 has steps of 2^-9: that is if its
+    largest number is below 2 with int8 and below 7 with fp8. A group whose scale is at most 2^-10 is lost.
     """
     turned = x_BLHK.permute(0, 2, 3, 1) if along == "tokens" else x_BLHK
     rows = turned.flatten(0, -2).float()

@@ -30,15 +30,15 @@ def parse_parts(text: str) -> list[PromptPart]:
     """The parts of a prompt such as ``a man in a park[5s] | a man jumps[10s#]``.
 
     Raises:
-        RequestError: A part has no prompt, or no length of more than 0 seconds.
+        RequestError: A part has no prompt, or no length of more than 0 seconds, or several.
     """
     parts = []
     for part in text.split("|"):
         match = PART.fullmatch(part.strip())
-        if match is None or not float(match["seconds"]):
+        if match is None or not float(match["seconds"]) or has_parts(match["prompt"]):
             raise RequestError(
-                f"{part.strip()!r} does not say how long it holds; write a prompt and its seconds, as in "
-                "'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
+                f"{part.strip()!r} does not say once, at its end, how long it holds; write a prompt and its seconds, "
+                "as in 'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
             )
         parts.append(PromptPart(match["prompt"], float(match["seconds"]), match["cut"] == "#"))
     return parts
@@ -52,8 +52,8 @@ def has_parts(text: str) -> bool:
 def blocks_of(parts: list[PromptPart], causal: CausalConfig, fps: int) -> list[tuple[int, bool]]:
     """For each chunk of the video, the number of the part that holds, and whether a new scene begins with it.
 
-    A part takes as many whole chunks as hold its frames, at least one. What that adds to the length is taken off the
-    end: there are no more chunks than hold the frames of all parts together.
+    A part takes as many whole chunks as hold its frames. What that adds to the length is taken off the end: there are
+    no more chunks than hold the frames of all parts together, so the last parts may get none.
     """
     frames = [max(1, round(part.seconds * fps / TEMPORAL_STRIDE)) for part in parts]
     found: list[tuple[int, bool]] = []

@@ -24,11 +24,11 @@ from wanforge.runtime.reference.steps import Trajectory, network_timestep
 class ChunkNetwork(Protocol):
     """The denoiser as the rollout drives it."""
 
-    def begin(self, chunk: Span, view: View, past: Sequence[KeysValues]) -> None:
+    def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
         """Get ready for a chunk: what follows concerns it, until the next one begins.
 
         Args:
-            past: What each layer sees of earlier chunks, as `KVCache.read` returns it.
+            past: What each layer sees of earlier chunks, as `KVCache.read` yields it.
         """
         ...
 

@@ -1,9 +1,11 @@
 """A pipeline makes a video chunk by chunk, in bounded memory, and it is the one that the reference makes at once."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from tests.causal import RecordedNetwork
 from tests.conftest import checkpoint_sources, made_once
 from tests.numerics import assert_matches, relative_rms
+from tests.runtime.lora.lora_files import lora
 from wanforge.configs.causal import CachePolicy, policy
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
@@ -22,9 +25,13 @@ from wanforge.errors import ConfigError, RequestError
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.exporter.export import export
+from wanforge.progress import Overall
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.choice import choose_backend, obstacles
+from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.causal.stream import Streamed
+from wanforge.runtime.measure.cost.shares import stage_shares
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.reference.causal.cache import KVCache
@@ -84,6 +91,20 @@ def reference(pipeline: Pipeline, frames: int, kept: CachePolicy, image: Tensor 
     cache = KVCache(kept, (SIZE[1] // 16, SIZE[0] // 16))
     noise = draw(shape, 4, seed=7, has_image=image is not None)
     return torch.cat([x for _, x in Rollout(plan, Exact(dit, text), cache, noise, image)], 2)
+
+
+class HostWithMemory(Host):
+    """A GPU as far as a backend can tell."""
+
+    has_memory = True
+
+
+def in_threes(pipeline: Pipeline) -> None:
+    """Let a pipeline make all chunks, the first one as well, of three latent frames."""
+    assert pipeline.model.causal
+    causal = msgspec.structs.replace(pipeline.model.causal, first_frames=3, chunk_frames=3, times=())
+    video = msgspec.structs.replace(pipeline.model.video, frames=21)
+    pipeline.model = msgspec.structs.replace(pipeline.model, causal=causal, video=video)
 
 
 def picture() -> Image.Image:
@@ -167,11 +188,11 @@ def test_keys_and_values_in_8_bits_change_little(pipeline: Pipeline, kv: Any) ->
 def test_nothing_is_begun_before_it_is_asked_for(pipeline: Pipeline) -> None:
     done: list[tuple[str, int, int]] = []
     stream = pipeline.stream(PROMPT, size=SIZE, frames=17, on_progress=lambda *said: done.append(said))
-    assert [said for said in done if said[0] == "chunk"] == []
+    assert {said for said in done if said[0] == "chunk"} == set()
     next(stream)
-    assert [said for said in done if said[0] == "chunk"] == [("chunk", 1, 3)]
+    assert {said for said in done if said[0] == "chunk"} == {("chunk", 0, 3), ("chunk", 1, 3)}
     next(stream)
-    assert [said for said in done if said[0] == "chunk"] == [("chunk", 1, 3), ("chunk", 2, 3)]
+    assert {said for said in done if said[0] == "chunk"} == {("chunk", 0, 3), ("chunk", 1, 3), ("chunk", 2, 3)}
 
 
 @pytest.mark.slow
@@ -240,15 +261,86 @@ def test_parts_of_a_prompt_decide_the_length(pipeline: Pipeline) -> None:
         pipeline.stream("a[1s] | b[2s]", frames=9)
 
 
+def test_a_part_that_no_chunk_would_show_is_refused(pipeline: Pipeline) -> None:
+    in_threes(pipeline)
+    with pytest.raises(RequestError, match=r"no chunk is left for 'd'.*let each part hold 0\.75 s or a multiple"):
+        pipeline.stream("a[1s] | b[1s] | c[1s] | d[1s]", size=SIZE)
+    with pytest.raises(RequestError, match="no chunk is left for 'b' and 'c'"):
+        pipeline.stream("a[0.25s] | b[0.25s] | c[0.25s]", size=SIZE)
+    pipeline.stream("a[0.75s] | b[1.5s] | c[0.75s]", size=SIZE)
+
+
+@pytest.mark.slow
+def test_an_image_is_a_chunk_of_its_own(pipeline: Pipeline) -> None:
+    in_threes(pipeline)
+    made = list(pipeline.stream(PROMPT, picture(), size=SIZE, frames=13, seed=7))
+    assert [len(each.frames) for each in made] == [1, 12]
+    assert torch.equal(pipeline.generate(PROMPT, picture(), size=SIZE, frames=13, seed=7).latents, together(made)[0])
+    with pytest.raises(ConfigError, match="not one chunk of 1 and others of 3; make it 13 or 25 frames"):
+        pipeline.stream(PROMPT, picture(), size=SIZE, frames=21)
+
+
+@pytest.mark.slow
+def test_a_stream_keeps_its_lora_whatever_comes_between_its_chunks(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.root, tmp_path / "bundle")
+    copied = Bundle.open(tmp_path / "bundle")
+    pipeline = Pipeline(copied, create_backend("torch", copied))
+    style = [str(lora(tmp_path / "style.safetensors", "tiny-causal"))]
+    undisturbed = list(pipeline.stream(PROMPT, size=SIZE, frames=17, seed=7, loras=style))
+    plain = pipeline.generate(PROMPT, size=SIZE, frames=1, seed=7)
+    stream = pipeline.stream(PROMPT, size=SIZE, frames=17, seed=7, loras=style)
+    for expected in undisturbed:
+        assert torch.equal(next(stream).latents, expected.latents)
+        assert torch.equal(pipeline.generate(PROMPT, size=SIZE, frames=1, seed=7).latents, plain.latents)
+
+
+@pytest.mark.slow
+def test_progress_is_told_within_a_chunk(pipeline: Pipeline) -> None:
+    said: list[tuple[str, int, int]] = []
+    clip = pipeline.generate(PROMPT, size=SIZE, frames=17, on_progress=lambda *each: said.append(each))  # type: ignore[arg-type]
+    chunks = [done for stage, done, total in said if stage == "chunk" and total == 3]
+    assert chunks == sorted(chunks)
+    # At least each layer of every step of a chunk.
+    assert all(chunks.count(index) > 2 * steps for index, steps in enumerate((4, 2, 2)))
+    assert max(chunks) == 3
+    checked = pipeline.resolve(clip.request)
+    shares = stage_shares(pipeline.model, pipeline.recipe, checked)
+    overall = Overall(shares)
+    for stage, done, total in said[: said.index(("chunk", 3, 3)) + 1]:
+        overall.report(stage, done, total)
+    assert overall.share == pytest.approx((shares["text"] + shares["chunk"]) / sum(shares.values()))
+
+
+def test_a_whole_clip_takes_no_prompt_in_parts(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match=r"the prompt says how long its parts hold.*use Pipeline.stream") as caught:
+        pipeline.generate("a[2s] | b[2s]", size=SIZE, frames=17)
+    assert caught.value.field == "prompt"
+
+
+def test_each_part_of_a_prompt_is_measured_on_its_own(pipeline: Pipeline) -> None:
+    rows = pipeline.model.dit.text_rows
+    long = " ".join(["kite"] * 100)
+    assert len(pipeline.tokenizer.encode(long, rows)) < rows
+    pipeline.stream(" | ".join([f"{long}[0.5s]"] * 20), size=SIZE)
+    with pytest.raises(RequestError, match=f"more than the {rows} that the model reads"):
+        pipeline.stream(f"a[0.5s] | {long * 10}[0.5s]", size=SIZE)
+
+
 @pytest.mark.slow
 def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipeline, bundle_of: Any) -> None:
     whole = Pipeline(bundle_of("tiny-t2v", "w8a8"), create_backend("torch", bundle_of("tiny-t2v", "w8a8")))
     with pytest.raises(RequestError, match="tiny-t2v makes whole clips, not videos chunk by chunk; use generate"):
         whole.stream(PROMPT)
-    bounded = Pipeline(bundle, create_backend("torch", bundle, budget=1e9))
-    bounded.backend.memory = object()  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match="only the backends torch and ort do, on the CPU and without a memory budget"):
-        bounded.stream(PROMPT)
+    on_a_gpu = TorchBackend(bundle, None, on=HostWithMemory())
+    for backend in (create_backend("torch", bundle, budget=1e9), on_a_gpu):
+        with pytest.raises(
+            ConfigError, match="only the backends torch and ort do, on the CPU and without a memory bud"
+        ):
+            Pipeline(bundle, backend).stream(PROMPT)
+        with pytest.raises(
+            ConfigError, match="only the backends torch and ort do, on the CPU and without a memory bud"
+        ):
+            Pipeline(bundle, backend).generate(PROMPT)
     for name, budget in (("cuda", None), ("torch", 1e9), ("ort", 1e9)):
         with pytest.raises(ConfigError, match=f"found {name}"):
             open_pipeline(bundle, name, budget)

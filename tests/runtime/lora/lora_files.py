@@ -19,7 +19,8 @@ LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.k", "ffn.0", "ffn.2")
 
 def targets(name: str = "tiny-t2v") -> Targets:
     """What LoRAs may change in a model."""
-    return targets_of(load_model(name), load_recipe("w8a8"))
+    model = load_model(name)
+    return targets_of(model, model.fitted(load_recipe("w8a8")))
 
 
 def factors(found: Targets, size: float = 0.05, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -76,9 +76,11 @@ def test_a_cut_in_the_first_part_means_nothing() -> None:
     assert blocks_of(parse_parts("a[1s#]"), CausalConfig(), fps=16) == [(0, False)] * 4
 
 
-@pytest.mark.parametrize("text", ["a[5s] | b", "[5s]", "a[0s]", "a[5s] | ", "a[5]", "a[-1s]"])
+@pytest.mark.parametrize("text", ["a[5s] | b", "[5s]", "a[0s]", "a[5s] | ", "a[5]", "a[-1s]", "a[5s] b[2s]"])
 def test_a_part_without_its_length_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="does not say how long it holds; write a prompt and its seconds"):
+    with pytest.raises(
+        RequestError, match="does not say once, at its end, how long it holds; write a prompt and its seconds"
+    ):
         parse_parts(text)
 
 

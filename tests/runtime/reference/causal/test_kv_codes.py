@@ -11,7 +11,10 @@ from tests.causal import RecordedNetwork, recorded_dit, recorded_text
 from tests.numerics import relative_rms
 from tests.runtime.reference.causal.test_rollout import cache_of, rollout_of
 from wanforge.configs.causal import policy
+from wanforge.runtime.reference.causal import cache
+from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.causal.kv_codes import GROUP, LARGEST, Along, decode, encode
+from wanforge.runtime.reference.causal.network import KeysValues
 
 FORMATS: tuple[Literal["int8", "fp8"], ...] = ("int8", "fp8")
 WAYS: dict[str, Along] = {"channel": "tokens", "token": "channels"}
@@ -65,6 +68,35 @@ def test_no_number_is_further_off_than_its_format_allows(form: Literal["int8", "
     assert ((found.codes.float() * found.scale.float() - rows).abs() <= bound * 1.001).all()
     assert decode(found).shape == x.shape
     assert decode(found).dtype == x.dtype
+
+
+def test_layers_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    monkeypatch.setattr(cache, "decode", lambda held: decoded.append(1) or decode(held))
+    kept = cache.KVCache(policy("none"), (1, 2), form="int8")
+    layer = KeysValues(torch.ones(1, 2, 1, 128), torch.ones(1, 2, 1, 128))
+    kept.append(Span(0, 0, 1), [layer, layer])
+    layers = iter(kept.read(kept.view(Span(1, 1, 2))))
+    next(layers)
+    assert len(decoded) == 2
+    assert len(list(layers)) == 1
+
+
+@pytest.mark.parametrize(("form", "group_max"), [("int8", 127 / 64), ("fp8", 7.0)])
+def test_scales_lose_their_precision_below_a_limit(form: Literal["int8", "fp8"], group_max: float) -> None:
+    """As `encode` says: the scale is off by a factor of 1/16 at most from this largest number of a group on, and below
+    it by 2^-10, which is a larger factor."""
+
+    def off(largest: Tensor) -> Tensor:
+        found = encode((largest[:, None] * torch.ones(GROUP))[None, :, None], form, "channels")
+        exact = largest / LARGEST[form]
+        return (found.scale.float().flatten() / exact - 1).abs()
+
+    shares = torch.linspace(0.05, 1, 400)
+    assert (off(group_max * (1 + shares)) <= 1 / 16 * 1.0001).all()
+    below = off(group_max * shares)
+    assert (below <= 2.0**-10 / (group_max * shares / LARGEST[form]) * 1.0001).all()
+    assert below.max() > 0.25
 
 
 def test_eight_bits_take_half_the_memory_of_sixteen() -> None:

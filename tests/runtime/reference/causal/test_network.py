@@ -39,7 +39,12 @@ class Forward:
         view = self.cache.view(chunk)
         latents = self.case[source][:, :, chunk.start : chunk.stop].to(self.dtype)
         return run_chunk(
-            self.dit, latents, self.case[timestep][:, 0], self.text.to(self.dtype), view.own, self.cache.read(view)
+            self.dit,
+            latents,
+            self.case[timestep][:, 0],
+            self.text.to(self.dtype),
+            view.own,
+            list(self.cache.read(view)),
         )
 
 
@@ -131,7 +136,7 @@ def test_only_differences_of_times_matter() -> None:
     def at(shift: int, own: int) -> Tensor:
         view = cache.view(after)
         moved = type(view)(view.frames, tuple(t + shift for t in view.times), (own,))
-        return run_chunk(forward.dit, latents, torch.tensor([624.0]), text, moved.own, cache.read(moved))[0]
+        return run_chunk(forward.dit, latents, torch.tensor([624.0]), text, moved.own, list(cache.read(moved)))[0]
 
     # At index 500 angles in float32 are off by 3e-5.
     assert_matches(at(500, 501), at(0, 1), 5e-6)

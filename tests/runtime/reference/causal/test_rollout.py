@@ -1,6 +1,6 @@
 """Whole videos, chunk by chunk, are upstream's: replayed from what was recorded, and run freely."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -65,7 +65,7 @@ class Replayed:
     def __init__(self, case: golden.Case) -> None:
         self.case, self.given = case, {}
 
-    def begin(self, chunk: Span, view: View, past: Sequence[KeysValues]) -> None:
+    def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
         self.chunk, self.step, self.tokens = chunk.index, 0, 24 * len(chunk)
 
     def velocity(self, latents: Tensor, timestep: float) -> Tensor:
