@@ -114,8 +114,7 @@ class Fitting:
         return self._opened[path]
 
     def make_way(self, choices: Sequence[LoraChoice]) -> None:
-        """Take off LoRAs whose side path is not the one that these LoRAs need, so that the backend can be prepared for
-        a request whether or not it could be with those."""
+        """Take off LoRAs of another side path than these need, so that the backend can be prepared without it."""
         if self._used[1] not in (0, self._rank(choices)):
             self.put_on(())
 
