@@ -76,7 +76,7 @@ SHORT = Sizes(
     ranked=((3, 2, 70, 7),),
 )
 
-MANY = Sizes(linears=((1300, 512, 1152, 2),), epilogues=((200, 512, 256),))
+MANY = Sizes(linears=((1300, 512, 1152, 2),), epilogues=((200, 768, 256),))
 
 RAGGED = Sizes(
     quantised=((333, 384), (128, 256), (1, 128)),
