@@ -153,10 +153,12 @@ class Pipeline:
         if self.model.causal:
             check_streams(self.model, self.backend)
         checked = self.resolve(request)
+        self.loras.fit(request.shape)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
             check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize)
+        self.loras.make_way(request.loras)
         self.backend.prepare(request.shape)
         return checked
 
@@ -254,8 +256,9 @@ class Pipeline:
         Raises:
             ConfigError: The model makes a video chunk by chunk, and no step is one of a whole clip.
         """
-        self.backend.prepare(checked.request.shape)
+        self.loras.fit(checked.request.shape)
         self.loras.put_on(checked.request.loras, progress)
+        self.backend.prepare(checked.request.shape)
         text = self.text(checked.ids, timings, progress)
         channels = None
         if checked.request.image is not None:

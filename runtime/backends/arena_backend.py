@@ -94,12 +94,12 @@ class ArenaBackend(Backend):
             self.memory.residency.renew(changed)
 
     def _use_side_path(self) -> None:
-        """Use the graphs that the rank of the side path asks for from now on, and lay the memory out for them."""
+        """Use the graphs that the rank of the side path asks for from now on. `prepare` lays the memory out for them;
+        it can fail, so nothing here depends on it."""
         self.graphs = graphs(self.bundle.model, self.bundle.recipe, side_path=self.weights.side_rank > 0)
         self._packed.clear()
-        clip, self._clip = self._clip, None
-        if clip is not None:
-            self.prepare(clip)
+        self._sessions, self._clip = {}, None
+        self.memory = self._unbounded()
 
     def own_weight(self, graph_run: GraphRun, name: str) -> Tensor:
         """A weight of a graph run by its name in the graph, in memory that is shared with no other."""

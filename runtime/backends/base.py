@@ -43,7 +43,7 @@ class Backend(Protocol):
 
     def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Compute with these weights in the place of the bundle's own from now on, and with no others. Sessions from
-        before must not be used any more.
+        before must not be used any more, and `prepare` must be called before the next one.
 
         Args:
             tensors: By component and canonical name; on the CPU, of the types and shapes of those that they stand for.
@@ -51,11 +51,12 @@ class Backend(Protocol):
         """
         ...
 
-    def side_rank(self, needed: int) -> int:
+    def side_rank(self, needed: int, clip: ClipShape | None = None) -> int:
         """The rank of the products of low rank that can be computed beside the quantised linears.
 
         Args:
             needed: The least rank.
+            clip: The size and length of the clip that is made with them; None if any will do.
 
         Returns:
             The rank that the factors are filled up to; 0 if there is no such side path.

@@ -6,6 +6,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.remedies import export_command, remedy
 from wanforge.errors import BundleError
@@ -44,7 +45,7 @@ class OrtBackend(ArenaBackend):
         side_path = self.bundle.graphs(self.dtype, side_path=True)
         return [*self.weights.files(), *map(self.file, self.graphs), *side_path]
 
-    def side_rank(self, needed: int) -> int:
+    def side_rank(self, needed: int, clip: ClipShape | None = None) -> int:
         return filled_rank(needed) if self.bundle.graphs(self.dtype, side_path=True) else 0
 
     def file(self, name: str) -> str:

@@ -44,7 +44,7 @@ class TorchBackend(ArenaBackend):
         beside = needed_device_bytes(self.bundle.model, self.bundle.recipe, clip, self.dtype.itemsize)
         return super().arena_bytes(clip) - beside
 
-    def side_rank(self, needed: int) -> int:
+    def side_rank(self, needed: int, clip: ClipShape | None = None) -> int:
         return 0 if self.bundle.recipe.linear == "bf16" else filled_rank(needed)
 
     def runner(self, graph: Graph) -> Runner:

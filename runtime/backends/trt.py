@@ -58,8 +58,16 @@ class TrtBackend(ArenaBackend):
             graph: loaded.get(name) or self.loader.load(self.bundle, name) for graph, name in wanted.items()
         }
 
-    def side_rank(self, needed: int) -> int:
-        return next((rank for rank in side_ranks(self.bundle, self.gpu.sm) if rank >= needed), 0)
+    def side_rank(self, needed: int, clip: ClipShape | None = None) -> int:
+        ranks = [rank for rank in side_ranks(self.bundle, self.gpu.sm) if rank >= needed]
+        return next((rank for rank in ranks if clip is None or self._has_engines(clip, rank)), 0)
+
+    def _has_engines(self, clip: ClipShape, side_rank: int) -> bool:
+        """Whether all engines that a clip needs with a side path are there and current."""
+        try:
+            return bool(engines_of(self.bundle, clip, self.gpu.sm, self.dtype, side_rank=side_rank))
+        except BundleError:
+            return False
 
     def arena_bytes(self, clip: ClipShape) -> float:
         free = super().arena_bytes(clip)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import RequestError
@@ -76,8 +77,15 @@ class Fitting:
         self.sets = MergedSets(bundle)
         self._opened: dict[Path, OpenedLora] = {}
         self._targets: Targets | None = None
-        self._used: Used = []
+        self._clip: ClipShape | None = None
+        self._used: tuple[Used, int] = [], 0
         self._planned: dict[str, tuple[Used, ComponentPlan]] = {}
+
+    def fit(self, clip: ClipShape) -> None:
+        """Choose from now on among the side paths that the backend has for clips of this size and length."""
+        if clip != self._clip:
+            self._clip = clip
+            self._planned.clear()
 
     def check(self, choices: Sequence[LoraChoice]) -> None:
         """Check that all these LoRAs can be used with this model.
@@ -105,19 +113,24 @@ class Fitting:
         self._opened[path] = OpenedLora(file, read_records(file, self._targets))
         return self._opened[path]
 
+    def make_way(self, choices: Sequence[LoraChoice]) -> None:
+        """Take off LoRAs of another side path than these need, so that the backend can be prepared without it."""
+        if self._used[1] not in (0, self._rank(choices)):
+            self.put_on(())
+
     def put_on(self, choices: Sequence[LoraChoice], progress: Progress = silent) -> None:
-        """Let the backend compute with these LoRAs and no others. What is merged already is taken from the disk.
+        """Let the backend compute with these LoRAs and no others, once it is prepared again. What is merged already is
+        taken from the disk.
 
         Raises:
             ResourceError: The disk is too small for the merged weights.
             RequestError: With their strengths, values are no finite numbers.
         """
-        used = self._files(choices)
+        rank = self._rank(choices)
+        used = self._files(choices), rank
         if used == self._used:
             return
         plans = {each: self._plan(each, choices) for each in self._components(choices)}
-        needed = max((plan.side_path.rank for plan in plans.values()), default=0)
-        rank = self.backend.side_rank(needed) if needed else 0
         self.backend.rebind(
             {
                 component: {**self._set(component, choices, progress), **plan.side_path.tensors(rank)}
@@ -139,6 +152,11 @@ class Fitting:
             }
             for choice in choices
         ]
+
+    def _rank(self, choices: Sequence[LoraChoice]) -> int:
+        """The rank of the side path that the backend needs for these LoRAs; 0 for none."""
+        ranks = [self._plan(each, choices).side_path.rank for each in self._components(choices)]
+        return self.backend.side_rank(max(ranks), self._clip) if any(ranks) else 0
 
     def _components(self, choices: Sequence[LoraChoice]) -> list[str]:
         """The denoisers that LoRAs change."""
@@ -172,7 +190,7 @@ class Fitting:
             if not merged.has_exact(target) and (products := [each for each in added if each.record.a_RK is not None])
         }
         side_path = SidePath(beside)
-        if not beside or not self.backend.side_rank(side_path.rank):
+        if not beside or not self.backend.side_rank(side_path.rank, self._clip):
             return ComponentPlan(merged, SidePath({}))
         rest = {
             target: left

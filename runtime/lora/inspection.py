@@ -84,25 +84,34 @@ def way_of(bundle: Bundle) -> Way:
 def merged_as_json(bundle: Bundle) -> dict[str, Any]:
     """The merged weights that a bundle keeps, by file."""
     return {
-        f"{FOLDER}/{name}": {**msgspec.to_builtins(each), "is_stale": is_stale(bundle, each)}
+        f"{FOLDER}/{name}": {**(msgspec.to_builtins(each) or {}), "is_stale": bool(why_unused(bundle, each))}
         for name, each in merged_sets(bundle.root).items()
     }
 
 
-def is_stale(bundle: Bundle, merged: MergedSet) -> bool:
-    """Whether a set was made from weights that the bundle has no more, so that nothing will use it again."""
-    return merged.origin != origin(bundle, merged.component)
+def why_unused(bundle: Bundle, merged: MergedSet | None) -> str:
+    """Why nothing will use a set again; empty if it may be used."""
+    if merged is None:
+        return "its record is damaged or of another version"
+    return "its base was replaced" if merged.origin != origin(bundle, merged.component) else ""
 
 
 def describe_merged(bundle: Bundle) -> list[str]:
     """How LoRAs act, and a line for each set of merged weights that a bundle keeps."""
     lines = [f"  LoRAs: {WAYS[way_of(bundle)]}"]
     for name, each in merged_sets(bundle.root).items():
-        loras = ", ".join(f"{lora.file} ({lora.sha256[:12]}) at {lora.strength:g}" for lora in each.loras)
-        lines.append(
-            f"  {each.bytes:>15,}  {each.sha256[:12]}  {FOLDER}/{name}  {each.rounding} rounding, with {loras}"
-        )
-        if is_stale(bundle, each):
+        lines.append(_line(bundle.root / FOLDER / name, each))
+        if why := why_unused(bundle, each):
             stem = shlex.quote(str(bundle.root / FOLDER / name.removesuffix(".safetensors")))
-            lines.append(f"    its base was replaced, so nothing uses it; delete it with: rm {stem}.*")
+            lines.append(f"    {why}, so nothing uses it; delete it with: rm {stem}.*")
     return lines
+
+
+def _line(path: Path, merged: MergedSet | None) -> str:
+    """A line of what is known of a set."""
+    if merged is None:
+        return f"  {path.stat().st_size if path.is_file() else 0:>15,}  {'unknown':12}  {FOLDER}/{path.name}"
+    loras = ", ".join(f"{lora.file} ({lora.sha256[:12]}) at {lora.strength:g}" for lora in merged.loras)
+    return (
+        f"  {merged.bytes:>15,}  {merged.sha256[:12]}  {FOLDER}/{path.name}  {merged.rounding} rounding, with {loras}"
+    )

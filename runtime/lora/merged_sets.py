@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "merged"
 FORMAT: Literal[2] = 2
-"""The version of the arithmetic and of the record. Sets of another version are not found."""
+"""The version of the arithmetic and of the record. Sets of another version are not used, and `inspect` says so."""
 
 
 class MergedLora(Record, frozen=True):
@@ -177,7 +177,7 @@ def key(merged: MergedWeights, loras: Sequence[MergedLora]) -> str:
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:16]
 
 
-def merged_sets(root: Path) -> Mapping[str, MergedSet]:
-    """The sets of a bundle by the names of their files."""
-    found = {f"{path.stem}.safetensors": read_set(path) for path in sorted((root / FOLDER).glob("*.json"))}
-    return {name: record for name, record in found.items() if record is not None}
+def merged_sets(root: Path) -> Mapping[str, MergedSet | None]:
+    """The sets of a bundle by the names of their files; None for one whose record is damaged or of another version, so
+    that nothing will use it."""
+    return {f"{path.stem}.safetensors": read_set(path) for path in sorted((root / FOLDER).glob("*.json"))}

@@ -18,8 +18,9 @@ from wanforge.runtime.measure.cost.launches import (
     published_workload,
     seconds,
 )
-from wanforge.runtime.measure.cost.prediction import predicted, predicted_seconds
+from wanforge.runtime.measure.cost.prediction import predicted, predicted_seconds, profile_of
 from wanforge.runtime.measure.cost.unfused import unfused_block, unfused_step
+from wanforge.runtime.measure.machine_code.rates import gpu_of
 from wanforge.runtime.measure.tables import markdown_table, number
 
 GPUS = ("rtx5090", "rtx4090", "h100", "h200")
@@ -245,10 +246,11 @@ def cache_table() -> str:
         launches = {launch.name: launch for launch in all_launches(fused_block(fused(name)))}
         for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
             assert launch.run is not None
-            fetched = launch.run.fetched
-            rates = (f"{fetched / launch.roofline(gpu) / 1e12:.1f}" for gpu in gpus())
-            rows.append([f"{TITLES[name]}: {launch.name}", number(fetched / 1e9), *rates])
-    return markdown_table(["launch", "GB", *(f"{gpu.title}, TB/s" for gpu in gpus())], rows)
+            kernels = (profile_of(launch, launch.run, gpu_of(gpu)).kernel for gpu in gpus())
+            fetched = {gpu: launch.run.of(kernel).fetched for gpu, kernel in zip(gpus(), kernels, strict=True)}
+            cells = (f"{number(n / 1e9)}, {n / launch.roofline(gpu) / 1e12:.1f}" for gpu, n in fetched.items())
+            rows.append([f"{TITLES[name]}: {launch.name}", *cells])
+    return markdown_table(["launch", *(f"{gpu.title}: GB, TB/s" for gpu in gpus())], rows)
 
 
 def levers(w: Workload) -> dict[str, tuple[list[LaunchCost], list[LaunchCost]]]:

@@ -88,7 +88,7 @@ INTEGERS: dict[str, Callable[..., Array]] = {
     "neg": np.negative,
     "abs": np.abs,
 }
-MODIFIERS = {"sync", "rn", "approx", "full", "lo", "wide", "ftz", "satfinite", "relu", "uni", "rz", "rzi", "rni"}
+MODIFIERS = {"sync", "rn", "approx", "full", "lo", "hi", "wide", "ftz", "satfinite", "relu", "uni", "rz", "rzi", "rni"}
 
 
 def compute(words: tuple[str, ...], count: int, mode: Approximation) -> Operation:
@@ -121,6 +121,8 @@ def _integers(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
         return Operation((kind,) * (1 if name == "not" else 2), kind, BITWISE[name])
     if name in ("mul", "mad") and flags in ({"lo"}, {"wide"}):
         return _product(name, kind, wide="wide" in flags)
+    if name == "mul" and flags == {"hi"} and kind in ("s32", "u32"):
+        return Operation((kind, kind), kind, _upper_half)
     if name in ("div", "rem") and not flags:
         return Operation((kind, kind), kind, _quotient if name == "div" else _remainder)
     if name in ("shl", "shr") and not flags:
@@ -141,6 +143,12 @@ def _product(name: str, kind: str, *, wide: bool) -> Operation:
         return product + c[0] if c else product
 
     return Operation((kind, kind, *([result] if name == "mad" else [])), result, apply)
+
+
+def _upper_half(a: Array, b: Array) -> Array:
+    """The upper 32 bits of the product of 32-bit integers."""
+    wide = np.dtype(np.int64 if a.dtype.kind == "i" else np.uint64)
+    return (np.multiply(a.astype(wide), b.astype(wide)) >> wide.type(32)).astype(a.dtype)
 
 
 def _quotient(a: Array, b: Array) -> Array:

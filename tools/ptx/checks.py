@@ -51,7 +51,7 @@ def addressing(kernel: Kernel) -> set[int]:
 def has_range(instruction: Instruction) -> bool:
     """Whether the result of an instruction is a 32-bit integer that may be too small for it."""
     words = instruction.words
-    return words[0] in EXACT and words[-1] in ("s32", "u32", "b32") and "wide" not in words
+    return words[0] in EXACT and words[-1] in ("s32", "u32", "b32") and not {"wide", "hi"} & {*words}
 
 
 def check_range(state: "State", instruction: Instruction, exact: Array, mask: Array | None) -> None:

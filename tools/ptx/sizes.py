@@ -1,6 +1,7 @@
 """The sizes at which kernels are run on the machine.
 
 SHORT   the same kernels at one size each, and attention of two heads throughout, so that cases share what is compiled
+MANY    products of more tiles than a group has, in both directions, and of more slabs than there are slots, twice over
 RAGGED  small, with blocks that are full and blocks that are not: what the tests run
 REAL    the widths, strides, chunks and lanes of the 14B at 720p and the 1.3B at 480p, over as few tokens as they allow
 WHOLE   a block of TinyWan, all kernels of a recipe together
@@ -74,6 +75,8 @@ SHORT = Sizes(
     scored=((333, 2, 70),),
     ranked=((3, 2, 70, 7),),
 )
+
+MANY = Sizes(linears=((1300, 512, 1152, 2),), epilogues=((200, 768, 256),))
 
 RAGGED = Sizes(
     quantised=((333, 384), (128, 256), (1, 128)),

@@ -56,8 +56,9 @@ class Lockstep(Backend):
         for backend in (self.reference, self.other):
             backend.rebind(tensors)
 
-    def side_rank(self, needed: int) -> int:
-        return self.other.side_rank(needed) and self.reference.side_rank(self.other.side_rank(needed))
+    def side_rank(self, needed: int, clip: ClipShape | None = None) -> int:
+        rank = self.other.side_rank(needed, clip)
+        return rank and self.reference.side_rank(rank, clip)
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         return self.reference.bind(graph_run, inputs, outputs)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -141,6 +142,42 @@ def test_engines_compute_with_a_lora(share: float, make: Callable[..., TrtBacken
     for index in (0, 1, 2, 1, 0):
         assert torch.equal(latents(pipeline, *choices[:index]), expected[index])
     assert pipeline.loras.described(choices[:1])[0]["ways"] == ["side path"]
+
+
+@pytest.mark.slow
+def test_engines_with_a_side_path_serve_only_the_clips_that_they_are_for(
+    make: Callable[..., TrtBackend], tmp_path: Path
+) -> None:
+    """Other clips get rounded weights, also right after a clip that was made with the side path."""
+    choice, longer = LoraChoice(lora(tmp_path / "a.safetensors", size=0.5)), ClipShape(32, 32, 9)
+    backend = make("tiny-t2v")
+    write_engines(backend.bundle, longer, stand_in_of(backend))
+    write_engines(backend.bundle, CLIP, stand_in_of(backend), 16)
+    pipeline = Pipeline(backend.bundle, backend)
+
+    def ways(clip: ClipShape, *loras: LoraChoice) -> list[object]:
+        checked = pipeline.check(Request("a kite", clip, None, 0, topk=1.0, loras=loras))
+        pipeline.latents(checked, Timings())
+        return [told["ways"] for told in pipeline.loras.described(loras)]
+
+    for _ in range(2):
+        assert ways(longer, choice) == [["stochastic rounding"]]
+        assert ways(CLIP, choice) == [["side path"]]
+        assert ways(longer) == []
+        assert ways(CLIP, choice) == [["side path"]]
+
+
+def test_a_side_path_takes_all_its_engines(make: Callable[..., TrtBackend]) -> None:
+    backend = make("tiny-t2v")
+    write_engines(backend.bundle, CLIP, stand_in_of(backend), 16)
+    assert backend.side_rank(4, CLIP) == 16
+    assert backend.side_rank(4, ClipShape(32, 32, 9)) == 0
+    files = backend.bundle.manifest.files
+    (block,) = (name for name in files if "/block_lora16." in name)
+    backend.bundle.manifest = msgspec.structs.replace(
+        backend.bundle.manifest, files={name: files[name] for name in files if name != block}
+    )
+    assert backend.side_rank(4, CLIP) == 0
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def test_inspect_shows_a_lora_and_what_was_merged(bundle: Path, tmp_path: Path) 
     found = run("inspect", path, "--json")
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
-    assert (told["sha256"], told["models"]) == (sha256_of(path), ["tiny-i2v", "tiny-lightx2v", "tiny-rcm", "tiny-t2v"])
+    models = ["tiny-causal", "tiny-i2v", "tiny-lightx2v", "tiny-rcm", "tiny-t2v"]
+    assert (told["sha256"], told["models"]) == (sha256_of(path), models)
     assert (told["kinds"], told["ranks"], told["scales"]) == ({"lowrank": 10}, {"4": 10}, [0.5])
     assert "10 of rank 4" in run("inspect", path).stdout
     path = write(tmp_path / "b.safetensors", {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(256)})
@@ -93,6 +94,19 @@ def test_inspect_shows_a_lora_and_what_was_merged(bundle: Path, tmp_path: Path) 
     (kept,) = (bundle / FOLDER).glob("*.json")
     kept.write_text(kept.read_text().replace(record["origin"][0], 64 * "0"))
     assert f"delete it with: rm {kept.with_suffix('')}.*" in run("inspect", bundle).stdout
+
+
+def test_inspect_offers_sets_of_another_version_for_deletion(bundle: Path) -> None:
+    """Such a set takes as much of the disk as any other, and nothing uses it."""
+    (bundle / FOLDER).mkdir()
+    kept = bundle / FOLDER / "dit.0123456789abcdef.json"
+    kept.with_suffix(".safetensors").write_bytes(bytes(12345))
+    kept.write_text('{"format": 1}')
+    said = run("inspect", bundle).stdout
+    assert f"12,345  unknown       {FOLDER}/{kept.stem}.safetensors" in said
+    assert f"of another version, so nothing uses it; delete it with: rm {kept.with_suffix('')}.*" in said
+    merged = json.loads(run("inspect", bundle, "--json").stdout)["merged"]
+    assert merged == {f"{FOLDER}/{kept.stem}.safetensors": {"is_stale": True}}
 
 
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, after_dec
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import BundleError, RequestError
+from wanforge.errors import BundleError, RequestError, ResourceError
 from wanforge.plugins.low_rank import filled_rank
 from wanforge.plugins.low_rank.reference import add_low_rank
 from wanforge.runtime.backends.torch import TorchBackend
@@ -223,11 +223,29 @@ def test_what_is_no_product_is_merged_beside_it(
     assert "stochastic rounding" in caplog.text
 
 
+@pytest.mark.slow
+def test_a_lora_that_needs_too_much_memory_leaves_the_pipeline_usable(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = LoraChoice(lora(tmp_path / "a.safetensors", size=0.5))
+    pipeline = Pipeline(bundle, SmallBackend(bundle, None, 1e9))
+    base, expected = (latents(open_pipeline(bundle, "torch"), *loras) for loras in ([], [choice]))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.backend, "side_rank", lambda *_: 16384)
+        for _ in range(2):
+            with pytest.raises(ResourceError):
+                latents(pipeline, choice)
+            assert torch.equal(latents(pipeline), base)
+        with pytest.raises(ResourceError):
+            latents(pipeline, choice)
+    assert torch.equal(latents(pipeline, choice), expected)
+
+
 def test_without_graphs_for_it_weights_are_rounded(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline, choice = open_pipeline(bundle, "torch"), LoraChoice(lora(tmp_path / "a.safetensors"))
-    monkeypatch.setattr(pipeline.backend, "side_rank", lambda needed: 0)
+    monkeypatch.setattr(pipeline.backend, "side_rank", lambda *_: 0)
     with caplog.at_level(logging.WARNING):
         latents(pipeline, choice)
     assert "--keep-unquantised" in caplog.text
@@ -247,6 +265,6 @@ def test_formats_to_which_nothing_can_be_added_need_it(
     bundle_of: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = open_pipeline(bundle_of("tiny-t2v", "nvfp4"), "torch")
-    monkeypatch.setattr(pipeline.backend, "side_rank", lambda needed: 0)
+    monkeypatch.setattr(pipeline.backend, "side_rank", lambda *_: 0)
     with pytest.raises(BundleError, match="--keep-unquantised"):
         latents(pipeline, LoraChoice(lora(tmp_path / "a.safetensors")))

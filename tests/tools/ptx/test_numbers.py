@@ -70,6 +70,8 @@ def test_a_fused_product_and_sum_is_rounded_once() -> None:
         ("shl.b32 %r4, %r3, 32", np.int32(-1).view(np.float32), np.int32(0)),
         ("shr.s32 %r4, %r3, 40", np.int32(-5).view(np.float32), np.int32(-1)),
         ("mul.lo.s32 %r4, %r3, 65536", np.int32(65537).view(np.float32), np.int32(65536)),
+        ("mul.hi.u32 %r4, %r3, -1431655765", np.uint32(3_000_000_000).view(np.float32), np.uint32(2_000_000_000)),
+        ("mul.hi.s32 %r4, %r3, 1431655766", np.int32(-7).view(np.float32), np.int32(-3)),
     ],
 )
 def test_an_instruction_is_what_the_manual_says(instruction: str, x: float, expected: float) -> None:
