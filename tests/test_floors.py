@@ -83,7 +83,7 @@ ROOMS = [
     "wanforge.runtime.service.front",
     "wanforge.runtime.commands.options",
     "wanforge.runtime.service.commands",
-    "wanforge.runtime.continuation",
+    "wanforge.runtime.continuation wanforge.runtime.streaming",
     "wanforge.runtime.commands",
     "wanforge.runtime",
     "wanforge.exporter.tracer",

@@ -57,6 +57,10 @@ COMMANDS = {
         "wanforge.runtime.continuation.command:continue_",
         "Go on from the last frame of a video, or from a picture.",
     ),
+    "stream": (
+        "wanforge.runtime.streaming.command:stream",
+        "Make a video that can be watched, and changed, while it is made.",
+    ),
     "serve": (
         "wanforge.runtime.service.commands.serve:serve",
         "Run a server that makes videos, with an API and a page, and loses no job.",
