@@ -1,6 +1,5 @@
 """An iterator that a thread runs ahead of whoever asks for what it yields."""
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from threading import Condition, Thread
 from typing import Generic, Self, TypeVar
@@ -9,7 +8,8 @@ Item = TypeVar("Item")
 
 
 class Ahead(Generic[Item]):
-    """Takes items from a source in a thread, each before it is asked for; one waits, and then so does the thread.
+    """Takes the next item from a source in a thread, before it is asked for. Only one is taken ahead: the one after it
+    is begun when it has been handed over.
 
     The thread begins with the first item that is asked for. It is a daemon, so that whoever forgets to call `close`
     can still end the process.
@@ -21,7 +21,7 @@ class Ahead(Generic[Item]):
 
     def __init__(self, source: Iterable[Item], name: str) -> None:
         self._source = source
-        self._items: deque[Item] = deque()
+        self._ready: list[Item] = []
         self._changed = Condition()
         self._error: Exception | None = None
         self._is_begun = self._is_closed = self._is_over = False
@@ -35,12 +35,13 @@ class Ahead(Generic[Item]):
             if not self._is_begun and not self._is_closed:
                 self._is_begun = True
                 self._thread.start()
-            self._changed.wait_for(lambda: self._items or self._is_over or self._is_closed)
-            if self._items and not self._is_closed:
-                item = self._items.popleft()
+            self._changed.wait_for(lambda: self._ready or self._is_over or self._is_closed)
+            if self._is_closed:
+                raise StopIteration
+            if self._ready:
                 self._changed.notify_all()
-                return item
-            if self._error is not None and not self._is_closed:
+                return self._ready.pop()
+            if self._error is not None:
                 raise self._error
             raise StopIteration
 
@@ -48,7 +49,6 @@ class Ahead(Generic[Item]):
         """End the thread, once the source has yielded what it is at; nothing is yielded any more."""
         with self._changed:
             self._is_closed = True
-            self._items.clear()
             self._changed.notify_all()
         if self._is_begun:
             self._thread.join()
@@ -62,7 +62,7 @@ class Ahead(Generic[Item]):
     def _run(self) -> None:
         try:
             for item in self._source:
-                if not self._put(item):
+                if not self._hand_over(item):
                     break
         except Exception as error:
             self._error = error
@@ -70,11 +70,10 @@ class Ahead(Generic[Item]):
             self._is_over = True
             self._changed.notify_all()
 
-    def _put(self, item: Item) -> bool:
-        """Add an item once there is room; whether anybody still wants it."""
+    def _hand_over(self, item: Item) -> bool:
+        """Wait until an item has been taken; whether another one is wanted."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._items or self._is_closed)
-            if not self._is_closed:
-                self._items.append(item)
-                self._changed.notify_all()
+            self._ready.append(item)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._ready or self._is_closed)
             return not self._is_closed
