@@ -40,7 +40,7 @@ class StreamReport:
         self._tell("chunk", index=self.chunks, frames=frames, prompt=prompt, seconds=self._seconds())
         self.chunks, self.frames = self.chunks + 1, self.frames + frames
         log.info("chunk %d after %.2f s: %s", self.chunks, self._seconds(), prompt)
-        if self.limit is not None:
+        if self.limit is not None and not self.as_json:  # whose lines may go to stderr, like those of the bar
             self.bars("chunk", self.chunks, self.limit)
 
     def prompt(self, prompt: str, *, is_cut: bool) -> None:
@@ -51,7 +51,8 @@ class StreamReport:
     def refused(self, line: str, reason: str) -> None:
         """Tell that a line changes nothing."""
         self._tell("refused", line=line, error=reason)
-        log.warning("%s; the video goes on as before", reason)
+        if not self.as_json:
+            log.warning("%s; the video goes on as before", reason)
 
     def end(self, reason: Reason) -> None:
         """Tell that the video is complete."""

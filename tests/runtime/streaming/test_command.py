@@ -182,7 +182,7 @@ def test_a_slow_reader_makes_everything_wait(bundle: Path, tmp_path: Path) -> No
                 stream.process.wait(1.0)
             return process.cpu_times().user == before
 
-        wait_until(is_waiting, SECONDS)
+        wait_until(is_waiting, 20)
         assert stream.process.poll() is None
         assert stream.process.stdout is not None
         out.write_bytes(stream.process.stdout.buffer.read())  # type: ignore[attr-defined]
