@@ -5,7 +5,7 @@ image ── condition ──────────┼─ steps of the denoise
 seed ─── noise ──────────────┘
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -23,8 +23,8 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
-from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
-from wanforge.runtime.causal.making import Made, make_chunks, show_chunks
+from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
+from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
 from wanforge.runtime.causal.stream import (
     CheckedStream,
     Scene,
@@ -211,13 +211,8 @@ class Pipeline:
         return latents
 
     def rollout(
-        self,
-        stream: CheckedStream,
-        scenes: Iterable[Scene],
-        timings: Timings,
-        progress: Progress = silent,
-        alive: Callable[[], object] = lambda: None,
-    ) -> Iterator[Made]:
+        self, stream: CheckedStream, scenes: Iterable[Scene], timings: Timings, progress: Progress, alive: Alive = go
+    ) -> Iterator[MadeChunk]:
         """Yield the chunks of a stream, each of which shows the next scene; see `ChunkDenoiser.alive`."""
         request, first = stream.request, None
         self.loras.put_on(request.loras, progress)
@@ -225,8 +220,7 @@ class Pipeline:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)
         embed = partial(self.text, timings=timings, progress=progress)
-        denoiser = ChunkDenoiser(self.backend, self.bundle, stream, timings, embed)
-        denoiser.alive = alive
+        denoiser = ChunkDenoiser(self.backend, self.bundle, stream, timings, embed, alive)
         yield from make_chunks(denoiser, scenes, first, progress)
 
     def save_noise(self, checked: CheckedRequest, path: Path) -> None:

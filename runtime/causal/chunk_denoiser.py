@@ -20,6 +20,13 @@ from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpa
 from wanforge.runtime.request import Timings
 from wanforge.runtime.schedule import context_rows
 
+Alive = Callable[[], object]
+"""Called now and then while a stream is made; it may raise an exception, which ends the stream."""
+
+
+def go() -> None:
+    """Let the stream go on."""
+
 
 class ChunkDenoiser:
     """Maps latents of a chunk and a timestep to a velocity (`rollout.ChunkNetwork`).
@@ -29,8 +36,6 @@ class ChunkDenoiser:
 
     Args:
         embed: Embeds the ids of a prompt as ``[1, T, E]``, padded with rows of zeros.
-
-    Attributes:
         alive: Called before each graph run of a step; it may raise an exception, which ends the stream.
     """
 
@@ -41,9 +46,10 @@ class ChunkDenoiser:
         stream: CheckedStream,
         timings: Timings,
         embed: Callable[[list[int]], Tensor],
+        alive: Alive,
     ) -> None:
         self.backend, self.bundle, self.stream, self.timings, self.embed = backend, bundle, stream, timings, embed
-        self.alive: Callable[[], object] = lambda: None
+        self.alive = alive
         ways = islice(trajectories(stream.causal, bundle.model.sampler), 2)
         told = dict.fromkeys([0.0, *(step.timestep for way in ways for step in way.steps)])
         self.timesteps = {timestep: index for index, timestep in enumerate(told)}

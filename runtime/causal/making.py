@@ -19,7 +19,7 @@ from wanforge.runtime.request import latent_shape
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class MadeChunk:
     """A chunk that has been made.
 
     Attributes:
@@ -33,7 +33,7 @@ class Made:
 
 def make_chunks(
     denoiser: ChunkDenoiser, scenes: Iterable[Scene], first: Tensor | None, progress: Progress
-) -> Iterator[Made]:
+) -> Iterator[MadeChunk]:
     """Yield the chunks of a stream, until there are no more of them or of their scenes.
 
     Args:
@@ -57,16 +57,18 @@ def make_chunks(
         with denoiser.timings.stage("denoise"):
             _, latents = next(rollout)
         progress("chunk", chunk.index + 1, stream.num_chunks or chunk.index + 1)
-        yield Made(chunk, scene, latents)
+        yield MadeChunk(chunk, scene, latents)
 
 
-def show_chunks(chunks: Iterable[Made], decode: Callable[[Iterable[Tensor]], Iterator[Tensor]]) -> Iterator[Streamed]:
+def show_chunks(
+    chunks: Iterable[MadeChunk], decode: Callable[[Iterable[Tensor]], Iterator[Tensor]]
+) -> Iterator[Streamed]:
     """Yield each chunk with its frames. A chunk is made when the first of its frames is asked for.
 
     Args:
         decode: Decodes latent frames ``[1, C, 1, H, W]`` to frames, uint8 ``[H, W, 3]``.
     """
-    begun: list[Made] = []
+    begun: list[MadeChunk] = []
 
     def latent_frames() -> Iterator[Tensor]:
         for made in chunks:

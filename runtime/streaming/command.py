@@ -25,7 +25,7 @@ from wanforge.runtime.progress import Bars
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
 from wanforge.runtime.request import Request
 from wanforge.runtime.streaming.fragments import ReaderGoneError, fragments
-from wanforge.runtime.streaming.lines import Lines
+from wanforge.runtime.streaming.lines import TypedLines
 from wanforge.runtime.streaming.live import Live, live_from
 from wanforge.runtime.streaming.report import Reason, StreamReport
 from wanforge.runtime.streaming.stopping import ended_in_good_order
@@ -129,7 +129,7 @@ def stream(options: StreamOptions) -> None:
     with ExitStack() as stack:
         bars = stack.enter_context(Bars())
         pipeline = open_pipeline(bundle, options.backend, progress=bars)
-        lines = stack.enter_context(Lines(sys.stdin.fileno())) if options.prompt_file is not None else None
+        lines = stack.enter_context(TypedLines(sys.stdin.fileno())) if options.prompt_file is not None else None
         prompt = options.prompt if lines is None or options.prompt is not None else lines.first()
         if prompt is None:
             raise RequestError("there is no prompt; the standard input has no line that is not empty")

@@ -10,7 +10,7 @@ LONGEST = 1 << 16
 """The most bytes that are kept of a line that does not end."""
 
 
-class Lines:
+class TypedLines:
     """The lines of a descriptor, as they come, without the white space around them. Empty ones are left out.
 
     Args:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 from wanforge.errors import RequestError
 from wanforge.keywords import with_settings
-from wanforge.runtime.causal.making import Made, show_chunks
+from wanforge.progress import silent
+from wanforge.runtime.causal.making import MadeChunk, show_chunks
 from wanforge.runtime.causal.stream import CheckedStream, Streamed, StreamSettings, check_live, check_streams, scene_of
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request, Timings, concerning, request_for
@@ -85,10 +86,10 @@ class Live:
     def _show(self, prompt: str, *, is_cut: bool) -> None:
         self._direction.show(scene_of(prompt, self.pipeline.model, self.pipeline.tokenizer, is_cut=is_cut))
 
-    def _rollout(self) -> Iterator[Made]:
+    def _rollout(self) -> Iterator[MadeChunk]:
         direction = self._direction
         try:
-            yield from self.pipeline.rollout(self.stream, direction, self._timings, alive=direction.alive)
+            yield from self.pipeline.rollout(self.stream, direction, self._timings, silent, direction.alive)
         except StreamEndedError:
             return
 

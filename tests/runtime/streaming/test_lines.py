@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.processes import wait_until
-from wanforge.runtime.streaming.lines import LONGEST, Lines
+from wanforge.runtime.streaming.lines import LONGEST, TypedLines
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def test_lines_are_heard_as_they_come(pipe: tuple[int, int]) -> None:
     heard: list[str] = []
-    with Lines(pipe[0]) as lines:
+    with TypedLines(pipe[0]) as lines:
         os.write(pipe[1], b"\n  first \nsec")
         assert lines.first() == "first"
         lines.tell(heard.append)
@@ -37,13 +37,13 @@ def test_lines_are_heard_as_they_come(pipe: tuple[int, int]) -> None:
 
 def test_nothing_is_no_line(pipe: tuple[int, int]) -> None:
     os.close(pipe[1])
-    with Lines(pipe[0]) as lines:
+    with TypedLines(pipe[0]) as lines:
         assert lines.first() is None
 
 
 def test_a_line_without_end_is_cut(pipe: tuple[int, int]) -> None:
     heard: list[str] = []
-    with Lines(pipe[0]) as lines:
+    with TypedLines(pipe[0]) as lines:
         lines.tell(heard.append)
         for _ in range(3):
             os.write(pipe[1], b"x" * (LONGEST // 2))
@@ -54,7 +54,7 @@ def test_a_line_without_end_is_cut(pipe: tuple[int, int]) -> None:
 def test_closing_ends_the_thread_and_leaves_nothing_open(pipe: tuple[int, int]) -> None:
     before, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        with Lines(pipe[0]) as lines:
+        with TypedLines(pipe[0]) as lines:
             lines.tell(print)
     assert threading.active_count() == before
     assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -15,6 +15,7 @@ import torch
 from wanforge.configs.clip import MAX_POSITIONS
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
+from wanforge.progress import silent
 from wanforge.runtime.causal.making import show_chunks
 from wanforge.runtime.causal.stream import Scene, check_live, chunks_of_seconds
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
@@ -62,7 +63,7 @@ def test_a_live_stream_is_what_one_thread_makes(pipeline: Pipeline) -> None:
     stream = check_live(
         request, pipeline.model, pipeline.model.causal, pipeline.tokenizer, 9, {"cache": "infinity_rope"}
     )
-    made = pipeline.rollout(stream, stream.scenes * 9, Timings())
+    made = pipeline.rollout(stream, stream.scenes * 9, Timings(), silent)
     expected = list(show_chunks(made, lambda latents: pipeline.decode(latents, stream.shape, Timings())))
     with begun(pipeline, chunks=9) as found:
         for one, other in zip(found, expected, strict=True):
@@ -101,7 +102,7 @@ def test_a_cut_changes_what_comes_after_it(pipeline: Pipeline) -> None:
     cut = replace(scene, is_cut=True)
 
     def latents(*scenes: Scene) -> list[torch.Tensor]:
-        return [made.latents for made in pipeline.rollout(stream, scenes, Timings())]
+        return [made.latents for made in pipeline.rollout(stream, scenes, Timings(), silent)]
 
     # In the first chunk a cut means nothing.
     same, found = latents(scene, scene, scene, scene), latents(cut, scene, cut, scene)
