@@ -6,6 +6,8 @@ seed ─── noise ──────────────┘
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -21,10 +23,11 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
-from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
-from wanforge.runtime.causal.making import make_chunks, show_chunks
+from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
+from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
 from wanforge.runtime.causal.stream import (
     CheckedStream,
+    Scene,
     Streamed,
     StreamSettings,
     check_backend,
@@ -41,7 +44,6 @@ from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.output.video import FrameSink, video_writer
-from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -129,13 +131,10 @@ class Pipeline:
         causal = check_streams(self.model, self.backend)
         request = request_for(self.model, prompt, image, settings)
         stream = check_stream(request, self.model, causal, self.tokenizer, settings)
-        self._check(stream.request, stream.live_shape)
+        self.check_live(stream.request, stream.live_shape)
         timings = Timings()
-        return show_chunks(
-            stream,
-            self.rollout(stream, timings, on_progress),
-            lambda latents: self.decode(latents, stream.shape, timings),
-        )
+        made = self.rollout(stream, stream.scenes, timings, on_progress)
+        return show_chunks(made, lambda latents: self.decode(latents, stream.shape, timings))
 
     def check(self, request: Request) -> CheckedRequest:
         """Check a request and prepare the backend for it, before anything is computed.
@@ -146,10 +145,10 @@ class Pipeline:
             BundleError: The bundle lacks what the backend needs for it.
             CheckpointError: A LoRA is damaged, or does not fit the model.
         """
-        return self._check(request, request.shape)
+        return self.check_live(request, request.shape)
 
-    def _check(self, request: Request, live: ClipShape) -> CheckedRequest:
-        """Check a request of which this much takes memory at the same time."""
+    def check_live(self, request: Request, live: ClipShape) -> CheckedRequest:
+        """Check a request of which this much takes memory at the same time; see `check`."""
         if self.model.causal:
             check_streams(self.model, self.backend)
         checked = self.resolve(request)
@@ -219,7 +218,7 @@ class Pipeline:
         if self.model.causal:
             causal = check_streams(self.model, self.backend)
             stream = check_stream(checked.request, self.model, causal, self.tokenizer, {})
-            return torch.cat([latents for _, latents in self.rollout(stream, timings, progress)], 2)
+            return torch.cat([made.latents for made in self.rollout(stream, stream.scenes, timings, progress)], 2)
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
             denoiser.watch = self.watch
@@ -229,18 +228,17 @@ class Pipeline:
         return latents
 
     def rollout(
-        self, stream: CheckedStream, timings: Timings, progress: Progress = silent
-    ) -> Iterator[tuple[Span, Tensor]]:
-        """Yield the chunks of a stream and their clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
-        request = stream.request
+        self, stream: CheckedStream, scenes: Iterable[Scene], timings: Timings, progress: Progress, alive: Alive = go
+    ) -> Iterator[MadeChunk]:
+        """Yield the chunks of a stream, each of which shows the next scene; see `ChunkDenoiser.alive`."""
+        request, first = stream.request, None
         self.loras.put_on(request.loras, progress)
-        texts = [self.text(ids, timings, progress) for ids in stream.ids]
-        first = None
         if request.image is not None:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)
-        denoiser = ChunkDenoiser(self.backend, self.bundle, stream, texts, timings)
-        for made in make_chunks(denoiser, first, progress):
+        embed = partial(self.text, timings=timings, progress=progress)
+        denoiser = ChunkDenoiser(self.backend, self.bundle, stream, timings, embed, alive)
+        for made in make_chunks(denoiser, scenes, first, progress):
             yield made
             # Other requests may have come between two chunks, and programs are bound when they first run.
             self.loras.put_on(request.loras, progress)
@@ -301,7 +299,7 @@ class Pipeline:
         session["first_pixels"].copy_(first[:, :, None])
         session["pixels"].zero_()
         latents = []
-        for index, program, output in chunks(shape.latent_frames, "latent"):
+        for index, program, output in islice(chunks("latent"), shape.latent_frames):
             session.run(program)
             latents.append(session[output].to("cpu", copy=True))
             progress("condition", index + 1, shape.latent_frames)
@@ -336,7 +334,7 @@ class Pipeline:
         """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
         self.backend.prepare(shape)
         session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
-        for latent, (index, program, output) in zip(latents, chunks(shape.latent_frames, "pixels"), strict=False):
+        for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
             with timings.stage("decode"):
                 session["first_latent" if index == 0 else "latent"].copy_(latent)
                 session.run(program)
@@ -350,10 +348,10 @@ class Pipeline:
             yield from images
 
 
-def chunks(latent_frames: int, output: str) -> Iterator[tuple[int, str, str]]:
-    """Index, program and output buffer of each chunk of a clip on its way through the VAE."""
+def chunks(output: str) -> Iterator[tuple[int, str, str]]:
+    """Index, program and output buffer of each chunk on its way through the VAE, without end."""
     yield 0, "first", f"first_{output}"
-    for index in range(1, latent_frames):
+    for index in count(1):
         yield index, f"next.{(index - 1) % 2}", output
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.causal.schedule import chunk_schedule
-from wanforge.runtime.causal.stream import CheckedStream
+from wanforge.runtime.causal.stream import CheckedStream, Scene
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.causal.chunks import Span, trajectories
 from wanforge.runtime.reference.causal.network import KeysValues
@@ -19,6 +19,13 @@ from wanforge.runtime.reference.causal.window import View
 from wanforge.runtime.reference.dit import patchify, rope_tables, sinusoid, unpatchify
 from wanforge.runtime.request import Timings
 from wanforge.runtime.schedule import context_rows
+
+Alive = Callable[[], object]
+"""Called now and then while a stream is made; it may raise an exception, which ends the stream."""
+
+
+def go() -> None:
+    """Let the stream go on."""
 
 
 class ChunkDenoiser:
@@ -28,22 +35,32 @@ class ChunkDenoiser:
     once in each, and once more when the prompt changes; what a chunk sees of earlier ones is copied once per chunk.
 
     Args:
-        texts: The embedded prompts ``[1, T, E]``, padded with rows of zeros.
-
-    Attributes:
+        embed: Embeds the ids of a prompt as ``[1, T, E]``, padded with rows of zeros.
         alive: Called before each graph run of a step; it may raise an exception, which ends the stream.
     """
 
     def __init__(
-        self, backend: Backend, bundle: Bundle, stream: CheckedStream, texts: Sequence[Tensor], timings: Timings
+        self,
+        backend: Backend,
+        bundle: Bundle,
+        stream: CheckedStream,
+        timings: Timings,
+        embed: Callable[[list[int]], Tensor],
+        alive: Alive,
     ) -> None:
-        self.backend, self.bundle, self.stream, self.texts, self.timings = backend, bundle, stream, texts, timings
-        self.alive: Callable[[], object] = lambda: None
+        self.backend, self.bundle, self.stream, self.timings, self.embed = backend, bundle, stream, timings, embed
+        self.alive = alive
         ways = islice(trajectories(stream.causal, bundle.model.sampler), 2)
         told = dict.fromkeys([0.0, *(step.timestep for way in ways for step in way.steps)])
         self.timesteps = {timestep: index for index, timestep in enumerate(told)}
-        self._ready: dict[int, tuple[int, Session]] = {}
+        self._ready: dict[int, tuple[tuple[int, ...], Session]] = {}
         self._chunk = Span(0, 0, 0)
+        self._ids: tuple[int, ...] = ()
+
+    def show(self, scene: Scene) -> None:
+        """Let the chunks that begin from now on show something."""
+        if scene.ids != self._ids:
+            self._ids, self._text = scene.ids, self.embed(list(scene.ids))
 
     def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
         """Get ready for a chunk; see `rollout.ChunkNetwork`."""
@@ -88,22 +105,21 @@ class ChunkDenoiser:
 
     def _session_of(self, chunk: Span) -> Session:
         """The session for chunks of this length, with the keys and values of the chunk's prompt."""
-        number, _ = self.stream.blocks[chunk.index]
-        prompt, session = self._ready.get(len(chunk), (None, None))
-        if session is None or prompt != number:
-            session = self._prepared(number)
-            self._ready[len(chunk)] = number, session
+        ids, session = self._ready.get(len(chunk), (None, None))
+        if session is None or ids != self._ids:
+            session = self._prepared()
+            self._ready[len(chunk)] = self._ids, session
         return session
 
-    def _prepared(self, number: int) -> Session:
+    def _prepared(self) -> Session:
         model, recipe = self.bundle.model, self.bundle.recipe
         kept, biases = context_rows(
-            len(self.stream.ids[number]), model.dit.text_rows, recipe.rows_per_scale, self.backend.text_rows_multiple
+            len(self._ids), model.dit.text_rows, recipe.rows_per_scale, self.backend.text_rows_multiple
         )
         sizes = {"tokens": math.prod(self._grid), "past_tokens": self._past_tokens, "context_rows": len(kept)}
         schedule = chunk_schedule(model, graphs(model, recipe), sizes, list(self.timesteps))
         session = self.backend.session(schedule)
-        session["text"].copy_(self.texts[number])
+        session["text"].copy_(self._text)
         session["kept_rows"].copy_(torch.tensor(kept))
         session["key_bias"].copy_(torch.tensor(biases))
         for timestep, index in self.timesteps.items():

@@ -1,6 +1,7 @@
 """From a denoiser of chunks to latents, and from latents to what is shown."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -10,57 +11,81 @@ from torch import Tensor
 from wanforge.configs.clip import frames_of
 from wanforge.progress import Progress
 from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
-from wanforge.runtime.causal.stream import CheckedStream, Streamed
+from wanforge.runtime.causal.stream import Scene, Streamed
 from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span
-from wanforge.runtime.reference.causal.noise import draw
+from wanforge.runtime.reference.causal.noise import ChunkNoise, StreamNoise, draw
 from wanforge.runtime.reference.causal.rollout import Plan, Rollout
 from wanforge.runtime.request import latent_shape
 
 
-def make_chunks(denoiser: ChunkDenoiser, first: Tensor | None, progress: Progress) -> Iterator[tuple[Span, Tensor]]:
-    """Yield the chunks of a stream and their clean latents, float64 ``[1, C, F, H, W]`` on the CPU.
+@dataclass(frozen=True, eq=False)
+class MadeChunk:
+    """A chunk that has been made.
+
+    Attributes:
+        latents: Its clean latents, float64 ``[1, C, F, H, W]`` on the CPU.
+    """
+
+    chunk: Span
+    scene: Scene
+    latents: Tensor
+
+
+def make_chunks(
+    denoiser: ChunkDenoiser, scenes: Iterable[Scene], first: Tensor | None, progress: Progress
+) -> Iterator[MadeChunk]:
+    """Yield the chunks of a stream, until there are no more of them or of their scenes.
 
     Args:
-        first: The latents of the image that it begins with, ``[1, C, 1, H, W]``.
+        scenes: What each chunk shows; a scene is asked for when its chunk is begun.
+        first: The latents of the image that the stream begins with, ``[1, C, 1, H, W]``.
     """
-    stream, model = denoiser.stream, denoiser.bundle.model
-    plan = Plan(stream.causal, model.sampler, stream.chunks, stream.cuts)
+    stream, model, cuts = denoiser.stream, denoiser.bundle.model, set[int]()
+    plan = Plan(stream.causal, model.sampler, stream.chunks, cuts)
     cache = KVCache(stream.policy, stream.shape.grid[1:], form=stream.form)
     steps = max(len(model.sampler.times), len(stream.causal.times))
     shape = latent_shape(model, stream.shape)
-    noise = draw(shape, steps, stream.request.seed, has_image=first is not None)
-    chunks = iter(Rollout(plan, denoiser, cache, noise, first))
-    for index in range(len(stream.blocks)):
+    if stream.is_live:
+        noise: ChunkNoise = StreamNoise(shape, stream.request.seed)
+    else:
+        noise = draw(shape, steps, stream.request.seed, has_image=first is not None)
+    rollout, ended = iter(Rollout(plan, denoiser, cache, noise, first)), denoiser.alive
+
+    def alive(chunk: Span) -> None:
         # Who waits for a chunk hears before each layer that it is being made, and can end it there.
-        denoiser.alive = partial(progress, "chunk", index, len(stream.blocks))
+        ended()
+        progress("chunk", chunk.index, stream.num_chunks or chunk.index + 1)
+
+    for chunk, scene in zip(stream.chunks, scenes, strict=False):
+        denoiser.alive = partial(alive, chunk)
+        denoiser.show(scene)
+        if scene.is_cut and chunk.index:
+            cuts.add(chunk.index)
         with denoiser.timings.stage("denoise"):
-            chunk, latents = next(chunks)
-        progress("chunk", index + 1, len(stream.blocks))
-        yield chunk, latents
+            _, latents = next(rollout)
+        progress("chunk", chunk.index + 1, stream.num_chunks or chunk.index + 1)
+        yield MadeChunk(chunk, scene, latents)
 
 
 def show_chunks(
-    stream: CheckedStream,
-    chunks: Iterator[tuple[Span, Tensor]],
-    decode: Callable[[Iterable[Tensor]], Iterator[Tensor]],
+    chunks: Iterable[MadeChunk], decode: Callable[[Iterable[Tensor]], Iterator[Tensor]]
 ) -> Iterator[Streamed]:
     """Yield each chunk with its frames. A chunk is made when the first of its frames is asked for.
 
     Args:
         decode: Decodes latent frames ``[1, C, 1, H, W]`` to frames, uint8 ``[H, W, 3]``.
     """
-    made: list[tuple[Span, Tensor]] = []
+    begun: list[MadeChunk] = []
 
     def latent_frames() -> Iterator[Tensor]:
-        for chunk, latents in chunks:
-            made.append((chunk, latents))
-            yield from latents.split(1, 2)
+        for made in chunks:
+            begun.append(made)
+            yield from made.latents.split(1, 2)
 
     frames = decode(latent_frames())
-    for number, _ in stream.blocks:
-        images = [next(frames)]
-        ((chunk, latents),) = made
-        made.clear()
-        images += islice(frames, frames_of(chunk.stop) - max(0, frames_of(chunk.start)) - 1)
-        yield Streamed(chunk.index, stream.parts[number].prompt, torch.stack(images).numpy(), latents)
+    for image in frames:
+        made, chunk = begun[0], begun[0].chunk
+        begun.clear()
+        images = [image, *islice(frames, frames_of(chunk.stop) - max(0, frames_of(chunk.start)) - 1)]
+        yield Streamed(chunk.index, made.scene.prompt, torch.stack(images).numpy(), made.latents)

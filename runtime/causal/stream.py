@@ -1,6 +1,9 @@
 """A video that is to be made chunk by chunk: what is asked for, and the checks against a model."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -8,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
-from wanforge.configs.clip import TEMPORAL_STRIDE, ClipShape, frames_of
+from wanforge.configs.clip import MAX_POSITIONS, TEMPORAL_STRIDE, ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import ConfigError, RequestError
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.inputs.text import Tokenizer
-from wanforge.runtime.reference.causal.chunks import Span, chunks_of
+from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
 from wanforge.runtime.reference.causal.prompts import PromptPart, blocks_of, has_parts, parse_parts
 from wanforge.runtime.request import Request, Settings, concerning
@@ -32,6 +35,20 @@ class StreamSettings(Settings, total=False):
 
     cache: PolicyName
     kv: KVFormat
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a chunk shows.
+
+    Attributes:
+        ids: Token ids of the prompt.
+        is_cut: Whether a new scene begins with the chunk.
+    """
+
+    prompt: str
+    ids: tuple[int, ...]
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,46 +73,61 @@ class CheckedStream:
     """A checked request for a video that is made chunk by chunk.
 
     Attributes:
-        parts: The prompts, and how long each holds.
-        ids: Token ids of each prompt.
-        blocks: For each chunk the number of its prompt, and whether a new scene begins with it.
+        scenes: What each chunk shows; of a live stream, what it shows until somebody says otherwise.
+        num_chunks: The number of chunks, or None if they go on without end.
         policy: Which chunks are remembered.
         form: How keys and values are remembered.
+        is_live: Whether what it shows is said while it is made. Then the length of its request is that of the first
+            chunk, and each chunk draws its own noise.
     """
 
     request: Request
     causal: CausalConfig
-    parts: tuple[PromptPart, ...]
-    ids: tuple[list[int], ...]
-    blocks: tuple[tuple[int, bool], ...]
+    scenes: tuple[Scene, ...]
+    num_chunks: int | None
     policy: CachePolicy
     form: KVFormat = "native"
+    is_live: bool = False
 
     @property
     def shape(self) -> ClipShape:
         return self.request.shape
 
     @property
-    def chunks(self) -> list[Span]:
-        return chunks_of(self.causal, self.shape.latent_frames)
+    def chunks(self) -> Iterator[Span]:
+        return islice(endless_chunks(self.causal), self.num_chunks)
 
     @property
-    def cuts(self) -> frozenset[int]:
-        """The numbers of the chunks with which new scenes begin."""
-        return frozenset(index for index, (_, is_cut) in enumerate(self.blocks) if is_cut)
+    def longest(self) -> int:
+        """The latent frames of the longest chunk."""
+        return max(len(chunk) for chunk in islice(self.chunks, 2))
 
     @property
     def past_frames(self) -> int:
         """The most latent frames that a chunk sees of earlier ones; at least 1, so that there is something to bind."""
-        longest = max(self.causal.first_frames, self.causal.chunk_frames)
-        before = self.chunks[-1].start
-        return max(1, min(before, self.policy.capacity * longest) if self.policy.capacity else before)
+        most = [self.policy.capacity * self.longest] if self.policy.capacity else []
+        if self.num_chunks is not None:
+            most.append(frames_of_chunks(self.causal, self.num_chunks - 1))
+        return max(1, min(most))
 
     @property
     def live_shape(self) -> ClipShape:
         """The shape of what takes memory at the same time: a chunk, and what it sees."""
-        frames = min(self.shape.latent_frames, self.past_frames + max(map(len, self.chunks)))
+        frames = self.past_frames + self.longest
+        if self.num_chunks is not None:
+            frames = min(frames, frames_of_chunks(self.causal, self.num_chunks))
         return ClipShape(self.shape.width_px, self.shape.height_px, frames_of(frames))
+
+
+def frames_of_chunks(causal: CausalConfig, num_chunks: int) -> int:
+    """The latent frames of the first chunks of a video."""
+    return causal.first_frames + (num_chunks - 1) * causal.chunk_frames if num_chunks else 0
+
+
+def chunks_of_seconds(causal: CausalConfig, seconds: float, fps: int) -> int:
+    """The number of chunks that hold some seconds of video."""
+    latent_frames = 1 + -(-max(0, math.ceil(seconds * fps) - 1) // TEMPORAL_STRIDE)
+    return 1 + max(0, -(-(latent_frames - causal.first_frames) // causal.chunk_frames))
 
 
 def check_streams(model: ModelConfig, backend: Backend) -> CausalConfig:
@@ -141,14 +173,75 @@ def check_stream(
     causal = causal.beginning(with_image=request.image is not None)
     with concerning("prompt"):
         parts, request = _parts(request, model, causal, settings)
-        ids = tuple(tokenizer.encode(part.prompt, model.dit.text_rows) for part in parts)
+        ids = [tuple(tokenizer.encode(part.prompt, model.dit.text_rows)) for part in parts]
     with concerning("frames"):
         count = causal.num_chunks(request.shape.latent_frames)
-    blocks = tuple(blocks_of(parts, causal, model.video.fps)) if len(parts) > 1 or parts[0].seconds else ()
-    chosen = policy(settings["cache"]) if "cache" in settings else causal.cache
-    return CheckedStream(
-        request, causal, tuple(parts), ids, blocks or ((0, False),) * count, chosen, settings.get("kv", "native")
-    )
+    is_timed = len(parts) > 1 or parts[0].seconds
+    blocks = blocks_of(parts, causal, model.video.fps) if is_timed else [(0, False)] * count
+    scenes = tuple(Scene(parts[number].prompt, ids[number], is_cut) for number, is_cut in blocks)
+    return CheckedStream(request, causal, scenes, len(scenes), *_remembering(causal, settings))
+
+
+def check_live(
+    request: Request,
+    model: ModelConfig,
+    causal: CausalConfig,
+    tokenizer: Tokenizer,
+    num_chunks: int | None,
+    settings: StreamSettings,
+) -> CheckedStream:
+    """Check a request for a live stream, before anything is computed. The frames of its shape mean nothing.
+
+    Args:
+        num_chunks: How many chunks are made at most; None for no end.
+
+    Raises:
+        RequestError, ConfigError: The request does not make sense for this model, or the model cannot make a video of
+            this length with this cache policy.
+    """
+    causal = causal.beginning(with_image=request.image is not None)
+    scene = scene_of(request.prompt, model, tokenizer)
+    chosen, form = _remembering(causal, settings)
+    with concerning("chunks"):
+        _check_length(chosen, causal, model.video.fps, num_chunks)
+    shape = msgspec.structs.replace(request.shape, frames=frames_of(causal.first_frames))
+    return CheckedStream(replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, is_live=True)
+
+
+def scene_of(prompt: str, model: ModelConfig, tokenizer: Tokenizer, *, is_cut: bool = False) -> Scene:
+    """What a prompt says that the chunks of a live stream show.
+
+    Raises:
+        RequestError: The prompt is empty or too long, or says how long it holds.
+    """
+    with concerning("prompt"):
+        if has_parts(prompt):
+            raise RequestError(
+                f"{prompt!r} says how long it holds, but a live stream shows what was said last; leave the seconds out"
+            )
+        return Scene(prompt, tuple(tokenizer.encode(prompt, model.dit.text_rows)), is_cut)
+
+
+def _check_length(chosen: CachePolicy, causal: CausalConfig, fps: int, num_chunks: int | None) -> None:
+    """Refuse a length for which a model has no temporal positions, or which no memory would hold."""
+    if num_chunks is not None and num_chunks < 1:
+        raise RequestError(f"{num_chunks} chunks are no video; ask for 1 or more")
+    if num_chunks is None and not chosen.capacity:
+        raise RequestError("a cache that forgets nothing has no room for a video without end; ask for some chunks")
+    most = 1 + (MAX_POSITIONS - causal.first_frames) // causal.chunk_frames
+    if chosen.last_time is None and (num_chunks is None or num_chunks > most):
+        frames = frames_of(frames_of_chunks(causal, most))
+        raise RequestError(
+            f"with this cache policy, time goes on with the video, and the model knows {MAX_POSITIONS:,} latent "
+            f"frames: at most {most:,} chunks, which are {frames:,} frames or {frames / fps:.0f} s; found "
+            f"{'no end' if num_chunks is None else f'{num_chunks:,} chunks'}. Ask for fewer, or use infinity_rope, "
+            "which has no end"
+        )
+
+
+def _remembering(causal: CausalConfig, settings: StreamSettings) -> tuple[CachePolicy, KVFormat]:
+    """Which chunks are remembered, and in which format."""
+    return policy(settings["cache"]) if "cache" in settings else causal.cache, settings.get("kv", "native")
 
 
 def _parts(

@@ -3,8 +3,9 @@
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -91,15 +92,35 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
     target = ["-vcodec", "libx264", "-threads", str(THREADS), "-pix_fmt", "yuv420p", "-crf", str(RATE_FACTOR)]
     target += ["-v", "error", "-f", "mp4"]
+    # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
+    with fed([*source, *target, f"file:{temporary}"], partial(failure, path)) as frames:
+        yield frames.put
+
+
+@contextmanager
+def fed(
+    options: list[str], failed: Callable[[str], Exception], stdout: int = subprocess.DEVNULL
+) -> Iterator[FrameQueue]:
+    """Run the encoder while the block puts frames into a queue, which the encoder reads from its stdin.
+
+    Args:
+        failed: Returns the error for an encoder that stopped, given its last messages.
+        stdout: The descriptor that it may write to.
+    """
     # The messages of ffmpeg go to a file: a pipe that is not read would fill up and stop it.
     with tempfile.TemporaryFile() as said:
-        # Without ``file:``, ffmpeg would take what precedes a colon for a protocol.
-        encoder = started([*source, *target, f"file:{temporary}"], said.fileno())
+        encoder = started(options, said.fileno(), stdout)
         assert encoder.stdin is not None
-        frames = FrameQueue(encoder.stdin.write)
+        stdin = encoder.stdin
+
+        def write(frame: bytes) -> None:
+            stdin.write(frame)
+            stdin.flush()  # so that a small frame is not kept until the next ones come
+
+        frames = FrameQueue(write)
         try:
             try:
-                yield frames.put
+                yield frames
                 frames.finish()
                 encoder.stdin.close()
                 is_fed = True
@@ -107,7 +128,7 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
                 is_fed = False  # the encoder has ended, and its messages say why
             if encoder.wait() or not is_fed:
                 said.seek(0)
-                raise failure(path, said.read().decode(errors="replace"))
+                raise failed(said.read().decode(errors="replace"))
         finally:
             encoder.kill()
             encoder.wait()
@@ -116,7 +137,7 @@ def encoded(path: Path, temporary: Path, size_wh: tuple[int, int], fps: int) -> 
                 encoder.stdin.close()
 
 
-def started(options: list[str], said: int) -> "subprocess.Popen[bytes]":
+def started(options: list[str], said: int, stdout: int) -> "subprocess.Popen[bytes]":
     """Start the encoder, which reads frames from its stdin and writes its messages to the descriptor `said`.
 
     Raises:
@@ -127,7 +148,10 @@ def started(options: list[str], said: int) -> "subprocess.Popen[bytes]":
     name = "ffmpeg"
     try:
         name = imageio_ffmpeg.get_ffmpeg_exe()
-        return subprocess.Popen([name, "-y", *options], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=said)
+        # A group of its own spares it the Ctrl-C of a terminal: this process decides what becomes of it.
+        return subprocess.Popen(
+            [name, "-y", *options], stdin=subprocess.PIPE, stdout=stdout, stderr=said, process_group=0
+        )
     except (OSError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the package imageio-ffmpeg holds none"
         raise ResourceError(

@@ -61,6 +61,10 @@ COMMANDS = {
         "wanforge.runtime.batch.command:batch",
         "Make the videos of a whole file of prompts, and go on where that ended.",
     ),
+    "stream": (
+        "wanforge.runtime.streaming.command:stream",
+        "Make a video that can be watched, and changed, while it is made.",
+    ),
     "serve": (
         "wanforge.runtime.service.commands.serve:serve",
         "Run a server that makes videos, with an API and a page, and loses no job.",

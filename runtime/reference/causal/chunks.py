@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 from wanforge.configs.causal import CausalConfig
 from wanforge.configs.sampler import SamplerConfig
@@ -35,10 +36,15 @@ def chunks_of(causal: CausalConfig, latent_frames: int) -> list[Span]:
     Raises:
         ConfigError: The frames after the first chunk cannot be divided into chunks.
     """
-    causal.num_chunks(latent_frames)
-    starts = [0, *range(causal.first_frames, latent_frames, causal.chunk_frames)]
-    stops = [*starts[1:], latent_frames]
-    return [Span(index, start, stop) for index, (start, stop) in enumerate(zip(starts, stops, strict=True))]
+    return list(islice(endless_chunks(causal), causal.num_chunks(latent_frames)))
+
+
+def endless_chunks(causal: CausalConfig) -> Iterator[Span]:
+    """The chunks of a video without end."""
+    first, rest = causal.first_frames, causal.chunk_frames
+    yield Span(0, 0, first)
+    for index in count(1):
+        yield Span(index, first + (index - 1) * rest, first + index * rest)
 
 
 def trajectories(causal: CausalConfig, sampler: SamplerConfig) -> Iterator[Trajectory]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,3 +70,31 @@ def draw(shape: tuple[int, ...], steps: int, seed: int, *, has_image: bool) -> C
 
     first = normal(frames - has_image)
     return ClipNoise(first, tuple(normal(frames) for _ in range(steps)), normal(1))
+
+
+@dataclass(frozen=True)
+class StreamNoise:
+    """The noise of a video whose length nobody knows: each chunk draws its own, from the seed and its number. So a
+    video begins in the same way however long it becomes. The numbers are not those of `draw`.
+
+    Attributes:
+        shape: Of latents, ``[1, C, F, H, W]``; any number of frames.
+    """
+
+    shape: tuple[int, ...]
+    seed: int
+
+    def start(self, chunk: Span) -> Tensor:
+        return self._drawn(len(chunk), chunk.index, 0)
+
+    def fresh(self, chunk: Span, step: int) -> Tensor:
+        return self._drawn(len(chunk), chunk.index, 1 + step)
+
+    def image(self) -> Tensor:
+        return self._drawn(1, 0, 0)
+
+    def _drawn(self, frames: int, *place: int) -> Tensor:
+        mixed = np.random.SeedSequence((self.seed, *place)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
+        batch, channels, _, *area = self.shape
+        return torch.randn((batch, channels, frames, *area), generator=generator)

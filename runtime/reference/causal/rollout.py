@@ -3,7 +3,7 @@
 Source: Causal-rCM, rcm/inference/wan2pt1_t2v_causal_infer.py (docs/sources.md).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -47,13 +47,14 @@ class Plan:
 
     Attributes:
         chunks: Its chunks, in order; they may be endless.
-        cuts: The numbers of the chunks with which a new scene begins.
+        cuts: The numbers of the chunks with which a new scene begins; what is said of a chunk may be added until the
+            chunk is asked for.
     """
 
     causal: CausalConfig
     sampler: SamplerConfig
     chunks: Iterable[Span]
-    cuts: frozenset[int] = frozenset()
+    cuts: Container[int] = frozenset()
 
 
 class Rollout:

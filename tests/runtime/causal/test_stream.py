@@ -1,7 +1,7 @@
 """A pipeline makes a video chunk by chunk, in bounded memory, and it is the one that the reference makes at once."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from tests.causal import RecordedNetwork
-from tests.conftest import checkpoint_sources, made_once
 from tests.numerics import assert_matches, relative_rms
 from tests.runtime.lora.lora_files import lora
 from wanforge.configs.causal import CachePolicy, policy
-from wanforge.configs.model import load_model
-from wanforge.configs.recipe import load_recipe
 from wanforge.engines.build import EngineOptions, build_engines
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, RequestError
-from wanforge.exporter.checkpoint.importer import import_checkpoint
-from wanforge.exporter.checkpoint.synth import write_checkpoint
-from wanforge.exporter.export import export
 from wanforge.progress import Overall
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.choice import choose_backend, obstacles
@@ -49,16 +43,9 @@ TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(bundle_of: Callable[[str, str], Bundle]) -> Bundle:
     """A bundle of tiny-causal. Tests must not change it."""
-
-    def make(folder: Path) -> None:
-        model = load_model("tiny-causal")
-        write_checkpoint(model, folder / "files")
-        sources = checkpoint_sources("tiny-causal", folder / "files", quantised=False)
-        export(import_checkpoint(model, sources, folder / "bundle", recipe=load_recipe("bf16")), ["fp32"])
-
-    return Bundle.open(made_once(tmp_path_factory, "tiny-causal", make) / "bundle")
+    return bundle_of("tiny-causal", "bf16")
 
 
 @pytest.fixture
