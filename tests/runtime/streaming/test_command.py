@@ -208,6 +208,8 @@ def test_an_encoder_that_is_killed_is_an_error(bundle: Path, tmp_path: Path) -> 
     out = tmp_path / "kite.mp4"
     with running(bundle, "--prompt", "A kite", "--out", out) as stream:
         stream.chunk(3)
+        # What is told has been handed to the encoder, which need not have written it yet.
+        wait_until(lambda: boxes(out.read_bytes()).count("mdat") >= 16)
         stream.encoder.kill()
         assert stream.ended() == 1
         assert stream.process.stderr is not None
