@@ -1,6 +1,7 @@
 """A graph is compiled in a process of its own, which ends with the call, and whose end never ends the caller."""
 
 import os
+import re
 import signal
 import struct
 from collections.abc import Iterator
@@ -45,6 +46,16 @@ def killer(number: signal.Signals) -> Progress:
             child.send_signal(number)
 
     return kill
+
+
+def ending_of(job: BuildJob, number: signal.Signals) -> str:
+    """What is said of a build whose process gets a signal. On a busy machine it may have ended before the signal."""
+    for _ in range(5):
+        try:
+            build_apart(rtx(), job, [120], progress=killer(number))
+        except ResourceError as error:
+            return str(error)
+    raise AssertionError("each build was quicker than the signal")
 
 
 @pytest.mark.slow
@@ -97,13 +108,12 @@ def test_a_library_that_ends_its_process_is_reported(job: BuildJob) -> None:
         r"tensorrt-rtx \S+ does not survive compiling linear\.onnx \(signal 6: .*\); "
         r"run: .* install --upgrade 'tensorrt-rtx>=.*; or build with --no-plugins"
     )
-    with pytest.raises(ResourceError, match=says):
-        build_apart(rtx(), job, [120], progress=killer(signal.SIGABRT))
+    assert re.search(says, ending_of(job, signal.SIGABRT))
 
 
 def test_a_build_without_memory_is_reported(job: BuildJob) -> None:
-    with pytest.raises(ResourceError, match=r"compiling linear\.onnx was killed, probably because memory ran out"):
-        build_apart(rtx(), job, [120], progress=killer(signal.SIGKILL))
+    said = ending_of(job, signal.SIGKILL)
+    assert "compiling linear.onnx was killed, probably because memory ran out" in said
 
 
 PARENT = """
