@@ -43,7 +43,8 @@ def killer(number: signal.Signals) -> Progress:
 
     def kill(stage: str, done: int, total: int, unit: str = "", /) -> None:
         for child in builders():
-            child.send_signal(number)
+            with suppress(psutil.Error):  # it has ended already
+                child.send_signal(number)
 
     return kill
 

@@ -1,5 +1,6 @@
 """Model repositories, and a stand-in for the server that serves them."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,8 @@ import pytest
 from tests.command_line import succeeded
 from tests.runtime.inference_server.stand_in import Server, python_backend
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.logs import ROOT
+from wanforge.runtime.inference_server.instance import SERVER_LOG
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +19,9 @@ def utilities(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which models change, and this puts back
     with python_backend() as module:
         yield module
+        # A model that is not unloaded, or that cannot be loaded, leaves the log of its server behind.
+        ROOT.removeHandler(SERVER_LOG)
+        ROOT.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
