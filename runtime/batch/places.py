@@ -1,13 +1,12 @@
 """Where a batch puts its clips: a folder, or a bucket of S3."""
 
-import fcntl
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wanforge.errors import ResourceError
+from wanforge.host.sole import sole
 from wanforge.runtime.batch.orders import DIGITS
 from wanforge.runtime.service.results.base import ObjectStorage
 from wanforge.runtime.service.results.folder import FolderStorage
@@ -49,13 +48,7 @@ def sole_run(place: str, storage: ObjectStorage) -> Iterator[None]:
         ResourceError: Another batch is running there.
     """
     staging = storage.staging()
-    with (staging / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(
-                f"{place}: another batch is writing there; wait for its end, or give another --out"
-            ) from None
+    with sole(staging / LOCK, f"{place}: another batch is writing there; wait for its end, or give another --out"):
         delete_unfinished(staging)
         try:
             yield

@@ -25,7 +25,7 @@ from wanforge.runtime.service.tracing.opening import is_wanted
 from wanforge.runtime.service.web.app import create_app
 from wanforge.runtime.service.web.guard.connections import TimedConnection
 from wanforge.runtime.service.web.state import Service
-from wanforge.runtime.service.workers.supervisor import sole, store_of
+from wanforge.runtime.service.workers.supervisor import sole_in, store_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Front:
         data = Path(self.settings.data)
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
         with ExitStack() as opened:
-            opened.enter_context(sole(data, "server"))
+            opened.enter_context(sole_in(data, "server"))
             store = store_of(self.settings)
             opened.callback(store.close)
             check_settings(self.settings, has_keys=any(key.revoked_at is None for key in store.api_keys()))

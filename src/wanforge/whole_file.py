@@ -77,13 +77,16 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
+def temporary_folder(within: Path | None = None) -> Iterator[Path]:
     """Make a folder for temporary files, into which only this user may look and which is deleted with everything in it.
 
     Beside it lies a temporary file. A process that is killed leaves both behind; the next one deletes the file, whose
     lock is free, and then the folders that have no such file.
+
+    Args:
+        within: The folder in which to make it; by default the one for temporary files.
     """
-    within = Path(tempfile.gettempdir())
+    within = within or Path(tempfile.gettempdir())
     with temporary_file(within / FOLDER_LOCK) as locked:
         for left in within.glob(f".{FOLDER_LOCK.stem}.*{PARTIAL}"):
             if not left.with_suffix(f"{PARTIAL}{FOLDER_LOCK.suffix}").exists():

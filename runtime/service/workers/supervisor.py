@@ -5,14 +5,13 @@ in JSON, and loads no PyTorch. SIGTERM and SIGINT end it: jobs that run may fini
 they are given back; a second signal gives them back at once. SIGHUP lets it read the file again and reload the bundles.
 """
 
-import fcntl
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
@@ -20,7 +19,8 @@ from types import FrameType
 import msgspec
 
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import ConfigError, ResourceError, WanforgeError, message_of
+from wanforge.errors import ConfigError, WanforgeError, message_of
+from wanforge.host.sole import sole
 from wanforge.plugins.child_process import end_with
 from wanforge.runtime.service import journal
 from wanforge.runtime.service.catalogue import fingerprint
@@ -81,7 +81,7 @@ class Supervisor:
         Raises:
             ResourceError: Another supervisor works in this folder.
         """
-        with sole(self.settings.data, "supervisor"), self._signals_noted():
+        with sole_in(self.settings.data, "supervisor"), self._signals_noted():
             self._recover()
             self.bundles = places(self.settings.serve)
             taken = enumerate(seats(self.settings.serve.workers))
@@ -267,8 +267,7 @@ def has_store(settings: ServeSettings) -> bool:
     return bool(settings.store) or (Path(settings.data) / STORE).exists()
 
 
-@contextmanager
-def sole(data: Path, kind: str) -> Iterator[None]:
+def sole_in(data: Path, kind: str) -> AbstractContextManager[None]:
     """Be the only process of its kind in a folder, by the lock on a file there.
 
     Args:
@@ -277,14 +276,10 @@ def sole(data: Path, kind: str) -> Iterator[None]:
     Raises:
         ResourceError: There is another one.
     """
-    with (data / f"{kind}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResourceError(
-                f"{data}: another {kind} works in this folder; end it, or give this service another folder (--data)"
-            ) from None
-        yield
+    return sole(
+        data / f"{kind}.lock",
+        f"{data}: another {kind} works in this folder; end it, or give this service another folder (--data)",
+    )
 
 
 def main() -> None:

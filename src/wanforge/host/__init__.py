@@ -1,1 +1,2 @@
-"""The machine as a process sees it: how much memory and disk there is, and how libraries say that something failed."""
+"""The machine as a process sees it: how much memory and disk there is, how libraries say that something failed,
+and whether another process does the same."""

@@ -7,15 +7,10 @@ to a worker: workers lease jobs from the store, as `wanforge serve --role worker
 nothing.
 """
 
-import fcntl
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastapi import FastAPI
@@ -36,6 +31,7 @@ from wanforge.runtime.service.web.app import create_app
 from wanforge.runtime.service.web.state import Service
 from wanforge.runtime.service.workers.status import read_status
 from wanforge.runtime.service.workers.supervisor import store_of
+from wanforge.whole_file import temporary_folder
 
 JOBS = "jobs"
 """The figure by which replicas are added and ended: the jobs of the store that wait or run."""
@@ -45,8 +41,6 @@ DRAIN_SECONDS = 90.0
 """How long a replica may take to end; a clip that runs has a part of it (`WorkTimes.grace`)."""
 SILENT_SECONDS = 60.0
 """How long a supervisor may tell nothing. One that has died is started again after half a minute at most."""
-REPLICA = "replica-"
-"""What the names of the replicas' folders begin with."""
 REACHABLE = "0.0.0.0"
 """Where Serve's proxies listen is not known here, so the API is never open without keys."""
 
@@ -146,31 +140,7 @@ def in_own_folder(settings: ServeSettings, opened: ExitStack) -> ServeSettings:
     machine that were killed are deleted."""
     data = Path(settings.data)
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with locked(data):  # so that nobody deletes a folder that is not locked yet
-        for left in data.glob(f"{REPLICA}*"):
-            with suppress(OSError), locked(left, fcntl.LOCK_NB):
-                shutil.rmtree(left, ignore_errors=True)
-        own = opened.enter_context(TemporaryDirectory(prefix=REPLICA, dir=data))
-        opened.enter_context(locked(Path(own)))
-    return replace(settings, data=own)
-
-
-@contextmanager
-def locked(folder: Path, how: int = 0) -> Iterator[None]:
-    """Hold the lock on a folder, which ends with this process at the latest.
-
-    Args:
-        how: `fcntl.LOCK_NB` not to wait for it.
-
-    Raises:
-        OSError: Another process holds it, or there is no such folder.
-    """
-    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | how)
-        yield
-    finally:
-        os.close(held)
+    return replace(settings, data=str(opened.enter_context(temporary_folder(data))))
 
 
 def by_queue(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

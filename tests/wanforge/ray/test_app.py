@@ -144,9 +144,11 @@ def test_the_folder_of_a_replica_that_was_killed_is_deleted_by_the_next_one(tmp_
         (tmp_path / "made").mkdir()
         with ExitStack() as second:
             third = in_own_folder(settings, second).data
+            folders = {Path(each).name for each in (mine, theirs, third)}
             assert {path.name for path in tmp_path.iterdir()} == {
                 "made",
-                *(Path(each).name for each in (mine, theirs, third)),
+                *folders,
+                *(f"{name}.lock" for name in folders),
             }
         killed.kill()
         killed.wait()
