@@ -30,15 +30,13 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     wait,
     whole_steps,
 )
+from wanforge.plugins.w8a8_linear.kernel import GELU_CUBIC, GELU_LINEAR, pick
 
 TILE = gl.constexpr(128)
 PARTS = gl.constexpr(2)
 THREADS = gl.constexpr(256)
 VALUES = gl.constexpr(64)
 """The sums of a thread in one part of a tile."""
-# 2 sqrt(2 / pi) log2(e), and that times 0.044715.
-GELU_LINEAR = gl.constexpr(2.302208198144325)
-GELU_CUBIC = gl.constexpr(0.1029432395800235)
 
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, SUMS))
@@ -132,19 +130,6 @@ def gelu(x):
     """`w8a8_linear.kernel.gelu`."""
     exponent = x * gl.fma(x * x, -GELU_CUBIC, -GELU_LINEAR)
     return x * reciprocal(1.0 + power(gl.minimum(exponent, 115.0)))
-
-
-@gluon.jit
-def pick(which, first, second, third, WEIGHTS: gl.constexpr):
-    """`w8a8_linear.kernel.pick`."""
-    chosen = first
-    if WEIGHTS > 1:
-        if which == 1:
-            chosen = second
-    if WEIGHTS > 2:
-        if which == 2:
-            chosen = third
-    return chosen
 
 
 @gluon.jit
