@@ -8,7 +8,6 @@ REPOSITORY/
   MODEL/1/bundle/            the bundle, of the first model only, unless it stays where it is
 """
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -23,6 +22,7 @@ from wanforge.configs.loading import Record
 from wanforge.engines.bundle.bundle import VERIFIED, Bundle
 from wanforge.engines.bundle.lock import CHANGES_LOCK, FILES_LOCK, MANIFEST_LOCK
 from wanforge.engines.bundle.manifest import MANIFEST
+from wanforge.engines.bundle.tensorfile import sha256_of
 from wanforge.errors import ConfigError
 from wanforge.exporter.inference_server.configuration import ModelSetup, configuration
 from wanforge.progress import ByteCount, Progress, silent
@@ -91,7 +91,7 @@ def write_repository(
         if bundle is not None:
             place = f"{models[0].name}/{VERSION}/bundle"
             put = [f"{place}/{name}" for name in put_bundle(bundle, folder / place, progress)]
-        written = {name: sha256(text.encode()) for name, text in texts.items()}
+        written = {name: sha256_of(folder / name) for name in texts}
         marker = msgspec.json.format(msgspec.json.encode(Marker(KIND, __version__, written, put)), indent=2)
         write_atomically(folder / MARKER, marker)
         check_replaceable(out)  # again: copying takes a while
@@ -166,7 +166,7 @@ def check_replaceable(out: Path) -> None:
     if marker is None:
         raise ConfigError(f"{out}: holds something else than an older export; give an empty or new folder with --out")
     for name, digest in marker.written.items():
-        if not (out / name).is_file() or sha256((out / name).read_bytes()) != digest:
+        if not (out / name).is_file() or sha256_of(out / name) != digest:
             raise ConfigError(f"{out / name}: was edited since it was exported; move {out} away, or give another --out")
     if added := sorted(added_files(out, marker)):
         raise ConfigError(f"{out}: holds {added[0]}, which was not exported; move it away, or give another --out")
@@ -216,11 +216,6 @@ def replace_folder(folder: Path, out: Path) -> None:
             if (aside / "old").exists():
                 (aside / "old").rename(out)
             raise
-
-
-def sha256(data: bytes) -> str:
-    """The SHA-256 of a file's contents."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def described(models: Sequence[ModelSetup]) -> Mapping[str, str]:

@@ -1,6 +1,5 @@
 """What the models have in common: an instance opens a pipeline on its device and serves one request after the other."""
 
-import gc
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from wanforge.runtime.inference_server.inputs import Inputs, request_of
 from wanforge.runtime.inputs.embeddings import Embeddings
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest
-from wanforge.runtime.service.child.pipelines import Percent
+from wanforge.runtime.service.child.pipelines import Percent, reclaim
 from wanforge.version import __version__
 
 log = logging.getLogger(__name__)
@@ -153,13 +152,6 @@ def parameters_of(config: str) -> dict[str, str]:
         if name not in found:
             raise ConfigError(f"config.pbtxt lacks the parameter {name}; write it again with wanforge export-triton")
     return found
-
-
-def reclaim() -> None:
-    """Give back the memory of what is not used any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Pipelines(Maker):
     def load(self, bundles: Sequence[BundlePlace], report: Report) -> dict[str, str]:
         self._kept.clear()
         self._warm.clear()
-        self._reclaim()
+        reclaim()
         self.places = {place.fingerprint: place for place in bundles}
         refused = {}
         for place in bundles:
@@ -126,7 +126,7 @@ class Pipelines(Maker):
                 raise BundleError(f"the bundle {bundle} is not served any more; submit the request again")
             while self._kept and not self._fits(place):
                 self._kept.popitem(last=False)
-                self._reclaim()
+                reclaim()
             self._kept[key] = self._open(place, backend, report)
         self._kept.move_to_end(key)
         return self._kept[key]
@@ -150,12 +150,6 @@ class Pipelines(Maker):
         """Whether there is memory for one more bundle."""
         taken = sum(weights_bytes(pipeline.bundle) for pipeline in self._kept.values())
         return taken + weights_bytes(Bundle.open(Path(place.root))) <= self.memory_bytes
-
-    def _reclaim(self) -> None:
-        """Give back the memory of pipelines that were dropped."""
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 class GpuMeter:
@@ -216,6 +210,13 @@ def warm_up(pipeline: Pipeline, report: Report) -> ClipShape:
         for _ in pipeline.frames(latents, shape, timings, progress):
             pass
     return shape
+
+
+def reclaim() -> None:
+    """Give back the memory of what was dropped."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def weights_bytes(bundle: Bundle) -> int:
