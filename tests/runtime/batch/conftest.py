@@ -1,14 +1,13 @@
 """A bundle of TinyWan for batches, some prompts, and their clips."""
 
-import urllib.request
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import succeeded
 from tests.conftest import made_once
+from tests.s3 import s3_server, with_bucket
 from wanforge.api import import_checkpoint
 
 PROMPTS = ["A red circle moves to the right.", "A small blue triangle stays still.", "A green ring.", "A yellow star."]
@@ -40,26 +39,10 @@ def undisturbed(tinywan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket of a server that speaks S3's protocol."""
-    missing = [name for name in ("obstore", "moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed (the extra dev)")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    urllib.request.urlopen(urllib.request.Request(f"{url}/batches", method="PUT")).close()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", url),
-        ("AWS_ALLOW_HTTP", "true"),
-        ("AWS_REGION", "us-east-1"),
-        ("AWS_ACCESS_KEY_ID", "key"),
-        ("AWS_SECRET_ACCESS_KEY", "secret"),
-    ):
-        monkeypatch.setenv(name, value)
-    yield "s3://batches/tonight"
-    server.stop()
+    with s3_server() as url:
+        for name, value in with_bucket(url, "batches").items():
+            monkeypatch.setenv(name, value)
+        yield "s3://batches/tonight"
 
 
 def clips(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wanforge
 from tests.runtime.lora.lora_files import RANK, factors, lora, spelled, targets, write
-from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, after_decoding, latents
+from tests.runtime.lora.test_fitting import PinningHost, SmallBackend, after_decoding, come_and_go, latents
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -109,14 +109,7 @@ def test_strengths_that_are_too_large_are_refused(tmp_path: Path) -> None:
 def test_a_lora_comes_and_goes(backend: str, budget: float | None, bundle: Bundle, tmp_path: Path) -> None:
     path, other = lora(tmp_path / "a.safetensors", size=0.5), lora(tmp_path / "b.safetensors", size=0.5, seed=1)
     pipeline = open_pipeline(bundle, backend, budget)
-    base = latents(pipeline)
-    with_lora, with_other = latents(pipeline, LoraChoice(path)), latents(pipeline, LoraChoice(other))
-    assert not torch.equal(base, with_lora)
-    assert not torch.equal(with_other, with_lora)
-    assert torch.equal(latents(pipeline, LoraChoice(path, 0.0)), base)
-    assert torch.equal(latents(pipeline, LoraChoice(path)), with_lora)
-    assert torch.equal(latents(pipeline, LoraChoice(path), LoraChoice(other, 0.0)), with_lora)
-    assert torch.equal(latents(pipeline), base)
+    come_and_go(pipeline, path, other)
     assert pipeline.loras.described([LoraChoice(path)])[0]["ways"] == ["side path"]
     assert not (bundle.root / FOLDER).exists()
 

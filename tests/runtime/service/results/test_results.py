@@ -3,8 +3,8 @@
 import os
 import shutil
 import time
+import urllib.request
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.service.store.rig import claimed, submission
+from tests.s3 import s3_server, with_bucket
 from wanforge.errors import ConfigError
 from wanforge.runtime.service.job import Result
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
@@ -26,16 +27,8 @@ OLD = 3600.0
 @pytest.fixture(scope="session")
 def s3_url() -> Iterator[str]:
     """The address of a server that speaks S3's protocol."""
-    missing = [name for name in ("obstore", "moto", "flask", "flask_cors") if find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed (the extra dev)")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
@@ -48,17 +41,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 
 def settings(url: str) -> dict[str, str]:
-    import urllib.request
-
     urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
-    urllib.request.urlopen(urllib.request.Request(f"{url}/clips", method="PUT")).close()
-    return {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }
+    return with_bucket(url, "clips")
 
 
 @pytest.fixture
