@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
+from wanforge.plugins.w8a8_linear.kernel import GELU_CUBIC, GELU_LINEAR, pick
 from wanforge.plugins.warpgroup_attention.kernel import (
     BYTES_SHARED,
     PLAIN_SHARED,
@@ -30,7 +31,6 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     wait,
     whole_steps,
 )
-from wanforge.plugins.w8a8_linear.kernel import GELU_CUBIC, GELU_LINEAR, pick
 
 TILE = gl.constexpr(128)
 PARTS = gl.constexpr(2)
