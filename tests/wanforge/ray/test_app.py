@@ -82,7 +82,8 @@ def ray_port(tmp_path: Path) -> Iterator[int]:
         log_to_driver=False,
         runtime_env={
             "worker_process_setup_hook": pretend,
-            "env_vars": {HOLD_CLIPS: str(tmp_path / HELD)},
+            # A worker of Ray has to find this module, and starts again for ever where it does not.
+            "env_vars": {HOLD_CLIPS: str(tmp_path / HELD), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         },
     )
     try:
