@@ -9,11 +9,11 @@ from wanforge.runtime.service.store.base import DurationKey
 from wanforge.runtime.service.web.forms.schema import Problem, Video
 from wanforge.runtime.service.web.state import Service
 
-SOON_MS, LATER_MS, LATEST_MS = 500, 1000, 20_000
-"""How long clients should wait between two looks: while a job runs, and at least and at most while it is queued."""
-PATIENCE, GUESS = 0.75, 0.5
-"""The part of the time until a queued job is done after which it is worth looking again, because that time is known to
-some ten percent; and the part of what it has waited, where nothing is known."""
+RUNNING_MS, QUEUED_MS = (500, 2000), (1000, 30_000)
+"""How long clients should wait between two looks at least and at most: while a job runs, and while it is queued."""
+PATIENCE, GUESS = 0.9, 0.5
+"""The part of the time until a job is done after which it is worth looking again, because that time is known to some
+ten percent; and the part of the job's age, where nothing is known."""
 
 
 def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
@@ -71,17 +71,15 @@ def estimated(service: Service, job: Job, position: int | None) -> float | None:
 
 
 def poll_after_ms(job: Job, expected_seconds: float | None) -> int:
-    """When a client should look again: after a part of the time that a queued job is expected to take yet, or of what
-    it has waited, where nothing is expected; sooner or later by a tenth, so that not all come at the same moment.
+    """When a client should look again: after a part of the time that the job is expected to take yet, or of its age,
+    where nothing is expected; sooner or later by a tenth, so that not all come at the same moment.
 
     Args:
         expected_seconds: How long it will take until the job is done.
     """
-    spread = random.uniform(0.9, 1.1)
-    if job.state is State.IN_PROGRESS:
-        return int(spread * SOON_MS)
+    least, most = RUNNING_MS if job.state is State.IN_PROGRESS else QUEUED_MS
     seconds = GUESS * (time.time() - job.created_at) if expected_seconds is None else PATIENCE * expected_seconds
-    return int(spread * min(LATEST_MS, max(LATER_MS, 1000 * seconds)))
+    return int(random.uniform(0.9, 1.1) * min(most, max(least, 1000 * seconds)))
 
 
 def whole(seconds: float | None) -> int | None:
