@@ -16,7 +16,7 @@ from wanforge.runtime.service.child.pictures import QUICK
 from wanforge.runtime.service.results.previews import STILL
 from wanforge.whole_file import temporary_file
 
-SHARE = 0.03
+SHARE = 0.01
 """The share of a clip's time that pictures may take."""
 
 
