@@ -157,7 +157,7 @@ def test_pictures_of_steps_take_a_small_share_of_the_time(monkeypatch: pytest.Mo
     pace = stills.Pace()
     assert pace.is_due  # nobody knows yet what one takes
     pace.took(0.3)
-    now[0] += 9.9
+    now[0] += 29.9
     assert not pace.is_due
     now[0] += 0.2
     assert pace.is_due
