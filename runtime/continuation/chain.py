@@ -40,7 +40,7 @@ class Seam:
 
 
 @dataclass
-class Part:
+class Passed:
     """What is kept of a part of a video whose frames went by.
 
     Attributes:
@@ -65,11 +65,11 @@ class Seams:
     def __init__(self) -> None:
         self.frames = 0
         self.last: Frame | None = None
-        self._parts: list[Part] = []
+        self._parts: list[Passed] = []
 
     def watch(self, part: Iterable[Frame]) -> Iterator[Frame]:
         """Yield the frames of the next part, which has at least one."""
-        self._parts.append(Part(self.frames))
+        self._parts.append(Passed(self.frames))
         for frame in part:
             self._note(frame)
             yield frame
