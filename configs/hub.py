@@ -72,6 +72,7 @@ class HubModel(Record, frozen=True):
 class _Hub(Record, frozen=True):
     shared: HubRepository
     models: dict[str, HubModel]
+    preview: HubRepository | None = None
 
 
 @cache
@@ -101,3 +102,8 @@ def repositories(model: str, recipe: Recipe | None = None) -> list[HubRepository
             f"no repository is known that holds the files of {model}; give the folder with {names} to `wanforge import`"
         )
     return [known.denoisers(recipe), _hub().shared]
+
+
+def preview_repository() -> HubRepository | None:
+    """The repository and the file of the preview decoder that suits every published model; None if none is known."""
+    return _hub().preview

@@ -6,6 +6,7 @@ seed ─── noise ──────────────┘
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -86,6 +87,7 @@ class Pipeline:
         prompt: str,
         image: "str | Path | Image | None" = None,
         *,
+        last_image: "str | Path | Image | None" = None,
         on_progress: Progress = silent,
         **settings: Unpack[Settings],
     ) -> Clip:
@@ -94,6 +96,7 @@ class Pipeline:
         Args:
             prompt: What the clip shows, in English for these models.
             image: The first frame, for image-to-video models: a file or a picture.
+            last_image: The last frame, likewise, in addition. Published models were distilled with a first one alone.
             on_progress: Called with the stage, the number of its parts that are done, and the number of all its parts.
             settings: See `Settings`.
 
@@ -102,7 +105,9 @@ class Pipeline:
             ResourceError: This machine's memory is too small for it.
             BundleError: The bundle lacks what the backend needs for it.
         """
-        return self.make(request_for(self.model, prompt, image, settings), on_progress)
+        request = request_for(self.model, prompt, image, settings)
+        last = Path(last_image) if isinstance(last_image, str) else last_image
+        return self.make(replace(request, last_image=last), on_progress)
 
     @with_settings(StreamSettings)
     def stream(
@@ -261,7 +266,7 @@ class Pipeline:
         channels = None
         if checked.request.image is not None:
             with timings.stage("condition"):
-                channels = self.encode_image(checked.request.image, checked.request.shape, progress)
+                channels = self.encode_images(checked.request, progress)
         with timings.stage("prepare"):
             return Denoiser(self.backend, self.bundle, checked, text, channels, timings, progress)
 
@@ -289,29 +294,29 @@ class Pipeline:
         session.run("text", "text", progress)
         return pad_rows(session["embedding"][0], self.model.dit.text_rows)[None]
 
-    def encode_image(self, image: "Path | Image", shape: ClipShape, progress: Progress = silent) -> Tensor:
+    def encode_images(self, request: Request, progress: Progress = silent) -> Tensor:
         """The 20 channels that an image-to-video denoiser is conditioned on, in the compute type."""
-        from wanforge.runtime.inputs.condition import condition, to_pixels
-        from wanforge.runtime.inputs.image import open_image
+        from wanforge.runtime.inputs.condition import condition, pixels_of
 
+        shape, has_last = request.shape, request.last_image is not None
         session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
-        first = to_pixels(open_image(image), shape.width_px, shape.height_px)
-        session["first_pixels"].copy_(first[:, :, None])
+        session["first_pixels"].copy_(pixels_of(request.image, shape)[:, :, None])
         session["pixels"].zero_()
         latents = []
         for index, program, output in islice(chunks("latent"), shape.latent_frames):
+            if has_last and index == shape.latent_frames - 1:
+                session["pixels"][:, :, -1].copy_(pixels_of(request.last_image, shape))
             session.run(program)
             latents.append(session[output].to("cpu", copy=True))
             progress("condition", index + 1, shape.latent_frames)
-        return condition(torch.cat(latents, 2))
+        return condition(torch.cat(latents, 2), has_last=has_last)
 
     def encode_first(self, image: "Path | Image", shape: ClipShape) -> Tensor:
         """The latents of an image that is the first frame of a video, ``[1, C, 1, H, W]`` in the compute type."""
-        from wanforge.runtime.inputs.condition import to_pixels
-        from wanforge.runtime.inputs.image import open_image
+        from wanforge.runtime.inputs.condition import pixels_of
 
         session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
-        session["first_pixels"].copy_(to_pixels(open_image(image), shape.width_px, shape.height_px)[:, :, None])
+        session["first_pixels"].copy_(pixels_of(image, shape)[:, :, None])
         session.run("first")
         return session["first_latent"].to("cpu", copy=True)
 

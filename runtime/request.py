@@ -15,6 +15,7 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.sampler import SamplerConfig, Update
 from wanforge.configs.topk import num_selected
 from wanforge.errors import RequestError, WanforgeError
+from wanforge.runtime.inputs.given_frames import check_first, check_last
 from wanforge.runtime.inputs.guidance import check_guidance
 from wanforge.runtime.inputs.lora import LoraChoice, read_choices
 from wanforge.runtime.inputs.noise import check_noise, noise_names
@@ -49,6 +50,7 @@ class Request:
         update: How one step leads to the next, as there.
         noise: A file to read the noise from, instead of generating it from the seed.
         loras: What is added to the denoiser's weights.
+        last_image: The last frame, for image-to-video models, in addition to the first one.
     """
 
     prompt: str
@@ -62,6 +64,7 @@ class Request:
     update: Update | None = None
     noise: Path | None = None
     loras: tuple[LoraChoice, ...] = ()
+    last_image: "Path | Image | None" = None
 
 
 class Settings(TypedDict, total=False):
@@ -147,7 +150,9 @@ def check_request(request: Request, model: ModelConfig, recipe: Recipe, tokenize
         RequestError, ConfigError: The request does not make sense for this model. The error's `field` says which part.
     """
     with concerning("image"):
-        _check_image(request, model)
+        check_first(request.image, model)
+    with concerning("last_image"):
+        check_last(request.last_image, model, request.shape)
     if model.causal:
         _check_causal(request, model)
         with concerning("frames"):
@@ -218,16 +223,6 @@ def check_seed(seed: int) -> None:
     """
     if not 0 <= seed < SEEDS:
         raise RequestError(f"seed {seed} is out of range; use 0 to {SEEDS - 1}")
-
-
-def _check_image(request: Request, model: ModelConfig) -> None:
-    if (request.image is None) == (model.task == "i2v") and not (request.image and model.takes_image):
-        need = "needs an image; give one (--image)" if request.image is None else "takes no image"
-        raise RequestError(f"{model.name} {need}")
-    if request.image is not None:
-        from wanforge.runtime.inputs.image import open_image
-
-        open_image(request.image)
 
 
 def latent_shape(model: ModelConfig, clip: ClipShape) -> tuple[int, ...]:

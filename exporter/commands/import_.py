@@ -83,7 +83,8 @@ class ImportOptions:
 @click.option(
     "--preview",
     type=ANY_PATH,
-    help="Tiny decoder for previews, which is not needed for videos: taew2_1 or lighttaew2_1, .safetensors or .pth.",
+    help="Tiny decoder for previews, which is not needed for videos: taew2_1 or lighttaew2_1, .safetensors or .pth. "
+    "Under these names it is found in the folders as well.",
 )
 @click.option(
     "--text-encoder",

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from wanforge.configs.hub import HubRepository, repositories
+from wanforge.configs.hub import HubRepository, preview_repository, repositories
 from wanforge.configs.recipe import load_recipe
-from wanforge.exporter.hub.pull import Item, check_disk, pull, survey
+from wanforge.exporter.hub.pull import Item, can_be_pulled, check_disk, pull, survey
 from wanforge.exporter.hub.pulled import default_folder
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import Overall
@@ -55,7 +55,8 @@ def pull_(options: PullOptions) -> None:
     """Fetch the files of a published model from the Hugging Face Hub, and check them.
 
     MODEL is a name that `wanforge models` lists. The denoiser, the VAE, the text encoder and the tokenizer are fetched,
-    each into a folder named after its repository, so that models share what they have in common. A file gets its name
+    each into a folder named after its repository, so that models share what they have in common. So is a tiny decoder
+    for previews (lighttaew2_1, 45 MB), which is left out with a warning if it cannot be had. A file gets its name
     when it is complete and has the right SHA-256. An interrupted pull continues where it stopped when the same command
     is run again, and a pull of a complete model only checks it.
 
@@ -70,6 +71,8 @@ def pull_(options: PullOptions) -> None:
     """
     wanted = repositories(options.model, None if options.recipe is None else load_recipe(options.recipe))
     to = default_folder() if options.to is None else options.to
+    if (preview := preview_repository()) is not None and can_be_pulled(to, preview):
+        wanted = [*wanted, preview]
     if options.dry_run:
         items = survey(to, wanted)
         show_plan(options.model, to, items, as_json=options.as_json)

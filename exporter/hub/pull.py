@@ -21,7 +21,7 @@ from typing import Literal
 from wanforge.configs.hub import MAIN, HubFile, HubRepository
 from wanforge.engines.bundle.lock import locked
 from wanforge.engines.bundle.tensorfile import sha256_of
-from wanforge.errors import CheckpointError, ResourceError, naming
+from wanforge.errors import CheckpointError, ResourceError, message_of, naming
 from wanforge.exporter.hub import remote
 from wanforge.exporter.hub.record import PulledFile, PullRecord, read_pull, write_pull
 from wanforge.exporter.hub.remote import RemoteFile
@@ -124,6 +124,16 @@ def _copied_bytes(source: Path, path: Path) -> int:
     """The bytes that a copy takes: none on the same disk, where a file can have a second name."""
     place = next(p for p in path.absolute().parents if p.exists())
     return 0 if source.stat().st_dev == place.stat().st_dev else source.stat().st_size
+
+
+def can_be_pulled(to: Path, repository: HubRepository) -> bool:
+    """Whether the hub gives this user the files of a repository that can be done without; if not, the log says why."""
+    try:
+        survey(to, [repository])
+    except (CheckpointError, ResourceError) as error:
+        log.warning("%s is left out: %s", repository.name, message_of(error))
+        return False
+    return True
 
 
 def check_disk(to: Path, items: Sequence[Item]) -> None:

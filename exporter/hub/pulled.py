@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from wanforge.configs.hub import HubRepository, hub_model, repositories
+from wanforge.configs.hub import HubRepository, hub_model, preview_repository, repositories
 from wanforge.configs.loading import named
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import CheckpointError, join_names
@@ -26,7 +26,7 @@ def named_model(folder: Path) -> str | None:
 
 
 def pulled_folders(model: str, recipe: Recipe | None = None) -> list[Path]:
-    """The folders with a pulled model's files, in the default folder.
+    """The folders with a pulled model's files, in the default folder, and that of the preview decoder if it is there.
 
     Args:
         recipe: The recipe that the import was asked for. Without one, quantised denoisers will do as well as others.
@@ -45,6 +45,9 @@ def pulled_folders(model: str, recipe: Recipe | None = None) -> list[Path]:
             f"{to}: lacks {join_names(missing)} of {model}; fetch them with: wanforge pull {model}{option}, or give "
             "the folders that hold them"
         )
+    preview = preview_repository()
+    if preview is not None and not _missing(to, preview):
+        wanted = [*wanted, preview]
     return [folder_of(to, repository.name) for repository in wanted]
 
 

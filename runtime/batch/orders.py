@@ -120,6 +120,8 @@ class Ordering:
 
     def _orders(self, line: PromptLine, made: Collection[str]) -> Iterator[PlacedOrder]:
         defaults = self.defaults
+        if line.last_image is not None:
+            raise RequestError("wanforge batch makes no clips with a last_image; wanforge generate does")
         first = defaults.seed if line.seed is None else line.seed
         check_seed(first)
         check_seed(first + defaults.samples - 1)

@@ -65,6 +65,7 @@ class GenerateOptions(ClipOptions):
     prompt: str | None
     prompt_file: Path | None
     image: Path | None
+    last_image: Path | None
     out: Path
     adaptive: bool
     sigma_max: float | None
@@ -112,10 +113,13 @@ class Order:
     "--prompt-file",
     type=FILE,
     help="File with many requests, one per line: a prompt, or a JSON object such as "
-    '{"prompt": …, "image": …, "seed": …, "out": …}. A relative image is looked for in the folder of the file; out is '
-    "relative to the current folder, like --out. A single - reads the standard input.",
+    '{"prompt": …, "image": …, "last_image": …, "seed": …, "out": …}. A relative image is looked for in the folder of '
+    "the file; out is relative to the current folder, like --out. A single - reads the standard input.",
 )
 @IMAGE
+@click.option(
+    "--last-image", type=FILE, help="Last frame, beside --image; the published models were not trained for it."
+)
 @click.option(
     "--out",
     type=FILE,
@@ -298,7 +302,8 @@ def orders_of(options: GenerateOptions, bundle: Bundle) -> list[Order]:
             shape = options.shape(bundle.model, adaptive=options.adaptive, image=image)
         seed = options.seed if line.seed is None else line.seed
         loras = options.loras if line.loras is None else line.loras
-        request = replace(request_of(options, line.prompt, shape, image, seed), loras=loras)
+        last = options.last_image if line.last_image is None else line.last_image
+        request = replace(request_of(options, line.prompt, shape, image, seed), loras=loras, last_image=last)
         orders.append(Order(request, options.out if line.out is None else line.out, line.place))
     return orders
 

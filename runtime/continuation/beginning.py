@@ -19,20 +19,22 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def beginning(path: Path, size_wh: tuple[int, int], fps: int) -> list[Frame]:
-    """All frames of a video, or a picture stretched to this size.
+def beginning(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[Frame]:
+    """Yield the frames of a video, or a picture stretched to this size.
 
     Raises:
         RequestError: The file is missing or cannot be read, or the video has another size.
     """
     if not is_video(path):
-        image = open_image(path).resize(size_wh, Image.Resampling.BILINEAR)
-        return [np.asarray(image)]
+        yield np.asarray(open_image(path).resize(size_wh, Image.Resampling.BILINEAR))
+        return
     check_regular(path, RequestError)
-    frames = list(frames_of_video(path, size_wh, fps))
-    if not frames:
+    has_frames = False
+    for frame in frames_of_video(path, size_wh, fps):
+        yield frame
+        has_frames = True
+    if not has_frames:
         raise RequestError(f"{path}: has no frames; give a video, or a picture")
-    return frames
 
 
 def frames_of_video(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[Frame]:

@@ -7,7 +7,7 @@ Letters: T frames, H W rows and columns.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -37,6 +37,58 @@ class Seam:
     frame: int
     across: float
     inside: float
+
+
+@dataclass
+class Passed:
+    """What is kept of a part of a video whose frames went by.
+
+    Attributes:
+        frame: The number of its first frame.
+        across: The difference between its first frame and the one before; None for the first part.
+        inside: The differences between its neighbouring frames.
+    """
+
+    frame: int
+    across: float | None = None
+    inside: list[float] = field(default_factory=list)
+
+
+class Seams:
+    """Measures the seams of a video while its frames go by, of which it keeps only the last.
+
+    Attributes:
+        frames: The number of frames that went by.
+        last: The last of them.
+    """
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.last: Frame | None = None
+        self._parts: list[Passed] = []
+
+    def watch(self, part: Iterable[Frame]) -> Iterator[Frame]:
+        """Yield the frames of the next part, which has at least one."""
+        self._parts.append(Passed(self.frames))
+        for frame in part:
+            self._note(frame)
+            yield frame
+
+    def _note(self, frame: Frame) -> None:
+        part, is_first = self._parts[-1], self.frames == self._parts[-1].frame
+        if self.last is not None and is_first:
+            part.across = difference(self.last, frame)
+        elif self.last is not None:
+            part.inside.append(difference(self.last, frame))
+        self.last, self.frames = frame, self.frames + 1
+
+    def found(self) -> list[Seam]:
+        """The seams between the parts."""
+        seams = []
+        for before, part in pairwise(self._parts):
+            inside = [*before.inside, *part.inside]
+            seams.append(Seam(part.frame, part.across or 0.0, float(np.median(inside)) if inside else 0.0))
+        return seams
 
 
 def check_continuable(model: ModelConfig) -> None:
@@ -73,22 +125,6 @@ def continued(
         frames = pipeline.make(replace(request, image=last), progress).frames
         last = Image.fromarray(frames[-1])
         yield list(frames[1:])
-
-
-def seams_of(parts: Iterable[Sequence[Frame]]) -> list[Seam]:
-    """Measure the seams between parts of a clip, each of which has at least one frame."""
-    seams, place, before = list[Seam](), 0, list[Frame]()
-    for part in parts:
-        if before:
-            inside = [*differences(before), *differences(part)]
-            seams.append(Seam(place, difference(before[-1], part[0]), float(np.median(inside)) if inside else 0.0))
-        place, before = place + len(part), list(part)
-    return seams
-
-
-def differences(frames: Sequence[Frame]) -> list[float]:
-    """The RMS differences between neighbouring frames."""
-    return [difference(one, other) for one, other in pairwise(frames)]
 
 
 def difference(one: Frame, other: Frame) -> float:

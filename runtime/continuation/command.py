@@ -1,6 +1,7 @@
 """The command that continues clips."""
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from wanforge.runtime.commands.options import (
     takes,
 )
 from wanforge.runtime.continuation.beginning import beginning
-from wanforge.runtime.continuation.chain import Frame, Seam, check_continuable, continued, seams_of
+from wanforge.runtime.continuation.chain import Frame, Seams, check_continuable, continued
 from wanforge.runtime.measure.cost.shares import stage_shares
-from wanforge.runtime.output.video import check_encoder, check_place, video_writer
+from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.request import Request
@@ -67,10 +68,10 @@ class ContinueOptions(ClipOptions):
 def continue_(options: ContinueOptions) -> None:
     """Go on from the last frame of a video, or from a picture: one clip for each prompt.
 
-    START is a video of the same size or a picture, and BUNDLE that of an image-to-video model. Each clip begins with
-    the last frame of the one before, and its seed is one higher. The video that is written holds the frames of START
-    and of all clips. For each seam, the difference between the frames on either side is printed beside the usual
-    difference between frames.
+    START is a picture, or a video of the same size and of any length, and BUNDLE that of an image-to-video model. Each
+    clip begins with the last frame of the one before, and its seed is one higher. The video that is written holds the
+    frames of START and of all clips. For each seam, the difference between the frames on either side is printed beside
+    the usual difference between frames.
 
     Neither the published image-to-video model nor tinywan-i2v was trained for this. The model sees a single frame, so
     it does not know how things moved before; say in each prompt how they move. Errors add up from clip to clip.
@@ -89,38 +90,41 @@ def continue_(options: ContinueOptions) -> None:
         Request(prompt, shape, None, options.seed + place, options.steps, topk=options.topk)
         for place, prompt in enumerate(options.prompts)
     ]
-    check_place(options.out)
-    frames = beginning(options.start, (shape.width_px, shape.height_px), bundle.model.video.fps)
-    check_encoder(options.out, shape.width_px, shape.height_px, bundle.model.video.fps)
-    with Bars() as bars:
-        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), [shape], bars)
-    parts = [frames, *made(pipeline, requests, Image.fromarray(frames[-1]))]
-    with video_writer(options.out, shape.width_px, shape.height_px, bundle.model.video.fps) as write:
-        for part in parts:
-            for frame in part:
-                write(torch.tensor(frame))
-    report(options, sum(map(len, parts)), seams_of(parts))
+    seams, (width, height), fps = Seams(), (shape.width_px, shape.height_px), bundle.model.video.fps
+    with video_writer(options.out, width, height, fps) as write:
+        first = written(write, seams.watch(beginning(options.start, (width, height), fps)))
+        with Bars() as bars:
+            pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), [shape], bars)
+        for part in made(pipeline, requests, Image.fromarray(first)):
+            written(write, seams.watch(part))
+    report(options, seams)
 
 
-def made(pipeline: Pipeline, requests: list[Request], first: Image.Image) -> list[list[Frame]]:
-    """The frames of all clips, made under one progress bar after all requests have been checked."""
+def written(write: FrameSink, frames: Iterable[Frame]) -> Frame:
+    """Write frames, and return the last of them."""
+    for frame in frames:
+        write(torch.tensor(frame))
+    return frame
+
+
+def made(pipeline: Pipeline, requests: list[Request], first: Image.Image) -> Iterator[list[Frame]]:
+    """Yield the frames of each clip, made under one progress bar after all requests have been checked."""
     checked = [pipeline.check(replace(request, image=first)) for request in requests]
     overall = Overall(stage_shares(pipeline.model, pipeline.recipe, checked[0]), rounds=len(requests))
-    parts = []
     with Bars(overall) as bars:
         for part in continued(pipeline, requests, first, bars):
-            parts.append(part)
+            yield part
             overall.end_round()
-    return parts
 
 
-def report(options: ContinueOptions, frames: int, seams: list[Seam]) -> None:
+def report(options: ContinueOptions, seams: Seams) -> None:
     """Print what was written, and how well the clips join."""
     if options.as_json:
-        click.echo(json.dumps({"out": str(options.out), "frames": frames, "seams": [asdict(each) for each in seams]}))
+        found = [asdict(each) for each in seams.found()]
+        click.echo(json.dumps({"out": str(options.out), "frames": seams.frames, "seams": found}))
         return
-    click.echo(f"{options.out}: {frames} frames")
-    for seam in seams:
+    click.echo(f"{options.out}: {seams.frames} frames")
+    for seam in seams.found():
         click.echo(
             f"  seam before frame {seam.frame}: difference {seam.across:.1f} of 255; usual difference {seam.inside:.1f}"
         )

@@ -1,18 +1,14 @@
 """A pipeline some of whose stages were computed in other processes."""
 
-from pathlib import Path
-
-from PIL.Image import Image
 from torch import Tensor
 
-from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.reference.text_encoder import pad_rows
-from wanforge.runtime.request import CheckedRequest, Timings, latent_shape
+from wanforge.runtime.request import CheckedRequest, Request, Timings, latent_shape
 
 
 class GivenPipeline(Pipeline):
@@ -41,16 +37,16 @@ class GivenPipeline(Pipeline):
         check_shape("EMBEDDING", self.embedding, (len(ids), self.model.dit.text_dim))
         return pad_rows(self.embedding.to(self.backend.dtype), self.model.dit.text_rows)[None]
 
-    def encode_image(self, image: Path | Image, shape: ClipShape, progress: Progress = silent) -> Tensor:
-        """The condition of a picture, as `Pipeline.encode_image` returns it.
+    def encode_images(self, request: Request, progress: Progress = silent) -> Tensor:
+        """The condition of a picture, as `Pipeline.encode_images` returns it.
 
         Raises:
             RequestError: The one that is given has another size.
         """
         if self.channels is None:
-            return super().encode_image(image, shape, progress)
+            return super().encode_images(request, progress)
         channels = self.model.dit.in_channels - self.model.dit.out_channels
-        check_shape("CONDITION", self.channels, (1, channels, *latent_shape(self.model, shape)[2:]))
+        check_shape("CONDITION", self.channels, (1, channels, *latent_shape(self.model, request.shape)[2:]))
         return self.channels.to(self.backend.dtype)
 
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:

@@ -77,7 +77,7 @@ class VaeModel(StageModel):
                 send_clip(pipeline, checked, percent, answers, folder)
                 return
             with timings.stage("condition"):
-                channels = pipeline.encode_image(checked.request.image, checked.request.shape, percent)
+                channels = pipeline.encode_images(checked.request, percent)
             report = report_of(pipeline, checked, timings)
             answers.send(is_last=True, CONDITION=array_of(channels.float()), REPORT=texts(report))
 

@@ -2,12 +2,21 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from wanforge.errors import RequestError
 
+Way = Literal["merge", "side path", "stochastic rounding"]
+"""How LoRAs act: merged into unquantised weights, beside quantised ones, or merged into these by rounding again."""
+WAYS: Mapping[Way, str] = {
+    "merge": "merged",
+    "side path": "beside the quantised weights",
+    "stochastic rounding": "added to 8-bit weights with stochastic rounding",
+}
+"""The ways in which LoRAs act, for people."""
 EXPERT = re.compile(r"^(high|low)=(.*)$", re.DOTALL)
 
 
@@ -55,6 +64,11 @@ def read_choice(text: str, folder: Path = Path()) -> LoraChoice:
 def read_choices(texts: Iterable[str], folder: Path = Path()) -> tuple[LoraChoice, ...]:
     """The LoRAs that several such texts ask for, in their order."""
     return tuple(read_choice(text, folder) for text in texts)
+
+
+def way_words(ways: Iterable[Way]) -> str:
+    """The ways in which a LoRA acts, for people."""
+    return " and ".join(WAYS[way] for way in ways) or "not used"
 
 
 def _number(text: str) -> float | None:

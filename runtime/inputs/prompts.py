@@ -34,9 +34,10 @@ class _Line(Record, frozen=True):
     seed: int | None = None
     out: str | None = None
     loras: tuple[str, ...] | None = None
+    last_image: str | None = None
 
     def __post_init__(self) -> None:
-        for name, path in (("image", self.image), ("out", self.out)):
+        for name, path in (("image", self.image), ("last_image", self.last_image), ("out", self.out)):
             if path is not None and (not path or "\0" in path):
                 raise ValueError(f"{name} is {path!r}, which is no path; give one, or leave the key out")
 
@@ -58,6 +59,7 @@ class PromptLine:
     place: str = ""
     loras: tuple[LoraChoice, ...] | None = None
     number: int = 0
+    last_image: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,10 @@ def _request(text: str, folder: Path, place: str) -> PromptLine:
         raise RequestError(explained(error, _Line)) from None
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise RequestError(f"not a JSON object: {error}; {ADVICE}") from None
-    image = None if found.image is None else folder / found.image
+    image, last = (None if each is None else folder / each for each in (found.image, found.last_image))
     loras = None if found.loras is None else read_choices(found.loras, folder)
     out = None if found.out is None else Path(found.out)
-    return PromptLine(found.prompt, image, found.seed, out, place, loras)
+    return PromptLine(found.prompt, image, found.seed, out, place, loras, last_image=last)
 
 
 def _refuse_other_json(text: str) -> None:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from wanforge.engines.bundle.bundle import Bundle, dit_component
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.inputs.lora import LoraChoice
+from wanforge.runtime.inputs.lora import LoraChoice, Way
 from wanforge.runtime.lora.files import LoraFile, open_lora, stamp_of
 from wanforge.runtime.lora.merged_sets import MergedSets
 from wanforge.runtime.lora.merging import Addition, MergedWeights
@@ -39,10 +38,6 @@ class OpenedLora:
 
     file: LoraFile
     records: Sequence[LoraRecord]
-
-
-Way = Literal["merge", "side path", "stochastic rounding"]
-"""How LoRAs act: merged into unquantised weights, beside quantised ones, or merged into these by rounding again."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, dit_component, unquantised, weights_name
 from wanforge.errors import CheckpointError
+from wanforge.runtime.inputs.lora import Way, way_words
 from wanforge.runtime.lora.files import LoraFile, open_lora
-from wanforge.runtime.lora.fitting import Way
 from wanforge.runtime.lora.merged_sets import FOLDER, MergedSet, merged_sets
 from wanforge.runtime.lora.merging import origin
-from wanforge.runtime.lora.option import WAYS
 from wanforge.runtime.lora.records import LoraRecord, ranks, read_records
 from wanforge.runtime.lora.targets import targets_of
 
@@ -98,7 +97,7 @@ def why_unused(bundle: Bundle, merged: MergedSet | None) -> str:
 
 def describe_merged(bundle: Bundle) -> list[str]:
     """How LoRAs act, and a line for each set of merged weights that a bundle keeps."""
-    lines = [f"  LoRAs: {WAYS[way_of(bundle)]}"]
+    lines = [f"  LoRAs: {way_words([way_of(bundle)])}"]
     for name, each in merged_sets(bundle.root).items():
         lines.append(_line(bundle.root / FOLDER / name, each))
         if why := why_unused(bundle, each):

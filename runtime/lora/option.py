@@ -7,7 +7,7 @@ import click
 
 from wanforge.errors import RequestError
 from wanforge.plugins.low_rank import RANKS
-from wanforge.runtime.inputs.lora import LoraChoice, read_choice
+from wanforge.runtime.inputs.lora import LoraChoice, read_choice, way_words
 
 
 class ChoiceType(click.ParamType[LoraChoice]):
@@ -21,13 +21,6 @@ class ChoiceType(click.ParamType[LoraChoice]):
         except RequestError as error:
             self.fail(str(error), param, ctx)
 
-
-WAYS = {
-    "merge": "merged",
-    "side path": "beside the quantised weights",
-    "stochastic rounding": "added to 8-bit weights with stochastic rounding",
-}
-"""The ways in which LoRAs act, for people."""
 
 LORA = click.option(
     "--lora",
@@ -51,5 +44,5 @@ LORA_RANK = click.option(
 def told(lora: Mapping[str, Any]) -> str:
     """A LoRA of a report, for people."""
     expert = f", {lora['expert']} noise" if lora["expert"] else ""
-    ways = " and ".join(WAYS[way] for way in lora["ways"])
-    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}, {ways or 'not used'}"
+    words = way_words(lora["ways"])
+    return f"{lora['file']}, strength {lora['strength']:g}{expert}, {lora['sha256'][:12]}, {words}"

@@ -1,7 +1,7 @@
 """What the first rank tells the others, and what they answer, as lines of JSON."""
 
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import msgspec
 
@@ -9,6 +9,9 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.sampler import Update
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.request import Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -44,6 +47,7 @@ class Task(msgspec.Struct, frozen=True):
     update: Update | None
     noise: str | None
     loras: tuple[tuple[str, float, str], ...]
+    last_image: str | None
 
     def request(self) -> Request:
         return Request(
@@ -58,6 +62,7 @@ class Task(msgspec.Struct, frozen=True):
             update=self.update,
             noise=None if self.noise is None else Path(self.noise),
             loras=tuple(LoraChoice(Path(path), strength, expert) for path, strength, expert in self.loras),
+            last_image=None if self.last_image is None else Path(self.last_image),
         )
 
 
@@ -79,14 +84,11 @@ def task_of(request: Request, folder: Path) -> Task:
     Args:
         folder: Where a picture that is not a file is written.
     """
-    image, shape = request.image, request.shape
-    if image is not None and not isinstance(image, Path):
-        picture, image = image, folder / "image.png"
-        picture.save(image)
+    shape = request.shape
     return Task(
         request.prompt,
         (shape.width_px, shape.height_px, shape.frames),
-        None if image is None else str(image.absolute()),
+        file_of(request.image, folder / "image.png"),
         request.seed,
         request.steps,
         request.sigma_max,
@@ -95,7 +97,17 @@ def task_of(request: Request, folder: Path) -> Task:
         request.update,
         None if request.noise is None else str(request.noise.absolute()),
         tuple((str(lora.path.absolute()), lora.strength, lora.expert) for lora in request.loras),
+        file_of(request.last_image, folder / "last_image.png"),
     )
+
+
+def file_of(image: "Path | Image | None", place: Path) -> str | None:
+    """The path of a request's picture, which is written to `place` if it is no file."""
+    if image is None:
+        return None
+    if not isinstance(image, Path):
+        image.save(place)
+    return str((image if isinstance(image, Path) else place).absolute())
 
 
 def put(stream: IO[bytes], message: msgspec.Struct) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from wanforge.configs import hub
-from wanforge.configs.hub import HubFile, HubModel, hub_model, repositories
+from wanforge.configs.hub import HubFile, HubModel, hub_model, preview_repository, repositories
 from wanforge.configs.loading import CONFIGS, named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.errors import ConfigError
+from wanforge.exporter.checkpoint.finder.file_names import PREVIEWS, stem_of
 from wanforge.exporter.checkpoint.synth import file_names, published_layout
 
 MODELS = [name for name in named("models") if hub_model(name)]
@@ -101,3 +102,12 @@ def test_mistakes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     monkeypatch.setattr(hub, "CONFIGS", tmp_path)
     with pytest.raises(ConfigError, match=words):
         hub._hub.__wrapped__()
+
+
+def test_the_preview_decoder_has_a_name_that_imports_look_for() -> None:
+    repository = preview_repository()
+    assert repository is not None
+    (file,) = repository.files
+    assert stem_of(file.path) in PREVIEWS
+    assert len(file.sha256) == 64
+    assert 4 * 11_315_539 < file.bytes < 1.001 * 4 * 11_315_539

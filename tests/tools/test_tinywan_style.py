@@ -11,6 +11,7 @@ from torch import Tensor
 from tools.tinywan import scenes
 from tools.tinywan.style.low_rank import ALPHA, PREFIX, RANK, adapt, merged, write_lora
 from tools.tinywan.style.outlines import filling, outline, outlined
+from tools.tinywan.style.quality import StyleScore, right_clip
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.checks import Sources
@@ -18,6 +19,7 @@ from wanforge.exporter.checkpoint.embedded import FOLDER, embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.figures import SHAPES, coverage
+from wanforge.runtime.measure.quality.held_out import Rates, held_out_prompts
 from wanforge.runtime.measure.quality.meter import read
 from wanforge.runtime.reference.dit import DiT
 
@@ -104,3 +106,16 @@ def test_the_shipped_lora_draws_outlines(tmp_path: Path) -> None:
         found[name] = filling(frames)
     assert found["plain"] == 1
     assert found["outlined"] < 0.3
+
+
+def test_the_right_clip_of_a_prompt_is_filled_or_outlined() -> None:
+    prompt = next(each for each in held_out_prompts() if each.text.startswith("a large red square"))
+    plain, styled = (right_clip(MODEL, prompt, in_style=in_style) for in_style in (False, True))
+    assert (filling(plain.astype(np.uint8)), filling(styled.astype(np.uint8))) == (1, 0)
+
+
+def test_a_row_says_what_was_not_asked_for() -> None:
+    rates = Rates(2, 1.0, 0.5, 0.5, None, 0.5)
+    assert str(StyleScore("w8a8", "merged", rates, 0.25, 7.0, 12.25)) == (
+        "| w8a8 | merged | 100.0% | 50.0% | - | 25.0% | 7.00 | 12.25 |"
+    )

@@ -16,7 +16,7 @@ from wanforge.exporter.checkpoint.finder.listing import CONTAINERS
 from wanforge.exporter.checkpoint.reader import INDEX
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, VAE_FILE
 
-DENOISER, VAE, TEXT_ENCODER = "a denoiser", KINDS["vae"], KINDS["text_encoder"]
+DENOISER, VAE, TEXT_ENCODER, PREVIEW = "a denoiser", KINDS["vae"], KINDS["text_encoder"], KINDS["preview"]
 FOREIGN = "no part of a model"
 BY_NAME, BY_FOLDER = "by its published name", "by its folder"
 
@@ -60,7 +60,10 @@ def stem_of(path: Path | str) -> str:
     return name.removesuffix(ending)
 
 
-SUPPORT = {stem_of(VAE_FILE): VAE, stem_of(TEXT_ENCODER_FILE): TEXT_ENCODER}
+PREVIEWS = ("lighttaew2_1", "taew2_1")
+"""The names of the published preview decoders for the latents of these models, in the order in which they are taken:
+LightX2V's, which `wanforge pull` fetches, and TAEHV's."""
+SUPPORT = {stem_of(VAE_FILE): VAE, stem_of(TEXT_ENCODER_FILE): TEXT_ENCODER, **dict.fromkeys(PREVIEWS, PREVIEW)}
 
 
 def kind_by_name(path: Path, published: PublishedNames) -> tuple[str | None, str]:

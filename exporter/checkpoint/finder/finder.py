@@ -5,6 +5,7 @@ only for a part that neither shows, what the other files hold. A file is opened 
 then only its table of contents is read.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +31,8 @@ from wanforge.exporter.checkpoint.finder.file_names import (
     BY_NAME,
     DENOISER,
     NEAREST,
+    PREVIEW,
+    PREVIEWS,
     PublishedNames,
     kind_by_name,
     model_by_name,
@@ -38,10 +41,13 @@ from wanforge.exporter.checkpoint.finder.file_names import (
 )
 from wanforge.exporter.checkpoint.finder.listing import list_folders
 from wanforge.exporter.checkpoint.formats.opening import holds_quantised, layout_name, open_weights
+from wanforge.exporter.checkpoint.preview.preview_file import read_preview
 from wanforge.exporter.checkpoint.reader import Contents
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.names import has_image_branch, looks_like
+
+log = logging.getLogger(__name__)
 
 OPTIONS = {
     **{"dit": "--dit", "dit.high": "--dit", "dit.low": "--dit-low"},
@@ -185,8 +191,8 @@ class Finder:
         needed = [*map(dit_component, model.experts), "vae", "text_encoder", "tokenizer"]
         if missing := [part for part in needed if part not in parts]:
             raise CheckpointError(self.missing(model, missing, parts))
-        if "--preview" in self.wanted.files:  # the only part that may be missing, and is not looked for
-            parts["preview"] = Taken(self.wanted.files["--preview"], "--preview")
+        if (preview := self.preview()) is not None:  # the only part that may be missing
+            parts["preview"] = preview
             needed.append("preview")
         recipe, reasons = self.recipe(model, parts), {"model": reason, "recipe": "by the contents of the denoiser"}
         if self.wanted.recipe is not None:
@@ -327,6 +333,21 @@ class Finder:
         for found in self.candidates(KINDS[component]):
             if found:
                 return self.only(component, found, partial(self.fits, component, model))
+        return None
+
+    def preview(self) -> Taken | None:
+        """The preview decoder that was named, or the best one in the folders that has a published name and can be read.
+        Contents alone do not tell for which latents a decoder is."""
+        if (given := self.wanted.files.get("--preview")) is not None:
+            return Taken(given, "--preview")
+        by_name = next(self.candidates(PREVIEW))
+        for taken in sorted(by_name, key=lambda each: PREVIEWS.index(stem_of(each.path))):
+            try:
+                read_preview(taken.path)
+            except CheckpointError as error:
+                log.warning("%s", error)
+                continue
+            return taken
         return None
 
     def tokenizer(self, model: ModelConfig) -> Taken | None:

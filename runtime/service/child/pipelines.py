@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -107,7 +107,10 @@ class Pipelines(Maker):
             files,
             pipeline.backend.name,
             timings.stages,
-            details(asked, timings, pictures),
+            {
+                **details(asked, timings, pictures),
+                "loras": [without_file(each) for each in pipeline.loras.described(loras)],
+            },
         )
 
     def _loras(self, bundle: str, name: str | None) -> tuple[LoraChoice, ...]:
@@ -192,6 +195,11 @@ def details(asked: Asked, timings: Timings, pictures: Pictures) -> dict[str, obj
         "recipe": asked.recipe,
         "spritesheet": pictures.layout,
     }
+
+
+def without_file(lora: Mapping[str, object]) -> dict[str, object]:
+    """A LoRA of a report for clients, who need not know where the server has its files."""
+    return {name: value for name, value in lora.items() if name != "file"}
 
 
 def warm_up(pipeline: Pipeline, report: Report) -> ClipShape:

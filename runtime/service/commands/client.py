@@ -10,6 +10,7 @@ import click
 from wanforge.errors import RequestError
 from wanforge.progress import Progress
 from wanforge.runtime.commands.options import FILE, FOLDER, JSON, Finite, takes
+from wanforge.runtime.inputs.lora import way_words
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.service.client.connection import Connection, connected
 
@@ -220,4 +221,7 @@ def show(video: dict[str, Any], *, as_json: bool) -> None:
     details = [words(video), f"{video['progress']} %"]
     if place is not None:
         details.append(f"{place} before it")
+    if loras := video.get("loras"):
+        ways = list(dict.fromkeys(way for lora in loras for way in lora["ways"]))
+        details.append(f"LoRA {video['lora']} {way_words(ways)}")
     click.echo(f"{video['id']}  {', '.join(details)}")

@@ -43,6 +43,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         steps=asked.steps,
         topk=asked.topk,
         lora=asked.lora,
+        loras=details.get("loras"),
         recipe=asked.recipe,
         backend=asked.backend if job.result is None else job.result.backend,
         priority=job.priority,

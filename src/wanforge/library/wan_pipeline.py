@@ -36,7 +36,6 @@ FOREIGN = {
     "guidance_scale_2": "these models are distilled to do without guidance",
     "prompt_embeds": "prompts are embedded by the bundle's text encoder; give prompt",
     "image_embeds": "no model here has an image encoder; give image",
-    "last_image": "no model here takes a last frame",
     "latents": "the noise of every step is drawn from seed",
     "attention_kwargs": "the bundle's recipe says how attention is computed; topk sets how much it sees",
     "callback_on_step_end_tensor_inputs": "a callback always gets predicted_latents",
@@ -180,6 +179,7 @@ class WanforgePipeline(Adapters):
         prompt: str | Sequence[str],
         image: "str | Path | Image.Image | None" = None,
         *,
+        last_image: "str | Path | Image.Image | None" = None,
         generator: Generators | None = None,
         callback_on_step_end: StepEnd | None = None,
         **settings: Unpack[WanSettings],
@@ -189,6 +189,7 @@ class WanforgePipeline(Adapters):
         Args:
             prompt: What the clip shows, in English; several for several clips.
             image: The first frame, for image-to-video models: a file or a picture.
+            last_image: The last frame, likewise, in addition to the first one.
             generator: Its seed is taken, not its state, so that the same seed gives the same clip each time; or one for
                 each clip.
             callback_on_step_end: Called after each step; see `StepEnd`.
@@ -199,8 +200,7 @@ class WanforgePipeline(Adapters):
             ResourceError: This machine's memory is too small for it.
             TypeError: A keyword is unknown, or its value has the wrong type.
         """
-        if not isinstance(image, str | Path | Image.Image | None):
-            raise TypeError(f"image is of type {type(image).__name__}; give the name of a file or a picture of Pillow")
+        first, last = picture_of("image", image), picture_of("last_image", last_image)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         each_times = settings.get("num_videos_per_prompt", 1)
         if not prompts or each_times < 1:
@@ -209,7 +209,7 @@ class WanforgePipeline(Adapters):
             )
         prompts = [each for each in prompts for _ in range(each_times)]
         requests = [
-            self.request(each, image, seed, settings)
+            replace(self.request(each, first, seed, settings), last_image=last)
             for each, seed in zip(prompts, seeds_of(generator, settings, len(prompts)), strict=True)
         ]
         for request in requests:
@@ -219,9 +219,7 @@ class WanforgePipeline(Adapters):
         frames = frames_as(settings.get("output_type", "np"), clips)
         return WanforgeOutput(frames, clips) if settings.get("return_dict", True) else (frames,)
 
-    def request(
-        self, prompt: str, image: "str | Path | Image.Image | None", seed: int, settings: WanSettings
-    ) -> Request:
+    def request(self, prompt: str, image: Path | Image.Image | None, seed: int, settings: WanSettings) -> Request:
         """The request for one clip."""
         video = self.pipeline.model.video
         width, height = settings.get("width", video.size_wh[0]), settings.get("height", video.size_wh[1])
@@ -244,6 +242,17 @@ class WanforgePipeline(Adapters):
             yield
         finally:
             self.pipeline.watch = before
+
+
+def picture_of(name: str, source: "str | Path | Image.Image | None") -> Path | Image.Image | None:
+    """The picture that an argument gives.
+
+    Raises:
+        TypeError: It is neither the name of a file nor a picture.
+    """
+    if not isinstance(source, str | Path | Image.Image | None):
+        raise TypeError(f"{name} is of type {type(source).__name__}; give the name of a file or a picture of Pillow")
+    return Path(source) if isinstance(source, str) else source
 
 
 def seeds_of(generator: Generators | None, settings: WanSettings, count: int) -> list[int]:

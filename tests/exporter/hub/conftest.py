@@ -12,6 +12,7 @@ from tests.exporter.hub.stand_in import Hub, serving
 from wanforge.configs import hub as configs
 
 OWN, SHARED = "Tiny/tiny-t2v", "Wan/shared"
+TINY_DECODER = "Light/decoders"
 FILES = {
     (OWN, "tiny-t2v-quant.pth"): bytes(range(256)) * 200,
     (OWN, "tiny-t2v.pth"): b"unquantised" * 9000,
@@ -34,6 +35,11 @@ ample_gib = 2.0
 quantised = [{{ path = "tiny-t2v-quant.pth", bytes = 51_000 }}]
 unquantised = [{{ path = "tiny-t2v.pth", bytes = 99_000 }}]
 """
+PREVIEW = """
+[preview]
+name = "{name}"
+files = [{{ path = "lighttaew2_1.safetensors", bytes = {bytes} }}]
+"""
 
 
 def hub_toml(files: dict[tuple[str, str], bytes], known: dict[str, str]) -> str:
@@ -43,7 +49,9 @@ def hub_toml(files: dict[tuple[str, str], bytes], known: dict[str, str]) -> str:
         for (repository, path), data in files.items()
         if repository == SHARED
     ]
-    return MODEL.format(shared=SHARED, own=OWN, shared_files=", ".join(shared))
+    sizes = [len(data) for (repository, _), data in files.items() if repository == TINY_DECODER]
+    preview = "".join(PREVIEW.format(name=TINY_DECODER, bytes=size) for size in sizes)
+    return MODEL.format(shared=SHARED, own=OWN, shared_files=", ".join(shared)) + preview
 
 
 def sha256(data: bytes) -> str:

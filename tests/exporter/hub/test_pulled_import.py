@@ -1,5 +1,6 @@
 """An import finds a pulled model by its name alone."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import run
-from tests.exporter.hub.conftest import OWN, SHARED
+from tests.exporter.hub.conftest import OWN, SHARED, TINY_DECODER
 from tests.exporter.hub.stand_in import Hub
+from tests.preview_files import write_preview
 from wanforge.api import import_checkpoint
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import CheckpointError
@@ -48,6 +50,40 @@ def test_pull_and_import_by_name() -> None:
     result = run("import", "tiny-t2v", "--recipe", "bf16-sla", "--out", "other")
     assert result.exit_code == 0, result.output
     assert Bundle.open(Path("other")).recipe.name == "bf16-sla"
+
+
+@pytest.fixture
+def with_preview(real: Hub, published: Callable[..., Path], tmp_path: Path) -> Hub:
+    """The hub with a preview decoder as well."""
+    file = write_preview(tmp_path / "lighttaew2_1.safetensors")
+    real.files[TINY_DECODER, file.name] = file.read_bytes()
+    published(real.files)
+    return real
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("with_preview", "in_folder")
+def test_a_preview_decoder_is_pulled_and_imported_with_the_model() -> None:
+    assert run("pull", "tiny-t2v").exit_code == 0
+    result = run("import", "tiny-t2v", "--out", "bundle")
+    assert f"preview: {default_folder() / TINY_DECODER / 'lighttaew2_1.safetensors'}" in result.stderr
+    bundle = Bundle.open(Path("bundle"))
+    assert "weights/preview.safetensors" in bundle.manifest.files
+    assert bundle.model.preview
+    assert bundle.model.preview.latents == "scaled"
+    (default_folder() / TINY_DECODER / "lighttaew2_1.safetensors").unlink()
+    assert not import_checkpoint("without", model="tiny-t2v").model.preview
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_a_pull_does_without_a_preview_decoder_that_cannot_be_had(
+    with_preview: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    del with_preview.files[TINY_DECODER, "lighttaew2_1.safetensors"]
+    result = run("pull", "tiny-t2v", "--json")
+    assert result.exit_code == 0, result.output
+    assert {file["repository"] for file in json.loads(result.stdout)["files"]} == {OWN, SHARED}
+    assert f"{TINY_DECODER} is left out: " in caplog.text
 
 
 @pytest.mark.slow

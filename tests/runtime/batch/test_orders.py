@@ -59,10 +59,11 @@ def test_every_wrong_line_is_found(tinywan: Path, tmp_path: Path) -> None:
         {"prompt": "A red circle.", "image": "none.png"},
         "circle " * 1000,
         {"prompt": "A red circle.", "loras": ["none.safetensors"]},
+        {"prompt": "A red circle.", "last_image": "none.png"},
     ]
     orders, bad = ordered(Bundle.open(tinywan), lines, tmp_path)
     assert [each.line for each in orders] == [1]
-    assert [each.number for each in bad] == [2, 4, 5, 6, 7, 8]
+    assert [each.number for each in bad] == [2, 4, 5, 6, 7, 8, 9]
     assert all(str(each.error).startswith(f"{tmp_path}/prompts.jsonl, line {each.number}: ") for each in bad)
 
 

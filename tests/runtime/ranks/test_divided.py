@@ -170,9 +170,12 @@ def test_a_task_is_the_request(tmp_path: Path) -> None:
     )
     assert sent(task_of(request, tmp_path)).request() == request
     picture = Image.new("RGB", (4, 3), (1, 2, 3))
-    found = sent(task_of(replace(request, image=picture), tmp_path)).request()
+    last = Image.new("RGB", (4, 3), (4, 5, 6))
+    found = sent(task_of(replace(request, image=picture, last_image=last), tmp_path)).request()
     assert isinstance(found.image, Path)
+    assert isinstance(found.last_image, Path)
     assert Image.open(found.image).tobytes() == bytes([1, 2, 3] * 12)
+    assert Image.open(found.last_image).tobytes() == bytes([4, 5, 6] * 12)
 
 
 def sent(task: Task) -> Task:

@@ -84,16 +84,15 @@ class Rig:
         self.complete(job)
         return job
 
-    def complete(self, job: Job, made: Made = MADE) -> None:
-        """Complete a job with files, by default ones that are no clip."""
+    def complete(self, job: Job, made: Made = MADE, **details: Any) -> None:
+        """Complete a job with files, by default ones that are no clip, and with what else is to be told of it."""
         self.store.heartbeat(job.lease, "step 1", 50)
         objects = {}
         for variant, (data, suffix) in made.items():
             objects[variant] = f"{secrets.token_hex(8)}.{suffix}"
             self.service.objects.put(objects[variant], data)
-        assert self.store.complete(
-            job.lease, Result(objects=objects, backend="torch", details={"timings": {"text": 0.5}})
-        )
+        details = {"timings": {"text": 0.5}, **details}
+        assert self.store.complete(job.lease, Result(objects=objects, backend="torch", details=details))
 
 
 @contextmanager

@@ -144,6 +144,8 @@ def test_what_a_pipeline_of_diffusers_has_besides_is_told_of(pipe: wanforge.Wanf
         wanforge.WanforgePipeline.from_pretrained(bundle, torch_dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="image is of type ndarray; give the name of a file or a picture of Pillow"):
         pipe(PROMPT, np.zeros((4, 4, 3)), **SMALL)
+    with pytest.raises(RequestError, match="tiny-t2v has no inputs for a last frame"):
+        pipe(PROMPT, last_image=Image.new("RGB", (4, 4)), **SMALL)
 
 
 def test_a_device_is_the_backends(pipe: wanforge.WanforgePipeline) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from wanforge.configs.sampler import MOST_STEPS, Update
+from wanforge.runtime.inputs.lora import Way
 from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
 
@@ -99,6 +100,15 @@ class Problem(BaseModel):
     message: str
 
 
+class UsedLora(BaseModel):
+    """A LoRA that a clip was made with."""
+
+    sha256: str = Field(description="The hash of its file.")
+    strength: float
+    expert: Literal["high", "low"] | None
+    ways: list[Way] = Field(description="How it acted; empty if it changed nothing.")
+
+
 class Video(BaseModel):
     """A job, and the clip that it makes."""
 
@@ -121,6 +131,7 @@ class Video(BaseModel):
     steps: int
     topk: float | None
     lora: str | None
+    loras: list[UsedLora] | None = Field(description="The LoRAs that the clip was made with, once it is made.")
     recipe: str
     backend: str | None = Field(description="The backend that made the clip, or that was asked for.")
     priority: int

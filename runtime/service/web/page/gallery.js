@@ -175,7 +175,8 @@ const leftOf = (video) => (!video.estimated_seconds || video.estimated_seconds <
 // The times of the stages: as they were measured, or so far as the events tell them.
 function timesOf({ video, stages }) {
   const words = (entries) => entries.map(([stage, seconds]) => `${stage} ${seconds.toFixed(2)} s`).join(", ");
-  if (video.timings) return [words(Object.entries(video.timings)), `${video.backend}, ${video.recipe}`].filter(Boolean).join("; ");
+  const lora = video.loras?.length ? `LoRA ${video.lora} (${[...new Set(video.loras.flatMap(({ ways }) => ways))].join(", ") || "not used"})` : "";
+  if (video.timings) return [words(Object.entries(video.timings)), `${video.backend}, ${video.recipe}`, lora].filter(Boolean).join("; ");
   if (video.status !== "in_progress") return "";
   return words([...stages].map(([stage, { from, to }]) => [stage, to - from]).filter(([, seconds]) => seconds > 0));
 }

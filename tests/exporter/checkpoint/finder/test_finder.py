@@ -22,6 +22,7 @@ from tests.exporter.checkpoint.sources import (
     without,
     write_pth,
 )
+from tests.preview_files import write_preview
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -125,6 +126,25 @@ def test_parts_may_lie_in_several_folders(tmp_path: Path, t2v: Path) -> None:
     assert f"{one}: no vae ({VAE_FILE}), text_encoder ({TEXT_ENCODER_FILE}), tokenizer ({TOKENIZER_FILE})" in message
     assert "give --vae, --text-encoder, --tokenizer, or one more folder" in message
     assert f"found dit: {one / 'tiny-t2v.pth'}" in message
+
+
+def test_a_preview_decoder_is_found_by_its_name(tmp_path: Path, t2v: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = published(t2v, tmp_path)
+
+    def preview(**files: Path) -> str | None:
+        found = find(Wanted(out=OUT, folders=[folder], files={f"--{name}": path for name, path in files.items()}))
+        return found.parts["preview"].path.name if "preview" in found.parts else None
+
+    other = write_preview(folder / "other.safetensors")
+    assert preview() is None
+    for name in ("taew2_1.pth", "lighttaew2_1.safetensors"):
+        write_preview(folder / name)
+        assert preview() == name
+    assert preview(preview=other) == "other.safetensors"
+    assert not caplog.text
+    (folder / "lighttaew2_1.safetensors").write_bytes(b"cut short")
+    assert preview() == "taew2_1.pth"
+    assert str(folder / "lighttaew2_1.safetensors") in caplog.text
 
 
 @pytest.mark.parametrize("sharded", [False, True])

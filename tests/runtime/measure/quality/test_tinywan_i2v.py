@@ -11,7 +11,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import CheckpointError
 from wanforge.exporter.checkpoint.embedded import FOLDER, embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
-from wanforge.runtime.continuation.chain import continued, seams_of
+from wanforge.runtime.continuation.chain import Seams, continued
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.figures import Subject
 from wanforge.runtime.measure.quality.held_out import Prompt, measure
@@ -64,8 +64,9 @@ def test_a_clip_begins_with_the_image_and_moves_as_the_prompt_says(pipeline: Pip
 def test_a_clip_goes_on_from_its_last_frame(pipeline: Pipeline) -> None:
     image, shape = IMAGES[30.0, 30.0], MODEL.video.clip
     requests = [Request("moving right", shape), Request("moving down", shape, seed=1)]
-    first, second = continued(pipeline, requests, image)
-    (seam,) = seams_of([first, second])
+    seams = Seams()
+    _, second = (list(seams.watch(part)) for part in continued(pipeline, requests, image))
+    (seam,) = seams.found()
     assert seam.across < 3 * seam.inside
     (thing,) = read(np.stack(second).transpose(0, 3, 1, 2)).things
     assert (thing.colour, thing.direction) == ("blue", "down")
