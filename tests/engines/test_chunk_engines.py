@@ -1,6 +1,7 @@
 """The layer of a causal model compiles at its real size in every recipe that has engines, for every length of a chunk
 and of what it sees, and each of its attentions is one kernel."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,12 +16,13 @@ from tests.tensorrt_flavours import rtx
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.engines.build import faults
+from wanforge.engines.build import EngineOptions, build_engines, faults, graphs_to_build
 from wanforge.engines.builder import BuildJob, Built, build
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import GraphRecord
 from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.engines.files import inputs_of
-from wanforge.engines.sizes import SizeRange, named_sizes, shape_ranges
+from wanforge.engines.files import find_engine, inputs_of
+from wanforge.engines.sizes import SizeRange, named_sizes, profile, shape_ranges
 from wanforge.exporter.checkpoint.layout import layout
 from wanforge.exporter.onnx_model import model_from_graph, record_of
 from wanforge.runtime.graphs import graphs
@@ -97,6 +99,29 @@ def test_masks_take_no_memory(name: str, compiled: Callable[[str, str], Compiled
     copies = 2 * 2 * sizes["seen_tokens"].most * found.model.dit.dim
     rows = 2 * sizes["tokens"].most * found.model.dit.dim
     assert found.built.activation_bytes < copies + 9 * rows
+
+
+@pytest.mark.slow
+def test_engines_are_built_from_the_files_of_a_bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> None:
+    library = rtx()
+    bundle = Bundle.open(Path(shutil.copytree(bundle_of("tiny-causal", "w8a8").root, tmp_path / "bundle")))
+    only = ("chunk_block", "chunk_block_lora")
+    options = EngineOptions(bundle.model.video.clip, (89, 120), only, smaller=True, side_rank=16)
+    engines = build_engines(bundle, library, options)
+    assert [(engine.plugins, engine.faults) for engine in engines] == [(8, [])] * 2
+    assert [engine.name.removeprefix("engines/sm_89+sm_120/up-to-192x128x17/") for engine in engines] == [
+        "chunk_block.bf16.engine",
+        "chunk_block_lora16.bf16.engine",
+    ]
+    (onnx,) = graphs_to_build(bundle, ["chunk_block"])
+    record = bundle.manifest.files[onnx].graph
+    assert record is not None
+
+    def found(clip: ClipShape) -> str:
+        sizes = named_sizes(bundle.model, bundle.recipe, clip)
+        return find_engine(bundle, onnx, 89, profile(inputs_of(record), sizes), clip)
+
+    assert found(ClipShape(192, 128, 9)) == found(ClipShape(96, 64, 17)) == engines[0].name
 
 
 def test_an_engine_is_for_every_chunk_of_a_size() -> None:
