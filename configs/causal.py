@@ -16,6 +16,9 @@ from wanforge.errors import ConfigError
 
 Blocks = Annotated[int, Meta(ge=0, le=1 << 20)]
 
+BLOCKS = 6
+"""How many chunks upstream's policies remember, except for the one that forgets nothing."""
+
 PolicyName = Literal["none", "sliding_window", "rolling_sink", "infinity_rope"]
 """Upstream's names for cache policies."""
 
@@ -58,7 +61,7 @@ class CachePolicy(Record, frozen=True):
         return self.times == "contiguous"
 
 
-def policy(name: PolicyName, blocks: int = 6, sink: int | None = None) -> CachePolicy:
+def policy(name: PolicyName, blocks: int = BLOCKS, sink: int | None = None) -> CachePolicy:
     """A policy by upstream's name for it, with upstream's defaults.
 
     Args:
@@ -107,6 +110,17 @@ class CausalConfig(Record, frozen=True):
     def beginning(self, *, with_image: bool) -> "CausalConfig":
         """How a video is made that begins with an image, which is the first chunk, or with none."""
         return replace(self, first_frames=1) if with_image else self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The latent frames that a chunk may have, ascending. An image is a first chunk of one."""
+        return tuple(sorted({1, self.first_frames, self.chunk_frames}))
+
+    def most_past_frames(self, latent_frames: int) -> int:
+        """The most latent frames that a chunk sees of earlier ones: in a video of this length if nothing is forgotten,
+        or in one without end under the policies that forget, whichever is more."""
+        blocks = max(BLOCKS, self.cache.capacity)
+        return max(latent_frames - self.chunk_frames, blocks * self.lengths[-1])
 
     def num_chunks(self, latent_frames: int) -> int:
         """The number of chunks of a video.

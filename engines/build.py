@@ -105,14 +105,9 @@ def build_engines(
 
     Raises:
         WanforgeError: A graph is missing, or does not compile.
-        ConfigError: An architecture lacks the recipe's number format, or the model is causal.
+        ConfigError: An architecture lacks the recipe's number format.
         ResourceError: There is too little memory.
     """
-    if bundle.model.causal:
-        raise ConfigError(
-            f"{bundle.model.name} makes a video chunk by chunk, and there are no engines for that yet; use the backend "
-            "ort or torch"
-        )
     check_gpu(library.flavour, options.sms)
     check_formats(bundle.recipe, options.sms)
     results = []

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from wanforge.configs.causal import CausalConfig
 from wanforge.configs.clip import PATCH, ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
@@ -11,8 +12,8 @@ from wanforge.configs.topk import num_key_blocks, num_selected
 from wanforge.engines.bundle.shapes import Shape, concrete, names_in
 from wanforge.plugins.low_rank import LORA_RANK
 
-LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH}
-"""The sizes that follow from the clip alone, with the smallest value of each."""
+LEAST_OF_CLIP = {"tokens": 1, "latent_height": PATCH, "latent_width": PATCH, "past_tokens": 1, "seen_tokens": 2}
+"""The sizes that follow from the clip, with the smallest value of each."""
 
 SIZES = {*LEAST_OF_CLIP, "prompt_tokens", "context_rows", "num_selected", LORA_RANK}
 """Every named size."""
@@ -29,8 +30,16 @@ class SizeRange:
     usual: int
     most: int
 
+    def times(self, factor: int) -> "SizeRange":
+        return SizeRange(self.least * factor, self.usual * factor, self.most * factor)
+
     def __str__(self) -> str:
         return str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
+
+
+def exactly(size: int) -> SizeRange:
+    """The range of a size that has one value."""
+    return SizeRange(size, size, size)
 
 
 @dataclass(frozen=True)
@@ -45,22 +54,39 @@ class ShapeRange:
 def named_sizes(
     model: ModelConfig, recipe: Recipe, clip: ClipShape, *, smaller: bool = False, side_rank: int = 0
 ) -> dict[str, SizeRange]:
-    """Every named size: those of the clip are fixed, and those that a request decides have a range.
+    """Every named size: those of the clip are fixed, and those that a request decides have a range. Of causal models,
+    the sizes of chunks have a range, too.
 
     Args:
         smaller: Whether to include smaller and shorter clips, so that those of the clip have a range, too.
         side_rank: The rank of the products beside quantised linears; 0 for graphs that have none.
     """
     rows, key_blocks = model.dit.text_rows, num_key_blocks(recipe, clip)
-    fixed = {"tokens": clip.tokens, "latent_height": clip.latent_height, "latent_width": clip.latent_width}
+    pixels = {"latent_height": exactly(clip.latent_height), "latent_width": exactly(clip.latent_width)}
+    of_clip = pixels | (chunk_sizes(model.causal, clip) if model.causal else {"tokens": exactly(clip.tokens)})
     text = SizeRange(1, min(USUAL_PROMPT, rows), rows)
     return {
-        **{name: SizeRange(LEAST_OF_CLIP[name] if smaller else size, size, size) for name, size in fixed.items()},
+        **{name: replace(size, least=LEAST_OF_CLIP[name]) if smaller else size for name, size in of_clip.items()},
         "prompt_tokens": text,
         "context_rows": text,
-        **({LORA_RANK: SizeRange(side_rank, side_rank, side_rank)} if side_rank else {}),
+        **({LORA_RANK: exactly(side_rank)} if side_rank else {}),
         "num_selected": SizeRange(1, num_selected(recipe, clip, model.topk), key_blocks),
     }
+
+
+def chunk_sizes(causal: CausalConfig, clip: ClipShape) -> dict[str, SizeRange]:
+    """The sizes of a chunk and of what it sees of earlier ones: for every chunk of videos of a clip's size, up to its
+    length if nothing is forgotten and of any length under the policies that forget.
+
+    One engine serves them all, because it costs nothing: TensorRT-RTX compiles the same kernels for a range as for its
+    largest value, while an engine with a profile for each length of a chunk contains every kernel twice (docs/log.md).
+    """
+    frames, rows, columns = clip.grid
+    least, most, past = causal.lengths[0], causal.lengths[-1], causal.most_past_frames(frames)
+    tokens, past_tokens = SizeRange(least, causal.chunk_frames, most), SizeRange(1, past, past)
+    seen_tokens = SizeRange(1 + least, past + causal.chunk_frames, past + most)
+    sizes = {"tokens": tokens, "past_tokens": past_tokens, "seen_tokens": seen_tokens}
+    return {name: size.times(rows * columns) for name, size in sizes.items()}
 
 
 def depends_on_clip(inputs: Mapping[str, Shape]) -> bool:

@@ -184,7 +184,10 @@ def lower_attention(tape: Tape, q: Traced, k: Traced, v: Traced, attn_mask: Trac
 
 
 def per_query(tape: Tape, mask: Traced, queries: Dim) -> Traced:
-    """Expand a mask to one row per query, because ONNX Runtime's CPU kernel does not broadcast that axis."""
+    """A mask with one row per query, because ONNX Runtime's CPU kernel does not broadcast that axis. TensorRT does, and
+    its engines need no memory for rows that are equal."""
+    if is_native(mask.dtype):
+        return mask
     shape = (*mask.shape_[:-2], queries, mask.shape_[-1])
     return tape.emit("Expand", [mask, tape.shape_tensor(shape)], shape, mask.dtype)
 

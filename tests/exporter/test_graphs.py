@@ -13,6 +13,7 @@ from tests.onnx_runner import run_model
 from wanforge.configs.topk import num_selected_of
 from wanforge.engines.bundle.bundle import Bundle, graph_name
 from wanforge.engines.bundle.shapes import concrete
+from wanforge.exporter.tracer import live_nodes
 from wanforge.runtime.graphs import Graph, Port, graphs
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.reference.dit import DiT, patchify, rope_tables, sinusoid, unpatchify
@@ -24,6 +25,8 @@ CASES = [
 ]
 SIZES = {
     "tokens": 333,
+    "past_tokens": 40,
+    "seen_tokens": 373,
     "context_rows": 21,
     "num_selected": 2,
     "prompt_tokens": 19,
@@ -53,6 +56,8 @@ def example(port: Port, dtype: torch.dtype, generator: torch.Generator, sizes: M
     if port.name == "selection":
         return torch.zeros(shape, dtype=torch.int32)
     value = torch.randn(shape, generator=generator)
+    if port.name == "seen_bias":
+        value[sizes["past_tokens"] // 2 : sizes["past_tokens"]] = -torch.inf
     return value if port.dtype == "float32" else value.to(dtype)
 
 
@@ -67,7 +72,7 @@ def seeded(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Random inputs and the bundle's weights of a graph."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {**SIZES, "tokens": tokens}
+    sizes = {**SIZES, "tokens": tokens, "seen_tokens": SIZES["past_tokens"] + tokens}
     inputs = {port.name: example(port, dtype, generator, sizes) for port in graph.inputs}
     return inputs, weights_for(graph, bundle)[0]
 
@@ -108,6 +113,9 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
         ("tiny-t2v", "cross_kv", "w8a8-row"),
         ("tiny-t2v", "block", "fp8-row"),
         ("tiny-t2v", "cross_kv", "fp8-row"),
+        ("tiny-causal", "chunk_block", "w8a8"),
+        ("tiny-causal", "chunk_block", "w8a8-row"),
+        ("tiny-causal", "chunk_block", "fp8-row"),
     ],
 )
 def test_matches_the_reference_where_both_round_alike(
@@ -124,7 +132,7 @@ def test_matches_the_reference_where_both_round_alike(
     for port, e in zip(graph.outputs, expected, strict=True):
         assert_matches(found[port.name], e, TOLERANCE, name=f"{name}.{port.name}")
     assert decisions.all_taken
-    assert len(decisions.linear) == {"block": 8, "cross_kv": 2}[name]
+    assert len(decisions.linear) == {"block": 8, "chunk_block": 8, "cross_kv": 2}[name]
     assert decisions.furthest <= 1
     assert decisions.differing < 1e-4 * decisions.total
     assert decisions.other_blocks == 0
@@ -138,6 +146,34 @@ def test_matches_the_reference_in_float16(bundle_of: BundleOf, model: str, recip
         assert_matches(a, e, HALF_TOLERANCE[recipe], name=f"{name}.{port.name}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.float16, HALF_TOLERANCE["bf16"])])
+def test_a_chunk_matches_the_reference(bundle_of: BundleOf, dtype: torch.dtype, tolerance: float) -> None:
+    actual, expected, graph = run_both(bundle_of("tiny-causal", "bf16"), "chunk_block", dtype)
+    for port, a, e in zip(graph.outputs, actual, expected, strict=True):
+        assert_matches(a, e, tolerance, name=port.name)
+
+
+def test_masks_are_expanded_for_onnx_runtime_alone(bundle_of: BundleOf) -> None:
+    bundle = bundle_of("tiny-causal", "bf16")
+    masks = {}
+    for dtype in ("float32", "bfloat16"):
+        nodes = onnx.load(str(bundle.path(graph_name("chunk_block", dtype, False)))).graph.node
+        makers = {output: node.op_type for node in nodes for output in node.output}
+        masks[dtype] = [makers[node.input[3]] == "Expand" for node in nodes if node.op_type == "Attention"]
+    assert masks == {"float32": [True, True], "bfloat16": [False, False]}
+
+
+def steps_of(model: onnx.ModelProto) -> list[str]:
+    """The ops of a graph, except for casts, constants, and what expands masks, which only ONNX Runtime needs."""
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for node in model.graph.node:
+        if node.op_type == "Attention" and node.input[3:] and (mask := makers[node.input[3]]).op_type == "Expand":
+            node.input[3] = mask.input[0]
+    live = live_nodes(model.graph.node, [output.name for output in model.graph.output])
+    return [node.op_type for node in live if node.op_type not in ("Cast", "Constant")]
+
+
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, model: str, recipe: str) -> None:
     bundle = bundle_of(model, recipe)
@@ -148,7 +184,7 @@ def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, mo
             for t in ("float16", "bfloat16")
         ]
         # Values stored in bfloat16 need no cast in the bfloat16 graph; all else is the same, node for node.
-        steps = [[n.op_type for n in m.graph.node if n.op_type not in ("Cast", "Constant")] for m in models]
+        steps = [steps_of(each) for each in models]
         assert steps[0] == steps[1], graph.name
         for found, dtype in zip(models, (half, brain), strict=True):
             ports = {p.name for p in (*graph.inputs, *graph.outputs) if p.dtype == "compute"}

@@ -1,0 +1,159 @@
+"""Engines of a causal model are found for every stream that they serve, and given the right tensors: on stand-ins for
+TensorRT and CUDA, a rollout is exactly ONNX Runtime's, because these run the same graphs."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tests.stand_ins import Context, StandIn, write_engines
+from wanforge.configs.clip import ClipShape
+from wanforge.engines import build as build_module
+from wanforge.engines import files as engine_files
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.engines.files import engines_of, inputs_of
+from wanforge.engines.sizes import named_sizes, shape_ranges
+from wanforge.errors import BundleError
+from wanforge.plugins.tensorrt.library import RTX
+from wanforge.plugins.tensorrt.plugin import Account
+from wanforge.progress import silent
+from wanforge.runtime.backends import trt as trt_module
+from wanforge.runtime.backends.arena_backend import TEXT_ROWS
+from wanforge.runtime.backends.ort import OrtBackend
+from wanforge.runtime.backends.trt import TrtBackend
+from wanforge.runtime.causal.stream import CheckedStream, check_live, check_stream
+from wanforge.runtime.dtypes import element_type
+from wanforge.runtime.memory.arena import FixedTensors, Unbounded
+from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request, Timings
+from wanforge.runtime.schedule import GraphRun, Schedule
+
+CLIP = ClipShape(64, 32, 17)
+
+
+class Aligned(Unbounded):
+    """Memory without a limit, at addresses that engines take."""
+
+    def __init__(self, backend: TrtBackend) -> None:
+        super().__init__(backend.device, backend.dtype, backend.own_weight)
+        self.kept = dict[tuple[str, str, str], Tensor]()
+        self.workspace = aligned((max(backend.workspaces().values()),), torch.uint8)
+
+    def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
+        return {
+            name: aligned(spec.shape, element_type(spec.dtype, self.dtype)) for name, spec in schedule.buffers.items()
+        }
+
+    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
+        placed = {(graph_run.component, graph_run.prefix, name): self.weight(graph_run, name) for name in names}
+        for place, weight in placed.items():
+            if place not in self.kept:
+                self.kept[place] = aligned(weight.shape, weight.dtype).copy_(weight)
+        return FixedTensors({place[-1]: self.kept[place] for place in placed})
+
+
+def aligned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory that holds nothing of use."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    memory = torch.full((size + 256,), 0xA5, dtype=torch.uint8)
+    start = -memory.data_ptr() % 256
+    return memory[start : start + size].view(dtype).view(shape)
+
+
+@pytest.fixture
+def backend(bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrtBackend:
+    """A backend on stand-ins with engines of tiny-causal for `CLIP`, without a plan for its memory."""
+    monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.7.1.116" if flavour is RTX else None)
+    monkeypatch.setattr(build_module, "DTYPE", "float32")
+    monkeypatch.setattr(trt_module, "register_plugins", lambda library: Account())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(bundle_of("tiny-causal", "w8a8").root, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    stand_in = StandIn(bundle, is_late=False)
+    monkeypatch.setattr(trt_module, "gpu", lambda: stand_in)
+    monkeypatch.setattr(trt_module, "open_library", lambda flavour: stand_in.library)
+    write_engines(bundle, CLIP, stand_in)
+    made = TrtBackend(bundle, torch.float32)
+    made.load(CLIP)
+    made.memory = memory = Aligned(made)
+    made.place(memory.workspace)
+    return made
+
+
+@pytest.fixture
+def shapes(backend: TrtBackend, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of past keys that engines are told of; every shape that they are told of is one that they serve."""
+    bundle, told = backend.bundle, list[tuple[int, ...]]()
+    sizes = named_sizes(bundle.model, bundle.recipe, CLIP)
+    ranges = {graph.name: shape_ranges(inputs_of(graph), sizes) for graph in bundle.graphs(torch.float32).values()}
+    set_shape = Context.set_input_shape
+
+    def watched(context: Context, name: str, shape: tuple[int, ...]) -> bool:
+        served = ranges[context.engine.graph.name][name]
+        assert all(a <= n <= b for a, n, b in zip(served.least, shape, served.most, strict=True)), (name, shape)
+        told.extend([shape] if name == "past_keys" else [])
+        return set_shape(context, name, shape)
+
+    monkeypatch.setattr(Context, "set_input_shape", watched)
+    return told
+
+
+def latents(backend: OrtBackend | TrtBackend, stream_of: Callable[[Pipeline], CheckedStream]) -> Tensor:
+    """The latents of a stream, without the checks that ask what a backend can do."""
+    pipeline = Pipeline(backend.bundle, backend)
+    stream = stream_of(pipeline)
+    chunks = pipeline.rollout(stream, stream.scenes * (stream.num_chunks or 1), Timings(), silent)
+    return torch.cat([made.latents for made in chunks], 2)
+
+
+def clip(pipeline: Pipeline, image: Image.Image | None = None) -> CheckedStream:
+    request, model = Request("a red kite", CLIP, image, 5), pipeline.model
+    assert model.causal
+    return check_stream(request, model, model.causal, pipeline.tokenizer, {})
+
+
+def live(pipeline: Pipeline) -> CheckedStream:
+    """A stream that forgets."""
+    request, model = Request("a red kite", CLIP, None, 5), pipeline.model
+    assert model.causal
+    return check_live(request, model, model.causal, pipeline.tokenizer, 5, {"cache": "infinity_rope"})
+
+
+def with_image(pipeline: Pipeline) -> CheckedStream:
+    return clip(pipeline, Image.fromarray(np.full((CLIP.height_px, CLIP.width_px, 3), 90, np.uint8)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stream_of", "past_frames"), [(clip, 3), (with_image, 3), (live, 7)])
+def test_a_rollout_is_that_of_onnx_runtime(
+    stream_of: Callable[[Pipeline], CheckedStream],
+    past_frames: int,
+    backend: TrtBackend,
+    shapes: list[tuple[int, ...]],
+) -> None:
+    found = latents(backend, stream_of)
+    other = OrtBackend(backend.bundle, None)
+    other.text_rows_multiple = TEXT_ROWS
+    assert torch.equal(found, latents(other, stream_of))
+    assert set(shapes) == {(1, past_frames * 8, 2, 128)}
+    assert backend.gpu.launched.count("chunk_block") > 0  # type: ignore[attr-defined]
+
+
+def test_engines_serve_shorter_videos_and_no_longer_ones(backend: TrtBackend) -> None:
+    bundle, own = backend.bundle, engines_of(backend.bundle, CLIP, 89, torch.float32)
+    assert "text_embed" not in own
+    assert own["chunk_block"] == "engines/sm_89/64x32x17/chunk_block.bf16.engine"
+    assert own.keys() >= {"stem", "head", "vae_decode_next", "vae_encode_first"}
+    # Under the policies that forget, twelve latent frames are seen, so a video of fourteen may as well forget nothing.
+    for frames in (1, 9, 53):
+        assert engines_of(bundle, ClipShape(64, 32, frames), 89, torch.float32) == own
+    with pytest.raises(BundleError, match=r"chunk_block\.onnx for sm_89 and .*past_tokens=8\.\.104 ") as caught:
+        engines_of(bundle, ClipShape(64, 32, 57), 89, torch.float32)
+    assert str(caught.value).endswith("--target sm_89 --resolution 64x32 --frames 57")
+    with pytest.raises(BundleError, match=r"stem\.onnx for sm_89 and tokens=16\.\.32; there is sm_89 tokens=8\.\.16"):
+        engines_of(bundle, ClipShape(64, 64, 17), 89, torch.float32)
