@@ -54,6 +54,7 @@ class MakeClip(Record, frozen=True, tag=True):
         request: The checked request, see `catalogue.Asked`.
         image: The file of the first frame.
         folder: An empty folder for the results.
+        service: The folder of the service, in which the server expects live streams.
     """
 
     ticket: str
@@ -61,6 +62,7 @@ class MakeClip(Record, frozen=True, tag=True):
     request: dict[str, Any]
     image: str | None
     folder: str
+    service: str = ""
 
 
 class StopClip(Record, frozen=True, tag=True):

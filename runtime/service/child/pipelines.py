@@ -23,6 +23,7 @@ from wanforge.runtime.measure.requests.meters import Nvml
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
+from wanforge.runtime.service.child.live.streamed_clip import streamed
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
@@ -93,7 +94,10 @@ class Pipelines(Maker):
         asked, folder = msgspec.convert(order.request, Asked), Path(order.folder)
         pipeline = self._pipeline(order.bundle, asked.backend or self.setup.backend, report)
         loras = self._loras(order.bundle, asked.lora)
-        checked = pipeline.check(asked.request(None if order.image is None else Path(order.image), loras))
+        request = asked.request(None if order.image is None else Path(order.image), loras)
+        if asked.live is not None:
+            return streamed(pipeline, request, asked, order, report)
+        checked = pipeline.check(request)
         pictures, percent = Pictures(folder, asked.frames), Percent(pipeline, checked, report)
         pipeline.watch = Stills(folder, percent, self._pace) if pipeline.model.preview else None
         try:

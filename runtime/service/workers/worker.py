@@ -31,6 +31,7 @@ from wanforge.runtime.service.child.messages import (
     ToSupervisor,
 )
 from wanforge.runtime.service.job import Failure, Job, Result
+from wanforge.runtime.service.live.terms import LIVE
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.results.previews import PREVIEW, STILL, preview_name
 from wanforge.runtime.service.results.sweeping import staging_name
@@ -292,7 +293,8 @@ class ClipWorker(Thread):
         self._warm.pop(job.bundle, None)  # what a bundle has recorded is of one shape, and goes for the next one's
         prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
         log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
-        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(attempt.folder)))
+        service = str(self.shop.settings.data)
+        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(attempt.folder), service))
         try:
             outcome = self._watch(attempt, child)
         except EndedError as error:
@@ -440,7 +442,11 @@ class ClipWorker(Thread):
             last: The failure after the last attempt; None for the store's own.
         """
         job, most = attempt.job, self.shop.settings.serve.policy.most_lost
-        if last is not None and job.lost + 1 >= most and attempt.stop is None:
+        if job.shape == LIVE:  # whoever watches has seen a part of it, which another attempt would not go on from
+            self._fail(
+                attempt, last or Failure("worker_died", "the process that made this stream has died; start anew")
+            )
+        elif last is not None and job.lost + 1 >= most and attempt.stop is None:
             self._fail(attempt, last)
         elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
             self._count(attempt, "worker_died" if last is None else last.code)
@@ -478,4 +484,5 @@ class ClipWorker(Thread):
 def kind_of(job: Job) -> ClipKind:
     """The kind of a job's clip."""
     asked = Asked.of(job)
-    return ClipKind(asked.model, f"{asked.width_px}x{asked.height_px}", asked.recipe)
+    size = LIVE if asked.live else f"{asked.width_px}x{asked.height_px}"  # a stream takes as long as it is watched
+    return ClipKind(asked.model, size, asked.recipe)
