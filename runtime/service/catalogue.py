@@ -39,6 +39,8 @@ class Asked(Record, frozen=True, kw_only=True):
         lora: The name under which LoRAs are served with the bundle; None for the model as it is.
         traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
         is_causal: Whether the model makes the video chunk by chunk, at times of its own, which `steps` only counts.
+        continues: Name of the object that holds the video from whose last frame it goes on. `frames` is what it adds,
+            with that frame.
         live: How it is watched while it is made, if it is. Then `frames` is the most that it may have.
     """
 
@@ -59,6 +61,7 @@ class Asked(Record, frozen=True, kw_only=True):
     backend: str | None = None
     traceparent: str | None = None
     is_causal: bool = False
+    continues: str | None = None
     live: LiveTerms | None = None
 
     @classmethod
@@ -186,7 +189,7 @@ class Served:
             shape=LIVE if asked.live else name_of(ClipShape(asked.width_px, asked.height_px, asked.frames)),
             steps=asked.steps,
             request=msgspec.to_builtins(asked),
-            objects=() if asked.image is None else (asked.image,),
+            objects=tuple(name for name in (asked.image, asked.continues) if name is not None),
             **more,
         )
 

@@ -55,6 +55,7 @@ class MakeClip(Record, frozen=True, tag=True):
         image: The file of the first frame.
         folder: An empty folder for the results.
         service: The folder of the service, in which the server expects live streams.
+        before: The file of the video that the clip goes on from.
     """
 
     ticket: str
@@ -63,6 +64,7 @@ class MakeClip(Record, frozen=True, tag=True):
     image: str | None
     folder: str
     service: str = ""
+    before: str | None = None
 
 
 class StopClip(Record, frozen=True, tag=True):

@@ -25,7 +25,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
     asked = Asked.known_of(job)
     position = service.outlook.position(job.id) if with_place and job.state is State.QUEUED else None
     details = {} if job.result is None else job.result.details
-    frames = details.get("frames", asked.frames)
+    frames = frames_made(job)
     return Video(
         id=job.id,
         status=job.state.value,
@@ -55,6 +55,12 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         batch_id=job.batch,
         live=asked.live is not None,
     )
+
+
+def frames_made(job: Job) -> int:
+    """The frames of a video; before it is there, those that were asked for."""
+    found: int = ({} if job.result is None else job.result.details).get("frames", Asked.known_of(job).frames)
+    return found
 
 
 def estimated(service: Service, job: Job, position: int | None) -> float | None:

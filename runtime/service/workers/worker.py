@@ -284,7 +284,7 @@ class ClipWorker(Thread):
         job = attempt.job
         try:
             asked = Asked.of(job)
-            image = None if asked.image is None else str(self.shop.storage.local(asked.image))
+            image, before = self._local(asked.image), self._local(asked.continues)
         except StorageError as error:
             return ClipFailed(attempt.ticket, Failure(error.code, str(error)), False)
         except msgspec.ValidationError as error:
@@ -293,8 +293,8 @@ class ClipWorker(Thread):
         self._warm.pop(job.bundle, None)  # what a bundle has recorded is of one shape, and goes for the next one's
         prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
         log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
-        service = str(self.shop.settings.data)
-        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(attempt.folder), service))
+        service, folder = str(self.shop.settings.data), str(attempt.folder)
+        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, folder, service, before))
         try:
             outcome = self._watch(attempt, child)
         except EndedError as error:
@@ -312,6 +312,14 @@ class ClipWorker(Thread):
                 # child gets ready, and that counts.
                 self._lose_child(failure.message, counts=failure.code != OUT_OF_MEMORY)
         return outcome
+
+    def _local(self, name: str | None) -> str | None:
+        """The file of an object that a job reads.
+
+        Raises:
+            StorageError: It is gone, or the storage cannot be reached.
+        """
+        return None if name is None else str(self.shop.storage.local(name))
 
     def _watch(self, attempt: Attempt, child: ChildProcess) -> Outcome:
         """Wait for the end of an attempt.
