@@ -42,7 +42,7 @@ class Hello(Record, frozen=True, tag=True):
     screen: str
 
 
-class Piece(Record, frozen=True, tag=True):
+class VideoPiece(Record, frozen=True, tag=True):
     """The next bytes of the video."""
 
     data: bytes
@@ -88,7 +88,7 @@ class Wish(Record, frozen=True, kw_only=True):
 
 
 NOTHING = Wish()
-ToServer = Hello | Piece | ChunkShown | StreamEnded
+ToServer = Hello | VideoPiece | ChunkShown | StreamEnded
 FROM_CHILD = msgspec.msgpack.Decoder(ToServer)
 
 

@@ -20,8 +20,8 @@ from wanforge.runtime.service.live.wire import (
     EndReason,
     Link,
     NobodyWatchesError,
-    Piece,
     StreamEnded,
+    VideoPiece,
     Wish,
 )
 from wanforge.runtime.streaming.fragments import ReaderGoneError, fragments
@@ -52,7 +52,7 @@ class Show:
         self.samples, self.chunks = Samples(), 0
         self.reason: EndReason = "length"
         self._ends = Event()
-        self._carrier = Carrier(file, lambda data: link.send(Piece(data)))
+        self._carrier = Carrier(file, lambda data: link.send(VideoPiece(data)))
         self._moved_at = self._told_at = self._begun_at = self._paced_from = time.monotonic()
         self._is_pacing = False
         self._paused_at: float | None = None

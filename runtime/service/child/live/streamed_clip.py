@@ -8,6 +8,7 @@ from wanforge.runtime.output.video import VideoError
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import Request
 from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.child.extending import continuing
 from wanforge.runtime.service.child.live.show import Show
 from wanforge.runtime.service.child.messages import ClipMade, MakeClip
 from wanforge.runtime.service.live.terms import LiveTerms
@@ -26,6 +27,8 @@ def streamed(
     """
     terms, folder = asked.live, Path(order.folder)
     assert terms is not None
+    if order.before is not None:
+        request, _ = continuing(pipeline, request, Path(order.before))
     made = live_from(pipeline, request, terms.chunks, {"cache": terms.cache, "kv": terms.kv})
     show = Show(made, terms, linked(Path(order.service), terms), folder / "live.mp4")
     show.run(report)

@@ -11,21 +11,12 @@ from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from wanforge.runtime.service.web.document import without_null
 from wanforge.runtime.service.web.forms.errors import invalid, validation_error
-from wanforge.runtime.service.web.forms.schema import SECONDS, Name, Prompt, Whole, seconds_text
+from wanforge.runtime.service.web.forms.schema import SECONDS, Name, Prompt, VideoReference, Whole, seconds_text
 from wanforge.runtime.service.web.intake.body import FORMS, JSON, MOST_FIELDS, content_type, json_object
 from wanforge.runtime.service.web.state import Service
 
 VIDEO, NESTED = "video", "video[id]"
 """The field of the video that is continued, and what it is called in a form."""
-Id = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
-
-
-class VideoReference(BaseModel):
-    """A completed video of this server."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: Id
 
 
 class ExtensionRequest(BaseModel):

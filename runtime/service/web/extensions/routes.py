@@ -1,10 +1,8 @@
 """The route that continues a clip."""
 
-import io
 import logging
 
 from fastapi import APIRouter, Request, Response
-from PIL import Image
 
 from wanforge.configs.clip import frames_of
 from wanforge.errors import RequestError
@@ -18,7 +16,7 @@ from wanforge.runtime.service.web.content import objects_of
 from wanforge.runtime.service.web.extensions.forms import ExtensionRequest, described, extension_request
 from wanforge.runtime.service.web.forms.errors import about, invalid
 from wanforge.runtime.service.web.forms.schema import Video
-from wanforge.runtime.service.web.intake.submitting import check_backend, kept
+from wanforge.runtime.service.web.intake.submitting import black, check_backend, kept
 from wanforge.runtime.service.web.state import Service, service_of
 from wanforge.runtime.service.web.telling import frames_made, poll_after_ms, told
 from wanforge.runtime.service.web.videos import IdempotencyKey, errors, found
@@ -80,7 +78,6 @@ def submit(service: Service, caller: ApiKey, wanted: ExtensionRequest, mark: Ide
         is_causal=bool(model.causal),
         continues=video,
     )
-    # Only the worker takes the frame out of the video, so another picture of its size stands for it here.
     with about("prompt"), kept(black(before.width_px, before.height_px)) as path:
         served.check(asked, path)
     submission = served.submission(caller.owner, asked, priority=wanted.priority, idempotency=mark)
@@ -110,10 +107,3 @@ def added_frames(served: Served, limits: ClientLimits, wanted: ExtensionRequest,
                 f"{before} and {frames - 1} frames are more than this server makes, which is {limits.clip_frames}"
             )
         return frames
-
-
-def black(width_px: int, height_px: int) -> bytes:
-    """A picture."""
-    encoded = io.BytesIO()
-    Image.new("RGB", (width_px, height_px)).save(encoded, "PNG", compress_level=1)
-    return encoded.getvalue()

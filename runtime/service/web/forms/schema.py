@@ -94,6 +94,14 @@ class VideoRequest(BaseModel):
     )
 
 
+class VideoReference(BaseModel):
+    """A completed video of this server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
+
+
 class Problem(BaseModel):
     """Why a job failed."""
 

@@ -1,5 +1,6 @@
 """From a request of the API to a job: every rule of the model and of the server is applied here."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,15 @@ def sized(served: Served, limits: ClientLimits, wanted: VideoRequest | StreamReq
             )
         ClipShape(width, height, 1)
         return width, height
+
+
+def black(width_px: int, height_px: int) -> bytes:
+    """A picture that stands for the last frame of a video, which only the worker takes out of it."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (width_px, height_px)).save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
 
 
 @contextmanager

@@ -133,8 +133,9 @@ function show(card, video) {
   card.item.className = `card ${video.status}`;
   card.find(".prompt").textContent = video.prompt;
   card.find(".prompt").title = video.prompt;
+  const length = video.live && isActive ? "live" : `${video.frames} frames`;
   card.find(".facts").textContent =
-    `${video.model}, ${video.size}, ${video.frames} frames, ${video.steps} ${video.steps === 1 ? "step" : "steps"}, seed ${video.seed}`;
+    `${video.model}, ${video.size}, ${length}, ${video.steps} ${video.steps === 1 ? "step" : "steps"}, seed ${video.seed}`;
   card.find(".times").textContent = timesOf(card);
   card.find(".status").textContent = WORDS[video.status];
   card.find(".why").textContent = video.error ? video.error.message : "";

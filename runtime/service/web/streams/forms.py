@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from wanforge.configs.causal import PolicyName
 from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
-from wanforge.runtime.service.web.forms.schema import SECONDS, Name, Prompt, Whole, seconds_text
+from wanforge.runtime.service.web.forms.schema import SECONDS, Name, Prompt, VideoReference, Whole, seconds_text
 
 Seconds = Annotated[Annotated[str, StringConstraints(pattern=SECONDS)] | None, BeforeValidator(seconds_text)]
 
@@ -43,6 +43,9 @@ class StreamRequest(BaseModel):
     )
     input_reference: str | None = Field(
         None, description="The first frame: a data URL, or the https URL of a host that this server may visit."
+    )
+    video: VideoReference | None = Field(
+        None, description="A completed video, with whose last frame the stream begins, in its size."
     )
 
 

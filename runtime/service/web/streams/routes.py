@@ -39,7 +39,7 @@ def described(kind: type[StreamRequest] | type[StreamWish]) -> dict[str, Any]:
 @router.post(
     "",
     response_class=Response,
-    responses={200: MP4, **errors(408, 409, 413, 415)},
+    responses={200: MP4, **errors(404, 408, 409, 410, 413, 415)},
     openapi_extra=described(StreamRequest),
     operation_id="create_stream",
 )
@@ -82,7 +82,9 @@ def check_open(service: Service) -> None:
 
 def submit(service: Service, caller: ApiKey, wanted: StreamRequest, picture: bytes | None, screen: Screen) -> Job:
     """Check a request, store its picture, and submit it."""
-    served, asked, drawn = asked_stream(service.catalogue, service.settings.limits, wanted, picture, screen.name)
+    before = None if wanted.video is None else found(service, caller, wanted.video.id)
+    limits = service.settings.limits
+    served, asked, drawn = asked_stream(service.catalogue, limits, wanted, picture, before, screen.name)
     if drawn is not None and asked.image is not None:
         service.objects.put(asked.image, drawn)
     job = service.store.submit(served.submission(caller.owner, asked, priority=wanted.priority)).job

@@ -17,9 +17,9 @@ from wanforge.runtime.service.live.wire import (
     NOTHING,
     ChunkShown,
     Hello,
-    Piece,
     StreamEnded,
     ToServer,
+    VideoPiece,
     Wish,
     framed,
     listening,
@@ -91,7 +91,7 @@ class Screen:
             except (OSError, EOFError, msgspec.DecodeError) as error:
                 raise BrokenOffError from error
             match message:
-                case Piece(data):
+                case VideoPiece(data):
                     yield data
                 case ChunkShown():
                     self.shown = message
