@@ -61,9 +61,12 @@ class LiveResponse(Response):
         """Let nobody watch any more. A stream that has arrived is ended by that; another attempt of its job would find
         no screen."""
         was_shown = self.screen.is_connected
-        self.service.screens.close_one(self.screen, self.job.id)
-        if not was_shown:
-            await self.service.in_thread(self.service.store.cancel, self.job.id)
+        self.screen.close()
+        try:
+            if not was_shown:
+                await self.service.in_thread(self.service.store.cancel, self.job.id)
+        finally:
+            self.service.screens.forget(self.screen, self.job.id)
 
 
 async def when_gone(receive: Receive, act: Callable[[], object]) -> None:

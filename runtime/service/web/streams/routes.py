@@ -59,7 +59,7 @@ async def create(request: Request, caller: Writer) -> Response:
         return LiveResponse(service, job, screen)
     finally:
         if job is None:
-            service.screens.close_one(screen, None)
+            service.screens.forget(screen)
 
 
 def check_open(service: Service) -> None:

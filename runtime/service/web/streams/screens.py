@@ -168,8 +168,8 @@ class Screens:
         """The screen of a job that somebody watches."""
         return self._by_job.get(job)
 
-    def close_one(self, screen: Screen, job: str | None) -> None:
-        """Close a screen and forget it."""
+    def forget(self, screen: Screen, job: str | None = None) -> None:
+        """Forget a screen, which nobody watches any more."""
         screen.close()
         self._expected.pop(screen.name, None)
         if job is not None:

@@ -71,7 +71,7 @@ def test_bytes_come_in_order_and_the_end_is_told(folder: Path) -> None:
         assert screen.ended == StreamEnded("length")
         assert screen.shown == ChunkShown(3, 17, "a kite")
         await joined(thread)
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await screens.close()
         assert screens.count == 0
 
@@ -109,7 +109,7 @@ def test_a_reader_that_reads_nothing_holds_the_child_back_and_its_end_frees_it(f
         await asyncio.sleep(0.3)
         assert sent < 1_000_000
         assert thread.is_alive()
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await joined(thread)
         await screens.close()
 
@@ -135,7 +135,7 @@ def test_ten_thousand_wishes_take_the_room_of_one(folder: Path) -> None:
         screen.wish(Wish(ends=True))
         may_hear.set()
         await joined(thread)
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await screens.close()
 
     asyncio.run(run())
@@ -156,7 +156,7 @@ def test_wishes_before_the_stream_has_begun_are_kept(folder: Path) -> None:
         thread = in_child(lambda link: heard.append(link.receive()), folder, screen.name)
         await joined(thread)
         assert (screen.prompt, screen.is_paused) == ("a train", True)
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await screens.close()
 
     asyncio.run(run())
@@ -176,7 +176,7 @@ def test_whoever_names_no_screen_is_sent_away(folder: Path) -> None:
             await joined(in_child(show, folder, name))
         await joined(in_child(lambda link: None, folder, screen.name))
         await joined(in_child(show, folder, screen.name))  # which a child has had before
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await joined(in_child(show, folder, screen.name))
         await screens.close()
 
@@ -192,7 +192,7 @@ def test_a_socket_that_a_killed_server_left_is_in_nobodys_way(folder: Path) -> N
         screens = Screens(folder)
         screen, thread = await arrived(screens, lambda link: None)
         await joined(thread)
-        screens.close_one(screen, None)
+        screens.forget(screen)
         await screens.close()
 
     asyncio.run(run())
