@@ -1,6 +1,5 @@
 """A video that is to be made chunk by chunk: what is asked for, and the checks against a model."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -11,15 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
-from wanforge.configs.clip import MAX_POSITIONS, TEMPORAL_STRIDE, ClipShape, frames_of
+from wanforge.configs.clip import TEMPORAL_STRIDE, ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import ConfigError, RequestError
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.causal.lengths import check_length, frames_of_chunks
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
-from wanforge.runtime.reference.causal.prompts import PromptPart, blocks_of, has_parts, parse_parts
+from wanforge.runtime.reference.causal.prompts import PromptPart, blocks_of, check_untimed, has_parts, parse_parts
 from wanforge.runtime.request import Request, Settings, concerning
 
 
@@ -119,17 +119,6 @@ class CheckedStream:
         return ClipShape(self.shape.width_px, self.shape.height_px, frames_of(frames))
 
 
-def frames_of_chunks(causal: CausalConfig, num_chunks: int) -> int:
-    """The latent frames of the first chunks of a video."""
-    return causal.first_frames + (num_chunks - 1) * causal.chunk_frames if num_chunks else 0
-
-
-def chunks_of_seconds(causal: CausalConfig, seconds: float, fps: int) -> int:
-    """The number of chunks that hold some seconds of video."""
-    latent_frames = 1 + -(-max(0, math.ceil(seconds * fps) - 1) // TEMPORAL_STRIDE)
-    return 1 + max(0, -(-(latent_frames - causal.first_frames) // causal.chunk_frames))
-
-
 def check_streams(model: ModelConfig, backend: Backend) -> CausalConfig:
     """How a model makes a video chunk by chunk, if it does and a backend can.
 
@@ -203,7 +192,7 @@ def check_live(
     scene = scene_of(request.prompt, model, tokenizer)
     chosen, form = _remembering(causal, settings)
     with concerning("chunks"):
-        _check_length(chosen, causal, model.video.fps, num_chunks)
+        check_length(chosen, causal, model.video.fps, num_chunks)
     shape = msgspec.structs.replace(request.shape, frames=frames_of(causal.first_frames))
     return CheckedStream(replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, is_live=True)
 
@@ -215,28 +204,8 @@ def scene_of(prompt: str, model: ModelConfig, tokenizer: Tokenizer, *, is_cut: b
         RequestError: The prompt is empty or too long, or says how long it holds.
     """
     with concerning("prompt"):
-        if has_parts(prompt):
-            raise RequestError(
-                f"{prompt!r} says how long it holds, but a live stream shows what was said last; leave the seconds out"
-            )
+        check_untimed(prompt)
         return Scene(prompt, tuple(tokenizer.encode(prompt, model.dit.text_rows)), is_cut)
-
-
-def _check_length(chosen: CachePolicy, causal: CausalConfig, fps: int, num_chunks: int | None) -> None:
-    """Refuse a length for which a model has no temporal positions, or which no memory would hold."""
-    if num_chunks is not None and num_chunks < 1:
-        raise RequestError(f"{num_chunks} chunks are no video; ask for 1 or more")
-    if num_chunks is None and not chosen.capacity:
-        raise RequestError("a cache that forgets nothing has no room for a video without end; ask for some chunks")
-    most = 1 + (MAX_POSITIONS - causal.first_frames) // causal.chunk_frames
-    if chosen.last_time is None and (num_chunks is None or num_chunks > most):
-        frames = frames_of(frames_of_chunks(causal, most))
-        raise RequestError(
-            f"with this cache policy, time goes on with the video, and the model knows {MAX_POSITIONS:,} latent "
-            f"frames: at most {most:,} chunks, which are {frames:,} frames or {frames / fps:.0f} s; found "
-            f"{'no end' if num_chunks is None else f'{num_chunks:,} chunks'}. Ask for fewer, or use infinity_rope, "
-            "which has no end"
-        )
 
 
 def _remembering(causal: CausalConfig, settings: StreamSettings) -> tuple[CachePolicy, KVFormat]:

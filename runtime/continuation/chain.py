@@ -97,7 +97,7 @@ def check_continuable(model: ModelConfig) -> None:
     Raises:
         RequestError: It is a text-to-video model.
     """
-    if model.task != "i2v":
+    if not model.takes_image:
         raise RequestError(
             f"{model.name} makes clips from text alone; to continue a clip, give a bundle of an "
             "image-to-video model, such as tinywan-i2v"

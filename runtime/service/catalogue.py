@@ -12,15 +12,19 @@ from typing import Any
 
 import msgspec
 
-from wanforge.configs.clip import ClipShape
+from wanforge.configs.causal import CausalConfig, policy
+from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.loading import Record
 from wanforge.configs.sampler import Update
 from wanforge.engines.bundle.bundle import TOKENIZER, Bundle
 from wanforge.errors import ConfigError, RequestError, unknown_name
+from wanforge.runtime.causal.lengths import check_length
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.inputs.text import Tokenizer
+from wanforge.runtime.reference.causal.prompts import check_untimed
 from wanforge.runtime.request import CheckedRequest, Request, check_request, concerning
 from wanforge.runtime.service.job import Job, Submission
+from wanforge.runtime.service.live.terms import LIVE, LiveTerms
 
 
 class Asked(Record, frozen=True, kw_only=True):
@@ -34,6 +38,10 @@ class Asked(Record, frozen=True, kw_only=True):
         times: Times of the steps, and how one leads to the next; None for the model's own, too.
         lora: The name under which LoRAs are served with the bundle; None for the model as it is.
         traceparent: The trace that the request belongs to, as W3C's Trace Context writes it.
+        is_causal: Whether the model makes the video chunk by chunk, at times of its own, which `steps` only counts.
+        continues: Name of the object that holds the video from whose last frame it goes on. `frames` is what it adds,
+            with that frame.
+        live: How it is watched while it is made, if it is. Then `frames` is the most that it may have.
     """
 
     model: str
@@ -52,6 +60,9 @@ class Asked(Record, frozen=True, kw_only=True):
     image: str | None = None
     backend: str | None = None
     traceparent: str | None = None
+    is_causal: bool = False
+    continues: str | None = None
+    live: LiveTerms | None = None
 
     @classmethod
     def of(cls, job: Job) -> "Asked":
@@ -75,13 +86,14 @@ class Asked(Record, frozen=True, kw_only=True):
             image: The file of the first frame.
             loras: What the name of the LoRAs stands for.
         """
-        shape = ClipShape(self.width_px, self.height_px, self.frames)
+        # The length of a live stream is given in chunks, and may be more than that of any clip.
+        shape = ClipShape(self.width_px, self.height_px, 1 if self.live else self.frames)
         return Request(
             self.prompt,
             shape,
             image,
             self.seed,
-            self.steps,
+            None if self.is_causal else self.steps,
             topk=self.topk,
             times=self.times,
             update=self.update,
@@ -145,7 +157,25 @@ class Served:
         with concerning("lora"):
             if asked.lora is not None and asked.lora not in self.loras:
                 raise RequestError(unknown_name(f"LoRA of {self.name}", asked.lora, self.loras or ("none",)))
-        return check_request(asked.request(image), self.bundle.model, self.bundle.recipe, self.tokenizer)
+        request, model = asked.request(image), self.bundle.model
+        if asked.live is not None:
+            self.check_scene(asked.prompt)
+            causal = causal_of(self).beginning(with_image=image is not None)
+            with concerning("seconds"):
+                check_length(policy(asked.live.cache), causal, asked.fps, asked.live.chunks)
+            shape = msgspec.structs.replace(request.shape, frames=frames_of(causal.first_frames))
+            request = replace(request, shape=shape)
+        return check_request(request, model, self.bundle.recipe, self.tokenizer)
+
+    def check_scene(self, prompt: str) -> None:
+        """Check what a live stream is to show.
+
+        Raises:
+            RequestError: The prompt is empty or too long, or says how long it holds.
+        """
+        with concerning("prompt"):
+            check_untimed(prompt)
+            self.tokenizer.encode(prompt, self.bundle.model.dit.text_rows)
 
     def submission(self, owner: str, asked: Asked, **more: Any) -> Submission:
         """The job for a checked request.
@@ -156,10 +186,10 @@ class Served:
         return Submission(
             owner=owner,
             bundle=self.fingerprint,
-            shape=name_of(ClipShape(asked.width_px, asked.height_px, asked.frames)),
+            shape=LIVE if asked.live else name_of(ClipShape(asked.width_px, asked.height_px, asked.frames)),
             steps=asked.steps,
             request=msgspec.to_builtins(asked),
-            objects=() if asked.image is None else (asked.image,),
+            objects=tuple(name for name in (asked.image, asked.continues) if name is not None),
             **more,
         )
 
@@ -217,6 +247,19 @@ class Catalogue:
                     return each
             recipes = sorted({each.bundle.recipe.name for each in known})
             raise RequestError(unknown_name("recipe of this model", recipe or "", recipes))
+
+
+def causal_of(served: Served) -> CausalConfig:
+    """How the model of a bundle makes a video chunk by chunk.
+
+    Raises:
+        RequestError: It makes whole clips.
+    """
+    model = served.bundle.model
+    if not model.causal:
+        with concerning("model"):
+            raise RequestError(f"{served.name} makes whole clips, which cannot be watched while they are made")
+    return model.causal
 
 
 def fingerprint(bundle: Bundle) -> str:

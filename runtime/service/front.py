@@ -104,6 +104,7 @@ class Front:
             log.info("Ending.")
             self.server.should_exit = True
             self.service.newsroom.close()
+            self.service.screens.end()
             self.supervisor.stop()
 
     def reload(self) -> None:

@@ -54,6 +54,10 @@ class ClientLimits(Record, frozen=True, kw_only=True):
         clip_megapixels: Size of a clip's frame.
         requests_per_second: How often one API key may ask, on average; as many as `burst` may come at once.
         streams: How many event streams one API key may have open.
+        live_streams: How many live streams there may be at once, with those that wait.
+        live_seconds: How long a live stream is at most, and how long it may hold a worker.
+        live_pause_seconds: How long it may be paused at a time.
+        live_megabytes: How large its video may become.
     """
 
     body_megabytes: Positive = 20.0
@@ -66,6 +70,10 @@ class ClientLimits(Record, frozen=True, kw_only=True):
     requests_per_second: Positive = 50.0
     burst: Count = 200
     streams: Count = 100
+    live_streams: Count = 10
+    live_seconds: Positive = 600.0
+    live_pause_seconds: Positive = 300.0
+    live_megabytes: Positive = 1000.0
 
 
 class ServeSettings(Record, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from wanforge.configs.causal import PolicyName
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.interrupts import Interrupted
-from wanforge.runtime.causal.stream import chunks_of_seconds
+from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.commands.options import BACKEND, BUNDLE, FILE, SEED, STALE_OK, FiniteRange, takes
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.lora.option import LORA

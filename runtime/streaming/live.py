@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 from wanforge.errors import RequestError
 from wanforge.keywords import with_settings
-from wanforge.progress import silent
+from wanforge.progress import Progress, silent
 from wanforge.runtime.causal.making import MadeChunk, show_chunks
 from wanforge.runtime.causal.stream import CheckedStream, Streamed, StreamSettings, check_live, check_streams, scene_of
 from wanforge.runtime.pipeline import Pipeline
@@ -25,12 +25,18 @@ class Live:
 
     ``with live(…) as stream`` ends its threads; without ``with``, call `close`. The pipeline must not be used otherwise
     until then.
+
+    Attributes:
+        timings: The seconds of its stages so far.
+        progress: Called before each layer of a chunk, by the thread that makes it; to be set before the first chunk is
+            asked for.
     """
 
     def __init__(self, pipeline: Pipeline, stream: CheckedStream) -> None:
         self.pipeline, self.stream = pipeline, stream
+        self.timings = Timings()
+        self.progress: Progress = silent
         self._direction = Direction(stream.scenes[0])
-        self._timings = Timings()
         self._made = Ahead(self._rollout(), "denoiser")
         self._shown = Ahead(show_chunks(self._made, self._decode), "decoder")
 
@@ -63,9 +69,13 @@ class Live:
         """Go on after `pause`."""
         self._direction.resume()
 
+    def end(self) -> None:
+        """Begin no other chunk, and give up the one that is being made. Those that are there can still be looked at."""
+        self._direction.end()
+
     def close(self) -> None:
         """End the stream. The chunk that is being made is given up after the graph run that it is at."""
-        self._direction.end()
+        self.end()
         self._shown.close()
         self._made.close()
 
@@ -74,7 +84,7 @@ class Live:
 
     def __next__(self) -> Streamed:
         streamed = next(self._shown)
-        self._timings.steps.clear()  # a stream may be endless
+        self.timings.steps.clear()  # a stream may be endless
         return streamed
 
     def __enter__(self) -> Self:
@@ -89,12 +99,12 @@ class Live:
     def _rollout(self) -> Iterator[MadeChunk]:
         direction = self._direction
         try:
-            yield from self.pipeline.rollout(self.stream, direction, self._timings, silent, direction.alive)
+            yield from self.pipeline.rollout(self.stream, direction, self.timings, self.progress, direction.alive)
         except StreamEndedError:
             return
 
     def _decode(self, latents: "Iterable[Tensor]") -> "Iterator[Tensor]":
-        return self.pipeline.decode(latents, self.stream.shape, self._timings)
+        return self.pipeline.decode(latents, self.stream.shape, self.timings)
 
 
 @with_settings(StreamSettings)

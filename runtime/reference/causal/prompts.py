@@ -49,6 +49,18 @@ def has_parts(text: str) -> bool:
     return PART.search(text) is not None
 
 
+def check_untimed(text: str) -> None:
+    """Refuse a prompt of a live stream that says how long it holds.
+
+    Raises:
+        RequestError: It does.
+    """
+    if has_parts(text):
+        raise RequestError(
+            f"{text!r} says how long it holds, but a live stream shows what was said last; leave the seconds out"
+        )
+
+
 def blocks_of(parts: list[PromptPart], causal: CausalConfig, fps: int) -> list[tuple[int, bool]]:
     """For each chunk of the video, the number of the part that holds, and whether a new scene begins with it.
 

@@ -16,6 +16,7 @@ from wanforge.errors import (
 )
 from wanforge.host.library_errors import GPU_FAILED, OUT_OF_MEMORY, is_of_a_library
 from wanforge.runtime.service.job import Failure
+from wanforge.runtime.service.live.wire import NobodyWatchesError
 
 PATH = re.compile(r"""(?<![\w.~/:])['"]?/[^\s'",;:()]+['"]?""")
 """An absolute path."""
@@ -35,6 +36,7 @@ def failure_of(error: BaseException) -> Verdict:
     | code | means |
     |---|---|
     | ``invalid_request`` | the model cannot do what was asked for |
+    | ``nobody_watches`` | whoever wanted to watch a live stream has gone before anything of it was there |
     | ``out_of_memory`` | there was not enough memory; the process ends, because what it holds is in disorder |
     | ``gpu_failed`` | the GPU reported an error; the process ends, because it cannot use the GPU any more |
     | ``disk_full`` | the clip did not fit on the disk |
@@ -51,6 +53,8 @@ def failure_of(error: BaseException) -> Verdict:
     if isinstance(error, GpuError) or (is_of_a_library(error) and GPU_FAILED.search(said)):
         message = "the GPU reported an error, and its worker was started anew; try again"
         return Verdict(Failure("gpu_failed", message), True)
+    if isinstance(error, NobodyWatchesError):
+        return Verdict(Failure("nobody_watches", str(error)), False)
     if isinstance(error, RequestError | ConfigError):
         return Verdict(Failure("invalid_request", without_paths(str(error))), False)
     if (isinstance(error, OSError) and error.errno in DISK_FULL) or "No space left on device" in said:

@@ -54,6 +54,8 @@ class MakeClip(Record, frozen=True, tag=True):
         request: The checked request, see `catalogue.Asked`.
         image: The file of the first frame.
         folder: An empty folder for the results.
+        service: The folder of the service, in which the server expects live streams.
+        before: The file of the video that the clip goes on from.
     """
 
     ticket: str
@@ -61,6 +63,8 @@ class MakeClip(Record, frozen=True, tag=True):
     request: dict[str, Any]
     image: str | None
     folder: str
+    service: str = ""
+    before: str | None = None
 
 
 class StopClip(Record, frozen=True, tag=True):

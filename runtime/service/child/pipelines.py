@@ -23,6 +23,8 @@ from wanforge.runtime.measure.requests.meters import Nvml
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
+from wanforge.runtime.service.child.extending import continuing, write_extended
+from wanforge.runtime.service.child.live.streamed_clip import streamed
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
@@ -93,11 +95,22 @@ class Pipelines(Maker):
         asked, folder = msgspec.convert(order.request, Asked), Path(order.folder)
         pipeline = self._pipeline(order.bundle, asked.backend or self.setup.backend, report)
         loras = self._loras(order.bundle, asked.lora)
-        checked = pipeline.check(asked.request(None if order.image is None else Path(order.image), loras))
-        pictures, percent = Pictures(folder, asked.frames), Percent(pipeline, checked, report)
+        request = asked.request(None if order.image is None else Path(order.image), loras)
+        if asked.live is not None:
+            return streamed(pipeline, request, asked, order, report)
+        before, frames = None if order.before is None else Path(order.before), asked.frames
+        if before is not None:
+            request, count = continuing(pipeline, request, before)
+            frames += count - 1
+        checked = pipeline.check(request)
+        pictures, percent = Pictures(folder, frames), Percent(pipeline, checked, report)
         pipeline.watch = Stills(folder, percent, self._pace) if pipeline.model.preview else None
         try:
-            timings = pipeline.write_video(checked, folder / "video.mp4", percent, pictures)
+            video = folder / "video.mp4"
+            if before is None:
+                timings = pipeline.write_video(checked, video, percent, pictures)
+            else:
+                timings = write_extended(pipeline, checked, before, video, percent, pictures)
             files = {"video": "video.mp4", **pictures.finish()}
         except BaseException:
             pictures.close()
@@ -109,6 +122,7 @@ class Pipelines(Maker):
             timings.stages,
             {
                 **details(asked, timings, pictures),
+                "frames": frames,
                 "loras": [without_file(each) for each in pipeline.loras.described(loras)],
             },
         )

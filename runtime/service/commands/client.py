@@ -13,6 +13,7 @@ from wanforge.runtime.commands.options import FILE, FOLDER, JSON, Finite, takes
 from wanforge.runtime.inputs.lora import way_words
 from wanforge.runtime.progress import Bars
 from wanforge.runtime.service.client.connection import Connection, connected
+from wanforge.runtime.service.commands.watching import stream
 
 VARIANTS = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}
 """What a video becomes, and the suffixes of the files."""
@@ -37,6 +38,8 @@ def client(ctx: click.Context, url: str, key: str | None) -> None:
     """
     ctx.obj = ctx.with_resource(connected(url, key))
 
+
+client.add_command(stream)
 
 ID = click.argument("video", metavar="ID")
 OUT = click.option("--out", type=FILE, help="File to write.  [default: ID.mp4]")

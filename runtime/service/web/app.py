@@ -10,12 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from wanforge.runtime.service.settings import MEGABYTE
 from wanforge.runtime.service.web import batches, catalogued, content, document, page, stream, videos
 from wanforge.runtime.service.web.access import KeyRing
+from wanforge.runtime.service.web.extensions import routes as extensions
 from wanforge.runtime.service.web.forms import errors
 from wanforge.runtime.service.web.guard.bodies import Bounded
 from wanforge.runtime.service.web.guard.sites import OwnSite
 from wanforge.runtime.service.web.monitor import health
 from wanforge.runtime.service.web.monitor.answers import Counted
 from wanforge.runtime.service.web.state import Service
+from wanforge.runtime.service.web.streams import routes as streams
 from wanforge.version import __version__
 
 DESCRIPTION = """Makes videos from prompts. The shape of the API is that of `/v1/videos`, as OpenAI's client and other
@@ -41,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
             yield
         finally:
             service.newsroom.close()
+            await service.screens.close()
 
     app = FastAPI(
         title="wanforge",
@@ -53,7 +56,7 @@ def create_app(service: Service) -> FastAPI:
     )
     app.state.service = service
     app.state.keys = KeyRing(service)
-    rooms = (videos, content, stream, batches, catalogued, health, page)
+    rooms = (videos, extensions, content, stream, streams, batches, catalogued, health, page)
     routers = [room.router for room in ((health,) if service.settings.role == "worker" else rooms)]
     for router in routers:
         app.include_router(router)

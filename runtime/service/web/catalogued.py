@@ -39,6 +39,7 @@ def told(served: Served, created: float) -> Model:
         id=served.name,
         created=int(created),
         task=model.task,
+        live=bool(model.causal),
         recipe=recipe.name,
         size=f"{model.video.width_px}x{model.video.height_px}",
         frames=model.video.frames,

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import anyio
@@ -19,6 +20,7 @@ from wanforge.runtime.service.store.base import JobStore, StoreError
 from wanforge.runtime.service.web.live.newsroom import Newsroom
 from wanforge.runtime.service.web.live.outlook import Outlook
 from wanforge.runtime.service.web.monitor.answers import AnswerFigures
+from wanforge.runtime.service.web.streams.screens import Screens
 from wanforge.runtime.service.workers.status import obstacles_of
 
 READERS = 4
@@ -43,6 +45,7 @@ class Service:
         crew: Tells the workers that there are.
         needs_keys: Whether there are API keys, so that every request has to show one.
         streams: How many event streams each key has open.
+        screens: Where live streams arrive.
         fetcher: Fetches pictures by their URLs; None where that is not allowed.
     """
 
@@ -53,6 +56,7 @@ class Service:
         self.outlook, self.answers = Outlook(store, self.crew), AnswerFigures()
         self._readers = anyio.CapacityLimiter(READERS)
         self.streams: Counter[str] = Counter()
+        self.screens = Screens(Path(settings.data))
         limits = settings.limits
         most = int(limits.body_megabytes * MEGABYTE)
         self.fetcher = Fetcher(limits.image_hosts, most) if limits.image_hosts else None

@@ -25,6 +25,7 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
     asked = Asked.known_of(job)
     position = service.outlook.position(job.id) if with_place and job.state is State.QUEUED else None
     details = {} if job.result is None else job.result.details
+    frames = frames_made(job)
     return Video(
         id=job.id,
         status=job.state.value,
@@ -36,9 +37,9 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         model=asked.model,
         prompt=asked.prompt,
         size=f"{asked.width_px}x{asked.height_px}",
-        seconds=f"{asked.seconds:g}",
+        seconds=f"{(frames - 1) / asked.fps:g}",
         error=None if job.error is None else Problem(code=job.error.code, message=job.error.message),
-        frames=asked.frames,
+        frames=frames,
         seed=asked.seed,
         steps=asked.steps,
         topk=asked.topk,
@@ -53,7 +54,14 @@ def told(service: Service, job: Job, *, with_place: bool = True) -> Video:
         estimated_seconds=estimated(service, job, position) if with_place else None,
         timings=details.get("timings"),
         batch_id=job.batch,
+        live=asked.live is not None,
     )
+
+
+def frames_made(job: Job) -> int:
+    """The frames of a video; before it is there, those that were asked for."""
+    found: int = ({} if job.result is None else job.result.details).get("frames", Asked.known_of(job).frames)
+    return found
 
 
 def estimated(service: Service, job: Job, position: int | None) -> float | None:

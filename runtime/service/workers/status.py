@@ -31,6 +31,7 @@ OUTCOMES = (
     *("completed", "cancelled", "requeued"),
     *("invalid_request", "out_of_memory", "gpu_failed", "disk_full", "bundle_damaged", "resources_lacking"),
     *("internal_error", "worker_died", "worker_hung", "storage_refused", "storage_unreachable", "object_gone"),
+    "nobody_watches",
 )
 """How attempts end, as far as is known beforehand."""
 

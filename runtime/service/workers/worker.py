@@ -31,6 +31,7 @@ from wanforge.runtime.service.child.messages import (
     ToSupervisor,
 )
 from wanforge.runtime.service.job import Failure, Job, Result
+from wanforge.runtime.service.live.terms import LIVE
 from wanforge.runtime.service.results.base import ObjectStorage, StorageError, new_name
 from wanforge.runtime.service.results.previews import PREVIEW, STILL, preview_name
 from wanforge.runtime.service.results.sweeping import staging_name
@@ -283,7 +284,7 @@ class ClipWorker(Thread):
         job = attempt.job
         try:
             asked = Asked.of(job)
-            image = None if asked.image is None else str(self.shop.storage.local(asked.image))
+            image, before = self._local(asked.image), self._local(asked.continues)
         except StorageError as error:
             return ClipFailed(attempt.ticket, Failure(error.code, str(error)), False)
         except msgspec.ValidationError as error:
@@ -292,7 +293,8 @@ class ClipWorker(Thread):
         self._warm.pop(job.bundle, None)  # what a bundle has recorded is of one shape, and goes for the next one's
         prompt = {"prompt": asked.prompt} if self.shop.settings.serve.logs_prompts else {}
         log.info("%s begins %s.", self.name, job.id, extra={"job": job.id, "attempt": job.attempt, **prompt})
-        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, str(attempt.folder)))
+        service, folder = str(self.shop.settings.data), str(attempt.folder)
+        child.send(MakeClip(attempt.ticket, job.bundle, job.request, image, folder, service, before))
         try:
             outcome = self._watch(attempt, child)
         except EndedError as error:
@@ -310,6 +312,14 @@ class ClipWorker(Thread):
                 # child gets ready, and that counts.
                 self._lose_child(failure.message, counts=failure.code != OUT_OF_MEMORY)
         return outcome
+
+    def _local(self, name: str | None) -> str | None:
+        """The file of an object that a job reads.
+
+        Raises:
+            StorageError: It is gone, or the storage cannot be reached.
+        """
+        return None if name is None else str(self.shop.storage.local(name))
 
     def _watch(self, attempt: Attempt, child: ChildProcess) -> Outcome:
         """Wait for the end of an attempt.
@@ -440,7 +450,11 @@ class ClipWorker(Thread):
             last: The failure after the last attempt; None for the store's own.
         """
         job, most = attempt.job, self.shop.settings.serve.policy.most_lost
-        if last is not None and job.lost + 1 >= most and attempt.stop is None:
+        if job.shape == LIVE:  # whoever watches has seen a part of it, which another attempt would not go on from
+            self._fail(
+                attempt, last or Failure("worker_died", "the process that made this stream has died; start anew")
+            )
+        elif last is not None and job.lost + 1 >= most and attempt.stop is None:
             self._fail(attempt, last)
         elif self._surely(lambda: self.shop.store.requeue(job.lease, counts=True)):
             self._count(attempt, "worker_died" if last is None else last.code)
@@ -478,4 +492,5 @@ class ClipWorker(Thread):
 def kind_of(job: Job) -> ClipKind:
     """The kind of a job's clip."""
     asked = Asked.of(job)
-    return ClipKind(asked.model, f"{asked.width_px}x{asked.height_px}", asked.recipe)
+    size = LIVE if asked.live else f"{asked.width_px}x{asked.height_px}"  # a stream takes as long as it is watched
+    return ClipKind(asked.model, size, asked.recipe)

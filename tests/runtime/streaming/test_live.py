@@ -16,8 +16,9 @@ from wanforge.configs.clip import MAX_POSITIONS
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError
 from wanforge.progress import silent
+from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.causal.making import show_chunks
-from wanforge.runtime.causal.stream import Scene, check_live, chunks_of_seconds
+from wanforge.runtime.causal.stream import Scene, check_live
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.causal.noise import StreamNoise

@@ -17,7 +17,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PROMPT)]
 
 
-def _seconds(value: Any) -> Any:
+def seconds_text(value: Any) -> Any:
     """The API has always had seconds as a string, and clients send numbers all the same."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -45,11 +45,13 @@ class VideoRequest(BaseModel):
     model: Name | None = Field(None, description="A name of `GET /v1/models`; the first of them by default.")
     size: Name | None = Field(None, description="`832x480`, or a resolution such as `480p`.", examples=["832x480"])
     aspect: Name | None = Field(None, description="With a resolution: 1:1, 4:3, 3:4, 16:9 or 9:16.")
-    seconds: Annotated[Annotated[str, StringConstraints(pattern=SECONDS)] | None, BeforeValidator(_seconds)] = Field(
-        None,
-        description="Length of the clip; the nearest that the model can make.",
-        examples=["5"],
-        json_schema_extra={"anyOf": [{"type": "string", "pattern": SECONDS}, {"type": "number"}, {"type": "null"}]},
+    seconds: Annotated[Annotated[str, StringConstraints(pattern=SECONDS)] | None, BeforeValidator(seconds_text)] = (
+        Field(
+            None,
+            description="Length of the clip; the nearest that the model can make.",
+            examples=["5"],
+            json_schema_extra={"anyOf": [{"type": "string", "pattern": SECONDS}, {"type": "number"}, {"type": "null"}]},
+        )
     )
     frames: Annotated[int, Field(ge=1, le=100_000), Whole] | None = Field(
         None, description="Its length in frames, 4n+1."
@@ -91,6 +93,14 @@ class VideoRequest(BaseModel):
         description="The first frame, for image-to-video models: a file of a form, a data URL "
         "(`data:image/png;base64,…`), or the https URL of a host that this server is allowed to visit.",
     )
+
+
+class VideoReference(BaseModel):
+    """A completed video of this server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00]*$")]
 
 
 class Problem(BaseModel):
@@ -143,6 +153,7 @@ class Video(BaseModel):
     )
     timings: dict[str, float] | None = Field(description="Seconds that each stage took.")
     batch_id: str | None
+    live: bool = Field(description="Whether it is, or was, watched while it is made; see `POST /v1/streams`.")
 
 
 class VideoList(BaseModel):
@@ -171,6 +182,7 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["wanforge"] = "wanforge"
     task: Literal["t2v", "i2v"]
+    live: bool = Field(description="Whether it makes live streams, chunk by chunk.")
     recipe: str
     size: str
     frames: int

@@ -3,10 +3,10 @@
 import base64
 import binascii
 import io
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
@@ -17,6 +17,7 @@ from wanforge.runtime.service.web.forms.errors import ApiError, about, invalid, 
 from wanforge.runtime.service.web.forms.schema import VideoRequest
 from wanforge.runtime.service.web.state import Service
 
+Form = TypeVar("Form", bound=BaseModel)
 JSON, FORMS = "application/json", ("multipart/form-data", "application/x-www-form-urlencoded")
 MOST_FIELDS = 32
 PICTURE = "input_reference"
@@ -51,6 +52,22 @@ async def video_request(request: Request, service: Service) -> tuple[VideoReques
         raise ApiError(415, "unknown_content_type", f"send {JSON} or {FORMS[0]}, not {kind or 'a body without a type'}")
     data = await request.body()
     return await service.by_size(len(data), of_json, data), None
+
+
+async def json_object(request: Request, service: Service, kind: type[Form]) -> Form:
+    """The JSON object that a request has as its body.
+
+    Raises:
+        ApiError: The body is no JSON object, or a field of it is unknown or wrong.
+    """
+    said = content_type(request)
+    if said != JSON:
+        raise ApiError(415, "unknown_content_type", f"send {JSON}, not {said or 'a body without a type'}")
+    data = await request.body()
+    try:
+        return await service.by_size(len(data), kind.model_validate_json, data, strict=True)
+    except ValidationError as error:
+        raise validation_error(error.errors()[0]) from None
 
 
 def content_type(request: Request) -> str:

@@ -1,5 +1,6 @@
 """From a request of the API to a job: every rule of the model and of the server is applied here."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from wanforge.runtime.service.settings import MEGABYTE, ClientLimits
 from wanforge.runtime.service.web.forms.errors import about, invalid
 from wanforge.runtime.service.web.forms.schema import VideoRequest
 from wanforge.runtime.service.web.intake.body import PICTURE, redrawn
+from wanforge.runtime.service.web.streams.forms import StreamRequest
 
 
 def checked(
@@ -53,11 +55,14 @@ def checked(
         update=wanted.update,
         lora=wanted.lora,
         backend=wanted.backend,
+        is_causal=bool(model.causal),
     )
+    if model.causal and wanted.steps is not None:
+        raise invalid("steps", f"{served.name} makes a video chunk by chunk, at times of its own; leave steps out")
     with about("prompt"), kept(picture) as path:
         if path is None and model.task == "i2v":
             raise invalid(PICTURE, f"{served.name} starts from a picture; send one as {PICTURE}", "missing_field")
-        if path is not None and model.task != "i2v":
+        if path is not None and not model.takes_image:
             raise invalid(PICTURE, f"{served.name} takes no picture; leave {PICTURE} out")
         served.check(asked, path)
     return served, asked
@@ -86,16 +91,33 @@ def shape_of(served: Served, limits: ClientLimits, wanted: VideoRequest) -> Clip
         if frames > limits.clip_frames:
             raise RequestError(f"{frames} frames are more than this server makes, which is {limits.clip_frames}")
         ClipShape(*video.size_wh, frames)
+    width, height = sized(served, limits, wanted)
+    return ClipShape(width, height, frames)
+
+
+def sized(served: Served, limits: ClientLimits, wanted: VideoRequest | StreamRequest) -> tuple[int, int]:
+    """The width and the height of the frame."""
     with about("aspect"):
         if wanted.aspect is not None and (wanted.size is None or "x" in wanted.size):
             raise RequestError("aspect chooses a size of the resolution table; give size with it, such as 480p")
     with about("size"):
-        width, height = video.size_wh if wanted.size is None else size_of(wanted.size, wanted.aspect or "16:9")
+        usual = served.bundle.model.video.size_wh
+        width, height = usual if wanted.size is None else size_of(wanted.size, wanted.aspect or "16:9")
         if width * height > limits.clip_megapixels * MEGABYTE:
             raise RequestError(
                 f"{width}x{height} is more than this server makes: {limits.clip_megapixels:g} megapixels"
             )
-        return ClipShape(width, height, frames)
+        ClipShape(width, height, 1)
+        return width, height
+
+
+def black(width_px: int, height_px: int) -> bytes:
+    """A picture that stands for the last frame of a video, which only the worker takes out of it."""
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (width_px, height_px)).save(encoded, "PNG", compress_level=1)
+    return encoded.getvalue()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ router = APIRouter(include_in_schema=False)
 
 FOLDER = Path(__file__).parent
 FILES = {
-    **dict.fromkeys(("api.js", "gallery.js", "page.js"), "text/javascript"),
+    **dict.fromkeys(("api.js", "gallery.js", "live.js", "page.js", "player.js"), "text/javascript"),
     "page.css": "text/css",
     "icon.svg": "image/svg+xml",
 }

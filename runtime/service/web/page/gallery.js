@@ -133,12 +133,13 @@ function show(card, video) {
   card.item.className = `card ${video.status}`;
   card.find(".prompt").textContent = video.prompt;
   card.find(".prompt").title = video.prompt;
+  const length = video.live && isActive ? "live" : `${video.frames} frames`;
   card.find(".facts").textContent =
-    `${video.model}, ${video.size}, ${video.frames} frames, ${video.steps} ${video.steps === 1 ? "step" : "steps"}, seed ${video.seed}`;
+    `${video.model}, ${video.size}, ${length}, ${video.steps} ${video.steps === 1 ? "step" : "steps"}, seed ${video.seed}`;
   card.find(".times").textContent = timesOf(card);
   card.find(".status").textContent = WORDS[video.status];
   card.find(".why").textContent = video.error ? video.error.message : "";
-  card.find("progress").hidden = !isActive;
+  card.find("progress").hidden = !isActive || (video.live && video.status === "in_progress"); // whose end nobody knows
   card.find("progress").value = video.progress;
   card.find("progress").setAttribute("aria-label", `Progress of ${video.prompt}`);
   card.find(".stage").textContent = isActive ? stageOf(video) : "";
@@ -167,6 +168,7 @@ function stageOf(video) {
     const place = video.queue_position === null ? "" : video.queue_position === 0 ? "next" : `${video.queue_position} before it`;
     return [place, leftOf(video)].filter(Boolean).join(", ");
   }
+  if (video.live) return "live";
   return [`${video.progress} %`, video.stage, leftOf(video)].filter(Boolean).join(", ");
 }
 

@@ -2,6 +2,7 @@
 
 import { askJson, keyOf, whenKeyIsWanted } from "./api.js";
 import { at, cardOf, chooseThese, openGallery, tell, whenPressed } from "./gallery.js";
+import { openLive, watchLive } from "./live.js";
 
 const HEALTH_MS = 10000;
 const FIELDS = ["prompt", "model", "size", "frames", "steps", "seed"];
@@ -14,7 +15,9 @@ const modelOf = (id) => models.find((model) => model.id === id);
 function modelChanged() {
   const model = modelOf(at("model").value);
   if (!model) return;
-  at("picture-field").hidden = model.task !== "i2v";
+  at("picture-field").hidden = model.task !== "i2v" && !model.live;
+  at("steps").disabled = model.live; // such models have steps of their own
+  at("watch").hidden = !model.live;
   at("size").placeholder = model.size;
   at("frames").placeholder = model.frames;
   at("steps").placeholder = model.steps;
@@ -44,12 +47,42 @@ function clearProblems() {
 function wanted() {
   const data = new FormData();
   for (const name of FIELDS) {
-    const value = at(name).value.trim();
+    const value = at(name).disabled ? "" : at(name).value.trim();
     if (value) data.set(name, value);
   }
   const picture = at("picture").files[0];
   if (picture && !at("picture-field").hidden) data.set("input_reference", picture);
   return data;
+}
+
+const LIVE_FIELDS = ["prompt", "model", "size", "seed"];
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+async function watch() {
+  clearProblems();
+  at("watch").disabled = true;
+  try {
+    const fields = {};
+    for (const name of LIVE_FIELDS) {
+      const value = at(name).value.trim();
+      if (value) fields[name] = name === "seed" ? Number(value) : value;
+    }
+    const picture = at("picture").files[0];
+    if (picture) fields.input_reference = await dataUrl(picture);
+    await watchLive(fields);
+  } catch (error) {
+    showProblem(error);
+  } finally {
+    at("watch").disabled = false;
+  }
 }
 
 const post = (body, headers = {}) => askJson("v1/videos", { method: "POST", body, headers });
@@ -76,9 +109,11 @@ async function submit(event) {
 }
 
 async function retry(video) {
-  if (modelOf(video.model)?.task === "i2v") return remix(video);
+  const known = modelOf(video.model);
+  if (known?.task === "i2v" || video.live) return remix(video);
   const { prompt, model, size, frames, seed, steps, topk } = video;
-  const body = JSON.stringify({ prompt, model, size, frames, seed, steps, ...(topk === null ? {} : { topk }) });
+  const more = { ...(topk === null ? {} : { topk }), ...(known?.live ? {} : { steps }) };
+  const body = JSON.stringify({ prompt, model, size, frames, seed, ...more });
   cardOf(await post(body, { "Content-Type": "application/json" }));
 }
 
@@ -87,7 +122,7 @@ function remix(video) {
   if (modelOf(video.model)) at("model").value = video.model;
   modelChanged();
   for (const name of FIELDS) if (name !== "model") at(name).value = video[name];
-  const wantsPicture = !at("picture-field").hidden && !at("picture").files.length;
+  const wantsPicture = modelOf(at("model").value)?.task === "i2v" && !at("picture").files.length;
   if (wantsPicture) at("input_reference-error").textContent = "Choose the picture again; the server does not give it back.";
   at(wantsPicture ? "picture" : "prompt").focus();
 }
@@ -164,6 +199,8 @@ async function begin() {
   at("model").addEventListener("change", modelChanged);
   at("picture").addEventListener("change", pictureChanged);
   takeDroppedPictures();
+  at("watch").addEventListener("click", watch);
+  openLive();
   at("key-button").addEventListener("click", askForKey);
   at("key-dialog").addEventListener("close", keyGiven);
   whenKeyIsWanted(askForKey);

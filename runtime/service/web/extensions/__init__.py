@@ -1,0 +1,1 @@
+"""Clips that go on from the last frame of another one."""

@@ -1,0 +1,322 @@
+"""A stream while it is shown: real chunks and a real encoder, and a server that the test plays."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+
+from tests.processes import wait_until
+from tests.video_reader import read_video
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.runtime.output.video import VideoError
+from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.service.child.live import show as shows
+from wanforge.runtime.service.child.live.samples import Samples
+from wanforge.runtime.service.child.live.show import Show
+from wanforge.runtime.service.child.maker import StoppedError
+from wanforge.runtime.service.live.terms import LiveTerms
+from wanforge.runtime.service.live.wire import (
+    FROM_CHILD,
+    LENGTH,
+    ChunkShown,
+    Link,
+    NobodyWatchesError,
+    StreamEnded,
+    ToServer,
+    VideoPiece,
+    Wish,
+    framed,
+    listening,
+)
+from wanforge.runtime.streaming.live import live
+
+pytestmark = pytest.mark.slow
+PROMPT, OTHER, SIZE = "a red kite over a windy beach", "a blue train in the snow", (64, 32)
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle_of: Callable[[str, str], Bundle]) -> Pipeline:
+    return open_pipeline(bundle_of("tiny-causal", "bf16"), "ort")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    files = len(os.listdir("/proc/self/fd"))
+    yield
+    names = {thread.name for thread in threading.enumerate()}
+    assert not {
+        name for name in names if name.startswith(("denoiser", "decoder", "encoder", "carrier", "show", "wishes"))
+    }
+    assert not psutil.Process().children()
+    assert len(os.listdir("/proc/self/fd")) <= files
+
+
+@dataclass
+class Stage:
+    """A stream, and the server that it is for.
+
+    Attributes:
+        heard: What the server has heard.
+        reports: How often the stream said that all is well.
+    """
+
+    show: Show
+    far: socket.socket
+    heard: list[ToServer] = field(default_factory=list)
+    reports: int = 0
+    error: BaseException | None = None
+    thread: threading.Thread | None = None
+    may_stop: bool = False
+
+    def report(self, stage: str, percent: int) -> None:
+        self.reports += 1
+        if self.may_stop:
+            raise StoppedError
+
+    def run(self) -> None:
+        try:
+            self.show.run(self.report)
+        except BaseException as error:
+            self.error = error
+
+    def start(self) -> "Stage":
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        return self
+
+    def hear(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Read what comes until something is true, or the connection ends."""
+        reads = self.far.makefile("rb")
+        while not until():
+            head = reads.read(LENGTH.size)
+            if len(head) < LENGTH.size:
+                return
+            self.heard.append(FROM_CHILD.decode(reads.read(LENGTH.unpack(head)[0])))
+
+    def wish(self, **wish: object) -> None:
+        self.far.sendall(framed(msgspec.convert(wish, Wish)))
+
+    def end(self) -> None:
+        assert self.thread is not None
+        self.thread.join(SECONDS)
+        assert not self.thread.is_alive()
+
+    @property
+    def video(self) -> bytes:
+        return b"".join(each.data for each in self.heard if isinstance(each, VideoPiece))
+
+    @property
+    def chunks(self) -> int:
+        return sum(isinstance(each, ChunkShown) for each in self.heard)
+
+
+@contextmanager
+def staged(pipeline: Pipeline, folder: Path, chunks: int = 4, **terms: object) -> Iterator[Stage]:
+    """A stream that is about to be shown."""
+    made = live(pipeline, PROMPT, chunks=chunks, size=SIZE, seed=7, cache="infinity_rope")
+    given = msgspec.convert({"screen": "s", "chunks": chunks, "is_paced": False, **terms}, LiveTerms)
+    with listening(folder) as server:
+        link = Link(folder, "s")
+        far, _ = server.accept()
+    stage = Stage(Show(made, given, link, folder / "live.mp4"), far)
+    try:
+        yield stage
+    finally:
+        far.close()
+        if stage.thread is not None:
+            stage.end()
+
+
+def held(show: Show) -> None:
+    """Wait until a stream waits for its reader, and nothing more is made."""
+    before = -1
+    while not (show._carrier.is_sending and before == show.chunks):
+        before = show.chunks
+        time.sleep(0.5)
+
+
+def test_what_is_watched_is_what_is_kept(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=6) as stage:
+        stage.start().hear()
+        stage.end()
+    assert stage.error is None
+    assert stage.heard[-1] == StreamEnded("length")
+    assert [each.frames for each in stage.heard if isinstance(each, ChunkShown)] == [1, 9, 17, 25, 33, 41]
+    kept = (tmp_path / "live.mp4").read_bytes()
+    assert stage.video == kept
+    assert read_video(tmp_path / "live.mp4")[1].shape == (41, 32, 64, 3)
+    assert stage.show.samples.count == 41
+
+
+def test_prompts_and_pauses_are_obeyed(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=400) as stage:
+        stage.start().hear(lambda: stage.chunks >= 2)
+        for _ in range(100):
+            stage.wish(prompt=OTHER, is_cut=True)
+        stage.wish(prompt="x " * 1000)  # which the server would have refused
+        shown = lambda: [each.prompt for each in stage.heard if isinstance(each, ChunkShown)]  # noqa: E731
+        stage.hear(lambda: OTHER in shown())
+        stage.wish(is_paused=True)
+        listening_ = threading.Thread(target=stage.hear)
+        listening_.start()
+        wait_until(lambda: stage.show._paused_at is not None, SECONDS)
+        settled = -1
+        while settled != stage.chunks:
+            settled = stage.chunks
+            time.sleep(0.5)
+        before = stage.reports
+        wait_until(lambda: stage.reports > before + 2, SECONDS)  # so nobody takes a pause for a stream that hangs
+        stage.wish(is_paused=False)
+        wait_until(lambda: stage.chunks > settled, SECONDS)
+        stage.wish(ends=True)
+        stage.end()
+        listening_.join(SECONDS)
+    assert stage.error is None
+    assert stage.heard[-1] == StreamEnded("stopped")
+    assert set(shown()) == {PROMPT, OTHER}
+
+
+def test_a_stream_that_is_stopped_at_once_has_one_chunk(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=400) as stage:
+        stage.wish(ends=True)
+        stage.start().hear()
+        stage.end()
+    assert (stage.error, stage.heard[-1]) == (None, StreamEnded("stopped"))
+    assert stage.show.chunks >= 1
+
+
+def test_a_slow_reader_holds_the_denoiser_back(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.start()
+        held(stage.show)
+        assert stage.show._carrier.count < 300_000
+        reports = stage.reports
+        wait_until(lambda: stage.reports > reports + 2, SECONDS)  # so it is not taken for a stream that hangs
+        assert stage.show.chunks < 2000
+        stage.far.close()
+        stage.end()
+    assert stage.error is None
+    assert stage.show.reason == "reader"
+    assert len(read_video(tmp_path / "live.mp4")[1]) == stage.show.samples.count
+
+
+def test_what_was_shown_is_kept_when_the_watcher_goes(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.start().hear(lambda: stage.chunks >= 3)
+        stage.far.close()
+        stage.end()
+    assert (stage.error, stage.show.reason) == (None, "reader")
+    assert len(read_video(tmp_path / "live.mp4")[1]) == stage.show.samples.count >= 17
+
+
+def test_nothing_is_made_for_nobody(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path) as stage:
+        stage.far.shutdown(socket.SHUT_RDWR)
+        stage.start().end()
+    if stage.error is None:  # a chunk was there before it was noticed
+        assert stage.show.reason == "reader"
+    else:
+        assert isinstance(stage.error, NobodyWatchesError)
+
+
+def test_a_killed_encoder_ends_the_stream_with_its_error(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.start().hear(lambda: stage.chunks >= 2)
+        (encoder,) = psutil.Process().children()
+        encoder.kill()
+        stage.hear()
+        stage.end()
+    assert isinstance(stage.error, VideoError)
+    assert "the video encoder stopped" in str(stage.error)
+    assert not any(isinstance(each, StreamEnded) for each in stage.heard)
+
+
+def test_an_encoder_that_hangs_is_not_taken_for_a_slow_reader(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.start().hear(lambda: stage.chunks >= 2)
+        (encoder,) = psutil.Process().children()
+        encoder.send_signal(signal.SIGSTOP)
+        reading = threading.Thread(target=stage.hear)
+        reading.start()
+        settled = -1
+        while settled != stage.reports:  # nothing is told any more
+            settled = stage.reports
+            time.sleep(10 * shows.LOOK_SECONDS)
+        encoder.kill()
+        stage.end()
+        reading.join(SECONDS)
+    assert isinstance(stage.error, VideoError)
+
+
+def test_a_full_disk_ends_the_stream(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.show._carrier.file = Path("/dev/full")
+        stage.start().hear()
+        stage.end()
+    assert isinstance(stage.error, OSError)
+    assert stage.error.errno == 28
+
+
+@pytest.mark.parametrize(
+    ("terms", "reason"),
+    [({"seconds": 0.2}, "limit"), ({"megabytes": 0.01}, "limit")],
+)
+def test_a_stream_ends_at_its_limits(pipeline: Pipeline, tmp_path: Path, terms: dict[str, float], reason: str) -> None:
+    with staged(pipeline, tmp_path, chunks=10_000, **terms) as stage:
+        stage.start().hear()
+        stage.end()
+    assert (stage.error, stage.show.reason) == (None, reason)
+    assert stage.heard[-1] == StreamEnded(reason)  # type: ignore[arg-type]
+
+
+def test_a_pause_that_is_too_long_ends_the_stream(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000, pause_seconds=0.2) as stage:
+        stage.start().hear(lambda: stage.chunks >= 2)
+        stage.wish(is_paused=True)
+        stage.hear()
+        stage.end()
+    assert (stage.error, stage.heard[-1]) == (None, StreamEnded("paused"))
+
+
+def test_a_paced_stream_is_no_faster_than_it_is_played(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=6, is_paced=True) as stage:
+        begun = time.monotonic()
+        stage.start().hear()
+        stage.end()
+    assert time.monotonic() - begun >= 41 / 16 - shows.AHEAD_SECONDS - 8 / 16
+    assert stage.error is None
+
+
+def test_what_is_cancelled_ends_at_once(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000) as stage:
+        stage.start()
+        held(stage.show)
+        stage.may_stop = True
+        stage.end()
+    assert isinstance(stage.error, StoppedError)
+
+
+def test_samples_take_no_more_room_for_a_long_video(tmp_path: Path) -> None:
+    import torch
+
+    samples = Samples()
+    for number in range(5000):
+        samples(torch.full((8, 16, 3), number % 256, dtype=torch.uint8))
+    assert len(samples._kept) <= 33
+    files, sheet = samples.draw(tmp_path)
+    assert sorted(files) == ["spritesheet", "thumbnail"]
+    places = sheet["frames"]
+    assert len(places) == 16
+    assert places == sorted(set(places))
+    assert places[0] < 500
+    assert places[-1] > 4000
