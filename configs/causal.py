@@ -107,6 +107,11 @@ class CausalConfig(Record, frozen=True):
         if self.noisy_from is not None and self.noisy_from < 0:
             raise ValueError(f"noisy_from is {self.noisy_from}; chunks are counted from 0")
 
+    @property
+    def longest(self) -> int:
+        """The latent frames of the longest chunk."""
+        return max(self.first_frames, self.chunk_frames)
+
     def beginning(self, *, with_image: bool) -> "CausalConfig":
         """How a video is made that begins with an image, which is the first chunk, or with none."""
         return replace(self, first_frames=1) if with_image else self

@@ -10,14 +10,15 @@ HEAD = tl.constexpr(128)
 
 @triton.jit
 def norm(
-    x_0, x_1, weight_0, weight_1, cos, sin,
+    x_0, x_1, weight_0, weight_1, cos, sin, plain_1,
     M, x_stride, eps,
     D: tl.constexpr,
     TENSORS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Normalise x_i [M, D] over D in place and multiply by weight_i [D]; then, if `cos` and `sin` [M, 64] are given,
-    rotate adjacent channels of each head by their angle. The second axis of the grid selects i.
+    rotate adjacent channels of each head by their angle. The second axis of the grid selects i. plain_1 [M, D], if it
+    is given, receives x_1 as it is before it is rotated.
 
     Whole rows are kept in registers, in parts that a warp loads at once.
     """
@@ -49,6 +50,9 @@ def norm(
     for number in tl.static_range(D // PART):
         factor = tl.load(weight + number * PART + lane).to(tl.float32)
         result = rounded(parts[number].to(tl.float32) * scale * factor, dtype)
+        if plain_1 is not None:
+            if tl.program_id(1) == 1:
+                tl.store(plain_1 + first * D + number * PART + (row * D + lane), result.to(dtype), mask=inside)
         if cos is not None:
             even, odd = tl.split(tl.reshape(result, (ROWS, PART // 2, 2)))
             turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)

@@ -35,10 +35,15 @@ class Weight(NamedTuple):
     bias_N: Tensor
 
 
-def linears(x: Quantised, weights: Sequence[Weight]) -> list[Tensor]:
-    """Apply one to three linears to one input in one launch: ``[M, N]`` each, in the type of the biases."""
-    rows = len(x.steps_MK)
-    outputs = [torch.empty(rows, len(b), dtype=b.dtype, device=b.device) for _, _, b in weights]
+def linears(x: Quantised, weights: Sequence[Weight], into: Tensor | None = None) -> list[Tensor]:
+    """Apply one to three linears to one input in one launch: ``[M, N]`` each, in the type of the biases.
+
+    Args:
+        into: Receives the last output, contiguous; by default a new tensor does.
+    """
+    rows, last = len(x.steps_MK), [] if into is None else [into]
+    new = weights[: len(weights) - len(last)]
+    outputs = [*[torch.empty(rows, len(b), dtype=b.dtype, device=b.device) for _, _, b in new], *last]
     _gemm(x, weights, outputs)
     return outputs
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
-from wanforge.plugins.launching.call import Kernel, library
+from wanforge.plugins.launching.call import Kernel, library, library_into
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import QUANTISE_ROWS, Quantised, quantised_rows
 from wanforge.plugins.w8a8_linear.fused import Weight
@@ -23,13 +23,23 @@ def scaled_linear(x: Quantised, weight: Weight) -> Tensor:
     Raises:
         ShapeError: They do not fit each other, or N or K is not a multiple of 128.
     """
+    _check(x, weight)
+    return library(multiply, *x, *weight)
+
+
+def scaled_linear_into(out_MN: Tensor, x: Quantised, weight: Weight) -> None:
+    """Write `scaled_linear` to a tensor."""
+    _check(x, weight)
+    library_into(out_MN, multiply, *x, *weight)
+
+
+def _check(x: Quantised, weight: Weight) -> None:
     outputs, inputs = weight.steps_NK.shape
     if inputs != x.steps_MK.shape[1] or inputs % TILE or outputs % TILE:
         raise ShapeError(
             f"weight {tuple(weight.steps_NK.shape)} does not fit x {tuple(x.steps_MK.shape)}; K must be the same, "
             f"and N and K multiples of {TILE}"
         )
-    return library(multiply, *x, *weight)
 
 
 def scaled_linear_gelu(x: Quantised, weight: Weight) -> Quantised:

@@ -30,6 +30,7 @@ from wanforge.runtime.backends.fused_block import (
     recipe_for,
 )
 from wanforge.runtime.backends.fused_block import launches as block_launches
+from wanforge.runtime.backends.fused_chunk_block import FusedChunkBlock, chunk_launches
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
@@ -72,6 +73,8 @@ class CudaBackend(TorchBackend):
         self.exchange = exchange or Alone()
         self.block = FusedBlock(bundle.model.dit, recipe)
         self.planned = Planned(self.run_block)
+        self.chunk_block = FusedChunkBlock(bundle.model.dit, recipe)
+        self.planned_chunk = Planned(self.run_chunk_block)
         self.fuses_decoder = self.device.type == "cuda"
         self.decoder = decoder_of(self.graphs[NEXT])
         self.planned_decoder = Planned(self.run_decoder)
@@ -110,13 +113,15 @@ class CudaBackend(TorchBackend):
         names = [port.name for port in (*graph.inputs, *graph.outputs)]
         tensors = dict(zip(names, [*inputs, *outputs], strict=True))
         if graph_run.graph == "block":
-            return self._bind_block(graph_run, tensors)
+            return self._bind_block(graph_run, tensors, self.planned)
+        if graph_run.graph == "chunk_block":
+            return self._bind_block(graph_run, tensors, self.planned_chunk)
         if graph.name in (FIRST, NEXT) and self.fuses_decoder:
             return self._bind_decoder(graph_run, tensors)
         return super().bind(graph_run, inputs, outputs)
 
-    def _bind_block(self, graph_run: GraphRun, tensors: Mapping[str, Tensor]) -> Runnable:
-        weights, planned = self.memory.weights(graph_run, self.graphs["block"].weights), self.planned
+    def _bind_block(self, graph_run: GraphRun, tensors: Mapping[str, Tensor], planned: Planned) -> Runnable:
+        weights = self.memory.weights(graph_run, self.graphs[graph_run.graph].weights)
 
         def run() -> None:
             with torch.inference_mode():
@@ -148,6 +153,12 @@ class CudaBackend(TorchBackend):
         inputs = [tensors[port.name] for port in graph.inputs]
         self.block.run(tensors, inputs, tensors[graph.outputs[0].name])
 
+    def run_chunk_block(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute a causal model's block of its inputs, its outputs and its weights, by their names in the graph."""
+        graph = self.graphs["chunk_block"]
+        inputs, outputs = ([tensors[port.name] for port in ports] for ports in (graph.inputs, graph.outputs))
+        self.chunk_block.run_chunk(tensors, inputs, outputs)
+
     def taps(self, graph_run: GraphRun, inputs: Sequence[Tensor], forced: Mapping[str, Tensor] | None = None) -> Taps:
         observer, hidden_out = ForcedTaps(forced or {}, self.dtype), torch.empty_like(inputs[0])
         with torch.inference_mode():
@@ -157,9 +168,10 @@ class CudaBackend(TorchBackend):
 
 def launches(model: ModelConfig, recipe: Recipe, sm: int, shape: ClipShape | None = None) -> list[Launch]:
     """Every kernel launch of a block, with a side path for LoRAs and without, and of the decoder on an architecture, in
-    bfloat16; see `fused_block.launches` and `decoder.recorded.launches`."""
-    beside = block_launches(model, recipe, sm, shape, side_path=True) if recipe.linear != "bf16" else []
-    return [*block_launches(model, recipe, sm, shape), *beside, *decoder_launches(model, sm, shape)]
+    bfloat16; see `fused_block.launches`, `chunk_launches` and `decoder.recorded.launches`."""
+    of_block = chunk_launches if model.causal else block_launches
+    beside = of_block(model, recipe, sm, shape, side_path=True) if recipe.linear != "bf16" else []
+    return [*of_block(model, recipe, sm, shape), *beside, *decoder_launches(model, sm, shape)]
 
 
 class ForcedTaps(BlockObserver):

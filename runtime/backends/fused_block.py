@@ -3,7 +3,7 @@
 Letters are those of the reference. The batch size is one, so hidden states are matrices ``[L, D]``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -35,7 +35,7 @@ from wanforge.plugins.sparse_linear_attention.fused import (
     sparse_linear_attention_quantised,
 )
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
-from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear, scaled_linear_gelu
+from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear, scaled_linear_gelu, scaled_linear_into
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.reference.dit import attention_blocks, split_heads
@@ -52,6 +52,12 @@ Weights = Mapping[str, Tensor]
 def cast_linear(x_LD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear in the type of its input."""
     return F.linear(x_LD, weight.to(x_LD.dtype), bias.to(x_LD.dtype))
+
+
+def cast_linear_into(out_LD: Tensor, x_LD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Write a linear in the type of its input to a tensor; what is returned is empty."""
+    torch.addmm(bias.to(x_LD.dtype), x_LD, weight.to(x_LD.dtype).T, out=out_LD)
+    return out_LD.new_empty(0)
 
 
 def gelu(x_LD: Tensor) -> Tensor:
@@ -88,8 +94,8 @@ class Linears(Protocol):
         """Convert hidden states to the input of a linear."""
         ...
 
-    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
-        """The outputs of the named linears for the same input."""
+    def project(self, x: Input, names: Sequence[str], into: Tensor | None = None) -> list[Tensor]:
+        """The outputs of the named linears for the same input; with `into`, the last one is written there."""
         ...
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
@@ -118,9 +124,13 @@ class PlainLinears:
     def linear(self, x_LD: Tensor, name: str) -> Tensor:
         return library(cast_linear, x_LD, *(self.weights[f"{name}.{part}"] for part in ("weight", "bias")))
 
-    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+    def project(self, x: Input, names: Sequence[str], into: Tensor | None = None) -> list[Tensor]:
         assert isinstance(x, Tensor)
-        return [self.linear(x, name) for name in names]
+        if into is None:
+            return [self.linear(x, name) for name in names]
+        *before, last = names
+        library(cast_linear_into, into, x, *(self.weights[f"{last}.{part}"] for part in ("weight", "bias")))
+        return [*self.project(x, before), into]
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
         assert isinstance(x, Tensor)
@@ -155,9 +165,9 @@ class QuantisedLinears:
     def cast(self, x: Tensor) -> Tensor:
         return x.to(self.dtype)
 
-    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+    def project(self, x: Input, names: Sequence[str], into: Tensor | None = None) -> list[Tensor]:
         assert isinstance(x, Quantised)
-        return linears(x, [self.weight(name) for name in names])
+        return linears(x, [self.weight(name) for name in names], into)
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
         assert isinstance(x, Quantised)
@@ -194,8 +204,13 @@ class ScaledLinears(RowLinears):
         assert isinstance(x, Quantised)
         return scaled_linear(x, self.weight(name))
 
-    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
-        return [self.linear(x, name) for name in names]
+    def project(self, x: Input, names: Sequence[str], into: Tensor | None = None) -> list[Tensor]:
+        if into is None:
+            return [self.linear(x, name) for name in names]
+        assert isinstance(x, Quantised)
+        *before, last = names
+        scaled_linear_into(into, x, self.weight(last))
+        return [*self.project(x, before), into]
 
     def add(self, x: Input, name: str, residual_LD: Tensor, gate_D: Tensor | None, out_LD: Tensor) -> None:
         add_gated(residual_LD, self.linear(x, name), gate_D, out_LD)
@@ -225,9 +240,9 @@ class SidePathLinears:
     def pack(self, y_LD: Tensor) -> Tensor:
         return y_LD
 
-    def project(self, x: Input, names: Sequence[str]) -> list[Tensor]:
+    def project(self, x: Input, names: Sequence[str], into: Tensor | None = None) -> list[Tensor]:
         assert isinstance(x, Tensor)
-        outputs = self.inner.project(self.inner.pack(x), names)
+        outputs = self.inner.project(self.inner.pack(x), names, into)
         for y_LD, name in zip(outputs, names, strict=True):
             add_low_rank(y_LD, x, self.factors(name))
         return outputs
@@ -298,7 +313,36 @@ class FusedBlock:
         Raises:
             ShapeError: There is more than one sample.
         """
-        hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T, cos_LP, sin_LP, selection_S = inputs
+        angles, num_selected = (inputs[5], inputs[6]), len(inputs[7])
+
+        def attend(layers: Linears, a: Input) -> Input:
+            qkv = ["self_attn.q", "self_attn.k", "self_attn.v"]
+            q_LD, k_LD, v_LD = (observer.value(*each) for each in zip(qkv, layers.project(a, qkv), strict=True))
+            rms_norm_rotate([q_LD, k_LD], self.norms(weights), self.config.eps, angles)
+            q_LD, k_LD = observer.value("self_attn.attn_op.q", q_LD), observer.value("self_attn.attn_op.k", k_LD)
+            return self._attend(layers, weights, (q_LD, k_LD, v_LD), num_selected)
+
+        self.around(weights, inputs[:5], out_BLD, attend, observer)
+
+    def norms(self, weights: Weights) -> list[Tensor]:
+        """The weights of the norms of queries and keys."""
+        return [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
+
+    def around(
+        self,
+        weights: Weights,
+        inputs: Sequence[Tensor],
+        out_BLD: Tensor,
+        attend: Callable[["Linears", Input], Input],
+        observer: "BlockObserver" = UNOBSERVED,
+    ) -> None:
+        """Compute a block with some self-attention.
+
+        Args:
+            inputs: The hidden states, the modulation, and the text's keys, values and biases.
+            attend: Self-attention, between the linears, from the input of its projections to that of the last one.
+        """
+        hidden_BLD, modulation_B6D, keys_BTD, values_BTD, key_bias_T = inputs
         if len(hidden_BLD) != 1:
             raise ShapeError(f"the kernels take one sample at a time, not {len(hidden_BLD)}")
         x_LD, out_LD = hidden_BLD[0], out_BLD[0]
@@ -306,13 +350,7 @@ class FusedBlock:
         layers = self._linears(weights, x_LD.dtype)
 
         a = observer.input("self_attn.q.in", layers.norm(x_LD, scale_sa, shift_sa, modulated=True), layers)
-        qkv = ["self_attn.q", "self_attn.k", "self_attn.v"]
-        q_LD, k_LD, v_LD = (observer.value(*each) for each in zip(qkv, layers.project(a, qkv), strict=True))
-        norms = [weights["self_attn.norm_q.weight"], weights["self_attn.norm_k.weight"]]
-        rms_norm_rotate([q_LD, k_LD], norms, self.config.eps, (cos_LP, sin_LP))
-        q_LD, k_LD = observer.value("self_attn.attn_op.q", q_LD), observer.value("self_attn.attn_op.k", k_LD)
-        y = self._attend(layers, weights, (q_LD, k_LD, v_LD), len(selection_S))
-        a = observer.input("self_attn.o.in", y, layers)
+        a = observer.input("self_attn.o.in", attend(layers, a), layers)
         layers.add(a, "self_attn.o", x_LD, gate_sa, out_LD)
         observer.stream("norm3.in", out_LD)
 
@@ -407,12 +445,23 @@ def launches(
         "context_rows": text_rows or model.dit.text_rows,
         "num_selected": num_selected(runs, clip, model.topk),
     }
+    fused = FusedBlock(model.dit, runs)
+    return recorded_launches(block, sizes, sm, lambda w, inputs, outputs: fused.run(w, inputs, outputs[0]))
+
+
+def recorded_launches(
+    block: Graph,
+    sizes: Mapping[str, int],
+    sm: int,
+    run: Callable[[Weights, Sequence[Tensor], Sequence[Tensor]], None],
+) -> list[Launch]:
+    """What computing a graph of some sizes from its weights, inputs and outputs launches, in bfloat16."""
     with recording(sm) as recorded, torch.device("meta"):
-        inputs = [
-            torch.empty(concrete(port.shape, sizes), dtype=element_type(port.dtype, torch.bfloat16))
-            for port in block.inputs
-        ]
-        FusedBlock(model.dit, runs).run(_empty_weights(block), inputs, torch.empty_like(inputs[0]))
+        inputs, outputs = (
+            [torch.empty(concrete(p.shape, sizes), dtype=element_type(p.dtype, torch.bfloat16)) for p in ports]
+            for ports in (block.inputs, block.outputs)
+        )
+        run(_empty_weights(block), inputs, outputs)
     return recorded.launches
 
 

@@ -142,11 +142,11 @@ def check_backend(model: ModelConfig, name: str, *, is_bounded: bool) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    if model.causal and (name not in ("ort", "torch") or is_bounded):
+    if model.causal and (name == "trt" or is_bounded):
         found = f"{name}, within a limit of memory" if is_bounded else name
         raise ConfigError(
-            f"{model.name} makes a video chunk by chunk, which so far only the backends torch and ort do, on the CPU "
-            f"and without a memory budget; found {found}"
+            f"{model.name} makes a video chunk by chunk, which so far only the backends torch, ort and cuda do, on the "
+            f"CPU and without a memory budget; found {found}"
         )
 
 

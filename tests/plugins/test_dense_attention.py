@@ -8,7 +8,13 @@ from tests.numerics import assert_matches
 from tests.plugins.kernels import DEVICE, DTYPES, cases, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
 from wanforge.plugins.dense_attention import reference
-from wanforge.plugins.dense_attention.fused import dense_attention, dense_attention_quantised
+from wanforge.plugins.dense_attention.fused import (
+    Own,
+    chunk_attention,
+    chunk_attention_quantised,
+    dense_attention,
+    dense_attention_quantised,
+)
 from wanforge.plugins.quantiser.reference import quantise_tiles
 
 pytestmark = pytest.mark.usefixtures("guarded")
@@ -59,6 +65,47 @@ def test_output_is_quantised_in_the_last_lines(dtype: torch.dtype) -> None:
     steps, scale = quantise_tiles(dense_attention(*inputs))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one token", "a ragged tail of queries and keys"))
+def test_own_keys_are_attended_to_where_they_lie(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    tokens, heads, _ = shape
+    q, k, v, bias = operands(*shape, dtype)
+    own = Own(*(strided(randn(tokens, heads * 128, seed=seed, dtype=dtype)) for seed in (5, 6)))
+    both = torch.cat((bias, (2 * randn(tokens, seed=7)).bfloat16().float()))
+    expected = expected_attention(q, torch.cat((k, own.k_OD)), torch.cat((v, own.v_OD)), both)
+    assert_matches(chunk_attention(q, (k, v), own, both), expected, rounding_error(dtype, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_attended_to_at_two_places_is_quantised_as_well(dtype: torch.dtype) -> None:
+    q, k, v, _ = operands(133, 2, 37, dtype)
+    own = Own(*(randn(133, 256, seed=seed, dtype=dtype) for seed in (5, 6)))
+    seen = q, (k, v), own, torch.zeros(170, device=DEVICE)
+    y = chunk_attention_quantised(*seen)
+    steps, scale = quantise_tiles(chunk_attention(*seen))
+    assert_matches(y.steps_MK, steps, 0)
+    assert_matches(y.scale, scale, 0)
+
+
+@pytest.mark.parametrize("last", [None, 0, 20, 1100, 1499], ids=str)
+def test_keys_after_the_last_one_with_weight_are_not_read(last: int | None) -> None:
+    """What slots hold that have never been filled may be no number. Biases are looked at 1,024 at a time."""
+    dtype = DTYPES[0]
+    q, k, v = (randn(rows, 128, seed=seed, dtype=dtype) for seed, rows in enumerate((20, 1500, 1500), 1))
+    own = Own(randn(20, 128, seed=4, dtype=dtype), randn(20, 128, seed=5, dtype=dtype))
+    bias = torch.full((1520,), -float("inf"), device=DEVICE)
+    bias[1500:] = 0
+    kept = 0 if last is None else last + 1
+    if last is not None:
+        bias[last] = 0
+    k[kept:], v[kept:] = float("nan"), float("nan")
+    seen = [x[kept - 1 : kept] if kept else x[:0] for x in (k, v)]
+    expected = expected_attention(
+        q, torch.cat((seen[0], own.k_OD)), torch.cat((seen[1], own.v_OD)), torch.zeros(len(seen[0]) + 20, device=DEVICE)
+    )
+    assert_matches(chunk_attention(q, (k, v), own, bias), expected, rounding_error(dtype, 2))
 
 
 def test_biases_are_added_in_float32() -> None:
@@ -118,3 +165,7 @@ def test_what_does_not_fit_is_refused() -> None:
         dense_attention(q, k[:0], v[:0], bias[:0])
     with pytest.raises(ShapeError, match="side by side"):
         dense_attention(q, k, v.T.contiguous().T, bias)
+    with pytest.raises(ShapeError, match="own keys"):
+        chunk_attention(q, (k, v), Own(k, v[:5]), torch.zeros(12, device=DEVICE))
+    with pytest.raises(ShapeError, match="a bias of 5 keys"):
+        chunk_attention(q, (k, v), Own(k, v), torch.zeros(11, device=DEVICE))

@@ -56,7 +56,9 @@ from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 x, y, gain = edge(torch.randn(133, 256)), edge(torch.randn(133, 256)), edge(torch.randn(256))
 norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(x, gain, gain, 1e-6, modulated=False)
 norm_quantised_rows(x, Affine(gain, gain, 1e-6, True, False), torch.int8)
-rms_norm_rotate([x, y], [gain, gain], 1e-6, (edge(torch.randn(133, 64)), edge(torch.randn(133, 64))))
+angles = edge(torch.randn(133, 64)), edge(torch.randn(133, 64))
+rms_norm_rotate([x, y], [gain, gain], 1e-6, angles)
+rms_norm_rotate([x, y], [gain, gain], 1e-6, angles, empty(133, 256))
 add_gated(x, y, gain, empty(133, 256))
 """,
     "channel_norm": """
@@ -71,6 +73,7 @@ for stream in (Stream(frames(3, 6, 10, 24), frames(3, 6, 10, 24)), Stream(frames
 from wanforge.plugins.dense_attention.fused import *
 q, k, v, bias = (edge(torch.randn(*shape)) for shape in ((133, 256), (21, 256), (21, 256), (21,)))
 dense_attention(q, k, v, bias), dense_attention_quantised(q, k, v, bias)
+chunk_attention(q, (k, v), Own(*(edge(torch.randn(133, 256)) for _ in range(2))), edge(torch.randn(154)))
 """,
     "sparse_linear_attention": """
 from wanforge.plugins.sparse_linear_attention.fused import *

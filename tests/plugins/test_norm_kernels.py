@@ -121,6 +121,22 @@ def test_rms_norm_and_rotation_are_the_reference(
     assert torch.equal(both[:, count:], untouched)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
+def test_the_second_tensor_is_also_kept_before_it_is_rotated(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    tokens, width = shape
+    tensors, gains = [randn(*shape, seed=seed, dtype=dtype) for seed in (1, 2)], list(randn(2, width, seed=3))
+    angle = randn(tokens, 64, seed=4)
+    angles = angle.cos(), angle.sin()
+    expected = rms_norm(tensors[1], gains[1], EPS)
+    alone = [x.clone() for x in tensors]
+    rms_norm_rotate(alone, gains, EPS, angles)
+    plain = torch.full_like(tensors[1], float("nan"))
+    rms_norm_rotate(tensors, gains, EPS, angles, plain)
+    assert_matches(plain, expected, rounding_error(dtype, 0.5))
+    assert all(torch.equal(*each) for each in zip(tensors, alone, strict=True))
+
+
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no gate"])
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "apart"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,6 +178,8 @@ def test_what_does_not_fit_is_refused() -> None:
         norm(torch.zeros(256, 4, device=DEVICE).T, gain, gain, EPS, modulated=True)
     with pytest.raises(ShapeError, match="do not fit"):
         rms_norm_rotate([x], [gain[:128]], EPS)
+    with pytest.raises(ShapeError, match="before its rotation"):
+        rms_norm_rotate([x, x], [gain, gain], EPS, plain_LD=x[:2])
     with pytest.raises(ShapeError, match="64 angles"):
         rms_norm_rotate([x], [gain], EPS, (torch.zeros(4, 32, device=DEVICE),) * 2)
     with pytest.raises(ShapeError, match="do not fit"):

@@ -145,6 +145,17 @@ def test_a_quantised_video_is_that_of_the_reference(recipe: str, bundle_of: Call
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the kernels where they are interpreted")
+def test_kernels_make_the_same_video(bundle: Bundle, pipeline: Pipeline) -> None:
+    def made(pipeline: Pipeline) -> list[Streamed]:
+        return list(pipeline.stream(PROMPT, size=(32, 32), frames=9, seed=7))
+
+    for found, expected in zip(made(open_pipeline(bundle, "cuda")), made(pipeline), strict=True):
+        # Only the order of sums in float32 differs.
+        assert_matches(found.latents, expected.latents, 1e-5)
+
+
+@pytest.mark.slow
 def test_a_clip_is_the_stream_as_a_whole(pipeline: Pipeline) -> None:
     clip = pipeline.generate(PROMPT, size=SIZE, frames=9, seed=7)
     latents, frames = together(list(pipeline.stream(PROMPT, size=SIZE, frames=9, seed=7)))
@@ -338,14 +349,14 @@ def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipelin
     on_a_gpu = TorchBackend(bundle, None, on=HostWithMemory())
     for backend in (create_backend("torch", bundle, budget=1e9), on_a_gpu):
         with pytest.raises(
-            ConfigError, match="only the backends torch and ort do, on the CPU and without a memory bud"
+            ConfigError, match="only the backends torch, ort and cuda do, on the CPU and without a memory bud"
         ):
             Pipeline(bundle, backend).stream(PROMPT)
         with pytest.raises(
-            ConfigError, match="only the backends torch and ort do, on the CPU and without a memory bud"
+            ConfigError, match="only the backends torch, ort and cuda do, on the CPU and without a memory bud"
         ):
             Pipeline(bundle, backend).generate(PROMPT)
-    for name, budget in (("cuda", None), ("torch", 1e9), ("ort", 1e9)):
+    for name, budget in (("trt", None), ("torch", 1e9), ("ort", 1e9)):
         with pytest.raises(ConfigError, match=f"found {name}"):
             open_pipeline(bundle, name, budget)
     checked = pipeline.check(Request(PROMPT, pipeline.model.video.shape(SIZE, 9)))
@@ -354,4 +365,4 @@ def test_other_backends_and_models_are_refused(bundle: Bundle, pipeline: Pipelin
     ):
         pipeline.denoiser(checked, Timings())
     assert choose_backend(bundle) == "ort"
-    assert "cuda (it makes no videos chunk by chunk)" in obstacles(bundle)
+    assert "trt (it makes no videos chunk by chunk)" in obstacles(bundle)

@@ -1,0 +1,91 @@
+"""One layer of a causal denoiser as kernels: computes the same as `runtime.reference.causal.network.run_chunk_block`.
+
+What earlier chunks left and the chunk's own keys and values are never brought together: attention reads each where it
+lies, values where the projection wrote them as an output.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from wanforge.configs.clip import ClipShape
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.errors import ConfigError
+from wanforge.plugins.dense_attention.fused import Own, chunk_attention, chunk_attention_quantised
+from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.runtime.backends.fused_block import (
+    FusedBlock,
+    Input,
+    Linears,
+    Weights,
+    check_architecture,
+    recipe_for,
+    recorded_launches,
+)
+from wanforge.runtime.graphs import graphs
+
+QKV = ("self_attn.q", "self_attn.k", "self_attn.v")
+
+
+class FusedChunkBlock(FusedBlock):
+    """One layer of a causal denoiser as kernels, with the arguments of `FusedBlock`."""
+
+    def run_chunk(self, weights: Weights, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Compute the graph ``chunk_block``.
+
+        Args:
+            weights: The layer's tensors, named as in the graph, on the device of the inputs.
+            inputs: The inputs of one sample, in the order of the graph's ports.
+            outputs: Receive ``hidden_out``, ``own_keys`` and ``own_values``. None of them may be an input.
+
+        Raises:
+            ShapeError: There is more than one sample.
+        """
+        *_, cos_LP, sin_LP, past_keys, past_values, seen_bias = inputs
+        out_BLD, own_keys, own_values = outputs
+        past = past_keys[0].flatten(1), past_values[0].flatten(1)
+        plain_LD, v_LD = own_keys[0].flatten(1), own_values[0].flatten(1)
+
+        def attend(layers: Linears, a: Input) -> Input:
+            q_LD, k_LD, _ = layers.project(a, QKV, v_LD)
+            rms_norm_rotate([q_LD, k_LD], self.norms(weights), self.config.eps, (cos_LP, sin_LP), plain_LD)
+            seen = q_LD, past, Own(k_LD, v_LD), seen_bias
+            return chunk_attention_quantised(*seen) if layers.packs_tiles else layers.pack(chunk_attention(*seen))
+
+        self.around(weights, inputs[:5], out_BLD, attend)
+
+
+def chunk_launches(
+    model: ModelConfig,
+    recipe: Recipe,
+    sm: int,
+    shape: ClipShape | None = None,
+    text_rows: int | None = None,
+    *,
+    side_path: bool = False,
+) -> list[Launch]:
+    """Every kernel launch of one layer of a causal model at its longest chunk, on an architecture and in bfloat16;
+    nothing is run. The arguments are those of `fused_block.launches`.
+
+    Args:
+        shape: Of a chunk and what it sees; by default of the model's own video.
+
+    Raises:
+        ConfigError: The model makes whole clips, or the architecture cannot multiply the linears' format.
+    """
+    check_architecture(recipe, sm)
+    if not model.causal:
+        raise ConfigError(f"{model.name} makes whole clips; this is for models that make a video chunk by chunk")
+    runs, live = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
+    block = graphs(model, runs, side_path=side_path)["chunk_block"]
+    frame, chunk = live.tokens // live.latent_frames, model.causal.longest
+    past = max(1, live.latent_frames - chunk)
+    sizes = {
+        "tokens": frame * chunk,
+        "past_tokens": frame * past,
+        "seen_tokens": frame * (past + chunk),
+        "context_rows": text_rows or model.dit.text_rows,
+    }
+    return recorded_launches(block, sizes, sm, FusedChunkBlock(model.dit, runs).run_chunk)
