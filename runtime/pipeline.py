@@ -44,6 +44,7 @@ from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.output.video import FrameSink, video_writer
+from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -294,14 +295,15 @@ class Pipeline:
         from wanforge.runtime.inputs.condition import condition, to_pixels
         from wanforge.runtime.inputs.image import open_image
 
-        session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
+        strip = Strip(self.backend.exchange, shape.latent_height)
+        session = self.backend.session(vae_schedule(self.graphs, shape, "encode", strip.rows))
         first = to_pixels(open_image(image), shape.width_px, shape.height_px)
-        session["first_pixels"].copy_(first[:, :, None])
+        session["first_pixels"].copy_(strip.of_pixels(first[:, :, None]))
         session["pixels"].zero_()
         latents = []
         for index, program, output in islice(chunks("latent"), shape.latent_frames):
             session.run(program)
-            latents.append(session[output].to("cpu", copy=True))
+            latents.append(strip.all(session[output]).to("cpu", copy=True))
             progress("condition", index + 1, shape.latent_frames)
         return condition(torch.cat(latents, 2))
 
@@ -331,16 +333,20 @@ class Pipeline:
     def decode(
         self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
-        """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
+        """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`. If GPUs share
+        this, the latents of the first rank are decoded, and it alone gets whole frames."""
         self.backend.prepare(shape)
-        session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
+        strip = Strip(self.backend.exchange, shape.latent_height)
+        session = self.backend.session(vae_schedule(self.graphs, shape, "decode", strip.rows))
         for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
             with timings.stage("decode"):
-                session["first_latent" if index == 0 else "latent"].copy_(latent)
+                given = latent.to(self.backend.device, self.backend.dtype)
+                session["first_latent" if index == 0 else "latent"].copy_(strip.from_first(given))
                 session.run(program)
                 pixels = session[output][0].float().clamp(-1, 1)
                 # Halves round up, as in upstream's writer.
                 images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+                images = strip.to_first(images, 1)
                 self.backend.synchronise()
             with timings.stage("transfer"):
                 images = images.cpu()

@@ -8,9 +8,9 @@ from wanforge.errors import ConfigError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO
 from wanforge.runtime.backends.choice import resolve_backend
-from wanforge.runtime.causal.stream import check_backend
 from wanforge.runtime.pipeline import Pipeline, claim, open_pipeline
 from wanforge.runtime.reference.ranks.shares import check_heads
+from wanforge.runtime.schedule import check_whole_clips
 
 
 def open_on_gpus(
@@ -36,7 +36,7 @@ def open_on_gpus(
     name = resolve_backend(backend, bundle, clips)
     if name != "cuda":
         raise ConfigError(f"only the backend cuda shares a request among GPUs, not {name}; ask for it by its name")
-    check_backend(bundle.model, name, is_bounded=budget is not None)
+    check_whole_clips(bundle.model)
     check_heads(bundle.model.dit.num_heads, gpus)
     # Imported here, because one GPU alone needs neither its kernels nor torch.distributed.
     from wanforge.runtime.ranks.divided import DividedPipeline

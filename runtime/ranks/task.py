@@ -30,8 +30,8 @@ class Opening(msgspec.Struct, frozen=True):
     ranks: int
 
 
-class Task(msgspec.Struct, frozen=True):
-    """A `Request`, with every picture and file by its path."""
+class Task(msgspec.Struct, frozen=True, tag="latents"):
+    """A `Request` that is served up to its latents, with every picture and file by its path."""
 
     prompt: str
     clip: tuple[int, int, int]
@@ -61,6 +61,18 @@ class Task(msgspec.Struct, frozen=True):
         )
 
 
+class Decoding(msgspec.Struct, frozen=True, tag="frames"):
+    """Latents of the first rank that become frames.
+
+    Attributes:
+        clip: Width, height and number of frames of the clip.
+        latent_frames: How many latent frames there are.
+    """
+
+    clip: tuple[int, int, int]
+    latent_frames: int
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What a peer says: that it is ready, or that it has done its share.
 
@@ -79,13 +91,13 @@ def task_of(request: Request, folder: Path) -> Task:
     Args:
         folder: Where a picture that is not a file is written.
     """
-    image, shape = request.image, request.shape
+    image = request.image
     if image is not None and not isinstance(image, Path):
         picture, image = image, folder / "image.png"
         picture.save(image)
     return Task(
         request.prompt,
-        (shape.width_px, shape.height_px, shape.frames),
+        sizes_of(request.shape),
         None if image is None else str(image.absolute()),
         request.seed,
         request.steps,
@@ -96,6 +108,10 @@ def task_of(request: Request, folder: Path) -> Task:
         None if request.noise is None else str(request.noise.absolute()),
         tuple((str(lora.path.absolute()), lora.strength, lora.expert) for lora in request.loras),
     )
+
+
+def sizes_of(clip: ClipShape) -> tuple[int, int, int]:
+    return clip.width_px, clip.height_px, clip.frames
 
 
 def put(stream: IO[bytes], message: msgspec.Struct) -> None:

@@ -28,11 +28,13 @@ from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.ranks.divided import DividedPipeline
 from wanforge.runtime.ranks.opening import open_on_gpus
 from wanforge.runtime.ranks.peers import Peers, check_gpus, variables_of
-from wanforge.runtime.ranks.task import Task, put, task_of
+from wanforge.runtime.ranks.task import Decoding, Task, put, sizes_of, task_of
 from wanforge.runtime.request import Request, Settings, Timings, request_for
 
 SMALL: Settings = {"size": (128, 96), "frames": 9, "steps": 1, "topk": 0.5}
 """A clip of 144 tokens: a tile of 128 rows, and a ragged one."""
+CLIP = ClipShape(128, 96, 9)
+"""Its size and length."""
 
 TOLERANCE = 1e-4
 """In float32, only the order of sums may differ, which may now and then round a value to its neighbour in 8 bits."""
@@ -71,10 +73,61 @@ def peer_of(pipeline: DividedPipeline) -> psutil.Process:
 @pytest.mark.slow
 def test_two_processes_make_the_clip_of_one(divided: DividedPipeline, bundle: Bundle) -> None:
     single = open_pipeline(bundle, "cuda")
-    assert_matches(latents_of(divided, "A kite."), latents_of(single, "A kite."), TOLERANCE)
+    clip = divided.generate("A kite.", **SMALL)
+    assert_matches(clip.latents, latents_of(single, "A kite."), TOLERANCE)
+    # Frames can also be made of latents that no rank but the first has.
+    latents = clip.latents.flip(-1)
+    for given, found in ((clip.latents, torch.from_numpy(clip.frames)), (latents, frames_of(divided, latents))):
+        assert_nearly_same_pictures(found, frames_of(single, given))
     peer = peer_of(divided)
     divided.close()
     assert not peer.is_running()
+
+
+def frames_of(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    return torch.stack(list(pipeline.frames(latents, CLIP, Timings())))
+
+
+def assert_nearly_same_pictures(found: Tensor, expected: Tensor) -> None:
+    """Pixels may differ by one step of 256, where rounding in float32 decides between two."""
+    assert found.shape == expected.shape
+    apart = (found.int() - expected.int()).abs()
+    assert apart.max() <= 1
+    assert (apart > 0).float().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_whoever_takes_no_more_frames_ends_the_peers(divided: DividedPipeline) -> None:
+    frames = divided.frames(torch.zeros(1, 16, 3, 12, 16), CLIP, Timings())
+    next(frames)
+    peer = peer_of(divided)
+    frames.close()
+    assert not peer.is_running()
+    assert divided.peers is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frame", [1, 5])
+def test_a_peer_that_ends_while_frames_are_made_ends_the_request(divided: DividedPipeline, frame: int) -> None:
+    frames = divided.frames(torch.zeros(1, 16, 3, 12, 16), CLIP, Timings())
+    for _ in range(frame):
+        next(frames)
+    peer_of(divided).kill()
+    with pytest.raises(ResourceError, match=r"rank 1, one of the processes that share the request, failed: .* -9"):
+        list(frames)
+    assert divided.peers is None
+
+
+@pytest.mark.slow
+def test_a_peer_that_misses_the_meeting_is_not_waited_for(bundle: Bundle) -> None:
+    peers = Peers(bundle, 2, None)
+    peers.all[0].process.kill()
+    with (
+        pytest.raises(ResourceError, match=r"rank 1, .* failed: it ended with -9"),
+        peers.sharing(Decoding(sizes_of(CLIP), 3)),
+    ):
+        pass
+    assert not distributed.is_initialized()
 
 
 @pytest.mark.slow
