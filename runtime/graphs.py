@@ -238,7 +238,15 @@ def _vae_graphs(vae: VAE, *, has_encoder: bool) -> list[Graph]:
     past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
     found = [
         _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
-        _graph("vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next_frames, is_decoder, has_constants=True),
+        _graph(
+            "vae_decode_next",
+            [latent, *past],
+            [frames, *kept],
+            vae,
+            _decode_next_frames,
+            is_decoder,
+            has_constants=True,
+        ),
     ]
     if has_encoder:
         past, kept = (
@@ -332,9 +340,7 @@ def _decode_next(preview: PreviewDecoder, latent: Tensor, *past: Tensor) -> tupl
     return preview.decode_next(latent, past)
 
 
-def _decode_next_frames(
-    vae: VAE, latent: Tensor, *past: Tensor, rows: Rows = ALL_ROWS
-) -> tuple[Tensor, list[Tensor]]:
+def _decode_next_frames(vae: VAE, latent: Tensor, *past: Tensor, rows: Rows = ALL_ROWS) -> tuple[Tensor, list[Tensor]]:
     return vae.decode_next(latent, past, rows)
 
 

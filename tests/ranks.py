@@ -138,8 +138,7 @@ ROWS_OF_LATENTS = 7
 
 @torch.inference_mode()
 def through_vae(vae: VAE, exchange: Exchange | None = None) -> dict[str, Tensor]:
-    """A clip of random pixels on its way to latents, and random latents on their way to pixels: what the whole VAE makes
-    of them, or what a rank gets of them."""
+    """The latents of random pixels and the pixels of random latents, as the whole VAE or a rank makes them."""
     generator = torch.Generator().manual_seed(2)
     latents = torch.randn(1, 16, 3, ROWS_OF_LATENTS, 5, generator=generator)
     pixels = torch.randn(1, 3, 9, 8 * ROWS_OF_LATENTS, 40, generator=generator)

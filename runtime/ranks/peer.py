@@ -1,8 +1,8 @@
 """The process of a rank other than the first.
 
-Run as ``python -m wanforge.runtime.ranks.peer PARENT``, it reads an `Opening` and then one `Task` or `Decoding` after the
-other from stdin, and writes an `Answer` to each to stdout. It ends when its input does, after an error, and with its parent, whose
-process id is its argument.
+Run as ``python -m wanforge.runtime.ranks.peer PARENT``, it reads an `Opening` and then one `Task` or `Decoding` after
+the other from stdin, and writes an `Answer` to each to stdout. It ends when its input does, after an error, and with
+its parent, whose process id is its argument.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import torch
 from torch import distributed
-from torch.distributed import Store
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
@@ -39,13 +39,13 @@ def name_of(rank: int) -> str:
 
 def meet(meeting: Store, rank: int, ranks: int) -> None:
     """Make the process group of all ranks. Each of them calls this."""
-    kind, store = "nccl" if torch.cuda.is_available() else "gloo", distributed.PrefixStore("group", meeting)
+    kind, store = "nccl" if torch.cuda.is_available() else "gloo", PrefixStore("group", meeting)
     distributed.init_process_group(kind, store=store, rank=rank, world_size=ranks, timeout=MEETING)
 
 
 def come_to(opening: Opening) -> None:
     """Meet the other ranks as a peer."""
-    meeting = distributed.FileStore(opening.meeting, opening.ranks)
+    meeting = FileStore(opening.meeting, opening.ranks)
     meeting.set(name_of(opening.rank), "")
     meet(meeting, opening.rank, opening.ranks)
 

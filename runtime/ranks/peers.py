@@ -13,6 +13,7 @@ from threading import Thread
 import msgspec
 import torch
 from torch import distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
@@ -176,7 +177,7 @@ class Peers:
         Raises:
             ResourceError: A peer has failed.
         """
-        meeting = distributed.FileStore(self.meeting, self.ranks)
+        meeting = FileStore(self.meeting, self.ranks)
         while not meeting.check([name_of(peer.rank) for peer in self.all]):
             for peer in self.all:
                 if peer.failure is not None:

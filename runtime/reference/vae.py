@@ -49,7 +49,7 @@ class Rows(Protocol):
         ...
 
     def all(self, x: Tensor) -> Tensor:
-        """These rows, or positions in their order, as those of whole pictures: ``[..., H, W]`` or ``[..., H * W, C]``."""
+        """Whole pictures ``[..., H, W]`` of these rows, or all positions ``[..., H * W, C]`` of those in these rows."""
         ...
 
 

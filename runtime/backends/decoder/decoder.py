@@ -219,9 +219,7 @@ def named(function: Convolution, like: Convolution) -> Convolution:
     return update_wrapper(function, like)
 
 
-def attend(
-    rows: Rows, x_THWC: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def attend(rows: Rows, x_THWC: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Attention over the positions of each frame, with one head."""
     q, k, v = F.linear(x_THWC.flatten(1, 2)[:, None], qkv_weight, qkv_bias).chunk(3, -1)
     y_TNC = F.scaled_dot_product_attention(q, rows.all(k), rows.all(v))[:, 0]

@@ -31,8 +31,8 @@ def row_counts(rows: int, ranks: int) -> list[int]:
     """
     if rows < ranks:
         raise ShapeError(
-            f"pictures of {rows * SPATIAL_STRIDE} rows, which are {rows} of the latents, cannot be divided among {ranks} "
-            f"GPUs; use {rows} GPUs at most, or a taller clip"
+            f"pictures of {rows * SPATIAL_STRIDE} rows, which are {rows} of the latents, cannot be divided among "
+            f"{ranks} GPUs; use {rows} GPUs at most, or a taller clip"
         )
     ends = [(rank + 1) * rows // ranks for rank in range(ranks)]
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -91,7 +91,8 @@ class Strip:
         """
         rank, ranks, rows = self.exchange.rank, self.exchange.ranks, x.shape[axis]
         nothing = x.new_empty(0)
-        pieces, shapes = [nothing] * ranks, [(0,)] * ranks
+        pieces = [nothing] * ranks
+        shapes: list[tuple[int, ...]] = [(0,)] * ranks
         shape = _with_rows(x, axis, reach)
         for neighbour, start in ((rank - 1, 0), (rank + 1, rows - reach)):
             if 0 <= neighbour < ranks:
