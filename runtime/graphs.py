@@ -7,7 +7,7 @@ rank is known only at run time. The exporter turns each graph into an ONNX file;
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from wanforge.runtime.reference.causal.network import KeysValues, Past, run_chun
 from wanforge.runtime.reference.dit import Block, DiT, TextKeys, add_side_paths, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
-from wanforge.runtime.reference.vae import ALL_ROWS, VAE, Rows
+from wanforge.runtime.reference.vae import VAE, Rows
 
 FIRST_PREFIXES = {**dict.fromkeys(("text_block", "block", "chunk_block", "cross_kv"), "blocks.0."), "head": "head."}
 
@@ -72,10 +72,6 @@ class Graph:
             for name in self.weights
             if is_factor(name)
         }
-
-    def at_rows(self, rows: Rows) -> "Graph":
-        """The same piece at some rows of the pictures only, if it is one of the VAE."""
-        return replace(self, call=partial(self.call, rows=rows)) if isinstance(self.owner, VAE) else self
 
     @property
     def has_side_path(self) -> bool:
@@ -238,15 +234,7 @@ def _vae_graphs(vae: VAE, *, has_encoder: bool) -> list[Graph]:
     past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
     found = [
         _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
-        _graph(
-            "vae_decode_next",
-            [latent, *past],
-            [frames, *kept],
-            vae,
-            _decode_next_frames,
-            is_decoder,
-            has_constants=True,
-        ),
+        _graph("vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True),
     ]
     if has_encoder:
         past, kept = (
@@ -336,13 +324,9 @@ def _cross_keys_values(block: Block, context_BTD: Tensor, kept_rows: Tensor) -> 
     return keys.index_select(1, kept_rows), values.index_select(1, kept_rows)
 
 
-def _decode_next(preview: PreviewDecoder, latent: Tensor, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return preview.decode_next(latent, past)
+def _decode_next(decoder: Any, latent: Tensor, *past: Tensor, **rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    return decoder.decode_next(latent, past, **rows)
 
 
-def _decode_next_frames(vae: VAE, latent: Tensor, *past: Tensor, rows: Rows = ALL_ROWS) -> tuple[Tensor, list[Tensor]]:
-    return vae.decode_next(latent, past, rows)
-
-
-def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor, rows: Rows = ALL_ROWS) -> tuple[Tensor, list[Tensor]]:
-    return vae.encode_next(pixels, caches, rows)
+def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor, **rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    return vae.encode_next(pixels, caches, **rows)

@@ -42,7 +42,7 @@ from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
-from wanforge.runtime.output.clip import Clip
+from wanforge.runtime.output.clip import Clip, images_of
 from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.sampler import gaussian, sample
@@ -340,13 +340,10 @@ class Pipeline:
         session = self.backend.session(vae_schedule(self.graphs, shape, "decode", strip.rows))
         for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
             with timings.stage("decode"):
-                given = latent.to(self.backend.device, self.backend.dtype)
-                session["first_latent" if index == 0 else "latent"].copy_(strip.from_first(given))
+                given = session["first_latent" if index == 0 else "latent"]
+                given.copy_(strip.from_first(latent.to(given)))
                 session.run(program)
-                pixels = session[output][0].float().clamp(-1, 1)
-                # Halves round up, as in upstream's writer.
-                images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-                images = strip.to_first(images, 1)
+                images = strip.to_first(images_of(session[output][0]), 1)
                 self.backend.synchronise()
             with timings.stage("transfer"):
                 images = images.cpu()

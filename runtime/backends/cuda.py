@@ -6,6 +6,8 @@ reference there.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,7 +109,9 @@ class CudaBackend(TorchBackend):
         return self.exchange.ranks == 1 or not graph_run.graph.startswith(EXCHANGING)
 
     def runner(self, graph: Graph) -> Runner:
-        return super().runner(graph if self.strip is None else graph.at_rows(self.strip))
+        if self.strip is None or not graph.name.startswith("vae_"):
+            return super().runner(graph)
+        return replace(graph, call=partial(graph.call, rows=self.strip)).run
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
         found = super().buffers(schedule)

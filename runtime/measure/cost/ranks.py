@@ -138,8 +138,8 @@ def exchanged_bytes(w: Workload, ranks: int) -> int:
     return w.model.dit.num_layers * layer + velocity
 
 
-class Counted(ProcessGroup):
-    """The exchange of a rank that gives nothing away.
+class SilentExchange(ProcessGroup):
+    """The exchange of a rank on the meta device, which says nothing to the others.
 
     Attributes:
         sent, received: Bytes of tensors on the meta device that would have been exchanged with other ranks.
@@ -177,7 +177,7 @@ def decoder_share(
     """The launches by which the busiest rank decodes one latent frame, and the bytes that it sends to others, or
     receives if that is more, together with those of the pixels that the first rank receives after that."""
     counts = row_counts(shape.latent_height, ranks)
-    exchange = Counted(busiest_rank(counts), ranks)
+    exchange = SilentExchange(busiest_rank(counts), ranks)
     chunk = recorded(model, INTERPRETED_SM, shape, is_first=is_first, strip=Strip(exchange, shape.latent_height))
     moved = max(exchange.sent, exchange.received)
     frames = 1 if is_first else TEMPORAL_STRIDE
