@@ -24,7 +24,7 @@ from wanforge.runtime.reference.causal.network import KeysValues, Past, run_chun
 from wanforge.runtime.reference.dit import Block, DiT, TextKeys, add_side_paths, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
-from wanforge.runtime.reference.vae import VAE
+from wanforge.runtime.reference.vae import VAE, Rows
 
 FIRST_PREFIXES = {**dict.fromkeys(("text_block", "block", "chunk_block", "cross_kv"), "blocks.0."), "head": "head."}
 
@@ -324,9 +324,9 @@ def _cross_keys_values(block: Block, context_BTD: Tensor, kept_rows: Tensor) -> 
     return keys.index_select(1, kept_rows), values.index_select(1, kept_rows)
 
 
-def _decode_next(decoder: VAE | PreviewDecoder, latent: Tensor, *past: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return decoder.decode_next(latent, past)
+def _decode_next(decoder: Any, latent: Tensor, *past: Tensor, **rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    return decoder.decode_next(latent, past, **rows)
 
 
-def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor) -> tuple[Tensor, list[Tensor]]:
-    return vae.encode_next(pixels, caches)
+def _encode_next(vae: VAE, pixels: Tensor, *caches: Tensor, **rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    return vae.encode_next(pixels, caches, **rows)

@@ -43,8 +43,9 @@ from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
-from wanforge.runtime.output.clip import Clip
+from wanforge.runtime.output.clip import Clip, images_of
 from wanforge.runtime.output.video import FrameSink, video_writer
+from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.sampler import gaussian, sample
 from wanforge.runtime.reference.text_encoder import pad_rows, position_buckets
 from wanforge.runtime.request import (
@@ -299,15 +300,16 @@ class Pipeline:
         from wanforge.runtime.inputs.condition import condition, pixels_of
 
         shape, has_last = request.shape, request.last_image is not None
-        session = self.backend.session(vae_schedule(self.graphs, shape, "encode"))
-        session["first_pixels"].copy_(pixels_of(request.image, shape)[:, :, None])
+        strip = Strip(self.backend.exchange, shape.latent_height)
+        session = self.backend.session(vae_schedule(self.graphs, shape, "encode", strip.rows))
+        session["first_pixels"].copy_(strip.of_pixels(pixels_of(request.image, shape)[:, :, None]))
         session["pixels"].zero_()
         latents = []
         for index, program, output in islice(chunks("latent"), shape.latent_frames):
             if has_last and index == shape.latent_frames - 1:
-                session["pixels"][:, :, -1].copy_(pixels_of(request.last_image, shape))
+                session["pixels"][:, :, -1:].copy_(strip.of_pixels(pixels_of(request.last_image, shape)[:, :, None]))
             session.run(program)
-            latents.append(session[output].to("cpu", copy=True))
+            latents.append(strip.all(session[output]).to("cpu", copy=True))
             progress("condition", index + 1, shape.latent_frames)
         return condition(torch.cat(latents, 2), has_last=has_last)
 
@@ -336,16 +338,17 @@ class Pipeline:
     def decode(
         self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
-        """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
+        """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`. If GPUs share
+        this, the latents of the first rank are decoded, and it alone gets whole frames."""
         self.backend.prepare(shape)
-        session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
+        strip = Strip(self.backend.exchange, shape.latent_height)
+        session = self.backend.session(vae_schedule(self.graphs, shape, "decode", strip.rows))
         for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
             with timings.stage("decode"):
-                session["first_latent" if index == 0 else "latent"].copy_(latent)
+                given = session["first_latent" if index == 0 else "latent"]
+                given.copy_(strip.from_first(latent.to(given)))
                 session.run(program)
-                pixels = session[output][0].float().clamp(-1, 1)
-                # Halves round up, as in upstream's writer.
-                images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+                images = strip.to_first(images_of(session[output][0]), 1)
                 self.backend.synchronise()
             with timings.stage("transfer"):
                 images = images.cpu()

@@ -203,10 +203,10 @@ def with_preview(denoise: Schedule, graphs: Mapping[str, Graph], shape: ClipShap
     return Schedule(denoise.stage, {**denoise.buffers, **build.buffers}, {**denoise.programs, **programs})
 
 
-def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str) -> Schedule:
-    """One half of the VAE, ``decode`` or ``encode``: the program ``first`` for the opening chunk, then ``next.0`` and
-    ``next.1`` in turn, each of which reads the caches that the other wrote."""
-    build = ScheduleBuilder(graphs, {"latent_height": shape.latent_height, "latent_width": shape.latent_width})
+def vae_schedule(graphs: Mapping[str, Graph], shape: ClipShape, half: str, rows: int | None = None) -> Schedule:
+    """One half of the VAE, ``decode`` or ``encode``, of some rows of the latents or all: the program ``first`` for the
+    opening chunk, then ``next.0`` and ``next.1`` in turn, each of which reads the caches that the other wrote."""
+    build = ScheduleBuilder(graphs, {"latent_height": rows or shape.latent_height, "latent_width": shape.latent_width})
     first, following = graphs[f"vae_{half}_first"], graphs[f"vae_{half}_next"]
     caches = [[f"{port.name}.{side}" for port in following.inputs[1:]] for side in (0, 1)]
     chunk_in, chunk_out = following.inputs[0].name, following.outputs[0].name

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 
-from wanforge.configs.model import DiTConfig
+from wanforge.configs.model import DiTConfig, VAEConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.ranks.exchange import Exchange, ProcessGroup
 from wanforge.runtime.reference.ranks.network import run_share
+from wanforge.runtime.reference.ranks.strips import Strip
+from wanforge.runtime.reference.vae import VAE
 
 Result = TypeVar("Result")
 
@@ -32,32 +34,47 @@ LATENTS = (1, 16, 3, 30, 26)
 SELECTED = 3
 
 
-class Threads:
-    """The exchange of one of several threads, which meet at a barrier before and after they take what they get."""
+class Table:
+    """Where threads put what they give each other. They meet there before and after they take what they get. Only one
+    of them computes at a time, because Triton interprets kernels in one thread only."""
 
-    def __init__(self, rank: int, table: list[Sequence[Tensor]], barrier: threading.Barrier) -> None:
-        self.rank, self.ranks, self.table, self.barrier = rank, len(table), table, barrier
+    def __init__(self, ranks: int) -> None:
+        self.given: list[Sequence[Tensor]] = [[]] * ranks
+        self.barrier, self.turn = threading.Barrier(ranks), threading.Lock()
+
+    def meet(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait(600)
+        finally:
+            self.turn.acquire()
+
+
+class Threads:
+    """The exchange of one of several threads."""
+
+    def __init__(self, rank: int, table: Table) -> None:
+        self.rank, self.ranks, self.table = rank, len(table.given), table
 
     def swap(self, pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        self.table[self.rank] = pieces
-        self.barrier.wait(60)
-        received = [given[self.rank].clone() for given in self.table]
-        self.barrier.wait(60)
+        self.table.given[self.rank] = pieces
+        self.table.meet()
+        received = [given[self.rank].clone() for given in self.table.given]
+        self.table.meet()
         assert [tuple(each.shape) for each in received] == list(shapes)
         return received
 
 
 def on_threads(ranks: int, work: Callable[[Exchange], Result]) -> list[Result]:
     """What each of several ranks computes."""
-    table: list[Sequence[Tensor]] = [[]] * ranks
-    barrier = threading.Barrier(ranks)
+    table = Table(ranks)
 
     def attempt(rank: int) -> Result:
         try:
-            with torch.inference_mode():
-                return work(Threads(rank, table, barrier))
+            with table.turn, torch.inference_mode():
+                return work(Threads(rank, table))
         except BaseException:
-            barrier.abort()
+            table.barrier.abort()
             raise
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -83,6 +100,21 @@ def random_dit(recipe: Recipe, config: DiTConfig = CONFIG) -> DiT:
     return dit
 
 
+def random_vae(dim: int) -> VAE:
+    """A VAE whose activations keep their size."""
+    vae, generator = VAE(VAEConfig(dim=dim)), torch.Generator().manual_seed(dim)
+    for name, weight in vae.named_parameters():
+        drawn = torch.randn(weight.shape, generator=generator)
+        match name.rpartition(".")[2]:
+            case "gamma":
+                weight.copy_(1 + 0.2 * drawn)
+            case "bias":
+                weight.copy_(0.3 * drawn)
+            case _:
+                weight.copy_(drawn / weight[0].numel() ** 0.5)
+    return vae
+
+
 def inputs(shape: tuple[int, ...] = LATENTS) -> tuple[Tensor, Tensor, Tensor]:
     """Latents, a timestep and a text of twenty rows."""
     generator = torch.Generator().manual_seed(2)
@@ -101,12 +133,38 @@ def velocity(recipe: Recipe, exchange: Exchange | None = None, dtype: torch.dtyp
         return run_share(random_dit(recipe), *arguments, exchange, num_selected=SELECTED)
 
 
+ROWS_OF_LATENTS = 7
+
+
+@torch.inference_mode()
+def through_vae(vae: VAE, exchange: Exchange | None = None) -> dict[str, Tensor]:
+    """The latents of random pixels and the pixels of random latents, as the whole VAE or a rank makes them."""
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(1, 16, 3, ROWS_OF_LATENTS, 5, generator=generator)
+    pixels = torch.randn(1, 3, 9, 8 * ROWS_OF_LATENTS, 40, generator=generator)
+    if exchange is None:
+        return {"latents": vae.encode(pixels), "pixels": vae.decode(latents)}
+    strip = Strip(exchange, ROWS_OF_LATENTS)
+    own_pixels, own_latents = strip.of_pixels(pixels), strip.from_first(latents)
+    encoded, caches = vae.encode_first(own_pixels[:, :, :1], strip)
+    made = [encoded]
+    for start in (1, 5):
+        encoded, caches = vae.encode_next(own_pixels[:, :, start : start + 4], caches, strip)
+        made.append(encoded)
+    decoded, caches = vae.decode_first(own_latents[:, :, :1], strip)
+    shown = [decoded]
+    for index in (1, 2):
+        decoded, caches = vae.decode_next(own_latents[:, :, index : index + 1], caches, strip)
+        shown.append(decoded)
+    return {"latents": strip.all(torch.cat(made, 2)), "pixels": strip.to_first(torch.cat(shown, 2), -2)}
+
+
 def main(rank: int, ranks: int, recipe: str, folder: Path) -> None:
     """Be one of several processes, and write the velocity and what this rank got of the others in each type."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
     exchange = ProcessGroup(rank, ranks)
-    found = {"velocity": velocity(RECIPES[recipe], exchange)}
+    found = {"velocity": velocity(RECIPES[recipe], exchange), **through_vae(random_vae(8), exchange)}
     for dtype in (torch.bfloat16, torch.int8):
         pieces = [torch.full((rank + 1, 2), 10 * rank + to, dtype=dtype) for to in range(ranks)]
         shapes = [(sender + 1, 2) for sender in range(ranks)]

@@ -6,6 +6,8 @@ reference there.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,15 +35,19 @@ from wanforge.runtime.backends.fused_block import launches as block_launches
 from wanforge.runtime.backends.fused_chunk_block import FusedChunkBlock, chunk_launches
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.backends.taps import Taps
-from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
+from wanforge.runtime.backends.torch import Runner, TorchBackend, gpu_or_host
+from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.arena import FixedTensors, Runnable
 from wanforge.runtime.memory.device import Device
 from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
 from wanforge.runtime.reference.ranks.shares import Division
+from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.schedule import GraphRun, Schedule
 
 QUANTISED = ("self_attn.q.in", "self_attn.o.in", "norm3", "cross_attn.o.in", "ffn.0.in", "ffn.2.in")
 """The taps at the inputs of the linears."""
+EXCHANGING = ("block", "vae_")
+"""How the names of graphs begin in which several GPUs exchange tensors."""
 
 
 class CudaBackend(TorchBackend):
@@ -49,6 +55,7 @@ class CudaBackend(TorchBackend):
 
     Attributes:
         fuses_decoder: Whether the decoder is. Its caches then lie with their channels last.
+        strip: The rows of pictures that this process has in the VAE; None before the first clip is divided.
 
     Args:
         exchange: How this process exchanges tensors with those on the other GPUs, if a clip is divided among several.
@@ -76,9 +83,11 @@ class CudaBackend(TorchBackend):
         self.chunk_block = FusedChunkBlock(bundle.model.dit, recipe)
         self.planned_chunk = Planned(self.run_chunk_block)
         self.fuses_decoder = self.device.type == "cuda"
+        self.strip: Strip | None = None
         self.decoder = decoder_of(self.graphs[NEXT])
         self.planned_decoder = Planned(self.run_decoder)
         self._decoder_weights = FixedTensors()
+        self._divided: ClipShape | None = None
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
@@ -89,16 +98,23 @@ class CudaBackend(TorchBackend):
             ShapeError: The clip is too small to be divided among so many GPUs.
         """
         super().prepare(clip)
-        tokens, recipe = clip.tokens, self.block.recipe
-        if self.exchange.ranks == 1 or (self.block.division and self.block.division.tokens == tokens):
+        if self.exchange.ranks == 1 or clip == self._divided:
             return
-        division = Division(self.exchange, tokens, self.bundle.model.dit.num_heads, recipe.rows_per_scale)
-        # What was planned for another clip exchanges other shapes, even if this rank has as many tokens.
-        self.block = FusedBlock(self.bundle.model.dit, recipe, division)
-        self.planned = Planned(self.run_block)
+        dit, recipe = self.bundle.model.dit, self.block.recipe
+        division = Division(self.exchange, clip.tokens, dit.num_heads, recipe.rows_per_scale)
+        self.strip = Strip(self.exchange, clip.latent_height)
+        # What was planned for another clip exchanges other shapes, even if this rank has as many tokens and rows.
+        self.block, self.decoder = FusedBlock(dit, recipe, division), decoder_of(self.graphs[NEXT], self.strip)
+        self.planned, self.planned_decoder = Planned(self.run_block), Planned(self.run_decoder)
+        self._divided = clip
 
     def can_record(self, graph_run: GraphRun) -> bool:
-        return self.exchange.ranks == 1 or graph_run.graph != "block"
+        return self.exchange.ranks == 1 or not graph_run.graph.startswith(EXCHANGING)
+
+    def runner(self, graph: Graph) -> Runner:
+        if self.strip is None or not graph.name.startswith("vae_"):
+            return super().runner(graph)
+        return replace(graph, call=partial(graph.call, rows=self.strip)).run
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
         found = super().buffers(schedule)

@@ -1,20 +1,25 @@
-"""A pipeline whose denoiser is divided among several GPUs."""
+"""A pipeline whose denoiser and VAE are divided among several GPUs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, distributed
 
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError
 from wanforge.progress import Progress, silent
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.ranks.peer import pipeline_of
 from wanforge.runtime.ranks.peers import Peers
+from wanforge.runtime.ranks.task import Decoding, sizes_of
 from wanforge.runtime.reference.ranks.exchange import ProcessGroup
-from wanforge.runtime.request import CheckedRequest, Timings
+from wanforge.runtime.request import CheckedRequest, Request, Timings
 
 
 class DividedPipeline(Pipeline):
     """A pipeline that shares each request with other processes: all of them embed the prompt, and divide the denoiser
-    among themselves; this one decodes. They start with the first request, and again after an error.
+    and the VAE among themselves; this one gets the frames. They start with the first request, and again after an error.
 
     Args:
         ranks: The number of processes, this one included.
@@ -33,13 +38,29 @@ class DividedPipeline(Pipeline):
         Raises:
             ResourceError: One of the other processes failed.
         """
+        with self._sharing(checked.request):
+            return super().latents(checked, timings, progress)
+
+    def frames(
+        self, latents: Tensor, shape: ClipShape, timings: Timings, progress: Progress = silent
+    ) -> Iterator[Tensor]:
+        """Decode latents, as `Pipeline.frames` does. Whoever takes no more frames ends the other processes.
+
+        Raises:
+            ResourceError: One of the other processes failed.
+        """
+        with self._sharing(Decoding(sizes_of(shape), latents.shape[2])):
+            yield from super().frames(latents, shape, timings, progress)
+
+    @contextmanager
+    def _sharing(self, work: Request | Decoding) -> Iterator[None]:
         if self.peers is None:
             if distributed.is_initialized():
                 raise ConfigError("this process has a process group of torch.distributed already; destroy it first")
             self.peers = Peers(self.bundle, self.ranks, self.budget)
         try:
-            with self.peers.sharing(checked.request):
-                return super().latents(checked, timings, progress)
+            with self.peers.sharing(work):
+                yield
         except BaseException:
             self.peers = None  # they have ended
             raise

@@ -1,38 +1,64 @@
 """The process of a rank other than the first.
 
-Run as ``python -m wanforge.runtime.ranks.peer PARENT``, it reads an `Opening` and then one `Task` after the other from
-stdin, and writes an `Answer` to each to stdout. It ends when its input does, after an error, and with its parent, whose
-process id is its argument.
+Run as ``python -m wanforge.runtime.ranks.peer PARENT``, it reads an `Opening` and then one `Task` or `Decoding` after
+the other from stdin, and writes an `Answer` to each to stdout. It ends when its input does, after an error, and with
+its parent, whose process id is its argument.
 """
 
 import os
 import sys
 import time
 from datetime import timedelta
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
 import torch
 from torch import distributed
+from torch.distributed import FileStore, PrefixStore, Store  # type: ignore[attr-defined]
 
+from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import WanforgeError
 from wanforge.plugins.child_process import end_with
 from wanforge.progress import silent
 from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.pipeline import Pipeline, claim
-from wanforge.runtime.ranks.task import Answer, Opening, Task, put
+from wanforge.runtime.ranks.task import Answer, Decoding, Opening, Task, put
 from wanforge.runtime.reference.ranks.exchange import ProcessGroup
-from wanforge.runtime.request import Timings
+from wanforge.runtime.request import Timings, latent_shape
 
 MEETING = timedelta(minutes=10)
-"""How long ranks that have opened the bundle wait for each other."""
+"""How long ranks wait for each other in an exchange; in the first one, for those that have come to the meeting."""
 
 
-def meet(meeting: str, rank: int, ranks: int) -> None:
+def name_of(rank: int) -> str:
+    """The key by which a peer says that it comes to the meeting."""
+    return f"rank {rank}"
+
+
+def meet(meeting: Store, rank: int, ranks: int) -> None:
     """Make the process group of all ranks. Each of them calls this."""
-    kind = "nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(kind, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=MEETING)
+    kind, store = "nccl" if torch.cuda.is_available() else "gloo", PrefixStore("group", meeting)
+    distributed.init_process_group(kind, store=store, rank=rank, world_size=ranks, timeout=MEETING)
+
+
+def come_to(opening: Opening) -> None:
+    """Meet the other ranks as a peer."""
+    meeting = FileStore(opening.meeting, opening.ranks)
+    meeting.set(name_of(opening.rank), "")
+    meet(meeting, opening.rank, opening.ranks)
+
+
+def share(pipeline: Pipeline, work: Task | Decoding) -> None:
+    """Do this rank's share of what the first rank does."""
+    if isinstance(work, Task):
+        pipeline.latents(pipeline.check(work.request()), Timings())
+        return
+    clip = ClipShape(*work.clip)
+    unknown = torch.empty(latent_shape(pipeline.model, clip))[:, :, :1]
+    for _ in pipeline.decode(repeat(unknown, work.latent_frames), clip, Timings()):
+        pass
 
 
 def pipeline_of(bundle: Bundle, budget: float | None, exchange: ProcessGroup) -> Pipeline:
@@ -52,9 +78,8 @@ def main() -> None:
         put(answers, Answer())
         while line := sys.stdin.buffer.readline():
             if not distributed.is_initialized():
-                meet(opening.meeting, opening.rank, opening.ranks)
-            request = msgspec.json.decode(line, type=Task).request()
-            pipeline.latents(pipeline.check(request), Timings())
+                come_to(opening)
+            share(pipeline, msgspec.json.decode(line, type=Task | Decoding))
             put(answers, Answer())
     except Exception as error:
         said = str(error) if isinstance(error, WanforgeError) else f"{type(error).__name__}: {error}"

@@ -13,12 +13,13 @@ from threading import Thread
 import msgspec
 import torch
 from torch import distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.child_process import kill_group, start_module
-from wanforge.runtime.ranks.peer import meet
-from wanforge.runtime.ranks.task import Answer, Opening, put, task_of
+from wanforge.runtime.ranks.peer import meet, name_of
+from wanforge.runtime.ranks.task import Answer, Decoding, Opening, put, task_of
 from wanforge.runtime.request import Request
 
 MOST_SAID = 2000
@@ -147,19 +148,19 @@ class Peers:
             raise
 
     @contextmanager
-    def sharing(self, request: Request) -> Iterator[None]:
-        """Let them work at a request while this rank does its share within the ``with`` block. After an error, here or
-        in a peer, they have all ended.
+    def sharing(self, work: Request | Decoding) -> Iterator[None]:
+        """Let them work at a request or its frames while this rank does its share within the ``with`` block. After an
+        error, here or in a peer, they have all ended.
 
         Raises:
             ResourceError: A peer has failed.
         """
         try:
-            task = task_of(request, Path(self.folder.name))
+            task = work if isinstance(work, Decoding) else task_of(work, Path(self.folder.name))
             for peer in self.all:
                 peer.tell(task)
             if not distributed.is_initialized():
-                meet(self.meeting, 0, self.ranks)
+                self._meet()
             yield
             for peer in self.all:
                 peer.wait()
@@ -169,6 +170,20 @@ class Peers:
             if cause is None:
                 raise
             raise ResourceError(cause.told()) from error
+
+    def _meet(self) -> None:
+        """Go to the meeting once every peer has come, because the group would wait for minutes for one that has ended.
+
+        Raises:
+            ResourceError: A peer has failed.
+        """
+        meeting = FileStore(self.meeting, self.ranks)
+        while not meeting.check([name_of(peer.rank) for peer in self.all]):
+            for peer in self.all:
+                if peer.failure is not None:
+                    raise ResourceError(peer.told())
+            time.sleep(0.01)
+        meet(meeting, 0, self.ranks)
 
     def _cause(self, error: BaseException) -> Peer | None:
         """The peer whose failure made this rank fail; None if this rank failed by itself. Where a process has ended,

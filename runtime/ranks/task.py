@@ -33,8 +33,8 @@ class Opening(msgspec.Struct, frozen=True):
     ranks: int
 
 
-class Task(msgspec.Struct, frozen=True):
-    """A `Request`, with every picture and file by its path."""
+class Task(msgspec.Struct, frozen=True, tag="latents"):
+    """A `Request` that is served up to its latents, with every picture and file by its path."""
 
     prompt: str
     clip: tuple[int, int, int]
@@ -66,6 +66,18 @@ class Task(msgspec.Struct, frozen=True):
         )
 
 
+class Decoding(msgspec.Struct, frozen=True, tag="frames"):
+    """Latents of the first rank that become frames.
+
+    Attributes:
+        clip: Width, height and number of frames of the clip.
+        latent_frames: How many latent frames there are.
+    """
+
+    clip: tuple[int, int, int]
+    latent_frames: int
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What a peer says: that it is ready, or that it has done its share.
 
@@ -84,10 +96,9 @@ def task_of(request: Request, folder: Path) -> Task:
     Args:
         folder: Where a picture that is not a file is written.
     """
-    shape = request.shape
     return Task(
         request.prompt,
-        (shape.width_px, shape.height_px, shape.frames),
+        sizes_of(request.shape),
         file_of(request.image, folder / "image.png"),
         request.seed,
         request.steps,
@@ -108,6 +119,10 @@ def file_of(image: "Path | Image | None", place: Path) -> str | None:
     if not isinstance(image, Path):
         image.save(place)
     return str((image if isinstance(image, Path) else place).absolute())
+
+
+def sizes_of(clip: ClipShape) -> tuple[int, int, int]:
+    return clip.width_px, clip.height_px, clip.frames
 
 
 def put(stream: IO[bytes], message: msgspec.Struct) -> None:

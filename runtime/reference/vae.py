@@ -4,7 +4,8 @@ Letters: B clips, C channels, T frames at the current rate, H W rows and columns
 
 A single definition serves three ways of running it, which differ only in where a causal layer gets its past from. That
 is a `History`: `Whole` sees all frames at once; `First` is the opening chunk of one frame and records what the next
-chunk needs; `Next` continues from the frames that the previous chunk recorded. Parameters have upstream's names.
+chunk needs; `Next` continues from the frames that the previous chunk recorded. A history also says which rows of the
+pictures there are (`Rows`): all of them, or those of one of several GPUs. Parameters have upstream's names.
 
 Source: Wan2.1, wan/modules/vae.py; TurboDiffusion, rcm/tokenizers/wan2pt1.py (docs/sources.md).
 """
@@ -12,6 +13,7 @@ Source: Wan2.1, wan/modules/vae.py; TurboDiffusion, rcm/tokenizers/wan2pt1.py (d
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,35 @@ TEMPORAL_DOWNSAMPLING = (False, True, True)
 Convolution = Callable[[Tensor], Tensor]
 
 
+class Rows(Protocol):
+    """The rows of the pictures that a process has."""
+
+    def around(self, x: Tensor, function: Convolution, reach: int = 1) -> Tensor:
+        """What a convolution gives at these rows, each of which may depend on `reach` rows above and below it.
+
+        Args:
+            x: These rows, ``[..., H, W]``.
+        """
+        ...
+
+    def all(self, x: Tensor) -> Tensor:
+        """Whole pictures ``[..., H, W]`` of these rows, or all positions ``[..., H * W, C]`` of those in these rows."""
+        ...
+
+
+class AllRows:
+    """Whole pictures, which need nothing else."""
+
+    def around(self, x: Tensor, function: Convolution, reach: int = 1) -> Tensor:
+        return function(x)
+
+    def all(self, x: Tensor) -> Tensor:
+        return x
+
+
+ALL_ROWS = AllRows()
+
+
 class Whole:
     """All frames at once; the past of the first frame is zeros.
 
@@ -42,8 +73,11 @@ class Whole:
     split off for the same result.
     """
 
+    def __init__(self, rows: Rows = ALL_ROWS) -> None:
+        self.rows = rows
+
     def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
-        return convolve(F.pad(x, (0, 0, 0, 0, PAST, 0)))
+        return self.rows.around(F.pad(x, (0, 0, 0, 0, PAST, 0)), convolve)
 
     def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
         return torch.cat((x[:, :, :1], convolve(x)), 2) if x.shape[2] > 1 else x
@@ -51,19 +85,21 @@ class Whole:
     def upsample(self, x: Tensor, convolve: Convolution) -> Tensor:
         if x.shape[2] == 1:
             return x
-        return torch.cat((x[:, :, :1], interleave(self.causal(x[:, :, 1:], convolve))), 2)
+        padded = F.pad(x[:, :, 1:], (0, 0, 0, 0, PAST, 0))
+        return torch.cat((x[:, :, :1], interleave(convolve(padded))), 2)
 
 
 class First(Whole):
     """The opening chunk of one frame; `kept` collects what the next chunk needs, in order of execution."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Rows = ALL_ROWS) -> None:
+        super().__init__(rows)
         self.kept: list[Tensor] = []
 
     def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
         padded = F.pad(x, (0, 0, 0, 0, PAST, 0))
         self.kept.append(padded[:, :, -PAST:])
-        return convolve(padded)
+        return self.rows.around(padded, convolve)
 
     def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
         self.kept.append(x)
@@ -77,7 +113,8 @@ class First(Whole):
 class Next:
     """A later chunk: every causal layer sees the frames kept from the previous chunk."""
 
-    def __init__(self, past: Sequence[Tensor]) -> None:
+    def __init__(self, past: Sequence[Tensor], rows: Rows = ALL_ROWS) -> None:
+        self.rows = rows
         self.past = iter(past)
         self.kept: list[Tensor] = []
 
@@ -88,7 +125,7 @@ class Next:
         return joined
 
     def causal(self, x: Tensor, convolve: Convolution) -> Tensor:
-        return convolve(self.join(x))
+        return self.rows.around(self.join(x), convolve)
 
     def downsample(self, x: Tensor, convolve: Convolution) -> Tensor:
         return convolve(self.join(x))
@@ -166,6 +203,7 @@ class FrameAttention(nn.Module):
         batch, _, frames, height, width = x_BCTHW.shape
         x_NCHW = x_BCTHW.transpose(1, 2).flatten(0, 1)
         q, k, v = self.to_qkv(self.norm(x_NCHW)).flatten(2).transpose(1, 2)[:, None].chunk(3, -1)
+        k, v = history.rows.all(k), history.rows.all(v)
         y_NLC = F.scaled_dot_product_attention(q, k, v)[:, 0]
         y_NCHW = self.proj(y_NLC.transpose(1, 2).unflatten(2, (height, width)))
         return x_BCTHW + y_NCHW.unflatten(0, (batch, frames)).transpose(1, 2)
@@ -180,8 +218,12 @@ class Downsample(nn.Module):
         self.time_conv = Conv(dim, dim, (3, 1, 1), stride=2) if temporal else None
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        x = per_frame(x, lambda frames: self.resample["1"](F.pad(frames, (0, 1, 0, 1))))
+        # Two rows, so that those above and below come in pairs, as the rows that are halved do.
+        x = per_frame(x, lambda frames: history.rows.around(frames, self.halved, reach=2))
         return x if self.time_conv is None else history.downsample(x, self.time_conv)
+
+    def halved(self, x_NCHW: Tensor) -> Tensor:
+        return self.resample["1"](F.pad(x_NCHW, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -195,7 +237,10 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, history: History) -> Tensor:
         if self.time_conv is not None:
             x = history.upsample(x, self.time_conv)
-        return per_frame(x, lambda frames: self.resample["1"](double(frames)))
+        return per_frame(x, lambda frames: history.rows.around(frames, self.doubled))
+
+    def doubled(self, x_NCHW: Tensor) -> Tensor:
+        return self.resample["1"](double(x_NCHW))
 
 
 def per_frame(x_BCTHW: Tensor, function: Convolution) -> Tensor:
@@ -292,24 +337,28 @@ class VAE(nn.Module):
         """Decode the normalised latents of a whole clip to pixels, which are not clamped."""
         return self.decode_chunk(latents_BCTHW, Whole())
 
-    def encode_first(self, pixels_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode_first(self, pixels_BCTHW: Tensor, rows: Rows = ALL_ROWS) -> tuple[Tensor, list[Tensor]]:
         """Encode the first frame. Return its latent frame and 24 caches for `encode_next`."""
-        history = First()
+        history = First(rows)
         return self.encode_chunk(pixels_BCTHW, history), history.kept
 
-    def encode_next(self, pixels_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def encode_next(
+        self, pixels_BCTHW: Tensor, caches: Sequence[Tensor], rows: Rows = ALL_ROWS
+    ) -> tuple[Tensor, list[Tensor]]:
         """Encode four more frames. Return one latent frame and the caches for the next call."""
-        history = Next(caches)
+        history = Next(caches, rows)
         return self.encode_chunk(pixels_BCTHW, history), history.kept
 
-    def decode_first(self, latents_BCTHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def decode_first(self, latents_BCTHW: Tensor, rows: Rows = ALL_ROWS) -> tuple[Tensor, list[Tensor]]:
         """Decode the first latent frame. Return one frame of pixels and 32 caches for `decode_next`."""
-        history = First()
+        history = First(rows)
         return self.decode_chunk(latents_BCTHW, history), history.kept
 
-    def decode_next(self, latents_BCTHW: Tensor, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def decode_next(
+        self, latents_BCTHW: Tensor, caches: Sequence[Tensor], rows: Rows = ALL_ROWS
+    ) -> tuple[Tensor, list[Tensor]]:
         """Decode one more latent frame. Return four frames and the caches for the next call."""
-        history = Next(caches)
+        history = Next(caches, rows)
         return self.decode_chunk(latents_BCTHW, history), history.kept
 
     def encode_chunk(self, pixels_BCTHW: Tensor, history: History) -> Tensor:

@@ -10,7 +10,7 @@ from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.measure.cost.decoder import decoder_clip
 from wanforge.runtime.measure.cost.fused import fused_step, prompt
 from wanforge.runtime.measure.cost.prediction import predicted_seconds
-from wanforge.runtime.measure.cost.ranks import predicted_step
+from wanforge.runtime.measure.cost.ranks import predicted_decoding, predicted_step
 from wanforge.runtime.measure.tables import markdown_table, number
 
 GPUS = ("rtx4090", "rtx5090", "l40s", "h100", "h200", "b200")
@@ -47,27 +47,46 @@ def steps_table(name: str) -> str:
     return markdown_table([f"{TITLES[name]}: a step in ms, predicted", "1 GPU", *counts], rows)
 
 
-def requests_table() -> str:
-    """Four steps, the prompt's keys and values, and decoding, which one GPU does alone."""
+def decoding_table() -> str:
+    """Decoding a clip: its time, how many times as fast as one GPU that is, and the share of the exchange."""
     rows = []
     for name in (SMALL, LARGE):
         w = fused(name)
         for target in (load_targets()[gpu] for gpu in GPUS):
-            decoding = predicted_seconds(decoder_clip(w.model, w.shape), target)
-            apart = decoding + predicted_seconds(prompt(w), target)
-            alone = 4 * predicted_seconds(fused_step(w), target) + apart
-            cells = [f"{TITLES[name]}, {target.title}", number(decoding), number(alone)]
+            alone = predicted_seconds(decoder_clip(w.model, w.shape), target)
+            cells = [f"{TITLES[name]}, {target.title}", number(alone)]
             for ranks in ranks_of(name):
-                seconds = 4 * predicted_step(w, ranks, target, link(target)[1]).seconds + apart
+                found = predicted_decoding(w.model, w.shape, ranks, target, link(target)[1])
+                share = found.exchanging / found.seconds
+                cells.append(f"{ranks}: {number(found.seconds)} ({alone / found.seconds:.2f} x, {share:.0%})")
+            rows.append(cells)
+    header = ["decoding in seconds, predicted", "1 GPU", *["GPUs: seconds"] * len(RANKS)]
+    return markdown_table(header, rows)
+
+
+def requests_table() -> str:
+    """Four steps, the prompt's keys and values, which every GPU computes, and decoding."""
+    rows = []
+    for name in (SMALL, LARGE):
+        w = fused(name)
+        for target in (load_targets()[gpu] for gpu in GPUS):
+            apart, rate = predicted_seconds(prompt(w), target), link(target)[1]
+            alone = 4 * predicted_seconds(fused_step(w), target) + apart
+            alone += predicted_seconds(decoder_clip(w.model, w.shape), target)
+            cells = [f"{TITLES[name]}, {target.title}", number(alone)]
+            for ranks in ranks_of(name):
+                seconds = 4 * predicted_step(w, ranks, target, rate).seconds + apart
+                seconds += predicted_decoding(w.model, w.shape, ranks, target, rate).seconds
                 cells.append(f"{ranks}: {number(seconds)} ({alone / seconds:.2f} x)")
             rows.append(cells)
-    header = ["4 steps and decoding in seconds, predicted", "of it decoding", "1 GPU", *["GPUs: seconds"] * len(RANKS)]
+    header = ["4 steps and decoding in seconds, predicted", "1 GPU", *["GPUs: seconds"] * len(RANKS)]
     return markdown_table(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "steps-1.3b-480p": lambda: steps_table(SMALL),
     "steps-14b-720p": lambda: steps_table(LARGE),
+    "decoding": decoding_table,
     "requests": requests_table,
 }
 

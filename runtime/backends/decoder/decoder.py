@@ -8,7 +8,8 @@ follows them is folded (`plugins.channel_norm.reference.folded_weight`).
 Letters: T frames, P frames of the past, H W rows and columns, C channels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, update_wrapper
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,12 @@ from wanforge.plugins.channel_norm.fused import History, Stream, forget, joined,
 from wanforge.plugins.launching.call import library, library_into
 from wanforge.runtime.backends.decoder.weights import MEAN, STD
 from wanforge.runtime.graphs import Graph
-from wanforge.runtime.reference.vae import VAE, Conv, FrameAttention, Residual, Upsample
+from wanforge.runtime.reference.ranks.strips import Strip
+from wanforge.runtime.reference.vae import ALL_ROWS, VAE, Conv, FrameAttention, Residual, Rows, Upsample
 
 Weights = Mapping[str, Tensor]
+Convolution = Callable[..., Tensor]
+"""A function of frames, a weight and a bias."""
 
 
 class FusedDecoder:
@@ -29,11 +33,15 @@ class FusedDecoder:
 
     Args:
         vae: Its modules, whose weights are not used.
+        strip: The rows of pictures that this process has; None if it has all.
     """
 
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, vae: VAE, strip: Strip | None = None) -> None:
         self.vae = vae
         self.names = {module: name for name, module in vae.named_modules()}
+        self.convolve, self.convolve_folded = (in_strip(strip, each) for each in (convolve, convolve_folded))
+        self.pixels = named(partial(pixels, self.convolve), pixels)
+        self.attend = named(partial(attend, strip or ALL_ROWS), attend)
 
     def run(
         self,
@@ -60,10 +68,10 @@ class FusedDecoder:
         Chunk(self, weights, past, kept).decode(latent_BCTHW, pixels_BCTHW)
 
 
-def decoder_of(graph: Graph) -> FusedDecoder:
+def decoder_of(graph: Graph, strip: Strip | None = None) -> FusedDecoder:
     """The decoder of the VAE that a graph belongs to."""
     assert isinstance(graph.owner, VAE)
-    return FusedDecoder(graph.owner)
+    return FusedDecoder(graph.owner, strip)
 
 
 class Chunk:
@@ -91,7 +99,7 @@ class Chunk:
                 case Upsample():
                     stream = self.upsample(layer, stream)
         x_THWC, _ = normed(stream, self.gain(vae.decoder.head["0"]), self.history(), keeps_sum=False)
-        library_into(pixels_BCTHW, pixels, x_THWC, *self.of(vae.decoder.head["2"]))
+        library_into(pixels_BCTHW, self.decoder.pixels, x_THWC, *self.of(vae.decoder.head["2"]))
 
     def residual(self, layer: Residual, stream: Stream) -> Stream:
         part = layer.residual
@@ -105,7 +113,8 @@ class Chunk:
 
     def attend(self, layer: FrameAttention, stream: Stream) -> Stream:
         x_THWC, stream = normed(stream, self.gain(layer.norm), activates=False)
-        return Stream(stream.x, library(attend, x_THWC, *self.of(layer.to_qkv), *self.of(layer.proj)))
+        attention = self.decoder.attend
+        return Stream(stream.x, library(attention, x_THWC, *self.of(layer.to_qkv), *self.of(layer.proj)))
 
     def upsample(self, layer: Upsample, stream: Stream) -> Stream:
         if layer.time_conv is None:
@@ -116,11 +125,11 @@ class Chunk:
         else:
             y_THWC = library(convolve_frames, joined(stream, self.history()), *self.of(layer.time_conv))
             x_THWC = library(interleaved, y_THWC)
-        y_THWC = library(convolve_folded, x_THWC, *self.of(layer.resample["1"]))
+        y_THWC = library(self.decoder.convolve_folded, x_THWC, *self.of(layer.resample["1"]))
         return Stream(y_THWC.unflatten(3, (4, -1)))
 
     def convolve(self, layer: nn.Module, x_THWC: Tensor) -> Tensor:
-        return library(convolve, x_THWC, *self.of(layer))
+        return library(self.decoder.convolve, x_THWC, *self.of(layer))
 
     def history(self) -> History:
         past, kept = next(self.caches)
@@ -159,14 +168,18 @@ def unscaled(latent_BCTHW: Tensor, mean_C: Tensor, std_C: Tensor, weight: Tensor
     return F.linear(frames_first(latent_BCTHW) / (1.0 / std_C) + mean_C, weight, bias)
 
 
-def convolve(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A causal 3x3x3 convolution, whose input begins with the frames of the past."""
-    return frames_first(F.conv3d(channels_first(x_THWC), weight, bias, padding=(0, 1, 1)))
+def convolve(x_THWC: Tensor, weight: Tensor, bias: Tensor, around: int = 1) -> Tensor:
+    """A causal 3x3x3 convolution, whose input begins with the frames of the past.
+
+    Args:
+        around: The number of rows of zeros above and below.
+    """
+    return frames_first(F.conv3d(channels_first(x_THWC), weight, bias, padding=(0, around, 1)))
 
 
-def pixels(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The same as one sample with its channels first."""
-    return channels_first(convolve(x_THWC, weight, bias))
+def pixels(convolution: Convolution, x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What `convolve` gives, as one sample with its channels first."""
+    return channels_first(convolution(x_THWC, weight, bias))
 
 
 def convolve_frames(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -179,13 +192,35 @@ def interleaved(x_THWC: Tensor) -> Tensor:
     return torch.stack(x_THWC.chunk(2, -1), 1).flatten(0, 1)
 
 
-def convolve_folded(x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The convolution of doubled pixels, ``[T, H + 1, W + 1, 4 * C]``."""
-    return F.conv2d(x_THWC.movedim(-1, 1), weight, bias, padding=1).movedim(1, -1)
+def convolve_folded(x_THWC: Tensor, weight: Tensor, bias: Tensor, around: int = 1) -> Tensor:
+    """The convolution of doubled pixels, ``[T, H + 1, W + 1, 4 * C]``; see `convolve`."""
+    return F.conv2d(x_THWC.movedim(-1, 1), weight, bias, padding=(around, 1)).movedim(1, -1)
 
 
-def attend(x_THWC: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def convolve_in(strip: Strip, convolution: Convolution, x_THWC: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution at the rows of a strip. Its first and its last row are computed again, as soon as the rows next to
+    the strip are there, so that the strip is not copied to have them beside it."""
+    y_THWC, taps = convolution(x_THWC, weight, bias), weight.shape[-2]
+    above, below = strip.borders(x_THWC, 1)
+    top_THWC = torch.cat((above, x_THWC[:, : taps - 1], below), 1)[:, :taps]
+    bottom_THWC = torch.cat((above, x_THWC[:, 1 - taps :], below), 1)[:, -taps:]
+    y_THWC[:, :1] = convolution(top_THWC.contiguous(), weight, bias, 0)
+    y_THWC[:, -1:] = convolution(bottom_THWC.contiguous(), weight, bias, 0)
+    return y_THWC
+
+
+def in_strip(strip: Strip | None, convolution: Convolution) -> Convolution:
+    """A convolution at the rows of a strip, or of whole pictures if there is none."""
+    return convolution if strip is None else named(partial(convolve_in, strip, convolution), convolution)
+
+
+def named(function: Convolution, like: Convolution) -> Convolution:
+    """A function under the name of another, as reports show it."""
+    return update_wrapper(function, like)
+
+
+def attend(rows: Rows, x_THWC: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Attention over the positions of each frame, with one head."""
     q, k, v = F.linear(x_THWC.flatten(1, 2)[:, None], qkv_weight, qkv_bias).chunk(3, -1)
-    y_TNC = F.scaled_dot_product_attention(q, k, v)[:, 0]
+    y_TNC = F.scaled_dot_product_attention(q, rows.all(k), rows.all(v))[:, 0]
     return F.linear(y_TNC, weight, bias).view(x_THWC.shape)

@@ -12,20 +12,23 @@ from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.decoder.decoder import channels_last, decoder_of
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.graphs import Port, graphs
+from wanforge.runtime.reference.ranks.strips import Strip
 
 COMPUTE = torch.bfloat16
 
 
-def recorded(model: ModelConfig, sm: int, shape: ClipShape, *, is_first: bool) -> Recording:
+def recorded(model: ModelConfig, sm: int, shape: ClipShape, *, is_first: bool, strip: Strip | None = None) -> Recording:
     """The launches and the calls of PyTorch of one chunk on an architecture, in bfloat16.
 
     Args:
         shape: The clip's size; its length does not matter.
         is_first: Whether it is the opening chunk of one frame.
+        strip: The rows that are decoded; by default all.
     """
     # The recipe changes nothing in the VAE.
     graph = graphs(model, load_recipe("bf16"))[FIRST if is_first else NEXT]
-    sizes = {"latent_height": shape.latent_height, "latent_width": shape.latent_width}
+    rows = shape.latent_height if strip is None else strip.rows
+    sizes = {"latent_height": rows, "latent_width": shape.latent_width}
 
     def blank(port: Port) -> Tensor:
         return torch.empty(concrete(port.shape, sizes), dtype=COMPUTE, device="meta")
@@ -33,7 +36,7 @@ def recorded(model: ModelConfig, sm: int, shape: ClipShape, *, is_first: bool) -
     past = [channels_last(blank(port)) for port in graph.inputs[1:]]
     pixels, *kept = map(blank, graph.outputs)
     state = graph.owner.state_dict()
-    decoder, weights = decoder_of(graph), laid_out({name: state[name] for name in graph.weights}, COMPUTE)
+    decoder, weights = decoder_of(graph, strip), laid_out({name: state[name] for name in graph.weights}, COMPUTE)
     with recording(sm) as found, torch.device("meta"):
         decoder.run(weights, blank(graph.inputs[0]), past or None, pixels, list(map(channels_last, kept)))
     return found

@@ -17,7 +17,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.shapes import concrete
-from wanforge.plugins.launching.launch import INTERPRETED_SM, Launch, LibraryCall
+from wanforge.plugins.launching.launch import INTERPRETED_SM, Launch, LibraryCall, Recording
 from wanforge.runtime.backends.decoder import NEXT
 from wanforge.runtime.backends.decoder.recorded import COMPUTE, recorded
 from wanforge.runtime.graphs import graphs
@@ -36,8 +36,12 @@ def decoder_clip(model: ModelConfig, shape: ClipShape) -> list[LaunchCost]:
 @lru_cache(maxsize=64)  # recording takes a second or two, even on the meta device
 def decoder_chunk(model: ModelConfig, shape: ClipShape, *, is_first: bool) -> tuple[LaunchCost, ...]:
     """The launches that decode one latent frame; the tiles are the same on every architecture."""
-    steps = recorded(model, INTERPRETED_SM, shape, is_first=is_first).steps
-    return tuple(_kernel(step, model) if isinstance(step, Launch) else _library(step) for step in steps)
+    return chunk_costs(recorded(model, INTERPRETED_SM, shape, is_first=is_first), model)
+
+
+def chunk_costs(chunk: Recording, model: ModelConfig) -> tuple[LaunchCost, ...]:
+    """What the recorded launches and calls of PyTorch cost."""
+    return tuple(_kernel(step, model) if isinstance(step, Launch) else _library(step) for step in chunk.steps)
 
 
 def _kernel(launch: Launch, model: ModelConfig) -> LaunchCost:

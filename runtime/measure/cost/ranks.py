@@ -1,14 +1,22 @@
-"""What one step of the denoiser takes on several GPUs, predicted: the launches of one of them, and its exchange.
+"""What a request takes on several GPUs, predicted: the launches of one of them, and its exchange.
 
-A rank's launches are those of `fused`, with its tokens or its heads; see `runtime.reference.ranks`. Nothing is fused to
-the exchange, so attention does not quantise, and what is sent is copied into one piece of memory, and out of one.
+In the denoiser, a rank's launches are those of `fused`, with its tokens or its heads; see `runtime.reference.ranks`.
+Nothing is fused to the exchange, so attention does not quantise, and what is sent is copied into one piece of memory,
+and out of one. In the decoder they are those of `decoder`, with its rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from wanforge.configs.model import HEAD_DIM
+from torch import Tensor
+
+from wanforge.configs.clip import SPATIAL_STRIDE, TEMPORAL_STRIDE, ClipShape
+from wanforge.configs.model import HEAD_DIM, ModelConfig
 from wanforge.configs.targets import Target
+from wanforge.plugins.launching.launch import INTERPRETED_SM
+from wanforge.runtime.backends.decoder.recorded import recorded
+from wanforge.runtime.measure.cost.decoder import chunk_costs
 from wanforge.runtime.measure.cost.fused import ScaledLaunches, SidePathLaunches, TileLaunches, fused_block
 from wanforge.runtime.measure.cost.launches import (
     BF16,
@@ -21,7 +29,9 @@ from wanforge.runtime.measure.cost.launches import (
 )
 from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.measure.cost.unfused import head, stem, time
+from wanforge.runtime.reference.ranks.exchange import ProcessGroup
 from wanforge.runtime.reference.ranks.shares import check_heads, token_counts
+from wanforge.runtime.reference.ranks.strips import Strip, row_counts
 
 LINK_SHARE = 0.8
 """The share of the peak rate of a link that an exchange is assumed to reach, as for copies from the host."""
@@ -52,8 +62,8 @@ class WorkloadShare(Workload):
 
 
 @dataclass(frozen=True)
-class RankStep:
-    """Predicted seconds of one step on one of several GPUs.
+class RankTime:
+    """Predicted seconds on one of several GPUs.
 
     Attributes:
         computing: The launches, those that copy what is exchanged among them.
@@ -68,7 +78,7 @@ class RankStep:
         return self.computing + self.exchanging
 
 
-def predicted_step(w: Workload, ranks: int, target: Target, link_gbs: float) -> RankStep:
+def predicted_step(w: Workload, ranks: int, target: Target, link_gbs: float) -> RankTime:
     """One step on the GPU that has the most tokens.
 
     Args:
@@ -80,7 +90,7 @@ def predicted_step(w: Workload, ranks: int, target: Target, link_gbs: float) -> 
         ShapeError: A rank would have no tokens.
     """
     exchanging = exchanged_bytes(w, ranks) / (link_gbs * 1e9 * LINK_SHARE)
-    return RankStep(predicted_seconds(step_share(w, ranks), target), exchanging)
+    return RankTime(predicted_seconds(step_share(w, ranks), target), exchanging)
 
 
 def most_tokens(w: Workload, ranks: int) -> int:
@@ -126,6 +136,59 @@ def exchanged_bytes(w: Workload, ranks: int) -> int:
     layer = 4 * BF16 * max(sent, received) * HEAD_DIM
     velocity = FP32 * 4 * w.model.dit.out_channels * max(tokens * (ranks - 1), w.L - tokens)
     return w.model.dit.num_layers * layer + velocity
+
+
+class SilentExchange(ProcessGroup):
+    """The exchange of a rank on the meta device, which says nothing to the others.
+
+    Attributes:
+        sent, received: Bytes of tensors on the meta device that would have been exchanged with other ranks.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)
+        self.sent = self.received = 0
+
+    def swap(self, pieces: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        found = super().swap(pieces, shapes)
+        self.sent += sum(piece.nbytes for piece in pieces) - pieces[self.rank].nbytes
+        self.received += sum(each.nbytes for each in found) - found[self.rank].nbytes
+        return found
+
+
+def predicted_decoding(model: ModelConfig, shape: ClipShape, ranks: int, target: Target, link_gbs: float) -> RankTime:
+    """The frames of a clip on the GPU that has the most rows, until the first has all pixels; see `predicted_step`.
+
+    Raises:
+        ShapeError: A rank would have no rows.
+    """
+    (first, bytes_first), (later, bytes_later) = (
+        decoder_share(model, shape, ranks, is_first=is_first) for is_first in (True, False)
+    )
+    more = shape.latent_frames - 1
+    seconds = predicted_seconds(first, target) + more * predicted_seconds(later, target)
+    return RankTime(seconds, (bytes_first + more * bytes_later) / (link_gbs * 1e9 * LINK_SHARE))
+
+
+@lru_cache(maxsize=64)  # see `decoder.decoder_chunk`
+def decoder_share(
+    model: ModelConfig, shape: ClipShape, ranks: int, *, is_first: bool
+) -> tuple[tuple[LaunchCost, ...], int]:
+    """The launches by which the busiest rank decodes one latent frame, and the bytes that it sends to others, or
+    receives if that is more, together with those of the pixels that the first rank receives after that."""
+    counts = row_counts(shape.latent_height, ranks)
+    exchange = SilentExchange(busiest_rank(counts), ranks)
+    chunk = recorded(model, INTERPRETED_SM, shape, is_first=is_first, strip=Strip(exchange, shape.latent_height))
+    moved = max(exchange.sent, exchange.received)
+    frames = 1 if is_first else TEMPORAL_STRIDE
+    pixels = 3 * frames * (shape.latent_height - counts[0]) * SPATIAL_STRIDE * shape.width_px
+    return chunk_costs(chunk, model), moved + pixels
+
+
+def busiest_rank(counts: Sequence[int]) -> int:
+    """The rank with the most rows, and with neighbours on both sides if one of those has."""
+    last = len(counts) - 1
+    return max(range(len(counts)), key=lambda rank: (counts[rank], 0 < rank < last))
 
 
 def _copies(name: str, given: int, received: int) -> list[LaunchCost]:

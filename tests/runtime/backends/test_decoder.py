@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.numerics import assert_matches
+from tests.ranks import on_threads, random_vae
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.model import VAEConfig, load_model
+from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ShapeError
 from wanforge.exporter.checkpoint.embedded import embedded
@@ -28,6 +29,8 @@ from wanforge.runtime.backends.decoder.recorded import launches, recorded
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.memory.device import Host
+from wanforge.runtime.reference.ranks.exchange import Exchange
+from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.vae import VAE
 from wanforge.runtime.schedule import vae_schedule
 
@@ -35,21 +38,6 @@ BundleOf = Callable[[str, str], Bundle]
 
 FLOAT32_ERROR = 3e-6
 """Relative RMS error of sums in another order through all layers."""
-
-
-def random_vae(dim: int) -> VAE:
-    """A VAE whose activations keep their size."""
-    vae, generator = VAE(VAEConfig(dim=dim)), torch.Generator().manual_seed(dim)
-    for name, weight in vae.named_parameters():
-        drawn = torch.randn(weight.shape, generator=generator)
-        match name.rpartition(".")[2]:
-            case "gamma":
-                weight.copy_(1 + 0.2 * drawn)
-            case "bias":
-                weight.copy_(0.3 * drawn)
-            case _:
-                weight.copy_(drawn / weight[0].numel() ** 0.5)
-    return vae
 
 
 def tinywan() -> VAE:
@@ -114,6 +102,30 @@ def test_the_published_widths_are_the_references() -> None:
     stream = Stream.of(random_vae(96))
     for latent in torch.randn(1, 16, 2, 1, 2, generator=torch.Generator().manual_seed(1)).split(1, 2):
         stream.check(latent)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("ranks", [2, 3])
+@torch.inference_mode()
+def test_strips_are_the_references(ranks: int) -> None:
+    """Three rows among three ranks are one each, whose neighbours on both sides are needed at once."""
+    vae, latents = random_vae(8), torch.randn(1, 16, 2, 3, 2, generator=torch.Generator().manual_seed(1))
+    first, caches = vae.decode_first(latents[:, :, :1])
+    expected = torch.cat((first, vae.decode_next(latents[:, :, 1:], caches)[0]), 2)
+
+    def decoded_strip(exchange: Exchange) -> Tensor:
+        strip, found = Strip(exchange, 3), []
+        decoder, past = FusedDecoder(vae, strip), None
+        for frames, latent in zip((1, 4), latents.split(1, 2), strict=True):
+            pixels = torch.full((1, 3, frames, 8 * strip.rows, 16), float("nan"))
+            kept = [channels_last(torch.full(strip.of_rows(each), float("nan"))) for each in caches]
+            decoder.run(Stream.of(vae).weights, strip.from_first(latent), past, pixels, kept)
+            found.append(strip.to_first(pixels, -2))
+            past = kept
+        return torch.cat(found, 2)
+
+    assert_matches(on_threads(ranks, decoded_strip)[0], expected, FLOAT32_ERROR)
 
 
 @torch.inference_mode()

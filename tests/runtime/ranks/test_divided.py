@@ -1,7 +1,7 @@
 """A request that processes share gives the clip that one process makes, and a failure in one of them ends them all."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from tests import processes
 from tests.conftest import checkpoint_sources
 from tests.numerics import assert_matches
+from tests.ranks import on_threads
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
@@ -23,16 +24,25 @@ from wanforge.errors import ConfigError, ResourceError, ShapeError
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.progress import Progress, silent
+from wanforge.runtime.backends.cuda import CudaBackend
+from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.lora import read_choices
+from wanforge.runtime.memory.device import Host
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
 from wanforge.runtime.ranks.divided import DividedPipeline
 from wanforge.runtime.ranks.opening import open_on_gpus
 from wanforge.runtime.ranks.peers import Peers, check_gpus, variables_of
-from wanforge.runtime.ranks.task import Task, put, task_of
+from wanforge.runtime.ranks.task import Decoding, Task, put, sizes_of, task_of
+from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
 from wanforge.runtime.request import Request, Settings, Timings, request_for
+
+VAE_TOLERANCE = 3e-6
+"""In float32, only the order of sums may differ between convolutions of whole pictures and of some of their rows."""
 
 SMALL: Settings = {"size": (128, 96), "frames": 9, "steps": 1, "topk": 0.5}
 """A clip of 144 tokens: a tile of 128 rows, and a ragged one."""
+CLIP = ClipShape(128, 96, 9)
+"""Its size and length."""
 
 TOLERANCE = 1e-4
 """In float32, only the order of sums may differ, which may now and then round a value to its neighbour in 8 bits."""
@@ -71,10 +81,84 @@ def peer_of(pipeline: DividedPipeline) -> psutil.Process:
 @pytest.mark.slow
 def test_two_processes_make_the_clip_of_one(divided: DividedPipeline, bundle: Bundle) -> None:
     single = open_pipeline(bundle, "cuda")
-    assert_matches(latents_of(divided, "A kite."), latents_of(single, "A kite."), TOLERANCE)
+    clip = divided.generate("A kite.", **SMALL)
+    assert_matches(clip.latents, latents_of(single, "A kite."), TOLERANCE)
+    # Frames can also be made of latents that no rank but the first has.
+    latents = clip.latents.flip(-1)
+    for given, found in ((clip.latents, torch.from_numpy(clip.frames)), (latents, frames_of(divided, latents))):
+        assert_nearly_same_pictures(found, frames_of(single, given))
     peer = peer_of(divided)
     divided.close()
     assert not peer.is_running()
+
+
+def frames_of(pipeline: Pipeline, latents: Tensor) -> Tensor:
+    return torch.stack(list(pipeline.frames(latents, CLIP, Timings())))
+
+
+def assert_nearly_same_pictures(found: Tensor, expected: Tensor) -> None:
+    """Pixels may differ by one step of 256, where rounding in float32 decides between two."""
+    assert found.shape == expected.shape
+    apart = (found.int() - expected.int()).abs()
+    assert apart.max() <= 1
+    assert (apart > 0).float().mean() < 1e-3
+
+
+@pytest.mark.slow
+def test_whoever_takes_no_more_frames_ends_the_peers(divided: DividedPipeline) -> None:
+    frames = divided.frames(torch.zeros(1, 16, 3, 12, 16), CLIP, Timings())
+    next(frames)
+    peer = peer_of(divided)
+    frames.close()
+    assert not peer.is_running()
+    assert divided.peers is None
+
+
+@pytest.mark.slow
+def test_a_peer_that_ends_while_frames_are_made_ends_the_request(divided: DividedPipeline) -> None:
+    frames = divided.frames(torch.zeros(1, 16, 3, 12, 16), CLIP, Timings())
+    next(frames)
+    peer_of(divided).kill()
+    with pytest.raises(ResourceError, match=r"rank 1, one of the processes that share the request, failed: .* -9"):
+        list(frames)
+    assert divided.peers is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+def test_a_picture_is_encoded_and_frames_are_decoded_in_strips(bundle_of: Callable[[str, str], Bundle]) -> None:
+    """The decoder of kernels, as on GPUs, whose launches are planned."""
+    bundle, clip = bundle_of("tiny-i2v", "bf16-sla"), ClipShape(32, 48, 5)
+    picture = Image.linear_gradient("L").convert("RGB")
+    latents = torch.randn(1, 16, 2, 6, 4, generator=torch.Generator().manual_seed(1))
+
+    def made(exchange: Exchange) -> tuple[Tensor, Tensor]:
+        backend = CudaBackend(bundle, torch.float32, on=Host(), exchange=exchange)
+        backend.fuses_decoder = True
+        # While a graph runs, its module holds the weights, so threads need modules of their own.
+        backend.graphs = graphs.__wrapped__(bundle.model, bundle.recipe)
+        pipeline = Pipeline(bundle, backend)
+        backend.prepare(clip)
+        return pipeline.encode_image(picture, clip), torch.stack(list(pipeline.frames(latents, clip, Timings())))
+
+    condition, frames = made(Alone())
+    (found, shown), (same, nothing) = on_threads(2, made)
+    assert_matches(found, condition, VAE_TOLERANCE)
+    assert torch.equal(same, found)
+    assert_nearly_same_pictures(shown, frames)
+    assert nothing.shape == (5, 0, 32, 3)
+
+
+@pytest.mark.slow
+def test_a_peer_that_misses_the_meeting_is_not_waited_for(bundle: Bundle) -> None:
+    peers = Peers(bundle, 2, None)
+    peers.all[0].process.kill()
+    with (
+        pytest.raises(ResourceError, match=r"rank 1, .* failed: it ended with -9"),
+        peers.sharing(Decoding(sizes_of(CLIP), 3)),
+    ):
+        pass
+    assert not distributed.is_initialized()
 
 
 @pytest.mark.slow

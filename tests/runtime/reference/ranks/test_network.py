@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests import processes
 from tests.numerics import assert_matches
-from tests.ranks import CONFIG, RECIPES, TILES, inputs, on_threads, random_dit, velocity
+from tests.ranks import CONFIG, RECIPES, TILES, inputs, on_threads, random_dit, random_vae, through_vae, velocity
 from wanforge.configs.model import DiTConfig
 from wanforge.errors import ConfigError, ShapeError
 from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
@@ -17,6 +17,9 @@ from wanforge.runtime.reference.ranks.network import run_share
 TOLERANCE = {"plain": 2e-6, "plain sparse": 2e-6, "tiles": 1e-4, "rows": 1e-4}
 """In float32, only the order of sums may differ between matrices of all tokens and of some. Where linears quantise,
 another last bit may now and then round a value to its neighbour."""
+
+VAE_TOLERANCE = 3e-6
+"""Only the order of sums may differ between convolutions of whole pictures and of some of their rows."""
 
 
 @pytest.mark.slow
@@ -44,10 +47,14 @@ def test_processes_exchange_what_threads_do(ranks: int, tmp_path: Path) -> None:
     for process in started:
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-    whole = velocity(TILES)
+    whole, pictures = velocity(TILES), through_vae(random_vae(8))
     for rank in range(ranks):
         found = load_file(tmp_path / f"{rank}.safetensors")
         assert_matches(found["velocity"], whole, TOLERANCE[TILES.name])
+        assert_matches(found["latents"], pictures["latents"], VAE_TOLERANCE)
+        if rank == 0:
+            assert_matches(found["pixels"], pictures["pixels"], VAE_TOLERANCE)
+        assert found["pixels"].shape[-2] == (pictures["pixels"].shape[-2] if rank == 0 else 0)
         expected = torch.cat([torch.full((sender + 1, 2), 10 * sender + rank) for sender in range(ranks)])
         for dtype in (torch.bfloat16, torch.int8):
             assert torch.equal(found[str(dtype)], expected.to(dtype))
