@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests import golden
+from tools.tinywan.causal.packed import teacher_forcing as teacher_forcing
 from wanforge.configs.causal import CausalConfig
 from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import Recipe
@@ -70,14 +71,6 @@ def block_causal(spans: Sequence[Span], *, local: int | None = None, sink: int =
     q, k = block[:, None], block[None]
     seen = k <= q
     return seen if local is None else seen & ((k > q - local) | (k < sink))
-
-
-def teacher_forcing(spans: Sequence[Span]) -> Tensor:
-    """The same of a clip followed by a noisy one: noisy blocks see earlier clean ones, and themselves."""
-    block = torch.tensor([span.index for span in spans for _ in span.frames])
-    q, k = block[:, None], block[None]
-    none = torch.zeros(len(block), len(block), dtype=torch.bool)
-    return torch.cat((torch.cat((k <= q, none), 1), torch.cat((k < q, k == q), 1)))
 
 
 def masked_forward(
