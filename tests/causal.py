@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests import golden
-from tools.tinywan.causal.packed import teacher_forcing as teacher_forcing
 from wanforge.configs.causal import CausalConfig
 from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import Recipe

@@ -10,6 +10,7 @@ from numpy.random import Generator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tools.tinywan.causal import scores
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser
 from tools.tinywan.causal.walks import WalkPool, fill_pool
@@ -20,7 +21,7 @@ from tools.tinywan.training import Plan, load_averaged, train
 from tools.tinywan.vae import new_vae
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
-from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.exporter.checkpoint.embedded import embedded, sources_in
 from wanforge.runtime.reference.dit import DiT
 from wanforge.runtime.reference.text_encoder import TextEncoder
 
@@ -101,6 +102,14 @@ def run_publish(workshop: Workshop) -> None:
     click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
+def run_scores(workshop: Workshop) -> None:
+    """Measure what the published file, or the package's, shows of changing prompts: by recipe, format of keys and
+    values, and cache policy."""
+    files = workshop.folder / "files"
+    sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
+    scores.write(scores.measured(MODEL, sources, workshop.folder / "bundles"), workshop.folder / "scores.json")
+
+
 def run_pictures(workshop: Workshop) -> None:
     """Draw the loss curves."""
     curves(workshop.folder, workshop.folder / "curves.svg")
@@ -111,6 +120,7 @@ PHASES: dict[str, Callable[[Workshop], None]] = {
     "teacher": run_teacher,
     "alone": run_alone,
     "publish": run_publish,
+    "scores": run_scores,
     "pictures": run_pictures,
 }
 

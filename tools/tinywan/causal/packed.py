@@ -49,11 +49,12 @@ class PackedDenoiser(nn.Module):
             seen_GG: Which frame sees which, bool.
         """
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            return self._velocity(clean, noisy, times_BF, text_BLTE, legs_BF, seen_GG)
+            return self.velocity(clean, noisy, times_BF, text_BLTE, legs_BF, seen_GG)
 
-    def _velocity(
+    def velocity(
         self, clean: Tensor, noisy: Tensor, times_BF: Tensor, text_BLTE: Tensor, legs_BF: Tensor, seen_GG: Tensor
     ) -> Tensor:
+        """The same in the type of the latents."""
         dit, (batch, _, frames, height, width) = self.dit, noisy.shape
         count, grid = 2 * frames - 1, (1, height // PATCH, width // PATCH)
         rope = rope_tables((count, *grid[1:]), noisy.device, [*range(frames - 1), *range(frames)])
