@@ -1,5 +1,5 @@
-"""What TinyWan's causal model shows of prompts that change: by recipe, by the format of keys and values, and in clips of
-three times the length that it was trained on, by cache policy."""
+"""What TinyWan's causal model shows of prompts that change: by recipe, by the format of keys and values, and, in clips
+of three times the length that it was trained on, by cache policy."""
 
 import json
 from collections.abc import Callable, Iterator
