@@ -27,10 +27,10 @@ from wanforge.runtime.reference.text_encoder import TextEncoder
 
 MODEL, BASE = load_model("tinywan-causal"), load_model("tinywan")
 PLANS = {
-    "teacher": Plan(steps=700, batch=8, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
-    "alone": Plan(steps=500, batch=8, rate=5e-4, warmup=20, decay=0.99, muon=True),
+    "teacher": Plan(steps=1200, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
+    "alone": Plan(steps=800, batch=4, rate=5e-4, warmup=20, decay=0.99, muon=True),
 }
-SHARDS = 4
+SHARDS = 3
 """Number of shards of the pool, of 64 walks each."""
 OWN = 0.75
 """Share of the walks whose past is the denoiser's own, once that is practised."""

@@ -63,20 +63,30 @@ class PackedDenoiser(nn.Module):
         legs_BG = torch.cat((legs_BF[:, :-1], legs_BF), 1)
         prompts = (legs_BG + text_BLTE.shape[1] * torch.arange(batch, device=legs_BG.device)[:, None]).flatten()
         context = dit.text_embedding(text_BLTE.flatten(0, 1))
-        bias = torch.where(seen_GG, 0.0, -torch.inf)
         tokens = grid[1] * grid[2]
-        bias = bias.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        # Every frame attends to all clean ones, with a mask, and to itself.
+        others = seen_GG[:, : frames - 1] & ~torch.eye(count, dtype=torch.bool, device=seen_GG.device)[:, : frames - 1]
+        hidden = torch.cat((~others, torch.zeros_like(others[:, :1])), 1).repeat_interleave(tokens, 1)
+        bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
+        bias = bias.repeat(batch, 1)[:, None, None]
 
         x = dit.patch_embedding(patchify(torch.cat((clean[:, :, :-1], noisy), 2)))
         x = x.unflatten(1, (count, tokens)).flatten(0, 1)
+
+        def folded(y: Tensor) -> Tensor:
+            return y.unflatten(1, (count, tokens)).flatten(0, 1)
+
+        def with_past(y: Tensor) -> Tensor:
+            past = y[:, None, : (frames - 1) * tokens].expand(-1, count, -1, -1, -1).flatten(0, 1)
+            return torch.cat((past, folded(y)), 1)
+
         for block, modulation in zip(dit.blocks, layers, strict=True):
             assert isinstance(block, Block)
 
             def attend(n: Tensor, block: Block = block) -> Tensor:
-                unfolded = [each.unflatten(0, (batch, count)).flatten(1, 2) for each in block.self_attn.project(n)]
-                q, k, v = unfolded
-                y = plain_attention(rotate(q, *rope), rotate(k, *rope), v, bias).flatten(2)
-                return block.self_attn.o(y.unflatten(1, (count, tokens)).flatten(0, 1))
+                q, k, v = (each.unflatten(0, (batch, count)).flatten(1, 2) for each in block.self_attn.project(n))
+                y = plain_attention(folded(rotate(q, *rope)), with_past(rotate(k, *rope)), with_past(v), bias)
+                return block.self_attn.o(y.flatten(2))
 
             keys, values = (each[prompts] for each in block.cross_attn.keys_values(context))
             x = block.around(x, modulation, TextKeys(keys, values), attend)
