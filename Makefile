@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A worker for each processor; the tests of a file share what they have made.
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo demo-i2v serve test quick check oldest usage ptx gpu gpu-rehearsal gpu-pack format bench clean
+.PHONY: help setup demo demo-i2v demo-stream serve test quick check oldest usage ptx gpu gpu-rehearsal gpu-pack format bench clean
 
 help:            ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,12 @@ demo-i2v: setup  ## the same for image-to-video: a picture, a clip that begins w
 	$(BIN)/wanforge generate $(OUT)/bundle --image $(IMAGE) --prompt "moving right" --out $(OUT)/clip.mp4
 	$(BIN)/wanforge continue $(OUT)/bundle $(OUT)/clip.mp4 --prompt "moving down slowly" --out $(OUT)/longer.mp4
 	$(BIN)/wanforge parity $(OUT)/bundle --image $(IMAGE) --prompt "moving right"
+
+demo-stream: setup ## a video that is made chunk by chunk and follows prompts on the way, read back and checked
+	@rm -rf $(OUT)
+	$(BIN)/wanforge import tinywan-causal --recipe w8a8 --out $(OUT)/bundle
+	$(BIN)/wanforge export $(OUT)/bundle
+	$(BIN)/python -m tools.tinywan.causal.demo $(OUT)/bundle --out $(OUT)/stream.mp4 --picture $(OUT)/stream.png
 
 serve: setup     ## serve TinyWan, with an API and a page, on this machine
 	test -d $(OUT)/bundle || $(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle

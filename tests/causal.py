@@ -72,14 +72,6 @@ def block_causal(spans: Sequence[Span], *, local: int | None = None, sink: int =
     return seen if local is None else seen & ((k > q - local) | (k < sink))
 
 
-def teacher_forcing(spans: Sequence[Span]) -> Tensor:
-    """The same of a clip followed by a noisy one: noisy blocks see earlier clean ones, and themselves."""
-    block = torch.tensor([span.index for span in spans for _ in span.frames])
-    q, k = block[:, None], block[None]
-    none = torch.zeros(len(block), len(block), dtype=torch.bool)
-    return torch.cat((torch.cat((k <= q, none), 1), torch.cat((k < q, k == q), 1)))
-
-
 def masked_forward(
     dit: DiT, latents: Tensor, timestep_F: Tensor, text: Tensor, mask_FF: Tensor, times: Sequence[int]
 ) -> Tensor:

@@ -1,5 +1,6 @@
-"""The files that come with the package: TinyWan's in the folder ``tinywan``, and the two experts of its image-to-video
-model in ``tinywan-i2v``, which has TinyWan's VAE, text encoder and tokenizer."""
+"""The files that come with the package: TinyWan's in the folder ``tinywan``, the two experts of its image-to-video
+model in ``tinywan-i2v``, and the denoiser of its causal model in ``tinywan-causal``. All have TinyWan's VAE, text
+encoder and tokenizer."""
 
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from wanforge.exporter.checkpoint.checks import Sources
 
 EMBEDDED = "tinywan"
 """The model that is imported where none is named."""
-EVERY = (EMBEDDED, "tinywan-i2v")
+EVERY = (EMBEDDED, "tinywan-i2v", "tinywan-causal")
 """The models whose files come with the package."""
 FOLDER = Path(__file__).parent / EMBEDDED
 

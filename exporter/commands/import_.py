@@ -125,7 +125,7 @@ def import_(options: ImportOptions) -> None:
     what is taken is listed, and where several files may be meant, the options that decide. Of a quantised and an
     unquantised denoiser, the quantised one is taken, unless --recipe is one that needs the other. If no model, folder
     or file is given, the bundle is made from TinyWan's files, which come with the package; so do those of tinywan-i2v,
-    its image-to-video model.
+    its image-to-video model, and of tinywan-causal, which makes a video chunk by chunk.
 
     Weights that LightX2V, ComfyUI, ModelOpt or ggml's tools have quantised keep their numbers if the recipe has such
     numbers, as the default one mostly has. Otherwise they are dequantised and quantised, and the error is printed.
@@ -137,6 +137,7 @@ def import_(options: ImportOptions) -> None:
     Examples:
       wanforge import --out tinywan
       wanforge import tinywan-i2v --out tinywan-i2v
+      wanforge import tinywan-causal --recipe w8a8 --out tinywan-causal
       wanforge import --resume tinywan
       wanforge import turbowan2.1-t2v-1.3b-480p --out turbo-1.3b
       wanforge import TurboWan2.1-T2V-1.3B-480P Wan2.1-T2V-1.3B --out turbo-1.3b

@@ -34,8 +34,8 @@ def models(options: ModelsOptions) -> None:
     Whether a model fits a GPU is what the memory plan of TensorRT's engines says of its default clip, as
     `wanforge build --plan` does for any clip. The other backends take more memory.
 
-    The tiny models are not published: TinyWan and tinywan-i2v come with the package, and `wanforge synth`
-    makes files of the others.
+    The tiny models are not published: TinyWan, tinywan-i2v and tinywan-causal come with the package, and
+    `wanforge synth` makes files of the others.
     """
     found = [describe(name) for name in named("models")]
     click.echo(json.dumps(found) if options.as_json else text(found))

@@ -106,8 +106,11 @@ class Quality:
 
 
 def prompts_for(model: ModelConfig) -> tuple[Prompt, ...]:
-    """The prompts on which a model is measured: `held_out_prompts`, or `image_prompts` for image-to-video."""
-    return image_prompts(model) if model.task == "i2v" else held_out_prompts()
+    """The prompts on which a model is measured: `held_out_prompts`, of which a causal model gets those with one thing,
+    or `image_prompts` for image-to-video."""
+    if model.task == "i2v":
+        return image_prompts(model)
+    return tuple(p for p in held_out_prompts() if not model.causal or len(p.subjects) == 1)
 
 
 def image_prompts(model: ModelConfig) -> tuple[Prompt, ...]:

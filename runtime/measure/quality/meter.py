@@ -86,9 +86,7 @@ def read(frames_TCHW: NDArray[np.uint8]) -> ClipReading:
         frames_TCHW: RGB, at least two frames.
     """
     pixels = frames_TCHW.astype(np.float64).transpose(0, 2, 3, 1)
-    background_H1C = np.median(pixels, (0, 2))[:, None]
-    contrast = np.linalg.norm(pixels - background_H1C, axis=-1)
-    coloured = without_specks((contrast > CONTRAST) & (np.ptp(pixels, -1) > CHROMA))
+    coloured, contrast = shown_things(pixels)
     nearest = nearest_colour(pixels)
     total = max(1, int(coloured.sum()))
     things = []
@@ -98,6 +96,13 @@ def read(frames_TCHW: NDArray[np.uint8]) -> ClipReading:
         if area >= LEAST_AREA and mask.sum() >= LEAST_SHARE * total:
             things.append(sight(colour, mask, contrast))
     return ClipReading(tuple(sorted(things, key=lambda thing: -thing.area)))
+
+
+def shown_things(pixels_THWC: Pixels) -> tuple[NDArray[np.bool_], Pixels]:
+    """Which pixels belong to things, and how far each pixel is from its row's background, ``[T, H, W]``."""
+    background_H1C = np.median(pixels_THWC, (0, 2))[:, None]
+    contrast = np.linalg.norm(pixels_THWC - background_H1C, axis=-1)
+    return without_specks((contrast > CONTRAST) & (np.ptp(pixels_THWC, -1) > CHROMA)), contrast
 
 
 def without_specks(mask_THW: NDArray[np.bool_]) -> NDArray[np.bool_]:

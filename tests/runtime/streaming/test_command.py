@@ -247,7 +247,7 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
         ["bash", "-c", script, "page", str(ROOT / "src")], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert [len(read_video(tmp_path / name)[1]) for name in ("kite.mp4", "train.mp4", "pipe.mp4")] == [33, 57, 57]
+    assert [len(read_video(tmp_path / name)[1]) for name in ("circle.mp4", "square.mp4", "pipe.mp4")] == [33, 29, 29]
     (example,) = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     ran = subprocess.run(
         [sys.executable, "-c", example],
@@ -255,4 +255,4 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT / "src"), "PATH": ""},
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[-1] == "5 A blue train in the snow. (8, 32, 64, 3)"
+    assert ran.stdout.splitlines()[-1] == "5 a blue square moving down (4, 112, 128, 3)"

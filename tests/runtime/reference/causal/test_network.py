@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from tests import golden
-from tests.causal import block_causal, masked_forward, pattern, recorded_dit, recorded_text, teacher_forcing
+from tests.causal import block_causal, masked_forward, pattern, recorded_dit, recorded_text
 from tests.numerics import assert_matches, relative_rms
+from tools.tinywan.causal.packed import teacher_forcing
 from wanforge.configs.causal import policy
 from wanforge.runtime.reference.causal.cache import KVCache, move_in_time
 from wanforge.runtime.reference.causal.chunks import Span, chunks_of

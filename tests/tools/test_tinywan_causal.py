@@ -1,0 +1,153 @@
+"""TinyWan's causal model: its walks, its packed forwards, and that its lessons hide what a rollout would not see."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tools.tinywan.causal.lessons import WalkLessons
+from tools.tinywan.causal.packed import PackedDenoiser, teacher_forcing
+from tools.tinywan.causal.walks import LEGS, Walk, draw_walk, render
+from tools.tinywan.networks import make_tokenizer
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.exporter.checkpoint.embedded import embedded
+from wanforge.plugins.rms_norm_rope.reference import rotate
+from wanforge.runtime.measure.quality.figures import is_held_out
+from wanforge.runtime.measure.quality.meter import score
+from wanforge.runtime.measure.quality.turns import read_walk
+from wanforge.runtime.reference.causal.chunks import chunks_of
+from wanforge.runtime.reference.causal.network import KeysValues, run_chunk
+from wanforge.runtime.reference.dit import DiT, rope_tables
+from wanforge.runtime.reference.text_encoder import TextEncoder
+
+MODEL = load_model("tinywan-causal")
+VIDEO = MODEL.video
+SPANS = chunks_of(MODEL.causal, VIDEO.clip.latent_frames) if MODEL.causal else []
+FRAMES = len(SPANS)
+
+
+def walks(count: int) -> list[Walk]:
+    rng = np.random.default_rng(3)
+    return [draw_walk(rng, VIDEO.size_wh, VIDEO.frames) for _ in range(count)]
+
+
+def test_walks_are_of_trained_combinations_and_have_a_turn_in_every_place() -> None:
+    drawn = walks(200)
+    assert not any(is_held_out(leg.subject) for walk in drawn for leg in walk.legs)
+    assert {begin for walk in drawn for begin in walk.begins[1:]} == set(range(1, FRAMES))
+    assert all(len(walk.legs) == LEGS and walk.leg_of(0) == 0 and walk.leg_of(FRAMES - 1) == 2 for walk in drawn)
+
+
+def test_the_meter_follows_a_walk_across_the_border() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(6):
+        walk = draw_walk(rng, VIDEO.size_wh, VIDEO.frames)
+        straight = Walk(walk.legs[:1], (0,), (2.0, 110.0), is_new=False)
+        frames = render(straight, VIDEO.size_wh, 41).round().astype(np.uint8)
+        (found,) = score(read_walk(frames), (straight.legs[0].subject,))
+        assert (found.colour, found.shape, found.direction, found.speed is False) == (True, True, True, False)
+
+
+def test_a_margin_shows_what_comes_in_from_the_other_side() -> None:
+    walk = walks(1)[0]
+    plain, wide = (render(walk, VIDEO.size_wh, 5, margin) for margin in (0, 16))
+    assert np.allclose(wide[:, 16:-16, 16:-16], plain, atol=1e-3)
+    assert np.allclose(wide[:, 16:-16, :16], plain[:, :, -16:], atol=1e-3)
+
+
+def network() -> DiT:
+    torch.manual_seed(0)
+    dit = DiT(MODEL.dit, MODEL.fitted(load_recipe("bf16")))
+    weights = load_file(embedded(load_model("tinywan")).weights["dit"])
+    dit.load_state_dict({name: weights[name].float() for name in dit.state_dict()})
+    return dit.eval()
+
+
+def test_packed_frames_see_what_a_rollout_sees() -> None:
+    """One forward over clean and noisy frames equals the network at one chunk after the other, each with its own time
+    and prompt. Both compute in float32, and only the order of sums differs."""
+    dit, generator = network(), torch.Generator().manual_seed(1)
+    shape = (1, 16, FRAMES, 4, 6)
+    clean, noisy = (torch.randn(shape, generator=generator) for _ in range(2))
+    text = torch.randn(1, LEGS, MODEL.dit.text_rows, MODEL.dit.text_dim, generator=generator)
+    legs, times = torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.tensor([[0.999, 0.625, 0.999, 0.25, 0.5, 0.75]])
+    packed = [*range(FRAMES - 1), *range(FRAMES, 2 * FRAMES)]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        found = PackedDenoiser(dit).velocity(clean, noisy, times, text, legs, teacher_forcing(SPANS)[packed][:, packed])
+        past: list[list[KeysValues]] = []
+        for frame in range(FRAMES):
+            seen = [
+                KeysValues(
+                    torch.cat([one[layer].keys for one in past], 1), torch.cat([one[layer].values for one in past], 1)
+                )
+                for layer in range(MODEL.dit.num_layers if past else 0)
+            ]
+            prompt = text[:, legs[0, frame]]
+            expected, _ = run_chunk(dit, noisy[:, :, frame : frame + 1], 1000 * times[:, frame], prompt, [frame], seen)
+            assert (found[:, :, frame : frame + 1] - expected).abs().max() < 1e-4 * expected.abs().max()
+            _, own = run_chunk(dit, clean[:, :, frame : frame + 1], torch.zeros(1), prompt, [frame], seen)
+            tables = rope_tables((1, 2, 3), None, [frame])
+            past.append([KeysValues(rotate(each.keys, *tables), each.values) for each in own])
+
+
+@dataclass
+class FakePool:
+    walks: list[Walk]
+    latents: Tensor
+
+
+@pytest.fixture
+def lessons() -> WalkLessons:
+    pool = FakePool(walks(4), torch.randn(4, 16, FRAMES, 14, 16).half())
+    encoder = TextEncoder(MODEL.text_encoder)
+    encoder.load_state_dict(load_file(embedded(MODEL).weights["text_encoder"]))
+    return WalkLessons(MODEL, pool, encoder, make_tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_frame_always_sees_itself_and_the_clean_one_before_it(lessons: WalkLessons) -> None:
+    rng = np.random.default_rng(0)
+    masks = torch.stack([lessons.some_seen(rng) for _ in range(50)])
+    full = teacher_forcing(SPANS)
+    packed = [*range(FRAMES - 1), *range(FRAMES, 2 * FRAMES)]
+    assert torch.equal(masks.any(0), full[packed][:, packed])
+    always = masks.all(0)
+    assert always.diagonal().all()
+    for frame in range(1, FRAMES):
+        assert always[FRAMES - 1 + frame, frame - 1]
+    assert not masks[:, FRAMES:, 0][:, 1:].all()
+
+
+def perfect(lesson_goal: Tensor) -> Callable[..., Tensor]:
+    """A denoiser that knows the goal, whatever it is shown; frames must not be pure data."""
+
+    def velocity(past: Tensor, noisy: Tensor, times_BF: Tensor, *_: Tensor) -> Tensor:
+        return (noisy - lesson_goal) / times_BF[:, None, :, None, None]
+
+    return velocity
+
+
+def test_what_the_denoiser_made_becomes_the_past_of_the_same_walk(lessons: WalkLessons) -> None:
+    rng = np.random.default_rng(1)
+    lesson = lessons.draw(rng, 4, own=1.0)
+    shifted = lesson.goal + 1
+    loss, _ = lessons.loss(perfect(shifted), lesson, rng, torch.Generator().manual_seed(0), alone=True)
+    assert loss > 0
+    for place, row in enumerate(lesson.rows):
+        change = (lessons.made[row] - lessons.pool.latents[row])[:, 1:].float()
+        assert (change.mean() - 1).abs() < 0.01
+        assert change.std() < 0.02, place
+        first = (lessons.made[row] - lessons.pool.latents[row])[:, 0].float().mean()
+        assert abs(float(first) - float(lesson.counted[place, 0])) < 0.01
+
+
+def test_a_perfect_guess_has_no_loss(lessons: WalkLessons) -> None:
+    rng = np.random.default_rng(2)
+    lesson = lessons.draw(rng, 4, own=0.0)
+    loss, notes = lessons.loss(perfect(lesson.goal), lesson, rng, torch.Generator().manual_seed(0), alone=False)
+    assert loss < 1e-3
+    assert set(notes) == {"step0", "step1"}

@@ -1,0 +1,1 @@
+"""TinyWan's causal model: its walks, its lessons and its training."""

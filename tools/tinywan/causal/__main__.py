@@ -1,0 +1,140 @@
+"""``python -m tools.tinywan.causal``: train TinyWan's causal model, and write its file."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from numpy.random import Generator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tools.tinywan.causal import scores
+from tools.tinywan.causal.lessons import WalkLessons
+from tools.tinywan.causal.packed import PackedDenoiser
+from tools.tinywan.causal.walks import WalkPool, fill_pool
+from tools.tinywan.denoiser import plain_attentions
+from tools.tinywan.networks import make_tokenizer
+from tools.tinywan.pictures import curves
+from tools.tinywan.training import Plan, load_averaged, train
+from tools.tinywan.vae import new_vae
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.exporter.checkpoint.embedded import embedded, sources_in
+from wanforge.runtime.reference.dit import DiT
+from wanforge.runtime.reference.text_encoder import TextEncoder
+
+MODEL, BASE = load_model("tinywan-causal"), load_model("tinywan")
+PLANS = {
+    "teacher": Plan(steps=1200, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
+    "alone": Plan(steps=800, batch=4, rate=5e-4, warmup=20, decay=0.99, muon=True),
+}
+SHARDS = 3
+"""Number of shards of the pool, of 64 walks each."""
+OWN = 0.75
+"""Share of the walks whose past is the denoiser's own, once that is practised."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the denoiser is trained and its files are kept."""
+
+    folder: Path
+
+    def dit(self, phase: str | None = None) -> DiT:
+        """The denoiser as a phase has left it; by default with TinyWan's weights, apart from those that only sparse
+        attention has."""
+        dit = DiT(MODEL.dit, MODEL.fitted(load_recipe("bf16")))
+        if phase is not None:
+            return load_averaged(phase, self.folder, dit)
+        weights = load_file(embedded(BASE).weights["dit"])
+        dit.load_state_dict({name: weights[name] for name in dit.state_dict()})
+        return dit
+
+    def lessons(self) -> WalkLessons:
+        encoder = TextEncoder(MODEL.text_encoder)
+        encoder.load_state_dict(load_file(embedded(BASE).weights["text_encoder"]))
+        return WalkLessons(MODEL, WalkPool(self.folder / "pool"), encoder, make_tokenizer())
+
+
+def run_pool(workshop: Workshop) -> None:
+    """Draw and encode the walks."""
+    vae = new_vae(BASE)
+    vae.load_state_dict(load_file(embedded(BASE).weights["vae"]))
+    for path in fill_pool(MODEL, vae, workshop.folder / "pool", SHARDS):
+        click.echo(path)
+
+
+def run_teacher(workshop: Workshop) -> None:
+    """Train with the walks' own frames as the past, from TinyWan's weights."""
+    train_causal(workshop, "teacher", workshop.dit(), alone=False)
+
+
+def run_alone(workshop: Workshop) -> None:
+    """Train with what the denoiser itself has made as the past."""
+    train_causal(workshop, "alone", workshop.dit("teacher"), alone=True)
+
+
+def train_causal(workshop: Workshop, phase: str, dit: DiT, *, alone: bool) -> None:
+    """Train the denoiser, or continue its training.
+
+    Args:
+        alone: See `WalkLessons.loss`.
+    """
+    lessons, plan = workshop.lessons(), PLANS[phase]
+    run = torch.compile(PackedDenoiser(dit), dynamic=False)
+
+    def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        lesson = lessons.draw(rng, plan.batch, OWN if alone else 0.0)
+        return lessons.loss(run, lesson, rng, generator, alone=alone)
+
+    with plain_attentions():
+        train(phase, workshop.folder, plan, dit, loss_of)
+
+
+def run_publish(workshop: Workshop) -> None:
+    """Write the denoiser as the package has it, in bfloat16."""
+    files = workshop.folder / "files"
+    files.mkdir(exist_ok=True)
+    weights, path = workshop.dit("alone").state_dict(), files / "dit.safetensors"
+    save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, path)
+    click.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def run_scores(workshop: Workshop) -> None:
+    """Measure what the published file, or the package's, shows of changing prompts: by recipe, format of keys and
+    values, and cache policy."""
+    files = workshop.folder / "files"
+    sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
+    scores.write(scores.measured(MODEL, sources, workshop.folder / "bundles"), workshop.folder / "scores.json")
+
+
+def run_pictures(workshop: Workshop) -> None:
+    """Draw the loss curves."""
+    curves(workshop.folder, workshop.folder / "curves.svg")
+
+
+PHASES: dict[str, Callable[[Workshop], None]] = {
+    "pool": run_pool,
+    "teacher": run_teacher,
+    "alone": run_alone,
+    "publish": run_publish,
+    "scores": run_scores,
+    "pictures": run_pictures,
+}
+
+
+@click.command()
+@click.argument("phases", nargs=-1, type=click.Choice(list(PHASES)))
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("tinywan-causal-training"), show_default=True)
+@click.option("--threads", default=1, show_default=True, help="Threads of the CPU.")
+def main(phases: tuple[str, ...], folder: Path, threads: int) -> None:
+    """Run or continue these PHASES; by default all of them. Finished work is skipped."""
+    torch.set_num_threads(threads)
+    for phase in phases or PHASES:
+        PHASES[phase](Workshop(folder))
+
+
+if __name__ == "__main__":
+    main()

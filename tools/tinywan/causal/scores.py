@@ -1,0 +1,82 @@
+"""What TinyWan's causal model shows of prompts that change: by recipe, by the format of keys and values, and, in clips
+of three times the length that it was trained on, by cache policy."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from wanforge.configs.causal import PolicyName
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.bundle import Bundle
+from wanforge.exporter.checkpoint.checks import Sources
+from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.export import export
+from wanforge.runtime.measure.parity.comparison import Contender
+from wanforge.runtime.measure.quality.turns import TurnQuality, measure_turns, turns, turns_table
+from wanforge.runtime.reference.causal.kv_codes import KVFormat
+
+RECIPES = ("bf16", "w8a8", "w8a8-row", "fp8-row", "nvfp4")
+SHIPPED = "w8a8"
+"""The recipe whose formats and policies are measured."""
+LONGER = 3
+"""How many times as long as a trained clip the long ones are."""
+EVERY_LONG = 2
+"""Of the pairs of prompts, the share that long clips are made of: one in so many."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One measurement.
+
+    Attributes:
+        length: How many times as long as a trained clip the videos are.
+    """
+
+    backend: str
+    recipe: str
+    kv: KVFormat = "native"
+    cache: PolicyName = "none"
+    length: int = 1
+
+
+SETTINGS = (
+    *(Setting("torch", recipe) for recipe in RECIPES),
+    Setting("ort", SHIPPED),
+    Setting("ort", SHIPPED, "int8"),
+    Setting("ort", SHIPPED, "fp8"),
+    *(Setting("ort", SHIPPED, cache=each, length=LONGER) for each in ("none", "sliding_window", "rolling_sink")),
+    Setting("ort", SHIPPED, cache="infinity_rope", length=LONGER),
+    Setting("ort", SHIPPED, "int8", "infinity_rope", LONGER),
+    Setting("ort", SHIPPED, "fp8", "infinity_rope", LONGER),
+)
+
+
+def bundle_of(model: ModelConfig, sources: Sources, folder: Path, recipe: str) -> Bundle:
+    """The bundle of a recipe in a folder, made where it is not there; that of the shipped recipe has graphs."""
+    root = folder / recipe
+    if not (root / "manifest.json").exists():
+        bundle = import_checkpoint(model, sources, root, recipe=load_recipe(recipe), replace=True)
+        if recipe == SHIPPED:
+            export(bundle, ("fp32",))
+    return Bundle.open(root)
+
+
+def measured(model: ModelConfig, sources: Sources, folder: Path) -> Iterator[TurnQuality]:
+    """Yield the rates in every setting."""
+    for setting in SETTINGS:
+        pipeline = Contender(setting.backend).pipeline(bundle_of(model, sources, folder, setting.recipe))
+        chunks = setting.length * model.video.clip.latent_frames
+        asked = turns()[:: EVERY_LONG if setting.length > 1 else 1]
+        yield measure_turns(pipeline, chunks, cache=setting.cache, kv=setting.kv, asked=asked)
+
+
+def write(found: Iterator[TurnQuality], out: Path, tell: Callable[[str], None] = print) -> None:
+    """Write the numbers as they come, and a table of them at the end."""
+    kept: list[TurnQuality] = []
+    for each in found:
+        kept.append(each)
+        out.write_text(json.dumps([asdict(one) for one in kept], indent=1) + "\n")
+        tell(turns_table([each]))
+    tell(turns_table(kept))
