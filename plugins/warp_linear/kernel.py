@@ -119,6 +119,7 @@ def second_half(outputs, inputs):
     starts, _, (factor,), *place = inputs
     integers = tuple(f"integer{i}" for i in range(len(starts)))
     lines = [f".reg .b32 {', '.join(integers)};", *products(integers, starts, [each[0] for each in place])]
+    lines += [f"shr.u32 {outputs[1][0]}, {integers[-4]}, 31;"]
     for total, integer in zip(outputs[0], integers, strict=True):
         lines += [f"sub.rn.f32 {integer}, {integer}, 0f4B400000;"]
         lines += [f"fma.rn.f32 {total}, {integer}, {factor}, {total};"]
@@ -126,7 +127,7 @@ def second_half(outputs, inputs):
 
 
 BEGUN = gl.constexpr(",".join(["=&r"] * 64 + ["r", "r"]))
-ENDED = gl.constexpr(",".join(["=&f"] * 64 + ["r"] * 64 + [str(i) for i in range(64)] + ["f", "r", "r"]))
+ENDED = gl.constexpr(",".join(["=&f"] * 64 + ["=&r"] + ["r"] * 64 + [str(i) for i in range(64)] + ["f", "r", "r"]))
 
 
 @gluon.jit
@@ -139,7 +140,7 @@ def begin(from_x, from_w):
 @gluon.jit
 def end(integers, sums, factor, from_x, from_w):
     """The sums of a part, to which the products of a slab are added that its second half completes."""
-    return gl.inline_asm(second_half, ENDED, [integers, sums, factor, from_x, from_w], sums.type)
+    return gl.inline_asm(second_half, ENDED, [integers, sums, factor, from_x, from_w], (sums.type, gl.int32))
 
 
 @gluon.jit
@@ -231,11 +232,11 @@ def gemm(
         copy(third + to, 2 * i + 2, i + 1 < SLABS, origin, K)
         integers = begin(first + left, first + right)
         wait_for_all_but_one()
-        upper = end(integers, upper, step, second + left, second + right)
-        integers = begin(first + left + 4096, first + right)
+        upper, zero = end(integers, upper, step, second + left, second + right)
+        integers = begin(first + left + 4096 + zero, first + right + zero)
         gl.barrier()
         copy(first + to, 2 * i + 3, i + 1 < SLABS, origin, K)
-        lower = end(integers, lower, step, second + left + 4096, second + right)
+        lower, _ = end(integers, lower, step, second + left + 4096, second + right)
         first, second, third = third, first, second
     gl.barrier()
     ring._keep_alive()
