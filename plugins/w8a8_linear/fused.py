@@ -14,9 +14,9 @@ from wanforge.errors import ShapeError
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
+from wanforge.plugins.warp_linear import KERNEL as WARP_KERNEL
 from wanforge.plugins.warpgroup_attention import serves
 from wanforge.plugins.warpgroup_linear import KERNEL
-from wanforge.plugins.warp_linear import KERNEL as WARP_KERNEL
 
 GEMM, GEMM_ROWS = (
     Kernel("w8a8_linear", name, ("cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)", "WEIGHTS"), {"M": "i32", "N": "i32:16"})
@@ -28,7 +28,7 @@ WARPGROUP_OUTPUTS = 256
 """Outputs of one program of `WARPGROUP_GEMM`."""
 
 WARP_GEMM = Kernel("warp_linear", "gemm", ("cdiv(M, 128) * (N // 128)", "WEIGHTS"), {"M": "i32"})
-"""The same on GPUs that `warp_linear` serves."""
+"""`GEMM` of biases of 16 bits, on GPUs that `warp_linear` serves."""
 WARP_INPUTS = 16384
 """The most inputs of `WARP_GEMM`."""
 

@@ -1,15 +1,15 @@
 """The W8A8 linear of `w8a8_linear.kernel.gemm` in Gluon, for `mma.sync`. Letters as there.
 
-A program has 128 rows and 128 outputs on four warps, of 64x64 each, so that two programs share an SM: one multiplies while the
-other rescales, or begins, or ends. A thread's sums take 128 registers, so a slab is multiplied in two halves of 64 rows, whose
-integers take 64 more.
+A program has 128 rows and 128 outputs on four warps, each of which has 64x64 of them, so that two programs fit on an SM: one
+multiplies while the other rescales, begins or ends. The sums of a thread take 128 registers, so a slab is multiplied in two
+parts of 64 rows, whose integers take 64 more.
 
-Shared memory has room for one slab and a half: a ring of three places, each with 64 of the inputs of all rows and outputs.
-A slab takes two of them, and the next one's first half is copied into the third meanwhile; its second half takes the
-place of this one's first half, once the second half of the rows is done with it.
+Shared memory of a program has room for one and a half slabs, in a ring of three places with 64 of the inputs. A slab takes
+two of them. The first half of the next slab is copied into the third meanwhile, and its second half into the place of this
+slab's first half, once both parts are done with it.
 
-Products and rescaling are written in PTX, because the compiler would load operands, and work out addresses, for which
-there are no registers.
+Products and rescaling are written in PTX, because the compiler would load more operands at a time than there are registers
+for, and so is the copying, whose addresses it would keep.
 """
 
 from triton.experimental import gluon
@@ -24,8 +24,6 @@ PARTS = gl.constexpr(2)
 PART = gl.constexpr(64)
 """Rows of a part of a tile."""
 THREADS = gl.constexpr(128)
-VALUES = gl.constexpr(64)
-"""The sums of a thread in one part of a tile."""
 PLACES = gl.constexpr(3)
 PLACE = gl.constexpr(16384)
 """Bytes of a place in the ring: half a slab of x, then one of a weight."""
@@ -41,8 +39,8 @@ EACH = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 @gluon.constexpr_function
 def copies(K):
-    """PTX of a thread's copies of half a slab as a group, which is empty if it is not wanted: four pieces of a weight's rows
-    and four of those of x. Addresses are worked out each time, because nothing else has registers to spare."""
+    """PTX of a thread's copies of half a slab as a group, which is empty if it is not wanted: pieces of 16 bytes of four rows
+    of a weight and of four of x. Their addresses are worked out each time, because there are no registers to keep them."""
     lines = ["{", ".reg .pred wanted;", ".reg .b32 column, row, offset;", ".reg .b64 far, place;"]
     lines += ["setp.ne.b32 wanted, $2, 0;", "mad.lo.s32 column, $1, 64, $6;"]
     lines += [f"mad.lo.s32 offset, $5, {K}, column;", "cvt.s64.s32 far, offset;", "add.s64 place, $4, far;"]
@@ -103,7 +101,9 @@ def products(integers, starts, place):
                 tile = slice(4 * (8 * i + j), 4 * (8 * i + j) + 4)
                 left = ", ".join(f"a{4 * i + n}" for n in range(4))
                 given = ", ".join(before[tile] if before else ["start"] * 4)
-                lines += [f"{multiply} {{{', '.join(integers[tile])}}}, {{{left}}}, {{b{2 * j}, b{2 * j + 1}}}, {{{given}}};"]
+                lines += [
+                    f"{multiply} {{{', '.join(integers[tile])}}}, {{{left}}}, {{b{2 * j}, b{2 * j + 1}}}, {{{given}}};"
+                ]
     return lines
 
 
@@ -115,7 +115,8 @@ def first_half(outputs, inputs):
 
 @gluon.constexpr_function
 def second_half(outputs, inputs):
-    """PTX that adds the products of a slab's second half, and adds all of them, times a factor, to sums."""
+    """PTX that adds the products of a slab's second half, and adds the integers, times a factor, to sums. Its second result
+    is the zero of `products` for the part that follows."""
     starts, _, (factor,), *place = inputs
     integers = tuple(f"integer{i}" for i in range(len(starts)))
     lines = [f".reg .b32 {', '.join(integers)};", *products(integers, starts, [each[0] for each in place])]
@@ -139,7 +140,8 @@ def begin(from_x, from_w):
 
 @gluon.jit
 def end(integers, sums, factor, from_x, from_w):
-    """The sums of a part, to which the products of a slab are added that its second half completes."""
+    """The sums of a part with the products of a slab, which its second half completes, and a zero that is known once they
+    are. Added to the addresses of the next part, it keeps the operands of that from being loaded earlier."""
     return gl.inline_asm(second_half, ENDED, [integers, sums, factor, from_x, from_w], (sums.type, gl.int32))
 
 
@@ -185,7 +187,7 @@ def gemm(
     WEIGHTS: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """`w8a8_linear.kernel.gemm` of up to 16,384 inputs, with biases of 16 bits."""
+    """`w8a8_linear.kernel.gemm` of at most 16,384 inputs, with biases of 16 bits."""
     SLABS: gl.constexpr = K // TILE
     which = gl.program_id(1)
     row_tile, column_tile = place_of(M, N, GROUP)
@@ -227,6 +229,7 @@ def gemm(
     upper = gl.zeros([PART, TILE], gl.float32, SUMS)
     lower = gl.zeros([PART, TILE], gl.float32, SUMS)
     for i in range(SLABS):
+        # Here nobody reads the third place any more.
         wait_for_all_but_one()
         step = factor_at(factor + 4 * i)
         copy(third + to, 2 * i + 2, i + 1 < SLABS, origin, K)
