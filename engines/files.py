@@ -45,12 +45,13 @@ def engine_name(
     return f"{ENGINES}{folder}/{shape}{graph}{BODIES if bodies else ''}.bf16.engine"
 
 
+IN_GLUON = "warp_linear", "warpgroup_attention", "warpgroup_linear"
+"""Folders of kernels that take the place of those of other folders on some architectures."""
+
+
 def plugin_sources() -> list[Path]:
     """The files that decide what a plugin does, sorted."""
-    folders = [
-        PACKAGE / "plugins" / name
-        for name in ("launching", "quantiser", "tensorrt", "warpgroup_attention", "warpgroup_linear", *OPS)
-    ]
+    folders = [PACKAGE / "plugins" / name for name in ("launching", "quantiser", "tensorrt", *IN_GLUON, *OPS)]
     files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
     return sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))])
 

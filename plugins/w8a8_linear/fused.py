@@ -14,6 +14,7 @@ from wanforge.errors import ShapeError
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows
+from wanforge.plugins.warp_linear import KERNEL as WARP_KERNEL
 from wanforge.plugins.warpgroup_attention import serves
 from wanforge.plugins.warpgroup_linear import KERNEL
 
@@ -25,6 +26,11 @@ WARPGROUP_GEMM = Kernel("warpgroup_linear", "gemm", ("cdiv(M, 128) * (N // 256)"
 """`GEMM` of biases of 16 bits, on GPUs that `warpgroup_linear` serves."""
 WARPGROUP_OUTPUTS = 256
 """Outputs of one program of `WARPGROUP_GEMM`."""
+
+WARP_GEMM = Kernel("warp_linear", "gemm", ("cdiv(M, 128) * (N // 128)", "WEIGHTS"), {"M": "i32"})
+"""`GEMM` of biases of 16 bits, on GPUs that `warp_linear` serves."""
+WARP_INPUTS = 16384
+"""The most inputs of `WARP_GEMM`."""
 
 
 class Weight(NamedTuple):
@@ -108,5 +114,9 @@ def _kernel_for(x: Quantised, weight: Weight) -> Kernel:
     """The kernel that multiplies by a weight."""
     if x.scale.dim() == 1:
         return GEMM_ROWS
-    is_whole = len(weight.bias_N) % WARPGROUP_OUTPUTS == 0 and weight.bias_N.dtype.itemsize == 2
-    return WARPGROUP_GEMM if is_whole and serves(x.steps_MK.device, KERNEL) else GEMM
+    device, is_short = x.steps_MK.device, weight.bias_N.dtype.itemsize == 2
+    if is_short and len(weight.bias_N) % WARPGROUP_OUTPUTS == 0 and serves(device, KERNEL):
+        return WARPGROUP_GEMM
+    if is_short and x.steps_MK.shape[1] <= WARP_INPUTS and serves(device, WARP_KERNEL):
+        return WARP_GEMM
+    return GEMM

@@ -43,6 +43,8 @@ CHOICES = {
     "sparse_linear_attention.attention": Choices((4, 8), (1, 2, 3), [("ADDS_LATER", (0, 1))]),
     # Its layouts are of eight warps, and shared memory holds no more than eight blocks.
     "warpgroup_attention.attention": Choices((8,), (1,), [("AHEAD", (2, 4))]),
+    # Its layouts are of four warps.
+    "warp_linear.gemm": Choices((4,), (1,), [("GROUP", (4, 8, 16))]),
     # The same of its layouts, and shared memory holds four slabs.
     "warpgroup_linear.gemm": Choices((8,), (1,), [("AHEAD", (1, 2)), ("GROUP", (4, 8, 16))]),
 }

@@ -30,9 +30,9 @@ def aligned(count: int) -> Tensor:
 
 
 def test_recording_takes_the_tiles_of_the_architecture() -> None:
-    tile = tile_for("w8a8_linear.gemm", 120)
-    found = gemm_launch(120)
-    assert (found.sm, found.num_warps, found.num_stages) == (120, tile.num_warps, tile.num_stages)
+    tile = tile_for("w8a8_linear.gemm", 89)
+    found = gemm_launch(89)
+    assert (found.sm, found.num_warps, found.num_stages) == (89, tile.num_warps, tile.num_stages)
     assert tile.blocks
     assert tile.blocks.items() <= found.arguments.items()
 
@@ -129,4 +129,5 @@ def test_an_architecture_without_tiles_is_refused_by_name() -> None:
 def test_every_kernel_has_tiles_once_for_each_architecture() -> None:
     for kernel, rows in load_tiles().items():
         sms = [sm for row in rows for sm in row.sms]
-        assert sorted(sms) == ([90] if kernel.startswith("warpgroup_") else [80, 86, 89, 90, 100, 120])
+        only = {"warp": [120], "warpgroup": [90]}  # one instruction's
+        assert sorted(sms) == only.get(kernel.partition("_")[0], [80, 86, 89, 90, 100, 120])
