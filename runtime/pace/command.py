@@ -10,7 +10,7 @@ from wanforge.configs.causal import PolicyName, policy
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import EVERY, parse_targets
-from wanforge.runtime.causal.stream import chunks_of_seconds
+from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.commands.options import (
     JSON,
     MODELS,

@@ -7,7 +7,7 @@ from typing import Any
 from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.targets import Target
 from wanforge.errors import ConfigError
-from wanforge.runtime.causal.stream import frames_of_chunks
+from wanforge.runtime.causal.lengths import frames_of_chunks
 from wanforge.runtime.measure.tables import indented, number, text_table
 from wanforge.runtime.pace.memory import StreamMemory, stream_memory
 from wanforge.runtime.pace.remembering import Seen, at_last

@@ -14,7 +14,7 @@ from wanforge.configs.causal import PolicyName, policy
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import Target, load_targets
-from wanforge.runtime.causal.stream import chunks_of_seconds
+from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
 from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
 from wanforge.runtime.measure.cost.prediction import profile_of
