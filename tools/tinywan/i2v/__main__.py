@@ -25,6 +25,7 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.exporter.checkpoint.embedded import embedded, sources_in
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.export import export
 from wanforge.runtime.inputs.condition import MASK_CHANNELS
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.held_out import measure, prompts_for, table
@@ -148,11 +149,17 @@ def run_publish(studio: Studio) -> None:
         click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
+def exported(bundle: Bundle) -> Bundle:
+    """A bundle with its graphs in float32."""
+    export(bundle, ("fp32",))
+    return Bundle.open(bundle.root)
+
+
 def run_scores(studio: Studio) -> None:
-    """Measure what the experts get right without and with quantisation, and draw clips."""
+    """Measure what the experts get right without and with quantisation in ONNX Runtime, and draw clips."""
     found = []
     for recipe in RECIPES:
-        pipeline = Contender("torch").pipeline(studio.bundle(recipe))
+        pipeline = Contender("ort").pipeline(exported(studio.bundle(recipe)))
         found.append(measure(pipeline))
         click.echo(table(found))
     (studio.folder / "scores.json").write_text(json.dumps([each.as_json() for each in found], indent=1) + "\n")

@@ -19,8 +19,10 @@ from PIL import Image
 
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
+from wanforge.exporter.export import export
 from wanforge.runtime.continuation.chain import Frame, difference
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.shots import Shot, frames_of, held_out_shots
@@ -71,7 +73,8 @@ def main(folder: Path, every: int) -> None:
     """Measure, and print a row as soon as it is complete."""
     shots = held_out_shots(MODEL.video.size_wh, MODEL.video.frames)[::every]
     bundle = import_checkpoint(MODEL, embedded(MODEL), folder, recipe=load_recipe("w8a8"), replace=True)
-    pipeline = Contender("torch").pipeline(bundle)
+    export(bundle, ("fp32",))
+    pipeline = Contender("ort").pipeline(Bundle.open(bundle.root))
     print(f"{len(shots)} shots, medians", flush=True)
     print("| last frame given | last to the shot's own | last to the other | first to the one given | inside |")
     print("|---|" + "--:|" * 4)

@@ -24,6 +24,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.embedded import FOLDER, embedded
 from wanforge.exporter.checkpoint.importer import run_import
 from wanforge.exporter.checkpoint.record import Arguments
+from wanforge.exporter.export import export
 from wanforge.runtime.inputs.lora import LoraChoice, way_words
 from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.held_out import Prompt, Rates, held_out_prompts, rates_of
@@ -98,10 +99,12 @@ def right_clip(model: ModelConfig, prompt: Prompt, *, in_style: bool) -> NDArray
 
 
 def bundle_of(folder: Path, recipe: str, *, keeps: bool) -> Bundle:
-    """A bundle of TinyWan, which keeps unquantised weights if its recipe quantises any and they are asked for."""
+    """An exported bundle of TinyWan, with unquantised weights if its recipe quantises any and they are asked for."""
     keeps = keeps and recipe in QUANTISED
     arguments = Arguments.of(MODEL, embedded(MODEL), load_recipe(recipe), link=False, keep_unquantised=keeps)
-    return run_import(arguments, folder / f"{recipe}{'-keeping' if keeps else ''}", replace=True)
+    bundle = run_import(arguments, folder / f"{recipe}{'-keeping' if keeps else ''}", replace=True)
+    export(bundle, ("fp32",))
+    return Bundle.open(bundle.root)
 
 
 def main(folder: Path, every: int) -> None:
@@ -111,7 +114,7 @@ def main(folder: Path, every: int) -> None:
     print("| recipe | LoRA | colour | direction | speed | filled | distance, outlined | distance, filled |")
     print("|---|---|" + "--:|" * 6)
     for case, (recipe, keeps) in enumerate(CASES):
-        pipeline = Contender("torch").pipeline(bundle_of(folder, recipe, keeps=keeps))
+        pipeline = Contender("ort").pipeline(bundle_of(folder, recipe, keeps=keeps))
         for loras in ((), (LORA,)) if case == 0 else ((LORA,),):
             print(judged(pipeline, prompts, loras), flush=True)
 
