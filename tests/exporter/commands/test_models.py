@@ -76,7 +76,7 @@ def test_nothing_is_said_of_the_gpus_that_causal_models_fit() -> None:
         gpus = found[name]["gpus"]
         assert isinstance(gpus, dict)
         assert (set(gpus.values()) == {"unknown"}) == bool(load_model(name).causal)
-    assert "  has no memory plan yet for every GPU" in CliRunner().invoke(cli, ["models"]).stdout
+    assert "  has no engines yet for every GPU" in CliRunner().invoke(cli, ["models"]).stdout
 
 
 @pytest.mark.slow
