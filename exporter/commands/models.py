@@ -86,7 +86,7 @@ def gpu_lines(found: dict[str, Any]) -> list[str]:
     gpus: dict[str, str] = found["gpus"]
     lines = [found["model"]]
     ways = {STAYS: "all weights stay on", STREAMS: "layers are streamed to", NONE: "does not fit"}
-    for way, words in (ways | {UNKNOWN: "has no memory plan yet for"}).items():
+    for way, words in (ways | {UNKNOWN: "has no engines yet for"}).items():
         if fitting := [gpu for gpu, fits in gpus.items() if fits == way]:
             lines.append(f"  {words} {'every GPU' if len(fitting) == len(gpus) else ', '.join(fitting)}")
     return lines
