@@ -100,11 +100,6 @@ class Asked(Record, frozen=True, kw_only=True):
             loras=loras,
         )
 
-    @property
-    def seconds(self) -> float:
-        """The time from the first frame to the last."""
-        return (self.frames - 1) / self.fps
-
 
 @dataclass(frozen=True)
 class Served:

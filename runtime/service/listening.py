@@ -11,6 +11,9 @@ OTHER_FILES = 400
 """Files that are open besides those of connections, most of which belong to the job store's threads."""
 WAITING = 2048
 """How many connections may wait to be taken."""
+UNSENT_BYTES = 1 << 17
+"""About how many bytes the kernel holds for a client that it has not sent yet. By default it holds megabytes, which are
+many seconds of a live stream."""
 
 
 def listener(settings: ServeSettings) -> socket.socket:
@@ -26,6 +29,7 @@ def listener(settings: ServeSettings) -> socket.socket:
         # With the protocol named, asyncio sends small answers at once, not after the client's acknowledgement.
         listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)  # of its connections
         listening.bind(address)
         listening.listen(WAITING)
     except OSError as error:

@@ -139,7 +139,7 @@ def written(coming: Incoming, out: Path) -> int:
 
 
 def opened(out: Path) -> BinaryIO:
-    """The file that a video is written to. Unlike the standard output elsewhere, it tells if nobody reads it."""
+    """The file that a video is written to. Unlike the output of other commands, it tells if nobody reads it."""
     if str(out) == "-":
         sys.stdout.flush()
         return os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -16,7 +16,7 @@ import pytest
 
 from wanforge.errors import ResourceError
 from wanforge.runtime.service.front import Front
-from wanforge.runtime.service.listening import connections_with, listener
+from wanforge.runtime.service.listening import UNSENT_BYTES, connections_with, listener
 from wanforge.runtime.service.settings import ServedBundle, ServeSettings
 from wanforge.runtime.service.store.base import StoreError
 from wanforge.runtime.service.supervising import SETTINGS
@@ -67,6 +67,15 @@ def test_answers_are_sent_at_once() -> None:
     ):
         asyncio.base_events._set_nodelay(accepted)  # as a transport does
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_the_kernel_holds_no_more_than_a_moment_of_a_stream() -> None:
+    with (
+        listener(ServeSettings(port=0)) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
 
 
 def test_connections_outlive_the_pauses_between_polls(make: Make) -> None:

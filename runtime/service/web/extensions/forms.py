@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from wanforge.configs.sampler import MOST_STEPS
 from wanforge.runtime.request import SEEDS
 from wanforge.runtime.service.job import HIGHEST_PRIORITY, LOWEST_PRIORITY
-from wanforge.runtime.service.web.document import without_null
+from wanforge.runtime.service.web.document import schema_of, without_null
 from wanforge.runtime.service.web.forms.errors import invalid, validation_error
 from wanforge.runtime.service.web.forms.schema import SECONDS, Name, Prompt, VideoReference, Whole, seconds_text
 from wanforge.runtime.service.web.intake.body import FORMS, JSON, MOST_FIELDS, content_type, json_object
@@ -51,11 +51,9 @@ class ExtensionRequest(BaseModel):
 
 def described() -> dict[str, Any]:
     """The body in the OpenAPI document."""
-    as_json = ExtensionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = as_json.pop("$defs")
-    as_json["properties"][VIDEO] = {**parts["VideoReference"], "description": "The completed video."}
+    as_json = schema_of(ExtensionRequest)
     fields = {name: without_null(field) for name, field in as_json["properties"].items() if name != VIDEO}
-    fields[NESTED] = parts["VideoReference"]["properties"]["id"]
+    fields[NESTED] = as_json["properties"][VIDEO]["properties"]["id"]
     required = [NESTED if name == VIDEO else name for name in as_json["required"]]
     as_form = {**as_json, "properties": fields, "required": required}
     return {"requestBody": {"required": True, "content": {JSON: {"schema": as_json}, FORMS[0]: {"schema": as_form}}}}

@@ -156,6 +156,7 @@ def install(app: FastAPI) -> None:
 def methods_at(request: Request) -> list[str]:
     """The methods that the path of a request has in all of its routes; the framework only tells of the first."""
     routes = [route for route in request.app.state.routes if route.path_regex.match(request.url.path)]
+    routes = [route for route in routes if route.path == request.url.path] or routes
     return sorted({method for route in routes for method in route.methods})
 
 

@@ -63,7 +63,7 @@ function say(words) {
 
 // Shows how far a stream is, until it ends, and its card in the gallery.
 async function show(mine) {
-  cardOf(await askJson(`v1/videos/${mine.id}`));
+  askJson(`v1/videos/${mine.id}`).then(cardOf).catch(() => {}); // later looks find it, too
   while (!mine.isOver) {
     try {
       const { shown_prompt: shown, prompt } = await askJson(`v1/streams/${mine.id}`);

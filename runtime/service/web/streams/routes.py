@@ -9,6 +9,7 @@ from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.live.wire import Wish
 from wanforge.runtime.service.store.base import ApiKey
 from wanforge.runtime.service.web.access import Reader, Writer
+from wanforge.runtime.service.web.document import schema_of
 from wanforge.runtime.service.web.forms.errors import ApiError, about
 from wanforge.runtime.service.web.intake import body
 from wanforge.runtime.service.web.state import Service, service_of
@@ -32,8 +33,7 @@ MP4 = {
 
 def described(kind: type[StreamRequest] | type[StreamWish]) -> dict[str, Any]:
     """A body of JSON in the OpenAPI document."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    return {"requestBody": {"required": True, "content": {body.JSON: {"schema": schema}}}}
+    return {"requestBody": {"required": True, "content": {body.JSON: {"schema": schema_of(kind)}}}}
 
 
 @router.post(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from openai import OpenAI
 from openai.types import Video
 from PIL import Image
 
-from tests.processes import ROOT, wait_until
+from tests.processes import ATTENTIVE, ROOT, wait_until
 from tests.runtime.service.served import running
 from tests.runtime.service.streams.rig import OTHER, PROMPT, SECONDS, LiveRig, Watching, live_server
 from tests.video_reader import read_video
@@ -305,6 +306,60 @@ def test_ten_thousand_prompts_change_nothing_but_the_next_chunk(rig: LiveRig) ->
 def test_formats_of_keys_and_values_are_those_of_the_model_room() -> None:
     for record in (StreamRequest.model_fields["kv"].annotation, LiveTerms.__annotations__["kv"]):
         assert get_args(record) == get_args(KVFormat)
+
+
+CLIENT = "import sys; sys.argv = ['wanforge', 'client', 'stream', *sys.argv[1:]]; from wanforge.cli import main; main()"
+
+
+def client(rig: LiveRig, *arguments: str, **streams: int) -> "subprocess.Popen[bytes]":
+    """The command that receives a stream, which heeds Ctrl-C."""
+    environment = {**os.environ, "WANFORGE_URL": rig.server.url, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    command = [sys.executable, "-c", ATTENTIVE + CLIENT, *arguments, "--size", "64x32"]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, **streams)
+
+
+def test_a_stream_is_typed_in_a_terminal_and_ends_by_a_signal(rig: LiveRig, tmp_path: Path) -> None:
+    out = tmp_path / "kite.mp4"
+    with client(rig, "--prompt-file", "-", "--out", str(out)) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"{PROMPT}\n".encode())
+        process.stdin.flush()
+        wait_until(lambda: out.exists() and out.stat().st_size > 0, SECONDS)
+        (job,) = rig.server.service.screens._by_job
+        process.stdin.write(f"# {OTHER}\n".encode() + b"x " * 900 + b"\n")
+        process.stdin.flush()
+        wait_until(lambda: rig.server.client.get(f"/v1/streams/{job}").json()["shown_prompt"] == OTHER, SECONDS)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=SECONDS)[1].decode()
+    assert process.returncode == 0, said
+    assert "the stream goes on as before" in said
+    assert f"the server keeps it as {job}" in said
+    assert rig.ended(job)["frames"] == frames_of(out.read_bytes(), tmp_path)
+
+
+def test_a_client_whose_reader_goes_ends_the_stream_quietly(rig: LiveRig) -> None:
+    with client(rig, "--prompt", PROMPT, "--fast", "--out", "-", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1000)
+        (job,) = rig.server.service.screens._by_job
+        process.stdout.close()
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(SECONDS) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert rig.ended(job)["status"] == "completed"
+
+
+def test_a_client_says_why_a_stream_has_broken_off(rig: LiveRig, tmp_path: Path) -> None:
+    out = tmp_path / "kite.mp4"
+    with client(rig, "--prompt", PROMPT, "--out", str(out)) as process:
+        wait_until(lambda: out.exists() and out.stat().st_size > 0, SECONDS)
+        rig.encoder().kill()
+        said = process.communicate(timeout=SECONDS)[1].decode()
+    assert process.returncode == 1
+    assert "the video encoder stopped" in said
+    assert "Traceback" not in said
 
 
 SERVE = "import sys; sys.argv = ['wanforge', 'serve', *sys.argv[1:]]; from wanforge.cli import main; main()"
