@@ -21,16 +21,16 @@ from wanforge.engines.graph_key import check_current
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
-from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
 from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
+from wanforge.runtime.causal.schedule import PREFIXES
 from wanforge.runtime.causal.stream import (
     CheckedStream,
     Scene,
     Streamed,
     StreamSettings,
-    check_backend,
     check_stream,
     check_streams,
 )
@@ -128,10 +128,10 @@ class Pipeline:
             RequestError, ConfigError: The request does not make sense for this model, or the backend cannot serve it.
             ResourceError: This machine's memory is too small for it.
         """
-        causal = check_streams(self.model, self.backend)
+        causal = check_streams(self.model)
         request = request_for(self.model, prompt, image, settings)
         stream = check_stream(request, self.model, causal, self.tokenizer, settings)
-        self.check_live(stream.request, stream.live_shape)
+        self.check_live(stream)
         timings = Timings()
         made = self.rollout(stream, stream.scenes, timings, on_progress)
         return show_chunks(made, lambda latents: self.decode(latents, stream.shape, timings))
@@ -145,21 +145,34 @@ class Pipeline:
             BundleError: The bundle lacks what the backend needs for it.
             CheckpointError: A LoRA is damaged, or does not fit the model.
         """
-        return self.check_live(request, request.shape)
-
-    def check_live(self, request: Request, live: ClipShape) -> CheckedRequest:
-        """Check a request of which this much takes memory at the same time; see `check`."""
         if self.model.causal:
-            check_streams(self.model, self.backend)
+            self.resolve(request)  # a whole clip is asked for more strictly than a stream
+            return self.check_live(self._as_stream(request))
+        return self._check(request, request.shape)
+
+    def check_live(self, stream: CheckedStream) -> CheckedRequest:
+        """Check the request for a video that is made chunk by chunk against this machine, and prepare the backend for
+        it; see `check`."""
+        return self._check(stream.request, stream.live_shape, self._bytes_beside(stream))
+
+    def _check(self, request: Request, live: ClipShape, beside: int = 0) -> CheckedRequest:
+        """Check a request of which this much takes memory at the same time, and so many bytes beside."""
         checked = self.resolve(request)
         self.loras.fit(request.shape)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize)
+            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize, beside)
         self.loras.make_way(request.loras)
-        self.backend.prepare(request.shape)
+        self.backend.prepare(live, beside)
         return checked
+
+    def _as_stream(self, request: Request) -> CheckedStream:
+        """A request for a whole video as one for its chunks."""
+        return check_stream(request, self.model, check_streams(self.model), self.tokenizer, {})
+
+    def _bytes_beside(self, stream: CheckedStream) -> int:
+        return stream.bytes_beside(self.model, self.backend.dtype.itemsize)
 
     def resolve(self, request: Request) -> CheckedRequest:
         """Check a request without regard to this machine's memory; see `request.check_request`."""
@@ -216,8 +229,7 @@ class Pipeline:
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
         """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
         if self.model.causal:
-            causal = check_streams(self.model, self.backend)
-            stream = check_stream(checked.request, self.model, causal, self.tokenizer, {})
+            stream = self._as_stream(checked.request)
             return torch.cat([made.latents for made in self.rollout(stream, stream.scenes, timings, progress)], 2)
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
@@ -232,7 +244,9 @@ class Pipeline:
     ) -> Iterator[MadeChunk]:
         """Yield the chunks of a stream, each of which shows the next scene; see `ChunkDenoiser.alive`."""
         request, first = stream.request, None
+        self.backend.join()
         self.loras.put_on(request.loras, progress)
+        self.backend.prepare(stream.live_shape, self._bytes_beside(stream))
         if request.image is not None:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)
@@ -283,7 +297,8 @@ class Pipeline:
 
     def embed(self, ids: list[int], progress: Progress = silent) -> Tensor:
         """Embed a prompt as ``[1, T, E]`` in the compute type, padded with rows of zeros."""
-        session = self.backend.session(text_schedule(self.model, self.graphs, len(ids)))
+        schedule = text_schedule(self.model, self.graphs, len(ids))
+        session = self.backend.part(PREFIXES["text"], schedule) or self.backend.session(schedule)
         session["ids"].copy_(torch.tensor([ids]))
         session["buckets"].copy_(position_buckets(len(ids), self.model.text_encoder))
         session.run("text", "text", progress)
@@ -332,20 +347,32 @@ class Pipeline:
         self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
         """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
-        self.backend.prepare(shape)
-        session = self.backend.session(vae_schedule(self.graphs, shape, "decode"))
+        self.backend.join()
+        session, check = None, None
         for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
-            with timings.stage("decode"):
+            with self.backend.turn(), timings.stage("decode"):
+                if session is None or check is None:
+                    session, check = self._decoder(shape), self.backend.lease()
+                check()
                 session["first_latent" if index == 0 else "latent"].copy_(latent)
                 session.run(program)
                 pixels = session[output][0].float().clamp(-1, 1)
                 # Halves round up, as in upstream's writer.
                 images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
                 self.backend.synchronise()
-            with timings.stage("transfer"):
+            with self.backend.turn(), timings.stage("transfer"):
                 images = images.cpu()
             progress("decode", index + 1, shape.latent_frames)
             yield from images
+
+    def _decoder(self, shape: ClipShape) -> Session:
+        """The session that decodes: a part of the stream that is being made, or a stage of its own."""
+        schedule = vae_schedule(self.graphs, shape, "decode")
+        part = self.backend.part(PREFIXES["decode"], schedule)
+        if part is not None:
+            return part
+        self.backend.prepare(shape)
+        return self.backend.session(schedule)
 
 
 def chunks(output: str) -> Iterator[tuple[int, str, str]]:
@@ -375,7 +402,6 @@ def open_pipeline(
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
     name = resolve_backend(backend, bundle, clips)
-    check_backend(bundle.model, name, is_bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

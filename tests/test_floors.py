@@ -48,7 +48,7 @@ ROOMS = [
     "wanforge.runtime.inputs",
     "wanforge.runtime.output wanforge.runtime.request",
     "wanforge.runtime.graphs",
-    "wanforge.runtime.schedule",
+    "wanforge.runtime.schedule wanforge.runtime.causal.schedule",
     "wanforge.runtime.memory",
     "wanforge.runtime.backends",
     "wanforge.runtime.lora",

@@ -82,13 +82,13 @@ class CudaBackend(TorchBackend):
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
-    def prepare(self, clip: ClipShape) -> None:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
         """Get ready for clips of this size and length, and divide them if there are several GPUs.
 
         Raises:
             ShapeError: The clip is too small to be divided among so many GPUs.
         """
-        super().prepare(clip)
+        super().prepare(clip, beside)
         tokens, recipe = clip.tokens, self.block.recipe
         if self.exchange.ranks == 1 or (self.block.division and self.block.division.tokens == tokens):
             return
@@ -102,10 +102,11 @@ class CudaBackend(TorchBackend):
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
         found = super().buffers(schedule)
-        if schedule.stage != "decode" or not self.fuses_decoder:
+        if schedule.stage not in ("decode", "stream") or not self.fuses_decoder:
             return found
         return {
-            name: channels_last(found[name]) if name.startswith("cache_") else found[name] for name in schedule.buffers
+            name: channels_last(found[name]) if name.removeprefix("decode.").startswith("cache_") else found[name]
+            for name in schedule.buffers
         }
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
