@@ -7,7 +7,7 @@ seed ─── noise ──────────────┘
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -21,7 +21,7 @@ from wanforge.engines.graph_key import check_current
 from wanforge.keywords import with_settings
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import AUTO, create_backend
-from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
 from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
@@ -35,6 +35,7 @@ from wanforge.runtime.causal.stream import (
     check_streams,
 )
 from wanforge.runtime.denoiser import Denoiser, Watch
+from wanforge.runtime.frames.decoding import Decoder, chunks
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise, write_noise
@@ -158,7 +159,7 @@ class Pipeline:
     def _check(self, request: Request, live: ClipShape, beside: int = 0) -> CheckedRequest:
         """Check a request of which this much takes memory at the same time, and so many bytes beside."""
         checked = self.resolve(request)
-        self.loras.fit(request.shape)
+        self.loras.fit(live)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
@@ -347,39 +348,7 @@ class Pipeline:
         self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
         """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
-        self.backend.join()
-        session, check = None, None
-        for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
-            with self.backend.turn(), timings.stage("decode"):
-                if session is None or check is None:
-                    session, check = self._decoder(shape), self.backend.lease()
-                check()
-                session["first_latent" if index == 0 else "latent"].copy_(latent)
-                session.run(program)
-                pixels = session[output][0].float().clamp(-1, 1)
-                # Halves round up, as in upstream's writer.
-                images = ((pixels + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-                self.backend.synchronise()
-            with self.backend.turn(), timings.stage("transfer"):
-                images = images.cpu()
-            progress("decode", index + 1, shape.latent_frames)
-            yield from images
-
-    def _decoder(self, shape: ClipShape) -> Session:
-        """The session that decodes: a part of the stream that is being made, or a stage of its own."""
-        schedule = vae_schedule(self.graphs, shape, "decode")
-        part = self.backend.part(PREFIXES["decode"], schedule)
-        if part is not None:
-            return part
-        self.backend.prepare(shape)
-        return self.backend.session(schedule)
-
-
-def chunks(output: str) -> Iterator[tuple[int, str, str]]:
-    """Index, program and output buffer of each chunk on its way through the VAE, without end."""
-    yield 0, "first", f"first_{output}"
-    for index in count(1):
-        yield index, f"next.{(index - 1) % 2}", output
+        return Decoder(self.backend, self.graphs, shape).frames(latents, timings, progress)
 
 
 def open_pipeline(

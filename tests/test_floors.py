@@ -51,6 +51,7 @@ ROOMS = [
     "wanforge.runtime.schedule wanforge.runtime.causal.schedule",
     "wanforge.runtime.memory",
     "wanforge.runtime.backends",
+    "wanforge.runtime.frames",
     "wanforge.runtime.lora",
     "wanforge.runtime.causal",
     "wanforge.runtime.output.clip wanforge.runtime.denoiser wanforge.runtime.pipeline",

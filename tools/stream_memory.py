@@ -1,4 +1,4 @@
-"""What a long stream takes of memory: the process's resident memory, the arena and what is kept beside it, as it goes on.
+"""What a long stream takes of memory: the process as a whole, the arena, and what is kept beside it, as it goes on.
 
 python -m tools.stream_memory BUNDLE --chunks 2000 --memory 1
 

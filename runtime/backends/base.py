@@ -133,7 +133,7 @@ class Session:
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
         self.backend, self.schedule = backend, schedule
         self._bound: dict[str, list[Runnable]] = {}
-        self._parts: list[Part] = []
+        self._parts: list[SessionPart] = []
         self.enter()
 
     def enter(self) -> None:
@@ -153,7 +153,7 @@ class Session:
         """A session of another schedule in this session's memory: each of its buffers is the start of the one that is
         called the same here, after a prefix. The last ones are kept, with what was recorded of them."""
         found = next((each for each in self._parts if each.prefix == prefix and each.schedule == schedule), None)
-        found = found or Part(self, prefix, schedule)
+        found = found or SessionPart(self, prefix, schedule)
         self._parts = [found, *(each for each in self._parts if each is not found)][:KEPT_PARTS]
         return found
 
@@ -188,7 +188,7 @@ class Session:
         return self[ref.buffer] if ref.index is None else self[ref.buffer][ref.index]
 
 
-class Part(Session):
+class SessionPart(Session):
     """A session in the memory of another, see `Session.part`."""
 
     def __init__(self, whole: Session, prefix: str, schedule: Schedule) -> None:

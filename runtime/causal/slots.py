@@ -1,4 +1,4 @@
-"""What a stream remembers, where attention reads it: a slot of memory for each frame, and nothing is brought together."""
+"""What a stream remembers, where attention reads it: a slot of memory for each frame."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -187,7 +187,9 @@ def check_live(
     with concerning("chunks"):
         _check_length(chosen, causal, model.video.fps, num_chunks)
     shape = msgspec.structs.replace(request.shape, frames=frames_of(causal.first_frames))
-    return CheckedStream(replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, longest, is_live=True)
+    return CheckedStream(
+        replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, longest, is_live=True
+    )
 
 
 def scene_of(prompt: str, model: ModelConfig, tokenizer: Tokenizer, *, is_cut: bool = False) -> Scene:

@@ -52,9 +52,7 @@ def slots_for(kept: CachePolicy, form: KVFormat, dtype: torch.dtype) -> KVSlots:
 def own_of(chunk: Span, dtype: torch.dtype) -> list[KeysValues]:
     generator = torch.Generator().manual_seed(chunk.index)
     shape = (1, len(chunk) * AREA, HEADS, 128)
-    return [
-        KeysValues(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))) for _ in range(LAYERS)
-    ]
+    return [KeysValues(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))) for _ in range(LAYERS)]
 
 
 def seen_in(slots: KVSlots, layer: int, view: View) -> KeysValues:
