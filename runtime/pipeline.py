@@ -35,7 +35,7 @@ from wanforge.runtime.causal.stream import (
     check_streams,
 )
 from wanforge.runtime.denoiser import Denoiser, Watch
-from wanforge.runtime.frames.decoding import Decoder, chunks
+from wanforge.runtime.frames.decoding import FrameDecoder, chunks
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise, write_noise
@@ -348,7 +348,7 @@ class Pipeline:
         self, latents: Iterable[Tensor], shape: ClipShape, timings: Timings, progress: Progress = silent
     ) -> Iterator[Tensor]:
         """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`."""
-        return Decoder(self.backend, self.graphs, shape).frames(latents, timings, progress)
+        return FrameDecoder(self.backend, self.graphs, shape).frames(latents, timings, progress)
 
 
 def open_pipeline(

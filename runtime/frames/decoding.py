@@ -15,7 +15,7 @@ from wanforge.runtime.request import Timings
 from wanforge.runtime.schedule import vae_schedule
 
 
-class Decoder:
+class FrameDecoder:
     """Decodes latent frames on a backend, as a part of the stream that is being made or as a stage of its own."""
 
     def __init__(self, backend: Backend, graphs: Mapping[str, Graph], shape: ClipShape) -> None:
