@@ -8,7 +8,7 @@ seed ─── noise ──────────────┘
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -26,16 +26,17 @@ from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
 from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
+from wanforge.runtime.causal.schedule import PREFIXES
 from wanforge.runtime.causal.stream import (
     CheckedStream,
     Scene,
     Streamed,
     StreamSettings,
-    check_backend,
     check_stream,
     check_streams,
 )
 from wanforge.runtime.denoiser import Denoiser, Watch
+from wanforge.runtime.frames.decoding import FrameDecoder, chunks
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.inputs.embeddings import EmbeddingKey, Embeddings
 from wanforge.runtime.inputs.noise import load_noise, write_noise
@@ -43,7 +44,7 @@ from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.lora.fitting import Fitting
 from wanforge.runtime.memory.estimate import check_memory
 from wanforge.runtime.memory.weights import check_tensors
-from wanforge.runtime.output.clip import Clip, images_of
+from wanforge.runtime.output.clip import Clip
 from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.sampler import gaussian, sample
@@ -134,10 +135,10 @@ class Pipeline:
             RequestError, ConfigError: The request does not make sense for this model, or the backend cannot serve it.
             ResourceError: This machine's memory is too small for it.
         """
-        causal = check_streams(self.model, self.backend)
+        causal = check_streams(self.model)
         request = request_for(self.model, prompt, image, settings)
         stream = check_stream(request, self.model, causal, self.tokenizer, settings)
-        self.check_live(stream.request, stream.live_shape)
+        self.check_live(stream)
         timings = Timings()
         made = self.rollout(stream, stream.scenes, timings, on_progress)
         return show_chunks(made, lambda latents: self.decode(latents, stream.shape, timings))
@@ -151,21 +152,34 @@ class Pipeline:
             BundleError: The bundle lacks what the backend needs for it.
             CheckpointError: A LoRA is damaged, or does not fit the model.
         """
-        return self.check_live(request, request.shape)
-
-    def check_live(self, request: Request, live: ClipShape) -> CheckedRequest:
-        """Check a request of which this much takes memory at the same time; see `check`."""
         if self.model.causal:
-            check_streams(self.model, self.backend)
+            self.resolve(request)  # a whole clip is asked for more strictly than a stream
+            return self.check_live(self._as_stream(request))
+        return self._check(request, request.shape)
+
+    def check_live(self, stream: CheckedStream) -> CheckedRequest:
+        """Check the request for a video that is made chunk by chunk against this machine, and prepare the backend for
+        it; see `check`."""
+        return self._check(stream.request, stream.live_shape, self._bytes_beside(stream))
+
+    def _check(self, request: Request, live: ClipShape, beside: int = 0) -> CheckedRequest:
+        """Check a request of which this much takes memory at the same time, and so many bytes beside."""
         checked = self.resolve(request)
-        self.loras.fit(request.shape)
+        self.loras.fit(live)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize)
+            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize, beside)
         self.loras.make_way(request.loras)
-        self.backend.prepare(request.shape)
+        self.backend.prepare(live, beside)
         return checked
+
+    def _as_stream(self, request: Request) -> CheckedStream:
+        """A request for a whole video as one for its chunks."""
+        return check_stream(request, self.model, check_streams(self.model), self.tokenizer, {})
+
+    def _bytes_beside(self, stream: CheckedStream) -> int:
+        return stream.bytes_beside(self.model, self.backend.dtype.itemsize)
 
     def resolve(self, request: Request) -> CheckedRequest:
         """Check a request without regard to this machine's memory; see `request.check_request`."""
@@ -222,8 +236,7 @@ class Pipeline:
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
         """Serve a request up to its clean latents, float64 ``[1, C, F, H, W]`` on the CPU."""
         if self.model.causal:
-            causal = check_streams(self.model, self.backend)
-            stream = check_stream(checked.request, self.model, causal, self.tokenizer, {})
+            stream = self._as_stream(checked.request)
             return torch.cat([made.latents for made in self.rollout(stream, stream.scenes, timings, progress)], 2)
         denoiser = self.denoiser(checked, timings, progress)
         with timings.stage("denoise"):
@@ -238,7 +251,9 @@ class Pipeline:
     ) -> Iterator[MadeChunk]:
         """Yield the chunks of a stream, each of which shows the next scene; see `ChunkDenoiser.alive`."""
         request, first = stream.request, None
+        self.backend.join()
         self.loras.put_on(request.loras, progress)
+        self.backend.prepare(stream.live_shape, self._bytes_beside(stream))
         if request.image is not None:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)
@@ -289,7 +304,8 @@ class Pipeline:
 
     def embed(self, ids: list[int], progress: Progress = silent) -> Tensor:
         """Embed a prompt as ``[1, T, E]`` in the compute type, padded with rows of zeros."""
-        session = self.backend.session(text_schedule(self.model, self.graphs, len(ids)))
+        schedule = text_schedule(self.model, self.graphs, len(ids))
+        session = self.backend.part(PREFIXES["text"], schedule) or self.backend.session(schedule)
         session["ids"].copy_(torch.tensor([ids]))
         session["buckets"].copy_(position_buckets(len(ids), self.model.text_encoder))
         session.run("text", "text", progress)
@@ -340,27 +356,7 @@ class Pipeline:
     ) -> Iterator[Tensor]:
         """Decode latent frames ``[1, C, 1, H, W]``, each when its frames are asked for; see `frames`. If GPUs share
         this, the latents of the first rank are decoded, and it alone gets whole frames."""
-        self.backend.prepare(shape)
-        strip = Strip(self.backend.exchange, shape.latent_height)
-        session = self.backend.session(vae_schedule(self.graphs, shape, "decode", strip.rows))
-        for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
-            with timings.stage("decode"):
-                given = session["first_latent" if index == 0 else "latent"]
-                given.copy_(strip.from_first(latent.to(given)))
-                session.run(program)
-                images = strip.to_first(images_of(session[output][0]), 1)
-                self.backend.synchronise()
-            with timings.stage("transfer"):
-                images = images.cpu()
-            progress("decode", index + 1, shape.latent_frames)
-            yield from images
-
-
-def chunks(output: str) -> Iterator[tuple[int, str, str]]:
-    """Index, program and output buffer of each chunk on its way through the VAE, without end."""
-    yield 0, "first", f"first_{output}"
-    for index in count(1):
-        yield index, f"next.{(index - 1) % 2}", output
+        return FrameDecoder(self.backend, self.graphs, shape).frames(latents, timings, progress)
 
 
 def open_pipeline(
@@ -383,7 +379,6 @@ def open_pipeline(
         ConfigError: There is no such backend, or it cannot keep to a budget.
     """
     name = resolve_backend(backend, bundle, clips)
-    check_backend(bundle.model, name, is_bounded=budget is not None)
     created = create_backend(name, bundle, budget=budget)
     claim(bundle, created.files(), progress)
     return Pipeline(bundle, created)

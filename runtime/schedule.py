@@ -60,11 +60,16 @@ class GraphRun:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The buffers and programs of one stage. The programs are in the order in which a request runs them."""
+    """The buffers and programs of one stage. The programs are in the order in which a request runs them.
+
+    Attributes:
+        repeats: Whether steps follow on steps again and again, in any order.
+    """
 
     stage: str
     buffers: Mapping[str, BufferSpec]
     programs: Mapping[str, tuple[GraphRun, ...]]
+    repeats: bool = False
 
     def steps(self) -> list[str]:
         """The names of the programs that are steps of the denoiser."""

@@ -32,7 +32,8 @@ def models(options: ModelsOptions) -> None:
     """List the models: their task, what `wanforge pull` fetches, their licence, and the GPUs that they fit.
 
     Whether a model fits a GPU is what the memory plan of TensorRT's engines says of its default clip, as
-    `wanforge build --plan` does for any clip. The other backends take more memory.
+    `wanforge build --plan` does for any clip. The other backends take more memory. Of models that make a video chunk by
+    chunk, it is what the plan of the backend cuda says of their default clip, every frame of which is remembered.
 
     The tiny models are not published: TinyWan, tinywan-i2v and tinywan-causal come with the package, and
     `wanforge synth` makes files of the others.
@@ -53,7 +54,7 @@ def describe(name: str) -> dict[str, Any]:
         "licence": published.licence if published else "Apache-2.0",  # that of the package
         "recipe": published.recipe if published else None,
         "repository": (published.repository or None) if published else None,
-        "gpus": {gpu: UNKNOWN if model.causal else fit(published, target) for gpu, target in load_targets().items()},
+        "gpus": {gpu: fit(published, target) for gpu, target in load_targets().items()},
     }
 
 

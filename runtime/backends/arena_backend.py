@@ -1,8 +1,10 @@
 """What backends on an arena share: a memory plan for each clip, sessions that are used again, and recorded programs."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -10,12 +12,13 @@ from torch import Tensor
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
+from wanforge.errors import ResourceError
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.arena import Arena, Guarded, Memory, Runnable, Unbounded
 from wanforge.runtime.memory.device import Device
 from wanforge.runtime.memory.mover import CopyingMover
-from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, plan_request
+from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, buffer_bytes, plan_request
 from wanforge.runtime.memory.residency import GroupName
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.schedule import GraphRun, Schedule
@@ -41,7 +44,8 @@ class ArenaBackend(Backend):
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.memory: Memory = self._unbounded()
-        self._clip: ClipShape | None = None
+        self._clip: tuple[ClipShape, int] | None = None
+        self._turn = RLock()
         self._sessions: dict[str, list[Session]] = {}
         self._packed: dict[GroupName, Tensor] = {}
 
@@ -68,19 +72,19 @@ class ArenaBackend(Backend):
     def place(self, workspace: Tensor) -> None:
         """Let graphs use the start of the arena for intermediate tensors."""
 
-    def prepare(self, clip: ClipShape) -> None:
-        if clip == self._clip or not self.is_planned:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
+        if (clip, beside) == self._clip or not self.is_planned:
             return
         self._sessions, self._clip = {}, None
         self.memory = self._unbounded()
         self.on.reclaim()
         self.load(clip)
-        size, workspaces = self.arena_bytes(clip), self.workspaces()
+        size, workspaces = self.arena_bytes(clip) - beside, self.workspaces()
         itemsize, side_rank = self.dtype.itemsize, self.weights.side_rank
         plan = plan_request(self.bundle, self.graphs, clip, workspaces, itemsize, size, side_rank)
         arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.own_weight)
         self.place(arena.bytes)
-        self.memory, self._clip = arena, clip
+        self.memory, self._clip = arena, (clip, beside)
 
     def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.synchronise()
@@ -124,6 +128,38 @@ class ArenaBackend(Backend):
             found.enter()
         self._sessions[schedule.stage] = [found, *kept][:KEPT_SESSIONS]
         return found
+
+    def part(self, prefix: str, schedule: Schedule) -> Session | None:
+        arena = self.memory
+        if not isinstance(arena, Arena) or arena.entered is None:
+            return None
+        stage = arena.entered
+        entered = next((each for each in self._sessions.get(stage.stage, []) if each.schedule is stage), None)
+        has_room = all(
+            (room := stage.buffers.get(prefix + name)) is not None
+            and buffer_bytes(spec, self.dtype.itemsize) <= buffer_bytes(room, self.dtype.itemsize)
+            for name, spec in schedule.buffers.items()
+        )
+        return entered.part(prefix, schedule) if entered is not None and has_room else None
+
+    def lease(self) -> Callable[[], None]:
+        arena = self.memory
+        if not isinstance(arena, Arena):
+            return super().lease()
+        return partial(self._check_lease, arena, arena.entries)
+
+    def _check_lease(self, arena: Arena, entries: int) -> None:
+        if self.memory is not arena or arena.entries != entries:
+            raise ResourceError(
+                "another request has taken the memory of this one; within a limit of memory, and on a GPU, only one is "
+                "served at a time, so finish a video before the next one is begun"
+            )
+
+    def turn(self) -> AbstractContextManager[object]:
+        return self._turn if self.is_planned else nullcontext()
+
+    def join(self) -> None:
+        self.on.join()
 
     def can_record(self, graph_run: GraphRun) -> bool:
         """Whether what a graph run launches can be recorded."""

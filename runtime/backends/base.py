@@ -1,6 +1,8 @@
 """The interface of a backend, and the session that runs a schedule on one."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -32,8 +34,12 @@ class Backend(Protocol):
         """The paths in the bundle of the files that it opens."""
         ...
 
-    def prepare(self, clip: ClipShape) -> None:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
         """Get ready for requests for clips of this size and length.
+
+        Args:
+            clip: For a causal model, the shape of the longest chunk and of what it may see.
+            beside: Bytes of the device's memory that the caller takes itself while it serves such a request.
 
         Raises:
             ResourceError: There is too little memory for such a clip.
@@ -84,9 +90,37 @@ class Backend(Protocol):
         """Start a stage: return a session with the schedule's buffers and programs."""
         return Session(self, schedule)
 
+    def part(self, prefix: str, schedule: Schedule) -> "Session | None":
+        """The session of a schedule that is part of the stage that has the memory, if it is; see `Session.part`."""
+        return None
+
+    def lease(self) -> Callable[[], None]:
+        """Return a function to call before the memory of the present stage is used again.
+
+        Raises:
+            ResourceError: (When it is called.) Another request has taken the memory.
+        """
+        return _kept
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Within it, no other thread computes on memory that the threads share. It may be entered again."""
+        return nullcontext()
+
+    def join(self) -> None:
+        """Let the calling thread compute, in one order with the thread that has made the backend."""
+        return
+
     def synchronise(self) -> None:
         """Wait until all work that has been started is done."""
         return
+
+
+def _kept() -> None:
+    """Nobody can take memory that is not shared."""
+
+
+KEPT_PARTS = 8
+"""The most sessions that are kept of parts of another."""
 
 
 class Session:
@@ -99,15 +133,29 @@ class Session:
     def __init__(self, backend: Backend, schedule: Schedule) -> None:
         self.backend, self.schedule = backend, schedule
         self._bound: dict[str, list[Runnable]] = {}
+        self._parts: list[SessionPart] = []
         self.enter()
 
     def enter(self) -> None:
         """Take the stage's buffers, at the addresses where an earlier run of the stage had them."""
         self._buffers = self.backend.buffers(self.schedule)
 
+    @property
+    def stage(self) -> Schedule:
+        """The stage that has the memory while the session runs."""
+        return self.schedule
+
     def __getitem__(self, name: str) -> Tensor:
         """Return a buffer, to fill or to read."""
         return self._buffers[name]
+
+    def part(self, prefix: str, schedule: Schedule) -> "Session":
+        """A session of another schedule in this session's memory: each of its buffers is the start of the one that is
+        called the same here, after a prefix. The last ones are kept, with what was recorded of them."""
+        found = next((each for each in self._parts if each.prefix == prefix and each.schedule == schedule), None)
+        found = found or SessionPart(self, prefix, schedule)
+        self._parts = [found, *(each for each in self._parts if each is not found)][:KEPT_PARTS]
+        return found
 
     def run(self, program: str, stage: str = "", progress: Progress = silent) -> None:
         """Run every graph of a program in order.
@@ -134,7 +182,29 @@ class Session:
             )
             for graph_run in self.schedule.programs[program]
         ]
-        return self.backend.memory.guarded(self.schedule, program, runnables)
+        return self.backend.memory.guarded(self.schedule, program, runnables, self.stage)
 
     def _view(self, ref: Ref) -> Tensor:
         return self[ref.buffer] if ref.index is None else self[ref.buffer][ref.index]
+
+
+class SessionPart(Session):
+    """A session in the memory of another, see `Session.part`."""
+
+    def __init__(self, whole: Session, prefix: str, schedule: Schedule) -> None:
+        self.whole, self.prefix = whole, prefix
+        super().__init__(whole.backend, schedule)
+
+    def enter(self) -> None:
+        self._views: dict[str, Tensor] = {}
+
+    @property
+    def stage(self) -> Schedule:
+        return self.whole.stage
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._views:
+            whole, shape = self.whole[self.prefix + name], self.schedule.buffers[name].shape
+            is_same = whole.shape == shape
+            self._views[name] = whole if is_same else whole.flatten()[: math.prod(shape)].view(shape)
+        return self._views[name]

@@ -39,8 +39,6 @@ def obstacles(bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str:
 
 def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str | None:
     """Why a backend cannot run a bundle on this machine at a useful speed; None if it can."""
-    if bundle.model.causal and name == "trt":
-        return "it makes no videos chunk by chunk"
     match name:
         case "trt":
             return _trt_obstacle(bundle, clips)

@@ -91,13 +91,13 @@ class CudaBackend(TorchBackend):
         # The kernel before a quantised linear quantises its input; attention rounds and selects.
         self.rounds_at = ("self_attn.o.in",) if recipe.linear == "bf16" else QUANTISED
 
-    def prepare(self, clip: ClipShape) -> None:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
         """Get ready for clips of this size and length, and divide them if there are several GPUs.
 
         Raises:
             ShapeError: The clip is too small to be divided among so many GPUs.
         """
-        super().prepare(clip)
+        super().prepare(clip, beside)
         if self.exchange.ranks == 1 or clip == self._divided:
             return
         dit, recipe = self.bundle.model.dit, self.block.recipe
@@ -118,10 +118,11 @@ class CudaBackend(TorchBackend):
 
     def buffers(self, schedule: Schedule) -> Mapping[str, Tensor]:
         found = super().buffers(schedule)
-        if schedule.stage != "decode" or not self.fuses_decoder:
+        if schedule.stage not in ("decode", "stream") or not self.fuses_decoder:
             return found
         return {
-            name: channels_last(found[name]) if name.startswith("cache_") else found[name] for name in schedule.buffers
+            name: channels_last(found[name]) if name.removeprefix("decode.").startswith("cache_") else found[name]
+            for name in schedule.buffers
         }
 
     def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:

@@ -12,7 +12,6 @@ from wanforge.configs.clip import frames_of
 from wanforge.progress import Progress
 from wanforge.runtime.causal.chunk_denoiser import ChunkDenoiser
 from wanforge.runtime.causal.stream import Scene, Streamed
-from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span
 from wanforge.runtime.reference.causal.noise import ChunkNoise, StreamNoise, draw
 from wanforge.runtime.reference.causal.rollout import Plan, Rollout
@@ -43,14 +42,13 @@ def make_chunks(
     """
     stream, model, cuts = denoiser.stream, denoiser.bundle.model, set[int]()
     plan = Plan(stream.causal, model.sampler, stream.chunks, cuts)
-    cache = KVCache(stream.policy, stream.shape.grid[1:], form=stream.form)
     steps = max(len(model.sampler.times), len(stream.causal.times))
     shape = latent_shape(model, stream.shape)
     if stream.is_live:
         noise: ChunkNoise = StreamNoise(shape, stream.request.seed)
     else:
         noise = draw(shape, steps, stream.request.seed, has_image=first is not None)
-    rollout, ended = iter(Rollout(plan, denoiser, cache, noise, first)), denoiser.alive
+    rollout, ended = iter(Rollout(plan, denoiser, denoiser.slots, noise, first)), denoiser.alive
 
     def alive(chunk: Span) -> None:
         # Who waits for a chunk hears before each layer that it is being made, and can end it there.

@@ -1,11 +1,24 @@
 """Which graph of a causal model's denoiser runs when, on which buffers and with which weights."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
+from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.runtime.graphs import Graph
-from wanforge.runtime.schedule import Ref, Schedule, ScheduleBuilder
+from wanforge.runtime.reference.causal.chunks import trajectories
+from wanforge.runtime.schedule import Ref, Schedule, ScheduleBuilder, text_schedule, vae_schedule
+
+PREFIXES = {"text": "text.", "denoise": "", "decode": "decode."}
+"""What the names of a stage's buffers begin with in a stream."""
+
+
+def timesteps_of(model: ModelConfig) -> list[float]:
+    """What the network of a causal model is ever told of the time: 0 for finished latents first."""
+    assert model.causal
+    ways = islice(trajectories(model.causal, model.sampler), 2)
+    return list(dict.fromkeys([0.0, *(step.timestep for way in ways for step in way.steps)]))
 
 
 def chunk_schedule(
@@ -39,4 +52,28 @@ def chunk_schedule(
             runs.append(build.run("chunk_block", inputs, outputs, dit, f"blocks.{layer}."))
         runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
         programs[f"step.{index}"] = tuple(runs)
-    return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
+    everything = {"prompt": tuple(prompt), "times": tuple(times), **programs}
+    return Schedule("denoise", build.buffers, everything, repeats=True)
+
+
+def stream_schedule(model: ModelConfig, graphs: Mapping[str, Graph], live: ClipShape) -> Schedule:
+    """Everything that takes turns while a stream is made, as one stage, because what one turn leaves behind must be
+    there at its next: the text encoder, the denoiser, whose past keys and values are the stream's memory, and the
+    decoder. A turn runs a smaller schedule on the start of these buffers: `text_schedule` at the length of a prompt,
+    `chunk_schedule` at the length of a chunk, `vae_schedule`; see `Session.part`.
+
+    Args:
+        live: The shape of the longest chunk and of what it may see.
+    """
+    assert model.causal
+    area, longest, rows = live.tokens // live.latent_frames, model.causal.longest, model.dit.text_rows
+    past = live.latent_frames - longest
+    sizes = {"tokens": area * longest, "past_tokens": area * past, "context_rows": rows}
+    turns = [
+        text_schedule(model, graphs, rows),
+        chunk_schedule(model, graphs, sizes, timesteps_of(model)),
+        vae_schedule(graphs, live, "decode"),
+    ]
+    buffers = {PREFIXES[each.stage] + name: spec for each in turns for name, spec in each.buffers.items()}
+    programs = {PREFIXES[each.stage] + name: runs for each in turns for name, runs in each.programs.items()}
+    return Schedule("stream", buffers, programs, repeats=True)

@@ -1,5 +1,6 @@
 """A video that is to be made chunk by chunk: what is asked for, and the checks against a model."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,10 +13,9 @@ from torch import Tensor
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
 from wanforge.configs.clip import TEMPORAL_STRIDE, ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
-from wanforge.errors import ConfigError, RequestError
-from wanforge.runtime.backends.arena_backend import ArenaBackend
-from wanforge.runtime.backends.base import Backend
+from wanforge.errors import RequestError
 from wanforge.runtime.causal.lengths import check_length, frames_of_chunks
+from wanforge.runtime.causal.slots import bytes_beside
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
@@ -77,6 +77,7 @@ class CheckedStream:
         num_chunks: The number of chunks, or None if they go on without end.
         policy: Which chunks are remembered.
         form: How keys and values are remembered.
+        longest: The latent frames of the model's longest chunk; a video that begins with an image may have none.
         is_live: Whether what it shows is said while it is made. Then the length of its request is that of the first
             chunk, and each chunk draws its own noise.
     """
@@ -86,7 +87,8 @@ class CheckedStream:
     scenes: tuple[Scene, ...]
     num_chunks: int | None
     policy: CachePolicy
-    form: KVFormat = "native"
+    form: KVFormat
+    longest: int
     is_live: bool = False
 
     @property
@@ -98,11 +100,6 @@ class CheckedStream:
         return islice(endless_chunks(self.causal), self.num_chunks)
 
     @property
-    def longest(self) -> int:
-        """The latent frames of the longest chunk."""
-        return max(len(chunk) for chunk in islice(self.chunks, 2))
-
-    @property
     def past_frames(self) -> int:
         """The most latent frames that a chunk sees of earlier ones; at least 1, so that there is something to bind."""
         most = [self.policy.capacity * self.longest] if self.policy.capacity else []
@@ -112,42 +109,28 @@ class CheckedStream:
 
     @property
     def live_shape(self) -> ClipShape:
-        """The shape of what takes memory at the same time: a chunk, and what it sees."""
-        frames = self.past_frames + self.longest
-        if self.num_chunks is not None:
-            frames = min(frames, frames_of_chunks(self.causal, self.num_chunks))
-        return ClipShape(self.shape.width_px, self.shape.height_px, frames_of(frames))
+        """The shape of what takes memory at the same time: the longest chunk, and what a chunk may see."""
+        return ClipShape(self.shape.width_px, self.shape.height_px, frames_of(self.past_frames + self.longest))
+
+    def bytes_beside(self, model: ModelConfig, itemsize: int) -> int:
+        """The bytes that are remembered beside what chunks see.
+
+        Args:
+            itemsize: Bytes of one element of the compute type.
+        """
+        tokens = self.longest * math.prod(self.shape.grid[1:])
+        return bytes_beside(self.policy, self.form, model.dit, tokens, itemsize)
 
 
-def check_streams(model: ModelConfig, backend: Backend) -> CausalConfig:
-    """How a model makes a video chunk by chunk, if it does and a backend can.
+def check_streams(model: ModelConfig) -> CausalConfig:
+    """How a model makes a video chunk by chunk.
 
     Raises:
-        RequestError: The model makes whole clips.
-        ConfigError: The backend cannot run it.
+        RequestError: It makes whole clips.
     """
     if not model.causal:
         raise RequestError(f"{model.name} makes whole clips, not videos chunk by chunk; use generate")
-    is_planned = isinstance(backend, ArenaBackend) and backend.is_planned
-    check_backend(model, backend.name, is_bounded=is_planned)
     return model.causal
-
-
-def check_backend(model: ModelConfig, name: str, *, is_bounded: bool) -> None:
-    """Refuse a backend that cannot run a causal model.
-
-    Args:
-        is_bounded: Whether it keeps to a limit of memory, as it always does on a GPU.
-
-    Raises:
-        ConfigError: It cannot.
-    """
-    if model.causal and (name == "trt" or is_bounded):
-        found = f"{name}, within a limit of memory" if is_bounded else name
-        raise ConfigError(
-            f"{model.name} makes a video chunk by chunk, which so far only the backends torch, ort and cuda do, on the "
-            f"CPU and without a memory budget; found {found}"
-        )
 
 
 def check_stream(
@@ -159,7 +142,7 @@ def check_stream(
     Raises:
         RequestError, ConfigError: The request does not make sense for this model.
     """
-    causal = causal.beginning(with_image=request.image is not None)
+    longest, causal = causal.longest, causal.beginning(with_image=request.image is not None)
     with concerning("prompt"):
         parts, request = _parts(request, model, causal, settings)
         ids = [tuple(tokenizer.encode(part.prompt, model.dit.text_rows)) for part in parts]
@@ -168,7 +151,7 @@ def check_stream(
     is_timed = len(parts) > 1 or parts[0].seconds
     blocks = blocks_of(parts, causal, model.video.fps) if is_timed else [(0, False)] * count
     scenes = tuple(Scene(parts[number].prompt, ids[number], is_cut) for number, is_cut in blocks)
-    return CheckedStream(request, causal, scenes, len(scenes), *_remembering(causal, settings))
+    return CheckedStream(request, causal, scenes, len(scenes), *_remembering(causal, settings), longest)
 
 
 def check_live(
@@ -188,13 +171,15 @@ def check_live(
         RequestError, ConfigError: The request does not make sense for this model, or the model cannot make a video of
             this length with this cache policy.
     """
-    causal = causal.beginning(with_image=request.image is not None)
+    longest, causal = causal.longest, causal.beginning(with_image=request.image is not None)
     scene = scene_of(request.prompt, model, tokenizer)
     chosen, form = _remembering(causal, settings)
     with concerning("chunks"):
         check_length(chosen, causal, model.video.fps, num_chunks)
     shape = msgspec.structs.replace(request.shape, frames=frames_of(causal.first_frames))
-    return CheckedStream(replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, is_live=True)
+    return CheckedStream(
+        replace(request, shape=shape), causal, (scene,), num_chunks, chosen, form, longest, is_live=True
+    )
 
 
 def scene_of(prompt: str, model: ModelConfig, tokenizer: Tokenizer, *, is_cut: bool = False) -> Scene:

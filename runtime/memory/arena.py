@@ -42,8 +42,14 @@ class Memory(Protocol):
         """The weights of a graph run by their names in the graph."""
         ...
 
-    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
-        """The graph runs of a program, wrapped so that their weights are in place when they run."""
+    def guarded(
+        self, schedule: Schedule, program: str, runnables: Sequence[Runnable], stage: Schedule
+    ) -> list[Runnable]:
+        """The graph runs of a program, wrapped so that their weights are in place when they run.
+
+        Args:
+            stage: What was entered: the schedule itself, or one that it is part of.
+        """
         ...
 
 
@@ -59,7 +65,9 @@ class Unbounded:
     def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
         return FixedTensors({name: self.weight(graph_run, name) for name in names})
 
-    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+    def guarded(
+        self, schedule: Schedule, program: str, runnables: Sequence[Runnable], stage: Schedule
+    ) -> list[Runnable]:
         return list(runnables)
 
 
@@ -82,6 +90,10 @@ class Arena:
     Args:
         mover: Creates what copies weights into the slots it is given.
         weight: Returns the weights that have no slot.
+
+    Attributes:
+        entered: The stage that has the memory now.
+        entries: The number of stages that have begun.
     """
 
     def __init__(
@@ -99,11 +111,13 @@ class Arena:
         self.slots = [self.bytes[offset : offset + size] for offset, size in plan.places]
         self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
         self.entered: Schedule | None = None
+        self.entries = 0
         self._views: dict[GroupName, FixedTensors] = {}
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
         self.plan.check(schedule, self.dtype.itemsize)
         self.entered = schedule
+        self.entries += 1
         self.residency.lend(self.plan.overrun(schedule.stage))
         self.residency.begin(self.residency.turns(schedule))
         offsets = self.plan.buffer_offsets(schedule, self.dtype.itemsize)
@@ -123,10 +137,12 @@ class Arena:
             self._views[group] = FixedTensors({name: views[graph_run.prefix + name] for name in names})
         return self._views[group]
 
-    def guarded(self, schedule: Schedule, program: str, runnables: Sequence[Runnable]) -> list[Runnable]:
+    def guarded(
+        self, schedule: Schedule, program: str, runnables: Sequence[Runnable], stage: Schedule
+    ) -> list[Runnable]:
         turns = iter(self.residency.turns(schedule))
         of_program = {name: [next(turns) for _ in each] for name, each in schedule.programs.items()}[program]
-        return [Guarded(self, schedule, turn, runnable) for turn, runnable in zip(of_program, runnables, strict=True)]
+        return [Guarded(self, stage, turn, runnable) for turn, runnable in zip(of_program, runnables, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -134,7 +150,7 @@ class Guarded:
     """A bound graph run whose weights are in their slot when it runs."""
 
     arena: Arena
-    schedule: Schedule
+    stage: Schedule
     turn: Turn
     bound: Runnable
 
@@ -144,5 +160,5 @@ class Guarded:
 
     def check(self) -> None:
         """Refuse to run if the memory has since been given to another stage."""
-        if self.arena.entered is not self.schedule:
-            raise RuntimeError(f"the memory of {self.schedule.stage} has gone to another stage")
+        if self.arena.entered is not self.stage:
+            raise RuntimeError(f"the memory of {self.stage.stage} has gone to another stage")

@@ -48,6 +48,10 @@ class Cuda:
         properties = torch.cuda.get_device_properties(self.device)
         return f"{properties.name} {driver_version()}".replace(" ", "-").replace("/", "-")
 
+    def join(self) -> None:
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(self.computing)
+
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[0]
 

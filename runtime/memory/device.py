@@ -23,6 +23,10 @@ class Device(Protocol):
     device: torch.device
     has_memory: bool
 
+    def join(self) -> None:
+        """Let the calling thread launch work in one order with the thread that has made this object."""
+        ...
+
     def free_bytes(self) -> int:
         """The bytes of the device's memory that are free."""
         ...
@@ -94,6 +98,9 @@ class Host:
 
     def __init__(self) -> None:
         self._copies = Copies()
+
+    def join(self) -> None:
+        return
 
     def free_bytes(self) -> int:
         return int(available_bytes())

@@ -19,22 +19,27 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     Weights are not counted: they are mapped from files, and the system may drop them.
 
     Args:
-        shape: Of a clip; for a causal model, of a chunk and what it sees.
+        shape: Of a clip; for a causal model, of the longest chunk and what it may see.
         itemsize: Bytes of one element of the compute type.
     """
     if model.causal:
-        return OVERHEAD + max(chunk_bytes(model, model.causal, shape, itemsize), decode_bytes(model, shape, itemsize))
+        chunk, logits = of_chunk(model.causal, shape), shape.tokens
+        found = denoise_bytes(model, chunk, logits, itemsize) + one_layer_bytes(model, shape, itemsize)
+        return OVERHEAD + slot_bytes(model, shape, itemsize) + max(found, decode_bytes(model, shape, itemsize))
     logits = recipe.block_k if recipe.is_sparse else shape.tokens
     return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
 
 
-def check_memory(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> None:
+def check_memory(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int, beside: int = 0) -> None:
     """Refuse a clip for which this machine's memory is too small on a CPU; see `needed_bytes`.
+
+    Args:
+        beside: More bytes that are needed.
 
     Raises:
         ResourceError: It is too small.
     """
-    needed, available = needed_bytes(model, recipe, shape, itemsize), available_bytes()
+    needed, available = needed_bytes(model, recipe, shape, itemsize) + beside, available_bytes()
     if needed > available:
         raise ResourceError(
             f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
@@ -44,11 +49,16 @@ def check_memory(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
 
 def needed_device_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:
     """The bytes that denoising or decoding takes on a GPU besides weights, whichever is more. There, dense attention
-    keeps no more logits at a time than sparse attention.
+    keeps no more logits at a time than sparse attention. What a causal model remembers is not counted, because it lies
+    in the arena or is counted by whoever keeps it.
 
     Args:
+        shape: As in `needed_bytes`.
         itemsize: Bytes of one element of the compute type.
     """
+    if model.causal:
+        found = denoise_bytes(model, of_chunk(model.causal, shape), recipe.block_k, itemsize)
+        return max(found + one_layer_bytes(model, shape, itemsize), decode_bytes(model, shape, itemsize))
     return max(denoise_bytes(model, shape, recipe.block_k, itemsize), decode_bytes(model, shape, itemsize))
 
 
@@ -65,13 +75,21 @@ def denoise_bytes(model: ModelConfig, shape: ClipShape, logits: int, itemsize: i
     return widest + dit.num_heads * tokens * logits * 4 + context
 
 
-def chunk_bytes(model: ModelConfig, causal: CausalConfig, shape: ClipShape, itemsize: int) -> int:
-    """The bytes of denoising the last chunk of a video that sees all before it: those of the chunk, whose queries see
-    the whole video, and two copies of every layer's keys and values, what is remembered and what the network reads."""
-    frames = min(shape.latent_frames, max(causal.first_frames, causal.chunk_frames))
-    chunk = ClipShape(shape.width_px, shape.height_px, frames_of(frames))
-    keys_values = 2 * model.dit.num_layers * shape.tokens * model.dit.dim * itemsize
-    return denoise_bytes(model, chunk, shape.tokens, itemsize) + 2 * keys_values
+def of_chunk(causal: CausalConfig, shape: ClipShape) -> ClipShape:
+    """The shape of a longest chunk of a video."""
+    frames = min(shape.latent_frames, causal.longest)
+    return ClipShape(shape.width_px, shape.height_px, frames_of(frames))
+
+
+def slot_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
+    """The bytes of every layer's keys and values that a causal model's network reads; those of the longest chunk are
+    counted as well, which the network writes."""
+    return model.dit.num_layers * one_layer_bytes(model, shape, itemsize)
+
+
+def one_layer_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
+    """The bytes of one layer's keys and values, which attention may bring together."""
+    return 2 * shape.tokens * model.dit.dim * itemsize
 
 
 def decode_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:

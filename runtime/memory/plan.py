@@ -26,6 +26,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.dtypes import BY_NAME
 from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
+from wanforge.runtime.causal.schedule import stream_schedule
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
 from wanforge.runtime.memory.weights import specs
@@ -155,16 +156,23 @@ def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
 def request_schedules(
     model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape
 ) -> list[Schedule]:
-    """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block."""
+    """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block.
+
+    Args:
+        clip: For a causal model, the shape of the longest chunk and of what it may see.
+    """
+    decode = vae_schedule(graphs, clip, "decode")
     most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}
+    text = text_schedule(model, graphs, most["prompt_tokens"])
+    if model.causal:
+        return [text, vae_schedule(graphs, clip, "encode"), stream_schedule(model, graphs, clip), decode]
     experts = [step.expert for step in trajectory(model.sampler, model.sampler.most_steps).steps]
     denoise = denoise_schedule(
         model, graphs, clip, experts, context_rows=most["context_rows"], num_selected=most["num_selected"]
     )
     denoise = with_preview(denoise, graphs, clip)
     image = [vae_schedule(graphs, clip, "encode")] if model.task == "i2v" else []
-    text = text_schedule(model, graphs, most["prompt_tokens"])
-    return [text, *image, denoise, vae_schedule(graphs, clip, "decode")]
+    return [text, *image, denoise, decode]
 
 
 def plan_request(
@@ -246,7 +254,7 @@ def ways(groups: Mapping[GroupName, Group], schedules: Sequence[Schedule]) -> It
     swapped = {name: len(RING) + shared[name.prefix, name.graph] for name in again}
     if swapped != own:
         yield "one expert stays, the other replaces it; the rest is streamed", {**ring, **swapped}
-    layers = [place for place in shared if place[1] == "block"]
+    layers = [place for place in shared if place[1] in ("block", "chunk_block")]
     for staying in reversed(range(len(layers))):
         passing = [place for index, place in enumerate(layers) if index * staying % len(layers) >= staying]
         streamed = {place: RING[index % 2] for index, place in enumerate(passing)}

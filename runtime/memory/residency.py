@@ -13,6 +13,7 @@ therefore counts what really happens.
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -171,7 +172,7 @@ class Residency:
 
     def turns(self, schedule: Schedule) -> list["Turn"]:
         """The graph runs of a schedule, each with the group that its slot is needed for next."""
-        coming: dict[int, GroupName] = {}
+        coming = self._first(schedule.programs[step] for step in schedule.steps()) if schedule.repeats else {}
         found = []
         for graph_run in reversed(list(schedule.graph_runs())):
             name = group_name(graph_run)
@@ -191,6 +192,14 @@ class Residency:
             first.setdefault(self.slots[name], name)
         for slot, name in first.items():
             self._fetch(slot, name)
+
+    def _first(self, programs: Iterable[Iterable[GraphRun]]) -> dict[int, GroupName]:
+        """The group that each slot is needed for first by some programs."""
+        first: dict[int, GroupName] = {}
+        for name in map(group_name, chain.from_iterable(programs)):
+            if name in self.slots:
+                first.setdefault(self.slots[name], name)
+        return first
 
     def run(self, turn: "Turn", compute: Callable[[], None]) -> None:
         """Compute with the weights in their slot, then start copying the slot's next group."""

@@ -16,7 +16,17 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.interrupts import Interrupted
 from wanforge.runtime.causal.lengths import chunks_of_seconds
-from wanforge.runtime.commands.options import BACKEND, BUNDLE, FILE, SEED, STALE_OK, FiniteRange, takes
+from wanforge.runtime.commands.options import (
+    BACKEND,
+    BUNDLE,
+    FILE,
+    MEMORY,
+    SEED,
+    STALE_OK,
+    FiniteRange,
+    budget_bytes,
+    takes,
+)
 from wanforge.runtime.inputs.lora import LoraChoice
 from wanforge.runtime.lora.option import LORA
 from wanforge.runtime.output.video import check_encoder, check_place
@@ -53,6 +63,7 @@ class StreamOptions:
     seed: int
     loras: tuple[LoraChoice, ...]
     backend: str
+    memory: float | None
     stale_ok: bool
     as_json: bool
 
@@ -101,6 +112,7 @@ class StreamOptions:
 @SEED
 @LORA
 @BACKEND
+@MEMORY
 @STALE_OK
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each event, such as a finished chunk.")
 @takes(StreamOptions)
@@ -128,7 +140,7 @@ def stream(options: StreamOptions) -> None:
         check_encoder(options.out, shape.width_px, shape.height_px, bundle.model.video.fps)
     with ExitStack() as stack:
         bars = stack.enter_context(Bars())
-        pipeline = open_pipeline(bundle, options.backend, progress=bars)
+        pipeline = open_pipeline(bundle, options.backend, budget_bytes(options.memory), progress=bars)
         lines = stack.enter_context(TypedLines(sys.stdin.fileno())) if options.prompt_file is not None else None
         prompt = options.prompt if lines is None or options.prompt is not None else lines.first()
         if prompt is None:

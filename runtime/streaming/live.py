@@ -130,7 +130,7 @@ def live(
         RequestError, ConfigError: The request does not make sense for this model, or the backend cannot serve it.
         ResourceError: This machine's memory is too small for it.
     """
-    check_streams(pipeline.model, pipeline.backend)
+    check_streams(pipeline.model)
     if "frames" in settings:
         with concerning("frames"):
             raise RequestError("the length of a live stream is given in chunks; leave frames out")
@@ -139,7 +139,7 @@ def live(
 
 def live_from(pipeline: Pipeline, request: Request, chunks: int | None, settings: StreamSettings) -> Live:
     """Begin a live stream with a request, whose number of frames means nothing; see `live`."""
-    causal = check_streams(pipeline.model, pipeline.backend)
+    causal = check_streams(pipeline.model)
     stream = check_live(request, pipeline.model, causal, pipeline.tokenizer, chunks, settings)
-    pipeline.check_live(stream.request, stream.live_shape)
+    pipeline.check_live(stream)
     return Live(pipeline, stream)

@@ -86,7 +86,7 @@ class DiffusersBackend(TorchBackend):
                 "GB are free; leave out this baseline"
             )
 
-    def prepare(self, clip: ClipShape) -> None:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
         self.grid = clip.grid
 
     def session(self, schedule: Schedule) -> Session:

@@ -44,9 +44,9 @@ class Lockstep(Backend):
     def files(self) -> list[str]:
         return [*self.reference.files(), *self.other.files()]
 
-    def prepare(self, clip: ClipShape) -> None:
+    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
         for backend in (self.reference, self.other):
-            backend.prepare(clip)
+            backend.prepare(clip, beside)
 
     def synchronise(self) -> None:
         for backend in (self.reference, self.other):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from wanforge.configs.causal import CausalConfig
 from wanforge.configs.sampler import SamplerConfig
-from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span, trajectories
 from wanforge.runtime.reference.causal.network import KeysValues
 from wanforge.runtime.reference.causal.noise import ChunkNoise
@@ -38,6 +37,22 @@ class ChunkNetwork(Protocol):
 
     def own(self) -> Sequence[KeysValues]:
         """Each layer's own keys, not rotated, and values, as the last call of `velocity` computed them."""
+        ...
+
+
+class ChunkMemory(Protocol):
+    """What a rollout remembers, as `KVCache` defines it."""
+
+    def view(self, chunk: Span, *, cut: bool = False) -> View:
+        """What a chunk sees."""
+        ...
+
+    def read(self, view: View) -> Iterable[KeysValues]:
+        """What each layer sees, keys rotated; nothing if the network has it already."""
+        ...
+
+    def append(self, chunk: Span, own: Sequence[KeysValues], *, cut: bool = False) -> None:
+        """Remember a chunk."""
         ...
 
 
@@ -68,7 +83,7 @@ class Rollout:
     """
 
     def __init__(
-        self, plan: Plan, network: ChunkNetwork, cache: KVCache, noise: ChunkNoise, image: Tensor | None = None
+        self, plan: Plan, network: ChunkNetwork, cache: ChunkMemory, noise: ChunkNoise, image: Tensor | None = None
     ) -> None:
         self.plan, self.network, self.cache, self.noise, self.image = plan, network, cache, noise, image
 

@@ -16,6 +16,7 @@ from wanforge.configs.loading import named
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
+from wanforge.errors import ResourceError
 from wanforge.exporter.commands.models import fit
 from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.runtime.graphs import graphs
@@ -70,19 +71,31 @@ def test_it_needs_neither_torch_nor_the_hub() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_is_said_of_the_gpus_that_causal_models_fit() -> None:
-    found = listed()
-    for name in named("models"):
-        gpus = found[name]["gpus"]
-        assert isinstance(gpus, dict)
-        assert (set(gpus.values()) == {"unknown"}) == bool(load_model(name).causal)
-    assert "  has no engines yet for every GPU" in CliRunner().invoke(cli, ["models"]).stdout
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in named("models") if hub_model(name) and load_model(name).causal])
+def test_causal_models_fit_the_gpus_that_the_plan_says(tmp_path: Path, name: str) -> None:
+    model, known = load_model(name), hub_model(name)
+    assert known is not None
+    assert known.least_gib is not None
+    assert known.ample_gib is not None
+    recipe = model.fitted(load_recipe(known.recipe))
+    bundle, clip = skeleton(tmp_path, model, recipe), model.video.clip
+    beside = RESERVE + needed_device_bytes(model, recipe, clip, 2)
+
+    def residency(gib: float) -> str:
+        try:
+            return plan_request(bundle, graphs(model, recipe), clip, {}, 2, gib * 2**30 - beside).residency
+        except ResourceError:
+            return ""
+
+    sizes = (known.least_gib - 0.1, known.least_gib, known.ample_gib - 0.1, known.ample_gib)
+    below, least, almost, ample = map(residency, sizes)
+    assert (below, ample) == ("", "everything stays")
+    assert {"", ample}.isdisjoint({least, almost})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in named("models") if hub_model(name) is None and not load_model(name).causal]
-)
+@pytest.mark.parametrize("name", [name for name in named("models") if hub_model(name) is None])
 def test_models_that_are_not_published_fit_every_gpu(tmp_path: Path, name: str) -> None:
     model = load_model(name)
     recipe = model.fitted(load_recipe("w8a8"))

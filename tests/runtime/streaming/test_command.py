@@ -89,7 +89,8 @@ def boxes(data: bytes) -> list[str]:
 @pytest.mark.slow
 def test_a_video_is_written_as_fragments(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "folder" / "kite.mp4"
-    result = succeeded("stream", bundle, "--prompt", "A kite", "--seconds", 1, "--resolution", "64x32", "--out", out)
+    bounds = ["--seconds", 1, "--memory", 1]
+    result = succeeded("stream", bundle, "--prompt", "A kite", *bounds, "--resolution", "64x32", "--out", out)
     assert "3 chunks, 17 frames, 1.1 s of video" in result.output
     assert result.output.strip().endswith("all chunks are made")
     found = boxes(out.read_bytes())

@@ -1,0 +1,1 @@
+"""From latents to the pictures of a clip or a stream."""
