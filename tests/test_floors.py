@@ -86,7 +86,7 @@ ROOMS = [
     "wanforge.runtime.commands.options",
     "wanforge.runtime.service.commands",
     "wanforge.runtime.batch",
-    "wanforge.runtime.continuation wanforge.runtime.streaming",
+    "wanforge.runtime.continuation wanforge.runtime.streaming wanforge.runtime.pace",
     "wanforge.runtime.commands",
     "wanforge.runtime",
     "wanforge.exporter.tracer",

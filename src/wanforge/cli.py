@@ -89,6 +89,10 @@ COMMANDS = {
         "wanforge.exporter.commands.scaling:scaling",
         "Predict time and memory for clips of any length and size, on any GPU.",
     ),
+    "pace": (
+        "wanforge.runtime.pace.command:pace",
+        "Predict how fast a causal model streams, and its memory, on any GPU.",
+    ),
     "doctor": (
         "wanforge.runtime.commands.doctor:doctor",
         "Show what this machine can do, and what is missing.",

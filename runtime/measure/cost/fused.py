@@ -27,11 +27,15 @@ from wanforge.runtime.measure.cost.launches import (
 from wanforge.runtime.measure.cost.unfused import context, cross_keys_values, full_attention, head, stem, time
 
 
-def fused_block(w: Workload) -> BlockLaunches:
+def fused_block(w: Workload, linears: "Linears | None" = None) -> BlockLaunches:
     """One block: with W8A8 linears by tile and sparse attention 18 launches. Only what must passes through memory
     between them: inputs of linears in 8 bits, and bf16 where attention, or a norm over the whole width, needs every
-    column first."""
-    linears = launches_around(w)
+    column first.
+
+    Args:
+        linears: The launches around its linears; by default those of the workload's recipe.
+    """
+    linears = linears or launches_around(w)
     return {
         "norm 1": linears.norm("norm"),
         "q, k, v": linears.project("q, k, v", weights=3),
@@ -55,7 +59,7 @@ def fused_block(w: Workload) -> BlockLaunches:
     }
 
 
-def launches_around(w: Workload) -> "TileLaunches | ScaledLaunches | SidePathLaunches":
+def launches_around(w: Workload) -> "Linears":
     """The launches of the linears of a recipe, with what comes before and after them."""
     if w.side_rank:
         return SidePathLaunches(w)
@@ -111,18 +115,18 @@ class ScaledLaunches:
     def cross_attention(self) -> list[LaunchCost]:
         return [_cross_attention("cross attention", self.w, BF16 * self.w.stream), *self.pack()]
 
+    def product(self, name: str, inputs: int, outputs: int) -> LaunchCost:
+        return _scaled_product(f"product {name}", self.w, inputs, outputs)
+
     def project(self, name: str, weights: int = 1) -> list[LaunchCost]:
         names = name.split(", ") if weights > 1 else [name]
-        return [_scaled_product(f"product {each}", self.w, self.w.D, self.w.D) for each in names]
+        return [self.product(each, self.w.D, self.w.D) for each in names]
 
     def gelu(self, name: str) -> list[LaunchCost]:
-        return [
-            _scaled_product(f"product {name}", self.w, self.w.D, self.w.F),
-            _quantise_rows("GELU + quantise by rows", self.w, self.w.F),
-        ]
+        return [self.product(name, self.w.D, self.w.F), _quantise_rows("GELU + quantise by rows", self.w, self.w.F)]
 
     def add(self, name: str, inputs: int, *, has_gate: bool = True) -> list[LaunchCost]:
-        return [_scaled_product(f"product {name}", self.w, inputs, self.w.D), _residual(self.w, has_gate)]
+        return [self.product(name, inputs, self.w.D), _residual(self.w, has_gate)]
 
 
 class SidePathLaunches:
@@ -168,6 +172,10 @@ class SidePathLaunches:
 
     def _beside(self, name: str, inputs: int, outputs: int) -> list[LaunchCost]:
         return low_rank(name, self.w.L, self.w.side_rank, inputs, outputs)
+
+
+Linears = TileLaunches | ScaledLaunches | SidePathLaunches
+"""The launches around the linears of a block."""
 
 
 def low_rank(name: str, rows: int, rank: int, inputs: int, outputs: int) -> list[LaunchCost]:

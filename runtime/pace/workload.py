@@ -1,0 +1,67 @@
+"""One chunk of a stream as a workload: it has few tokens, and its attention sees those of earlier chunks as well."""
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Self
+
+from wanforge.configs.clip import ClipShape, frames_of
+from wanforge.configs.model import ModelConfig
+from wanforge.configs.recipe import Recipe
+from wanforge.errors import ConfigError
+from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
+
+LINEARS = ("bf16", "w8a8", "fp8-row", "nvfp4")
+"""The formats of linears whose launches are counted."""
+
+
+@dataclass(frozen=True)
+class ChunkWorkload(Workload):
+    """One chunk.
+
+    Attributes:
+        frames: Its latent frames.
+        past: The latent frames of earlier chunks that it sees.
+    """
+
+    frames: int = 1
+    past: int = 0
+
+    def __post_init__(self) -> None:
+        if self.recipe.linear not in LINEARS or self.recipe.is_sparse:
+            raise ConfigError(
+                f"launches of a chunk are counted for linears in {', '.join(LINEARS)} with dense attention, not for "
+                f"recipe {self.recipe.name!r}, which has {self.recipe.linear} with {self.recipe.attention}"
+            )
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return prod(self.shape.grid[1:])
+
+    @property
+    def L(self) -> int:
+        return self.frames * self.frame_tokens
+
+    @property
+    def P(self) -> int:
+        """Tokens of earlier chunks that are seen."""
+        return self.past * self.frame_tokens
+
+    @property
+    def full_flops(self) -> int:
+        """Operations of attention from the chunk to itself and to what it sees."""
+        return 4 * self.stream * (self.P + self.L)
+
+    def seeing(self, past: int) -> Self:
+        """The same chunk when it sees another number of latent frames."""
+        return replace(self, past=past)
+
+
+def chunk_workload(model: ModelConfig, recipe: Recipe, size_wh: tuple[int, int], frames: int) -> ChunkWorkload:
+    """A chunk of some latent frames that sees nothing yet.
+
+    Raises:
+        ConfigError: The launches of the recipe are not counted, or the model cannot make a video of this size.
+    """
+    shape = ClipShape(*size_wh, frames_of(frames))
+    return ChunkWorkload(model, shape, model.fitted(recipe), 0, USUAL_TEXT_ROWS, frames=frames)
