@@ -1,14 +1,13 @@
 """The launches of one chunk: those of its layers, and those that keep its keys and values and read earlier ones.
 
-A layer is that of `cost.fused`, except for self-attention, which a library computes over the chunk's own keys and those
-of earlier chunks. With linears that this package has no kernels for, a library multiplies as well.
+A layer is that of `cost.fused`, except for self-attention, which sees the chunk's own keys and those of earlier chunks.
+With linears that this package has no kernels for, a library multiplies.
 """
 
 from dataclasses import replace
 
 from wanforge.runtime.measure.cost.fused import ScaledLaunches, TileLaunches, fused_block
-from wanforge.runtime.measure.cost.launches import BF16, FP32, BlockLaunches, LaunchCost, all_launches, sweep
-from wanforge.runtime.measure.cost.unfused import head, stem
+from wanforge.runtime.measure.cost.launches import BF16, FP32, BlockLaunches, LaunchCost, sweep
 from wanforge.runtime.pace.workload import ChunkWorkload
 
 
@@ -69,12 +68,14 @@ LINEARS: dict[str, type[TileLaunches] | type[ScaledLaunches]] = {
 
 
 def chunk_block(w: ChunkWorkload) -> BlockLaunches:
-    """One layer at one chunk."""
-    linears = LINEARS[w.recipe.linear](w)
-    block = fused_block(w, linears) | {"attention": [chunk_attention(w), *linears.pack()]}
+    """One layer at one chunk. The launch that rotates keys also writes them as they were, for the cache."""
+    block = fused_block(w, LINEARS[w.recipe.linear](w))
+    (rotate,) = block["RMS norm, RoPE"]
+    own = replace(rotate, bytes_written=rotate.bytes_written + BF16 * w.stream)
+    block |= {"RMS norm, RoPE": [own], "attention": chunk_attention(w)}
     if w.recipe.linear == "w8a8" or w.recipe.pv == "fp8":
         return block
-    # Residuals, and attention to the text that does not quantise, are profiled on GPUs with fp8 only.
+    # Residuals, and attention that does not quantise, are profiled on GPUs with fp8 only.
     unknown = ("residual", "gated residual", "cross attention")
     return {
         part: [replace(each, run=None) if each.name in unknown else each for each in launches]
@@ -82,16 +83,18 @@ def chunk_block(w: ChunkWorkload) -> BlockLaunches:
     }
 
 
-def chunk_attention(w: ChunkWorkload) -> LaunchCost:
-    """Attention from a chunk to itself and to what it sees of earlier ones, which a library computes."""
+def chunk_attention(w: ChunkWorkload) -> list[LaunchCost]:
+    """Attention from a chunk to itself and to what it sees of earlier ones, and what quantises its output. The kernel
+    is that of attention to the text, with other keys."""
+    linears = LINEARS[w.recipe.linear](replace(w, text_rows=w.P + w.L))
+    return [library_attention(w), *linears.pack()] if w.has_library_attention else linears.cross_attention()
+
+
+def library_attention(w: ChunkWorkload) -> LaunchCost:
+    """The same attention as a library computes it, over keys and values that lie in one piece and need no bias."""
     keys_values = 2 * BF16 * (w.P + w.L) * w.D
-    return LaunchCost("full attention", {"bf16": w.full_flops}, BF16 * w.stream + keys_values, BF16 * w.stream)
-
-
-def chunk_pass(w: ChunkWorkload) -> list[LaunchCost]:
-    """One pass of a chunk through the network, once the keys and values of the prompt and the modulation of each step
-    exist."""
-    return [*stem(w), *all_launches(chunk_block(w)) * w.model.dit.num_layers, *head(w)]
+    flops = {"bf16": 4 * w.stream * (w.P + w.L)}
+    return LaunchCost("full attention", flops, BF16 * w.stream + keys_values, BF16 * w.stream)
 
 
 def prompt_launches(w: ChunkWorkload) -> list[LaunchCost]:

@@ -21,10 +21,12 @@ class ChunkWorkload(Workload):
     Attributes:
         frames: Its latent frames.
         past: The latent frames of earlier chunks that it sees.
+        has_library_attention: Whether a library computes self-attention, and not this package's kernel.
     """
 
     frames: int = 1
     past: int = 0
+    has_library_attention: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe.linear not in LINEARS or self.recipe.is_sparse:
@@ -47,21 +49,17 @@ class ChunkWorkload(Workload):
         """Tokens of earlier chunks that are seen."""
         return self.past * self.frame_tokens
 
-    @property
-    def full_flops(self) -> int:
-        """Operations of attention from the chunk to itself and to what it sees."""
-        return 4 * self.stream * (self.P + self.L)
-
     def seeing(self, past: int) -> Self:
         """The same chunk when it sees another number of latent frames."""
         return replace(self, past=past)
 
 
 def chunk_workload(model: ModelConfig, recipe: Recipe, size_wh: tuple[int, int], frames: int) -> ChunkWorkload:
-    """A chunk of some latent frames that sees nothing yet.
+    """A chunk of some latent frames that sees nothing yet. Where TensorRT multiplies, it also attends.
 
     Raises:
         ConfigError: The launches of the recipe are not counted, or the model cannot make a video of this size.
     """
     shape = ClipShape(*size_wh, frames_of(frames))
-    return ChunkWorkload(model, shape, model.fitted(recipe), 0, USUAL_TEXT_ROWS, frames=frames)
+    fitted, is_tensorrt = model.fitted(recipe), recipe.linear == "nvfp4"
+    return ChunkWorkload(model, shape, fitted, 0, USUAL_TEXT_ROWS, frames=frames, has_library_attention=is_tensorrt)
