@@ -1,0 +1,248 @@
+"""The launches of a chunk are compared with what the network multiplies, its memory with what the cache keeps, and the
+page with the counts."""
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tools.pages.kernels import with_tables
+from tools.pages.streaming_speed import LARGE, PLOTS, TABLES, joint
+from wanforge.cli import cli
+from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
+from wanforge.configs.model import ModelConfig, load_model
+from wanforge.configs.recipe import load_recipe
+from wanforge.configs.targets import load_targets
+from wanforge.errors import ConfigError
+from wanforge.exporter.checkpoint.layout import layout
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
+from wanforge.runtime.measure.cost.stages import operations
+from wanforge.runtime.pace.launches import chunk_block, library_attention
+from wanforge.runtime.pace.memory import stream_memory, weight_bytes
+from wanforge.runtime.pace.remembering import Remembering, Seen, at_last, growth
+from wanforge.runtime.pace.stream import PacedStream, load_of, pass_load
+from wanforge.runtime.pace.workload import ChunkWorkload, chunk_workload
+from wanforge.runtime.reference.causal.cache import KVCache
+from wanforge.runtime.reference.causal.chunks import endless_chunks
+from wanforge.runtime.reference.causal.kv_codes import KVFormat
+from wanforge.runtime.reference.causal.network import KeysValues
+
+DOCS = Path(__file__).parents[3] / "docs"
+BY_FRAME, BY_CHUNK = "causal-rcm-wan2.1-t2v-1.3b-480p-c1-step2", "causal-rcm-wan2.1-t2v-1.3b-480p-c3-step4"
+SIZE = 832, 480
+INFINITE, NONE = policy("infinity_rope"), policy("none")
+
+
+def large() -> ModelConfig:
+    return msgspec.structs.replace(load_model(BY_FRAME), dit=load_model(LARGE).dit)
+
+
+def chunk(recipe: str = "bf16", *, model: str = BY_FRAME, frames: int = 1, past: int = 6) -> ChunkWorkload:
+    return chunk_workload(load_model(model), load_recipe(recipe), SIZE, frames).seeing(past)
+
+
+def stream(recipe: str = "w8a8", model: str = BY_FRAME, kept: CachePolicy = INFINITE) -> PacedStream:
+    return PacedStream(load_model(model), load_recipe(recipe), SIZE, Remembering(kept, "native"))
+
+
+def flops(launches: list[LaunchCost]) -> int:
+    return sum(launch.total_flops for launch in launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bf16", "w8a8", "fp8-row", "nvfp4"])
+def test_a_layer_multiplies_what_the_network_does(recipe: str) -> None:
+    w = chunk(recipe, model="tiny-causal", frames=2, past=3)
+    sizes = {"tokens": w.L, "past_tokens": w.P, "seen_tokens": w.L + w.P, "context_rows": w.text_rows}
+    block = graphs(w.model, w.model.fitted(load_recipe("bf16")))["chunk_block"]
+    assert flops(all_launches(chunk_block(w))) == operations(block, sizes)
+
+
+def test_a_library_multiplies_what_the_kernel_does() -> None:
+    w = chunk()
+    (kernel,) = chunk_block(w)["attention"]
+    assert library_attention(w).flops == kernel.flops == {"bf16": 4 * 1560 * 7 * 1560 * 1536}
+    assert library_attention(w).total_bytes == 2 * (2 * 1560 + 2 * 7 * 1560) * 1536
+
+
+def test_what_is_seen_is_read_once_in_each_layer() -> None:
+    few, many = (sum(x.total_bytes for x in all_launches(chunk_block(chunk(past=past)))) for past in (5, 6))
+    assert many - few == 1560 * (2 * 2 * 1536 + 4)  # keys, values and a bias
+
+
+@pytest.mark.parametrize(
+    ("kept", "seen", "held"),
+    [
+        ("none", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("sliding_window", [0, 1, 2, 3, 4, 5, 6, 6, 6, 6], [0, 1, 2, 3, 4, 5, 6, 6, 6, 6]),
+        ("infinity_rope", [0, 1, 2, 3, 4, 5, 6, 6, 6, 6], [0, 1, 2, 3, 4, 5, 6, 6, 6, 6]),
+        ("rolling_sink", [0, 1, 2, 3, 4, 5, 6, 6, 6, 6], [0, 1, 2, 3, 4, 5, 6, 7, 7, 7]),
+    ],
+)
+def test_what_is_seen_grows_by_policy(kept: PolicyName, seen: list[int], held: list[int]) -> None:
+    found = list(islice(growth(policy(kept), CausalConfig()), 10))
+    assert ([each.seen for each in found], [each.held for each in found]) == (seen, held)
+    assert at_last(policy(kept), CausalConfig(), 8) == found[7]
+
+
+@pytest.mark.parametrize("form", ["native", "int8", "fp8"])
+@pytest.mark.parametrize(("frames", "kept"), [(1, "sliding_window"), (3, "rolling_sink")])
+def test_remembered_bytes_are_those_of_the_cache(form: KVFormat, frames: int, kept: PolicyName) -> None:
+    w = chunk(model="tiny-causal", frames=frames)
+    grid, heads = w.shape.grid[1:], w.D // 128
+    causal = CausalConfig(first_frames=frames, chunk_frames=frames)
+    cache = KVCache(policy(kept), grid, form=form)
+    own = [KeysValues(*torch.zeros(2, 1, w.L, heads, 128, dtype=torch.bfloat16))] * w.model.dit.num_layers
+    for span, there in zip(islice(endless_chunks(causal), 9), growth(policy(kept), causal), strict=False):
+        counted = Remembering(policy(kept), form).chunk_bytes(w) * there.held // frames
+        assert cache.nbytes == counted
+        cache.append(span, own)
+
+
+def test_a_latent_frame_takes_what_was_worked_out_by_hand() -> None:
+    kept = Remembering(NONE, "native")
+    assert kept.chunk_bytes(chunk()) == 30 * 2 * 1560 * 1536 * 2 == 287_539_200
+    assert kept.chunk_bytes(chunk_workload(large(), load_recipe("bf16"), SIZE, 1)) == 40 * 2 * 1560 * 5120 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["bf16", "w8a8", "fp8-row", "nvfp4"])
+@pytest.mark.parametrize("model", [load_model("tiny-causal"), load_model(BY_FRAME)], ids=["tiny", "published"])
+def test_weights_are_those_of_a_bundle(model: ModelConfig, recipe: str) -> None:
+    runs = model.fitted(load_recipe(recipe))
+    stored = {
+        name: sum(spec.nbytes for spec in layout(name, model, runs).values()) for name in weight_bytes(model, runs)
+    }
+    assert weight_bytes(model, runs) == stored
+
+
+def test_memory_grows_by_what_is_held() -> None:
+    w, kept = chunk(), Remembering(policy("rolling_sink"), "int8")
+    few, many = (stream_memory(w, kept, Seen(6, held)) for held in (6, 7))
+    assert many.total - few.total == kept.chunk_bytes(w)
+    assert few.fit(load_targets()["rtx5090"]) == "everything"
+    assert few.fit(load_targets()["rtx5080"]) == "text encoder streamed"
+    assert stream_memory(w, kept, Seen(6, 200)).fit(load_targets()["rtx5080"]) == "too small"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ["rtx4090", "rtx5090", "h200", "b200"])
+def test_a_chunk_takes_its_passes_and_its_decoding(gpu: str) -> None:
+    target = load_targets()[gpu]
+    made = stream().later(target, 6)
+    once, kept = stream().remembering.once(chunk("w8a8")), stream().remembering.afterwards(chunk("w8a8"))
+    each = pass_load(chunk("w8a8"), target).seconds
+    assert made.steps.seconds == pytest.approx(2 * each + load_of(once, target).seconds)
+    assert made.remembering.seconds == pytest.approx(each + load_of(kept, target).seconds)
+    assert made.serial == pytest.approx(made.steps.seconds + made.remembering.seconds + made.decoding.seconds)
+    assert made.apart < made.serial
+    assert made.overlapped < made.serial
+    assert made.overlapped >= made.denoising.least
+    assert made.fps(made.serial) == pytest.approx(4 / made.serial)
+
+
+@pytest.mark.slow
+def test_the_last_steps_keys_save_a_pass() -> None:
+    target = load_targets()["h200"]
+    clean, noisy = (stream(model=name).later(target, 6) for name in (BY_FRAME, f"{BY_FRAME}-noisy"))
+    assert noisy.steps == clean.steps
+    assert clean.remembering.seconds - noisy.remembering.seconds == pytest.approx(
+        pass_load(chunk("w8a8"), target).seconds
+    )
+
+
+@pytest.mark.slow
+def test_a_bounded_policy_bounds_the_time_and_none_does_not() -> None:
+    target = load_targets()["rtx5090"]
+
+    def seconds(kept: CachePolicy, chunks: int) -> float:
+        of = stream(kept=kept)
+        return of.later(target, at_last(kept, of.causal, chunks).seen).serial
+
+    assert seconds(INFINITE, 10) == seconds(INFINITE, 1000)
+    at_20, at_40, at_60 = (seconds(NONE, chunks + 1) for chunks in (20, 40, 60))
+    assert at_40 - at_20 == pytest.approx(at_60 - at_40, rel=0.05)
+    assert at_60 > 1.5 * at_20
+
+
+def test_only_moving_policies_move_keys_and_only_codes_are_decoded() -> None:
+    w = chunk()
+    moved = {name: bool(Remembering(policy(name), "native").once(w)) for name in ("none", "infinity_rope")}
+    assert moved == {"none": False, "infinity_rope": True}
+    assert not Remembering(INFINITE, "native").each_pass(w)
+    assert len(Remembering(INFINITE, "int8").each_pass(w)) == 30
+    assert not Remembering(INFINITE, "int8").once(w)
+    assert not Remembering(INFINITE, "int8").each_pass(w.seeing(0))
+
+
+def test_two_chunks_in_one_pass_multiply_what_they_do_in_two() -> None:
+    w, target = chunk("w8a8"), load_targets()["h200"]
+    together, alone = joint(w, target), pass_load(w, target)
+    assert alone.seconds < together.seconds < 2 * alone.seconds
+    assert together.launches == alone.launches + 30  # a second attention in each layer
+
+
+@pytest.mark.slow
+def test_the_first_frame_waits_for_the_first_chunk_alone() -> None:
+    target = load_targets()["h200"]
+    by_frame, by_chunk = (stream(model=name).first_frame(target) for name in (BY_FRAME, BY_CHUNK))
+    assert 4 * pass_load(chunk("w8a8", past=0), target).seconds < by_frame < by_chunk
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "message"),
+    [("nvfp4", "h200", "sm_90 cannot multiply nvfp4"), ("w8a8-row", "h200", "counted for linears in bf16, w8a8")],
+)
+def test_what_is_not_counted_is_refused(recipe: str, gpu: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stream(recipe).later(load_targets()[gpu], 6)
+
+
+@pytest.mark.slow
+def test_gpus_without_fp8_are_predicted_as_well() -> None:
+    made = stream("bf16").later(load_targets()["rtx3090"], 6)
+    assert made.serial > stream("bf16").later(load_targets()["rtx5090"], 6).serial
+
+
+@pytest.mark.slow
+def test_the_command_predicts_every_gpu() -> None:
+    done = CliRunner().invoke(cli, ["pace", "--target", "rtx5090,h200", "--recipe", "nvfp4", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.output)
+    assert (found["chunks"], found["steps"], found["seen_frames"]) == (41, 2, 6)
+    assert found["gpus"]["rtx5090"]["is_real_time"]
+    assert found["gpus"]["rtx5090"]["fps"] < found["gpus"]["rtx5090"]["fps_overlapped"]
+    assert "sm_90 cannot multiply nvfp4" in found["gpus"]["h200"]["refusal"]
+    said = CliRunner().invoke(cli, ["pace", "--target", "rtx5090,h200", "--recipe", "nvfp4"])
+    assert said.output.startswith("predicted, not measured")
+    assert "h200: sm_90 cannot multiply nvfp4" in said.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "tinywan"], "tinywan makes whole clips, not videos chunk by chunk; use wanforge scaling"),
+        (["--cache", "none", "--seconds", "300"], "out of the model's range: at most 4093 frames"),
+        (["--recipe", "w8a8-row"], "counted for linears in bf16, w8a8, fp8-row, nvfp4"),
+        (["--target", "rtx1"], "rtx1"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli, ["pace", *options])
+    assert done.exit_code != 0
+    assert message in done.output
+
+
+@pytest.mark.slow
+def test_the_page_holds_these_tables() -> None:
+    page = (DOCS / "streaming_speed.md").read_text()
+    assert sorted(re.findall(r"<!-- table: (\S+) -->", page)) == sorted(TABLES)
+    assert with_tables(page, TABLES) == page, "run: python -m tools.pages.streaming_speed docs/streaming_speed.md"
+    assert {name: (DOCS / name).read_text() for name in PLOTS} == {name: make() for name, make in PLOTS.items()}
+    assert all(f"]({name})" in page for name in PLOTS)
