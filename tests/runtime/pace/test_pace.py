@@ -4,6 +4,7 @@ page with the counts."""
 import json
 import re
 from itertools import islice
+from math import prod
 from pathlib import Path
 
 import msgspec
@@ -15,11 +16,14 @@ from tools.pages.kernels import with_tables
 from tools.pages.streaming_speed import LARGE, PLOTS, TABLES, joint
 from wanforge.cli import cli
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
+from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.exporter.checkpoint.layout import layout
+from wanforge.plugins.launching.launch import Launch
+from wanforge.runtime.backends.fused_chunk_block import chunk_launches
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
 from wanforge.runtime.measure.cost.stages import operations
@@ -62,6 +66,25 @@ def test_a_layer_multiplies_what_the_network_does(recipe: str) -> None:
     sizes = {"tokens": w.L, "past_tokens": w.P, "seen_tokens": w.L + w.P, "context_rows": w.text_rows}
     block = graphs(w.model, w.model.fitted(load_recipe("bf16")))["chunk_block"]
     assert flops(all_launches(chunk_block(w))) == operations(block, sizes)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "w8a8", "fp8-row"])
+@pytest.mark.parametrize(("frames", "past"), [(1, 6), (3, 18)])
+def test_bytes_and_thread_blocks_are_those_of_the_kernels(recipe: str, frames: int, past: int) -> None:
+    name = BY_FRAME if frames == 1 else BY_CHUNK
+    w = chunk(recipe, model=name, frames=frames, past=past)
+    shape = ClipShape(*SIZE, frames_of(frames + past))
+    recorded = chunk_launches(w.model, load_recipe(recipe), 89, shape, w.text_rows)
+    counted = [x for x in all_launches(chunk_block(w)) if not x.name.startswith("product") and x.name != "GELU"]
+    assert [x.total_bytes for x in counted] == [argument_bytes(launch) for launch in recorded]
+    programs = [prod(launch.grid) for launch in recorded]
+    assert [x.run.programs if x.run else n for x, n in zip(counted, programs, strict=True)] == programs
+
+
+def argument_bytes(launch: Launch) -> int:
+    """Bytes of the tensors of a launch; those that are changed in place are both read and written."""
+    in_place = ("x_0", "x_1") if launch.kernel.op == "rms_norm_rope" else ()
+    return sum(x.nbytes * (2 if name in in_place else 1) for name, x in launch.tensors.items())
 
 
 def test_a_library_multiplies_what_the_kernel_does() -> None:
