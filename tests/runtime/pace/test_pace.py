@@ -12,7 +12,6 @@ import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
-from wanforge.runtime.causal.slots import KVSlots
 
 from tools.pages.kernels import with_tables
 from tools.pages.streaming_speed import FORMS, LARGE, PLOTS, POLICIES, TABLES, joint
@@ -27,6 +26,7 @@ from wanforge.exporter.checkpoint.layout import layout
 from wanforge.plugins.launching.launch import Launch
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.fused_chunk_block import chunk_launches
+from wanforge.runtime.causal.slots import KVSlots
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
 from wanforge.runtime.measure.cost.stages import operations
