@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from math import prod
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -74,8 +75,28 @@ class Remembering:
 
     def launches(self, w: ChunkWorkload) -> "Keeping":
         """What it takes to remember chunks, in all layers, besides their passes through the network."""
-        begin, end, chunks = recorded(self, w)
+        begin, end, chunks = recorded(self, Frames(w.frames, w.past, w.shape.grid[1:], w.D))
         return Keeping(begin * w.model.dit.num_layers, end * w.model.dit.num_layers, chunks)
+
+
+class Frames(NamedTuple):
+    """What of a chunk decides what keeping it takes.
+
+    Attributes:
+        own, past: Its latent frames, and those that it sees.
+        grid: Rows and columns of a frame's tokens.
+        dim: The model's width.
+    """
+
+    own: int
+    past: int
+    grid: tuple[int, int]
+    dim: int
+
+    def keys_values(self, frames: int) -> KeysValues:
+        """Keys and values of one layer of some latent frames, on the device of this context."""
+        shape = (1, frames * prod(self.grid), self.dim // HEAD_DIM, HEAD_DIM)
+        return KeysValues(*(torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)))
 
 
 class Keeping(NamedTuple):
@@ -92,22 +113,22 @@ class Keeping(NamedTuple):
     chunks: int
 
 
-FAR = 4
+FAR = 2
 """A chunk is far into a video after this many times as many chunks as are remembered."""
 
 
 @lru_cache(maxsize=256)
-def recorded(remembering: Remembering, w: ChunkWorkload) -> Keeping:
+def recorded(remembering: Remembering, of: Frames) -> Keeping:
     """What `KVSlots` computes of one layer, one operation of PyTorch at a time. Where chunks differ, because a bank is
     gone through there and back again, it is that of all of them."""
-    policy, causal = remembering.policy, CausalConfig(first_frames=w.frames, chunk_frames=w.frames)
-    is_full = policy.capacity and w.past >= policy.capacity * w.frames
-    before = FAR * policy.capacity if is_full else w.past // w.frames
+    policy, causal = remembering.policy, CausalConfig(first_frames=of.own, chunk_frames=of.own)
+    is_full = policy.capacity and of.past >= policy.capacity * of.own
+    before = FAR * policy.capacity if is_full else of.past // of.own
     counted = 2 * policy.capacity if is_full and policy.has_bank else 1
     begin, end = Operations(), Operations()
     with torch.device("meta"), torch.inference_mode():
-        past, own = keys_values(w, w.past + w.frames), keys_values(w, w.frames)
-        slots = KVSlots(policy, w.shape.grid[1:], [past], cast("Backend", Undisturbed()), remembering.form)
+        past, own = of.keys_values(of.past + of.own), of.keys_values(of.own)
+        slots = KVSlots(policy, of.grid, [past], cast("Backend", Undisturbed()), remembering.form)
         for chunk in islice(endless_chunks(causal), before + counted):
             is_counted = chunk.index >= before
             with begin if is_counted else nullcontext():
@@ -115,12 +136,6 @@ def recorded(remembering: Remembering, w: ChunkWorkload) -> Keeping:
             with end if is_counted else nullcontext():
                 slots.append(chunk, [own])
     return Keeping(begin.found, end.found, counted)
-
-
-def keys_values(w: ChunkWorkload, frames: int) -> KeysValues:
-    """Keys and values of one layer of some latent frames, on the device of this context."""
-    keys, values = torch.empty(2, 1, frames * w.frame_tokens, w.D // HEAD_DIM, HEAD_DIM, dtype=torch.bfloat16)
-    return KeysValues(keys, values)
 
 
 class Undisturbed:
