@@ -166,6 +166,7 @@ def test_memory_grows_by_what_is_seen() -> None:
     assert many.fit(load_targets()["rtx4090"]) == "too small"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kept", "form"), [("infinity_rope", "native"), ("rolling_sink", "int8")])
 def test_what_is_kept_beside_is_what_the_slots_keep(kept: PolicyName, form: KVFormat) -> None:
     w, causal = chunk(model="tiny-causal"), CausalConfig()
