@@ -11,9 +11,11 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.engines.bundle.bundle import components
-from wanforge.runtime.memory.estimate import decode_bytes, denoise_bytes
-from wanforge.runtime.memory.plan import RESERVE
-from wanforge.runtime.pace.remembering import Remembering, Seen
+from wanforge.runtime.causal.schedule import stream_schedule
+from wanforge.runtime.graphs import graphs
+from wanforge.runtime.memory.estimate import needed_device_bytes
+from wanforge.runtime.memory.plan import RESERVE, buffer_bytes
+from wanforge.runtime.pace.remembering import Remembering
 from wanforge.runtime.pace.workload import ChunkWorkload
 from wanforge.runtime.reference.networks import tensors
 from wanforge.runtime.reference.quantised_weights import WEIGHTS
@@ -28,20 +30,23 @@ class StreamMemory:
 
     Attributes:
         weights: Of each component, as a bundle stores them.
-        keys_values: Of everything that is remembered, with what is decoded of it.
-        chunk: Of the chunk in the making: hidden states, queries, keys, values, and those of the text.
-        decoder: Of the decoder's caches and activations.
+        keys_values: Of what attention reads, of the chunk in the making and of earlier ones.
+        beside: Of what is kept of earlier chunks in other forms.
+        buffers: Of all other buffers of the text encoder, the denoiser and the decoder.
+        temporaries: Of what either network makes and drops, by the estimate that the backends go by.
     """
 
     weights: Mapping[str, int]
     keys_values: int
-    chunk: int
-    decoder: int
+    beside: int
+    buffers: int
+    temporaries: int
 
     @property
     def total(self) -> int:
         """All of them, and a reserve for the CUDA context and libraries, which is an assumption."""
-        return sum(self.weights.values()) + self.keys_values + self.chunk + self.decoder + RESERVE
+        of_chunks = self.keys_values + self.beside + self.buffers + self.temporaries
+        return sum(self.weights.values()) + of_chunks + RESERVE
 
     def fit(self, target: Target) -> str:
         """What of it fits a GPU: everything, or everything but the text encoder's weights, which only a new prompt
@@ -52,20 +57,20 @@ class StreamMemory:
         return "text encoder streamed" if self.total - self.weights[TEXT] <= room else "too small"
 
 
-def stream_memory(w: ChunkWorkload, remembering: Remembering, there: Seen) -> StreamMemory:
-    """The memory of a stream while a chunk is made.
-
-    Args:
-        w: The longest chunk.
-        there: What it sees, and what is held.
-    """
-    chunk = ClipShape(w.shape.width_px, w.shape.height_px, frames_of(w.frames))
-    held = remembering.chunk_bytes(w) * there.held // w.frames
+def stream_memory(w: ChunkWorkload, remembering: Remembering) -> StreamMemory:
+    """The memory of a stream whose longest chunk this is, and sees as much as any."""
+    live = ClipShape(w.shape.width_px, w.shape.height_px, frames_of(max(1, w.past) + w.frames))
+    buffers = {
+        name: buffer_bytes(spec, COMPUTE)
+        for name, spec in stream_schedule(w.model, graphs(w.model, w.recipe), live).buffers.items()
+    }
+    keys_values = sum(size for name, size in buffers.items() if name.startswith(("past_", "own_")))
     return StreamMemory(
         weight_bytes(w.model, w.recipe),
-        held + remembering.scratch_bytes(w.seeing(there.seen)),
-        denoise_bytes(w.model, chunk, w.recipe.block_k, COMPUTE),
-        decode_bytes(w.model, chunk, COMPUTE),
+        keys_values,
+        remembering.beside_bytes(w),
+        sum(buffers.values()) - keys_values,
+        needed_device_bytes(w.model, w.recipe, live, COMPUTE),
     )
 
 

@@ -1,21 +1,28 @@
 """What a stream remembers: how many latent frames by a cache policy, how many bytes, and the launches that it takes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
+from math import prod
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from wanforge.configs.causal import CachePolicy, CausalConfig
-from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, cdiv, sweep
+from wanforge.configs.model import HEAD_DIM
+from wanforge.runtime.backends.base import Backend
+from wanforge.runtime.causal.slots import KVSlots, bytes_beside
+from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, cdiv
 from wanforge.runtime.pace.workload import ChunkWorkload
 from wanforge.runtime.reference.causal.chunks import endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import GROUP, KVFormat
+from wanforge.runtime.reference.causal.network import KeysValues
 from wanforge.runtime.reference.causal.window import Window
-from wanforge.runtime.reference.dit import ROPE_PAIRS
-
-CODE = SCALE = 1
-"""Bytes of a number in 8 bits, and of the scale of a group of them."""
-TIME_SHARE = ROPE_PAIRS[0] / sum(ROPE_PAIRS)
-"""The share of a key's channels that its time rotates."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +62,108 @@ class Remembering:
     policy: CachePolicy
     form: KVFormat
 
-    def chunk_bytes(self, w: ChunkWorkload) -> int:
-        """Bytes of the keys and values of one chunk, as `KVCache.nbytes` counts them."""
+    def least_bytes(self, w: ChunkWorkload, held: int) -> int:
+        """Bytes of the keys and values of some latent frames, each kept once, as `KVCache.nbytes` counts them."""
         if self.form == "native":
-            return 2 * BF16 * w.model.dit.num_layers * w.stream
+            return 2 * BF16 * w.model.dit.num_layers * w.stream * held // w.frames
         keys, values = w.D * cdiv(w.L, GROUP), w.stream // GROUP
-        return (keys + values) * (GROUP * CODE + SCALE) * w.model.dit.num_layers
+        return (keys + values) * (GROUP + 1) * w.model.dit.num_layers * held // w.frames
 
-    def scratch_bytes(self, w: ChunkWorkload) -> int:
-        """Bytes of what is decoded for one layer."""
-        return 0 if self.form == "native" else 2 * BF16 * w.P * w.D
+    def beside_bytes(self, w: ChunkWorkload) -> int:
+        """Bytes of what is kept beside the keys and values that attention reads, which are never codes."""
+        return bytes_beside(self.policy, self.form, w.model.dit, w.L, BF16)
 
-    def once(self, w: ChunkWorkload) -> list[LaunchCost]:
-        """What a chunk begins with, in all layers: keys that are kept rotated are moved to the times at which the chunk
-        sees them."""
-        if self.form != "native" or not self.policy.moves or not w.P:
-            return []
-        return [sweep("move keys in time", int(w.P * w.D * TIME_SHARE), BF16, BF16)] * w.model.dit.num_layers
+    def launches(self, w: ChunkWorkload) -> "Keeping":
+        """What it takes to remember chunks, in all layers, besides their passes through the network."""
+        begin, end, chunks = recorded(self, Frames(w.frames, w.past, w.shape.grid[1:], w.D))
+        return Keeping(begin * w.model.dit.num_layers, end * w.model.dit.num_layers, chunks)
 
-    def each_pass(self, w: ChunkWorkload) -> list[LaunchCost]:
-        """What each pass takes, in all layers: codes become numbers, and keys are rotated."""
-        if self.form == "native" or not w.P:
-            return []
-        numbers = 2 * w.P * w.D
-        decoding = LaunchCost("decode keys, values", {}, numbers + numbers // GROUP, BF16 * numbers)
-        return [decoding] * w.model.dit.num_layers
 
-    def afterwards(self, w: ChunkWorkload) -> list[LaunchCost]:
-        """What remembering a finished chunk takes, in all layers, besides its pass through the network."""
-        layers = w.model.dit.num_layers
-        written = self.chunk_bytes(w) // layers
-        return [LaunchCost("remember keys, values", {}, 2 * BF16 * w.stream, written)] * layers
+class Frames(NamedTuple):
+    """What of a chunk decides what keeping it takes.
+
+    Attributes:
+        own, past: Its latent frames, and those that it sees.
+        grid: Rows and columns of a frame's tokens.
+        dim: The model's width.
+    """
+
+    own: int
+    past: int
+    grid: tuple[int, int]
+    dim: int
+
+    def keys_values(self, frames: int) -> KeysValues:
+        """Keys and values of one layer of some latent frames, on the device of this context."""
+        shape = (1, frames * prod(self.grid), self.dim // HEAD_DIM, HEAD_DIM)
+        return KeysValues(*(torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)))
+
+
+class Keeping(NamedTuple):
+    """The launches that keep keys and values.
+
+    Attributes:
+        begin: With which chunks begin: what they see is put where attention reads it.
+        end: With which chunks end: what they leave is kept.
+        chunks: How many chunks these are of.
+    """
+
+    begin: list[LaunchCost]
+    end: list[LaunchCost]
+    chunks: int
+
+
+FAR = 2
+"""A chunk is far into a video after this many times as many chunks as are remembered."""
+
+
+@lru_cache(maxsize=256)
+def recorded(remembering: Remembering, of: Frames) -> Keeping:
+    """What `KVSlots` computes of one layer, one operation of PyTorch at a time. Where chunks differ, because a bank is
+    gone through there and back again, it is that of all of them."""
+    policy, causal = remembering.policy, CausalConfig(first_frames=of.own, chunk_frames=of.own)
+    is_full = policy.capacity and of.past >= policy.capacity * of.own
+    before = FAR * policy.capacity if is_full else of.past // of.own
+    counted = 2 * policy.capacity if is_full and policy.has_bank else 1
+    begin, end = Operations(), Operations()
+    with torch.device("meta"), torch.inference_mode():
+        past, own = of.keys_values(of.past + of.own), of.keys_values(of.own)
+        slots = KVSlots(policy, of.grid, [past], cast("Backend", Undisturbed()), remembering.form)
+        for chunk in islice(endless_chunks(causal), before + counted):
+            is_counted = chunk.index >= before
+            with begin if is_counted else nullcontext():
+                slots.read(slots.view(chunk))
+            with end if is_counted else nullcontext():
+                slots.append(chunk, [own])
+    return Keeping(begin.found, end.found, counted)
+
+
+class Undisturbed:
+    """What `KVSlots` needs of a backend: nobody else uses its memory."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of PyTorch that make something new or change something; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[LaunchCost] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given, made = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
+        )
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        if function._schema.is_mutable:
+            given = given[1:]
+        elif all(tensor.untyped_storage()._cdata in known for tensor in made):
+            return result
+        read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (given, made))
+        self.found.append(LaunchCost(function.__name__, {}, read, written))
+        return result

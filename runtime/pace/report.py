@@ -57,7 +57,7 @@ def pace_report(stream: PacedStream, chunks: int, targets: Mapping[str, Target])
     if stream.remembering.policy.last_time is None:
         ClipShape(*stream.size_wh, frames_of(frames_of_chunks(stream.causal, chunks)))  # refuses one that is too long
     there = at_last(stream.remembering.policy, stream.causal, chunks)
-    memory = stream_memory(stream.chunk, stream.remembering, there)
+    memory = stream_memory(stream.chunk.seeing(there.seen), stream.remembering)
     return PaceReport(stream, chunks, there, memory, {name: _on(stream, there, gpu) for name, gpu in targets.items()})
 
 
@@ -84,8 +84,9 @@ def as_json(report: PaceReport) -> dict[str, Any]:
         "memory_bytes": {
             "weights": dict(memory.weights),
             "keys_values": memory.keys_values,
-            "chunk": memory.chunk,
-            "decoder": memory.decoder,
+            "beside": memory.beside,
+            "buffers": memory.buffers,
+            "temporaries": memory.temporaries,
             "total": memory.total,
         },
         "gpus": {name: _gpu_facts(gpu, memory, stream.model.video.fps) for name, gpu in report.gpus.items()},
@@ -116,7 +117,7 @@ def text(report: PaceReport) -> str:
     width, height = stream.size_wh
     frames, steps = stream.causal.chunk_frames, stream.steps[1]
     remembered = "its last step" if stream.causal.noisy_from is not None else "a pass of its own"
-    sizes = {**memory.weights, "keys, values": memory.keys_values, "chunk": memory.chunk, "decoder": memory.decoder}
+    sizes = sizes_of(memory)
     return "\n".join(
         [
             "predicted, not measured",
@@ -125,10 +126,22 @@ def text(report: PaceReport) -> str:
             f"and {there.held} are kept",
             indented(text_table(*_speeds(report.gpus, memory, stream.model.video.fps))),
             "memory in GB",
-            indented(text_table([*sizes, "total"], [[number(n / 1e9) for n in (*sizes.values(), memory.total)]])),
+            indented(text_table([*sizes], [[number(size / 1e9) for size in sizes.values()]], words=0)),
             *(f"{name}: {gpu.refusal}" for name, gpu in report.gpus.items() if gpu.refusal),
         ]
     )
+
+
+def sizes_of(memory: StreamMemory) -> dict[str, int]:
+    """What a stream's memory is made of, with the total."""
+    return {
+        **memory.weights,
+        "keys, values": memory.keys_values,
+        "beside": memory.beside,
+        "buffers": memory.buffers,
+        "temporary": memory.temporaries,
+        "total": memory.total,
+    }
 
 
 def _speeds(

@@ -48,6 +48,9 @@ class Load:
     def __mul__(self, times: int) -> "Load":
         return Load(times * self.seconds, times * self.dram, times * self.busy, times * self.launches)
 
+    def __truediv__(self, parts: int) -> "Load":
+        return Load(self.seconds / parts, self.dram / parts, self.busy / parts, self.launches // parts)
+
     @property
     def least(self) -> float:
         """The seconds if memory and everything else were both busy all the time, which no order of launches beats."""
@@ -159,14 +162,19 @@ class PacedStream:
     def later(self, target: Target, past: int) -> ChunkTime:
         """A chunk after the first one, which sees some latent frames of earlier chunks."""
         w = self.workload(target, past=past)
-        each = pass_load(w, target) + load_of(self.remembering.each_pass(w), target)
+        each, (begin, end) = pass_load(w, target), self.keeping(w, target)
         context = each if self.causal.noisy_from is None else Load()
         return ChunkTime(
-            load_of(self.remembering.once(w), target) + each * self.steps[1],
-            context + load_of(self.remembering.afterwards(w), target),
+            begin + each * self.steps[1],
+            context + end,
             load_of(decoder_chunk(w.model, w.shape, is_first=False), target) * w.frames,
             TEMPORAL_STRIDE * w.frames,
         )
+
+    def keeping(self, w: ChunkWorkload, target: Target) -> tuple[Load, Load]:
+        """What a chunk takes on average at its beginning and at its end to keep keys and values."""
+        kept = self.remembering.launches(w)
+        return load_of(kept.begin, target) / kept.chunks, load_of(kept.end, target) / kept.chunks
 
     def first_frame(self, target: Target) -> float:
         """Seconds from a prompt to the first frame, once the model is loaded: the text encoder, the first chunk, and

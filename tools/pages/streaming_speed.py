@@ -16,7 +16,7 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
-from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
+from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, all_launches, sweep
 from wanforge.runtime.measure.cost.prediction import profile_of
 from wanforge.runtime.measure.cost.unfused import head, stem
 from wanforge.runtime.measure.machine_code.rates import gpu_of, machine_of
@@ -25,6 +25,7 @@ from wanforge.runtime.measure.tables import markdown_table, number
 from wanforge.runtime.pace.launches import chunk_attention, chunk_block, library_attention
 from wanforge.runtime.pace.memory import StreamMemory, stream_memory
 from wanforge.runtime.pace.remembering import Remembering, Seen, at_last
+from wanforge.runtime.pace.report import sizes_of
 from wanforge.runtime.pace.stream import ChunkTime, Load, PacedStream, load_of, pass_load
 from wanforge.runtime.pace.workload import ChunkWorkload
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
@@ -35,6 +36,7 @@ RECIPES = ("bf16", "w8a8", "fp8-row", "nvfp4")
 POLICIES: tuple[PolicyName, ...] = ("sliding_window", "infinity_rope", "rolling_sink")
 BY_FRAME, BY_CHUNK = "causal-rcm-wan2.1-t2v-1.3b-480p-c1-step2", "causal-rcm-wan2.1-t2v-1.3b-480p-c3-step4"
 LARGE = "rcm-wan2.1-t2v-14b-480p"
+FORMS: tuple[KVFormat, ...] = ("native", "int8")
 STEPS = {1: (0.9993753903810119,), 2: (0.9993753903810119, 0.8333333333333334)}
 """The times of one and of two steps."""
 LENGTHS = (1, 2, 5, 10, 20, 30, 60)
@@ -111,10 +113,7 @@ def rates_table() -> str:
                 cells = []
                 for gpu in BOTH:
                     for recipe in (each for each in RECIPES if can(each, gpu)):
-                        found = (
-                            last(stream(model(size, frames, steps), recipe, form=form), gpu)
-                            for form in ("native", "int8")
-                        )
+                        found = (last(stream(model(size, frames, steps), recipe, form=form), gpu) for form in FORMS)
                         cells.append(" / ".join(fps(chunk, chunk.serial) for chunk in found))
                 rows.append([f"{size}, c{frames}, {steps} step{'s' * (steps > 1)}", *cells])
     heads = [f"{load_targets()[gpu].title}: {recipe}" for gpu in BOTH for recipe in RECIPES if can(recipe, gpu)]
@@ -141,21 +140,22 @@ def parts_table() -> str:
     rows.append(["**chunk**", *(ms(sum(column.values())) for column in columns)])
     counts = (last(stream(model(), recipe), gpu) for gpu in BOTH for recipe in ("bf16", "w8a8"))
     rows.append(["launches", *(f"{(chunk.denoising + chunk.decoding).launches:,}" for chunk in counts)])
+    kept = keeping(stream(model(), "w8a8"), load_targets()["h200"]).launches
+    rows.append(["of them to keep keys and values", *[f"{kept:,}"] * len(heads)])
     return markdown_table(["ms of a chunk, 1.3B, c1, two steps", *heads], rows)
 
 
 def parts(of: PacedStream, target: Target) -> dict[str, float]:
     """The seconds of each part of a chunk, of which there are three passes: two steps, and the one that remembers."""
-    w, kept = of.workload(target, past=there(of).seen), of.remembering
+    w = of.workload(target, past=there(of).seen)
     block, layers, passes = chunk_block(w), w.model.dit.num_layers, of.steps[1] + 1
     found = {
         part: passes * layers * sum(load_of(block[name], target).seconds for name in names)
         for part, names in PARTS.items()
     }
-    remembering = [*kept.once(w), *kept.each_pass(w) * passes, *kept.afterwards(w)]
     return found | {
         "stem, head": passes * load_of([*stem(w), *head(w)], target).seconds,
-        "keys and values: moving and keeping": load_of(remembering, target).seconds,
+        "keeping keys and values": keeping(of, target).seconds,
         "decoding": load_of(decoder_chunk(w.model, w.shape, is_first=False), target).seconds * w.frames,
     }
 
@@ -210,36 +210,36 @@ def line_of(of: PacedStream, target: Target) -> tuple[float, float]:
 def policies_table() -> str:
     """What each policy keeps and takes, far into a video."""
     rows = []
-    for kept in POLICIES:
-        for frames in (1, 3):
-            of = stream(model(frames=frames), "w8a8", kept)
-            cells = [str(there(of).seen), str(there(of).held)]
-            for size in ("1.3B", "14B"):
-                bytes_ = (
-                    memory_of(stream(model(size, frames), "w8a8", kept, form)).keys_values
-                    for form in ("native", "int8")
-                )
-                cells.append(" / ".join(number(each / 1e9) for each in bytes_))
-            for gpu in BOTH:
-                cells.append(
-                    " / ".join(
-                        ms(extra(stream(model(frames=frames), "w8a8", kept, form), gpu)) for form in ("native", "int8")
-                    )
-                )
-            rows.append([f"{kept}, c{frames}", *cells])
-    head_ = ["", "frames seen", "kept", "1.3B, GB: native / int8", "14B, GB: native / int8"]
-    return markdown_table([*head_, *(f"{title}, ms a chunk: native / int8" for title in gpu_titles(BOTH))], rows)
+    for kept, frames in [(kept, frames) for kept in POLICIES for frames in (1, 3)]:
+        now = there(stream(model(frames=frames), "w8a8", kept))
+        cells = [str(now.seen), str(now.held)]
+        for size in ("1.3B", "14B"):
+            found = [stream(model(size, frames), "w8a8", kept, form) for form in FORMS]
+            cells.append(" / ".join(number((remembered(of) + memory_of(of).beside) / 1e9) for of in found))
+            cells.append(number(found[1].remembering.least_bytes(found[1].chunk, now.held) / 1e9))
+        for gpu in BOTH:
+            streams = (stream(model(frames=frames), "w8a8", kept, form) for form in FORMS)
+            cells.append(" / ".join(ms(keeping(of, load_targets()[gpu]).seconds) for of in streams))
+        rows.append([f"{kept}, c{frames}", *cells])
+    sizes = [f"{size}, GB: {what}" for size in ("1.3B", "14B") for what in ("native / int8", "int8 alone")]
+    times = [f"{title}, ms a chunk: native / int8" for title in gpu_titles(BOTH)]
+    return markdown_table(["", "frames seen", "kept", *sizes, *times], rows)
 
 
-def extra(of: PacedStream, gpu: str) -> float:
-    """The seconds of a chunk that moving, decoding and keeping keys and values take."""
-    w, kept = of.workload(load_targets()[gpu], past=there(of).seen), of.remembering
-    passes = of.steps[1] + 1
-    return load_of([*kept.once(w), *kept.each_pass(w) * passes, *kept.afterwards(w)], load_targets()[gpu]).seconds
+def keeping(of: PacedStream, target: Target) -> Load:
+    """What keeping keys and values takes in a chunk."""
+    begin, end = of.keeping(of.workload(target, past=there(of).seen), target)
+    return begin + end
 
 
 def memory_of(of: PacedStream, seconds: float = 60) -> StreamMemory:
-    return stream_memory(of.chunk, of.remembering, there(of, seconds))
+    return stream_memory(of.chunk.seeing(there(of, seconds).seen), of.remembering)
+
+
+def remembered(of: PacedStream, seconds: float = 60) -> int:
+    """Bytes of the keys and values of earlier chunks that attention reads."""
+    now, native = there(of, seconds), Remembering(of.remembering.policy, "native")
+    return native.least_bytes(of.chunk, now.seen)
 
 
 def growth_table() -> str:
@@ -248,50 +248,38 @@ def growth_table() -> str:
     for seconds in LENGTHS:
         cells = []
         for size in ("1.3B", "14B"):
-            bytes_ = (
-                memory_of(stream(model(size), "w8a8", "none", form), seconds).keys_values for form in ("native", "int8")
-            )
-            cells.append(" / ".join(number(each / 1e9) for each in bytes_))
+            of = stream(model(size), "w8a8", "none")
+            codes = Remembering(of.remembering.policy, "int8").least_bytes(of.chunk, there(of, seconds).held)
+            cells.append(f"{number(remembered(of, seconds) / 1e9)} / {number(codes / 1e9)}")
         for gpu in BOTH:
             for recipe in ("bf16", "w8a8"):
                 chunk = last(stream(model(), recipe, "none"), gpu, seconds)
                 cells.append(f"{ms(chunk.serial)} ({fps(chunk, chunk.serial)})")
         rows.append([str(seconds), str(there(stream(model(), "w8a8", "none"), seconds).seen), *cells])
     heads = [f"{title}, 1.3B {recipe}: ms (fps)" for title in gpu_titles(BOTH) for recipe in ("bf16", "w8a8")]
-    return markdown_table(["seconds", "frames seen", "1.3B, GB: native / int8", "14B, GB: native / int8", *heads], rows)
+    sizes = [f"{size}, GB: native / int8 alone" for size in ("1.3B", "14B")]
+    return markdown_table(["seconds", "frames seen", *sizes, *heads], rows)
 
 
 def memory_table() -> str:
     """The memory of a stream, and how long a video may be that forgets nothing."""
-    rows = []
-    for size in ("1.3B", "14B"):
-        for recipe in RECIPES:
-            of = stream(model(size), recipe)
-            memory = memory_of(of)
-            parts_ = (*memory.weights.values(), memory.keys_values, memory.chunk, memory.decoder, memory.total)
-            fits = [
-                memory.fit(load_targets()[gpu]) if can(recipe, gpu) else "-" for gpu in ("rtx4090", "rtx5090", "h200")
-            ]
-            lengths = [
-                " / ".join(f"{longest(size, recipe, form, gpu):.0f}" for form in ("native", "int8"))
-                if can(recipe, gpu)
-                else "-"
-                for gpu in BOTH
-            ]
-            rows.append([f"{size}, {recipe}", *(number(each / 1e9) for each in parts_), *fits, *lengths])
-    names = [*memory_of(stream(model(), "bf16")).weights, "keys, values", "chunk", "decoder", "total"]
-    fitting = [f"fits {title}" for title in gpu_titles(("rtx4090", "rtx5090", "h200"))]
-    none = [f"none, {title}: seconds, native / int8" for title in gpu_titles(BOTH)]
-    return markdown_table(["GB, c1, infinity_rope", *names, *fitting, *none], rows)
+    fitting, rows = ("rtx4090", "rtx5090", "h200"), []
+    for size, recipe in [(size, recipe) for size in ("1.3B", "14B") for recipe in RECIPES]:
+        memory = memory_of(stream(model(size), recipe))
+        fits = [memory.fit(load_targets()[gpu]) if can(recipe, gpu) else "-" for gpu in fitting]
+        lengths = [f"{longest(size, recipe, gpu):.0f}" if can(recipe, gpu) else "-" for gpu in BOTH]
+        rows.append([f"{size}, {recipe}", *(number(each / 1e9) for each in sizes_of(memory).values()), *fits, *lengths])
+    heads = [f"fits {title}" for title in gpu_titles(fitting)]
+    heads += [f"none, {title}: seconds" for title in gpu_titles(BOTH)]
+    return markdown_table(["GB, c1, infinity_rope", *sizes_of(memory_of(stream(model(), "bf16"))), *heads], rows)
 
 
-def longest(size: str, recipe: str, form: KVFormat, gpu: str) -> float:
+def longest(size: str, recipe: str, gpu: str) -> float:
     """The seconds of video that a GPU can remember as a whole, with the text encoder's weights streamed."""
-    of = stream(model(size), recipe, "none", form)
-    few = stream_memory(of.chunk, of.remembering, Seen(0, 0))
-    of_frame = stream_memory(of.chunk, of.remembering, Seen(1, 1)).keys_values
+    of = stream(model(size), recipe, "none")
+    few, many = (stream_memory(of.chunk.seeing(past), of.remembering) for past in (1, 2))
     room = load_targets()[gpu].vram_gib * 2**30 - (few.total - few.weights["text_encoder"])
-    return max(0.0, room / of_frame * 4 / REAL_TIME)
+    return max(0.0, 1 + room / (many.total - few.total)) * 4 / REAL_TIME
 
 
 def latency_table() -> str:
@@ -317,7 +305,7 @@ def levers(recipe: str, target: Target) -> dict[str, ChunkTime]:
     past = there(of).seen
     w, now = of.workload(target, past=past), of.later(target, past)
     one, fewer = pass_load(w, target), stream(model(), recipe, blocks=3)
-    begin, keep = (load_of(each, target) for each in (of.remembering.once(w), of.remembering.afterwards(w)))
+    begin, keep = of.keeping(w, target)
 
     def of_passes(each: Load) -> ChunkTime:
         return replace(now, steps=begin + each * 2, remembering=each + keep)
@@ -329,6 +317,7 @@ def levers(recipe: str, target: Target) -> dict[str, ChunkTime]:
         "the remembering pass and the next first step are one pass": replace(
             now, steps=begin + one, remembering=joint(w, target) + keep
         ),
+        "one launch a layer moves the keys": replace(now, steps=moved_at_once(of, w, target) + one * 2),
         "attention by a library": of_passes(pass_load(replace(w, has_library_attention=True), target)),
         "attention in 8 bits": of_passes(with_attention(w, eight_bit_attention(w), target)),
         "3 frames are seen instead of 6": fewer.later(target, there(fewer).seen),
@@ -347,6 +336,12 @@ def eight_bit_attention(w: ChunkWorkload) -> LaunchCost:
     flops = library_attention(w).total_flops // 2
     moved = 2 * w.stream + 2 * (w.P + w.L) * w.D
     return LaunchCost("sparse attention", {"int8": flops, "fp8, fp16 sums": flops}, moved, 2 * w.stream)
+
+
+def moved_at_once(of: PacedStream, w: ChunkWorkload, target: Target) -> Load:
+    """Rotating the keys that a chunk sees at other times than the one before it, all but the first chunk's."""
+    moved = sweep("rotate", (w.P - w.L) * w.D, BF16, BF16)
+    return load_of([moved], target) * w.model.dit.num_layers if of.remembering.policy.moves else Load()
 
 
 def unfinished(w: ChunkWorkload, target: Target) -> Load:
@@ -419,8 +414,10 @@ def memory_plot() -> str:
     series = []
     for size in ("1.3B", "14B"):
         for word, (kept, form) in kinds.items():
-            memories = [memory_of(stream(model(size), "w8a8", kept, form), seconds) for seconds in LENGTHS]
-            series.append(line(f"{size} {word}", [memory.keys_values / 1e9 for memory in memories], "GB"))
+            of = stream(model(size), "w8a8", kept)
+            held = [there(of, seconds).held for seconds in LENGTHS]
+            counted = [Remembering(of.remembering.policy, form).least_bytes(of.chunk, each) / 1e9 for each in held]
+            series.append(line(f"{size} {word}", counted, "GB"))
     title = "memory of keys and values over the length of a video, frame by frame"
     return picture_of(Plot(title, "seconds of video; predicted", "GB", series, log_x=True, log_y=True))
 
