@@ -31,6 +31,7 @@ class DividedPipeline(Pipeline):
         super().__init__(bundle, single.backend)
         self.ranks, self.budget = ranks, budget
         self.peers: Peers | None = None
+        self.is_sharing = False
 
     def latents(self, checked: CheckedRequest, timings: Timings, progress: Progress = silent) -> Tensor:
         """Serve a request up to its clean latents, as `Pipeline.latents` does.
@@ -54,16 +55,21 @@ class DividedPipeline(Pipeline):
 
     @contextmanager
     def _sharing(self, work: Request | Decoding) -> Iterator[None]:
+        if self.is_sharing:
+            raise ConfigError("the frames of another clip are still being made; take them all, or close their iterator")
         if self.peers is None:
             if distributed.is_initialized():
                 raise ConfigError("this process has a process group of torch.distributed already; destroy it first")
             self.peers = Peers(self.bundle, self.ranks, self.budget)
+        self.is_sharing = True
         try:
             with self.peers.sharing(work):
                 yield
         except BaseException:
             self.peers = None  # they have ended
             raise
+        finally:
+            self.is_sharing = False
 
     def close(self) -> None:
         """End the other processes. The next request starts them again."""

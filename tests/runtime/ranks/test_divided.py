@@ -109,6 +109,8 @@ def test_whoever_takes_no_more_frames_ends_the_peers(divided: DividedPipeline) -
     frames = divided.frames(torch.zeros(1, 16, 3, 12, 16), CLIP, Timings())
     next(frames)
     peer = peer_of(divided)
+    with pytest.raises(ConfigError, match="the frames of another clip are still being made"):
+        latents_of(divided, "A kite.")
     frames.close()
     assert not peer.is_running()
     assert divided.peers is None
