@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.tinywan.causal import scores
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser
-from tools.tinywan.causal.walks import WalkPool, fill_pool
+from tools.tinywan.causal.walks import WalkPool, fill_firsts, fill_pool
 from tools.tinywan.denoiser import plain_attentions
 from tools.tinywan.networks import make_tokenizer
 from tools.tinywan.pictures import curves
@@ -27,12 +27,14 @@ from wanforge.runtime.reference.text_encoder import TextEncoder
 
 MODEL, BASE = load_model("tinywan-causal"), load_model("tinywan")
 PLANS = {
-    "teacher": Plan(steps=1200, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
-    "alone": Plan(steps=800, batch=4, rate=5e-4, warmup=20, decay=0.99, muon=True),
+    "teacher": Plan(steps=1000, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True, stop_at=756),
+    "alone": Plan(steps=500, batch=4, rate=1e-3, warmup=20, decay=0.99, muon=True),
 }
 SHARDS = 3
 """Number of shards of the pool, of 64 walks each."""
-OWN = 0.75
+FIRST_SHARDS = 10
+"""Number of shards of first frames, of 64 each."""
+OWN = 0.5
 """Share of the walks whose past is the denoiser's own, once that is practised."""
 
 
@@ -55,7 +57,8 @@ class Workshop:
     def lessons(self) -> WalkLessons:
         encoder = TextEncoder(MODEL.text_encoder)
         encoder.load_state_dict(load_file(embedded(BASE).weights["text_encoder"]))
-        return WalkLessons(MODEL, WalkPool(self.folder / "pool"), encoder, make_tokenizer())
+        pool, firsts = (WalkPool(self.folder / name) for name in ("pool", "firsts"))
+        return WalkLessons(MODEL, pool, firsts, encoder, make_tokenizer())
 
 
 def run_pool(workshop: Workshop) -> None:
@@ -63,6 +66,8 @@ def run_pool(workshop: Workshop) -> None:
     vae = new_vae(BASE)
     vae.load_state_dict(load_file(embedded(BASE).weights["vae"]))
     for path in fill_pool(MODEL, vae, workshop.folder / "pool", SHARDS):
+        click.echo(path)
+    for path in fill_firsts(MODEL, vae, workshop.folder / "firsts", FIRST_SHARDS):
         click.echo(path)
 
 

@@ -32,8 +32,10 @@ Guesser = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 FORGOTTEN = 0.3
 """Share of the frames before the newest one that a frame does not see, as if a cache policy had forgotten them."""
-UNMOVED = 0.5
+UNMOVED = 0.8
 """Share of the walks that begin as a new video does which are shown so; all others are moved anywhere."""
+FIRST = 3.0
+"""The weight of a first frame, which nothing but its caption tells; the others have 1."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +44,31 @@ class WalkLesson:
 
     Attributes:
         past: What is remembered of the walks, and `goal`, what they are, ``[B, C, F, H, W]``.
-        text: An embedded prompt for each leg ``[B, L, T, E]``.
-        legs: The number of each frame's leg ``[B, F]``.
-        counted: Which frames can be guessed, 0 or 1, ``[B, F]``: the first one only where a new video begins.
+        text: An embedded prompt for each leg, and one for a new video ``[B, L + 1, T, E]``.
+        prompts: The number of each frame's prompt ``[B, G]``.
         seen: Which frame sees which, bool ``[G, G]``.
         rows, moves: Where the walks are in the pool, and by how many cells along y and x they are moved.
+        is_moved: Whether they are. Nobody could guess the first frame of a walk that begins anywhere, so the goal there
+            is that of a new video, which its prompt describes.
     """
 
     past: Tensor
     goal: Tensor
     text: Tensor
-    legs: Tensor
-    counted: Tensor
+    prompts: Tensor
     seen: Tensor
     rows: list[int]
     moves: list[tuple[int, int]]
+    is_moved: list[bool]
 
 
 class WalkLessons:
-    """Lessons from a pool of walks, whose prompts a text encoder that is not trained embeds."""
+    """Lessons from a pool of walks and one of first frames, whose prompts a text encoder that is not trained embeds."""
 
-    def __init__(self, model: ModelConfig, pool: WalkPool, encoder: TextEncoder, tokens: Tokens) -> None:
-        self.model, self.pool, self.encoder, self.tokens = model, pool, encoder, tokens
+    def __init__(
+        self, model: ModelConfig, pool: WalkPool, firsts: WalkPool, encoder: TextEncoder, tokens: Tokens
+    ) -> None:
+        self.model, self.pool, self.firsts, self.encoder, self.tokens = model, pool, firsts, encoder, tokens
         self.times = torch.tensor(model.sampler.times)
         self.told = told_times(self.times)
         self.made = pool.latents.clone()
@@ -75,13 +80,10 @@ class WalkLessons:
     def draw(self, rng: Generator, batch: int, own: float) -> WalkLesson:
         """Draw a lesson in which the past of this share of the walks is the denoiser's own."""
         rows = [int(row) for row in rng.integers(len(self.pool.walks), size=batch)]
-        walks = [self.pool.walks[row] for row in rows]
+        firsts = [int(row) for row in rng.integers(len(self.firsts.walks), size=batch)]
+        is_moved = [not (self.pool.walks[row].is_new and rng.random() < UNMOVED) for row in rows]
         height, width = self.pool.latents.shape[-2:]
-        moves, counted = [], torch.ones(batch, self.pool.latents.shape[2])
-        for place, walk in enumerate(walks):
-            stays = walk.is_new and rng.random() < UNMOVED
-            moves.append((0, 0) if stays else (int(rng.integers(height)), int(rng.integers(width))))
-            counted[place, 0] = float(stays)
+        moves = [(int(rng.integers(height)), int(rng.integers(width))) if moved else (0, 0) for moved in is_moved]
         pasts = [self.made if rng.random() < own else self.pool.latents for _ in rows]
         past = torch.stack(
             [past[row].float().roll(move, (2, 3)) for past, row, move in zip(pasts, rows, moves, strict=True)]
@@ -89,10 +91,16 @@ class WalkLessons:
         goal = torch.stack(
             [self.pool.latents[row].float().roll(move, (2, 3)) for row, move in zip(rows, moves, strict=True)]
         )
-        texts = [[self.embed(caption(rng, leg.scene)) for leg in walk.legs] for walk in walks]
-        legs = torch.tensor([[walk.leg_of(frame) for frame in range(goal.shape[2])] for walk in walks])
-        text = torch.stack([torch.stack(each) for each in texts])
-        return WalkLesson(past, goal, text, legs, counted, self.some_seen(rng), rows, moves)
+        texts, prompts = [], []
+        for place, (row, first) in enumerate(zip(rows, firsts, strict=True)):
+            walk, new = self.pool.walks[row], self.firsts.walks[first].legs
+            texts.append(torch.stack([self.embed(caption(rng, leg.scene)) for leg in (*walk.legs, *new)]))
+            legs = [walk.leg_of(frame) for frame in range(goal.shape[2])]
+            prompts.append([*legs[:-1], len(walk.legs) if is_moved[place] else 0, *legs[1:]])
+            if is_moved[place]:
+                goal[place, :, 0] = self.firsts.latents[first, :, 0].float()
+        seen = self.some_seen(rng)
+        return WalkLesson(past, goal, torch.stack(texts), torch.tensor(prompts), seen, rows, moves, is_moved)
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt as the denoiser sees it, ``[T, E]``."""
@@ -118,7 +126,7 @@ class WalkLessons:
             alone: Whether the second step begins with the denoiser's own guess, as in sampling, and what it guesses is
                 kept as the walks' past. Otherwise it begins with the goal.
         """
-        steps = torch.from_numpy(rng.integers(len(self.times), size=tuple(lesson.legs.shape)))
+        steps = torch.from_numpy(rng.integers(len(self.times), size=(len(lesson.rows), lesson.goal.shape[2])))
         first = torch.zeros_like(steps)
         basis = lesson.goal
         if alone:
@@ -129,13 +137,12 @@ class WalkLessons:
         if alone:
             self.keep(lesson, guesses.detach())
         error = ((guesses - lesson.goal).square() * foreground(lesson.goal)).mean((1, 3, 4))
-        error = error * lesson.counted / self.times[steps].square()
-        found = error.detach()
-        notes = {
-            f"step{step}": float(found[steps == step].sum() / lesson.counted[steps == step].sum().clamp_min(1))
-            for step in range(len(self.times))
-        }
-        return error.sum() / lesson.counted.sum(), notes
+        error = error / self.times[steps].square()
+        notes = {f"step{step}": float(error.detach()[steps == step].mean()) for step in range(len(self.times))}
+        notes["first"] = float(error.detach()[:, 0].mean())
+        weight_F = torch.ones(error.shape[1])
+        weight_F[0] = FIRST
+        return (error * weight_F / weight_F.mean()).mean(), notes
 
     def noised(self, basis: Tensor, steps_BF: Tensor, generator: torch.Generator) -> Tensor:
         """Latents with fresh noise, at the times of the given steps."""
@@ -144,11 +151,13 @@ class WalkLessons:
 
     def guesses(self, denoiser: Guesser, lesson: WalkLesson, noisy: Tensor, steps_BF: Tensor) -> Tensor:
         """The frames to which the velocity at noisy ones points."""
-        velocity = denoiser(lesson.past, noisy, self.told[steps_BF], lesson.text, lesson.legs, lesson.seen)
+        velocity = denoiser(lesson.past, noisy, self.told[steps_BF], lesson.text, lesson.prompts, lesson.seen)
         return noisy - self.times[steps_BF][:, None, :, None, None] * velocity
 
     def keep(self, lesson: WalkLesson, guesses: Tensor) -> None:
-        """Keep what the denoiser made of walks as their past; a first frame that cannot be guessed stays as it was."""
+        """Keep what the denoiser made of walks as their past; the first frame of a moved walk stays as it was."""
         for place, (row, (down, right)) in enumerate(zip(lesson.rows, lesson.moves, strict=True)):
-            made = torch.where(lesson.counted[place, :, None, None] > 0, guesses[place], lesson.past[place])
+            made = guesses[place].clone()
+            if lesson.is_moved[place]:
+                made[:, 0] = lesson.past[place, :, 0]
             self.made[row] = made.roll((-down, -right), (2, 3)).half()
