@@ -28,14 +28,17 @@ from wanforge.runtime.reference.text_encoder import TextEncoder
 MODEL, BASE = load_model("tinywan-causal"), load_model("tinywan")
 PLANS = {
     "teacher": Plan(steps=1000, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True, stop_at=756),
-    "alone": Plan(steps=500, batch=4, rate=1e-3, warmup=20, decay=0.99, muon=True),
+    "firsts": Plan(steps=300, batch=4, rate=1e-3, warmup=10, decay=0.99, muon=True),
 }
 SHARDS = 3
 """Number of shards of the pool, of 64 walks each."""
 FIRST_SHARDS = 10
 """Number of shards of first frames, of 64 each."""
-OWN = 0.5
-"""Share of the walks whose past is the denoiser's own, once that is practised."""
+
+FIRSTS_SHARE = 0.7
+"""Share of the steps of `firsts` that train first frames alone."""
+FIRSTS_BATCH = 32
+"""First frames in such a step."""
 
 
 @dataclass(frozen=True)
@@ -72,27 +75,30 @@ def run_pool(workshop: Workshop) -> None:
 
 
 def run_teacher(workshop: Workshop) -> None:
-    """Train with the walks' own frames as the past, from TinyWan's weights."""
-    train_causal(workshop, "teacher", workshop.dit(), alone=False)
+    """Train the denoiser on walks, from TinyWan's weights."""
+    train_causal(workshop, "teacher", workshop.dit(), firsts=0.0)
 
 
-def run_alone(workshop: Workshop) -> None:
-    """Train with what the denoiser itself has made as the past."""
-    train_causal(workshop, "alone", workshop.dit("teacher"), alone=True)
+def run_firsts(workshop: Workshop) -> None:
+    """Train the denoiser on walks and, mostly, on first frames, which are harder to learn than all others."""
+    train_causal(workshop, "firsts", workshop.dit("teacher"), firsts=FIRSTS_SHARE)
 
 
-def train_causal(workshop: Workshop, phase: str, dit: DiT, *, alone: bool) -> None:
+def train_causal(workshop: Workshop, phase: str, dit: DiT, *, firsts: float) -> None:
     """Train the denoiser, or continue its training.
 
     Args:
-        alone: See `WalkLessons.loss`.
+        firsts: Share of the steps that train first frames alone.
     """
-    lessons, plan = workshop.lessons(), PLANS[phase]
-    run = torch.compile(PackedDenoiser(dit), dynamic=False)
+    lessons, plan, denoiser = workshop.lessons(), PLANS[phase], PackedDenoiser(dit)
+    run = torch.compile(denoiser, dynamic=False)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        lesson = lessons.draw(rng, plan.batch, OWN if alone else 0.0)
-        return lessons.loss(run, lesson, rng, generator, alone=alone)
+        if rng.random() < firsts:
+            loss, notes = lessons.loss(denoiser, lessons.draw_firsts(rng, FIRSTS_BATCH), rng, generator)
+            return loss, {"alone": notes["first"] / firsts}
+        loss, notes = lessons.loss(run, lessons.draw(rng, plan.batch), rng, generator)
+        return loss, {name: value / (1 - firsts) for name, value in notes.items()}
 
     with plain_attentions():
         train(phase, workshop.folder, plan, dit, loss_of)
@@ -102,7 +108,7 @@ def run_publish(workshop: Workshop) -> None:
     """Write the denoiser as the package has it, in bfloat16."""
     files = workshop.folder / "files"
     files.mkdir(exist_ok=True)
-    weights, path = workshop.dit("alone").state_dict(), files / "dit.safetensors"
+    weights, path = workshop.dit("firsts").state_dict(), files / "dit.safetensors"
     save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, path)
     click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -123,7 +129,7 @@ def run_pictures(workshop: Workshop) -> None:
 PHASES: dict[str, Callable[[Workshop], None]] = {
     "pool": run_pool,
     "teacher": run_teacher,
-    "alone": run_alone,
+    "firsts": run_firsts,
     "publish": run_publish,
     "scores": run_scores,
     "pictures": run_pictures,

@@ -2,9 +2,8 @@
 the two times of the sampler.
 
 A teacher that takes many steps would have nothing to add, because a caption and the past describe exactly one frame; so
-the two steps are learned by regression, as TinyWan's four are. First the past is the walk's own frames (teacher
-forcing). Then it is what the denoiser itself made of the walk when it last saw it, so that it learns to go on from its
-own errors: after some rounds over the pool, every frame is one that a rollout would have made.
+the two steps are learned by regression, as TinyWan's are. The past is the walk's own (teacher forcing), with errors
+such as a rollout makes, and the second step begins with the goal, to which noise is added.
 
 Letters: as in `packed`.
 """
@@ -34,6 +33,10 @@ FORGOTTEN = 0.3
 """Share of the frames before the newest one that a frame does not see, as if a cache policy had forgotten them."""
 UNMOVED = 0.8
 """Share of the walks that begin as a new video does which are shown so; all others are moved anywhere."""
+SPOILT = 0.4
+"""The largest standard deviation of the noise on what is remembered; that of latents is about one."""
+FAINT = 0.4
+"""Share of the walks whose first frame is remembered as fainter than it is."""
 FIRST = 3.0
 """The weight of a first frame, which nothing but its caption tells; the others have 1."""
 
@@ -43,13 +46,12 @@ class WalkLesson:
     """A batch of walks.
 
     Attributes:
-        past: What is remembered of the walks, and `goal`, what they are, ``[B, C, F, H, W]``.
+        past: The walks' frames as they are remembered, and `goal`, as they are to be guessed, ``[B, C, F, H, W]``.
         text: An embedded prompt for each leg, and one for a new video ``[B, L + 1, T, E]``.
         prompts: The number of each frame's prompt ``[B, G]``.
         seen: Which frame sees which, bool ``[G, G]``.
-        rows, moves: Where the walks are in the pool, and by how many cells along y and x they are moved.
-        is_moved: Whether they are. Nobody could guess the first frame of a walk that begins anywhere, so the goal there
-            is that of a new video, which its prompt describes.
+        is_moved: Whether a walk does not begin as a new video does. Nobody could guess its first frame, so the goal
+            there is that of some new video, which the frame's prompt describes.
     """
 
     past: Tensor
@@ -57,8 +59,6 @@ class WalkLesson:
     text: Tensor
     prompts: Tensor
     seen: Tensor
-    rows: list[int]
-    moves: list[tuple[int, int]]
     is_moved: list[bool]
 
 
@@ -69,28 +69,23 @@ class WalkLessons:
         self, model: ModelConfig, pool: WalkPool, firsts: WalkPool, encoder: TextEncoder, tokens: Tokens
     ) -> None:
         self.model, self.pool, self.firsts, self.encoder, self.tokens = model, pool, firsts, encoder, tokens
+        assert model.causal
         self.times = torch.tensor(model.sampler.times)
         self.told = told_times(self.times)
-        self.made = pool.latents.clone()
-        """What the denoiser made of each walk."""
-        assert model.causal
         self.mask = teacher_forcing(chunks_of(model.causal, model.video.clip.latent_frames))
 
     @torch.no_grad()
-    def draw(self, rng: Generator, batch: int, own: float) -> WalkLesson:
-        """Draw a lesson in which the past of this share of the walks is the denoiser's own."""
+    def draw(self, rng: Generator, batch: int) -> WalkLesson:
+        """Draw a lesson."""
         rows = [int(row) for row in rng.integers(len(self.pool.walks), size=batch)]
         firsts = [int(row) for row in rng.integers(len(self.firsts.walks), size=batch)]
         is_moved = [not (self.pool.walks[row].is_new and rng.random() < UNMOVED) for row in rows]
         height, width = self.pool.latents.shape[-2:]
         moves = [(int(rng.integers(height)), int(rng.integers(width))) if moved else (0, 0) for moved in is_moved]
-        pasts = [self.made if rng.random() < own else self.pool.latents for _ in rows]
         past = torch.stack(
-            [past[row].float().roll(move, (2, 3)) for past, row, move in zip(pasts, rows, moves, strict=True)]
-        )
-        goal = torch.stack(
             [self.pool.latents[row].float().roll(move, (2, 3)) for row, move in zip(rows, moves, strict=True)]
         )
+        goal, past = past, torch.stack([self.spoiled(rng, each) for each in past])
         texts, prompts = [], []
         for place, (row, first) in enumerate(zip(rows, firsts, strict=True)):
             walk, new = self.pool.walks[row], self.firsts.walks[first].legs
@@ -100,7 +95,15 @@ class WalkLessons:
             if is_moved[place]:
                 goal[place, :, 0] = self.firsts.latents[first, :, 0].float()
         seen = self.some_seen(rng)
-        return WalkLesson(past, goal, torch.stack(texts), torch.tensor(prompts), seen, rows, moves, is_moved)
+        return WalkLesson(past, goal, torch.stack(texts), torch.tensor(prompts), seen, is_moved)
+
+    def spoiled(self, rng: Generator, walk: Tensor) -> Tensor:
+        """Latents with errors such as a rollout makes: the first frame may be faint, and all of them are noisy."""
+        spoiled = walk + SPOILT * float(rng.random()) * torch.from_numpy(rng.standard_normal(walk.shape)).float()
+        if rng.random() < FAINT:
+            background = walk[:, :1].flatten(1).median(1).values[:, None, None]
+            spoiled[:, 0] = torch.lerp(background, spoiled[:, 0], float(rng.random()))
+        return spoiled
 
     def embed(self, prompt: str) -> Tensor:
         """A prompt as the denoiser sees it, ``[T, E]``."""
@@ -117,31 +120,31 @@ class WalkLessons:
         packed = [*range(frames - 1), *range(frames, 2 * frames)]
         return (self.mask & kept)[packed][:, packed]
 
-    def loss(
-        self, denoiser: Guesser, lesson: WalkLesson, rng: Generator, generator: torch.Generator, *, alone: bool
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The squared distance of guesses from goals, as velocities: its mean, and its mean at each step.
+    @torch.no_grad()
+    def draw_firsts(self, rng: Generator, batch: int) -> WalkLesson:
+        """Draw a lesson of first frames alone."""
+        rows = [int(row) for row in rng.integers(len(self.firsts.walks), size=batch)]
+        goal = self.firsts.latents[rows].float()
+        text = torch.stack([self.embed(caption(rng, self.firsts.walks[row].legs[0].scene)) for row in rows])
+        prompts = torch.zeros(batch, 1, dtype=torch.long)
+        return WalkLesson(goal, goal, text[:, None], prompts, torch.ones(1, 1, dtype=torch.bool), [True] * batch)
 
-        Args:
-            alone: Whether the second step begins with the denoiser's own guess, as in sampling, and what it guesses is
-                kept as the walks' past. Otherwise it begins with the goal.
-        """
-        steps = torch.from_numpy(rng.integers(len(self.times), size=(len(lesson.rows), lesson.goal.shape[2])))
-        first = torch.zeros_like(steps)
-        basis = lesson.goal
-        if alone:
-            with torch.no_grad():
-                basis = self.guesses(denoiser, lesson, self.noised(torch.zeros_like(basis), first, generator), first)
-        noisy = self.noised(basis * (steps > 0)[:, None, :, None, None], steps, generator)
-        guesses = self.guesses(denoiser, lesson, noisy, steps)
-        if alone:
-            self.keep(lesson, guesses.detach())
-        error = ((guesses - lesson.goal).square() * foreground(lesson.goal)).mean((1, 3, 4))
-        error = error / self.times[steps].square()
-        notes = {f"step{step}": float(error.detach()[steps == step].mean()) for step in range(len(self.times))}
-        notes["first"] = float(error.detach()[:, 0].mean())
-        weight_F = torch.ones(error.shape[1])
+    def loss(
+        self, denoiser: Guesser, lesson: WalkLesson, rng: Generator, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The squared distance of guesses from goals, as velocities: its mean, and its mean over the first frames and,
+        at each step, over all frames after them."""
+        batch, _, frames = lesson.goal.shape[:3]
+        steps = torch.from_numpy(rng.integers(len(self.times), size=(batch, frames)))
+        noisy = self.noised(lesson.goal * (steps > 0)[:, None, :, None, None], steps, generator)
+        error = (self.guesses(denoiser, lesson, noisy, steps) - lesson.goal).square() * foreground(lesson.goal)
+        error = error.mean((1, 3, 4)) / self.times[steps].square()
+        weight_F = torch.ones(frames)
         weight_F[0] = FIRST
+        first, later = error.detach().split((1, frames - 1), 1)
+        notes = {"first": float(first.mean())}
+        if frames > 1:
+            notes |= {f"step{step}": float(later[steps[:, 1:] == step].mean()) for step in range(len(self.times))}
         return (error * weight_F / weight_F.mean()).mean(), notes
 
     def noised(self, basis: Tensor, steps_BF: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,11 +156,3 @@ class WalkLessons:
         """The frames to which the velocity at noisy ones points."""
         velocity = denoiser(lesson.past, noisy, self.told[steps_BF], lesson.text, lesson.prompts, lesson.seen)
         return noisy - self.times[steps_BF][:, None, :, None, None] * velocity
-
-    def keep(self, lesson: WalkLesson, guesses: Tensor) -> None:
-        """Keep what the denoiser made of walks as their past; the first frame of a moved walk stays as it was."""
-        for place, (row, (down, right)) in enumerate(zip(lesson.rows, lesson.moves, strict=True)):
-            made = guesses[place].clone()
-            if lesson.is_moved[place]:
-                made[:, 0] = lesson.past[place, :, 0]
-            self.made[row] = made.roll((-down, -right), (2, 3)).half()

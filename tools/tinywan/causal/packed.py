@@ -65,7 +65,7 @@ class PackedDenoiser(nn.Module):
         tokens = grid[1] * grid[2]
         # Every frame attends to all clean ones, with a mask, and to itself.
         others = seen_GG[:, : frames - 1] & ~torch.eye(count, dtype=torch.bool, device=seen_GG.device)[:, : frames - 1]
-        hidden = torch.cat((~others, torch.zeros_like(others[:, :1])), 1).repeat_interleave(tokens, 1)
+        hidden = torch.cat((~others, others.new_zeros(count, 1)), 1).repeat_interleave(tokens, 1)
         bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
         bias = bias.repeat(batch, 1)[:, None, None]
 
