@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser, teacher_forcing
-from tools.tinywan.causal.walks import LEGS, Walk, draw_walk, render
+from tools.tinywan.causal.walks import LEGS, Walk, draw_first, draw_walk, render
 from tools.tinywan.networks import make_tokenizer
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
@@ -75,7 +75,10 @@ def test_packed_frames_see_what_a_rollout_sees() -> None:
     shape = (1, 16, FRAMES, 4, 6)
     clean, noisy = (torch.randn(shape, generator=generator) for _ in range(2))
     text = torch.randn(1, LEGS, MODEL.dit.text_rows, MODEL.dit.text_dim, generator=generator)
-    legs, times = torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.tensor([[0.999, 0.625, 0.999, 0.25, 0.5, 0.75]])
+    legs, times = (
+        torch.tensor([[0, 0, 1, 1, 2, 0, 0, 1, 1, 2, 2]]),
+        torch.tensor([[0.999, 0.625, 0.999, 0.25, 0.5, 0.75]]),
+    )
     packed = [*range(FRAMES - 1), *range(FRAMES, 2 * FRAMES)]
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         found = PackedDenoiser(dit).velocity(clean, noisy, times, text, legs, teacher_forcing(SPANS)[packed][:, packed])
@@ -87,7 +90,7 @@ def test_packed_frames_see_what_a_rollout_sees() -> None:
                 )
                 for layer in range(MODEL.dit.num_layers if past else 0)
             ]
-            prompt = text[:, legs[0, frame]]
+            prompt = text[:, legs[0, FRAMES - 1 + frame]]
             expected, _ = run_chunk(dit, noisy[:, :, frame : frame + 1], 1000 * times[:, frame], prompt, [frame], seen)
             assert (found[:, :, frame : frame + 1] - expected).abs().max() < 1e-4 * expected.abs().max()
             _, own = run_chunk(dit, clean[:, :, frame : frame + 1], torch.zeros(1), prompt, [frame], seen)
@@ -103,10 +106,12 @@ class FakePool:
 
 @pytest.fixture
 def lessons() -> WalkLessons:
+    rng = np.random.default_rng(4)
     pool = FakePool(walks(4), torch.randn(4, 16, FRAMES, 14, 16).half())
+    firsts = FakePool([draw_first(rng, VIDEO.size_wh) for _ in range(3)], torch.randn(3, 16, 1, 14, 16).half())
     encoder = TextEncoder(MODEL.text_encoder)
     encoder.load_state_dict(load_file(embedded(MODEL).weights["text_encoder"]))
-    return WalkLessons(MODEL, pool, encoder, make_tokenizer())  # type: ignore[arg-type]
+    return WalkLessons(MODEL, pool, firsts, encoder, make_tokenizer())  # type: ignore[arg-type]
 
 
 def test_a_frame_always_sees_itself_and_the_clean_one_before_it(lessons: WalkLessons) -> None:
@@ -131,23 +136,37 @@ def perfect(lesson_goal: Tensor) -> Callable[..., Tensor]:
     return velocity
 
 
-def test_what_the_denoiser_made_becomes_the_past_of_the_same_walk(lessons: WalkLessons) -> None:
-    rng = np.random.default_rng(1)
-    lesson = lessons.draw(rng, 4, own=1.0)
-    shifted = lesson.goal + 1
-    loss, _ = lessons.loss(perfect(shifted), lesson, rng, torch.Generator().manual_seed(0), alone=True)
-    assert loss > 0
-    for place, row in enumerate(lesson.rows):
-        change = (lessons.made[row] - lessons.pool.latents[row])[:, 1:].float()
-        assert (change.mean() - 1).abs() < 0.01
-        assert change.std() < 0.02, place
-        first = (lessons.made[row] - lessons.pool.latents[row])[:, 0].float().mean()
-        assert abs(float(first) - float(lesson.counted[place, 0])) < 0.01
-
-
-def test_a_perfect_guess_has_no_loss(lessons: WalkLessons) -> None:
-    rng = np.random.default_rng(2)
-    lesson = lessons.draw(rng, 4, own=0.0)
-    loss, notes = lessons.loss(perfect(lesson.goal), lesson, rng, torch.Generator().manual_seed(0), alone=False)
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_perfect_guess_has_no_loss(lessons: WalkLessons, alone: bool) -> None:
+    rng, generator = np.random.default_rng(2), torch.Generator().manual_seed(0)
+    lesson = lessons.draw_firsts(rng, 4) if alone else lessons.draw(rng, 4)
+    loss, notes = lessons.loss(perfect(lesson.goal), lesson, rng, generator)
     assert loss < 1e-3
-    assert set(notes) == {"step0", "step1"}
+    assert set(notes) == ({"first"} if alone else {"step0", "step1", "first"})
+    assert lessons.loss(perfect(lesson.goal + 1), lesson, rng, generator)[0] > 0.9
+
+
+def test_a_moved_walk_begins_with_a_new_video_that_nothing_else_sees(lessons: WalkLessons) -> None:
+    lesson = lessons.draw(np.random.default_rng(3), 16)
+    assert set(lesson.is_moved) == {True, False}
+    firsts = lessons.firsts.latents[:, :, 0].float()
+    for place, is_moved in enumerate(lesson.is_moved):
+        assert any(torch.equal(lesson.goal[place, :, 0], first) for first in firsts) == is_moved
+        assert lesson.prompts[place, FRAMES - 1] == (LEGS if is_moved else 0)
+        assert lesson.prompts[place, 0] == 0
+    assert lesson.seen[:, FRAMES - 1].sum() == 1
+
+
+def test_what_is_remembered_has_errors_and_the_goal_has_none(lessons: WalkLessons) -> None:
+    lesson = lessons.draw(np.random.default_rng(3), 16)
+    errors = (lesson.past - lesson.goal)[:, :, 1:].std((1, 2, 3, 4))
+    assert 0 < errors.min() < 0.15 < errors.max() < 0.42
+
+
+def test_first_frames_can_be_packed_alone(lessons: WalkLessons) -> None:
+    dit, lesson = network(), lessons.draw_firsts(np.random.default_rng(1), 2)
+    times = torch.tensor([[0.999], [0.625]])
+    with torch.no_grad():
+        found = PackedDenoiser(dit).velocity(lesson.past, lesson.goal, times, lesson.text, lesson.prompts, lesson.seen)
+        expected, _ = run_chunk(dit, lesson.goal, 1000 * times[:, 0], lesson.text[:, 0], [0], [])
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

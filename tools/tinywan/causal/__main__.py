@@ -13,7 +13,7 @@ from torch import Tensor
 from tools.tinywan.causal import scores
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser
-from tools.tinywan.causal.walks import WalkPool, fill_pool
+from tools.tinywan.causal.walks import WalkPool, fill_firsts, fill_pool
 from tools.tinywan.denoiser import plain_attentions
 from tools.tinywan.networks import make_tokenizer
 from tools.tinywan.pictures import curves
@@ -27,13 +27,18 @@ from wanforge.runtime.reference.text_encoder import TextEncoder
 
 MODEL, BASE = load_model("tinywan-causal"), load_model("tinywan")
 PLANS = {
-    "teacher": Plan(steps=1200, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True),
-    "alone": Plan(steps=800, batch=4, rate=5e-4, warmup=20, decay=0.99, muon=True),
+    "teacher": Plan(steps=1000, batch=4, rate=1.5e-3, warmup=20, decay=0.99, muon=True, stop_at=756),
+    "firsts": Plan(steps=300, batch=4, rate=1e-3, warmup=10, decay=0.99, muon=True),
 }
 SHARDS = 3
 """Number of shards of the pool, of 64 walks each."""
-OWN = 0.75
-"""Share of the walks whose past is the denoiser's own, once that is practised."""
+FIRST_SHARDS = 10
+"""Number of shards of first frames, of 64 each."""
+
+FIRSTS_SHARE = 0.7
+"""Share of the steps of `firsts` that train first frames alone."""
+FIRSTS_BATCH = 32
+"""First frames in such a step."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Workshop:
     def lessons(self) -> WalkLessons:
         encoder = TextEncoder(MODEL.text_encoder)
         encoder.load_state_dict(load_file(embedded(BASE).weights["text_encoder"]))
-        return WalkLessons(MODEL, WalkPool(self.folder / "pool"), encoder, make_tokenizer())
+        pool, firsts = (WalkPool(self.folder / name) for name in ("pool", "firsts"))
+        return WalkLessons(MODEL, pool, firsts, encoder, make_tokenizer())
 
 
 def run_pool(workshop: Workshop) -> None:
@@ -64,30 +70,35 @@ def run_pool(workshop: Workshop) -> None:
     vae.load_state_dict(load_file(embedded(BASE).weights["vae"]))
     for path in fill_pool(MODEL, vae, workshop.folder / "pool", SHARDS):
         click.echo(path)
+    for path in fill_firsts(MODEL, vae, workshop.folder / "firsts", FIRST_SHARDS):
+        click.echo(path)
 
 
 def run_teacher(workshop: Workshop) -> None:
-    """Train with the walks' own frames as the past, from TinyWan's weights."""
-    train_causal(workshop, "teacher", workshop.dit(), alone=False)
+    """Train the denoiser on walks, from TinyWan's weights."""
+    train_causal(workshop, "teacher", workshop.dit(), firsts=0.0)
 
 
-def run_alone(workshop: Workshop) -> None:
-    """Train with what the denoiser itself has made as the past."""
-    train_causal(workshop, "alone", workshop.dit("teacher"), alone=True)
+def run_firsts(workshop: Workshop) -> None:
+    """Train the denoiser on walks and, mostly, on first frames, which are harder to learn than all others."""
+    train_causal(workshop, "firsts", workshop.dit("teacher"), firsts=FIRSTS_SHARE)
 
 
-def train_causal(workshop: Workshop, phase: str, dit: DiT, *, alone: bool) -> None:
+def train_causal(workshop: Workshop, phase: str, dit: DiT, *, firsts: float) -> None:
     """Train the denoiser, or continue its training.
 
     Args:
-        alone: See `WalkLessons.loss`.
+        firsts: Share of the steps that train first frames alone.
     """
-    lessons, plan = workshop.lessons(), PLANS[phase]
-    run = torch.compile(PackedDenoiser(dit), dynamic=False)
+    lessons, plan, denoiser = workshop.lessons(), PLANS[phase], PackedDenoiser(dit)
+    run = torch.compile(denoiser, dynamic=False)
 
     def loss_of(rng: Generator, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        lesson = lessons.draw(rng, plan.batch, OWN if alone else 0.0)
-        return lessons.loss(run, lesson, rng, generator, alone=alone)
+        if rng.random() < firsts:
+            loss, notes = lessons.loss(denoiser, lessons.draw_firsts(rng, FIRSTS_BATCH), rng, generator)
+            return loss, {"alone": notes["first"] / firsts}
+        loss, notes = lessons.loss(run, lessons.draw(rng, plan.batch), rng, generator)
+        return loss, {name: value / (1 - firsts) for name, value in notes.items()}
 
     with plain_attentions():
         train(phase, workshop.folder, plan, dit, loss_of)
@@ -97,7 +108,7 @@ def run_publish(workshop: Workshop) -> None:
     """Write the denoiser as the package has it, in bfloat16."""
     files = workshop.folder / "files"
     files.mkdir(exist_ok=True)
-    weights, path = workshop.dit("alone").state_dict(), files / "dit.safetensors"
+    weights, path = workshop.dit("firsts").state_dict(), files / "dit.safetensors"
     save_file({name: value.bfloat16().contiguous() for name, value in weights.items()}, path)
     click.echo(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -118,7 +129,7 @@ def run_pictures(workshop: Workshop) -> None:
 PHASES: dict[str, Callable[[Workshop], None]] = {
     "pool": run_pool,
     "teacher": run_teacher,
-    "alone": run_alone,
+    "firsts": run_firsts,
     "publish": run_publish,
     "scores": run_scores,
     "pictures": run_pictures,

@@ -55,8 +55,8 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """A video that was streamed.
+class Steered:
+    """A stream that has ended.
 
     Attributes:
         prompts: What each chunk shows.
@@ -78,7 +78,7 @@ def subject_of(prompt: str) -> Subject:
     return Subject(colour, shape, direction, next((word for word in words if word in ("slowly", "quickly")), ""))
 
 
-def stream(bundle: Path, script: dict[int, str], chunks: int, out: Path) -> Streamed:
+def stream(bundle: Path, script: dict[int, str], chunks: int, out: Path) -> Steered:
     """Make a video of so many chunks, and give each prompt of the script when its time has come."""
     command = [sys.executable, "-m", "wanforge", "stream", str(bundle), "--prompt-file", "-", "--json"]
     begun, first, prompts = time.monotonic(), 0.0, list[str]()
@@ -105,7 +105,7 @@ def stream(bundle: Path, script: dict[int, str], chunks: int, out: Path) -> Stre
                 process.stdin.flush()
     if process.returncode:
         raise click.ClickException(f"wanforge stream ended with code {process.returncode}")
-    return Streamed(prompts, loaded, first, last - first)
+    return Steered(prompts, loaded, first, last - first)
 
 
 def segments_of(out: Path, bundle: Bundle, prompts: list[str]) -> list[Segment]:

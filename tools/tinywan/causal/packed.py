@@ -37,7 +37,7 @@ class PackedDenoiser(nn.Module):
         self.dit = dit
 
     def forward(
-        self, clean: Tensor, noisy: Tensor, times_BF: Tensor, text_BLTE: Tensor, legs_BF: Tensor, seen_GG: Tensor
+        self, clean: Tensor, noisy: Tensor, times_BF: Tensor, text_BLTE: Tensor, legs_BG: Tensor, seen_GG: Tensor
     ) -> Tensor:
         """The velocity at the noisy frames ``[B, C, F, H, W]``, float32.
 
@@ -45,14 +45,14 @@ class PackedDenoiser(nn.Module):
             clean, noisy: Latents ``[B, C, F, H, W]``.
             times_BF: The times of the noisy frames as the network is told them, 0 to 1.
             text_BLTE: An embedded prompt for each leg.
-            legs_BF: The number of each frame's leg.
+            legs_BG: The number of each frame's prompt.
             seen_GG: Which frame sees which, bool.
         """
         with torch.autocast(noisy.device.type, torch.bfloat16):
-            return self.velocity(clean, noisy, times_BF, text_BLTE, legs_BF, seen_GG)
+            return self.velocity(clean, noisy, times_BF, text_BLTE, legs_BG, seen_GG)
 
     def velocity(
-        self, clean: Tensor, noisy: Tensor, times_BF: Tensor, text_BLTE: Tensor, legs_BF: Tensor, seen_GG: Tensor
+        self, clean: Tensor, noisy: Tensor, times_BF: Tensor, text_BLTE: Tensor, legs_BG: Tensor, seen_GG: Tensor
     ) -> Tensor:
         """The same in the type of the latents."""
         dit, (batch, _, frames, height, width) = self.dit, noisy.shape
@@ -60,13 +60,12 @@ class PackedDenoiser(nn.Module):
         rope = rope_tables((count, *grid[1:]), noisy.device, [*range(frames - 1), *range(frames)])
         times = torch.cat((torch.zeros_like(times_BF[:, 1:]), times_BF), 1).flatten()
         layers, head_modulation = dit.embed_time(sinusoid(times * TIMESTEP_SCALE, dit.config.frequency_dim))
-        legs_BG = torch.cat((legs_BF[:, :-1], legs_BF), 1)
         prompts = (legs_BG + text_BLTE.shape[1] * torch.arange(batch, device=legs_BG.device)[:, None]).flatten()
         context = dit.text_embedding(text_BLTE.flatten(0, 1))
         tokens = grid[1] * grid[2]
         # Every frame attends to all clean ones, with a mask, and to itself.
         others = seen_GG[:, : frames - 1] & ~torch.eye(count, dtype=torch.bool, device=seen_GG.device)[:, : frames - 1]
-        hidden = torch.cat((~others, torch.zeros_like(others[:, :1])), 1).repeat_interleave(tokens, 1)
+        hidden = torch.cat((~others, others.new_zeros(count, 1)), 1).repeat_interleave(tokens, 1)
         bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, -torch.inf)
         bias = bias.repeat(batch, 1)[:, None, None]
 

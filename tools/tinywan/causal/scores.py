@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 from wanforge.configs.causal import PolicyName
 from wanforge.configs.model import ModelConfig
@@ -17,13 +18,13 @@ from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.turns import TurnQuality, measure_turns, turns, turns_table
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
 
-RECIPES = ("bf16", "w8a8", "w8a8-row", "fp8-row", "nvfp4")
+RECIPES = ("bf16", "w8a8", "w8a8-row")
 SHIPPED = "w8a8"
 """The recipe whose formats and policies are measured."""
 LONGER = 3
 """How many times as long as a trained clip the long ones are."""
-EVERY_LONG = 2
-"""Of the pairs of prompts, the share that long clips are made of: one in so many."""
+PAIRS = {1: 2, LONGER: 6}
+"""Of the pairs of prompts, one in so many is asked for, by the length of the videos."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ SETTINGS = (
     Setting("ort", SHIPPED),
     Setting("ort", SHIPPED, "int8"),
     Setting("ort", SHIPPED, "fp8"),
-    *(Setting("ort", SHIPPED, cache=each, length=LONGER) for each in ("none", "sliding_window", "rolling_sink")),
-    Setting("ort", SHIPPED, cache="infinity_rope", length=LONGER),
-    Setting("ort", SHIPPED, "int8", "infinity_rope", LONGER),
-    Setting("ort", SHIPPED, "fp8", "infinity_rope", LONGER),
+    *(Setting("ort", SHIPPED, cache=each, length=LONGER) for each in get_args(PolicyName)),
 )
 
 
@@ -68,7 +66,7 @@ def measured(model: ModelConfig, sources: Sources, folder: Path) -> Iterator[Tur
     for setting in SETTINGS:
         pipeline = Contender(setting.backend).pipeline(bundle_of(model, sources, folder, setting.recipe))
         chunks = setting.length * model.video.clip.latent_frames
-        asked = turns()[:: EVERY_LONG if setting.length > 1 else 1]
+        asked = turns()[:: PAIRS[setting.length]]
         yield measure_turns(pipeline, chunks, cache=setting.cache, kv=setting.kv, asked=asked)
 
 

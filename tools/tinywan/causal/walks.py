@@ -91,11 +91,22 @@ def draw_walk(rng: Generator, frame_wh: tuple[int, int], frames: int) -> Walk:
         legs.append(changed(rng, legs[-1]))
     turns = 1 + np.sort(rng.choice(latent_frames(frames) - 1, LEGS - 1, replace=False))
     begins = (0, *(int(turn) for turn in turns))
-    if is_new := bool(rng.random() < 0.5):
-        x, y = np.array(frame_wh) / 2 - APPROACH * legs[0].step_xy
-    else:
-        x, y = rng.uniform((0, 0), frame_wh)
+    is_new = bool(rng.random() < 0.5)
+    x, y = beginning(legs[0], frame_wh) if is_new else rng.uniform((0, 0), frame_wh)
     return Walk(tuple(legs), begins, (float(x), float(y)), is_new)
+
+
+def draw_first(rng: Generator, frame_wh: tuple[int, int]) -> Walk:
+    """Draw a walk of one leg that begins as a new video does, of which only the first frame is shown."""
+    leg = Leg(draw_subject(rng), str(rng.choice(list(SIZES))), str(rng.choice(list(BACKGROUNDS))))
+    x, y = beginning(leg, frame_wh)
+    return Walk((leg,), (0,), (float(x), float(y)), is_new=True)
+
+
+def beginning(leg: Leg, frame_wh: tuple[int, int]) -> NDArray[np.float64]:
+    """Where a shape is in the first frame of a new video, in pixels."""
+    place: NDArray[np.float64] = np.array(frame_wh) / 2 - APPROACH * leg.step_xy
+    return place
 
 
 def changed(rng: Generator, leg: Leg) -> Leg:
@@ -137,17 +148,28 @@ def fill_pool(model: ModelConfig, vae: VAE, folder: Path, shards: int, seed: int
     def made(shard: int) -> tuple[list[Walk], dict[str, Tensor]]:
         rng, video = np.random.default_rng([11, seed, shard]), model.video
         walks = [draw_walk(rng, video.size_wh, video.frames) for _ in range(SHARD)]
-        return walks, {"latents": torch.cat([encode(model, vae, walk) for walk in walks]).half()}
+        latents = [encode(vae, walk, video.size_wh, video.frames) for walk in walks]
+        return walks, {"latents": torch.cat(latents).half()}
+
+    return fill_shards(folder, range(shards), made)
+
+
+def fill_firsts(model: ModelConfig, vae: VAE, folder: Path, shards: int, seed: int = 0) -> Iterator[Path]:
+    """The same of first frames alone, of which walks show too few."""
+
+    def made(shard: int) -> tuple[list[Walk], dict[str, Tensor]]:
+        rng, size_wh = np.random.default_rng([12, seed, shard]), model.video.size_wh
+        walks = [draw_first(rng, size_wh) for _ in range(SHARD)]
+        return walks, {"latents": torch.cat([encode(vae, walk, size_wh, 1) for walk in walks]).half()}
 
     return fill_shards(folder, range(shards), made)
 
 
 @torch.no_grad()
-def encode(model: ModelConfig, vae: VAE, walk: Walk) -> Tensor:
+def encode(vae: VAE, walk: Walk, size_wh: tuple[int, int], frames: int) -> Tensor:
     """The latents of a walk ``[1, 16, F, H, W]``, float32, without any trace of the frame's border."""
-    video = model.video
-    frames = torch.from_numpy(render(walk, video.size_wh, video.frames, MARGIN * SPATIAL_STRIDE))
-    latents: Tensor = vae.encode(quick(frames.permute(3, 0, 1, 2)[None] / 127.5 - 1)).float()
+    clip = torch.from_numpy(render(walk, size_wh, frames, MARGIN * SPATIAL_STRIDE))
+    latents: Tensor = vae.encode(quick(clip.permute(3, 0, 1, 2)[None] / 127.5 - 1)).float()
     return latents[..., MARGIN:-MARGIN, MARGIN:-MARGIN]
 
 
