@@ -245,13 +245,18 @@ def gemm(
     ring._keep_alive()
     factors._keep_alive()
 
-    upper = epilogue(upper, offsets, shares, compute, GELU)
-    lower = epilogue(lower, offsets, shares, compute, GELU)
     stored: gl.constexpr = BYTES_STORED if y_scale is not None else HALF_STORED
     row = gl.arange(0, PART, gl.SliceLayout(1, stored))[:, None]
     start = (row_tile * TILE).to(gl.int64) * N + column_tile * TILE
     place = row * N + gl.arange(0, TILE, gl.SliceLayout(0, stored))[None, :]
     left_over = M - row_tile * TILE
+    if residual is not None:
+        before = ()
+        for part in gl.static_range(PARTS):
+            places = residual + start + part * (PART * N) + place
+            before += (gl.load(places, mask=row < left_over - part * PART, other=0.0),)
+    upper = epilogue(upper, offsets, shares, compute, GELU)
+    lower = epilogue(lower, offsets, shares, compute, GELU)
     if y_scale is not None:
         largest = gl.maximum(gl.abs(upper), gl.abs(lower))
         amax = gl.maximum(gl.max(largest.reshape((PART * TILE,)), 0), 1e-8)
@@ -267,6 +272,5 @@ def gemm(
         else:
             total = gl.convert_layout(total.to(compute), stored)
             if residual is not None:
-                total = total.to(gl.float32)
-                total += gl.load(residual + start + part * (PART * N) + place, mask=inside, other=0.0).to(gl.float32)
+                total = total.to(gl.float32) + before[part].to(gl.float32)
             gl.store(places, total.to(y.dtype.element_ty), mask=inside)

@@ -44,8 +44,8 @@ COMPILED = [
 ONLY_FP8 = "w8a8_linear.gelu_quantise_rows"
 """A kernel that only `fp8-row` launches, and so none of the architectures without fp8."""
 OTHERS = {("w8a8_linear.gemm", 90), ("w8a8_linear.gemm", 120)}
-"""What multiplies where biases have 32 bits, or on sm_90 where the number of outputs is no multiple of 256, which it is
-in all published models."""
+"""What multiplies where biases have 32 bits, or on sm_90 where the number of outputs is no multiple of 256: in no
+published model."""
 
 WARPGROUPS = "warpgroup_attention.attention"
 """Sparse attention in 8 bits on sm_90."""
