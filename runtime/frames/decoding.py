@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 
+import torch
 from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
@@ -10,7 +11,6 @@ from wanforge.progress import Progress, silent
 from wanforge.runtime.backends.base import Backend, Session
 from wanforge.runtime.causal.schedule import PREFIXES
 from wanforge.runtime.graphs import Graph
-from wanforge.runtime.output.clip import images_of
 from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.request import Timings
 from wanforge.runtime.schedule import vae_schedule
@@ -57,3 +57,9 @@ def chunks(output: str) -> Iterator[tuple[int, str, str]]:
     yield 0, "first", f"first_{output}"
     for index in count(1):
         yield index, f"next.{(index - 1) % 2}", output
+
+
+def images_of(pixels_CTHW: Tensor) -> Tensor:
+    """Pixels in [-1, 1], which may go beyond, as uint8 ``[T, H, W, C]``. Halves round up, as in upstream's writer."""
+    scaled_CTHW = (pixels_CTHW.float().clamp(-1, 1) + 1) / 2 * 255
+    return (scaled_CTHW + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()

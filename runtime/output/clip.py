@@ -46,9 +46,3 @@ class Clip:
             for frame in self.frames:
                 write(torch.from_numpy(frame))
         return target
-
-
-def images_of(pixels_CTHW: Tensor) -> Tensor:
-    """Pixels in [-1, 1], which may go beyond, as uint8 ``[T, H, W, C]``. Halves round up, as in upstream's writer."""
-    scaled_CTHW = (pixels_CTHW.float().clamp(-1, 1) + 1) / 2 * 255
-    return (scaled_CTHW + 0.5).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
