@@ -248,10 +248,14 @@ def test_an_encoder_that_hangs_is_not_taken_for_a_slow_reader(pipeline: Pipeline
         encoder.send_signal(signal.SIGSTOP)
         reading = threading.Thread(target=stage.hear)
         reading.start()
-        settled = -1
-        while settled != stage.reports:  # nothing is told any more
-            settled = stage.reports
+        told = list[int]()
+
+        def is_silent() -> bool:
+            told.append(stage.reports)
             time.sleep(10 * shows.LOOK_SECONDS)
+            return told[-1] == stage.reports
+
+        wait_until(is_silent, SECONDS)
         encoder.kill()
         stage.end()
         reading.join(SECONDS)
