@@ -178,6 +178,7 @@ def test_the_signature_lists_every_setting() -> None:
         "self",
         "prompt",
         "image",
+        "last_image",
         "on_progress",
         "size",
         "frames",
