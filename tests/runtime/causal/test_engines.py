@@ -1,9 +1,10 @@
 """Engines of a causal model are found for every stream that they serve, and given the right tensors: on stand-ins for
-TensorRT and CUDA, a rollout is exactly ONNX Runtime's, because these run the same graphs."""
+TensorRT and CUDA, a stream is exactly ONNX Runtime's, because these run the same graphs."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,53 +22,18 @@ from wanforge.engines.sizes import named_sizes, shape_ranges
 from wanforge.errors import BundleError
 from wanforge.plugins.tensorrt.library import RTX
 from wanforge.plugins.tensorrt.plugin import Account
-from wanforge.progress import silent
 from wanforge.runtime.backends import trt as trt_module
 from wanforge.runtime.backends.arena_backend import TEXT_ROWS
 from wanforge.runtime.backends.ort import OrtBackend
 from wanforge.runtime.backends.trt import TrtBackend
-from wanforge.runtime.causal.stream import CheckedStream, check_live, check_stream
-from wanforge.runtime.dtypes import element_type
-from wanforge.runtime.memory.arena import FixedTensors, Unbounded
 from wanforge.runtime.pipeline import Pipeline
-from wanforge.runtime.request import Request, Timings
-from wanforge.runtime.schedule import GraphRun, Schedule
 
 CLIP = ClipShape(64, 32, 17)
 
 
-class Aligned(Unbounded):
-    """Memory without a limit, at addresses that engines take."""
-
-    def __init__(self, backend: TrtBackend) -> None:
-        super().__init__(backend.device, backend.dtype, backend.own_weight)
-        self.kept = dict[tuple[str, str, str], Tensor]()
-        self.workspace = aligned((max(backend.workspaces().values()),), torch.uint8)
-
-    def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:
-        return {
-            name: aligned(spec.shape, element_type(spec.dtype, self.dtype)) for name, spec in schedule.buffers.items()
-        }
-
-    def weights(self, graph_run: GraphRun, names: Sequence[str]) -> FixedTensors:
-        placed = {(graph_run.component, graph_run.prefix, name): self.weight(graph_run, name) for name in names}
-        for place, weight in placed.items():
-            if place not in self.kept:
-                self.kept[place] = aligned(weight.shape, weight.dtype).copy_(weight)
-        return FixedTensors({place[-1]: self.kept[place] for place in placed})
-
-
-def aligned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that holds nothing of use."""
-    size = torch.Size(shape).numel() * dtype.itemsize
-    memory = torch.full((size + 256,), 0xA5, dtype=torch.uint8)
-    start = -memory.data_ptr() % 256
-    return memory[start : start + size].view(dtype).view(shape)
-
-
 @pytest.fixture
 def backend(bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrtBackend:
-    """A backend on stand-ins with engines of tiny-causal for `CLIP`, without a plan for its memory."""
+    """A backend on stand-ins with engines of tiny-causal for `CLIP`."""
     monkeypatch.setattr(engine_files, "installed_version", lambda flavour: "1.7.1.116" if flavour is RTX else None)
     monkeypatch.setattr(build_module, "DTYPE", "float32")
     monkeypatch.setattr(trt_module, "register_plugins", lambda library: Account())
@@ -78,11 +44,7 @@ def backend(bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch
     monkeypatch.setattr(trt_module, "gpu", lambda: stand_in)
     monkeypatch.setattr(trt_module, "open_library", lambda flavour: stand_in.library)
     write_engines(bundle, CLIP, stand_in)
-    made = TrtBackend(bundle, torch.float32)
-    made.load(CLIP)
-    made.memory = memory = Aligned(made)
-    made.place(memory.workspace)
-    return made
+    return TrtBackend(bundle, torch.float32)
 
 
 @pytest.fixture
@@ -103,45 +65,30 @@ def shapes(backend: TrtBackend, monkeypatch: pytest.MonkeyPatch) -> list[tuple[i
     return told
 
 
-def latents(backend: OrtBackend | TrtBackend, stream_of: Callable[[Pipeline], CheckedStream]) -> Tensor:
-    """The latents of a stream, without the checks that ask what a backend can do."""
-    pipeline = Pipeline(backend.bundle, backend)
-    stream = stream_of(pipeline)
-    chunks = pipeline.rollout(stream, stream.scenes * (stream.num_chunks or 1), Timings(), silent)
-    return torch.cat([made.latents for made in chunks], 2)
-
-
-def clip(pipeline: Pipeline, image: Image.Image | None = None) -> CheckedStream:
-    request, model = Request("a red kite", CLIP, image, 5), pipeline.model
-    assert model.causal
-    return check_stream(request, model, model.causal, pipeline.tokenizer, {})
-
-
-def live(pipeline: Pipeline) -> CheckedStream:
-    """A stream that forgets."""
-    request, model = Request("a red kite", CLIP, None, 5), pipeline.model
-    assert model.causal
-    return check_live(request, model, model.causal, pipeline.tokenizer, 5, {"cache": "infinity_rope"})
-
-
-def with_image(pipeline: Pipeline) -> CheckedStream:
-    return clip(pipeline, Image.fromarray(np.full((CLIP.height_px, CLIP.width_px, 3), 90, np.uint8)))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("stream_of", "past_frames"), [(clip, 3), (with_image, 3), (live, 7)])
-def test_a_rollout_is_that_of_onnx_runtime(
-    stream_of: Callable[[Pipeline], CheckedStream],
-    past_frames: int,
-    backend: TrtBackend,
-    shapes: list[tuple[int, ...]],
+@pytest.mark.parametrize(
+    ("settings", "past_frames"),
+    [({"frames": 17}, 3), ({"frames": 17, "image": True}, 3), ({"frames": 33, "cache": "infinity_rope"}, 7)],
+    ids=str,
+)
+def test_a_stream_is_that_of_onnx_runtime(
+    settings: dict[str, Any], past_frames: int, backend: TrtBackend, shapes: list[tuple[int, ...]]
 ) -> None:
-    found = latents(backend, stream_of)
+    image = Image.fromarray(np.full((CLIP.height_px, CLIP.width_px, 3), 90, np.uint8))
+
+    def made(backend: OrtBackend | TrtBackend) -> tuple[Tensor, Tensor]:
+        first = image if settings.get("image") else None
+        others = {name: value for name, value in settings.items() if name != "image"}
+        stream = Pipeline(backend.bundle, backend).stream("a red kite", first, size=(64, 32), seed=5, **others)
+        chunks = list(stream)
+        frames = [torch.from_numpy(chunk.frames) for chunk in chunks]
+        return torch.cat([chunk.latents for chunk in chunks], 2), torch.cat(frames)
+
+    found = made(backend)
     other = OrtBackend(backend.bundle, None)
     other.text_rows_multiple = TEXT_ROWS
-    assert torch.equal(found, latents(other, stream_of))
+    assert all(map(torch.equal, found, made(other)))
     assert set(shapes) == {(1, past_frames * 8, 2, 128)}
-    assert backend.gpu.launched.count("chunk_block") > 0  # type: ignore[attr-defined]
 
 
 def test_engines_serve_shorter_videos_and_no_longer_ones(backend: TrtBackend) -> None:
