@@ -141,7 +141,9 @@ def test_a_picture_is_encoded_and_frames_are_decoded_in_strips(bundle_of: Callab
         backend.graphs = graphs.__wrapped__(bundle.model, bundle.recipe)
         pipeline = Pipeline(bundle, backend)
         backend.prepare(clip)
-        return pipeline.encode_images(Request("", clip, picture)), torch.stack(list(pipeline.frames(latents, clip, Timings())))
+        return pipeline.encode_images(Request("", clip, picture)), torch.stack(
+            list(pipeline.frames(latents, clip, Timings()))
+        )
 
     condition, frames = made(Alone())
     (found, shown), (same, nothing) = on_threads(2, made)
