@@ -1,7 +1,7 @@
 """A pipeline makes a video chunk by chunk, in bounded memory, and it is the one that the reference makes at once."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from wanforge.progress import Overall
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.choice import choose_backend
 from wanforge.runtime.causal.schedule import stream_schedule
+from wanforge.runtime.causal.slots import KVSlots
 from wanforge.runtime.causal.stream import Streamed, StreamSettings, check_stream, check_streams
 from wanforge.runtime.measure.cost.shares import stage_shares
 from wanforge.runtime.memory.plan import buffers_bytes
@@ -110,6 +111,20 @@ def test_a_stream_is_the_video_that_the_reference_makes(pipeline: Pipeline, name
     assert_matches(latents, reference(pipeline, 25, policy(name)), TOLERANCE)
     whole = pipeline.frames(latents, pipeline.model.video.shape(SIZE, 25), Timings())
     assert np.array_equal(frames, torch.stack(list(whole)).numpy())
+
+
+@pytest.mark.slow
+def test_slots_are_masked_by_what_is_in_them(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which slots are used, and in which order, changes nothing but the order of sums."""
+
+    def take_the_last(slots: KVSlots, frames: Iterable[int]) -> None:
+        free = sorted(set(range(slots.count)) - set(slots.slots.values()))
+        slots.slots |= {frame: free.pop() for frame in frames}
+
+    settings: dict[str, Any] = {"size": SIZE, "frames": 33, "seed": 7, "cache": "infinity_rope"}
+    expected = together(list(pipeline.stream(PROMPT, **settings)))[0]
+    monkeypatch.setattr(KVSlots, "_take", take_the_last)
+    assert_matches(together(list(pipeline.stream(PROMPT, **settings)))[0], expected, TOLERANCE)
 
 
 @pytest.mark.slow
