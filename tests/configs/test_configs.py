@@ -46,16 +46,8 @@ CAUSAL = {
     for name in ("c1-step2", "c1-step2-noisy", "c3-step4")
 }
 DENSE |= CAUSAL
-TINY_MODELS = {
-    "tiny-t2v",
-    "tiny-i2v",
-    "tiny-rcm",
-    "tiny-lightx2v",
-    "tiny-causal",
-    "tinywan",
-    "tinywan-i2v",
-    "tinywan-causal",
-}
+TINY_MODELS = {"tiny-t2v", "tiny-i2v", "tiny-rcm", "tiny-lightx2v", "tiny-causal"}
+TINY_MODELS |= {"tinywan", "tinywan-i2v", "tinywan-causal"}
 # linear, attention
 RECIPES = {
     "bf16": ("bf16", "dense"),

@@ -42,7 +42,7 @@ def test_what_a_segment_does_not_show_is_found(prompt: str, faults: list[str]) -
 def test_a_stream_turns_when_it_is_told(tmp_path: Path) -> None:
     bundle = import_checkpoint(MODEL, embedded(MODEL), tmp_path / "bundle", recipe=load_recipe("w8a8"))
     picture = tmp_path / "stream.png"
-    arguments = [str(bundle.root), "--out", str(tmp_path / "stream.mp4"), "--chunks", "12", "--picture", str(picture)]
+    arguments = [str(bundle.root), "--out", str(tmp_path / "stream.mp4"), "--picture", str(picture)]
     found = CliRunner().invoke(main, arguments)
     assert found.exit_code == 0, found.output
     assert "'a red circle moving right': right" in found.output
