@@ -38,8 +38,8 @@ SHARES = {
 docs/kernels.md has the sources: cuBLAS and cuDNN as 703 to 716 of 989 TFLOP/s on an H100, 8-bit attention as
 SageAttention2 with 470 of 838 TOPS on an RTX 5090, attention with a bias as PyTorch's with 78 to 92 of 165 TFLOP/s on
 an RTX 4090, 4-bit floats as SageAttention3 with 1,038 of 1,676 TOPS on an RTX 5090. Products in int8 are as this
-package's in Triton on an RTX 5090 would be if the L2 cache never ran short. Products in fp8 with a scale per row are as CUTLASS's
-with 1,342 of 1,979 TFLOP/s on an H100.
+package's in Triton on an RTX 5090 would be if the L2 cache never ran short. Products in fp8 with a scale per row are as
+CUTLASS's with 1,342 of 1,979 TFLOP/s on an H100.
 """
 
 SHARES_ON = {("fp8 by rows", 100): 0.54, ("fp8 by rows", 120): 0.93}
