@@ -238,7 +238,7 @@ def test_options_that_do_not_go_together_are_refused(bundle: Path, bundle_of: An
 def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "streaming.md").read_text()
     commands = [part.partition("```")[0] for part in page.split("```bash\n")[1:]]
-    assert len(commands) == 4
+    assert len(commands) == 5
     shim = tmp_path / "bin" / "wanforge"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m wanforge "$@"\n')
@@ -248,7 +248,8 @@ def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
         ["bash", "-c", script, "page", str(ROOT / "src")], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert [len(read_video(tmp_path / name)[1]) for name in ("circle.mp4", "square.mp4", "pipe.mp4")] == [33, 29, 29]
+    names = ("circle.mp4", "square.mp4", "pipe.mp4", "within.mp4")
+    assert [len(read_video(tmp_path / name)[1]) for name in names] == [33, 29, 29, 25]
     (example,) = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     ran = subprocess.run(
         [sys.executable, "-c", example],
