@@ -15,7 +15,7 @@ from wanforge.configs.causal import PolicyName
 from wanforge.configs.clip import TEMPORAL_STRIDE
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
-from wanforge.runtime.causal.stream import Streamed
+from wanforge.runtime.causal.stream import Streamed, StreamSettings
 from wanforge.runtime.measure.quality.figures import Subject, held_out_subjects
 from wanforge.runtime.measure.quality.held_out import Rates, rates_of
 from wanforge.runtime.measure.quality.meter import ClipReading, Score, direction_of, read, score, shown_things, slope
@@ -45,13 +45,14 @@ class TurnQuality:
     """What the segments of videos show that turn half way.
 
     Attributes:
+        cache: The cache policy, or None for the model's own.
         chunks: Chunks of a video.
         before, after: The shares that are right before and after the turn.
     """
 
     backend: str
     recipe: str
-    cache: PolicyName
+    cache: PolicyName | None
     kv: KVFormat
     chunks: int
     before: Rates
@@ -122,7 +123,7 @@ def measure_turns(
     pipeline: Pipeline,
     chunks: int,
     *,
-    cache: PolicyName = "none",
+    cache: PolicyName | None = None,
     kv: KVFormat = "native",
     asked: Sequence[Turn] | None = None,
     progress: Progress = silent,
@@ -131,6 +132,7 @@ def measure_turns(
 
     Args:
         chunks: Latent frames of a video, half of them for each prompt.
+        cache: What is remembered; by default what the model says.
         asked: All of `turns` by default.
 
     Raises:
@@ -143,7 +145,10 @@ def measure_turns(
     found: list[tuple[Score, Score]] = []
     for place, turn in enumerate(asked):
         prompt = turn.prompt(chunks // 2 * TEMPORAL_STRIDE / model.video.fps)
-        made = segments(list(pipeline.stream(prompt, cache=cache, kv=kv, seed=place)))
+        settings: StreamSettings = {"kv": kv, "seed": place}
+        if cache is not None:
+            settings["cache"] = cache
+        made = segments(list(pipeline.stream(prompt, **settings)))
         shown = [read_walk(frames) for _, frames in made]
         before, after = (score(one, (subject,))[0] for one, subject in zip(shown, vars(turn).values(), strict=True))
         found.append((before, after))
@@ -159,6 +164,8 @@ def turns_table(results: Sequence[TurnQuality]) -> str:
         for place, rates in (("before", result.before), ("after", result.after)):
             shares = [rates.colour, rates.shape, rates.direction, rates.speed, rates.all]
             cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-            rows.append([result.backend, result.recipe, result.cache, result.kv, str(result.chunks), place, *cells])
+            rows.append(
+                [result.backend, result.recipe, result.cache or "own", result.kv, str(result.chunks), place, *cells]
+            )
     header = ["backend", "recipe", "cache", "kv", "chunks", "segment", "colour", "shape", "direction", "speed", "all"]
     return text_table(header, rows, words=6)
