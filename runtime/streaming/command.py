@@ -88,8 +88,8 @@ class StreamOptions:
     "--cache",
     type=click.Choice(get_args(PolicyName)),
     help="Which chunks are remembered: all (none), the newest (sliding_window), those of the beginning by turns "
-    "(rolling_sink), or the first and the newest at times that do not grow (infinity_rope).  [default: the model's own, "
-    "or infinity_rope if that forgets nothing]",
+    "(rolling_sink), or the first and the newest at times that do not grow (infinity_rope).  [default: the model's "
+    "own, or infinity_rope if that forgets nothing]",
 )
 @click.option(
     "--kv",

@@ -29,7 +29,7 @@ APART = (5, 11)
 
 
 @dataclass(frozen=True)
-class Turn:
+class PromptPair:
     """A pair of prompts, of which the second holds from the middle of a video on."""
 
     before: Subject
@@ -64,11 +64,11 @@ def wording(subject: Subject) -> str:
     return f"a {subject.colour} {subject.shape} moving {subject.direction} {subject.speed}".strip()
 
 
-def turns() -> tuple[Turn, ...]:
+def turns() -> tuple[PromptPair, ...]:
     """48 pairs of held-out combinations, of which every one begins two and ends two."""
     subjects = held_out_subjects()
     return tuple(
-        Turn(
+        PromptPair(
             replace(first, speed=SPEEDS_ASKED[place % 3]),
             replace(subjects[(place + apart) % len(subjects)], speed=SPEEDS_ASKED[(place + apart // 5) % 3]),
         )
@@ -125,7 +125,7 @@ def measure_turns(
     *,
     cache: PolicyName | None = None,
     kv: KVFormat = "native",
-    asked: Sequence[Turn] | None = None,
+    asked: Sequence[PromptPair] | None = None,
     progress: Progress = silent,
 ) -> TurnQuality:
     """Make a video of every pair of prompts, seeded with its place in the list, and count what its two segments show.
