@@ -12,10 +12,12 @@ import click
 import torch
 
 from wanforge.configs.causal import PolicyName
+from wanforge.configs.model import ModelConfig
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.interrupts import Interrupted
 from wanforge.runtime.causal.lengths import chunks_of_seconds
+from wanforge.runtime.causal.stream import StreamSettings
 from wanforge.runtime.commands.options import (
     BACKEND,
     BUNDLE,
@@ -58,7 +60,7 @@ class StreamOptions:
     resolution: str | None
     seconds: float | None
     chunks: int | None
-    cache: PolicyName
+    cache: PolicyName | None
     kv: KVFormat
     seed: int
     loras: tuple[LoraChoice, ...]
@@ -97,10 +99,9 @@ class StreamOptions:
 @click.option(
     "--cache",
     type=click.Choice(get_args(PolicyName)),
-    default="infinity_rope",
-    show_default=True,
     help="Which chunks are remembered: all (none), the newest (sliding_window), those of the beginning by turns "
-    "(rolling_sink), or the first and the newest at times that do not grow, without which no video is endless.",
+    "(rolling_sink), or the first and the newest at times that do not grow (infinity_rope).  [default: the model's "
+    "own, or infinity_rope if that forgets nothing]",
 )
 @click.option(
     "--kv",
@@ -149,12 +150,19 @@ def stream(options: StreamOptions) -> None:
         chunks = options.chunks
         if options.seconds is not None and bundle.model.causal:
             chunks = chunks_of_seconds(bundle.model.causal, options.seconds, bundle.model.video.fps)
-        made = live_from(pipeline, request, chunks, {"cache": options.cache, "kv": options.kv})
+        made = live_from(pipeline, request, chunks, settings_of(options, bundle.model))
         report = StreamReport(options.out, chunks, bundle.model.video.fps, bars, as_json=options.as_json)
         report.begin(width_px=shape.width_px, height_px=shape.height_px, backend=pipeline.backend.name)
         if lines is not None:
             lines.tell(lambda line: hear(line, made, report))
         report.end(written(made, options.out, report))
+
+
+def settings_of(options: StreamOptions, model: ModelConfig) -> StreamSettings:
+    """What is remembered, and how: by default what the model says, if it forgets anything."""
+    if options.cache is None and model.causal and model.causal.cache.capacity:
+        return {"kv": options.kv}
+    return {"cache": options.cache or "infinity_rope", "kv": options.kv}
 
 
 def check_usage(options: StreamOptions) -> None:

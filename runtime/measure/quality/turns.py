@@ -15,7 +15,7 @@ from wanforge.configs.causal import PolicyName
 from wanforge.configs.clip import TEMPORAL_STRIDE
 from wanforge.errors import RequestError
 from wanforge.progress import Progress, silent
-from wanforge.runtime.causal.stream import Streamed
+from wanforge.runtime.causal.stream import Streamed, StreamSettings
 from wanforge.runtime.measure.quality.figures import Subject, held_out_subjects
 from wanforge.runtime.measure.quality.held_out import Rates, rates_of
 from wanforge.runtime.measure.quality.meter import ClipReading, Score, direction_of, read, score, shown_things, slope
@@ -29,7 +29,7 @@ APART = (5, 11)
 
 
 @dataclass(frozen=True)
-class Turn:
+class PromptPair:
     """A pair of prompts, of which the second holds from the middle of a video on."""
 
     before: Subject
@@ -45,13 +45,14 @@ class TurnQuality:
     """What the segments of videos show that turn half way.
 
     Attributes:
+        cache: The cache policy, or None for the model's own.
         chunks: Chunks of a video.
         before, after: The shares that are right before and after the turn.
     """
 
     backend: str
     recipe: str
-    cache: PolicyName
+    cache: PolicyName | None
     kv: KVFormat
     chunks: int
     before: Rates
@@ -63,11 +64,11 @@ def wording(subject: Subject) -> str:
     return f"a {subject.colour} {subject.shape} moving {subject.direction} {subject.speed}".strip()
 
 
-def turns() -> tuple[Turn, ...]:
+def turns() -> tuple[PromptPair, ...]:
     """48 pairs of held-out combinations, of which every one begins two and ends two."""
     subjects = held_out_subjects()
     return tuple(
-        Turn(
+        PromptPair(
             replace(first, speed=SPEEDS_ASKED[place % 3]),
             replace(subjects[(place + apart) % len(subjects)], speed=SPEEDS_ASKED[(place + apart // 5) % 3]),
         )
@@ -122,15 +123,16 @@ def measure_turns(
     pipeline: Pipeline,
     chunks: int,
     *,
-    cache: PolicyName = "none",
+    cache: PolicyName | None = None,
     kv: KVFormat = "native",
-    asked: Sequence[Turn] | None = None,
+    asked: Sequence[PromptPair] | None = None,
     progress: Progress = silent,
 ) -> TurnQuality:
     """Make a video of every pair of prompts, seeded with its place in the list, and count what its two segments show.
 
     Args:
         chunks: Latent frames of a video, half of them for each prompt.
+        cache: What is remembered; by default what the model says.
         asked: All of `turns` by default.
 
     Raises:
@@ -143,7 +145,10 @@ def measure_turns(
     found: list[tuple[Score, Score]] = []
     for place, turn in enumerate(asked):
         prompt = turn.prompt(chunks // 2 * TEMPORAL_STRIDE / model.video.fps)
-        made = segments(list(pipeline.stream(prompt, cache=cache, kv=kv, seed=place)))
+        settings: StreamSettings = {"kv": kv, "seed": place}
+        if cache is not None:
+            settings["cache"] = cache
+        made = segments(list(pipeline.stream(prompt, **settings)))
         shown = [read_walk(frames) for _, frames in made]
         before, after = (score(one, (subject,))[0] for one, subject in zip(shown, vars(turn).values(), strict=True))
         found.append((before, after))
@@ -159,6 +164,8 @@ def turns_table(results: Sequence[TurnQuality]) -> str:
         for place, rates in (("before", result.before), ("after", result.after)):
             shares = [rates.colour, rates.shape, rates.direction, rates.speed, rates.all]
             cells = ["-" if share is None else f"{share:.1%}" for share in shares]
-            rows.append([result.backend, result.recipe, result.cache, result.kv, str(result.chunks), place, *cells])
+            rows.append(
+                [result.backend, result.recipe, result.cache or "own", result.kv, str(result.chunks), place, *cells]
+            )
     header = ["backend", "recipe", "cache", "kv", "chunks", "segment", "colour", "shape", "direction", "speed", "all"]
     return text_table(header, rows, words=6)

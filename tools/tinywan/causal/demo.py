@@ -24,11 +24,9 @@ from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SHAPES
 from wanforge.runtime.measure.quality.meter import score
 from wanforge.runtime.measure.quality.turns import read_walk
 
-SCRIPT = {0: "a red circle moving right", 1: "a blue square moving down"}
+SCRIPT = {0: "a red circle moving right", 2: "a blue square moving down", 8: "a yellow circle moving left"}
 """The prompts, each with the chunk after which it is given; the first one begins the video."""
-CHUNKS = 8
-"""Not much more than TinyWan-Causal was trained on; later, the errors of what it has made add up."""
-CACHE = "none"
+CHUNKS = 16
 FEWEST = 3
 """Fewest chunks by which a segment can be judged."""
 
@@ -80,7 +78,7 @@ def stream(bundle: Path, script: dict[int, str], chunks: int, out: Path) -> Stee
     command = [sys.executable, "-m", "wanforge", "stream", str(bundle), "--prompt-file", "-", "--json"]
     begun, first, prompts = time.monotonic(), 0.0, list[str]()
     with subprocess.Popen(
-        [*command, "--cache", CACHE, "--chunks", str(chunks), "--out", str(out)],
+        [*command, "--chunks", str(chunks), "--out", str(out)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -37,7 +37,7 @@ class Setting:
     backend: str
     recipe: str
     kv: KVFormat = "native"
-    cache: PolicyName = "none"
+    cache: PolicyName | None = None
     length: int = 1
 
 
@@ -46,7 +46,7 @@ SETTINGS = (
     Setting("torch", "bf16"),
     Setting("ort", SHIPPED, "int8"),
     Setting("ort", SHIPPED, "fp8"),
-    *(Setting("ort", SHIPPED, cache=each, length=LONGER) for each in reversed(get_args(PolicyName))),
+    *(Setting("ort", SHIPPED, cache=each, length=LONGER) for each in (None, *get_args(PolicyName))),
     Setting("torch", "w8a8-row"),
 )
 

@@ -21,7 +21,7 @@ from wanforge.runtime.measure.parity.comparison import Contender
 from wanforge.runtime.measure.quality.figures import COLOURS, DIRECTIONS, SPEEDS, Subject, coverage, is_held_out
 from wanforge.runtime.measure.quality.held_out import measure, prompts_for
 from wanforge.runtime.measure.quality.turns import (
-    Turn,
+    PromptPair,
     measure_turns,
     middle,
     read_walk,
@@ -104,8 +104,8 @@ class FakePipeline(SimpleNamespace):
 
 def test_segments_are_counted_before_and_after_the_turn() -> None:
     asked = [
-        Turn(Subject("red", "circle", "right"), Subject("blue", "square", "down", "slowly")),
-        Turn(Subject("cyan", "ring", "up", "quickly"), Subject("red", "square", "left")),
+        PromptPair(Subject("red", "circle", "right"), Subject("blue", "square", "down", "slowly")),
+        PromptPair(Subject("cyan", "ring", "up", "quickly"), Subject("red", "square", "left")),
     ]
     backend = SimpleNamespace(name="torch")
     pipeline = FakePipeline(model=MODEL, recipe=load_recipe("bf16"), backend=backend, turns=asked, asked=[])
