@@ -10,9 +10,11 @@ from tools.tinywan.causal.demo import SCRIPT, Segment, main, subject_of
 from tools.tinywan.causal.walks import Leg, Walk, render
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
+from wanforge.engines.bundle.bundle import Bundle
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.exporter.checkpoint.importer import import_checkpoint
 from wanforge.runtime.measure.quality.figures import Subject
+from wanforge.runtime.pipeline import open_pipeline
 
 MODEL = load_model("tinywan-causal")
 
@@ -38,9 +40,23 @@ def test_what_a_segment_does_not_show_is_found(prompt: str, faults: list[str]) -
     assert Segment(prompt, frames).faults == faults
 
 
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("causal") / "bundle"
+    return import_checkpoint(MODEL, embedded(MODEL), folder, recipe=load_recipe("w8a8"))
+
+
 @pytest.mark.slow
-def test_a_stream_turns_when_it_is_told(tmp_path: Path) -> None:
-    bundle = import_checkpoint(MODEL, embedded(MODEL), tmp_path / "bundle", recipe=load_recipe("w8a8"))
+def test_each_prompt_is_shown_in_its_time(bundle: Bundle) -> None:
+    prompts = ["a red circle moving right", "a blue square moving down"]
+    shown = list(open_pipeline(bundle, "torch").stream(" | ".join(f"{each}[1.5s]" for each in prompts), seed=0))
+    for prompt in prompts:
+        frames = np.concatenate([chunk.frames for chunk in shown if chunk.prompt == prompt])
+        assert Segment(prompt, frames).faults == [], prompt
+
+
+@pytest.mark.slow
+def test_a_stream_turns_when_it_is_told(bundle: Bundle, tmp_path: Path) -> None:
     picture = tmp_path / "stream.png"
     arguments = [str(bundle.root), "--out", str(tmp_path / "stream.mp4"), "--picture", str(picture)]
     found = CliRunner().invoke(main, arguments)
