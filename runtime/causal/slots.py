@@ -57,6 +57,7 @@ class KVSlots:
         form: KVFormat = "native",
     ) -> None:
         self.window, self.grid, self.past, self.backend, self.form = Window(policy), grid, past, backend, form
+        self._check = backend.lease()
         self.area = grid[0] * grid[1]
         self.count = past[0].keys.shape[1] // self.area
         self.beside: list[Beside] = []
@@ -77,19 +78,29 @@ class KVSlots:
         return sorted(self.slots[frame] for frame in view.frames)
 
     def read(self, view: View) -> Iterable[KeysValues]:
-        """Put what a chunk sees into its slots. Nothing is yielded, because that is where the network reads it."""
+        """Put what a chunk sees into its slots. Nothing is yielded, because that is where the network reads it.
+
+        Raises:
+            ResourceError: Another request has taken the memory.
+        """
         with self.backend.turn():
+            self._check()
             self._release(view.frames)
             for each in self.beside:
                 self._place(each, view)
         return ()
 
     def append(self, chunk: Span, own: Sequence[KeysValues], *, cut: bool = False) -> None:
-        """Remember a chunk by its own keys, not rotated, and values, and forget what the policy does not keep."""
+        """Remember a chunk by its own keys, not rotated, and values, and forget what the policy does not keep.
+
+        Raises:
+            ResourceError: Another request has taken the memory.
+        """
         times = self.view(chunk, cut=cut).own
-        self.window.append(chunk, cut=cut)
-        held, moves = self.window.held, self.window.policy.moves
         with self.backend.turn():
+            self._check()
+            self.window.append(chunk, cut=cut)
+            held, moves = self.window.held, self.window.policy.moves
             self.beside = [each for each in self.beside if not held.isdisjoint(each.chunk.frames)]
             self._release(self.window.frames)
             self._take(chunk.frames)

@@ -1,6 +1,6 @@
 """What a stream remembers: how many latent frames by a cache policy, how many bytes, and the launches that it takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -140,6 +140,9 @@ def recorded(remembering: Remembering, of: Frames) -> Keeping:
 
 class Undisturbed:
     """What `KVSlots` needs of a backend: nobody else uses its memory."""
+
+    def lease(self) -> Callable[[], None]:
+        return lambda: None
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
