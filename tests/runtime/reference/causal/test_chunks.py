@@ -77,6 +77,12 @@ def test_a_cut_in_the_first_part_means_nothing() -> None:
     assert blocks_of(parse_parts("a[1s#]"), CausalConfig(), fps=16) == [(0, False)] * 4
 
 
+@pytest.mark.parametrize("seconds", ["4097", "9" * 400])
+def test_a_part_that_no_video_is_long_enough_for_is_refused(seconds: str) -> None:
+    with pytest.raises(RequestError, match="no part of a prompt holds for .* s; the most is 4,096"):
+        parse_parts(f"a[{seconds}s]")
+
+
 @pytest.mark.parametrize("text", ["a[5s] | b", "[5s]", "a[0s]", "a[5s] | ", "a[5]", "a[-1s]", "a[5s] b[2s]"])
 def test_a_part_without_its_length_is_refused(text: str) -> None:
     with pytest.raises(
