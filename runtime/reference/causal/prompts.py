@@ -33,7 +33,7 @@ def parse_parts(text: str) -> list[PromptPart]:
     """The parts of a prompt such as ``a man in a park[5s] | a man jumps[10s#]``.
 
     Raises:
-        RequestError: A part has no prompt, or no length of more than 0 seconds, or one that is far too long, or several.
+        RequestError: A part has no prompt, or no length of more than 0 seconds, or one that is too long, or several.
     """
     parts = []
     for part in text.split("|"):

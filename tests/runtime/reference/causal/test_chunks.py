@@ -79,7 +79,7 @@ def test_a_cut_in_the_first_part_means_nothing() -> None:
 
 @pytest.mark.parametrize("seconds", ["4097", "9" * 400])
 def test_a_part_that_no_video_is_long_enough_for_is_refused(seconds: str) -> None:
-    with pytest.raises(RequestError, match="no part of a prompt holds for .* s; the most is 4,096"):
+    with pytest.raises(RequestError, match=r"no part of a prompt holds for .* s; the most is 4,096"):
         parse_parts(f"a[{seconds}s]")
 
 
