@@ -12,16 +12,16 @@ from torch import Tensor
 
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser, teacher_forcing
-from tools.tinywan.causal.scores import bundle_of
+from tools.tinywan.causal.scores import PAIRS, bundle_of
 from tools.tinywan.causal.walks import LEGS, Walk, draw_first, draw_walk, render
 from tools.tinywan.networks import make_tokenizer
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.plugins.rms_norm_rope.reference import rotate
-from wanforge.runtime.measure.quality.figures import is_held_out
+from wanforge.runtime.measure.quality.figures import SPEEDS, is_held_out
 from wanforge.runtime.measure.quality.meter import score
-from wanforge.runtime.measure.quality.turns import read_walk
+from wanforge.runtime.measure.quality.turns import read_walk, turns
 from wanforge.runtime.reference.causal.chunks import chunks_of
 from wanforge.runtime.reference.causal.network import KeysValues, run_chunk
 from wanforge.runtime.reference.dit import DiT, rope_tables
@@ -172,6 +172,12 @@ def test_first_frames_can_be_packed_alone(lessons: WalkLessons) -> None:
         found = PackedDenoiser(dit).velocity(lesson.past, lesson.goal, times, lesson.text, lesson.prompts, lesson.seen)
         expected, _ = run_chunk(dit, lesson.goal, 1000 * times[:, 0], lesson.text[:, 0], [0], [])
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("every", PAIRS.values())
+def test_scores_ask_for_every_speed_before_and_after_a_turn(every: int) -> None:
+    for side in ("before", "after"):
+        assert {getattr(turn, side).speed for turn in turns()[::every]} == set(SPEEDS)
 
 
 @pytest.mark.slow
