@@ -4,6 +4,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from wanforge.configs.hub import HubRepository, preview_repository, repositories
 from wanforge.configs.recipe import load_recipe
-from wanforge.exporter.hub.pull import Item, can_be_pulled, check_disk, pull, survey
+from wanforge.exporter.hub.pull import Item, check_disk, if_possible, pull, survey
 from wanforge.exporter.hub.pulled import default_folder
 from wanforge.host.capacity import free_disk_bytes
 from wanforge.progress import Overall
@@ -71,15 +72,17 @@ def pull_(options: PullOptions) -> None:
     """
     wanted = repositories(options.model, None if options.recipe is None else load_recipe(options.recipe))
     to = default_folder() if options.to is None else options.to
-    if (preview := preview_repository()) is not None and can_be_pulled(to, preview):
-        wanted = [*wanted, preview]
+    preview = [] if (published := preview_repository()) is None else [published]
+    if not if_possible(survey, to, preview):
+        preview = []
     if options.dry_run:
-        items = survey(to, wanted)
+        items = survey(to, [*wanted, *preview])
         show_plan(options.model, to, items, as_json=options.as_json)
         check_disk(to, items)
         return
-    with Bars(Overall(stages(wanted))) as bars:
+    with Bars(Overall(stages([*wanted, *preview]))) as bars:
         items = pull(to, wanted, bars)
+        items += if_possible(partial(pull, progress=bars), to, preview)
     if options.as_json:
         click.echo(json.dumps(describe(options.model, to, items)))
         return

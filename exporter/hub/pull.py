@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Literal
 from wanforge.configs.hub import MAIN, HubFile, HubRepository
 from wanforge.engines.bundle.lock import locked
 from wanforge.engines.bundle.tensorfile import sha256_of
-from wanforge.errors import CheckpointError, ResourceError, message_of, naming
+from wanforge.errors import CheckpointError, ResourceError, WanforgeError, join_names, message_of, naming
 from wanforge.exporter.hub import remote
 from wanforge.exporter.hub.record import PulledFile, PullRecord, read_pull, write_pull
 from wanforge.exporter.hub.remote import RemoteFile
@@ -126,14 +126,17 @@ def _copied_bytes(source: Path, path: Path) -> int:
     return 0 if source.stat().st_dev == place.stat().st_dev else source.stat().st_size
 
 
-def can_be_pulled(to: Path, repository: HubRepository) -> bool:
-    """Whether the hub gives this user the files of a repository that can be done without; if not, the log says why."""
+def if_possible(
+    take: Callable[[Path, Sequence[HubRepository]], list[Item]], to: Path, repositories: Sequence[HubRepository]
+) -> list[Item]:
+    """What `survey` or `pull` returns for repositories that can be done without, or nothing if it fails; then the log
+    says why."""
     try:
-        survey(to, [repository])
-    except (CheckpointError, ResourceError) as error:
-        log.warning("%s is left out: %s", repository.name, message_of(error))
-        return False
-    return True
+        return take(to, repositories)
+    except WanforgeError as error:
+        names = join_names([repository.name for repository in repositories])
+        log.warning("%s is left out: %s", names, message_of(error))
+        return []
 
 
 def check_disk(to: Path, items: Sequence[Item]) -> None:

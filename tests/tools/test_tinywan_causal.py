@@ -1,25 +1,27 @@
 """TinyWan's causal model: its walks, its packed forwards, and that its lessons hide what a rollout would not see."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tools.tinywan.causal.lessons import WalkLessons
 from tools.tinywan.causal.packed import PackedDenoiser, teacher_forcing
+from tools.tinywan.causal.scores import PAIRS, bundle_of
 from tools.tinywan.causal.walks import LEGS, Walk, draw_first, draw_walk, render
 from tools.tinywan.networks import make_tokenizer
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.plugins.rms_norm_rope.reference import rotate
-from wanforge.runtime.measure.quality.figures import is_held_out
+from wanforge.runtime.measure.quality.figures import SPEEDS, is_held_out
 from wanforge.runtime.measure.quality.meter import score
-from wanforge.runtime.measure.quality.turns import read_walk
+from wanforge.runtime.measure.quality.turns import read_walk, turns
 from wanforge.runtime.reference.causal.chunks import chunks_of
 from wanforge.runtime.reference.causal.network import KeysValues, run_chunk
 from wanforge.runtime.reference.dit import DiT, rope_tables
@@ -170,3 +172,21 @@ def test_first_frames_can_be_packed_alone(lessons: WalkLessons) -> None:
         found = PackedDenoiser(dit).velocity(lesson.past, lesson.goal, times, lesson.text, lesson.prompts, lesson.seen)
         expected, _ = run_chunk(dit, lesson.goal, 1000 * times[:, 0], lesson.text[:, 0], [0], [])
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("every", PAIRS.values())
+def test_scores_ask_for_every_speed_before_and_after_a_turn(every: int) -> None:
+    for side in ("before", "after"):
+        assert {getattr(turn, side).speed for turn in turns()[::every]} == set(SPEEDS)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_weights_that_are_there_now(tmp_path: Path) -> None:
+    sources = embedded(MODEL)
+    weights, path = load_file(sources.weights["dit"]), tmp_path / "dit.safetensors"
+    sources = replace(sources, weights={**sources.weights, "dit": path})
+    for value in (1.0, 2.0):
+        weights["head.head.bias"].fill_(value)
+        save_file(weights, path)
+        bundle = bundle_of(MODEL, sources, tmp_path / "bundles", "bf16")
+        assert load_file(bundle.weights("dit"))["head.head.bias"].eq(value).all()

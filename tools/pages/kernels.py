@@ -296,9 +296,9 @@ def with_tables(page: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> 
     """Return a page with the table after every line ``<!-- table: NAME -->`` rewritten."""
 
     def table(mark: re.Match[str]) -> str:
-        return f"{mark[1]}\n{tables[mark[2]]()}\n\n"
+        return f"{mark[1]}\n{tables[mark[2]]()}\n{mark[3]}"
 
-    return re.sub(r"(<!-- table: (\S+) -->)\n(?:\|.*\n)*\n", table, page)
+    return re.sub(r"(<!-- table: (\S+) -->)\n(?:\|.*\n)*(\n|\Z)", table, page)
 
 
 if __name__ == "__main__":

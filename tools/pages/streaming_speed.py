@@ -194,10 +194,15 @@ def law_table() -> str:
         for gpu in BOTH:
             constant, slope = line_of(stream(model(size, frames), recipe, "sliding_window"), load_targets()[gpu])
             room = 4 * frames / REAL_TIME - constant
-            cells += [ms(constant), ms(slope), f"{room / slope:.0f}" if room > 0 else "never"]
+            cells += [ms(constant), ms(slope), str(seen_within(room, slope, frames)) if room > 0 else "never"]
         rows.append([f"{size}, c{frames}, {recipe}", *cells])
     heads = [f"{load_targets()[gpu].title}: {what}" for gpu in BOTH for what in ("a, ms", "b, ms", "in real time")]
     return markdown_table(["a + b x latent frames seen", *heads], rows)
+
+
+def seen_within(room: float, slope: float, frames: int) -> int:
+    """The latent frames of whole chunks that can be seen in `room` seconds, of which each takes `slope`."""
+    return frames * int(room / (slope * frames))
 
 
 def line_of(of: PacedStream, target: Target) -> tuple[float, float]:
@@ -267,7 +272,7 @@ def memory_table() -> str:
     for size, recipe in [(size, recipe) for size in ("1.3B", "14B") for recipe in RECIPES]:
         memory = memory_of(stream(model(size), recipe))
         fits = [memory.fit(load_targets()[gpu]) if can(recipe, gpu) else "-" for gpu in fitting]
-        lengths = [f"{longest(size, recipe, gpu):.0f}" if can(recipe, gpu) else "-" for gpu in BOTH]
+        lengths = [str(int(longest(size, recipe, gpu))) if can(recipe, gpu) else "-" for gpu in BOTH]
         rows.append([f"{size}, {recipe}", *(number(each / 1e9) for each in sizes_of(memory).values()), *fits, *lengths])
     heads = [f"fits {title}" for title in gpu_titles(fitting)]
     heads += [f"none, {title}: seconds" for title in gpu_titles(BOTH)]

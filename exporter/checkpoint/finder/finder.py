@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
+
 from wanforge.configs.loading import named
 from wanforge.configs.model import ModelConfig, load_model
-from wanforge.configs.recipe import Recipe
+from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.errors import CheckpointError, join_names
 from wanforge.exporter.checkpoint.checks import (
@@ -21,6 +23,7 @@ from wanforge.exporter.checkpoint.checks import (
     NEEDS_CLIP,
     Sources,
     check_kind,
+    check_part,
     fits_model,
     fitting_models,
     named_after,
@@ -41,7 +44,7 @@ from wanforge.exporter.checkpoint.finder.file_names import (
 )
 from wanforge.exporter.checkpoint.finder.listing import list_folders
 from wanforge.exporter.checkpoint.formats.opening import holds_quantised, layout_name, open_weights
-from wanforge.exporter.checkpoint.preview.preview_file import read_preview
+from wanforge.exporter.checkpoint.preview.preview_file import open_component, read_preview
 from wanforge.exporter.checkpoint.reader import Contents
 from wanforge.exporter.checkpoint.synth import TEXT_ENCODER_FILE, TOKENIZER_FILE, VAE_FILE
 from wanforge.runtime.inputs.text import Tokenizer
@@ -191,7 +194,7 @@ class Finder:
         needed = [*map(dit_component, model.experts), "vae", "text_encoder", "tokenizer"]
         if missing := [part for part in needed if part not in parts]:
             raise CheckpointError(self.missing(model, missing, parts))
-        if (preview := self.preview()) is not None:  # the only part that may be missing
+        if (preview := self.preview(model)) is not None:  # the only part that may be missing
             parts["preview"] = preview
             needed.append("preview")
         recipe, reasons = self.recipe(model, parts), {"model": reason, "recipe": "by the contents of the denoiser"}
@@ -335,15 +338,17 @@ class Finder:
                 return self.only(component, found, partial(self.fits, component, model))
         return None
 
-    def preview(self) -> Taken | None:
-        """The preview decoder that was named, or the best one in the folders that has a published name and can be read.
-        Contents alone do not tell for which latents a decoder is."""
+    def preview(self, model: ModelConfig) -> Taken | None:
+        """The preview decoder that was named, or the best one in the folders that has a published name and can be
+        imported. Contents alone do not tell for which latents a decoder is."""
         if (given := self.wanted.files.get("--preview")) is not None:
             return Taken(given, "--preview")
-        by_name = next(self.candidates(PREVIEW))
+        by_name = [each for each in next(self.candidates(PREVIEW)) if each.path.suffix != ".gguf"]
         for taken in sorted(by_name, key=lambda each: PREVIEWS.index(stem_of(each.path))):
             try:
-                read_preview(taken.path)
+                fitted = msgspec.structs.replace(model, preview=read_preview(taken.path).config)
+                contents = open_component("preview", taken.path)
+                check_part("preview", taken.path, contents, fitted, load_recipe("bf16"))
             except CheckpointError as error:
                 log.warning("%s", error)
                 continue

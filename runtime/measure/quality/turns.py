@@ -81,23 +81,21 @@ def read_walk(frames_THWC: NDArray[np.uint8]) -> ClipReading:
     """Read frames in which what leaves on one side comes in on the other.
 
     Each frame is turned round until its things are in the middle, and then read as any clip; how far it was turned is
-    added to how far things moved.
+    added to how far things moved. A frame that shows nothing says nothing about how they moved.
     """
     shown_THW = shown_things(frames_THWC.astype(np.float64))[0]
-    turned, shifts = [], []
-    shift = np.zeros(2)
-    for frame, shown in zip(frames_THWC, shown_THW, strict=True):
-        if shown.any():
-            shift = np.array([middle(shown.sum(1)), middle(shown.sum(0))])
-        whole = np.round(shift - np.array(shown.shape) / 2).astype(int)
-        turned.append(np.roll(frame, tuple(-whole), (0, 1)))
-        shifts.append(whole)
-    height, width = shown_THW.shape[1:]
-    path_yx = [np.unwrap(path, period=extent) for path, extent in zip(np.array(shifts).T, (height, width), strict=True)]
-    y, x = (slope(np.arange(len(path)), path.astype(np.float64)) for path in path_yx)
-    reading = read(np.stack(turned).transpose(0, 3, 1, 2))
+    visible = np.flatnonzero(shown_THW.any((1, 2)))
+    if not len(visible):
+        return ClipReading(())
+    extents = shown_THW.shape[1:]
+    middles = np.array([[middle(shown.sum(1)), middle(shown.sum(0))] for shown in shown_THW[visible]])
+    shifts = np.round(middles - np.array(extents) / 2).astype(int)
+    last_visible = np.maximum(np.searchsorted(visible, np.arange(len(frames_THWC)), "right") - 1, 0)
+    turned = [np.roll(frame, tuple(-shifts[n]), (0, 1)) for frame, n in zip(frames_THWC, last_visible, strict=True)]
+    path_yx = [np.unwrap(path, period=extent) for path, extent in zip(shifts.T, extents, strict=True)]
+    y, x = (slope(visible, path.astype(np.float64)) for path in path_yx)
     things = []
-    for thing in reading.things:
+    for thing in read(np.stack(turned).transpose(0, 3, 1, 2)).things:
         step = (thing.step_xy[0] + x, thing.step_xy[1] + y)
         things.append(replace(thing, step_xy=step, direction=direction_of(step)))
     return ClipReading(tuple(things))

@@ -86,6 +86,20 @@ def test_a_pull_does_without_a_preview_decoder_that_cannot_be_had(
     assert f"{TINY_DECODER} is left out: " in caplog.text
 
 
+@pytest.mark.usefixtures("in_folder")
+def test_a_pull_does_without_a_preview_decoder_that_is_another_one(
+    with_preview: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = default_folder() / TINY_DECODER / "lighttaew2_1.safetensors"
+    assert run("pull", "tiny-t2v").exit_code == 0
+    assert file.is_file()
+    file.write_bytes(b"changed")
+    result = run("pull", "tiny-t2v", "--json")
+    assert result.exit_code == 0, result.output
+    assert {each["repository"] for each in json.loads(result.stdout)["files"]} == {OWN, SHARED}
+    assert f"{TINY_DECODER} is left out: {file}: has SHA-256 " in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("real", "in_folder")
 def test_the_next_command_of_a_pull_to_a_folder_works() -> None:

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from tools.pages.kernels import with_tables
-from tools.pages.streaming_speed import FORMS, LARGE, PLOTS, POLICIES, TABLES, joint
+from tools.pages.streaming_speed import FORMS, LARGE, PLOTS, POLICIES, TABLES, joint, seen_within
 from wanforge.cli import cli
 from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, policy
 from wanforge.configs.clip import ClipShape, frames_of
@@ -296,10 +296,25 @@ def test_the_command_says_what_is_wrong(options: list[str], message: str) -> Non
     assert message in done.output
 
 
+@pytest.mark.parametrize(("frames", "seen"), [(1, 5), (3, 3)])
+def test_only_whole_chunks_are_seen_in_real_time(frames: int, seen: int) -> None:
+    assert seen_within(5.9, 1.0, frames) == seen
+
+
+@pytest.mark.parametrize("rest", ["", "\ntext\n"])
+def test_a_table_is_written_wherever_it_stands(rest: str) -> None:
+    tables = {"small": lambda: "| a |\n| --- |"}
+    for old in ("", "| old |\n"):
+        page = f"text\n\n<!-- table: small -->\n{old}{rest}"
+        assert with_tables(page, tables) == f"text\n\n<!-- table: small -->\n| a |\n| --- |\n{rest}"
+
+
 @pytest.mark.slow
 def test_the_page_holds_these_tables() -> None:
     page = (DOCS / "streaming_speed.md").read_text()
     assert sorted(re.findall(r"<!-- table: (\S+) -->", page)) == sorted(TABLES)
     assert with_tables(page, TABLES) == page, "run: python -m tools.pages.streaming_speed docs/streaming_speed.md"
+    for name, make in TABLES.items():
+        assert f"<!-- table: {name} -->\n{make()}\n" in page
     assert {name: (DOCS / name).read_text() for name in PLOTS} == {name: make() for name, make in PLOTS.items()}
     assert all(f"]({name})" in page for name in PLOTS)

@@ -22,7 +22,7 @@ from tests.exporter.checkpoint.sources import (
     without,
     write_pth,
 )
-from tests.preview_files import write_preview
+from tests.preview_files import preview_decoder, tensors_of_file, write_preview
 from wanforge.configs.model import load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.engines.bundle.bundle import Bundle
@@ -145,6 +145,21 @@ def test_a_preview_decoder_is_found_by_its_name(tmp_path: Path, t2v: Path, caplo
     (folder / "lighttaew2_1.safetensors").write_bytes(b"cut short")
     assert preview() == "taew2_1.pth"
     assert str(folder / "lighttaew2_1.safetensors") in caplog.text
+
+
+def test_a_preview_decoder_that_cannot_be_imported_is_left_out(
+    tmp_path: Path, t2v: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One lacks a tensor that its widths do not follow from; one is in a format that previews are not read from."""
+    folder = published(t2v, tmp_path)
+    tensors = tensors_of_file(preview_decoder())
+    del tensors["decoder.22.bias"]
+    save_file(tensors, folder / "taew2_1.safetensors")
+    (folder / "lighttaew2_1.gguf").write_bytes(b"GGUF")
+    assert "preview" not in find(Wanted(out=OUT, folders=[folder])).parts
+    (said,) = caplog.messages
+    assert f"{folder / 'taew2_1.safetensors'}: does not fit" in said
+    assert "decoder.22.bias" in said
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -78,6 +78,22 @@ def test_a_shape_that_stands_still_at_the_border_does_not_move() -> None:
     assert (thing.shape, thing.direction) == ("square", "still")
 
 
+@pytest.mark.parametrize("speed", list(SPEEDS))
+@pytest.mark.parametrize("direction", list(DIRECTIONS))
+def test_frames_that_show_nothing_do_not_change_how_things_move(direction: str, speed: str) -> None:
+    subject = Subject("blue", "circle", direction, speed)
+    frames = walk(subject, (20.0, 100.0), 12)
+    for empty in ([0], [0, 1, 2, 3], [5], [10, 11]):
+        faded = frames.copy()
+        faded[empty] = 22
+        (thing,) = read_walk(faded).things
+        assert (thing.shape, thing.direction, thing.speed) == ("circle", direction, speed), empty
+
+
+def test_a_clip_that_shows_nothing_has_no_things() -> None:
+    assert read_walk(np.full((9, HEIGHT, WIDTH, 3), 22, np.uint8)).things == ()
+
+
 def test_the_middle_lies_on_a_circle() -> None:
     assert middle(np.array([0, 0, 3, 0])) == pytest.approx(2.5)
     assert middle(np.array([1, 0, 0, 1])) % 4 == pytest.approx(0, abs=1e-9)
