@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Get ready for requests for clips of this size and length.
 
         Args:
-            clip: For a causal model, the shape of the longest chunk and of what it may see.
+            clip: For a causal model, the shape of a video whose last chunk sees as much as any.
             beside: Bytes of the device's memory that the caller takes itself while it serves such a request.
 
         Raises:

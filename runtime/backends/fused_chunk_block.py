@@ -72,7 +72,7 @@ def chunk_launches(
     nothing is run. The arguments are those of `fused_block.launches`.
 
     Args:
-        shape: Of a chunk and what it sees; by default of the model's own video.
+        shape: Of a video whose last chunk sees as much as any; by default of the model's own.
 
     Raises:
         ConfigError: The model makes whole clips, or the architecture cannot multiply the linears' format.
@@ -83,7 +83,7 @@ def chunk_launches(
     runs, live = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
     block = graphs(model, runs, side_path=side_path)["chunk_block"]
     frame, chunk = live.tokens // live.latent_frames, model.causal.longest
-    past = max(1, live.latent_frames - chunk)
+    past = max(1, model.causal.past_frames(live.latent_frames))
     sizes = {
         "tokens": frame * chunk,
         "past_tokens": frame * past,
