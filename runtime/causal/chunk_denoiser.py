@@ -102,7 +102,9 @@ class ChunkDenoiser:
 
     def own(self) -> list[KeysValues]:
         """Each layer's own keys and values; see `rollout.ChunkNetwork`. The next step overwrites them."""
-        return self._of_layers(self._begun, "own")
+        with self.backend.turn():
+            self._check()
+            return self._of_layers(self._begun, "own")
 
     @property
     def _begun(self) -> Session:

@@ -1,6 +1,6 @@
 """What a stream remembers, where attention reads it: a slot of memory for each frame."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ from wanforge.runtime.reference.causal.window import View, Window
 from wanforge.runtime.reference.dit import rope_tables
 
 Held = Tensor | Codes
+
+AT_ONCE = 6
+"""The most frames whose keys are moved at once: more would save few launches, and take more memory meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class KVSlots:
         form: KVFormat = "native",
     ) -> None:
         self.window, self.grid, self.past, self.backend, self.form = Window(policy), grid, past, backend, form
+        self._check = backend.lease()
         self.area = grid[0] * grid[1]
         self.count = past[0].keys.shape[1] // self.area
         self.beside: list[Beside] = []
@@ -77,42 +81,55 @@ class KVSlots:
         return sorted(self.slots[frame] for frame in view.frames)
 
     def read(self, view: View) -> Iterable[KeysValues]:
-        """Put what a chunk sees into its slots. Nothing is yielded, because that is where the network reads it."""
+        """Put what a chunk sees into its slots. Nothing is yielded, because that is where the network reads it.
+
+        Raises:
+            ResourceError: Another request has taken the memory.
+        """
         with self.backend.turn():
+            self._check()
             self._release(view.frames)
-            for each in self.beside:
-                self._place(each, view)
+            if self.beside:
+                self._place(dict(zip(view.frames, view.times, strict=True)))
         return ()
 
     def append(self, chunk: Span, own: Sequence[KeysValues], *, cut: bool = False) -> None:
-        """Remember a chunk by its own keys, not rotated, and values, and forget what the policy does not keep."""
+        """Remember a chunk by its own keys, not rotated, and values, and forget what the policy does not keep.
+
+        Raises:
+            ResourceError: Another request has taken the memory.
+        """
         times = self.view(chunk, cut=cut).own
-        self.window.append(chunk, cut=cut)
-        held, moves = self.window.held, self.window.policy.moves
         with self.backend.turn():
+            self._check()
+            self.window.append(chunk, cut=cut)
+            held, moves = self.window.held, self.window.policy.moves
             self.beside = [each for each in self.beside if not held.isdisjoint(each.chunk.frames)]
             self._release(self.window.frames)
             self._take(chunk.frames)
             if moves:
                 self.beside.append(self._kept(chunk, own))
+            tables = () if moves else self._tables(times)
             for past, each in zip(self.past, own, strict=True):
                 self._write(past.values, chunk.frames, self._rounded(each.values, "channels"))
-                if not moves:
-                    self._write(past.keys, chunk.frames, self._rotated(self._rounded(each.keys, "tokens"), times))
+                if tables:
+                    self._write(past.keys, chunk.frames, rotate(self._rounded(each.keys, "tokens"), *tables))
 
-    def _place(self, kept: Beside, view: View) -> None:
-        """Put the keys of a chunk at the times of a view, and its frames that have had no slot into one."""
-        times = {f: time for f, time in zip(view.frames, view.times, strict=True) if f in kept.chunk.frames}
+    def _place(self, times: dict[int, int]) -> None:
+        """Put the keys of frames at these times, and frames that have had no slot into one."""
         moved = [frame for frame, time in times.items() if self.times.get(frame) != time]
         new = [frame for frame in times if frame not in self.slots]
         self._take(new)
         self.times |= times
+        groups = [moved[start : start + AT_ONCE] for start in range(0, len(moved), AT_ONCE)]
+        tables = [self._tables([times[frame] for frame in group]) for group in groups]
         for layer, past in enumerate(self.past):
-            if moved:
-                keys = self._of(kept.chunk, moved, kept.keys[layer])
-                self._write(past.keys, moved, self._rotated(keys, [times[frame] for frame in moved]))
+            keys = self._by_frame(moved, [(each.chunk, each.keys[layer]) for each in self.beside])
+            for group, table in zip(groups, tables, strict=True):
+                self._write(past.keys, group, rotate(torch.cat([keys[frame] for frame in group], 1), *table))
             if new:
-                self._write(past.values, new, self._of(kept.chunk, new, kept.values[layer]))
+                values = self._by_frame(new, [(each.chunk, each.values[layer]) for each in self.beside])
+                self._write(past.values, new, torch.cat([values[frame] for frame in new], 1))
 
     def _release(self, frames: Iterable[int]) -> None:
         """Give up the slots of all other frames."""
@@ -136,13 +153,18 @@ class KVSlots:
     def _rounded(self, x_BLHK: Tensor, along: Along) -> Tensor:
         return x_BLHK if self.form == "native" else decode(encode(x_BLHK, self.form, along))
 
-    def _of(self, chunk: Span, frames: Iterable[int], held: Held) -> Tensor:
-        """Some frames of what is kept of a chunk."""
-        by_frame = (decode(held) if isinstance(held, Codes) else held).split(self.area, 1)
-        return torch.cat([by_frame[frame - chunk.start] for frame in frames], 1)
+    def _by_frame(self, frames: Collection[int], kept: Iterable[tuple[Span, Held]]) -> dict[int, Tensor]:
+        """What is kept of the frames of the chunks in which these frames are."""
+        found: dict[int, Tensor] = {}
+        for chunk, held in kept:
+            if not set(frames).isdisjoint(chunk.frames):
+                whole = decode(held) if isinstance(held, Codes) else held
+                found |= zip(chunk.frames, whole.split(self.area, 1), strict=True)
+        return found
 
-    def _rotated(self, keys_BLHK: Tensor, times: Sequence[int]) -> Tensor:
-        return rotate(keys_BLHK, *rope_tables((len(times), *self.grid), keys_BLHK.device, times))
+    def _tables(self, times: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The cosines and sines of frames at these times, which are the same in all layers."""
+        return rope_tables((len(times), *self.grid), self.past[0].keys.device, times)
 
     def _write(self, slots_BPHK: Tensor, frames: Iterable[int], x_BLHK: Tensor) -> None:
         """Put frames into their slots."""

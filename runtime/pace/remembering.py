@@ -1,6 +1,6 @@
 """What a stream remembers: how many latent frames by a cache policy, how many bytes, and the launches that it takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,8 +73,7 @@ class Remembering:
 
     def launches(self, w: ChunkWorkload) -> "Keeping":
         """What it takes to remember chunks, in all layers, besides their passes through the network."""
-        begin, end, chunks = recorded(self, Frames(w.frames, w.past, w.shape.grid[1:], w.D))
-        return Keeping(begin * w.model.dit.num_layers, end * w.model.dit.num_layers, chunks)
+        return recorded(self, Frames(w.frames, w.past, w.shape.grid[1:], w.D, w.model.dit.num_layers))
 
 
 class Frames(NamedTuple):
@@ -84,12 +83,14 @@ class Frames(NamedTuple):
         own, past: Its latent frames, and those that it sees.
         grid: Rows and columns of a frame's tokens.
         dim: The model's width.
+        layers: Its layers.
     """
 
     own: int
     past: int
     grid: tuple[int, int]
     dim: int
+    layers: int
 
     def keys_values(self, frames: int) -> KeysValues:
         """Keys and values of one layer of some latent frames, on the device of this context."""
@@ -117,8 +118,8 @@ FAR = 2
 
 @lru_cache(maxsize=256)
 def recorded(remembering: Remembering, of: Frames) -> Keeping:
-    """What `KVSlots` computes of one layer, one operation of PyTorch at a time. Where chunks differ, because a bank is
-    gone through there and back again, it is that of all of them."""
+    """What `KVSlots` computes, one operation of PyTorch at a time. Where chunks differ, because a bank is gone through
+    there and back again, it is that of all of them."""
     policy, causal = remembering.policy, CausalConfig(first_frames=of.own, chunk_frames=of.own)
     is_full = policy.capacity and of.past >= policy.capacity * of.own
     before = FAR * policy.capacity if is_full else of.past // of.own
@@ -126,18 +127,21 @@ def recorded(remembering: Remembering, of: Frames) -> Keeping:
     begin, end = Operations(), Operations()
     with torch.device("meta"), torch.inference_mode():
         past, own = of.keys_values(of.past + of.own), of.keys_values(of.own)
-        slots = KVSlots(policy, of.grid, [past], cast("Backend", Undisturbed()), remembering.form)
+        slots = KVSlots(policy, of.grid, [past] * of.layers, cast("Backend", Undisturbed()), remembering.form)
         for chunk in islice(endless_chunks(causal), before + counted):
             is_counted = chunk.index >= before
             with begin if is_counted else nullcontext():
                 slots.read(slots.view(chunk))
             with end if is_counted else nullcontext():
-                slots.append(chunk, [own])
+                slots.append(chunk, [own] * of.layers)
     return Keeping(begin.found, end.found, counted)
 
 
 class Undisturbed:
     """What `KVSlots` needs of a backend: nobody else uses its memory."""
+
+    def lease(self) -> Callable[[], None]:
+        return lambda: None
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -7,10 +7,13 @@ import re
 from dataclasses import dataclass
 
 from wanforge.configs.causal import CausalConfig
-from wanforge.configs.clip import TEMPORAL_STRIDE
+from wanforge.configs.clip import MAX_POSITIONS, TEMPORAL_STRIDE
 from wanforge.errors import RequestError
 
-PART = re.compile(r"(?P<prompt>.+?)\s*\[\s*(?P<seconds>\d+(?:\.\d+)?)\s*s\s*(?P<cut>#?)\s*\]", re.DOTALL)
+LENGTH = re.compile(r"\[\s*+(?P<seconds>\d++(?:\.\d++)?+)\s*+s\s*+(?P<cut>#?+)\s*+\]")
+"""How long a part holds. No repetition gives back what it has matched, so a search takes time linear in the text."""
+LONGEST_SECONDS = MAX_POSITIONS * TEMPORAL_STRIDE
+"""More than any part can hold: a video as long as models have positions for, at one frame per second."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,28 @@ def parse_parts(text: str) -> list[PromptPart]:
     """The parts of a prompt such as ``a man in a park[5s] | a man jumps[10s#]``.
 
     Raises:
-        RequestError: A part has no prompt, or no length of more than 0 seconds, or several.
+        RequestError: A part has no prompt, or no length of more than 0 seconds, or one that is far too long, or several.
     """
     parts = []
     for part in text.split("|"):
-        match = PART.fullmatch(part.strip())
-        if match is None or not float(match["seconds"]) or has_parts(match["prompt"]):
+        before, bracket, after = part.rpartition("[")
+        match, prompt = LENGTH.fullmatch((bracket + after).rstrip()), before.strip()
+        if match is None or not prompt or not float(match["seconds"]) or has_parts(prompt):
             raise RequestError(
                 f"{part.strip()!r} does not say once, at its end, how long it holds; write a prompt and its seconds, "
                 "as in 'a man in a park[5s] | a man jumps[10s#]', where # begins a new scene"
             )
-        parts.append(PromptPart(match["prompt"], float(match["seconds"]), match["cut"] == "#"))
+        if float(match["seconds"]) > LONGEST_SECONDS:
+            raise RequestError(
+                f"no part of a prompt holds for {match['seconds'][:20]} s; the most is {LONGEST_SECONDS:,}"
+            )
+        parts.append(PromptPart(prompt, float(match["seconds"]), match["cut"] == "#"))
     return parts
 
 
 def has_parts(text: str) -> bool:
-    """Whether a prompt says how long a part of it holds."""
-    return PART.search(text) is not None
+    """Whether a prompt says how long a part of it holds. What it begins with is not the length of anything."""
+    return LENGTH.search(text, 1) is not None
 
 
 def check_untimed(text: str) -> None:

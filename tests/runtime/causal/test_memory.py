@@ -5,6 +5,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.stand_ins import Gpu
+from wanforge.configs.causal import PolicyName
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
@@ -162,15 +164,29 @@ def test_kernels_make_the_same_video_in_an_arena(bundle: Bundle) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_ends_when_another_request_takes_its_memory(bundle: Bundle) -> None:
+@pytest.mark.parametrize(
+    ("noisy_from", "cache"), [(None, "infinity_rope"), (1, "none"), (1, "sliding_window"), (1, "infinity_rope")]
+)
+def test_a_stream_ends_when_another_request_takes_its_memory(
+    bundle: Bundle, noisy_from: int | None, cache: PolicyName
+) -> None:
+    """And the other one is what it is without that, whether a pass or only what is remembered comes first."""
+    bundle = Bundle.open(bundle.root)
+    assert bundle.model.causal
+    causal = msgspec.structs.replace(bundle.model.causal, noisy_from=noisy_from)
+    bundle.model = msgspec.structs.replace(bundle.model, causal=causal)
     pipeline = Pipeline(bundle, create_backend("torch", bundle, budget=1e9))
-    settings: dict[str, Any] = {"size": SIZE, "seed": 7, "cache": "infinity_rope", "frames": 25}
-    for other in ({"frames": 9}, {}):
+    settings: dict[str, Any] = {"size": SIZE, "seed": 7, "cache": cache, "frames": 33}
+    for frames in (9, 33):
+        settings_of_other = settings | {"frames": frames}
+        expected = list(pipeline.stream("a train", **settings_of_other))
         stream = pipeline.stream("a kite", **settings)
-        next(stream)
-        list(pipeline.stream("a train", **settings | other))
+        assert len(list(islice(stream, 2))) == 2
+        other = pipeline.stream("a train", **settings_of_other)
+        made = list(islice(other, len(expected) - 1))
         with pytest.raises(ResourceError, match="another request has taken the memory of this one"):
             next(stream)
+        assert are_equal(made + list(other), expected)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Keys and values in slots are those that the cache gives, frame by frame, and they stay where they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import get_args
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from wanforge.configs.causal import CachePolicy, CausalConfig, policy
 from wanforge.configs.model import load_model
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.causal.slots import KVSlots, bytes_beside
+from wanforge.runtime.causal import slots as slots_module
+from wanforge.runtime.causal.slots import AT_ONCE, KVSlots, bytes_beside
 from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
 from wanforge.runtime.reference.causal.network import KeysValues
 from wanforge.runtime.reference.causal.window import View
+from wanforge.runtime.reference.dit import rope_tables
 
 LAYERS, GRID, HEADS = 2, (2, 3), 2
 AREA = GRID[0] * GRID[1]
@@ -135,6 +137,25 @@ def test_only_keys_whose_time_has_changed_are_written_again(
     if moves:
         # The first chunk arrives at its last time when the window is full, and again after each cut.
         assert written[slots.past[0].keys.data_ptr()].count(0) <= CHUNKS // 2
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_all_layers_rotate_by_the_same_tables(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def watched(grid: tuple[int, int, int], device: torch.device, times: Sequence[int]) -> tuple[Tensor, Tensor]:
+        made.append(grid[0])
+        return rope_tables(grid, device, times)
+
+    monkeypatch.setattr(slots_module, "rope_tables", watched)
+
+    def told(slots: KVSlots, view: View) -> None:
+        assert len(made) <= 1 + -(-len(view.frames) // AT_ONCE)  # what the chunk before left, and what this one sees
+        assert max([AT_ONCE, *made]) == AT_ONCE
+        made.clear()
+
+    rolled(POLICIES[name], "native", torch.float32, told)
+    assert made or POLICIES[name].moves
 
 
 @pytest.mark.parametrize("form", get_args(KVFormat))

@@ -1,6 +1,7 @@
 """Chunks, their times and changing prompts are those of upstream."""
 
 from itertools import islice
+from time import process_time
 from typing import Any
 
 import msgspec
@@ -76,6 +77,12 @@ def test_a_cut_in_the_first_part_means_nothing() -> None:
     assert blocks_of(parse_parts("a[1s#]"), CausalConfig(), fps=16) == [(0, False)] * 4
 
 
+@pytest.mark.parametrize("seconds", ["4097", "9" * 400])
+def test_a_part_that_no_video_is_long_enough_for_is_refused(seconds: str) -> None:
+    with pytest.raises(RequestError, match="no part of a prompt holds for .* s; the most is 4,096"):
+        parse_parts(f"a[{seconds}s]")
+
+
 @pytest.mark.parametrize("text", ["a[5s] | b", "[5s]", "a[0s]", "a[5s] | ", "a[5]", "a[-1s]", "a[5s] b[2s]"])
 def test_a_part_without_its_length_is_refused(text: str) -> None:
     with pytest.raises(
@@ -87,3 +94,24 @@ def test_a_part_without_its_length_is_refused(text: str) -> None:
 def test_ordinary_brackets_are_no_parts() -> None:
     assert has_parts("a[5s] | b[2s]")
     assert not has_parts("an old film [1920] of a street | with trams")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 20_000,
+        "x" * 20_000,
+        "[" * 20_000,
+        "[ " * 10_000,
+        "[" + "1" * 20_000,
+        "a[5s" + " " * 20_000,
+        "a[5s] " * 999,
+    ],
+    ids=["spaces", "letters", "brackets", "brackets and spaces", "digits", "spaces in a bracket", "lengths"],
+)
+def test_the_longest_prompt_is_searched_in_no_time(text: str) -> None:
+    began = process_time()
+    has_parts(text)
+    with pytest.raises(RequestError):
+        parse_parts(text)
+    assert process_time() - began < 1
