@@ -116,16 +116,15 @@ class CausalConfig(Record, frozen=True):
         """How a video is made that begins with an image, which is the first chunk, or with none."""
         return replace(self, first_frames=1) if with_image else self
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The latent frames that a chunk may have, ascending. An image is a first chunk of one."""
-        return tuple(sorted({1, self.first_frames, self.chunk_frames}))
+    def past_frames(self, latent_frames: int) -> int:
+        """The latent frames that the last chunk of a video sees of earlier ones if nothing is forgotten."""
+        return latent_frames - self.chunk_frames
 
     def most_past_frames(self, latent_frames: int) -> int:
         """The most latent frames that a chunk sees of earlier ones: in a video of this length if nothing is forgotten,
         or in one without end under the policies that forget, whichever is more."""
         blocks = max(BLOCKS, self.cache.capacity)
-        return max(latent_frames - self.chunk_frames, blocks * self.lengths[-1])
+        return max(self.past_frames(latent_frames), blocks * self.longest)
 
     def num_chunks(self, latent_frames: int) -> int:
         """The number of chunks of a video.

@@ -82,9 +82,9 @@ def chunk_sizes(causal: CausalConfig, clip: ClipShape) -> dict[str, SizeRange]:
     largest value, while an engine with a profile for each length of a chunk contains every kernel twice (docs/log.md).
     """
     frames, rows, columns = clip.grid
-    least, most, past = causal.lengths[0], causal.lengths[-1], causal.most_past_frames(frames)
-    tokens, past_tokens = SizeRange(least, causal.chunk_frames, most), SizeRange(1, past, past)
-    seen_tokens = SizeRange(1 + least, past + causal.chunk_frames, past + most)
+    chunk, most, past = causal.chunk_frames, causal.longest, causal.most_past_frames(frames)
+    tokens, past_tokens = SizeRange(1, chunk, most), SizeRange(1, past, past)  # an image is a chunk of one latent frame
+    seen_tokens = SizeRange(2, past + chunk, past + most)
     sizes = {"tokens": tokens, "past_tokens": past_tokens, "seen_tokens": seen_tokens}
     return {name: size.times(rows * columns) for name, size in sizes.items()}
 

@@ -82,8 +82,13 @@ def _attend(
     length, width = q_LD.shape
     own_keys = None if own is None else len(own.k_OD)
     keys = len(key_bias) - (own_keys or 0)
-    if own is not None and not (own.k_OD.shape == own.v_OD.shape and own.k_OD.stride() == own.v_OD.stride()):
-        raise ShapeError(f"own keys {tuple(own.k_OD.shape)} and values {tuple(own.v_OD.shape)} do not fit")
+    if own is not None and not (
+        own.k_OD.shape == own.v_OD.shape == (own_keys, width) and own.k_OD.stride() == own.v_OD.stride()
+    ):
+        raise ShapeError(
+            f"own keys {tuple(own.k_OD.shape)} and values {tuple(own.v_OD.shape)} do not fit q {tuple(q_LD.shape)} or "
+            "each other"
+        )
     if not k_TD.shape == v_TD.shape == (keys, width) or keys == 0 or width % HEAD:
         raise ShapeError(
             f"q {tuple(q_LD.shape)}, k {tuple(k_TD.shape)}, v {tuple(v_TD.shape)} and a bias of {keys} keys do not "

@@ -46,7 +46,12 @@ def linears(x: Quantised, weights: Sequence[Weight], into: Tensor | None = None)
 
     Args:
         into: Receives the last output, contiguous; by default a new tensor does.
+
+    Raises:
+        ShapeError: The tensors do not fit each other.
     """
+    if into is not None:
+        _check_sum("the output", into, x, weights[-1])
     rows, last = len(x.steps_MK), [] if into is None else [into]
     new = weights[: len(weights) - len(last)]
     outputs = [*[torch.empty(rows, len(b), dtype=b.dtype, device=b.device) for _, _, b in new], *last]
@@ -67,9 +72,25 @@ def linear_gelu(x: Quantised, weight: Weight) -> Quantised:
 
 
 def linear_residual(x: Quantised, weight: Weight, residual_MN: Tensor, gate_N: Tensor | None, out_MN: Tensor) -> Tensor:
-    """Write ``residual + (x @ W.T + bias) * gate`` to `out`, which may be the residual; None is a gate of one."""
+    """Write ``residual + (x @ W.T + bias) * gate`` to `out`, which may be the residual; None is a gate of one.
+
+    Raises:
+        ShapeError: The tensors do not fit each other.
+    """
+    _check_sum("the residual", residual_MN, x, weight)
+    _check_sum("the output", out_MN, x, weight)
     _gemm(x, [weight], [out_MN], residual=residual_MN, gate=gate_N)
     return out_MN
+
+
+def _check_sum(name: str, y_MN: Tensor, x: Quantised, weight: Weight) -> None:
+    """Refuse a tensor that cannot hold the output of a linear."""
+    shape, dtype = (len(x.steps_MK), len(weight.bias_N)), weight.bias_N.dtype
+    if y_MN.shape != shape or y_MN.dtype != dtype or not y_MN.is_contiguous():
+        raise ShapeError(
+            f"{name} must be contiguous, {shape} and {dtype}; found {tuple(y_MN.shape)} with strides {y_MN.stride()} "
+            f"and {y_MN.dtype}"
+        )
 
 
 def _gemm(

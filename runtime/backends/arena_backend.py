@@ -135,21 +135,28 @@ class ArenaBackend(Backend):
             return None
         stage = arena.entered
         entered = next((each for each in self._sessions.get(stage.stage, []) if each.schedule is stage), None)
-        has_room = all(
-            (room := stage.buffers.get(prefix + name)) is not None
-            and buffer_bytes(spec, self.dtype.itemsize) <= buffer_bytes(room, self.dtype.itemsize)
-            for name, spec in schedule.buffers.items()
-        )
-        return entered.part(prefix, schedule) if entered is not None and has_room else None
+        if entered is None or not self._has_room(prefix, schedule, stage):
+            return None
+        arena.parts[prefix] += 1
+        return entered.part(prefix, schedule)
 
-    def lease(self) -> Callable[[], None]:
+    def _has_room(self, prefix: str, schedule: Schedule, stage: Schedule) -> bool:
+        """Whether a stage holds the buffers of a schedule. A text may be shorter than those that it has room for, but
+        pictures are decoded at the size that the backend was prepared for."""
+        rooms = {name: stage.buffers.get(prefix + name) for name in schedule.buffers}
+        if schedule.stage == "decode":
+            return rooms == schedule.buffers
+        size = partial(buffer_bytes, itemsize=self.dtype.itemsize)
+        return all(room and size(schedule.buffers[name]) <= size(room) for name, room in rooms.items())
+
+    def lease(self, prefix: str = "") -> Callable[[], None]:
         arena = self.memory
         if not isinstance(arena, Arena):
             return super().lease()
-        return partial(self._check_lease, arena, arena.entries)
+        return partial(self._check_lease, arena, arena.entries, prefix, arena.parts[prefix])
 
-    def _check_lease(self, arena: Arena, entries: int) -> None:
-        if self.memory is not arena or arena.entries != entries:
+    def _check_lease(self, arena: Arena, entries: int, prefix: str, taken: int) -> None:
+        if self.memory is not arena or (arena.entries, arena.parts[prefix]) != (entries, taken):
             raise ResourceError(
                 "another request has taken the memory of this one; within a limit of memory, and on a GPU, only one is "
                 "served at a time, so finish a video before the next one is begun"

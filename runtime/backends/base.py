@@ -38,7 +38,7 @@ class Backend(Protocol):
         """Get ready for requests for clips of this size and length.
 
         Args:
-            clip: For a causal model, the shape of the longest chunk and of what it may see.
+            clip: For a causal model, the shape of a video whose last chunk sees as much as any.
             beside: Bytes of the device's memory that the caller takes itself while it serves such a request.
 
         Raises:
@@ -91,11 +91,15 @@ class Backend(Protocol):
         return Session(self, schedule)
 
     def part(self, prefix: str, schedule: Schedule) -> "Session | None":
-        """The session of a schedule that is part of the stage that has the memory, if it is; see `Session.part`."""
+        """The session of a schedule that is part of the stage that has the memory, if it is; see `Session.part`.
+        Whoever had a session of this part before has lost what is in its buffers."""
         return None
 
-    def lease(self) -> Callable[[], None]:
+    def lease(self, prefix: str = "") -> Callable[[], None]:
         """Return a function to call before the memory of the present stage is used again.
+
+        Args:
+            prefix: Of the part of the stage that is used; its memory can also be taken alone.
 
         Raises:
             ResourceError: (When it is called.) Another request has taken the memory.

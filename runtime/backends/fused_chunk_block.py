@@ -38,20 +38,22 @@ class FusedChunkBlock(FusedBlock):
         Args:
             weights: The layer's tensors, named as in the graph, on the device of the inputs.
             inputs: The inputs of one sample, in the order of the graph's ports.
-            outputs: Receive ``hidden_out``, ``own_keys`` and ``own_values``. None of them may be an input.
+            outputs: Receive ``hidden_out``, ``own_keys`` and ``own_values``, contiguous. None of them may be an input.
 
         Raises:
             ShapeError: There is more than one sample.
         """
         *_, cos_LP, sin_LP, past_keys, past_values, seen_bias = inputs
         out_BLD, own_keys, own_values = outputs
-        past = past_keys[0].flatten(1), past_values[0].flatten(1)
-        plain_LD, v_LD = own_keys[0].flatten(1), own_values[0].flatten(1)
+        # What is written must be the tensor itself, not a copy of it, and so must what a plan of launches reads.
+        past_keys_PD, past_values_PD, plain_LD, v_LD = (
+            each[0].view(-1, self.config.dim) for each in (past_keys, past_values, own_keys, own_values)
+        )
 
         def attend(layers: Linears, a: Input) -> Input:
             q_LD, k_LD, _ = layers.project(a, QKV, v_LD)
             rms_norm_rotate([q_LD, k_LD], self.norms(weights), self.config.eps, (cos_LP, sin_LP), plain_LD)
-            seen = q_LD, past, Own(k_LD, v_LD), seen_bias
+            seen = q_LD, (past_keys_PD, past_values_PD), Own(k_LD, v_LD), seen_bias
             return chunk_attention_quantised(*seen) if layers.packs_tiles else layers.pack(chunk_attention(*seen))
 
         self.around(weights, inputs[:5], out_BLD, attend)
@@ -70,7 +72,7 @@ def chunk_launches(
     nothing is run. The arguments are those of `fused_block.launches`.
 
     Args:
-        shape: Of a chunk and what it sees; by default of the model's own video.
+        shape: Of a video whose last chunk sees as much as any; by default of the model's own.
 
     Raises:
         ConfigError: The model makes whole clips, or the architecture cannot multiply the linears' format.
@@ -81,7 +83,7 @@ def chunk_launches(
     runs, live = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
     block = graphs(model, runs, side_path=side_path)["chunk_block"]
     frame, chunk = live.tokens // live.latent_frames, model.causal.longest
-    past = max(1, live.latent_frames - chunk)
+    past = max(1, model.causal.past_frames(live.latent_frames))
     sizes = {
         "tokens": frame * chunk,
         "past_tokens": frame * past,

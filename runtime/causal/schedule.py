@@ -63,11 +63,11 @@ def stream_schedule(model: ModelConfig, graphs: Mapping[str, Graph], live: ClipS
     `chunk_schedule` at the length of a chunk, `vae_schedule`; see `Session.part`.
 
     Args:
-        live: The shape of the longest chunk and of what it may see.
+        live: The shape of a video whose last chunk sees as much as any.
     """
     assert model.causal
     area, longest, rows = live.tokens // live.latent_frames, model.causal.longest, model.dit.text_rows
-    past = live.latent_frames - longest
+    past = model.causal.past_frames(live.latent_frames)
     sizes = {"tokens": area * longest, "past_tokens": area * past, "context_rows": rows}
     turns = [
         text_schedule(model, graphs, rows),

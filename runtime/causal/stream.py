@@ -109,8 +109,9 @@ class CheckedStream:
 
     @property
     def live_shape(self) -> ClipShape:
-        """The shape of what takes memory at the same time: the longest chunk, and what a chunk may see."""
-        return ClipShape(self.shape.width_px, self.shape.height_px, frames_of(self.past_frames + self.longest))
+        """The shape of a video that takes as much memory: its last chunk sees what any of this one may see."""
+        frames = frames_of(self.past_frames + self.causal.chunk_frames)
+        return ClipShape(self.shape.width_px, self.shape.height_px, frames)
 
     def bytes_beside(self, model: ModelConfig, itemsize: int) -> int:
         """The bytes that are remembered beside what chunks see.

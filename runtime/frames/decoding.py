@@ -31,7 +31,7 @@ class FrameDecoder:
         for latent, (index, program, output) in zip(latents, chunks("pixels"), strict=False):
             with backend.turn(), timings.stage("decode"):
                 if session is None or check is None:
-                    session, check = self._session(strip.rows), backend.lease()
+                    session, check = self._session(strip.rows), backend.lease(PREFIXES["decode"])
                 check()
                 given = session["first_latent" if index == 0 else "latent"]
                 given.copy_(strip.from_first(latent.to(given)))

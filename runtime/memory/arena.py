@@ -1,5 +1,6 @@
 """The memory of buffers and weights while a request runs: unlimited, or an arena laid out by a memory plan."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,7 @@ class Arena:
     Attributes:
         entered: The stage that has the memory now.
         entries: The number of stages that have begun.
+        parts: How often a part of a stage was taken, by the prefix of its buffers.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Arena:
         self.residency = Residency(plan.groups, plan.slots, mover(self.slots))
         self.entered: Schedule | None = None
         self.entries = 0
+        self.parts: Counter[str] = Counter()
         self._views: dict[GroupName, FixedTensors] = {}
 
     def enter(self, schedule: Schedule) -> Mapping[str, Tensor]:

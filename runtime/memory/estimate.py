@@ -19,11 +19,11 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     Weights are not counted: they are mapped from files, and the system may drop them.
 
     Args:
-        shape: Of a clip; for a causal model, of the longest chunk and what it may see.
+        shape: Of a clip; for a causal model, of a video whose last chunk sees as much as any.
         itemsize: Bytes of one element of the compute type.
     """
     if model.causal:
-        chunk, logits = of_chunk(model.causal, shape), shape.tokens
+        chunk, logits = of_chunk(model.causal, shape), seen_tokens(model.causal, shape)
         found = denoise_bytes(model, chunk, logits, itemsize) + one_layer_bytes(model, shape, itemsize)
         return OVERHEAD + slot_bytes(model, shape, itemsize) + max(found, decode_bytes(model, shape, itemsize))
     logits = recipe.block_k if recipe.is_sparse else shape.tokens
@@ -77,8 +77,12 @@ def denoise_bytes(model: ModelConfig, shape: ClipShape, logits: int, itemsize: i
 
 def of_chunk(causal: CausalConfig, shape: ClipShape) -> ClipShape:
     """The shape of a longest chunk of a video."""
-    frames = min(shape.latent_frames, causal.longest)
-    return ClipShape(shape.width_px, shape.height_px, frames_of(frames))
+    return ClipShape(shape.width_px, shape.height_px, frames_of(causal.longest))
+
+
+def seen_tokens(causal: CausalConfig, shape: ClipShape) -> int:
+    """The most tokens that attention reads at a time: what the last chunk of a video sees, and a longest chunk."""
+    return (causal.past_frames(shape.latent_frames) + causal.longest) * shape.tokens // shape.latent_frames
 
 
 def slot_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
@@ -89,7 +93,8 @@ def slot_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
 
 def one_layer_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
     """The bytes of one layer's keys and values, which attention may bring together."""
-    return 2 * shape.tokens * model.dit.dim * itemsize
+    assert model.causal
+    return 2 * seen_tokens(model.causal, shape) * model.dit.dim * itemsize
 
 
 def decode_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:

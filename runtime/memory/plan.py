@@ -159,7 +159,7 @@ def request_schedules(
     """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block.
 
     Args:
-        clip: For a causal model, the shape of the longest chunk and of what it may see.
+        clip: For a causal model, the shape of a video whose last chunk sees as much as any.
     """
     decode = vae_schedule(graphs, clip, "decode")
     most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}

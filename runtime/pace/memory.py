@@ -59,7 +59,8 @@ class StreamMemory:
 
 def stream_memory(w: ChunkWorkload, remembering: Remembering) -> StreamMemory:
     """The memory of a stream whose longest chunk this is, and sees as much as any."""
-    live = ClipShape(w.shape.width_px, w.shape.height_px, frames_of(max(1, w.past) + w.frames))
+    assert w.model.causal
+    live = ClipShape(w.shape.width_px, w.shape.height_px, frames_of(max(1, w.past) + w.model.causal.chunk_frames))
     buffers = {
         name: buffer_bytes(spec, COMPUTE)
         for name, spec in stream_schedule(w.model, graphs(w.model, w.recipe), live).buffers.items()

@@ -1,22 +1,20 @@
 """What a stream remembers: how many latent frames by a cache policy, how many bytes, and the launches that it takes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wanforge.configs.causal import CachePolicy, CausalConfig
 from wanforge.configs.model import HEAD_DIM
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.causal.slots import KVSlots, bytes_beside
+from wanforge.runtime.measure.cost.eager import Operations
 from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, cdiv
 from wanforge.runtime.pace.workload import ChunkWorkload
 from wanforge.runtime.reference.causal.chunks import endless_chunks
@@ -147,27 +145,3 @@ class Undisturbed:
 
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-class Operations(TorchDispatchMode):
-    """Notes the operations of PyTorch that make something new or change something; views are free."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[LaunchCost] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given, made = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
-        )
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        if function._schema.is_mutable:
-            given = given[1:]
-        elif all(tensor.untyped_storage()._cdata in known for tensor in made):
-            return result
-        read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (given, made))
-        self.found.append(LaunchCost(function.__name__, {}, read, written))
-        return result

@@ -29,7 +29,7 @@ from wanforge.runtime.reference.ranks.exchange import ProcessGroup
 from wanforge.runtime.request import Timings, latent_shape
 
 MEETING = timedelta(minutes=10)
-"""How long ranks wait for each other in an exchange; in the first one, for those that have come to the meeting."""
+"""How long ranks wait for each other: to come to the meeting, and in an exchange."""
 
 
 def name_of(rank: int) -> str:

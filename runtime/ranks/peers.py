@@ -18,7 +18,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.child_process import kill_group, start_module
-from wanforge.runtime.ranks.peer import meet, name_of
+from wanforge.runtime.ranks.peer import MEETING, meet, name_of
 from wanforge.runtime.ranks.task import Answer, Decoding, Opening, put, task_of
 from wanforge.runtime.request import Request
 
@@ -175,13 +175,19 @@ class Peers:
         """Go to the meeting once every peer has come, because the group would wait for minutes for one that has ended.
 
         Raises:
-            ResourceError: A peer has failed.
+            ResourceError: A peer has failed, or has not come after `MEETING`.
         """
-        meeting = FileStore(self.meeting, self.ranks)
-        while not meeting.check([name_of(peer.rank) for peer in self.all]):
+        meeting, end = FileStore(self.meeting, self.ranks), time.monotonic() + MEETING.total_seconds()
+        while missing := [peer for peer in self.all if not meeting.check([name_of(peer.rank)])]:
             for peer in self.all:
                 if peer.failure is not None:
                     raise ResourceError(peer.told())
+            if time.monotonic() > end:
+                names = " and ".join(name_of(peer.rank) for peer in missing)
+                raise ResourceError(
+                    f"{names} of the processes that share the request did not come within {MEETING}, and they have all "
+                    "ended; ask again, or use fewer GPUs"
+                )
             time.sleep(0.01)
         meet(meeting, 0, self.ranks)
 

@@ -167,5 +167,8 @@ def test_what_does_not_fit_is_refused() -> None:
         dense_attention(q, k, v.T.contiguous().T, bias)
     with pytest.raises(ShapeError, match="own keys"):
         chunk_attention(q, (k, v), Own(k, v[:5]), torch.zeros(12, device=DEVICE))
+    wide = torch.zeros(6, 256, dtype=q.dtype, device=DEVICE)
+    with pytest.raises(ShapeError, match=r"own keys \(6, 256\).* do not fit q \(10, 128\)"):
+        chunk_attention(q, (k, v), Own(wide, wide), torch.zeros(12, device=DEVICE))
     with pytest.raises(ShapeError, match="a bias of 5 keys"):
         chunk_attention(q, (k, v), Own(k, v), torch.zeros(11, device=DEVICE))

@@ -284,6 +284,23 @@ def test_sizes_that_are_no_tiles_are_refused(shape: tuple[int, int]) -> None:
         linears(q, [w])
 
 
+@pytest.mark.parametrize(
+    "into",
+    [torch.empty(10, 256)[:, ::2], torch.empty(128, 10).T, torch.empty(9, 128), torch.empty(10, 128).half()],
+    ids=["columns apart", "transposed", "a row too few", "another type"],
+)
+def test_outputs_that_do_not_fit_are_refused(into: torch.Tensor) -> None:
+    into = into.to(DEVICE)
+    (_, q), w = quantised(10, 128, torch.float32), weight(128, 128, 3, torch.float32)
+    fitting = torch.zeros(10, 128, device=DEVICE)
+    with pytest.raises(ShapeError, match="the output must be contiguous"):
+        linears(q, [w, w], into)
+    with pytest.raises(ShapeError, match="the output must be contiguous"):
+        linear_residual(q, w, fitting, None, into)
+    with pytest.raises(ShapeError, match="the residual must be contiguous"):
+        linear_residual(q, w, into, None, fitting)
+
+
 def test_rows_that_are_not_aligned_are_refused() -> None:
     wide = torch.zeros(4, 137, device=DEVICE)
     with pytest.raises(ShapeError, match="x_stride is 137"):

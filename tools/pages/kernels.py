@@ -198,7 +198,11 @@ def decoding_table() -> str:
         clip = model.video.clip
         before, after = reference_chunk(model, clip), decoder_chunk(model, clip, is_first=False)
         launches = decoder_clip(model, clip)
-        moved = before.bytes, sum(map(bytes_of, after)), sum(bytes_of(launch) for launch in after if launch.run)
+        moved = (
+            sum(map(bytes_of, before)),
+            sum(map(bytes_of, after)),
+            sum(bytes_of(launch) for launch in after if launch.run),
+        )
         times = ([time(launches, gpu) for time in (seconds, predicted_seconds)] for gpu in load_targets().values())
         rows.append(
             [

@@ -3,14 +3,11 @@
 They are those that `runtime.backends.decoder` records, so nothing is listed twice. Each tensor counts once per launch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from wanforge.configs.clip import ClipShape
@@ -21,6 +18,7 @@ from wanforge.plugins.launching.launch import INTERPRETED_SM, Launch, LibraryCal
 from wanforge.runtime.backends.decoder import NEXT
 from wanforge.runtime.backends.decoder.recorded import COMPUTE, recorded
 from wanforge.runtime.graphs import graphs
+from wanforge.runtime.measure.cost.eager import Operations
 from wanforge.runtime.measure.cost.launches import KernelRun, LaunchCost
 
 WRITTEN = ("total", "joined", "kept")
@@ -81,33 +79,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-class Moved(TorchDispatchMode):
-    """Counts the operations of PyTorch that make something new, and the bytes of their arguments and results."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations, self.bytes = 0, 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given, made = (
-            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
-        )
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        if given and any(tensor.untyped_storage()._cdata not in known for tensor in made):
-            self.operations += 1
-            self.bytes += _bytes([*given, *made])
-        return result
-
-
-def reference_chunk(model: ModelConfig, shape: ClipShape) -> Moved:
+def reference_chunk(model: ModelConfig, shape: ClipShape) -> list[LaunchCost]:
     """What the reference moves to decode a latent frame after the first, one operation of PyTorch at a time."""
     graph = graphs(model, load_recipe("bf16"))[NEXT]
     sizes = {"latent_height": shape.latent_height, "latent_width": shape.latent_width}
     with torch.device("meta"), torch.inference_mode():
         inputs = [torch.empty(concrete(port.shape, sizes), dtype=COMPUTE) for port in graph.inputs]
-        with Moved() as found:
+        with Operations() as made:
             graph.run(graph.owner.state_dict(), inputs)
-    return found
+    return made.found

@@ -117,6 +117,18 @@ def test_one_sample_at_a_time() -> None:
 
 
 @pytest.mark.slow
+def test_outputs_that_do_not_lie_together_are_refused(bundle_of: BundleOf) -> None:
+    """What is written to a copy of them would be lost."""
+    bundle = bundle_of("tiny-causal", "bf16")
+    inputs, weights, outputs = operands(bundle, slice(0, 60), tokens=20)
+    for place in (1, 2):
+        apart = list(outputs)
+        apart[place] = outputs[place].transpose(2, 3).contiguous().transpose(2, 3)
+        with pytest.raises(RuntimeError, match="view size is not compatible"):
+            FusedChunkBlock(bundle.model.dit, bundle.recipe).run_chunk(weights, inputs, apart)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "count"), [("w8a8", 13), ("w8a8-row", 16), ("fp8-row", 13), ("bf16", 10)])
 def test_a_chunk_is_few_launches(recipe: str, count: int) -> None:
     """Attention is a launch here, which also quantises by tiles; a block with full attention leaves it to the library,

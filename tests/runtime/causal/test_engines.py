@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from tests.stand_ins import Context, StandIn, write_engines
-from wanforge.configs.clip import ClipShape
+from wanforge.configs.causal import CausalConfig, PolicyName, policy
+from wanforge.configs.clip import ClipShape, frames_of
+from wanforge.configs.model import load_model
+from wanforge.configs.recipe import load_recipe
 from wanforge.engines import build as build_module
 from wanforge.engines import files as engine_files
 from wanforge.engines.bundle.bundle import Bundle
@@ -26,7 +30,11 @@ from wanforge.runtime.backends import trt as trt_module
 from wanforge.runtime.backends.arena_backend import TEXT_ROWS
 from wanforge.runtime.backends.ort import OrtBackend
 from wanforge.runtime.backends.trt import TrtBackend
+from wanforge.runtime.causal.schedule import stream_schedule
+from wanforge.runtime.causal.stream import CheckedStream
+from wanforge.runtime.graphs import graphs
 from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Request
 
 CLIP = ClipShape(64, 32, 17)
 
@@ -89,6 +97,25 @@ def test_a_stream_is_that_of_onnx_runtime(
     other.text_rows_multiple = TEXT_ROWS
     assert all(map(torch.equal, found, made(other)))
     assert set(shapes) == {(1, past_frames * 8, 2, 128)}
+
+
+@pytest.mark.parametrize("has_image", [False, True])
+@pytest.mark.parametrize("cache", ["none", "sliding_window"])
+@pytest.mark.parametrize(("first", "later", "chunks"), [(3, 1, 19), (3, 1, 1), (1, 2, 11), (3, 3, 7)])
+def test_engines_for_a_video_serve_its_stream(
+    first: int, later: int, chunks: int, cache: PolicyName, has_image: bool
+) -> None:
+    model, recipe = load_model("causal-rcm-wan2.1-t2v-1.3b-480p-c3-step4"), load_recipe("bf16")
+    causal = CausalConfig(first_frames=first, chunk_frames=later)
+    model = msgspec.structs.replace(model, causal=causal)
+    beginning = causal.beginning(with_image=has_image)
+    request = Request("a kite", ClipShape(832, 480, frames_of(first)))
+    stream = CheckedStream(request, beginning, (), chunks, policy(cache), "native", causal.longest)
+    built, wanted = (named_sizes(model, recipe, clip) for clip in (ClipShape(832, 480, 81), stream.live_shape))
+    assert all(built[name].least <= wanted[name].least and wanted[name].most <= built[name].most for name in built)
+    # What a stream's memory holds is what its chunks see, and no more.
+    schedule = stream_schedule(model, graphs(model, recipe), stream.live_shape)
+    assert schedule.buffers["past_keys.0"].shape[1] == stream.past_frames * 30 * 52
 
 
 def test_engines_serve_shorter_videos_and_no_longer_ones(backend: TrtBackend) -> None:

@@ -26,6 +26,7 @@ from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.memory.estimate import needed_device_bytes
 from wanforge.runtime.memory.plan import RESERVE, MemoryPlan
 from wanforge.runtime.pipeline import Pipeline
+from wanforge.runtime.request import Timings, latent_shape
 from wanforge.runtime.streaming.live import live
 
 PROMPTS = "a red kite[0.5s] | a longer text about a blue train in the snow[1s#]"
@@ -186,6 +187,21 @@ def test_a_stream_ends_when_another_request_takes_its_memory(
         with pytest.raises(ResourceError, match="another request has taken the memory of this one"):
             next(stream)
         assert are_equal(made + list(other), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [SIZE, (32, 32)])
+def test_a_stream_ends_when_other_latents_are_decoded_in_its_memory(bundle: Bundle, size: tuple[int, int]) -> None:
+    """And the other pictures are the ones that they are without that."""
+    alone, pipeline = (Pipeline(bundle, create_backend("torch", bundle, budget=each)) for each in (None, 1e9))
+    stream = pipeline.stream("a kite", size=SIZE, seed=7, frames=25)
+    next(stream)
+    shape = ClipShape(*size, 9)
+    latents = torch.randn(latent_shape(bundle.model, shape), generator=torch.Generator().manual_seed(1))
+    found, expected = (torch.stack(list(each.frames(latents, shape, Timings()))) for each in (pipeline, alone))
+    assert torch.equal(found, expected)
+    with pytest.raises(ResourceError, match="another request has taken the memory of this one"):
+        next(stream)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -163,6 +164,20 @@ def test_a_peer_that_misses_the_meeting_is_not_waited_for(bundle: Bundle) -> Non
     ):
         pass
     assert not distributed.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_peer_that_hangs_is_not_waited_for_without_end(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanforge.runtime.ranks.peers.MEETING", timedelta(milliseconds=200))
+    peers = Peers(bundle, 2, None)
+    peer = psutil.Process(peers.all[0].process.pid)
+    peer.suspend()
+    with (
+        pytest.raises(ResourceError, match=r"rank 1 of the processes .* did not come within 0:00:00.2"),
+        peers.sharing(Decoding(sizes_of(CLIP), 3)),
+    ):
+        pass
+    assert not peer.is_running()
 
 
 @pytest.mark.slow
