@@ -56,6 +56,7 @@ async def create(request: Request, caller: Writer) -> Response:
         thread = service.in_thread if picture is None else service.in_own_thread
         job = await thread(submit, service, caller, wanted, picture, screen)
         service.screens.assign(job.id, screen)
+        del request._body  # with a picture, it is large, and the answer lasts for minutes
         return LiveResponse(service, job, screen)
     finally:
         if job is None:
@@ -116,7 +117,9 @@ async def steer(request: Request, video_id: JobId, caller: Writer) -> LiveState:
     screen = watched(service, video_id)
     if wanted.prompt is not None:
         with about("prompt"):
-            service.catalogue.find(job.request["model"], job.request["recipe"]).check_scene(wanted.prompt)
+            served = service.catalogue.find(job.request["model"], job.request["recipe"])
+            await service.in_thread(served.check_scene, wanted.prompt)
+            screen = watched(service, video_id)  # which may have ended in the meantime
     screen.wish(Wish(prompt=wanted.prompt, is_cut=wanted.cut, is_paused=wanted.paused, ends=wanted.stop))
     if wanted.stop and not screen.is_connected:
         await service.in_thread(service.store.cancel, video_id)
