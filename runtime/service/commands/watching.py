@@ -14,7 +14,7 @@ import click
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.interrupts import Interrupted
 from wanforge.runtime.commands.options import FILE, Finite, takes
-from wanforge.runtime.service.client.connection import Connection
+from wanforge.runtime.service.client.connection import Connection, ServerError
 from wanforge.runtime.service.client.streams import Incoming, incoming
 from wanforge.runtime.streaming.ahead import Ahead
 from wanforge.runtime.streaming.lines import TypedLines
@@ -133,9 +133,18 @@ def written(coming: Incoming, out: Path) -> int:
                     count += len(data)
                 return count
             except (Interrupted, BrokenPipeError) as error:
-                coming.steer(stop=True)
+                stop(coming)
                 if not count or isinstance(error, BrokenPipeError):
                     raise
+
+
+def stop(coming: Incoming) -> None:
+    """Let a stream end, unless it has just ended by itself."""
+    try:
+        coming.steer(stop=True)
+    except ServerError as error:
+        if error.code != "not_live":
+            raise
 
 
 def opened(out: Path) -> BinaryIO:
