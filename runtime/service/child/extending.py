@@ -18,7 +18,6 @@ from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.child.maker import Report
 
-
 READ = "read"
 """The stage in which the last frame of a video is looked for."""
 

@@ -64,7 +64,9 @@ class WatchOptions:
 )
 @click.option("--model", help="Name of a causal model that the server has.  [default: its first]")
 @click.option("--size", help="Size such as 832x480 or 480p.  [default: the model's own]")
-@click.option("--seconds", type=Finite(), help="Most seconds of video.  [default: as many as the server and the cache allow]")
+@click.option(
+    "--seconds", type=Finite(), help="Most seconds of video.  [default: as many as the server and the cache allow]"
+)
 @click.option("--seed", type=int, help="Seed of the noise.  [default: drawn by the server]")
 @click.option("--cache", help="Which chunks are remembered, as for `wanforge stream`.  [default: infinity_rope]")
 @click.option("--lora", help="Name of a LoRA that the server has for the model.")

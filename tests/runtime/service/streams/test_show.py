@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import imageio_ffmpeg
+import msgspec
 import psutil
 import pytest
 import torch

@@ -46,7 +46,10 @@ def test_streams_that_wait_hold_no_bodies(bundle: Path, tmp_path: Path) -> None:
     encoded = io.BytesIO()
     Image.frombytes("RGB", (480, 480), os.urandom(3 * 480 * 480)).save(encoded, "PNG")
     picture = f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-    with running(ServeSettings(data=str(tmp_path), limits=limits), [("", bundle)], tmp_path) as server, ExitStack() as s:
+    with (
+        running(ServeSettings(data=str(tmp_path), limits=limits), [("", bundle)], tmp_path) as server,
+        ExitStack() as s,
+    ):
         for _ in range(5):
             assert s.enter_context(waiting(server, input_reference=picture)).status_code == 200
         assert server.submit(input_reference=picture, size="64x32", frames=17)["status"] == "queued"
