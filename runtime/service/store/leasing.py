@@ -142,9 +142,8 @@ def release(transaction: Transaction, policy: Policy, workers: Collection[str], 
 
 def end_leases(transaction: Transaction, policy: Policy) -> list[str]:
     """End the attempts whose leases have run out."""
-    return _requeue_all(
-        transaction, policy, "lease_until <= :running", {"running": transaction.time.running}, counts=True
-    )
+    now = {"running": transaction.time.running}
+    return _requeue_all(transaction, policy, "lease_until <= :running", now, counts=True)
 
 
 def _requeue_all(

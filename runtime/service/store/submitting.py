@@ -76,8 +76,7 @@ def submit_batch(
 def cancel(transaction: Transaction, job: str) -> Job | None:
     """Cancel a queued job, or request it of a running one."""
     if not end(transaction, job, QUEUED, {}, None):
-        fence = f"{RUNNING} AND cancel_requested = 0"
-        change(transaction, job, fence, {}, "cancel_requested", cancel_requested=1)
+        change(transaction, job, f"{RUNNING} AND cancel_requested = 0", {}, "cancel_requested", cancel_requested=1)
     return find(transaction, job)
 
 
@@ -110,10 +109,12 @@ def _present(transaction: Transaction, job: str) -> Job:
 
 def earlier(transaction: Transaction, owner: str, mark: Idempotency | None) -> Job | None:
     """The job that was submitted with the same key."""
-    row = mark and transaction.row(
+    if mark is None:
+        return None
+    row = transaction.row(
         "SELECT digest, job FROM idempotency WHERE owner = :owner AND key = :key", owner=owner, key=mark.key
     )
-    if mark is None or row is None:
+    if row is None:
         return None
     if row["digest"] != mark.digest:
         raise TurnedAwayError(

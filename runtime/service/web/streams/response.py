@@ -47,7 +47,7 @@ class LiveResponse(Response):
 
     async def _show(self, send: Send) -> None:
         while not await self.screen.arrived(LOOK_SECONDS):
-            if self.service.screens.is_ending or not await self._may_arrive():
+            if self.screen.is_over or self.service.screens.is_ending or not await self._may_arrive():
                 return
         try:
             async for data in self.screen.pieces():

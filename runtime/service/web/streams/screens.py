@@ -188,10 +188,13 @@ class Screens:
             self._by_job.pop(job, None)
 
     def end(self) -> None:
-        """Let all streams end in good order, because the server does."""
+        """Let all streams end in good order, because the server does; those that wait for a worker end at once."""
         self.is_ending = True
         for screen in self._expected.values():
-            screen.wish(Wish(ends=True))
+            if screen.is_connected:
+                screen.wish(Wish(ends=True))
+            else:
+                screen.close()
 
     async def close(self) -> None:
         """Take no more streams."""

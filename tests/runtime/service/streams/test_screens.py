@@ -218,6 +218,24 @@ def test_those_who_come_at_once_open_one_socket(folder: Path) -> None:
     asyncio.run(run())
 
 
+def test_who_waits_when_the_server_ends_is_not_let_wait(folder: Path) -> None:
+    heard: list[Wish] = []
+
+    async def run() -> None:
+        screens = Screens(folder)
+        waiting = await opened(screens)
+        screen, thread = await arrived(screens, lambda link: heard.append(link.receive()))
+        screens.end()
+        assert not await waiting.arrived(SECONDS)
+        assert waiting.is_over
+        assert not screen.is_over
+        await joined(thread)
+        await screens.close()
+
+    asyncio.run(run())
+    assert heard == [Wish(ends=True)]
+
+
 def test_wishes_become_one() -> None:
     first = Wish(prompt="a", is_cut=True)
     assert first.then(Wish(prompt="b")) == Wish(prompt="b", is_cut=True)
