@@ -1,5 +1,6 @@
 """Streams that wait for a worker: what they hold, how many there may be, and what they outlast."""
 
+import asyncio
 import base64
 import gc
 import io
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from tests.processes import wait_until
 from tests.runtime.service.served import Rig, running
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.runtime.service.catalogue import Asked
+from wanforge.runtime.service.catalogue import Asked, Served
 from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.settings import ClientLimits, ServeSettings
 from wanforge.runtime.service.store.base import JobFilter, StoreError
@@ -89,6 +90,21 @@ def test_a_stream_outlasts_a_job_store_that_is_away(
             assert server.service.screens.count == 1
             monkeypatch.setattr(server.store, "get", get)
             assert stream.headers["video-id"] == tries[0]
+
+
+def test_a_prompt_is_not_checked_in_the_event_loop(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ServeSettings(data=str(tmp_path)), [("", bundle)], tmp_path) as server, waiting(server) as stream:
+        loops = list[bool]()
+
+        def check(served: Served, prompt: str) -> None:
+            loops.append(asyncio._get_running_loop() is not None)
+
+        monkeypatch.setattr(Served, "check_scene", check)
+        answer = server.client.post(f"/v1/streams/{stream.headers['video-id']}", json={"prompt": "a train"})
+        assert answer.json()["prompt"] == "a train"
+        assert loops == [False]
 
 
 @pytest.mark.parametrize("cache", ["none", "sliding_window", "rolling_sink", "infinity_rope"])
