@@ -1,6 +1,6 @@
 """What a continuation begins with: the frames of a video, or a picture."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def beginning(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[Frame]
         raise RequestError(f"{path}: has no frames; give a video, or a picture")
 
 
-def frames_of_video(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[Frame]:
+def frames_of_video(path: Path, size_wh: tuple[int, int], fps: int) -> Generator[Frame]:
     """The frames of a video, decoded by ffmpeg.
 
     Raises:
@@ -54,7 +54,7 @@ def frames_of_video(path: Path, size_wh: tuple[int, int], fps: int) -> Iterator[
         if (width, height) != size_wh:
             raise RequestError(
                 f"{path}: is {width}x{height}, but its continuation would be {size_wh[0]}x{size_wh[1]}; ask for "
-                f"--resolution {width}x{height}, or give the last frame as a picture"
+                f"{width}x{height}, too, or give the last frame as a picture"
             )
         for raw in reader:
             count += 1

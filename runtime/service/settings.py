@@ -55,7 +55,8 @@ class ClientLimits(Record, frozen=True, kw_only=True):
         requests_per_second: How often one API key may ask, on average; as many as `burst` may come at once.
         streams: How many event streams one API key may have open.
         live_streams: How many live streams there may be at once, with those that wait.
-        live_seconds: How long a live stream is at most, and how long it may hold a worker.
+        owner_live_streams: How many of them may be one owner's, on a server with API keys.
+        live_seconds: How long a live stream is at most, and how long it may hold a worker after its first chunk.
         live_pause_seconds: How long it may be paused at a time.
         live_megabytes: How large its video may become.
     """
@@ -71,6 +72,7 @@ class ClientLimits(Record, frozen=True, kw_only=True):
     burst: Count = 200
     streams: Count = 100
     live_streams: Count = 10
+    owner_live_streams: Count = 4
     live_seconds: Positive = 600.0
     live_pause_seconds: Positive = 300.0
     live_megabytes: Positive = 1000.0

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +12,35 @@ from torch import Tensor
 
 from wanforge.progress import Progress
 from wanforge.runtime.continuation.beginning import frames_of_video
-from wanforge.runtime.continuation.chain import check_continuable
+from wanforge.runtime.continuation.chain import Frame, check_continuable
 from wanforge.runtime.output.video import FrameSink, video_writer
 from wanforge.runtime.pipeline import Pipeline
 from wanforge.runtime.request import CheckedRequest, Request, Timings
+from wanforge.runtime.service.child.maker import Report
+
+READ = "read"
+"""The stage in which the last frame of a video is looked for."""
 
 
-def continuing(pipeline: Pipeline, request: Request, before: Path) -> tuple[Request, int]:
+def continuing(pipeline: Pipeline, request: Request, before: Path, report: Report) -> tuple[Request, int]:
     """The request for a clip that begins with the last frame of a video, and the number of the video's frames.
+
+    Args:
+        report: Called for each frame that is read, since a long video takes long.
 
     Raises:
         RequestError: The model cannot begin with a frame, or the video has another size or cannot be read.
     """
     check_continuable(pipeline.model)
     size, fps = (request.shape.width_px, request.shape.height_px), pipeline.model.video.fps
-    count, last = deque(enumerate(frames_of_video(before, size, fps), 1), maxlen=1).pop()
+
+    def frames() -> Iterator[Frame]:
+        with closing(frames_of_video(before, size, fps)) as found:
+            for frame in found:
+                report(READ, 0)
+                yield frame
+
+    count, last = deque(enumerate(frames(), 1), maxlen=1).pop()
     return replace(request, image=Image.fromarray(last)), count
 
 

@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from wanforge.runtime.request import CheckedRequest, Request, Timings
 from wanforge.runtime.service.catalogue import Asked, fingerprint, name_of
 from wanforge.runtime.service.child.extending import continuing, write_extended
 from wanforge.runtime.service.child.live.streamed_clip import streamed
+from wanforge.runtime.service.child.loras import told_loras
 from wanforge.runtime.service.child.maker import Maker, Report
 from wanforge.runtime.service.child.messages import BundlePlace, ChildUsage, ClipMade, MakeClip, SetUp
 from wanforge.runtime.service.child.pictures import Pictures
@@ -100,7 +101,7 @@ class Pipelines(Maker):
             return streamed(pipeline, request, asked, order, report)
         before, frames = None if order.before is None else Path(order.before), asked.frames
         if before is not None:
-            request, count = continuing(pipeline, request, before)
+            request, count = continuing(pipeline, request, before, report)
             frames += count - 1
         checked = pipeline.check(request)
         pictures, percent = Pictures(folder, frames), Percent(pipeline, checked, report)
@@ -123,7 +124,7 @@ class Pipelines(Maker):
             {
                 **details(asked, timings, pictures),
                 "frames": frames,
-                "loras": [without_file(each) for each in pipeline.loras.described(loras)],
+                "loras": told_loras(pipeline, loras),
             },
         )
 
@@ -209,11 +210,6 @@ def details(asked: Asked, timings: Timings, pictures: Pictures) -> dict[str, obj
         "recipe": asked.recipe,
         "spritesheet": pictures.layout,
     }
-
-
-def without_file(lora: Mapping[str, object]) -> dict[str, object]:
-    """A LoRA of a report for clients, who need not know where the server has its files."""
-    return {name: value for name, value in lora.items() if name != "file"}
 
 
 def warm_up(pipeline: Pipeline, report: Report) -> ClipShape:

@@ -14,7 +14,7 @@ import click
 from wanforge.errors import RequestError, WanforgeError
 from wanforge.interrupts import Interrupted
 from wanforge.runtime.commands.options import FILE, Finite, takes
-from wanforge.runtime.service.client.connection import Connection
+from wanforge.runtime.service.client.connection import Connection, ServerError
 from wanforge.runtime.service.client.streams import Incoming, incoming
 from wanforge.runtime.streaming.ahead import Ahead
 from wanforge.runtime.streaming.lines import TypedLines
@@ -64,7 +64,9 @@ class WatchOptions:
 )
 @click.option("--model", help="Name of a causal model that the server has.  [default: its first]")
 @click.option("--size", help="Size such as 832x480 or 480p.  [default: the model's own]")
-@click.option("--seconds", type=Finite(), help="Most seconds of video.  [default: as many as the server allows]")
+@click.option(
+    "--seconds", type=Finite(), help="Most seconds of video.  [default: as many as the server and the cache allow]"
+)
 @click.option("--seed", type=int, help="Seed of the noise.  [default: drawn by the server]")
 @click.option("--cache", help="Which chunks are remembered, as for `wanforge stream`.  [default: infinity_rope]")
 @click.option("--lora", help="Name of a LoRA that the server has for the model.")
@@ -133,9 +135,18 @@ def written(coming: Incoming, out: Path) -> int:
                     count += len(data)
                 return count
             except (Interrupted, BrokenPipeError) as error:
-                coming.steer(stop=True)
+                stop(coming)
                 if not count or isinstance(error, BrokenPipeError):
                     raise
+
+
+def stop(coming: Incoming) -> None:
+    """Let a stream end, unless it has just ended by itself."""
+    try:
+        coming.steer(stop=True)
+    except ServerError as error:
+        if error.code != "not_live":
+            raise
 
 
 def opened(out: Path) -> BinaryIO:

@@ -28,7 +28,7 @@ from msgspec import Meta
 
 from wanforge.configs.loading import MOST, Count, Positive, Record
 from wanforge.errors import RequestError, ResourceError
-from wanforge.runtime.service.job import Batch, Failure, Job, JobEvent, Lease, Result, State, Submission
+from wanforge.runtime.service.job import Batch, Failure, Idempotency, Job, JobEvent, Lease, Result, State, Submission
 
 LARGEST_STEP = 10.0
 """The most running time that passes between two uses of the store: two heartbeats, and a third of a lease."""
@@ -231,6 +231,10 @@ class JobStore(ABC):
         Raises:
             TurnedAwayError: The queue or the owner's quota is full, or the idempotency key came with another body.
         """
+
+    @abstractmethod
+    def earlier(self, owner: str, mark: Idempotency) -> Job | None:
+        """The job of an owner that came with a key of idempotency. With another body, it is refused as by `submit`."""
 
     @abstractmethod
     def submit_batch(self, submissions: Sequence[Submission], batch: str | None = None) -> Batch:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from wanforge.runtime.service.job import Failure, Job, Lease, Result, State
+from wanforge.runtime.service.live.terms import LIVE
 from wanforge.runtime.service.store.base import LEFT_SECONDS, MOST_PASSES, BundleShape, Offer, Policy, Pulse
 from wanforge.runtime.service.store.databases.database import Row, Transaction, listed
 from wanforge.runtime.service.store.rows import (
@@ -96,8 +97,7 @@ def complete(transaction: Transaction, policy: Policy, lease: Lease, result: Res
 
 def fail(transaction: Transaction, lease: Lease, failure: Failure) -> bool:
     """End a job with an error."""
-    has_failed = end(transaction, lease.job, HELD, fence_of(lease), failure)
-    return has_failed or _has_ended(transaction, lease, State.FAILED)
+    return end(transaction, lease.job, HELD, fence_of(lease), failure) or _has_ended(transaction, lease, State.FAILED)
 
 
 def stopped(transaction: Transaction, lease: Lease) -> bool:
@@ -109,14 +109,14 @@ def stopped(transaction: Transaction, lease: Lease) -> bool:
 def requeue(transaction: Transaction, policy: Policy, lease: Lease, *, counts: bool) -> bool:
     """End an attempt: the job waits for the next one, unless it is to be cancelled or has lost enough workers."""
     row = transaction.row(
-        f"SELECT lost, cancel_requested FROM jobs WHERE id = :job AND {HELD}", job=lease.job, **fence_of(lease)
+        f"SELECT lost, shape, cancel_requested FROM jobs WHERE id = :job AND {HELD}", job=lease.job, **fence_of(lease)
     )
     if row is None:
         return False
     if row["cancel_requested"]:
         return end(transaction, lease.job, HELD, fence_of(lease), None)
     lost = row["lost"] + counts
-    if lost >= policy.most_lost:
+    if lost >= (1 if row["shape"] == LIVE else policy.most_lost):  # nobody watches another attempt of a stream
         times = "once" if lost == 1 else f"{lost} times"
         message = f"the worker that made this clip died {times}; the request may need more memory than it has"
         return end(transaction, lease.job, HELD, fence_of(lease), Failure("worker_died", message))
@@ -142,9 +142,8 @@ def release(transaction: Transaction, policy: Policy, workers: Collection[str], 
 
 def end_leases(transaction: Transaction, policy: Policy) -> list[str]:
     """End the attempts whose leases have run out."""
-    return _requeue_all(
-        transaction, policy, "lease_until <= :running", {"running": transaction.time.running}, counts=True
-    )
+    now = {"running": transaction.time.running}
+    return _requeue_all(transaction, policy, "lease_until <= :running", now, counts=True)
 
 
 def _requeue_all(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from wanforge.runtime.service.job import Batch, Failure, Job, JobEvent, Lease, Result, Submission
+from wanforge.runtime.service.job import Batch, Failure, Idempotency, Job, JobEvent, Lease, Result, Submission
 from wanforge.runtime.service.store import keys, leasing, queries, rows, submitting, sweeping
 from wanforge.runtime.service.store.base import (
     ApiKey,
@@ -52,6 +52,10 @@ class SqlStore(JobStore):
     def submit(self, submission: Submission) -> Receipt:
         with self.database.write() as transaction:
             return submitting.submit(transaction, self.policy, submission)
+
+    def earlier(self, owner: str, mark: Idempotency) -> Job | None:
+        with self.database.read() as transaction:
+            return submitting.earlier(transaction, owner, mark)
 
     def submit_batch(self, submissions: Sequence[Submission], batch: str | None = None) -> Batch:
         with self.database.write() as transaction:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from wanforge.errors import join_names
-from wanforge.runtime.service.job import Batch, Job, State, Submission
+from wanforge.runtime.service.job import Batch, Idempotency, Job, State, Submission
 from wanforge.runtime.service.store.base import Policy, Receipt, TurnedAwayError
 from wanforge.runtime.service.store.databases.database import Transaction
 from wanforge.runtime.service.store.queries import batch_of
@@ -35,12 +35,11 @@ LATEST = 20
 
 def submit(transaction: Transaction, policy: Policy, submission: Submission) -> Receipt:
     """Add a job, unless its key of idempotency says that it has been added."""
-    known = submission.idempotency and _earlier(transaction, submission)
+    known = earlier(transaction, submission.owner, submission.idempotency)
     if known:
         return Receipt(known, is_new=False)
     _check_room(transaction, policy, submission.owner, 0 if submission.refused else 1)
     [job] = _insert(transaction, policy, [submission], None)
-    _mark(transaction, submission, job)
     return Receipt(_present(transaction, job), is_new=True)
 
 
@@ -57,7 +56,7 @@ def submit_batch(
         if found.owner != owner:
             raise TurnedAwayError("idempotency_conflict", f"the batch {batch} is somebody else's; use another id")
         return found
-    known = submissions[0].idempotency and _earlier(transaction, submissions[0])
+    known = earlier(transaction, owner, submissions[0].idempotency)
     if known and known.batch and (found := batch_of(transaction, known.batch)):
         return found
     batch = batch or new_id("batch")
@@ -68,8 +67,7 @@ def submit_batch(
         owner=owner,
         now=transaction.now,
     )
-    first, *_ = _insert(transaction, policy, submissions, batch)
-    _mark(transaction, submissions[0], first)
+    _insert(transaction, policy, submissions, batch)
     found = batch_of(transaction, batch)
     assert found is not None
     return found
@@ -78,8 +76,7 @@ def submit_batch(
 def cancel(transaction: Transaction, job: str) -> Job | None:
     """Cancel a queued job, or request it of a running one."""
     if not end(transaction, job, QUEUED, {}, None):
-        fence = f"{RUNNING} AND cancel_requested = 0"
-        change(transaction, job, fence, {}, "cancel_requested", cancel_requested=1)
+        change(transaction, job, f"{RUNNING} AND cancel_requested = 0", {}, "cancel_requested", cancel_requested=1)
     return find(transaction, job)
 
 
@@ -110,12 +107,12 @@ def _present(transaction: Transaction, job: str) -> Job:
     return found
 
 
-def _earlier(transaction: Transaction, submission: Submission) -> Job | None:
+def earlier(transaction: Transaction, owner: str, mark: Idempotency | None) -> Job | None:
     """The job that was submitted with the same key."""
-    mark = submission.idempotency
-    assert mark is not None
+    if mark is None:
+        return None
     row = transaction.row(
-        "SELECT digest, job FROM idempotency WHERE owner = :owner AND key = :key", owner=submission.owner, key=mark.key
+        "SELECT digest, job FROM idempotency WHERE owner = :owner AND key = :key", owner=owner, key=mark.key
     )
     if row is None:
         return None
@@ -126,19 +123,6 @@ def _earlier(transaction: Transaction, submission: Submission) -> Job | None:
             "request, and the same one only to repeat it",
         )
     return _present(transaction, row["job"])
-
-
-def _mark(transaction: Transaction, submission: Submission, job: str) -> None:
-    """Note the key of idempotency that a job came with."""
-    if mark := submission.idempotency:
-        transaction.run(
-            "INSERT INTO idempotency (owner, key, digest, job, created_at) VALUES (:owner, :key, :digest, :job, :now)",
-            owner=submission.owner,
-            key=mark.key,
-            digest=mark.digest,
-            job=job,
-            now=transaction.now,
-        )
 
 
 def _check_room(transaction: Transaction, policy: Policy, owner: str, count: int) -> None:
@@ -174,7 +158,7 @@ def _wait(transaction: Transaction) -> int:
 def _insert(
     transaction: Transaction, policy: Policy, submissions: Sequence[Submission], batch: str | None
 ) -> list[str]:
-    """Insert jobs with their events and objects. Returns their ids."""
+    """Insert jobs with their events and objects, and the first one's key of idempotency. Returns their ids."""
     _check_objects(transaction, submissions)
     transaction.run(
         "INSERT INTO owners (owner) VALUES (:owner) ON CONFLICT (owner) DO NOTHING", owner=submissions[0].owner
@@ -195,6 +179,15 @@ def _insert(
     names_of = zip(rows, submissions, strict=True)
     add_objects(transaction, [(name, row["id"]) for row, each in names_of for name in each.objects])
     let_go(transaction, [row["id"] for row in rows if row["state"] != State.QUEUED])
+    if mark := submissions[0].idempotency:
+        transaction.run(
+            "INSERT INTO idempotency (owner, key, digest, job, created_at) VALUES (:owner, :key, :digest, :job, :now)",
+            owner=submissions[0].owner,
+            key=mark.key,
+            digest=mark.digest,
+            job=rows[0]["id"],
+            now=transaction.now,
+        )
     return [row["id"] for row in rows]
 
 

@@ -369,7 +369,9 @@ class ClipWorker(Thread):
                 self._complete(attempt, outcome)
             case ClipFailed(_, failure, _):
                 self._reject(attempt, failure)
-            case ClipStopped() | Killed(was_asked=True) | Killed(has_begun=False):
+            case Killed(has_begun=False):
+                self._give_back(attempt, has_begun=False)
+            case ClipStopped() | Killed(was_asked=True):
                 self._give_back(attempt)
             case Killed(_, was_hung=True):
                 self._lose(attempt, Failure("worker_hung", f"the clip was given up: {outcome.how}"))
@@ -433,13 +435,16 @@ class ClipWorker(Thread):
             self._count(attempt, failure.code)
             log.warning("%s failed (%s): %s", job.id, failure.code, failure.message, extra={"job": job.id})
 
-    def _give_back(self, attempt: Attempt) -> None:
-        """End an attempt that was stopped: cancelled, if that is why, or else as if it had not begun."""
+    def _give_back(self, attempt: Attempt, *, has_begun: bool = True) -> None:
+        """End an attempt that was stopped: cancelled, if that is why, or else as if it had not begun. A stream that
+        has begun fails, as in `_lose`."""
         lease = attempt.job.lease
         if attempt.stop is Stop.LEASE_LOST:
             return
         if self._surely(lambda: self.shop.store.stopped(lease)):
             self._count(attempt, "cancelled")
+        elif has_begun and attempt.job.shape == LIVE:
+            self._fail(attempt, Failure("worker_died", "the server ended while this stream was made; start anew"))
         elif self._surely(lambda: self.shop.store.requeue(lease, counts=False)):
             self._count(attempt, "requeued")
 

@@ -125,7 +125,7 @@ def test_a_video_of_another_size_is_refused(bundle_of: BundleOf, picture: Path, 
     assert run("continue", root, picture, "--prompt", "one", "--out", out, *small).exit_code == 0
     done = run("continue", root, out, "--prompt", "two", "--resolution", "128x128", *small)
     assert done.exit_code == 1
-    assert "is 192x128, but its continuation would be 128x128; ask for --resolution 192x128" in done.output
+    assert "is 192x128, but its continuation would be 128x128; ask for 192x128" in done.output
 
 
 @LEAVES_PIPES_OPEN

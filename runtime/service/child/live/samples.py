@@ -19,7 +19,7 @@ class Samples:
     def __call__(self, frame: Tensor) -> None:
         """Take the next frame."""
         if self.count % self._every == 0:
-            self._kept.append((self.count, frame))
+            self._kept.append((self.count, frame.clone()))  # it may be a view of a whole chunk
         if len(self._kept) > 2 * MOST_TILES:
             self._kept, self._every = self._kept[::2], 2 * self._every
         self.count += 1

@@ -83,6 +83,7 @@ class Show:
                     self.link.hang_up()
                     raise
             playing.result()
+            self._ends.set()  # whatever is heard from here on is not why it ended
             with suppress(OSError):  # nobody is there
                 self.link.send(StreamEnded(self.reason))
         finally:
@@ -93,13 +94,13 @@ class Show:
 
     def _look(self, report: Callable[[str, int], object]) -> None:
         """Tell that all is well, if it is, and end a stream that has reached its limits."""
-        now = time.monotonic()
-        waits = self._carrier.is_sending or self._is_pacing or self._paused_at is not None
+        now, paused_at = time.monotonic(), self._paused_at
+        waits = self._carrier.is_sending or self._is_pacing or paused_at is not None
         if waits or self._moved_at >= self._told_at:
             self._told_at = now
             report(LIVE, 0)
-        if self._paused_at is not None and now - self._paused_at > self.terms.pause_seconds:
-            self._end("paused", at_once=True)
+        if paused_at is not None and now - paused_at > self.terms.pause_seconds:
+            self._end("paused")
         is_long = self.chunks and now - self._begun_at > self.terms.seconds
         if is_long or self._carrier.count > self.terms.megabytes * MEGABYTE:
             self._end("limit")
@@ -174,7 +175,7 @@ class Show:
             self._end("stopped")
 
     def _pause(self, *, is_paused: bool) -> None:
-        if is_paused == (self._paused_at is not None):
+        if self._ends.is_set() or is_paused == (self._paused_at is not None):
             return
         if is_paused:
             self.made.pause()

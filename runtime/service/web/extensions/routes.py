@@ -45,7 +45,9 @@ async def extend(request: Request, response: Response, caller: Writer, idempoten
 
 
 def submit(service: Service, caller: ApiKey, wanted: ExtensionRequest, mark: Idempotency | None) -> Job:
-    """Check a request and submit it."""
+    """Check a request and submit it, unless it has been submitted before; then its video may be gone by now."""
+    if mark is not None and (known := service.store.earlier(caller.owner, mark)):
+        return known
     source = found(service, caller, wanted.video.id)
     (video,) = objects_of(source, "video")
     before = Asked.known_of(source)

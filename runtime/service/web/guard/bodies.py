@@ -27,17 +27,19 @@ class Bounded:
         most: The most bytes of a body.
 
     Attributes:
-        held: The bytes of all bodies whose requests have not been answered yet, without those that are small.
+        held: The bytes of all bodies whose requests have not begun to be answered yet, without those that are small.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most, self.held = app, most, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held = 0
+        held, is_answered = 0, False
 
         def hold(came: int) -> None:
             nonlocal held
+            if is_answered:
+                return
             more = max(0, came - SMALL) - held
             if self.held + more > LARGEST_AT_ONCE * self.most:
                 raise ApiError(
@@ -46,10 +48,20 @@ class Bounded:
             self.held += more
             held += more
 
-        try:
-            await self.app(scope, self._bounded(receive, hold), send)
-        finally:
+        def release() -> None:
+            nonlocal held, is_answered
             self.held -= held
+            held, is_answered = 0, True
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":  # the answer itself may take minutes
+                release()
+            await send(message)
+
+        try:
+            await self.app(scope, self._bounded(receive, hold), sending)
+        finally:
+            release()
 
     def _bounded(self, receive: Receive, hold: Callable[[int], None]) -> Receive:
         """What receives the body of a request, within its bounds.

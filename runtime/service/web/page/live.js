@@ -14,15 +14,19 @@ const isRunning = () => stream !== null && !stream.isOver;
 // Starts a stream and shows it until it ends.
 export async function watchLive(fields) {
   if (isRunning()) return;
+  if (!window.MediaSource) {
+    throw new Error("This browser cannot play a video that grows; use another one, or submit a video as a whole.");
+  }
   const leaving = new AbortController();
   const options = { method: "POST", body: JSON.stringify(fields), headers: JSON_TYPE, signal: leaving.signal };
   const response = await ask("v1/streams", options);
-  stream?.player.close();
-  const mine = { id: response.headers.get("Video-Id"), leaving, player: new Player(at("live-video")), isPaused: false };
-  stream = mine;
-  open(fields.prompt);
-  show(mine);
+  let mine = null;
   try {
+    stream?.player.close();
+    mine = { id: response.headers.get("Video-Id"), player: new Player(at("live-video")), isPaused: false };
+    stream = mine;
+    open(fields.prompt);
+    show(mine);
     const reader = response.body.getReader();
     for (;;) {
       const { done, value } = await reader.read();
@@ -34,6 +38,8 @@ export async function watchLive(fields) {
     mine.player.end();
     finish(mine, "Ended. It stays among your videos.");
   } catch (error) {
+    leaving.abort(); // or else the server would wait for this page to read on
+    if (!mine) throw error;
     finish(mine, "Broken off");
     explain(mine, error);
   }
@@ -91,6 +97,7 @@ async function explain(mine, error) {
     if (video && video.status !== "in_progress" && video.status !== "queued") {
       if (video.error) at("live-error").textContent = video.error.message;
       else if (video.status === "cancelled") say("Cancelled");
+      else at("live-error").textContent = error.message;
       return;
     }
     await new Promise((resolve) => setTimeout(resolve, LOOK_MS));

@@ -1,6 +1,6 @@
 // The page of wanforge's server: the form that submits videos, the API key, and the server's state.
 
-import { askJson, keyOf, whenKeyIsWanted } from "./api.js";
+import { ApiError, askJson, keyOf, whenKeyIsWanted } from "./api.js";
 import { at, cardOf, chooseThese, openGallery, tell, whenPressed } from "./gallery.js";
 import { openLive, watchLive } from "./live.js";
 
@@ -66,6 +66,13 @@ function dataUrl(file) {
   });
 }
 
+// A number as JSON can hold it; JavaScript would round a larger one, and a text that is none is told as the server does.
+function wholeNumber(name, text) {
+  const number = Number(text);
+  if (Number.isSafeInteger(number)) return number;
+  throw new ApiError(`${name} is ${text}; give a whole number up to ${Number.MAX_SAFE_INTEGER}`, name, "invalid_value", 400);
+}
+
 async function watch() {
   clearProblems();
   at("watch").disabled = true;
@@ -73,7 +80,7 @@ async function watch() {
     const fields = {};
     for (const name of LIVE_FIELDS) {
       const value = at(name).value.trim();
-      if (value) fields[name] = name === "seed" ? Number(value) : value;
+      if (value) fields[name] = name === "seed" ? wholeNumber(name, value) : value;
     }
     const picture = at("picture").files[0];
     if (picture) fields.input_reference = await dataUrl(picture);
@@ -95,7 +102,7 @@ async function submit(event) {
     const first = cardOf(await post(wanted()));
     if (at("versus").value) {
       const second = wanted();
-      second.set("seed", first.video.seed);
+      second.set("seed", at("seed").value.trim() || first.video.seed);
       if (at("versus").value === "seed") second.set("seed", (first.video.seed + 1) % 2 ** 32);
       else second.set("model", at("versus").value);
       chooseThese([first, cardOf(await post(second))]);

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from wanforge.configs.clip import frames_of
+from wanforge.configs.causal import policy
+from wanforge.configs.clip import MAX_POSITIONS, frames_of
 from wanforge.errors import RequestError
 from wanforge.runtime.causal.lengths import chunks_of_seconds, frames_of_chunks
 from wanforge.runtime.request import concerning
@@ -51,6 +52,8 @@ def asked_stream(
         if seconds > limits.live_seconds:
             raise RequestError(f"{seconds:g} s are more than this server makes, which is {limits.live_seconds:g}")
         chunks = chunks_of_seconds(causal, seconds, video.fps)
+        if wanted.seconds is None and policy(wanted.cache).last_time is None:  # with these, time goes on with the video
+            chunks = min(chunks, 1 + (MAX_POSITIONS - causal.first_frames) // causal.chunk_frames)
     drawn = None if picture is None else redrawn(picture, limits)
     terms = LiveTerms(
         screen=screen,

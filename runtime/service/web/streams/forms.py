@@ -23,7 +23,7 @@ class StreamRequest(BaseModel):
     aspect: Name | None = Field(None, description="With a resolution: 1:1, 4:3, 3:4, 16:9 or 9:16.")
     seconds: Seconds = Field(
         None,
-        description="Most seconds of video; as many as this server allows by default.",
+        description="Most seconds of video; by default as many as this server and `cache` allow.",
         examples=["60"],
         json_schema_extra={"anyOf": [{"type": "string", "pattern": SECONDS}, {"type": "number"}, {"type": "null"}]},
     )

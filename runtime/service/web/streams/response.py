@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from wanforge.runtime.service.job import Job
+from wanforge.runtime.service.store.base import StoreError
 from wanforge.runtime.service.web.state import Service
 from wanforge.runtime.service.web.streams.screens import BrokenOffError, Screen
 
@@ -46,8 +47,7 @@ class LiveResponse(Response):
 
     async def _show(self, send: Send) -> None:
         while not await self.screen.arrived(LOOK_SECONDS):
-            job = await self.service.reading(self.service.store.get, self.job.id)
-            if job is None or job.state.is_terminal or self.service.screens.is_ending:
+            if self.screen.is_over or self.service.screens.is_ending or not await self._may_arrive():
                 return
         try:
             async for data in self.screen.pieces():
@@ -57,6 +57,15 @@ class LiveResponse(Response):
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _may_arrive(self) -> bool:
+        """Whether the job of a stream has not ended, as far as is known."""
+        try:
+            job = await self.service.reading(self.service.store.get, self.job.id)
+        except StoreError as error:
+            log.warning("%s waits for the job store: %s", self.job.id, error, extra={"job": self.job.id})
+            return True
+        return job is not None and not job.state.is_terminal
+
     async def _leave(self) -> None:
         """Let nobody watch any more. A stream that has arrived is ended by that; another attempt of its job would find
         no screen."""
@@ -65,6 +74,8 @@ class LiveResponse(Response):
         try:
             if not was_shown:
                 await self.service.in_thread(self.service.store.cancel, self.job.id)
+        except StoreError as error:  # the job ends when it finds no screen
+            log.warning("%s could not be cancelled: %s", self.job.id, error, extra={"job": self.job.id})
         finally:
             self.service.screens.forget(self.screen, self.job.id)
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from wanforge.runtime.service.job import Job
 from wanforge.runtime.service.live.wire import Wish
 from wanforge.runtime.service.store.base import ApiKey
-from wanforge.runtime.service.web.access import Reader, Writer
+from wanforge.runtime.service.web.access import LOCAL, Reader, Writer
 from wanforge.runtime.service.web.document import schema_of
 from wanforge.runtime.service.web.forms.errors import ApiError, about
 from wanforge.runtime.service.web.intake import body
@@ -48,25 +48,28 @@ async def create(request: Request, caller: Writer) -> Response:
     a worker is free. It ends with the request that receives it: who leaves ends it. What was shown is kept."""
     service = service_of(request)
     wanted = await body.json_object(request, service, StreamRequest)
-    check_open(service)
-    screen = await service.screens.open(wanted.prompt)
+    check_has_streams(service)
+    await service.screens.listen()
+    check_room(service, caller)  # nothing else happens between this and the new screen
+    screen = service.screens.open(wanted.prompt, caller.owner)
     job = None
     try:
         picture = None if wanted.input_reference is None else await body.picture_of(service, wanted.input_reference)
         thread = service.in_thread if picture is None else service.in_own_thread
         job = await thread(submit, service, caller, wanted, picture, screen)
         service.screens.assign(job.id, screen)
+        del request._body  # with a picture, it is large, and the answer lasts for minutes
         return LiveResponse(service, job, screen)
     finally:
         if job is None:
             service.screens.forget(screen)
 
 
-def check_open(service: Service) -> None:
-    """Refuse streams where they could not arrive, or where there are too many.
+def check_has_streams(service: Service) -> None:
+    """Refuse streams where they could not arrive.
 
     Raises:
-        ApiError: The workers may be on other machines; or there are too many streams.
+        ApiError: The workers may be on other machines.
     """
     settings = service.settings
     if settings.role != "both" or settings.store:
@@ -76,8 +79,26 @@ def check_open(service: Service) -> None:
             "this server shares its job store with other machines, and live streams need a server with workers of its "
             "own; ask one that keeps its jobs in a file",
         )
-    if service.screens.count >= settings.limits.live_streams:
+
+
+def check_room(service: Service, caller: ApiKey) -> None:
+    """Refuse a stream where there are too many.
+
+    Raises:
+        ApiError: There are as many as there may be, or as one owner may have.
+    """
+    limits, screens = service.settings.limits, service.screens
+    if screens.count >= limits.live_streams:
         raise ApiError(429, "too_many_streams", "too many live streams run or wait; try later", None, FULL_SECONDS)
+    if caller is not LOCAL and screens.count_of(caller.owner) >= limits.owner_live_streams:
+        raise ApiError(
+            429,
+            "too_many_streams",
+            f"{limits.owner_live_streams} of your live streams run or wait, which is as many as one owner may have; "
+            "end one of them",
+            None,
+            FULL_SECONDS,
+        )
 
 
 def submit(service: Service, caller: ApiKey, wanted: StreamRequest, picture: bytes | None, screen: Screen) -> Job:
@@ -116,7 +137,9 @@ async def steer(request: Request, video_id: JobId, caller: Writer) -> LiveState:
     screen = watched(service, video_id)
     if wanted.prompt is not None:
         with about("prompt"):
-            service.catalogue.find(job.request["model"], job.request["recipe"]).check_scene(wanted.prompt)
+            served = service.catalogue.find(job.request["model"], job.request["recipe"])
+            await service.in_thread(served.check_scene, wanted.prompt)
+            screen = watched(service, video_id)  # which may have ended in the meantime
     screen.wish(Wish(prompt=wanted.prompt, is_cut=wanted.cut, is_paused=wanted.paused, ends=wanted.stop))
     if wanted.stop and not screen.is_connected:
         await service.in_thread(service.store.cancel, video_id)

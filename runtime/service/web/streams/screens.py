@@ -39,6 +39,9 @@ class BrokenOffError(Exception):
 class Screen:
     """Shows one stream to one client. Everything happens in the event loop.
 
+    Args:
+        owner: Whose stream it is.
+
     Attributes:
         name: What the child asks for.
         prompt: What the client wished to see last.
@@ -47,8 +50,8 @@ class Screen:
         ended: How the stream ended, once it has.
     """
 
-    def __init__(self, prompt: str) -> None:
-        self.name, self.prompt, self.is_paused = secrets.token_hex(16), prompt, False
+    def __init__(self, prompt: str, owner: str) -> None:
+        self.owner, self.name, self.prompt, self.is_paused = owner, secrets.token_hex(16), prompt, False
         self.shown = ChunkShown(0, 0, "")
         self.ended: StreamEnded | None = None
         self._connection: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
@@ -125,7 +128,7 @@ class Screen:
 
 
 class Screens:
-    """All screens of a server, and the socket that children connect to, which is opened for the first screen.
+    """All screens of a server, and the socket that children connect to, which is opened before the first screen.
 
     Args:
         folder: The folder of the service.
@@ -139,6 +142,7 @@ class Screens:
         self._expected: dict[str, Screen] = {}
         self._by_job: dict[str, Screen] = {}
         self._server: asyncio.Server | None = None
+        self._opening = asyncio.Lock()
         self.is_ending = False
 
     @property
@@ -146,17 +150,25 @@ class Screens:
         """How many clients watch, or wait."""
         return len(self._expected)
 
-    async def open(self, prompt: str) -> Screen:
-        """A new screen.
+    def count_of(self, owner: str) -> int:
+        """How many of them are one owner's."""
+        return sum(screen.owner == owner for screen in self._expected.values())
+
+    async def listen(self) -> None:
+        """Open the socket, unless it is open.
 
         Raises:
             OSError: The folder can have no socket.
         """
-        if self._server is None:
-            self._server = await asyncio.start_unix_server(
-                self._welcome, sock=listening(self.folder), limit=HELD_BYTES // 2
-            )
-        screen = Screen(prompt)
+        async with self._opening:
+            if self._server is None:
+                self._server = await asyncio.start_unix_server(
+                    self._welcome, sock=listening(self.folder), limit=HELD_BYTES // 2
+                )
+
+    def open(self, prompt: str, owner: str) -> Screen:
+        """A new screen, once the socket is open."""
+        screen = Screen(prompt, owner)
         self._expected[screen.name] = screen
         return screen
 
@@ -176,10 +188,13 @@ class Screens:
             self._by_job.pop(job, None)
 
     def end(self) -> None:
-        """Let all streams end in good order, because the server does."""
+        """Let all streams end in good order, because the server does; those that wait for a worker end at once."""
         self.is_ending = True
         for screen in self._expected.values():
-            screen.wish(Wish(ends=True))
+            if screen.is_connected:
+                screen.wish(Wish(ends=True))
+            else:
+                screen.close()
 
     async def close(self) -> None:
         """Take no more streams."""

@@ -7,6 +7,7 @@ import pytest
 from tests.runtime.service.child.test_pipelines import FRAMES, BundleOf, make, pipelines_of
 from tests.video_reader import read_video
 from wanforge.runtime.service.catalogue import fingerprint
+from wanforge.runtime.service.child.extending import READ
 from wanforge.runtime.service.child.messages import MakeClip
 
 pytestmark = [
@@ -27,7 +28,14 @@ def test_a_longer_clip_holds_the_old_frames_and_new_ones(bundle_of: BundleOf, tm
     folder = tmp_path / "longer"
     folder.mkdir()
     order = MakeClip("job/1", fingerprint(image), request, None, str(folder), before=str(before))
-    made = pipelines.make(order, lambda stage, percent: told.append(percent))
+    read = list[str]()
+
+    def report(stage: str, percent: int) -> None:
+        told.append(percent)
+        read.extend([stage] if stage == READ else [])
+
+    made = pipelines.make(order, report)
+    assert len(read) == FRAMES
     longer, old = read_video(folder / made.files["video"])[1].float(), read_video(before)[1].float()
     assert longer.shape == (2 * FRAMES - 1, 64, 96, 3)
     assert made.details["frames"] == 2 * FRAMES - 1

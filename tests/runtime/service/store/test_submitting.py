@@ -28,6 +28,10 @@ def test_a_repeated_key_leads_to_the_same_job(rig: Rig) -> None:
     first = store.submit(sent)
     again = store.submit(sent)
     assert (again.job.id, again.is_new) == (first.job.id, False)
+    known = store.earlier("ann", Idempotency.of("k", b"body"))
+    assert known is not None
+    assert known.id == first.job.id
+    assert store.earlier("bob", Idempotency.of("k", b"body")) is None
     assert store.submit(submission("bob", idempotency=Idempotency.of("k", b"body"))).is_new
     with pytest.raises(TurnedAwayError, match=f"another request, job {first.job.id}") as refused:
         store.submit(submission(idempotency=Idempotency.of("k", b"other body")))

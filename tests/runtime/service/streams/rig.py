@@ -123,7 +123,14 @@ class LiveRig:
         assert not screens._by_job
         self.workers.wait(lambda: self.workers.status is not None and self.workers.status.workers[0].state == "idle")
         wait_until(lambda: not list(self.workers.storage.staging().iterdir()), SECONDS)
-        wait_until(lambda: not self.workers.child.children(), SECONDS)
+
+        def is_alone() -> bool:
+            try:
+                return not self.workers.child.children()
+            except psutil.NoSuchProcess:  # it was killed, and the status does not tell of the next one yet
+                return False
+
+        wait_until(is_alone, SECONDS)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The connection between server and child: nothing piles up in it, and it ends with either side."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,9 +37,15 @@ def in_child(act: Callable[[Link], object], folder: Path, screen: str) -> thread
     return thread
 
 
+async def opened(screens: Screens) -> Screen:
+    """A screen that waits for a child."""
+    await screens.listen()
+    return screens.open("a kite", "ann")
+
+
 async def arrived(screens: Screens, act: Callable[[Link], object]) -> tuple[Screen, threading.Thread]:
     """A screen to which a child has come."""
-    screen = await screens.open("a kite")
+    screen = await opened(screens)
     thread = in_child(act, screens.folder, screen.name)
     assert await screen.arrived(SECONDS)
     return screen, thread
@@ -150,7 +157,7 @@ def test_wishes_before_the_stream_has_begun_are_kept(folder: Path) -> None:
 
     async def run() -> None:
         screens = Screens(folder)
-        screen = await screens.open("a kite")
+        screen = await opened(screens)
         screen.wish(Wish(prompt="a train"))
         screen.wish(Wish(is_paused=True))
         thread = in_child(lambda link: heard.append(link.receive()), folder, screen.name)
@@ -166,7 +173,7 @@ def test_wishes_before_the_stream_has_begun_are_kept(folder: Path) -> None:
 def test_whoever_names_no_screen_is_sent_away(folder: Path) -> None:
     async def run() -> None:
         screens = Screens(folder)
-        screen = await screens.open("a kite")
+        screen = await opened(screens)
 
         def show(link: Link) -> None:
             with pytest.raises((EOFError, OSError)):
@@ -198,6 +205,35 @@ def test_a_socket_that_a_killed_server_left_is_in_nobodys_way(folder: Path) -> N
     asyncio.run(run())
     with pytest.raises(OSError):
         Link(folder, "any")
+
+
+def test_those_who_come_at_once_open_one_socket(folder: Path) -> None:
+    async def run() -> None:
+        screens = Screens(folder)
+        before = len(os.listdir("/proc/self/fd"))
+        await asyncio.gather(*(screens.listen() for _ in range(5)))
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        await screens.close()
+
+    asyncio.run(run())
+
+
+def test_who_waits_when_the_server_ends_is_not_let_wait(folder: Path) -> None:
+    heard: list[Wish] = []
+
+    async def run() -> None:
+        screens = Screens(folder)
+        waiting = await opened(screens)
+        screen, thread = await arrived(screens, lambda link: heard.append(link.receive()))
+        screens.end()
+        assert not await waiting.arrived(SECONDS)
+        assert waiting.is_over
+        assert not screen.is_over
+        await joined(thread)
+        await screens.close()
+
+    asyncio.run(run())
+    assert heard == [Wish(ends=True)]
 
 
 def test_wishes_become_one() -> None:

@@ -10,19 +10,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import imageio_ffmpeg
 import msgspec
 import psutil
 import pytest
+import torch
 
 from tests.processes import wait_until
 from tests.video_reader import read_video
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.output.video import VideoError
 from wanforge.runtime.pipeline import Pipeline, open_pipeline
+from wanforge.runtime.service.catalogue import Asked
 from wanforge.runtime.service.child.live import show as shows
 from wanforge.runtime.service.child.live.samples import Samples
 from wanforge.runtime.service.child.live.show import Show
+from wanforge.runtime.service.child.live.streamed_clip import seekable, streamed
 from wanforge.runtime.service.child.maker import StoppedError
+from wanforge.runtime.service.child.messages import MakeClip
 from wanforge.runtime.service.live.terms import LiveTerms
 from wanforge.runtime.service.live.wire import (
     FROM_CHILD,
@@ -151,6 +156,7 @@ def test_what_is_watched_is_what_is_kept(pipeline: Pipeline, tmp_path: Path) -> 
         stage.end()
     assert stage.error is None
     assert stage.heard[-1] == StreamEnded("length")
+    assert stage.show.reason == "length"  # also after it has hung up
     assert [each.frames for each in stage.heard if isinstance(each, ChunkShown)] == [1, 9, 17, 25, 33, 41]
     kept = (tmp_path / "live.mp4").read_bytes()
     assert stage.video == kept
@@ -219,14 +225,19 @@ def test_what_was_shown_is_kept_when_the_watcher_goes(pipeline: Pipeline, tmp_pa
     assert len(read_video(tmp_path / "live.mp4")[1]) == stage.show.samples.count >= 17
 
 
-def test_nothing_is_made_for_nobody(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_nothing_is_made_for_nobody(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with staged(pipeline, tmp_path) as stage:
+        play, gone = stage.show._play, stage.show._ends
+
+        def late() -> None:
+            assert gone.wait(SECONDS)  # so that it is noticed before the first chunk
+            play()
+
+        monkeypatch.setattr(stage.show, "_play", late)
         stage.far.shutdown(socket.SHUT_RDWR)
         stage.start().end()
-    if stage.error is None:  # a chunk was there before it was noticed
-        assert stage.show.reason == "reader"
-    else:
-        assert isinstance(stage.error, NobodyWatchesError)
+    assert isinstance(stage.error, NobodyWatchesError)
+    assert (stage.show.chunks, (tmp_path / "live.mp4").exists()) == (0, False)
 
 
 def test_a_killed_encoder_ends_the_stream_with_its_error(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -292,6 +303,28 @@ def test_a_pause_that_is_too_long_ends_the_stream(pipeline: Pipeline, tmp_path: 
     assert (stage.error, stage.heard[-1]) == (None, StreamEnded("paused"))
 
 
+def test_a_stream_that_is_paused_before_it_begins_ends_with_one_chunk(pipeline: Pipeline, tmp_path: Path) -> None:
+    with staged(pipeline, tmp_path, chunks=4000, pause_seconds=0.2) as stage:
+        stage.show._obey(Wish(is_paused=True))
+        stage.start().hear()
+        stage.end()
+    assert (stage.error, stage.heard[-1]) == (None, StreamEnded("paused"))
+    assert stage.chunks >= 1
+
+
+def test_a_pause_that_ends_while_it_is_looked_at_harms_nobody(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged(pipeline, tmp_path) as stage:
+        times = iter([0.0, 0.0])  # and None from then on
+        given = property(lambda show: next(times, None), lambda show, value: None)
+        monkeypatch.setattr(Show, "_paused_at", given, raising=False)
+        stage.show._look(stage.report)
+        assert next(times) == 0.0
+        monkeypatch.undo()
+        stage.start().hear()
+
+
 def test_a_paced_stream_is_no_faster_than_it_is_played(pipeline: Pipeline, tmp_path: Path) -> None:
     with staged(pipeline, tmp_path, chunks=6, is_paced=True) as stage:
         begun = time.monotonic()
@@ -311,8 +344,6 @@ def test_what_is_cancelled_ends_at_once(pipeline: Pipeline, tmp_path: Path) -> N
 
 
 def test_samples_take_no_more_room_for_a_long_video(tmp_path: Path) -> None:
-    import torch
-
     samples = Samples()
     for number in range(5000):
         samples(torch.full((8, 16, 3), number % 256, dtype=torch.uint8))
@@ -324,3 +355,68 @@ def test_samples_take_no_more_room_for_a_long_video(tmp_path: Path) -> None:
     assert places == sorted(set(places))
     assert places[0] < 500
     assert places[-1] > 4000
+
+
+def test_samples_keep_no_chunk(tmp_path: Path) -> None:
+    samples, chunk = Samples(), torch.zeros(12, 8, 16, 3, dtype=torch.uint8)
+    for frame in chunk:
+        samples(frame)
+    assert {frame.untyped_storage().nbytes() for _, frame in samples._kept} == {8 * 16 * 3}
+
+
+def test_a_stream_that_becomes_a_clip_can_be_cancelled(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged(pipeline, tmp_path, chunks=3) as stage:
+        stage.start().hear()
+        stage.end()
+    seekable(tmp_path / "live.mp4", tmp_path / "video.mp4", stage.report)
+    assert read_video(tmp_path / "video.mp4")[1].shape == (17, 32, 64, 3)
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\nfor last; do :; done\nwhile :; do echo >> "${last#file:}"; sleep 0.01; done\n')
+    slow.chmod(0o700)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(slow))
+
+    def stop(stage: str, percent: int) -> None:
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        seekable(tmp_path / "live.mp4", tmp_path / "other.mp4", stop)
+    slow.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    with pytest.raises(VideoError, match="no such luck"):
+        seekable(tmp_path / "live.mp4", tmp_path / "other.mp4", stop)
+
+
+def test_a_clip_that_was_watched_tells_its_loras(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.loras, "described", lambda choices: [{"file": "/somewhere", "strength": 0.5}])
+    terms = LiveTerms(screen="s", chunks=2, is_paced=False)
+    asked = Asked(
+        model="m",
+        recipe="r",
+        prompt=PROMPT,
+        width_px=64,
+        height_px=32,
+        frames=9,
+        fps=16,
+        seed=7,
+        steps=4,
+        is_causal=True,
+        live=terms,
+    )
+    order = MakeClip("job/1", "", {}, None, str(tmp_path), service=str(tmp_path))
+    with listening(tmp_path) as server:
+
+        def hear() -> None:
+            far, _ = server.accept()
+            with far, far.makefile("rb") as reads:
+                while reads.read(1 << 16):
+                    pass
+
+        hearing = threading.Thread(target=hear)
+        hearing.start()
+        made = streamed(pipeline, asked.request(None), asked, order, lambda stage, percent: None)
+        hearing.join(SECONDS)
+    assert made.details["loras"] == [{"strength": 0.5}]
+    assert (made.details["frames"], made.details["ended"]) == (9, "length")

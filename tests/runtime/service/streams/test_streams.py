@@ -165,7 +165,7 @@ def test_a_killed_supervisor_leaves_no_stream(rig: LiveRig) -> None:
     watching.end()
     assert watching.error is not None
     rig.workers.start()
-    assert rig.ended(watching.video_id)["error"]["code"] == "nobody_watches"
+    assert rig.ended(watching.video_id)["error"]["code"] == "worker_died"
 
 
 def test_a_slow_reader_gets_everything(rig: LiveRig, tmp_path: Path) -> None:

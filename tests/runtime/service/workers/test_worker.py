@@ -11,8 +11,9 @@ import pytest
 from tests.runtime.service.store.rig import BUNDLE, claimed, submission
 from tests.runtime.service.workers.test_heart import failing_at_first
 from wanforge.runtime.service.catalogue import Asked
-from wanforge.runtime.service.child.messages import BundlePlace, ClipMade
+from wanforge.runtime.service.child.messages import BundlePlace, ClipMade, ClipStopped
 from wanforge.runtime.service.job import State
+from wanforge.runtime.service.live.terms import LIVE
 from wanforge.runtime.service.results.base import StorageError
 from wanforge.runtime.service.results.folder import FolderStorage
 from wanforge.runtime.service.settings import ServeSettings
@@ -22,7 +23,7 @@ from wanforge.runtime.service.workers import worker as worker_module
 from wanforge.runtime.service.workers.heart import Attempt, Heart
 from wanforge.runtime.service.workers.settings import Seat, Supervision
 from wanforge.runtime.service.workers.status import ClipKind
-from wanforge.runtime.service.workers.worker import ClipWorker, Shop
+from wanforge.runtime.service.workers.worker import ClipWorker, Killed, Outcome, Shop
 
 MADE = ClipMade("", {"video": "video.mp4"}, "torch", {"denoise": 1.0}, {})
 
@@ -135,3 +136,31 @@ def test_a_cold_worker_leaves_a_new_job_to_an_idle_one_that_is_warm_for_it(worke
     taken = worker._claim()
     assert taken is not None
     assert taken.id == job.id
+
+
+@pytest.mark.parametrize(
+    ("shape", "outcome", "state"),
+    [
+        (LIVE, Killed("it was ended", was_asked=True), State.FAILED),
+        (LIVE, ClipStopped(""), State.FAILED),
+        (LIVE, Killed("it has died", has_begun=False), State.QUEUED),
+        ("128x112x21", Killed("it was ended", was_asked=True), State.QUEUED),
+    ],
+)
+def test_a_stream_that_has_begun_is_never_tried_again(
+    worker: ClipWorker, tmp_path: Path, shape: str, outcome: Outcome, state: State
+) -> None:
+    store: Any = worker.shop.store
+    store.submit(submission(shape=shape))
+    attempt = Attempt(claimed(store), lambda: None, tmp_path)
+    worker._settle(attempt, outcome)
+    assert store.get(attempt.job.id).state is state
+
+
+@pytest.mark.parametrize(("shape", "state"), [(LIVE, State.FAILED), ("128x112x21", State.QUEUED)])
+def test_a_stream_whose_worker_is_lost_fails(worker: ClipWorker, shape: str, state: State) -> None:
+    store: Any = worker.shop.store
+    store.submit(submission(shape=shape))
+    job = claimed(store)
+    assert store.release([job.lease.worker], counts=True) == [job.id]
+    assert store.get(job.id).state is state

@@ -10,8 +10,12 @@ from wanforge.runtime.service.web.guard.bodies import LARGEST_AT_ONCE, SMALL, Bo
 MOST = 10 * SMALL
 
 
-async def statuses(sizes: list[int]) -> list[int]:
-    """The statuses of requests whose bodies have some sizes, each of which is answered when all have come."""
+async def statuses(sizes: list[int], *, begins_at_once: bool = False) -> list[int]:
+    """The statuses of requests whose bodies have some sizes, each of which is answered when all have come.
+
+    Args:
+        begins_at_once: Whether each answer begins when its request has come, and lasts until all have.
+    """
     answered, found = asyncio.Event(), []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -21,10 +25,12 @@ async def statuses(sizes: list[int]) -> list[int]:
             found.append(error.status)
         else:
             found.append(200)
+            if begins_at_once:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
             await answered.wait()
 
     async def send(message: Message) -> None:
-        raise AssertionError
+        assert begins_at_once
 
     def coming(size: int) -> Receive:
         async def receive() -> Message:
@@ -47,3 +53,8 @@ def test_few_large_bodies_are_held_at_once_and_small_ones_always_find_room() -> 
     large = [MOST] * (LARGEST_AT_ONCE + 2)
     found = asyncio.run(statuses([*large, SMALL, SMALL]))
     assert found == [200] * LARGEST_AT_ONCE + [503] * 2 + [200, 200]
+
+
+def test_an_answer_that_lasts_holds_no_body() -> None:
+    large = [MOST] * (2 * LARGEST_AT_ONCE)
+    assert asyncio.run(statuses(large, begins_at_once=True)) == [200] * len(large)

@@ -108,6 +108,36 @@ def test_what_is_wrong_with_the_first_request_is_said_at_its_field(page: Browser
     assert not page.find("#live").is_displayed()
 
 
+def test_a_browser_that_cannot_play_streams_asks_for_none(page: Browser, live: LiveRig) -> None:
+    page.open(live.server.url)
+    page.run("delete window.MediaSource")
+    page.type("#prompt", PROMPT)
+    page.press("#watch")
+    page.await_("#form-error", "cannot play a video that grows")
+    assert live.server.service.screens.count == 0
+    assert page.find("#watch").is_enabled()
+
+
+def test_a_stream_that_cannot_be_played_is_left(page: Browser, live: LiveRig) -> None:
+    page.open(live.server.url)
+    page.run("MediaSource.prototype.addSourceBuffer = () => { throw new Error('this codec is unknown'); }")
+    page.type("#prompt", PROMPT)
+    page.type("#size", "64x32")
+    page.press("#watch")
+    page.await_("#live-state", "Broken off")
+    live.is_free()  # although the page is still open
+    page.await_("#live-error", "this codec is unknown")
+
+
+def test_a_seed_that_javascript_would_round_is_refused(page: Browser, live: LiveRig) -> None:
+    page.open(live.server.url)
+    page.type("#prompt", PROMPT)
+    page.type("#seed", str(2**53 + 1))
+    page.press("#watch")
+    page.await_("#seed-error", f"seed is {2**53 + 1}; give a whole number up to {2**53 - 1}")
+    assert live.server.service.screens.count == 0
+
+
 def test_the_stream_can_be_seen_and_steered_at_any_width(page: Browser, live: LiveRig) -> None:
     for width, scheme in ((360, "light"), (800, "dark"), (1600, "light")):
         begin(page, live, width, 800, scheme)
