@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
@@ -131,8 +131,9 @@ class Team:
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self._waiting: list[SimpleQueue[PendingClip]] = [SimpleQueue() for _ in self.stages]
-        self._ended: SimpleQueue[tuple[ClipOrder, Ending] | Exception] = SimpleQueue()
+        # No SimpleQueue: several threads wait for each, and in CPython 3.11 one that comes too late may wait for ever.
+        self._waiting: list[Queue[PendingClip]] = [Queue() for _ in self.stages]
+        self._ended: Queue[tuple[ClipOrder, Ending] | Exception] = Queue()
         self._ends, self._counting = Event(), Lock()
         self._threads: list[Thread] = []
 
