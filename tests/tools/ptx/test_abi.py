@@ -130,7 +130,7 @@ def test_shared_memory_that_was_not_asked_for_is_refused(folder: Path, way: Way,
         way(bench)
     assert [name for name, _ in bench.cuda.launched] == ["quantise"]  # which needs less than 48 KiB
     large = {key.kernel: loaded.shared_bytes > 48 * 1024 for (_, key), loaded in bench.launcher.loaded.items()}
-    assert large == {"quantiser.quantise": False, "w8a8_linear.gemm": True}
+    assert large == {"quantiser.quantise": False, "warp_linear.gemm": True}
 
 
 @pytest.mark.parametrize("sm", [80, 86, 89, 90, 120])
