@@ -1,6 +1,8 @@
 """Every exported graph in ONNX Runtime is compared with the piece of the reference that it was traced from."""
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import onnx
 import pytest
@@ -195,14 +197,16 @@ def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, mo
 
 
 @pytest.mark.parametrize(("model", "recipe"), CASES)
-def test_every_graph_passes_the_checker(bundle_of: BundleOf, model: str, recipe: str) -> None:
+def test_every_graph_passes_the_checker(bundle_of: BundleOf, model: str, recipe: str, tmp_path: Path) -> None:
     bundle = bundle_of(model, recipe)
+    # The checker takes no files with a second name, which other tests give those of a bundle.
+    copied = shutil.copytree(bundle.root, tmp_path / "bundle")
     files = [name for name in bundle.manifest.files if name.endswith(".onnx")]
     # Thirteen graphs (eleven without the VAE's encoder) and one whole network per expert, in three types; two of them
     # also with a side path, where linears are quantised.
     assert len(files) == 3 * ((14 + 1 if model == "tiny-i2v" else 11 + 1) + 2 * (bundle.recipe.linear != "bf16"))
     for name in files:
-        onnx.checker.check_model(str(bundle.path(name)), full_check=True)
+        onnx.checker.check_model(str(copied / name), full_check=True)
 
 
 def test_custom_ops_are_nodes_with_bodies(bundle_of: BundleOf) -> None:
