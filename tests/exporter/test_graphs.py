@@ -1,7 +1,7 @@
 """Every exported graph in ONNX Runtime is compared with the piece of the reference that it was traced from."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -196,17 +196,22 @@ def test_bfloat16_is_the_float16_graph_with_another_type(bundle_of: BundleOf, mo
             assert types == dict.fromkeys(ports, dtype), graph.name
 
 
+def check(bundle: Bundle, files: Iterable[str], folder: Path) -> None:
+    """Let the checker read some files in a copy of their bundle. It takes no files with a second name, which other
+    tests give those of a bundle."""
+    copied = shutil.copytree(bundle.root, folder / "bundle")
+    for name in files:
+        onnx.checker.check_model(str(copied / name), full_check=True)
+
+
 @pytest.mark.parametrize(("model", "recipe"), CASES)
 def test_every_graph_passes_the_checker(bundle_of: BundleOf, model: str, recipe: str, tmp_path: Path) -> None:
     bundle = bundle_of(model, recipe)
-    # The checker takes no files with a second name, which other tests give those of a bundle.
-    copied = shutil.copytree(bundle.root, tmp_path / "bundle")
     files = [name for name in bundle.manifest.files if name.endswith(".onnx")]
     # Thirteen graphs (eleven without the VAE's encoder) and one whole network per expert, in three types; two of them
     # also with a side path, where linears are quantised.
     assert len(files) == 3 * ((14 + 1 if model == "tiny-i2v" else 11 + 1) + 2 * (bundle.recipe.linear != "bf16"))
-    for name in files:
-        onnx.checker.check_model(str(copied / name), full_check=True)
+    check(bundle, files, tmp_path)
 
 
 def test_custom_ops_are_nodes_with_bodies(bundle_of: BundleOf) -> None:
@@ -313,7 +318,7 @@ def test_4_bit_linears_are_nodes_for_onnx_runtime_and_native_ops_for_tensorrt(bu
     assert {t: (each.plugin_ops, each.fp4_products) for t, each in records.items()} == {"fp32": (1, 0), "bf16": (1, 8)}
 
 
-def test_linears_in_8_bit_floats_are_nodes_without_a_plugin(bundle_of: BundleOf) -> None:
+def test_linears_in_8_bit_floats_are_nodes_without_a_plugin(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-t2v", "fp8-row")
     model = onnx.load(str(bundle.path("onnx/fp32/block.onnx")))
     assert sorted(node.op_type for node in model.graph.node if node.domain) == [
@@ -324,11 +329,9 @@ def test_linears_in_8_bit_floats_are_nodes_without_a_plugin(bundle_of: BundleOf)
     assert inputs["ffn.0.fp8_weight"] == onnx.TensorProto.FLOAT8E4M3FN
     (record,) = (record for record in bundle.graphs("float32").values() if record.name == "block")
     assert record.plugin_ops == 1  # attention
-    for name in (name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name):
-        onnx.checker.check_model(str(bundle.path(name)), full_check=True)
+    check(bundle, [name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name], tmp_path)
 
 
-def test_every_4_bit_graph_passes_the_checker(bundle_of: BundleOf) -> None:
+def test_every_4_bit_graph_passes_the_checker(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-t2v", "nvfp4")
-    for name in (name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name):
-        onnx.checker.check_model(str(bundle.path(name)), full_check=True)
+    check(bundle, [name for name in bundle.manifest.files if name.endswith(".onnx") and "vae" not in name], tmp_path)
