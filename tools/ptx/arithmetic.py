@@ -23,10 +23,11 @@ DTYPES: dict[str, Any] = {
     **{"u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64},
     **{"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64},
     **{"f16": np.uint16, "bf16": np.uint16, "f32": np.float32},
-    **{"f16x2": np.uint16, "bf16x2": np.uint16, "e4m3x2": np.uint8, "f32x2": np.float32},
+    **{"f16x2": np.uint16, "bf16x2": np.uint16, "s16x2": np.int16, "e4m3x2": np.uint8, "f32x2": np.float32},
+    "e2m1x2": np.uint8,
 }
-"""The elements of which the registers of each kind consist."""
-SIZES = {"f16x2": 4, "bf16x2": 4, "f32x2": 8, "e4m3x2": 2}
+"""The elements of which the registers of each kind consist. Those of ``e2m1x2`` are bytes of two numbers each."""
+SIZES = {"f16x2": 4, "bf16x2": 4, "s16x2": 4, "f32x2": 8, "e4m3x2": 2}
 """Bytes of the registers of packed kinds; those of the others are the bytes of an element."""
 
 
@@ -121,7 +122,7 @@ def _integers(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
         return Operation((kind,) * (1 if name == "not" else 2), kind, BITWISE[name])
     if name in ("mul", "mad") and flags in ({"lo"}, {"wide"}):
         return _product(name, kind, wide="wide" in flags)
-    if name == "mul" and flags == {"hi"} and kind in ("s32", "u32"):
+    if name == "mul" and flags == {"hi"} and kind in ("s16", "u16", "s32", "u32"):
         return Operation((kind, kind), kind, _upper_half)
     if name in ("div", "rem") and not flags:
         return Operation((kind, kind), kind, _quotient if name == "div" else _remainder)
@@ -131,6 +132,8 @@ def _integers(name: str, flags: set[str], kinds: list[str]) -> Operation | None:
         return Operation((kind,), "u32", lambda a: np.bitwise_count(a).astype(np.uint32))
     if name == "bfe" and not flags:
         return Operation((kind, "u32", "u32"), kind, _extract)
+    if name == "bfi" and not flags and kind in ("b32", "b64"):
+        return Operation((kind, kind, "u32", "u32"), kind, _insert)
     return None
 
 
@@ -146,9 +149,9 @@ def _product(name: str, kind: str, *, wide: bool) -> Operation:
 
 
 def _upper_half(a: Array, b: Array) -> Array:
-    """The upper 32 bits of the product of 32-bit integers."""
+    """The upper half of the product of integers of 16 or 32 bits."""
     wide = np.dtype(np.int64 if a.dtype.kind == "i" else np.uint64)
-    return (np.multiply(a.astype(wide), b.astype(wide)) >> wide.type(32)).astype(a.dtype)
+    return (np.multiply(a.astype(wide), b.astype(wide)) >> wide.type(8 * a.dtype.itemsize)).astype(a.dtype)
 
 
 def _quotient(a: Array, b: Array) -> Array:
@@ -180,6 +183,13 @@ def _extract(a: Array, position: Array, length: Array) -> Array:
     return np.right_shift(np.left_shift(a, left), (bits - np.asarray(length).astype(np.int64)).astype(a.dtype))
 
 
+def _insert(a: Array, b: Array, position: Array, length: Array) -> Array:
+    """b with a bit field that has the lowest bits of a."""
+    place, width = np.asarray(position).astype(b.dtype), np.asarray(length).astype(b.dtype)
+    field = _shift_left(_shift_left(np.ones_like(b), width) - b.dtype.type(1), place)
+    return (b & ~field) | (_shift_left(a, place) & field)
+
+
 def _floats(name: str, flags: set[str], kinds: list[str], mode: Approximation) -> Operation | None:
     if kinds in (["f32"], ["f32x2"]):
         kind, ftz = kinds[0], "ftz" in flags
@@ -200,12 +210,25 @@ def _floats(name: str, flags: set[str], kinds: list[str], mode: Approximation) -
             return Operation((kind, kind), kind, divide)
     if len(kinds) == 1 and kinds[0] in HALVES and name in EXACT and flags <= {"rn"}:
         return _halves(name, kinds[0])
+    if len(kinds) == 1 and kinds[0] in HALVES and name == "max" and flags == {"xorsign", "abs"}:
+        return _larger_magnitude(kinds[0])
     if len(kinds) == 1 and kinds[0] in HALVES and name in ("abs", "neg") and not flags:
         sign = np.uint16(0x8000)
         return Operation((kinds[0],), kinds[0], (lambda x: x & ~sign) if name == "abs" else (lambda x: x ^ sign))
     if len(kinds) == 2 and kinds[0] == "f32" and kinds[1] in HALVES and name in FLOATS and flags <= {"rn"}:
         return _mixed(name, kinds[1])
     return None
+
+
+def _larger_magnitude(kind: str) -> Operation:
+    """The larger magnitude of two numbers of 16 bits, with the sign of their product."""
+    widen, narrow = HALVES[kind]
+    sign = np.uint16(0x8000)
+
+    def apply(a: Array, b: Array) -> Array:
+        return narrow(numbers.maximum(widen(a & ~sign), widen(b & ~sign)).astype(np.float64)) | (a ^ b) & sign
+
+    return Operation((kind, kind), kind, apply)
 
 
 def _halves(name: str, kind: str) -> Operation:
@@ -269,6 +292,10 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
     return result
 
 
+FROM_PAIRS: dict[str, Callable[[Array], Array]] = {"e2m1x2": numbers.from_e2m1, "e4m3x2": numbers.from_e4m3}
+"""How two numbers in one register become float32."""
+
+
 def _conversion(flags: set[str], to: str, source: str) -> Operation | None:
     integers = {"u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"}
     if to in integers and source in integers and not flags:
@@ -292,6 +319,11 @@ def _conversion(flags: set[str], to: str, source: str) -> Operation | None:
         return Operation((source, source), to, _pair(numbers.to_e4m3))
     if to == "e4m3x2" and source == "f16x2" and flags == {"rn", "satfinite"}:
         return Operation((source,), to, lambda x: numbers.to_e4m3(HALVES["f16"][0](x)))
+    if to == "e2m1x2" and source == "f32" and flags == {"rn", "satfinite"}:
+        return Operation((source, source), to, lambda high, low: numbers.to_e2m1(high) << 4 | numbers.to_e2m1(low))
+    if to == "f16x2" and source in FROM_PAIRS and flags == {"rn"}:
+        widen = FROM_PAIRS[source]
+        return Operation((source,), to, lambda codes: HALVES["f16"][1](widen(codes)))
     return None
 
 

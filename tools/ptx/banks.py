@@ -2,10 +2,11 @@
 
     python -m tools.ptx.banks
 
-It runs every kernel of the recipe w8a8 on the machine for PTX, counts the wavefronts of each warp's accesses, and
-writes how many times the fewest possible they are to runtime/measure/machine_code/conflicts.json, by architecture and
-kernel. A wavefront serves each of the 32 banks, which are four bytes wide, with one word. Accesses of 8 and 16 bytes
-take the lanes of a warp in halves and quarters; the rows of a matrix that `ldmatrix` loads are such accesses, too.
+It runs every kernel of the recipes w8a8 and nvfp4 on the machine for PTX, counts the wavefronts of each warp's
+accesses, and writes how many times the fewest possible they are to runtime/measure/machine_code/conflicts.json, by
+architecture and kernel. A wavefront serves each of the 32 banks, which are four bytes wide, with one word. Accesses of
+8 and 16 bytes take the lanes of a warp in halves and quarters; the rows of a matrix that `ldmatrix` loads are such
+accesses, too.
 """
 
 import argparse
@@ -33,10 +34,13 @@ from wanforge.whole_file import write_atomically
 
 COUNTED = re.compile(
     "attention sage_fp(8|16), quantised, .*|linear by tiles with GELU, quantised, .*|"
-    "linear by tiles, 128x128x256, 1 weights|quantiser by tiles, 128x256|modulated layer norm, quantised, 37x1536|"
-    "RMS norm and rotation of two, 37x1536"
+    "linear by tiles, 128x128x256, 1 weights|quantiser by tiles, 128x256|"
+    "modulated layer norm( of known moments)?, quantised, 37x1536|RMS norm and rotation of two, 37x1536|"
+    "attention of normalised queries to all keys, 200 tokens, .*|"
+    "linear in 4 bits(, 128x128x256, 1 weights| with GELU, quantised, .*)|quantiser to 4 bits, 128x256|"
+    "modulated layer norm, quantised to 4 bits, 37x1536"
 )
-"""The cases that launch each kernel of the recipe w8a8. Addresses do not depend on the number of tokens."""
+"""The cases that launch each kernel of the recipes w8a8 and nvfp4. Addresses do not depend on the number of tokens."""
 SMS = (80, 86, 89, 90, 120)
 BANKS, WORD, LANES = 32, 4, 32
 WARPS_COUNTED = 8
@@ -99,7 +103,7 @@ class Conflicts:
 
 
 def factors(sm: int, folder: Path) -> dict[str, float]:
-    """The factor of every kernel of the recipe w8a8 on an architecture, in bfloat16."""
+    """The factor of every kernel of those recipes on an architecture, in bfloat16."""
     conflicts = Conflicts()
     with conflicts.counting():
         for case in cases(sm, torch.bfloat16, RAGGED):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools.ptx.proof import Case, randn
+from tools.ptx.four_bits import four_bits
+from tools.ptx.proof import Case, hidden, off, randn
 from tools.ptx.sizes import Attended, Sizes
 from wanforge.configs.limits import load_limits
 from wanforge.configs.model import load_model
@@ -23,27 +25,39 @@ from wanforge.plugins.channel_norm import fused as channel_norm
 from wanforge.plugins.channel_norm.fused import History, Stream
 from wanforge.plugins.channel_norm.reference import channel_norm as norm_of_channels
 from wanforge.plugins.channel_norm.reference import unfolded
+from wanforge.plugins.denoiser_block.fused import UNKNOWN, FusedBlock, StreamMoments, passes_moments, recipe_for
 from wanforge.plugins.dense_attention import fused as dense
 from wanforge.plugins.dense_attention.reference import dense_attention
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
+from wanforge.plugins.int8_convolution.fused import ConvolutionWeight, convolve, taps_last
+from wanforge.plugins.int8_convolution.reference import channel_steps, int8_convolution, steps_per_unit
 from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
+from wanforge.plugins.nvfp4_linear import ARCHITECTURES
 from wanforge.plugins.quantiser import fused as quantiser
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
+from wanforge.plugins.recall import GROUP
+from wanforge.plugins.recall.fused import recall_into
+from wanforge.plugins.recall.reference import KeptRows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.row_moments.fused import KnownRows, measured, unmeasured
+from wanforge.plugins.row_moments.reference import row_moments
 from wanforge.plugins.sparse_linear_attention import fused as attention
 from wanforge.plugins.sparse_linear_attention import reference
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
-from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
+from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears, measured_linear
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 from wanforge.plugins.w8a8_linear.scaled_product import GELU_QUANTISE_ROWS
-from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
+from wanforge.runtime.backends.recalling import FORMS
+from wanforge.runtime.causal.kept_chunks import keep
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.kernels.cases import block_inputs
 from wanforge.runtime.measure.kernels.timing import Draw
 from wanforge.runtime.memory.weights import Weights
+from wanforge.runtime.reference.causal.kv_codes import CODES, KVFormat, decode, encode
+from wanforge.runtime.reference.causal.network import KeysValues
 
 EPS = 1e-6
 HEAD = 128
@@ -55,18 +69,24 @@ def cases(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     yield from quantisers(sm, dtype, sizes)
     for scheme in (TILES, ROWS):
         yield from products(scheme, dtype, sizes)
+    if sm in ARCHITECTURES:
+        yield from four_bits(dtype, sizes)
     yield from norms(dtype, sizes)
+    yield from convolutions(sm, dtype, sizes)
     arithmetics = ("sla", "sage_fp8" if sm >= FIRST_FP8_SM else "sage_fp16")
     for arithmetic in arithmetics:
         yield from attentions(Blocks(128, 64, arithmetic), dtype, sizes)  # type: ignore[arg-type]
     for shape in sizes.asked:
         yield from answered(shape, dtype)
+    for form, shape in product(FORMS, sizes.asked):
+        yield from remembered(form, shape, dtype)
     for shape in sizes.scored:
         yield scores(shape, dtype)
     for rank in sizes.ranked:
         yield ranks(rank, dtype)
     for model, recipe in sizes.blocks:
-        if sm >= load_recipe(recipe).first_sm:
+        made = load_recipe(recipe)
+        if sm >= made.first_sm and (made.linear != "nvfp4" or sm in ARCHITECTURES):
             yield block(model, recipe, sm, dtype)
 
 
@@ -143,8 +163,8 @@ def products(scheme: Scheme, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]
 
         yield Case(
             f"linear by {name} with GELU, quantised, {rows}x{outputs}x{inputs}",
-            lambda q, w, residual, gate, x: linear_gelu(q, w),
-            lambda q, w, residual, gate, x: quantise(F.gelu(w8a8_linear(x, *w), approximate="tanh")),
+            lambda q, w, residual, gate, x: linear_gelu(q, loud(w)),
+            lambda q, w, residual, gate, x: quantise(F.gelu(w8a8_linear(x, *loud(w)), approximate="tanh")),
             one,
             ulp=2**18,  # the scale is a rounded value of the 16-bit type, which may be the next one
             steps=1e-3,
@@ -156,14 +176,29 @@ def products(scheme: Scheme, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]
             one,
             ulp=3,
         )
+        for way, written in (("", lambda q, w, *_: measured_linear(q, w)), (" added to a residual", added)):
+            yield Case(
+                f"moments of a linear by {name}{way}, {rows}x{outputs}x{inputs}",
+                lambda q, w, residual, gate, x, written=written: off(written(q, w, residual, gate)),
+                lambda q, w, residual, gate, x: [torch.ones(2, w.steps_NK.shape[0] // HEAD, len(x))],
+                one,
+                ulp=64,  # sums of 128 in another order
+            )
+
+
+def loud(w: Weight) -> Weight:
+    """A weight with a larger bias. Where few rows of a tile exist, those beyond, which have the bias alone, then change
+    its largest magnitude if a kernel does not leave them out."""
+    return w._replace(bias_N=8 * w.bias_N)
+
+
+def added(q: quantiser.Quantised, w: Weight, residual: Tensor, gate: Tensor) -> KnownRows:
+    rows = unmeasured(residual)
+    linear_residual(q, w, residual, gate, *rows)
+    return rows
 
 
 # Norms and the residual.
-
-
-def hidden(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of different magnitudes."""
-    return (randn(tokens, width, seed=tokens) * torch.linspace(0.01, 30, tokens)[:, None] + 2).to(dtype)
 
 
 def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
@@ -191,14 +226,15 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
             inputs,
             ulp=4,  # a norm that rounds to the other side is multiplied by up to 4 and may be cancelled by its offset
         )
-        yield Case(
-            f"modulated layer norm, quantised, {tokens}x{width}",
-            lambda x, g, o: norm_quantised(x, g, o, EPS, modulated=True),
-            lambda x, g, o: quantise_tiles(modulated_norm(x[None], o[None], g[None], EPS)[0]),
-            inputs,
-            ulp=2**18,
-            steps=2e-3,
-        )
+        for known, rows in (("", KnownRows), (" of known moments", measured)):
+            yield Case(
+                f"modulated layer norm{known}, quantised, {tokens}x{width}",
+                lambda x, g, o, rows=rows: norm_quantised(rows(x), Affine(g, o, EPS, True, False)),
+                lambda x, g, o: quantise_tiles(modulated_norm(x[None], o[None], g[None], EPS)[0]),
+                inputs,
+                ulp=2**18,
+                steps=2e-3,
+            )
         yield Case(
             f"modulated layer norm, quantised by rows, {tokens}x{width}",
             lambda x, g, o: norm_quantised_rows(x, Affine(g, o, EPS, True, False), torch.int8),
@@ -211,11 +247,11 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
         # channel of the pair cancels most of it, that is several units of the result.
         yield Case(f"RMS norm and rotation of two, {tokens}x{width}", rotated, expected_rotated, angles, ulp=4)
         yield Case(
-            f"RMS norm, {tokens}x{width}",
-            lambda x, g, o: normed(x, g),
-            lambda x, g, o: [rms_norm(x, g, EPS)],
+            f"moments of rows, {tokens}x{width}",
+            lambda x, g, o: [each for each in measured(x)[1:] if each is not None],
+            lambda x, g, o: [row_moments(x)],
             inputs,
-            ulp=2,
+            ulp=32,  # sums of 128 float32 in another order
         )
     for tokens, width in sizes.added:
 
@@ -232,6 +268,62 @@ def norms(dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     for shape in sizes.joined:
         for is_folded in (False, True):
             yield convolved(shape, is_folded, dtype)
+        yield rounded_input(shape, dtype)
+
+
+def convolutions(sm: int, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Convolutions in int8. Those of two frames at a time are products of 64 rows, which the machine does not know of
+    sm_100."""
+    for size in sizes.convolved:
+        if sm == 100 and size[0] % 2 == 0:
+            continue
+        for has_residual in (False, True):
+            yield convolved_in_int8(size, has_residual, dtype)
+
+
+def rounded_input(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Case:
+    """The input of a convolution of the VAE in int8."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        past = torch.full((PAST, *shape[1:]), 7, dtype=torch.int8)
+        return randn(*shape, seed=1, dtype=dtype), 1 + 0.2 * randn(shape[3], seed=3), past
+
+    def run(x: Tensor, gain: Tensor, past: Tensor) -> list[Tensor]:
+        history = History(past, torch.empty_like(past))
+        return [channel_norm.normed(Stream(x), gain, history, steps_C=steps_per_unit(gain))[0], history.kept_PHWC]
+
+    def expected(x: Tensor, gain: Tensor, past: Tensor) -> list[Tensor]:
+        activated = F.silu(norm_of_channels(x.flatten(0, 2), gain))
+        joined = torch.cat((past, channel_steps(activated, gain).view(shape)))
+        return [joined, joined[-PAST:]]
+
+    # A norm that rounds to the other side may be a step away.
+    return Case(f"input of a convolution in int8, {'x'.join(map(str, shape))}", run, expected, inputs, steps=2e-2)
+
+
+def convolved_in_int8(size: tuple[int, int, int, int, int], has_residual: bool, dtype: torch.dtype) -> Case:
+    """A convolution of the VAE in int8."""
+    frames, rows, columns, ins, outs = size
+
+    def inputs() -> tuple[Tensor, ...]:
+        x, weight = (
+            (40 * randn(*shape, seed=seed)).clamp(-127, 127).to(torch.int8)
+            for seed, shape in ((1, (PAST + frames, rows, columns, ins)), (2, (outs, ins, 3, 3, 3)))
+        )
+        scale, bias = 1e-4 * (1 + randn(outs, seed=3).abs()), randn(outs, seed=4)
+        return x, weight, scale, bias, randn(frames, rows, columns, outs, seed=5, dtype=dtype)
+
+    def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor) -> list[Tensor]:
+        given = ConvolutionWeight(taps_last(weight), scale, bias)
+        return [convolve(x, given, dtype, residual if has_residual else None)]
+
+    def expected(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor) -> list[Tensor]:
+        y = int8_convolution(x[None].movedim(-1, 1), weight, scale, bias)[0].movedim(0, -1).to(dtype)
+        return [y + residual if has_residual else y]
+
+    name = f"convolution in int8, {'x'.join(map(str, size))}{', residual' * has_residual}"
+    # The bias may be added in one rounding with the product.
+    return Case(name, run, expected, inputs, ulp=1)
 
 
 def convolved(shape: tuple[int, int, int, int], is_folded: bool, dtype: torch.dtype) -> Case:
@@ -260,11 +352,6 @@ def convolved(shape: tuple[int, int, int, int], is_folded: bool, dtype: torch.dt
     kind = "doubled " if is_folded else ""
     # A norm that rounds to the other side is a unit away.
     return Case(f"input of a convolution, {kind}{'x'.join(map(str, shape))}", run, expected, inputs, ulp=2)
-
-
-def normed(x: Tensor, gain: Tensor) -> list[Tensor]:
-    rms_norm_rotate([x], [gain], EPS)
-    return [x]
 
 
 def rotated(x: Tensor, y: Tensor, x_gain: Tensor, y_gain: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -385,9 +472,10 @@ def packed(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
     """The difference between attention that quantises its output and its plain output, quantised by the definition."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, proj: Tensor, bias: Tensor) -> list[Tensor]:
-        given = q, k, v, size.selected, proj, bias, blocks
-        y = attention.sparse_linear_attention_quantised(*given)
-        steps, scale = quantise_tiles(attention.sparse_linear_attention(*given))
+        y = quantiser.empty_quantised(size.tokens, size.heads * HEAD, q.device)
+        attention.sparse_linear_attention_into(y, (q, k, v), size.selected, (proj, bias), blocks)
+        expected = attention.sparse_linear_attention(q, k, v, size.selected, proj, bias, blocks)
+        steps, scale = quantise_tiles(expected)
         return [y.steps_MK - steps, y.scale - scale]
 
     def nothing(q: Tensor, *others: Tensor) -> list[Tensor]:
@@ -401,6 +489,7 @@ def packed(size: Attended, blocks: Blocks, dtype: torch.dtype) -> Case:
 def answered(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Case]:
     """Attention to all keys, with biases of eight bits, one of which leaves its key no weight."""
     tokens, heads, keys = shape
+    gain = randn(heads * HEAD, seed=5)
 
     def inputs() -> tuple[Tensor, ...]:
         q, k, v = (
@@ -415,8 +504,14 @@ def answered(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Case]:
         one, all_k, all_v = (x[None].unflatten(-1, (-1, HEAD)) for x in (q, k, v))
         return [dense_attention(one, all_k, all_v, bias).flatten(2)[0]]
 
+    def normed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
+        moments = measured(q).moments_2TL
+        assert moments is not None
+        return [dense.dense_attention(q, k, v, bias, dense.QueryNorm(moments, gain, EPS))]
+
     def packed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> list[Tensor]:
-        y = dense.dense_attention_quantised(q, k, v, bias)
+        y = quantiser.empty_quantised(tokens, heads * HEAD, q.device)
+        dense.dense_attention_into(y, (q, k, v), bias)
         steps, scale = quantise_tiles(dense.dense_attention(q, k, v, bias))
         return [y.steps_MK - steps, y.scale - scale]
 
@@ -428,7 +523,70 @@ def answered(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Case]:
     yield Case(
         f"attention to all keys, {size}", lambda *given: [dense.dense_attention(*given)], expected, inputs, ulp=4
     )
+    yield Case(
+        f"attention of normalised queries to all keys, {size}",
+        normed,
+        lambda q, *others: expected(rms_norm(q, gain, EPS), *others),
+        inputs,
+        ulp=8,  # a query that rounds to the other side moves a logit by up to a unit of its own type
+    )
     yield Case(f"attention to all keys, quantised, {size}", packed, nothing, inputs)
+
+
+def remembered(form: KVFormat, shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[Case]:
+    """Attention of a chunk to itself and to what is kept of earlier ones, which is read first. There is room for more
+    than what is seen."""
+    tokens, heads, keys = shape
+    room = keys + 5
+
+    def inputs() -> tuple[Tensor, ...]:
+        own = (randn(tokens, heads * HEAD, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+        past = (randn(1, keys, heads, HEAD, seed=seed, dtype=dtype) for seed in (4, 5))
+        angle = 3 * randn(room, HEAD // 2, seed=6)
+        return *own, *past, angle.cos(), angle.sin()
+
+    def kept(keys_BPHK: Tensor, values_BPHK: Tensor) -> KeptRows:
+        rows = torch.zeros(-(-keys // GROUP) * GROUP, heads * HEAD, dtype=CODES.get(form, dtype))
+        if form == "native":
+            found = KeptRows(rows, rows.clone())
+        else:
+            scales = torch.zeros(len(rows) // GROUP, rows.shape[1]), torch.zeros(len(rows), 2 * heads)
+            found = KeptRows(rows, rows.clone(), *(scale.to(FP8) for scale in scales))
+        keep(found, KeysValues(keys_BPHK, values_BPHK), form)
+        return found
+
+    def read(*past: Tensor) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(room, heads * HEAD, dtype=dtype), torch.zeros(room, heads * HEAD, dtype=dtype)
+        places = torch.arange(room, dtype=torch.int32)
+        places[keys:] = -1
+        recall_into(out, kept(*past[:2]), places, (past[2], past[3]))
+        return out
+
+    def decoded(keys_BPHK: Tensor, values_BPHK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        if form != "native":
+            keys_BPHK = decode(encode(keys_BPHK, form, "tokens"))
+            values_BPHK = decode(encode(values_BPHK, form, "channels"))
+        return rotate(keys_BPHK, cos[:keys], sin[:keys]), values_BPHK
+
+    def rows_of(*past: Tensor) -> list[Tensor]:
+        return [F.pad(x[0].flatten(1), (0, 0, 0, room - keys)) for x in decoded(*past)]
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> list[Tensor]:
+        bias = torch.zeros(room + tokens)
+        bias[keys:room] = -float("inf")
+        return [dense.chunk_attention(q, read(*past), dense.Own(k, v), bias)]
+
+    def expected(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> list[Tensor]:
+        one, own_k, own_v = (x[None].unflatten(-1, (-1, HEAD)) for x in (q, k, v))
+        seen = decoded(*past)
+        both = (torch.cat(pair, 1) for pair in zip(seen, (own_k, own_v), strict=True))
+        return [dense_attention(one, *both).flatten(2)[0]]
+
+    size = f"{form}, {tokens} tokens, {heads} heads, {keys} keys"
+    yield Case(
+        f"remembered keys and values, {size}", lambda *x: list(read(*x[3:])), lambda *x: rows_of(*x[3:]), inputs, ulp=1
+    )
+    yield Case(f"attention to remembered keys, {size}", attended, expected, inputs, ulp=4)
 
 
 def scores(shape: tuple[int, int, int], dtype: torch.dtype) -> Case:
@@ -491,8 +649,10 @@ def block(model_name: str, recipe_name: str, sm: int, dtype: torch.dtype) -> Cas
         return layer_of(model_name, recipe_name), block_inputs(model.dit, draw, clip.grid, 21, selected)
 
     def run(weights: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        out = torch.empty(inputs[0].shape, dtype=dtype)
-        FusedBlock(model.dit, recipe).run(weights, inputs, out)
+        out, moments = torch.empty(inputs[0].shape, dtype=dtype), UNKNOWN
+        if passes_moments(recipe):
+            moments = StreamMoments(measured(inputs[0][0]).moments_2TL, unmeasured(out[0]).moments_2TL)
+        FusedBlock(model.dit, recipe).run(weights, inputs, out, moments)
         return [out]
 
     def expected(weights: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:

@@ -20,13 +20,17 @@ import torch
 from tools.ptx.machine import Launch, Modes
 from tools.ptx.memory import GlobalMemory
 from tools.ptx.syntax import Kernel, read_kernel
+from tools.ptx.tensor_maps import procedure
 from wanforge.plugins.launching.cubins import CubinStore
 from wanforge.plugins.launching.driver import STATIC_SHARED, Driver
-from wanforge.plugins.launching.occupancy import LIMITS
+from wanforge.plugins.occupancy import LIMITS
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 SCRATCH = 2
 """How many pointers to scratch memory are the last parameters of every kernel of Triton's."""
+
+SYMBOL_NOT_FOUND = 1
+"""``CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND``."""
 
 
 class Result(IntEnum):
@@ -128,6 +132,10 @@ class StandIn:
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         function.shared_limit = value
         return (Result.CUDA_SUCCESS,)
+
+    def cuGetProcAddress(self, name: bytes, version: int, flags: int) -> tuple[Result, int | None, int]:
+        found = procedure(name, version)
+        return Result.CUDA_SUCCESS, found, 0 if found else SYMBOL_NOT_FOUND
 
     def cuLaunchKernel(
         self,

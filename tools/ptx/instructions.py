@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.ptx import tcgen05, tensor_cores
+from tools.ptx import bulk_copies, mbarrier_steps, numbers, tcgen05, tensor_cores
 from tools.ptx.arithmetic import DTYPES, compute, size_of
 from tools.ptx.faults import UnsupportedError
 from tools.ptx.machine import (
     FINISHED,
+    PARAMETERS,
     WARP,
     Program,
     Queue,
@@ -42,31 +43,45 @@ def build(instruction: Instruction, program: Program) -> Step:
             return _load(instruction, space, kind, program)
         case ("st", "global" | "shared" as space, *_, kind):
             return _store(instruction, space, kind, program)
-        case ("mov", "b32" | "b64" as kind) if any(isinstance(each, Vector) for each in instruction.operands):
+        case ("mov", "b16" | "b32" | "b64" as kind) if any(isinstance(each, Vector) for each in instruction.operands):
             return _repack(instruction, kind, program)
         case ("bra", *_):
             return _branch(instruction, program)
         case ("ret",):
             return _return
-        case ("bar" | "barrier", "sync"):
-            return _barrier(instruction)
+        case ("bar" | "barrier", "sync" | "arrive" as what) | ("barrier", "cta", "sync" | "arrive" as what, *_):
+            return _barrier(instruction, what, program)
+        case ("bar", "warp", "sync") if instruction.operands == (Immediate(-1),):
+            return lambda state, mask: state.shared.meet_in_warps(state.whole_warps(instruction, mask))
         case ("shfl", "sync", how, "b32"):
             return _shuffle(instruction, how, program)
         case ("ldmatrix", *_):
             return _load_matrix(instruction, program)
         case ("stmatrix", *_):
             return _store_matrix(instruction, program)
+        case ("cp", "async", "bulk", "tensor", *_):
+            return bulk_copies.build(instruction, program)
+        case ("prefetch", "tensormap") | ("prefetch", "param", "tensormap"):
+            return bulk_copies.prefetch(instruction, program)
+        case ("cvta", "param", "u64"):
+            return _generic(instruction, program)
         case ("cp", "async", *rest):
             return _copy(instruction, rest, program)
         case ("mma", "sync", *_):
             return _product(instruction, program)
         case ("wgmma", what, *_):
             return _group(instruction, what, program)
+        case ("fence", "proxy", "async", "global"):
+            return lambda state, mask: None
+        case ("fence", "mbarrier_init", "release", "cluster"):
+            return lambda state, mask: state.mbarriers.fence(state.chosen(mask))
         case ("fence", "proxy", "async", *_):
             return lambda state, mask: state.shared.fence(state.chosen(mask), instruction.place)
         case ("redux", "sync", how, kind):
             return _reduce(instruction, how, kind, program)
-        case ("tcgen05" | "mbarrier" | "elect", *_):
+        case ("mbarrier" | "elect", *_):
+            return mbarrier_steps.build(instruction, program)
+        case ("tcgen05", *_):
             return tcgen05.build(instruction, program)
     return on_registers(instruction, operation_of(instruction, program.modes), program)
 
@@ -87,6 +102,13 @@ def _parameter(instruction: Instruction, kind: str, program: Program) -> Step:
         write(state, given[places[:, None] + np.arange(size)].view(DTYPES[kind])[:, 0], mask)
 
     return step
+
+
+def _generic(instruction: Instruction, program: Program) -> Step:
+    """The generic address of a parameter."""
+    result, source = instruction.operands
+    read, write = reader(source, "b64", program), writer(result, "b64")
+    return lambda state, mask: write(state, read(state) + np.uint64(PARAMETERS), mask)
 
 
 def _load(instruction: Instruction, space: str, kind: str, program: Program) -> Step:
@@ -168,9 +190,33 @@ def _return(state: State, mask: Array | None) -> None:
     state.places[state.chosen(mask)] = FINISHED
 
 
-def _barrier(instruction: Instruction) -> Step:
+def _barrier(instruction: Instruction, what: str, program: Program) -> Step:
+    """Wait for the whole block, or with a number of threads for so many, or only arrive."""
+    if len(instruction.operands) == 2:
+        return _numbered_barrier(instruction, what, program)
+
     def step(state: State, mask: Array | None) -> None:
         state.waiting[state.chosen(mask)] = instruction.place
+
+    return step
+
+
+def _numbered_barrier(instruction: Instruction, what: str, program: Program) -> Step:
+    read, count = (reader(each, "u32", program) for each in instruction.operands)
+    threads = program.kernel.threads
+
+    def step(state: State, mask: Array | None) -> None:
+        warps = state.whole_warps(instruction, mask)
+        lanes = of_warps(warps)
+        wanted = np.stack([lanes // threads, read(state)[lanes], count(state)[lanes]], 2, dtype=np.int64)
+        differs = (wanted != wanted[:, :1]).any((1, 2))
+        if differs.any():
+            report = state.report(instruction, lanes.reshape(-1))
+            report("names another barrier than a thread of its warp", np.repeat(differs, WARP), None)
+        for block, number, of in np.unique(wanted[:, 0], axis=0):
+            some = warps[(wanted[:, 0] == (block, number, of)).all(1)]
+            report = state.report(instruction, of_warps(some).reshape(-1))
+            state.barriers.come(some, (int(number), int(of), instruction.place), report, waits=what == "sync")
 
     return step
 
@@ -301,14 +347,11 @@ def _arrive(instruction: Instruction, program: Program) -> Step:
     addresses = address_reader(instruction.operands[0], program)
 
     def step(state: State, mask: Array | None) -> None:
-        lanes, threads = state.chosen(mask), program.kernel.threads
-        wanted = np.stack([lanes // threads, addresses(state)[lanes]], 1)
-        for block, address in np.unique(wanted, axis=0):
-            some = lanes[(wanted == (block, address)).all(1)]
+        for some, (_, address) in mbarrier_steps.alike(state, mask, addresses):
             state.copies.committed[some] += 1
             end = partial(_end_arrived, state, some, state.copies.committed.copy())
-            state.mbarriers.arrive(some, int(address), end, state.report(instruction, some))
-            state.parked.reshape(len(state.blocks), -1)[int(block)] = False
+            state.mbarriers.arrive(some, address, state.report(instruction, some), end=end)
+            state.wake(some[0])
 
     return step
 
@@ -351,13 +394,14 @@ def _begin_copy(instruction: Instruction, program: Program) -> Step:
 
 
 def _product(instruction: Instruction, program: Program) -> Step:
-    shapes = {"m16n8k16": ("bf16", "f16"), "m16n8k32": ("s8", "e4m3")}
-    kinds = [word for word in instruction.words if word in ("s8", "e4m3", "bf16", "f16", "f32", "s32")]
+    shapes = {"m16n8k16": ("bf16", "f16"), "m16n8k32": ("s8", "e4m3"), "m16n8k64": ("e2m1",)}
+    kinds = [word for word in instruction.words if word in ("s8", "e4m3", "e2m1", "bf16", "f16", "f32", "s32")]
     shape = next(word for word in instruction.words if word.startswith("m16"))
     kind = kinds[1]
     if kind not in shapes.get(shape, ()) or kinds[0] not in ("f32", "s32") or kinds[1] != kinds[2]:
         raise UnsupportedError(f"the machine does not know {instruction.opcode}")
-    d, a, b, c = map(registers_of, instruction.operands)
+    d, a, b, c = map(registers_of, instruction.operands[:4])
+    scaled = _scaling(instruction)
     dtype = DTYPES[kinds[0]]
     satfinite = "satfinite" in instruction.words
 
@@ -366,11 +410,47 @@ def _product(instruction: Instruction, program: Program) -> Step:
         a_RK = tensor_cores.a_fragment(words_of(state, a, lanes).reshape(-1, WARP, 4), kind)
         b_CK = tensor_cores.b_fragment(words_of(state, b, lanes).reshape(-1, WARP, 2), kind)
         c_RC = tensor_cores.c_matrix(words_of(state, c, lanes).view(dtype).reshape(-1, WARP, 4))
+        if scaled is not None:
+            a_RK, b_CK = scaled(state, lanes, a_RK, b_CK)
         result = tensor_cores.product(a_RK, b_CK, c_RC, kind, program.modes.sums, saturates=satfinite)
         words = tensor_cores.c_registers(result).reshape(-1, 4)
         put_words(state, d, lanes, np.ascontiguousarray(words).view(np.uint32))
 
     return step
+
+
+def _scaling(instruction: Instruction) -> Callable[[State, Array, Array, Array], tuple[Array, Array]] | None:
+    """What multiplies the operands of a product by the scales of their blocks; None if it has no scales."""
+    scales = instruction.operands[4:]
+    if not scales and "e2m1" not in instruction.words:
+        return None
+    if not {"kind_mxf4nvf4", "block_scale", "scale_vec_4X", "ue4m3"} <= set(instruction.words) or len(scales) != 4:
+        raise UnsupportedError(f"the machine does not know {instruction.opcode}")
+    of_a, of_b = _scales(instruction, *scales[:2], 16), _scales(instruction, *scales[2:], 8)
+
+    def scaled(state: State, lanes: Array, a_RK: Array, b_CK: Array) -> tuple[Array, Array]:
+        return tensor_cores.in_blocks(a_RK, of_a(state, lanes)), tensor_cores.in_blocks(b_CK, of_b(state, lanes))
+
+    return scaled
+
+
+def _scales(instruction: Instruction, words: Operand, selector: Operand, rows: int) -> Callable[[State, Array], Array]:
+    """What reads the scales of an operand of so many rows, [warps, rows, 4]. With four scales in a register the
+    selector of a byte is 0."""
+    byte, thread = parts_of(selector)
+    if byte != Immediate(0) or not isinstance(thread, Immediate) or not 0 <= thread.value < 32 // rows:
+        raise UnsupportedError(f"the machine does not know this form: {instruction.text}")
+    registers, holders = registers_of(words), tensor_cores.scale_holders(rows, thread.value)
+
+    def read(state: State, lanes: Array) -> Array:
+        givers = lanes.reshape(-1, WARP)[:, holders]
+        codes = words_of(state, registers, givers.reshape(-1)).view(np.uint8)
+        has_sign = np.asarray((codes & 0x80).any(1))
+        if has_sign.any():
+            state.report(instruction, givers.reshape(-1))("gives a scale with a sign", has_sign, None)
+        return numbers.from_e4m3(codes).reshape(*givers.shape, 4)
+
+    return read
 
 
 def _group(instruction: Instruction, what: str, program: Program) -> Step:
@@ -404,7 +484,9 @@ def _group_product(instruction: Instruction, program: Program) -> Step:
     b_descriptor = reader(second, "b64", program)
     size, dtype = tensor_cores.WARPGROUP, DTYPES[to]
 
-    def operand(state: State, descriptors: Array, groups: Array, rows: int, is_transposed: bool) -> tuple[Array, Array]:
+    def operand(
+        state: State, descriptors: Array, groups: Array, rows: int, is_transposed: bool
+    ) -> tuple[Array, list[Array]]:
         values, used = [], []
         for group, descriptor in zip(groups, descriptors, strict=True):
             places = tensor_cores.operand_places(
@@ -418,7 +500,7 @@ def _group_product(instruction: Instruction, program: Program) -> Step:
             )
             values.append(tensor_cores.elements(read, kind).reshape(rows, -1))
             used.append(granules)
-        return np.stack(values), state.shared.distinct(*used)
+        return np.stack(values), used
 
     def step(state: State, mask: Array | None) -> None:
         warps = state.whole_warps(instruction, mask)
@@ -433,27 +515,29 @@ def _group_product(instruction: Instruction, program: Program) -> Step:
             a_RK = tensor_cores.a_fragment(words, kind).reshape(len(groups), 64, -1)
         else:
             a_RK, also = operand(state, a_descriptor(state)[starts], groups, 64, a_transposed)
-            used = state.shared.distinct(used, also)
-        held = np.stack([state.flying.get(each.index, state.registers[each.index])[lanes] for each in registers], 1)
+            used = [state.shared.distinct(*both) for both in zip(used, also, strict=True)]
+        held = np.stack([state.flown(each)[lanes] for each in registers], 1)
         c_RC = tensor_cores.group_c_matrix(held.view(dtype).reshape(len(groups), size, -1))
         kept = keep(state)[starts][:, None, None]
         c_RC = np.where(kept, c_RC, c_RC.dtype.type(0))
         found = tensor_cores.product(a_RK, b_CK, c_RC, kind, program.modes.sums)
         results = tensor_cores.group_c_registers(found).reshape(len(lanes), -1)
-        _begin_product(state, registers, lanes, np.ascontiguousarray(results).view(np.uint32), used)
+        words = np.ascontiguousarray(results).view(np.uint32).reshape(len(groups), size, -1)
+        for own, given, granules in zip(lanes.reshape(-1, size), words, used, strict=True):
+            _begin_product(state, registers, own, given, granules)
 
     return step
 
 
 def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, words: Array, used: Array) -> None:
-    """Keep the result of a product until it is waited for."""
+    """Keep the result of a warpgroup's product until it is waited for."""
     state.shared.hold(used, 1, lanes)
     for index, register in enumerate(registers):
-        value = state.flying.get(register.index, state.registers[register.index]).copy()
+        value = state.flown(register).copy()
         value[lanes] = words[:, index]
         state.flying[register.index] = value
+        state.products_of.setdefault(register.index, np.zeros(len(state.lanes), np.int16))[lanes] += 1
     left = [len(lanes)]
-    state.products_of.update(register.index for register in registers)
 
     def end(done: Array) -> None:
         left[0] -= int(done.sum())
@@ -461,8 +545,13 @@ def _begin_product(state: State, registers: tuple[Register, ...], lanes: Array, 
             return  # the rest of the warpgroup has not waited yet
         state.shared.hold(used, -1, lanes)
         for register in registers:
-            state.products_of[register.index] -= 1
-            if not state.products_of[register.index]:
-                state.registers[register.index] = state.flying.pop(register.index)
+            count = state.products_of[register.index]
+            count[lanes] -= 1
+            if not count[lanes[0]]:
+                value = state.registers[register.index].copy()
+                value[lanes] = state.flying[register.index][lanes]
+                state.registers[register.index] = value
+            if not count.any():
+                del state.flying[register.index], state.products_of[register.index]
 
     state.products.begin(lanes, end)

@@ -6,7 +6,6 @@ branch, barrier or target of a branch, so that threads that have parted meet aga
 as if they had more threads; each has its own shared memory and barriers.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx.arithmetic import DTYPES, Operation, compute, size_of
+from tools.ptx.barriers import NumberedBarriers
 from tools.ptx.checks import EXACT, addressing, check_finite, check_range
 from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.mbarriers import Mbarriers
@@ -43,11 +43,14 @@ WARP = 32
 FINISHED = 1 << 30
 ENDS = ("bra", "ret", "bar", "barrier")
 """The instructions after which threads may part, or meet others."""
+PHASE_WAITS = (("mbarrier", "try_wait"), ("mbarrier", "test_wait"))
+PARAMETERS = 1 << 60
+"""Where the parameters lie among generic addresses; nothing else is as far."""
 
 
 @dataclass(frozen=True)
 class Modes:
-    """Choices that the documents leave open, approximate instructions and the sums of fp8 products, and what counts as
+    """Choices that the documents leave open, approximate instructions and the sums of products, and what counts as
     a fault."""
 
     approximation: Approximation = Approximation.NEAREST
@@ -119,9 +122,10 @@ class State:
         threads: The number of each thread within its block.
         numbers: The number of each thread's block in the grid, from 1.
         parked: Which threads wait for a phase of an mbarrier.
+        has_given_up: Whether threads have gone on without their phase since something has last arrived.
         arriving: Whether copies are over because they have arrived at an mbarrier.
         flying: What products in flight will write, by register.
-        products_of: How many products in flight will write a register.
+        products_of: How many products in flight will write a register of each thread.
     """
 
     def __init__(self, launch: "Launch", blocks: Sequence[tuple[int, int, int]], first: int) -> None:
@@ -135,20 +139,27 @@ class State:
         for instruction in kernel.instructions:
             for register in launch.program.written[instruction.place]:
                 self.registers[register.index] = zeros[register.size]
-        self.shared = SharedMemory(launch.shared_bytes, len(blocks), kernel.threads, launch.program.shared_granule)
+        self.shared = SharedMemory(
+            launch.shared_bytes,
+            len(blocks),
+            kernel.threads,
+            launch.program.shared_granule,
+            has_partial_barriers=launch.program.has_partial_barriers,
+        )
         self.tensors = TensorMemory(len(blocks), self.shared)
         self.mbarriers = Mbarriers(self.shared, self.tensors)
+        self.barriers = NumberedBarriers(self.shared, self.tensors, count)
         if launch.modes.trace is not None:
             granules = len(self.shared.writer)
             self.shared.record = Record(kernel, launch.modes.trace, first, len(blocks), granules)
         launch.memory.record = self.shared.record
         self.places = np.zeros(count, np.int64)
-        self.parked = np.zeros(count, bool)
+        self.parked, self.has_given_up = np.zeros(count, bool), False
         self.waiting = np.full(count, -1)
         self.copies, self.products = Queue(np.zeros(count, np.int64)), Queue(np.zeros(count, np.int64))
         self.arriving = False
         self.flying: dict[int, Array] = {}
-        self.products_of: Counter[int] = Counter()
+        self.products_of: dict[int, Array] = {}
         self.special = {
             "%tid.x": self.threads.astype(np.uint32),
             **{f"%ctaid.{axis}": self._block_index(i) for i, axis in enumerate("xyz")},
@@ -167,11 +178,23 @@ class State:
             value = np.where(mask, value, self.registers[register.index])
         self.registers[register.index] = value
 
+    def flown(self, register: Register) -> Array:
+        """A register as it will be once no product is in flight."""
+        now = self.registers[register.index]
+        if register.index not in self.flying:
+            return now
+        return np.where(self.products_of[register.index] > 0, self.flying[register.index], now)
+
     def stamps(self, lanes: Array) -> Array:
         """The stamps of threads in global memory."""
         return stamp(
             self.numbers[lanes], self.shared.barriers[lanes // self.launch.kernel.threads], self.threads[lanes] + 1
         )
+
+    def wake(self, lane: int) -> None:
+        """Let the threads of a thread's block look again whether the phase is complete for which they wait."""
+        self.parked.reshape(len(self.blocks), -1)[lane // self.launch.kernel.threads] = False
+        self.has_given_up = False
 
     def chosen(self, mask: Array | None) -> Array:
         """The numbers of the threads in a mask."""
@@ -221,6 +244,7 @@ class Program:
         addressing: The places of instructions whose results become addresses.
         written: The registers that each instruction may write.
         targets: The places to which branches go.
+        has_partial_barriers: Whether it has barriers for a number of threads, or mbarriers.
     """
 
     def __init__(self, kernel: Kernel, modes: Modes) -> None:
@@ -239,6 +263,10 @@ class Program:
             for operand in each.operands
             if each.words[0] == "bra" and isinstance(operand, Symbol)
         }
+        self.has_partial_barriers = any(
+            each.words[0] == "mbarrier" or (each.words[0] in ("bar", "barrier") and len(each.operands) == 2)
+            for each in kernel.instructions
+        )
         self.steps: list[Step] = [built(each, self) for each in kernel.instructions]
 
 
@@ -291,9 +319,10 @@ class Launch:
 
     def _run(self, state: State) -> None:
         while True:
-            ready = (state.waiting < 0) & ~state.parked & (state.places < FINISHED)
+            held = (state.waiting >= 0) | state.parked | state.barriers.held
+            ready = ~held & (state.places < FINISHED)
             if not ready.any():
-                if not (state.waiting >= 0).any() and not state.parked.any():
+                if not held.any():
                     break
                 self._release(state)
                 continue
@@ -317,7 +346,7 @@ class Launch:
                     running = None
                 elif not np.array_equal(running, state.whole(mask)):
                     self.kernel.skipped.add(place)
-            ends = instruction.words[0] in ENDS or instruction.words[:2] == ("mbarrier", "try_wait")
+            ends = instruction.words[0] in ENDS or instruction.words[:2] in PHASE_WAITS
             if state.flying and not state.flying.keys().isdisjoint(instruction.registers):
                 self._check_flying(state, instruction, running)
             if ends:
@@ -335,9 +364,10 @@ class Launch:
     def _check_flying(self, state: State, instruction: Instruction, running: Array | None) -> None:
         if instruction.words[0] != "wgmma":
             lanes = state.chosen(running)
-            if len(lanes):
-                everyone = np.ones(len(lanes), bool)
-                state.report(instruction, lanes)("uses the result of a product before waiting for it", everyone, None)
+            flying = state.flying.keys() & instruction.registers
+            early = np.any([state.products_of[register][lanes] > 0 for register in flying], 0)
+            if early.any():
+                state.report(instruction, lanes)("uses the result of a product before waiting for it", early, None)
 
     def _release(self, state: State, *, only_whole: bool = False) -> None:
         """Let blocks go on of which all threads have reached a barrier."""
@@ -346,19 +376,30 @@ class Launch:
         if whole.any():
             self._record_barriers(state, np.flatnonzero(whole), waiting[:, 0])
             waiting[whole] = -1
-            state.shared.barriers[whole] += 1
-            state.shared.clocks.meet(np.flatnonzero(whole))
+            state.shared.meet(np.flatnonzero(whole))
             state.tensors.meet(np.flatnonzero(whole))
         elif not only_whole:
+            if state.parked.any() and not state.has_given_up:  # what tries to wait may end without the phase, too
+                state.places[state.parked] += 1
+                state.parked[:], state.has_given_up = False, True
+                return
             if state.parked.any():
-                place = int(state.places[np.argmax(state.parked)])
-                what = "waits for a phase of an mbarrier that nothing completes"
-                state.report(self.kernel.instructions[place], state.lanes)(what, state.parked, None)
+                lane = int(np.argmax(state.parked))
+                what = f"waits for a phase of an mbarrier that nothing completes{state.mbarriers.missing(lane)}"
+                state.report(self.kernel.instructions[int(state.places[lane])], state.lanes)(what, state.parked, None)
+            self._check_numbered(state)
             begun = np.asarray((waiting >= 0).any(1))
             stuck = (state.waiting < 0).reshape(len(state.blocks), -1) & begun[:, None]
             lanes = stuck if stuck.any() else waiting != waiting[:, :1]
             last = self.kernel.instructions[int(state.waiting.max())]
             state.report(last, state.lanes)("does not reach the barrier of its block", lanes.reshape(-1), None)
+
+    def _check_numbered(self, state: State) -> None:
+        """Report a numbered barrier that too few come to."""
+        if (unfinished := state.barriers.unfinished()) is not None:
+            place, come, says = unfinished
+            does = "waits at" if state.barriers.held.any() else "arrives at"
+            state.report(self.kernel.instructions[place], state.lanes)(f"{does} {says}", come, None)
 
     def _record_barriers(self, state: State, blocks: Array, places: Array) -> None:
         if state.shared.record is not None:
@@ -368,10 +409,15 @@ class Launch:
     def _finish(self, state: State) -> None:
         for queue in (state.copies, state.products):
             queue.wait(state.whole(None), -(1 << 30))
+        self._check_numbered(state)
         unfreed = np.repeat(state.tensors.unfreed(), self.kernel.threads)
         if unfreed.any():
             what = "ends without freeing its tensor memory"
             state.report(self.kernel.instructions[-1], state.lanes)(what, unfreed, None)
+        copied = np.isin(state.lanes // self.kernel.threads, state.mbarriers.unfinished())
+        if copied.any():
+            what = "ends without waiting for copies into its shared memory"
+            state.report(self.kernel.instructions[-1], state.lanes)(what, copied, None)
         self._record_barriers(state, np.arange(len(state.blocks)), np.full(len(state.blocks), -1))
 
 
@@ -391,10 +437,10 @@ def built(instruction: Instruction, program: Program) -> Step:
 
 
 def places_of(kernel: Kernel) -> dict[str, int]:
-    """The places of parameters that lie one after the other, each at a multiple of its size."""
+    """The places of parameters that lie one after the other, each as it is aligned."""
     places, end = {}, 0
     for parameter in kernel.parameters:
-        places[parameter.name] = end + -end % parameter.size
+        places[parameter.name] = end + -end % parameter.alignment
         end = places[parameter.name] + parameter.size
     return places
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx.faults import StreamError
+from tools.ptx.order import WARP, Clocks, News, WarpOrder
 from tools.ptx.records import Record
 
 Bytes = NDArray[np.uint8]
@@ -26,6 +27,9 @@ MANY = -1
 """Stands for several readers."""
 BYTES_OF: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.dtype("V16")}
 PADDING = 16
+BULK = 128
+"""What the address is a multiple of to which a bulk copy brings a box (PTX ISA 9.2, "cp.async.bulk.tensor")."""
+ONE = np.ones(1, bool)
 
 
 def padded(size: int) -> int:
@@ -144,6 +148,15 @@ class GlobalMemory:
                 self.record.read_global(granules, region.start, offsets, size, stamps[chosen])
         return result
 
+    def load_unfenced(self, addresses: Integers, size: int, stamps: Integers, report: Report) -> Bytes:
+        """Read `size` bytes for each address by a bulk copy, to which nothing makes visible what threads write."""
+        for region, chosen, offsets in self._regions(addresses, size, report):
+            written = (region.writer[self._granules(offsets, size)] != 0).any(1)
+            if written.any():
+                what = "copies memory that this launch writes, and the machine knows no fence that makes it visible"
+                report(what, _spread(chosen, written), addresses)
+        return self.load(addresses, size, stamps, report)
+
     def store(self, addresses: Integers, values: Bytes, stamps: Integers, report: Report) -> None:
         """Write bytes [threads, size]."""
         size = values.shape[1]
@@ -209,6 +222,16 @@ def stamp(blocks: Integers, barriers: Integers, threads: Integers) -> Integers:
     return (blocks.astype(np.int64) << 32) | (barriers << 12) | threads
 
 
+def _of_warps(stamps: Integers) -> Integers:
+    """The stamps of whole warps, whose threads have waited for each other since, from those of their threads."""
+    return stamps >> 12 << 12 | OF_WARP | ((stamps & 4095) - 1) // WARP
+
+
+def _is_of_others(marks: Integers, stamps: Integers) -> Integers:
+    """Whether marks are of other threads, with no barrier in between, nor a wait of the warp of both."""
+    return (marks >> 12 == stamps >> 12) & (marks != stamps) & (marks != _of_warps(stamps))
+
+
 def _mark(
     marks: Integers, granules: Integers, stamps: Integers, several: Integers | bool = False, otherwise: int = 0
 ) -> None:
@@ -219,7 +242,7 @@ def _mark(
         several: Where to set another stamp.
     """
     before = marks[granules]
-    own = np.where((before >> 12 == stamps >> 12) & (before != stamps), stamps >> 12 << 12, stamps)
+    own = np.where(_is_of_others(before, stamps), stamps >> 12 << 12, stamps)
     own = np.where(several, otherwise, own)
     marks[granules] = own
     lost = marks[granules] != own  # to another thread that accesses it now
@@ -246,78 +269,8 @@ def _spread(chosen: Integers, some: Integers) -> Integers:
     return result
 
 
-GROUP = 128
-"""Threads of a warpgroup."""
-
-
-class Clocks:
-    """What threads know of each other from mbarriers: how often each has arrived, and how often the others had when it
-    last waited, directly or by way of others.
-
-    A copy that arrives at an mbarrier is seen by threads that know of that arrival. A product that some threads have
-    waited for is over for threads that know of the next arrival of each.
-
-    Attributes:
-        arrivals: How often each thread has arrived at mbarriers.
-        known: For each thread, the arrivals of every thread of its block that it knows of.
-        written: For each granule, the thread and the arrival of the copy that wrote it; the arrival is 0 for none.
-        read: For each granule and warpgroup, the arrival after which the last product has read it; 0 for none.
-        is_used: Whether a thread has arrived. Until then nothing is noted.
-    """
-
-    def __init__(self, blocks: int, threads: int, granules: int) -> None:
-        self.threads, self.groups = threads, -(-threads // GROUP)
-        self.is_used = False
-        self.arrivals = np.zeros(blocks * threads, np.int32)
-        self.known = np.zeros((blocks * threads, threads), np.int32)
-        self.written = np.zeros((granules, 2), np.int32)
-        self.read = np.zeros((granules, self.groups), np.int32)
-
-    def arrive(self, lanes: Integers) -> Integers:
-        """Let threads of one block arrive, and return what those that wait for them will know."""
-        self.is_used = True
-        self.arrivals[lanes] += 1
-        self.known[lanes, lanes % self.threads] = self.arrivals[lanes]
-        return np.asarray(self.known[lanes].max(0))
-
-    def meet(self, blocks: Integers) -> None:
-        """Let the threads of blocks know of each other what each knows, because they meet at a barrier."""
-        if self.is_used:
-            known = self.known.reshape(-1, self.threads, self.threads)
-            known[blocks] = known[blocks].max(1, keepdims=True)
-
-    def learn(self, lanes: Integers, news: Integers) -> None:
-        """Let threads know what others knew when they arrived."""
-        self.known[lanes] = np.maximum(self.known[lanes], news)
-
-    def note_write(self, granules: Integers, lanes: Integers, arrived: Integers | None) -> None:
-        """Note copies [threads, granules]."""
-        if self.is_used:
-            self.written[granules] = 0 if arrived is None else np.stack([lanes, arrived], 1)[:, None]
-
-    def knows_writes(self, granules: Integers, readers: Integers) -> bool:
-        """Whether all of these threads know that the copies to granules have arrived."""
-        if not self.is_used:
-            return True
-        thread, arrival = self.written[granules].T
-        return bool((self.known[readers][:, thread % self.threads] >= arrival).all())
-
-    def note_reads(self, granules: Integers, readers: Integers) -> None:
-        """Note that a warpgroup has waited for a product."""
-        if not self.is_used:
-            return
-        group = int(readers[0]) % self.threads // GROUP
-        self.read[granules, group] = self.arrivals[readers].max() + 1
-
-    def forget_reads(self, granules: Integers, lanes: Integers) -> Integers:
-        """Which granules [threads, granules] only products have read that each thread knows to be over."""
-        if not self.is_used:
-            return np.zeros(granules.shape, bool)
-        known = self.known[lanes].reshape(len(lanes), self.groups, -1).min(2)
-        before = self.read[granules]
-        over = (before > 0).any(2) & (known[:, None] >= before).all(2)
-        self.read[granules[over]] = 0
-        return np.asarray(over)
+OF_WARP = 2048
+"""What marks the stamp of a warp in the place of a thread's number, of which there are at most half as many."""
 
 
 class Reader(Protocol):
@@ -336,13 +289,17 @@ class SharedMemory:
     """The shared memory of several blocks that run at the same time.
 
     A stamp is the number of barriers that a block has passed, from 1, and the number of a thread in it, from 1, or 0
-    for several. Two threads that access a granule with no barrier in between race, unless both read.
+    for several, or that of a warp whose threads have waited for each other. Two threads that access a granule with no
+    barrier in between race, unless both read, or are of one warp that waits in between.
 
     Args:
         size: Bytes of each block.
+        has_partial_barriers: Whether the kernel has numbered barriers or mbarriers.
     """
 
-    def __init__(self, size: int, blocks: int, threads: int, granule: int) -> None:
+    def __init__(
+        self, size: int, blocks: int, threads: int, granule: int, *, has_partial_barriers: bool = False
+    ) -> None:
         self.size, self.threads, self.granule = size, threads, granule
         self.stride = padded(size)
         self.data = np.zeros(blocks * self.stride, np.uint8)
@@ -361,11 +318,42 @@ class SharedMemory:
         self.record: Record | None = None
 
         self.clocks = Clocks(blocks, threads, count)
+        self.order = WarpOrder(blocks, threads, count, is_used=has_partial_barriers)
 
     def stamps(self, lanes: Integers) -> Integers:
         """The stamps of threads, given by block * threads + thread."""
         block, thread = np.divmod(lanes, self.threads)
         return (self.barriers[block] + 1) * 4096 + thread + 1
+
+    def meet(self, blocks: Integers) -> None:
+        """Note that all threads of blocks have met at a barrier."""
+        self.barriers[blocks] += 1
+        self.clocks.meet(blocks)
+        for block in blocks:
+            everyone = block * self.threads + np.arange(self.threads)
+            self.order.learn(everyone, self.order.arrive(everyone))
+
+    def tell(self, lanes: Integers) -> News:
+        """Let threads of a block come to a barrier, and return what those that wait for them will know."""
+        return News(self.order.arrive(lanes), self.clocks.arrive(lanes))
+
+    def learn(self, lanes: Integers, news: News) -> None:
+        """Let threads know what others knew when they came to a barrier."""
+        self.order.learn(lanes, news.accesses)
+        self.clocks.learn(lanes, news.copies)
+
+    def meet_in_warps(self, warps: Integers) -> None:
+        """Let the threads of warps know what each has accessed and knows, because they wait for each other."""
+        self.order.meet_in_warps(warps)
+        self.clocks.meet_in_warps(warps)
+        first = np.arange(len(self.barriers)) * self.stride // self.granule
+        for marks in (self.writer, self.reader):
+            for warp in warps:
+                block, number = divmod(int(warp) * WARP, self.threads)
+                own = marks[first[block] : first[block] + self.stride // self.granule]
+                start = (self.barriers[block] + 1) * 4096 + number
+                some = (own > start) & (own <= start + WARP)
+                own[some] = _of_warps(own[some])
 
     def places(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Integers:
         """The places of accesses in the data of all blocks."""
@@ -390,15 +378,22 @@ class SharedMemory:
 
     def load(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Bytes:
         """Read `size` bytes for each thread."""
+        self.order.fresh[lanes // WARP, lanes % WARP] = True
+        return self.inspect(addresses, size, lanes, report)
+
+    def inspect(self, addresses: Integers, size: int, lanes: Integers, report: Report) -> Bytes:
+        """Read `size` bytes for each thread, by instructions that need no barrier of the warp after them."""
         places = self.places(addresses, size, lanes, report)
         unwritten = ~gathered(self.written, places, size)
         granules = self.granules(places, size)
-        self._check_in_flight(granules, addresses, report)
+        self._check_copied(granules, lanes, addresses, report)
         if unwritten.any():
             report("reads shared memory that was never written", unwritten, addresses)
         stamps = self.stamps(lanes)[:, None]
-        self._check(self.writer[granules], stamps, "reads shared memory that another thread writes", addresses, report)
+        writers = self.order.unknown(self.writer, self.order.written, granules, lanes)
+        self._check(writers, stamps, "reads shared memory that another thread writes", addresses, report)
         _mark(self.reader, granules, stamps)
+        self.order.note(self.order.read, granules, lanes)
         if self.record is not None:
             self.record.read_shared(places, size, granules, lanes)
         return _take(self.data, places, size)
@@ -408,8 +403,10 @@ class SharedMemory:
         size = values.shape[1]
         places = self.places(addresses, size, lanes, report)
         granules = self.granules(places, size)
-        self._check_in_flight(granules, addresses, report)
-        self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
+        self._check_copied(granules, lanes, addresses, report)
+        self._check_writable(granules, lanes, addresses, report)
+        self.clocks.note_write(granules, lanes, None)
+        self.order.fresh[lanes // WARP, lanes % WARP] = True
         if self.record is not None:
             self.record.write_shared(places, values, granules, lanes)
         self.put(places, values, lanes, addresses, report)
@@ -418,7 +415,10 @@ class SharedMemory:
         """Write bytes at places that were checked."""
         size = values.shape[1]
         granules = self.granules(places, size)
+        self.reader[granules] = self.order.unknown(self.reader, self.order.read, granules, lanes)
+        self.writer[granules] = self.order.unknown(self.writer, self.order.written, granules, lanes)
         _mark(self.writer, granules, self.stamps(lanes)[:, None])
+        self.order.note(self.order.written, granules, lanes)
         self.unfenced[granules] = 1
         where = places[:, None] + np.arange(size)
         self.data[where] = values
@@ -431,10 +431,8 @@ class SharedMemory:
         """Check the target of an asynchronous copy, and mark it; the places are returned."""
         places = self.places(addresses, size, lanes, report)
         granules = self.granules(places, size)
-        self._check_in_flight(granules, addresses, report)
-        unread = self.clocks.forget_reads(granules, lanes)
-        self.reader[granules[unread]] = 0
-        self._check_writable(granules, self.stamps(lanes)[:, None], addresses, report)
+        self._check_copied(granules, lanes, addresses, report)
+        self._check_writable(granules, lanes, addresses, report)
         self.in_flight[granules] = lanes[:, None] % self.threads + 1
         if self.record is not None:
             self.record.begin_copy(places, granules, lanes)
@@ -453,27 +451,77 @@ class SharedMemory:
         if self.record is not None:
             self.record.end_copy(granules, lanes)
         self.put(places, values, lanes, places, report)
-        self.clocks.note_write(granules, lanes, arrived)
+        if arrived is None:
+            self.order.fresh[lanes // WARP, lanes % WARP] = True
+        self.clocks.note_write(granules, lanes % self.threads, arrived)
         if arrived is not None:  # who waited at the mbarrier need not wait for a barrier, too
             self.writer[granules] -= 4096
 
-    def _check_in_flight(self, granules: Integers, addresses: Integers, report: Report) -> None:
+    def begin_bulk_copy(self, address: int, size: int, lane: int, report: Report) -> int:
+        """Check the target of a bulk copy, and mark it.
+
+        Returns:
+            The place in the data of all blocks.
+        """
+        at, lanes = np.array([address], np.uint64), np.array([lane])
+        if address % BULK:
+            report(f"copies to shared memory at no multiple of {BULK} bytes", ONE, at)
+        if address + size > self.size:
+            report("copies beyond its block's shared memory", ONE, at)
+        place = address + lane // self.threads * self.stride
+        granules = self._granules_of(place, size)[None]
+        self._check_copied(granules, lanes, at, report)
+        self._check_writable(granules, lanes, at, report)
+        if self.unfenced[granules].any():
+            report("copies to what threads have written without a fence after it", ONE, at)
+        self.in_flight[granules] = lane % self.threads + 1
+        for marks in (self.writer, self.reader, self.order.read, self.order.written, self.clocks.written):
+            if len(marks):  # whoever sees the copy knows of what was before it
+                marks[granules[0]] = 0
+        if self.record is not None:
+            self.record.begin_bulk_copy(place, size, granules[0])
+        return place
+
+    def end_bulk_copy(self, place: int, values: Bytes, mbarrier: tuple[int, int]) -> None:
+        """Write the bytes of a bulk copy.
+
+        Args:
+            mbarrier: What threads must know to see it: of which column of `Clocks.known` how much.
+        """
+        granules = self._granules_of(place, len(values))
+        self.in_flight[granules] = 0
+        self.data[place : place + len(values)] = values
+        self.written[place : place + len(values)] = 1
+        column, count = (np.array([each]) for each in mbarrier)
+        self.clocks.note_write(granules[None], column, count)
+
+    def _granules_of(self, place: int, size: int) -> Integers:
+        return np.arange(place // self.granule, (place + size) // self.granule)
+
+    def _check_copied(self, granules: Integers, lanes: Integers, addresses: Integers, report: Report) -> None:
+        """Report what uses the target of a copy too early."""
         if self.in_flight.any():
             early = (self.in_flight[granules] != 0).any(1)
             if early.any():
                 report("uses shared memory before it has waited for the copy into it", early, addresses)
+        unseen = np.asarray(~self.clocks.is_seen(granules, lanes).all(1))
+        if unseen.any():
+            report("uses shared memory without a wait at the mbarrier of the copy into it", unseen, addresses)
 
-    def _check_writable(self, granules: Integers, stamps: Integers, addresses: Integers, report: Report) -> None:
+    def _check_writable(self, granules: Integers, lanes: Integers, addresses: Integers, report: Report) -> None:
+        stamps = self.stamps(lanes)[:, None]
         held = (self.held[granules] != 0).any(1)
         for product in self.products:
             held |= np.isin(granules, product.granules).any(1) & ~product.seen[stamps[:, 0] % 4096 - 1]
         if held.any():
             report("overwrites an operand of a product in flight", held, addresses)
-        self._check(self.writer[granules], stamps, "writes shared memory that another thread writes", addresses, report)
-        self._check(self.reader[granules], stamps, "writes shared memory that another thread reads", addresses, report)
+        writers = self.order.unknown(self.writer, self.order.written, granules, lanes)
+        readers = self.order.unknown(self.reader, self.order.read, granules, lanes)
+        self._check(writers, stamps, "writes shared memory that another thread writes", addresses, report)
+        self._check(readers, stamps, "writes shared memory that another thread reads", addresses, report)
 
     def _check(self, there: Integers, stamps: Integers, what: str, addresses: Integers, report: Report) -> None:
-        races = ((there // 4096 == stamps // 4096) & (there != stamps)).any(1)
+        races = np.asarray(_is_of_others(there, stamps).any(1))
         if races.any():
             report(f"{what}, with no barrier in between", races, addresses)
 
@@ -497,10 +545,12 @@ class SharedMemory:
             report("gives a product an operand that was never written", first, None)
         if self.unfenced[granules].any():
             report("gives a product an operand without a fence after it was written", first, None)
-        newest = self.writer[granules] // 4096 == self.barriers[block] + 1
+        every_warp = np.broadcast_to(granules, (len(readers[::WARP]), len(granules)))
+        writers = self.order.unknown(self.writer, self.order.written, every_warp, readers[::WARP])
+        newest = (writers // 4096 == self.barriers[block] + 1).any(0)
         if newest.any():
             report("gives a product an operand with no barrier after it was written", first, None)
-        if not self.clocks.knows_writes(granules, readers):
+        if not self.clocks.is_seen(granules[None], readers).all():
             report("gives a product an operand whose copies it did not wait for at their mbarrier", first, None)
         if self.record is not None:
             self.record.give_to_product(flat, granules, block)
@@ -510,16 +560,17 @@ class SharedMemory:
         """Note that an asynchronous product of some threads begins or ends to read granules, given once each."""
         self.held[granules] += change
         if change < 0:
-            self.clocks.note_reads(granules, readers)
             block = granules * self.granule // self.stride
             self.reader[granules] = (self.barriers[block] + 1) * 4096
+            every_warp = np.broadcast_to(granules, (len(readers[::WARP]), len(granules)))
+            self.order.note(self.order.read, every_warp, readers[::WARP])
             if self.record is not None:
                 for each in np.unique(block):
                     self.record.read_by_product(granules[block == each], int(each))
 
     def fence(self, lanes: Integers, place: int) -> None:
-        """Make what threads have written visible to asynchronous products: what each has written itself, and what the
-        threads of its block had written before the last barrier.
+        """Make what threads have written visible to asynchronous products and bulk copies: what each has written
+        itself, what the threads of its block had written before the last barrier, and what else it knows of.
 
         Args:
             place: The place of the instruction.
@@ -533,8 +584,12 @@ class SharedMemory:
         fences = np.zeros((len(self.barriers), self.threads), bool)
         fences.reshape(-1)[lanes] = True
         whole, some = np.asarray(fences.all(1)), np.asarray(fences.any(1))
-        own = np.where(thread > 0, fences[block, thread - 1], whole[block])
-        done = granules[own | (some[block] & (epoch <= self.barriers[block]))]
-        self.unfenced[done] = 0
+        is_thread = (thread > 0) & (thread < OF_WARP)
+        own = np.where(is_thread, fences[block, np.where(is_thread, thread - 1, 0)], whole[block])
+        done = own | (some[block] & (epoch <= self.barriers[block]))
+        for each in np.flatnonzero(some):
+            left = np.flatnonzero(~done & (block == each))
+            done[left] = self.order.knows_writes(granules[left], lanes[lanes // self.threads == each])
+        self.unfenced[granules[done]] = 0
         if self.record is not None:
-            self.record.copies.fence(place, done)
+            self.record.copies.fence(place, granules[done])

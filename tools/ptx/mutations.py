@@ -58,6 +58,11 @@ def _swap(line: str, random: Random) -> str:
     return re.sub(r"(%\w+), ([\w%-]+), ([\w%-]+)(.*);", r"\1, \3, \2\4;", line)
 
 
+def _exchange(line: str, random: Random) -> str:
+    """Exchange the scales of a product's operands."""
+    return re.sub(r"(%\w+), (\{[^}]*\}), (%\w+), (\{[^}]*\});", r"\3, \2, \1, \4;", line)
+
+
 def _later(line: str, random: Random) -> str:
     """Wait for one group less."""
     return re.sub(r"(\d+);", lambda found: f"{int(found[1]) + 1};", line)
@@ -77,6 +82,22 @@ def _nearby(line: str, random: Random) -> str:
     """Change a constant by one."""
     change = random.choice((-1, 1))
     return re.sub(r", (-?\d+)(?=[,;])", lambda found: f", {int(found[1]) + change}", line, count=1)
+
+
+def _one_parity(line: str, random: Random) -> str:
+    """Wait for the same parity every time."""
+    return re.sub(r", [%\w]+;", f", {random.choice((0, 1))};", line)
+
+
+def _other_bytes(line: str, random: Random) -> str:
+    """Expect 16 bytes more or less."""
+    change = random.choice((-16, 16))
+    return re.sub(r", (\d+);", lambda found: f", {int(found[1]) + change};", line)
+
+
+def _swap_coordinates(line: str, random: Random) -> str:
+    """Exchange the first coordinate and the last one."""
+    return re.sub(r"\{(%\w+)(.*), (%\w+)\}", r"{\3\2, \1}", line)
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,8 @@ EDITS = (
     Edit("negate a branch", r"@!?%p\d+\s+bra", _negate),
     Edit("swap operands", r"\b(sub|div|rem|setp\.(lt|gt|le|ge))\.\S+\s+%\w+, %\w+, %\w+;", _swap),
     Edit("swap a selection", r"\bselp\.\S+\s+%\w+, [\w%-]+, [\w%-]+, %p", _swap),
-    Edit("swap halves", r"cvt\.rn\.(bf16x2|satfinite\.e4m3x2)\.f32", _swap),
+    Edit("swap halves", r"cvt\.rn\.(bf16x2|satfinite\.e[24]m[13]x2)\.f32", _swap),
+    Edit("exchange scales", r"\bmma\.sync\S+block_scale", _exchange),
     Edit("round to an integer otherwise", r"cvt\.rzi\.", _replace("cvt.rzi", "cvt.rni"), cases="keys"),
     Edit("read a type without its sign", r"\b(shr|mul\.wide|bfe|cvt\.s64|cvt\.rn\.f32)\.s32\s", _replace("s32", "u32")),
     Edit("load an element further", r"\bld\.(global|shared(::cta)?)\.(v\d\.)?b\d+", _shift),
@@ -123,6 +145,12 @@ EDITS = (
     Edit("shuffle with another lane", r"shfl\.sync\.bfly", _nearby),
     Edit("change a constant", r"\b(shl|and|add|mad\.lo|mul\.wide)\.\S+\s+%\w+, %\w+, -?\d+[,;]", _nearby),
     Edit("drop a product", r"mma\.sync|wgmma\.mma_async", _drop),
+    Edit("wait for one parity", r"mbarrier\.(try|test)_wait\.parity", _one_parity),
+    Edit("expect other bytes", r"mbarrier\.arrive\.expect_tx", _other_bytes),
+    Edit("arrive another number of times", r"mbarrier\.init", _nearby),
+    Edit("drop an arrival", r"mbarrier\.arrive", _drop),
+    Edit("drop a bulk copy", r"cp\.async\.bulk\.tensor", _drop),
+    Edit("copy another box", r"cp\.async\.bulk\.tensor", _swap_coordinates),
     Edit("transpose no matrix", r"ldmatrix\S*\.trans", _replace(".trans", "")),
 )
 

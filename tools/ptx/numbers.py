@@ -76,6 +76,12 @@ def _float32_to_odd(x: Array) -> Array:
     return np.where(nudge, bits + step, bits).view(np.float32)
 
 
+def cut_off(x: Array) -> Array:
+    """Float64 x as float32, rounded towards zero."""
+    near = x.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(x), np.nextafter(near, np.float32(0)), near)
+
+
 def from_bf16(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -115,6 +121,26 @@ def to_e4m3(x: Array) -> Array:
 
 def from_e4m3(codes: Array) -> Array:
     return E4M3_BY_CODE[codes]
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+"""The numbers of the codes 0 to 7, which are ascending."""
+E2M1_BY_CODE = np.concatenate([E2M1, -E2M1])
+
+
+def to_e2m1(x: Array) -> Array:
+    """The codes of x in e2m1, rounded to nearest, halves to even, and clamped to the largest number, which stands for
+    what is no number as well."""
+    size = np.minimum(np.abs(np.nan_to_num(x, nan=np.inf)), E2M1[-1])
+    unit = np.where(size < 2, np.float32(0.5), np.where(size < 4, np.float32(1), np.float32(2)))
+    codes = np.searchsorted(E2M1, np.rint(size / unit) * unit).astype(np.uint8)
+    return codes | (np.signbit(x) & ~np.isnan(x)).astype(np.uint8) << 3
+
+
+def from_e2m1(pairs: Array) -> Array:
+    """The numbers in bytes of two codes each, [..., n] to [..., 2 n], the lower half of a byte first."""
+    codes = np.stack([pairs & 15, pairs >> 4], -1)
+    return E2M1_BY_CODE[codes].reshape(*pairs.shape[:-1], -1)
 
 
 def to_integer(x: Array, dtype: type, rounding: str) -> Array:

@@ -73,6 +73,8 @@ Where errors are not zero, this is why:
 - **Linears by tiles, up to 1 ulp.** The kernel joins the product with a tile's scales and the sum over tiles into one
   rounding, the definition rounds twice. That moves the float32 sum by its last bit, which decides the rounding to 16
   bits for a few of 100,000 elements. By rows there is only one sum, in integers, so these are exact.
+- **Linears in 4 bits.** With the scale of its block a number has six bits at most, so that most sums are exact in
+  float32 in any order. Those that are not may round to the other side, up to 1 ulp.
 - **Linears with GELU.** The hyperbolic tangent is made of `ex2.approx` and a division; its last bit decides a step
   for a few elements of a million.
 - **Norms and scores, up to 1 ulp,** because sums are added in another order. Where a norm is modulated, the norm itself
@@ -98,7 +100,7 @@ ABOUT = {
     "Small sizes with ragged blocks": """\
 In these, some blocks of every kernel are full and some are not. A cell has the worst of several runs: with approximate
 instructions (`ex2`, `rsqrt`, `div.full`) at the nearest result and at both ends of their documented error and, on sm_89
-and sm_90, with the few bits that tensor cores keep of sums of fp8.""",
+and sm_90, with the few bits that tensor cores keep of sums of fp8, and likewise of those of 4-bit floats on sm_120.""",
     "Real widths, chunks and lanes": """\
 These are the sizes of the 14B at 720p (5,120 channels, 13,824 in the feed-forward, 40 heads, 1,182 key blocks in 64
 chunks, of which 118 are selected with 2,048 lanes) and of the 1.3B at 480p (1,536 and 8,960 channels, 12 heads, 512 key

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from tools.ptx.bench import Bench, compile_for, without_data
+from wanforge.plugins.row_moments.fused import KnownRows
+from wanforge.plugins.row_moments.reference import row_moments
 from wanforge.runtime.measure.kernels import checks
 
 
@@ -123,3 +125,15 @@ def error_in_ulp(found: Tensor, wanted: Tensor) -> float:
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def hidden(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of different magnitudes."""
+    return (randn(tokens, width, seed=tokens) * torch.linspace(0.01, 30, tokens)[:, None] + 2).to(dtype)
+
+
+def off(rows: KnownRows) -> list[Tensor]:
+    """How far moments are from those of their rows, in units of the average of these, and one more."""
+    assert rows.moments_2TL is not None
+    wanted = row_moments(rows.x_LD)
+    return [1 + (rows.moments_2TL - wanted) / wanted.square().mean((1, 2), keepdim=True).sqrt()]

@@ -277,6 +277,12 @@ class Record:
         self._access_shared(granules, lanes, writes=True)
         self.copies.write(granules)
 
+    def begin_bulk_copy(self, place: int, size: int, granules: Array) -> None:
+        """Note that a bulk copy begins. Barriers count as if it did not, because mbarriers order it."""
+        self.trace.add("copies", np.array([place]), np.array([size]))
+        self.copies.read_by_product(granules)
+        self.copies.unfenced[:, granules] = False
+
     def read_by_product(self, granules: Array, block: int) -> None:
         """Note that a product begins or ends to read granules; it counts as all threads of its block."""
         ends = np.array([0, self.kernel.threads - 1]) + block * self.kernel.threads

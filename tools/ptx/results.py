@@ -27,12 +27,19 @@ from tools.ptx.syntax import Kernel
 from tools.ptx.tensor_cores import Sums
 
 SMS = (80, 86, 89, 90, 100, 120)
-FEW_BITS = (89, 90)
-"""The architectures on which tensor cores keep few bits of sums of fp8."""
+FEW_BITS = {89: "e4m3", 90: "e4m3", 120: "e2m1"}
+"""The type whose products are known to be added with few bits, by architecture (`Sums`)."""
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    *("tools/ptx/[a-z]*.py", "plugins/*/kernel.py", "plugins/*/fused.py", "plugins/*/reference.py"),
-    *("plugins/launching/*.py", "configs/tiles.toml", "configs/parity.toml", "runtime/backends/fused_block.py"),
+    *(
+        "tools/ptx/[a-z]*.py",
+        "plugins/*/kernel.py",
+        "plugins/*/fused.py",
+        "plugins/*/reference.py",
+        "plugins/*/__init__.py",
+    ),
+    *("plugins/launching/*.py", "configs/tiles.toml", "configs/parity.toml", "plugins/denoiser_block/*.py"),
+    *("runtime/causal/kept_chunks.py", "runtime/backends/recalling.py", "runtime/reference/causal/kv_codes.py"),
 )
 """The files on which results depend."""
 REPORTS = ("page.py", "banks.py", "mutations.py", "sizes.py")
@@ -111,7 +118,7 @@ def ways(sm: int, kernels: Sequence[Kernel]) -> list[Modes]:
     """The ways to run kernels that the documents leave open, besides that of the nearest number."""
     words = {word for kernel in kernels for each in kernel.instructions for word in each.words}
     ends = [Modes(each) for each in Approximation if each is not Approximation.NEAREST]
-    sums = [Modes(sums=Sums.FEW_BITS)] if sm in FEW_BITS and "e4m3" in words else []
+    sums = [Modes(sums=Sums.FEW_BITS)] if FEW_BITS.get(sm) in words else []
     return [*(ends if words & {"approx", "full"} else []), *sums]
 
 

@@ -1,7 +1,8 @@
 """The sizes at which kernels are run on the machine.
 
 SHORT   the same kernels at one size each, and attention of two heads throughout, so that cases share what is compiled
-MANY    products of more tiles than a group has, in both directions, and of more slabs than there are slots, twice over
+MANY    products of more tiles than a group has, in both directions, and of more slabs than there are slots, twice over;
+        attention to odd numbers of key blocks, and to more pairs of them than there are slots
 RAGGED  small, with blocks that are full and blocks that are not: what the tests run
 REAL    the widths, strides, chunks and lanes of the 14B at 720p and the 1.3B at 480p, over as few tokens as they allow
 WHOLE   a block of TinyWan, all kernels of a recipe together
@@ -38,6 +39,7 @@ class Sizes:
         linears: Rows, outputs and inputs, and the number of weights.
         epilogues: Rows, outputs and inputs of linears with GELU, or that are added to a residual.
         joined: Frames, rows, columns and channels of the input of a convolution of the VAE.
+        convolved: Frames, rows, columns and channels in and out of a convolution of the VAE in int8.
         keys: Of what attention computes of keys and values.
         attended, packed: Of attention, and of attention that quantises its output.
         asked: Tokens, heads and keys, of attention to all keys.
@@ -52,6 +54,7 @@ class Sizes:
     normed: tuple[tuple[int, int], ...] = ()
     added: tuple[tuple[int, int], ...] = ()
     joined: tuple[tuple[int, int, int, int], ...] = ()
+    convolved: tuple[tuple[int, int, int, int, int], ...] = ()
     keys: tuple[Attended, ...] = ()
     attended: tuple[Attended, ...] = ()
     packed: tuple[Attended, ...] = ()
@@ -68,6 +71,7 @@ SHORT = Sizes(
     normed=((333, 384),),
     added=((333, 384),),
     joined=((3, 6, 10, 96),),
+    convolved=((1, 9, 16, 96, 96),),
     keys=(Attended(333, 2, 1),),
     attended=(Attended(200, 2, 2),),
     packed=(Attended(140, 2, 2),),
@@ -76,7 +80,12 @@ SHORT = Sizes(
     ranked=((3, 2, 70, 7),),
 )
 
-MANY = Sizes(linears=((1300, 512, 1152, 2),), epilogues=((200, 768, 256),))
+MANY = Sizes(
+    linears=((1300, 512, 1152, 2),),
+    epilogues=((129, 768, 512),),
+    attended=(Attended(700, 1, 11),),
+    packed=(Attended(200, 1, 3),),
+)
 
 RAGGED = Sizes(
     quantised=((333, 384), (128, 256), (1, 128)),
@@ -85,6 +94,7 @@ RAGGED = Sizes(
     normed=((333, 384), (37, 1536)),
     added=((333, 384),),
     joined=((3, 6, 10, 96), (1, 4, 6, 384), (2, 2, 4, 16)),
+    convolved=((1, 9, 16, 96, 96), (2, 3, 5, 192, 384), (1, 3, 5, 96, 3)),
     keys=(Attended(333, 2, 1),),
     attended=(Attended(333, 2, 2), Attended(256, 1, 4)),
     packed=(Attended(200, 1, 2),),
@@ -108,4 +118,12 @@ REAL = Sizes(
     ranked=((2, 40, 1182, 118), (2, 12, 512, 51)),
 )
 
-WHOLE = Sizes(blocks=(("tinywan", "w8a8"), ("tinywan", "w8a8-row"), ("tinywan", "fp8-row"), ("tinywan", "bf16-sla")))
+WHOLE = Sizes(
+    blocks=(
+        ("tinywan", "w8a8"),
+        ("tinywan", "w8a8-row"),
+        ("tinywan", "fp8-row"),
+        ("tinywan", "bf16-sla"),
+        ("tinywan", "nvfp4"),
+    )
+)

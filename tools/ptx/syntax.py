@@ -57,7 +57,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Vector:
-    """Several operands in braces, or two with a bar in between."""
+    """Several operands in braces, two with a bar in between, or the address of a tensor map with coordinates."""
 
     parts: tuple["Operand", ...]
 
@@ -107,14 +107,11 @@ def registers_in(operands: tuple[Operand, ...]) -> Iterator[Register]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a kernel; `kind` is its type in PTX."""
+    """A parameter of a kernel, in bytes; it begins at a multiple of its alignment."""
 
     name: str
-    kind: str
-
-    @property
-    def size(self) -> int:
-        return SIZES.get(self.kind, int(self.kind[1:]) // 8)
+    size: int
+    alignment: int
 
 
 @dataclass
@@ -167,14 +164,26 @@ def _read(text: str) -> Kernel:
     threads = re.search(r"\.reqntid (\d+)", source)
     if target is None or entry is None or threads is None:
         raise UnsupportedError("the file has no kernel with a fixed number of threads")
-    declared = re.findall(r"\.param \.(\w+)[^,]*?(\w+)(?:,|$)", " ".join(entry[2].split()))
-    parameters = tuple(Parameter(name, kind) for kind, name in declared)
+    parameters = tuple(_parameter(declared) for declared in " ".join(entry[2].split()).split(",") if declared)
     kernel = Kernel(entry[1], int(target[1]), int(threads[1]), parameters)
     start, body = within_braces(source, threads.end())
     _Reader(kernel).read(with_own_labels(body), source.count("\n", 0, start) + 1)
     if not kernel.instructions or kernel.instructions[-1].words != ("ret",):
         raise UnsupportedError(f"{kernel.name} does not end with a return")
     return kernel
+
+
+PARAMETER = re.compile(r"\.param (?:\.align (\d+) )?\.(\w+).*?(\w+)(?:\[(\d+)\])?")
+
+
+def _parameter(declared: str) -> Parameter:
+    """A parameter from its declaration, which may be an array."""
+    found = PARAMETER.fullmatch(declared.strip())
+    if found is None:
+        raise UnsupportedError(f"cannot read the parameter {declared.strip()!r}")
+    alignment, kind, name, count = found.groups()
+    size = int(kind[1:]) // 8
+    return Parameter(name, size * int(count or 1), int(alignment or size))
 
 
 def within_braces(source: str, start: int) -> tuple[int, str]:
@@ -198,7 +207,7 @@ def with_own_labels(body: str) -> str:
             text = re.sub(rf"\b{label}\b", f"{label}_{number}", text)
         return text
 
-    return re.sub(r"\{[^{}]*\}", renamed, body)
+    return re.sub(r"\{(?:[^{}]|\{[^{}]*\})*\}", renamed, body)
 
 
 STATEMENT = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
@@ -237,8 +246,9 @@ class _Reader:
             line += piece.count("\n")
 
     def _declare(self, kind: str, names: list[str]) -> None:
+        size = 1 if kind == "pred" else max(2, SIZES[kind])  # 8 bits are kept in 16
         for name in names:
-            self.names[name] = Register(self.kernel.registers, SIZES[kind], name)
+            self.names[name] = Register(self.kernel.registers, size, name)
             self.kernel.registers += 1
 
     def _instruction(self, statement: str, line: int) -> Instruction:
@@ -261,6 +271,8 @@ class _Reader:
             return Vector(tuple(self._operand(each) for each in split(text[1:-1])))
         if "|" in text:
             return Vector(tuple(self._operand(each) for each in text.split("|")))
+        if text.startswith("[") and "{" in text:
+            return Vector(tuple(self._operand(each if "{" in each else f"[{each}]") for each in split(text[1:-1])))
         if text.startswith("["):
             base, sign, offset = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text).groups()  # type: ignore[union-attr]
             place = self.names.get(base) or Symbol(base)

@@ -1,4 +1,4 @@
-"""The steps of the instructions that only sm_100 has: tensor memory and products in it, mbarriers, and `elect.sync`.
+"""The steps of the instructions that only sm_100 has: tensor memory and products in it.
 
 The forms are those that Triton uses: loads and stores in the shapes 32x32b and 16x32bx2 (PTX ISA 9.2, sections
 9.7.16.2.3 and 9.7.16.8), and products of one block with 128 rows, each in a lane (layout D, section 9.7.16.10.5.4),
@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.ptx import tensor_cores
-from tools.ptx.faults import UnsupportedError
-from tools.ptx.machine import WARP, Program, State, Step, address_reader, reader, writer
+from tools.ptx.machine import WARP, Program, State, Step, address_reader, reader
+from tools.ptx.mbarrier_steps import of_thread, unknown
 from tools.ptx.memory import Report
-from tools.ptx.syntax import Address, Immediate, Instruction, Operand, Vector
+from tools.ptx.syntax import Address, Immediate, Instruction, Operand
 from tools.ptx.tensor_memory import LANES, Access, Product, parts
 from tools.ptx.warps import of_warps, put_words, registers_of, words_of
 
@@ -36,12 +36,6 @@ def build(instruction: Instruction, program: Program) -> Step:
         UnsupportedError: The machine does not know it.
     """
     match instruction.words:
-        case ("elect", "sync"):
-            return _elect(instruction, program)
-        case ("mbarrier", "init" | "inval" as what, "shared", "b64"):
-            return _make_mbarrier(instruction, what, program)
-        case ("mbarrier", "try_wait", "parity", "shared", "b64"):
-            return _wait_for_phase(instruction, program)
         case ("tcgen05", "alloc", "cta_group_1", "sync", "aligned", "shared", "b32"):
             return _allocate(instruction, program)
         case ("tcgen05", "dealloc", "cta_group_1", "sync", "aligned", "b32"):
@@ -52,70 +46,13 @@ def build(instruction: Instruction, program: Program) -> Step:
             return _move(instruction, what, shape, program)
         case ("tcgen05", "wait_ld" | "wait_st" as what, "sync", "aligned"):
             return _wait(instruction, what)
+        case ("tcgen05", "fence_before_thread_sync" | "fence_after_thread_sync"):
+            return _fence
         case ("tcgen05", "mma", "cta_group_1", "kind_f16" | "kind_f8f6f4" | "kind_i8" as kind):
             return _product(instruction, kind, program)
         case ("tcgen05", "commit", "cta_group_1", "mbarrier_arrive_one", "shared_cluster", "b64"):
             return _commit(instruction, program)
-    raise _unknown(instruction)
-
-
-def _unknown(instruction: Instruction) -> UnsupportedError:
-    return UnsupportedError(f"the machine does not know this form: {instruction.text}")
-
-
-def _elect(instruction: Instruction, program: Program) -> Step:
-    """The first thread of a warp is elected."""
-    both, members = instruction.operands
-    if not isinstance(both, Vector) or members != Immediate(-1):
-        raise _unknown(instruction)
-    number, is_elected = writer(both.parts[0], "b32"), writer(both.parts[1], "pred")
-
-    def step(state: State, mask: Array | None) -> None:
-        state.whole_warps(instruction, mask)
-        number(state, np.zeros(len(state.lanes), np.uint32), mask)
-        is_elected(state, state.lanes % WARP == 0, mask)
-
-    return step
-
-
-def _make_mbarrier(instruction: Instruction, what: str, program: Program) -> Step:
-    place, *counts = instruction.operands
-    addresses = address_reader(place, program)
-    count = reader(counts[0], "u32", program) if counts else None
-
-    def step(state: State, mask: Array | None) -> None:
-        for lane in state.chosen(mask):
-            report, address = _of_thread(state, instruction, lane), int(addresses(state)[lane])
-            if count is None:
-                state.mbarriers.invalidate(int(lane), address, report)
-            else:
-                state.mbarriers.init(int(lane), address, int(count(state)[lane]), report)
-
-    return step
-
-
-def _of_thread(state: State, instruction: Instruction, lane: int) -> Report:
-    return state.report(instruction, np.array([lane]))
-
-
-def _wait_for_phase(instruction: Instruction, program: Program) -> Step:
-    """Threads whose phase is not complete stay where they are until something arrives."""
-    result, place, parity = instruction.operands
-    addresses, parities = address_reader(place, program), reader(parity, "u32", program)
-    write = writer(result, "pred")
-
-    def step(state: State, mask: Array | None) -> None:
-        done, lanes = np.zeros(len(state.lanes), bool), state.chosen(mask)
-        wanted = np.stack([lanes // program.kernel.threads, addresses(state)[lanes], parities(state)[lanes]], 1)
-        for each in np.unique(wanted, axis=0):
-            some = lanes[(wanted == each).all(1)]
-            report = state.report(instruction, some)
-            done[some] = state.mbarriers.is_complete(some, int(each[1]), int(each[2]), report)
-        write(state, done, mask)
-        late = lanes[~done[lanes]]
-        state.places[late], state.parked[late] = instruction.place, True
-
-    return step
+    raise unknown(instruction)
 
 
 def _commit(instruction: Instruction, program: Program) -> Step:
@@ -123,9 +60,9 @@ def _commit(instruction: Instruction, program: Program) -> Step:
 
     def step(state: State, mask: Array | None) -> None:
         for lane in state.chosen(mask):
-            report = _of_thread(state, instruction, lane)
+            report = of_thread(state, instruction, lane)
             state.mbarriers.commit(int(lane), int(addresses(state)[lane]), report)
-            state.parked.reshape(len(state.blocks), -1)[lane // program.kernel.threads] = False
+            state.wake(lane)
 
     return step
 
@@ -138,12 +75,12 @@ def _warps(state: State, instruction: Instruction, mask: Array | None) -> Array:
 def _allocate(instruction: Instruction, program: Program) -> Step:
     target, columns = instruction.operands
     if not isinstance(columns, Immediate):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     addresses = address_reader(target, program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in _warps(state, instruction, mask):
-            report = _of_thread(state, instruction, lane)
+            report = of_thread(state, instruction, lane)
             found = state.tensors.allocate(int(lane) // program.kernel.threads, columns.value, report)
             value = np.array([found], np.uint32).view(np.uint8)[None]
             state.shared.store(addresses(state)[[lane]], value, np.array([lane]), report)
@@ -154,12 +91,12 @@ def _allocate(instruction: Instruction, program: Program) -> Step:
 def _free(instruction: Instruction, program: Program) -> Step:
     address, columns = instruction.operands
     if not isinstance(columns, Immediate):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     addresses = reader(address, "b32", program)
 
     def step(state: State, mask: Array | None) -> None:
         for lane in _warps(state, instruction, mask):
-            report = _of_thread(state, instruction, lane)
+            report = of_thread(state, instruction, lane)
             state.tensors.free(int(lane), int(addresses(state)[lane]), columns.value, report)
 
     return step
@@ -180,6 +117,10 @@ def _wait(instruction: Instruction, what: str) -> Step:
     return step
 
 
+def _fence(state: State, mask: Array | None) -> None:
+    """Nothing to do: the machine keeps the order of a thread, and checks that others wait for it."""
+
+
 def _move(instruction: Instruction, what: str, shape: str, program: Program) -> Step:
     """Load or store: a thread's registers are consecutive columns of a lane. In the shape 16x32bx2 the last 16 threads
     of a warp have the same lanes as the first 16, at columns that lie further."""
@@ -188,7 +129,7 @@ def _move(instruction: Instruction, what: str, shape: str, program: Program) -> 
     found = registers_of(registers)
     offset = offsets[0] if offsets else Immediate(0)
     if len(found) != int(instruction.words[5][1:]) or not isinstance(offset, Immediate):
-        raise _unknown(instruction)
+        raise unknown(instruction)
     addresses, rows = address_reader(place, program), np.arange(WARP)
     lanes = rows if shape == "32x32b" else rows % 16
     columns = (offset.value * (lanes != rows))[:, None] + np.arange(len(found))
@@ -240,7 +181,7 @@ def form_of(descriptor: int, kind: str) -> Form | None:
 def _product(instruction: Instruction, kind: str, program: Program) -> Step:
     result, first, second, descriptor, keeps, *rest = instruction.operands
     if rest:
-        raise _unknown(instruction)
+        raise unknown(instruction)
     addresses, forms = address_reader(result, program), reader(descriptor, "u32", program)
     source, keep = _Source(instruction, first, second, program), reader(keeps, "pred", program)
 
@@ -248,8 +189,8 @@ def _product(instruction: Instruction, kind: str, program: Program) -> Step:
         for lane in map(int, state.chosen(mask)):
             form, kept = form_of(int(forms(state)[lane]), kind), bool(keep(state)[lane])
             if form is None:
-                raise _unknown(instruction)
-            report = _of_thread(state, instruction, lane)
+                raise unknown(instruction)
+            report = of_thread(state, instruction, lane)
             a_RK, operand, used = source.first(state, lane, form, report)
             b_CK, also = source.shared(state, lane, 1, form, report)
             cells = _rows(state, lane, addresses(state)[lane], form.columns)
@@ -297,7 +238,7 @@ class _Source:
         assert read is not None
         descriptor, rows = int(read(state)[lane]), form.columns if which else LANES
         if descriptor >> 46 & 0x7FFF != 1 or descriptor >> 61 not in (2, 4, 6):
-            raise _unknown(self.instruction)  # other swizzles, a base offset, or an absolute address
+            raise unknown(self.instruction)  # other swizzles, a base offset, or an absolute address
         size = 1 if form.element in ("e4m3", "s8") else 2
         places = tensor_cores.operand_places(descriptor, rows, OPERAND_BYTES, size, transposed=form.transposed[which])
         found, granules = state.shared.read_operand(places, size, np.array([lane]), report)

@@ -2,7 +2,8 @@
 warp-level and warpgroup-level matrix instructions).
 
 Products and their sum are computed exactly enough that one rounding to float32 is left. Hardware keeps fewer bits of
-the partial sums, which no document defines; `FEW_BITS` stands for what is known of fp8 on sm_89 and sm_90.
+the partial sums, which no document of NVIDIA's defines; `FEW_BITS` stands for what was measured of fp8 on sm_89 and
+sm_90, and of 4-bit floats on sm_120.
 """
 
 from enum import Enum
@@ -12,16 +13,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.ptx.numbers import from_bf16, from_e4m3
+from tools.ptx.numbers import cut_off, from_bf16, from_e2m1, from_e4m3
 
 Array = NDArray[Any]
 WARP = 32
 WARPGROUP = 128
+SCALED_TOGETHER = 16
+"""Neighbours along K that have a scale in common (``scale_vec::4X`` of a product with K = 64)."""
 
 
 class Sums(Enum):
-    """How sums of fp8 products are kept: as float32, or with 13 bits after the point of the largest addend, as measured
-    on Hopper (DeepSeek-V3 technical report, section 3.3.2, which speaks of 14 bits with the leading one)."""
+    """How sums of products of fp8 or 4-bit floats are kept: as float32, or with as few bits as were measured.
+
+    Of fp8 on Hopper these are 13 bits after the point of the largest addend (DeepSeek-V3 technical report, section
+    3.3.2, which speaks of 14 bits with the leading one). Of 4-bit floats on RTX Blackwell they are 35 bits, where an
+    addend is the exact sum of a block times its scales; what float32 does not hold of the total is cut off (MMA-Sim,
+    arXiv:2511.10909).
+    """
 
     FULL = 0
     FEW_BITS = 1
@@ -35,6 +43,8 @@ def elements(words: Array, kind: str) -> Array:
             return flat.view(np.int8).astype(np.float32)
         case "e4m3":
             return from_e4m3(flat.view(np.uint8))
+        case "e2m1":
+            return from_e2m1(flat.view(np.uint8))
         case "bf16":
             return from_bf16(flat.view(np.uint16))
         case "f16":
@@ -50,17 +60,22 @@ def product(a_RK: Array, b_CK: Array, c_RC: Array, kind: str, sums: Sums, *, sat
             return np.clip(whole, -(2**31), 2**31 - 1).astype(np.int32)
         return whole.astype(np.uint64).astype(np.uint32).view(np.int32)
     if kind == "e4m3" and sums is Sums.FEW_BITS:
-        return _few_bits(a_RK, b_CK, c_RC)
+        return _few_bits(a_RK, b_CK, c_RC, 1, 13).astype(np.float32)
+    if kind == "e2m1" and sums is Sums.FEW_BITS:
+        return cut_off(_few_bits(a_RK, b_CK, c_RC, SCALED_TOGETHER, 35))
     exact = np.matmul(a_RK.astype(np.float64), b_CK.astype(np.float64).swapaxes(-1, -2))
     return (exact + c_RC).astype(np.float32)
 
 
-def _few_bits(a_RK: Array, b_CK: Array, c_RC: Array) -> Array:
+def _few_bits(a_RK: Array, b_CK: Array, c_RC: Array, together: int, bits: int) -> Array:
+    """The sum as float64, of addends with so many bits after the point of the largest. An addend is the exact sum of
+    so many products, or an element of c."""
     products = a_RK[..., :, None, :].astype(np.float64) * b_CK[..., None, :, :]
-    addends = np.concatenate([products, c_RC[..., None].astype(np.float64)], -1)
+    partial = products.reshape(*products.shape[:-1], -1, together).sum(-1)
+    addends = np.concatenate([partial, c_RC[..., None].astype(np.float64)], -1)
     largest = np.abs(addends).max(-1, keepdims=True)
-    unit = np.exp2(np.floor(np.log2(np.maximum(largest, 2.0**-60))) - 13.0)
-    return (np.trunc(addends / unit) * unit).sum(-1).astype(np.float32)
+    unit = np.exp2(np.floor(np.log2(np.maximum(largest, 2.0**-60))) - bits)
+    return (np.trunc(addends / unit) * unit).sum(-1)
 
 
 # A warp's lane is 4 * group + member.
@@ -121,6 +136,22 @@ def group_c_registers(matrix: Array) -> Array:
     tiles = matrix.reshape(groups, 4, 16, columns // 8, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 8)
     registers = c_registers(tiles).reshape(groups, 4, columns // 8, WARP, 4)
     return registers.transpose(0, 1, 3, 2, 4).reshape(groups, WARPGROUP, columns // 2)
+
+
+def scale_holders(rows: int, thread: int) -> Array:
+    """The lanes whose registers hold the four scales of each of 16 rows of A or 8 columns of B.
+
+    Args:
+        thread: The selector of an instruction: which pair of each four lanes holds scales of A (0 or 1), or which of
+            them holds those of B (0 to 3).
+    """
+    row, apart = np.arange(rows), rows // 8
+    return 4 * (row % 8) + apart * thread + row // 8
+
+
+def in_blocks(values_RK: Array, scales_RB: Array) -> Array:
+    """Numbers times the scales of their blocks, which is exact in float32."""
+    return values_RK * np.repeat(scales_RB, SCALED_TOGETHER, axis=-1)
 
 
 SWIZZLES = {0: 0, 1: 3, 2: 2, 3: 1}

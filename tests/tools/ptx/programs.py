@@ -8,6 +8,10 @@ import numpy as np
 from tools.ptx.machine import Launch, Modes
 from tools.ptx.memory import GlobalMemory, Region
 from tools.ptx.syntax import Kernel, read_kernel
+from tools.ptx.tensor_maps import BYTES, EncodedMap
+
+SHARED = 1280
+"""Bytes of shared memory."""
 
 HEAD = """
 .version 8.7
@@ -16,7 +20,8 @@ HEAD = """
 .extern .shared .align 16 .b8 global_smem[];
 .visible .entry kernel(
     .param .u64 .ptr .global .align 1 kernel_param_0,
-    .param .u64 .ptr .global .align 1 kernel_param_1
+    .param .u64 .ptr .global .align 1 kernel_param_1,
+    .param .align 64 .b8 kernel_param_2[128]
 )
 .reqntid {threads}
 {{
@@ -33,8 +38,8 @@ HEAD = """
     add.s64 %rd4, %rd1, %rd2;
     shl.b32 %r2, %r0, 2;
 """
-"""Begins a kernel of two parameters. %r0 is the thread, %r1 the block; %rd3 and %rd4 are the addresses of the thread's
-32-bit element in each tensor, and %r2 is its place in shared memory."""
+"""Begins a kernel of two tensors and a tensor map. %r0 is the thread, %r1 the block; %rd3 and %rd4 are the addresses of
+the thread's 32-bit element in each tensor, and %r2 is its place in shared memory."""
 
 
 def kernel_of(body: str, threads: int = 32) -> Kernel:
@@ -50,8 +55,10 @@ def run(
     threads: int = 32,
     blocks: int = 1,
     modes: Modes | None = None,
+    box: EncodedMap | None = None,
 ) -> np.ndarray:
-    """Run a kernel from an array of float32 or 32-bit integers to one of `results` 32-bit words, which are returned."""
+    """Run a kernel from an array of float32 or 32-bit integers to one of `results` 32-bit words, which are returned. A
+    tensor map begins where the array does."""
     values = np.ascontiguousarray(source, np.float32 if np.asarray(source).dtype.kind == "f" else np.uint32)
     found = np.full(results, 0xFFFFFFFF, np.uint32)
     memory = GlobalMemory()
@@ -59,6 +66,7 @@ def run(
         region = memory.add(Region.at(name, array.ctypes.data, array.nbytes))
         region.inside[: array.nbytes], region.written[: array.nbytes] = 1, is_written
     kernel = body if isinstance(body, Kernel) else kernel_of(body, threads)
+    encoded = bytes(BYTES) if box is None else box._replace(address=values.ctypes.data).to_bytes()
     addresses = [bytes(ctypes.c_uint64(array.ctypes.data)) for array in (values, found)]
-    Launch(kernel, (blocks, 1, 1), addresses, 1024, memory, modes or Modes()).run(side_by_side=2)
+    Launch(kernel, (blocks, 1, 1), [*addresses, encoded], SHARED, memory, modes or Modes()).run(side_by_side=2)
     return found

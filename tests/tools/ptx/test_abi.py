@@ -17,9 +17,9 @@ from tools.ptx.cases import tile_weight
 from tools.ptx.faults import FaultError, StreamError
 from tools.ptx.proof import error_in_ulp, randn
 from wanforge.errors import ResourceError, ShapeError
-from wanforge.plugins.launching import driver
+from wanforge.plugins.launching import SCRATCH, driver
 from wanforge.plugins.launching.launch import Launch
-from wanforge.plugins.launching.occupancy import LIMITS
+from wanforge.plugins.occupancy import LIMITS
 from wanforge.plugins.quantiser.fused import quantise
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.tensorrt.plugin import PluginOp
@@ -66,7 +66,7 @@ def patch_launch(monkeypatch: Patch, change: Callable[..., tuple[Any, ...]]) -> 
 
 def pointers_of(kernel: Any, parameters: int) -> list[int]:
     """The pointers to the parameters of a launch, and to the scratch pointers."""
-    return list((ctypes.c_void_p * (len(kernel.parameters) + driver.SCRATCH)).from_address(parameters))
+    return list((ctypes.c_void_p * (len(kernel.parameters) + SCRATCH)).from_address(parameters))
 
 
 def array_of(pointers: Sequence[int]) -> Any:

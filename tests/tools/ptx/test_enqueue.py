@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.numerics import relative_rms
 from tests.tools.ptx.enqueue import STREAM, LoadedPlugin, compile_for, on_the_machine
 from tools.ptx.bench import Bench
 from tools.ptx.cases import row_weight, tile_weight
@@ -51,5 +52,12 @@ def test_attention_is_the_reference(folder: Path, sm: int) -> None:
     proj, bias = (randn(*shape, seed=5, dtype=torch.bfloat16) / 11 for shape in ((128, 128), (128,)))
     found = enqueued(op, [q, k, v, torch.zeros(2, dtype=torch.int32), proj, bias], bench)
     blocks = Blocks(128, 64, "sage_fp16" if sm == 80 else "sage_fp8")
-    assert error_in_ulp(found, sparse_linear_attention(q, k, v, 2, proj, bias, blocks)) <= 8
+    defined = sparse_linear_attention(q, k, v, 2, proj, bias, blocks)
+    # On Hopper, probabilities are rounded relative to the maximum of two blocks (decision 0047): to other steps of e4m3
+    # than the definition's, but no further from attention without rounding.
+    assert error_in_ulp(found, defined) <= (32 if sm == 90 else 8)
+    exact = sparse_linear_attention(
+        *(x.float() for x in (q, k, v)), 2, proj.float(), bias.float(), Blocks(128, 64, "sla")
+    )
+    assert relative_rms(found, exact) < 1.01 * relative_rms(defined, exact)
     assert bench.cuda.launched == [(kernel, STREAM) for kernel in ATTENTION]

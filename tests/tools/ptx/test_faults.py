@@ -94,6 +94,37 @@ def test_a_write_of_one_of_several_readers_is_named() -> None:
             run(body.format(writer=writer, between=""), WORDS, 1)
 
 
+@pytest.mark.parametrize(
+    ("across", "left_out", "says"),
+    [
+        (31, None, None),
+        (31, 0, "reads shared memory that another thread writes"),
+        (31, 1, "writes shared memory that another thread reads"),
+        (33, None, "reads shared memory that another thread writes"),
+    ],
+)
+def test_threads_that_wait_for_their_warp_know_what_it_did(across: int, left_out: int | None, says: str | None) -> None:
+    waits = ["" if place == left_out else "bar.warp.sync -1;" for place in range(3)]
+    body = f"""
+    ld.global.b32 %r3, [%rd3];
+    st.shared.b32 [%r2], %r3;
+    {waits[0]}
+    xor.b32 %r4, %r0, {across};
+    shl.b32 %r5, %r4, 2;
+    ld.shared.b32 %r6, [%r5];
+    {waits[1]}
+    st.shared.b32 [%r2], %r6;
+    {waits[2]}
+    ld.shared.b32 %r7, [%r5];
+    st.global.b32 [%rd4], %r7;
+    """
+    if says is None:
+        assert (run(body, WORDS, 64, threads=64) == WORDS).all()
+    else:
+        with pytest.raises(FaultError, match=says):
+            run(body, WORDS, 64, threads=64)
+
+
 def test_a_race_in_global_memory_within_a_block_is_named() -> None:
     body = "st.global.b32 [%rd4], %r0;\n {between} xor.b32 %r3, %r0, 33;\n mul.wide.u32 %rd5, %r3, 4;\n"
     body += "add.s64 %rd6, %rd1, %rd5;\n ld.global.b32 %r4, [%rd6];\n {between} st.global.b32 [%rd4], %r4;"

@@ -10,6 +10,7 @@ from tests.tools.ptx.programs import run
 from tools.ptx import numbers
 from tools.ptx.machine import Modes
 from tools.ptx.numbers import Approximation
+from wanforge.plugins.nvfp4_linear import reference
 
 RANDOM = np.random.default_rng(0)
 
@@ -42,6 +43,35 @@ def test_fp8_is_the_nearest_and_saturates() -> None:
     assert (numbers.to_e4m3(numbers.from_e4m3(np.arange(127))) == np.arange(127)).all()
 
 
+def test_four_bit_floats_are_those_of_the_definition() -> None:
+    x = np.concatenate([spread(200_000, 4), np.array([0.0, -0.0, np.inf, -np.inf, 0.25, -0.75, 2.5, 5.0], np.float32)])
+    high, low = x.reshape(-1, 2).T
+    pairs = numbers.to_e2m1(high) << 4 | numbers.to_e2m1(low)
+    expected = reference.pack(reference.rounded(torch.from_numpy(np.stack([low, high], 1))))[:, 0].numpy()
+    assert (pairs == expected).all()
+    assert (numbers.from_e2m1(pairs) == reference.unpack(torch.from_numpy(pairs)[None])[0].numpy()).all()
+    assert numbers.to_e2m1(np.array([np.nan, -np.nan], np.float32)).tolist() == [7, 7]
+
+
+def test_four_bit_floats_are_converted_in_pairs() -> None:
+    body = """
+    .reg .b8 %c<4>;
+    ld.global.b32 %r3, [%rd3];
+    mov.b32 %r4, 0fC0400000;
+    cvt.rn.satfinite.e2m1x2.f32 %c0, %r3, %r4;
+    cvt.rn.f16x2.e2m1x2 %r5, %c0;
+    cvt.rn.satfinite.e4m3x2.f32 %rs1, %r3, %r4;
+    cvt.rn.f16x2.e4m3x2 %r6, %rs1;
+    mov.b32 %r7, {%c0, %c0, %c0, %c0};
+    st.global.b32 [%rd4], %r5;
+    st.global.b32 [%rd4+128], %r6;
+    st.global.b32 [%rd4+256], %r7;
+    """
+    found = run(body, np.full(32, 1.5, np.float32), 96).reshape(3, 32)
+    halves = np.array([-3.0, 1.5], np.float16).view(np.uint32)[0]
+    assert (found == np.array([[halves], [halves], [0x3D3D3D3D]])).all()
+
+
 def test_a_fused_product_and_sum_is_rounded_once() -> None:
     a, b, c = spread(2000, 20), spread(2000, 20), spread(2000, 40)
     for x, y, z, found in zip(a, b, c, numbers.fma(a, b, c), strict=True):
@@ -64,6 +94,9 @@ def test_a_fused_product_and_sum_is_rounded_once() -> None:
         ("prmt.b32 %r4, %r3, 0, 0x0123", np.uint32(0x11223344).view(np.float32), np.uint32(0x44332211)),
         ("bfe.s32 %r4, %r3, 4, 8", np.uint32(0xF80).view(np.float32), np.int32(-8)),
         ("bfe.u32 %r4, %r3, 4, 8", np.uint32(0xF80).view(np.float32), np.uint32(0xF8)),
+        ("bfi.b32 %r4, 0x1ab, %r3, 4, 8", np.uint32(0x11223344).view(np.float32), np.uint32(0x11223AB4)),
+        ("bfi.b32 %r4, 0x1ab, %r3, 0, 32", np.uint32(0x11223344).view(np.float32), np.uint32(0x1AB)),
+        ("bfi.b32 %r4, 0x1ab, %r3, 40, 8", np.uint32(0x11223344).view(np.float32), np.uint32(0x11223344)),
         ("popc.b32 %r4, %r3", np.uint32(0x80000F01).view(np.float32), np.uint32(6)),
         ("div.s32 %r4, %r3, 2", np.int32(-7).view(np.float32), np.int32(-3)),
         ("rem.s32 %r4, %r3, 2", np.int32(-7).view(np.float32), np.int32(-1)),
@@ -72,6 +105,16 @@ def test_a_fused_product_and_sum_is_rounded_once() -> None:
         ("mul.lo.s32 %r4, %r3, 65536", np.int32(65537).view(np.float32), np.int32(65536)),
         ("mul.hi.u32 %r4, %r3, -1431655765", np.uint32(3_000_000_000).view(np.float32), np.uint32(2_000_000_000)),
         ("mul.hi.s32 %r4, %r3, 1431655766", np.int32(-7).view(np.float32), np.int32(-3)),
+        (
+            "mov.b32 %r4, 0x007f007f;\n min.s16x2 %r4, %r3, %r4",
+            np.uint32(0x0080FF80).view(np.float32),
+            np.uint32(0x007FFF80),
+        ),
+        (  # of -1 and -2, and of -3 and 1
+            "mov.b32 %r4, 0xc0003f80;\n max.xorsign.abs.bf16x2 %r4, %r3, %r4",
+            np.uint32(0xBF80C040).view(np.float32),
+            np.uint32(0x4000C040),
+        ),
     ],
 )
 def test_an_instruction_is_what_the_manual_says(instruction: str, x: float, expected: float) -> None:

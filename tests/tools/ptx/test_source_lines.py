@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tools.ptx.conftest import PLANTED
 from tools.ptx.bench import Bench
 from tools.ptx.faults import FaultError, UnsupportedError
 from tools.ptx.source_lines import Frame, frames
-from wanforge.configs.tiles import Tile
-from wanforge.plugins.launching import call
 from wanforge.plugins.launching.call import Kernel
-from wanforge.version import PACKAGE
 
-PLANTED = Path(__file__).parent / "planted"
+pytestmark = pytest.mark.usefixtures("planted")
+
 COPY = Kernel("planted", "copy", ("cdiv(n, BLOCK)",), {"n": "i32"})
 PRODUCT = Kernel("planted", "product", ("1",), {"K": "i32:16"})
 
@@ -25,20 +24,6 @@ PRODUCT = Kernel("planted", "product", ("1",), {"K": "i32:16"})
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(autouse=True)
-def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the compiler find the kernels here among those of the package, and give them a tile."""
-    plugins = tmp_path / "wanforge" / "plugins"
-    plugins.mkdir(parents=True)
-    for there, own in ((PACKAGE, plugins.parent), (PACKAGE / "plugins", plugins)):
-        for each in there.iterdir():
-            if each.name not in ("plugins", "__pycache__"):
-                (own / each.name).symlink_to(each.resolve())
-    (plugins / "planted").symlink_to(PLANTED)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(call, "tile_for", lambda name, sm: Tile([sm], 4, 3, "a test"))
 
 
 def line(comment: str) -> int:

@@ -31,6 +31,7 @@ PRODUCT = f"""
     add.s32 %r7, %r3, %r6;
     tcgen05.st.sync.aligned.32x32b.x8.b32 [%r7+16], {{%r4, %r4, %r4, %r4, %r4, %r4, %r4, %r4}};
     tcgen05.wait::st.sync.aligned;
+    tcgen05.fence::before_thread_sync;
     shl.b32 %r8, %r0, 4;
     mov.b32 %r9, 1065369472;
     @%p0 st.shared.v4.b32 [%r8], {{%r9, %r9, %r9, %r9}};
@@ -49,6 +50,7 @@ PRODUCT = f"""
 $L__BB0_1:
     mov.b32 %r13, 0;
 {WAIT}
+    tcgen05.fence::after_thread_sync;
     tcgen05.ld.sync.aligned.32x32b.x1.b32 {{%r14}}, [%r7+3];
     tcgen05.wait::ld.sync.aligned;
     st.global.b32 [%rd4], %r14;
@@ -120,7 +122,7 @@ PLANTED = {
     "an mbarrier that ends early": (
         "mov.b32 %r13, 0;",
         "@%p1 mbarrier.inval.shared::cta.b64 [%r10];",
-        "invalidates an mbarrier at which a product may still arrive",
+        "invalidates an mbarrier at which a product or a copy may still arrive",
     ),
     "an operand that is overwritten": (
         "mov.b32 %r13, 0;",

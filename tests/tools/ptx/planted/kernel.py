@@ -48,3 +48,18 @@ def product(a, b, y, K, SIZE: tl.constexpr):
         right = tl.load(b + rows * K + k + columns)
         total = tl.dot(left, tl.trans(right), total)  # multiplies
     tl.store(y + rows * SIZE + columns, total)  # stores
+
+
+@triton.jit
+def scaled_product(a, b, a_scale, b_scale, y, K, SIZE: tl.constexpr):
+    """y = a b^T in float32, for 4-bit floats a and b [SIZE, K] with e4m3 scales [SIZE, K / 16]."""
+    rows = tl.arange(0, SIZE)[:, None]
+    pairs, blocks = tl.arange(0, SIZE // 2)[None, :], tl.arange(0, SIZE // 16)[None, :]
+    total = tl.zeros((SIZE, SIZE), tl.float32)
+    for k in range(0, K, SIZE):
+        left = tl.load(a + (rows * K + k) // 2 + pairs).to(tl.uint8, bitcast=True)
+        right = tl.load(b + (rows * K + k) // 2 + pairs).to(tl.uint8, bitcast=True)
+        of_left = tl.load(a_scale + (rows * K + k) // 16 + blocks)
+        of_right = tl.load(b_scale + (rows * K + k) // 16 + blocks)
+        total = tl.dot_scaled(left, of_left, "e2m1", tl.trans(right), of_right, "e2m1", total)
+    tl.store(y + rows * SIZE + tl.arange(0, SIZE)[None, :], total)
