@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wanforge.plugins.launching.driver import SCRATCH, Driver, LoadedKernel
+from tools.ptx.tensor_maps import BYTES, procedure
+from wanforge.plugins.launching import SCRATCH
+from wanforge.plugins.launching.driver import Driver, LoadedKernel
 from wanforge.plugins.launching.launch import Launch, recording
 from wanforge.plugins.layer_norm import fused as layer_norm
 from wanforge.plugins.quantiser.fused import empty_quantised
+from wanforge.plugins.tensor_map.encoding import MapEncoder
+from wanforge.plugins.tensor_map.parameters import is_map
 from wanforge.plugins.w8a8_linear import fused as w8a8_linear
 
 
@@ -37,15 +41,24 @@ def _weight(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 class Told(NamedTuple):
-    """What a driver was told to launch. The values are those of the parameters, without the scratch pointers."""
+    """What a driver was told to launch. The values are those of the parameters, without the scratch pointers; of tensor
+    maps they are the 128 bytes."""
 
     kernel: LoadedKernel
     grid: tuple[int, int, int]
-    values: list[int | float]
+    values: list[Any]
     stream: int
 
 
 CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+
+
+class EncodingCuda:
+    """The part of ``cuda.bindings.driver`` that finds the encoder of tensor maps."""
+
+    def cuGetProcAddress(self, name: bytes, version: int, flags: int) -> tuple[int, int | None, int]:
+        found = procedure(name, version)
+        return 0, found, 0 if found else 1
 
 
 @dataclass
@@ -53,6 +66,7 @@ class NotingDriver(Driver):
     """A driver that accepts every launch and notes it."""
 
     launches: list[Told] = field(default_factory=list)
+    encoder: MapEncoder = field(default_factory=lambda: MapEncoder(EncodingCuda()))
 
     def stream(self, device: torch.device) -> int:
         return 77
@@ -64,11 +78,15 @@ class NotingDriver(Driver):
         return entry
 
     def launch(self, kernel: LoadedKernel, grid: tuple[int, int, int], parameters: int, stream: int) -> None:
-        kinds = [CTYPES.get(kind.removesuffix(":16"), ctypes.c_uint64) for _, kind in kernel.parameters]
-        pointers = (ctypes.c_void_p * (len(kinds) + SCRATCH)).from_address(parameters)
-        values = [
-            kind.from_address(place).value
-            for place, kind in zip(pointers, [*kinds, *SCRATCH * [ctypes.c_uint64]], strict=True)
-        ]
-        assert values[-SCRATCH:] == SCRATCH * [0]
-        self.launches.append(Told(kernel, grid, values[:-SCRATCH], stream))
+        pointers = (ctypes.c_void_p * (len(kernel.parameters) + SCRATCH)).from_address(parameters)
+        values = [_value(kind, place) for place, (_, kind) in zip(pointers, kernel.parameters, strict=False)]
+        assert [ctypes.c_uint64.from_address(place).value for place in pointers[-SCRATCH:]] == SCRATCH * [0]
+        self.launches.append(Told(kernel, grid, values, stream))
+
+
+def _value(kind: str, place: int) -> Any:
+    """What a driver reads of a parameter of some type."""
+    if is_map(kind):
+        assert place % 64 == 0
+        return ctypes.string_at(place, BYTES)
+    return CTYPES.get(kind.removesuffix(":16"), ctypes.c_uint64).from_address(place).value

@@ -8,6 +8,7 @@ from wanforge.configs.targets import architecture_name
 from wanforge.engines.build import (
     EngineOptions,
     PendingEngine,
+    check_formats,
     check_gpu,
     graphs_to_build,
     is_needed,
@@ -38,6 +39,7 @@ def estimate_build(bundle: Bundle, groups: Sequence[tuple[Flavour, EngineOptions
     for flavour, options in groups:
         names = ", ".join(map(architecture_name, options.sms))
         try:
+            check_formats(bundle.recipe, options.sms)
             library, needed = needed_engines(bundle, flavour, options)
         except WanforgeError as error:
             failures.append(f"{names}: {error}")
@@ -58,7 +60,7 @@ def needed_engines(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> 
     """
     library = open_library(flavour)
     check_gpu(flavour, options.sms)
-    graphs = graphs_to_build(bundle, options.only, options.side_rank)
+    graphs = graphs_to_build(bundle, options.only, options.side_rank, block_plugin=options.block_plugin)
     pending = [pending_engine(bundle, library, options, onnx, graph) for onnx, graph in graphs.items()]
     return library, [each for each in pending if is_needed(bundle, options, each)]
 

@@ -19,17 +19,18 @@ def read_as(bundle: Bundle, recipe: Recipe) -> Bundle:
     """
     recipe = bundle.model.fitted(recipe)
     wanted = graphs(bundle.model, recipe)
-    for expert in bundle.model.experts:
-        stored = bundle.header(weights_name(dit_component(expert))).tensors
-        for graph in (wanted["block"], wanted["cross_kv"]):
-            for name in graph.weights:
-                plain = unquantised_name(graph.prefix + name)
-                same = scales(bundle.recipe) == scales(recipe) and graph.prefix + name in stored
-                if not same and plain not in stored:
-                    raise BundleError(
-                        f"{bundle.root}: recipe {recipe.name!r} needs {plain}, which these weights of recipe "
-                        f"{bundle.recipe.name!r} lack; import the unquantised files"
-                    )
+    of_component = {dit_component(expert): ["block", "cross_kv"] for expert in bundle.model.experts}
+    of_component["vae"] = [name for name in wanted if name.startswith("vae_decode")]
+    for component, names in of_component.items():
+        stored = bundle.header(weights_name(component)).tensors
+        fit = component == "vae" or scales(bundle.recipe) == scales(recipe)
+        for name in (wanted[graph].prefix + weight for graph in names for weight in wanted[graph].weights):
+            plain = unquantised_name(name)
+            if not (fit and name in stored) and plain not in stored:
+                raise BundleError(
+                    f"{bundle.root}: recipe {recipe.name!r} needs {plain}, which these weights of recipe "
+                    f"{bundle.recipe.name!r} lack; import the unquantised files"
+                )
     return Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe), stale_ok=bundle.stale_ok)
 
 

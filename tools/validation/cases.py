@@ -118,7 +118,7 @@ def predict(case: Case) -> tuple[Target, Prediction]:
     """What is predicted for a case."""
     target = load_targets()[case.target]
     cubin, code = compiled(case, target.sm)
-    profile = profiles(cubin, code, [case.target], usage_of(case.cost, case.run, cubin.kernel))[case.target]
+    profile = profiles(cubin, code, [case.target], usage_of(case.cost, case.run, cubin.kernel, cubin.sm))[case.target]
     return target, prediction_of(case.cost, case.run, profile, target)
 
 

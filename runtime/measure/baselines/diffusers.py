@@ -20,6 +20,7 @@ from wanforge.host.capacity import available_bytes
 from wanforge.requirements import install_package
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.torch import TorchBackend, gpu_or_host
+from wanforge.runtime.causal.kept import KeptApart
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.reference.dit import patchify, unpatchify
 from wanforge.runtime.reference.names import match_names
@@ -86,7 +87,7 @@ class DiffusersBackend(TorchBackend):
                 "GB are free; leave out this baseline"
             )
 
-    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
+    def prepare(self, clip: ClipShape, kept: KeptApart | None = None) -> None:
         self.grid = clip.grid
 
     def session(self, schedule: Schedule) -> Session:

@@ -1,6 +1,6 @@
 """What kernel launches cost: their operations, their bytes, and the roofline that a GPU's peak speeds set.
 
-All of it is plain arithmetic, for one sample, with linears in W8A8 or fp8, and with SageSLA or full attention.
+All of it is plain arithmetic, for one sample, with linears in W8A8, fp8 or NVFP4, and with SageSLA or full attention.
 `unfused` and `fused` list the launches of a denoiser; docs/kernels.md shows them side by side.
 
 Each tensor is counted once per launch, which is the least that can be moved. Operations are those of matrix products,
@@ -70,7 +70,8 @@ class KernelRun:
         width: The model's width. Kernels of another width have slightly different machine code.
         rereads: What is read more than once.
         fetched: Bytes that all thread blocks read from the L2 cache, where they share operands; otherwise 0.
-        instead: How other kernels run that compute the same on some architectures, by name.
+        instead: How other kernels run that compute the same on some architectures, or this one where its tile is
+            another, by name and architecture.
     """
 
     programs: int
@@ -79,16 +80,16 @@ class KernelRun:
     width: int
     rereads: tuple[Reread, ...] = ()
     fetched: int = 0
-    instead: Mapping[str, "KernelRun"] = field(default_factory=dict)
+    instead: Mapping[tuple[str, int], "KernelRun"] = field(default_factory=dict)
 
     @property
     def executions(self) -> tuple[int, ...]:
         """How often the kernel executes what is outside of its loops, which is once, and each loop."""
         return 1, *self.trips
 
-    def of(self, kernel: str) -> "KernelRun":
-        """How a kernel is run, which may be one that computes the same."""
-        return self.instead.get(kernel, self)
+    def of(self, kernel: str, sm: int) -> "KernelRun":
+        """How a kernel is run on an architecture, which may be one that computes the same."""
+        return self.instead.get((kernel, sm), self)
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def is_counted(recipe: Recipe) -> bool:
-    """Whether the launches of a recipe are listed, as an architecture runs it: with fp8 linears, sparse attention needs
-    fp8 as well."""
+    """Whether the launches of a recipe are listed, as an architecture runs it: with linears in fp8 or in 4 bits, sparse
+    attention needs fp8 as well."""
     if recipe.attention not in ("sagesla", "dense"):
         return False
-    return recipe.linear == "w8a8" or (recipe.linear == "fp8-row" and (recipe.pv == "fp8" or not recipe.is_sparse))
+    if recipe.linear in ("fp8-row", "nvfp4"):
+        return recipe.pv == "fp8" or not recipe.is_sparse
+    return recipe.linear == "w8a8"
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class Workload:
         if not is_counted(self.recipe):
             raise ConfigError(
                 f"launches of recipe {self.recipe.name!r} are not counted for {self.model.name}, where it has "
-                f"{self.recipe.attention} attention; only w8a8 or fp8-row linears with sagesla or dense are"
+                f"{self.recipe.attention} attention; only w8a8, fp8-row or nvfp4 linears with sagesla or dense are"
             )
 
     @property
@@ -264,6 +267,11 @@ def scales(rows: int, columns: int) -> int:
 def quantised(rows: int, columns: int) -> int:
     """Bytes of a tile-quantised matrix."""
     return INT8 * rows * columns + scales(rows, columns)
+
+
+def four_bits(values: int) -> int:
+    """Bytes of numbers in NVFP4, 16 of which share a scale of a byte."""
+    return values * 9 // 16
 
 
 def sweep(name: str, values: int, read: int, written: int) -> LaunchCost:

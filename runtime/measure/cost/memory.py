@@ -10,7 +10,7 @@ from wanforge.configs.topk import num_selected
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.files import engines_of
 from wanforge.errors import ConfigError, ResourceError
-from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.plugins.denoiser_block.fused import recipe_for
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload, all_launches
@@ -92,10 +92,11 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
     fixed = RESERVE + sum(record.bytes for record in engines.values())
     vram = int(target.vram_gib * 2**30)
     workspaces = {name: record.facts["activation_bytes"] for name, record in engines.items()}
+    schedules = request_schedules(model, recipe, pieces, clip)
     plan, refusal, moved = None, "", None
     layer_seconds = predicted_layer(bundle, clip, target)
     try:
-        plan = plan_request(bundle, pieces, clip, workspaces, 2, vram - fixed)
+        plan = plan_request(bundle, pieces, schedules, workspaces, 2, vram - fixed)
     except ResourceError as error:
         refusal = str(error)
     else:
@@ -104,7 +105,7 @@ def memory_report(bundle: Bundle, clip: ClipShape, name: str, target: Target) ->
             return (layer_seconds or 0.0) if graph_run.graph == "block" else 0.0
 
         rate = target.pcie_gbs * 1e9 * PCIE_SHARE
-        moved = traffic(plan, request_schedules(model, recipe, pieces, clip), rate, predicted)
+        moved = traffic(plan, schedules, rate, predicted)
     return MemoryReport(
         name, target.title, vram, clip, recipe.name, fixed, plan, refusal, moved, is_predicted=layer_seconds is not None
     )

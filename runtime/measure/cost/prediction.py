@@ -133,7 +133,7 @@ def _share(name: str, form: str, sm: int) -> float:
 
 def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Target) -> Prediction:
     """How long a launch takes with a kernel's profile on a GPU."""
-    run, machine = run.of(profile.kernel), machine_of(target)
+    run, machine = run.of(profile.kernel, target.sm), machine_of(target)
     again = rereads_from_dram(run, profile, machine)
     dram = _dram_seconds(cost.total_bytes + again, target, machine)
     l2 = fetched_bytes(cost, run) / (machine.L2_bytes * machine.multiprocessors * machine.clock)
@@ -147,11 +147,11 @@ def prediction_of(cost: LaunchCost, run: KernelRun, profile: Profile, target: Ta
     return Prediction(times[slowest], slowest or busiest(work, profile), times[""], dram, l2, tail / clocks)
 
 
-def usage_of(cost: LaunchCost, run: KernelRun, kernel: str) -> Usage:
-    """What a launch says of its kernel, by whose name it may be one of several."""
-    run = run.of(kernel)
+def usage_of(cost: LaunchCost, run: KernelRun, kernel: str, sm: int) -> Usage:
+    """What a launch says of its kernel on an architecture, by whose name it may be one of several."""
+    run = run.of(kernel, sm)
     may_miss = tuple(from_dram is not False for from_dram in run.from_dram)
-    return Usage(run.trips, may_miss, fetched_bytes(cost, run) / run.programs)
+    return Usage(run.trips, may_miss, fetched_bytes(cost, run) / run.programs, run.programs)
 
 
 def fetched_bytes(cost: LaunchCost, run: KernelRun) -> int:

@@ -17,7 +17,12 @@ from wanforge.configs.targets import Target
 from wanforge.plugins.launching.launch import INTERPRETED_SM
 from wanforge.runtime.backends.decoder.recorded import recorded
 from wanforge.runtime.measure.cost.decoder import chunk_costs
-from wanforge.runtime.measure.cost.fused import ScaledLaunches, SidePathLaunches, TileLaunches, fused_block
+from wanforge.runtime.measure.cost.fused import (
+    SidePathLaunches,
+    fused_block,
+    launches_around,
+    launches_within,
+)
 from wanforge.runtime.measure.cost.launches import (
     BF16,
     FP32,
@@ -102,7 +107,6 @@ def most_tokens(w: Workload, ranks: int) -> int:
 def block_share(w: Workload, ranks: int) -> BlockLaunches:
     """One block on the rank that has the most tokens."""
     by_tokens, by_heads = share(w, most_tokens(w, ranks), w.H), share(w, w.L, w.H // ranks)
-    linears = ScaledLaunches(by_tokens) if w.recipe.linear == "fp8-row" else TileLaunches(by_tokens)
     own = fused_block(by_heads)
     return {
         **fused_block(by_tokens),
@@ -112,7 +116,7 @@ def block_share(w: Workload, ranks: int) -> BlockLaunches:
             *_copies("exchange q, k, v", 3 * by_tokens.stream, 3 * by_heads.stream),
             *_at_width(SidePathLaunches(by_heads).attention(), w.D),
             *_copies("exchange attention", by_heads.stream, by_tokens.stream),
-            *linears.pack(),
+            *launches_within(by_tokens).pack(),
         ],
     }
 
@@ -121,7 +125,8 @@ def step_share(w: Workload, ranks: int) -> list[LaunchCost]:
     """The launches of one step on the rank that has the most tokens, once the prompt's keys and values exist. One GPU
     alone exchanges nothing; see `fused.fused_step`."""
     mine = share(w, most_tokens(w, ranks), w.H)
-    return [*time(w), *stem(mine), *all_launches(block_share(w, ranks)) * w.model.dit.num_layers, *head(mine)]
+    begin = [*time(w), *stem(mine), *launches_around(mine).first_moments()]
+    return [*begin, *all_launches(block_share(w, ranks)) * w.model.dit.num_layers, *head(mine)]
 
 
 def share(w: Workload, tokens: int, heads: int) -> WorkloadShare:

@@ -2,8 +2,8 @@
 
 Operations are counted by running every graph on the meta device. The bytes are those of the graph's inputs, weights and
 outputs, each counted once; what a graph passes on internally is assumed to cost nothing, so that no implementation can
-be faster. A layer with W8A8 or fp8 linears and SageSLA, and the decoder, are counted launch by launch instead, see
-`fused` and `decoder`.
+be faster. A layer with W8A8, fp8 or NVFP4 linears and SageSLA, and the decoder, are counted launch by launch instead,
+where there are kernels for them; see `fused` and `decoder`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.engines.bundle.bundle import Bundle, weights_name
 from wanforge.engines.bundle.shapes import concrete, names_in
+from wanforge.plugins.denoiser_block.fused import has_kernels, recipe_for
 from wanforge.runtime.backends.decoder import FIRST, NEXT
-from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph, graphs
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
-from wanforge.runtime.measure.cost.fused import fused_block
+from wanforge.runtime.measure.cost.fused import fused_block, launches_around
 from wanforge.runtime.measure.cost.launches import LaunchCost, Workload, all_launches, is_counted, seconds
 from wanforge.runtime.measure.cost.prediction import predicted_seconds
 from wanforge.runtime.request import CheckedRequest
@@ -53,7 +53,8 @@ class StageCost:
 
 def costs_on(bundle: Bundle, checked: CheckedRequest, target: Target) -> dict[str, StageCost]:
     """The costs of a request's stages on a GPU; stages that copy or encode video have no roofline and are left out."""
-    stages = stage_costs(bundle, checked, recipe_for(bundle.recipe, target.sm))
+    recipe = recipe_for(bundle.recipe, target.sm)
+    stages = stage_costs(bundle, checked, recipe, in_kernels=has_kernels(recipe, target.sm))
     return {stage: cost_of(costs, target) for stage, costs in stages.items()}
 
 
@@ -67,13 +68,19 @@ def cost_of(costs: Sequence[LaunchCost], target: Target) -> StageCost:
     )
 
 
-def stage_costs(bundle: Bundle, checked: CheckedRequest, recipe: Recipe) -> dict[str, list[LaunchCost]]:
-    """The costs of the launches of each stage."""
+def stage_costs(
+    bundle: Bundle, checked: CheckedRequest, recipe: Recipe, *, in_kernels: bool = True
+) -> dict[str, list[LaunchCost]]:
+    """The costs of the launches of each stage.
+
+    Args:
+        in_kernels: Whether a block is counted as this package's kernels, if those of its recipe are counted.
+    """
     model, shape, known = bundle.model, checked.request.shape, graphs(bundle.model, recipe)
     rows = len(context_rows(len(checked.ids), model.dit.text_rows, recipe.rows_per_scale)[0])
     experts = [step.expert for step in checked.steps]
     denoise = denoise_schedule(model, known, shape, experts, context_rows=rows, num_selected=checked.num_selected)
-    count = Counter(bundle, known, recipe, checked, rows)
+    count = Counter(bundle, known, recipe, checked, in_kernels=in_kernels)
     steps = [count.program(denoise, f"step.{step.index}") for step in checked.steps]
     stages = {"text": count.program(text_schedule(model, known, len(checked.ids)), "text")}
     if model.task == "i2v":
@@ -90,14 +97,16 @@ class Counter:
     """Counts the costs of graph runs; each graph is counted once."""
 
     def __init__(
-        self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, checked: CheckedRequest, rows: int
+        self, bundle: Bundle, known: Mapping[str, Graph], recipe: Recipe, checked: CheckedRequest, *, in_kernels: bool
     ) -> None:
-        self.bundle, self.graphs, self.recipe, self.checked, self.rows = bundle, known, recipe, checked, rows
+        self.bundle, self.graphs, self.recipe, self.checked = bundle, known, recipe, checked
+        self.in_kernels = in_kernels and is_counted(recipe) and recipe.pv_sum == "fp32"
+        self.rows = len(context_rows(len(checked.ids), bundle.model.dit.text_rows, recipe.rows_per_scale)[0])
         shape = checked.request.shape
         self.sizes = {
             "prompt_tokens": len(checked.ids),
             "tokens": shape.tokens,
-            "context_rows": rows,
+            "context_rows": self.rows,
             "num_selected": checked.num_selected,
             "latent_height": shape.latent_height,
             "latent_width": shape.latent_width,
@@ -120,12 +129,17 @@ class Counter:
     def _count(self, graph_run: GraphRun) -> list[LaunchCost]:
         if graph_run.graph in (FIRST, NEXT):
             shape, is_first = self.checked.request.shape, graph_run.graph == FIRST
-            return list(decoder_chunk(self.bundle.model, shape, is_first=is_first))
-        if graph_run.graph == "block" and is_counted(self.recipe) and self.recipe.pv_sum == "fp32":
+            return list(decoder_chunk(self.bundle.model, shape, is_first=is_first, form=self.recipe.vae))
+        if graph_run.graph in ("stem", "block") and self.in_kernels:
             shape = self.checked.request.shape
-            return all_launches(
-                fused_block(Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows))
-            )
+            w = Workload(self.bundle.model, shape, self.recipe, self.checked.num_selected, self.rows)
+            if graph_run.graph == "block":
+                return all_launches(fused_block(w))
+            return [self._as_one(graph_run), *launches_around(w).first_moments()]
+        return [self._as_one(graph_run)]
+
+    def _as_one(self, graph_run: GraphRun) -> LaunchCost:
+        """A graph run as one launch."""
         graph = self.graphs[graph_run.graph]
         stored = self.bundle.header(weights_name(graph_run.component)).tensors
         weights = sum(
@@ -136,7 +150,7 @@ class Counter:
             sum(self._bytes(concrete(port.shape, self.sizes), port.dtype) for port in ports)
             for ports in (graph.inputs, graph.outputs)
         )
-        return [LaunchCost(graph.name, flops, read + weights, written)]
+        return LaunchCost(graph.name, flops, read + weights, written)
 
     def _flops(self, graph: Graph) -> dict[str, int]:
         """Operations by format. Not all products of quantised layers are in 8 bits or fewer, attention to the text for

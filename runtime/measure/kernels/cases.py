@@ -14,27 +14,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanforge.configs.model import HEAD_DIM, DiTConfig
 from wanforge.configs.recipe import Recipe, load_recipe
+from wanforge.plugins.denoiser_block.fused import FusedBlock, StreamMoments, recipe_for
 from wanforge.plugins.dense_attention import reference as dense_reference
-from wanforge.plugins.dense_attention.fused import dense_attention_quantised
+from wanforge.plugins.dense_attention.fused import QueryNorm, dense_attention_into
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
-from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.launching.launch import architecture_of, recording
-from wanforge.plugins.layer_norm.fused import norm_quantised
+from wanforge.plugins.layer_norm.fused import Affine, norm_quantised
 from wanforge.plugins.layer_norm.reference import modulated_norm
-from wanforge.plugins.quantiser.fused import Quantised
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
-from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_quantised
-from wanforge.runtime.backends.fused_block import FusedBlock, recipe_for
-from wanforge.runtime.measure.cost.fused import fused_block
+from wanforge.plugins.row_moments.fused import KnownRows, measured, unmeasured
+from wanforge.plugins.sparse_linear_attention.fused import sparse_linear_attention_into
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
+from wanforge.runtime.measure.cost.fused import costs_of_unknown_rows, fused_block
 from wanforge.runtime.measure.cost.launches import BF16, FP32, LaunchCost, Workload, all_launches
-from wanforge.runtime.measure.kernels.decoder import channel_norm_cases
+from wanforge.runtime.measure.kernels import chunks
+from wanforge.runtime.measure.kernels.decoder import channel_norm_cases, int8_convolution_cases
 from wanforge.runtime.measure.kernels.linears import linear_cases
 from wanforge.runtime.measure.kernels.timing import Case, Draw, Run, eager_and_compiled
-from wanforge.runtime.reference.dit import Block, attention_blocks, rope_tables, split_heads
+from wanforge.runtime.reference.dit import Block, rope_tables, split_heads
 
 
 def recipe_on(device: torch.device) -> Recipe:
@@ -45,7 +47,7 @@ def recipe_on(device: torch.device) -> Recipe:
 
 def plan(w: Workload) -> dict[str, LaunchCost]:
     """The costs of a block's launches by name."""
-    return {cost.name: cost for cost in all_launches(fused_block(w))}
+    return {cost.name: cost for cost in [*costs_of_unknown_rows(w), *all_launches(fused_block(w))]}
 
 
 # Norms and the residual.
@@ -57,22 +59,26 @@ def layer_norm_cases(w: Workload) -> list[Case]:
     def inputs(draw: Draw) -> tuple[Tensor, ...]:
         return draw(w.L, w.D), draw.float32(w.D), draw.float32(w.D)
 
-    def kernel(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor) -> Quantised:
-        return norm_quantised(x_LD, scale_D, shift_D, eps, modulated=True)
+    def known(draw: Draw) -> tuple[Tensor | None, ...]:
+        x_LD, scale_D, shift_D = inputs(draw)
+        return x_LD, scale_D, shift_D, measured(x_LD).moments_2TL
 
-    def reference(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor) -> tuple[Tensor, Tensor]:
+    def kernel(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor, moments_2TL: Tensor | None = None) -> Quantised:
+        affine = Affine(scale_D, shift_D, eps, modulated=True, padded_variance=False)
+        return norm_quantised(KnownRows(x_LD, moments_2TL), affine)
+
+    def reference(x_LD: Tensor, scale_D: Tensor, shift_D: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         return quantise_tiles(modulated_norm(x_LD[None], shift_D[None], scale_D[None], eps)[0])
 
-    name = "norm + quantise"
-    return [Case(name, [plan(w)[name]], inputs, kernel, eager_and_compiled(reference))]
+    return [
+        Case(name, [plan(w)[name]], given, kernel, eager_and_compiled(reference))
+        for name, given in (("norm + quantise", inputs), ("norm 2 + quantise", known))
+    ]
 
 
 def rms_norm_cases(w: Workload) -> list[Case]:
-    """Kernels that work in place, run after run on the same tensors; a weight of one keeps their magnitude."""
+    """A kernel that works in place, run after run on the same tensors; a weight of one keeps their magnitude."""
     eps = w.model.dit.eps
-
-    def one(draw: Draw) -> tuple[Tensor, ...]:
-        return draw(w.L, w.D), torch.ones(w.D, device=draw.device)
 
     def two(draw: Draw) -> tuple[Tensor, ...]:
         return (
@@ -88,16 +94,7 @@ def rms_norm_cases(w: Workload) -> list[Case]:
     def turned(q_LD: Tensor, k_LD: Tensor, weight_D: Tensor, cos_LP: Tensor, sin_LP: Tensor) -> list[Tensor]:
         return [rotate(split_heads(rms_norm(x_LD, weight_D, eps)[None]), cos_LP, sin_LP) for x_LD in (q_LD, k_LD)]
 
-    def norm(x_LD: Tensor, weight_D: Tensor) -> None:
-        rms_norm_rotate([x_LD], [weight_D], eps)
-
-    def normed(x_LD: Tensor, weight_D: Tensor) -> Tensor:
-        return rms_norm(x_LD, weight_D, eps)
-
-    return [
-        Case("rotate q, k", [plan(w)["rotate q, k"]], two, turn, eager_and_compiled(turned)),
-        Case("norm cross q", [plan(w)["norm cross q"]], one, norm, eager_and_compiled(normed)),
-    ]
+    return [Case("rotate q, k", [plan(w)["rotate q, k"]], two, turn, eager_and_compiled(turned))]
 
 
 def residual_cases(w: Workload) -> list[Case]:
@@ -118,17 +115,29 @@ def residual_cases(w: Workload) -> list[Case]:
 
 
 def dense_cases(w: Workload) -> list[Case]:
-    """Attention to the text."""
-    name = "cross attention + quantise"
+    """Attention to the text, and of a chunk to earlier ones."""
+    name, eps = "cross attention + quantise", w.model.dit.eps
 
-    def inputs(draw: Draw) -> tuple[Tensor, ...]:
-        return draw(w.L, w.D), draw(w.text_rows, w.D), draw(w.text_rows, w.D), draw.float32(w.text_rows)
+    def inputs(draw: Draw) -> tuple[Any, ...]:
+        q_LD, keys = draw(w.L, w.D), (draw(w.text_rows, w.D), draw(w.text_rows, w.D), draw.float32(w.text_rows))
+        moments_2HL = measured(q_LD).moments_2TL
+        assert moments_2HL is not None
+        return q_LD, *keys, QueryNorm(moments_2HL, draw.float32(w.D), eps)
 
-    def reference(q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (split_heads(x[None]) for x in (q_LD, k_TD, v_TD))
+    def reference(
+        q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor, norm: QueryNorm
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (split_heads(x[None]) for x in (rms_norm(q_LD, norm.weight_D, eps), k_TD, v_TD))
         return quantise_tiles(dense_reference.dense_attention(q, k, v, key_bias_T).flatten(2)[0])
 
-    return [Case(name, [plan(w)[name]], inputs, dense_attention_quantised, eager_and_compiled(reference))]
+    def kernel(q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor, norm: QueryNorm) -> Quantised:
+        y = empty_quantised(w.L, w.D, q_LD.device)
+        dense_attention_into(y, (q_LD, k_TD, v_TD), key_bias_T, norm)
+        return y
+
+    costs = [plan(w)[each] for each in ("weigh text keys", name)]
+    to_text = Case(name, costs, inputs, kernel, eager_and_compiled(reference))
+    return [to_text, *chunks.attention_cases(w)]
 
 
 def attention_cases(w: Workload) -> list[Case]:
@@ -143,7 +152,9 @@ def attention_cases(w: Workload) -> list[Case]:
         return q_LD, k_LD + draw(w.D), v_LD, draw(HEAD_DIM, HEAD_DIM, size=HEAD_DIM**-0.5), draw(HEAD_DIM)
 
     def attend(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, proj_KK: Tensor, bias_K: Tensor) -> Quantised:
-        return sparse_linear_attention_quantised(q_LD, k_LD, v_LD, w.num_selected, proj_KK, bias_K, blocks)
+        y = empty_quantised(w.L, w.D, q_LD.device)
+        sparse_linear_attention_into(y, (q_LD, k_LD, v_LD), w.num_selected, (proj_KK, bias_K), blocks)
+        return y
 
     backends = {"dense, flash": SDPBackend.FLASH_ATTENTION, "dense, cuDNN": SDPBackend.CUDNN_ATTENTION}
     dense = {name: partial(attend_to_all, backend) for name, backend in backends.items()}
@@ -169,17 +180,16 @@ def launches_apart(call: Callable[..., object], inputs: Sequence[Tensor]) -> lis
         call(*blanks)
     real = {id(blank): tensor for blank, tensor in zip(blanks, inputs, strict=True)}
 
-    def filled(value: Tensor | Constant) -> Tensor | Constant:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in real:
-            real[id(value)] = torch.empty_like(value, device=device)
-        return real[id(value)]
+    def filled(blank: Tensor) -> Tensor:
+        if id(blank) not in real:
+            real[id(blank)] = torch.empty_like(blank, device=device)
+        return real[id(blank)]
 
     runs: list[Run] = []
     for one in recorded.launches:
         assert isinstance(one.kernel, Kernel)
-        runs.append(partial(one.kernel, **{name: filled(value) for name, value in one.arguments.items()}))
+        given = one.on({name: filled(blank) for name, blank in one.tensors.items()})
+        runs.append(partial(one.kernel, **given.arguments))
     for run in runs:
         run()
     return runs
@@ -193,7 +203,8 @@ def block_cases(w: Workload) -> list[Case]:
 
     def inputs(draw: Draw) -> tuple[Any, ...]:
         given = block_inputs(w.model.dit, draw, w.shape.grid, w.text_rows, w.num_selected)
-        return block_weights(w.model.dit, w.recipe, draw), given, torch.empty_like(given[0])
+        out, (_, before_2TL) = torch.empty_like(given[0]), measured(given[0][0])
+        return block_weights(w.model.dit, w.recipe, draw), given, out, StreamMoments(before_2TL, unmeasured(out[0])[1])
 
     return [Case("block", all_launches(fused_block(w)), inputs, layer.run)]
 
@@ -238,7 +249,9 @@ OPS: Mapping[str, Callable[[Workload], list[Case]]] = {
     "rms_norm_rope": rms_norm_cases,
     "gated_residual": residual_cases,
     "channel_norm": channel_norm_cases,
+    "int8_convolution": int8_convolution_cases,
     "dense_attention": dense_cases,
+    "recall": chunks.recall_cases,
     "sparse_linear_attention": attention_cases,
     "block": block_cases,
 }

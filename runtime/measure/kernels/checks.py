@@ -17,31 +17,35 @@ from torch.nn import functional as F
 
 from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import FIRST_FP8_SM
+from wanforge.plugins.denoiser_block.fused import FusedBlock
 from wanforge.plugins.dense_attention import reference as dense_reference
-from wanforge.plugins.dense_attention.fused import dense_attention, dense_attention_quantised
+from wanforge.plugins.dense_attention.fused import QueryNorm, dense_attention, dense_attention_into
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.launching.launch import architecture_of
 from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.layer_norm.reference import modulated_norm
 from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.quantiser.fused import Quantised, quantise_rows, quantised_rows
+from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, quantise_rows, quantised_rows
 from wanforge.plugins.quantiser.reference import quantise_rows as reference_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.row_moments.fused import KnownRows, measured, unmeasured
+from wanforge.plugins.row_moments.reference import row_moments
 from wanforge.plugins.sparse_linear_attention import fused as attention
 from wanforge.plugins.sparse_linear_attention import reference as attention_reference
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.plugins.w8a8_linear.reference import w8a8_linear
 from wanforge.plugins.w8a8_linear.scaled_product import GELU_QUANTISE_ROWS, scaled_linear
-from wanforge.runtime.backends.fused_block import FusedBlock
+from wanforge.runtime.measure.kernels import chunks
 from wanforge.runtime.measure.kernels.cases import block_inputs, block_weights, recipe_on
-from wanforge.runtime.measure.kernels.decoder import channel_norm_claims
+from wanforge.runtime.measure.kernels.decoder import channel_norm_claims, int8_convolution_claims
 from wanforge.runtime.measure.kernels.linears import ROWS, TILES, Scheme
 from wanforge.runtime.measure.kernels.pieces import PIECE, SMALL, CheckedSize, by_heads, cut, in_pieces
 from wanforge.runtime.measure.kernels.timing import Draw
 from wanforge.runtime.measure.parity.metrics import TINY
-from wanforge.runtime.reference.dit import Block, attention_blocks, block_arguments, rope_tables, split_heads
+from wanforge.runtime.reference.dit import Block, block_arguments, rope_tables, split_heads
 
 EPS = 1e-6
 HALF_SPACING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -197,9 +201,13 @@ def scheme_claims(draw: Draw, scheme: Scheme, size: CheckedSize) -> Iterator[Cla
     scales_limit = 1e-6 if draw.dtype == torch.float32 else 1e-3
     yield from quantised(f"GELU, quantised{how}", some, values, scheme, FLIPPED, scales_limit)
     last, x = weight(width, wide), draw(size.tokens, wide)
-    added = linear_residual(scheme.quantise(x), last, residual, gate, torch.empty_like(residual))
+    out = unmeasured(torch.empty_like(residual))
+    added = linear_residual(scheme.quantise(x), last, residual, gate, *out)
     wanted = gated_residual(cut(residual, rows)[None], expected(x, last)[None], gate[None])[0]
     yield f"gated residual{how}", cut(added, rows), wanted, limit(wide)
+    assert out.moments_2TL is not None
+    moments = in_pieces(lambda x: row_moments(x).movedim(-1, 0), size.pieces, added)
+    yield f"moments of rows{how}", out.moments_2TL.movedim(-1, 0), moments, FLOAT32_ERROR
 
 
 def scale_rows(rows: slice, scheme: Scheme) -> slice:
@@ -221,15 +229,17 @@ def layer_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     limit = 2e-5 if draw.dtype == torch.float32 else rounding_error(draw.dtype, 0.5)
     expected = in_pieces(lambda x: modulated_norm(x[None], shift[None], scale[None], EPS)[0], size.pieces, x)
     yield "norm", y, expected, limit
-    yield from quantised("norm, quantised", norm_quantised(x, scale, shift, EPS, modulated=True), y)
-    by_rows = norm_quantised_rows(x, Affine(scale, shift, EPS, True, False), torch.int8)
-    # It adds up in another order, so that a value may round to the other side, and then to the next step.
+    affine = Affine(scale, shift, EPS, True, False)
+    yield from quantised("norm, quantised", norm_quantised(KnownRows(x), affine), y)
+    # Sums in another order may have a value round to the other side, and then to the next step.
+    yield from quantised("norm of known moments", norm_quantised(measured(x), affine), y, TILES, FLIPPED, limit)
+    by_rows = norm_quantised_rows(x, affine, torch.int8)
     yield from quantised("norm, quantised by rows", by_rows, y, ROWS, FLIPPED, limit)
 
 
 def rms_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     weights, angles = [draw.float32(size.dim) for _ in range(2)], rope_tables(size.grid, draw.device)
-    tensors, cross = [hidden(draw, size) for _ in range(2)], hidden(draw, size)
+    tensors = [hidden(draw, size) for _ in range(2)]
     limit = rounding_error(draw.dtype, 0.5)
 
     def turned(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
@@ -242,9 +252,6 @@ def rms_norm_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     rms_norm_rotate(tensors, weights, EPS, angles)
     yield "q, rotated", tensors[0], expected[0], limit
     yield "k, rotated", tensors[1], expected[1], limit
-    plain = in_pieces(lambda x: rms_norm(x, weights[0], EPS), size.pieces, cross)
-    rms_norm_rotate([cross], weights[:1], EPS)
-    yield "cross q", cross, plain, limit
 
 
 def residual_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
@@ -256,6 +263,10 @@ def residual_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
 
 def decoder_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     return channel_norm_claims(draw, size, rounding_error(draw.dtype, 0.5))
+
+
+def convolution_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    return int8_convolution_claims(draw, size, rounding_error(draw.dtype, 0.5))
 
 
 def dense_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
@@ -270,7 +281,21 @@ def dense_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
 
     # Both round probabilities and results, at other sizes.
     yield "attention to all keys", y, in_pieces(attend, size.pieces, q), rounding_error(draw.dtype, 2)
-    yield from quantised("attention to all keys, quantised", dense_attention_quantised(q, k, v, bias), y)
+    packed = empty_quantised(size.tokens, size.dim, q.device)
+    dense_attention_into(packed, (q, k, v), bias)
+    yield from quantised("attention to all keys, quantised", packed, y)
+    wide, weight = hidden(draw, size), draw.float32(size.dim)
+    moments = measured(wide).moments_2TL
+    assert moments is not None
+    normed = dense_attention(wide, k, v, bias, QueryNorm(moments, weight, EPS))
+    expected = in_pieces(lambda x: attend(rms_norm(x, weight, EPS)), size.pieces, wide)
+    # The kernel rounds keys times the weight, the reference rounds the queries.
+    yield "attention of normalised queries", normed, expected, rounding_error(draw.dtype, 3)
+    yield from chunks.attention_claims(draw, min(size.tokens, PIECE), size.dim, rounding_error(draw.dtype, 2))
+
+
+def recall_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
+    return chunks.recall_claims(draw, size.tokens, size.dim, rounding_error(draw.dtype, 0.5))
 
 
 def attention_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
@@ -287,7 +312,8 @@ def attention_claims(draw: Draw, size: CheckedSize) -> Iterator[Claim]:
     expected = by_heads(attend, *(split_heads(x[None]) for x in (cut(q, size.queries), k, v)))
     # Apart from float32's own error: the reference rounds four times where the kernel rounds once.
     yield "attention", cut(y, size.queries), expected.flatten(2)[0], rounding_error(draw.dtype, 4) + STEP
-    packed = attention.sparse_linear_attention_quantised(q, k, v, size.num_selected, proj, bias, blocks)
+    packed = empty_quantised(size.tokens, size.dim, q.device)
+    attention.sparse_linear_attention_into(packed, (q, k, v), size.num_selected, (proj, bias), blocks)
     yield from quantised("attention, quantised", packed, y)
 
 
@@ -353,7 +379,9 @@ CHECKS: Mapping[str, Callable[[Draw, CheckedSize], Iterator[Claim]]] = {
     "rms_norm_rope": rms_norm_claims,
     "gated_residual": residual_claims,
     "channel_norm": decoder_claims,
+    "int8_convolution": convolution_claims,
     "dense_attention": dense_claims,
+    "recall": recall_claims,
     "sparse_linear_attention": attention_claims,
     "block": block_claims,
 }

@@ -1,4 +1,5 @@
-"""The kernel between the convolutions of the VAE's decoder: what is timed, and what is checked before."""
+"""The kernels of the VAE's decoder, between its convolutions and those in int8: what is timed, and what is checked
+before."""
 
 from collections.abc import Iterator
 
@@ -11,7 +12,10 @@ from wanforge.configs.model import VAEConfig
 from wanforge.plugins.channel_norm import PAST
 from wanforge.plugins.channel_norm.fused import History, Stream, normed, summed
 from wanforge.plugins.channel_norm.reference import channel_norm, unfolded
-from wanforge.runtime.measure.cost.launches import BF16, FP32, LaunchCost, Workload
+from wanforge.plugins.int8_convolution import FULL_SCALE, TAPS, WIDTH
+from wanforge.plugins.int8_convolution.fused import ConvolutionWeight, convolve, taps_last
+from wanforge.plugins.int8_convolution.reference import int8_convolution
+from wanforge.runtime.measure.cost.launches import BF16, FP32, INT8, LaunchCost, Workload
 from wanforge.runtime.measure.kernels.pieces import CheckedSize
 from wanforge.runtime.measure.kernels.timing import Case, Draw, eager_and_compiled
 
@@ -57,6 +61,56 @@ def channel_norm_claims(draw: Draw, size: CheckedSize, limit: float) -> Iterator
         yield f"{name}, norm", found[PAST:], activated(whole + branch, weight_C), limit
         yield f"{name}, past", found[:PAST], past, 0
         yield f"{name}, kept", history.kept_PHWC, found[-PAST:].clone(), 0
+
+
+def int8_convolution_cases(w: Workload) -> list[Case]:
+    """The convolution at full resolution that is added to the stream, and PyTorch's in the compute type."""
+    channels, size = w.model.vae.dim, (w.shape.height_px, w.shape.width_px, w.model.vae.dim)
+
+    def inputs(draw: Draw) -> tuple[Tensor, ...]:
+        x, weight = (steps(draw(*shape)) for shape in ((PAST + TEMPORAL_STRIDE, *size), (channels, TAPS * channels)))
+        return x, weight, draw.float32(channels), draw.float32(channels), draw(TEMPORAL_STRIDE, *size)
+
+    def kernel(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor) -> None:
+        convolve(x, ConvolutionWeight(weight, scale, bias), residual.dtype, residual)
+
+    def library(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        # What is timed is a convolution of as many values, which the conversion before it adds to.
+        taps = weight.view(channels, WIDTH, WIDTH, WIDTH, channels).movedim(-1, 1)
+        wide, taps, bias = (each.to(residual.dtype) for each in (x[None].movedim(-1, 1), taps, bias))
+        return F.conv3d(wide, taps, bias, padding=(0, 1, 1))[0].movedim(0, -1) + residual
+
+    values, matrix = w.shape.height_px * w.shape.width_px * channels, TAPS * channels**2
+    read = (PAST + TEMPORAL_STRIDE) * INT8 * values + INT8 * matrix + 2 * FP32 * channels
+    flops = {"int8": 2 * TEMPORAL_STRIDE * values * TAPS * channels}
+    moved = TEMPORAL_STRIDE * BF16 * values
+    cost = LaunchCost("int8 convolution", flops, read + moved, moved)
+    return [Case(cost.name, [cost], inputs, kernel, {"PyTorch, not in int8": library})]
+
+
+def int8_convolution_claims(draw: Draw, size: CheckedSize, limit: float) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+    """Claims about frames with as many positions as there are tokens.
+
+    Args:
+        limit: The largest error of a value that is rounded twice.
+    """
+    frames, rows, columns = size.grid
+    channels = VAEConfig().dim
+    x, weight = steps(draw(PAST + frames, rows, columns, channels)), steps(draw(channels, channels, *3 * (WIDTH,)))
+    scale, bias, residual = (
+        draw.float32(channels, size=1e-4),
+        draw.float32(channels),
+        draw(frames, rows, columns, channels),
+    )
+    given = ConvolutionWeight(taps_last(weight), scale, bias)
+    expected = int8_convolution(x[None].movedim(-1, 1), weight, scale, bias)[0].movedim(0, -1).to(draw.dtype)
+    yield "convolution", convolve(x, given, draw.dtype), expected, limit
+    yield "with a residual", convolve(x, given, draw.dtype, residual), expected + residual, limit
+
+
+def steps(x: Tensor) -> Tensor:
+    """Values as steps of int8, most of which are used."""
+    return (40 * x).clamp(-FULL_SCALE, FULL_SCALE).to(torch.int8)
 
 
 def activated(x_THWC: Tensor, weight_C: Tensor) -> Tensor:

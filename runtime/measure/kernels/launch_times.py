@@ -12,9 +12,10 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.configs.topk import num_selected
+from wanforge.plugins.denoiser_block.fused import recipe_for
 from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.plugins.launching.launch import Launch
-from wanforge.runtime.backends.fused_block import launches, recipe_for
+from wanforge.runtime.backends.block_launches import launches
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import (
     USUAL_TEXT_ROWS,
@@ -89,7 +90,7 @@ class BlockTimes:
     def _timed(self, model: ModelConfig, cost: LaunchCost, launch: Launch | None, target: Target) -> LaunchTime:
         if launch is None or cost.run is None:
             return LaunchTime(model.name, target, cost, predicted([cost], target)[0], None)
-        profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run, launch.kernel.name))
+        profile = self._profile(launch, gpu_of(target), usage_of(cost, cost.run, launch.kernel.name, target.sm))
         return LaunchTime(model.name, target, cost, prediction_of(cost, cost.run, profile, target), profile)
 
     def _profile(self, launch: Launch, gpu: str, usage: Usage) -> Profile:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from wanforge.plugins.gated_residual.reference import gated_residual
 from wanforge.plugins.quantiser import reference
 from wanforge.plugins.quantiser.fused import Quantised, quantise, quantise_rows
+from wanforge.plugins.row_moments.fused import KnownRows, unmeasured
 from wanforge.plugins.w8a8_linear.fused import Weight, linear_gelu, linear_residual, linears
 from wanforge.runtime.measure.cost.fused import fused_block
 from wanforge.runtime.measure.cost.launches import BF16, FP32, INT8, LaunchCost, Workload, all_launches, scales
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
     bias_N: Tensor
     residual_LN: Tensor
     gate_N: Tensor
-    out_LN: Tensor
+    out: KnownRows
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Product:
         name: The name of its launch in `fused_block`.
         kernel: Computes the product with its epilogue from a quantised input.
         epilogue: The kernel's epilogue in PyTorch, apart from quantisation.
-        adds: Whether the product is added to a residual.
+        adds: Whether the product is added to a residual, of which the moments are found.
         packs: Whether the product is quantised for the next linear.
     """
 
@@ -84,8 +85,8 @@ class Product:
         parts = (tensor.chunk(self.weights) for tensor in (int8_NK, scale, bias_N))
         weights = [Weight(*part) for part in zip(*parts, strict=True)]
         residual_LN, gate_N = draw(rows if self.adds else 0, self.outputs), draw.float32(self.outputs)
-        out_LN = torch.empty_like(residual_LN)
-        return Operands(x_LK, scheme.quantise(x_LK), weights, int8_NK, weight_NK, bias_N, residual_LN, gate_N, out_LN)
+        out = (unmeasured if self.adds else KnownRows)(torch.empty_like(residual_LN))
+        return Operands(x_LK, scheme.quantise(x_LK), weights, int8_NK, weight_NK, bias_N, residual_LN, gate_N, out)
 
     def costs(self, w: Workload, scheme: Scheme) -> list[LaunchCost]:
         """The costs of its launches: those of `fused_block`, with the scales of the scheme. Quantising the output by
@@ -108,7 +109,7 @@ def products(w: Workload) -> list[Product]:
         return linears(x, o.weights)
 
     def add(x: Quantised, o: Operands) -> Tensor:
-        return linear_residual(x, o.weights[0], o.residual_LN, o.gate_N, o.out_LN)
+        return linear_residual(x, o.weights[0], o.residual_LN, o.gate_N, *o.out)
 
     def added(y_LN: Tensor, o: Operands) -> Tensor:
         return gated_residual(o.residual_LN[None], y_LN[None], o.gate_N[None])

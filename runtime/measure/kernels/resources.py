@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from wanforge.plugins.launching.cubins import Cubin
-from wanforge.plugins.launching.occupancy import KIB, faults, occupancy
+from wanforge.plugins.occupancy import KIB, faults, occupancy
+from wanforge.plugins.tensor_map.parameters import is_number
 from wanforge.runtime.measure.tables import WIDTH, markdown_table, text_table
 
 
@@ -68,7 +69,8 @@ def variant(cubin: Cubin, siblings: Sequence[Cubin]) -> str:
         for name, kind in cubin.parameters
         if any(types.get(name, kind) != kind for types in others)
     ]
-    added = [f"+{name}" for name, _ in cubin.parameters if any(name not in types for types in others)]
+    names = [name for name, _ in cubin.parameters if not is_number(name)]
+    added = [f"+{name}" for name in names if any(name not in types for types in others)]
     return " ".join(constants + typed + added) or "-"
 
 
@@ -96,6 +98,7 @@ def footprint(variants: Iterable[Cubin]) -> str:
 INSTRUCTIONS = {
     "IMMA": ("mma.sync", "int8"),
     "QMMA": ("mma.sync", "fp8"),
+    "OMMA": ("mma.sync", "fp4"),
     "HMMA": ("mma.sync", "fp16"),
     "IGMMA": ("wgmma", "int8"),
     "QGMMA": ("wgmma", "fp8"),

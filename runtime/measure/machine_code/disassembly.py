@@ -7,7 +7,8 @@ scoreboards that it waits for, or that tell when it has read its operands and wr
 
 import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,9 @@ SECOND = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"([.$]\S+):")
 PARTS = re.compile(r"(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*)", re.DOTALL)
 TARGET = re.compile(r"`\(([^)]+)\)")
+DESCRIPTOR = re.compile(r"idesc\[(UR\d+)\]")
+CONSTANT = re.compile(r"(UR\d+), (0x[0-9a-f]+)$")
+WRITTEN = re.compile(r"UR\d+")
 
 CONTROL_SHIFT = 41
 NO_SCOREBOARD = 7
@@ -38,6 +42,9 @@ class Instruction:
         waits: The scoreboards that must be free before it is issued.
         writes: The scoreboard that becomes free once the result is there; None if the result needs none.
         reads: The same for its operands.
+        issuers: The warps of a program that issue it; None for all of them. `threads` works this out.
+        doers: The issuers for which its predicate may hold; None for all.
+        expected: Bytes of bulk copies that it announces at an mbarrier; 0 if there are none, or nothing tells how many.
     """
 
     address: int
@@ -49,6 +56,9 @@ class Instruction:
     waits: tuple[int, ...]
     writes: int | None
     reads: int | None
+    issuers: frozenset[int] | None = None
+    doers: frozenset[int] | None = None
+    expected: int = 0
 
     @property
     def name(self) -> str:
@@ -118,7 +128,22 @@ def parse(text: str) -> MachineCode:
             instructions.append(instruction)
     if not instructions:
         raise ResourceError("the disassembler prints no instructions; is this a cubin with one kernel?")
-    return MachineCode(tuple(instructions), labels)
+    return MachineCode(tuple(_described(instructions)), labels)
+
+
+def _described(instructions: Iterable[Instruction]) -> Iterator[Instruction]:
+    """The same, with the descriptor of each product of tcgen05, which tells its shape, in place of the register that
+    holds it: the constant that was moved there last."""
+    constants: dict[str, str] = {}
+    for each in instructions:
+        if written := WRITTEN.match(each.operands):
+            constants.pop(written[0], None)
+        if each.name == "UMOV" and (moved := CONSTANT.match(each.operands)):
+            constants[moved[1]] = moved[2]
+        if (found := DESCRIPTOR.search(each.operands)) and found[1] in constants:
+            yield replace(each, operands=each.operands.replace(found[0], f"idesc[{constants[found[1]]}]"))
+        else:
+            yield each
 
 
 def _instruction(address: int, text: str, upper: int) -> Instruction:

@@ -48,7 +48,7 @@ def outline(listing: MachineCode) -> Loop:
 
     Left out are subroutines (rare cases of a division), what only traps, and the padding after the last instruction.
     """
-    blocks = _blocks(listing)
+    blocks = basic_blocks(listing)
     entry = blocks[0]
     order = _reachable(entry)
     dominators = _dominators(order)
@@ -95,7 +95,9 @@ def _nest(address: int, body: set[BasicBlock], inside: Mapping[BasicBlock, set[B
     return Loop(address, tuple(instructions), tuple(inner))
 
 
-def _blocks(listing: MachineCode) -> list[BasicBlock]:
+def basic_blocks(listing: MachineCode) -> list[BasicBlock]:
+    """The blocks of a kernel in the order of their addresses, the first of which is entered. Where a branch leads comes
+    first among the followers of its block, before what comes next if it is not taken."""
     starts = set(listing.labels.values())
     blocks: list[BasicBlock] = []
     for each in listing.instructions:

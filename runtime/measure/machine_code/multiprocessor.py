@@ -11,39 +11,55 @@ The rules, which docs/kernels.md states as well:
   DRAM while all SMs use it; data arrive after the latency.
 - Scoreboards become free after the latency of shared memory, the special functions, the L2 cache or DRAM.
 - A barrier holds each warp of a program until all have come; a wait for copies or for `wgmma` until they are done.
-- Where copies arrive at mbarriers, a wait at one holds until the copies of all warps of the program have arrived there.
+- A barrier with a number is one of its own, and holds warps until so many threads as the instruction says have come,
+  or have passed an instruction that only arrives there. Where the number comes from a register, warpgroups take turns:
+  each waits at a barrier of its own and arrives at that of the next one, and the first begins. What only some warps do
+  there gives the first turn or takes the last one, and holds nobody.
+- A warp's n-th wait at an mbarrier holds until the n-th arrival of every warp of the program that arrives: of its
+  copies, of its bulk copies, of products of `tcgen05`, or of itself. If there are more waits than products that arrive,
+  each wait is for those that were begun before it.
+- Bulk copies are made one after the other in the background, after the loads and stores that were issued before them.
+  Their bytes take a part of the port of shared memory while they arrive, and loads and stores of warps go before them.
+- An instruction that only some warps execute is one without effect for the others; see `threads`.
 
 Left out: conflicts of register banks, and misses of the instruction cache.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush, heapreplace
 from itertools import count
-from typing import NamedTuple
 
-from wanforge.runtime.measure.machine_code.disassembly import Instruction
-from wanforge.runtime.measure.machine_code.pipes import PIPES, SHARED, TENSOR, global_bytes, use_of
-from wanforge.runtime.measure.machine_code.rates import QUARTERS, Chip
+from wanforge.errors import ConfigError
+from wanforge.runtime.measure.machine_code.pipes import PIPES, SHARED, TENSOR
+from wanforge.runtime.measure.machine_code.rates import Chip
+from wanforge.runtime.measure.machine_code.scripts import (
+    ARRIVALS,
+    ARRIVE,
+    ARRIVE_COPIES,
+    ARRIVE_PRODUCTS,
+    ARRIVING,
+    ASYNC_PART,
+    BARRIER,
+    BULK,
+    COMMIT,
+    COPIES,
+    COPY,
+    DRAIN,
+    FAR,
+    OPERANDS,
+    PRODUCTS,
+    QUEUED,
+    Issue,
+    Quarter,
+    Section,
+)
 
-PLAIN, ASYNC, ASYNC_ONCE, BARRIER = "plain", "product", "product for all", "barrier"
-ASYNC_PART = "product with others of its group to come"
-COPY, COMMIT, COPIES, PRODUCTS = "copy", "group of copies", "wait for copies", "wait for products"
-ARRIVE, ARRIVALS = "arrival of copies", "wait for arrivals"
-FAR = "global memory"
 DEEPEST = 16
 """Groups in flight that are remembered."""
-
 RELEASE = 8
 """Clocks from the last warp's arrival at a barrier to the first one's next instruction (assumed)."""
-DRAIN = 20
-"""Clocks from the end of a matrix product to its result (Luo: `wgmma` of the smallest shape takes 18 to 26)."""
-OPERANDS = 12
-"""Clocks after which a load or store has read its registers (assumed)."""
-ROUNDS = 2, 5
-"""A loop is run this many times; the difference is without its beginning and its end."""
-CONSTANT = 30
-"""Clocks of special registers and constants (assumed)."""
 
 
 @dataclass(eq=False)
@@ -51,7 +67,8 @@ class Warp:
     """A warp: where it is, and what it waits for."""
 
     program: int
-    is_first: bool
+    number: int
+    """Which it is of those that the program has in this quarter: the number of its warpgroup."""
     place: int = 0
     free: list[float] = field(default_factory=lambda: [0.0] * 6)
     """When each scoreboard is free."""
@@ -61,172 +78,177 @@ class Warp:
     """When each group of copies is there."""
     products: list[float] = field(default_factory=list)
     """When each group of asynchronous products is done."""
-    arrivals: list[float] = field(default_factory=list)
-    """When its copies have arrived at each mbarrier, in the order in which mbarriers are waited at."""
+    arrivals: dict[str, list["Transfer"]] = field(default_factory=lambda: defaultdict(list))
+    """When its copies, its bulk copies, its products or the warp have arrived at each mbarrier, in the order of the
+    waits there."""
     waited: int = 0
     """How many mbarriers it has waited at."""
+    passed: int = 0
+    """How many rounds it has ended."""
 
 
-@dataclass(frozen=True)
-class FarMemory:
-    """The memory beyond an SM: clocks until data begin to arrive, and the bytes per clock that the SM gets of it."""
+@dataclass(eq=False)
+class Gathering:
+    """The warps that have come to a barrier: how many, and those that wait."""
 
-    latency: float
-    bytes: float
+    come: int = 0
+    waiting: list[Warp] = field(default_factory=list)
 
 
-class Issue(NamedTuple):
-    """An instruction as the SM sees it, worked out once. `shared` and `far` are the clocks for which it occupies shared
-    memory and the way to global memory besides its pipe."""
+@dataclass(eq=False)
+class Transfer:
+    """Bytes that arrive from one time to another, and take a share of the port of shared memory meanwhile."""
 
-    kind: str
-    pipe: str
-    clocks: float
-    shared: float
-    far: float
-    latency: float
-    left: int
-    stall: int
-    waits: tuple[int, ...]
-    writes: int | None
-    reads: int | None
+    start: float
+    end: float
+    share: float = 0.0
+
+    def wait(self, now: float, clocks: float) -> None:
+        """Let what has not arrived yet arrive later."""
+        self.start += clocks if self.start > now else 0.0
+        self.end += clocks if self.end > now else 0.0
+
+
+class CopyUnit:
+    """The unit of an SM that makes bulk copies, one after the other. Loads and stores of warps go before them."""
+
+    def __init__(self) -> None:
+        self.free = 0.0
+        self.transfers: list[Transfer] = []
+
+    def begin(self, now: float, issue: "Issue", loaded: float = 0.0) -> Transfer:
+        """Begin a copy, once the loads and stores before it have left the way to global memory free."""
+        self._drop(now)
+        start = max(now, self.free, loaded)
+        self.free = start + issue.far
+        found = Transfer(start + issue.latency, self.free + issue.latency, min(1.0, issue.shared / issue.far))
+        self.transfers.append(found)
+        return found
+
+    def wait(self, now: float, clocks: float) -> None:
+        """Let something else use the way to global memory for so many clocks."""
+        self._drop(now)
+        self.free += clocks if self.free > now else 0.0
+        for each in self.transfers:
+            each.wait(now, clocks)
+
+    def end(self, start: float, clocks: float) -> float:
+        """When a use of shared memory that begins at some time, now or later, and takes so many clocks has ended."""
+        for each in self.transfers:
+            if each.end <= start:
+                continue
+            if start + clocks <= each.start:
+                break
+            clocks -= max(0.0, each.start - start)
+            start = max(start, each.start)
+            rest = (each.end - start) * (1 - each.share)
+            if clocks <= rest:
+                return start + clocks / (1 - each.share)
+            start, clocks = each.end, clocks - rest
+        return start + clocks
+
+    def _drop(self, now: float) -> None:
+        """Forget what has arrived, which nothing delays any more."""
+        while self.transfers and self.transfers[0].end <= now:
+            self.transfers.pop(0)
 
 
 class Multiprocessor:
-    """An SM with some programs of one kernel. Its quarters do the same, so one of them is run, with its share of what
-    all of them use: a part of each program's warps, or a part of the programs where these have fewer warps than there
-    are quarters.
+    """An SM with some programs of one kernel, of which one quarter is run."""
 
-    Args:
-        memory: Where loads from global memory find their data.
-        programs: Programs that it runs at a time.
-        warps: Warps of one program, a power of two.
-        ahead: Mbarriers at which copies have arrived before the first instruction.
+    def __init__(self, chip: Chip, *, programs: int, warps: int) -> None:
+        self.quarter = Quarter(chip, programs=programs, warps=warps)
 
-    Attributes:
-        sharing: Quarters that do the same as the one that is run.
-        programs, warps: Those of this quarter.
-    """
-
-    def __init__(self, chip: Chip, memory: FarMemory, *, programs: int, warps: int, ahead: int = 0) -> None:
-        self.chip, self.memory, self.ahead = chip, memory, ahead
-        self.sharing = min(QUARTERS, programs * warps)
-        self.programs = -(-programs * min(QUARTERS, warps) // QUARTERS)
-        self.warps = max(1, warps // QUARTERS)
-
-    def clocks(self, instructions: Sequence[Instruction], rounds: int, apart: float = 0.0) -> float:
-        """Run the instructions `rounds` times over in every warp, and return the clocks until the last was issued.
+    def run(self, sections: Sequence[Section], apart: float = 0.0) -> list[float]:
+        """Run sections one after the other in every warp, and return the clocks from the start of a program until each
+        round of each section was issued, as the mean of the programs, and the longest until the last.
 
         Args:
             apart: Clocks between the starts of the programs.
+
+        Raises:
+            ConfigError: They wait for what arrives nowhere, or at a barrier to which too few come.
         """
-        arrives = any(_is_arrival(each) for each in instructions)
-        issues = [self._issue(each, arrives=arrives) for each in instructions]
-        if not issues:
-            return 0.0
-        length, last, each = len(issues), len(issues) * rounds, self.warps
-        free, done, pipes = 0.0, 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0)
+        groups, programs = self.quarter.warps, self.quarter.programs
+        scripts, ends = zip(*(self.quarter.script(sections, number) for number in range(groups)), strict=True)
+        if not any(scripts):
+            return []
+        arriving = {
+            kind: {
+                number
+                for number, script in enumerate(scripts)
+                for issue in script
+                if issue.arrives and issue.kind == kind
+            }
+            for kind in ARRIVING
+        }
+        free, pipes, copies = 0.0, dict.fromkeys((*PIPES, FAR, ""), 0.0), CopyUnit()
         order = count()
-        warps = [
-            [Warp(program, number == 0, arrivals=[0.0] * self.ahead) for number in range(each)]
-            for program in range(self.programs)
+        warps = [[Warp(program, number) for number in range(groups)] for program in range(programs)]
+        done = [[0.0] * len(ends[0]) for _ in warps]
+        waiting = [
+            (warp.program * apart, next(order), warp) for program in warps for warp in program if scripts[warp.number]
         ]
-        waiting = [(warp.program * apart, next(order), warp) for program in warps for warp in program]
-        met: list[list[Warp]] = [[] for _ in range(self.programs)]
-        held: list[list[Warp]] = [[] for _ in range(self.programs)]
+        barriers = [defaultdict(Gathering, {("turn", 0): Gathering(groups - 1)}) for _ in range(programs)]
+        held: list[list[Warp]] = [[] for _ in range(programs)]
         while waiting:
             now, _, warp = waiting[0]
-            issue = issues[warp.place % length]
-            if issue.kind == ARRIVALS and any(len(each.arrivals) <= warp.waited for each in warps[warp.program]):
-                heappop(waiting)
-                held[warp.program].append(warp)
-                continue
+            script = scripts[warp.number]
+            issue = script[warp.place]
             ready = max(
-                now, free, _arrived(issue, warp), 0.0 if issue.kind in (ASYNC, ASYNC_PART) else pipes[issue.pipe]
+                now, free, _ready_by_scoreboards(issue, warp), 0.0 if issue.kind in QUEUED else pipes[issue.pipe]
             )
             if issue.kind == ARRIVALS:
-                ready = max(ready, *(each.arrivals[warp.waited] for each in warps[warp.program]))
+                arrivals = _ready_by_mbarrier(warp, warps[warp.program], arriving)
+                if arrivals is None:
+                    heappop(waiting)
+                    held[warp.program].append(warp)
+                    continue
+                ready = max(ready, arrivals)
             if ready > now:
                 heapreplace(waiting, (ready, next(order), warp))
                 continue
-            done, free = now, now + 1
-            _occupy(issue, warp, now, pipes)
+            free = now + 1
+            _occupy(issue, warp, now, (pipes, copies))
             warp.place += 1
-            if issue.kind == ARRIVE:
+            while warp.passed < len(done[0]) and warp.place >= ends[warp.number][warp.passed]:
+                done[warp.program][warp.passed] = now - warp.program * apart
+                warp.passed += 1
+            if issue.arrives:
                 while held[warp.program]:
                     heappush(waiting, (now, next(order), held[warp.program].pop()))
+            if issue.meeting is not None:
+                for other in _come(issue, warp, groups, barriers[warp.program]):
+                    if other.place < len(scripts[other.number]):
+                        heappush(waiting, (now + RELEASE, next(order), other))
             if issue.kind == BARRIER:
                 heappop(waiting)
-                met[warp.program].append(warp)
-                if len(met[warp.program]) == each:
-                    for other in met[warp.program]:
-                        if other.place < last:
-                            heappush(waiting, (now + RELEASE, next(order), other))
-                    met[warp.program] = []
-            elif warp.place < last:
+            elif warp.place < len(script):
                 heapreplace(waiting, (now + max(1, issue.stall), next(order), warp))
             else:
                 heappop(waiting)
-        return done
-
-    def _issue(self, instruction: Instruction, *, arrives: bool) -> Issue:
-        use, name, times = use_of(instruction, self.chip), instruction.name, self.chip.latency
-        latency, kind, left = float(CONSTANT), PLAIN, 0
-        if use.pipe == TENSOR:
-            latency, kind = use.clocks + DRAIN, ASYNC if "GMMA" in name or name.startswith("UTC") else PLAIN
-        elif name in ("LDG", "LDGSTS"):
-            latency, kind = self.memory.latency, COPY if name == "LDGSTS" else PLAIN
-        elif use.pipe:
-            latency = times.shared if use.pipe == SHARED else times.xu
-        elif name == "BAR" and "ARV" not in instruction.opcode:
-            kind = BARRIER
-        elif name == "LDGDEPBAR":
-            kind = COMMIT
-        elif name == "DEPBAR" and "SB0" in instruction.operands:
-            kind, left = COPIES, _number(instruction)
-        elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
-            kind, left = PRODUCTS, _number(instruction)
-        elif _is_arrival(instruction):
-            kind = ARRIVE
-        elif instruction.opcode.startswith("SYNCS.PHASECHK"):
-            kind = ARRIVALS if arrives else PRODUCTS
-        if kind == ASYNC and name.startswith("UTC"):
-            kind = ASYNC_ONCE
-        elif kind == ASYNC and not instruction.operands.endswith("gsb0"):
-            kind = ASYNC_PART
-        return Issue(
-            kind,
-            use.pipe,
-            use.clocks * (self.sharing if use.pipe == SHARED else 1),
-            use.shared * self.sharing,
-            global_bytes(instruction) / self.memory.bytes * self.sharing,
-            latency,
-            left,
-            instruction.stall,
-            instruction.waits,
-            instruction.writes,
-            instruction.reads,
-        )
+        if any(held):
+            raise ConfigError("a kernel waits at an mbarrier at which nothing arrives")
+        if any(gathering.waiting for places in barriers for gathering in places.values()):
+            raise ConfigError("a kernel waits at a barrier at which too few threads arrive")
+        means = [sum(each) / len(each) for each in zip(*done, strict=True)]
+        return [*means[:-1], max(each[-1] for each in done)]
 
 
-def outstanding(instructions: Sequence[Instruction]) -> int:
-    """How many mbarriers at which copies arrive are waited at by other instructions than these."""
-    waits = sum(each.opcode.startswith("SYNCS.PHASECHK") for each in instructions)
-    return max(0, sum(map(_is_arrival, instructions)) - waits)
+def _ready_by_mbarrier(warp: Warp, others: list[Warp], arriving: dict[str, set[int]]) -> float | None:
+    """When all has arrived at the mbarrier that a warp waits at next; None if something has not been begun."""
+    found = 0.0
+    for kind, numbers in arriving.items():
+        for number in numbers:
+            arrivals = others[number].arrivals[kind]
+            if len(arrivals) <= warp.waited:
+                return None
+            found = max(found, arrivals[warp.waited].end)
+    return found
 
 
-def _is_arrival(instruction: Instruction) -> bool:
-    """Whether copies arrive at an mbarrier."""
-    return instruction.opcode.startswith("ARRIVES.LDGSTSBAR")
-
-
-def _number(instruction: Instruction) -> int:
-    """How many of the latest groups a wait leaves in flight."""
-    return int(instruction.operands.rpartition("0x")[2], 16)
-
-
-def _arrived(issue: Issue, warp: Warp) -> float:
-    """When what the instruction waits for is there."""
+def _ready_by_scoreboards(issue: Issue, warp: Warp) -> float:
+    """When the scoreboards, copies and products that an instruction waits for are there."""
     ready = 0.0
     for number in issue.waits:
         ready = max(ready, warp.free[number])
@@ -237,43 +259,57 @@ def _arrived(issue: Issue, warp: Warp) -> float:
     return ready
 
 
-def _occupy(issue: Issue, warp: Warp, now: float, pipes: dict[str, float]) -> None:
+def _come(issue: Issue, warp: Warp, groups: int, barriers: dict[tuple[str, int], Gathering]) -> list[Warp]:
+    """Note that a warp has come to a barrier, and return those that go on if it was the last."""
+    assert issue.meeting is not None
+    waits = issue.kind == BARRIER
+    gathering = barriers[issue.meeting.place(warp.number, groups, waits=waits)]
+    gathering.come += 1
+    if waits:
+        gathering.waiting.append(warp)
+    if gathering.come < issue.meeting.warps:
+        return []
+    released, gathering.come, gathering.waiting = gathering.waiting, 0, []
+    return released
+
+
+def _occupy(issue: Issue, warp: Warp, now: float, machine: tuple[dict[str, float], CopyUnit]) -> None:
     """Note what the instruction takes, and when its result is there."""
-    if issue.kind in (ASYNC, ASYNC_PART, ASYNC_ONCE):
-        if issue.kind != ASYNC_ONCE or warp.is_first:  # one thread of a program issues a product of tcgen05 for all
+    pipes, copies = machine
+    if issue.kind in QUEUED:
+        if issue.clocks:
             end = max(now, pipes[TENSOR]) + issue.clocks
             if issue.shared:
-                pipes[SHARED] = max(now, pipes[SHARED]) + issue.shared
+                pipes[SHARED] = copies.end(max(now, pipes[SHARED]), issue.shared)
                 end = max(end, pipes[SHARED])
             pipes[TENSOR] = end
         if issue.kind != ASYNC_PART:
             warp.products = [*warp.products[-DEEPEST:], pipes[TENSOR] + DRAIN]
         return
     if issue.pipe:
-        pipes[issue.pipe] = now + issue.clocks
+        pipes[issue.pipe] = copies.end(now, issue.clocks) if issue.pipe == SHARED else now + issue.clocks
     arrival = now + issue.latency
-    if issue.far:
+    if issue.far and issue.kind != BULK:
         pipes[FAR] = max(now, pipes[FAR]) + issue.far
         arrival = pipes[FAR] + issue.latency
+        copies.wait(now, issue.far)
     if issue.kind == COPY:
         warp.copies = max(warp.copies, arrival)
+    elif issue.kind == BULK:
+        transfer = copies.begin(now, issue, pipes[FAR]) if issue.far else Transfer(now, now)
+        if issue.arrives:
+            warp.arrivals[BULK].append(transfer)
     elif issue.kind == COMMIT:
         warp.groups = [*warp.groups[-DEEPEST:], warp.copies]
     elif issue.kind == ARRIVE:
-        warp.arrivals.append(max(now, warp.copies))
+        warp.arrivals[ARRIVE].append(Transfer(now, now))
+    elif issue.kind == ARRIVE_COPIES:
+        warp.arrivals[ARRIVE_COPIES].append(Transfer(now, max(now, warp.copies)))
+    elif issue.kind == ARRIVE_PRODUCTS:
+        warp.arrivals[ARRIVE_PRODUCTS].append(Transfer(now, max([now, *warp.products[-1:]])))
     elif issue.kind == ARRIVALS:
         warp.waited += 1
     elif issue.writes is not None:
         warp.free[issue.writes] = max(warp.free[issue.writes], arrival)
     if issue.reads is not None:
         warp.free[issue.reads] = max(warp.free[issue.reads], now + issue.clocks + OPERANDS)
-
-
-def steady_clocks(sm: Multiprocessor, instructions: Sequence[Instruction], alone: float) -> float:
-    """Clocks of one round of a loop, of all programs together, once it runs evenly.
-
-    Args:
-        alone: The same for one program; the programs begin apart by its share.
-    """
-    few, many = (sm.clocks(instructions, rounds, alone / sm.programs) for rounds in ROUNDS)
-    return (many - few) / (ROUNDS[1] - ROUNDS[0])

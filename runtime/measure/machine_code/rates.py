@@ -24,20 +24,23 @@ Share = Annotated[float, Meta(gt=0, le=1)]
 
 
 class Latency(Record, frozen=True):
-    """Clocks from issuing an instruction to having its result, where it is not fixed by the assembler."""
+    """Clocks from issuing an instruction to having its result, where it is not fixed by the assembler; `bulk` are those
+    that a bulk copy takes longer than a load."""
 
     L2: Positive
     DRAM: Positive
     shared: Positive
     xu: Positive
+    bulk: float = 0.0
 
 
 class Tensor(Record, frozen=True):
-    """Multiply-adds per clock and SM by number format; `half` is fp16 and bf16. Sums are in float32 or int32, and in
-    float16 for those that end in ``_fp16``."""
+    """Multiply-adds per clock and SM by number format; `half` is fp16 and bf16, and `fp4` has scales. Sums are in
+    float32 or int32, and in float16 for those that end in ``_fp16``."""
 
     int8: float
     fp8: float
+    fp4: float
     half: float
     fp8_fp16: float
     half_fp16: float

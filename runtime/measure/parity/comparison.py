@@ -19,16 +19,17 @@ from wanforge.configs.limits import DepthLimits, Limits, load_limits
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ConfigError, unknown_name
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import obstacles
+from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.taps import Transparent
 from wanforge.runtime.measure.other_recipe import check_recipe, read_as
 from wanforge.runtime.measure.parity.lockstep import Lockstep, Ports
 from wanforge.runtime.measure.parity.metrics import Difference, clip_difference, difference
 from wanforge.runtime.pipeline import Pipeline, verify_files
-from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.runtime.reference.sampler import sample
 from wanforge.runtime.reference.steps import Step
 from wanforge.runtime.request import CheckedRequest, Request, Timings
@@ -379,12 +380,14 @@ class _Run:
 
 def limits_at(depths: DepthLimits | None, place: Location, rounds: bool) -> Limits | None:
     """The limits at a place; `rounds` says whether the backend may round there. A graph other than a layer has the
-    limits of an op."""
+    limits of an op, unless it is a decoder that rounds."""
     if depths is None:
         return None
     if place.depth == "op":
         return depths.rounded if rounds else depths.op
     if place.depth == "block":
+        if place.graph in (FIRST, NEXT) and depths.decoder:
+            return depths.decoder
         return depths.block if place.graph == BLOCK else depths.op
     limits: Limits = getattr(depths, place.depth)
     return limits

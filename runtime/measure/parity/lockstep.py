@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.causal.kept import KeptApart
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.schedule import BufferSpec, GraphRun, Schedule
 
@@ -44,9 +45,9 @@ class Lockstep(Backend):
     def files(self) -> list[str]:
         return [*self.reference.files(), *self.other.files()]
 
-    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
+    def prepare(self, clip: ClipShape, kept: KeptApart | None = None) -> None:
         for backend in (self.reference, self.other):
-            backend.prepare(clip, beside)
+            backend.prepare(clip, kept)
 
     def synchronise(self) -> None:
         for backend in (self.reference, self.other):

@@ -20,6 +20,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.plugins.launching.driver import Driver, Launcher, LoadedKernel
 from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.tensor_map.parameters import expanded
 from wanforge.runtime.backends.cuda import CudaBackend
 from wanforge.runtime.backends.planned import Planned
 from wanforge.runtime.memory.arena import Runnable
@@ -83,7 +84,7 @@ class IdleLauncher(Launcher):
     """A launcher that needs no cubins."""
 
     def load(self, device: torch.device, launch: Launch) -> LoadedKernel:
-        return LoadedKernel(None, launch.specialisation.types, 32 * launch.num_warps, 0)
+        return LoadedKernel(None, tuple(expanded(launch.specialisation.types)), 32 * launch.num_warps, 0)
 
 
 class HostOnly(CudaBackend):

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,9 +21,10 @@ from wanforge.configs.model import VideoConfig, load_model
 from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
+from wanforge.plugins.denoiser_block.fused import recipe_for
 from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.sparse_linear_attention import fused as attention_kernels
-from wanforge.runtime.backends.fused_block import launches, recipe_for
+from wanforge.runtime.backends.block_launches import launches
 from wanforge.runtime.measure.cost import launches as cost
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step, low_rank, named_launches, prompt
 from wanforge.runtime.measure.cost.launches import (
@@ -119,9 +120,8 @@ def test_the_fused_plan_leaves_out_what_it_hoists_and_folds() -> None:
 
 def argument_bytes(launch: Launch) -> int:
     """Bytes of the tensors of a launch; those that `rms_norm_rope` changes in place are both read and written."""
-    tensors = {name: t for name, t in launch.arguments.items() if isinstance(t, Tensor)}
     in_place = ("x_0", "x_1") if launch.kernel.op == "rms_norm_rope" else ()
-    return sum(t.nbytes * (2 if name in in_place else 1) for name, t in tensors.items())
+    return sum(t.nbytes * (2 if name in in_place else 1) for name, t in launch.tensors.items())
 
 
 @pytest.mark.parametrize("w", [fused(SMALL), fused(LARGE), tiny(), tiny(width_px=240), tiny(pv="fp16")])
@@ -129,6 +129,15 @@ def test_bytes_of_the_fused_plan_are_the_kernels_arguments(w: Workload) -> None:
     counted = {x.name: x.total_bytes for x in all_launches(fused_block(w))}
     recorded = [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89, text_rows=w.text_rows)]
     assert counted == dict(zip(counted, recorded, strict=True))
+
+
+FOUR_BITS = [published(SMALL, "nvfp4"), published(MEDIUM, "nvfp4"), tiny(width_px=240, recipe="nvfp4"), dense("nvfp4")]
+
+
+@pytest.mark.parametrize("w", FOUR_BITS)
+def test_bytes_of_4_bit_linears_are_the_kernels_arguments(w: Workload) -> None:
+    counted = [x.total_bytes for x in named_launches(w)]
+    assert counted == [argument_bytes(launch) for launch in launches(w.model, w.recipe, 120, text_rows=w.text_rows)]
 
 
 LIBRARIES = [published(SMALL, "fp8-row"), tiny(width_px=240, recipe="fp8-row"), dense(), dense("fp8-row")]
@@ -140,12 +149,12 @@ def test_bytes_around_what_libraries_compute_are_the_kernels_arguments(w: Worklo
     assert counted == [argument_bytes(launch) for launch in launches(w.model, w.recipe, 89, text_rows=w.text_rows)]
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "fp8-row"])
-def test_bytes_with_a_side_path_are_the_kernels_arguments(recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "sm"), [("w8a8", 89), ("fp8-row", 89), ("nvfp4", 120)])
+def test_bytes_with_a_side_path_are_the_kernels_arguments(recipe: str, sm: int) -> None:
     w = replace(published(SMALL, recipe), side_rank=64)
     of_libraries = (" down", " up", "GELU", *(["product "] if recipe == "fp8-row" else []))
     counted = [x.total_bytes for x in all_launches(fused_block(w)) if not any(each in x.name for each in of_libraries)]
-    found = launches(w.model, w.recipe, 89, text_rows=w.text_rows, side_path=True)
+    found = launches(w.model, w.recipe, sm, text_rows=w.text_rows, side_path=True)
     assert counted == [argument_bytes(launch) for launch in found]
 
 
@@ -162,7 +171,7 @@ def test_a_side_path_adds_two_thin_products_to_each_linear() -> None:
 
 
 def test_fp8_linears_are_the_products_of_w8a8() -> None:
-    """There are 8 launches more: two products of q, k and v, three quantisers, and three residuals."""
+    """There are 9 launches more: two products of q, k and v, three quantisers, three residuals, and moments."""
     plain, w = fused_block(tiny()), fused_block(tiny(recipe="fp8-row"))
     totals = [sum(x.total_flops for x in all_launches(plan)) for plan in (plain, w)]
     assert totals[0] == totals[1]
@@ -171,7 +180,7 @@ def test_fp8_linears_are_the_products_of_w8a8() -> None:
         by_form.update(launch.flops)
     dim, ffn = tiny().D, tiny().F
     assert by_form["fp8 by rows"] == 2 * tiny().L * dim * (6 * dim + 2 * ffn)
-    assert len(all_launches(w)) == len(all_launches(plain)) + 8
+    assert len(all_launches(w)) == len(all_launches(plain)) + 9
 
 
 def test_fp8_linears_are_counted_only_where_there_is_fp8() -> None:
@@ -241,14 +250,34 @@ def test_counting_a_denoiser_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("w", [tiny(), fused(SMALL)], ids=["tiny", SMALL])
+def test_programs_are_those_of_the_grids(sm: int, w: Workload) -> None:
+    recorded = launches(w.model, w.recipe, sm, w.shape, w.text_rows)
+    for each, launch in zip(named_launches(w), recorded, strict=True):
+        assert each.run is not None
+        assert each.run.of(launch.kernel.name, sm).programs == prod(launch.grid), each.name
+
+
 def test_programs_of_two_warpgroups_have_twice_the_outputs() -> None:
     w = tiny(width_px=240)
     run = {x.name: x for x in all_launches(fused_block(w))}["gemm ffn.0 + GELU + quantise"].run
     assert run is not None
     tiles = [(row, column) for row in range(0, w.L, 128) for column in range(0, w.F, 256)]
-    wide = run.of("warpgroup_linear.gemm")
-    assert (wide.programs, wide.fetched) == (len(tiles), sum((128 + 256) * w.D for _ in tiles))
-    assert run.of("w8a8_linear.gemm") is run
+    wide = run.of("tensor_memory_linear.gemm", 100)
+    assert (wide.programs, wide.trips) == (len(tiles), (w.D // 128,))
+    assert wide.fetched == sum((128 + 256) * w.D for _ in tiles)
+    assert run.of("w8a8_linear.gemm", 90) is run
+
+
+def test_a_persistent_program_goes_on_from_tile_to_tile() -> None:
+    w = fused(SMALL)
+    run = {x.name: x for x in all_launches(fused_block(w))}["gemm ffn.0 + GELU + quantise"].run
+    assert run is not None
+    many = run.of("warpgroup_linear.gemm", 90)
+    tiles = -(-w.L // 128) * w.F // 256
+    assert (many.programs, many.trips) == (132, (-(-tiles // 132), -(-tiles // 132) * w.D // 128))
+    assert (many.fetched, many.from_dram) == (tiles * (128 + 256) * w.D, (False, False, False))
 
 
 def test_the_table_of_the_cache_counts_the_kernel_of_each_gpu() -> None:

@@ -1,13 +1,16 @@
 """What the decoder costs: as many operations as the reference's convolutions, apart from those that folding saves, and
 far fewer bytes."""
 
+from itertools import product
+from typing import get_args
+
 import pytest
 import torch
 
 from tools.pages.kernels import SMALL
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
-from wanforge.configs.recipe import load_recipe
+from wanforge.configs.recipe import VAEFormat, load_recipe
 from wanforge.configs.tiles import tiled_architectures
 from wanforge.runtime.backends.decoder import FIRST, NEXT
 from wanforge.runtime.backends.decoder.recorded import recorded
@@ -32,9 +35,11 @@ def saved_by_folding(frames: tuple[int, int, int]) -> int:
     return saved
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", get_args(VAEFormat))
 @pytest.mark.parametrize(("graph", "frames"), [(FIRST, (1, 1, 1)), (NEXT, (2, 4, 4))])
-def test_operations_are_the_references(graph: str, frames: tuple[int, int, int]) -> None:
-    found = sum(cost.total_flops for cost in decoder_chunk(MODEL, SHAPE, is_first=graph == FIRST))
+def test_operations_are_the_references(graph: str, frames: tuple[int, int, int], form: VAEFormat) -> None:
+    found = sum(cost.total_flops for cost in decoder_chunk(MODEL, SHAPE, is_first=graph == FIRST, form=form))
     sizes = {"latent_height": SHAPE.latent_height, "latent_width": SHAPE.latent_width}
     expected = operations(graphs(MODEL, load_recipe("bf16"))[graph], sizes)
     assert found == expected - saved_by_folding(frames)
@@ -45,10 +50,11 @@ def test_a_clip_is_its_chunks() -> None:
     assert decoder_clip(MODEL, SHAPE) == [*first, *later, *later]
 
 
-def test_programs_are_those_of_every_architecture() -> None:
-    runs = [cost.run for cost in decoder_chunk(MODEL, SHAPE, is_first=False) if cost.run]
+@pytest.mark.parametrize("form", get_args(VAEFormat))
+def test_programs_are_those_of_every_architecture(form: VAEFormat) -> None:
+    runs = [cost.run for cost in decoder_chunk(MODEL, SHAPE, is_first=False, form=form) if cost.run]
     for sm in tiled_architectures():
-        grids = [launch.grid for launch in recorded(MODEL, sm, SHAPE, is_first=False).launches]
+        grids = [launch.grid for launch in recorded(MODEL, sm, SHAPE, is_first=False, form=form).launches]
         assert [run.programs for run in runs] == [x * y * z for x, y, z in grids]
 
 
@@ -58,6 +64,17 @@ def test_a_quarter_of_the_references_bytes_are_moved() -> None:
     assert sum(cost.total_bytes for cost in before) == pytest.approx(108.8e9, rel=1e-3)
     assert sum(cost.total_bytes for cost in after) == pytest.approx(24.8e9, rel=2e-3)
     assert (len(before), len(after)) == (416, 75)
+
+
+@pytest.mark.slow
+def test_int8_moves_two_thirds_of_the_bytes() -> None:
+    """The past and the inputs of convolutions have half their size, and no branch is written beside the stream."""
+    model = load_model(SMALL)
+    chunk = decoder_chunk(model, model.video.clip, is_first=False, form="int8")
+    assert sum(cost.total_bytes for cost in chunk) == pytest.approx(17.4e9, rel=3e-3)
+    convolutions = [cost for cost in chunk if "int8" in cost.flops]
+    assert len(convolutions) == 29
+    assert sum(cost.total_flops for cost in convolutions) > 0.94 * sum(cost.total_flops for cost in chunk)
 
 
 def test_views_move_nothing_and_what_is_changed_in_place_is_only_written() -> None:
@@ -77,7 +94,7 @@ def test_views_move_nothing_and_what_is_changed_in_place_is_only_written() -> No
 def test_profiles_cover_every_launch() -> None:
     model = load_model(SMALL)
     for gpu in load_rates().gpus:
-        for is_first in (True, False):
-            for cost in decoder_chunk(model, model.video.clip, is_first=is_first):
+        for is_first, form in product((True, False), get_args(VAEFormat)):
+            for cost in decoder_chunk(model, model.video.clip, is_first=is_first, form=form):
                 if cost.run is not None:
-                    assert len(packaged_profiles()[gpu]["96"][cost.name].parts) == 1
+                    assert len(packaged_profiles()[gpu]["96"][cost.name].parts) == 1 + len(cost.run.trips)

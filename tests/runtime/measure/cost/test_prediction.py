@@ -8,7 +8,7 @@ import pytest
 from tools.pages.kernels import LARGE, SMALL, fused
 from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
-from wanforge.runtime.measure.cost.fused import fused_block, named_launches
+from wanforge.runtime.measure.cost.fused import PERSISTENT, fused_block, named_launches
 from wanforge.runtime.measure.cost.launches import (
     KernelRun,
     LaunchCost,
@@ -96,7 +96,8 @@ def test_profiles_cover_every_launch_and_loop(recipe: str) -> None:
         for cost in named_launches(workload):
             assert cost.run is not None
             profile = packaged_profiles()[gpu]["1536"][cost.name]
-            assert len(profile.parts) == 1 + len(cost.run.trips) == len(cost.run.from_dram)
+            run = cost.run.of(profile.kernel, TARGETS[gpu].sm)
+            assert len(profile.parts) == 1 + len(run.trips) == len(run.from_dram)
 
 
 @pytest.mark.parametrize("gpu", ["a100", "rtx3090", "rtx4090", "h200", "rtx5090"])
@@ -105,7 +106,9 @@ def test_products_in_the_machine_code_are_those_that_were_counted(gpu: str) -> N
     compiler unrolled no loop."""
     w = fused(SMALL)
     rows, tokens = 128 * w.M, 64 * w.N
-    pairs = rows * w.num_selected * 64 * w.D
+    # On Hopper, attention takes blocks of keys in pairs.
+    blocks = w.num_selected + w.num_selected % 2 if TARGETS[gpu].sm == 90 else w.num_selected
+    pairs = rows * blocks * 64 * w.D
     chunked = w.C * 1024 * w.D * 128
     wanted = {
         "gemm q, k, v": 3 * rows * w.D * w.D,
@@ -123,9 +126,12 @@ def test_products_in_the_machine_code_are_those_that_were_counted(gpu: str) -> N
         if cost.name in wanted:
             assert cost.run is not None
             profile = packaged_profiles()[gpu]["1536"][cost.name]
-            run = cost.run.of(profile.kernel)
+            run = cost.run.of(profile.kernel, load_targets()[gpu].sm)
             found = sum(times * part.products for times, part in zip(run.executions, profile.parts, strict=True))
-            assert run.programs * found == wanted[cost.name], cost.name
+            executed = run.programs * found
+            # Programs that go from tile to tile are all given as many of them, so the last turn may be too much.
+            spare = executed // run.trips[0] if (profile.kernel, TARGETS[gpu].sm) == PERSISTENT else 1
+            assert executed - spare < wanted[cost.name] <= executed, cost.name
 
 
 def test_a_launch_without_a_profile_is_named() -> None:

@@ -12,7 +12,7 @@ from wanforge.configs.targets import load_targets
 from wanforge.errors import ConfigError
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin, CubinStore
-from wanforge.runtime.backends.fused_block import launches
+from wanforge.runtime.backends.block_launches import launches
 from wanforge.runtime.measure.cost.fused import named_launches
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, published_workload
 from wanforge.runtime.measure.cost.prediction import DRAM, known_profile, packaged_profiles, predicted
@@ -41,6 +41,7 @@ def packaged_cubins(example: Cubin, model: ModelConfig = MODEL) -> list[Cubin]:
     ]
 
 
+@pytest.mark.slow
 def test_known_kernels_take_what_the_package_says(norm: tuple[Cubin, bytes], tmp_path: Path) -> None:
     times = block_times([(MODEL, MODEL.video.clip)], RECIPE, [TARGET], tmp_path, packaged_cubins(norm[0]))
     assert len(times) == 18
@@ -77,10 +78,10 @@ def test_models_with_full_attention_leave_it_to_a_library(norm: tuple[Cubin, byt
 def test_an_unknown_kernel_is_read_from_its_machine_code(norm: tuple[Cubin, bytes]) -> None:
     cubin, code = norm
     assert known_profile(cubin.sha256, "rtx5090") is None
-    usage = Usage((2, 2), (False, True, True), 1e5)
+    usage = Usage((2, 2), (False, True, True), 1e5, 1000)
     profile = profiles(cubin, code, ["rtx5090"], usage)["rtx5090"]
     once, first, second = profile.parts
     assert once.together[1] is None
     assert 100 < first.together[0] < second.together[0]
     with pytest.raises(ConfigError, match=r"layer_norm\.norm for sm_120 has loops at 0x.*, but 1 were expected"):
-        profiles(cubin, code, ["rtx5090"], Usage((2,), (False, True), 1e5))
+        profiles(cubin, code, ["rtx5090"], Usage((2,), (False, True), 1e5, 1000))

@@ -16,8 +16,10 @@ from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin, CubinStore
 from wanforge.plugins.launching.launch import recording
-from wanforge.plugins.launching.occupancy import faults
+from wanforge.plugins.occupancy import faults
 from wanforge.plugins.quantiser.fused import quantise
+from wanforge.plugins.tensorrt.sources import IN_GLUON
+from wanforge.plugins.warpgroup_attention import FIRST_TRITON
 from wanforge.runtime.commands.kernels import KernelsOptions
 from wanforge.runtime.measure.cost.prediction import packaged_profiles
 from wanforge.runtime.measure.machine_code.disassembly import disassemble
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[4]
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+CAUSAL = "causal-rcm-wan2.1-t2v-1.3b-480p-c1-step2"
 SMS = (80, 86, 89, 90, 100, 120)
 
 KINDS = (86, 90, 100, 120)
@@ -37,27 +40,56 @@ COMPILED = [
     ("w8a8", SMALL, SMS),
     ("w8a8", LARGE, KINDS),
     ("w8a8-row", LARGE, KINDS),
+    ("w8a8-vae8", SMALL, SMS),
     ("bf16-sla", LARGE, KINDS),
     ("fp8-row", SMALL, (89, 90, 100, 120)),
     ("fp8-row", LARGE, KINDS[1:]),
+    ("nvfp4", SMALL, (120,)),
+    ("nvfp4", LARGE, (120,)),
+    ("w8a8", CAUSAL, SMS),
+    ("bf16", CAUSAL, SMS),
+    ("nvfp4", CAUSAL, (120,)),
 ]
 ONLY_FP8 = "w8a8_linear.gelu_quantise_rows"
 """A kernel that only `fp8-row` launches, and so none of the architectures without fp8."""
-OTHERS = {("w8a8_linear.gemm", 90), ("w8a8_linear.gemm", 120)}
-"""What multiplies where biases have 32 bits, or on sm_90 where the number of outputs is no multiple of 256: in no
-published model."""
+OTHERS = {("w8a8_linear.gemm", sm) for sm in (90, 100, 120)}
+"""What multiplies where biases have 32 bits, or on sm_90 and sm_100 where the number of outputs is no multiple of 256:
+in no published model."""
 
-WARPGROUPS = "warpgroup_attention.attention"
-"""Sparse attention in 8 bits on sm_90."""
+EIGHT_BITS = "warp_attention.attention", "warpgroup_attention.attention"
+"""Sparse attention in 8 bits on sm_89 and sm_120, and on sm_90."""
 INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
 """wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
 FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
 HALF = {"HMMA", "HGMMA", "UTCHMMA"}
 """fp16 and bf16 instructions; small tiles use mma.sync on every architecture."""
 
-SPILLS = {(90, "sla"): 8}
+SPILLS = {
+    (90, "sla"): 8,
+    (86, "rms_norm_rope.norm"): 8,
+    (89, "rms_norm_rope.norm"): 8,
+    (100, "int8_convolution.convolve"): 8,
+    (89, "warp_attention.attention"): 88,
+    (89, "warp_attention.attention, not quantised"): 152,
+    (120, "warp_attention.attention"): 48,
+    (120, "warp_linear.gemm"): 16,
+    (120, "warp_attention.attention, not quantised"): 64,
+    (120, "warp_attention.attention, to 4 bits"): 56,
+}
 """Bytes per thread that attention without a quantised output spills, as the pinned Triton compiles it: it takes all 255
-registers, because two sums of 128x128 are in flight. In the recipe w8a8 its output is quantised, and nothing spills."""
+registers, because two sums of 128x128 are in flight. Where its output is quantised, Triton's kernel spills nothing.
+
+The norm of queries and keys spills at the width of 1,536 where it also writes keys as they are before they are rotated,
+as causal models need them.
+
+The decoder's convolution in int8 spills on sm_100 where it adds a residual. With twice as many warps none spills, but
+the model of an SM expects it to take a quarter longer, and the decoder is faster in bf16 there (decision 0051).
+
+Attention on GeForce spills outside of its loop, so that two programs fit on an SM; in the loop, sm_120 loads one number
+that was spilled before it. The model counts these loads and stores (decision 0055).
+
+Products on sm_120 keep three numbers in memory while their loop runs, where more inputs than the width are multiplied
+and moments are written."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +113,10 @@ def kept(config: pytest.Config) -> Path:
 
 
 def allowed(cubin: Cubin) -> str:
-    return f"spills {SPILLS.get((cubin.sm, str(cubin.constants.get('ARITHMETIC'))), 0)} bytes per thread"
+    name = str(cubin.constants.get("ARITHMETIC", cubin.kernel))
+    if name in EIGHT_BITS:
+        name += {"*bf16": ", not quantised", "*u8": ", to 4 bits"}.get(dict(cubin.parameters)["y"], "")
+    return f"spills {SPILLS.get((cubin.sm, name), 0)} bytes per thread"
 
 
 def mnemonics(cubin: Cubin) -> set[str]:
@@ -91,7 +126,13 @@ def mnemonics(cubin: Cubin) -> set[str]:
 def test_every_kernel_is_compiled(cubins: list[Cubin]) -> None:
     compiled = {(cubin.kernel, cubin.sm) for cubin in cubins}
     tiles = load_tiles()
-    served = {kernel: {sm for row in rows for sm in row.sms} for kernel, rows in tiles.items()}
+    # Kernels in Gluon are launched only where Triton is new enough to compile them.
+    is_new = Version(version("triton")) >= Version(".".join(map(str, FIRST_TRITON)))
+    served = {
+        kernel: {sm for row in rows for sm in row.sms}
+        for kernel, rows in tiles.items()
+        if is_new or kernel.partition(".")[0] not in IN_GLUON
+    }
     wanted = {(kernel, sm) for kernel, sms in served.items() for sm in sms & set(KINDS)} - {(ONLY_FP8, 86)} - OTHERS
     assert wanted <= compiled
     assert {sm for _, sm in compiled} == set(SMS)
@@ -115,17 +156,19 @@ def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None
     for cubin in (cubin for cubin in cubins if cubin.sm == sm):
         found, what = mnemonics(cubin), f"{cubin.kernel} {cubin.constants}"
         match cubin.kernel.rpartition(".")[2]:
-            case "gemm" | "gemm_rows":
+            case "gemm" if cubin.kernel == "nvfp4_linear.gemm":
+                assert found == {"OMMA"}, what
+            case "gemm" | "gemm_rows" | "convolve":
                 assert found == int8, what
-            case "attention" if cubin.kernel == WARPGROUPS:
-                assert found == int8 | {FP8[sm], "HGMMA"}, what
+            case "attention" if cubin.kernel in EIGHT_BITS:
+                assert found == int8 | {FP8[sm], "HGMMA" if sm == 90 else "HMMA"}, what
             case "attention":
                 arithmetic = cubin.constants["ARITHMETIC"]
                 assert arithmetic in ("sla", "sage_fp8" if sm in FP8 else "sage_fp16"), what
                 eight_bit = {"sla": set(), "sage_fp16": int8, "sage_fp8": int8 | {FP8.get(sm, "none")}}
                 assert found - HALF == eight_bit[str(arithmetic)], what
                 assert found & HALF, what
-            case "statistics" | "linear_state" | "scores" | "attend":
+            case "statistics" | "linear_state" | "scores" | "attend" | "attend_chunk":
                 assert found, what
                 assert found <= HALF, what
             case _:

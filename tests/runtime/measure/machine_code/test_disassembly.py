@@ -22,6 +22,7 @@ gemm:
                                                                                               /* 0x010fe20003c00000 */
 """
 """A few lines of what nvdisasm prints for a product on sm_89."""
+PRODUCT = "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR11], tmem[UR26], idesc[UR27], !UPT"
 
 
 def test_instructions_and_their_control_bits() -> None:
@@ -35,6 +36,22 @@ def test_instructions_and_their_control_bits() -> None:
 
 def test_labels_stand_at_the_next_instruction() -> None:
     assert parse(TEXT).labels == {".text.gemm": 0x1110, ".L_x_1": 0x1380}
+
+
+def test_a_product_of_tcgen05_gets_the_descriptor_that_was_moved_last() -> None:
+    lines = (
+        "UMOV UR27, 0x8040490",
+        PRODUCT,
+        "UMOV UR27, 0x82004a0",
+        PRODUCT,
+        "UIADD3 UR27, UPT, UPT, UR27, 0x1, URZ",
+        PRODUCT,
+    )
+    code = "/* 0x000080800000791a */\n /* 0x000fc80000000000 */\n"
+    listing = parse("".join(f"  /*{16 * i:04x}*/  {line} ; {code}" for i, line in enumerate(lines)))
+    products = [each.operands for each in listing.instructions if each.name == "UTCHMMA"]
+    described = [PRODUCT.partition(" ")[2].replace("UR27", x) for x in ("0x8040490", "0x82004a0", "UR27")]
+    assert products == described
 
 
 def test_text_without_instructions_is_refused() -> None:

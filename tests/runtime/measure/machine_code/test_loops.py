@@ -1,25 +1,7 @@
 """Loops are found in the control flow; what is executed rarely or only waits does not count."""
 
-from wanforge.runtime.measure.machine_code.disassembly import Instruction, MachineCode
+from tests.instructions import listing
 from wanforge.runtime.measure.machine_code.loops import Loop, outline
-
-
-def listing(*lines: str) -> MachineCode:
-    """Instructions, and labels that end in a colon. A predicate comes first, a branch's label last."""
-    instructions, labels = [], {}
-    for line in lines:
-        if line.endswith(":"):
-            labels[line[:-1]] = len(instructions)
-            continue
-        predicate, _, rest = line.rpartition("@")[2].partition(" ") if line.startswith("@") else ("", "", line)
-        opcode, _, operands = rest.partition(" ")
-        target = operands if opcode.startswith(("BRA", "CALL")) else ""
-        instructions.append(
-            Instruction(
-                len(instructions), f"@{predicate}" * bool(predicate), opcode, operands, target, 1, (), None, None
-            )
-        )
-    return MachineCode(tuple(instructions), labels)
 
 
 def names(loop: Loop) -> list[str]:

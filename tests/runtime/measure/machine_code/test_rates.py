@@ -20,7 +20,8 @@ def test_every_target_has_rates() -> None:
 def test_rates_times_clock_are_the_peaks(name: str) -> None:
     target, machine = TARGETS[name], load_rates().gpus[name]
     tensor = load_rates().chips[machine.chip].tensor
-    for form, peak in (("half", target.bf16_tflops), ("int8", target.int8_tops), ("fp8", target.fp8_tflops)):
+    peaks = {"half": target.bf16_tflops, "int8": target.int8_tops, "fp8": target.fp8_tflops, "fp4": target.fp4_tflops}
+    for form, peak in peaks.items():
         rate = 2 * getattr(tensor, form) * machine.multiprocessors * machine.clock
         assert rate == pytest.approx(peak * 1e12, rel=0.02), form
 
