@@ -54,26 +54,35 @@ class History(NamedTuple):
 
 
 def normed(
-    stream: Stream, weight_C: Tensor, history: History | None = None, *, activates: bool = True, keeps_sum: bool = True
+    stream: Stream,
+    weight_C: Tensor,
+    history: History | None = None,
+    *,
+    steps_C: Tensor | None = None,
+    activates: bool = True,
+    keeps_sum: bool = True,
 ) -> tuple[Tensor, Stream]:
     """`reference.channel_norm` of the stream, followed by SiLU if `activates`, after the frames of the past.
 
     Args:
+        history: Frames in the type of the result.
+        steps_C: How many steps a difference of one is in each channel, if the result is to be rounded to steps of int8;
+            see `int8_convolution.reference.steps_per_unit`.
         keeps_sum: Whether the stream is needed after this.
 
     Returns:
         The input of the next convolution, ``[P + T, H, W, C]``, and the stream, without a branch if it is needed.
     """
     total = _blank(stream, 0) if keeps_sum and stream.branch_THWC is not None else None
-    joined = _blank(stream, 0 if history is None else PAST)
-    _join(stream, weight_C, history, total, joined, activates)
+    joined = _blank(stream, 0 if history is None else PAST, None if steps_C is None else torch.int8)
+    _join(stream, weight_C, history, total, joined, steps_C=steps_C, activates=activates)
     return joined, stream if total is None else Stream(total)
 
 
 def joined(stream: Stream, history: History) -> Tensor:
     """The stream itself, after the frames of the past: ``[P + T, H, W, C]``."""
     out = _blank(stream, PAST)
-    _join(stream, None, history, None, out, False)
+    _join(stream, None, history, None, out)
     return out
 
 
@@ -82,19 +91,19 @@ def summed(stream: Stream) -> Tensor:
     if stream.branch_THWC is None and not stream.is_folded:
         return stream.x
     out = _blank(stream, 0)
-    _join(stream, None, None, None, out, False)
+    _join(stream, None, None, None, out)
     return out
 
 
 def forget(history: History) -> None:
     """Let the next chunk see zeros before its first frame."""
     nothing = Stream(history.kept_PHWC[:0])
-    _join(nothing, None, history, None, None, False)
+    _join(nothing, None, history, None, None)
 
 
-def _blank(stream: Stream, more: int) -> Tensor:
+def _blank(stream: Stream, more: int, dtype: torch.dtype | None = None) -> Tensor:
     frames, *others = stream.shape
-    return torch.empty((frames + more, *others), dtype=stream.x.dtype, device=stream.x.device)
+    return torch.empty((frames + more, *others), dtype=dtype or stream.x.dtype, device=stream.x.device)
 
 
 def _join(
@@ -103,7 +112,9 @@ def _join(
     history: History | None,
     total: Tensor | None,
     joined: Tensor | None,
-    activates: bool,
+    *,
+    steps_C: Tensor | None = None,
+    activates: bool = False,
 ) -> None:
     frames, height, width, channels = stream.shape
     past, kept = history or (None, None)
@@ -112,6 +123,7 @@ def _join(
         "past": (past, (PAST, height, width, channels)),
         "kept": (kept, (PAST, height, width, channels)),
         "weight": (weight_C, (channels,)),
+        "steps": (steps_C, (channels,)),
     }
     for name, (tensor, expected) in shapes.items():
         if tensor is not None and (tensor.shape != expected or not tensor.is_contiguous()):
@@ -125,6 +137,7 @@ def _join(
         x=stream.x,
         branch=stream.branch_THWC,
         weight=weight_C,
+        steps=steps_C,
         past=past,
         total=total,
         joined=joined,

@@ -4,6 +4,8 @@ stream and a branch, normalised and activated."""
 import triton
 import triton.language as tl
 
+from wanforge.plugins.quantiser.kernel import whole_steps
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -15,7 +17,7 @@ def where(is_wanted, count):
 
 @triton.jit
 def join(
-    x, branch, weight, past, total, joined, kept,
+    x, branch, weight, steps, past, total, joined, kept,
     N, T, width,
     C: tl.constexpr,
     LANES: tl.constexpr,
@@ -27,7 +29,8 @@ def join(
     """Join `past` [PAST, N, C], or zeros, and what is computed of x + branch [T, N, C], to `joined` [PAST + T, N, C].
 
     With a `weight` [C] the sum is normalised over C and, with ACTIVATES, goes through SiLU. `total` [T, N, C] receives
-    the sum itself, and `kept` [PAST, N, C] the last frames of `joined`. Whatever is None is left out. If FOLDED, x is
+    the sum itself, and `kept` [PAST, N, C] the last frames of `joined`. With `steps` [C], how many steps of int8 a
+    difference of one is, `past`, `joined` and `kept` are int8. Whatever is None is left out. If FOLDED, x is
     [T, N / width / 2 + 1, width / 2 + 1, 4, C], the result of a convolution of single pixels with a folded weight.
 
     A program has some positions of one new frame, with all of their channels, and of one frame of the past, if there
@@ -43,7 +46,7 @@ def join(
     size = N.to(tl.int64) * C
     at = frame * size + within
 
-    before = tl.zeros((BLOCK // LANES, LANES), x.dtype.element_ty)
+    before = tl.zeros((BLOCK // LANES, LANES), x.dtype.element_ty if steps is None else tl.int8)
     if past is not None:
         before = tl.load(past + at, mask=is_past, other=0.0)
     if FOLDED:
@@ -72,6 +75,9 @@ def join(
             # The square of this is the sigmoid; a reciprocal would take several instructions.
             root = tl.rsqrt(1.0 + tl.exp2(tl.minimum(exact * -LOG2_E, 126.0)))
             values = (exact * root * root).to(dtype)
+    if steps is not None:
+        per_unit = tl.load(steps + channel, mask=channel < C, other=0.0)[None, :]
+        values = whole_steps(tl.minimum(tl.maximum(values.to(tl.float32) * per_unit, -127.0), 127.0))
 
     if joined is not None:
         if PAST:

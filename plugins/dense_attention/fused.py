@@ -6,20 +6,22 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
+from wanforge.plugins.block_quantiser.fused import FourBitMatrix
+from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.call import Kernel
-from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
+from wanforge.plugins.quantiser.fused import Quantised
+from wanforge.plugins.row_moments.fused import KnownRows, check_moments
 
 HEAD = 128
 
-ATTEND = Kernel(
-    "dense_attention",
-    "attend",
-    ("cdiv(L, 128)", "H"),
-    {
-        **dict.fromkeys(("L", "T", "OWN"), "i32"),
-        **dict.fromkeys(("q_stride", "k_stride", "v_stride", "own_stride"), "i32:16"),
-    },
-)
+Asked = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values."""
+
+GRID = ("cdiv(L, 128)", "H")
+SCALARS = {**dict.fromkeys(("L", "T"), "i32"), **dict.fromkeys(("q_stride", "k_stride", "v_stride"), "i32:16")}
+ATTEND = Kernel("dense_attention", "attend", GRID, {**SCALARS, "eps": "fp32"})
+ATTEND_CHUNK = Kernel("dense_attention", "attend_chunk", GRID, {**SCALARS, "OWN": "i32", "own_stride": "i32:16"})
+WEIGH = Kernel("dense_attention", "weigh", ("cdiv(T, ROWS)", "D // 128"), {"T": "i32", "k_stride": "i32:16"})
 
 
 class Own(NamedTuple):
@@ -29,23 +31,38 @@ class Own(NamedTuple):
     v_OD: Tensor
 
 
-def dense_attention(q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor) -> Tensor:
+class QueryNorm(NamedTuple):
+    """The RMS norm of queries before attention: the moments of their rows, its weight ``[H * 128]``, and what is added
+    to the mean square. Logits are divided by the root mean square, and the keys, which are few, are multiplied by the
+    weight and rounded, in place of the queries."""
+
+    moments_2HL: Tensor
+    weight_D: Tensor
+    eps: float
+
+
+def dense_attention(
+    q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor, norm: QueryNorm | None = None
+) -> Tensor:
     """`reference.dense_attention` of one sample, its heads side by side: ``[L, H * 128]``.
 
     Args:
         q_LD: ``[L, H * 128]``; rows of queries, keys and values may be strided.
         k_TD, v_TD: ``[T, H * 128]`` in the type of `q`.
         key_bias_T: Float32 ``[T]``, added as it is.
+        norm: What is done to the queries first, if anything.
 
     Raises:
         ShapeError: The tensors do not fit each other.
     """
-    return _attention((q_LD, k_TD, v_TD), key_bias_T, None)
+    return _attention((q_LD, k_TD, v_TD), key_bias_T, norm=norm)
 
 
-def dense_attention_quantised(q_LD: Tensor, k_TD: Tensor, v_TD: Tensor, key_bias_T: Tensor) -> Quantised:
-    """`dense_attention`, quantised by tiles for the linear that follows."""
-    return _quantised((q_LD, k_TD, v_TD), key_bias_T, None)
+def dense_attention_into(
+    y: Quantised | FourBitMatrix, qkv: Asked, key_bias_T: Tensor, norm: QueryNorm | None = None
+) -> None:
+    """Write `dense_attention`, quantised by tiles or to NVFP4."""
+    _attend(qkv, key_bias_T, y, None, norm)
 
 
 def chunk_attention(q_LD: Tensor, past: tuple[Tensor, Tensor], own: Own, key_bias: Tensor) -> Tensor:
@@ -55,28 +72,22 @@ def chunk_attention(q_LD: Tensor, past: tuple[Tensor, Tensor], own: Own, key_bia
         past: Keys and values ``[P, H * 128]``.
         key_bias: Float32 ``[P + O]``. Keys after the last one of the P whose bias is finite are not read.
     """
-    return _attention((q_LD, *past), key_bias, own)
+    return _attention((q_LD, *past), key_bias, own=own)
 
 
-def chunk_attention_quantised(q_LD: Tensor, past: tuple[Tensor, Tensor], own: Own, key_bias: Tensor) -> Quantised:
-    """`chunk_attention`, quantised by tiles for the linear that follows."""
-    return _quantised((q_LD, *past), key_bias, own)
+def chunk_attention_into(y: Quantised | FourBitMatrix, qkv: Asked, own: Own, key_bias: Tensor) -> None:
+    """Write `chunk_attention`, quantised by tiles or to NVFP4. The keys and values of `qkv` are the remembered ones."""
+    _attend(qkv, key_bias, y, own, None)
 
 
-def _attention(qkv: tuple[Tensor, Tensor, Tensor], key_bias: Tensor, own: Own | None) -> Tensor:
+def _attention(qkv: Asked, key_bias: Tensor, *, own: Own | None = None, norm: QueryNorm | None = None) -> Tensor:
     y_LD = torch.empty(qkv[0].shape, dtype=qkv[0].dtype, device=qkv[0].device)
-    _attend(qkv, key_bias, own, y_LD, None)
+    _attend(qkv, key_bias, (y_LD, None), own, norm)
     return y_LD
 
 
-def _quantised(qkv: tuple[Tensor, Tensor, Tensor], key_bias: Tensor, own: Own | None) -> Quantised:
-    y = empty_quantised(qkv[0].shape[0], qkv[0].shape[1], qkv[0].device)
-    _attend(qkv, key_bias, own, y.steps_MK, y.scale)
-    return y
-
-
 def _attend(
-    qkv: tuple[Tensor, Tensor, Tensor], key_bias: Tensor, own: Own | None, y_LD: Tensor, y_scale: Tensor | None
+    qkv: Asked, key_bias: Tensor, y: tuple[Tensor, Tensor | None], own: Own | None, norm: QueryNorm | None
 ) -> None:
     q_LD, k_TD, v_TD = qkv
     length, width = q_LD.shape
@@ -96,21 +107,33 @@ def _attend(
         )
     if any(x.stride(1) != 1 for x in (*qkv, *(own or ()))):
         raise ShapeError("the channels of q, k and v must lie side by side; only rows may be strided")
-    ATTEND(
-        q=q_LD,
-        k=k_TD,
-        v=v_TD,
-        key_bias=key_bias,
-        own_k=None if own is None else own.k_OD,
-        own_v=None if own is None else own.v_OD,
-        y=y_LD,
-        y_scale=y_scale,
-        L=length,
-        T=keys,
-        OWN=own_keys,
-        q_stride=q_LD.stride(0),
-        k_stride=k_TD.stride(0),
-        v_stride=v_TD.stride(0),
-        own_stride=None if own is None else own.k_OD.stride(0),
-        H=width // HEAD,
-    )
+    if norm is not None:
+        check_moments(KnownRows(q_LD, norm.moments_2HL))
+        k_TD = _weighed(k_TD, norm.weight_D)
+    given: dict[str, Tensor | Constant] = {
+        "q": q_LD,
+        "k": k_TD,
+        "v": v_TD,
+        "key_bias": key_bias,
+        "y": y[0],
+        "y_scale": y[1],
+        "L": length,
+        "T": keys,
+        "q_stride": q_LD.stride(0),
+        "k_stride": k_TD.stride(0),
+        "v_stride": v_TD.stride(0),
+        "H": width // HEAD,
+    }
+    if own is None:
+        ATTEND(**given, q_moments=norm and norm.moments_2HL, eps=norm and norm.eps)
+    else:
+        ATTEND_CHUNK(**given, own_k=own.k_OD, own_v=own.v_OD, OWN=own_keys, own_stride=own.k_OD.stride(0))
+
+
+def _weighed(k_TD: Tensor, weight_D: Tensor) -> Tensor:
+    """Keys multiplied by a weight."""
+    if weight_D.shape != k_TD.shape[1:]:
+        raise ShapeError(f"a norm's weight {tuple(weight_D.shape)} does not fit keys {tuple(k_TD.shape)}")
+    y_TD = torch.empty(k_TD.shape, dtype=k_TD.dtype, device=k_TD.device)
+    WEIGH(k=k_TD, weight=weight_D, y=y_TD, T=len(k_TD), k_stride=k_TD.stride(0), D=k_TD.shape[1])
+    return y_TD

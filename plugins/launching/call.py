@@ -13,13 +13,15 @@ from torch import Tensor
 from wanforge.plugins.launching import Constant, driver
 from wanforge.plugins.launching.interpreter import interpret
 from wanforge.plugins.launching.launch import KernelSignature, Launch, LibraryCall, architecture_of, record, tile_for
+from wanforge.plugins.tensor_map.arguments import tensors_of
+from wanforge.plugins.tensor_map.tensor_map import TensorMap
 
 
 @dataclass(frozen=True)
 class Kernel(KernelSignature):
     """A Triton function, identified by name so that it can be launched where Triton is not installed."""
 
-    def __call__(self, **arguments: Tensor | Constant) -> None:
+    def __call__(self, **arguments: Tensor | TensorMap | Constant) -> None:
         """Launch the kernel on the device of its tensors.
 
         Args:
@@ -30,8 +32,7 @@ class Kernel(KernelSignature):
             ShapeError: A tensor or a scalar does not match its declared type; see `Launch.check_arguments`.
             ResourceError: There is no cubin for this GPU, and Triton is not installed to make one.
         """
-        tensor = next(value for value in arguments.values() if isinstance(value, Tensor))
-        sm = architecture_of(tensor.device)
+        sm = architecture_of(next(iter(tensors_of(arguments).values())).device)
         tile = tile_for(self.name, sm)
         run(Launch(self, {**tile.blocks, **arguments}, tile.num_warps, tile.num_stages, sm))
 

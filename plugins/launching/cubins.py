@@ -37,7 +37,8 @@ class Cubin(Record, frozen=True):
     entry: str
     """Name of the function in the file."""
     parameters: tuple[tuple[str, str], ...]
-    """Name and type of each run-time parameter, in order. Two null scratch pointers follow them in a launch."""
+    """Name and type of each run-time parameter, in order. Two null scratch pointers follow them in a launch. A tensor
+    map is 128 bytes at a multiple of 64, and its sizes and strides are parameters behind it."""
     constants: dict[str, Constant]
     grid: tuple[str, ...]
     """Number of programs along each axis, as rules for `grid.evaluate`."""

@@ -1,7 +1,8 @@
 """Launch cubins through the CUDA driver. Triton is needed only when a cubin is missing and must be compiled.
 
 The parameters of launches are packed when their kernels are loaded. To run them, their addresses are added up in one
-operation for all, and the driver is given pointers to the parameters, which it copies.
+operation for all, tensor maps are encoded from those addresses, and the driver is given pointers to the parameters,
+which it copies.
 """
 
 import re
@@ -20,9 +21,12 @@ import torch
 from wanforge.configs.targets import architecture
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.host.library_errors import OUT_OF_MEMORY, gpu_failed, out_of_memory
+from wanforge.plugins.launching import SCRATCH
 from wanforge.plugins.launching.cubins import Cubin, CubinStore, cache_folder, folders, source_hash
 from wanforge.plugins.launching.launch import ALIGNMENT, Launch, Specialisation
 from wanforge.plugins.launching.plan import Address, PlannedLaunch
+from wanforge.plugins.tensor_map.arguments import numbers_of
+from wanforge.plugins.tensor_map.encoding import EncodedMaps, MapEncoder, TensorParameter
 from wanforge.requirements import install_extra, install_package
 
 STATIC_SHARED = 48 * 1024
@@ -39,9 +43,6 @@ FAILED_KERNEL = re.compile(
     "LAUNCH_FAILED|LAUNCH_TIMEOUT|ASSERT|ECC_UNCORRECTABLE|CONTAINED"
 )
 """The driver's errors that a kernel causes while it runs. They come back from whatever is called next."""
-
-SCRATCH = 2
-"""The number of null pointers that follow the parameters of every kernel."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Driver:
     """
 
     def __init__(self, cuda: Any) -> None:
-        self.cuda = cuda
+        self.cuda, self.encoder = cuda, MapEncoder(cuda)
         self.contexts: dict[torch.device, Any] = {}
 
     @classmethod
@@ -212,18 +213,23 @@ class LoadedLaunches:
             (kernel, planned.launch.grid, self._pointers.ctypes.data + WORD * start)
             for kernel, planned, start in zip(kernels, launches, starts, strict=False)
         ]
-        self._tensors: list[tuple[str, str]] = []
+        self._tensors: list[TensorParameter] = []
         places: list[tuple[int, int, int]] = []
         for planned, kernel, start in zip(launches, kernels, starts, strict=False):
+            values = {**planned.launch.arguments, **numbers_of(planned.launch.arguments)}
             for position, (name, kind) in enumerate(kernel.parameters, start):
                 address = planned.addresses.get(name)
                 if address is not None:
-                    self._tensors.append((planned.launch.kernel.name, name))
+                    self._tensors.append(TensorParameter(planned.launch.kernel.name, name, values[name]))
                     places.append((position, address.base, address.offset))
                 else:
                     scalar = SCALARS[kind.removesuffix(":16")]
-                    struct.pack_into(scalar, self._parameters.data, WORD * position, planned.launch.arguments[name])
-        self._positions, self._bases, self._offsets = np.array(places, np.uint64).T
+                    struct.pack_into(scalar, self._parameters.data, WORD * position, values[name])
+        # NumPy converts indices of any other type, and is slower where they do not lie side by side.
+        self._positions, self._bases, offsets = np.array(places, np.intp).T.copy()
+        self._offsets = offsets.astype(np.uint64)
+        self._maps = EncodedMaps(self.driver.encoder, self._tensors)
+        self._pointers[self._positions[self._maps.positions]] = self._maps.places
 
     def put(self, bases: Sequence[int], stream: int) -> None:
         """Put the launches on a stream.
@@ -233,15 +239,16 @@ class LoadedLaunches:
 
         Raises:
             ShapeError: An address is not aligned as the compiled code assumes.
-            ResourceError: The driver refuses a launch.
+            ResourceError: The driver refuses a launch or a tensor map.
         """
         addresses = np.array(bases, np.uint64)[self._bases] + self._offsets
         if np.bitwise_or.reduce(addresses) % ALIGNMENT:
             beyond = addresses % ALIGNMENT
-            kernel, name = self._tensors[beyond.argmax()]
+            kernel, name, _ = self._tensors[beyond.argmax()]
             raise ShapeError(f"{kernel}: {name} begins {beyond.max()} bytes after a multiple of {ALIGNMENT} bytes")
         self._parameters[self._positions] = addresses
         with self.driver.current(self.device):
+            self._maps.put(addresses)
             for kernel, grid, parameters in self._launches:
                 self.driver.launch(kernel, grid, parameters, stream)
 

@@ -13,8 +13,8 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def evaluate(expression: str, names: Mapping[str, int]) -> int:
-    """The value of a grid rule, made of integers, names, + - * //, ``max(a, b)`` and ``cdiv(a, b)``, a division rounded
-    up.
+    """The value of a grid rule, made of integers, names, + - * //, ``min(a, b)``, ``max(a, b)`` and ``cdiv(a, b)``, a
+    division rounded up.
 
     Raises:
         ValueError: The rule contains anything else.
@@ -30,8 +30,8 @@ def evaluate(expression: str, names: Mapping[str, int]) -> int:
                 return _OPERATIONS[type(op)](value(left), value(right))
             case ast.Call(func=ast.Name(id="cdiv"), args=[a, b]):
                 return -(-value(a) // value(b))
-            case ast.Call(func=ast.Name(id="max"), args=[a, b]):
-                return max(value(a), value(b))
+            case ast.Call(func=ast.Name(id="min" | "max" as which), args=[a, b]):
+                return (min if which == "min" else max)(value(a), value(b))
         raise ValueError(f"a grid rule cannot contain {ast.unparse(node)!r}")
 
     return value(_parsed(expression))

@@ -9,8 +9,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from wanforge.configs.tiles import Tile, load_tiles
 from wanforge.errors import ResourceError, ShapeError
 from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.grid import evaluate
+from wanforge.plugins.tensor_map.arguments import tensors_of, with_tensors
+from wanforge.plugins.tensor_map.parameters import kind_of
+from wanforge.plugins.tensor_map.tensor_map import TensorMap
 
 ALIGNMENT = 16
 """Every pointer, in bytes, and every integer declared with ``:16`` is a multiple of this."""
@@ -30,6 +34,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -68,7 +73,7 @@ class Specialisation:
 
     kernel: str
     types: tuple[tuple[str, str], ...]
-    """Type of each run-time parameter, such as ``*bf16``, ``i32``, ``i32:16`` or ``fp32``."""
+    """Type of each run-time parameter, such as ``*bf16``, ``i32``, ``i32:16``, ``fp32`` or a tensor map's."""
     constants: tuple[tuple[str, Constant], ...]
     num_warps: int
     num_stages: int
@@ -85,7 +90,7 @@ class Launch:
     """A kernel with its arguments, for one architecture."""
 
     kernel: KernelSignature
-    arguments: Mapping[str, Tensor | Constant]
+    arguments: Mapping[str, Tensor | TensorMap | Constant]
     num_warps: int
     num_stages: int
     sm: int
@@ -96,6 +101,8 @@ class Launch:
         for name, value in self.arguments.items():
             if isinstance(value, Tensor):
                 types[name] = POINTERS[value.dtype]
+            elif isinstance(value, TensorMap):
+                types[name] = kind_of(POINTERS[value.tensor.dtype], value.tensor.element_size(), value.box)
             elif name in self.kernel.scalars and value is not None:
                 types[name] = self.kernel.scalars[name]
             else:
@@ -119,8 +126,12 @@ class Launch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The arguments that are tensors."""
-        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+        """The arguments that are tensors, and the tensors of those that are tensor maps."""
+        return tensors_of(self.arguments)
+
+    def on(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The launch with other tensors in the place of its own."""
+        return replace(self, arguments=with_tensors(self.arguments, tensors))
 
     def check_arguments(self) -> None:
         """Refuse arguments that do not meet the assumptions of the compiled code.

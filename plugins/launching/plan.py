@@ -5,16 +5,14 @@ workspace, where tensors that are not needed at the same time take the same plac
 repeated on any memory. At run time only additions are left, besides the calls of PyTorch between launches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from wanforge.plugins.launching.launch import Launch, LibraryCall, recording
-
-PLACE_ALIGNMENT = 256
-"""Alignment in bytes of the places in the workspace, the same as that of memory allocated by CUDA."""
+from wanforge.plugins.workspace.places import Temporary, aligned, lay_out, lay_out_like
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,20 @@ class LaunchPlan:
 
     Attributes:
         workspace_bytes: The bytes of the workspace.
-        temporary_bytes: The bytes of all tensors in the workspace together. No plan for smaller shapes needs more,
-            whereas the workspace may be larger for smaller shapes, if less fits in between.
+        temporaries: The tensors in the workspace, in the order in which they are first used.
         output: The shape of the output.
     """
 
     steps: tuple[PlannedLaunch | PlannedCall, ...]
     workspace_bytes: int
-    temporary_bytes: int
+    temporaries: tuple[Temporary, ...]
     output: torch.Size | None
+
+    @property
+    def temporary_bytes(self) -> int:
+        """The bytes of all tensors in the workspace together. No plan for smaller shapes needs more, whereas the
+        workspace may be larger for smaller shapes, if less fits in between."""
+        return sum(each.size for each in self.temporaries)
 
     @property
     def results(self) -> list[int]:
@@ -81,7 +84,9 @@ class LaunchPlan:
         return [step for step in self.steps if isinstance(step, PlannedLaunch)]
 
 
-def plan(run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tensor], sm: int) -> LaunchPlan:
+def plan(
+    run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tensor], sm: int, like: LaunchPlan | None = None
+) -> LaunchPlan:
     """Make the launch plan of a function.
 
     Args:
@@ -89,9 +94,10 @@ def plan(run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tenso
             creates, or nothing.
         given: Tensors on the meta device for it.
         sm: The architecture, such as 90.
+        like: A plan of the function for larger tensors, in whose workspace this one has to fit.
 
     Raises:
-        ShapeError: The function does not accept these tensors.
+        ShapeError: The function does not accept these tensors, or needs more memory for them than in the other plan.
     """
     with torch.device("meta"), recording(sm) as recorded:
         output = run(given)
@@ -107,9 +113,12 @@ def plan(run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tenso
     for position, step in enumerate(recorded.steps):
         for tensor in _tensors(step):
             if (storage := _storage(tensor)) not in starts:
-                size = -(-tensor.untyped_storage().nbytes() // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+                size = aligned(tensor.untyped_storage().nbytes())
                 temporaries.setdefault(storage, Temporary(size, position, position)).last = position
-    lay_out(temporaries.values())
+    if like is None:
+        lay_out(temporaries.values())
+    else:
+        lay_out_like(list(temporaries.values()), like.temporaries)
     starts |= {storage: Address(workspace, each.offset) for storage, each in temporaries.items()}
 
     def address(tensor: Tensor) -> Address:
@@ -126,35 +135,9 @@ def plan(run: Callable[[Sequence[Tensor]], Tensor | None], given: Sequence[Tenso
     return LaunchPlan(
         tuple(steps),
         max((each.end for each in temporaries.values()), default=0),
-        sum(each.size for each in temporaries.values()),
+        tuple(temporaries.values()),
         None if output is None else output.shape,
     )
-
-
-@dataclass
-class Temporary:
-    """Memory that a function needs from one step to another, and its place in the workspace."""
-
-    size: int
-    first: int
-    last: int
-    offset: int = 0
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.size
-
-
-def lay_out(temporaries: Iterable[Temporary]) -> None:
-    """Give each a place, the largest first: the lowest offset where nothing is needed at the same time."""
-    placed: list[Temporary] = []
-    for each in sorted(temporaries, key=lambda each: -each.size):
-        together = (other for other in placed if each.first <= other.last and other.first <= each.last)
-        for other in sorted(together, key=lambda other: other.offset):
-            if each.end <= other.offset:
-                break
-            each.offset = max(each.offset, other.end)
-        placed.append(each)
 
 
 def _tensors(step: Launch | LibraryCall) -> Iterator[Tensor]:

@@ -17,11 +17,15 @@ from typing import Any
 
 import msgspec
 
-from wanforge.plugins.launching import Constant
+from wanforge.plugins.launching import SCRATCH, Constant
+from wanforge.plugins.tensor_map.parameters import expanded, is_map
 
 TENSOR_CORE = re.compile(r"\b[A-Z]+MMA(?:\.\w+)*")
-"""IMMA, HMMA and QMMA are mma.sync; IGMMA, HGMMA and QGMMA are wgmma; UTC*MMA is tcgen05. HFMA2.MMA does not match."""
+"""IMMA, HMMA, QMMA and OMMA are mma.sync; IGMMA, HGMMA and QGMMA are wgmma; UTC*MMA is tcgen05. HFMA2.MMA,
+an addition, is not matched."""
 
+PARAMETER = re.compile(r"\.param (?:\.align (\d+) )?\.[busf](\d+)[^,\[]*(?:\[(\d+)\])?")
+"""The declaration of a parameter in PTX: what it is aligned by, and bits and number of its elements."""
 
 WARNING = re.compile(r"\(C75\d\d\) (?:Potential Performance Loss: )?(.*?)(?: in the function '\w+')?$", re.MULTILINE)
 """What the assembler says of instructions that run one after the other although they could overlap."""
@@ -109,12 +113,14 @@ def compile_kernel(request: CompileRequest) -> Compiled:
     code, metadata = made.asm["cubin"], made.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         raise ValueError("the kernel needs scratch memory, which the launcher does not provide")
+    packed = list(expanded(parameters))
+    check_parameters(made.asm["ptx"], metadata.name, packed)
     registers, spill_bytes = resources(code, metadata.name)
     return Compiled(
         code,
         made.asm["ptx"],
         metadata.name,
-        parameters,
+        packed,
         32 * metadata.num_warps,
         metadata.shared,
         getattr(metadata, "tmem_size", None) or 0,
@@ -129,6 +135,34 @@ def compile_kernel(request: CompileRequest) -> Compiled:
 def is_aligned(kind: str) -> bool:
     """Whether a parameter is a multiple of 16: pointers always are, integers if their type says so."""
     return kind.startswith("*") or kind.endswith(":16")
+
+
+def check_parameters(ptx: str, entry: str, packed: list[tuple[str, str]]) -> None:
+    """Refuse a kernel whose parameters are not those that the launcher packs.
+
+    Raises:
+        ValueError: Its PTX declares others.
+    """
+    expected = [place_of(kind) for _, kind in packed] + SCRATCH * [place_of("*")]
+    if (found := declared_parameters(ptx, entry)) != expected:
+        raise ValueError(
+            f"{entry} has parameters of {found} (bytes and alignment), and the launcher packs {expected}, because this "
+            "version of Triton lays them out in another way; install the one that wanforge asks for"
+        )
+
+
+def place_of(kind: str) -> tuple[int, int]:
+    """The bytes and the alignment of a parameter of the machine code."""
+    if is_map(kind):
+        return 128, 64
+    return (4, 4) if kind.removesuffix(":16") in ("i32", "fp32") else (8, 8)
+
+
+def declared_parameters(ptx: str, entry: str) -> list[tuple[int, int]]:
+    """The bytes and the alignment of each parameter, as the PTX of a kernel declares them."""
+    declared = re.search(rf"\.entry {re.escape(entry)}\((.*?)\)", ptx, re.DOTALL)
+    found = PARAMETER.findall(declared[1]) if declared else []
+    return [(int(bits) // 8 * int(count or 1), int(alignment or int(bits) // 8)) for alignment, bits, count in found]
 
 
 def resources(code: bytes, entry: str) -> tuple[int, int]:

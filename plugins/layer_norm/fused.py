@@ -6,16 +6,24 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
+from wanforge.plugins.block_quantiser.fused import FourBitMatrix, empty_four_bits
 from wanforge.plugins.launching import Constant
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import rows_together
 from wanforge.plugins.quantiser.fused import Quantised, empty_quantised, empty_quantised_rows
+from wanforge.plugins.row_moments.fused import KnownRows, check_moments
 
 NORM = Kernel(
     "layer_norm",
     "norm",
     ("cdiv(M, 128)",),
     {"M": "i32", "x_stride": "i32:16", "eps": "fp32", "padding": "fp32"},
+)
+NORM_MEASURED = Kernel(
+    "layer_norm",
+    "norm_measured",
+    ("cdiv(M, 128)", "max(cdiv(D, 128 * TILES), PROGRAMS // cdiv(M, 128))"),
+    NORM.scalars,
 )
 NORM_ROWS = Kernel("layer_norm", "norm_rows", ("cdiv(M, ROWS)",), NORM.scalars)
 
@@ -40,12 +48,15 @@ def norm(
     return y_LD
 
 
-def norm_quantised(
-    x_LD: Tensor, gain_D: Tensor, offset_D: Tensor, eps: float, *, modulated: bool, padded_variance: bool = False
-) -> Quantised:
-    """`norm`, quantised for the linear that follows."""
-    y = empty_quantised(x_LD.shape[0], x_LD.shape[1], x_LD.device)
-    _norm(NORM, x_LD, y, Affine(gain_D, offset_D, eps, modulated, padded_variance))
+def norm_quantised(x: KnownRows, affine: Affine) -> Quantised:
+    """`norm`, quantised for the linear that follows. Rows are read once if their moments are known, otherwise twice."""
+    check_moments(x)
+    rows, width = x.x_LD.shape
+    y = empty_quantised(rows, width, x.x_LD.device)
+    if x.moments_2TL is None:
+        _norm(NORM, x.x_LD, y, affine)
+    else:
+        _norm(NORM_MEASURED, x.x_LD, y, affine, moments=x.moments_2TL)
     return y
 
 
@@ -57,7 +68,17 @@ def norm_quantised_rows(x_LD: Tensor, affine: Affine, dtype: torch.dtype) -> Qua
     return y
 
 
-def _norm(kernel: Kernel, x_LD: Tensor, y: tuple[Tensor, Tensor | None], affine: Affine, **constants: Constant) -> None:
+def norm_four_bits(x_LD: Tensor, affine: Affine) -> FourBitMatrix:
+    """`norm`, quantised to NVFP4 for the linear that follows."""
+    rows, width = x_LD.shape
+    y = empty_four_bits(rows, width, x_LD.device)
+    _norm(NORM_ROWS, x_LD, y, affine, ROWS=rows_together(width))
+    return y
+
+
+def _norm(
+    kernel: Kernel, x_LD: Tensor, y: tuple[Tensor, Tensor | None], affine: Affine, **others: Constant | Tensor
+) -> None:
     rows, width = x_LD.shape
     if width % 128 or x_LD.stride(1) != 1 or not affine.gain_D.shape == affine.offset_D.shape == (width,):
         raise ShapeError(
@@ -77,5 +98,5 @@ def _norm(kernel: Kernel, x_LD: Tensor, y: tuple[Tensor, Tensor | None], affine:
         padding=padding,
         D=width,
         MODULATED=affine.modulated,
-        **constants,
+        **others,
     )

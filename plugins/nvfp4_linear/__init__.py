@@ -1,5 +1,8 @@
 """A linear layer with 4-bit weights and activations: blocks of 16 with a scale in fp8 each, and one scale for all."""
 
+ARCHITECTURES = (120,)
+"""Those with kernels. Their tensor cores take operands and scales from registers; those of sm_100 take them from other
+memory, which needs other kernels."""
 BLOCK = 16
 """Neighbours in a row that share a scale."""
 LARGEST = 6.0

@@ -35,7 +35,7 @@ def quantise_tile(x):
 @triton.jit
 def largest(x):
     """The largest magnitude of a tile, or of a part of it; at least the smallest that a tile may have."""
-    return tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), 1e-8)
+    return tl.maximum(tl.max(tl.abs(x)), 1e-8)
 
 
 @triton.jit

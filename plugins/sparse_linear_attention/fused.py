@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from wanforge.errors import ShapeError
+from wanforge.plugins.block_quantiser.fused import FourBitMatrix
 from wanforge.plugins.launching.call import Kernel
 from wanforge.plugins.quantiser import TILE
-from wanforge.plugins.quantiser.fused import Quantised, empty_quantised
+from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.warpgroup_attention import serves
@@ -51,14 +52,17 @@ ATTENTION = Kernel(
     },
 )
 
-WARPGROUP_ATTENTION = Kernel(
-    "warpgroup_attention",
-    "attention",
-    ("M", "H"),
-    {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
+IN_GLUON = tuple(
+    Kernel(
+        room,
+        "attention",
+        ("M", "H"),
+        {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
+    )
+    for room in ("warpgroup_attention", "warp_attention")
 )
-"""`ATTENTION` of `WARPGROUP_BLOCKS` in a 16-bit type, on GPUs that `warpgroup_attention` serves."""
-WARPGROUP_BLOCKS = Blocks(128, 64, "sage_fp8")
+"""What computes `ATTENTION` of `GLUON_BLOCKS` in a 16-bit type, on GPUs that each serves."""
+GLUON_BLOCKS = Blocks(128, 64, "sage_fp8")
 
 
 class Keys(NamedTuple):
@@ -83,16 +87,18 @@ def sparse_linear_attention(
     return y_LD
 
 
-def sparse_linear_attention_quantised(
-    q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, proj_KK: Tensor, proj_bias_K: Tensor, blocks: Blocks
-) -> Quantised:
-    """`sparse_linear_attention`, quantised for the linear that follows. Query blocks must have 128 rows, so that the
-    output of a program is one tile of the quantiser."""
-    if blocks.q != TILE:
+def sparse_linear_attention_into(
+    y: Quantised | FourBitMatrix,
+    qkv_LD: tuple[Tensor, Tensor, Tensor],
+    num_selected: int,
+    projection: tuple[Tensor, Tensor],
+    blocks: Blocks,
+) -> None:
+    """Write `sparse_linear_attention`, quantised by tiles or to NVFP4. For tiles, query blocks must have 128 rows, so
+    that the output of a program is one tile of the quantiser."""
+    if blocks.q != TILE and isinstance(y, Quantised):
         raise ShapeError(f"query blocks of {blocks.q} rows are not tiles of the quantiser; they must have {TILE}")
-    y = empty_quantised(q_LD.shape[0], q_LD.shape[1], q_LD.device)
-    _attend((q_LD, k_LD, v_LD), num_selected, (proj_KK, proj_bias_K), blocks, (y.steps_MK, y.scale))
-    return y
+    _attend(qkv_LD, num_selected, projection, blocks, y)
 
 
 def _attend(
@@ -113,9 +119,10 @@ def _attend(
     given = {"q": q_LD, "k": keys.k, "k_step": keys.k_step, "v": keys.v, "v_scale": keys.v_scale}
     given |= {"selected": selected_HMS, "folded": keys.folded_HKK, "folded_mass": keys.folded_mass_HK}
     given |= {"bias": proj_bias_K, "y": y_LD, "y_scale": y_scale}
-    if _suits_warpgroups(q_LD, blocks):
-        WARPGROUP_ATTENTION(**given, **sizes)
-        return
+    for kernel in IN_GLUON:
+        if q_LD.dtype.itemsize == 2 and blocks == GLUON_BLOCKS and serves(q_LD.device, kernel.name):
+            kernel(**given, **sizes)
+            return
     ATTENTION(
         **given,
         **sizes,
@@ -126,11 +133,6 @@ def _attend(
         BLOCK_K=blocks.k,
         SUMS=blocks.pv_sum,
     )
-
-
-def _suits_warpgroups(q_LD: Tensor, blocks: Blocks) -> bool:
-    """Whether `WARPGROUP_ATTENTION` computes attention of these queries."""
-    return q_LD.dtype.itemsize == 2 and blocks == WARPGROUP_BLOCKS and serves(q_LD.device)
 
 
 def _check(q_LD: Tensor, k_LD: Tensor, v_LD: Tensor, num_selected: int, blocks: Blocks) -> tuple[int, int]:

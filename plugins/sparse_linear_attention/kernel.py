@@ -8,6 +8,7 @@ are small; `attention` comes last. ARITHMETIC is the `arithmetic` of `reference.
 import triton
 import triton.language as tl
 
+from wanforge.plugins.block_quantiser.kernel import store_blocks
 from wanforge.plugins.quantiser.kernel import INTERPRETED, quantise_tile, rounded, to_e4m3, whole_steps
 
 HEAD = tl.constexpr(128)
@@ -312,7 +313,8 @@ def attention(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query block of one head: softmax over its selected key blocks, in ascending order with a running maximum, plus
-    the linear branch. y is [L, H * K]; with `y_scale` [M, H] it is quantised, and BLOCK_Q must be 128.
+    the linear branch. y is [L, H * K]. With `y_scale` it is quantised: in int8 by tiles, with y_scale [M, H] and a BLOCK_Q of
+    128, or to NVFP4, as pairs in y [L, H * K/2] with y_scale [L, H * K/16].
 
     `k` and `v` are [L, H * K] in the compute type, or the output of `keys_values`. SUMS is `reference.Blocks.pv_sum`.
     With ADDS_LATER, what key blocks contribute is added up outside of the tensor cores; with fp8, without FP8_IN_FULL,
@@ -372,17 +374,20 @@ def attention(
     if ARITHMETIC == "sage_fp8":
         output *= tl.load(v_scale + head * HEAD + lanes)
     query = tl.load(q + (rows * q_stride + lanes), mask=inside, other=0.0).to(tl.float32)
-    feature = tl.exp(query - tl.max(query, 1, keep_dims=True))
+    feature = power(tl.fma(query, LOG2E, tl.max(query, 1, keep_dims=True) * -LOG2E))
     mass = tl.sum(feature * tl.load(folded_mass + head * HEAD + lanes), 1, keep_dims=True)
     feature *= 1.0 / (mass + 1e-5 * tl.sum(feature, 1, keep_dims=True))
     matrix = tl.load(folded + head * (HEAD * HEAD) + (lane[:, None] * HEAD + lanes))
     output = tl.dot(feature.to(dtype), matrix, output, input_precision="ieee")
     output = rounded(output + tl.load(bias + lanes).to(tl.float32), dtype)
-    y += start * (H * HEAD) + head * HEAD
-    place = rows * (H * HEAD) + lanes
-    if y_scale is not None:
-        steps, scale = quantise_tile(tl.where(inside, output, 0.0))
-        tl.store(y + place, steps, mask=inside)
-        tl.store(y_scale + block.to(tl.int64) * H + head, scale)
+    if y.dtype.element_ty == tl.uint8:
+        store_blocks(tl.where(inside, output, 0.0), y, y_scale, block * BLOCK_Q, head * HEAD, L, H * HEAD, dtype)
     else:
-        tl.store(y + place, output.to(dtype), mask=inside)
+        y += start * (H * HEAD) + head * HEAD
+        place = rows * (H * HEAD) + lanes
+        if y_scale is not None:
+            steps, scale = quantise_tile(tl.where(inside, output, 0.0))
+            tl.store(y + place, steps, mask=inside)
+            tl.store(y_scale + block.to(tl.int64) * H + head, scale)
+        else:
+            tl.store(y + place, output.to(dtype), mask=inside)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, softmax
 
+from wanforge.configs.recipe import Recipe
+
 INT8_FULL_SCALE = 127.0
 INT8_SCALE_FLOOR = 1e-7
 FP8_VALUE_FULL_SCALE = 2.25
@@ -42,6 +44,18 @@ class Blocks:
 
     def num_keys(self, tokens: int) -> int:
         return -(-tokens // self.k)
+
+
+def attention_blocks(recipe: Recipe) -> Blocks | None:
+    """The block shape and arithmetic of a recipe's sparse attention; None if attention is dense."""
+    match recipe.attention:
+        case "dense":
+            return None
+        case "sla":
+            return Blocks(recipe.block_q, recipe.block_k, "sla")
+        case "sagesla":
+            arithmetic: Arithmetic = "sage_fp8" if recipe.pv == "fp8" else "sage_fp16"
+            return Blocks(recipe.block_q, recipe.block_k, arithmetic, recipe.pv_sum)
 
 
 def sparse_linear_attention(

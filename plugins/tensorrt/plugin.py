@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 NAMESPACE, VERSION = "wanforge", "1"
 OPS = ("w8a8_linear", "sparse_linear_attention")
-"""The folders of the ops that have a plugin."""
+"""The folders of the single ops that have a plugin."""
+BLOCK = "denoiser_block"
+"""The folder of the op that is a whole block."""
+ALL_OPS = (*OPS, BLOCK)
 
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64"}
 """PyTorch's names of element types by TensorRT's."""
@@ -51,7 +54,7 @@ class PluginOp(ABC):
 
     name: ClassVar[str]
     """Name of the node in ONNX."""
-    inputs: ClassVar[tuple[str, ...]]
+    inputs: tuple[str, ...]
 
     @abstractmethod
     def types(self, compute: str) -> tuple[tuple[str, ...], ...]:
@@ -77,14 +80,22 @@ class PluginOp(ABC):
         """The variant of the op that runs on an architecture."""
         return self
 
-    def plan(self, inputs: Sequence[tuple[Shape, str]], sm: int) -> "LaunchPlan":
-        """The op's launch plan for inputs of given shapes and types."""
+    def up_to(self, shapes: Sequence[Shape]) -> Self:
+        """The op in an engine whose inputs have at most these shapes."""
+        return self
+
+    def plan(self, inputs: Sequence[tuple[Shape, str]], sm: int, like: "LaunchPlan | None" = None) -> "LaunchPlan":
+        """The op's launch plan for inputs of given shapes and types.
+
+        Args:
+            like: A plan for larger inputs, in whose workspace this one has to fit.
+        """
         import torch
 
         from wanforge.plugins.launching.plan import plan
 
         blanks = [torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in inputs]
-        return plan(self.on(sm).run, blanks, sm)
+        return plan(self.on(sm).run, blanks, sm, like)
 
     def workspace_bytes(self, inputs: Sequence[tuple[Shape, str]]) -> int:
         """A workspace that is enough for these inputs and smaller ones, on every architecture that an engine serves."""
@@ -242,6 +253,7 @@ def plugin_class(trt: Any, accounts: Sequence[Account]) -> type:
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             with noted(accounts[-1], self.op):
                 self.op.check_shapes([shape_of(each.desc.dims) for each in inputs])
+                self.op = self.op.up_to([shape_of(each.max) for each in inputs])
 
         def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
             largest = tuple((shape_of(each.max), type_of(each.desc)) for each in inputs)
@@ -321,7 +333,7 @@ class Registration:
         self.accounts: list[Account] = []
         plugin, creator = plugin_class(library.trt, self.accounts), creator_class(library.trt)
         self.creators: list[Any] = []
-        for each in [creator(find_op(folder), plugin) for folder in OPS]:
+        for each in [creator(find_op(folder), plugin) for folder in ALL_OPS]:
             if not self.registry.register_creator(each, NAMESPACE):
                 self.remove()
                 raise ResourceError(

@@ -14,6 +14,7 @@ from wanforge.plugins.quantiser.kernel import (
     tile_scale,
     tile_steps,
 )
+from wanforge.plugins.row_moments.kernel import store_moments
 
 # 2 sqrt(2 / pi) log2(e), and that times 0.044715.
 GELU_LINEAR = tl.constexpr(2.302208198144325)
@@ -54,12 +55,13 @@ def place_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.const
 
 @triton.jit
 def finish(
-    totals, row, column, bias, residual, gate, y, y_scale,
+    totals, row, column, bias, residual, gate, y, y_scale, moments,
     M, N,
     GELU: tl.constexpr,
 ):  # fmt: skip
     """Apply bias, GELU, gate and residual to a product in registers, and store it. `totals` are the parts, one below the
-    other, of the tile that starts at `row` and `column`; the bias has the compute type, to which the reference rounds."""
+    other, of the tile that starts at `row` and `column`; the bias has the compute type, to which the reference rounds.
+    With `moments`, those of the rows are stored as well."""
     PART: tl.constexpr = totals[0].shape[0]
     amax = 0.0
     finished = ()
@@ -75,6 +77,8 @@ def finish(
             tl.store(y + start + place, tile_steps(total, amax), mask=inside)
         else:
             tl.store(y + start + place, total.to(y.dtype.element_ty), mask=inside)
+            if moments is not None:
+                store_moments(rounded(total, y.dtype.element_ty), moments, row + part * PART, column, M, N)
     if y_scale is not None:
         tl.store(y_scale + (row // TILE).to(tl.int64) * (N // TILE) + column // TILE, tile_scale(amax))
 
@@ -115,7 +119,7 @@ def gemm(
     scale_0, scale_1, scale_2,
     bias_0, bias_1, bias_2,
     y_0, y_1, y_2,
-    y_scale, residual, gate,
+    y_scale, residual, gate, moments,
     M, N,
     K: tl.constexpr,
     GELU: tl.constexpr,
@@ -128,8 +132,8 @@ def gemm(
 ):  # fmt: skip
     """Multiply int8 x [M, K] by one to three int8 weights [N, K], with scales by tile of 128x128, which is also the block.
 
-    y_i is [M, N]. With `y_scale`, y is quantised; with `residual` [M, N] and `gate` [N], y becomes residual + y * gate.
-    Code for arguments that are None is not compiled.
+    y_i is [M, N]. With `y_scale`, y is quantised; with `residual` [M, N] and `gate` [N], y becomes residual + y * gate;
+    `moments` [2, N/128, M] receive those of the rows of the only y. Code for arguments that are None is not compiled.
     """
     which = tl.program_id(1)
     row_tile, column_tile = place_of(M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -160,7 +164,7 @@ def gemm(
         # Loads return in order, so the next scales are asked for ahead of the tiles that come after them.
         ahead = tl.minimum(k + 1, K // TILE - 1)
         factor = tl.load(x_scale + ahead) * tl.load(scale + ahead)
-    finish(totals, row, column, bias, residual, gate, y, y_scale, M, N, GELU)
+    finish(totals, row, column, bias, residual, gate, y, y_scale, moments, M, N, GELU)
 
 
 @triton.jit
@@ -184,7 +188,7 @@ def gemm_rows(
     scale_0, scale_1, scale_2,
     bias_0, bias_1, bias_2,
     y_0, y_1, y_2,
-    y_scale, residual, gate,
+    y_scale, residual, gate, moments,
     M, N,
     K: tl.constexpr,
     GELU: tl.constexpr,
@@ -209,7 +213,7 @@ def gemm_rows(
     for k in range(K // TILE):
         total = tl.dot(tl.load(x_tile + k * TILE), tl.load(w_tile + k * TILE), total, out_dtype=tl.int32)
     factor = tl.load(x_scale + row + rows)[:, None] * tl.load(scale + column + columns)[None, :]
-    finish((total.to(tl.float32) * factor,), row, column, bias, residual, gate, y, y_scale, M, N, GELU)
+    finish((total.to(tl.float32) * factor,), row, column, bias, residual, gate, y, y_scale, moments, M, N, GELU)
 
 
 @triton.jit

@@ -15,9 +15,17 @@ for, and so is the copying, whose addresses it would keep.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from wanforge.plugins.w8a8_linear.kernel import pick
-from wanforge.plugins.warpgroup_attention.kernel import PLAIN_SHARED, address, divided, rounded, whole_steps
-from wanforge.plugins.warpgroup_linear.kernel import gelu
+from wanforge.plugins.w8a8_linear.kernel import GELU_CUBIC, GELU_LINEAR, pick
+from wanforge.plugins.warp_moments.kernel import store_moments
+from wanforge.plugins.warpgroup_attention.kernel import (
+    PLAIN_SHARED,
+    address,
+    divided,
+    power,
+    reciprocal,
+    rounded,
+    whole_steps,
+)
 
 TILE = gl.constexpr(128)
 PARTS = gl.constexpr(2)
@@ -162,6 +170,13 @@ def place_of(M, N: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def gelu(x):
+    """`w8a8_linear.kernel.gelu`."""
+    exponent = x * gl.fma(x * x, -GELU_CUBIC, -GELU_LINEAR)
+    return x * reciprocal(1.0 + power(gl.minimum(exponent, 115.0)))
+
+
+@gluon.jit
 def epilogue(total, bias, gate, compute: gl.constexpr, GELU: gl.constexpr):
     """Apply bias, GELU and gate to a part of a product; bias and gate are in shared memory."""
     total = rounded(rounded(total, compute) + bias.load(COLUMNS).to(gl.float32)[None, :], compute)
@@ -179,7 +194,7 @@ def gemm(
     scale_0, scale_1, scale_2,
     bias_0, bias_1, bias_2,
     y_0, y_1, y_2,
-    y_scale, residual, gate,
+    y_scale, residual, gate, moments,
     M,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -257,6 +272,8 @@ def gemm(
             before += (gl.load(places, mask=row < left_over - part * PART, other=0.0),)
     upper = epilogue(upper, offsets, shares, compute, GELU)
     lower = epilogue(lower, offsets, shares, compute, GELU)
+    if moments is not None:
+        column = gl.inline_asm("shr.u32 $0, $1, 7;", "=r,r", [column_tile * TILE], gl.int32)
     if y_scale is not None:
         largest = gl.maximum(gl.abs(upper), gl.abs(lower))
         amax = gl.maximum(gl.max(largest.reshape((PART * TILE,)), 0), 1e-8)
@@ -273,4 +290,7 @@ def gemm(
             total = gl.convert_layout(total.to(compute), stored)
             if residual is not None:
                 total = total.to(gl.float32) + before[part].to(gl.float32)
-            gl.store(places, total.to(y.dtype.element_ty), mask=inside)
+            total = total.to(y.dtype.element_ty)
+            gl.store(places, total, mask=inside)
+            if moments is not None:
+                store_moments(total.to(gl.float32), moments, row_tile * TILE + part * PART, column, M, N)

@@ -9,12 +9,11 @@ import torch
 from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.launch import architecture_of
 
-KERNEL = "warpgroup_attention.attention"
 FIRST_TRITON = 3, 9
 """The first version of Triton whose Gluon compiles such kernels."""
 
 
-def serves(device: torch.device, kernel: str = KERNEL) -> bool:
+def serves(device: torch.device, kernel: str) -> bool:
     """Whether a kernel in Gluon runs on a device: the tile table has tiles for its architecture, and the installed
     Triton, if there is any, compiles it."""
     return architecture_of(device) in _architectures(kernel)
@@ -26,5 +25,5 @@ def _architectures(kernel: str) -> frozenset[int]:
         major, minor = version("triton").split(".")[:2]
     except PackageNotFoundError:
         major, minor = map(str, FIRST_TRITON)
-    rows = load_tiles()[kernel] if (int(major), int(minor)) >= FIRST_TRITON else []
+    rows = load_tiles().get(kernel, []) if (int(major), int(minor)) >= FIRST_TRITON else []
     return frozenset(sm for row in rows for sm in row.sms)

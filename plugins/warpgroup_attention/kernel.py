@@ -1,14 +1,15 @@
 """The sparse attention of `sparse_linear_attention.kernel` in Gluon, for `wgmma` of sm_90, with int8 queries and keys and
 fp8 probabilities and values. Letters as there.
 
-Two warpgroups of 64 queries run at their own pace. While one takes exponentials, the other multiplies, and each asks for
-the next block's products of queries and keys before it takes the exponentials of the present one. So no barrier may hold
-both, and none is in the loop:
+Blocks of keys are taken in pairs, which share a maximum, so that outputs and totals are shrunk once for 128 keys. Each
+of two warpgroups of 64 queries asks for the next pair's products of queries and keys as soon as the registers of the
+present ones are free. They take exponentials in turn, so that one does while the products of the other run: a barrier of
+its own holds a warpgroup until the other has arrived there. No barrier in the loop makes both wait:
 
-- Every thread copies its part of block i + AHEAD in iteration i, and arrives at the mbarrier of that block's slot when its
+- Every thread copies its part of pair i + AHEAD in iteration i, and arrives at the mbarrier of that pair's slot when its
   copies do.
-- A thread waits at the mbarrier of block i + 1 in iteration i. Every other thread then has begun iteration i + 1 - AHEAD
-  at least, so nobody reads block i - AHEAD any more, and its slot takes block i + AHEAD: there are 2 AHEAD slots.
+- A thread waits at the mbarrier of pair i + 1 in iteration i. Every other thread then has begun iteration i + 1 - AHEAD
+  at least, so nobody reads pair i - AHEAD any more, and its slot takes pair i + AHEAD: there are 2 AHEAD slots.
 
 Triton would put barriers around copies, waits at mbarriers and waits for products, so these are written in PTX.
 """
@@ -23,12 +24,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+from wanforge.plugins.block_quantiser.kernel import RECIPROCAL
 from wanforge.plugins.quantiser.kernel import ROUND, ROUND_TO_BFLOAT16, TO_E4M3
 
 HEAD = gl.constexpr(128)
 QUERIES = gl.constexpr(128)
 KEYS = gl.constexpr(64)
 THREADS = gl.constexpr(256)
+AHEAD = gl.constexpr(2)
+SLOTS = gl.constexpr(4)
 LOG2E = gl.constexpr(1.4426950408889634)
 SOFTMAX_SCALE = gl.constexpr(0.08838834764831845 * 1.4426950408889634)
 OFFSET = gl.constexpr(8.807)
@@ -38,7 +42,7 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
 HALF_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
 SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS))
-LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0]))
+LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 BYTES_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
@@ -57,6 +61,12 @@ def power(x):
 def divided(x, y):
     """x / y, rounded to nearest even."""
     return gl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def reciprocal(x):
+    """`block_quantiser.kernel.reciprocal`."""
+    return gl.inline_asm_elementwise(RECIPROCAL, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -99,7 +109,7 @@ def wait_for_all(outputs, inputs):
 
 
 @gluon.constexpr_function
-def wait_for_first(outputs, inputs):
+def wait_for_sums(outputs, inputs):
     return "wgmma.wait_group.sync.aligned 1;"
 
 
@@ -138,31 +148,98 @@ def wait(barrier, phase):
 
 @gluon.jit
 def copy(slot, chosen, is_wanted, to, origin):
-    """Begin the copies of one thread, if they are wanted, and arrive at the mbarrier of their slot once they do.
+    """Begin the copies of one thread for a pair of blocks, if they are wanted, and arrive at the mbarrier of their slot once
+    they do.
 
     `to` are the addresses of its keys, its values and of the first mbarrier; `origin` points at its keys, its values, and
     its values of the other half of the channels.
     """
+    for half in gl.static_range(2):
+        gl.inline_asm(
+            """{
+            .reg .pred wanted;
+            .reg .b32 key, value;
+            .reg .b64 keys, values, others;
+            setp.ne.b32 wanted, $7, 0;
+            mad.lo.s32 key, $6, 8192, $0;
+            mad.lo.s32 value, $6, 8192, $1;
+            mad.wide.s32 keys, $5, 8192, $2;
+            mad.wide.s32 values, $5, 64, $3;
+            mad.wide.s32 others, $5, 64, $4;
+            @wanted cp.async.cg.shared.global [key], [keys], 16;
+            @wanted cp.async.cg.shared.global [key + 4096], [keys + 4096], 16;
+            @wanted cp.async.cg.shared.global [value], [values], 16;
+            @wanted cp.async.cg.shared.global [value + 4096], [others], 16;
+            }""",
+            "r,r,l,l,l,r,r,r",
+            [to[0], to[1], origin[0], origin[1], origin[2], chosen[half], 2 * slot + half, is_wanted.to(gl.int32)],
+        )
+    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [to[2] + 8 * slot])
+
+
+@gluon.constexpr_function
+def wait_for_turn(outputs, inputs):
+    return """{
+        .reg .b32 number;
+        or.b32 number, $2, $3;
+        and.b32 number, number, 1;
+        max.u32 number, number, $4;
+        bar.sync number, 256;
+        }"""
+
+
+@gluon.jit
+def turn(maximum, group):
+    """The maxima of a thread's queries, once it is the turn of its warpgroup.
+
+    The barrier has the number of the warpgroup, which is 2 or 3. The larger of that and a bit of the maxima is the same
+    number, but makes the assembler find the maxima before it waits.
+    """
+    return gl.inline_asm(wait_for_turn, "=f,=f,0,1,r", [maximum, group], maximum.type)
+
+
+@gluon.jit
+def pass_turn(group):
+    """Let the other warpgroup have its turn, at the barrier of its number."""
     gl.inline_asm(
         """{
-        .reg .pred wanted;
-        .reg .b32 key, value;
-        .reg .b64 keys, values, others;
-        setp.ne.b32 wanted, $7, 0;
-        mad.lo.s32 key, $6, 8192, $0;
-        mad.lo.s32 value, $6, 8192, $1;
-        mad.wide.s32 keys, $5, 8192, $2;
-        mad.wide.s32 values, $5, 64, $3;
-        mad.wide.s32 others, $5, 64, $4;
-        @wanted cp.async.cg.shared.global [key], [keys], 16;
-        @wanted cp.async.cg.shared.global [key + 4096], [keys + 4096], 16;
-        @wanted cp.async.cg.shared.global [value], [values], 16;
-        @wanted cp.async.cg.shared.global [value + 4096], [others], 16;
+        .reg .b32 other;
+        xor.b32 other, $0, 1;
+        bar.arrive other, 256;
         }""",
-        "r,r,l,l,l,r,r,r",
-        [to[0], to[1], origin[0], origin[1], origin[2], chosen, slot, is_wanted.to(gl.int32)],
+        "r",
+        [group],
     )
-    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [to[2] + 8 * slot])
+
+
+@gluon.jit
+def give_first_turn(group):
+    """Let warpgroup 3 give warpgroup 2 its first turn."""
+    gl.inline_asm(
+        """{
+        .reg .pred is_second;
+        .reg .b32 other;
+        setp.eq.u32 is_second, $0, 3;
+        xor.b32 other, $0, 1;
+        @is_second bar.arrive other, 256;
+        }""",
+        "r",
+        [group],
+    )
+
+
+@gluon.jit
+def take_last_turn(group):
+    """Let warpgroup 2 take the turn that nobody needs, because nothing may be left at a barrier."""
+    gl.inline_asm(
+        """{
+        .reg .pred is_first;
+        setp.eq.u32 is_first, $0, 2;
+        @is_first bar.sync $0, 256;
+        }""",
+        "r",
+        [group],
+    )
 
 
 @gluon.jit
@@ -186,24 +263,99 @@ def multiply(a, b, start, counts: gl.constexpr):
 
 
 @gluon.jit
+def chosen_of(selected, pair, last):
+    """The indices of a pair of blocks; what would come after the last block is the last one again."""
+    return gl.load(selected + gl.minimum(2 * pair, last)), gl.load(selected + gl.minimum(2 * pair + 1, last))
+
+
+@gluon.jit
+def steps_of(k_step, chosen):
+    """The steps of the keys of a pair of blocks."""
+    return gl.load(k_step + chosen[0]), gl.load(k_step + chosen[1])
+
+
+@gluon.jit
+def scaled(scale, steps):
+    """The steps of a pair of blocks times a scale."""
+    return scale * steps[0], scale * steps[1]
+
+
+@gluon.jit
+def begin(queries, keys, block):
+    """The products of queries and the keys of a block in shared memory, begun."""
+    return multiply(queries, keys.index(block), gl.zeros([QUERIES, KEYS], gl.int32, LOGITS), False)
+
+
+@gluon.jit
+def complete(first, second):
+    """The products of a pair of blocks, once all products are complete."""
+    first, second = registers(first), registers(second)
+    return gl.inline_asm(wait_for_all, in_place("r", 64), [first, second], [first.type, second.type])
+
+
+@gluon.jit
+def by_lane(x):
+    """x [QUERIES, KEYS] as [QUERIES, 2, KEYS // 8, 4], of which a thread holds all but the last axis."""
+    return x.reshape((QUERIES, KEYS // 8, 4, 2)).permute((0, 3, 1, 2))
+
+
+@gluon.jit
+def largest(logits, step):
+    """The largest of the logits that each thread has of a row, [QUERIES, 4]."""
+    return gl.max(gl.max(by_lane(logits), 1), 1).to(gl.float32) * step
+
+
+@gluon.jit
+def raised(maximum, logits, steps):
+    """The largest logit of each query so far, [QUERIES]."""
+    found = gl.maximum(largest(logits[0], steps[0]), largest(logits[1], steps[1]))
+    return gl.maximum(maximum, gl.convert_layout(gl.max(found, 1), LOGIT_ROWS, assert_trivial=True))
+
+
+@gluon.jit
+def exponentials(logits, step, maximum):
+    """The probabilities of a block, relative to a maximum."""
+    return power(gl.fma(logits.to(gl.float32), step, (OFFSET - maximum)[:, None]))
+
+
+@gluon.jit
+def summed(p):
+    """The sum of the probabilities that each thread has of a row, [QUERIES, 4]."""
+    return gl.sum(gl.sum(by_lane(p), 1), 1)
+
+
+@gluon.jit
+def shrunk(x, factor, y):
+    """x [QUERIES, C] times a factor of each row, plus y."""
+    rows: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    return gl.fma(x, gl.convert_layout(factor, rows, assert_trivial=True)[:, None], y)
+
+
+@gluon.jit
+def weigh(p, values, block, start, counts: gl.constexpr):
+    """The sum of the values of a block in shared memory with the weights p, added to `start` if that counts, begun."""
+    return multiply(as_operand(p), values.index(block), start, counts)
+
+
+@gluon.jit
 def attention(
     q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
     L, q_stride, padded, M, N, num_selected,
     H: gl.constexpr,
-    AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
-    """`sparse_linear_attention.kernel.attention` of 128 queries by 64 keys with `sage_fp8`."""
-    SLOTS: gl.constexpr = 2 * AHEAD
+    """`sparse_linear_attention.kernel.attention` of 128 queries by 64 keys with `sage_fp8`. With EARLY, an iteration begins
+    its copies before the softmax, otherwise in the middle of it."""
     block, head = gl.program_id(0), gl.program_id(1).to(gl.int64)
     dtype: gl.constexpr = q.dtype.element_ty
     k_step += head * N
     selected += (head * M + block) * num_selected
-    last = num_selected - 1
+    last, pairs = num_selected - 1, (num_selected + 1) // 2
     # What is needed soon is asked for at once, because each answer takes as long as hundreds of instructions.
     chosen = ()
     for i in gl.static_range(AHEAD + 1):
-        chosen += (gl.load(selected + gl.minimum(i, last)),)
-    last_chosen = gl.load(selected + last)
+        chosen += (chosen_of(selected, i, last),)
+    final = chosen_of(selected, pairs - 1, last)
     rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
     lanes = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))[None, :]
     start = block.to(gl.int64) * QUERIES
@@ -214,8 +366,8 @@ def attention(
     channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
     channel_bias = gl.load(bias + thread % HEAD).to(gl.float32)
 
-    keys = gl.allocate_shared_memory(gl.int8, [SLOTS, KEYS, HEAD], BYTES_SHARED)
-    values = gl.allocate_shared_memory(gl.float8e4nv, [SLOTS, HEAD, KEYS], NARROW_SHARED)
+    keys = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, KEYS, HEAD], BYTES_SHARED)
+    values = gl.allocate_shared_memory(gl.float8e4nv, [2 * SLOTS, HEAD, KEYS], NARROW_SHARED)
     barriers = mbarrier.allocate_mbarrier(batch=SLOTS)
     for slot in gl.static_range(SLOTS):
         mbarrier.init(barriers.index(slot), count=THREADS)
@@ -232,14 +384,14 @@ def attention(
         address(values) + channel * KEYS + (thread % 4 ^ channel // 2 % 4) * 16,
         arrived,
     )
-    first_step = gl.load(k_step + chosen[0])
-    next_step = gl.load(k_step + chosen[1])
+    first_steps = steps_of(k_step, chosen[0])
+    next_steps = steps_of(k_step, chosen[1])
     for i in gl.static_range(AHEAD):
-        copy(i, chosen[i], i < num_selected, to, origin)
+        copy(i, chosen[i], i < pairs, to, origin)
     matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
     async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lanes))
     async_copy.commit_group()
-    later, ahead = chosen[2], chosen[AHEAD]
+    ahead = chosen[AHEAD]
 
     scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
     biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias)
@@ -247,66 +399,78 @@ def attention(
     q_step = divided(gl.max(gl.abs(query).reshape((QUERIES * HEAD,)), 0), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
     queries = gl.allocate_shared_memory(gl.int8, [QUERIES, HEAD], BYTES_SHARED, steps)
+    fence_async_shared()
+    gl.barrier()
+
+    scale = SOFTMAX_SCALE * q_step
+    step = scaled(scale, first_steps)
+    zeros = gl.zeros([QUERIES, HEAD], gl.float32, SUMS)
+    maximum = gl.full([QUERIES], -float("inf"), gl.float32, LOGIT_ROWS)
+    total = summed(gl.zeros([QUERIES, KEYS], gl.float32, LOGITS))
+    output = zeros
+    group = thread // 128 + 2
+    give_first_turn(group)
+    wait(arrived, 0)
+    fence_async_shared()
+    first, second = begin(queries, keys, 0), begin(queries, keys, 1)
+
+    # The features of the linear branch are found while these products run.
     feature = power(gl.fma(query, LOG2E, gl.max(query, 1, keep_dims=True) * -LOG2E))
     mass = gl.sum(feature * key_mass, 1, keep_dims=True)
     feature *= 1.0 / (mass + 1e-5 * gl.sum(feature, 1, keep_dims=True))
     features = gl.allocate_shared_memory(dtype, [QUERIES, HEAD], HALF_SHARED, feature.to(dtype))
-    fence_async_shared()
-    gl.barrier()
-    queries = queries.load(gl.DotOperandLayout(0, LOGITS, 4))
+    logits = complete(first, second)
 
-    scale = SOFTMAX_SCALE * q_step
-    step = scale * first_step
-    whole = gl.zeros([QUERIES, KEYS], gl.int32, LOGITS)
-    zeros = gl.zeros([QUERIES, HEAD], gl.float32, SUMS)
-    maximum = gl.full([QUERIES], -float("inf"), gl.float32, LOGIT_ROWS)
-    total = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
-    output, sums = zeros, zeros
-    wait(arrived, 0)
-    fence_async_shared()
-    products = multiply(queries, keys.index(0), whole, False)
-    logits = gl.inline_asm(wait_for_all, in_place("r", 32), [registers(products)], whole.type).to(gl.float32)
-    higher = gl.max(logits, 1) * step
-    # Two values: Triton takes a variable for constant that a loop sets to what was the same value before it.
-    before = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
-    shrink = gl.zeros([QUERIES], gl.float32, LOGIT_ROWS)
-
-    # Each block is summed separately, because tensor cores accumulate fp8 products with few bits. Its sum is added in the
-    # next iteration, while exponentials are taken.
-    for i in range(num_selected - 1):
+    # The sum of each pair of blocks is added outside of the tensor cores, which accumulate fp8 products with few bits.
+    for i in range(pairs - 1):
+        present, following = 2 * (i & SLOTS - 1), 2 * (i + 1 & SLOTS - 1)
         wait(arrived + 8 * (i + 1 & SLOTS - 1), (i + 1) // SLOTS & 1)
         fence_async_shared()
-        products = multiply(queries, keys.index(i + 1 & SLOTS - 1), whole, False)
-        p = power(gl.fma(logits, step, (OFFSET - higher)[:, None]))
-        output = gl.fma(output, gl.convert_layout(before, SUM_ROWS)[:, None], sums)
-        before = shrink
-        total = gl.fma(total, shrink, gl.sum(p, 1))
-        maximum = higher
-        weighted = multiply(as_operand(p), values.index(i & SLOTS - 1), zeros, False)
-        copy(i + AHEAD & SLOTS - 1, ahead, i + AHEAD < num_selected, to, origin)
-        ahead = gl.load(selected + gl.minimum(i + 1 + AHEAD, last))
-        step = scale * next_step
-        next_step = gl.load(k_step + later)
-        later = gl.load(selected + gl.minimum(i + 3, last))
-        logits = gl.inline_asm(wait_for_first, in_place("r", 32), [registers(products)], whole.type).to(gl.float32)
-        higher = gl.maximum(maximum, gl.max(logits, 1) * step)
+        later_steps = steps_of(k_step, ahead)
+        later = chosen_of(selected, i + 1 + AHEAD, last)
+        if EARLY:
+            copy(i + AHEAD & SLOTS - 1, ahead, i + AHEAD < pairs, to, origin)
+        higher = turn(raised(maximum, logits, step), group)
         shrink = power(maximum - higher)
-        sums = gl.inline_asm(wait_for_all, in_place("f", 64), [registers(weighted)], zeros.type)
+        maximum = higher
+        p = exponentials(logits[0], step[0], higher)
+        total = shrunk(total, shrink, summed(p))
+        first = begin(queries, keys, following)
+        sums = weigh(p, values, present, zeros, False)
+        if not EARLY:
+            copy(i + AHEAD & SLOTS - 1, ahead, i + AHEAD < pairs, to, origin)
+        p = exponentials(logits[1], step[1], higher)
+        total += summed(p)
+        sums = weigh(p, values, present + 1, sums, True)
+        pass_turn(group)
+        second = begin(queries, keys, following + 1)
+        step, next_steps, ahead = scaled(scale, next_steps), later_steps, later
+        sums = gl.inline_asm(wait_for_sums, in_place("f", 64), [registers(sums)], zeros.type)
+        output = shrunk(output, shrink, sums)
+        logits = complete(first, second)
 
-    # Only the last block may have keys past the end.
-    key = key_of(gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)))
-    logits = gl.where((key < L - last_chosen * KEYS)[None, :], logits, -float("inf"))
-    higher = gl.maximum(maximum, gl.max(logits, 1) * step)
-    p = power(gl.fma(logits, step, (OFFSET - higher)[:, None]))
-    output = gl.fma(output, gl.convert_layout(before, SUM_ROWS)[:, None], sums)
+    # Only the last pair may lack a block, and only the last block may have keys past the end.
+    key = key_of(gl.arange(0, KEYS, gl.SliceLayout(0, LOGITS)))[None, :]
+    beyond = gl.where(num_selected % 2 == 0, L - final[1] * KEYS, 0)
+    logits = (
+        gl.where(key < L - final[0] * KEYS, logits[0].to(gl.float32), -float("inf")),
+        gl.where(key < beyond, logits[1].to(gl.float32), -float("inf")),
+    )
+    present = 2 * (pairs - 1 & SLOTS - 1)
+    higher = raised(maximum, logits, step)
     shrink = power(maximum - higher)
-    total = gl.fma(total, shrink, gl.sum(p, 1))
-    weighted = multiply(as_operand(p), values.index(last & SLOTS - 1), zeros, False)
-    sums = gl.inline_asm(wait_for_all, in_place("f", 64), [registers(weighted)], zeros.type)
-    output = gl.fma(output, gl.convert_layout(shrink, SUM_ROWS)[:, None], sums)
+    p = exponentials(logits[0], step[0], higher)
+    total = shrunk(total, shrink, summed(p))
+    sums = weigh(p, values, present, zeros, False)
+    p = exponentials(logits[1], step[1], higher)
+    total = gl.sum(total + summed(p), 1)
+    sums = weigh(p, values, present + 1, sums, True)
+    sums = gl.inline_asm(wait_for_all, in_place("f", 64), [registers(sums)], zeros.type)
+    take_last_turn(group)
+    output = shrunk(output, shrink, sums)
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.
-    output *= gl.convert_layout(1.0 / total, SUM_ROWS)[:, None]
+    output *= gl.convert_layout(1.0 / total, SUM_ROWS, assert_trivial=True)[:, None]
     output *= scales.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :]
     async_copy.wait_group(0)
     fence_async_shared()
@@ -314,13 +478,13 @@ def attention(
     output = warpgroup_mma(features, matrices, output)
     output = gl.convert_layout(output, SUMS, assert_trivial=True)
     output = rounded(output + biases.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :], dtype)
-    rows = gl.arange(0, QUERIES, SUM_ROWS)[:, None]
+    rows = gl.arange(0, QUERIES, SUM_ROWS)
     stored_rows = gl.arange(0, QUERIES, gl.SliceLayout(1, STORED))[:, None]
     stored = stored_rows * (H * HEAD) + gl.arange(0, HEAD, gl.SliceLayout(0, STORED))[None, :]
     y += start * (H * HEAD) + head * HEAD
     if y_scale is not None:
-        output = gl.where(rows < L - block * QUERIES, output, 0.0)
-        amax = gl.maximum(gl.max(gl.abs(output).reshape((QUERIES * HEAD,)), 0), 1e-8)
+        of_rows = gl.where(rows < L - block * QUERIES, gl.max(gl.abs(output), 1), 0.0)
+        amax = gl.maximum(gl.max(of_rows, 0), 1e-8)
         steps = whole_steps(gl.minimum(output * divided(128.0, amax), 127.0))
         gl.store(y + stored, gl.convert_layout(steps, STORED), mask=stored_rows < L - block * QUERIES)
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))

@@ -1,3 +1,1 @@
 """W8A8 linears with scales by tile for GPUs whose warpgroups multiply asynchronously (sm_90)."""
-
-KERNEL = "warpgroup_linear.gemm"

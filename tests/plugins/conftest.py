@@ -1,4 +1,5 @@
-"""Memory for kernels that reveals elements that were never written, and writes outside of a tensor."""
+"""Memory for kernels that reveals elements that were never written, and writes outside of a tensor; and a Triton whose
+Gluon is too old."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from wanforge.plugins import warpgroup_attention
 
 GUARD = 256
 """Number of elements before and after each tensor that nothing may change."""
@@ -36,3 +39,12 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for side in (band[:GUARD], band[GUARD + count :]):
             poison = torch.full_like(side, unlikely(band.dtype)).view(torch.uint8)
             assert torch.equal(side.view(torch.uint8), poison), f"written outside a tensor of {count} {band.dtype}"
+
+
+@pytest.fixture
+def older_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let kernels be chosen as with a Triton that compiles none in Gluon."""
+    monkeypatch.setattr(warpgroup_attention, "version", lambda package: "3.7.1")
+    warpgroup_attention._architectures.cache_clear()
+    yield
+    warpgroup_attention._architectures.cache_clear()

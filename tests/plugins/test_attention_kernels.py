@@ -8,6 +8,7 @@ from tests.numerics import assert_matches, relative_rms
 from tests.onnx_runner import run_body
 from tests.plugins.kernels import DEVICE, DTYPES, FLOAT32_ERROR, cases, far_apart, randn, rounding_error, strided
 from wanforge.errors import ShapeError
+from wanforge.plugins.quantiser.fused import empty_quantised
 from wanforge.plugins.quantiser.reference import quantise_tiles
 from wanforge.plugins.sparse_linear_attention import onnx_function, reference
 from wanforge.plugins.sparse_linear_attention.fused import (
@@ -15,7 +16,7 @@ from wanforge.plugins.sparse_linear_attention.fused import (
     prepare_keys,
     select_blocks,
     sparse_linear_attention,
-    sparse_linear_attention_quantised,
+    sparse_linear_attention_into,
 )
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 
@@ -89,7 +90,8 @@ def test_sums_in_fp16_are_the_references(arithmetic: str) -> None:
 def test_output_is_quantised_in_the_last_lines(arithmetic: str) -> None:
     blocks = Blocks(128, 64, arithmetic)
     inputs = operands(333, 2, DTYPES[1])
-    y = sparse_linear_attention_quantised(*inputs[:3], 2, *inputs[3:], blocks)
+    y = empty_quantised(*inputs[0].shape, inputs[0].device)
+    sparse_linear_attention_into(y, inputs[:3], 2, inputs[3:], blocks)
     steps, scale = quantise_tiles(sparse_linear_attention(*inputs[:3], 2, *inputs[3:], blocks))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
@@ -100,10 +102,12 @@ def test_rows_past_the_last_one_do_not_count() -> None:
     q, k, v = (torch.zeros(130, 128, device=DEVICE, dtype=DTYPES[0]) for _ in range(3))
     q[:, 0], k[:64, 0], v[64:] = 30, 30, 1
     zero = torch.zeros(128, 128, device=DEVICE)
-    y = sparse_linear_attention_quantised(q, k, v, 3, zero, zero[0], Blocks(128, 64))
+    y = empty_quantised(*q.shape, q.device)
+    sparse_linear_attention_into(y, (q, k, v), 3, (zero, zero[0]), Blocks(128, 64))
     assert y.scale.max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 def test_zeros_stay_zeros(arithmetic: str) -> None:
     """A whole channel of v, a block of q and a block of k are zero; upstream makes NaN of the first."""
@@ -192,6 +196,7 @@ def test_runs_are_identical(arithmetic: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [321, 2300], ids=["one chunk", "four chunks"])
 def test_linear_branch_is_added_for_every_key(tokens: int) -> None:
     """Keys that no query block selects still count: the sums over all keys are the reference's."""
@@ -214,4 +219,4 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ShapeError, match=f"{selected} key blocks selected of 4"):
             sparse_linear_attention(q, k, v, selected, proj, bias, blocks)
     with pytest.raises(ShapeError, match="not tiles of the quantiser"):
-        sparse_linear_attention_quantised(q, k, v, 1, proj, bias, Blocks(64, 128))
+        sparse_linear_attention_into(empty_quantised(*q.shape, q.device), (q, k, v), 1, (proj, bias), Blocks(64, 128))

@@ -11,6 +11,7 @@ from wanforge.errors import ShapeError
 from wanforge.plugins.channel_norm import PAST
 from wanforge.plugins.channel_norm.fused import History, Stream, forget, joined, normed, summed
 from wanforge.plugins.channel_norm.reference import channel_norm, double, folded_weight, unfolded
+from wanforge.plugins.int8_convolution.reference import channel_steps, steps_per_unit
 
 SHAPES = {  # frames, rows, columns, channels
     "one position": (1, 1, 1, 16),
@@ -101,6 +102,27 @@ def test_the_input_of_a_convolution_is_the_reference(
     assert_matches(actual, expected, bound(dtype))
     assert torch.equal(history.kept_PHWC, actual[-PAST:])
     assert after.branch_THWC is None
+    assert torch.equal(summed(after), whole)
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "next"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_input_of_a_convolution_in_int8_is_the_reference(dtype: torch.dtype, is_first: bool) -> None:
+    shape = SHAPES["ragged"]
+    stream, whole = stream_of(shape, dtype, "branch")
+    weight, blank = 1 + 0.2 * randn(shape[3], seed=4), torch.empty((PAST, *shape[1:]), dtype=torch.int8, device=DEVICE)
+    past = None if is_first else torch.full_like(blank, -5)
+    gain = weight[:, None, None, None]
+    expected = with_past(
+        channels_last(channel_steps(F.silu(channel_norm(channels_first(whole), gain)), gain)), History(past, blank)
+    )
+    actual, after = normed(stream, weight, History(past, blank), steps_C=steps_per_unit(weight))
+    apart = (actual.int() - expected.int()).abs()
+    # The kernel's norm and SiLU round now and then to the other side, which may be beyond half a step.
+    assert apart.max() <= 1
+    assert apart.float().mean() < 2e-3
+    assert torch.equal(blank, actual[-PAST:])
     assert torch.equal(summed(after), whole)
 
 

@@ -11,10 +11,11 @@ from wanforge.plugins.dense_attention import reference
 from wanforge.plugins.dense_attention.fused import (
     Own,
     chunk_attention,
-    chunk_attention_quantised,
+    chunk_attention_into,
     dense_attention,
-    dense_attention_quantised,
+    dense_attention_into,
 )
+from wanforge.plugins.quantiser.fused import empty_quantised
 from wanforge.plugins.quantiser.reference import quantise_tiles
 
 pytestmark = pytest.mark.usefixtures("guarded")
@@ -60,13 +61,15 @@ def test_attention_is_the_reference(shape: tuple[int, int, int], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_output_is_quantised_in_the_last_lines(dtype: torch.dtype) -> None:
-    inputs = operands(133, 2, 37, dtype)
-    y = dense_attention_quantised(*inputs)
-    steps, scale = quantise_tiles(dense_attention(*inputs))
+    q, k, v, bias = operands(133, 2, 37, dtype)
+    y = empty_quantised(133, 256, q.device)
+    dense_attention_into(y, (q, k, v), bias)
+    steps, scale = quantise_tiles(dense_attention(q, k, v, bias))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", cases(SHAPES, "one token", "a ragged tail of queries and keys"))
 def test_own_keys_are_attended_to_where_they_lie(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -78,13 +81,14 @@ def test_own_keys_are_attended_to_where_they_lie(shape: tuple[int, int, int], dt
     assert_matches(chunk_attention(q, (k, v), own, both), expected, rounding_error(dtype, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_attended_to_at_two_places_is_quantised_as_well(dtype: torch.dtype) -> None:
     q, k, v, _ = operands(133, 2, 37, dtype)
     own = Own(*(randn(133, 256, seed=seed, dtype=dtype) for seed in (5, 6)))
-    seen = q, (k, v), own, torch.zeros(170, device=DEVICE)
-    y = chunk_attention_quantised(*seen)
-    steps, scale = quantise_tiles(chunk_attention(*seen))
+    bias, y = torch.zeros(170, device=DEVICE), empty_quantised(133, 256, q.device)
+    chunk_attention_into(y, (q, k, v), own, bias)
+    steps, scale = quantise_tiles(chunk_attention(q, (k, v), own, bias))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
 
@@ -134,7 +138,8 @@ def test_rows_past_the_last_one_do_not_count() -> None:
     """Queries that attend to a key with small values come out small; a row of zeros would be the mean of all values."""
     q, k, v = (torch.zeros(rows, 128, device=DEVICE, dtype=DTYPES[0]) for rows in (130, 2, 2))
     q[:, 0], k[0, 0], v[1] = 30, 30, 1
-    y = dense_attention_quantised(q, k, v, torch.zeros(2, device=DEVICE))
+    y = empty_quantised(*q.shape, q.device)
+    dense_attention_into(y, (q, k, v), torch.zeros(2, device=DEVICE))
     assert y.scale.max() < 1e-6
 
 

@@ -39,6 +39,7 @@ CASES = {
 from wanforge.plugins.w8a8_linear.fused import *
 from wanforge.plugins.quantiser.fused import quantise, quantise_rows
 from wanforge.plugins.quantiser.reference import quantise_rows as rows_of, quantise_tiles
+from wanforge.plugins.row_moments.fused import unmeasured
 from wanforge.plugins.w8a8_linear.scaled_product import scaled_linear_gelu
 x, residual = edge(torch.randn(133, 256)), edge(torch.randn(133, 128))
 zeros, e4m3 = torch.zeros(128), torch.float8_e4m3fn
@@ -47,14 +48,32 @@ for quantiser, weigh in ((quantise, quantise_tiles), (quantise_rows, rows_of)):
     q = quantiser(x)
     scaled_linear_gelu(quantise_rows(x, e4m3), Weight(*map(edge, (*rows_of(torch.randn(128, 256), e4m3), zeros))))
     linears(q, weights), linear_gelu(q, weights[0])
-    linear_residual(q, weights[0], residual, edge(torch.randn(128)), empty(133, 128))
+    linear_residual(q, weights[0], residual, edge(torch.randn(128)), *unmeasured(empty(133, 128)))
+    measured_linear(q, weights[0])
+""",
+    "nvfp4_linear": """
+from wanforge.plugins.block_quantiser.fused import empty_four_bits, quantise
+from wanforge.plugins.dense_attention.fused import dense_attention_into
+from wanforge.plugins.layer_norm.fused import Affine, norm_four_bits
+from wanforge.plugins.nvfp4_linear.fused import *
+from wanforge.plugins.nvfp4_linear.reference import quantise_weight
+x, residual, gain = edge(torch.randn(133, 256)), edge(torch.randn(133, 128)), edge(torch.randn(256))
+one, bias = edge(torch.ones(())), edge(torch.randn(128))
+weights = [FourBitWeight(*map(edge, quantise_weight(torch.randn(128, 256), one)), one, bias) for _ in range(3)]
+q = quantise(x)
+linears(q, weights), linear_gelu(q, weights[0]), measured_linear(q, weights[0])
+linear_residual(q, weights[0], residual, edge(torch.randn(128)), unmeasured(empty(133, 128)))
+norm_four_bits(x, Affine(gain, gain, 1e-6, True, False))
+dense_attention_into(empty_four_bits(133, 256, x.device), (x, x, x), edge(torch.randn(133)))
 """,
     "norms": """
 from wanforge.plugins.gated_residual.fused import add_gated
 from wanforge.plugins.layer_norm.fused import Affine, norm, norm_quantised, norm_quantised_rows
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.plugins.row_moments.fused import KnownRows, measured
 x, y, gain = edge(torch.randn(133, 256)), edge(torch.randn(133, 256)), edge(torch.randn(256))
-norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(x, gain, gain, 1e-6, modulated=False)
+norm(x, gain, gain, 1e-6, modulated=True), norm_quantised(KnownRows(x), Affine(gain, gain, 1e-6, False, False))
+norm_quantised(measured(x), Affine(gain, gain, 1e-6, True, False))
 norm_quantised_rows(x, Affine(gain, gain, 1e-6, True, False), torch.int8)
 angles = edge(torch.randn(133, 64)), edge(torch.randn(133, 64))
 rms_norm_rotate([x, y], [gain, gain], 1e-6, angles)
@@ -67,21 +86,44 @@ frames, gain = lambda *shape: edge(torch.randn(shape)), edge(torch.randn(24))
 for stream in (Stream(frames(3, 6, 10, 24), frames(3, 6, 10, 24)), Stream(frames(3, 4, 6, 4, 24))):
     for past in (None, frames(2, 6, 10, 24)):
         normed(stream, gain, History(past, empty(2, 6, 10, 24))), joined(stream, History(past, empty(2, 6, 10, 24)))
+    normed(stream, gain, History(None, empty(2, 6, 10, 24, dtype=torch.int8)), steps_C=gain)
     normed(stream, gain, activates=False), summed(stream), forget(History(None, empty(2, 6, 10, 24)))
+""",
+    "int8_convolution": """
+from wanforge.plugins.int8_convolution.fused import *
+def numbers(*shape): return edge(torch.randint(-127, 128, shape, dtype=torch.int8))
+for inputs, outputs in ((24, 40), (32, 96)):
+    weight = ConvolutionWeight(numbers(outputs, 27 * inputs), *(edge(torch.randn(outputs)) for _ in range(2)))
+    convolve(numbers(5, 6, 10, inputs), weight, torch.float32, edge(torch.randn(3, 6, 10, outputs)))
+    convolve(numbers(5, 6, 10, inputs), weight, torch.float32, around=0)
 """,
     "dense_attention": """
 from wanforge.plugins.dense_attention.fused import *
+from wanforge.plugins.quantiser.fused import empty_quantised
+from wanforge.plugins.row_moments.fused import measured
 q, k, v, bias = (edge(torch.randn(*shape)) for shape in ((133, 256), (21, 256), (21, 256), (21,)))
-dense_attention(q, k, v, bias), dense_attention_quantised(q, k, v, bias)
+dense_attention(q, k, v, bias), dense_attention_into(empty_quantised(133, 256, q.device), (q, k, v), bias)
+dense_attention(q, k, v, bias, QueryNorm(measured(q).moments_2TL, edge(torch.randn(256)), 1e-6))
 chunk_attention(q, (k, v), Own(*(edge(torch.randn(133, 256)) for _ in range(2))), edge(torch.randn(154)))
 """,
+    "recall": """
+from wanforge.plugins.recall.fused import *
+e4m3, places = torch.float8_e4m3fn, edge(torch.arange(63, 42, -1, dtype=torch.int32))
+angles, out = (edge(torch.randn(21, 64)), edge(torch.randn(21, 64))), (empty(21, 384), empty(21, 384))
+rows, scales = torch.randn(64, 384), (edge(torch.randn(1, 384).to(e4m3)), edge(torch.randn(64, 6).to(e4m3)))
+recall_into(out, KeptRows(edge(rows), edge(rows)), places, angles)
+for codes in (rows.to(torch.int8), rows.to(e4m3)):
+    recall_into(out, KeptRows(edge(codes), edge(codes), *scales), places, angles)
+""",
     "sparse_linear_attention": """
+from wanforge.plugins.quantiser.fused import empty_quantised
 from wanforge.plugins.sparse_linear_attention.fused import *
 q, k, v = (edge(torch.randn(261, 256)) for _ in range(3))
 proj, bias = edge(torch.randn(128, 128)), edge(torch.randn(128))
 for arithmetic in ("sla", "sage_fp16", "sage_fp8"):
     sparse_linear_attention(q, k, v, 2, proj, bias, Blocks(64, 128, arithmetic))
-    sparse_linear_attention_quantised(q, k, v, 5, proj, bias, Blocks(128, 64, arithmetic))
+    y, blocks = empty_quantised(261, 256, q.device), Blocks(128, 64, arithmetic)
+    sparse_linear_attention_into(y, (q, k, v), 5, (proj, bias), blocks)
 """,
 }
 

@@ -13,6 +13,7 @@ from wanforge.plugins.layer_norm.reference import layer_norm, modulated_norm
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
+from wanforge.plugins.row_moments.fused import KnownRows
 
 pytestmark = pytest.mark.usefixtures("guarded")
 
@@ -60,7 +61,7 @@ def test_layer_norm_is_the_reference(shape: tuple[int, int], dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_norm_is_quantised_in_the_same_pass(dtype: torch.dtype) -> None:
     x, (gain, offset) = hidden(141, 384, dtype), randn(2, 384, seed=2)
-    y = norm_quantised(x, gain, offset, EPS, modulated=True)
+    y = norm_quantised(KnownRows(x), Affine(gain, offset, EPS, True, False))
     steps, scale = quantise_tiles(norm(x, gain, offset, EPS, modulated=True))
     assert_matches(y.steps_MK, steps, 0)
     assert_matches(y.scale, scale, 0)
@@ -94,7 +95,7 @@ def test_rows_past_the_last_one_do_not_count() -> None:
     """Rows past the last one would come out as the offset, the largest of a tile whose own rows come out near zero."""
     sign = torch.ones(128, device=DEVICE)
     sign[::2] = -1
-    y = norm_quantised(sign.repeat(130, 1), -sign, torch.ones_like(sign), EPS, modulated=False)
+    y = norm_quantised(KnownRows(sign.repeat(130, 1)), Affine(-sign, torch.ones_like(sign), EPS, False, False))
     assert y.scale.max() < 1e-6
 
 
@@ -121,6 +122,7 @@ def test_rms_norm_and_rotation_are_the_reference(
     assert torch.equal(both[:, count:], untouched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", cases(SHAPES, "one token", "ragged"))
 def test_the_second_tensor_is_also_kept_before_it_is_rotated(shape: tuple[int, int], dtype: torch.dtype) -> None:

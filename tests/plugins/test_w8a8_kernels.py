@@ -84,6 +84,7 @@ def assert_quantised(actual: Quantised, values: torch.Tensor) -> None:
     assert_matches(actual.scale, scale, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", cases(SHAPES, "one row", "ragged rows"))
@@ -116,6 +117,7 @@ def test_linear_holds_at_the_edge_of_int8() -> None:
     assert torch.equal(y, torch.full_like(y, 2.0**22))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gelu_and_quantiser_ride_in_the_epilogue(dtype: torch.dtype) -> None:
     x, q = quantised(333, 256, dtype)
@@ -211,6 +213,7 @@ def test_linears_in_8_bit_floats_are_the_reference(shape: tuple[int, int, int]) 
     assert_matches(y, w8a8_linear(x, *w), 0.0 if DEVICE == "cpu" else rounding_error(dtype, 1.5))
 
 
+@pytest.mark.slow
 def test_gelu_is_computed_where_8_bit_floats_are_quantised() -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     x, w = randn(333, 256, seed=7, dtype=dtype), row_weight(384, 256, 3, dtype, FP8)
@@ -299,6 +302,20 @@ def test_outputs_that_do_not_fit_are_refused(into: torch.Tensor) -> None:
         linear_residual(q, w, fitting, None, into)
     with pytest.raises(ShapeError, match="the residual must be contiguous"):
         linear_residual(q, w, into, None, fitting)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [torch.zeros(256)[::2], torch.zeros(1, 128), torch.zeros(127), torch.zeros(128).half()],
+    ids=["apart", "a dimension too many", "one too few", "another type"],
+)
+def test_gates_that_kernels_would_misread_are_refused(gate: torch.Tensor) -> None:
+    (_, q), w = quantised(10, 128, torch.float32), weight(128, 128, 3, torch.float32)
+    stream = torch.zeros(10, 128, device=DEVICE)
+    with pytest.raises(ShapeError, match=r"the gate must be contiguous, \(128,\) and torch\.float32; found") as caught:
+        linear_residual(q, w, stream, gate.to(DEVICE), stream)
+    assert str(gate.dtype) in str(caught.value)
+    assert str(tuple(gate.shape)) in str(caught.value)
 
 
 def test_rows_that_are_not_aligned_are_refused() -> None:

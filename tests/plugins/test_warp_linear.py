@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from wanforge.plugins import warpgroup_attention
 from wanforge.plugins.launching.launch import recording
 from wanforge.plugins.quantiser.fused import quantise
 from wanforge.plugins.w8a8_linear.fused import Weight, linears
@@ -35,10 +34,6 @@ def test_the_kernel_follows_from_architecture_inputs_and_type(
     assert kernel_of(sm, inputs, dtype) == kernel
 
 
-def test_older_compilers_get_the_kernel_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warpgroup_attention, "version", lambda package: "3.7.1")
-    warpgroup_attention._architectures.cache_clear()
-    try:
-        assert kernel_of(120) == OTHERS
-    finally:
-        warpgroup_attention._architectures.cache_clear()
+@pytest.mark.usefixtures("older_triton")
+def test_older_compilers_get_the_kernel_in_triton() -> None:
+    assert kernel_of(120) == OTHERS

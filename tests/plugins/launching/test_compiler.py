@@ -20,8 +20,8 @@ from wanforge.plugins.launching import worker as compile_worker
 from wanforge.plugins.launching.compiler import Worker, compile_kernels, outdated
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, CubinStore, source_hash
 from wanforge.plugins.launching.launch import Launch
-from wanforge.plugins.launching.occupancy import LIMITS, faults, occupancy
 from wanforge.plugins.launching.worker import TENSOR_CORE
+from wanforge.plugins.occupancy import LIMITS, faults, occupancy
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,11 @@ from wanforge.errors import ShapeError
 from wanforge.plugins.launching.cubins import Cubin, source_hash
 from wanforge.plugins.launching.driver import Launcher
 from wanforge.plugins.launching.launch import Launch, recording
-from wanforge.plugins.launching.plan import PLACE_ALIGNMENT, Address, Temporary, lay_out, plan
+from wanforge.plugins.launching.plan import Address, plan
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
 from wanforge.plugins.tensorrt.plugin import PluginOp, Preparation
 from wanforge.plugins.w8a8_linear.plugin import W8A8LinearPlugin
+from wanforge.plugins.workspace.places import PLACE_ALIGNMENT, Temporary, lay_out, lay_out_like
 
 ROWS = 333
 LINEAR = (((1, ROWS, 256), "bfloat16"), ((384, 256), "int8"), ((3, 2), "float32"), ((384,), "bfloat16"))
@@ -100,6 +101,20 @@ def test_the_largest_come_first_and_fill_the_gaps() -> None:
     early, late, long, small = (Temporary(*each) for each in [(100, 0, 1), (80, 1, 2), (50, 0, 2), (20, 2, 2)])
     lay_out([early, late, long, small])
     assert [each.offset for each in (early, late, long, small)] == [0, 100, 180, 0]
+
+
+def test_smaller_tensors_take_the_places_of_larger_ones() -> None:
+    """By themselves they would need more: what is smaller no longer fits beside what it did."""
+    larger = [Temporary(*each) for each in [(100, 0, 1), (80, 1, 2), (50, 0, 2), (20, 2, 2)]]
+    lay_out(larger)
+    smaller = [Temporary(*each) for each in [(90, 0, 1), (80, 1, 2), (10, 0, 2), (20, 2, 2)]]
+    lay_out_like(smaller, larger)
+    assert [each.offset for each in smaller] == [each.offset for each in larger]
+    for wrong in ([(101, 0, 1), (80, 1, 2), (50, 0, 2), (20, 2, 2)], [(90, 0, 2), (80, 1, 2), (10, 0, 2), (20, 2, 2)]):
+        with pytest.raises(ShapeError, match="do not fit the places that were made for the largest shapes; build the"):
+            lay_out_like([Temporary(*each) for each in wrong], larger)
+    with pytest.raises(ShapeError, match="do not fit"):
+        lay_out_like(smaller[:3], larger)
 
 
 def test_more_rows_never_need_less_workspace() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.tensorrt_flavours import Port, linear, model, node, rtx
 from wanforge.errors import ResourceError
 from wanforge.plugins.sparse_linear_attention.plugin import SparseLinearAttentionPlugin
-from wanforge.plugins.tensorrt.plugin import NAMESPACE, OPS, Attributes, Registration, registered
+from wanforge.plugins.tensorrt.plugin import ALL_OPS, NAMESPACE, Attributes, Registration, registered
 
 
 class Build:
@@ -126,7 +126,7 @@ def creators() -> Sequence[str]:
 def test_nothing_stays_registered() -> None:
     library, before = rtx(), creators()
     with registered(library):
-        assert len(creators()) == len(before) + len(OPS)
+        assert len(creators()) == len(before) + len(ALL_OPS)
         registry = library.trt.get_plugin_registry()
         creator = registry.get_creator("W8A8Linear", "1", NAMESPACE)
         assert creator.name == "W8A8Linear"

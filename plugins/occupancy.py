@@ -70,8 +70,8 @@ def _rounded_up(value: int, step: int) -> int:
 
 
 def faults(cubin: Cubin) -> list[str]:
-    """The reasons not to ship a cubin: its registers spill, instructions that could overlap do not, or a program does
-    not fit on an SM."""
+    """What speaks against a cubin: its registers spill, instructions that could overlap do not, or a program does not
+    fit on an SM."""
     found = list(cubin.warnings)
     if cubin.spill_bytes:
         found.append(f"spills {cubin.spill_bytes} bytes per thread")

@@ -1,0 +1,1 @@
+"""Sparse-linear attention for GPUs whose warps multiply on their own (`mma.sync`)."""

@@ -1,0 +1,1 @@
+"""Moments of rows in Gluon, for products whose kernels are in Gluon; see `row_moments`."""

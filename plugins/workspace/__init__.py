@@ -1,0 +1,1 @@
+"""Where the temporary tensors of a launch plan lie in its workspace."""
