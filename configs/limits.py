@@ -1,5 +1,7 @@
 """How far a backend may be from the reference: the table in ``parity.toml``, which gives a reason for each row."""
 
+import msgspec
+
 from wanforge.configs.loading import CONFIGS, Fraction, Positive, Record, load
 from wanforge.configs.recipe import Recipe, load_recipe
 
@@ -34,10 +36,14 @@ class DepthLimits(Record, frozen=True):
     """A step on the reference's latents."""
     clip: Limits
     """The frames of a whole request."""
+    decoder: Limits | None = None
+    """A chunk of the VAE's decoder on the reference's inputs; None where the limits of an op hold."""
 
 
 class _Parity(Record, frozen=True):
     parity: dict[str, dict[str, DepthLimits]]
+    decoder: dict[str, dict[str, Limits]]
+    """By the format of the decoder, where it is not the compute type."""
 
 
 def load_limits(recipe: Recipe, compute: str) -> DepthLimits | None:
@@ -46,9 +52,11 @@ def load_limits(recipe: Recipe, compute: str) -> DepthLimits | None:
     A recipe of another name has the limits of the known recipe with the same number formats. Where quantised linears
     have full attention, which rounds and selects nothing, the limits are those of the recipe with the same linears.
     """
-    table = load(CONFIGS / "parity.toml", _Parity).parity
+    found = load(CONFIGS / "parity.toml", _Parity)
+    table, decoder = found.parity, found.decoder.get(recipe.vae, {}).get(compute)
     known = [load_recipe(name) for name in table]
     same = [each for each in known if each.linear == recipe.linear]
     for each in (*(each for each in same if each.attention == recipe.attention), *([] if recipe.is_sparse else same)):
-        return table[each.name].get(compute)
+        limits = table[each.name].get(compute)
+        return limits and msgspec.structs.replace(limits, decoder=decoder)
     return None

@@ -1,4 +1,4 @@
-"""Recipes: which number format each part of the denoiser runs in, and how much of attention is computed."""
+"""Recipes: which number format each part of the networks runs in, and how much of attention is computed."""
 
 from typing import Literal, Self
 
@@ -16,8 +16,11 @@ MOST_KEYS_IN_FP16 = 64
 """How many values of at most 2.25 with probabilities of at most 448 may be added up below the largest float16."""
 
 
+VAEFormat = Literal["bf16", "int8"]
+
+
 class Recipe(Record, frozen=True):
-    """A precision plan of the denoiser."""
+    """A precision plan of the denoiser and of the VAE's decoder."""
 
     name: str
     linear: Literal["bf16", "w8a8", "w8a8-row", "fp8-row", "nvfp4"]
@@ -37,6 +40,10 @@ class Recipe(Record, frozen=True):
     float32. With fp16, GeForce multiplies at twice the rate (docs/decisions/0027-fp8-sums.md)."""
     compat: Literal["none", "upstream"] = "none"
     """``upstream`` reproduces the variance bug of TurboDiffusion's FastLayerNorm."""
+    vae: VAEFormat = "bf16"
+    """Format of the decoder's 3x3x3 convolutions behind a norm, which are nearly all of its operations. With ``bf16``
+    they are computed in the compute type, as everything else of the VAE always is
+    (docs/decisions/0051-int8-decoding.md)."""
 
     def __post_init__(self) -> None:
         if self.pv == "fp8" and self.pv_sum == "fp16" and self.block_k > MOST_KEYS_IN_FP16:

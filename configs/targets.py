@@ -50,8 +50,8 @@ class TargetList:
     """The architectures and GPUs that a list of targets names.
 
     Attributes:
-        sms: Architectures, each once, in the order in which they are named.
-        gpus: GPUs by name. An architecture stands for every known GPU that has it.
+        sms: Architectures, each once, in the order in which they are named; those of ``all`` ascend.
+        gpus: GPUs by name. An architecture stands for every known GPU that has it, in the order of `targets.toml`.
     """
 
     sms: tuple[int, ...]
@@ -67,13 +67,13 @@ def parse_targets(texts: Iterable[str]) -> TargetList:
     Raises:
         ConfigError: No GPU or architecture has such a name.
     """
-    known = dict(sorted(load_targets().items(), key=lambda item: item[1].sm))
+    known = load_targets()
     sms: dict[int, None] = {}
     gpus: dict[str, Target] = {}
     for name in (item.strip().lower() for text in texts for item in text.split(",")):
         fitting = {gpu: target for gpu, target in known.items() if name in (gpu, architecture_name(target.sm), EVERY)}
         named = [sm for sm in ARCHITECTURES if name == architecture_name(sm)]
-        found = [target.sm for target in fitting.values()] or named
+        found = sorted({target.sm for target in fitting.values()}) or named
         if not found:
             names = [*known, *map(architecture_name, ARCHITECTURES), EVERY]
             raise ConfigError(unknown_name("target", name, names))

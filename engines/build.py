@@ -17,8 +17,10 @@ from wanforge.engines.graph_key import check_current
 from wanforge.engines.sizes import depends_on_clip, named_sizes, profile, shape_ranges
 from wanforge.errors import BundleError, ConfigError, ResourceError, WanforgeError
 from wanforge.host.capacity import available_bytes
+from wanforge.plugins.denoiser_block.op import has_plugin
 from wanforge.plugins.launching.cubins import cache_folder
 from wanforge.plugins.tensorrt.library import TENSORRT, Flavour, Library
+from wanforge.plugins.tensorrt.plugin import ALL_OPS, OPS
 from wanforge.progress import Progress, silent
 
 DTYPE = "bfloat16"
@@ -38,6 +40,7 @@ class EngineOptions:
             are then always built again, to find out which kernels those are.
         smaller: Whether engines also serve smaller and shorter clips.
         side_rank: The rank of products beside quantised linears, for LoRAs; None builds no engines with them.
+        block_plugin: Whether the graph ``block`` is taken as one op, whose plugin makes all launches.
     """
 
     clip: ClipShape
@@ -47,6 +50,7 @@ class EngineOptions:
     kernels: bool = False
     smaller: bool = False
     side_rank: int | None = None
+    block_plugin: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,14 @@ class PendingEngine:
     Attributes:
         name: Its path in the bundle.
         key: Everything that it depends on.
-        has_plugins: Whether some of its ops run as plugins.
+        plugins: The folders of the ops that may run as plugins.
     """
 
     graph: GraphRecord
     name: str
     key: dict[str, str]
     job: BuildJob
-    has_plugins: bool
+    plugins: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def build_engines(
     check_gpu(library.flavour, options.sms)
     check_formats(bundle.recipe, options.sms)
     results = []
-    wanted = graphs_to_build(bundle, options.only, options.side_rank)
+    wanted = graphs_to_build(bundle, options.only, options.side_rank, block_plugin=options.block_plugin)
     for index, (onnx, graph) in enumerate(wanted.items(), 1):
         pending = pending_engine(bundle, library, options, onnx, graph)
         if is_needed(bundle, options, pending):
@@ -126,8 +130,7 @@ def build_engines(
 
 def is_needed(bundle: Bundle, options: EngineOptions, pending: PendingEngine) -> bool:
     """Whether an engine has to be built: it is missing or stale, or its kernels, which building names, are wanted."""
-    has_kernels = options.kernels and pending.has_plugins
-    return has_kernels or not is_current(bundle, pending.name, pending.key)
+    return (options.kernels and bool(pending.plugins)) or not is_current(bundle, pending.name, pending.key)
 
 
 def check_gpu(flavour: Flavour, sms: tuple[int, ...]) -> None:
@@ -155,6 +158,12 @@ def check_formats(recipe: Recipe, sms: tuple[int, ...]) -> None:
     Raises:
         ConfigError: TensorRT does not, or one of them does.
     """
+    if recipe.vae == "int8":
+        raise ConfigError(
+            f"TensorRT cannot run the decoder of recipe {recipe.name!r}, whose convolutions are in int8. Run the "
+            "bundle with --backend cuda, or import the checkpoint with a recipe whose decoder is in bfloat16, such as "
+            "w8a8"
+        )
     if not recipe.has_engines:
         raise ConfigError(
             f"TensorRT multiplies the 8-bit floats of recipe {recipe.name!r} in bfloat16, so engines would gain "
@@ -173,15 +182,18 @@ def retitled(progress: Progress, title: str) -> Progress:
     return lambda stage, done, total, unit="": progress(title, done, total, unit)
 
 
-def graphs_to_build(bundle: Bundle, only: Sequence[str] = (), side_rank: int | None = None) -> dict[str, GraphRecord]:
+def graphs_to_build(
+    bundle: Bundle, only: Sequence[str] = (), side_rank: int | None = None, *, block_plugin: bool = False
+) -> dict[str, GraphRecord]:
     """The graphs that engines are built from, by path in the bundle.
 
     Args:
         side_rank: The rank of products beside quantised linears; None leaves out the graphs that have them.
+        block_plugin: Whether the graph ``block`` is taken as one op.
 
     Raises:
         BundleError: The bundle has no such graphs.
-        ConfigError: A name is not that of a graph, or that of one that has no engine.
+        ConfigError: A name is not that of a graph, or that of one that has no engine, or a block is not one op.
     """
     graphs = bundle.graphs(DTYPE)
     if not graphs:
@@ -197,7 +209,21 @@ def graphs_to_build(bundle: Bundle, only: Sequence[str] = (), side_rank: int | N
     known = [graph.name for graph in graphs.values()]
     if unknown := [name for name in only if name not in known]:
         raise ConfigError(f"no graph is called {unknown[0]!r}; known: {', '.join(known)}")
-    return {onnx: graph for onnx, graph in graphs.items() if not only or graph.name in only}
+    found = {onnx: graph for onnx, graph in graphs.items() if not only or graph.name in only}
+    if not block_plugin:
+        return found
+    if not any(graph.name == "block" for graph in found.values()):
+        raise ConfigError("the graph block is not among those to build, so leave out --block-plugin")
+    whole = bundle.graphs(DTYPE, one_op=True)
+    if not whole and has_plugin(bundle.recipe) and not bundle.model.causal:
+        raise BundleError(f"{bundle.root}: has no graph of a block as one op; run: {export_command(bundle.root)}")
+    if not whole:
+        raise ConfigError(
+            f"a block of {bundle.model.name} with recipe {bundle.recipe.name!r} cannot be one plugin. That takes "
+            "sparse attention, the recipe w8a8 or w8a8-row, and whole clips; leave out --block-plugin"
+        )
+    (one_op,) = whole.items()
+    return dict(one_op if graph.name == "block" else (onnx, graph) for onnx, graph in found.items())
 
 
 def pending_engine(
@@ -210,13 +236,14 @@ def pending_engine(
         bundle.model, bundle.recipe, options.clip, smaller=options.smaller, side_rank=options.side_rank or 0
     )
     inputs, has_plugins = inputs_of(graph), options.plugins and graph.plugin_ops > 0
+    plugins = (ALL_OPS if graph.is_one_op else OPS) if has_plugins else ()
     key = engine_key(
         bundle,
         library=str(library),
         sms=options.sms,
         onnx=onnx,
         weights=graph.weights,
-        has_plugins=has_plugins,
+        plugins=plugins,
         profile=profile(inputs, sizes),
     )
     name = engine_name(
@@ -228,7 +255,7 @@ def pending_engine(
     )
     constant_bytes = bundle.manifest.files[graph.weights].bytes if graph.weights else 0
     job = BuildJob(bundle.path(onnx), shape_ranges(inputs, sizes), constant_bytes)
-    return PendingEngine(graph, name, key, job, has_plugins)
+    return PendingEngine(graph, name, key, job, plugins)
 
 
 def found_engine(bundle: Bundle, pending: PendingEngine, sms: tuple[int, ...]) -> EngineResult:
@@ -266,7 +293,7 @@ def build_engine(
     }
     write_engine(bundle, pending.name, built.engine_bytes, pending.key, facts)
     seconds = perf_counter() - start
-    launches = built.launches(options.sms) if options.kernels and pending.has_plugins else []
+    launches = built.launches(options.sms) if options.kernels and pending.plugins else []
     if launches:
         from wanforge.plugins.launching.compiler import compile_kernels
 

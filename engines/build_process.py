@@ -27,7 +27,7 @@ from wanforge.engines.sizes import ShapeRange
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.plugins.child_process import end_with, kill_group, start_module
 from wanforge.plugins.tensorrt.library import FLAVOURS, Library, open_library
-from wanforge.plugins.tensorrt.plugin import OPS, find_op
+from wanforge.plugins.tensorrt.plugin import ALL_OPS, find_op
 from wanforge.progress import Progress, silent
 from wanforge.requirements import install_extra
 
@@ -133,7 +133,7 @@ def messages_from(answers: Connection) -> Iterator[BuildStep | Refused | Made]:
 
 def built(made: Made) -> Built:
     """What `builder.build` returned in a child."""
-    ops = {op.name: op for op in map(find_op, OPS)}
+    ops = {op.name: op for op in map(find_op, ALL_OPS)}
     calls = tuple((ops[call.op](**call.attributes), call.inputs) for call in made.calls)
     return Built(made.engine_bytes, made.layers, made.activation_bytes, made.plugin_nodes, calls)
 

@@ -3,8 +3,6 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 
 from wanforge.configs.clip import ClipShape
 from wanforge.engines.bundle.bundle import Bundle
@@ -17,8 +15,8 @@ from wanforge.engines.sizes import SIZES, covers, is_profile, named_sizes, profi
 from wanforge.errors import BundleError, join_names
 from wanforge.plugins.low_rank import LORA_RANK, SIDE_PATH
 from wanforge.plugins.tensorrt.library import FLAVOURS, installed_version
-from wanforge.plugins.tensorrt.plugin import OPS
-from wanforge.version import PACKAGE
+from wanforge.plugins.tensorrt.plugin import ALL_OPS, OPS
+from wanforge.plugins.tensorrt.sources import plugin_digest
 from wanforge.whole_file import temporary_file
 
 FLAGS = ("REQUIRE_USER_ALLOCATION",)
@@ -45,26 +43,6 @@ def engine_name(
     return f"{ENGINES}{folder}/{shape}{graph}{BODIES if bodies else ''}.bf16.engine"
 
 
-IN_GLUON = "warp_linear", "warpgroup_attention", "warpgroup_linear"
-"""Folders of kernels that take the place of those of other folders on some architectures."""
-
-
-def plugin_sources() -> list[Path]:
-    """The files that decide what a plugin does, sorted."""
-    folders = [PACKAGE / "plugins" / name for name in ("launching", "quantiser", "tensorrt", *IN_GLUON, *OPS)]
-    files = [*(PACKAGE / "plugins").glob("*.py"), PACKAGE / "configs" / "tiles.toml"]
-    return sorted([*files, *(file for folder in folders for file in folder.glob("*.py"))])
-
-
-@cache
-def plugin_digest() -> str:
-    """Digest of the code that decides what a plugin does: an engine stores its attributes and its workspace size."""
-    digest = hashlib.sha256()
-    for path in plugin_sources():
-        digest.update(f"{path.relative_to(PACKAGE)} {path.stat().st_size}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def engine_key(
     bundle: Bundle,
     *,
@@ -72,7 +50,7 @@ def engine_key(
     sms: Sequence[int],
     onnx: str,
     weights: str,
-    has_plugins: bool,
+    plugins: tuple[str, ...],
     profile: str,
 ) -> dict[str, str]:
     """Everything that an engine depends on, in a form that people can read.
@@ -81,6 +59,7 @@ def engine_key(
         library: Flavour and version.
         onnx: Path in the bundle of the graph.
         weights: Path in the bundle of the file that the graph points at; empty if it points at none.
+        plugins: The folders of the ops that run as plugins.
         profile: The range of each named size; see `sizes.profile`.
     """
     files = bundle.manifest.files
@@ -90,7 +69,7 @@ def engine_key(
         "onnx": onnx,
         "graph": files[onnx].sha256[:16],
         "constants": f"{weights} {files[weights].sha256[:16]}" if weights else "",
-        "plugins": plugin_digest() if has_plugins else NO_PLUGINS,
+        "plugins": plugin_digest(plugins) if plugins else NO_PLUGINS,
         "flags": " ".join(FLAGS),
         "recipe": bundle.recipe.name,
         "profile": profile,
@@ -120,7 +99,7 @@ def why_stale(bundle: Bundle, record: FileRecord) -> str:
     weights = bundle.manifest.files.get(constants)
     if constants and (weights is None or weights.sha256[:16] != digest):
         reasons.append(f"{constants} changed")
-    if key.get("plugins") not in (NO_PLUGINS, plugin_digest()):
+    if key.get("plugins") not in (NO_PLUGINS, plugin_digest(OPS), plugin_digest(ALL_OPS)):
         reasons.append("the plugins changed")
     if key.get("flags") != " ".join(FLAGS):
         reasons.append("the builder's flags changed")
@@ -175,7 +154,8 @@ def engines_of(
     bundle: Bundle, clip: ClipShape, sm: int, dtype: object = "bfloat16", *, side_rank: int = 0
 ) -> dict[str, str]:
     """Paths in the bundle of the engines that a clip needs on an architecture, by the graph's place in a request.
-    Graphs that run on the host have none.
+    Graphs that run on the host have none. A block as one plugin is preferred, unless its engines are stale and there is
+    one of single ops.
 
     Args:
         side_rank: The rank of the products beside quantised linears; 0 for none.
@@ -184,11 +164,18 @@ def engines_of(
         BundleError: An engine is missing or stale, or the graph that it was built from is stale.
     """
     wanted = {graph.name: (onnx, graph) for onnx, graph in bundle.graphs(dtype).items()}
+    sizes = named_sizes(bundle.model, bundle.recipe, clip, side_rank=side_rank)
     if side_rank:
         beside = bundle.graphs(dtype, side_path=True).items()
         wanted |= {graph.name.removesuffix(SIDE_PATH): (onnx, graph) for onnx, graph in beside}
+    for onnx, graph in bundle.graphs(dtype, one_op=True).items() if not side_rank else ():
+        as_one, as_many = (
+            fitting_engines(bundle, each, sm, profile(inputs_of(record), sizes))
+            for each, record in ((onnx, graph), wanted["block"])
+        )
+        if as_one and ("" in as_one.values() or not as_many):
+            wanted["block"] = (onnx, graph)
     check_current(bundle, [onnx for onnx, _ in wanted.values()])
-    sizes = named_sizes(bundle.model, bundle.recipe, clip, side_rank=side_rank)
     return {
         place: find_engine(bundle, onnx, sm, profile(inputs_of(graph), sizes), clip)
         for place, (onnx, graph) in wanted.items()
@@ -206,9 +193,25 @@ def side_ranks(bundle: Bundle, sm: int) -> list[int]:
     return sorted(found)
 
 
+def fitting_engines(bundle: Bundle, onnx: str, sm: int, wanted: str) -> dict[str, str]:
+    """Paths in the bundle of a graph's engines that serve an architecture and a profile, with the reason why each is
+    stale, or nothing; one that was made for exactly these sizes comes before one that serves others as well."""
+    keys = {name: record.key for name, record in bundle.manifest.files.items() if is_engine_of(onnx, name, record)}
+    best_first = sorted(keys.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
+    return {
+        name: why_stale(bundle, bundle.manifest.files[name])
+        for name, key in best_first
+        if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
+    }
+
+
+def is_engine_of(onnx: str, name: str, record: FileRecord) -> bool:
+    """Whether a file is an engine of a graph."""
+    return name.startswith(ENGINES) and record.key.get("onnx") == onnx and is_complete(record)
+
+
 def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape) -> str:
-    """Path in the bundle of a graph's engine for an architecture and a profile; an engine that was made for exactly
-    these sizes is preferred to one that serves others, too.
+    """Path in the bundle of a graph's engine for an architecture and a profile.
 
     Args:
         clip: The clip that it is for, for the advice where there is none.
@@ -217,23 +220,15 @@ def find_engine(bundle: Bundle, onnx: str, sm: int, wanted: str, clip: ClipShape
         BundleError: There is none, or it is stale.
     """
     files = bundle.manifest.files
-    engines = {
-        name: record.key
-        for name, record in files.items()
-        if name.startswith(ENGINES) and record.key.get("onnx") == onnx and is_complete(record)
-    }
-    best_first = sorted(engines.items(), key=lambda engine: (BODIES in engine[0], engine[1]["profile"] != wanted))
-    fitting = [
-        name for name, key in best_first if str(sm) in key["architectures"].split() and covers(key["profile"], wanted)
-    ]
-    stale = {name: why_stale(bundle, files[name]) for name in fitting}
+    stale = fitting_engines(bundle, onnx, sm, wanted)
     if current := [name for name, reason in stale.items() if not reason]:
         return current[0]
     for name, reason in stale.items():
         raise BundleError(f"{bundle.root}: {name} is stale, {reason}; {remedy(name, bundle.root)}")
     rank = re.search(rf"{LORA_RANK}=(\d+)", wanted)
     name = engine_name(f"{SIDE_PATH}{rank[1]}" if rank else "", (sm,), clip)
-    there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in engines.values()}
+    keys = [record.key for name, record in files.items() if is_engine_of(onnx, name, record)]
+    there = {f"sm_{key['architectures'].replace(' ', '+')} {key['profile']}".strip() for key in keys}
     raise BundleError(
         f"{bundle.root}: no engine of {onnx} for sm_{sm} and {wanted or 'any size'}; there is "
         f"{'; '.join(sorted(there)) or 'none at all'}; run: {build_command(name, bundle.root)}"

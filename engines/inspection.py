@@ -85,7 +85,8 @@ def describe(found: Inspection) -> str:
         f"{found.bundle.root}: {model.name} ({model.task}), made by {manifest.made_by}",
         f"  denoiser   {len(model.experts)} x {model.dit.num_layers} layers, width {model.dit.dim}",
         f"  recipe     {recipe.name}: {recipe.linear} linears, {recipe.attention} attention"
-        + (f", blocks {recipe.block_q}x{recipe.block_k}, top-k {model.topk}" if recipe.is_sparse else ""),
+        + (f", blocks {recipe.block_q}x{recipe.block_k}, top-k {model.topk}" if recipe.is_sparse else "")
+        + (f", decoder in {recipe.vae}" if recipe.vae != "bf16" else ""),
         f"  clip       {video.width_px}x{video.height_px}, {video.frames} frames at {video.fps} fps",
     ]
     for name, record in sorted(manifest.files.items()):

@@ -3,25 +3,27 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+import torch
 from onnx import ModelProto
 
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.bundle import Bundle, components, dit_component, graph_name, weights_name
 from wanforge.engines.bundle.folder import inside
 from wanforge.engines.bundle.manifest import FileRecord, GraphRecord
-from wanforge.engines.bundle.tensorfile import sha256_of
+from wanforge.engines.bundle.tensorfile import TensorFile, sha256_of
 from wanforge.engines.graph_key import graph_key
 from wanforge.errors import ConfigError, unknown_name
-from wanforge.exporter.onnx_model import check, model_from_graph, record_of
+from wanforge.exporter.onnx_model import as_one_op, check, has_one_op, model_from_graph, record_of
 from wanforge.exporter.whole_network import whole_network
+from wanforge.plugins.denoiser_block.op import GRAPH
 from wanforge.plugins.quantiser import TILE
 from wanforge.progress import Progress, silent
 from wanforge.runtime.dtypes import COMPUTE
-from wanforge.runtime.graphs import graphs, side_graphs
+from wanforge.runtime.graphs import Graph, graphs, side_graphs
 from wanforge.runtime.memory.weights import check_tensors
 from wanforge.whole_file import temporary_file
 
@@ -72,6 +74,7 @@ def graph_names(bundle: Bundle, dtypes: Sequence[str]) -> list[str]:
         for dtype in (COMPUTE[short] for short in dtypes)
         for name in [
             *(graph_name(graph.name, dtype, graph.has_constants) for graph in pieces),
+            *(graph_name(GRAPH, dtype, False) for graph in pieces if has_one_op(graph, dtype, bundle.recipe)),
             *(graph_name(component, dtype, True) for component in whole),
         ]
     ]
@@ -99,16 +102,16 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
     skipped: dict[str, str] = {}
     models: dict[str, ModelProto] = {}
     records: dict[str, GraphRecord] = {}
-    for short in dtypes:
+    for done, short in enumerate(dtypes):
         dtype = COMPUTE[short]
         for position, graph in enumerate(pieces):
             component = graph.component(bundle.model)
-            model = model_from_graph(graph, bundle.recipe, dtype, weights[component])
-            name = graph_name(graph.name, dtype, graph.has_constants)
-            models[name] = model
-            record = record_of(graph, dtype, model, weights_name(component))
-            records[name] = msgspec.structs.replace(record, position=position)
-            progress("trace", len(models), len(dtypes) * len(pieces))
+            for model in models_of(graph, bundle, dtype, weights[component]):
+                name = graph_name(model.graph.name, dtype, graph.has_constants)
+                models[name] = model
+                record = record_of(replace(graph, name=model.graph.name), dtype, model, weights_name(component))
+                records[name] = msgspec.structs.replace(record, position=position)
+            progress("trace", done * len(pieces) + position + 1, len(dtypes) * len(pieces))
         for expert in bundle.model.experts:
             component = dit_component(expert)
             name = graph_name(component, dtype, True)
@@ -135,6 +138,14 @@ def export(bundle: Bundle, dtypes: Sequence[str] = tuple(COMPUTE), progress: Pro
             progress("export", done + 1, len(models))
         bundle.add(files, placing=placing, dropping=lambda: bundle.stale(key))
     return ExportResult(tuple(files), skipped)
+
+
+def models_of(graph: Graph, bundle: Bundle, dtype: torch.dtype, weights: TensorFile) -> Iterator[ModelProto]:
+    """The model of a graph, and if it is a block that TensorRT can run as one plugin, also that of the one op."""
+    model = model_from_graph(graph, bundle.recipe, dtype, weights)
+    yield model
+    if has_one_op(graph, dtype, bundle.recipe):
+        yield as_one_op(model, graph, bundle.model.dit, bundle.recipe)
 
 
 def is_there(bundle: Bundle, name: str, record: FileRecord) -> bool:

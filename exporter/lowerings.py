@@ -13,6 +13,8 @@ from torch import Tensor
 
 from wanforge.engines.bundle.shapes import Dim, Shape, Size
 from wanforge.exporter.tracer import Tape, Traced, is_native, lowers
+from wanforge.plugins.channel_norm import PAST
+from wanforge.plugins.int8_convolution import onnx_function as int8_convolution
 from wanforge.plugins.nvfp4_linear import onnx_function as nvfp4_linear
 from wanforge.plugins.onnx_body import DOMAIN, PLUGIN
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
@@ -412,6 +414,19 @@ def lower_w8a8_linear(tape: Tape, x: Traced, weight: Traced, scale: Traced, bias
     shape = (*x.shape_[:-1], weight.shape_[0])
     plugin = PLUGIN if weight.dtype == torch.int8 else {}
     return tape.emit(w8a8_linear.NAME, [x, weight, scale, bias], shape, x.dtype, domain=DOMAIN, **plugin)
+
+
+@lowers("channel_steps")
+def lower_channel_steps(tape: Tape, x: Traced, gain: Traced) -> Traced:
+    return tape.emit(int8_convolution.STEPS, [x, gain], x.shape_, torch.int8, domain=DOMAIN)
+
+
+@lowers("int8_convolution")
+def lower_int8_convolution(tape: Tape, steps: Traced, weight: Traced, scale: Traced, bias: Traced) -> Traced:
+    batch, _, frames, *space = steps.shape_
+    assert isinstance(frames, int)
+    shape = (batch, weight.shape_[0], frames - PAST, *space)
+    return tape.emit(int8_convolution.NAME, [steps, weight, scale, bias], shape, torch.float32, domain=DOMAIN)
 
 
 @lowers("nvfp4_linear")

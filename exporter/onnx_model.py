@@ -7,20 +7,23 @@ import torch
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
 import wanforge.exporter.lowerings  # noqa: F401  fills the table of the tracer
+from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.dtypes import BY_STORED, dtype_called
 from wanforge.engines.bundle.manifest import GraphRecord
 from wanforge.engines.bundle.shapes import spell
 from wanforge.engines.bundle.tensorfile import TensorFile, TensorSpec
 from wanforge.exporter.tracer import Tape, Traced, is_native, live_nodes, value_info
+from wanforge.plugins.denoiser_block import op as denoiser_block
+from wanforge.plugins.int8_convolution import onnx_function as int8_convolution
 from wanforge.plugins.low_rank import is_factor
 from wanforge.plugins.nvfp4_linear import onnx_function as nvfp4_linear
 from wanforge.plugins.onnx_body import DOMAIN, OPSET, PLUGIN, VERSION
 from wanforge.plugins.sparse_linear_attention import onnx_function as sparse_linear_attention
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
 from wanforge.plugins.w8a8_linear import onnx_function as w8a8_linear
 from wanforge.runtime.dtypes import STORED, element_type
 from wanforge.runtime.graphs import Graph, Port
-from wanforge.runtime.reference.dit import attention_blocks
 from wanforge.version import __version__
 
 IR_VERSION = 10
@@ -118,6 +121,8 @@ def bodies(recipe: Recipe, nodes: Sequence[NodeProto]) -> list[FunctionProto]:
         found += w8a8_linear.functions(recipe.linear)
     if nvfp4_linear.NAME in called:
         found += nvfp4_linear.functions()
+    if int8_convolution.NAME in called:
+        found += int8_convolution.functions()
     if sparse_linear_attention.NAME in called:
         blocks = attention_blocks(recipe)
         assert blocks is not None
@@ -151,10 +156,35 @@ def model_from_graph(graph: Graph, recipe: Recipe, dtype: torch.dtype, weights: 
     return onnx_model(traced, bodies(recipe, traced.node))
 
 
+def as_function(graph: GraphProto, name: str) -> FunctionProto:
+    """A traced graph as a function: the same nodes, without types on its ports."""
+    versions = {"": OPSET, DOMAIN: VERSION} | dict.fromkeys(native_domains(graph.node), 1)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
+    return helper.make_function(DOMAIN, name, inputs, outputs, list(graph.node), opsets)
+
+
+def as_one_op(model: ModelProto, graph: Graph, config: DiTConfig, recipe: Recipe) -> ModelProto:
+    """The model of a graph ``block`` with all its nodes in the body of one op, which TensorRT runs as one plugin."""
+    name, attributes = denoiser_block.NAME, denoiser_block.attributes(config, recipe, graph.weights)
+    function = as_function(model.graph, name)
+    call = helper.make_node(
+        name, function.input, function.output, name=f"{name}_0", domain=DOMAIN, **attributes, **PLUGIN
+    )
+    whole = helper.make_graph([call], denoiser_block.GRAPH, model.graph.input, model.graph.output)
+    return onnx_model(whole, [function, *model.functions])
+
+
+def has_one_op(graph: Graph, dtype: torch.dtype, recipe: Recipe) -> bool:
+    """Whether a graph is also written as one op: a block of kernels, in the type in which TensorRT computes."""
+    return graph.name == "block" and is_native(dtype) and denoiser_block.has_plugin(recipe)
+
+
 def record_of(graph: Graph, dtype: torch.dtype, model: ModelProto, weights_file: str) -> GraphRecord:
     """The facts about an exported graph that the engine builder needs.
 
     Args:
+        model: The graph with every op as a node.
         weights_file: Path in the bundle of the component's weights.
     """
     values = inferred_values(model)

@@ -7,14 +7,14 @@ the whole network at once.
 from collections.abc import Mapping, Sequence
 
 import torch
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.engines.bundle.tensorfile import TensorFile
-from wanforge.exporter.onnx_model import bodies, external, native_domains, onnx_model, trace
+from wanforge.exporter.onnx_model import as_function, bodies, external, onnx_model, trace
 from wanforge.exporter.tracer import tensor_proto, value_info
-from wanforge.plugins.onnx_body import DOMAIN, OPSET, VERSION
+from wanforge.plugins.onnx_body import DOMAIN
 from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.graphs import Graph
 
@@ -53,14 +53,6 @@ def whole_network(
         [external(name, weights, name, dtype) for name in weights.tensors if name in used],
     )
     return onnx_model(graph, [*ops, *functions])
-
-
-def as_function(graph: GraphProto, name: str) -> FunctionProto:
-    """A traced graph as a function: the same nodes, without types on its ports."""
-    versions = {"": OPSET, DOMAIN: VERSION} | dict.fromkeys(native_domains(graph.node), 1)
-    opsets = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
-    inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
-    return helper.make_function(DOMAIN, name, inputs, outputs, list(graph.node), opsets)
 
 
 def _calls(model: ModelConfig, graphs: Mapping[str, Graph]) -> Sequence[NodeProto]:

@@ -55,7 +55,7 @@ class Denoiser:
         )
         heads = model.dit.num_heads
         self.division = Division(backend.exchange, self.shape.tokens, heads, recipe.rows_per_scale)
-        known = graphs(model, recipe)
+        known = backend.ported(graphs(model, recipe))
         schedule = denoise_schedule(
             model,
             known,

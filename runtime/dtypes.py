@@ -17,7 +17,7 @@ ONNX_NUMBERS = {getattr(torch, dtype.name): dtype.onnx for dtype in DTYPES}
 COMPUTE = {dtype.short: getattr(torch, dtype.name) for dtype in COMPUTE_TYPES}
 """PyTorch's type by the short name of a compute type: ``bf16``."""
 
-PortType = Literal["compute", "float32", "int32", "int64"]
+PortType = Literal["compute", "float32", "int32", "int64", "int8", "float8_e4m3fn"]
 """Element type of a port or a buffer; ``compute`` is the compute type of the run."""
 
 

@@ -131,7 +131,7 @@ def graphs(model: ModelConfig, recipe: Recipe, *, side_path: bool = False) -> di
             linears then have other names, at the same places.
     """
     with torch.device("meta"):
-        text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae)
+        text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae, recipe.vae)
         preview = [PreviewDecoder(model.preview)] if model.preview else []
         if side_path:
             add_side_paths(dit, RANKS[0])
@@ -272,8 +272,8 @@ def _cache_ports(
     _, caches = first(torch.empty(1, channels, 1, probe * scale, probe * scale, device="meta"))
     ports = []
     for slot, kept in enumerate(caches):
-        factor = kept.shape[3] // probe
-        ports.append(Port(f"cache_{slot:02}{suffix}", (*kept.shape[:3], *(factor * size for size in space))))
+        shape = (*kept.shape[:3], *(kept.shape[3] // probe * size for size in space))
+        ports.append(Port(f"cache_{slot:02}{suffix}", shape, "int8" if kept.dtype == torch.int8 else "compute"))
     return ports
 
 

@@ -25,6 +25,7 @@ from wanforge.runtime.backends import AUTO, create_backend
 from wanforge.runtime.backends.base import Backend
 from wanforge.runtime.backends.choice import resolve_backend
 from wanforge.runtime.causal.chunk_denoiser import Alive, ChunkDenoiser, go
+from wanforge.runtime.causal.kept import KeptApart
 from wanforge.runtime.causal.making import MadeChunk, make_chunks, show_chunks
 from wanforge.runtime.causal.schedule import PREFIXES
 from wanforge.runtime.causal.stream import (
@@ -160,26 +161,23 @@ class Pipeline:
     def check_live(self, stream: CheckedStream) -> CheckedRequest:
         """Check the request for a video that is made chunk by chunk against this machine, and prepare the backend for
         it; see `check`."""
-        return self._check(stream.request, stream.live_shape, self._bytes_beside(stream))
+        return self._check(stream.request, stream.live_shape, stream.kept)
 
-    def _check(self, request: Request, live: ClipShape, beside: int = 0) -> CheckedRequest:
-        """Check a request of which this much takes memory at the same time, and so many bytes beside."""
+    def _check(self, request: Request, live: ClipShape, kept: KeptApart | None = None) -> CheckedRequest:
+        """Check a request of which this much takes memory at the same time, with what a stream keeps."""
         checked = self.resolve(request)
         self.loras.fit(live)
         with concerning("loras"):
             self.loras.check(request.loras)
         if self.backend.device.type == "cpu":
-            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize, beside)
+            check_memory(self.model, self.recipe, live, self.backend.dtype.itemsize, kept)
         self.loras.make_way(request.loras)
-        self.backend.prepare(live, beside)
+        self.backend.prepare(live, kept)
         return checked
 
     def _as_stream(self, request: Request) -> CheckedStream:
         """A request for a whole video as one for its chunks."""
         return check_stream(request, self.model, check_streams(self.model), self.tokenizer, {})
-
-    def _bytes_beside(self, stream: CheckedStream) -> int:
-        return stream.bytes_beside(self.model, self.backend.dtype.itemsize)
 
     def resolve(self, request: Request) -> CheckedRequest:
         """Check a request without regard to this machine's memory; see `request.check_request`."""
@@ -253,7 +251,7 @@ class Pipeline:
         request, first = stream.request, None
         self.backend.join()
         self.loras.put_on(request.loras, progress)
-        self.backend.prepare(stream.live_shape, self._bytes_beside(stream))
+        self.backend.prepare(stream.live_shape, stream.kept)
         if request.image is not None:
             with timings.stage("condition"):
                 first = self.encode_first(request.image, stream.shape)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
@@ -47,7 +48,7 @@ class GraphRun:
     Attributes:
         graph: Name of the graph.
         inputs, outputs: What is bound to its ports, in the order of the ports.
-        component: The component whose weights it uses.
+        component: The component whose weights it uses; empty if it uses none, and then it is no graph of a network.
         prefix: The prefix of the graph's weight names in the component.
     """
 
@@ -80,10 +81,20 @@ class Schedule:
         return chain.from_iterable(self.programs.values())
 
 
+class Ported(Protocol):
+    """What runs on buffers: a graph, or something else with ports."""
+
+    @property
+    def inputs(self) -> tuple[Port, ...]: ...
+
+    @property
+    def outputs(self) -> tuple[Port, ...]: ...
+
+
 class ScheduleBuilder:
     """Builds graph runs, and collects the buffers that they name."""
 
-    def __init__(self, graphs: Mapping[str, Graph], sizes: Mapping[str, int]) -> None:
+    def __init__(self, graphs: Mapping[str, Ported], sizes: Mapping[str, int]) -> None:
         self.graphs, self.sizes = graphs, sizes
         self.buffers: dict[str, BufferSpec] = {}
 
@@ -103,6 +114,10 @@ class ScheduleBuilder:
             component,
             prefix,
         )
+
+    def stream(self, layer: int) -> list[str]:
+        """The buffers of what a layer reads of the one before it: those of the stem's outputs, hidden states first."""
+        return [f"{port.name}.{layer % 2}" for port in self.graphs["stem"].outputs]
 
     def _refs(self, ports: Sequence[Port], bound: Sequence[str | Ref]) -> Iterator[Ref]:
         for port, item in zip(ports, bound, strict=True):
@@ -166,18 +181,13 @@ def denoise_schedule(
         dit = dit_component(expert)
         modulation, head = f"modulation.{index}", f"head_modulation.{index}"
         times.append(build.run("time", [f"sinusoid.{index}"], [modulation, head], dit))
-        runs = [build.run("stem", ["patches"], ["hidden.0"], dit)]
+        runs = [build.run("stem", ["patches"], build.stream(0), dit)]
         for layer in layers:
-            inputs: list[str | Ref] = [
-                f"hidden.{layer % 2}",
-                Ref(modulation, layer),
-                f"keys.{expert}.{layer}",
-                f"values.{expert}.{layer}",
-                *("key_bias", "cos", "sin", "selection"),
-            ]
-            outputs = [f"hidden.{(layer + 1) % 2}"]
-            runs.append(build.run("block", inputs, outputs, dit, f"blocks.{layer}."))
-        runs.append(build.run("head", [f"hidden.{len(layers) % 2}", head], ["velocity"], dit, "head."))
+            hidden, *others = build.stream(layer)
+            text = [f"keys.{expert}.{layer}", f"values.{expert}.{layer}", "key_bias"]
+            inputs: list[str | Ref] = [hidden, Ref(modulation, layer), *text, "cos", "sin", "selection", *others]
+            runs.append(build.run("block", inputs, build.stream(layer + 1), dit, f"blocks.{layer}."))
+        runs.append(build.run("head", [build.stream(len(layers))[0], head], ["velocity"], dit, "head."))
         programs[f"step.{index}"] = tuple(runs)
     return Schedule("denoise", build.buffers, {"prompt": tuple(prompt), "times": tuple(times), **programs})
 

@@ -182,18 +182,20 @@ class Bundle:
                 f"{remedy(name, self.root)}"
             ) from None
 
-    def graphs(self, dtype: object, *, side_path: bool = False) -> dict[str, GraphRecord]:
+    def graphs(self, dtype: object, *, side_path: bool = False, one_op: bool = False) -> dict[str, GraphRecord]:
         """The records of the graphs that compute in a type, by path in the bundle, in the order that a request uses.
 
         Args:
             side_path: Return those with a side path for LoRAs, instead of those that every request uses.
+            one_op: Return those that are a whole block as one op.
         """
         short = dtype_called(dtype).short
         records = [(name, record.graph) for name, record in self.manifest.files.items()]
         found = [
             (name, graph)
             for name, graph in records
-            if graph is not None and graph.dtype == short and graph.has_side_path == side_path
+            if graph is not None and graph.dtype == short
+            if (graph.has_side_path, graph.is_one_op) == (side_path, one_op)
         ]
         return dict(sorted(found, key=lambda each: each[1].position))
 

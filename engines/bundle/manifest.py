@@ -14,6 +14,7 @@ from wanforge.engines.bundle.folder import UNREADABLE, check_names, read_unlinke
 from wanforge.engines.bundle.remedies import import_command, remedy
 from wanforge.engines.bundle.shapes import Spelling
 from wanforge.errors import BundleError
+from wanforge.plugins.denoiser_block.op import GRAPH
 from wanforge.whole_file import write_atomically
 
 MANIFEST = "manifest.json"
@@ -51,6 +52,11 @@ class GraphRecord(Record, frozen=True):
     has_side_path: bool = False
     """Whether it computes a product of low rank beside each linear, for LoRAs."""
 
+    @property
+    def is_one_op(self) -> bool:
+        """Whether it is a whole block as one op, which takes the place of the graph ``block``."""
+        return self.name == GRAPH
+
 
 class FileRecord(Record, frozen=True):
     """One file of a bundle."""
@@ -84,15 +90,17 @@ class Manifest(Record, frozen=True):
     def __post_init__(self) -> None:
         check_names(self.files)
 
-    @property
-    def digest(self) -> str:
-        """The seal that it should have."""
-        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(self, seal=""))).hexdigest()
-
     def sealed(self) -> Self:
         """The manifest with its files sorted by name, so that their history leaves no trace, and with its seal."""
         ordered = msgspec.structs.replace(self, files=dict(sorted(self.files.items())))
-        return msgspec.structs.replace(ordered, seal=ordered.digest)
+        return msgspec.structs.replace(ordered, seal=seal_of(msgspec.json.encode(ordered)))
+
+
+def seal_of(manifest: bytes) -> str:
+    """The seal that a manifest in JSON should have: of what is written there, so that fields that were added since then
+    do not count."""
+    written = msgspec.json.decode(manifest)
+    return hashlib.sha256(msgspec.json.encode(written | {"seal": ""})).hexdigest()
 
 
 def write_manifest(root: Path, manifest: Manifest) -> Manifest:
@@ -122,7 +130,7 @@ def read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{root}: not a bundle (no {MANIFEST}); {_beginning(root)}") from None
     except UNREADABLE as error:
         raise BundleError(f"{path}: damaged, or of another version ({error}); {remedy(MANIFEST, root)}") from None
-    if manifest.seal != manifest.digest:
+    if manifest.seal != seal_of(text):
         raise BundleError(f"{path}: was edited, its seal does not fit; {remedy(MANIFEST, root)}")
     return manifest
 

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from wanforge.plugins.denoiser_block.op import GRAPH
 from wanforge.plugins.low_rank import SIDE_PATH
 
 ENGINES = "engines/"
@@ -56,5 +57,6 @@ def build_command(name: str, root: Path) -> str:
         else:
             options += [f"--graph {found['graph'].removesuffix(found['rank'] or '')}"]
         options += [f"--lora-rank {found['rank']}"] if found["rank"] else []
+        options += ["--block-plugin"] if found["graph"] == GRAPH else []
     options += ["--no-plugins"] if BODIES in name else []
     return f"wanforge build {shlex.quote(str(root))} {' '.join(options)}"

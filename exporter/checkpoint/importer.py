@@ -51,7 +51,13 @@ from wanforge.plugins.quantiser import TILE
 from wanforge.progress import ByteCount, Progress, silent
 from wanforge.runtime.dtypes import STORED
 from wanforge.runtime.inputs.text import find_tokenizer
-from wanforge.runtime.reference.quantised_weights import quantise, quantise_exactly, unquantised_name
+from wanforge.runtime.reference.quantised_weights import (
+    norm_before,
+    quantise,
+    quantise_convolution,
+    quantise_exactly,
+    unquantised_name,
+)
 from wanforge.whole_file import PARTIAL, write_atomically
 
 BAND = 8 * TILE
@@ -227,14 +233,15 @@ def unquantised_parts(parts: Sequence[Part]) -> list[Part]:
     """
     found = []
     for part in parts:
+        if not part.component.startswith("dit"):
+            continue
         weights = {unquantised_name(name) for name in part.target} - part.target.keys()
         stored = {name: part.stored[name] for name in weights if name in part.stored}
-        if part.component.startswith("dit") and len(stored) < max(1, len(weights)):
+        if len(stored) < max(1, len(weights)):
             reason = "a -quant file, which has no bfloat16 weights left" if weights else "not quantised by the recipe"
             raise CheckpointError(f"{part.source}: {reason}; leave out --keep-unquantised")
-        if stored:
-            target = {name: TensorSpec("BF16", stored[name].spec.shape) for name in sorted(stored)}
-            found.append(Part(unquantised(part.component), part.source, stored, target, part.recipe))
+        target = {name: TensorSpec("BF16", stored[name].spec.shape) for name in sorted(stored)}
+        found.append(Part(unquantised(part.component), part.source, stored, target, part.recipe))
     return found
 
 
@@ -416,7 +423,8 @@ def outputs(part: Part) -> Iterator[tuple[str, Iterator[memoryview]]]:
         if isinstance(source, QuantisedTensor) and source.is_exact_in(part.recipe):
             yield name, map(as_bytes, source.encoding.parts[leaf]())
             continue
-        yield name, quantisers.setdefault(weight, Quantiser(source, part.recipe)).bytes_of(leaf)
+        norm = part.stored[norm_before(weight)] if part.component == "vae" else None
+        yield name, quantisers.setdefault(weight, Quantiser(source, part.recipe, norm)).bytes_of(leaf)
 
 
 def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
@@ -426,10 +434,10 @@ def converted(stored: StoredTensor, spec: TensorSpec) -> Iterator[memoryview]:
 
 
 class Quantiser:
-    """Quantises one weight, one band of rows at a time."""
+    """Quantises one weight, one band of rows at a time. That of a convolution needs the gain of the norm before it."""
 
-    def __init__(self, stored: StoredTensor, recipe: Recipe) -> None:
-        self.stored, self.recipe = stored, recipe
+    def __init__(self, stored: StoredTensor, recipe: Recipe, norm: StoredTensor | None = None) -> None:
+        self.stored, self.recipe, self.norm = stored, recipe, norm
         self.scales: list[Tensor] = []
 
     def bytes_of(self, part: str) -> Iterator[memoryview]:
@@ -447,9 +455,13 @@ class Quantiser:
 
     def bands(self) -> Iterator[dict[str, Tensor]]:
         global_scale = self.global_scale if self.recipe.linear == "nvfp4" else None
+        gain = None if self.norm is None else torch.cat(list(self.norm.chunks()))
         for band in self.stored.chunks(rows=BAND):
-            weight_NK = band.unflatten(0, (-1, self.stored.spec.shape[1]))
-            yield (quantise if self.rounds else quantise_exactly)(weight_NK, self.recipe, global_scale)
+            weight = band.unflatten(0, (-1, *self.stored.spec.shape[1:]))
+            if gain is not None:
+                yield quantise_convolution(weight, gain)
+                continue
+            yield (quantise if self.rounds else quantise_exactly)(weight, self.recipe, global_scale)
 
     @property
     def rounds(self) -> bool:

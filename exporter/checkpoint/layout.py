@@ -55,11 +55,8 @@ def _ordered(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _dtype(component: str, name: str, tensor: Tensor) -> str:
-    if component in ("vae", "preview"):
+    if tensor.dtype in QUANTISED:
+        return STORED_NAMES[tensor.dtype]
+    if component in ("vae", "preview") or (component.startswith("dit") and FLOAT32.search(name)):
         return "F32"
-    if component.startswith("dit"):
-        if tensor.dtype in QUANTISED:
-            return STORED_NAMES[tensor.dtype]
-        if FLOAT32.search(name):
-            return "F32"
     return "BF16"

@@ -21,10 +21,10 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError, WanforgeError
 from wanforge.exporter.export import export
 from wanforge.exporter.studies.skeleton import skeleton
+from wanforge.plugins.denoiser_block.fused import has_kernels, recipe_for
 from wanforge.plugins.tensorrt.library import RTX, Library, flavour_for, open_library
 from wanforge.progress import Progress, silent
 from wanforge.runtime.backends import create_backend
-from wanforge.runtime.backends.fused_block import recipe_for
 from wanforge.runtime.measure.cost.launches import LaunchCost
 from wanforge.runtime.measure.cost.memory import MemoryReport, memory_report
 from wanforge.runtime.measure.cost.stages import StageCost, cost_of, stage_costs
@@ -142,14 +142,20 @@ def points_of(
 ) -> list[ScalingPoint]:
     """Predict the time of a clip at each top-k, or at the model's own where that is None."""
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
-    recipes = {name: recipe_for(bundle.recipe, target.sm) for name, target in targets.items()}
+    runs = {
+        name: (recipe_for(bundle.recipe, target.sm), has_kernels(bundle.recipe, target.sm))
+        for name, target in targets.items()
+    }
     image = Image.new("RGB", (1, 1)) if bundle.model.task == "i2v" else None  # what it shows costs nothing
     points = []
     for topk in topks:
         checked = pipeline.resolve(Request(bundle.model.example_prompt, clip, image, topk=topk))
-        stages = {recipe: of_networks(stage_costs(bundle, checked, recipe)) for recipe in set(recipes.values())}
+        stages = {
+            (recipe, in_kernels): of_networks(stage_costs(bundle, checked, recipe, in_kernels=in_kernels))
+            for recipe, in_kernels in set(runs.values())
+        }
         costs = {
-            name: {stage: cost_of(costs, target) for stage, costs in stages[recipes[name]].items()}
+            name: {stage: cost_of(costs, target) for stage, costs in stages[runs[name]].items()}
             for name, target in targets.items()
         }
         denoise = next(iter(stages.values()))["denoise"]

@@ -14,11 +14,13 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.manifest import HOST_GRAPHS
 from wanforge.errors import ResourceError
 from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.backends.recalling import Recalling
+from wanforge.runtime.causal.kept import RECALL, KeptApart
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.arena import Arena, Guarded, Memory, Runnable, Unbounded
 from wanforge.runtime.memory.device import Device
 from wanforge.runtime.memory.mover import CopyingMover
-from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, buffer_bytes, plan_request
+from wanforge.runtime.memory.plan import RESERVE, MemoryPlan, buffer_bytes, plan_request, request_schedules
 from wanforge.runtime.memory.residency import GroupName
 from wanforge.runtime.memory.weights import Weights
 from wanforge.runtime.schedule import GraphRun, Schedule
@@ -44,7 +46,8 @@ class ArenaBackend(Backend):
         self.weights = Weights(bundle)
         self.graphs = graphs(bundle.model, bundle.recipe)
         self.memory: Memory = self._unbounded()
-        self._clip: tuple[ClipShape, int] | None = None
+        self._clip: tuple[ClipShape, KeptApart | None] | None = None
+        self.recalling = Recalling(by_kernel=self.device.type == "cuda")
         self._turn = RLock()
         self._sessions: dict[str, list[Session]] = {}
         self._packed: dict[GroupName, Tensor] = {}
@@ -72,19 +75,21 @@ class ArenaBackend(Backend):
     def place(self, workspace: Tensor) -> None:
         """Let graphs use the start of the arena for intermediate tensors."""
 
-    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
-        if (clip, beside) == self._clip or not self.is_planned:
+    def prepare(self, clip: ClipShape, kept: KeptApart | None = None) -> None:
+        if (clip, kept) == self._clip or not self.is_planned:
             return
         self._sessions, self._clip = {}, None
         self.memory = self._unbounded()
         self.on.reclaim()
         self.load(clip)
-        size, workspaces = self.arena_bytes(clip) - beside, self.workspaces()
+        size, workspaces = self.arena_bytes(clip), self.workspaces()
+        ported = self.ported(self.graphs)
+        schedules = request_schedules(self.bundle.model, self.bundle.recipe, ported, clip, kept)
         itemsize, side_rank = self.dtype.itemsize, self.weights.side_rank
-        plan = plan_request(self.bundle, self.graphs, clip, workspaces, itemsize, size, side_rank)
+        plan = plan_request(self.bundle, self.graphs, schedules, workspaces, itemsize, size, side_rank)
         arena = Arena(plan, self.device, self.dtype, partial(self._mover, plan), self.own_weight)
         self.place(arena.bytes)
-        self.memory, self._clip = arena, (clip, beside)
+        self.memory, self._clip = arena, (clip, kept)
 
     def rebind(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.synchronise()
@@ -167,6 +172,15 @@ class ArenaBackend(Backend):
 
     def join(self) -> None:
         self.on.join()
+
+    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        if graph_run.graph == RECALL:
+            return self.recalling.bind(inputs, outputs)
+        return self.bind_graph(graph_run, inputs, outputs)
+
+    def bind_graph(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+        """Do what `bind` does, for a graph of the networks."""
+        raise NotImplementedError
 
     def can_record(self, graph_run: GraphRun) -> bool:
         """Whether what a graph run launches can be recorded."""

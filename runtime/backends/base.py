@@ -10,6 +10,8 @@ from torch import Tensor
 
 from wanforge.configs.clip import ClipShape
 from wanforge.progress import Progress, silent
+from wanforge.runtime.causal.kept import KeptApart
+from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.arena import Memory, Runnable
 from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
 from wanforge.runtime.schedule import GraphRun, Ref, Schedule
@@ -30,16 +32,21 @@ class Backend(Protocol):
     note: str = ""
     """A remark that reports show beside its times, if it does not compute the same as the other backends."""
 
+    def ported(self, graphs: Mapping[str, Graph]) -> Mapping[str, Graph]:
+        """The graphs of a model with the ports that schedules for this backend bind."""
+        return graphs
+
     def files(self) -> list[str]:
         """The paths in the bundle of the files that it opens."""
         ...
 
-    def prepare(self, clip: ClipShape, beside: int = 0) -> None:
+    def prepare(self, clip: ClipShape, kept: KeptApart | None = None) -> None:
         """Get ready for requests for clips of this size and length.
 
         Args:
             clip: For a causal model, the shape of a video whose last chunk sees as much as any.
-            beside: Bytes of the device's memory that the caller takes itself while it serves such a request.
+            kept: For a causal model, how the video keeps keys and values apart from where attention reads them, if it
+                does.
 
         Raises:
             ResourceError: There is too little memory for such a clip.

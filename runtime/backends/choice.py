@@ -7,10 +7,11 @@ from shlex import quote
 import torch
 
 from wanforge.configs.clip import ClipShape
-from wanforge.configs.targets import architecture
+from wanforge.configs.targets import architecture, architecture_name
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.remedies import ENGINES, export_command
 from wanforge.errors import BundleError
+from wanforge.plugins.denoiser_block.fused import has_kernels
 from wanforge.plugins.quantiser import TILE
 from wanforge.runtime.backends import AUTO
 
@@ -53,14 +54,16 @@ def obstacle(name: str, bundle: Bundle, clips: Sequence[ClipShape] = ()) -> str 
 def _trt_obstacle(bundle: Bundle, clips: Sequence[ClipShape]) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    if bundle.recipe.vae == "int8":
+        return "TensorRT does not run decoders in int8"
     if not bundle.recipe.has_engines:
         return "TensorRT multiplies 8-bit floats in bfloat16"
     sm = architecture(*torch.cuda.get_device_capability())
     if sm < bundle.recipe.first_sm:
         return _missing(bundle, sm)
     if not any(str(sm) in key.get("architectures", "").split() for key in _engine_keys(bundle)):
-        command = f"wanforge build {quote(str(bundle.root))} --target sm_{sm}"
-        return f"the bundle has no engines for sm_{sm}; build them with: {command}"
+        command = f"wanforge build {quote(str(bundle.root))} --target {architecture_name(sm)}"
+        return f"the bundle has no engines for {architecture_name(sm)}; build them with: {command}"
     # Imported here, because the other backends do not need the modules for TensorRT.
     from wanforge.engines.files import engines_of
     from wanforge.plugins.tensorrt.library import flavour_for, installed_version
@@ -87,12 +90,12 @@ def _cuda_obstacle(bundle: Bundle) -> str | None:
         return "cuda-python is not installed"
     if bundle.recipe.tile != TILE:
         return f"kernels are made for tiles of {TILE}, not {bundle.recipe.tile}"
-    if bundle.recipe.linear == "nvfp4":
-        return "there are no kernels for 4-bit linears"
     if (sm := architecture(*torch.cuda.get_device_capability())) < bundle.recipe.first_sm:
         return _missing(bundle, sm)
+    if not has_kernels(bundle.recipe, sm):
+        return f"there are no kernels for 4-bit linears on {architecture_name(sm)}"
     return None
 
 
 def _missing(bundle: Bundle, sm: int) -> str:
-    return f"sm_{sm} cannot multiply {bundle.recipe.linear}, the format of the bundle's linears"
+    return f"{architecture_name(sm)} cannot multiply {bundle.recipe.linear}, the format of the bundle's linears"

@@ -12,18 +12,21 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import ConfigError
-from wanforge.plugins.dense_attention.fused import Own, chunk_attention, chunk_attention_quantised
-from wanforge.plugins.launching.launch import Launch
-from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
-from wanforge.runtime.backends.fused_block import (
+from wanforge.plugins.denoiser_block.fused import (
+    UNKNOWN,
     FusedBlock,
     Input,
     Linears,
+    StreamMoments,
     Weights,
-    check_architecture,
+    check_kernels,
     recipe_for,
-    recorded_launches,
 )
+from wanforge.plugins.dense_attention.fused import Own, chunk_attention, chunk_attention_into
+from wanforge.plugins.launching.launch import Launch
+from wanforge.plugins.rms_norm_rope.fused import rms_norm_rotate
+from wanforge.runtime.backends.block_launches import recorded_launches
+from wanforge.runtime.backends.passed_moments import with_moments
 from wanforge.runtime.graphs import graphs
 
 QKV = ("self_attn.q", "self_attn.k", "self_attn.v")
@@ -32,16 +35,23 @@ QKV = ("self_attn.q", "self_attn.k", "self_attn.v")
 class FusedChunkBlock(FusedBlock):
     """One layer of a causal denoiser as kernels, with the arguments of `FusedBlock`."""
 
-    def run_chunk(self, weights: Weights, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    def run_chunk(
+        self,
+        weights: Weights,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        moments: StreamMoments = UNKNOWN,
+    ) -> None:
         """Compute the graph ``chunk_block``.
 
         Args:
             weights: The layer's tensors, named as in the graph, on the device of the inputs.
             inputs: The inputs of one sample, in the order of the graph's ports.
             outputs: Receive ``hidden_out``, ``own_keys`` and ``own_values``, contiguous. None of them may be an input.
+            moments: As in `FusedBlock.around`.
 
         Raises:
-            ShapeError: There is more than one sample.
+            ShapeError: As in `FusedBlock.around`.
         """
         *_, cos_LP, sin_LP, past_keys, past_values, seen_bias = inputs
         out_BLD, own_keys, own_values = outputs
@@ -53,10 +63,13 @@ class FusedChunkBlock(FusedBlock):
         def attend(layers: Linears, a: Input) -> Input:
             q_LD, k_LD, _ = layers.project(a, QKV, v_LD)
             rms_norm_rotate([q_LD, k_LD], self.norms(weights), self.config.eps, (cos_LP, sin_LP), plain_LD)
-            seen = q_LD, (past_keys_PD, past_values_PD), Own(k_LD, v_LD), seen_bias
-            return chunk_attention_quantised(*seen) if layers.packs_tiles else layers.pack(chunk_attention(*seen))
+            own, y = Own(k_LD, v_LD), layers.packed(q_LD)
+            if y is None:
+                return layers.pack(chunk_attention(q_LD, (past_keys_PD, past_values_PD), own, seen_bias))
+            chunk_attention_into(y, (q_LD, past_keys_PD, past_values_PD), own, seen_bias)
+            return y
 
-        self.around(weights, inputs[:5], out_BLD, attend)
+        self.around(weights, inputs[:5], out_BLD, attend, moments)
 
 
 def chunk_launches(
@@ -69,19 +82,20 @@ def chunk_launches(
     side_path: bool = False,
 ) -> list[Launch]:
     """Every kernel launch of one layer of a causal model at its longest chunk, on an architecture and in bfloat16;
-    nothing is run. The arguments are those of `fused_block.launches`.
+    nothing is run. The arguments are those of `block_launches.launches`.
 
     Args:
         shape: Of a video whose last chunk sees as much as any; by default of the model's own.
 
     Raises:
-        ConfigError: The model makes whole clips, or the architecture cannot multiply the linears' format.
+        ConfigError: The model makes whole clips, or there are no kernels for the linears' format on the architecture.
     """
-    check_architecture(recipe, sm)
+    check_kernels(recipe, sm)
     if not model.causal:
         raise ConfigError(f"{model.name} makes whole clips; this is for models that make a video chunk by chunk")
     runs, live = model.fitted(recipe_for(recipe, sm)), shape or model.video.clip
-    block = graphs(model, runs, side_path=side_path)["chunk_block"]
+    known = graphs(model, runs, side_path=side_path)
+    plain, block = (each["chunk_block"] for each in (known, with_moments(known, runs)))
     frame, chunk = live.tokens // live.latent_frames, model.causal.longest
     past = max(1, model.causal.past_frames(live.latent_frames))
     sizes = {
@@ -90,4 +104,10 @@ def chunk_launches(
         "seen_tokens": frame * (past + chunk),
         "context_rows": text_rows or model.dit.text_rows,
     }
-    return recorded_launches(block, sizes, sm, FusedChunkBlock(model.dit, runs).run_chunk)
+    fused, (read, written) = FusedChunkBlock(model.dit, runs), (len(plain.inputs), len(plain.outputs))
+
+    def run(weights: Weights, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        moments = StreamMoments(*inputs[read:], *outputs[written:])
+        fused.run_chunk(weights, inputs[:read], outputs[:written], moments)
+
+    return recorded_launches(block, sizes, sm, run)

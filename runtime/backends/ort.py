@@ -87,7 +87,7 @@ class OrtBackend(ArenaBackend):
             reason = str(error).rpartition("[ONNXRuntimeError]")[2].split(" : ", 3)[-1].splitlines()[0]
             raise BundleError(f"{root}: ONNX Runtime refuses {path} ({reason}); {remedy(path, root)}") from None
 
-    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+    def bind_graph(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         session = self.graph_session(graph_run.graph)
         binding = self.bound_inputs(session, graph_run, inputs)
         for port, buffer in zip(self.graphs[graph_run.graph].outputs, outputs, strict=True):

@@ -1,7 +1,6 @@
 """Functions of tensors whose launches are planned once for each set of shapes, and repeated after that."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
@@ -124,7 +123,7 @@ def _interpret(launches: Sequence[PlannedLaunch], memory: list[Tensor], bases: l
     for planned in launches:
         launch = planned.launch
         tensors = {name: _at(memory, planned.addresses[name], like) for name, like in launch.tensors.items()}
-        run(replace(launch, arguments={**launch.arguments, **tensors}))
+        run(launch.on(tensors))
 
 
 def _put(launches: LoadedLaunches, memory: list[Tensor], bases: list[int]) -> None:

@@ -51,7 +51,7 @@ class TorchBackend(ArenaBackend):
         """The function that computes a graph from its weights and inputs."""
         return graph.run
 
-    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+    def bind_graph(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         graph = self.graphs[graph_run.graph]
         if graph.name in HOST_GRAPHS and self.on.has_memory:
             return on_host(graph, partial(self.weights.of, graph_run), inputs, outputs)

@@ -25,6 +25,7 @@ from wanforge.plugins.tensorrt.library import Library, flavour_for, open_library
 from wanforge.plugins.tensorrt.plugin import Account, registered
 from wanforge.runtime.backends.arena_backend import ArenaBackend
 from wanforge.runtime.backends.host import on_host
+from wanforge.runtime.causal.kept import RECALL
 from wanforge.runtime.memory.arena import Runnable
 from wanforge.runtime.memory.cuda import cache_file, gpu
 from wanforge.runtime.schedule import GraphRun
@@ -82,9 +83,9 @@ class TrtBackend(ArenaBackend):
             engine.place(workspace.data_ptr(), engine.workspace_bytes)
 
     def can_record(self, graph_run: GraphRun) -> bool:
-        return self.engines[graph_run.graph].is_capturable(self.gpu.stream())
+        return graph_run.graph == RECALL or self.engines[graph_run.graph].is_capturable(self.gpu.stream())
 
-    def bind(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
+    def bind_graph(self, graph_run: GraphRun, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Runnable:
         graph = self.graphs[graph_run.graph]
         if graph.name in HOST_GRAPHS:
             return on_host(graph, partial(self.weights.of, graph_run), inputs, outputs)

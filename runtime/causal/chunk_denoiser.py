@@ -3,12 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from wanforge.engines.bundle.bundle import Bundle
+from wanforge.plugins.recall.reference import KeptRows
 from wanforge.runtime.backends.base import Backend, Session
+from wanforge.runtime.causal.kept import KeptApart, recall_of
+from wanforge.runtime.causal.kept_chunks import KeptChunks, Shelf
 from wanforge.runtime.causal.schedule import PREFIXES, chunk_schedule, stream_schedule, timesteps_of
 from wanforge.runtime.causal.slots import KVSlots
 from wanforge.runtime.causal.stream import CheckedStream, Scene
@@ -35,7 +39,7 @@ class ChunkDenoiser:
     length. What depends only on the timesteps is computed once, and what depends on the prompt when it changes.
 
     Attributes:
-        slots: What the stream remembers.
+        memory: What the stream remembers.
 
     Args:
         embed: Embeds the ids of a prompt as ``[1, T, E]``, padded with rows of zeros.
@@ -53,12 +57,13 @@ class ChunkDenoiser:
     ) -> None:
         self.backend, self.bundle, self.stream, self.timings, self.embed = backend, bundle, stream, timings, embed
         self.alive = alive
-        self.graphs = graphs(bundle.model, bundle.recipe)
+        self.graphs = backend.ported(graphs(bundle.model, bundle.recipe))
         self.timesteps = {timestep: index for index, timestep in enumerate(timesteps_of(bundle.model))}
         with backend.turn():
-            self._whole = backend.session(stream_schedule(bundle.model, self.graphs, stream.live_shape))
+            schedule = stream_schedule(bundle.model, self.graphs, stream.live_shape, stream.kept)
+            self._whole = backend.session(schedule)
             self._check = backend.lease()
-            self.slots = self._empty_slots()
+            self.memory: KVSlots | KeptChunks = self._empty_shelf(stream.kept) if stream.kept else self._empty_slots()
         self._part: Session | None = None
         self._chunk = Span(0, 0, 0)
         self._ids: tuple[int, ...] = ()
@@ -73,17 +78,17 @@ class ChunkDenoiser:
                 self._ids, self._text = scene.ids, self.embed(list(scene.ids))
 
     def begin(self, chunk: Span, view: View, past: Iterable[KeysValues]) -> None:
-        """Get ready for a chunk; see `rollout.ChunkNetwork`. What it sees of earlier ones is in the slots."""
+        """Get ready for a chunk; see `rollout.ChunkNetwork`. What it sees of earlier ones is in the memory."""
         with self.backend.turn():
             self._check()
             self._chunk = chunk
             self._part = part = self._ready_part()
             for name, table in zip(("cos", "sin"), rope_tables(self._grid, times=view.own), strict=True):
                 part[name].copy_(table)
-            bias = torch.zeros(part["seen_bias"].shape)
-            of_slots = bias[: self.slots.count * self.slots.area].view(self.slots.count, self.slots.area)
-            of_slots.fill_(-math.inf)
-            of_slots[self.slots.seen(view)] = 0
+            bias, memory = torch.zeros(part["seen_bias"].shape), self.memory
+            of_frames = bias[: memory.count * memory.area].view(memory.count, memory.area)
+            of_frames.fill_(-math.inf)
+            of_frames[memory.seen(view)] = 0
             part["seen_bias"].copy_(bias)
 
     def velocity(self, latents: Tensor, timestep: float) -> Tensor:
@@ -122,8 +127,18 @@ class ChunkDenoiser:
             # What is masked has weight zero, but zero times what fresh memory may hold is not always zero.
             each.keys.zero_()
             each.values.zero_()
-        stream = self.stream
-        return KVSlots(stream.policy, stream.shape.grid[1:], past, self.backend, stream.form)
+        return KVSlots(self.stream.policy, self.stream.shape.grid[1:], past, self.backend)
+
+    def _empty_shelf(self, kept: KeptApart) -> KeptChunks:
+        whole, names = self._whole, recall_of(kept, self.bundle.model.dit.dim).kept
+        numbers = range(self.bundle.model.dit.num_layers)
+        layers = [KeptRows(*(whole[f"{name}.{layer}"] for name in names)) for layer in numbers]
+        shelf = Shelf(layers, whole["places"], (whole["past_cos"], whole["past_sin"]))
+        # Where nothing is seen, the first row may be read and rotated, and what is masked must be numbers, as in slots.
+        for tensor in (whole["past_keys"], whole["past_values"], *shelf.angles, *chain.from_iterable(layers)):
+            if tensor is not None:
+                tensor.zero_()
+        return KeptChunks(self.stream.policy, self.stream.shape.grid[1:], kept, shelf, self.backend)
 
     def _of_layers(self, session: Session, whose: str) -> list[KeysValues]:
         layers = range(self.bundle.model.dit.num_layers)
@@ -138,10 +153,13 @@ class ChunkDenoiser:
         )
         sizes = {
             "tokens": math.prod(self._grid),
-            "past_tokens": self.slots.count * self.slots.area,
+            "past_tokens": self.memory.count * self.memory.area,
             "context_rows": len(kept),
         }
-        schedule = chunk_schedule(model, self.graphs, sizes, list(self.timesteps))
+        if kept_elsewhere := self.stream.kept:
+            longest = self.stream.longest * self.memory.area
+            sizes["kept_groups"] = kept_elsewhere.groups(longest)
+        schedule = chunk_schedule(model, self.graphs, sizes, list(self.timesteps), kept_elsewhere)
         part = self._whole.part(PREFIXES["denoise"], schedule)
         if not self._are_times_ready:
             for timestep, index in self.timesteps.items():

@@ -48,7 +48,7 @@ def make_chunks(
         noise: ChunkNoise = StreamNoise(shape, stream.request.seed)
     else:
         noise = draw(shape, steps, stream.request.seed, has_image=first is not None)
-    rollout, ended = iter(Rollout(plan, denoiser, denoiser.slots, noise, first)), denoiser.alive
+    rollout, ended = iter(Rollout(plan, denoiser, denoiser.memory, noise, first)), denoiser.alive
 
     def alive(chunk: Span) -> None:
         # Who waits for a chunk hears before each layer that it is being made, and can end it there.

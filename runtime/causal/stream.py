@@ -1,6 +1,5 @@
 """A video that is to be made chunk by chunk: what is asked for, and the checks against a model."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,8 +13,8 @@ from wanforge.configs.causal import CachePolicy, CausalConfig, PolicyName, polic
 from wanforge.configs.clip import TEMPORAL_STRIDE, ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.errors import RequestError
+from wanforge.runtime.causal.kept import KeptApart, kept_apart
 from wanforge.runtime.causal.lengths import check_length, frames_of_chunks
-from wanforge.runtime.causal.slots import bytes_beside
 from wanforge.runtime.inputs.text import Tokenizer
 from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
@@ -113,14 +112,10 @@ class CheckedStream:
         frames = frames_of(self.past_frames + self.causal.chunk_frames)
         return ClipShape(self.shape.width_px, self.shape.height_px, frames)
 
-    def bytes_beside(self, model: ModelConfig, itemsize: int) -> int:
-        """The bytes that are remembered beside what chunks see.
-
-        Args:
-            itemsize: Bytes of one element of the compute type.
-        """
-        tokens = self.longest * math.prod(self.shape.grid[1:])
-        return bytes_beside(self.policy, self.form, model.dit, tokens, itemsize)
+    @property
+    def kept(self) -> KeptApart | None:
+        """How keys and values are kept apart from where attention reads them; None if it reads them where they are."""
+        return kept_apart(self.policy, self.form, self.num_chunks)
 
 
 def check_streams(model: ModelConfig) -> CausalConfig:

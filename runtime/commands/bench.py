@@ -112,10 +112,11 @@ class OpOptions(ShapeOptions):
 def bench_op(options: OpOptions) -> None:
     """Time the kernels of one op against other implementations of it, in turns, on this machine's GPU.
 
-    NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, dense_attention, channel_norm (between the
-    convolutions of the VAE), sparse_linear_attention, block (a whole layer) or all. The kernels are first compared with
-    their definition, at a small size and at the size that is timed. An op with wrong results is not timed, and the
-    command exits with 1. Without a GPU, nothing is timed, and only the small size is compared.
+    NAME is w8a8_linear, layer_norm, rms_norm_rope, gated_residual, dense_attention, recall (keys and values that a
+    stream keeps), channel_norm (between the convolutions of the VAE), int8_convolution (of recipes with vae = "int8"),
+    sparse_linear_attention, block (a whole layer) or all. The kernels are first compared with their definition, at a
+    small size and at the size that is timed. An op with wrong results is not timed, and the command exits with 1.
+    Without a GPU, nothing is timed, and only the small size is compared.
 
     \b
     Example:

@@ -48,6 +48,7 @@ class BuildOptions(ShapeOptions):
     smaller: bool
     only: tuple[str, ...]
     no_plugins: bool
+    block_plugin: bool
     kernels: bool
     lora_rank: int | None
     plan: bool
@@ -57,7 +58,8 @@ class BuildOptions(ShapeOptions):
 
     def engines(self, clip: ClipShape, sms: tuple[int, ...]) -> EngineOptions:
         """The options for building engines that each serve all of some architectures."""
-        return EngineOptions(clip, sms, self.only, not self.no_plugins, self.kernels, self.smaller, self.lora_rank)
+        settings = not self.no_plugins, self.kernels, self.smaller, self.lora_rank, self.block_plugin
+        return EngineOptions(clip, sms, self.only, *settings)
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Outcome:
     is_flag=True,
     help="Compile the ONNX bodies of the ops instead of using plugins, for comparison. Such engines are far slower.",
 )
+@click.option("--block-plugin", is_flag=True, help="Make a whole block one plugin, with the launches of backend cuda.")
 @click.option(
     "--kernels", is_flag=True, help="Also compile the kernels that the plugins launch, and put them into the cache."
 )
@@ -116,9 +119,11 @@ def build(options: BuildOptions) -> None:
     """
     if options.dry_run:
         refuse_unused(["plan"], "with --dry-run")
+    if options.no_plugins:
+        refuse_unused(["block_plugin"], "with --no-plugins")
     targets = check_bf16(parse_targets(options.targets))
     bundle, start = Bundle.open(options.bundle, stale_ok=options.stale_ok), perf_counter()
-    onnx = graphs_to_build(bundle, options.only, options.lora_rank)
+    onnx = graphs_to_build(bundle, options.only, options.lora_rank, block_plugin=options.block_plugin)
     clip, outcome = options.shape(bundle.model), Outcome()
     groups = [(flavour, options.engines(clip, sms)) for flavour, sms in group_by_flavour(targets.sms)]
     if options.dry_run:
@@ -174,8 +179,9 @@ def show_engine(engine: EngineResult, bars: Bars, overall: Overall, *, as_line: 
 
 
 def add_plans(outcome: Outcome, bundle: Bundle, clip: ClipShape, targets: TargetList) -> None:
-    """Plan the memory of a clip on each GPU."""
-    for name, gpu in targets.gpus.items():
+    """Plan the memory of a clip on each GPU that has engines."""
+    built = {sm for engine in outcome.engines for sm in engine.sms}
+    for name, gpu in ((name, gpu) for name, gpu in targets.gpus.items() if gpu.sm in built):
         try:
             outcome.plans.append(memory_report(bundle, clip, name, gpu))
         except WanforgeError as error:
@@ -194,14 +200,12 @@ def as_json(outcome: Outcome) -> dict[str, object]:
 
 def text(outcome: Outcome, bundle: Bundle) -> str:
     """The text that is printed after the lines of the engines."""
-    engines, lines = outcome.engines, []
-    if engines:
-        size, built = sum(engine.bytes for engine in engines), sum(not engine.is_cached for engine in engines)
-        lines.append(
-            f"{bundle.root}: {built} built, {len(engines) - built} up to date, {size / 1e6:.2f} MB, "
-            f"{outcome.seconds:.1f} s"
-        )
-    return "\n".join([*lines, *([table(outcome.plans)] if outcome.plans else [])])
+    engines = outcome.engines
+    size, built = sum(engine.bytes for engine in engines), sum(not engine.is_cached for engine in engines)
+    summary = (
+        f"{bundle.root}: {built} built, {len(engines) - built} up to date, {size / 1e6:.2f} MB, {outcome.seconds:.1f} s"
+    )
+    return "\n".join([summary, *([table(outcome.plans)] if outcome.plans else [])])
 
 
 def line(engine: EngineResult) -> str:

@@ -15,7 +15,7 @@ from wanforge.configs.targets import parse_targets
 from wanforge.plugins.launching.compiler import compile_kernels, outdated
 from wanforge.plugins.launching.cubins import MANIFEST, Cubin, cache_folder
 from wanforge.plugins.launching.launch import Launch
-from wanforge.plugins.launching.occupancy import faults
+from wanforge.plugins.occupancy import faults
 from wanforge.runtime.backends.cuda import launches
 from wanforge.runtime.commands.options import (
     FOLDER,

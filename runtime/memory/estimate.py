@@ -6,6 +6,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import ResourceError
 from wanforge.host.capacity import available_bytes
+from wanforge.runtime.causal.kept import KeptApart
 
 OVERHEAD = 600_000_000
 """Bytes of the libraries and of everything that is not counted below."""
@@ -13,7 +14,9 @@ VAE_LIVE = 6
 """The number of full-resolution activations alive at once in the VAE's last level."""
 
 
-def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int) -> int:
+def needed_bytes(
+    model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int, kept: KeptApart | None = None
+) -> int:
     """The bytes that denoising or decoding takes on a CPU, whichever is more.
 
     Weights are not counted: they are mapped from files, and the system may drop them.
@@ -21,25 +24,27 @@ def needed_bytes(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize:
     Args:
         shape: Of a clip; for a causal model, of a video whose last chunk sees as much as any.
         itemsize: Bytes of one element of the compute type.
+        kept: For a causal model, how it keeps keys and values apart from where attention reads them, if it does.
     """
     if model.causal:
         chunk, logits = of_chunk(model.causal, shape), seen_tokens(model.causal, shape)
         found = denoise_bytes(model, chunk, logits, itemsize) + one_layer_bytes(model, shape, itemsize)
-        return OVERHEAD + slot_bytes(model, shape, itemsize) + max(found, decode_bytes(model, shape, itemsize))
+        return (
+            OVERHEAD + remembered_bytes(model, shape, itemsize, kept) + max(found, decode_bytes(model, shape, itemsize))
+        )
     logits = recipe.block_k if recipe.is_sparse else shape.tokens
     return OVERHEAD + max(denoise_bytes(model, shape, logits, itemsize), decode_bytes(model, shape, itemsize))
 
 
-def check_memory(model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int, beside: int = 0) -> None:
+def check_memory(
+    model: ModelConfig, recipe: Recipe, shape: ClipShape, itemsize: int, kept: KeptApart | None = None
+) -> None:
     """Refuse a clip for which this machine's memory is too small on a CPU; see `needed_bytes`.
-
-    Args:
-        beside: More bytes that are needed.
 
     Raises:
         ResourceError: It is too small.
     """
-    needed, available = needed_bytes(model, recipe, shape, itemsize) + beside, available_bytes()
+    needed, available = needed_bytes(model, recipe, shape, itemsize, kept), available_bytes()
     if needed > available:
         raise ResourceError(
             f"{shape.width_px}x{shape.height_px} with {shape.frames} frames needs about {needed / 1e9:.1f} GB of "
@@ -66,6 +71,9 @@ def denoise_bytes(model: ModelConfig, shape: ClipShape, logits: int, itemsize: i
     """The bytes of the residual stream, queries, keys, values, the widest hidden layer with its float32 copy, the
     attention logits, and the text's keys and values.
 
+    What is small beside these is left out: patches, rotations, modulations, and the moments of the residual stream,
+    which take less than a two-hundredth of the first of these.
+
     Args:
         logits: Number of logits per query that exist at the same time.
     """
@@ -85,10 +93,16 @@ def seen_tokens(causal: CausalConfig, shape: ClipShape) -> int:
     return (causal.past_frames(shape.latent_frames) + causal.longest) * shape.tokens // shape.latent_frames
 
 
-def slot_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:
+def remembered_bytes(model: ModelConfig, shape: ClipShape, itemsize: int, kept: KeptApart | None) -> int:
     """The bytes of every layer's keys and values that a causal model's network reads; those of the longest chunk are
-    counted as well, which the network writes."""
-    return model.dit.num_layers * one_layer_bytes(model, shape, itemsize)
+    counted as well, which the network writes. What is kept elsewhere is read for one layer at a time."""
+    one = one_layer_bytes(model, shape, itemsize)
+    if kept is None:
+        return model.dit.num_layers * one
+    assert model.causal
+    tokens = of_chunk(model.causal, shape).tokens
+    own = 2 * tokens * model.dit.dim * itemsize
+    return kept.nbytes(model.dit, tokens, itemsize) + model.dit.num_layers * own + one - own
 
 
 def one_layer_bytes(model: ModelConfig, shape: ClipShape, itemsize: int) -> int:

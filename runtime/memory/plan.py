@@ -26,6 +26,7 @@ from wanforge.engines.bundle.bundle import Bundle
 from wanforge.engines.bundle.dtypes import BY_NAME
 from wanforge.engines.sizes import named_sizes
 from wanforge.errors import ResourceError
+from wanforge.runtime.causal.kept import KeptApart
 from wanforge.runtime.causal.schedule import stream_schedule
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.memory.residency import Group, GroupName, Residency, aligned, group_name, groups_of
@@ -154,18 +155,19 @@ def buffers_bytes(schedule: Schedule, itemsize: int) -> int:
 
 
 def request_schedules(
-    model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape
+    model: ModelConfig, recipe: Recipe, graphs: Mapping[str, Graph], clip: ClipShape, kept: KeptApart | None = None
 ) -> list[Schedule]:
     """The schedules of the largest request for a clip: with the longest prompt, the most steps and every key block.
 
     Args:
         clip: For a causal model, the shape of a video whose last chunk sees as much as any.
+        kept: For a causal model, how a video keeps keys and values apart from where attention reads them, if it does.
     """
     decode = vae_schedule(graphs, clip, "decode")
     most = {name: size.most for name, size in named_sizes(model, recipe, clip).items()}
     text = text_schedule(model, graphs, most["prompt_tokens"])
     if model.causal:
-        return [text, vae_schedule(graphs, clip, "encode"), stream_schedule(model, graphs, clip), decode]
+        return [text, vae_schedule(graphs, clip, "encode"), stream_schedule(model, graphs, clip, kept), decode]
     experts = [step.expert for step in trajectory(model.sampler, model.sampler.most_steps).steps]
     denoise = denoise_schedule(
         model, graphs, clip, experts, context_rows=most["context_rows"], num_selected=most["num_selected"]
@@ -178,18 +180,18 @@ def request_schedules(
 def plan_request(
     bundle: Bundle,
     graphs: Mapping[str, Graph],
-    clip: ClipShape,
+    schedules: Sequence[Schedule],
     workspaces: Mapping[str, int],
     itemsize: int,
     budget: float,
     side_rank: int = 0,
 ) -> MemoryPlan:
-    """The memory plan for any request for a clip, see `plan_memory`.
+    """The memory plan for a bundle's requests, see `plan_memory`.
 
     Args:
         graphs: What the request runs; those with a side path have factors of the rank `side_rank`.
+        schedules: Those of the largest request, see `request_schedules`.
     """
-    schedules = request_schedules(bundle.model, bundle.recipe, graphs, clip)
     groups = groups_of(schedules, graphs, partial(specs, bundle, side_rank=side_rank))
     return plan_memory(groups, schedules, workspaces, itemsize, budget)
 

@@ -80,7 +80,8 @@ def groups_of(
 ) -> dict[GroupName, Group]:
     """Every group that some schedules use, in the order of their first use.
 
-    Graphs that contain their weights as constants, or run on the host, have no group.
+    Graphs that contain their weights as constants, or run on the host, have no group, and neither has what has no
+    weights.
 
     Args:
         specs: Returns the tensors of a component.
@@ -89,6 +90,8 @@ def groups_of(
     known = cache(specs)
     for schedule in schedules:
         for graph_run in schedule.graph_runs():
+            if not graph_run.component:
+                continue
             name, graph = group_name(graph_run), graphs[graph_run.graph]
             if name not in found and not graph.has_constants and graph.name not in HOST_GRAPHS:
                 tensors = known(graph_run.component)

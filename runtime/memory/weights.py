@@ -20,7 +20,12 @@ from wanforge.plugins.launching.launch import ALIGNMENT
 from wanforge.plugins.low_rank import DOWN, is_factor
 from wanforge.runtime.dtypes import STORED, STORED_NAMES
 from wanforge.runtime.reference.networks import tensors
-from wanforge.runtime.reference.quantised_weights import quantise, unquantised_name
+from wanforge.runtime.reference.quantised_weights import (
+    norm_before,
+    quantise,
+    quantise_convolution,
+    unquantised_name,
+)
 from wanforge.runtime.schedule import GraphRun
 
 
@@ -85,7 +90,7 @@ class Weights:
             return self._zero(self.specs(component)[name])
         tensors = self.component(component)
         if name not in tensors:
-            tensors |= self._quantised(tensors, name)
+            tensors |= self._quantised(component, tensors, name)
         return tensors[name]
 
     def specs(self, component: str) -> Mapping[str, TensorSpec]:
@@ -101,11 +106,15 @@ class Weights:
             self._zeros[spec] = torch.zeros(spec.shape, dtype=STORED[spec.dtype])
         return self._zeros[spec]
 
-    def _quantised(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    def _quantised(self, component: str, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
         """The quantised weight and scales of a layer whose unquantised weight is stored."""
         if not _can_be_quantised(name, tensors):
             raise KeyError(name)
-        layer, parts = name.rpartition(".")[0], quantise(tensors[unquantised_name(name)], self.bundle.recipe)
+        layer, plain = name.rpartition(".")[0], unquantised_name(name)
+        if component == "vae":
+            parts = quantise_convolution(tensors[plain], tensors[norm_before(plain)])
+        else:
+            parts = quantise(tensors[plain], self.bundle.recipe)
         return {f"{layer}.{part}": tensor for part, tensor in parts.items()}
 
 

@@ -50,7 +50,7 @@ class PaceOptions:
     show_default=True,
     help=f"Causal model to predict for: {MODELS}.",
 )
-@click.option("--recipe", default="bf16", show_default=True, help=f"Number formats of the denoiser: {RECIPES}.")
+@click.option("--recipe", default="bf16", show_default=True, help=f"Number formats of the model: {RECIPES}.")
 @click.option(
     "--resolution", help="Size of the video: 480p, 720p, or pixels such as 832x480.  [default: the model's own]"
 )

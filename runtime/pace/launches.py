@@ -6,9 +6,25 @@ With linears that this package has no kernels for, a library multiplies.
 
 from dataclasses import replace
 
-from wanforge.runtime.measure.cost.fused import ScaledLaunches, TileLaunches, fused_block
-from wanforge.runtime.measure.cost.launches import BF16, FP32, BlockLaunches, LaunchCost, sweep
+from wanforge.configs.model import HEAD_DIM
+from wanforge.plugins.recall import GROUP
+from wanforge.runtime.measure.cost.fused import ScaledLaunches, TileLaunches, fused_block, launches_within
+from wanforge.runtime.measure.cost.launches import (
+    BF16,
+    FP32,
+    INT32,
+    BlockLaunches,
+    LaunchCost,
+    cdiv,
+    four_bits,
+    sweep,
+)
+from wanforge.runtime.measure.cost.unfused import stem
 from wanforge.runtime.pace.workload import ChunkWorkload
+from wanforge.runtime.reference.causal.kv_codes import KVFormat
+
+BIASES = 1024
+"""Biases of which the kernel of attention looks at together for the last one that is finite."""
 
 
 class PlainLaunches(ScaledLaunches):
@@ -32,8 +48,8 @@ class PlainLaunches(ScaledLaunches):
         return LaunchCost(name, {}, BF16 * self.w.stream + 2 * FP32 * self.w.D, written)
 
 
-class FourBitLaunches(PlainLaunches):
-    """The launches around linears in NVFP4, which TensorRT multiplies. What quantises is counted as one launch with
+class EngineLaunches(PlainLaunches):
+    """The launches around linears in NVFP4 where TensorRT multiplies them. What quantises is counted as one launch with
     what comes before it."""
 
     def norm(self, name: str) -> list[LaunchCost]:
@@ -54,40 +70,55 @@ class FourBitLaunches(PlainLaunches):
         ]
 
 
-def four_bits(values: int) -> int:
-    """Bytes of numbers in NVFP4, 16 of which share a scale of a byte."""
-    return values * 9 // 16
-
-
-LINEARS: dict[str, type[TileLaunches] | type[ScaledLaunches]] = {
-    "bf16": PlainLaunches,
-    "w8a8": TileLaunches,
-    "fp8-row": ScaledLaunches,
-    "nvfp4": FourBitLaunches,
-}
+def chunk_linears(w: ChunkWorkload) -> TileLaunches | ScaledLaunches:
+    """The launches of the linears of a recipe at a chunk, with what comes before and after them."""
+    if w.recipe.linear == "bf16":
+        return PlainLaunches(w)
+    return EngineLaunches(w) if w.is_tensorrt else launches_within(w)
 
 
 def chunk_block(w: ChunkWorkload) -> BlockLaunches:
     """One layer at one chunk. The launch that rotates keys also writes them as they were, for the cache."""
-    block = fused_block(w, LINEARS[w.recipe.linear](w))
+    block = fused_block(w, chunk_linears(w))
     (rotate,) = block["RMS norm, RoPE"]
     own = replace(rotate, bytes_written=rotate.bytes_written + BF16 * w.stream)
-    block |= {"RMS norm, RoPE": [own], "attention": chunk_attention(w)}
+    recalled = [recall(w, w.form)] if w.form and w.past else []
+    block |= {"RMS norm, RoPE": [own], "keys and values": recalled, "attention": chunk_attention(w)}
     if w.recipe.linear == "w8a8" or w.recipe.pv == "fp8":
         return block
-    # Residuals, and attention that does not quantise, are profiled on GPUs with fp8 only.
-    unknown = ("residual", "gated residual", "cross attention")
+    # Residuals, moments and attention that does not quantise, are profiled on GPUs with fp8 only.
+    unknown = ("residual", "gated residual", "moments of cross q", "cross attention")
     return {
         part: [replace(each, run=None) if each.name in unknown else each for each in launches]
         for part, launches in block.items()
     }
 
 
+def chunk_stem(w: ChunkWorkload) -> list[LaunchCost]:
+    """What comes before the first layer."""
+    return [*stem(w), *chunk_linears(w).first_moments()]
+
+
 def chunk_attention(w: ChunkWorkload) -> list[LaunchCost]:
     """Attention from a chunk to itself and to what it sees of earlier ones, and what quantises its output. The kernel
-    is that of attention to the text, with other keys."""
-    linears = LINEARS[w.recipe.linear](replace(w, text_rows=w.P + w.L))
-    return [library_attention(w), *linears.pack()] if w.has_library_attention else linears.cross_attention()
+    is that of attention to the text with one more loop over keys, and one that looks for the last key that is seen."""
+    linears = chunk_linears(w)
+    if w.has_library_attention or w.is_tensorrt:
+        return [library_attention(w), *linears.pack()]
+    to_text, *rest = linears.attention_to(w.P + w.L)
+    assert to_text.run is not None
+    trips = cdiv(w.P, BIASES), cdiv(w.P, w.keys_at_once), cdiv(w.L, w.keys_at_once)
+    fetched = to_text.run.fetched + to_text.run.programs * FP32 * w.P
+    run = replace(to_text.run, trips=trips, from_dram=(True, False, False, False), fetched=fetched)
+    return [replace(to_text, name=to_text.name.replace("cross", "chunk"), run=run), *rest]
+
+
+def recall(w: ChunkWorkload, form: KVFormat) -> LaunchCost:
+    """What reads a layer's keys and values of earlier chunks to where attention reads them, and rotates the keys."""
+    numbers = w.P * w.D
+    kept = 2 * BF16 * numbers if form == "native" else 2 * (numbers + numbers // GROUP)
+    read = kept + w.P * (INT32 + HEAD_DIM * FP32)
+    return LaunchCost("read keys and values", {}, read, 2 * BF16 * numbers)
 
 
 def library_attention(w: ChunkWorkload) -> LaunchCost:

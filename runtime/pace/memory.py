@@ -11,6 +11,7 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.engines.bundle.bundle import components
+from wanforge.runtime.backends.passed_moments import with_moments
 from wanforge.runtime.causal.schedule import stream_schedule
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.estimate import needed_device_bytes
@@ -22,6 +23,8 @@ from wanforge.runtime.reference.quantised_weights import WEIGHTS
 
 TEXT = "text_encoder"
 COMPUTE = torch.bfloat16.itemsize
+KEYS_VALUES = ("past_", "own_", "kept_keys", "kept_values", "key_scale", "value_scale")
+"""How the names of buffers begin that hold keys and values of self-attention."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +33,21 @@ class StreamMemory:
 
     Attributes:
         weights: Of each component, as a bundle stores them.
-        keys_values: Of what attention reads, of the chunk in the making and of earlier ones.
-        beside: Of what is kept of earlier chunks in other forms.
+        keys_values: Of the chunk in the making and of earlier ones, with those of one layer that attention reads where
+            that is not where they are kept.
         buffers: Of all other buffers of the text encoder, the denoiser and the decoder.
         temporaries: Of what either network makes and drops, by the estimate that the backends go by.
     """
 
     weights: Mapping[str, int]
     keys_values: int
-    beside: int
     buffers: int
     temporaries: int
 
     @property
     def total(self) -> int:
         """All of them, and a reserve for the CUDA context and libraries, which is an assumption."""
-        of_chunks = self.keys_values + self.beside + self.buffers + self.temporaries
+        of_chunks = self.keys_values + self.buffers + self.temporaries
         return sum(self.weights.values()) + of_chunks + RESERVE
 
     def fit(self, target: Target) -> str:
@@ -61,15 +63,13 @@ def stream_memory(w: ChunkWorkload, remembering: Remembering) -> StreamMemory:
     """The memory of a stream whose longest chunk this is, and sees as much as any."""
     assert w.model.causal
     live = ClipShape(w.shape.width_px, w.shape.height_px, frames_of(max(1, w.past) + w.model.causal.chunk_frames))
-    buffers = {
-        name: buffer_bytes(spec, COMPUTE)
-        for name, spec in stream_schedule(w.model, graphs(w.model, w.recipe), live).buffers.items()
-    }
-    keys_values = sum(size for name, size in buffers.items() if name.startswith(("past_", "own_")))
+    known = with_moments(graphs(w.model, w.recipe), w.recipe)
+    specs = stream_schedule(w.model, known, live, remembering.kept(w)).buffers
+    buffers = {name: buffer_bytes(spec, COMPUTE) for name, spec in specs.items()}
+    keys_values = sum(size for name, size in buffers.items() if name.startswith(KEYS_VALUES))
     return StreamMemory(
         weight_bytes(w.model, w.recipe),
         keys_values,
-        remembering.beside_bytes(w),
         sum(buffers.values()) - keys_values,
         needed_device_bytes(w.model, w.recipe, live, COMPUTE),
     )

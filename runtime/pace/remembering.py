@@ -12,13 +12,19 @@ import torch
 
 from wanforge.configs.causal import CachePolicy, CausalConfig
 from wanforge.configs.model import HEAD_DIM
+from wanforge.engines.bundle.shapes import concrete
+from wanforge.plugins.recall import GROUP
+from wanforge.plugins.recall.reference import KeptRows
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.causal.slots import KVSlots, bytes_beside
+from wanforge.runtime.causal.kept import KeptApart, kept_apart, recall_of
+from wanforge.runtime.causal.kept_chunks import KeptChunks, Shelf
+from wanforge.runtime.causal.slots import KVSlots
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.measure.cost.eager import Operations
 from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, cdiv
 from wanforge.runtime.pace.workload import ChunkWorkload
 from wanforge.runtime.reference.causal.chunks import endless_chunks
-from wanforge.runtime.reference.causal.kv_codes import GROUP, KVFormat
+from wanforge.runtime.reference.causal.kv_codes import KVFormat
 from wanforge.runtime.reference.causal.network import KeysValues
 from wanforge.runtime.reference.causal.window import Window
 
@@ -67,13 +73,14 @@ class Remembering:
         keys, values = w.D * cdiv(w.L, GROUP), w.stream // GROUP
         return (keys + values) * (GROUP + 1) * w.model.dit.num_layers * held // w.frames
 
-    def beside_bytes(self, w: ChunkWorkload) -> int:
-        """Bytes of what is kept beside the keys and values that attention reads, which are never codes."""
-        return bytes_beside(self.policy, self.form, w.model.dit, w.L, BF16)
+    def kept(self, w: ChunkWorkload) -> KeptApart | None:
+        """How keys and values are kept apart from where attention reads them, while such a chunk is made."""
+        return kept_apart(self.policy, self.form, None if self.policy.capacity else 1 + w.past // w.frames)
 
     def launches(self, w: ChunkWorkload) -> "Keeping":
         """What it takes to remember chunks, in all layers, besides their passes through the network."""
-        return recorded(self, Frames(w.frames, w.past, w.shape.grid[1:], w.D, w.model.dit.num_layers))
+        of = Frames(w.frames, w.past, w.shape.grid[1:], w.D, w.model.dit.num_layers)
+        return recorded(self.policy, self.kept(w), of)
 
 
 class Frames(NamedTuple):
@@ -92,10 +99,30 @@ class Frames(NamedTuple):
     dim: int
     layers: int
 
+    @property
+    def area(self) -> int:
+        """The tokens of a frame."""
+        return prod(self.grid)
+
     def keys_values(self, frames: int) -> KeysValues:
         """Keys and values of one layer of some latent frames, on the device of this context."""
-        shape = (1, frames * prod(self.grid), self.dim // HEAD_DIM, HEAD_DIM)
+        shape = (1, frames * self.area, self.dim // HEAD_DIM, HEAD_DIM)
         return KeysValues(*(torch.empty(shape, dtype=torch.bfloat16) for _ in range(2)))
+
+    def memory(self, policy: CachePolicy, kept: KeptApart | None) -> KVSlots | KeptChunks:
+        """What such chunks are remembered in, on the device of this context."""
+        backend, seen = cast("Backend", Undisturbed()), self.past + self.own
+        if kept is None:
+            return KVSlots(policy, self.grid, [self.keys_values(seen)] * self.layers, backend)
+        sizes = {"past_tokens": seen * self.area, "kept_groups": kept.groups(self.own * self.area)}
+        read = recall_of(kept, self.dim)
+        tensors = {
+            port.name: torch.empty(concrete(port.shape, sizes), dtype=element_type(port.dtype, torch.bfloat16))
+            for port in read.inputs
+        }
+        rows = KeptRows(*(tensors[name] for name in read.kept))
+        shelf = Shelf([rows] * self.layers, tensors["places"], (tensors["past_cos"], tensors["past_sin"]))
+        return KeptChunks(policy, self.grid, kept, shelf, backend)
 
 
 class Keeping(NamedTuple):
@@ -117,28 +144,27 @@ FAR = 2
 
 
 @lru_cache(maxsize=256)
-def recorded(remembering: Remembering, of: Frames) -> Keeping:
-    """What `KVSlots` computes, one operation of PyTorch at a time. Where chunks differ, because a bank is gone through
-    there and back again, it is that of all of them."""
-    policy, causal = remembering.policy, CausalConfig(first_frames=of.own, chunk_frames=of.own)
+def recorded(policy: CachePolicy, kept: KeptApart | None, of: Frames) -> Keeping:
+    """What `KVSlots` or `KeptChunks` computes, one operation of PyTorch at a time. Where chunks differ, because a bank
+    is gone through there and back again, it is that of all of them."""
+    causal = CausalConfig(first_frames=of.own, chunk_frames=of.own)
     is_full = policy.capacity and of.past >= policy.capacity * of.own
     before = FAR * policy.capacity if is_full else of.past // of.own
     counted = 2 * policy.capacity if is_full and policy.has_bank else 1
     begin, end = Operations(), Operations()
     with torch.device("meta"), torch.inference_mode():
-        past, own = of.keys_values(of.past + of.own), of.keys_values(of.own)
-        slots = KVSlots(policy, of.grid, [past] * of.layers, cast("Backend", Undisturbed()), remembering.form)
+        memory, own = of.memory(policy, kept), of.keys_values(of.own)
         for chunk in islice(endless_chunks(causal), before + counted):
             is_counted = chunk.index >= before
             with begin if is_counted else nullcontext():
-                slots.read(slots.view(chunk))
+                memory.read(memory.view(chunk))
             with end if is_counted else nullcontext():
-                slots.append(chunk, [own] * of.layers)
+                memory.append(chunk, [own] * of.layers)
     return Keeping(begin.found, end.found, counted)
 
 
 class Undisturbed:
-    """What `KVSlots` needs of a backend: nobody else uses its memory."""
+    """What a memory needs of a backend: nobody else uses it."""
 
     def lease(self) -> Callable[[], None]:
         return lambda: None

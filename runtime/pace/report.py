@@ -84,7 +84,6 @@ def as_json(report: PaceReport) -> dict[str, Any]:
         "memory_bytes": {
             "weights": dict(memory.weights),
             "keys_values": memory.keys_values,
-            "beside": memory.beside,
             "buffers": memory.buffers,
             "temporaries": memory.temporaries,
             "total": memory.total,
@@ -137,7 +136,6 @@ def sizes_of(memory: StreamMemory) -> dict[str, int]:
     return {
         **memory.weights,
         "keys, values": memory.keys_values,
-        "beside": memory.beside,
         "buffers": memory.buffers,
         "temporary": memory.temporaries,
         "total": memory.total,

@@ -1,7 +1,7 @@
 """How long each chunk of a stream takes on a GPU, and what of it can be done at the same time."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
@@ -11,12 +11,12 @@ from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.targets import Target
 from wanforge.errors import ConfigError
-from wanforge.runtime.backends.fused_block import check_architecture, recipe_for
+from wanforge.plugins.denoiser_block.fused import check_architecture, recipe_for
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
 from wanforge.runtime.measure.cost.launches import LaunchCost, all_launches
 from wanforge.runtime.measure.cost.prediction import DRAM, predicted
-from wanforge.runtime.measure.cost.unfused import head, stem
-from wanforge.runtime.pace.launches import chunk_block, prompt_launches
+from wanforge.runtime.measure.cost.unfused import head
+from wanforge.runtime.pace.launches import chunk_block, chunk_stem, prompt_launches
 from wanforge.runtime.pace.remembering import Remembering
 from wanforge.runtime.pace.workload import ChunkWorkload, chunk_workload
 from wanforge.runtime.reference.causal.chunks import trajectories
@@ -142,7 +142,7 @@ class PacedStream:
         """
         check_architecture(self.recipe, target.sm)
         frames = self.causal.first_frames if is_first else self.causal.chunk_frames
-        return chunk_workload(self.model, recipe_for(self.recipe, target.sm), self.size_wh, frames).seeing(past)
+        return replace(self._chunk(recipe_for(self.recipe, target.sm), frames), past=past, sm=target.sm)
 
     @cached_property
     def chunk(self) -> ChunkWorkload:
@@ -151,7 +151,12 @@ class PacedStream:
         Raises:
             ConfigError: The launches of the recipe are not counted, or the model cannot make a video of this size.
         """
-        return chunk_workload(self.model, self.recipe, self.size_wh, self.causal.chunk_frames)
+        return self._chunk(self.recipe, self.causal.chunk_frames)
+
+    def _chunk(self, recipe: Recipe, frames: int) -> ChunkWorkload:
+        w = chunk_workload(self.model, recipe, self.size_wh, frames)
+        kept = self.remembering.kept(w)
+        return replace(w, form=kept.form if kept else None)
 
     @cached_property
     def steps(self) -> tuple[int, int]:
@@ -167,7 +172,7 @@ class PacedStream:
         return ChunkTime(
             begin + each * self.steps[1],
             context + end,
-            load_of(decoder_chunk(w.model, w.shape, is_first=False), target) * w.frames,
+            load_of(decoder_chunk(w.model, w.shape, is_first=False, form=w.recipe.vae), target) * w.frames,
             TEMPORAL_STRIDE * w.frames,
         )
 
@@ -180,7 +185,7 @@ class PacedStream:
         """Seconds from a prompt to the first frame, once the model is loaded: the text encoder, the first chunk, and
         its first latent frame decoded."""
         w = self.workload(target, is_first=True)
-        decoding = decoder_chunk(w.model, w.shape, is_first=True)
+        decoding = decoder_chunk(w.model, w.shape, is_first=True, form=w.recipe.vae)
         loads = load_of(prompt_launches(w), target), pass_load(w, target) * self.steps[0], load_of(decoding, target)
         return sum(each.seconds for each in loads)
 
@@ -188,4 +193,4 @@ class PacedStream:
 def pass_load(w: ChunkWorkload, target: Target) -> Load:
     """What one pass of a chunk through the network takes."""
     block = load_of(all_launches(chunk_block(w)), target)
-    return load_of(stem(w), target) + block * w.model.dit.num_layers + load_of(head(w), target)
+    return load_of(chunk_stem(w), target) + block * w.model.dit.num_layers + load_of(head(w), target)

@@ -8,7 +8,11 @@ from wanforge.configs.clip import ClipShape, frames_of
 from wanforge.configs.model import ModelConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.errors import ConfigError
+from wanforge.plugins.denoiser_block.fused import has_kernels
+from wanforge.plugins.dense_attention.fused import ATTEND_CHUNK
+from wanforge.plugins.launching.launch import INTERPRETED_SM, tile_for
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
+from wanforge.runtime.reference.causal.kv_codes import KVFormat
 
 LINEARS = ("bf16", "w8a8", "fp8-row", "nvfp4")
 """The formats of linears whose launches are counted."""
@@ -22,11 +26,16 @@ class ChunkWorkload(Workload):
         frames: Its latent frames.
         past: The latent frames of earlier chunks that it sees.
         has_library_attention: Whether a library computes self-attention, and not this package's kernel.
+        sm: The architecture whose kernels are counted.
+        form: The format of keys and values of earlier chunks that are kept apart from where attention reads them; None
+            if it reads them where they are kept.
     """
 
     frames: int = 1
     past: int = 0
     has_library_attention: bool = False
+    form: KVFormat | None = None
+    sm: int = INTERPRETED_SM
 
     def __post_init__(self) -> None:
         if self.recipe.linear not in LINEARS or self.recipe.is_sparse:
@@ -34,6 +43,11 @@ class ChunkWorkload(Workload):
                 f"launches of a chunk are counted for linears in {', '.join(LINEARS)} with dense attention, not for "
                 f"recipe {self.recipe.name!r}, which has {self.recipe.linear} with {self.recipe.attention}"
             )
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether TensorRT multiplies, because there are no kernels for the linears. It also attends then."""
+        return not has_kernels(self.recipe, self.sm)
 
     @property
     def frame_tokens(self) -> int:
@@ -49,17 +63,21 @@ class ChunkWorkload(Workload):
         """Tokens of earlier chunks that are seen."""
         return self.past * self.frame_tokens
 
+    @property
+    def keys_at_once(self) -> int:
+        """The keys that attention looks at in one iteration."""
+        return tile_for(ATTEND_CHUNK.name, self.sm).blocks["KEYS"]
+
     def seeing(self, past: int) -> Self:
         """The same chunk when it sees another number of latent frames."""
         return replace(self, past=past)
 
 
 def chunk_workload(model: ModelConfig, recipe: Recipe, size_wh: tuple[int, int], frames: int) -> ChunkWorkload:
-    """A chunk of some latent frames that sees nothing yet. Where TensorRT multiplies, it also attends.
+    """A chunk of some latent frames that sees nothing yet.
 
     Raises:
         ConfigError: The launches of the recipe are not counted, or the model cannot make a video of this size.
     """
     shape = ClipShape(*size_wh, frames_of(frames))
-    fitted, is_tensorrt = model.fitted(recipe), recipe.linear == "nvfp4"
-    return ChunkWorkload(model, shape, fitted, 0, USUAL_TEXT_ROWS, frames=frames, has_library_attention=is_tensorrt)
+    return ChunkWorkload(model, shape, model.fitted(recipe), 0, USUAL_TEXT_ROWS, frames=frames)

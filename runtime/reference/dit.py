@@ -31,7 +31,7 @@ from wanforge.plugins.nvfp4_linear.op import nvfp4_linear
 from wanforge.plugins.quantiser import TILE
 from wanforge.plugins.rms_norm_rope.reference import rms_norm, rotate
 from wanforge.plugins.sparse_linear_attention.op import Blocks, sparse_linear_attention
-from wanforge.plugins.sparse_linear_attention.reference import Arithmetic
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
 from wanforge.plugins.w8a8_linear.op import w8a8_linear
 
 ROPE_THETA = 10000.0
@@ -392,18 +392,6 @@ def linear_of(recipe: Recipe) -> Callable[[int, int], nn.Module]:
             return FP8RowLinear
         case "nvfp4":
             return NVFP4Linear
-
-
-def attention_blocks(recipe: Recipe) -> Blocks | None:
-    """The block shape and arithmetic of a recipe's sparse attention; None if attention is dense."""
-    match recipe.attention:
-        case "dense":
-            return None
-        case "sla":
-            return Blocks(recipe.block_q, recipe.block_k, "sla")
-        case "sagesla":
-            arithmetic: Arithmetic = "sage_fp8" if recipe.pv == "fp8" else "sage_fp16"
-            return Blocks(recipe.block_q, recipe.block_k, arithmetic, recipe.pv_sum)
 
 
 def check_latents(latents_BCFHW: Tensor, text_BTE: Tensor, config: DiTConfig) -> None:

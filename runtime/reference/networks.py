@@ -24,7 +24,7 @@ def network(component: str, model: ModelConfig, recipe: Recipe, side_rank: int =
     with torch.device("meta"):
         match component:
             case "vae":
-                return VAE(model.vae)
+                return VAE(model.vae, recipe.vae)
             case "text_encoder":
                 return TextEncoder(model.text_encoder)
             case "preview" if model.preview:

@@ -1,11 +1,12 @@
 """What a recipe makes of an unquantised weight: the tensors that take its place, by the last parts of their names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from wanforge.configs.recipe import Recipe
+from wanforge.plugins.int8_convolution import reference as convolution
 from wanforge.plugins.nvfp4_linear import reference as nvfp4
 from wanforge.plugins.quantiser import reference as eight_bits
 
@@ -13,6 +14,9 @@ WEIGHTS = ("int8_weight", "fp8_weight", "fp4_weight")
 """The numbers, of which 4-bit ones are packed in pairs."""
 PARTS = (*WEIGHTS, "scale", "global_scale")
 """Everything that can be computed from an unquantised weight."""
+
+NORMS = {"2": "0", "6": "3"}
+"""The number of the norm before a convolution of the VAE."""
 
 
 def unquantised_name(name: str) -> str:
@@ -56,6 +60,29 @@ def quantise_exactly(weight_NK: Tensor, recipe: Recipe, global_scale: Tensor | N
         case _:
             steps, scale = eight_bits.quantise_tiles(weight_NK, recipe.tile)
     return {"int8_weight": steps, "scale": scale}
+
+
+def norm_before(name: str) -> str:
+    """The gain of the norm before a convolution of the VAE that is quantised: ``decoder.head.0.gamma`` for
+    ``decoder.head.2.weight``. Upstream numbers the layers of a residual and of the head."""
+    group, number, _ = name.rsplit(".", 2)
+    return f"{group}.{NORMS[number]}.gamma"
+
+
+def quantise_convolution(weight_OITHW: Tensor, gain_I: Tensor) -> dict[str, Tensor]:
+    """The parts, by name, of a convolution of the VAE that is quantised; see `convolution.quantise_weight`."""
+    steps, scale = convolution.quantise_weight(weight_OITHW, gain_I)
+    return {"int8_weight": steps, "scale": scale}
+
+
+def quantised_vae(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a VAE with convolutions in int8, by name, made of those of one without."""
+    found = {}
+    for name in names:
+        weight, leaf = unquantised_name(name), name.rpartition(".")[2]
+        is_part = name not in state
+        found[name] = quantise_convolution(state[weight], state[norm_before(weight)])[leaf] if is_part else state[name]
+    return found
 
 
 def dequantised(weights: Mapping[str, Tensor], name: str) -> Tensor:

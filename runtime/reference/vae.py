@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from wanforge.configs.clip import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from wanforge.configs.model import VAEConfig
+from wanforge.configs.recipe import VAEFormat
 from wanforge.errors import ShapeError
 from wanforge.plugins.channel_norm import PAST
 from wanforge.plugins.channel_norm.reference import channel_norm, double
+from wanforge.plugins.int8_convolution.op import channel_steps, int8_convolution
 
 # fmt: off
 LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -159,6 +161,20 @@ class Conv(nn.Module):
         return convolve(x, weight, bias, self.stride, self.padding)
 
 
+class Int8Conv(nn.Module):
+    """A causal 3x3x3 convolution of the steps of its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        weight = torch.empty(outputs, inputs, 3, 3, 3, dtype=torch.int8)
+        self.int8_weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(outputs), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False)
+
+    def forward(self, steps_BCTHW: Tensor) -> Tensor:
+        return int8_convolution(steps_BCTHW, self.int8_weight, self.scale, self.bias)
+
+
 class ChannelNorm(nn.Module):
     """`channel_norm` with a weight for each channel."""
 
@@ -170,23 +186,36 @@ class ChannelNorm(nn.Module):
         return channel_norm(x, self.gamma)
 
 
+def causal_conv(inputs: int, outputs: int, form: VAEFormat) -> Conv | Int8Conv:
+    """A 3x3x3 convolution behind a norm."""
+    return Int8Conv(inputs, outputs) if form == "int8" else Conv(inputs, outputs, (3, 3, 3), padding=1)
+
+
+def behind(norm: nn.Module, convolution: nn.Module, x: Tensor, history: History) -> Tensor:
+    """A norm, SiLU and a causal convolution, whose past is kept in the form in which it is read."""
+    y = F.silu(norm(x))
+    if not isinstance(convolution, Int8Conv):
+        return history.causal(y, convolution)
+    assert isinstance(norm, ChannelNorm)
+    return history.causal(channel_steps(y, norm.gamma), convolution).to(x.dtype)
+
+
 class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, form: VAEFormat = "bf16") -> None:
         super().__init__()
         self.residual = nn.ModuleDict(
             {
                 "0": ChannelNorm(inputs, 3),
-                "2": Conv(inputs, outputs, (3, 3, 3), padding=1),
+                "2": causal_conv(inputs, outputs, form),
                 "3": ChannelNorm(outputs, 3),
-                "6": Conv(outputs, outputs, (3, 3, 3), padding=1),
+                "6": causal_conv(outputs, outputs, form),
             }
         )
         self.shortcut = Conv(inputs, outputs, (1, 1, 1)) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, history: History) -> Tensor:
         part = self.residual
-        y = history.causal(F.silu(part["0"](x)), part["2"])
-        y = history.causal(F.silu(part["3"](y)), part["6"])
+        y = behind(part["3"], part["6"], behind(part["0"], part["2"], x, history), history)
         return self.shortcut(x) + y
 
 
@@ -272,51 +301,55 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, history: History) -> Tensor:
         x = history.causal(x, self.conv1)
         x = run(self.middle, run(self.downsamples, x, history), history)
-        return history.causal(F.silu(self.head["0"](x)), self.head["2"])
+        return behind(self.head["0"], self.head["2"], x, history)
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VAEConfig) -> None:
+    def __init__(self, config: VAEConfig, form: VAEFormat) -> None:
         super().__init__()
         dims = [config.dim * factor for factor in (WIDTHS[-1], *reversed(WIDTHS))]
         self.conv1 = Conv(config.latent_channels, dims[0], (3, 3, 3), padding=1)
-        self.middle = middle(dims[0])
+        self.middle = middle(dims[0], form)
         self.upsamples = nn.ModuleList()
         temporal = TEMPORAL_DOWNSAMPLING[::-1]
         for level, (inputs, outputs) in enumerate(pairwise(dims)):
             # An upsampler halves the channels of the level before it.
             inputs = inputs // 2 if level else inputs
             self.upsamples += [
-                Residual(inputs, outputs),
-                Residual(outputs, outputs),
-                Residual(outputs, outputs),
+                Residual(inputs, outputs, form),
+                Residual(outputs, outputs, form),
+                Residual(outputs, outputs, form),
             ]
             if level < len(temporal):
                 self.upsamples.append(Upsample(outputs, temporal[level]))
-        self.head = head(dims[-1], 3)
+        self.head = head(dims[-1], 3, form)
 
     def forward(self, x: Tensor, history: History) -> Tensor:
         x = history.causal(x, self.conv1)
         x = run(self.upsamples, run(self.middle, x, history), history)
-        return history.causal(F.silu(self.head["0"](x)), self.head["2"])
+        return behind(self.head["0"], self.head["2"], x, history)
 
 
-def middle(dim: int) -> nn.ModuleList:
-    return nn.ModuleList([Residual(dim, dim), FrameAttention(dim), Residual(dim, dim)])
+def middle(dim: int, form: VAEFormat = "bf16") -> nn.ModuleList:
+    return nn.ModuleList([Residual(dim, dim, form), FrameAttention(dim), Residual(dim, dim, form)])
 
 
-def head(inputs: int, outputs: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"0": ChannelNorm(inputs, 3), "2": Conv(inputs, outputs, (3, 3, 3), padding=1)})
+def head(inputs: int, outputs: int, form: VAEFormat = "bf16") -> nn.ModuleDict:
+    return nn.ModuleDict({"0": ChannelNorm(inputs, 3), "2": causal_conv(inputs, outputs, form)})
 
 
 class VAE(nn.Module):
-    """Converts pixels in [-1, 1] to normalised latents and back. The compute type is that of the input."""
+    """Converts pixels in [-1, 1] to normalised latents and back. The compute type is that of the input.
 
-    def __init__(self, config: VAEConfig) -> None:
+    Args:
+        form: The format of the decoder's 3x3x3 convolutions behind a norm; see `Recipe.vae`.
+    """
+
+    def __init__(self, config: VAEConfig, form: VAEFormat = "bf16") -> None:
         super().__init__()
         self.config = config
         channels = config.latent_channels
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = Encoder(config), Decoder(config, form)
         self.conv1 = Conv(2 * channels, 2 * channels, (1, 1, 1))
         self.conv2 = Conv(channels, channels, (1, 1, 1))
 

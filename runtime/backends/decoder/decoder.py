@@ -15,17 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanforge.errors import ShapeError
+from wanforge.errors import ConfigError, ShapeError
 from wanforge.plugins.channel_norm.fused import History, Stream, forget, joined, normed, summed
+from wanforge.plugins.int8_convolution import fused as int8_convolution
+from wanforge.plugins.int8_convolution.fused import ConvolutionWeight
 from wanforge.plugins.launching.call import library, library_into
-from wanforge.runtime.backends.decoder.weights import MEAN, STD
+from wanforge.runtime.backends.decoder.weights import GAIN, MEAN, STD, STEPS
 from wanforge.runtime.graphs import Graph
 from wanforge.runtime.reference.ranks.strips import Strip
-from wanforge.runtime.reference.vae import ALL_ROWS, VAE, Conv, FrameAttention, Residual, Rows, Upsample
+from wanforge.runtime.reference.vae import ALL_ROWS, VAE, Conv, FrameAttention, Int8Conv, Residual, Rows, Upsample
 
 Weights = Mapping[str, Tensor]
 Convolution = Callable[..., Tensor]
 """A function of frames, a weight and a bias."""
+
+
+NOT_DIVIDED = (
+    'a recipe with vae = "int8" decodes on one GPU, not on several; import the checkpoint with a recipe whose decoder '
+    "is in bfloat16, such as w8a8"
+)
 
 
 class FusedDecoder:
@@ -34,9 +42,14 @@ class FusedDecoder:
     Args:
         vae: Its modules, whose weights are not used.
         strip: The rows of pictures that this process has; None if it has all.
+
+    Raises:
+        ConfigError: Convolutions in int8 are to see the rows of other processes.
     """
 
     def __init__(self, vae: VAE, strip: Strip | None = None) -> None:
+        if strip is not None and any(isinstance(layer, Int8Conv) for layer in vae.modules()):
+            raise ConfigError(NOT_DIVIDED)
         self.vae = vae
         self.names = {module: name for name, module in vae.named_modules()}
         self.convolve, self.convolve_folded = (in_strip(strip, each) for each in (convolve, convolve_folded))
@@ -80,7 +93,7 @@ class Chunk:
     def __init__(
         self, decoder: FusedDecoder, weights: Weights, past: Sequence[Tensor] | None, kept: Sequence[Tensor]
     ) -> None:
-        self.decoder, self.weights = decoder, weights
+        self.decoder, self.weights, self.dtype = decoder, weights, weights[MEAN].dtype
         self.is_first = past is None
         before: Sequence[Tensor | None] = past or [None] * len(kept)
         self.caches: Iterator[tuple[Tensor | None, Tensor]] = zip(before, kept, strict=True)
@@ -98,18 +111,30 @@ class Chunk:
                     stream = self.attend(layer, stream)
                 case Upsample():
                     stream = self.upsample(layer, stream)
-        x_THWC, _ = normed(stream, self.gain(vae.decoder.head["0"]), self.history(), keeps_sum=False)
-        library_into(pixels_BCTHW, self.decoder.pixels, x_THWC, *self.of(vae.decoder.head["2"]))
+        norm, convolution = vae.decoder.head["0"], vae.decoder.head["2"]
+        x_THWC, _ = self.activated(norm, convolution, stream, keeps_sum=False)
+        if isinstance(convolution, Int8Conv):
+            library_into(pixels_BCTHW, channels_first, self.convolve(convolution, x_THWC))
+        else:
+            library_into(pixels_BCTHW, self.decoder.pixels, x_THWC, *self.of(convolution))
 
     def residual(self, layer: Residual, stream: Stream) -> Stream:
         part = layer.residual
-        x_THWC, stream = normed(stream, self.gain(part["0"]), self.history())
+        x_THWC, stream = self.activated(part["0"], part["2"], stream)
         y_THWC = self.convolve(part["2"], x_THWC)
-        x_THWC, _ = normed(Stream(y_THWC), self.gain(part["3"]), self.history())
-        y_THWC = self.convolve(part["6"], x_THWC)
+        x_THWC, _ = self.activated(part["3"], part["6"], Stream(y_THWC))
         if isinstance(layer.shortcut, Conv):
             stream = Stream(library(F.linear, summed(stream), *self.of(layer.shortcut)))
-        return Stream(stream.x, y_THWC)
+        if isinstance(part["6"], Int8Conv):
+            return Stream(self.convolve(part["6"], x_THWC, summed(stream)))
+        return Stream(stream.x, self.convolve(part["6"], x_THWC))
+
+    def activated(
+        self, norm: nn.Module, convolution: nn.Module, stream: Stream, *, keeps_sum: bool = True
+    ) -> tuple[Tensor, Stream]:
+        """The input of a convolution behind a norm and SiLU, and the stream; see `normed`."""
+        steps = self.weights[self.decoder.names[norm] + STEPS] if isinstance(convolution, Int8Conv) else None
+        return normed(stream, self.gain(norm), self.history(), steps_C=steps, keeps_sum=keeps_sum)
 
     def attend(self, layer: FrameAttention, stream: Stream) -> Stream:
         x_THWC, stream = normed(stream, self.gain(layer.norm), activates=False)
@@ -128,15 +153,20 @@ class Chunk:
         y_THWC = library(self.decoder.convolve_folded, x_THWC, *self.of(layer.resample["1"]))
         return Stream(y_THWC.unflatten(3, (4, -1)))
 
-    def convolve(self, layer: nn.Module, x_THWC: Tensor) -> Tensor:
-        return library(self.decoder.convolve, x_THWC, *self.of(layer))
+    def convolve(self, layer: nn.Module, x_THWC: Tensor, residual_THWC: Tensor | None = None) -> Tensor:
+        """A causal convolution; one in int8 adds the residual."""
+        if not isinstance(layer, Int8Conv):
+            return library(self.decoder.convolve, x_THWC, *self.of(layer))
+        name = self.decoder.names[layer]
+        weight = ConvolutionWeight(*(self.weights[f"{name}.{part}"] for part in ("int8_weight", "scale", "bias")))
+        return int8_convolution.convolve(x_THWC, weight, self.dtype, residual_THWC)
 
     def history(self) -> History:
         past, kept = next(self.caches)
         return History(None if past is None else frames_first(past), frames_first(kept))
 
     def gain(self, layer: nn.Module) -> Tensor:
-        return self.weights[f"{self.decoder.names[layer]}.gamma"]
+        return self.weights[self.decoder.names[layer] + GAIN]
 
     def of(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """The weight and bias of a convolution."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-GROUP = 64
-"""Numbers that share a scale."""
+from wanforge.plugins.recall import GROUP
 
 KVFormat = Literal["native", "int8", "fp8"]
 """How keys and values are remembered: in the compute type, as integers, or as floats of 8 bits (e4m3)."""

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from wanforge.configs.causal import policy
+from wanforge.configs.causal import CausalConfig, policy
 from wanforge.configs.clip import MAX_POSITIONS, frames_of
 from wanforge.errors import RequestError
 from wanforge.runtime.causal.lengths import chunks_of_seconds, frames_of_chunks
@@ -48,12 +48,7 @@ def asked_stream(
     else:
         (width, height), continues = size_before(wanted, before), objects_of(before, "video")[0]
     with about("seconds"):
-        seconds = limits.live_seconds if wanted.seconds is None else float(wanted.seconds)
-        if seconds > limits.live_seconds:
-            raise RequestError(f"{seconds:g} s are more than this server makes, which is {limits.live_seconds:g}")
-        chunks = chunks_of_seconds(causal, seconds, video.fps)
-        if wanted.seconds is None and policy(wanted.cache).last_time is None:  # with these, time goes on with the video
-            chunks = min(chunks, 1 + (MAX_POSITIONS - causal.first_frames) // causal.chunk_frames)
+        chunks = chunks_wanted(limits, wanted, causal, video.fps)
     drawn = None if picture is None else redrawn(picture, limits)
     terms = LiveTerms(
         screen=screen,
@@ -84,6 +79,24 @@ def asked_stream(
     with about("prompt"), kept(black(width, height) if before is not None else drawn) as path:
         served.check(asked, path)
     return served, asked if drawn is None else msgspec.structs.replace(asked, image=new_name(".png")), drawn
+
+
+def chunks_wanted(limits: ClientLimits, wanted: StreamRequest, causal: CausalConfig, fps: int) -> int:
+    """How many chunks a stream has at most.
+
+    Without a length in seconds, it ends where the server's limit is, or where the positions of a policy end whose time
+    goes on with the video.
+
+    Raises:
+        RequestError: More seconds are asked for than the server makes.
+    """
+    seconds = limits.live_seconds if wanted.seconds is None else float(wanted.seconds)
+    if seconds > limits.live_seconds:
+        raise RequestError(f"{seconds:g} s are more than this server makes, which is {limits.live_seconds:g}")
+    chunks = chunks_of_seconds(causal, seconds, fps)
+    if wanted.seconds is not None or policy(wanted.cache).last_time is not None:
+        return chunks
+    return min(chunks, 1 + (MAX_POSITIONS - causal.first_frames) // causal.chunk_frames)
 
 
 def size_before(wanted: StreamRequest, before: Job) -> tuple[int, int]:
