@@ -304,6 +304,17 @@ class StandIn(Gpu):
 
         return repeat
 
+    def capturable(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What does some work at once, or when what is captured is repeated, as kernels do."""
+
+        def run() -> None:
+            if self.capturing is None:
+                work()
+            else:
+                self.capturing.append(work)
+
+        return run
+
 
 def write_engines(bundle: Bundle, clip: ClipShape, stand_in: StandIn, side_rank: int | None = None) -> None:
     """Write an engine of every graph, "built" from an ONNX file that ONNX Runtime can run."""

@@ -1,4 +1,4 @@
-"""What a long stream takes of memory: the process as a whole, the arena, and what is kept beside it, as it goes on.
+"""What a long stream takes of memory: the process as a whole, and the arena, as it goes on.
 
 python -m tools.stream_memory BUNDLE --chunks 2000 --memory 1
 
@@ -15,7 +15,6 @@ import psutil
 from wanforge.configs.causal import PolicyName, policy
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.runtime.backends.arena_backend import ArenaBackend
-from wanforge.runtime.causal.slots import KVSlots
 from wanforge.runtime.memory.arena import Arena
 from wanforge.runtime.pipeline import open_pipeline
 from wanforge.runtime.streaming.live import live
@@ -36,8 +35,7 @@ def main() -> None:
     budget = None if options.memory is None else options.memory * 1e9
     pipeline = open_pipeline(Bundle.open(options.bundle), options.backend, budget)
     name: PolicyName = options.cache
-    beside = watch_slots()
-    print(f"{'chunks':>7} {'resident, MB':>13} {'arena, MB':>10} {'beside, kB':>11}")
+    print(f"{'chunks':>7} {'resident, MB':>13} {'arena, MB':>10}")
     with live(pipeline, PROMPTS[0], size=(32, 16), seed=7, cache=name) as stream:
         for chunk in islice(stream, options.chunks):
             stream.prompt = PROMPTS[chunk.index // 7 % len(PROMPTS)]
@@ -45,25 +43,13 @@ def main() -> None:
                 gc.collect()
                 resident = psutil.Process().memory_info().rss
                 arena = arena_bytes(pipeline.backend)
-                print(f"{chunk.index + 1:>7} {resident / 1e6:>13.1f} {arena / 1e6:>10.2f} {beside[-1] / 1e3:>11.1f}")
+                print(f"{chunk.index + 1:>7} {resident / 1e6:>13.1f} {arena / 1e6:>10.2f}")
 
 
 def arena_bytes(backend: object) -> int:
     """The bytes of a backend's arena; 0 if it has none."""
     assert isinstance(backend, ArenaBackend)
     return backend.memory.plan.arena_bytes if isinstance(backend.memory, Arena) else 0
-
-
-def watch_slots() -> list[int]:
-    """The bytes that slots have kept beside themselves last, once a chunk is remembered."""
-    last, append = [0], KVSlots.append
-
-    def watched(slots: KVSlots, *given: object, **named: object) -> None:
-        append(slots, *given, **named)  # type: ignore[arg-type]
-        last[:] = [slots.nbytes]
-
-    KVSlots.append = watched  # type: ignore[assignment,method-assign]
-    return last
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 Two tables predict the time of decoding, with several latent frames at once and with 3x3x3 convolutions in other number
 formats. A third has the PSNR of pixels against those in float32, of TinyWan's trained VAE and of one with random
-weights and the published width. Convolutions in int8 are those behind a norm. They have a scale per output channel, and
-for what they read one per input channel, which is `REACH` times the norm's gain over 127, so that nothing has to be
-measured.
+weights and the published width. Convolutions in int8 are those of a recipe with ``vae = "int8"``, in bfloat16 and fp16
+otherwise; their time is that of this package's kernel.
 
 Letters: as in `vae`.
 """
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tools.pages.kernels import SMALL, TITLES, fused
@@ -34,20 +33,19 @@ from wanforge.runtime.measure.cost.launches import LaunchCost, peak
 from wanforge.runtime.measure.cost.prediction import SHARES, predicted, predicted_seconds
 from wanforge.runtime.measure.parity.metrics import psnr
 from wanforge.runtime.measure.tables import markdown_table, number
-from wanforge.runtime.reference.vae import VAE, ChannelNorm, Conv, Residual
+from wanforge.runtime.reference.quantised_weights import quantised_vae
+from wanforge.runtime.reference.vae import VAE, Conv
 
 GPUS = ("rtx4090", "rtx5090", "l40s", "h100", "h200", "b200")
 TOGETHER = (1, 2, 4, 20)
 """How many latent frames are decoded at once."""
-REACH = 4.0
-"""The largest value in int8 is that of a channel which is this many times the mean square over channels."""
 PRODUCTS = 16
 """Products that a tensor core adds up before it rounds a sum to fp16."""
 DOUBLE_RATE = (86, 89, 120)
 """Architectures of GeForce, which multiply fp16 at twice the rate if the sums are in fp16."""
 
-Convolution = Callable[[Conv, Tensor, Tensor | None], Tensor]
-"""Computes a layer at its input, given the gain of the norm before it if there is one."""
+Convolution = Callable[[Conv, Tensor], Tensor]
+"""Computes a layer at its input."""
 
 
 # Predictions.
@@ -108,7 +106,7 @@ def formats_table(model: ModelConfig, shape: ClipShape) -> str:
         half = in_format(
             launches, target, sixteen * (2 if target.sm in DOUBLE_RATE and "GeForce" in target.title else 1), 1
         )
-        eight = in_format(launches, target, peak(target, "int8") * SHARES["int8"], 2)
+        eight = predicted_seconds(decoder_clip(model, shape, "int8"), target)
         rows.append([target.title, number(now), *(f"{number(t)} ({now / t:.2f} x)" for t in (half, eight))])
     return markdown_table(["3x3x3 convolutions in", "bf16", "fp16, fp16 sums", "int8"], rows)
 
@@ -125,7 +123,7 @@ def plain(conv: Conv, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def rounded_to(dtype: torch.dtype) -> Convolution:
     """Input, weight and result in a type, and sums in float32."""
 
-    def convolution(conv: Conv, x: Tensor, gain: Tensor | None) -> Tensor:
+    def convolution(conv: Conv, x: Tensor) -> Tensor:
         given = (each.to(dtype).float() for each in (x, conv.weight, conv.bias))
         return plain(conv, *given).to(dtype).float()
 
@@ -135,10 +133,10 @@ def rounded_to(dtype: torch.dtype) -> Convolution:
 in_fp16 = rounded_to(torch.float16)
 
 
-def fp16_sums(conv: Conv, x: Tensor, gain: Tensor | None) -> Tensor:
+def fp16_sums(conv: Conv, x: Tensor) -> Tensor:
     """Sums that are rounded to fp16 after every few products, in 3x3x3 convolutions."""
     if conv.weight.shape[2:] != (3, 3, 3):
-        return in_fp16(conv, x, gain)
+        return in_fp16(conv, x)
     x, weight = x.half().float(), conv.weight.half().float()
     total = torch.zeros(())
     for tap in range(27):
@@ -148,50 +146,33 @@ def fp16_sums(conv: Conv, x: Tensor, gain: Tensor | None) -> Tensor:
     return (total + conv.bias.view(-1, 1, 1, 1)).half().float()
 
 
-def int8(conv: Conv, x: Tensor, gain: Tensor | None) -> Tensor:
-    """A convolution of whole numbers from -127 to 127, behind a norm."""
-    if gain is None:
-        return in_fp16(conv, x, gain)
-    scale = (REACH / 127 * gain.abs()).clamp_min(1e-8).view(1, -1, 1, 1, 1)
-    weight = conv.weight * scale
-    weight_scale = weight.abs().amax((1, 2, 3, 4), keepdim=True) / 127
-    sums = plain(conv, (x.half().float() / scale).round().clamp(-127, 127), (weight / weight_scale).round(), None)
-    return (sums * weight_scale.view(1, -1, 1, 1, 1) + conv.bias.view(-1, 1, 1, 1)).half().float()
-
-
 FORMATS: dict[str, Convolution] = {
     "bf16": rounded_to(torch.bfloat16),
     "fp16": in_fp16,
     "fp16, fp16 sums": fp16_sums,
-    "int8": int8,
 }
-
-
-def gains(vae: VAE) -> dict[nn.Module, Tensor]:
-    """The gains of the norms right before convolutions of the decoder."""
-    pairs = [(vae.decoder.head["0"], vae.decoder.head["2"])]
-    for layer in vae.decoder.modules():
-        if isinstance(layer, Residual):
-            pairs += [(layer.residual[norm], layer.residual[conv]) for norm, conv in (("0", "2"), ("3", "6"))]
-    found: dict[nn.Module, Tensor] = {}
-    for norm, conv in pairs:
-        assert isinstance(norm, ChannelNorm)
-        found[conv] = norm.gamma.flatten()
-    return found
+NAMES = (*FORMATS, "int8")
 
 
 @torch.inference_mode()
 def decoded(vae: VAE, latents_BCTHW: Tensor, convolution: Convolution | None = None) -> Tensor:
     """Pixels, with each convolution of the decoder computed in a number format; in float32 if it is None."""
     layers = [layer for layer in vae.decoder.modules() if isinstance(layer, Conv)] if convolution else []
-    known = gains(vae)
     try:
         for layer in layers:
-            layer.forward = lambda x, layer=layer: convolution(layer, x, known.get(layer))  # type: ignore
+            layer.forward = lambda x, layer=layer: convolution(layer, x)  # type: ignore
         return vae.decode(latents_BCTHW)
     finally:
         for layer in layers:
             del layer.forward
+
+
+@torch.inference_mode()
+def decoded_in_int8(vae: VAE, latents_BCTHW: Tensor) -> Tensor:
+    """Pixels, with the convolutions behind a norm in int8 and everything else in bfloat16."""
+    narrow, state = VAE(vae.config, "int8"), vae.state_dict()
+    narrow.load_state_dict(quantised_vae(state, narrow.state_dict()))
+    return narrow.decode(latents_BCTHW.bfloat16()).float()
 
 
 def trained() -> VAE:
@@ -227,8 +208,8 @@ def psnr_of(vae: VAE, latents_BCTHW: Tensor) -> list[float]:
     """PSNR by format, in dB of the range of the pixels in float32."""
     exact = decoded(vae, latents_BCTHW)
     span = float(exact.max() - exact.min())
-    errors = (decoded(vae, latents_BCTHW, each) - exact for each in FORMATS.values())
-    return [psnr(float(error.square().mean()), span) for error in errors]
+    found = [*(decoded(vae, latents_BCTHW, each) for each in FORMATS.values()), decoded_in_int8(vae, latents_BCTHW)]
+    return [psnr(float((each - exact).square().mean()), span) for each in found]
 
 
 def quality_table() -> str:
@@ -240,7 +221,7 @@ def quality_table() -> str:
         "random weights of the published width": (drawn(96), torch.randn(1, 16, 2, 3, 4, generator=generator)),
     }
     rows = [[name, *(f"{each:.1f}" for each in psnr_of(*case))] for name, case in cases.items()]
-    return markdown_table(["PSNR in dB", *FORMATS], rows)
+    return markdown_table(["PSNR in dB", *NAMES], rows)
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ RECIPES = {
     "w8a8-256": ("w8a8", "sagesla"),
     "fp8-row": ("fp8-row", "sagesla"),
     "nvfp4": ("nvfp4", "sagesla"),
+    "w8a8-vae8": ("w8a8", "sagesla"),
 }
 # SM, bandwidth, bf16 and int8 peaks: NVIDIA's papers.
 TARGETS = {
@@ -181,6 +182,7 @@ def test_recipe_is_what_its_name_says(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.name, recipe.linear, recipe.attention) == (name, *RECIPES[name])
     assert (recipe.block_q, recipe.block_k, recipe.compat) == (128, 64, "none")
+    assert recipe.vae == ("int8" if name.endswith("-vae8") else "bf16")
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -72,6 +72,7 @@ def test_the_result_is_that_of_a_build_in_this_process(job: BuildJob) -> None:
     assert builders() == []
 
 
+@pytest.mark.slow
 def test_what_the_library_refuses_is_refused(job: BuildJob, tmp_path: Path) -> None:
     with pytest.raises(WanforgeError, match=r"cannot read linear\.onnx: .*Plugin not found"):
         build_apart(rtx(), job, [120], plugins=False)
@@ -87,6 +88,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_build(job: BuildJob, number: signal.Signals) -> None:
@@ -112,6 +114,7 @@ def test_a_library_that_ends_its_process_is_reported(job: BuildJob) -> None:
     assert re.search(says, ending_of(job, signal.SIGABRT))
 
 
+@pytest.mark.slow
 def test_a_build_without_memory_is_reported(job: BuildJob) -> None:
     said = ending_of(job, signal.SIGKILL)
     assert "compiling linear.onnx was killed, probably because memory ran out" in said

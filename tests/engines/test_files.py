@@ -17,18 +17,20 @@ from wanforge.engines.files import (
     built_clips,
     engine_key,
     engine_name,
+    engines_of,
     find_engine,
     inputs_of,
     is_current,
-    plugin_sources,
     read_engine,
     stale_engines,
     write_engine,
 )
+from wanforge.engines.sizes import named_sizes, profile
 from wanforge.errors import BundleError
 from wanforge.exporter.export import export
 from wanforge.plugins.tensorrt.library import RTX
-from wanforge.plugins.tensorrt.plugin import OPS
+from wanforge.plugins.tensorrt.plugin import ALL_OPS, OPS
+from wanforge.plugins.tensorrt.sources import plugin_sources
 
 ROOT = Path(__file__).parents[2]
 CLIP = ClipShape(192, 128, 17)
@@ -49,14 +51,14 @@ def bundle(bundle_of: Callable[[str, str], Bundle], tmp_path: Path) -> Bundle:
     return Bundle.open(tmp_path / "bundle")
 
 
-def key(bundle: Bundle, *, has_plugins: bool = True, weights: str = "") -> dict[str, str]:
+def key(bundle: Bundle, *, plugins: tuple[str, ...] = OPS, weights: str = "") -> dict[str, str]:
     return engine_key(
         bundle,
         library=f"tensorrt-rtx {VERSION}",
         sms=[120, 89],
         onnx=ONNX,
         weights=weights,
-        has_plugins=has_plugins,
+        plugins=plugins,
         profile="num_selected=1..8 tokens=480",
     )
 
@@ -113,9 +115,29 @@ def test_where_nothing_is_installed_no_version_is_wrong(
 
 def test_other_plugins_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without = engine_name("stem", [89], CLIP)
-    write_engine(bundle, without, b"plan", key(bundle, has_plugins=False), FACTS)
-    monkeypatch.setattr(engine_files, "plugin_digest", lambda: "another")
+    write_engine(bundle, without, b"plan", key(bundle, plugins=()), FACTS)
+    monkeypatch.setattr(engine_files, "plugin_digest", lambda plugins: "another")
     assert stale_engines(bundle) == {name: "the plugins changed"}
+
+
+def test_an_engine_with_a_block_plugin_is_preferred(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there is none, or a LoRA is computed beside the linears, the engine of single ops is."""
+    ((whole, _),) = bundle.graphs("bfloat16", one_op=True).items()
+    sizes = named_sizes(bundle.model, bundle.recipe, CLIP)
+    for onnx, graph in {**bundle.graphs("bfloat16"), **bundle.graphs("bfloat16", one_op=True)}.items():
+        plugins = ALL_OPS if onnx == whole else OPS
+        made = key(bundle, plugins=plugins) | {"onnx": onnx, "profile": profile(inputs_of(graph), sizes)}
+        digest = bundle.manifest.files[onnx].sha256[:16]
+        write_engine(bundle, engine_name(graph.name, [89], CLIP), b"plan", made | {"graph": digest}, FACTS)
+    name = engine_name("block_whole", [89], CLIP)
+    assert stale_engines(bundle) == {}
+    assert engines_of(bundle, CLIP, 89)["block"] == name
+    digests = {OPS: key(bundle)["plugins"], ALL_OPS: "another"}
+    monkeypatch.setattr(engine_files, "plugin_digest", digests.get)
+    assert engines_of(bundle, CLIP, 89)["block"] == engine_name("block", [89], CLIP)
+    bundle.forget([engine_name("block", [89], CLIP)])
+    with pytest.raises(BundleError, match=r"block_whole.* is stale, the plugins changed; .* --block-plugin"):
+        engines_of(bundle, CLIP, 89)
 
 
 def test_other_flags_make_it_stale(bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,15 +170,16 @@ def test_an_export_leaves_engines_alone(bundle: Bundle, name: str) -> None:
     assert read_engine(bundle, name) == b"plan"
 
 
-def test_the_digest_covers_everything_that_a_plugin_imports() -> None:
+@pytest.mark.parametrize("ops", [OPS, ALL_OPS])
+def test_the_digest_covers_everything_that_a_plugin_imports(ops: tuple[str, ...]) -> None:
     modules = {name: path for name, path in sources(ROOT).items() if name.startswith("wanforge.plugins.")}
-    waiting, needed = [f"wanforge.plugins.{op}.plugin" for op in OPS], set[str]()
+    waiting, needed = [f"wanforge.plugins.{op}.plugin" for op in ops], set[str]()
     while waiting:
         module = waiting.pop()
         needed.add(module)
         waiting += imports(ast.parse(modules[module].read_text()), set(modules)) - needed
     assert "wanforge.plugins.quantiser.fused" in needed
-    assert {modules[name].resolve() for name in needed} <= {path.resolve() for path in plugin_sources()}
+    assert {modules[name].resolve() for name in needed} <= {path.resolve() for path in plugin_sources(ops)}
 
 
 def test_an_engine_is_stale_while_its_weights_are_forgotten(bundle: Bundle) -> None:

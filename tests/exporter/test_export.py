@@ -33,6 +33,7 @@ def make_stale(bundle: Bundle) -> None:
     bundle.add({name: msgspec.structs.replace(r, key={**r.key, "code": "other"}) for name, r in files if r.key})
 
 
+@pytest.mark.slow
 def test_a_graph_that_fails_the_check_leaves_every_graph_as_it_was(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_stale_graphs_of_other_types_are_deleted(bundle: Bundle) -> None:
     bundle.verify(bundle.manifest.files, again=True)
 
 
+@pytest.mark.slow
 def test_an_export_deletes_no_graphs_that_another_has_written_since(bundle: Bundle) -> None:
     make_stale(bundle)
     late = Bundle.open(bundle.root)

@@ -60,6 +60,8 @@ def example(port: Port, dtype: torch.dtype, generator: torch.Generator, sizes: M
     value = torch.randn(shape, generator=generator)
     if port.name == "seen_bias":
         value[sizes["past_tokens"] // 2 : sizes["past_tokens"]] = -torch.inf
+    if port.dtype == "int8":
+        return (32 * value).clamp(-127, 127).to(torch.int8)
     return value if port.dtype == "float32" else value.to(dtype)
 
 
@@ -103,6 +105,20 @@ def test_matches_the_reference(bundle_of: BundleOf, model: str, recipe: str, nam
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae_decode_first", "vae_decode_next"])
+def test_a_decoder_in_int8_matches_but_for_a_few_steps(bundle_of: BundleOf, name: str) -> None:
+    """The last bits of a norm decide now and then whether a value is rounded to one step or to the next, and then
+    whether those that depend on it are. The error of rounding them all otherwise is about 2e-2."""
+    actual, expected, graph = run_both(bundle_of("tiny-t2v", "w8a8-vae8"), name, torch.float32)
+    assert {port.dtype for port in graph.outputs} == {"compute", "int8"}
+    for port, a, e in zip(graph.outputs, actual, expected, strict=True):
+        if port.dtype == "int8":
+            assert ((a.int() - e.int()).abs() > 0).float().mean() < 2e-2, port.name
+        else:
+            assert relative_rms(a, e) < 1e-2, port.name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [333, 480])
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
@@ -140,6 +156,7 @@ def test_matches_the_reference_where_both_round_alike(
     assert decisions.other_blocks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "recipe"), CASES[:2])
 @pytest.mark.parametrize("name", GRAPHS[:11])
 def test_matches_the_reference_in_float16(bundle_of: BundleOf, model: str, recipe: str, name: str) -> None:
@@ -209,8 +226,9 @@ def test_every_graph_passes_the_checker(bundle_of: BundleOf, model: str, recipe:
     bundle = bundle_of(model, recipe)
     files = [name for name in bundle.manifest.files if name.endswith(".onnx")]
     # Thirteen graphs (eleven without the VAE's encoder) and one whole network per expert, in three types; two of them
-    # also with a side path, where linears are quantised.
-    assert len(files) == 3 * ((14 + 1 if model == "tiny-i2v" else 11 + 1) + 2 * (bundle.recipe.linear != "bf16"))
+    # also with a side path, where linears are quantised, and a block as one op for TensorRT.
+    is_quantised = bundle.recipe.linear != "bf16"
+    assert len(files) == 3 * ((14 + 1 if model == "tiny-i2v" else 11 + 1) + 2 * is_quantised) + is_quantised
     check(bundle, files, tmp_path)
 
 
@@ -281,6 +299,7 @@ def test_weights_lie_in_the_bundle_and_nowhere_else(bundle_of: BundleOf) -> None
         assert data[start : start + length] == stored[tensor.name].contiguous().view(torch.uint8).numpy().tobytes()
 
 
+@pytest.mark.slow
 def test_polygraphy_opens_the_whole_network(bundle_of: BundleOf) -> None:
     from polygraphy.backend.onnx import onnx_from_path
     from polygraphy.backend.onnx.util import str_from_onnx

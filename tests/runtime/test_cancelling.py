@@ -56,6 +56,7 @@ def test_a_request_that_is_ended_changes_nothing_for_the_next(
         path.unlink()
 
 
+@pytest.mark.slow
 def test_every_launch_is_reported(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     pipeline, seen = Pipeline(bundle, create_backend("ort", bundle)), list[tuple[str, int, int]]()
@@ -69,6 +70,7 @@ def test_every_launch_is_reported(bundle_of: BundleOf, tmp_path: Path) -> None:
     assert [each for each in seen if each[0] == "decode"] == [("decode", n + 1, 3) for n in range(3)]
 
 
+@pytest.mark.slow
 def test_the_video_holds_the_frames_in_their_order(bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     pipeline, seen = Pipeline(bundle, create_backend("ort", bundle)), list[torch.Tensor]()

@@ -14,7 +14,7 @@ from tools.tinywan.latents import centre
 from tools.tinywan.likeness import EVERY, Point, drawn_clip, judge
 from tools.tinywan.likeness import write as write_grid
 from tools.tinywan.scenes import DARKNESS, render, scene_asked
-from tools.tinywan.scores import STEPS, TOPKS, import_both, measured, write
+from tools.tinywan.scores import OTHERS, STEPS, TOPKS, import_all, measured, write
 from wanforge.configs.model import load_model
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.runtime.measure.quality.held_out import Prompt, Quality, Rates, held_out_prompts, rates_of
@@ -41,24 +41,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int, float | 
 
 def test_each_point_is_measured_once_and_drawn(tmp_path: Path, asked: list[tuple[str, str, int, float | None]]) -> None:
     model = load_model("tinywan")
-    found = measured(import_both(model, embedded(model), tmp_path), tell=lambda _: None)
+    found = measured(import_all(model, embedded(model), tmp_path), tell=lambda _: None)
     assert len(asked) == len(set(asked))
-    assert asked[:4] == [
+    assert asked[:8] == [
         ("torch", "bf16", 4, None),
         ("torch", "bf16-sla", 4, model.topk),
         ("torch", "w8a8", 4, model.topk),
-        ("ort", "w8a8", 4, model.topk),
+        *(("ort", recipe, 4, model.topk) for recipe in ("w8a8", *OTHERS)),
     ]
     over_topk = {("torch", "w8a8", 4, topk) for topk in TOPKS}
     over_steps = {("torch", "w8a8", steps, model.topk) for steps in STEPS}
-    assert {asked[2], *asked[4:]} == over_topk | over_steps
+    assert {asked[2], *asked[8:]} == over_topk | over_steps
     assert found["recipes"][2] in found["topk"]
     assert found["recipes"][2] in found["steps"]
 
     write(found, tmp_path)
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert [len(written[name]) for name in ("recipes", "topk", "steps")] == [4, len(TOPKS), len(STEPS)]
-    for name, best in (("topk", "top-k 1: shape 8.0 %"), ("steps", "steps 3: shape 11.0 %")):
+    assert [len(written[name]) for name in ("recipes", "topk", "steps")] == [8, len(TOPKS), len(STEPS)]
+    for name, best in (("topk", "top-k 1: shape 12.0 %"), ("steps", "steps 3: shape 15.0 %")):
         assert best in ElementTree.tostring(ElementTree.parse(tmp_path / f"{name}.svg").getroot(), "unicode")
 
 

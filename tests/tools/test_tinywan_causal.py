@@ -45,6 +45,7 @@ def test_walks_are_of_trained_combinations_and_have_a_turn_in_every_place() -> N
     assert all(len(walk.legs) == LEGS and walk.leg_of(0) == 0 and walk.leg_of(FRAMES - 1) == 2 for walk in drawn)
 
 
+@pytest.mark.slow
 def test_the_meter_follows_a_walk_across_the_border() -> None:
     rng = np.random.default_rng(5)
     for _ in range(6):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tools.vae_formats import FORMATS, decoded, drawn, in_format, psnr_of, several_frames
+from tools.vae_formats import NAMES, decoded, drawn, in_format, psnr_of, several_frames
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import load_targets
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
@@ -33,6 +33,6 @@ def test_convolutions_at_the_librarys_rate_take_what_they_take() -> None:
 def test_formats_keep_the_picture() -> None:
     vae, latents = drawn(16), torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(1))
     before = decoded(vae, latents)
-    found = dict(zip(FORMATS, psnr_of(vae, latents), strict=True))
+    found = dict(zip(NAMES, psnr_of(vae, latents), strict=True))
     assert 40 < found["int8"] < found["bf16"] < found["fp16, fp16 sums"] < found["fp16"]
     assert torch.equal(decoded(vae, latents), before)

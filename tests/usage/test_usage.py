@@ -18,7 +18,7 @@ from wanforge.plugins.tensorrt.library import RTX, installed_version
 
 pytestmark = pytest.mark.slow
 SMALL = ("--frames", "5", "--steps", "1")
-RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row", "fp8-row", "nvfp4")
+RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row", "fp8-row", "nvfp4", "w8a8-vae8")
 IMAGE = ("--image", str(ROOT / "docs" / "tinywan.png"))
 
 

@@ -28,6 +28,7 @@ def pipeline(bundle: Path) -> wanforge.Pipeline:
     return wanforge.load(bundle, backend="ort")
 
 
+@pytest.mark.slow
 def test_a_clip_holds_frames_latents_and_timings(pipeline: wanforge.Pipeline) -> None:
     told: list[tuple[str, int, int]] = []
     clip = pipeline.generate(
@@ -124,6 +125,7 @@ def test_the_model_of_named_files_is_guessed(tmp_path: Path, checkpoints: dict[s
         wanforge.import_checkpoint(tmp_path / "c", files={"vae": folder / "Wan2.1_VAE.pth"})
 
 
+@pytest.mark.slow
 def test_parity_says_whether_every_limit_is_met(bundle: Path) -> None:
     found = wanforge.parity(bundle, PROMPT, backend="ort", depths=["block"], size=(96, 64), frames=1, steps=1)
     assert found.passed

@@ -15,7 +15,7 @@ from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import ModelConfig, load_model
 from wanforge.configs.recipe import Recipe, load_recipe
 from wanforge.configs.topk import num_selected
-from wanforge.runtime.backends.fused_block import recipe_for
+from wanforge.plugins.denoiser_block.fused import recipe_for
 from wanforge.runtime.measure.cost.launches import USUAL_TEXT_ROWS, Workload
 
 REHEARSED_MODEL = "tinywan"

@@ -14,8 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = (
     "tests/plugins/test_norm_kernels.py",
     "tests/plugins/test_channel_norm.py",
+    "tests/plugins/test_int8_convolution.py",
     "tests/plugins/test_w8a8_kernels.py",
     "tests/plugins/test_attention_kernels.py",
+    "tests/plugins/test_row_moments.py",
+    "tests/plugins/test_recall.py",
 )
 """The tests whose tensors are on `tests.plugins.kernels.DEVICE`. All others interpret kernels, and would show nothing
 about a GPU."""

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from wanforge.plugins import warpgroup_attention
 from wanforge.plugins.launching import call, driver
@@ -38,8 +36,7 @@ def recorded(sm: int) -> Iterator[list[Launch]]:
 
 def without_data(launch: Launch) -> Launch:
     """A launch with the same specialisation that keeps no memory."""
-    given = launch.arguments.items()
-    return replace(launch, arguments={name: x.to("meta") if isinstance(x, Tensor) else x for name, x in given})
+    return launch.on({name: tensor.to("meta") for name, tensor in launch.tensors.items()})
 
 
 def launches_of_checks(sm: int, size: CheckedSize = SMALL) -> list[Launch]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 SWEPT = (
     *("w8a8_linear", "sparse_linear_attention", "dense_attention", "layer_norm", "rms_norm_rope", "gated_residual"),
-    "channel_norm",
+    *("channel_norm", "int8_convolution", "recall"),
 )
 """The ops whose tiles are swept, those with the most to gain first."""
 

@@ -39,22 +39,23 @@ def run(day: Day) -> None:
     draw = Draw(0, day.device.device, day.dtype)
     with compiled_here(day), torch.inference_mode():
         dry = chosen(launches_of_cases(OPS[day.op](day.workload), draw, day.device.sm), day.scale.cases)
-        tiled = [each for _, launches in dry for each in _variants(day, launches).values()]
+        tiled = [each for _, kernel, launches in dry for each in _variants(day, kernel, launches).values()]
         compile_all(day, [launch for each in tiled for launch in each])
-        for case, _ in dry:
-            _sweep(day, case.name, captured(case.kernel, case.inputs(draw)))
+        for case, kernel, _ in dry:
+            _sweep(day, case.name, kernel, captured(case.kernel, case.inputs(draw)))
         found = fastest(day.results.of(day.part, "variant"))
         for kernel, (present, best) in islice(found.items(), day.scale.cases):
             day.once("winner", kernel, partial(_checked, day, kernel, present, best))
 
 
-def chosen(dry: Iterable[tuple[Case, list[Launch]]], most: int) -> list[tuple[Case, list[Launch]]]:
-    """The cases that launch one kernel alone, so many of each kernel."""
-    by_kernel: dict[str, list[tuple[Case, list[Launch]]]] = defaultdict(list)
-    for case, launches in dry:
-        names = {launch.kernel.name for launch in launches}
-        if len(names) == 1:
-            by_kernel[names.pop()].append((case, launches))
+def chosen(dry: Iterable[tuple[Case, list[Launch]]], most: int) -> list[tuple[Case, str, list[Launch]]]:
+    """The cases of each kernel, so many of it: those that launch it alone, or with others if there are none."""
+    named = [(case, {launch.kernel.name for launch in launches}, launches) for case, launches in dry]
+    alone = {name for _, names, _ in named if len(names) == 1 for name in names}
+    by_kernel: dict[str, list[tuple[Case, str, list[Launch]]]] = defaultdict(list)
+    for case, names, launches in named:
+        for name in sorted(names if len(names) == 1 else names - alone):
+            by_kernel[name].append((case, name, launches))
     return [each for cases in by_kernel.values() for each in cases[:most]]
 
 
@@ -97,16 +98,18 @@ def with_tile(launch: Launch, variant: Variant) -> Launch:
     return replace(launch, arguments=arguments, num_warps=variant.num_warps, num_stages=variant.num_stages)
 
 
-def _variants(day: Day, launches: Sequence[Launch]) -> dict[Variant, list[Launch]]:
-    """The launches of a case with each tile, the present one first."""
-    kernel = launches[0].kernel.name
+def _variants(day: Day, kernel: str, launches: Sequence[Launch]) -> dict[Variant, list[Launch]]:
+    """The launches of a case with each tile of one of its kernels, the present one first."""
     tried = variants(kernel, tile_for(kernel, day.device.sm), day.scale.variants)
-    return {variant: [with_tile(launch, variant) for launch in launches] for variant in tried}
+    return {
+        variant: [with_tile(each, variant) if each.kernel.name == kernel else each for each in launches]
+        for variant in tried
+    }
 
 
-def _sweep(day: Day, case: str, launches: Sequence[Launch]) -> None:
-    """Compare and time the variants of a case that compile."""
-    by_variant, cubins = _variants(day, launches), CubinStore(folder_of(day)).cubins()
+def _sweep(day: Day, case: str, kernel: str, launches: Sequence[Launch]) -> None:
+    """Compare and time the variants of a kernel of a case that compile."""
+    by_variant, cubins = _variants(day, kernel, launches), CubinStore(folder_of(day)).cubins()
     present = next(iter(by_variant))
     tensors = list({id(tensor): tensor for launch in launches for tensor in launch.tensors.values()}.values())
     before = [tensor.clone() for tensor in tensors]
@@ -115,11 +118,11 @@ def _sweep(day: Day, case: str, launches: Sequence[Launch]) -> None:
     for variant, variant_launches in by_variant.items():
         keys = {launch.specialisation.key for launch in variant_launches}
         if not keys <= cubins.keys():
-            day.add("refused", name=f"{case}: {variant}", why="it does not compile")
+            day.add("refused", name=f"{case}, {kernel}: {variant}", why="it does not compile")
             continue
         _restore(tensors, before)
         facts = {
-            "kernel": launches[0].kernel.name,
+            "kernel": kernel,
             "case": case,
             "variant": str(variant),
             "is_present": variant == present,
@@ -131,7 +134,7 @@ def _sweep(day: Day, case: str, launches: Sequence[Launch]) -> None:
             "blocks": dict(variant.blocks),
         }
         work = partial(_measured, day, variant_launches, tensors, expected, facts)
-        day.once("variant", f"{case}: {variant}", work)
+        day.once("variant", f"{case}, {kernel}: {variant}", work)
 
 
 def _measured(

@@ -22,6 +22,8 @@ class Choices:
 
 CHOICES = {
     "layer_norm.norm": Choices((4, 8, 16), (1, 2, 3)),
+    "layer_norm.norm_measured": Choices((4, 8, 16)),
+    "row_moments.measure": Choices((2, 4, 8), (1,), [("ROWS", (32, 64, 128))]),
     "quantiser.quantise": Choices((4, 8, 16)),
     "layer_norm.norm_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
     "quantiser.quantise_rows": Choices((4, 8, 16), (1,), [("VALUES", (1024, 2048, 4096))]),
@@ -31,22 +33,31 @@ CHOICES = {
     "w8a8_linear.gemm_rows": Choices(
         (4, 8), (3, 4), [("BLOCK_M", (64, 128)), ("BLOCK_N", (128, 256)), ("GROUP", (8, 16))]
     ),
+    "block_quantiser.quantise": Choices((2, 4, 8), (1,), [("ROWS", (32, 64, 128))]),
+    # Four warps deal columns to their threads so that each has whole blocks.
+    "nvfp4_linear.gemm": Choices((4,), (2, 3, 4), [("SLAB", (128, 256)), ("GROUP", (4, 8, 16))]),
     "rms_norm_rope.norm": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32, 64))]),
     "gated_residual.add": Choices((2, 4, 8), (1,), [("ROWS", (16, 32, 64, 128))]),
     "channel_norm.join": Choices((2, 4, 8), (1,), [("BLOCK", (2048, 4096, 8192, 16384))]),
+    "int8_convolution.convolve": Choices((4, 8), (2, 3, 4), [("ROWS", (128, 256)), ("SLAB", (32, 64))]),
     "dense_attention.attend": Choices((4, 8), (1, 2, 3), [("KEYS", (16, 32, 64))]),
+    "dense_attention.attend_chunk": Choices((4, 8), (2, 3), [("KEYS", (16, 32, 64))]),
+    "dense_attention.weigh": Choices((2, 4, 8), (1,), [("ROWS", (8, 16, 32))]),
+    "recall.recall": Choices((4, 8), (1, 2), [("ROWS", (2, 4, 8))]),
     "sparse_linear_attention.statistics": Choices((4, 8), (1, 2, 3), [("ROWS", (64, 128))]),
     "sparse_linear_attention.keys_values": Choices((4, 8, 16), (1, 2)),
     "sparse_linear_attention.linear_state": Choices((2, 4, 8), (1, 2), [("ROWS", (16, 32))]),
     "sparse_linear_attention.scores": Choices((2, 4, 8), (1, 2), [("QUERIES", (16, 32)), ("KEYS", (64, 128))]),
     "sparse_linear_attention.select": Choices((1, 2, 4, 8)),
     "sparse_linear_attention.attention": Choices((4, 8), (1, 2, 3), [("ADDS_LATER", (0, 1))]),
-    # Its layouts are of eight warps, and shared memory holds no more than eight blocks.
-    "warpgroup_attention.attention": Choices((8,), (1,), [("AHEAD", (2, 4))]),
-    # Its layouts are of four warps.
+    # Its layouts are of eight warps.
+    "warpgroup_attention.attention": Choices((8,), (1,), [("EARLY", (1, 0))]),
+    "tensor_memory_linear.gemm": Choices((8,), (1,), [("GROUP", (4, 8, 16))]),
+    # The layouts of both are of four warps, and how attention adds up fp8 is no matter of speed.
+    "warp_attention.attention": Choices((4,)),
     "warp_linear.gemm": Choices((4,), (1,), [("GROUP", (4, 8, 16))]),
-    # The same of its layouts, and shared memory holds four slabs.
-    "warpgroup_linear.gemm": Choices((8,), (1,), [("AHEAD", (1, 2)), ("GROUP", (4, 8, 16))]),
+    # Its layouts are of eight warps, too. With more programs than SMs, some wait until others have ended.
+    "warpgroup_linear.gemm": Choices((8,), (1,), [("GROUP", (4, 8, 16)), ("PROGRAMS", (132, 264))]),
 }
 
 

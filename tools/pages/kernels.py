@@ -8,6 +8,7 @@ from pathlib import Path
 
 from wanforge.configs.model import load_model
 from wanforge.configs.targets import Target, load_targets
+from wanforge.plugins.denoiser_block.fused import recipe_for
 from wanforge.runtime.measure.cost.decoder import decoder_chunk, decoder_clip, reference_chunk
 from wanforge.runtime.measure.cost.fused import fused_block, fused_request, fused_step
 from wanforge.runtime.measure.cost.launches import (
@@ -24,6 +25,8 @@ from wanforge.runtime.measure.machine_code.rates import gpu_of
 from wanforge.runtime.measure.tables import markdown_table, number
 
 GPUS = ("rtx5090", "rtx4090", "h100", "h200")
+OTHERS = ("rtx3090", "a100", "b200")
+"""GPUs of which only predicted times are shown."""
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 MEDIUM = "turbowan2.1-t2v-14b-480p"
 TITLES = {SMALL: "1.3B 480p", MEDIUM: "14B 480p", LARGE: "14B 720p"}
@@ -49,6 +52,15 @@ PUBLISHED = (
 """TurboDiffusion's README (docs/sources.md), with the number of steps inferred, and SGLang's pull request 38182."""
 
 
+FIRST = {
+    SMALL: (359, 456, 1021, 566, 243, 237, 252),
+    MEDIUM: (2356, 3188, 7118, 3895, 1584, 1560, 1652),
+    LARGE: (6403, 8350, 19210, 10310, 4297, 4239, 4681),
+}
+"""A step in ms as predicted when all kernels were in Triton (commit 242c706), on the GPUs of `ALL`."""
+ALL = ("rtx5090", "rtx4090", "rtx3090", "a100", "h100", "h200", "b200")
+
+
 def unfused(name: str) -> Workload:
     return published_workload(name, text_rows=load_model(name).dit.text_rows)
 
@@ -57,9 +69,15 @@ def fused(name: str) -> Workload:
     return published_workload(name, text_rows=USUAL_TEXT_ROWS)
 
 
-def gpus() -> list[Target]:
+def fused_on(name: str, gpu: Target) -> Workload:
+    """The workload in the formats that a GPU has."""
+    w = fused(name)
+    return replace(w, recipe=recipe_for(w.recipe, gpu.sm))
+
+
+def gpus(names: Sequence[str] = GPUS) -> list[Target]:
     targets = load_targets()
-    return [targets[name] for name in GPUS]
+    return [targets[name] for name in names]
 
 
 def launch_table(name: str) -> str:
@@ -85,24 +103,33 @@ def launch_table(name: str) -> str:
     return markdown_table(["", "launch", "GFLOP", "MB", *(gpu.title for gpu in gpus())], rows, words=3)
 
 
-def times_table(name: str) -> str:
+def times_table(name: str, names: Sequence[str] = GPUS) -> str:
     """What each launch of a fused block is predicted to take, the share of its roofline, and what bounds it."""
-    launches = all_launches(fused_block(fused(name)))
-    columns = [predicted(launches, gpu) for gpu in gpus()]
-    rows = []
-    for i, launch in enumerate(launches):
-        cells = (
-            f"{number(1e6 * column[i].seconds)} ({launch.roofline(gpu) / column[i].seconds:.0%}, {column[i].bound})"
-            for gpu, column in zip(gpus(), columns, strict=True)
+    columns, totals = [], []
+    for gpu in gpus(names):
+        launches = all_launches(fused_block(fused_on(name, gpu)))
+        times = predicted(launches, gpu)
+        columns.append(
+            [
+                f"{number(1e6 * time.seconds)} ({launch.roofline(gpu) / time.seconds:.0%}, {time.bound})"
+                for launch, time in zip(launches, times, strict=True)
+            ]
         )
-        rows.append([str(i + 1), launch.name, *cells])
-    totals = [sum(one.seconds for one in column) for column in columns]
-    blocks = (
-        f"{number(1e6 * total)} ({seconds(launches, gpu) / total:.0%})"
-        for gpu, total in zip(gpus(), totals, strict=True)
-    )
-    rows.append(["", "**block**", *blocks])
-    return markdown_table(["", "launch", *(gpu.title for gpu in gpus())], rows, words=6)
+        total = sum(time.seconds for time in times)
+        totals.append(f"{number(1e6 * total)} ({seconds(launches, gpu) / total:.0%})")
+    named = [launch.name for launch in all_launches(fused_block(fused(name)))]
+    rows = [[str(i), *row] for i, row in enumerate(zip(named, *columns, strict=True), 1)]
+    rows.append(["", "**block**", *totals])
+    return markdown_table(["", "launch", *(gpu.title for gpu in gpus(names))], rows, words=6)
+
+
+def progress_table() -> str:
+    """A predicted step when all kernels were in Triton, and now."""
+    rows = []
+    for name, first in FIRST.items():
+        now = [1e3 * predicted_seconds(fused_step(fused_on(name, gpu)), gpu) for gpu in gpus(ALL)]
+        rows.append([TITLES[name], *(f"{number(x)} → {number(y)}" for x, y in zip(first, now, strict=True))])
+    return markdown_table(["step, ms", *(gpu.title for gpu in gpus(ALL))], rows)
 
 
 def parts_table(name: str) -> str:
@@ -251,7 +278,7 @@ def cache_table() -> str:
         for launch in (launches["gemm q, k, v"], launches["attention + quantise"]):
             assert launch.run is not None
             kernels = (profile_of(launch, launch.run, gpu_of(gpu)).kernel for gpu in gpus())
-            fetched = {gpu: launch.run.of(kernel).fetched for gpu, kernel in zip(gpus(), kernels, strict=True)}
+            fetched = {gpu: launch.run.of(kernel, gpu.sm).fetched for gpu, kernel in zip(gpus(), kernels, strict=True)}
             cells = (f"{number(n / 1e9)}, {n / launch.roofline(gpu) / 1e12:.1f}" for gpu, n in fetched.items())
             rows.append([f"{TITLES[name]}: {launch.name}", *cells])
     return markdown_table(["launch", *(f"{gpu.title}: GB, TB/s" for gpu in gpus())], rows)
@@ -283,6 +310,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "launches-14b-720p": lambda: launch_table(LARGE),
     "times-1.3b-480p": lambda: times_table(SMALL),
     "times-14b-720p": lambda: times_table(LARGE),
+    "times-1.3b-480p-others": lambda: times_table(SMALL, OTHERS),
+    "times-14b-720p-others": lambda: times_table(LARGE, OTHERS),
+    "progress": progress_table,
     "parts-1.3b-480p": lambda: parts_table(SMALL),
     "parts-14b-720p": lambda: parts_table(LARGE),
     "steps": steps_table,
@@ -297,12 +327,12 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def with_tables(page: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """Return a page with the table after every line ``<!-- table: NAME -->`` rewritten."""
+    """Return a page with the table after every line ``<!-- table: NAME -->`` rewritten, if it is one of these."""
 
     def table(mark: re.Match[str]) -> str:
         return f"{mark[1]}\n{tables[mark[2]]()}\n{mark[3]}"
 
-    return re.sub(r"(<!-- table: (\S+) -->)\n(?:\|.*\n)*(\n|\Z)", table, page)
+    return re.sub(rf"(<!-- table: ({'|'.join(tables)}) -->)\n(?:\|.*\n)*(\n|\Z)", table, page)
 
 
 if __name__ == "__main__":

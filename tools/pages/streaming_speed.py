@@ -16,13 +16,13 @@ from wanforge.configs.recipe import load_recipe
 from wanforge.configs.targets import Target, load_targets
 from wanforge.runtime.causal.lengths import chunks_of_seconds
 from wanforge.runtime.measure.cost.decoder import decoder_chunk
-from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, all_launches, sweep
+from wanforge.runtime.measure.cost.launches import BF16, LaunchCost, all_launches
 from wanforge.runtime.measure.cost.prediction import profile_of
-from wanforge.runtime.measure.cost.unfused import head, stem
+from wanforge.runtime.measure.cost.unfused import head
 from wanforge.runtime.measure.machine_code.rates import gpu_of, machine_of
 from wanforge.runtime.measure.page import Plot, Series, picture_of
 from wanforge.runtime.measure.tables import markdown_table, number
-from wanforge.runtime.pace.launches import chunk_attention, chunk_block, library_attention
+from wanforge.runtime.pace.launches import chunk_attention, chunk_block, chunk_stem, library_attention
 from wanforge.runtime.pace.memory import StreamMemory, stream_memory
 from wanforge.runtime.pace.remembering import Remembering, Seen, at_last
 from wanforge.runtime.pace.report import sizes_of
@@ -154,8 +154,8 @@ def parts(of: PacedStream, target: Target) -> dict[str, float]:
         for part, names in PARTS.items()
     }
     return found | {
-        "stem, head": passes * load_of([*stem(w), *head(w)], target).seconds,
-        "keeping keys and values": keeping(of, target).seconds,
+        "stem, head": passes * load_of([*chunk_stem(w), *head(w)], target).seconds,
+        **remembering(of, target),
         "decoding": load_of(decoder_chunk(w.model, w.shape, is_first=False), target).seconds * w.frames,
     }
 
@@ -181,7 +181,7 @@ def filled(launch: LaunchCost, gpu: str) -> str:
     target = load_targets()[gpu]
     assert launch.run is not None
     profile = profile_of(launch, launch.run, gpu_of(target))
-    run, places = launch.run.of(profile.kernel), profile.programs * machine_of(target).multiprocessors
+    run, places = launch.run.of(profile.kernel, target.sm), profile.programs * machine_of(target).multiprocessors
     return f"{run.programs / (-(-run.programs // places) * places):.0%}"
 
 
@@ -220,13 +220,12 @@ def policies_table() -> str:
         cells = [str(now.seen), str(now.held)]
         for size in ("1.3B", "14B"):
             found = [stream(model(size, frames), "w8a8", kept, form) for form in FORMS]
-            cells.append(" / ".join(number((remembered(of) + memory_of(of).beside) / 1e9) for of in found))
-            cells.append(number(found[1].remembering.least_bytes(found[1].chunk, now.held) / 1e9))
+            cells.append(" / ".join(number(remembered(of) / 1e9) for of in found))
         for gpu in BOTH:
             streams = (stream(model(frames=frames), "w8a8", kept, form) for form in FORMS)
-            cells.append(" / ".join(ms(keeping(of, load_targets()[gpu]).seconds) for of in streams))
+            cells.append(" / ".join(ms(sum(remembering(of, load_targets()[gpu]).values())) for of in streams))
         rows.append([f"{kept}, c{frames}", *cells])
-    sizes = [f"{size}, GB: {what}" for size in ("1.3B", "14B") for what in ("native / int8", "int8 alone")]
+    sizes = [f"{size}, GB: native / int8" for size in ("1.3B", "14B")]
     times = [f"{title}, ms a chunk: native / int8" for title in gpu_titles(BOTH)]
     return markdown_table(["", "frames seen", "kept", *sizes, *times], rows)
 
@@ -237,14 +236,22 @@ def keeping(of: PacedStream, target: Target) -> Load:
     return begin + end
 
 
+def remembering(of: PacedStream, target: Target) -> dict[str, float]:
+    """The seconds of keeping keys and values, and of reading them in the passes of a chunk."""
+    w, passes = of.workload(target, past=there(of).seen), of.steps[1] + 1
+    read = load_of(chunk_block(w)["keys and values"], target) * (w.model.dit.num_layers * passes)
+    return {"keeping keys and values": keeping(of, target).seconds, "reading them": read.seconds}
+
+
 def memory_of(of: PacedStream, seconds: float = 60) -> StreamMemory:
     return stream_memory(of.chunk.seeing(there(of, seconds).seen), of.remembering)
 
 
 def remembered(of: PacedStream, seconds: float = 60) -> int:
-    """Bytes of the keys and values of earlier chunks that attention reads."""
-    now, native = there(of, seconds), Remembering(of.remembering.policy, "native")
-    return native.least_bytes(of.chunk, now.seen)
+    """Bytes of the keys and values of earlier chunks, with those of one layer that attention reads where that is not
+    where they are kept."""
+    own = 2 * BF16 * of.chunk.stream * of.model.dit.num_layers
+    return memory_of(of, seconds).keys_values - own
 
 
 def growth_table() -> str:
@@ -253,16 +260,15 @@ def growth_table() -> str:
     for seconds in LENGTHS:
         cells = []
         for size in ("1.3B", "14B"):
-            of = stream(model(size), "w8a8", "none")
-            codes = Remembering(of.remembering.policy, "int8").least_bytes(of.chunk, there(of, seconds).held)
-            cells.append(f"{number(remembered(of, seconds) / 1e9)} / {number(codes / 1e9)}")
+            found = (stream(model(size), "w8a8", "none", form) for form in FORMS)
+            cells.append(" / ".join(number(remembered(of, seconds) / 1e9) for of in found))
         for gpu in BOTH:
             for recipe in ("bf16", "w8a8"):
                 chunk = last(stream(model(), recipe, "none"), gpu, seconds)
                 cells.append(f"{ms(chunk.serial)} ({fps(chunk, chunk.serial)})")
         rows.append([str(seconds), str(there(stream(model(), "w8a8", "none"), seconds).seen), *cells])
     heads = [f"{title}, 1.3B {recipe}: ms (fps)" for title in gpu_titles(BOTH) for recipe in ("bf16", "w8a8")]
-    sizes = [f"{size}, GB: native / int8 alone" for size in ("1.3B", "14B")]
+    sizes = [f"{size}, GB: native / int8" for size in ("1.3B", "14B")]
     return markdown_table(["seconds", "frames seen", *sizes, *heads], rows)
 
 
@@ -322,7 +328,6 @@ def levers(recipe: str, target: Target) -> dict[str, ChunkTime]:
         "the remembering pass and the next first step are one pass": replace(
             now, steps=begin + one, remembering=joint(w, target) + keep
         ),
-        "one launch a layer moves the keys": replace(now, steps=moved_at_once(of, w, target) + one * 2),
         "attention by a library": of_passes(pass_load(replace(w, has_library_attention=True), target)),
         "attention in 8 bits": of_passes(with_attention(w, eight_bit_attention(w), target)),
         "3 frames are seen instead of 6": fewer.later(target, there(fewer).seen),
@@ -333,7 +338,7 @@ def levers(recipe: str, target: Target) -> dict[str, ChunkTime]:
 def with_attention(w: ChunkWorkload, attention: LaunchCost, target: Target) -> Load:
     """A pass with another attention."""
     block = chunk_block(w) | {"attention": [attention]}
-    return load_of([*stem(w), *head(w)], target) + load_of(all_launches(block), target) * w.model.dit.num_layers
+    return load_of([*chunk_stem(w), *head(w)], target) + load_of(all_launches(block), target) * w.model.dit.num_layers
 
 
 def eight_bit_attention(w: ChunkWorkload) -> LaunchCost:
@@ -343,25 +348,24 @@ def eight_bit_attention(w: ChunkWorkload) -> LaunchCost:
     return LaunchCost("sparse attention", {"int8": flops, "fp8, fp16 sums": flops}, moved, 2 * w.stream)
 
 
-def moved_at_once(of: PacedStream, w: ChunkWorkload, target: Target) -> Load:
-    """Rotating the keys that a chunk sees at other times than the one before it, all but the first chunk's."""
-    moved = sweep("rotate", (w.P - w.L) * w.D, BF16, BF16)
-    return load_of([moved], target) * w.model.dit.num_layers if of.remembering.policy.moves else Load()
-
-
 def unfinished(w: ChunkWorkload, target: Target) -> Load:
     """A pass of which the last layer ends with its keys and values."""
     block = chunk_block(w)
     needed = [launch for part in ("norm 1", "q, k, v", "RMS norm, RoPE") for launch in block[part]]
     layers = w.model.dit.num_layers
-    return load_of(stem(w), target) + load_of(all_launches(block), target) * (layers - 1) + load_of(needed, target)
+    return (
+        load_of(chunk_stem(w), target) + load_of(all_launches(block), target) * (layers - 1) + load_of(needed, target)
+    )
 
 
 def joint(w: ChunkWorkload, target: Target) -> Load:
     """A pass of two chunks, each of which sees what it would see alone."""
     both = replace(w, frames=2 * w.frames)
     block = chunk_block(both) | {"attention": [*chunk_attention(w), *chunk_attention(w)]}
-    return load_of([*stem(both), *head(both)], target) + load_of(all_launches(block), target) * w.model.dit.num_layers
+    return (
+        load_of([*chunk_stem(both), *head(both)], target)
+        + load_of(all_launches(block), target) * w.model.dit.num_layers
+    )
 
 
 def decoding_in_int8(w: ChunkWorkload, target: Target) -> Load:
@@ -415,13 +419,13 @@ def memory_plot() -> str:
         "none": ("none", "native"),
         "none int8": ("none", "int8"),
         "window": ("infinity_rope", "native"),
+        "window int8": ("infinity_rope", "int8"),
     }
     series = []
     for size in ("1.3B", "14B"):
         for word, (kept, form) in kinds.items():
-            of = stream(model(size), "w8a8", kept)
-            held = [there(of, seconds).held for seconds in LENGTHS]
-            counted = [Remembering(of.remembering.policy, form).least_bytes(of.chunk, each) / 1e9 for each in held]
+            of = stream(model(size), "w8a8", kept, form)
+            counted = [remembered(of, seconds) / 1e9 for seconds in LENGTHS]
             series.append(line(f"{size} {word}", counted, "GB"))
     title = "memory of keys and values over the length of a video, frame by frame"
     return picture_of(Plot(title, "seconds of video; predicted", "GB", series, log_x=True, log_y=True))

@@ -176,7 +176,7 @@ def run_scores(place: Place) -> None:
     """Measure what the published files, or the package's, get right by recipe, top-k and steps, and draw clips."""
     files = place.folder / "files"
     sources = sources_in(files, MODEL) if files.is_dir() else embedded(MODEL)
-    bundles = scores.import_both(MODEL, sources, place.folder / "bundles")
+    bundles = scores.import_all(MODEL, sources, place.folder / "bundles")
     scores.draw(bundles.shipped, place.folder / "prompts.png")
     distances.write(distances.distances(bundles), place.folder)
     scores.write(scores.measured(bundles), place.folder)

@@ -20,7 +20,7 @@ from tools.tinywan.training import Plan, train
 from wanforge.configs.model import HEAD_DIM
 from wanforge.configs.topk import num_selected_of
 from wanforge.plugins.sparse_linear_attention import reference
-from wanforge.plugins.sparse_linear_attention.reference import Blocks
+from wanforge.plugins.sparse_linear_attention.reference import Blocks, attention_blocks
 from wanforge.runtime.reference import dit
 from wanforge.runtime.reference.dit import Block
 from wanforge.runtime.reference.steps import TIMESTEP_SCALE
@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         model = network.model
-        blocks = dit.attention_blocks(network.dit.recipe)
+        blocks = attention_blocks(network.dit.recipe)
         assert blocks is not None
         self.dit, self.blocks = network.dit, blocks
         self.selected = num_selected_of(model.topk, blocks.num_keys(model.video.clip.tokens))

@@ -23,6 +23,8 @@ from wanforge.runtime.request import Request
 TOPKS = (0.17, 0.34, 0.5, 0.67, 1.0)
 """The shares that select one, two, three, four and all of the six key blocks."""
 STEPS = (1, 2, 3, 4)
+OTHERS = ("w8a8-row", "fp8-row", "w8a8-vae8", "nvfp4")
+"""The quantised recipes with graphs that are not what is shipped."""
 SHOWN = (
     "a red circle moving right",
     "a blue square moving left on a white background",
@@ -41,30 +43,33 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Bundles:
-    """TinyWan without quantisation and as it is shipped."""
+    """TinyWan without quantisation, as it is shipped, and by `OTHERS`."""
 
     plain: Bundle
     shipped: Bundle
+    others: tuple[Bundle, ...]
 
     def contenders(self) -> list[tuple[Pipeline, float | None]]:
-        """The unquantised model with dense and with sparse attention, then the shipped one on the reference and in ONNX
-        Runtime; each with its top-k."""
+        """The unquantised model with dense and with sparse attention, the shipped one on the reference, then this and
+        the others in ONNX Runtime; each with its top-k."""
         topk = self.plain.model.topk
         return [
             (Contender("torch", load_recipe("bf16")).pipeline(self.plain), None),
             (Contender("torch", load_recipe("bf16-sla")).pipeline(self.plain), topk),
             (Contender("torch").pipeline(self.shipped), topk),
-            (Contender("ort").pipeline(self.shipped), topk),
+            *((Contender("ort").pipeline(bundle), topk) for bundle in (self.shipped, *self.others)),
         ]
 
 
-def import_both(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
-    plain, shipped = (
+def import_all(model: ModelConfig, sources: Sources, folder: Path) -> Bundles:
+    plain, *quantised = (
         import_checkpoint(model, sources, folder / recipe, recipe=load_recipe(recipe), replace=True)
-        for recipe in ("bf16-sla", "w8a8")
+        for recipe in ("bf16-sla", "w8a8", *OTHERS)
     )
-    export(shipped, ("fp32",))
-    return Bundles(plain, Bundle.open(shipped.root))
+    for bundle in quantised:
+        export(bundle, ("fp32",))
+    shipped, *others = (Bundle.open(bundle.root) for bundle in quantised)
+    return Bundles(plain, shipped, tuple(others))
 
 
 def measured(bundles: Bundles, tell: Callable[[str], None] = print) -> dict[str, list[Quality]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -156,6 +157,16 @@ def test_edited_manifest_is_refused(bundle: Bundle, change: dict[str, Any]) -> N
     manifest.write_bytes(changed(**change)(manifest.read_bytes()))
     with pytest.raises(BundleError, match=r"manifest\.json: was edited, its seal does not fit; .*import --resume"):
         Bundle.open(bundle.root)
+
+
+def test_a_manifest_of_before_a_field_was_added_is_no_edited_one(bundle: Bundle) -> None:
+    """Its seal is of what is written there: a recipe without the field `vae`."""
+    manifest = bundle.root / MANIFEST
+    written = json.loads(manifest.read_bytes())
+    del written["recipe"]["vae"]
+    sealed = msgspec.json.encode(written | {"seal": ""})
+    manifest.write_text(json.dumps(written | {"seal": hashlib.sha256(sealed).hexdigest()}))
+    assert Bundle.open(bundle.root).recipe.vae == "bf16"
 
 
 def test_unknown_key_is_named(bundle: Bundle) -> None:

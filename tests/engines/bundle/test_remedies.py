@@ -21,6 +21,10 @@ COMMON = ["wanforge", "build", "my bundle", "--target", "sm_89,sm_120"]
             f"{FOLDER}/up-to-192x128x17/block.bodies.bf16.engine",
             [*COMMON, "--resolution", "192x128", "--frames", "17", "--smaller", "--no-plugins"],
         ),
+        (
+            f"{FOLDER}/192x128x17/block_whole.bf16.engine",
+            [*COMMON, "--resolution", "192x128", "--frames", "17", "--block-plugin"],
+        ),
         # Without a clip the command would build engines of the model's own size, which nobody asked for.
         (f"{FOLDER}/time.bf16.engine", [*COMMON, "--graph", "time"]),
     ],

@@ -152,6 +152,7 @@ def test_files_become_the_latents_of_an_independent_implementation(
     assert_matches(latents, CASES[name](velocity, pipeline.noise(checked)), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_files_are_stored_as_they_are_published(folders: Callable[[str], Path]) -> None:
     rcm = torch.load(folders("tiny-rcm") / "tiny-rcm.pt", weights_only=True)
     assert all(name.startswith("net.") for name in rcm)
@@ -169,6 +170,7 @@ def test_the_files_are_stored_as_they_are_published(folders: Callable[[str], Pat
     assert "blocks.1.norm3.weight" not in turned
 
 
+@pytest.mark.slow
 def test_the_form_of_a_file_does_not_change_its_tensors(
     tmp_path: Path, folders: Callable[[str], Path], checkpoints: dict[str, Path]
 ) -> None:
@@ -222,6 +224,7 @@ def test_causal_files_are_read_however_they_are_wrapped(
     assert contents(import_checkpoint(model, given, tmp_path / "out"), "dit") == contents(plain, "dit")
 
 
+@pytest.mark.slow
 def test_what_is_no_counter_is_refused_beside_the_weights(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     model, sources = found(folders("tiny-rcm"), tmp_path / "out")
     state = torch.load(sources.weights["dit"], weights_only=True)
@@ -231,6 +234,7 @@ def test_what_is_no_counter_is_refused_beside_the_weights(tmp_path: Path, folder
         import_checkpoint(model, given, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_model_of_full_attention_refuses_projections(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     sparse = checkpoints["tiny-t2v"] / "tiny-t2v.pth"
     assert fitting_models(open_checkpoint(sparse)) == ["tiny-t2v"]
@@ -256,6 +260,7 @@ def test_sparse_attention_of_a_model_without_it_is_refused(tmp_path: Path, folde
         DiT(model.dit, load_recipe("w8a8"))
 
 
+@pytest.mark.slow
 def test_models_with_the_same_tensors_are_told_apart_by_names_only(
     tmp_path: Path, folders: Callable[[str], Path]
 ) -> None:
@@ -269,6 +274,7 @@ def test_models_with_the_same_tensors_are_told_apart_by_names_only(
         find(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["img_emb.proj.1.weight", "blocks.0.cross_attn.k_img.weight"])
 def test_a_denoiser_that_needs_clip_is_refused_with_the_reason(
     tmp_path: Path, folders: Callable[[str], Path], name: str

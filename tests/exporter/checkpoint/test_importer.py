@@ -38,6 +38,8 @@ from wanforge.exporter.checkpoint.synth import write_checkpoint
 from wanforge.plugins.nvfp4_linear.reference import global_scale_of, quantise_weight
 from wanforge.plugins.quantiser.reference import quantise_rows, quantise_tiles
 from wanforge.runtime.reference.names import aliases
+from wanforge.runtime.reference.quantised_weights import quantised_vae
+from wanforge.runtime.reference.vae import VAE
 
 FORMS: dict[str, Callable[[str, State, Path], Path]] = {
     "wrapped": lambda c, state, folder: write_pth({"state_dict": state, "epoch": 1}, folder),  # type: ignore[dict-item]
@@ -298,6 +300,17 @@ def test_recipe_follows_the_file_unless_told(
     assert bundle.recipe == load_recipe(expected)
     has_projection = any("proj_l" in name for name, _ in contents(bundle, "dit")[0])
     assert has_projection == (expected != "bf16")
+
+
+def test_convolutions_are_quantised_behind_their_norms(tmp_path: Path, given: Callable[..., Sources]) -> None:
+    recipe = load_recipe("w8a8-vae8")
+    bundle = import_checkpoint(T2V, given(), tmp_path / "out", recipe=recipe)
+    plain = import_checkpoint(T2V, given(), tmp_path / "plain", recipe=W8A8)
+    found, state = (load_file(each.path(weights_name("vae"))) for each in (bundle, plain))
+    assert set(found) == set(VAE(T2V.vae, "int8").state_dict())
+    assert sum(each.dtype == torch.int8 for each in found.values()) == 29
+    for name, expected in quantised_vae(state, found).items():
+        assert torch.equal(found[name], expected), name
 
 
 @pytest.mark.slow

@@ -65,6 +65,7 @@ CHANGES: list[tuple[str, Callable[[State], State], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "complaint"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
 def test_says_what_does_not_fit(
     tmp_path: Path,
@@ -178,6 +179,7 @@ def test_refuses_a_copy_of_one_file_for_both_experts(tmp_path: Path, given: Call
         import_checkpoint(I2V, given(I2V, dit_low=copy), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_zeros_pass_for_both_experts_but_not_one_file(tmp_path: Path, given: Callable[..., Sources]) -> None:
     high, low = write_checkpoint(I2V, tmp_path / "in", parts={"dit.high", "dit.low"}, sparse=True)
     with pytest.raises(CheckpointError, match="hold the same tensors"):

@@ -386,6 +386,7 @@ def test_a_file_packed_by_another_tool_is_refused_or_read_as_torch_does(
     refused_or_as_torch(scratch / "a.pth", packed(method, backwards=backwards))
 
 
+@pytest.mark.slow
 def test_a_compressed_table_is_refused_unread(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", TABLE + bytes(10**8))
@@ -480,6 +481,7 @@ def test_random_bytes_are_refused(scratch: Path, content: bytes) -> None:
         open_checkpoint(scratch / "a.pth")
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=30))
 @example(b"")
 @example(b"\x80\x02.")

@@ -264,6 +264,7 @@ def test_experts_differ(checkpoints: dict[str, Path]) -> None:
     assert not [name for name in high if torch.equal(high[name], low[name])]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     once, again = content(tmp_path / "a", WEIGHTS), content(tmp_path / "b", WEIGHTS)
     assert once == again == {name: (checkpoints["tiny-t2v"] / name).read_bytes() for name in once}

@@ -163,6 +163,7 @@ def test_import_quantises_when_asked(tmp_path: Path, importing: Callable[..., li
     assert one.path.read_bytes()[-one.nbytes :] == other.path.read_bytes()[-other.nbytes :]
 
 
+@pytest.mark.slow
 def test_export_prints_what_it_left_out_and_why(
     tmp_path: Path, bundle: Bundle, importing: Callable[..., list[object]]
 ) -> None:

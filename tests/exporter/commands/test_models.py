@@ -21,7 +21,7 @@ from wanforge.exporter.commands.models import fit
 from wanforge.exporter.studies.skeleton import skeleton
 from wanforge.runtime.graphs import graphs
 from wanforge.runtime.memory.estimate import needed_device_bytes
-from wanforge.runtime.memory.plan import RESERVE, plan_request
+from wanforge.runtime.memory.plan import RESERVE, plan_request, request_schedules
 from wanforge.version import PACKAGE
 
 
@@ -80,11 +80,12 @@ def test_causal_models_fit_the_gpus_that_the_plan_says(tmp_path: Path, name: str
     assert known.ample_gib is not None
     recipe = model.fitted(load_recipe(known.recipe))
     bundle, clip = skeleton(tmp_path, model, recipe), model.video.clip
-    beside = RESERVE + needed_device_bytes(model, recipe, clip, 2)
+    beside, known_graphs = RESERVE + needed_device_bytes(model, recipe, clip, 2), graphs(model, recipe)
+    schedules = request_schedules(model, recipe, known_graphs, clip)
 
     def residency(gib: float) -> str:
         try:
-            return plan_request(bundle, graphs(model, recipe), clip, {}, 2, gib * 2**30 - beside).residency
+            return plan_request(bundle, known_graphs, schedules, {}, 2, gib * 2**30 - beside).residency
         except ResourceError:
             return ""
 
@@ -101,6 +102,7 @@ def test_models_that_are_not_published_fit_every_gpu(tmp_path: Path, name: str) 
     recipe = model.fitted(load_recipe("w8a8"))
     beside = RESERVE + needed_device_bytes(model, recipe, model.video.clip, 2)
     budget = min(target.vram_gib for target in load_targets().values()) * 2**30 - beside
-    bundle = skeleton(tmp_path, model, recipe)
-    plan = plan_request(bundle, graphs(model, recipe), model.video.clip, {}, 2, budget)
+    bundle, known_graphs = skeleton(tmp_path, model, recipe), graphs(model, recipe)
+    schedules = request_schedules(model, recipe, known_graphs, model.video.clip)
+    plan = plan_request(bundle, known_graphs, schedules, {}, 2, budget)
     assert plan.residency == "everything stays"

@@ -59,6 +59,7 @@ def test_a_configuration_is_one_that_the_server_reads(bundle: Bundle, out: Path)
     assert found == {"bundle": "bundle", "backend": "auto", "memory_gb": "8", "wanforge": __version__}
 
 
+@pytest.mark.slow
 def test_a_model_from_a_picture_needs_one(bundle_of: BundleOf, out: Path) -> None:
     found = bundle_of("tiny-i2v", "w8a8")
     succeeded("export-triton", found.root, "--out", out, "--devices", "cpu", "--name", "kites")

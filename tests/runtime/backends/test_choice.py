@@ -139,9 +139,16 @@ def test_8_bit_floats_have_kernels_where_the_gpu_multiplies_them_and_no_engines(
 
 
 @pytest.mark.usefixtures("gpu")
-def test_4_bit_linears_need_tensorrt_on_a_gpu_that_multiplies_them(bundle: Bundle) -> None:
+def test_4_bit_linears_have_kernels_on_some_of_the_gpus_that_multiply_them(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = load_recipe("nvfp4")
     other = Bundle(bundle.root, msgspec.structs.replace(bundle.manifest, recipe=recipe))
-    assert obstacle("cuda", other) == "there are no kernels for 4-bit linears"
-    assert obstacle("trt", other) == "sm_89 cannot multiply nvfp4, the format of the bundle's linears"
+    for backend in ("cuda", "trt"):
+        assert obstacle(backend, other) == "sm_89 cannot multiply nvfp4, the format of the bundle's linears"
     assert choose_backend(other) == "ort"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert obstacle("cuda", other) == "there are no kernels for 4-bit linears on sm_100"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert obstacle("cuda", other) is None
+    assert choose_backend(other) == "cuda"

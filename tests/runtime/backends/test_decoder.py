@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.numerics import assert_matches
+from tests.numerics import assert_matches, relative_rms
 from tests.ranks import on_threads, random_vae
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.model import load_model
 from wanforge.engines.bundle.bundle import Bundle
-from wanforge.errors import ShapeError
+from wanforge.errors import ConfigError, ShapeError
 from wanforge.exporter.checkpoint.embedded import embedded
 from wanforge.runtime.backends.base import Session
 from wanforge.runtime.backends.cuda import CudaBackend
@@ -29,7 +29,8 @@ from wanforge.runtime.backends.decoder.recorded import launches, recorded
 from wanforge.runtime.backends.decoder.weights import laid_out
 from wanforge.runtime.backends.torch import TorchBackend
 from wanforge.runtime.memory.device import Host
-from wanforge.runtime.reference.ranks.exchange import Exchange
+from wanforge.runtime.reference.quantised_weights import quantised_vae
+from wanforge.runtime.reference.ranks.exchange import Alone, Exchange
 from wanforge.runtime.reference.ranks.strips import Strip
 from wanforge.runtime.reference.vae import VAE
 from wanforge.runtime.schedule import vae_schedule
@@ -38,6 +39,8 @@ BundleOf = Callable[[str, str], Bundle]
 
 FLOAT32_ERROR = 3e-6
 """Relative RMS error of sums in another order through all layers."""
+STEP_ERROR = 2e-3
+"""The same with convolutions in int8, whose input is a step away where the last bits of a norm decide."""
 
 
 def tinywan() -> VAE:
@@ -48,6 +51,13 @@ def tinywan() -> VAE:
     state = load_file(embedded(model).weights["vae"])
     vae.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return vae
+
+
+def in_int8(vae: VAE) -> VAE:
+    """A VAE with its decoder's convolutions in int8."""
+    found, state = VAE(vae.config, "int8"), vae.state_dict()
+    found.load_state_dict(quantised_vae(state, found.state_dict()))
+    return found
 
 
 @dataclass
@@ -102,6 +112,29 @@ def test_the_published_widths_are_the_references() -> None:
     stream = Stream.of(random_vae(96))
     for latent in torch.randn(1, 16, 2, 1, 2, generator=torch.Generator().manual_seed(1)).split(1, 2):
         stream.check(latent)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned")
+@torch.inference_mode()
+def test_convolutions_in_int8_are_the_references() -> None:
+    vae = in_int8(tinywan())
+    latents = torch.randn(1, 16, 1, 1, 2, generator=torch.Generator().manual_seed(1))
+    first, caches = vae.decode_first(latents)
+    weights, decoder, past = Stream.of(vae).weights, FusedDecoder(vae), None
+    for frames, expected in ((1, first), (4, vae.decode_next(latents, caches)[0])):
+        pixels = torch.full((1, 3, frames, 8, 16), float("nan"))
+        kept = [channels_last(torch.full_like(each, 99)) for each in caches]
+        decoder.run(weights, latents, past, pixels, kept)
+        assert relative_rms(pixels, expected) < STEP_ERROR
+        past = kept
+    assert [cache.dtype for cache in kept].count(torch.int8) == 29
+
+
+@torch.inference_mode()
+def test_convolutions_in_int8_are_refused_on_several_gpus() -> None:
+    with pytest.raises(ConfigError, match="on one GPU"):
+        FusedDecoder(in_int8(random_vae(8)), Strip(Alone(), 3))
 
 
 @pytest.mark.slow

@@ -167,6 +167,7 @@ def test_engines_with_a_side_path_serve_only_the_clips_that_they_are_for(
         assert ways(CLIP, choice) == [["side path"]]
 
 
+@pytest.mark.slow
 def test_a_side_path_takes_all_its_engines(make: Callable[..., TrtBackend]) -> None:
     backend = make("tiny-t2v")
     write_engines(backend.bundle, CLIP, stand_in_of(backend), 16)

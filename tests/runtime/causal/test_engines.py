@@ -52,7 +52,10 @@ def backend(bundle_of: Callable[[str, str], Bundle], tmp_path: Path, monkeypatch
     monkeypatch.setattr(trt_module, "gpu", lambda: stand_in)
     monkeypatch.setattr(trt_module, "open_library", lambda flavour: stand_in.library)
     write_engines(bundle, CLIP, stand_in)
-    return TrtBackend(bundle, torch.float32)
+    backend = TrtBackend(bundle, torch.float32)
+    bind = backend.recalling.bind
+    monkeypatch.setattr(backend.recalling, "bind", lambda *tensors: stand_in.capturable(bind(*tensors)))
+    return backend
 
 
 @pytest.fixture
@@ -99,6 +102,7 @@ def test_a_stream_is_that_of_onnx_runtime(
     assert set(shapes) == {(1, past_frames * 8, 2, 128)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_image", [False, True])
 @pytest.mark.parametrize("cache", ["none", "sliding_window"])
 @pytest.mark.parametrize(("first", "later", "chunks"), [(3, 1, 19), (3, 1, 1), (1, 2, 11), (3, 3, 7)])
@@ -118,6 +122,7 @@ def test_engines_for_a_video_serve_its_stream(
     assert schedule.buffers["past_keys.0"].shape[1] == stream.past_frames * 30 * 52
 
 
+@pytest.mark.slow
 def test_engines_serve_shorter_videos_and_no_longer_ones(backend: TrtBackend) -> None:
     bundle, own = backend.bundle, engines_of(backend.bundle, CLIP, 89, torch.float32)
     assert "text_embed" not in own

@@ -1,4 +1,5 @@
-"""Keys and values in slots are those that the cache gives, frame by frame, and they stay where they are."""
+"""What a stream remembers is what the cache gives, frame by frame, whether attention reads keys and values where they
+are kept or they are kept elsewhere; and frames stay where they are."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -10,9 +11,14 @@ from torch import Tensor
 
 from wanforge.configs.causal import CachePolicy, CausalConfig, policy
 from wanforge.configs.model import load_model
+from wanforge.engines.bundle.shapes import concrete
+from wanforge.plugins.recall.reference import KeptRows, recall
 from wanforge.runtime.backends.base import Backend
-from wanforge.runtime.causal import slots as slots_module
-from wanforge.runtime.causal.slots import AT_ONCE, KVSlots, bytes_beside
+from wanforge.runtime.causal import kept_chunks as kept_module
+from wanforge.runtime.causal.kept import KeptApart, kept_apart, recall_of
+from wanforge.runtime.causal.kept_chunks import KeptChunks, Shelf
+from wanforge.runtime.causal.slots import KVSlots
+from wanforge.runtime.dtypes import element_type
 from wanforge.runtime.reference.causal.cache import KVCache
 from wanforge.runtime.reference.causal.chunks import Span, endless_chunks
 from wanforge.runtime.reference.causal.kv_codes import KVFormat
@@ -21,7 +27,7 @@ from wanforge.runtime.reference.causal.window import View
 from wanforge.runtime.reference.dit import rope_tables
 
 LAYERS, GRID, HEADS = 2, (2, 3), 2
-AREA = GRID[0] * GRID[1]
+AREA, DIM = GRID[0] * GRID[1], HEADS * 128
 CUTS = {5, 11}
 LATER = 3
 """The latent frames of a chunk after the first."""
@@ -34,21 +40,45 @@ POLICIES = {
     "a rolling sink beside two": policy("rolling_sink", 5, 3),
     "infinity_rope": policy("infinity_rope", 4),
 }
+IN_SLOTS = [name for name, kept in POLICIES.items() if not kept.moves]
 CHUNKS = 20
+Memory = KVSlots | KeptChunks
 
 
 class Unshared(Backend):
     """A backend whose memory nobody else uses."""
 
 
-def slots_for(kept: CachePolicy, form: KVFormat, dtype: torch.dtype) -> KVSlots:
-    """Slots for as many frames as a chunk may see, with nothing in them that could be taken for a number."""
-    frames = LATER * (kept.capacity or CHUNKS)
-    past = [
-        KeysValues(*(torch.full((1, frames * AREA, HEADS, 128), float("nan"), dtype=dtype) for _ in range(2)))
-        for _ in range(LAYERS)
-    ]
-    return KVSlots(kept, GRID, past, Unshared(), form)  # type: ignore[abstract]
+def blank(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Nothing that could be taken for a number, where the type has such a value."""
+    return torch.zeros(tuple(shape), dtype=dtype) if dtype in (torch.int8, torch.int32) else _nan(shape, dtype)
+
+
+def _nan(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.full(tuple(shape), float("nan")).to(dtype)
+
+
+def memory_for(kept: CachePolicy, form: KVFormat, dtype: torch.dtype) -> Memory:
+    """A memory for as many frames as a chunk may see."""
+    apart, frames = kept_apart(kept, form, CHUNKS + 1), LATER * (kept.capacity or CHUNKS)
+    if apart is not None:
+        return KeptChunks(kept, GRID, apart, shelf_for(apart, frames, dtype), Unshared())  # type: ignore[abstract]
+    shape = (1, frames * AREA, HEADS, 128)
+    past = [KeysValues(*(blank(shape, dtype) for _ in range(2))) for _ in range(LAYERS)]
+    return KVSlots(kept, GRID, past, Unshared())  # type: ignore[abstract]
+
+
+def shelf_for(apart: KeptApart, frames: int, dtype: torch.dtype) -> Shelf:
+    read = recall_of(apart, DIM)
+    sizes = {"past_tokens": frames * AREA, "kept_groups": apart.groups(LATER * AREA)}
+
+    def made() -> dict[str, Tensor]:
+        ports = read.inputs
+        return {port.name: blank(concrete(port.shape, sizes), element_type(port.dtype, dtype)) for port in ports}
+
+    layers = [KeptRows(*(tensors[name] for name in read.kept)) for tensors in (made() for _ in range(LAYERS))]
+    shared = made()
+    return Shelf(layers, shared["places"], (shared["past_cos"], shared["past_sin"]))
 
 
 def own_of(chunk: Span, dtype: torch.dtype) -> list[KeysValues]:
@@ -57,69 +87,71 @@ def own_of(chunk: Span, dtype: torch.dtype) -> list[KeysValues]:
     return [KeysValues(*(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))) for _ in range(LAYERS)]
 
 
-def seen_in(slots: KVSlots, layer: int, view: View) -> KeysValues:
+def seen_in(memory: Memory, layer: int, view: View, dtype: torch.dtype) -> KeysValues:
     """What a layer sees, in the order of the view."""
+    if isinstance(memory, KVSlots):
+        return KeysValues(*(in_slots(memory, x, view) for x in memory.past[layer]))
+    shelf, tokens = memory.shelf, len(view.frames) * AREA
+    assert (shelf.places[tokens:] == -1).all()
+    angles = shelf.angles[0][:tokens], shelf.angles[1][:tokens]
+    found = recall(shelf.layers[layer], shelf.places[:tokens], angles, dtype)
+    return KeysValues(*(x.view(1, tokens, HEADS, 128) for x in found))
 
-    def gathered(x: Tensor) -> Tensor:
-        return torch.cat([x[:, slots.slots[f] * AREA : (slots.slots[f] + 1) * AREA] for f in view.frames], 1)
 
-    return KeysValues(*map(gathered, slots.past[layer]))
+def in_slots(slots: KVSlots, x: Tensor, view: View) -> Tensor:
+    return torch.cat([x[:, slots.slots[f] * AREA : (slots.slots[f] + 1) * AREA] for f in view.frames], 1)
 
 
-def rolled(kept: CachePolicy, form: KVFormat, dtype: torch.dtype, told: Callable[[KVSlots, View], None]) -> KVSlots:
-    """Slots after many chunks, each of which saw what the cache says."""
-    slots, cache = slots_for(kept, form, dtype), KVCache(kept, GRID, form=form)
+def rolled(kept: CachePolicy, form: KVFormat, dtype: torch.dtype, told: Callable[[Memory, View], None]) -> Memory:
+    """A memory after many chunks, each of which saw what the cache says."""
+    memory, cache = memory_for(kept, form, dtype), KVCache(kept, GRID, form=form)
     for chunk, _ in zip(endless_chunks(CausalConfig(1, LATER)), range(CHUNKS), strict=False):
         cut = chunk.index in CUTS
-        view = slots.view(chunk, cut=cut)
+        view = memory.view(chunk, cut=cut)
         assert view == cache.view(chunk, cut=cut)
-        assert list(slots.read(view)) == []
+        assert list(memory.read(view)) == []
         for layer, expected in enumerate(cache.read(view)):
-            found = seen_in(slots, layer, view)
+            found = seen_in(memory, layer, view, dtype)
             assert torch.equal(found.keys, expected.keys), (chunk, layer)
             assert torch.equal(found.values, expected.values), (chunk, layer)
-        told(slots, view)
+        told(memory, view)
         own = own_of(chunk, dtype)
-        for memory in (slots, cache):
-            memory.append(chunk, own, cut=cut)
-        for each in own:  # the next chunk's overwrite them
-            each.keys.fill_(float("nan"))
-            each.values.fill_(float("nan"))
-    return slots
+        for each in (memory, cache):
+            each.append(chunk, own, cut=cut)
+        for own_keys, own_values in own:  # the next chunk's overwrite them
+            own_keys.fill_(float("nan"))
+            own_values.fill_(float("nan"))
+    return memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", get_args(KVFormat))
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_chunk_sees_in_slots_what_the_cache_gives(name: str, form: KVFormat, dtype: torch.dtype) -> None:
-    def told(slots: KVSlots, view: View) -> None:
-        seen = slots.seen(view)
+def test_a_chunk_sees_what_the_cache_gives(name: str, form: KVFormat, dtype: torch.dtype) -> None:
+    def told(memory: Memory, view: View) -> None:
+        seen = memory.seen(view)
         assert len(set(seen)) == len(view.frames)
-        assert all(0 <= slot < slots.count for slot in seen)
+        assert all(0 <= place < memory.count for place in seen)
 
     rolled(POLICIES[name], form, dtype, told)
 
 
+@pytest.mark.parametrize("form", get_args(KVFormat))
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_frame_stays_in_its_slot(name: str) -> None:
-    """And the slots that are used first are the first ones, so that those that nothing was put into come last."""
-    places: list[dict[int, int]] = []
+def test_what_attention_reads_comes_first(name: str, form: KVFormat) -> None:
+    """So what nothing was put into comes last, which attention does not read."""
     most: list[int] = []
 
-    def told(slots: KVSlots, view: View) -> None:
-        places.append({frame: slots.slots[frame] for frame in view.frames})
-        most.append(max(most[-1:] + [slot + 1 for slot in slots.seen(view)], default=0))
-        assert most[-1] <= max([len(each) for each in places])
+    def told(memory: Memory, view: View) -> None:
+        most.append(max(most[-1:] + [place + 1 for place in memory.seen(view)], default=0))
+        assert most[-1] <= max([len(view.frames), *most[:-1]])
 
-    rolled(POLICIES[name], "native", torch.float32, told)
-    for before, after in pairwise(places):
-        assert all(after[frame] == before[frame] for frame in before.keys() & after.keys())
+    rolled(POLICIES[name], form, torch.float32, told)
 
 
-@pytest.mark.parametrize(("name", "moves"), [("none", False), ("sliding_window", False), ("infinity_rope", True)])
-def test_only_keys_whose_time_has_changed_are_written_again(
-    name: str, moves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", IN_SLOTS)
+def test_a_frame_stays_in_its_slot_and_is_written_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[dict[int, int]] = []
     written: dict[int, list[int]] = {}
     write = KVSlots._write
 
@@ -127,16 +159,37 @@ def test_only_keys_whose_time_has_changed_are_written_again(
         written.setdefault(target.data_ptr(), []).extend(frames)
         write(slots, target, frames, x)
 
+    def told(memory: Memory, view: View) -> None:
+        assert isinstance(memory, KVSlots)
+        places.append({frame: memory.slots[frame] for frame in view.frames})
+
     monkeypatch.setattr(KVSlots, "_write", watched)
-    slots = rolled(POLICIES[name], "native", torch.float32, lambda slots, view: None)
-    frames = list(range(1 + LATER * (CHUNKS - 1)))
-    for keys, values in slots.past:
-        assert written[values.data_ptr()] == frames
-        again = len(written[keys.data_ptr()]) - len(frames)
-        assert (again > 0) == moves
-    if moves:
-        # The first chunk arrives at its last time when the window is full, and again after each cut.
-        assert written[slots.past[0].keys.data_ptr()].count(0) <= CHUNKS // 2
+    rolled(POLICIES[name], "native", torch.float32, told)
+    for before, after in pairwise(places):
+        assert all(after[frame] == before[frame] for frame in before.keys() & after.keys())
+    assert len(written) == 2 * LAYERS
+    assert all(frames == list(range(1 + LATER * (CHUNKS - 1))) for frames in written.values())
+
+
+@pytest.mark.parametrize("form", get_args(KVFormat))
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_chunk_that_is_kept_elsewhere_stays_where_it_is(name: str, form: KVFormat) -> None:
+    """And all places are taken in turn, none of which is more than what the policy needs."""
+    taken: list[dict[int, Span]] = []
+
+    def told(memory: Memory, view: View) -> None:
+        if isinstance(memory, KeptChunks):
+            taken.append(dict(memory.chunks))
+
+    memory = rolled(POLICIES[name], form, torch.float32, told)
+    if not isinstance(memory, KeptChunks):
+        assert form == "native"
+        return
+    for before, after in pairwise(taken):
+        assert all(after[place] in (chunk, after[place]) for place, chunk in before.items() if place in after)
+        stayed = {chunk: place for place, chunk in before.items()}.items() & {c: p for p, c in after.items()}.items()
+        assert {chunk for chunk, _ in stayed} == set(before.values()) & set(after.values())
+    assert {place for each in [*taken, memory.chunks] for place in each} == set(range(memory.kept.chunks))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -147,25 +200,33 @@ def test_all_layers_rotate_by_the_same_tables(name: str, monkeypatch: pytest.Mon
         made.append(grid[0])
         return rope_tables(grid, device, times)
 
-    monkeypatch.setattr(slots_module, "rope_tables", watched)
+    monkeypatch.setattr(kept_module, "rope_tables", watched)
 
-    def told(slots: KVSlots, view: View) -> None:
-        assert len(made) <= 1 + -(-len(view.frames) // AT_ONCE)  # what the chunk before left, and what this one sees
-        assert max([AT_ONCE, *made]) == AT_ONCE
+    def told(memory: Memory, view: View) -> None:
+        assert made == ([len(view.frames)] if view.frames else [])
         made.clear()
 
-    rolled(POLICIES[name], "native", torch.float32, told)
-    assert made or POLICIES[name].moves
+    rolled(POLICIES[name], "int8", torch.float32, told)
 
 
 @pytest.mark.parametrize("form", get_args(KVFormat))
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_is_kept_beside_is_bounded(name: str, form: KVFormat) -> None:
-    most: list[int] = [0]
-    rolled(POLICIES[name], form, torch.float32, lambda slots, _: most.append(slots.nbytes))
-    dit = load_model("tiny-causal").dit
-    assert (dit.num_layers, dit.dim) == (LAYERS, HEADS * 128)
-    bound = bytes_beside(POLICIES[name], form, dit, LATER * AREA, 4)
-    assert max(most) <= bound
-    assert (bound > 0) == POLICIES[name].moves
-    assert 2 * max(most) >= bound
+def test_bytes_are_those_of_the_buffers(name: str, form: KVFormat) -> None:
+    kept, dit = POLICIES[name], load_model("tiny-causal").dit
+    assert (dit.num_layers, dit.dim) == (LAYERS, DIM)
+    apart = kept_apart(kept, form, CHUNKS + 1)
+    assert (apart is None) == (form == "native" and not kept.moves)
+    if apart is not None:
+        rows = [x for layer in shelf_for(apart, 1, torch.float32).layers for x in layer if x is not None]
+        assert sum(x.nbytes for x in rows) == apart.nbytes(dit, LATER * AREA, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_chunks", "chunks"),
+    [
+        *[("none", 8, 7), ("infinity_rope", None, 4), ("infinity_rope", 3, 2), ("infinity_rope", 1, 1)],
+        *[("rolling_sink", None, 5), ("a rolling sink beside two", 40, 7)],
+    ],
+)
+def test_there_is_room_for_what_a_video_remembers(name: str, num_chunks: int | None, chunks: int) -> None:
+    assert kept_apart(POLICIES[name], "int8", num_chunks) == KeptApart("int8", chunks)

@@ -121,7 +121,7 @@ def test_slots_are_masked_by_what_is_in_them(pipeline: Pipeline, monkeypatch: py
         free = sorted(set(range(slots.count)) - set(slots.slots.values()))
         slots.slots |= {frame: free.pop() for frame in frames}
 
-    settings: dict[str, Any] = {"size": SIZE, "frames": 33, "seed": 7, "cache": "infinity_rope"}
+    settings: dict[str, Any] = {"size": SIZE, "frames": 65, "seed": 7, "cache": "sliding_window"}
     expected = together(list(pipeline.stream(PROMPT, **settings)))[0]
     monkeypatch.setattr(KVSlots, "_take", take_the_last)
     assert_matches(together(list(pipeline.stream(PROMPT, **settings)))[0], expected, TOLERANCE)
@@ -140,9 +140,10 @@ def test_onnx_runtime_makes_the_same_video(bundle: Bundle, pipeline: Pipeline) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the kernels where they are interpreted")
-def test_kernels_make_the_same_video(bundle: Bundle, pipeline: Pipeline) -> None:
+@pytest.mark.parametrize(("cache", "kv"), [("none", "native"), ("sliding_window", "int8"), ("infinity_rope", "fp8")])
+def test_kernels_make_the_same_video(bundle: Bundle, pipeline: Pipeline, cache: Any, kv: Any) -> None:
     def made(pipeline: Pipeline) -> list[Streamed]:
-        return list(pipeline.stream(PROMPT, size=(32, 32), frames=9, seed=7))
+        return list(pipeline.stream(PROMPT, size=(32, 32), frames=9, seed=7, cache=cache, kv=kv))
 
     for found, expected in zip(made(open_pipeline(bundle, "cuda")), made(pipeline), strict=True):
         # Only the order of sums in float32 differs.
@@ -207,16 +208,16 @@ def test_nothing_is_begun_before_it_is_asked_for(pipeline: Pipeline) -> None:
 @pytest.mark.parametrize("kv", ["native", "int8"])
 @pytest.mark.parametrize("name", ["sliding_window", "rolling_sink", "infinity_rope"])
 def test_memory_does_not_grow_with_the_length_under_a_window(pipeline: Pipeline, name: Any, kv: Any) -> None:
-    def needed(frames: int) -> tuple[int, int]:
+    def needed(frames: int) -> int:
         settings: StreamSettings = {"cache": name, "kv": kv}
         request = Request(PROMPT, pipeline.model.video.shape((32, 32), frames))
         causal = check_streams(pipeline.model)
         stream = check_stream(request, pipeline.model, causal, pipeline.tokenizer, settings)
-        schedule = stream_schedule(pipeline.model, pipeline.graphs, stream.live_shape)
-        return buffers_bytes(schedule, 4), stream.bytes_beside(pipeline.model, 4)
+        schedule = stream_schedule(pipeline.model, pipeline.graphs, stream.live_shape, stream.kept)
+        return buffers_bytes(schedule, 4)
 
     assert needed(97) == needed(129) == needed(1025)
-    assert needed(9)[0] < needed(97)[0]
+    assert needed(9) < needed(97)
 
 
 @pytest.mark.parametrize(

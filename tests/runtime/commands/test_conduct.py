@@ -132,6 +132,7 @@ def test_a_place_where_nothing_can_be_written_is_known_beforehand(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["/proc/kernels", "{folder}/file/kernels"])
 def test_kernels_know_beforehand_that_their_folder_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str

@@ -22,7 +22,7 @@ COMMANDS = {
         "weights/dit.safetensors: ",
         "would import tinywan with recipe bf16-sla to new",
     ),
-    "export": (["export", "bundle"], "  onnx/fp32/stem.onnx", "would write 42 graphs to bundle"),
+    "export": (["export", "bundle"], "  onnx/fp32/stem.onnx", "would write 43 graphs to bundle"),
     "build": (["build", "bundle", "--target", "sm_89"], "block.bf16.engine", "would build 10 engines for sm_89"),
     "generate": (
         ["generate", "bundle", "--prompt", "A red kite.", "--samples", "2", "--out", "new/deep/a.mp4", "--frames", "5"],

@@ -35,6 +35,7 @@ def bundle(bundle_of: BundleOf) -> Path:
     return bundle_of("tiny-t2v", "bf16-sla").root
 
 
+@pytest.mark.slow
 def test_generate_writes_a_video_and_says_where_the_time_went(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
     done = run("generate", bundle, "--prompt", PROMPT, "--out", out, *SMALL)

@@ -81,6 +81,7 @@ def test_models_and_recipe_are_asked_for_each_architecture(
     assert sorted(asked) == sorted((name, "bf16", sm) for name in names for sm in (80, 90))
 
 
+@pytest.mark.slow
 def test_json_holds_the_records(compiled: Path) -> None:
     result = run("--target", "sm_80", "--model", "tiny-t2v", "--out", compiled, "--json")
     report = json.loads(result.stdout)
@@ -185,7 +186,7 @@ def test_json_and_markdown_are_two_things() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    assert "no target is called 'gtx970'; known: rtx3090" in refused("--target", "gtx970").replace("a100, ", "")
+    assert "no target is called 'gtx970'; known: rtx5090" in refused("--target", "gtx970")
     assert "no tiles for layer_norm.norm on sm_121; there are some for sm_80" in refused("--target", "sm_121")
     assert "no model is called 'none'; known: " in refused("--target", "sm_80", "--model", "none")
     assert "no recipe is called 'none'; known: bf16" in refused("--target", "sm_80", "--recipe", "none")

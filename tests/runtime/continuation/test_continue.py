@@ -128,6 +128,7 @@ def test_a_video_of_another_size_is_refused(bundle_of: BundleOf, picture: Path, 
     assert "is 192x128, but its continuation would be 128x128; ask for 192x128" in done.output
 
 
+@pytest.mark.slow
 @LEAVES_PIPES_OPEN
 def test_what_cannot_be_continued_is_refused(bundle_of: BundleOf, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.mp4").write_bytes(b"no video")

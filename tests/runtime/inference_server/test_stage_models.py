@@ -83,7 +83,8 @@ def test_a_client_that_cancels_stops_the_stage_that_runs(apart: Server) -> None:
     def in_the_denoiser(sent: list[Response]) -> bool:
         return any(each.arrays().get("STAGE", [b""])[0] == b"step 1" for each in sent)
 
-    request = apart.request(NAME, in_the_denoiser, STREAM=["progress"], **SMALL)
+    # The stage goes on while the news of its first step is on the way, so it has more to go.
+    request = apart.request(NAME, in_the_denoiser, STREAM=["progress"], **{**SMALL, "STEPS": 4})
     apart.models[NAME].execute([request])
     stage = apart.calls[-1]
     assert stage.model is apart.models[f"{NAME}_denoiser"]

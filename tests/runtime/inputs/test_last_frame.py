@@ -126,6 +126,7 @@ def test_models_without_inputs_for_it_refuse_a_last_frame(model: str) -> None:
         check_last(Image.new("RGB", (4, 4)), load_model(model), ClipShape(*SIZE, 9))
 
 
+@pytest.mark.slow
 def test_a_single_frame_and_what_is_no_picture_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "none.png").write_bytes(b"no picture")
     first = Image.new("RGB", (4, 4))

@@ -109,6 +109,7 @@ def test_inspect_offers_sets_of_another_version_for_deletion(bundle: Path) -> No
     assert merged == {f"{FOLDER}/{kept.stem}.safetensors": {"is_stale": True}}
 
 
+@pytest.mark.slow
 def test_inspect_refuses_what_is_no_lora(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"x": torch.ones(1)})
     found = run("inspect", path)

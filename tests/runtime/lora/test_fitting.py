@@ -144,6 +144,7 @@ def test_kernels_compute_with_a_lora(bundle: Bundle, tmp_path: Path) -> None:
     assert torch.equal(latents(pipeline), base)
 
 
+@pytest.mark.slow
 def test_the_base_is_never_changed(bundle: Bundle, tmp_path: Path) -> None:
     latents(open_pipeline(bundle, "torch"), LoraChoice(lora(tmp_path / "a.safetensors")))
     bundle.verify(list(bundle.manifest.files), again=True)

@@ -245,6 +245,7 @@ def test_without_graphs_for_it_weights_are_rounded(
     assert pipeline.loras.described([choice])[0]["ways"] == ["stochastic rounding"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["w8a8-row", "fp8-row", "nvfp4"])
 def test_other_formats_have_a_side_path(recipe: str, bundle_of: BundleOf, tmp_path: Path) -> None:
     bundle, choice = bundle_of("tiny-t2v", recipe), LoraChoice(lora(tmp_path / "a.safetensors", size=0.5))

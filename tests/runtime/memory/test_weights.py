@@ -93,6 +93,19 @@ def test_weights_in_few_bits_are_computed_as_an_import_computes_them(
         assert torch.equal(found.float(), expected.float()), part
 
 
+@pytest.mark.slow
+def test_a_decoder_in_int8_is_computed_as_an_import_computes_it(bundle_of: Callable[[str, str], Bundle]) -> None:
+    plain, quantised = bundle_of("tiny-t2v", "w8a8"), bundle_of("tiny-t2v", "w8a8-vae8")
+    read = Weights(read_as(plain, load_recipe("w8a8-vae8")))
+    imported = Weights(quantised).component("vae")
+    parts = [name for name in imported if name.endswith("int8_weight")]
+    assert parts
+    for name in (*parts, *(part.replace("int8_weight", "scale") for part in parts)):
+        assert torch.equal(read.tensor("vae", name), imported[name]), name
+    with pytest.raises(BundleError, match=r"needs decoder\..*import the unquantised files"):
+        read_as(quantised, load_recipe("w8a8"))
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 4, 8])
 def test_a_tensor_that_kernels_could_not_read_is_copied(tmp_path: Path, begin: int) -> None:
     path = tmp_path / "odd.safetensors"

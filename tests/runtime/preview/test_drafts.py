@@ -88,6 +88,7 @@ def test_watching_changes_nothing(bundle: Bundle) -> None:
     assert_matches(pipeline.latents(pipeline.check(REQUEST), Timings()), watched, 0)
 
 
+@pytest.mark.slow
 def test_the_memory_plan_counts_the_states(bundle: Bundle) -> None:
     pipeline = Pipeline(bundle, create_backend("torch", bundle))
     schedules = {each.stage: each for each in request_schedules(bundle.model, bundle.recipe, pipeline.graphs, SHAPE)}

@@ -239,6 +239,7 @@ def test_no_peer_outlives_a_killed_parent(bundle: Bundle) -> None:
     assert [peer for peer in alive if peer.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_divided_is_refused_before_anything_starts(bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match="2 heads cannot be divided evenly among 3 GPUs"):
         open_on_gpus(3, bundle, "cuda")

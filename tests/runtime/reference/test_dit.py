@@ -10,9 +10,9 @@ from wanforge.configs.model import DiTConfig
 from wanforge.configs.recipe import Recipe
 from wanforge.configs.topk import num_selected_of
 from wanforge.errors import ShapeError
+from wanforge.plugins.sparse_linear_attention.reference import attention_blocks
 from wanforge.runtime.reference.dit import (
     DiT,
-    attention_blocks,
     patchify,
     rope_angles,
     sinusoid,

@@ -126,6 +126,7 @@ def frame_by_frame(
 convolve = torch.nn.functional.conv3d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("frames", [1, 2, 6])
 @torch.no_grad()

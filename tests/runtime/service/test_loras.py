@@ -35,6 +35,7 @@ def test_settings_name_files_from_their_folder(tmp_path: Path) -> None:
         load_settings(settings(tmp_path, '["clay.safetensors:nan"]'))
 
 
+@pytest.mark.slow
 def test_requests_name_loras_that_are_served(bundle_of: BundleOf) -> None:
     bundle = bundle_of("tiny-t2v", "w8a8")
     (served,) = Catalogue.open([("m", bundle.root)], {bundle.root: ["clay"]}).served

@@ -1,10 +1,11 @@
 """A thread takes one item ahead, hands over errors, and ends when it is told to."""
 
 from collections.abc import Iterator
-from threading import Event, active_count
+from threading import Event
 
 import pytest
 
+from tests.leaks import nothing_left
 from tests.processes import wait_until
 from wanforge.runtime.streaming.ahead import Ahead
 
@@ -41,15 +42,15 @@ def test_an_error_comes_after_the_items_before_it() -> None:
 
 @pytest.mark.parametrize("asked", [0, 1, 3])
 def test_closing_ends_the_thread(asked: int) -> None:
-    before, goes_on = active_count(), Event()
+    goes_on = Event()
 
     def source() -> Iterator[int]:
         while not goes_on.is_set():
             yield 7
 
-    ahead = Ahead(source(), "endless")
-    assert [next(ahead) for _ in range(asked)] == [7] * asked
-    ahead.close()
-    ahead.close()
-    assert active_count() == before
+    with nothing_left():
+        ahead = Ahead(source(), "endless")
+        assert [next(ahead) for _ in range(asked)] == [7] * asked
+        ahead.close()
+        ahead.close()
     assert list(ahead) == []

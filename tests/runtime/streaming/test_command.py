@@ -220,6 +220,7 @@ def test_an_encoder_that_is_killed_is_an_error(bundle: Path, tmp_path: Path) -> 
     assert len(read_video(out)[1]) >= 16
 
 
+@pytest.mark.slow
 def test_options_that_do_not_go_together_are_refused(bundle: Path, bundle_of: Any) -> None:
     assert "give --prompt, or --prompt-file -" in run("stream", bundle).output
     both = run("stream", bundle, "--prompt", "A kite", "--seconds", 1, "--chunks", 2)

@@ -1,11 +1,11 @@
 """Lines are heard as they come, and waiting for them ends."""
 
 import os
-import threading
 from collections.abc import Iterator
 
 import pytest
 
+from tests.leaks import nothing_left
 from tests.processes import wait_until
 from wanforge.runtime.streaming.lines import LONGEST, TypedLines
 
@@ -52,9 +52,7 @@ def test_a_line_without_end_is_cut(pipe: tuple[int, int]) -> None:
 
 
 def test_closing_ends_the_thread_and_leaves_nothing_open(pipe: tuple[int, int]) -> None:
-    before, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        with TypedLines(pipe[0]) as lines:
-            lines.tell(print)
-    assert threading.active_count() == before
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    with nothing_left():
+        for _ in range(20):
+            with TypedLines(pipe[0]) as lines:
+                lines.tell(print)

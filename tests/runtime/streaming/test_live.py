@@ -158,6 +158,7 @@ def test_memory_does_not_grow_with_the_length_and_the_prompts(pipeline: Pipeline
     assert max(sizes[2:]) - sizes[1] < 16e6, sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

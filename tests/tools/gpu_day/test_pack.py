@@ -100,7 +100,16 @@ def made_by(triton: str, launch: Launch, source: str) -> Cubin:
     )
 
 
+@pytest.mark.slow
 def test_the_checks_of_every_op_are_among_the_kernels_that_are_always_needed() -> None:
     found = {launch.kernel.name for launch in distinct(always_needed(90, ()))}
-    # Where warpgroups multiply on their own, the checks use the kernels that are made for them.
-    assert found == set(load_tiles()) - {"sparse_linear_attention.attention", "warp_linear.gemm"}
+    # Where warpgroups multiply on their own, the checks use the kernels that are made for them. Those of 4-bit linears
+    # have no checks.
+    assert found == set(load_tiles()) - {
+        "block_quantiser.quantise",
+        "nvfp4_linear.gemm",
+        "sparse_linear_attention.attention",
+        "tensor_memory_linear.gemm",
+        "warp_attention.attention",
+        "warp_linear.gemm",
+    }

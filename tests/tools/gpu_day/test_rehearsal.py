@@ -16,10 +16,17 @@ from wanforge.configs.tiles import load_tiles
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-OTHERS = {"sparse_linear_attention.attention", "warp_linear.gemm"}
+OTHERS = {
+    "block_quantiser.quantise",
+    "nvfp4_linear.gemm",
+    "sparse_linear_attention.attention",
+    "tensor_memory_linear.gemm",
+    "warp_attention.attention",
+    "warp_linear.gemm",
+}
 """Kernels of other architectures: on sm_90, which is rehearsed, those of `warpgroup_attention` and `warpgroup_linear`
 take their places."""
-BY_ROWS = {"layer_norm.norm_rows", "w8a8_linear.gelu_quantise_rows"}
+BY_ROWS = {"layer_norm.norm_rows", "w8a8_linear.gelu_quantise_rows", "row_moments.measure"}
 """Kernels that only recipes with scales by row launch. No op of `wanforge bench` times them yet."""
 
 

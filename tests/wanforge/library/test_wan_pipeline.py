@@ -33,6 +33,7 @@ def pipe(bundle: Path) -> wanforge.WanforgePipeline:
     return wanforge.WanforgePipeline.from_pretrained(bundle, backend="ort")
 
 
+@pytest.mark.slow
 def test_a_clip_is_the_one_that_generate_makes(pipe: wanforge.WanforgePipeline) -> None:
     same = pipe.pipeline.generate(PROMPT, size=(96, 64), frames=5, steps=1, seed=7).frames
     by_seed = pipe(PROMPT, seed=7, output_type="np", **SMALL)
@@ -44,6 +45,7 @@ def test_a_clip_is_the_one_that_generate_makes(pipe: wanforge.WanforgePipeline) 
         assert np.array_equal(pipe(PROMPT, generator=generator, **SMALL).frames, by_seed.frames)
 
 
+@pytest.mark.slow
 def test_frames_have_the_forms_that_diffusers_gives_them(pipe: wanforge.WanforgePipeline) -> None:
     as_np = pipe(PROMPT, guidance_scale=1.0, **SMALL).frames
     as_pt = pipe(PROMPT, output_type="pt", **SMALL).frames
@@ -57,6 +59,7 @@ def test_frames_have_the_forms_that_diffusers_gives_them(pipe: wanforge.Wanforge
     assert np.array_equal(pipe(PROMPT, **SMALL)[0], as_np)
 
 
+@pytest.mark.slow
 def test_several_clips_have_seeds_of_their_own(pipe: wanforge.WanforgePipeline) -> None:
     found = pipe([PROMPT, "A blue boat."], num_videos_per_prompt=2, seed=3, **SMALL)
     assert found.frames.shape == (4, 5, 64, 96, 3)

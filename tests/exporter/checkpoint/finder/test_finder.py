@@ -162,6 +162,7 @@ def test_a_preview_decoder_that_cannot_be_imported_is_left_out(
     assert "decoder.22.bias" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_pipeline_of_diffusers_is_found(tmp_path: Path, t2v: Path, bundles: dict[str, Bundle], sharded: bool) -> None:
     folder = diffusers(t2v, tmp_path / "pipeline", {"transformer": "tiny-t2v.pth"}, sharded=sharded)
@@ -198,6 +199,7 @@ def test_the_folders_of_wan_2_2_name_the_experts(tmp_path: Path, i2v: Path) -> N
     assert taken(found, tmp_path)["dit.low"] == "low_noise_model/a.pth"
 
 
+@pytest.mark.slow
 def test_unknown_names_are_told_apart_by_contents(tmp_path: Path, i2v: Path) -> None:
     files = {
         "a/merged_high_noise.pth": i2v / "tiny-i2v-high.pth",
@@ -252,6 +254,7 @@ def test_the_cache_of_the_hub_is_entered_at_its_current_snapshot(tmp_path: Path,
     assert found.unused == []
 
 
+@pytest.mark.slow
 def test_a_pipeline_in_the_cache_of_the_hub_is_found(tmp_path: Path, t2v: Path) -> None:
     pipeline = diffusers(t2v, tmp_path / "pipeline", {"transformer": "tiny-t2v.pth"}, sharded=True)
     found = find(Wanted(out=OUT, folders=[hub_repository(pipeline, tmp_path, "owner/model")]))
@@ -305,6 +308,7 @@ def test_a_file_whose_name_says_that_it_is_something_else_is_no_candidate(tmp_pa
     assert f"not used: {folder / 'vae_lora.pth'}\n" in message
 
 
+@pytest.mark.slow
 def test_a_denoiser_of_no_known_model_is_named(tmp_path: Path, t2v: Path, states: dict[str, State]) -> None:
     files = {name: t2v / name for name in REST.values()}
     folder = link_files(files, tmp_path)
@@ -390,6 +394,7 @@ def test_models_of_one_architecture_are_told_apart_by_names(
     assert "a.pth: may be tiny-t2v-480p or tiny-t2v-720p; give its model with --model (tiny-t2v-480p, tiny" in message
 
 
+@pytest.mark.slow
 def test_the_model_follows_from_a_named_denoiser(tmp_path: Path, t2v: Path, states: dict[str, State]) -> None:
     files = {"--vae": t2v / VAE_FILE, "--text-encoder": t2v / TEXT_ENCODER_FILE, "--tokenizer": t2v / TOKENIZER_FILE}
     other = shutil.copy(t2v / "tiny-t2v-quant.pth", tmp_path / "other.pth")

@@ -86,6 +86,7 @@ CHANGES: dict[str, tuple[str, str, Change | None, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_damaged_weights_are_refused(
     tmp_path: Path, given: Callable[..., Sources], states: dict[str, State], name: str
@@ -114,6 +115,7 @@ ADDED: dict[str, tuple[str, State, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADDED)
 def test_more_than_numbers_and_scales_is_refused(
     tmp_path: Path, given: Callable[..., Sources], states: dict[str, State], name: str
@@ -143,6 +145,7 @@ def test_without_a_weight_scales_are_unexpected(
     assert_refused(tmp_path / "out", T2V, given(dit=path), rf"unexpected \(1\): {LAYER}\.weight_scale$")
 
 
+@pytest.mark.slow
 def test_overflow_of_blocks_is_found(tmp_path: Path, given: Callable[..., Sources], states: dict[str, State]) -> None:
     """Each scale is a number, but their product with the numbers is none."""
     state, _ = encoded(states["dit"], LAYOUTS["lightx2v-nvfp4"])

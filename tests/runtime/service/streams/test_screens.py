@@ -1,7 +1,6 @@
 """The connection between server and child: nothing piles up in it, and it ends with either side."""
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.leaks import open_files
 from wanforge.runtime.service.live.wire import (
     NAME,
     ChunkShown,
@@ -210,9 +210,9 @@ def test_a_socket_that_a_killed_server_left_is_in_nobodys_way(folder: Path) -> N
 def test_those_who_come_at_once_open_one_socket(folder: Path) -> None:
     async def run() -> None:
         screens = Screens(folder)
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_files()
         await asyncio.gather(*(screens.listen() for _ in range(5)))
-        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert len(open_files() - before) == 1
         await screens.close()
 
     asyncio.run(run())

@@ -1,6 +1,5 @@
 """A stream while it is shown: real chunks and a real encoder, and a server that the test plays."""
 
-import os
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from tests.leaks import nothing_left
 from tests.processes import wait_until
 from tests.video_reader import read_video
 from wanforge.engines.bundle.bundle import Bundle
@@ -55,15 +55,12 @@ def pipeline(bundle_of: Callable[[str, str], Bundle]) -> Pipeline:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    files = len(os.listdir("/proc/self/fd"))
-    yield
-    names = {thread.name for thread in threading.enumerate()}
-    assert not {
-        name for name in names if name.startswith(("denoiser", "decoder", "encoder", "carrier", "show", "wishes"))
-    }
-    assert not psutil.Process().children()
-    assert len(os.listdir("/proc/self/fd")) <= files
+def others() -> Iterator[set[psutil.Process]]:
+    """The processes that other tests have left in this one; a stream leaves none, nor a thread or an open file."""
+    before = set(psutil.Process().children())
+    with nothing_left():
+        yield before
+    assert not set(psutil.Process().children()) - before
 
 
 @dataclass
@@ -240,10 +237,12 @@ def test_nothing_is_made_for_nobody(pipeline: Pipeline, tmp_path: Path, monkeypa
     assert (stage.show.chunks, (tmp_path / "live.mp4").exists()) == (0, False)
 
 
-def test_a_killed_encoder_ends_the_stream_with_its_error(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_killed_encoder_ends_the_stream_with_its_error(
+    pipeline: Pipeline, tmp_path: Path, others: set[psutil.Process]
+) -> None:
     with staged(pipeline, tmp_path, chunks=4000) as stage:
         stage.start().hear(lambda: stage.chunks >= 2)
-        (encoder,) = psutil.Process().children()
+        (encoder,) = set(psutil.Process().children()) - others
         encoder.kill()
         stage.hear()
         stage.end()
@@ -252,10 +251,12 @@ def test_a_killed_encoder_ends_the_stream_with_its_error(pipeline: Pipeline, tmp
     assert not any(isinstance(each, StreamEnded) for each in stage.heard)
 
 
-def test_an_encoder_that_hangs_is_not_taken_for_a_slow_reader(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_an_encoder_that_hangs_is_not_taken_for_a_slow_reader(
+    pipeline: Pipeline, tmp_path: Path, others: set[psutil.Process]
+) -> None:
     with staged(pipeline, tmp_path, chunks=4000) as stage:
         stage.start().hear(lambda: stage.chunks >= 2)
-        (encoder,) = psutil.Process().children()
+        (encoder,) = set(psutil.Process().children()) - others
         encoder.send_signal(signal.SIGSTOP)
         reading = threading.Thread(target=stage.hear)
         reading.start()

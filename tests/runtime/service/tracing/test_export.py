@@ -80,6 +80,7 @@ def test_videos_are_made_without_the_collector(tinywan: Path, tmp_path: Path, mo
         assert rig.signal(signal.SIGTERM) == 0
 
 
+@pytest.mark.slow
 def test_without_variables_nothing_is_traced_or_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (opening.EXPORTER, *opening.ENDPOINTS):
         monkeypatch.delenv(name, raising=False)

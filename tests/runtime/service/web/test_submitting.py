@@ -62,6 +62,7 @@ def test_pictures_that_unpack_to_much_are_refused(tinywan: Path, tmp_path: Path)
     assert "pixels" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_a_bomb_is_refused_before_it_goes_off(rig: Rig) -> None:
     rows = zlib.compress(bytes(100_000_000), 9)
     header = (50_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
