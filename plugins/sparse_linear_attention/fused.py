@@ -14,6 +14,7 @@ from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.warpgroup_attention import serves
+from wanforge.plugins.warpgroup_attention.maps import key_map, value_map
 
 HEAD = 128
 
@@ -53,15 +54,22 @@ ATTENTION = Kernel(
 )
 
 IN_GLUON = tuple(
-    Kernel(
-        room,
-        "attention",
-        ("M", "H"),
-        {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
+    (
+        Kernel(
+            room,
+            "attention",
+            ("M", "H"),
+            {
+                **dict.fromkeys(("L", "M", "N", "num_selected"), "i32"),
+                **dict.fromkeys(("q_stride", "padded"), "i32:16"),
+            },
+        ),
+        has_maps,
     )
-    for room in ("warpgroup_attention", "warp_attention")
+    for room, has_maps in (("warpgroup_attention", True), ("warp_attention", False))
 )
-"""What computes `ATTENTION` of `GLUON_BLOCKS` in a 16-bit type, on GPUs that each serves."""
+"""What computes `ATTENTION` of `GLUON_BLOCKS` in a 16-bit type, on GPUs that each serves, and whether it takes keys and
+values as tensor maps."""
 GLUON_BLOCKS = Blocks(128, 64, "sage_fp8")
 
 
@@ -119,9 +127,10 @@ def _attend(
     given = {"q": q_LD, "k": keys.k, "k_step": keys.k_step, "v": keys.v, "v_scale": keys.v_scale}
     given |= {"selected": selected_HMS, "folded": keys.folded_HKK, "folded_mass": keys.folded_mass_HK}
     given |= {"bias": proj_bias_K, "y": y_LD, "y_scale": y_scale}
-    for kernel in IN_GLUON:
+    for kernel, has_maps in IN_GLUON:
         if q_LD.dtype.itemsize == 2 and blocks == GLUON_BLOCKS and serves(q_LD.device, kernel.name):
-            kernel(**given, **sizes)
+            maps = {"k": key_map(keys.k), "v": value_map(keys.v)} if has_maps else {}
+            kernel(**{**given, **maps}, **sizes)
             return
     ATTENTION(
         **given,

@@ -44,8 +44,10 @@ ENCODE = ctypes.CFUNCTYPE(
 the address of the tensor; sizes, strides in bytes but the innermost, the box, and steps in the box, innermost first;
 interleaving, swizzling, promotion in the L2 cache, and what is outside of the tensor."""
 
-NOT_INTERLEAVED, SWIZZLED_128B, LINES_OF_128B, ZEROS = 0, 3, 2, 0
-"""``CU_TENSOR_MAP_…``: ``INTERLEAVE_NONE``, ``SWIZZLE_128B``, ``L2_PROMOTION_L2_128B`` and ``FLOAT_OOB_FILL_NONE``."""
+NOT_INTERLEAVED, LINES_OF_128B, ZEROS = 0, 2, 0
+"""``CU_TENSOR_MAP_…``: ``INTERLEAVE_NONE``, ``L2_PROMOTION_L2_128B`` and ``FLOAT_OOB_FILL_NONE``."""
+SWIZZLES = {64: 2, 128: 3}
+"""``CU_TENSOR_MAP_SWIZZLE_…`` by bytes: ``64B`` and ``128B``."""
 
 
 class TensorParameter(NamedTuple):
@@ -102,7 +104,7 @@ class MapEncoder:
             (ctypes.c_uint32 * dimensions)(*reversed(given.box)),
             (ctypes.c_uint32 * dimensions)(*dimensions * [1]),
             NOT_INTERLEAVED,
-            SWIZZLED_128B,
+            SWIZZLES[given.swizzled],
             LINES_OF_128B,
             ZEROS,
         )

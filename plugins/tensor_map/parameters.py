@@ -12,7 +12,7 @@ PREFIX = "tensordesc<"
 def kind_of(pointer: str, itemsize: int, box: Sequence[int]) -> str:
     """Triton's type of a tensor map, given its type of pointers to the elements, such as ``*i8``, and their bytes."""
     element, sides = pointer.removeprefix("*"), ",".join(map(str, box))
-    return f"{PREFIX}{element}[{sides}],NVMMASharedLayout(128, {8 * itemsize}, {len(box)})>"
+    return f"{PREFIX}{element}[{sides}],NVMMASharedLayout({itemsize * box[-1]}, {8 * itemsize}, {len(box)})>"
 
 
 def is_map(kind: str) -> bool:

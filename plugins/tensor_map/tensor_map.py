@@ -19,8 +19,8 @@ DATA_TYPES = {
 """``CU_TENSOR_MAP_DATA_TYPE_…``: UINT8 for all of a byte, INT32, FLOAT16, FLOAT32 and BFLOAT16."""
 
 DIMENSIONS = 5
-SWIZZLED = 128
-"""Bytes of the innermost side of every box, within which the copy swaps pieces of 16 bytes."""
+SWIZZLED = (64, 128)
+"""Bytes that the innermost side of a box may have, within which the copy swaps pieces of 16 bytes."""
 LARGEST_SIDE = 256
 LARGEST_SIZE = 2**31 - 1
 """Kernels are given sizes as 32-bit integers."""
@@ -32,7 +32,7 @@ FARTHEST = 2**40
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
-    """A view of a tensor, and the box of it that one bulk copy brings to shared memory, swizzled by 128 bytes.
+    """A view of a tensor, and the box of it that one bulk copy brings to shared memory, swizzled by the bytes of its last side.
 
     What a box has outside of the view arrives as zeros. A kernel takes a map as a parameter of Gluon's type of tensor
     descriptors. Source of the limits: `cuTensorMapEncodeTiled` in the CUDA Driver API.
@@ -42,7 +42,7 @@ class TensorMap:
         sizes: Elements along each dimension of the view, outermost first; at most five.
         strides: Elements of memory from one element to the next along each dimension. All but the last are multiples
             of 16 bytes; the last is 1.
-        box: Elements along each side of the box, at most 256; the last side is 128 bytes.
+        box: Elements along each side of the box, at most 256; the last side is 64 or 128 bytes.
 
     Raises:
         ShapeError: There is no such map.
@@ -65,10 +65,9 @@ class TensorMap:
             stride * itemsize % PIECE == 0 and 0 < stride * itemsize < FARTHEST for stride in self.strides[:-1]
         ):
             raise self._refused(f"the last stride must be 1, and the others multiples of {PIECE // itemsize}")
-        if self.box[-1] * itemsize != SWIZZLED or not all(0 < side <= LARGEST_SIDE for side in self.box):
-            raise self._refused(
-                f"the last side of the box must be {SWIZZLED // itemsize}, and the others 1 to {LARGEST_SIDE}"
-            )
+        if self.swizzled not in SWIZZLED or not all(0 < side <= LARGEST_SIDE for side in self.box):
+            sides = " or ".join(str(each // itemsize) for each in SWIZZLED)
+            raise self._refused(f"the last side of the box must be {sides}, and the others 1 to {LARGEST_SIDE}")
         start = self.tensor.storage_offset()
         last = start + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
         if last >= (held := self.tensor.untyped_storage().nbytes() // itemsize):
@@ -77,6 +76,11 @@ class TensorMap:
             raise self._refused(
                 f"the tensor begins {beyond} bytes after a multiple of {PIECE} bytes; give a copy of it"
             )
+
+    @property
+    def swizzled(self) -> int:
+        """The bytes within which a copy swaps pieces of 16."""
+        return self.box[-1] * self.tensor.element_size()
 
     def _refused(self, why: str) -> ShapeError:
         return ShapeError(

@@ -30,7 +30,7 @@ from wanforge.plugins.quantiser.kernel import ROUND, ROUND_TO_BFLOAT16, TO_E4M3
 HEAD = gl.constexpr(128)
 QUERIES = gl.constexpr(128)
 KEYS = gl.constexpr(64)
-THREADS = gl.constexpr(256)
+THREADS, WARPS = gl.constexpr(256), gl.constexpr(8)
 AHEAD = gl.constexpr(2)
 SLOTS = gl.constexpr(4)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -147,34 +147,85 @@ def wait(barrier, phase):
 
 
 @gluon.jit
-def copy(slot, chosen, is_wanted, to, origin):
-    """Begin the copies of one thread for a pair of blocks, if they are wanted, and arrive at the mbarrier of their slot once
-    they do.
+def warp_number():
+    """The number of a thread's warp, of which the assembler knows that it is the same for the whole warp."""
+    return gl.inline_asm(
+        """{
+        .reg .b32 number;
+        mov.u32 number, %tid.x;
+        shr.u32 number, number, 5;
+        shfl.sync.idx.b32 $0, number, 0, 31, -1;
+        }""",
+        "=r",
+        [],
+        gl.int32,
+    )
 
-    `to` are the addresses of its keys, its values and of the first mbarrier; `origin` points at its keys, its values, and
-    its values of the other half of the channels.
+
+@gluon.constexpr_function
+def copies(outputs, inputs):
+    """PTX of the thread that copies a pair of blocks, which is elected of the first warp. The tensor maps of keys and values
+    are the first parameters of `attention`; each is followed by the sizes and the strides of its view, of five and of two
+    dimensions."""
+    into = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    lines = [
+        "{",
+        ".reg .pred wanted, first, elected;",
+        ".reg .b32 barrier, to, block, lane;",
+        ".reg .b64 keys, values;",
+        "setp.ne.b32 wanted, $1, 0;",
+        "setp.eq.u32 first, $5, 0;",
+        "and.pred wanted, wanted, first;",
+        "@!wanted bra.uni copied;",
+        "elect.sync lane|elected, -1;",
+        "cvta.param.u64 keys, attention_param_0;",
+        "cvta.param.u64 values, attention_param_11;",
+        "mad.lo.s32 barrier, $0, 8, $4;",
+        "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [barrier], 32768;",
+    ]
+    for half, chosen in enumerate(("$6", "$7")):
+        lines += [
+            f"mad.lo.s32 to, $0, 16384, $2; add.s32 to, to, {8192 * half};",
+            f"mad.lo.s32 block, {chosen}, 4, $8;",
+            f"@elected {into.format(5)} [to], [keys, {{0, 0, 0, 0, block}}], [barrier];",
+        ]
+    for half, chosen in enumerate(("$6", "$7")):
+        lines += [
+            f"mad.lo.s32 to, $0, 16384, $3; add.s32 to, to, {8192 * half};",
+            f"shl.b32 block, {chosen}, 6;",
+            f"@elected {into.format(2)} [to], [values, {{block, $9}}], [barrier];",
+        ]
+    return "\n".join([*lines, "copied:", "}"])
+
+
+@gluon.jit
+def copy(slot, chosen, is_wanted, to, origin):
+    """Copy a pair of blocks, if they are wanted, and let their bytes arrive at the mbarrier of their slot.
+
+    `to` are the addresses of the keys, the values and the first mbarrier, and the warp's number; `origin` is where the head
+    begins in the views of the keys and of the values.
     """
-    for half in gl.static_range(2):
-        gl.inline_asm(
-            """{
-            .reg .pred wanted;
-            .reg .b32 key, value;
-            .reg .b64 keys, values, others;
-            setp.ne.b32 wanted, $7, 0;
-            mad.lo.s32 key, $6, 8192, $0;
-            mad.lo.s32 value, $6, 8192, $1;
-            mad.wide.s32 keys, $5, 8192, $2;
-            mad.wide.s32 values, $5, 64, $3;
-            mad.wide.s32 others, $5, 64, $4;
-            @wanted cp.async.cg.shared.global [key], [keys], 16;
-            @wanted cp.async.cg.shared.global [key + 4096], [keys + 4096], 16;
-            @wanted cp.async.cg.shared.global [value], [values], 16;
-            @wanted cp.async.cg.shared.global [value + 4096], [others], 16;
-            }""",
-            "r,r,l,l,l,r,r,r",
-            [to[0], to[1], origin[0], origin[1], origin[2], chosen[half], 2 * slot + half, is_wanted.to(gl.int32)],
-        )
-    gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [to[2] + 8 * slot])
+    gl.inline_asm(
+        copies,
+        "r,r,r,r,r,r,r,r,r,r",
+        [slot, is_wanted.to(gl.int32), to[0], to[1], to[2], to[3], chosen[0], chosen[1], origin[0], origin[1]],
+    )
+
+
+@gluon.jit
+def arrive(barrier):
+    """Let a warp arrive at the mbarrier at an address."""
+    gl.inline_asm(
+        """{
+        .reg .pred elected;
+        .reg .b32 lane;
+        bar.warp.sync -1;
+        elect.sync lane|elected, -1;
+        @elected mbarrier.arrive.shared.b64 _, [$0];
+        }""",
+        "r",
+        [barrier],
+    )
 
 
 @gluon.constexpr_function
@@ -339,7 +390,7 @@ def weigh(p, values, block, start, counts: gl.constexpr):
 
 @gluon.jit
 def attention(
-    q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
+    k, v, q, k_step, v_scale, selected, folded, folded_mass, bias, y, y_scale,
     L, q_stride, padded, M, N, num_selected,
     H: gl.constexpr,
     EARLY: gl.constexpr,
@@ -370,24 +421,17 @@ def attention(
     values = gl.allocate_shared_memory(gl.float8e4nv, [2 * SLOTS, HEAD, KEYS], NARROW_SHARED)
     barriers = mbarrier.allocate_mbarrier(batch=SLOTS)
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(barriers.index(slot), count=THREADS)
+        mbarrier.init(barriers.index(slot), count=WARPS + 1)
+    fence_async_shared()
     gl.barrier()
-    row, channel = thread // 8, thread // 4
-    origin = (
-        k + head * padded * HEAD + (key_of(row) * HEAD + thread % 8 * 16),
-        v + head * padded * HEAD + (channel * padded + thread % 4 * 16),
-        v + head * padded * HEAD + ((channel + HEAD // 2) * padded + thread % 4 * 16),
-    )
-    arrived = address(barriers)
-    to = (
-        address(keys) + row * HEAD + (thread % 8 ^ row % 8) * 16,
-        address(values) + channel * KEYS + (thread % 4 ^ channel // 2 % 4) * 16,
-        arrived,
-    )
+    arrived, warp = address(barriers), warp_number()
+    to = address(keys), address(values), arrived, warp
+    origin = gl.program_id(1) * (padded // 16), gl.program_id(1) * HEAD
     first_steps = steps_of(k_step, chosen[0])
     next_steps = steps_of(k_step, chosen[1])
     for i in gl.static_range(AHEAD):
         copy(i, chosen[i], i < pairs, to, origin)
+        arrive(arrived + 8 * i)
     matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
     async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lanes))
     async_copy.commit_group()
@@ -408,10 +452,9 @@ def attention(
     maximum = gl.full([QUERIES], -float("inf"), gl.float32, LOGIT_ROWS)
     total = summed(gl.zeros([QUERIES, KEYS], gl.float32, LOGITS))
     output = zeros
-    group = thread // 128 + 2
+    group = warp // 4 + 2
     give_first_turn(group)
     wait(arrived, 0)
-    fence_async_shared()
     first, second = begin(queries, keys, 0), begin(queries, keys, 1)
 
     # The features of the linear branch are found while these products run.
@@ -425,7 +468,7 @@ def attention(
     for i in range(pairs - 1):
         present, following = 2 * (i & SLOTS - 1), 2 * (i + 1 & SLOTS - 1)
         wait(arrived + 8 * (i + 1 & SLOTS - 1), (i + 1) // SLOTS & 1)
-        fence_async_shared()
+        arrive(arrived + 8 * (i + AHEAD & SLOTS - 1))
         later_steps = steps_of(k_step, ahead)
         later = chosen_of(selected, i + 1 + AHEAD, last)
         if EARLY:
@@ -490,4 +533,7 @@ def attention(
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))
     else:
         gl.store(y + stored, gl.convert_layout(output.to(dtype), STORED), mask=stored_rows < L - block * QUERIES)
+    # The compiler does not see that PTX uses shared memory until the end.
+    keys._keep_alive()
+    values._keep_alive()
     barriers._keep_alive()

@@ -38,6 +38,7 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     multiply,
     registers,
     wait,
+    warp_number,
 )
 
 TILE = gl.constexpr(128)
@@ -109,22 +110,6 @@ def copies(weights):
         "}",
     ]
     return "\n".join(lines)
-
-
-@gluon.jit
-def warp_number():
-    """The number of a thread's warp, of which the assembler knows that it is the same for the whole warp."""
-    return gl.inline_asm(
-        """{
-        .reg .b32 number;
-        mov.u32 number, %tid.x;
-        shr.u32 number, number, 5;
-        shfl.sync.idx.b32 $0, number, 0, 31, -1;
-        }""",
-        "=r",
-        [],
-        gl.int32,
-    )
 
 
 @gluon.jit

@@ -47,7 +47,11 @@ def build(instruction: Instruction, program: Program) -> Step:
                 report(f"{what} from a tensor map of {len(found.sizes)} dimensions", ONE, None)
             first = [int(each(state)[lane]) for each in start]
             values = _box(state, lane, found, first, report)
-            _begin(state, lane, int(addresses(state)[lane]), int(mbarriers(state)[lane]), values, report)
+            to = int(addresses(state)[lane])
+            swizzled = _swizzled(to + np.arange(len(values)), found.swizzled) - to
+            arranged = np.zeros_like(values)
+            arranged[swizzled] = values
+            _begin(state, lane, to, int(mbarriers(state)[lane]), arranged, report)
             state.wake(lane)
 
     return step
@@ -97,12 +101,13 @@ def _box(state: State, lane: int, found: EncodedMap, first: list[int], report: R
     return values.reshape(-1)
 
 
+def _swizzled(addresses: Array, width: int) -> Array:
+    """Where bytes lie when pieces of 16 are swapped, within so many bytes, by bits of the address from 7 on."""
+    return addresses ^ ((addresses >> 7 & width // PIECE - 1) << 4)
+
+
 def _begin(state: State, lane: int, to: int, mbarrier: int, values: Array, report: Report) -> None:
-    """Begin to write the bytes of a box, swizzled by 128: pieces of 16 bytes are swapped by their addresses."""
+    """Begin to write the bytes of a box."""
     place = state.shared.begin_bulk_copy(to, len(values), lane, report)
-    linear = to + np.arange(len(values))
-    swizzled = linear ^ ((linear >> 7 & 7) << 4)
-    arranged = np.zeros_like(values)
-    arranged[swizzled - to] = values
     phase, known_by = state.mbarriers.begin_copy(lane, mbarrier, len(values), report)
-    phase.ends.append(lambda: state.shared.end_bulk_copy(place, arranged, known_by))
+    phase.ends.append(lambda: state.shared.end_bulk_copy(place, values, known_by))

@@ -8,11 +8,13 @@ from wanforge.plugins.tensor_map.encoding import ENCODE, NAME, SINCE
 
 BYTES = 128
 MARK = b"tensor map"
-FORM = struct.Struct("<10sBBQ5I4Q5H")
-"""A mark, the bytes of an element, the number of dimensions, the address, sizes, strides in bytes and the box."""
+FORM = struct.Struct("<10sBBBQ5I4Q5H")
+"""A mark, the bytes of an element, those that are swizzled together, the number of dimensions, the address, sizes, strides
+in bytes and the box."""
 SIZES_OF_TYPES = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)
 """Bytes of an element by ``CUtensorMapDataType``, from UINT8 to TFLOAT32_FTZ."""
-SWIZZLES = {1: 32, 2: 64, 3: 128}
+SWIZZLES = {2: 64, 3: 128}
+"""Bytes by ``CU_TENSOR_MAP_SWIZZLE_…``; this driver knows no others."""
 INVALID_VALUE = 1
 
 
@@ -21,11 +23,13 @@ class EncodedMap(NamedTuple):
 
     Attributes:
         itemsize: Bytes of an element.
+        swizzled: Bytes within which a copy swaps pieces of 16.
         strides: In bytes, of every dimension but the innermost.
-        box: In elements. What a copy brings of it is swizzled by 128 bytes, with zeros outside of the tensor.
+        box: In elements. What a copy brings of it has zeros outside of the tensor.
     """
 
     itemsize: int
+    swizzled: int
     address: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -38,7 +42,7 @@ class EncodedMap(NamedTuple):
             return (*values, *(count - len(values)) * (0,))
 
         lists = (*filled(self.sizes, 5), *filled(self.strides, 4), *filled(self.box, 5))
-        return FORM.pack(MARK, self.itemsize, rank, self.address, *lists).ljust(BYTES, b"\0")
+        return FORM.pack(MARK, self.itemsize, self.swizzled, rank, self.address, *lists).ljust(BYTES, b"\0")
 
 
 def decoded(encoded: bytes) -> EncodedMap:
@@ -47,15 +51,16 @@ def decoded(encoded: bytes) -> EncodedMap:
     Raises:
         ValueError: They are no map of this driver's.
     """
-    mark, itemsize, rank, address, *lists = FORM.unpack_from(encoded)
+    mark, itemsize, swizzled, rank, address, *lists = FORM.unpack_from(encoded)
     if mark != MARK:
         raise ValueError(f"a bulk copy is given no tensor map, but {encoded.hex()}")
-    return EncodedMap(itemsize, address, *(tuple(lists[i : i + n]) for i, n in ((0, rank), (5, rank - 1), (9, rank))))
+    parts = (tuple(lists[i : i + n]) for i, n in ((0, rank), (5, rank - 1), (9, rank)))
+    return EncodedMap(itemsize, swizzled, address, *parts)
 
 
 def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> int:
     """`cuTensorMapEncodeTiled`. It refuses what the documentation of the CUDA Driver API says that it refuses, and all
-    modes but swizzling by 128 bytes with zeros outside of the tensor.
+    modes but swizzling by 64 or 128 bytes with zeros outside of the tensor.
 
     Args:
         more: Sizes, strides, the box and the steps in it as pointers, and the four modes.
@@ -63,8 +68,9 @@ def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> i
     sizes, strides, box, steps, interleave, swizzle, promotion, fill = more
     if not 1 <= rank <= 5 or not 0 <= data_type < len(SIZES_OF_TYPES):
         return INVALID_VALUE
-    itemsize = SIZES_OF_TYPES[data_type]
-    made = EncodedMap(itemsize, address, tuple(sizes[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank]))
+    itemsize, swizzled = SIZES_OF_TYPES[data_type], SWIZZLES.get(swizzle, 0)
+    lists = tuple(sizes[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank])
+    made = EncodedMap(itemsize, swizzled, address, *lists)
     is_valid = (
         place % 64 == 0
         and address % 16 == 0
@@ -73,7 +79,7 @@ def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> i
         and all(0 < side <= 256 for side in made.box)
         and all(step == 1 for step in steps[:rank])
         and made.box[0] * itemsize % 16 == 0
-        and made.box[0] * itemsize <= SWIZZLES.get(swizzle, 0) == 128
+        and made.box[0] * itemsize <= swizzled
         and (interleave, fill) == (0, 0)
         and 0 <= promotion <= 3
     )
