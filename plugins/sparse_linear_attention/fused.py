@@ -14,7 +14,7 @@ from wanforge.plugins.quantiser.fused import Quantised
 from wanforge.plugins.sparse_linear_attention import CHUNK_ROWS, MOST_CHUNKS
 from wanforge.plugins.sparse_linear_attention.reference import Blocks
 from wanforge.plugins.warpgroup_attention import serves
-from wanforge.plugins.warpgroup_attention.maps import key_map, value_map
+from wanforge.plugins.warpgroup_attention.maps import maps_of
 
 HEAD = 128
 
@@ -129,7 +129,7 @@ def _attend(
     given |= {"bias": proj_bias_K, "y": y_LD, "y_scale": y_scale}
     for kernel, has_maps in IN_GLUON:
         if q_LD.dtype.itemsize == 2 and blocks == GLUON_BLOCKS and serves(q_LD.device, kernel.name):
-            maps = {"k": key_map(keys.k), "v": value_map(keys.v)} if has_maps else {}
+            maps = maps_of(keys.k, keys.v, keys.folded_HKK) if has_maps else {}
             kernel(**{**given, **maps}, **sizes)
             return
     ATTENTION(

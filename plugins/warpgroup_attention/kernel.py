@@ -18,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -213,6 +212,36 @@ def copy(slot, chosen, is_wanted, to, origin):
 
 
 @gluon.jit
+def copy_matrices(to, barrier, warp, first_row):
+    """Copy 128 rows of the folded matrices, in two parts of 64 columns, which lie one after the other."""
+    gl.inline_asm(
+        """{
+        .reg .pred first, elected;
+        .reg .b32 lane, half, other;
+        .reg .b64 folded;
+        setp.eq.u32 first, $2, 0;
+        @!first bra.uni copied_too;
+        elect.sync lane|elected, -1;
+        cvta.param.u64 folded, attention_param_16;
+        mov.b32 half, 64;
+        add.s32 other, $0, 16384;
+        @elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], 32768;
+        @elected cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [folded, {0, $3}], [$1];
+        @elected cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [other], [folded, {half, $3}], [$1];
+        copied_too:
+        }""",
+        "r,r,r,r",
+        [to, barrier, warp, first_row],
+    )
+
+
+@gluon.jit
+def after_copies(x):
+    """x, of which nothing is computed before the copies that stand before this have begun."""
+    return gl.inline_asm_elementwise("// $0", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
 def arrive(barrier):
     """Let a warp arrive at the mbarrier at an address."""
     gl.inline_asm(
@@ -390,7 +419,7 @@ def weigh(p, values, block, start, counts: gl.constexpr):
 
 @gluon.jit
 def attention(
-    k, v, q, k_step, v_scale, selected, folded, folded_mass, bias, y, y_scale,
+    k, v, folded, q, k_step, v_scale, selected, folded_mass, bias, y, y_scale,
     L, q_stride, padded, M, N, num_selected,
     H: gl.constexpr,
     EARLY: gl.constexpr,
@@ -415,30 +444,32 @@ def attention(
     key_mass = gl.load(folded_mass + head * HEAD + lanes)
     thread = gl.arange(0, THREADS, EACH)
     channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
-    channel_bias = gl.load(bias + thread % HEAD).to(gl.float32)
+    channel_bias = gl.load(bias + thread % HEAD)
 
     keys = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, KEYS, HEAD], BYTES_SHARED)
     values = gl.allocate_shared_memory(gl.float8e4nv, [2 * SLOTS, HEAD, KEYS], NARROW_SHARED)
-    barriers = mbarrier.allocate_mbarrier(batch=SLOTS)
-    for slot in gl.static_range(SLOTS):
+    matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
+    barriers = mbarrier.allocate_mbarrier(batch=SLOTS + 1)  # the last is that of the matrices
+    for slot in gl.static_range(SLOTS + 1):
         mbarrier.init(barriers.index(slot), count=WARPS + 1)
     fence_async_shared()
     gl.barrier()
     arrived, warp = address(barriers), warp_number()
     to = address(keys), address(values), arrived, warp
     origin = gl.program_id(1) * (padded // 16), gl.program_id(1) * HEAD
+    copy(0, chosen[0], pairs > 0, to, origin)
+    copy_matrices(address(matrices), arrived + 8 * SLOTS, warp, origin[1])
+    copy(1, chosen[1], 1 < pairs, to, origin)
+    for i in gl.static_range(AHEAD):
+        arrive(arrived + 8 * i)
+    arrive(arrived + 8 * SLOTS)
+    query = after_copies(query)
     first_steps = steps_of(k_step, chosen[0])
     next_steps = steps_of(k_step, chosen[1])
-    for i in gl.static_range(AHEAD):
-        copy(i, chosen[i], i < pairs, to, origin)
-        arrive(arrived + 8 * i)
-    matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
-    async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lanes))
-    async_copy.commit_group()
     ahead = chosen[AHEAD]
 
     scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
-    biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias)
+    biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias.to(gl.float32))
     query = query.to(gl.float32)
     q_step = divided(gl.max(gl.abs(query).reshape((QUERIES * HEAD,)), 0), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
@@ -462,6 +493,9 @@ def attention(
     mass = gl.sum(feature * key_mass, 1, keep_dims=True)
     feature *= 1.0 / (mass + 1e-5 * gl.sum(feature, 1, keep_dims=True))
     features = gl.allocate_shared_memory(dtype, [QUERIES, HEAD], HALF_SHARED, feature.to(dtype))
+    wait(arrived + 8 * SLOTS, 0)
+    fence_async_shared()
+    gl.barrier()
     logits = complete(first, second)
 
     # The sum of each pair of blocks is added outside of the tensor cores, which accumulate fp8 products with few bits.
@@ -509,16 +543,14 @@ def attention(
     total = gl.sum(total + summed(p), 1)
     sums = weigh(p, values, present + 1, sums, True)
     sums = gl.inline_asm(wait_for_all, in_place("f", 64), [registers(sums)], zeros.type)
-    take_last_turn(group)
     output = shrunk(output, shrink, sums)
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times.
     output *= gl.convert_layout(1.0 / total, SUM_ROWS, assert_trivial=True)[:, None]
     output *= scales.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :]
-    async_copy.wait_group(0)
-    fence_async_shared()
     output = gl.convert_layout(output, HALF_SUMS, assert_trivial=True)
     output = warpgroup_mma(features, matrices, output)
+    take_last_turn(group)
     output = gl.convert_layout(output, SUMS, assert_trivial=True)
     output = rounded(output + biases.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :], dtype)
     rows = gl.arange(0, QUERIES, SUM_ROWS)
@@ -537,3 +569,4 @@ def attention(
     keys._keep_alive()
     values._keep_alive()
     barriers._keep_alive()
+    matrices._keep_alive()

@@ -18,3 +18,14 @@ def value_map(v_HKP: Tensor) -> TensorMap:
     """Blocks of the values of all heads in fp8, contiguous, whose keys lie side by side."""
     heads, _, keys = v_HKP.shape
     return TensorMap(v_HKP, (heads * HEAD, keys), (keys, 1), (HEAD, KEYS))
+
+
+def folded_map(folded_HKK: Tensor) -> TensorMap:
+    """Halves of the matrices of all heads, contiguous: 128 rows of 64 columns in a 16-bit type."""
+    heads = len(folded_HKK)
+    return TensorMap(folded_HKK, (heads * HEAD, HEAD), (HEAD, 1), (HEAD, HEAD // 2))
+
+
+def maps_of(k_HPK: Tensor, v_HKP: Tensor, folded_HKK: Tensor) -> dict[str, TensorMap]:
+    """The arguments of the kernel that are tensor maps."""
+    return {"k": key_map(k_HPK), "v": value_map(v_HKP), "folded": folded_map(folded_HKK)}

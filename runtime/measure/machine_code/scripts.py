@@ -278,32 +278,48 @@ def is_masked_copy(instruction: Instruction) -> bool:
     return instruction.name in BULK_COPIES or (instruction.name == "LDGSTS" and is_masked)
 
 
+def announcements(instructions: Sequence[Instruction]) -> list[tuple[int, list[int]]]:
+    """The bytes that are expected at each mbarrier, and the places of the bulk copies that bring them, which come after
+    that and before the next.
+
+    Raises:
+        ConfigError: The machine code does not tell how many bytes a copy brings.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for place, each in enumerate(instructions):
+        if each.expected:
+            found.append((each.expected, []))
+        elif each.name in BULK_COPIES and found:
+            found[-1][1].append(place)
+        elif each.name in BULK_COPIES:
+            raise ConfigError(
+                f"a bulk copy at {each.address:#x} arrives at an mbarrier at which no constant number of bytes was "
+                "announced; announce them before it"
+            )
+    return found
+
+
 def bulk_bytes(instructions: Sequence[Instruction]) -> dict[int, Brought]:
-    """What each bulk copy brings, by its place: an equal part of the bytes that are expected where it arrives. As many
-    copies arrive at each mbarrier, in their order.
+    """What each bulk copy brings, by its place: an equal part of the bytes that are expected where it arrives.
 
     Raises:
         ConfigError: The machine code does not tell how many bytes these are.
     """
-    copies = [place for place, each in enumerate(instructions) if each.name in BULK_COPIES]
-    expected = [each.expected for each in instructions if each.expected]
-    if not copies:
-        return {}
-    if not expected or len(copies) % len(expected):
-        raise ConfigError(
-            f"{len(copies)} bulk copies arrive at {len(expected)} mbarriers that expect a constant number of bytes; "
-            "announce the bytes of the same number of copies at each"
-        )
-    each = len(copies) // len(expected)
-    return {place: Brought(expected[i // each] / each, i % each == each - 1) for i, place in enumerate(copies)}
+    return {
+        place: Brought(expected / len(places), place == places[-1])
+        for expected, places in announcements(instructions)
+        for place in places
+    }
 
 
 def copied_ahead(before: Sequence[Instruction], loop: Sequence[Instruction]) -> int:
     """How many iterations ahead a loop copies: as many as were copied before it began, by arrivals at mbarriers or by
-    groups of copies that are waited for in order."""
+    groups of copies that are waited for in order. Bulk copies of other bytes are for something else."""
+    announced = [expected for expected, _ in announcements(loop)]
 
     def arrivals(instructions: Sequence[Instruction]) -> int:
-        return sum(kind_of_arrival(each) == ARRIVE_COPIES or each.expected > 0 for each in instructions)
+        own = sum(kind_of_arrival(each) == ARRIVE_COPIES for each in instructions)
+        return own + sum(expected in announced for expected, _ in announcements(instructions))
 
     def groups(instructions: Sequence[Instruction]) -> int:
         return sum(each.name == "LDGDEPBAR" for each in instructions)
