@@ -41,6 +41,7 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32]))
 HALF_SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
 LOGIT_ROWS = gl.constexpr(gl.SliceLayout(1, LOGITS))
 SUM_ROWS = gl.constexpr(gl.SliceLayout(1, SUMS))
+PAIRS_LOADED = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0]))
 LOADED = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 STORED = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))
 EACH = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
@@ -161,6 +162,39 @@ def warp_number():
     )
 
 
+@gluon.jit
+def wait_if(wanted, barrier, phase):
+    """Wait until a phase of the mbarrier at an address is complete, if that is wanted."""
+    gl.inline_asm(
+        """{
+        .reg .pred complete, wanted;
+        setp.ne.b32 wanted, $2, 0;
+        setp.eq.b32 complete, $2, 0;
+        waiting:
+        @wanted mbarrier.try_wait.parity.shared.b64 complete, [$0], $1;
+        @!complete bra.uni waiting;
+        }""",
+        "r,r,r",
+        [barrier, phase, wanted.to(gl.int32)],
+    )
+
+
+@gluon.constexpr_function
+def widening(dtype, pair, low, high):
+    """PTX of the two float32 of a pair."""
+    if dtype == gl.bfloat16:
+        return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, 0xffff0000;"
+    return f"{{ .reg .b16 a, b; mov.b32 {{a, b}}, {pair}; cvt.f32.f16 {low}, a; cvt.f32.f16 {high}, b; }}"
+
+
+@gluon.jit
+def widened(words, dtype: gl.constexpr):
+    """Pairs of 16-bit numbers [M, N / 2] as float32 [M, N]."""
+    PTX: gl.constexpr = widening(dtype, "$2", "$0", "$1")
+    low, high = gl.inline_asm_elementwise(PTX, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1)
+    return gl.convert_layout(gl.join(low, high).reshape((QUERIES, HEAD)), LOADED, assert_trivial=True)
+
+
 @gluon.constexpr_function
 def copies(outputs, inputs):
     """PTX of the thread that copies a pair of blocks, which is elected of the first warp. The tensor maps of keys and values
@@ -233,12 +267,6 @@ def copy_matrices(to, barrier, warp, first_row):
         "r,r,r,r",
         [to, barrier, warp, first_row],
     )
-
-
-@gluon.jit
-def after_copies(x):
-    """x, of which nothing is computed before the copies that stand before this have begun."""
-    return gl.inline_asm_elementwise("// $0", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @gluon.jit
@@ -431,21 +459,6 @@ def attention(
     k_step += head * N
     selected += (head * M + block) * num_selected
     last, pairs = num_selected - 1, (num_selected + 1) // 2
-    # What is needed soon is asked for at once, because each answer takes as long as hundreds of instructions.
-    chosen = ()
-    for i in gl.static_range(AHEAD + 1):
-        chosen += (chosen_of(selected, i, last),)
-    final = chosen_of(selected, pairs - 1, last)
-    rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
-    lanes = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))[None, :]
-    start = block.to(gl.int64) * QUERIES
-    inside = rows < L - block * QUERIES
-    query = gl.load(q + start * q_stride + head * HEAD + (rows * q_stride + lanes), mask=inside, other=0.0)
-    key_mass = gl.load(folded_mass + head * HEAD + lanes)
-    thread = gl.arange(0, THREADS, EACH)
-    channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
-    channel_bias = gl.load(bias + thread % HEAD)
-
     keys = gl.allocate_shared_memory(gl.int8, [2 * SLOTS, KEYS, HEAD], BYTES_SHARED)
     values = gl.allocate_shared_memory(gl.float8e4nv, [2 * SLOTS, HEAD, KEYS], NARROW_SHARED)
     matrices = gl.allocate_shared_memory(dtype, [HEAD, HEAD], HALF_SHARED)
@@ -453,24 +466,40 @@ def attention(
     for slot in gl.static_range(SLOTS + 1):
         mbarrier.init(barriers.index(slot), count=WARPS + 1)
     fence_async_shared()
+    # What is needed soon is asked for at once, because each answer takes as long as hundreds of instructions.
+    chosen = ()
+    for i in gl.static_range(AHEAD + 1):
+        chosen += (chosen_of(selected, i, last),)
+    words = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
+    columns = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
+    start = block.to(gl.int64) * QUERIES
+    pairs_of = (q + start * q_stride + head * HEAD).to(gl.pointer_type(gl.int32), bitcast=True)
+    query = gl.load(pairs_of + (words * (q_stride // 2) + columns), mask=words < L - block * QUERIES, other=0)
     gl.barrier()
     arrived, warp = address(barriers), warp_number()
     to = address(keys), address(values), arrived, warp
     origin = gl.program_id(1) * (padded // 16), gl.program_id(1) * HEAD
     copy(0, chosen[0], pairs > 0, to, origin)
     copy_matrices(address(matrices), arrived + 8 * SLOTS, warp, origin[1])
-    copy(1, chosen[1], 1 < pairs, to, origin)
     for i in gl.static_range(AHEAD):
+        if i > 0:
+            copy(i, chosen[i], i < pairs, to, origin)
         arrive(arrived + 8 * i)
     arrive(arrived + 8 * SLOTS)
-    query = after_copies(query)
+    query = widened(query, dtype)
+    rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
+    lanes = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))[None, :]
+    key_mass = gl.load(folded_mass + head * HEAD + lanes)
+    thread = gl.arange(0, THREADS, EACH)
+    channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
+    channel_bias = gl.load(bias + thread % HEAD)
     first_steps = steps_of(k_step, chosen[0])
     next_steps = steps_of(k_step, chosen[1])
     ahead = chosen[AHEAD]
+    final = chosen_of(selected, pairs - 1, last)
 
     scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
     biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias.to(gl.float32))
-    query = query.to(gl.float32)
     q_step = divided(gl.max(gl.abs(query).reshape((QUERIES * HEAD,)), 0), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
     queries = gl.allocate_shared_memory(gl.int8, [QUERIES, HEAD], BYTES_SHARED, steps)

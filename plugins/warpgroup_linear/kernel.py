@@ -38,7 +38,9 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     multiply,
     registers,
     wait,
+    wait_if,
     warp_number,
+    widening,
 )
 
 TILE = gl.constexpr(128)
@@ -130,23 +132,6 @@ def arrive(barrier):
     gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [barrier])
 
 
-@gluon.jit
-def wait_if(wanted, barrier, phase):
-    """Wait until a phase of the mbarrier at an address is complete, if that is wanted."""
-    gl.inline_asm(
-        """{
-        .reg .pred complete, wanted;
-        setp.ne.b32 wanted, $2, 0;
-        setp.eq.b32 complete, $2, 0;
-        waiting:
-        @wanted mbarrier.try_wait.parity.shared.b64 complete, [$0], $1;
-        @!complete bra.uni waiting;
-        }""",
-        "r,r,r",
-        [barrier, phase, wanted.to(gl.int32)],
-    )
-
-
 @gluon.constexpr_function
 def rescaling(outputs, inputs):
     """PTX that waits for products and adds them, times both of their steps, to sums."""
@@ -226,14 +211,6 @@ def copy_vectors(tile_set, to, place, vectors, is_wanted, SLABS: gl.constexpr, W
 def name_of(dtype):
     """How PTX names pairs of numbers of 16 bits."""
     return "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-
-
-@gluon.constexpr_function
-def widening(dtype, pair, low, high):
-    """PTX of the two float32 of a pair."""
-    if dtype == gl.bfloat16:
-        return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, 0xffff0000;"
-    return f"{{ .reg .b16 a, b; mov.b32 {{a, b}}, {pair}; cvt.f32.f16 {low}, a; cvt.f32.f16 {high}, b; }}"
 
 
 @gluon.jit
