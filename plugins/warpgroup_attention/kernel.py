@@ -196,6 +196,62 @@ def widened(words, dtype: gl.constexpr):
 
 
 @gluon.constexpr_function
+def magnitude_of(dtype, count):
+    """PTX of the largest magnitude of so many pairs of 16-bit numbers, as float32, for `largest_of_pairs`."""
+    name = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
+    lines = ["{", ".reg .b32 most<4>;"]
+    lines += [f"mov.b32 most{i}, ${i + 1};" for i in range(4)]
+    lines += [f"max.xorsign.abs.{name} most{i % 4}, most{i % 4}, ${i + 1};" for i in range(4, count)]
+    lines += [f"max.xorsign.abs.{name} most{i}, most{i}, most{j};" for i, j in ((0, 1), (2, 3), (0, 2))]
+    lines += [widening(dtype, "most0", "most1", "most2"), "abs.f32 most1, most1;", "abs.f32 most2, most2;"]
+    return "\n".join([*lines, "max.f32 $0, most1, most2;", "}"])
+
+
+@gluon.jit
+def largest_of_pairs(words, dtype: gl.constexpr):
+    """The largest magnitude of the pairs of 16-bit numbers that each thread has, [THREADS]."""
+    COUNT: gl.constexpr = QUERIES * HEAD // 2 // THREADS
+    each = gl.arange(0, THREADS, EACH).to(gl.float32)
+    return gl.inline_asm(magnitude_of(dtype, COUNT), "=f" + COUNT * ",r", [words], each.type)
+
+
+@gluon.constexpr_function
+def largest_of_program(outputs, inputs):
+    """PTX of the largest of what all threads of a program have, none of which is negative. They meet at a barrier."""
+    values, (scratch,), (warp,) = inputs
+    lines = [
+        "{",
+        ".reg .pred first;",
+        ".reg .b32 most, place, a, b, c, d;",
+        f"mov.b32 most, {values[0]};",
+        *(f"max.f32 most, most, {each};" for each in values[1:]),
+        "redux.sync.max.u32 most, most, -1;",
+        "mov.u32 place, %tid.x;",
+        "and.b32 place, place, 31;",
+        "setp.eq.u32 first, place, 0;",
+        f"mad.lo.s32 place, {warp}, 4, {scratch};",
+        "@first st.shared.b32 [place], most;",
+        "bar.sync 0;",
+        f"ld.shared.v4.b32 {{a, b, c, d}}, [{scratch}];",
+        "max.f32 a, a, b;",
+        "max.f32 c, c, d;",
+        "max.f32 most, a, c;",
+        f"ld.shared.v4.b32 {{a, b, c, d}}, [{scratch}+16];",
+        "max.f32 a, a, b;",
+        "max.f32 c, c, d;",
+        "max.f32 a, a, c;",
+    ]
+    return "\n".join([*lines, f"max.f32 {outputs[0][0]}, most, a;", "}"])
+
+
+@gluon.jit
+def largest_of_threads(x, scratch, warp):
+    """The largest of what all threads have, none of which is negative, given the address of 32 bytes that nobody uses."""
+    COUNT: gl.constexpr = x.numel // THREADS
+    return gl.inline_asm(largest_of_program, "=f" + COUNT * ",f" + ",r,r", [x, scratch, warp], gl.float32)
+
+
+@gluon.constexpr_function
 def copies(outputs, inputs):
     """PTX of the thread that copies a pair of blocks, which is elected of the first warp. The tensor maps of keys and values
     are the first parameters of `attention`; each is followed by the sizes and the strides of its view, of five and of two
@@ -403,8 +459,8 @@ def complete(first, second):
 
 @gluon.jit
 def by_lane(x):
-    """x [QUERIES, KEYS] as [QUERIES, 2, KEYS // 8, 4], of which a thread holds all but the last axis."""
-    return x.reshape((QUERIES, KEYS // 8, 4, 2)).permute((0, 3, 1, 2))
+    """x [QUERIES, N] as [QUERIES, 2, N // 8, 4], of which a thread holds all but the last axis."""
+    return x.reshape((QUERIES, x.shape[1] // 8, 4, 2)).permute((0, 3, 1, 2))
 
 
 @gluon.jit
@@ -470,11 +526,6 @@ def attention(
     chosen = ()
     for i in gl.static_range(AHEAD + 1):
         chosen += (chosen_of(selected, i, last),)
-    words = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
-    columns = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
-    start = block.to(gl.int64) * QUERIES
-    pairs_of = (q + start * q_stride + head * HEAD).to(gl.pointer_type(gl.int32), bitcast=True)
-    query = gl.load(pairs_of + (words * (q_stride // 2) + columns), mask=words < L - block * QUERIES, other=0)
     gl.barrier()
     arrived, warp = address(barriers), warp_number()
     to = address(keys), address(values), arrived, warp
@@ -486,21 +537,19 @@ def attention(
             copy(i, chosen[i], i < pairs, to, origin)
         arrive(arrived + 8 * i)
     arrive(arrived + 8 * SLOTS)
-    query = widened(query, dtype)
-    rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
-    lanes = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))[None, :]
-    key_mass = gl.load(folded_mass + head * HEAD + lanes)
-    thread = gl.arange(0, THREADS, EACH)
-    channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
-    channel_bias = gl.load(bias + thread % HEAD)
+    words = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
+    columns = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
+    start = block.to(gl.int64) * QUERIES
+    pairs_of = (q + start * q_stride + head * HEAD).to(gl.pointer_type(gl.int32), bitcast=True)
+    query = gl.load(pairs_of + (words * (q_stride // 2) + columns), mask=words < L - block * QUERIES, other=0)
     first_steps = steps_of(k_step, chosen[0])
     next_steps = steps_of(k_step, chosen[1])
     ahead = chosen[AHEAD]
-    final = chosen_of(selected, pairs - 1, last)
+    q_step = largest_of_pairs(query, dtype)
+    query = widened(query, dtype)
 
-    scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
-    biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias.to(gl.float32))
-    q_step = divided(gl.max(gl.abs(query).reshape((QUERIES * HEAD,)), 0), 127.0) + 1e-7
+    scratch = gl.allocate_shared_memory(gl.float32, [2 * WARPS], PLAIN_SHARED)
+    q_step = divided(largest_of_threads(q_step, address(scratch), warp), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
     queries = gl.allocate_shared_memory(gl.int8, [QUERIES, HEAD], BYTES_SHARED, steps)
     fence_async_shared()
@@ -518,10 +567,18 @@ def attention(
     first, second = begin(queries, keys, 0), begin(queries, keys, 1)
 
     # The features of the linear branch are found while these products run.
+    lanes = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))[None, :]
+    key_mass = gl.load(folded_mass + head * HEAD + lanes)
+    thread = gl.arange(0, THREADS, EACH)
+    channel_scale = gl.load(v_scale + head * HEAD + thread % HEAD)
+    channel_bias = gl.load(bias + thread % HEAD)
+    final = chosen_of(selected, pairs - 1, last)
     feature = power(gl.fma(query, LOG2E, gl.max(query, 1, keep_dims=True) * -LOG2E))
     mass = gl.sum(feature * key_mass, 1, keep_dims=True)
     feature *= 1.0 / (mass + 1e-5 * gl.sum(feature, 1, keep_dims=True))
     features = gl.allocate_shared_memory(dtype, [QUERIES, HEAD], HALF_SHARED, feature.to(dtype))
+    scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
+    biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias.to(gl.float32))
     wait(arrived + 8 * SLOTS, 0)
     fence_async_shared()
     gl.barrier()
@@ -582,13 +639,14 @@ def attention(
     take_last_turn(group)
     output = gl.convert_layout(output, SUMS, assert_trivial=True)
     output = rounded(output + biases.slice(0, HEAD).load(gl.SliceLayout(0, SUMS))[None, :], dtype)
-    rows = gl.arange(0, QUERIES, SUM_ROWS)
     stored_rows = gl.arange(0, QUERIES, gl.SliceLayout(1, STORED))[:, None]
     stored = stored_rows * (H * HEAD) + gl.arange(0, HEAD, gl.SliceLayout(0, STORED))[None, :]
     y += start * (H * HEAD) + head * HEAD
     if y_scale is not None:
-        of_rows = gl.where(rows < L - block * QUERIES, gl.max(gl.abs(output), 1), 0.0)
-        amax = gl.maximum(gl.max(of_rows, 0), 1e-8)
+        of_rows = gl.max(gl.max(by_lane(gl.abs(output)), 1), 1)
+        rows = gl.arange(0, QUERIES, gl.SliceLayout(1, of_rows.type.layout))[:, None]
+        of_rows = gl.where(rows < L - block * QUERIES, of_rows, 0.0)
+        amax = gl.maximum(largest_of_threads(of_rows, address(scratch) + 4 * WARPS, warp), 1e-8)
         steps = whole_steps(gl.minimum(output * divided(128.0, amax), 127.0))
         gl.store(y + stored, gl.convert_layout(steps, STORED), mask=stored_rows < L - block * QUERIES)
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))
@@ -596,6 +654,7 @@ def attention(
         gl.store(y + stored, gl.convert_layout(output.to(dtype), STORED), mask=stored_rows < L - block * QUERIES)
     # The compiler does not see that PTX uses shared memory until the end.
     keys._keep_alive()
+    scratch._keep_alive()
     values._keep_alive()
     barriers._keep_alive()
     matrices._keep_alive()
