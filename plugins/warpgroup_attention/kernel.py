@@ -6,12 +6,16 @@ of two warpgroups of 64 queries asks for the next pair's products of queries and
 present ones are free. They take exponentials in turn, so that one does while the products of the other run: a barrier of
 its own holds a warpgroup until the other has arrived there. No barrier in the loop makes both wait:
 
-- Every thread copies its part of pair i + AHEAD in iteration i, and arrives at the mbarrier of that pair's slot when its
-  copies do.
-- A thread waits at the mbarrier of pair i + 1 in iteration i. Every other thread then has begun iteration i + 1 - AHEAD
-  at least, so nobody reads pair i - AHEAD any more, and its slot takes pair i + AHEAD: there are 2 AHEAD slots.
+- One thread begins the bulk copies of pair i + AHEAD in iteration i, and their bytes arrive at the mbarrier of that pair's
+  slot. So does every warp, at the beginning of iteration i.
+- A thread waits at the mbarrier of pair i + 1 in iteration i. Every warp then has begun iteration i + 1 - AHEAD at least, so
+  nobody reads pair i - AHEAD any more, and its slot takes pair i + AHEAD: there are 2 AHEAD slots.
 
-Triton would put barriers around copies, waits at mbarriers and waits for products, so these are written in PTX.
+The folded matrices of the linear branch are copied in the same way, behind the first pair, because they are waited for
+before the second.
+
+Triton would put barriers around copies, waits at mbarriers and waits for products, so these are written in PTX. Only the
+first warp comes to the copies, since their addresses are work for all that do.
 """
 
 from triton.experimental import gluon
@@ -30,6 +34,8 @@ HEAD = gl.constexpr(128)
 QUERIES = gl.constexpr(128)
 KEYS = gl.constexpr(64)
 THREADS, WARPS = gl.constexpr(256), gl.constexpr(8)
+PAIRS = gl.constexpr(32)
+"""Pairs of queries that a thread has."""
 AHEAD = gl.constexpr(2)
 SLOTS = gl.constexpr(4)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -162,101 +168,18 @@ def warp_number():
     )
 
 
-@gluon.jit
-def wait_if(wanted, barrier, phase):
-    """Wait until a phase of the mbarrier at an address is complete, if that is wanted."""
-    gl.inline_asm(
-        """{
-        .reg .pred complete, wanted;
-        setp.ne.b32 wanted, $2, 0;
-        setp.eq.b32 complete, $2, 0;
-        waiting:
-        @wanted mbarrier.try_wait.parity.shared.b64 complete, [$0], $1;
-        @!complete bra.uni waiting;
-        }""",
-        "r,r,r",
-        [barrier, phase, wanted.to(gl.int32)],
-    )
+@gluon.constexpr_function
+def bulk_copy(dimensions, to, box):
+    """PTX of a bulk copy by the elected thread, whose bytes arrive at `barrier`. `box` is a tensor map and coordinates."""
+    into = f"cp.async.bulk.tensor.{dimensions}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    return f"@elected {into} [{to}], [{box}], [barrier];"
 
 
 @gluon.constexpr_function
-def widening(dtype, pair, low, high):
-    """PTX of the two float32 of a pair."""
-    if dtype == gl.bfloat16:
-        return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, 0xffff0000;"
-    return f"{{ .reg .b16 a, b; mov.b32 {{a, b}}, {pair}; cvt.f32.f16 {low}, a; cvt.f32.f16 {high}, b; }}"
-
-
-@gluon.jit
-def widened(words, dtype: gl.constexpr):
-    """Pairs of 16-bit numbers [M, N / 2] as float32 [M, N]."""
-    PTX: gl.constexpr = widening(dtype, "$2", "$0", "$1")
-    low, high = gl.inline_asm_elementwise(PTX, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1)
-    return gl.convert_layout(gl.join(low, high).reshape((QUERIES, HEAD)), LOADED, assert_trivial=True)
-
-
-@gluon.constexpr_function
-def magnitude_of(dtype, count):
-    """PTX of the largest magnitude of so many pairs of 16-bit numbers, as float32, for `largest_of_pairs`."""
-    name = "bf16x2" if dtype == gl.bfloat16 else "f16x2"
-    lines = ["{", ".reg .b32 most<4>;"]
-    lines += [f"mov.b32 most{i}, ${i + 1};" for i in range(4)]
-    lines += [f"max.xorsign.abs.{name} most{i % 4}, most{i % 4}, ${i + 1};" for i in range(4, count)]
-    lines += [f"max.xorsign.abs.{name} most{i}, most{i}, most{j};" for i, j in ((0, 1), (2, 3), (0, 2))]
-    lines += [widening(dtype, "most0", "most1", "most2"), "abs.f32 most1, most1;", "abs.f32 most2, most2;"]
-    return "\n".join([*lines, "max.f32 $0, most1, most2;", "}"])
-
-
-@gluon.jit
-def largest_of_pairs(words, dtype: gl.constexpr):
-    """The largest magnitude of the pairs of 16-bit numbers that each thread has, [THREADS]."""
-    COUNT: gl.constexpr = QUERIES * HEAD // 2 // THREADS
-    each = gl.arange(0, THREADS, EACH).to(gl.float32)
-    return gl.inline_asm(magnitude_of(dtype, COUNT), "=f" + COUNT * ",r", [words], each.type)
-
-
-@gluon.constexpr_function
-def largest_of_program(outputs, inputs):
-    """PTX of the largest of what all threads of a program have, none of which is negative. They meet at a barrier."""
-    values, (scratch,), (warp,) = inputs
-    lines = [
-        "{",
-        ".reg .pred first;",
-        ".reg .b32 most, place, a, b, c, d;",
-        f"mov.b32 most, {values[0]};",
-        *(f"max.f32 most, most, {each};" for each in values[1:]),
-        "redux.sync.max.u32 most, most, -1;",
-        "mov.u32 place, %tid.x;",
-        "and.b32 place, place, 31;",
-        "setp.eq.u32 first, place, 0;",
-        f"mad.lo.s32 place, {warp}, 4, {scratch};",
-        "@first st.shared.b32 [place], most;",
-        "bar.sync 0;",
-        f"ld.shared.v4.b32 {{a, b, c, d}}, [{scratch}];",
-        "max.f32 a, a, b;",
-        "max.f32 c, c, d;",
-        "max.f32 most, a, c;",
-        f"ld.shared.v4.b32 {{a, b, c, d}}, [{scratch}+16];",
-        "max.f32 a, a, b;",
-        "max.f32 c, c, d;",
-        "max.f32 a, a, c;",
-    ]
-    return "\n".join([*lines, f"max.f32 {outputs[0][0]}, most, a;", "}"])
-
-
-@gluon.jit
-def largest_of_threads(x, scratch, warp):
-    """The largest of what all threads have, none of which is negative, given the address of 32 bytes that nobody uses."""
-    COUNT: gl.constexpr = x.numel // THREADS
-    return gl.inline_asm(largest_of_program, "=f" + COUNT * ",f" + ",r,r", [x, scratch, warp], gl.float32)
-
-
-@gluon.constexpr_function
-def copies(outputs, inputs):
-    """PTX of the thread that copies a pair of blocks, which is elected of the first warp. The tensor maps of keys and values
-    are the first parameters of `attention`; each is followed by the sizes and the strides of its view, of five and of two
-    dimensions."""
-    into = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+def copies_of_pair(outputs, inputs):
+    """PTX of the thread that copies a pair of blocks, which is elected of the first warp. The tensor maps of keys, values
+    and matrices are the first parameters of `attention`, with the numbers 0, 11 and 16; each is followed by the sizes and
+    the strides of its view, of five, two and two dimensions."""
     lines = [
         "{",
         ".reg .pred wanted, first, elected;",
@@ -276,13 +199,13 @@ def copies(outputs, inputs):
         lines += [
             f"mad.lo.s32 to, $0, 16384, $2; add.s32 to, to, {8192 * half};",
             f"mad.lo.s32 block, {chosen}, 4, $8;",
-            f"@elected {into.format(5)} [to], [keys, {{0, 0, 0, 0, block}}], [barrier];",
+            bulk_copy(5, "to", "keys, {0, 0, 0, 0, block}"),
         ]
     for half, chosen in enumerate(("$6", "$7")):
         lines += [
             f"mad.lo.s32 to, $0, 16384, $3; add.s32 to, to, {8192 * half};",
             f"shl.b32 block, {chosen}, 6;",
-            f"@elected {into.format(2)} [to], [values, {{block, $9}}], [barrier];",
+            bulk_copy(2, "to", "values, {block, $9}"),
         ]
     return "\n".join([*lines, "copied:", "}"])
 
@@ -295,34 +218,38 @@ def copy(slot, chosen, is_wanted, to, origin):
     begins in the views of the keys and of the values.
     """
     gl.inline_asm(
-        copies,
+        copies_of_pair,
         "r,r,r,r,r,r,r,r,r,r",
         [slot, is_wanted.to(gl.int32), to[0], to[1], to[2], to[3], chosen[0], chosen[1], origin[0], origin[1]],
     )
 
 
+@gluon.constexpr_function
+def copies_of_matrices(outputs, inputs):
+    """PTX of the thread that copies the folded matrices of a head, in two parts of 64 columns."""
+    lines = [
+        "{",
+        ".reg .pred first, elected;",
+        ".reg .b32 barrier, half, other, lane;",
+        ".reg .b64 folded;",
+        "setp.eq.u32 first, $2, 0;",
+        "@!first bra.uni copied;",
+        "elect.sync lane|elected, -1;",
+        "cvta.param.u64 folded, attention_param_16;",
+        "mov.b32 barrier, $1;",
+        "mov.b32 half, 64;",
+        "add.s32 other, $0, 16384;",
+        "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [barrier], 32768;",
+        bulk_copy(2, "$0", "folded, {0, $3}"),
+        bulk_copy(2, "other", "folded, {half, $3}"),
+    ]
+    return "\n".join([*lines, "copied:", "}"])
+
+
 @gluon.jit
 def copy_matrices(to, barrier, warp, first_row):
-    """Copy 128 rows of the folded matrices, in two parts of 64 columns, which lie one after the other."""
-    gl.inline_asm(
-        """{
-        .reg .pred first, elected;
-        .reg .b32 lane, half, other;
-        .reg .b64 folded;
-        setp.eq.u32 first, $2, 0;
-        @!first bra.uni copied_too;
-        elect.sync lane|elected, -1;
-        cvta.param.u64 folded, attention_param_16;
-        mov.b32 half, 64;
-        add.s32 other, $0, 16384;
-        @elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], 32768;
-        @elected cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [folded, {0, $3}], [$1];
-        @elected cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [other], [folded, {half, $3}], [$1];
-        copied_too:
-        }""",
-        "r,r,r,r",
-        [to, barrier, warp, first_row],
-    )
+    """Copy the folded matrices of a head to an address, and let their bytes arrive at an mbarrier."""
+    gl.inline_asm(copies_of_matrices, "r,r,r,r", [to, barrier, warp, first_row])
 
 
 @gluon.jit
@@ -339,6 +266,90 @@ def arrive(barrier):
         "r",
         [barrier],
     )
+
+
+@gluon.constexpr_function
+def widening(dtype, pair, low, high):
+    """PTX of the two float32 of a pair."""
+    if dtype == gl.bfloat16:
+        return f"shl.b32 {low}, {pair}, 16; and.b32 {high}, {pair}, 0xffff0000;"
+    return f"{{ .reg .b16 a, b; mov.b32 {{a, b}}, {pair}; cvt.f32.f16 {low}, a; cvt.f32.f16 {high}, b; }}"
+
+
+@gluon.jit
+def load_pairs(q, q_stride, rows):
+    """The queries of a program, two in a word [QUERIES, HEAD / 2], and zeros in place of those beyond so many rows. Words are
+    loaded because the compiler would take pairs apart at once, and wait for them before it begins the copies."""
+    row = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
+    column = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
+    words = q.to(gl.pointer_type(gl.int32), bitcast=True)
+    return gl.load(words + (row * (q_stride // 2) + column), mask=row < rows, other=0)
+
+
+@gluon.jit
+def widened(words, dtype: gl.constexpr):
+    """Pairs of queries as float32 [QUERIES, HEAD]."""
+    PTX: gl.constexpr = widening(dtype, "$2", "$0", "$1")
+    low, high = gl.inline_asm_elementwise(
+        PTX, "=f,=f,r", [words], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+    )
+    return gl.convert_layout(gl.join(low, high).reshape((QUERIES, HEAD)), LOADED, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def largest_magnitude(dtype):
+    """PTX of the largest magnitude of a thread's pairs of queries, which come with any sign until the end."""
+    name, count = "bf16x2" if dtype == gl.bfloat16 else "f16x2", PAIRS.value
+    lines = ["{", ".reg .b32 most0, most1, most2, most3;"]
+    lines += [f"mov.b32 most{i}, ${i + 1};" for i in range(4)]
+    lines += [f"max.xorsign.abs.{name} most{i % 4}, most{i % 4}, ${i + 1};" for i in range(4, count)]
+    lines += [f"max.xorsign.abs.{name} most{i}, most{i}, most{j};" for i, j in ((0, 1), (2, 3), (0, 2))]
+    lines += [widening(dtype, "most0", "most1", "most2"), "abs.f32 most1, most1;", "abs.f32 most2, most2;"]
+    return "\n".join([*lines, "max.f32 $0, most1, most2;", "}"])
+
+
+@gluon.jit
+def largest_of_pairs(words, dtype: gl.constexpr):
+    """The largest magnitude of the pairs that each thread has, [THREADS]."""
+    threads = gl.arange(0, THREADS, EACH).to(gl.float32)
+    return gl.inline_asm(largest_magnitude(dtype), "=f" + PAIRS * ",r", [words], threads.type)
+
+
+@gluon.constexpr_function
+def largest_of_all(outputs, inputs):
+    """PTX of the largest of what all threads have. Numbers that are not negative are in the order of their bits."""
+    values, (scratch,), (warp,) = inputs
+    lines = [
+        "{",
+        ".reg .pred first;",
+        ".reg .b32 most, place, a, b, c, d;",
+        f"mov.b32 most, {values[0]};",
+        *(f"max.f32 most, most, {each};" for each in values[1:]),
+        "redux.sync.max.u32 most, most, -1;",
+        "mov.u32 place, %tid.x;",
+        "and.b32 place, place, 31;",
+        "setp.eq.u32 first, place, 0;",
+        f"mad.lo.s32 place, {warp}, 4, {scratch};",
+        "@first st.shared.b32 [place], most;",
+        "bar.sync 0;",
+    ]
+    for place in (f"[{scratch}]", f"[{scratch}+16]"):
+        lines += [
+            f"ld.shared.v4.b32 {{a, b, c, d}}, {place};",
+            "max.f32 a, a, b;",
+            "max.f32 c, c, d;",
+            "max.f32 a, a, c;",
+            "max.f32 most, most, a;",
+        ]
+    return "\n".join([*lines, f"mov.b32 {outputs[0][0]}, most;", "}"])
+
+
+@gluon.jit
+def largest(x, scratch, warp):
+    """The largest of what all threads have, none of which is negative, given the address of 32 bytes that nobody uses. All
+    threads meet at a barrier."""
+    COUNT: gl.constexpr = x.numel // THREADS
+    return gl.inline_asm(largest_of_all, "=f" + COUNT * ",f" + ",r,r", [x, scratch, warp], gl.float32)
 
 
 @gluon.constexpr_function
@@ -464,7 +475,7 @@ def by_lane(x):
 
 
 @gluon.jit
-def largest(logits, step):
+def largest_logits(logits, step):
     """The largest of the logits that each thread has of a row, [QUERIES, 4]."""
     return gl.max(gl.max(by_lane(logits), 1), 1).to(gl.float32) * step
 
@@ -472,7 +483,7 @@ def largest(logits, step):
 @gluon.jit
 def raised(maximum, logits, steps):
     """The largest logit of each query so far, [QUERIES]."""
-    found = gl.maximum(largest(logits[0], steps[0]), largest(logits[1], steps[1]))
+    found = gl.maximum(largest_logits(logits[0], steps[0]), largest_logits(logits[1], steps[1]))
     return gl.maximum(maximum, gl.convert_layout(gl.max(found, 1), LOGIT_ROWS, assert_trivial=True))
 
 
@@ -530,26 +541,21 @@ def attention(
     arrived, warp = address(barriers), warp_number()
     to = address(keys), address(values), arrived, warp
     origin = gl.program_id(1) * (padded // 16), gl.program_id(1) * HEAD
-    copy(0, chosen[0], pairs > 0, to, origin)
-    copy_matrices(address(matrices), arrived + 8 * SLOTS, warp, origin[1])
     for i in gl.static_range(AHEAD):
-        if i > 0:
-            copy(i, chosen[i], i < pairs, to, origin)
+        copy(i, chosen[i], i < pairs, to, origin)
         arrive(arrived + 8 * i)
-    arrive(arrived + 8 * SLOTS)
-    words = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
-    columns = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
+        if i == 0:
+            copy_matrices(address(matrices), arrived + 8 * SLOTS, warp, origin[1])
+            arrive(arrived + 8 * SLOTS)
     start = block.to(gl.int64) * QUERIES
-    pairs_of = (q + start * q_stride + head * HEAD).to(gl.pointer_type(gl.int32), bitcast=True)
-    query = gl.load(pairs_of + (words * (q_stride // 2) + columns), mask=words < L - block * QUERIES, other=0)
+    words = load_pairs(q + start * q_stride + head * HEAD, q_stride, L - block * QUERIES)
     first_steps = steps_of(k_step, chosen[0])
     next_steps = steps_of(k_step, chosen[1])
     ahead = chosen[AHEAD]
-    q_step = largest_of_pairs(query, dtype)
-    query = widened(query, dtype)
+    amax, query = largest_of_pairs(words, dtype), widened(words, dtype)
 
     scratch = gl.allocate_shared_memory(gl.float32, [2 * WARPS], PLAIN_SHARED)
-    q_step = divided(largest_of_threads(q_step, address(scratch), warp), 127.0) + 1e-7
+    q_step = divided(largest(amax, address(scratch), warp), 127.0) + 1e-7
     steps = whole_steps(query * (divided(1.0, q_step) * 1.00000012))
     queries = gl.allocate_shared_memory(gl.int8, [QUERIES, HEAD], BYTES_SHARED, steps)
     fence_async_shared()
@@ -645,7 +651,7 @@ def attention(
         of_rows = gl.max(gl.max(by_lane(gl.abs(output)), 1), 1)
         rows = gl.arange(0, QUERIES, gl.SliceLayout(1, of_rows.type.layout))[:, None]
         of_rows = gl.where(rows < L - block * QUERIES, of_rows, 0.0)
-        amax = gl.maximum(largest_of_threads(of_rows, address(scratch) + 4 * WARPS, warp), 1e-8)
+        amax = gl.maximum(largest(of_rows, address(scratch) + 4 * WARPS, warp), 1e-8)
         steps = whole_steps(gl.minimum(output * divided(128.0, amax), 127.0))
         gl.store(y + stored, gl.convert_layout(steps, STORED), mask=stored_rows < L - block * QUERIES)
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))
@@ -653,7 +659,7 @@ def attention(
         gl.store(y + stored, gl.convert_layout(output.to(dtype), STORED), mask=stored_rows < L - block * QUERIES)
     # The compiler does not see that PTX uses shared memory until the end.
     keys._keep_alive()
-    scratch._keep_alive()
     values._keep_alive()
+    scratch._keep_alive()
     barriers._keep_alive()
     matrices._keep_alive()

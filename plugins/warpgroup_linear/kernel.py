@@ -34,11 +34,11 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     BYTES_SHARED,
     PLAIN_SHARED,
     address,
+    bulk_copy,
     divided,
     multiply,
     registers,
     wait,
-    wait_if,
     warp_number,
     widening,
 )
@@ -88,7 +88,6 @@ def copies(weights):
         f"cvta.param.u64 other, {name}; setp.eq.s32 this, $8, {i}; selp.b64 weight, other, weight, this;"
         for i, name in enumerate(others, 1)
     ]
-    into = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
     lines = [
         "{",
         ".reg .pred wanted, first, elected, this;",
@@ -106,8 +105,8 @@ def copies(weights):
         f"cvta.param.u64 weight, {first};",
         *choices,
         "@elected mbarrier.arrive.expect_tx.shared::cta.b64 _, [barrier], 49152;",
-        f"@elected {into.format(5)} [to_weight], [weight, {{$1, 0, 0, 0, $9}}], [barrier];",
-        f"@elected {into.format(2)} [to_x], [x, {{$1, $7}}], [barrier];",
+        bulk_copy(5, "to_weight", "weight, {$1, 0, 0, 0, $9}"),
+        bulk_copy(2, "to_x", "x, {$1, $7}"),
         "copied:",
         "}",
     ]
@@ -130,6 +129,23 @@ def copy(slot, k, is_wanted, to, place, WEIGHTS: gl.constexpr):
 def arrive(barrier):
     """Let every thread arrive at the mbarrier at an address, once what it has copied itself is there."""
     gl.inline_asm("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", "r", [barrier])
+
+
+@gluon.jit
+def wait_if(wanted, barrier, phase):
+    """Wait until a phase of the mbarrier at an address is complete, if that is wanted."""
+    gl.inline_asm(
+        """{
+        .reg .pred complete, wanted;
+        setp.ne.b32 wanted, $2, 0;
+        setp.eq.b32 complete, $2, 0;
+        waiting:
+        @wanted mbarrier.try_wait.parity.shared.b64 complete, [$0], $1;
+        @!complete bra.uni waiting;
+        }""",
+        "r,r,r",
+        [barrier, phase, wanted.to(gl.int32)],
+    )
 
 
 @gluon.constexpr_function

@@ -20,7 +20,7 @@ from wanforge.plugins.tensor_map.encoding import (
     ENCODE,
     LINES_OF_128B,
     NOT_INTERLEAVED,
-    SWIZZLED_128B,
+    SWIZZLES,
     ZEROS,
     MapEncoder,
     TensorParameter,
@@ -36,6 +36,7 @@ def test_a_matrix_and_a_view_of_five_dimensions_have_maps() -> None:
     assert (rows.sizes, rows.box) == ((256, 512), (128, 128))
     TensorMap(WEIGHT, (8, 4, 4, 2, 512), (32 * 512, 2 * 512, 8 * 512, 512, 1), (8, 4, 4, 2, 128))
     TensorMap(WEIGHT.view(torch.bfloat16)[128:], (128, 256), (256, 1), (64, 64))
+    assert (rows.swizzled, TensorMap(WEIGHT, (256, 512), (512, 1), (128, 64)).swizzled) == (128, 64)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_matrix_and_a_view_of_five_dimensions_have_maps() -> None:
         ((256, 512), (0, 1), (128, 128), "multiples of 16"),
         ((256, 512), (512, 1), (257, 128), "1 to 256"),
         ((256, 512), (512, 1), (0, 128), "1 to 256"),
-        ((256, 512), (512, 1), (128, 64), "must be 128"),
+        ((256, 512), (512, 1), (128, 96), "must be 64 or 128"),
         ((257, 512), (512, 1), (128, 128), "ends at element 131583, but the tensor's memory has 131072"),
     ],
 )
@@ -110,10 +111,10 @@ def test_a_kernel_is_given_maps_and_their_numbers_in_the_compiled_order() -> Non
         y.data_ptr(),
     ]
     # Innermost first, and strides in bytes.
-    assert decoded(values[12]) == (2, x.data_ptr(), (256, 300), (512,), (64, 64))
+    assert decoded(values[12]) == (2, x.data_ptr(), (256, 300), (512,), (64, 64), 128)
     assert decoded(values[1]) == (
         *(1, WEIGHT.data_ptr(), (512, 2, 4, 4, 8)),
-        *((512, 8 * 512, 2 * 512, 32 * 512), (128, 2, 4, 4, 8)),
+        *((512, 8 * 512, 2 * 512, 32 * 512), (128, 2, 4, 4, 8), 128),
     )
 
 
@@ -131,6 +132,10 @@ def test_the_driver_is_asked_to_swizzle_and_to_fill_with_zeros() -> None:
         launch_of(rows_of(torch.zeros(300, 256, dtype=torch.bfloat16)))
     )
     assert asked == [(0, 5, 1, 1, 1, 1, 1, 0, 3, 2, 0), (9, 2, 1, 1, 0, 3, 2, 0)]
+    asked.clear()
+    narrow = torch.zeros(128, 192, dtype=torch.float8_e4m3fn)
+    IdleLauncher(NotingDriver(encoder=MapEncoder(cuda)))(launch_of(TensorMap(narrow, (128, 192), (192, 1), (128, 64))))
+    assert asked[1] == (0, 2, 1, 1, 0, 2, 2, 0)
 
 
 def test_numbers_are_those_of_the_drivers_enumerations() -> None:
@@ -141,10 +146,11 @@ def test_numbers_are_those_of_the_drivers_enumerations() -> None:
     assert {dtype: getattr(types, f"CU_TENSOR_MAP_DATA_TYPE_{name}") for dtype, name in names.items()} == DATA_TYPES
     assert (
         *(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,),
+        *(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,),
         *(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,),
         *(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,),
         *(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,),
-    ) == (NOT_INTERLEAVED, SWIZZLED_128B, LINES_OF_128B, ZEROS)
+    ) == (NOT_INTERLEAVED, SWIZZLES[64], SWIZZLES[128], LINES_OF_128B, ZEROS)
 
 
 def test_maps_are_encoded_once_for_each_place_of_their_tensors() -> None:

@@ -23,17 +23,17 @@ class EncodedMap(NamedTuple):
 
     Attributes:
         itemsize: Bytes of an element.
-        swizzled: Bytes within which a copy swaps pieces of 16.
         strides: In bytes, of every dimension but the innermost.
         box: In elements. What a copy brings of it has zeros outside of the tensor.
+        swizzled: Bytes within which a copy swaps pieces of 16.
     """
 
     itemsize: int
-    swizzled: int
     address: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
+    swizzled: int = 128
 
     def to_bytes(self) -> bytes:
         rank = len(self.sizes)
@@ -55,7 +55,7 @@ def decoded(encoded: bytes) -> EncodedMap:
     if mark != MARK:
         raise ValueError(f"a bulk copy is given no tensor map, but {encoded.hex()}")
     parts = (tuple(lists[i : i + n]) for i, n in ((0, rank), (5, rank - 1), (9, rank)))
-    return EncodedMap(itemsize, swizzled, address, *parts)
+    return EncodedMap(itemsize, address, *parts, swizzled)
 
 
 def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> int:
@@ -70,7 +70,7 @@ def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> i
         return INVALID_VALUE
     itemsize, swizzled = SIZES_OF_TYPES[data_type], SWIZZLES.get(swizzle, 0)
     lists = tuple(sizes[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank])
-    made = EncodedMap(itemsize, swizzled, address, *lists)
+    made = EncodedMap(itemsize, address, *lists, swizzled)
     is_valid = (
         place % 64 == 0
         and address % 16 == 0
