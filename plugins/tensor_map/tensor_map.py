@@ -32,8 +32,8 @@ FARTHEST = 2**40
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
-    """A view of a tensor, and the box of it that one bulk copy brings to shared memory, swizzled by the bytes of its last
-    side.
+    """A view of a tensor, and the box of it that one bulk copy brings to shared memory, swizzled by the bytes of its
+    last side.
 
     What a box has outside of the view arrives as zeros. A kernel takes a map as a parameter of Gluon's type of tensor
     descriptors. Source of the limits: `cuTensorMapEncodeTiled` in the CUDA Driver API.

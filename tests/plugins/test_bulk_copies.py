@@ -112,7 +112,11 @@ EDITS = {
     ),
     "the other parity": (r"(mbarrier\.try_wait[^;]*), %r\d+;", r"\1, 1;", "when the next one may be complete, too"),
     "another map": (r"copied_param_0;", "copied_param_5;", "a tensor map that is no parameter"),
-    "another dimension": (r"tensor\.2d", "tensor.3d", "a box of 3d with 2 coordinates from a tensor map of 2 dimensions"),
+    "another dimension": (
+        r"tensor\.2d",
+        "tensor.3d",
+        "a box of 3d with 2 coordinates from a tensor map of 2 dimensions",
+    ),
 }
 
 

@@ -9,8 +9,8 @@ from wanforge.plugins.tensor_map.encoding import ENCODE, NAME, SINCE
 BYTES = 128
 MARK = b"tensor map"
 FORM = struct.Struct("<10sBBBQ5I4Q5H")
-"""A mark, the bytes of an element, those that are swizzled together, the number of dimensions, the address, sizes, strides
-in bytes and the box."""
+"""A mark, the bytes of an element, those that are swizzled together, the number of dimensions, the address, sizes,
+strides in bytes and the box."""
 SIZES_OF_TYPES = (1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4)
 """Bytes of an element by ``CUtensorMapDataType``, from UINT8 to TFLOAT32_FTZ."""
 SWIZZLES = {2: 64, 3: 128}
@@ -54,8 +54,8 @@ def decoded(encoded: bytes) -> EncodedMap:
     mark, itemsize, swizzled, rank, address, *lists = FORM.unpack_from(encoded)
     if mark != MARK:
         raise ValueError(f"a bulk copy is given no tensor map, but {encoded.hex()}")
-    parts = (tuple(lists[i : i + n]) for i, n in ((0, rank), (5, rank - 1), (9, rank)))
-    return EncodedMap(itemsize, address, *parts, swizzled)
+    sizes, strides, box = (tuple(lists[i : i + n]) for i, n in ((0, rank), (5, rank - 1), (9, rank)))
+    return EncodedMap(itemsize, address, sizes, strides, box, swizzled)
 
 
 def encode(place: int, data_type: int, rank: int, address: int, *more: Any) -> int:

@@ -340,7 +340,7 @@ def test_the_bytes_of_bulk_copies_are_those_that_are_expected() -> None:
     brought = bulk_bytes([*BROUGHT, other, *[BULK] * 4])
     assert [each.bytes for each in brought.values()] == [TILE, TILE, *[0.75 * TILE] * 4]
     assert [each.is_last for each in brought.values()] == [False, True, False, False, False, True]
-    with pytest.raises(ConfigError, match="a bulk copy at 0x.* no constant number of bytes was announced"):
+    with pytest.raises(ConfigError, match=r"a bulk copy at 0x.* no constant number of bytes was announced"):
         bulk_bytes([BULK])
 
 
