@@ -59,7 +59,7 @@ IN_GLUON = tuple(
         ("M", "H"),
         {**dict.fromkeys(("L", "M", "N", "num_selected"), "i32"), **dict.fromkeys(("q_stride", "padded"), "i32:16")},
     )
-    for room in ("warpgroup_attention", "warp_attention")
+    for room in ("warpgroup_attention", "warp_attention", "tensor_memory_attention")
 )
 """What computes `ATTENTION` of `GLUON_BLOCKS` in a 16-bit type, on GPUs that each serves."""
 GLUON_BLOCKS = Blocks(128, 64, "sage_fp8")
