@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fma2,
+    mul2,
     tcgen05_mma,
 )
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
@@ -169,23 +170,34 @@ def stores(outputs, inputs):
     return "\n".join([*lines, "}"])
 
 
+@gluon.jit
+def clear(sums):
+    """Store zeros."""
+    layout: gl.constexpr = sums.get_reg_layout()
+    sums.store(gl.zeros(sums.shape, gl.float32, layout))
+
+
 @gluon.constexpr_function
 def shrinking(outputs, inputs):
-    """PTX that multiplies a thread's outputs by a factor, if that of any thread of its warp is not 1 and this is wanted."""
-    (sums,), (factor,), (wanted,) = inputs
-    names = ", ".join(f"x{i}" for i in range(32))
-    lines = ["{", ".reg .pred changes;", f".reg .b32 change, warp, {names};", ".reg .b64 both, pair;"]
-    lines += [f"setp.lt.f32 changes, {factor}, 0f3F800000;", f"selp.b32 change, {wanted}, 0, changes;"]
-    lines += ["redux.sync.or.b32 change, change, 0xffffffff;", "setp.ne.b32 changes, change, 0;"]
-    lines += ["@!changes bra kept;", "mov.u32 warp, %tid.x;", "shr.u32 warp, warp, 5;", "shl.b32 warp, warp, 21;"]
-    lines += [f"add.s32 warp, warp, {sums};", f"mov.b64 both, {{{factor}, {factor}}};"]
-    for first in range(0, 128, 32):
-        lines += [f"tcgen05.ld.sync.aligned.32x32b.x32.b32 {{{names}}}, [warp + {first}];", "tcgen05.wait::ld.sync.aligned;"]
-        for i in range(0, 32, 2):
-            lines += [f"mov.b64 pair, {{x{i}, x{i + 1}}};", "mul.rn.f32x2 pair, pair, both;"]
-            lines += [f"mov.b64 {{x{i}, x{i + 1}}}, pair;"]
-        lines += [f"tcgen05.st.sync.aligned.32x32b.x32.b32 [warp + {first}], {{{names}}};"]
-    return "\n".join([*lines, "tcgen05.wait::st.sync.aligned;", "kept:", "}"])
+    """PTX that multiplies some of a thread's outputs, which begin at an address, by a factor."""
+    (first,), (factor,) = inputs
+    names = [f"x{i}" for i in range(SHRUNK.value)]
+    every = ", ".join(names)
+    shape = f"sync.aligned.32x32b.x{len(names)}.b32"
+    lines = ["{", f".reg .b32 {every};", ".reg .b64 both, pair;", f"mov.b64 both, {{{factor}, {factor}}};"]
+    lines += [f"tcgen05.ld.{shape} {{{every}}}, [{first}];", "tcgen05.wait::ld.sync.aligned;"]
+    for one, other in zip(names[::2], names[1::2], strict=True):
+        lines += [f"mov.b64 pair, {{{one}, {other}}};", "mul.rn.f32x2 pair, pair, both;"]
+        lines += [f"mov.b64 {{{one}, {other}}}, pair;"]
+    return "\n".join([*lines, f"tcgen05.st.{shape} [{first}], {{{every}}};", "}"])
+
+
+@gluon.jit
+def shrink_outputs(outputs, factor, half: gl.constexpr):
+    """Multiply half of a thread's outputs by a factor."""
+    for piece in gl.static_range(HEAD // SHRUNK // 2):
+        first = outputs + half * (HEAD // 2) + piece * SHRUNK
+        gl.inline_asm(shrinking, ("r", "f"), [first, factor])
 
 
 @gluon.jit
@@ -232,12 +244,13 @@ def attention(
         mbarrier.init(barriers.index(each), count=1)
     logits = allocate_tensor_memory(gl.int32, [QUERIES, 2 * KEYS], SUMS)
     sums = allocate_tensor_memory(gl.float32, [QUERIES, HEAD], SUMS)
+    clear(sums)
     row, channel = thread // 8, thread // 4
     k += head * padded * HEAD + thread % 8 * 16
     v += head * padded * HEAD + (channel * padded + thread % 4 * 16)
     key_place = address(keys) + row * HEAD + (thread % 8 ^ row % 8) * 16
     value_place = address(values) + channel * (2 * KEYS) + (thread % 4 ^ channel % 8) * 16
-    weight_place, output = address(weights) + thread * (2 * KEYS), address(sums)
+    weight_place, outputs = address(weights) + thread * (2 * KEYS), address(sums) + (thread // 32 << 21)
     found, added = address(barriers), address(barriers) + 8
     always = gl.to_tensor(True)
     copy_keys(key_place, k, chosen, L, always)
@@ -254,6 +267,7 @@ def attention(
     scale = SOFTMAX_SCALE * q_step
     meet(2)
     multiply(queries, keys.index(0).permute((1, 0)), logits, False, found)
+    commit(added, always)
 
     layout: gl.constexpr = logits.slice(0, KEYS).get_reg_layout()
     per_row: gl.constexpr = gl.SliceLayout(1, layout)
@@ -262,8 +276,9 @@ def attention(
     for i in range(pairs):
         wait(found, i & 1)
         gl.inline_asm("tcgen05.fence::after_thread_sync;")
-        copy_keys(key_place + i % 2 * SLOT, k, ahead, L, i + 2 < pairs)
+        later, later_steps = chosen_of(selected, i + 3, last), steps_of(k_step, ahead)
         first, second = logits.slice(0, KEYS).load(layout), logits.slice(KEYS, KEYS).load(layout)
+        copy_keys(key_place + i % 2 * SLOT, k, ahead, L, i + 2 < pairs)
         meet(2)
         multiply(queries, keys.index((i + 1) % 2).permute((1, 0)), logits, False, found)
         step = scale * steps[0], scale * steps[1]
@@ -273,21 +288,23 @@ def attention(
         higher = gl.maximum(higher, gl.fma(gl.max(second, 1).to(gl.float32), step[1], lacking))
         shrink, offset = power(maximum - higher), OFFSET - higher
         maximum = higher
+        wait(added, i & 1)
+        gl.inline_asm("tcgen05.fence::after_thread_sync;")
+        shrink_outputs(outputs, shrink, 0)
         first_sum, first_last, first = packed(exponentials(first, step[0], offset), maximum.type)
+        shrink_outputs(outputs, shrink, 1)
         second_sum, second_last, second = packed(exponentials(second, step[1], offset + lacking), maximum.type)
         first_sum = gl.fma(first_last, -repeats(chosen[0], L), first_sum)
         second_sum = gl.fma(second_last, -repeats(chosen[1], L), second_sum)
         total = gl.fma(total, shrink, first_sum + second_sum)
-        wait(added, i + 1 & 1)
-        gl.inline_asm("tcgen05.fence::after_thread_sync;")
-        gl.inline_asm(shrinking, ("r", "f", "r"), [output, shrink, (i > 0).to(gl.int32)])
         place = value_place + (i + 1) % 2 * SLOT
         copy_values((place, place ^ 64), v, following, padded, i + 1 < pairs)
         gl.inline_asm(stores, ("r", "r", "r"), [weight_place, first, second])
+        gl.inline_asm("tcgen05.wait::st.sync.aligned;")
         meet(2)
-        multiply(weights, values.index(i % 2).permute((1, 0)), sums, i > 0, added)
-        chosen, following, ahead = following, ahead, chosen_of(selected, i + 3, last)
-        steps, next_steps = next_steps, steps_of(k_step, following)
+        multiply(weights, values.index(i % 2).permute((1, 0)), sums, True, added)
+        chosen, following, ahead = following, ahead, later
+        steps, next_steps = next_steps, later_steps
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times. What it needs
     # is worked out after the loop, for which there are no registers before.
@@ -303,7 +320,7 @@ def attention(
     async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lane[None, :]))
     async_copy.commit_group()
     key_mass = gl.load(folded_mass + head * HEAD + lane)[None, :]
-    wait(added, pairs + 1 & 1)
+    wait(added, pairs & 1)
     gl.barrier()
     for piece in gl.static_range(QUERIES // PIECE):
         rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LOADED))[:, None]
