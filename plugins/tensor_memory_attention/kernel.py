@@ -253,10 +253,10 @@ def attention(
     weight_place, outputs = address(weights) + thread * (2 * KEYS), address(sums) + (thread // 32 << 21)
     found, added = address(barriers), address(barriers) + 8
     always = gl.to_tensor(True)
+    steps, next_steps = steps_of(k_step, chosen), steps_of(k_step, following)
     copy_keys(key_place, k, chosen, L, always)
     copy_keys(key_place + SLOT, k, following, L, always)
     copy_values((value_place, value_place ^ 64), v, chosen, padded, always)
-    steps, next_steps = steps_of(k_step, chosen), steps_of(k_step, following)
 
     scales = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_scale)
     biases = gl.allocate_shared_memory(gl.float32, [THREADS], PLAIN_SHARED, channel_bias)
@@ -313,19 +313,23 @@ def attention(
     q_stride += 16 * zero
     lane = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED)) + 16 * zero
     left = L - block * QUERIES
+    key_mass = gl.load(folded_mass + head * HEAD + lane)[None, :]
+    pieces = ()
+    for piece in gl.static_range(QUERIES // PIECE):
+        rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LOADED))[:, None]
+        query = gl.load(q + (rows * q_stride + lane[None, :]), mask=rows < left, other=0.0)
+        pieces = pieces + (query,)  # noqa: RUF005  Triton unpacks no tuple
     wait(found, pairs & 1)
     rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
     matrices = keys.reinterpret(dtype, [HEAD, HEAD], HALF_SHARED)
     features = values.reinterpret(dtype, [QUERIES, HEAD], HALF_SHARED)
     async_copy.async_load(matrices, folded + head * (HEAD * HEAD) + (rows * HEAD + lane[None, :]))
     async_copy.commit_group()
-    key_mass = gl.load(folded_mass + head * HEAD + lane)[None, :]
     wait(added, pairs & 1)
     gl.barrier()
     for piece in gl.static_range(QUERIES // PIECE):
-        rows = piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LOADED))[:, None]
-        query = gl.load(q + (rows * q_stride + lane[None, :]), mask=rows < left, other=0.0)
-        features.slice(piece * PIECE, PIECE).store(features_of(query.to(gl.float32), key_mass).to(dtype))
+        feature = features_of(pieces[piece].to(gl.float32), key_mass)
+        features.slice(piece * PIECE, PIECE).store(feature.to(dtype))
     async_copy.wait_group(0)
     fence_async_shared()
     gl.barrier()
@@ -334,27 +338,22 @@ def attention(
     wait(found, pairs + 1 & 1)
     gl.inline_asm("tcgen05.fence::after_thread_sync;")
     inverse = 1.0 / total
-    stored: gl.constexpr = BYTES_STORED if y_scale is not None else HALF_STORED
-    stored_row = zero + gl.arange(0, QUERIES, gl.SliceLayout(1, stored))[:, None]
     columns: gl.constexpr = gl.SliceLayout(0, layout)
-    results, amax = (), gl.to_tensor(1e-8)
     for half in gl.static_range(2):
         x = sums.slice(half * KEYS, KEYS).load(layout) * inverse[:, None]
-        offset = linear.slice(half * KEYS, KEYS).load(layout)
-        x = gl.fma(x, scales.slice(half * KEYS, KEYS).load(columns)[None, :], offset)
-        x = (x + biases.slice(half * KEYS, KEYS).load(columns)[None, :]).to(dtype)
-        results = results + (gl.convert_layout(x, stored),)  # noqa: RUF005  Triton unpacks no tuple
+        x = gl.fma(x, scales.slice(half * KEYS, KEYS).load(columns)[None, :], linear.slice(half * KEYS, KEYS).load(layout))
+        x += biases.slice(half * KEYS, KEYS).load(columns)[None, :]
+        features.slice(half * KEYS, KEYS, 1).store(x.to(dtype))
+    gl.barrier()
+    stored: gl.constexpr = BYTES_STORED if y_scale is not None else HALF_STORED
+    rows = gl.arange(0, QUERIES, gl.SliceLayout(1, stored))[:, None]
+    result = features.load(stored)
     if y_scale is not None:
-        for half in gl.static_range(2):
-            inside = gl.where(stored_row < left, gl.abs(results[half].to(gl.float32)), 0.0)
-            amax = gl.maximum(amax, gl.max(inside.reshape((QUERIES * KEYS,)), 0))
+        result = result.to(gl.float32)
+        inside = gl.where(rows < left, gl.abs(result), 0.0)
+        amax = gl.maximum(gl.max(inside.reshape((QUERIES * HEAD,)), 0), 1e-8)
         gl.store(y_scale + block.to(gl.int64) * H + head, amax * (1.0 / 128.0))
-        factor = divided(128.0, amax)
-    y += start * (H * HEAD) + head * HEAD
-    for half in gl.static_range(2):
-        result = results[half]
-        if y_scale is not None:
-            result = whole_steps(gl.minimum(result.to(gl.float32) * factor, 127.0))
-        column = half * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, stored))[None, :]
-        gl.store(y + (stored_row * (H * HEAD) + column), result, mask=stored_row < left)
+        result = whole_steps(gl.minimum(result * divided(128.0, amax), 127.0))
+    place = rows * (H * HEAD) + gl.arange(0, HEAD, gl.SliceLayout(0, stored))[None, :]
+    gl.store(y + (start * (H * HEAD) + head * HEAD + place), result, mask=rows < left)
     barriers._keep_alive()
