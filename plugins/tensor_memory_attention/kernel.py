@@ -207,12 +207,6 @@ def exponentials(logits, step, offset):
 
 
 @gluon.jit
-def repeats(chosen, L):
-    """How many times the last key of a block is there more than it should be."""
-    return gl.maximum(chosen * KEYS + KEYS - L, 0).to(gl.float32)
-
-
-@gluon.jit
 def attention(
     q, k, k_step, v, v_scale, selected, folded, folded_mass, bias, y, y_scale,
     L, q_stride, padded, M, N, num_selected,
@@ -226,7 +220,7 @@ def attention(
     last, pairs = num_selected - 1, (num_selected + 1) // 2
     # What is needed soon is asked for at once, because each answer takes as long as hundreds of instructions.
     chosen, following = chosen_of(selected, 0, last), chosen_of(selected, 1, last)
-    ahead = chosen_of(selected, 2, last)
+    ahead, final = chosen_of(selected, 2, last), gl.load(selected + last)
     start, left = block.to(gl.int64) * QUERIES, L - block * QUERIES
     rows = gl.arange(0, QUERIES, gl.SliceLayout(1, LOADED))[:, None]
     lane = gl.arange(0, HEAD, gl.SliceLayout(0, LOADED))
@@ -253,7 +247,9 @@ def attention(
     weight_place, outputs = address(weights) + thread * (2 * KEYS), address(sums) + (thread // 32 << 21)
     found, added = address(barriers), address(barriers) + 8
     always = gl.to_tensor(True)
-    steps, next_steps = steps_of(k_step, chosen), steps_of(k_step, following)
+    steps = steps_of(k_step, chosen)
+    # Only the last block may have keys past the end, and an odd number of blocks lacks the last one of a pair.
+    repeats = gl.maximum(final * KEYS + KEYS - L, 0).to(gl.float32)
     copy_keys(key_place, k, chosen, L, always)
     copy_keys(key_place + SLOT, k, following, L, always)
     copy_values((value_place, value_place ^ 64), v, chosen, padded, always)
@@ -276,13 +272,12 @@ def attention(
     for i in range(pairs):
         wait(found, i & 1)
         gl.inline_asm("tcgen05.fence::after_thread_sync;")
-        later, later_steps = chosen_of(selected, i + 3, last), steps_of(k_step, ahead)
+        later, next_steps = chosen_of(selected, i + 3, last), steps_of(k_step, following)
         first, second = logits.slice(0, KEYS).load(layout), logits.slice(KEYS, KEYS).load(layout)
         copy_keys(key_place + i % 2 * SLOT, k, ahead, L, i + 2 < pairs)
         meet(2)
         multiply(queries, keys.index((i + 1) % 2).permute((1, 0)), logits, False, found)
         step = scale * steps[0], scale * steps[1]
-        # An odd number of blocks lacks the last one, which nobody attends to.
         lacking = gl.where(2 * i < last, 0.0, -float("inf"))
         higher = gl.maximum(maximum, gl.max(first, 1).to(gl.float32) * step[0])
         higher = gl.maximum(higher, gl.fma(gl.max(second, 1).to(gl.float32), step[1], lacking))
@@ -294,8 +289,8 @@ def attention(
         first_sum, first_last, first = packed(exponentials(first, step[0], offset), maximum.type)
         shrink_outputs(outputs, shrink, 1)
         second_sum, second_last, second = packed(exponentials(second, step[1], offset + lacking), maximum.type)
-        first_sum = gl.fma(first_last, -repeats(chosen[0], L), first_sum)
-        second_sum = gl.fma(second_last, -repeats(chosen[1], L), second_sum)
+        first_sum = gl.fma(first_last, gl.where(2 * i < last, 0.0, -repeats), first_sum)
+        second_sum = gl.fma(second_last, gl.where(2 * i + 1 < last, 0.0, -repeats), second_sum)
         total = gl.fma(total, shrink, first_sum + second_sum)
         place = value_place + (i + 1) % 2 * SLOT
         copy_values((place, place ^ 64), v, following, padded, i + 1 < pairs)
@@ -303,8 +298,7 @@ def attention(
         gl.inline_asm("tcgen05.wait::st.sync.aligned;")
         meet(2)
         multiply(weights, values.index(i % 2).permute((1, 0)), sums, True, added)
-        chosen, following, ahead = following, ahead, later
-        steps, next_steps = next_steps, later_steps
+        following, ahead, steps = ahead, later, next_steps
 
     # The linear branch is added to the sparse one and rounded once, where the reference rounds three times. What it needs
     # is worked out after the loop, for which there are no registers before.
