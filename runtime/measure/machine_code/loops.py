@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from wanforge.runtime.measure.machine_code.disassembly import Instruction, MachineCode
 
 JUMPS = {"BRA", "EXIT", "RET", "CALL", "BRX", "BREAK", "KILL"}
-WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS.FIND", "NANOSLEEP", "ELECT")
-"""A loop with one of these repeats until something asynchronous is done, or for each thread that wants something of which
-one is, so it is counted once."""
+WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS.FIND", "NANOSLEEP")
+"""A loop with one of these repeats until something asynchronous is done, so it is counted once."""
 
 
 @dataclass(eq=False)

@@ -56,8 +56,8 @@ OTHERS = {("w8a8_linear.gemm", sm) for sm in (90, 100, 120)}
 """What multiplies where biases have 32 bits, or on sm_90 and sm_100 where the number of outputs is no multiple of 256:
 in no published model."""
 
-EIGHT_BITS = "warp_attention.attention", "warpgroup_attention.attention"
-"""Sparse attention in 8 bits on sm_89 and sm_120, and on sm_90."""
+EIGHT_BITS = tuple(f"{room}.attention" for room in ("tensor_memory_attention", "warp_attention", "warpgroup_attention"))
+"""Sparse attention in 8 bits on sm_100, on sm_89 and sm_120, and on sm_90."""
 INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
 """wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
 FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
