@@ -8,11 +8,14 @@ tensor cores multiply the next one, and they add the values of a pair while thre
 
 Threads meet twice for each pair, once they have loaded its products and once they have stored its probabilities:
 
-- Products of queries and keys of pair i are complete: nobody reads its keys any more, whose slot takes pair i + 2.
+- Products of queries and keys of pair i are complete: nobody reads its keys any more, whose slot takes pair i + 2. The
+  products of pair i + 1 may begin where those of pair i were.
 - The values of pair i - 1 are added: probabilities may be replaced, outputs shrunk, and its slot of values takes pair i + 1.
 
-Outputs are shrunk in tensor memory, by warps in which the maximum of a query has risen. Copies, waits and what is loaded
-and stored there are written in PTX for the reason that `warpgroup_attention.kernel` gives.
+Outputs stay in tensor memory, and are shrunk there for each pair. The products after the last pair are of no use: leaving
+them out would let the assembler ask in a loop which thread begins a product. Copies, waits, and what is done between
+exponentials are written in PTX for the reason that `warpgroup_attention.kernel` gives; Triton would put a barrier between
+a load of tensor memory and a store to the same place.
 """
 
 from triton.experimental import gluon
@@ -21,7 +24,6 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     TensorMemoryLayout,
     allocate_tensor_memory,
     fma2,
-    mul2,
     tcgen05_mma,
 )
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
@@ -31,14 +33,12 @@ from wanforge.plugins.warp_attention.kernel import features_of, zero_after
 from wanforge.plugins.warpgroup_attention.kernel import (
     BYTES_SHARED,
     HALF_SHARED,
-    LOG2E,
     OFFSET,
     PLAIN_SHARED,
     SOFTMAX_SCALE,
     address,
     divided,
     power,
-    rounded,
     wait,
     whole_steps,
 )
@@ -335,7 +335,9 @@ def attention(
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     for half in gl.static_range(2):
         x = sums.slice(half * KEYS, KEYS).load(layout) * inverse[:, None]
-        x = gl.fma(x, scales.slice(half * KEYS, KEYS).load(columns)[None, :], linear.slice(half * KEYS, KEYS).load(layout))
+        x = gl.fma(
+            x, scales.slice(half * KEYS, KEYS).load(columns)[None, :], linear.slice(half * KEYS, KEYS).load(layout)
+        )
         x += biases.slice(half * KEYS, KEYS).load(columns)[None, :]
         features.slice(half * KEYS, KEYS, 1).store(x.to(dtype))
     gl.barrier()

@@ -1,4 +1,4 @@
-"""Sparse attention on sm_100 is its definition on the machine for PTX, which notices each fault that is planted in it."""
+"""Sparse attention on sm_100 is its definition on the machine for PTX, which notices each fault planted in it."""
 
 import re
 from collections.abc import Callable
@@ -44,13 +44,38 @@ def without(text: str, pattern: str, number: int, other: str = "") -> str:
 
 MEETING = r"bar\.sync\s+0;(?=\s+(//[^\n]*\s+)*tcgen05\.fence::after_thread_sync)"
 PLANTED = {
-    "nobody waits until all products are loaded": (MEETING, 1, "", "tensor memory|that another thread"),
-    "nobody waits until all probabilities are stored": (MEETING, 2, "", "tensor memory|that another thread"),
-    "stores to tensor memory are not waited for": (r"tcgen05\.wait::st\.sync\.aligned;", 1, "", "before waiting for the"),
-    "keys are multiplied before they are there": (r"wait_group 2;", 1, "wait_group 3;", "waited for the copy"),
-    "values are multiplied before they are there": (r"wait_group 2;", 2, "wait_group 3;", "waited for the copy"),
-    "no fence before a product": (r"fence\.proxy\.async\.shared::cta;", 2, "", "fence|proxy"),
-    "outputs are shrunk before values are added": (r"mbarrier\.try_wait[^;]*;", 1, "setp.eq.b32 complete, 0, 0;", "product"),
+    "nobody waits until all products are loaded": (MEETING, 1, "", "an operand with no barrier after it was written"),
+    "nobody waits until all probabilities are stored": (
+        MEETING,
+        2,
+        "",
+        "an operand with no barrier after it was written",
+    ),
+    "stores to tensor memory are not waited for": (
+        r"tcgen05\.wait::st\.sync\.aligned;",
+        1,
+        "",
+        "overwrites a store before waiting for it",
+    ),
+    "keys are multiplied before they are there": (
+        r"wait_group 2;",
+        1,
+        "wait_group 3;",
+        "an operand that is still being copied",
+    ),
+    "values are multiplied before they are there": (
+        r"wait_group 2;",
+        2,
+        "wait_group 3;",
+        "an operand that is still being copied",
+    ),
+    "no fence before a product": (r"fence\.proxy\.async\.shared::cta;", 2, "", "fence"),
+    "outputs are shrunk before values are added": (
+        r"mbarrier\.try_wait[^;]*;",
+        1,
+        "setp.eq.b32 complete, 0, 0;",
+        "product",
+    ),
 }
 
 
@@ -76,5 +101,7 @@ def test_each_fault_is_named(folder: Path, pattern: str, number: int, other: str
 
 def test_outputs_that_are_not_shrunk_are_noticed(folder: Path) -> None:
     compile_cases([WHOLE], 100, folder)
-    outcome = prove(WHOLE, faulty(folder, r"mov\.b64 both, \{(%\w+), \1\};", 0, "mov.b64 both, {0f3F800000, 0f3F800000};"))
+    outcome = prove(
+        WHOLE, faulty(folder, r"mov\.b64 both, \{(%\w+), \1\};", 0, "mov.b64 both, {0f3F800000, 0f3F800000};")
+    )
     assert not outcome.is_right
