@@ -37,8 +37,10 @@ from wanforge.plugins.warpgroup_attention.kernel import (
     PLAIN_SHARED,
     SOFTMAX_SCALE,
     address,
+    chosen_of,
     divided,
     power,
+    steps_of,
     wait,
     whole_steps,
 )
@@ -109,18 +111,6 @@ def copy_values(place, v, chosen, padded, is_wanted):
     """Begin a thread's copies of the values of a pair of blocks as a group, which is empty if they are not wanted."""
     given = [place[0], place[1], v, chosen[0], chosen[1], padded, is_wanted.to(gl.int32)]
     gl.inline_asm(value_copies(), "r,r,l,r,r,r,r", given)
-
-
-@gluon.jit
-def chosen_of(selected, pair, last):
-    """The indices of a pair of blocks; what would come after the last block is the last one again."""
-    return gl.load(selected + gl.minimum(2 * pair, last)), gl.load(selected + gl.minimum(2 * pair + 1, last))
-
-
-@gluon.jit
-def steps_of(k_step, chosen):
-    """The steps of the keys of a pair of blocks."""
-    return gl.load(k_step + chosen[0]), gl.load(k_step + chosen[1])
 
 
 @gluon.jit
@@ -335,10 +325,8 @@ def attention(
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     for half in gl.static_range(2):
         x = sums.slice(half * KEYS, KEYS).load(layout) * inverse[:, None]
-        x = gl.fma(
-            x, scales.slice(half * KEYS, KEYS).load(columns)[None, :], linear.slice(half * KEYS, KEYS).load(layout)
-        )
-        x += biases.slice(half * KEYS, KEYS).load(columns)[None, :]
+        scale, offset = scales.slice(half * KEYS, KEYS).load(columns), biases.slice(half * KEYS, KEYS).load(columns)
+        x = gl.fma(x, scale[None, :], linear.slice(half * KEYS, KEYS).load(layout)) + offset[None, :]
         features.slice(half * KEYS, KEYS, 1).store(x.to(dtype))
     gl.barrier()
     stored: gl.constexpr = BYTES_STORED if y_scale is not None else HALF_STORED
