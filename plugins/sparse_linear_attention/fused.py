@@ -66,7 +66,11 @@ IN_GLUON = tuple(
         ),
         has_maps,
     )
-    for room, has_maps in (("warpgroup_attention", True), ("warp_attention", False))
+    for room, has_maps in (
+        ("warpgroup_attention", True),
+        ("warp_attention", False),
+        ("tensor_memory_attention", False),
+    )
 )
 """What computes `ATTENTION` of `GLUON_BLOCKS` in a 16-bit type, on GPUs that each serves, and whether it takes keys and
 values as tensor maps."""

@@ -8,7 +8,10 @@ from pathlib import Path
 from wanforge.plugins.tensorrt.plugin import BLOCK, OPS
 from wanforge.version import PACKAGE
 
-IN_GLUON = "tensor_memory_linear", "warp_attention", "warp_linear", "warpgroup_attention", "warpgroup_linear"
+IN_GLUON = (
+    *("tensor_memory_attention", "tensor_memory_linear", "warp_attention", "warp_linear"),
+    *("warpgroup_attention", "warpgroup_linear"),
+)
 """Folders of kernels that take the place of those of other folders on some architectures."""
 OF_ALL = (
     *("block_quantiser", "launching", "nvfp4_linear", "quantiser", "row_moments", "tensor_map", "tensorrt"),

@@ -33,7 +33,7 @@ def kernels_of(sm: int, dtype: torch.dtype = torch.bfloat16, blocks: Blocks = BL
         (120, torch.float32, BLOCKS, OTHERS),
         (120, torch.bfloat16, Blocks(128, 64, "sage_fp8", pv_sum="fp16"), OTHERS),
         (120, torch.bfloat16, Blocks(128, 64, "sla"), OTHERS),
-        (100, torch.bfloat16, BLOCKS, OTHERS),
+        (86, torch.bfloat16, Blocks(128, 64, "sage_fp16"), OTHERS),
     ],
 )
 def test_the_kernel_follows_from_architecture_type_and_arithmetic(

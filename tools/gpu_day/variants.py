@@ -53,7 +53,8 @@ CHOICES = {
     # Its layouts are of eight warps.
     "warpgroup_attention.attention": Choices((8,), (1,), [("EARLY", (1, 0))]),
     "tensor_memory_linear.gemm": Choices((8,), (1,), [("GROUP", (4, 8, 16))]),
-    # The layouts of both are of four warps, and how attention adds up fp8 is no matter of speed.
+    # Their layouts are of four warps, and how attention adds up fp8 is no matter of speed.
+    "tensor_memory_attention.attention": Choices((4,)),
     "warp_attention.attention": Choices((4,)),
     "warp_linear.gemm": Choices((4,), (1,), [("GROUP", (4, 8, 16))]),
     # Its layouts are of eight warps, too. With more programs than SMs, some wait until others have ended.

@@ -493,14 +493,18 @@ def _attention(name: str, w: Workload, written: int) -> LaunchCost:
         return queries + w.H * w.M * blocks * w.recipe.block_k * row
 
     run = KernelRun(w.M * w.H, (w.num_selected,), (True, False), w.D, fetched=fetched(w.num_selected))
-    pairs = cdiv(w.num_selected, 2)  # of blocks, of which the last is done after the loop
-    peeled = replace(run, trips=(pairs - 1,), fetched=fetched(2 * pairs))
+    pairs = cdiv(w.num_selected, 2)  # of blocks
+    paired = replace(run, trips=(pairs,), fetched=fetched(2 * pairs))
+    instead = {
+        ("warpgroup_attention.attention", 90): replace(paired, trips=(pairs - 1,)),  # the last one is after the loop
+        ("tensor_memory_attention.attention", 100): paired,
+    }
     return LaunchCost(
         name,
         {"int8": w.pair_flops, w.value_format: w.pair_flops, "bf16": w.state_flops},
         queries + keys_values + table + folded + BF16 * HEAD_DIM,
         written,
-        replace(run, instead={("warpgroup_attention.attention", 90): peeled}),
+        replace(run, instead=instead),
     )
 
 

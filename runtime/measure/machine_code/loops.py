@@ -73,10 +73,15 @@ def _waits_again(order: Sequence[BasicBlock], header: BasicBlock, body: set[Basi
 
     def waits(blocks: Iterable[BasicBlock]) -> set[tuple[str, str]]:
         every = (each for block in blocks for each in block.instructions)
-        return {(each.opcode, each.operands) for each in every if each.opcode.startswith(WAITS)}
+        return {(each.opcode, _sources(each)) for each in every if each.opcode.startswith(WAITS)}
 
     before = (block for block in order if header in block.followers and block not in body)
     return _only_waits(body) and waits(body) <= waits(before)
+
+
+def _sources(wait: Instruction) -> str:
+    """What an instruction waits for: its operands without the predicate that tells whether it is there."""
+    return wait.operands.partition(", ")[2]
 
 
 def _nest(address: int, body: set[BasicBlock], inside: Mapping[BasicBlock, set[BasicBlock]]) -> Loop:

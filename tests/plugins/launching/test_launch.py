@@ -129,6 +129,7 @@ def test_an_architecture_without_tiles_is_refused_by_name() -> None:
 
 def test_every_kernel_has_tiles_once_for_each_architecture() -> None:
     served = {"tensor_memory_linear": [100], "warp_attention": [89, 120], "warp_linear": [120]}
+    served |= {"tensor_memory_attention": [100]}
     served |= {room: [90] for room in ("warpgroup_attention", "warpgroup_linear")}
     served |= {room: [80, 120] for room in ("block_quantiser", "nvfp4_linear")}  # sm_80 stands for the interpreter
     for kernel, rows in load_tiles().items():

@@ -109,6 +109,7 @@ def test_the_checks_of_every_op_are_among_the_kernels_that_are_always_needed() -
         "block_quantiser.quantise",
         "nvfp4_linear.gemm",
         "sparse_linear_attention.attention",
+        "tensor_memory_attention.attention",
         "tensor_memory_linear.gemm",
         "warp_attention.attention",
         "warp_linear.gemm",

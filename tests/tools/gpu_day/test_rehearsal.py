@@ -20,6 +20,7 @@ OTHERS = {
     "block_quantiser.quantise",
     "nvfp4_linear.gemm",
     "sparse_linear_attention.attention",
+    "tensor_memory_attention.attention",
     "tensor_memory_linear.gemm",
     "warp_attention.attention",
     "warp_linear.gemm",

@@ -36,9 +36,9 @@ def test_products_find_every_tile_and_every_slab(folder: Path) -> None:
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
 
 
-@pytest.mark.parametrize(("sm", "count"), [(89, 2), (90, 2), (120, 3)])
+@pytest.mark.parametrize(("sm", "count"), [(89, 2), (90, 2), (100, 2), (120, 3)])
 def test_attention_finds_every_block_of_keys(folder: Path, sm: int, count: int) -> None:
-    """Odd numbers of blocks, of which the last has no partner on Hopper, and slots that are used again."""
+    """Odd numbers of blocks, of which the last has no partner on sm_90 and sm_100, and slots that are used again."""
     asked = [case for case in cases(sm, torch.bfloat16, MANY) if case.name.startswith("attention sage_fp8")]
     compile_cases(asked, sm, folder)
     outcomes = [prove(case, Bench(sm, folder)) for case in asked]

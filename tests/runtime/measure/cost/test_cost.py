@@ -270,6 +270,20 @@ def test_programs_of_two_warpgroups_have_twice_the_outputs() -> None:
     assert run.of("w8a8_linear.gemm", 90) is run
 
 
+def test_attention_takes_pairs_of_key_blocks_where_its_kernel_does() -> None:
+    w = fused(SMALL)
+    run = {x.name: x for x in all_launches(fused_block(w))}["attention + quantise"].run
+    assert run is not None
+    pairs = -(-w.num_selected // 2)
+    assert w.num_selected == 51
+    assert run.trips == (w.num_selected,)
+    assert run.of("warpgroup_attention.attention", 90).trips == (pairs - 1,)
+    paired = run.of("tensor_memory_attention.attention", 100)
+    assert paired.trips == (pairs,)
+    assert paired.fetched - run.fetched == w.H * w.M * 64 * 2 * 128
+    assert run.of("sparse_linear_attention.attention", 100) is run
+
+
 def test_a_persistent_program_goes_on_from_tile_to_tile() -> None:
     w = fused(SMALL)
     run = {x.name: x for x in all_launches(fused_block(w))}["gemm ffn.0 + GELU + quantise"].run

@@ -56,8 +56,8 @@ OTHERS = {("w8a8_linear.gemm", sm) for sm in (90, 100, 120)}
 """What multiplies where biases have 32 bits, or on sm_90 and sm_100 where the number of outputs is no multiple of 256:
 in no published model."""
 
-EIGHT_BITS = "warp_attention.attention", "warpgroup_attention.attention"
-"""Sparse attention in 8 bits on sm_89 and sm_120, and on sm_90."""
+EIGHT_BITS = tuple(f"{room}.attention" for room in ("tensor_memory_attention", "warp_attention", "warpgroup_attention"))
+"""Sparse attention in 8 bits on sm_100, on sm_89 and sm_120, and on sm_90."""
 INT8 = {90: "IGMMA", 100: "UTCIMMA" if Version(version("triton")) >= Version("3.9") else "IMMA"}
 """wgmma on Hopper, and tcgen05 on Blackwell for servers if Triton has it; mma.sync elsewhere."""
 FP8 = {89: "QMMA", 90: "QGMMA", 100: "UTCQMMA", 120: "QMMA"}
@@ -72,6 +72,7 @@ SPILLS = {
     (89, "warp_attention.attention"): 88,
     (89, "warp_attention.attention, not quantised"): 152,
     (120, "warp_attention.attention"): 48,
+    (100, "tensor_memory_attention.attention, not quantised"): 8,
     (120, "warp_linear.gemm"): 16,
     (120, "warp_attention.attention, not quantised"): 64,
     (120, "warp_attention.attention, to 4 bits"): 56,
@@ -87,6 +88,8 @@ the model of an SM expects it to take a quarter longer, and the decoder is faste
 
 Attention on GeForce spills outside of its loop, so that two programs fit on an SM; in the loop, sm_120 loads one number
 that was spilled before it. The model counts these loads and stores (decision 0055).
+
+Attention on sm_100 keeps two addresses of its end in memory while its loop runs, unless its output is quantised.
 
 Products on sm_120 keep three numbers in memory while their loop runs, where more inputs than the width are multiplied
 and moments are written."""
@@ -161,7 +164,8 @@ def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None
             case "gemm" | "gemm_rows" | "convolve":
                 assert found == int8, what
             case "attention" if cubin.kernel in EIGHT_BITS:
-                assert found == int8 | {FP8[sm], "HGMMA" if sm == 90 else "HMMA"}, what
+                half = {90: "HGMMA", 100: "UTCHMMA"}.get(sm, "HMMA")
+                assert found == int8 | {FP8[sm], half}, what
             case "attention":
                 arithmetic = cubin.constants["ARITHMETIC"]
                 assert arithmetic in ("sla", "sage_fp8" if sm in FP8 else "sage_fp16"), what

@@ -54,6 +54,14 @@ def test_a_wait_that_is_repeated_elsewhere_is_one_wait() -> None:
     assert "FADD" in names(loop)
 
 
+def test_a_wait_that_is_repeated_with_another_predicate_is_one_wait() -> None:
+    wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT {}, [UR13+0x8], R201"
+    first = ("MOV", "try:", wait.format("P2"), "@!P2 BRA again", "go:", *["FADD"] * 20, "@P1 BRA try", "EXIT")
+    again = ("again:", wait.format("P0"), "@!P0 BRA again", "BRA go")
+    (loop,) = outline(listing(*first, *again)).inner
+    assert names(loop).count("SYNCS.PHASECHK.TRANS64.TRYWAIT") == 1
+
+
 def test_a_loop_that_only_waits_is_executed_once() -> None:
     whole = outline(listing("MOV", "wait:", "SYNCS.PHASECHK.TRANS64", "@!P0 BRA wait", "EXIT"))
     assert whole.inner == ()
