@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wanforge.configs.clip import PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE
-from wanforge.configs.model import HEAD_DIM, ModelConfig
-from wanforge.configs.recipe import Recipe
+from wanforge.configs.model import HEAD_DIM, ModelConfig, VAEConfig
+from wanforge.configs.recipe import Recipe, VAEFormat
 from wanforge.engines.bundle.bundle import dit_component
 from wanforge.engines.bundle.shapes import Shape, Size
 from wanforge.plugins.low_rank import DOWN, LORA_RANK, RANKS, SIDE_PATH, is_factor
@@ -24,7 +24,8 @@ from wanforge.runtime.reference.causal.network import KeysValues, Past, run_chun
 from wanforge.runtime.reference.dit import Block, DiT, TextKeys, add_side_paths, block_arguments
 from wanforge.runtime.reference.preview import PreviewDecoder
 from wanforge.runtime.reference.text_encoder import TextEncoder
-from wanforge.runtime.reference.vae import VAE, Rows
+from wanforge.runtime.reference.vae import VAE, Decoder, Encoder, Rows
+from wanforge.runtime.reference.vae_caches import kept
 
 FIRST_PREFIXES = {**dict.fromkeys(("text_block", "block", "chunk_block", "cross_kv"), "blocks.0."), "head": "head."}
 
@@ -131,12 +132,12 @@ def graphs(model: ModelConfig, recipe: Recipe, *, side_path: bool = False) -> di
             linears then have other names, at the same places.
     """
     with torch.device("meta"):
-        text_encoder, dit, vae = TextEncoder(model.text_encoder), DiT(model.dit, recipe), VAE(model.vae, recipe.vae)
+        text_encoder, dit = TextEncoder(model.text_encoder), DiT(model.dit, recipe)
         preview = [PreviewDecoder(model.preview)] if model.preview else []
         if side_path:
             add_side_paths(dit, RANKS[0])
     found = [*_text_graphs(text_encoder), *_denoiser_graphs(dit, is_causal=bool(model.causal))]
-    found += _vae_graphs(vae, has_encoder=model.takes_image)
+    found += _vae_graphs(model.vae, recipe.vae, has_encoder=model.takes_image)
     found += [_preview_graph(decoder) for decoder in preview]
     return {graph.name: _named(graph) for graph in found}
 
@@ -218,7 +219,10 @@ def _chunk_graph(block: nn.Module, inputs: Sequence[Port], hidden_out: Port) -> 
     return _graph("chunk_block", ports, [hidden_out, *own], block, _run_chunk_block, _is_of_block)
 
 
-def _vae_graphs(vae: VAE, *, has_encoder: bool) -> list[Graph]:
+@cache
+def _vae_graphs(config: VAEConfig, form: VAEFormat, *, has_encoder: bool) -> list[Graph]:
+    with torch.device("meta"):
+        vae = VAE(config, form)
     rows, columns = Size(("latent_height",)), Size(("latent_width",))
     channels = vae.config.latent_channels
     latent = Port("latent", (1, channels, 1, rows, columns))
@@ -231,19 +235,19 @@ def _vae_graphs(vae: VAE, *, has_encoder: bool) -> list[Graph]:
     def is_encoder(name: str) -> bool:
         return name.startswith(("encoder.", "conv1."))
 
-    past, kept = (_cache_ports(vae.decode_first, channels, 1, (rows, columns), suffix) for suffix in ("", "_out"))
+    past, later = _cache_ports(vae.decoder, rows, columns)
     found = [
-        _graph("vae_decode_first", [latent], [frame, *kept], vae, VAE.decode_first, is_decoder, has_constants=True),
-        _graph("vae_decode_next", [latent, *past], [frames, *kept], vae, _decode_next, is_decoder, has_constants=True),
+        _graph("vae_decode_first", [latent], [frame, *later], vae, VAE.decode_first, is_decoder, has_constants=True),
+        _graph("vae_decode_next", [latent, *past], [frames, *later], vae, _decode_next, is_decoder, has_constants=True),
     ]
     if has_encoder:
-        past, kept = (
-            _cache_ports(vae.encode_first, 3, SPATIAL_STRIDE, (rows, columns), suffix) for suffix in ("", "_out")
-        )
+        past, later = _cache_ports(vae.encoder, rows, columns)
         found += [
-            _graph("vae_encode_first", [frame], [latent, *kept], vae, VAE.encode_first, is_encoder, has_constants=True),
             _graph(
-                "vae_encode_next", [frames, *past], [latent, *kept], vae, _encode_next, is_encoder, has_constants=True
+                "vae_encode_first", [frame], [latent, *later], vae, VAE.encode_first, is_encoder, has_constants=True
+            ),
+            _graph(
+                "vae_encode_next", [frames, *past], [latent, *later], vae, _encode_next, is_encoder, has_constants=True
             ),
         ]
     return found
@@ -260,21 +264,17 @@ def _preview_graph(preview: PreviewDecoder) -> Graph:
     return _graph("preview_next", [latent, *past], [pictures, *kept], preview, _decode_next, has_constants=True)
 
 
-def _cache_ports(
-    first: Callable[[Tensor], tuple[Tensor, list[Tensor]]],
-    channels: int,
-    scale: int,
-    space: tuple[Size, Size],
-    suffix: str,
-) -> list[Port]:
-    """The ports of a VAE half's caches, measured on the meta device and sized by the latent's rows and columns."""
-    probe = 8
-    _, caches = first(torch.empty(1, channels, 1, probe * scale, probe * scale, device="meta"))
-    ports = []
-    for slot, kept in enumerate(caches):
-        shape = (*kept.shape[:3], *(kept.shape[3] // probe * size for size in space))
-        ports.append(Port(f"cache_{slot:02}{suffix}", shape, "int8" if kept.dtype == torch.int8 else "compute"))
-    return ports
+def _cache_ports(half: Encoder | Decoder, rows: Size, columns: Size) -> tuple[list[Port], list[Port]]:
+    """The ports of a VAE half's caches, in and out, sized by the latent's rows and columns."""
+    past = [
+        Port(
+            f"cache_{slot:02}",
+            (1, cache.channels, cache.frames, rows * cache.scale, columns * cache.scale),
+            "int8" if cache.is_int8 else "compute",
+        )
+        for slot, cache in enumerate(kept(half))
+    ]
+    return past, [replace(port, name=f"{port.name}_out") for port in past]
 
 
 def _is_cross_kv(name: str) -> bool:
