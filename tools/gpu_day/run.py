@@ -23,7 +23,8 @@ RESERVED = 8.0
 """Seconds that are kept for the page at the end of a call."""
 MOST_SAID = 3000
 """The most characters that are kept of what a failed part says."""
-REHEARSED_SECONDS = 300
+REHEARSED_SECONDS = 900
+"""The most that a part of a rehearsal may take, which is many times as long as any takes on an idle machine."""
 
 
 @dataclass(frozen=True)

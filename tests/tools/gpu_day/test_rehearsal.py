@@ -31,6 +31,7 @@ BY_ROWS = {"layer_norm.norm_rows", "w8a8_linear.gelu_quantise_rows", "row_moment
 """Kernels that only recipes with scales by row launch. No op of `wanforge bench` times them yet."""
 
 
+@pytest.mark.timeout(2400)
 def test_a_rehearsal_passes_without_home_and_network(tmp_path: Path) -> None:
     """Nothing is written to the checkout, and nothing is left for the day itself to run for the first time."""
     out = tmp_path / "out"
