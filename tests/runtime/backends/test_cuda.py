@@ -15,6 +15,9 @@ from wanforge.runtime.schedule import GraphRun, Ref
 
 BundleOf = Callable[[str, str], Bundle]
 
+TOKENS = 141
+"""So few that interpreting is quick, but more than a block of 128 queries, and no whole number of blocks of keys."""
+
 
 class Slot(Unbounded):
     """Memory that gives a graph run the weights of a slot, whoever its tenant is."""
@@ -32,7 +35,7 @@ class Case:
     def __init__(self, bundle: Bundle) -> None:
         self.backend = CudaBackend(bundle, torch.float32, on=Host())
         self.graph = self.backend.graphs["block"]
-        inputs, self.weights = seeded(self.graph, bundle, torch.float32, seed=3)
+        inputs, self.weights = seeded(self.graph, bundle, torch.float32, seed=3, tokens=TOKENS)
         self.inputs = list(inputs.values())
         self.out = torch.empty_like(self.inputs[0])
         self.backend.memory = Slot(self.weights)
