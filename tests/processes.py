@@ -41,7 +41,7 @@ class Ended:
 
     @property
     def survivors(self) -> list[psutil.Process]:
-        _, alive = psutil.wait_procs(self.children, timeout=1)
+        _, alive = psutil.wait_procs(self.children, timeout=5)
         return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 

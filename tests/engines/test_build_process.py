@@ -143,7 +143,7 @@ def test_a_child_ends_with_its_parent_even_if_that_is_killed() -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
     try:
-        assert not psutil.wait_procs([child], timeout=5)[1]
+        assert not psutil.wait_procs([child], timeout=30)[1]
     finally:
         with suppress(psutil.NoSuchProcess):
             child.kill()

@@ -88,7 +88,7 @@ with ended_by_signals():
     time.sleep(100)
 """
     process = start(code)
-    assert process.wait(timeout=20) == 143
+    assert process.wait(timeout=60) == 143
     assert process.communicate()[1] == "terminated\n"
 
 

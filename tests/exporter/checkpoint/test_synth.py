@@ -230,7 +230,7 @@ def test_pieces_differ(tmp_path: Path) -> None:
 
 def test_as_many_threads_draw_as_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3)))
-    together, begun = threading.Barrier(3, timeout=10), list[int]()
+    together, begun = threading.Barrier(3, timeout=60), list[int]()
 
     def job(number: int) -> int:
         begun.append(number)

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.slow
 
 ROOM = "tests.tools.gpu_day.stand_in_parts"
 GOOD, BAD = (Part(name, name, f"{ROOM}:{name}", 60, 1, {"model": "tinywan"}) for name in ("finds", "fails"))
-HANGS = Part("hangs", "hangs", f"{ROOM}:hangs", 12, 1, {"model": "tinywan"})
+HANGS = Part("hangs", "hangs", f"{ROOM}:hangs", 20, 1, {"model": "tinywan"})
 
 
 @pytest.fixture
 def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    monkeypatch.setattr("tools.gpu_day.run.REHEARSED_SECONDS", 60)
+    monkeypatch.setattr("tools.gpu_day.run.REHEARSED_SECONDS", 120)
     return Call(Results(tmp_path / "results.jsonl"), tmp_path, tmp_path, True, time.monotonic() + 300)
 
 
@@ -41,7 +41,7 @@ def test_a_piece_that_fails_does_not_end_its_part(call: Call) -> None:
 
 
 def test_a_part_over_its_limit_ends_with_all_its_children(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.gpu_day.run.REHEARSED_SECONDS", 12)
+    monkeypatch.setattr("tools.gpu_day.run.REHEARSED_SECONDS", 20)
     run_parts(call, [HANGS])
     assert call.results.state("hangs") == LATE
     (line,) = call.results.of("hangs", "children")

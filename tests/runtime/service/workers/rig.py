@@ -167,7 +167,7 @@ def working(rig: Rig, *, until_ready: bool = True) -> Iterator[Rig]:
             rig.supervisor.kill()
             rig.supervisor.wait()
         rig.store.close()
-        assert not psutil.wait_procs(children, timeout=5)[1]
+        assert not psutil.wait_procs(children, timeout=30)[1]
 
 
 def settled(condition: Any, seconds: float) -> bool:
