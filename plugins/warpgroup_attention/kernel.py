@@ -278,8 +278,8 @@ def widening(dtype, pair, low, high):
 
 @gluon.jit
 def load_pairs(q, q_stride, rows):
-    """The queries of a program, two in a word [QUERIES, HEAD / 2], and zeros in place of those beyond so many rows. Words are
-    loaded because the compiler would take pairs apart at once, and wait for them before it begins the copies."""
+    """The queries of a program, two in a word [QUERIES, HEAD / 2], and zeros in place of those beyond so many rows. The
+    compiler would take pairs apart as soon as they are there, and `largest_of_pairs` wants them together."""
     row = gl.arange(0, QUERIES, gl.SliceLayout(1, PAIRS_LOADED))[:, None]
     column = gl.arange(0, HEAD // 2, gl.SliceLayout(0, PAIRS_LOADED))[None, :]
     words = q.to(gl.pointer_type(gl.int32), bitcast=True)
