@@ -27,7 +27,9 @@ SIZES: list[tuple[Callable[..., Case], Attended, torch.dtype]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "size", "dtype"), SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("make", "size", "dtype"), SIZES, ids=[make(size, BLOCKS, dtype).name for make, size, dtype in SIZES]
+)
 def test_attention_is_its_definition(
     folder: Path, make: Callable[..., Case], size: Attended, dtype: torch.dtype
 ) -> None:
