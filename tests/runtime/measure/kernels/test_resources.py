@@ -74,7 +74,6 @@ SPILLS = {
     (120, "warp_attention.attention"): 48,
     (90, "warpgroup_attention.attention"): 16,
     (90, "warpgroup_attention.attention, not quantised"): 16,
-    (100, "tensor_memory_attention.attention, not quantised"): 8,
     (120, "warp_linear.gemm"): 16,
     (120, "warp_attention.attention, not quantised"): 64,
     (120, "warp_attention.attention, to 4 bits"): 56,
@@ -91,8 +90,7 @@ the model of an SM expects it to take a quarter longer, and the decoder is faste
 Attention on GeForce spills outside of its loop, so that two programs fit on an SM; in the loop, sm_120 loads one number
 that was spilled before it. The model counts these loads and stores (decision 0055).
 
-Attention on sm_90 keeps four numbers of its end in memory while its loop runs, and on sm_100 two, unless its output is
-quantised.
+Attention on sm_90 keeps four numbers of its end in memory while its loop runs.
 
 Products on sm_120 keep three numbers in memory while their loop runs, where more inputs than the width are multiplied
 and moments are written."""
