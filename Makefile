@@ -54,13 +54,13 @@ serve: setup     ## serve TinyWan, with an API and a page, on this machine
 	test -d $(OUT)/bundle || $(BIN)/wanforge import --recipe w8a8 --out $(OUT)/bundle
 	$(BIN)/wanforge serve $(OUT)/bundle --data $(OUT)/service
 
-test: setup      ## run every test
-	$(PYTEST)
+test: setup      ## run every test but the exhaustive ones
+	$(PYTEST) -m "not exhaustive"
 
 quick: setup     ## run the tests that take less than a minute together
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
 
-check: setup     ## check formatting, lint and types, and run every test
+check: setup     ## check formatting, lint and types, and run every test, the exhaustive ones too
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

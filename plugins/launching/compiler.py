@@ -89,11 +89,9 @@ def outdated(launches: Iterable[Launch], folder: Path, *, ptx: bool = False) -> 
     store = CubinStore(folder)
     cubins = store.cubins()
 
-    def is_current(launch: Launch) -> bool:
-        cubin, origin = cubins.get(launch.specialisation.key), _origin(launch)
-        if cubin is None or Origin(cubin.source_hash, cubin.triton, cubin.grid) != origin:
-            return False
-        if ptx and not store.ptx_path(cubin).exists():
+    def is_held(launch: Launch) -> bool:
+        cubin = cubins.get(launch.specialisation.key)
+        if cubin is None or not is_made_from(cubin, launch) or (ptx and not store.ptx_path(cubin).exists()):
             return False
         try:
             store.read(cubin)
@@ -101,7 +99,12 @@ def outdated(launches: Iterable[Launch], folder: Path, *, ptx: bool = False) -> 
             return False
         return True
 
-    return [launch for launch in _distinct(launches).values() if not is_current(launch)]
+    return [launch for launch in _distinct(launches).values() if not is_held(launch)]
+
+
+def is_made_from(cubin: Cubin, launch: Launch) -> bool:
+    """Whether a cubin of a launch's specialisation is made from the sources that there are now, with this Triton."""
+    return Origin(cubin.source_hash, cubin.triton, cubin.grid) == _origin(launch)
 
 
 def _distinct(launches: Iterable[Launch]) -> dict[Specialisation, Launch]:

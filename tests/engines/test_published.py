@@ -61,9 +61,9 @@ def build(bundle: Bundle, *options: str) -> tuple[dict[str, Any], int]:
     "bundle",
     [
         ("turbowan2.1-t2v-1.3b-480p", "w8a8", True),
-        ("turbowan2.2-i2v-a14b-720p", "w8a8", True),
-        ("rcm-wan2.1-t2v-1.3b-480p", "bf16", True),
-        ("lightx2v-wan2.2-t2v-a14b-720p", "bf16", True),
+        pytest.param(("turbowan2.2-i2v-a14b-720p", "w8a8", True), marks=pytest.mark.exhaustive),
+        pytest.param(("rcm-wan2.1-t2v-1.3b-480p", "bf16", True), marks=pytest.mark.exhaustive),
+        pytest.param(("lightx2v-wan2.2-t2v-a14b-720p", "bf16", True), marks=pytest.mark.exhaustive),
     ],
     indirect=True,
     ids=["1.3b", "a14b", "rcm-1.3b", "lightx2v-a14b"],
@@ -100,7 +100,10 @@ def residency(bundle: Bundle, gib: float) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
-    [("turbowan2.1-t2v-14b-480p", "bf16", False), ("turbowan2.1-t2v-14b-720p", "w8a8", False)],
+    [
+        pytest.param(("turbowan2.1-t2v-14b-480p", "bf16", False), marks=pytest.mark.exhaustive),
+        ("turbowan2.1-t2v-14b-720p", "w8a8", False),
+    ],
     indirect=True,
     ids=["14b-480p-bf16", "14b-720p-w8a8"],
 )
@@ -119,7 +122,10 @@ def test_the_14b_denoiser_takes_little_to_compile(bundle: Bundle) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "bundle",
-    [("turbowan2.1-t2v-1.3b-480p", "nvfp4", False), ("turbowan2.1-t2v-14b-720p", "nvfp4", False)],
+    [
+        pytest.param(("turbowan2.1-t2v-1.3b-480p", "nvfp4", False), marks=pytest.mark.exhaustive),
+        ("turbowan2.1-t2v-14b-720p", "nvfp4", False),
+    ],
     indirect=True,
     ids=["1.3b", "14b"],
 )

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 NORM = "layer_norm.norm_measured"
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("sm", [*(pytest.param(sm, marks=pytest.mark.exhaustive) for sm in (80, 89, 100)), 90, 120])
 def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
     asked = list(cases(sm, torch.bfloat16, SHORT))
     compile_cases(asked, sm, folder)
@@ -27,6 +27,7 @@ def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
 
 
+@pytest.mark.exhaustive
 def test_products_find_every_tile_and_every_slab(folder: Path) -> None:
     """Several columns of programs, a last group with fewer row tiles, and slots that are used for the third time."""
     asked = [case for case in cases(90, torch.bfloat16, MANY) if "by tiles" in case.name]

@@ -1,55 +1,33 @@
 """Every kernel that the published models launch is compiled without a GPU: none spills, each fits, and tensor cores
-compute the products. The tables of docs/kernels.md agree with the compiler."""
+compute the products. The tables of docs/kernels.md agree with the compiler.
+
+What has not changed since `python -m tools.cubins` recorded it is taken from the record, apart from a sample."""
 
 import re
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from click.testing import CliRunner
 from packaging.version import Version
 
-from wanforge.cli import cli
+from tools.cubins import KINDS, SMALL, SMS, published, recorded, unrecorded
+from tools.cubins import cubins as recorded_or_compiled
 from wanforge.configs.targets import load_targets
 from wanforge.configs.tiles import load_tiles
 from wanforge.plugins.launching.compiler import compile_kernels
 from wanforge.plugins.launching.cubins import Cubin, CubinStore
-from wanforge.plugins.launching.launch import recording
+from wanforge.plugins.launching.launch import Launch
 from wanforge.plugins.occupancy import faults
-from wanforge.plugins.quantiser.fused import quantise
 from wanforge.plugins.tensorrt.sources import IN_GLUON
 from wanforge.plugins.warpgroup_attention import FIRST_TRITON
 from wanforge.runtime.commands.kernels import KernelsOptions
 from wanforge.runtime.measure.cost.prediction import packaged_profiles
+from wanforge.runtime.measure.kernels.resources import summary
 from wanforge.runtime.measure.machine_code.disassembly import disassemble
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[4]
-SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
-CAUSAL = "causal-rcm-wan2.1-t2v-1.3b-480p-c1-step2"
-SMS = (80, 86, 89, 90, 100, 120)
-
-KINDS = (86, 90, 100, 120)
-"""One architecture of each kind of tensor core: sm_86 stands for sm_80, which has more shared memory, and sm_120 for
-sm_89."""
-
-# Recipe, model and architectures; compiling all of them for every architecture would take a minute or two more.
-COMPILED = [
-    ("w8a8", SMALL, SMS),
-    ("w8a8", LARGE, KINDS),
-    ("w8a8-row", LARGE, KINDS),
-    ("w8a8-vae8", SMALL, SMS),
-    ("bf16-sla", LARGE, KINDS),
-    ("fp8-row", SMALL, (89, 90, 100, 120)),
-    ("fp8-row", LARGE, KINDS[1:]),
-    ("nvfp4", SMALL, (120,)),
-    ("nvfp4", LARGE, (120,)),
-    ("w8a8", CAUSAL, SMS),
-    ("bf16", CAUSAL, SMS),
-    ("nvfp4", CAUSAL, (120,)),
-]
 ONLY_FP8 = "w8a8_linear.gelu_quantise_rows"
 """A kernel that only `fp8-row` launches, and so none of the architectures without fp8."""
 OTHERS = {("w8a8_linear.gemm", sm) for sm in (90, 100, 120)}
@@ -97,23 +75,26 @@ and moments are written."""
 
 
 @pytest.fixture(scope="module")
-def cubins(pytestconfig: pytest.Config) -> list[Cubin]:
-    """The compiled kernels, kept in pytest's cache so that a second run compiles only what has changed."""
-    launches = [
-        launch
-        for recipe, model, sms in COMPILED
-        for launch in KernelsOptions(targets=tuple(f"sm_{sm}" for sm in sms), models=(model,), recipe=recipe).launches()
-    ]
-    # In a block the kernel before a product quantises; only TensorRT's plugin launches the quantiser of tiles itself.
-    for sm in SMS:
-        with recording(sm) as recorded:
-            quantise(torch.empty(256, 1536, dtype=torch.bfloat16, device="meta"))
-        launches += recorded.launches
-    return compile_kernels(launches, kept(pytestconfig))
+def launches() -> list[Launch]:
+    return published()
 
 
-def kept(config: pytest.Config) -> Path:
-    return config.cache.mkdir("kernels")
+@pytest.fixture(scope="module")
+def cubins(launches: list[Launch], kept: Path) -> list[Cubin]:
+    return recorded_or_compiled(launches, kept)
+
+
+@pytest.fixture(scope="module")
+def kept(pytestconfig: pytest.Config) -> Path:
+    """A folder in pytest's cache, so that a second run compiles only what has changed."""
+    return pytestconfig.cache.mkdir("kernels")
+
+
+@pytest.fixture(scope="module")
+def sample(launches: list[Launch], kept: Path) -> list[Cubin]:
+    """One cubin of each kernel, which is compiled, whatever the record says."""
+    ordered = sorted(launches, key=lambda launch: launch.specialisation.key)
+    return compile_kernels({launch.kernel.name: launch for launch in ordered}.values(), kept)
 
 
 def allowed(cubin: Cubin) -> str:
@@ -182,14 +163,14 @@ def test_products_are_done_by_tensor_cores(cubins: list[Cubin], sm: int) -> None
 
 @pytest.mark.parametrize(("sm", "is_joined"), [(89, False), (120, True)])
 def test_sums_of_fp8_are_joined_where_they_are_exact(
-    cubins: list[Cubin], pytestconfig: pytest.Config, sm: int, is_joined: bool
+    launches: list[Launch], cubins: list[Cubin], kept: Path, sm: int, is_joined: bool
 ) -> None:
     """Ada adds fp8 products with 13 bits, so the sum of each block of keys begins at zero (RZ)."""
-    store = CubinStore(kept(pytestconfig))
-    found = [cubin for cubin in cubins if cubin.sm == sm and "QMMA" in mnemonics(cubin)]
-    assert found
-    for cubin in found:
-        code = disassemble(store.read(cubin)).instructions
+    has_fp8 = {cubin.key for cubin in cubins if cubin.sm == sm and "QMMA" in mnemonics(cubin)}
+    assert has_fp8
+    of_each = {launch.kernel.name: launch for launch in launches if launch.specialisation.key in has_fp8}
+    for cubin in compile_kernels(of_each.values(), kept):
+        code = disassemble(CubinStore(kept).read(cubin)).instructions
         sums = [each.operands.split(", ")[-1] for each in code if each.name == "QMMA"]
         assert sums.count("RZ") == (0 if is_joined else len(sums) // 2), cubin.constants
 
@@ -215,11 +196,19 @@ def test_the_packaged_profiles_are_of_these_kernels(cubins: list[Cubin]) -> None
     assert not stale, "run: python -m tools.pages.profiles"
 
 
-def test_the_page_says_what_the_compiler_says(cubins: list[Cubin], pytestconfig: pytest.Config) -> None:
+def test_the_page_says_what_the_compiler_says(kept: Path) -> None:
     needs_the_pinned_triton()
     page = (ROOT / "docs" / "kernels.md").read_text()
     stated = re.search(r"<!-- wanforge (kernels .*) -->\n\n(.*)\n\n<!-- end -->", page, re.DOTALL)
     assert stated is not None
-    result = CliRunner().invoke(cli, [*stated[1].split(), "--out", str(kept(pytestconfig))])
-    assert result.exit_code == 0
-    assert result.stdout.rstrip("\n") == stated[2], f"update docs/kernels.md with the output of: wanforge {stated[1]}"
+    assert stated[1] == f"kernels --target all --model {SMALL} --markdown"
+    shown = KernelsOptions(targets=("all",), models=(SMALL,)).launches()
+    distinct = {launch.specialisation: launch for launch in shown}
+    found = summary(recorded_or_compiled(distinct.values(), kept))
+    assert found == stated[2], f"update docs/kernels.md with the output of: wanforge {stated[1]}"
+
+
+def test_the_record_is_what_the_compiler_makes(launches: list[Launch], sample: list[Cubin]) -> None:
+    needs_the_pinned_triton()
+    assert not unrecorded(launches), "run: python -m tools.cubins"
+    assert [recorded()[cubin.key] for cubin in sample] == sample
