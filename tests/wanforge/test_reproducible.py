@@ -97,6 +97,7 @@ def test_an_export(bundles: tuple[Path, Path]) -> None:
     assert differing(*bundles) == []
 
 
+@pytest.mark.exhaustive
 def test_kernels(settings: tuple[Setting, Setting]) -> None:
     here, there = settings
     here.python("-c", KERNELS, "sm_80,sm_89", "1")

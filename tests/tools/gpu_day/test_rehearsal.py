@@ -31,8 +31,8 @@ BY_ROWS = {"layer_norm.norm_rows", "w8a8_linear.gelu_quantise_rows", "row_moment
 """Kernels that only recipes with scales by row launch. No op of `wanforge bench` times them yet."""
 
 
-SHORT = ("machine", "request-1.3b", "sweep-recall", "vae", "baselines")
-"""Parts that take seconds: a whole request, all tiles of one op, and reports."""
+SHORT = ("machine", "sweep-recall", "vae", "baselines")
+"""Parts that take seconds. One of them compiles, checks and times an op with all of its tiles."""
 
 
 def rehearse(folder: Path, *options: str) -> Results:

@@ -30,7 +30,7 @@ def enqueued(op: PluginOp, inputs: list[Tensor], bench: Bench) -> Tensor:
         return LoadedPlugin(op, bench).run(inputs)
 
 
-@pytest.mark.parametrize("sm", [89, 90])
+@pytest.mark.parametrize("sm", [pytest.param(89, marks=pytest.mark.exhaustive), 90])
 @pytest.mark.parametrize(
     ("weight", "kernels"), [(tile_weight, ["quantise", "gemm"]), (row_weight, ["quantise_rows", "gemm_rows"])]
 )
@@ -44,7 +44,7 @@ def test_a_linear_is_the_reference(
     assert bench.cuda.launched == [(kernel, STREAM) for kernel in kernels]
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90])
+@pytest.mark.parametrize("sm", [*(pytest.param(sm, marks=pytest.mark.exhaustive) for sm in (80, 89)), 90])
 def test_attention_is_the_reference(folder: Path, sm: int) -> None:
     """The engine says fp8, which becomes fp16 on sm_80."""
     bench, op = Bench(sm, folder), SparseLinearAttentionPlugin(128, 64, "sage_fp8")

@@ -68,12 +68,14 @@ def config(tinywan: Path, tmp_path: Path, postgres_url: str) -> Path:
 
 
 @pytest.fixture
-def ray_port(tmp_path: Path) -> Iterator[int]:
+def ray_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A cluster of one machine with two processors, and the port at which Serve listens. Clips are held until the file
     `HELD` is deleted."""
     import ray
     from ray import serve
 
+    # On a busy machine it takes more than a minute until all of its processes have imported what they need.
+    monkeypatch.setattr("ray.serve._private.api.HTTP_PROXY_TIMEOUT", 600)
     port = free_port()
     (tmp_path / HELD).touch()
     ray.init(
