@@ -19,6 +19,8 @@ from wanforge.plugins.tensorrt.library import RTX, installed_version
 pytestmark = pytest.mark.slow
 SMALL = ("--frames", "5", "--steps", "1")
 RECIPES = ("bf16", "bf16-sla", "w8a8", "w8a8-row", "fp8-row", "nvfp4", "w8a8-vae8")
+ALWAYS = {"w8a8", "nvfp4"}
+"""Recipes that are not only run when all tests are."""
 IMAGE = ("--image", str(ROOT / "docs" / "tinywan.png"))
 
 
@@ -57,7 +59,9 @@ def serving(words: Words, folder: Path) -> Iterator[None]:
         must_succeed(server.end())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.exhaustive) for name in RECIPES]
+)
 def test_every_recipe_runs_on_every_backend(tmp_path: Path, recipe: str) -> None:
     assert set(RECIPES) | {"w8a8-64", "w8a8-256"} == set(named("recipes"))
     must_succeed(run(("import", "--recipe", recipe, "--out", BUNDLE), tmp_path))

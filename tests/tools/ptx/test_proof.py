@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 NORM = "layer_norm.norm_measured"
 
 
-@pytest.mark.parametrize("sm", [*(pytest.param(sm, marks=pytest.mark.exhaustive) for sm in (80, 89, 100)), 90, 120])
+@pytest.mark.parametrize("sm", [*(pytest.param(sm, marks=pytest.mark.exhaustive) for sm in (80, 89, 90, 100)), 120])
 def test_kernels_are_the_reference(folder: Path, sm: int) -> None:
     asked = list(cases(sm, torch.bfloat16, SHORT))
     compile_cases(asked, sm, folder)
@@ -37,7 +37,15 @@ def test_products_find_every_tile_and_every_slab(folder: Path) -> None:
     assert [outcome for outcome in outcomes if not outcome.is_right] == []
 
 
-@pytest.mark.parametrize(("sm", "count"), [(89, 2), (90, 2), (100, 2), (120, 3)])
+@pytest.mark.parametrize(
+    ("sm", "count"),
+    [
+        pytest.param(89, 2, marks=pytest.mark.exhaustive),
+        (90, 2),
+        (100, 2),
+        pytest.param(120, 3, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_attention_finds_every_block_of_keys(folder: Path, sm: int, count: int) -> None:
     """Odd numbers of blocks, of which the last has no partner on sm_90 and sm_100, and slots that are used again."""
     asked = [case for case in cases(sm, torch.bfloat16, MANY) if case.name.startswith("attention sage_fp8")]
