@@ -71,7 +71,7 @@ def test_every_recipe_runs_on_every_backend(tmp_path: Path, recipe: str) -> None
             make_and_compare(tmp_path, backend)
 
 
-@pytest.mark.parametrize("model", ["tiny-t2v", "tiny-i2v"])
+@pytest.mark.parametrize("model", [pytest.param("tiny-t2v", marks=pytest.mark.exhaustive), "tiny-i2v"])
 def test_every_task_leads_from_files_to_a_clip(tmp_path: Path, model: str) -> None:
     image = IMAGE if model == "tiny-i2v" else ()
     must_succeed(run(("synth", "--model", model, "--out", "files"), tmp_path))

@@ -27,8 +27,12 @@ class Blank(Draw):
         return torch.empty(shape, dtype=dtype or self.dtype)
 
 
+SMALLER = [op for op in OPS if op not in ("sparse_linear_attention", "block")]
+"""The ops of which a block consists, but for attention."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in OPS if op != "sparse_linear_attention"])  # of which the block consists
+@pytest.mark.parametrize("op", [*SMALLER, pytest.param("block", marks=pytest.mark.exhaustive)])
 def test_the_checks_of_a_gpu_pass(op: str, folder: Path) -> None:
     def claims() -> Sequence[object]:
         return list(CHECKS[op](Blank(), SIZE))
