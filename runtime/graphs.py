@@ -219,8 +219,8 @@ def _chunk_graph(block: nn.Module, inputs: Sequence[Port], hidden_out: Port) -> 
     return _graph("chunk_block", ports, [hidden_out, *own], block, _run_chunk_block, _is_of_block)
 
 
-@cache
 def _vae_graphs(config: VAEConfig, form: VAEFormat, *, has_encoder: bool) -> list[Graph]:
+    """The graphs of a VAE of their own: a module holds the weights that it runs with, so threads must not share it."""
     with torch.device("meta"):
         vae = VAE(config, form)
     rows, columns = Size(("latent_height",)), Size(("latent_width",))

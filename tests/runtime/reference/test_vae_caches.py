@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from wanforge.configs.model import VAEConfig
-from wanforge.configs.recipe import VAEFormat
+from wanforge.configs.model import VAEConfig, load_model
+from wanforge.configs.recipe import VAEFormat, load_recipe
+from wanforge.runtime.graphs import graphs
 from wanforge.runtime.reference.vae import VAE
 from wanforge.runtime.reference.vae_caches import kept
 from wanforge.version import PACKAGE
@@ -35,6 +36,13 @@ def test_caches_are_those_of_the_first_chunk_and_of_the_next(form: VAEFormat, di
             (1, each.channels, each.frames, ROWS * each.scale, COLUMNS * each.scale) for each in told
         ]
         assert [each.dtype == torch.int8 for each in caches] == [each.is_int8 for each in told]
+
+
+def test_recipes_do_not_share_the_modules_of_their_graphs() -> None:
+    """While a graph runs, its module holds the weights, and pipelines of two recipes may run in two threads."""
+    model = load_model("tiny-i2v")
+    owners = [{id(graph.owner) for graph in graphs(model, load_recipe(name)).values()} for name in ("bf16", "w8a8")]
+    assert owners[0].isdisjoint(owners[1])
 
 
 @pytest.mark.slow
