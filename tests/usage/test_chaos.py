@@ -20,6 +20,7 @@ from wanforge.engines.bundle.manifest import Manifest, read_manifest, write_mani
 VAE = "weights/vae.safetensors"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_what_a_killed_command_leaves_can_be_mended() -> None:
     words = [sys.executable, "-m", "tests.usage.chaos", "--trials", "3", "--seed", "5", "--only", "export"]
