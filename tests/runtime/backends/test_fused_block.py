@@ -36,7 +36,12 @@ DENSE = ("bf16", "w8a8", "w8a8-row", "fp8-row", "nvfp4")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "recipe"), [*(("tiny-t2v", each) for each in TOLERANCE), *(("tiny-rcm", each) for each in DENSE)]
+    ("model", "recipe"),
+    [
+        *(("tiny-t2v", each) for each in TOLERANCE),
+        *(pytest.param("tiny-rcm", each, marks=pytest.mark.exhaustive) for each in DENSE if each != "w8a8"),
+        ("tiny-rcm", "w8a8"),
+    ],
 )
 def test_block_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:
     bundle = bundle_of(model, recipe)
@@ -51,7 +56,13 @@ def test_block_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "recipe"), [("tiny-t2v", r) for r in ("w8a8", "w8a8-row", "fp8-row", "nvfp4")])
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("tiny-t2v", "w8a8"),
+        *(pytest.param("tiny-t2v", r, marks=pytest.mark.exhaustive) for r in ("w8a8-row", "fp8-row", "nvfp4")),
+    ],
+)
 def test_a_block_with_a_side_path_is_the_reference(bundle_of: BundleOf, model: str, recipe: str) -> None:
     bundle = bundle_of(model, recipe)
     plain, beside = (graphs(bundle.model, bundle.recipe, side_path=each)["block"] for each in (False, True))
@@ -113,7 +124,7 @@ def test_moments_that_are_not_used_or_do_not_fit_are_refused(name: str, rows: in
 
 @pytest.mark.slow
 @without_gpu
-@pytest.mark.parametrize(("recipe", "psnr_db"), [("w8a8", 40), ("nvfp4", 33)])
+@pytest.mark.parametrize(("recipe", "psnr_db"), [("w8a8", 40), pytest.param("nvfp4", 33, marks=pytest.mark.exhaustive)])
 def test_a_clip_made_of_kernels_is_the_reference(bundle_of: BundleOf, recipe: str, psnr_db: float) -> None:
     bundle = bundle_of("tiny-t2v", recipe)
     # 144 tokens fill neither blocks of 128 queries nor blocks of 64 keys evenly.
