@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from wanforge.cli import cli
 from wanforge.configs.clip import ClipShape
 from wanforge.configs.loading import CONFIGS
 from wanforge.configs.model import load_model
-from wanforge.configs.targets import Target, load_targets
+from wanforge.configs.targets import load_targets
 from wanforge.engines.build import EngineOptions
 from wanforge.engines.bundle.bundle import Bundle
 from wanforge.errors import ResourceError
@@ -52,8 +53,9 @@ def without_a_builder(monkeypatch: pytest.MonkeyPatch) -> None:
 I2V = "turbowan2.2-i2v-a14b-720p"
 
 
-def made(models: tuple[str, ...] = (SMALL,), gpus: dict[str, Target] = GPUS) -> Scaling:
-    return predict([load_model(name) for name in models], CLIPS, [0.1, 1.0], gpus)
+@cache
+def made(models: tuple[str, ...] = (SMALL,)) -> Scaling:
+    return predict([load_model(name) for name in models], CLIPS, [0.1, 1.0], GPUS)
 
 
 @pytest.mark.slow

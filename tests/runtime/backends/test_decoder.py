@@ -208,7 +208,7 @@ def decoded(backend: TorchBackend, latents: Tensor) -> list[Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("budget", [None, 64e6], ids=["unbounded", "arena"])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.exhaustive), 64e6], ids=["unbounded", "arena"])
 def test_the_backend_decodes_as_the_reference(bundle_of: BundleOf, budget: float | None) -> None:
     bundle = bundle_of("tiny-t2v", "bf16")
     latents = torch.randn(1, 16, SHAPE.latent_frames, SHAPE.latent_height, SHAPE.latent_width)

@@ -27,12 +27,19 @@ class Blank(Draw):
         return torch.empty(shape, dtype=dtype or self.dtype)
 
 
-SMALLER = [op for op in OPS if op not in ("sparse_linear_attention", "block")]
-"""The ops of which a block consists, but for attention."""
+LONG = ("w8a8_linear", "dense_attention", "int8_convolution", "block")
+"""Ops that take long to compile."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [*SMALLER, pytest.param("block", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=[pytest.mark.exhaustive] if op in LONG else [])
+        for op in OPS
+        if op != "sparse_linear_attention"  # of which the block consists
+    ],
+)
 def test_the_checks_of_a_gpu_pass(op: str, folder: Path) -> None:
     def claims() -> Sequence[object]:
         return list(CHECKS[op](Blank(), SIZE))
